@@ -1,0 +1,52 @@
+"""Turn a distributed recommender checkpoint into a package that serving loads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dist_export.__version__ import VERSION
+from dist_export.errors import DistExportError, ExportError, PackageError, UserError
+
+if TYPE_CHECKING:
+    from dist_export.api import Exporter, export
+    from dist_export.config import ExportConfig
+    from dist_export.manifest import Manifest
+    from dist_export.package.package import Package, open_package
+
+__version__ = VERSION
+
+__all__ = [
+    "DistExportError",
+    "ExportConfig",
+    "ExportError",
+    "Exporter",
+    "Manifest",
+    "Package",
+    "PackageError",
+    "UserError",
+    "__version__",
+    "export",
+    "open_package",
+]
+
+_HOMES = {
+    "Exporter": "dist_export.api",
+    "export": "dist_export.api",
+    "ExportConfig": "dist_export.config",
+    "Manifest": "dist_export.manifest",
+    "Package": "dist_export.package.package",
+    "open_package": "dist_export.package.package",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: a process that opens a package pays for no exporter."""
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,115 @@
+"""What other programs call: ``Exporter`` with RecIS's parameters, ``export`` with a config, ``open_package``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dist_export.collective import join
+from dist_export.config import ExportConfig
+from dist_export.config_file import load_config
+from dist_export.errors import ConfigError
+from dist_export.exporter import run_export
+from dist_export.manifest import Manifest
+from dist_export.objects import Objects, build_objects
+
+
+class Exporter:
+    """Export a trained model; a drop-in for RecIS's ``recis.framework.Exporter``.
+
+    The parameters are RecIS's. Further keywords are any other settings of
+    :class:`~dist_export.config.ExportConfig`, such as ``num_shards`` or ``allow_missing_dense``.
+
+    Call :meth:`export` on all ranks of a running job, or in one process alone. A process group that is there is used
+    through a subgroup of its own; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sparse_model_name: str,
+        dense_model_name: str,
+        dataset: Any,
+        ckpt_dir: str | os.PathLike[str],
+        export_dir: str | os.PathLike[str],
+        dense_optimizer: Any = None,
+        export_folder_name: str = "fx_user_model",
+        export_model_name: str = "user_model",
+        export_outputs: list[str] | tuple[str, ...] | None = None,
+        fg: Any = None,
+        fg_conf_or_path: Any = None,
+        mc_conf_or_path: Any = None,
+        filter_sparse_opt: bool = False,
+        add_subfolder: bool = False,
+        need_export_sparse: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Check the settings. ConfigError (also a ValueError) names the one that is wrong.
+
+        Args:
+            model: holds the sparse arch and the dense arch; None exports the tables alone.
+            sparse_model_name: path of the sparse arch within ``model``.
+            dense_model_name: path of the dense arch within ``model``, and prefix of its parameters in ``model.pt``.
+            dataset: an iterable of batches for the sparse arch; one is taken.
+            ckpt_dir: the checkpoint.
+            export_dir: where the package goes.
+            dense_optimizer: its gradients are cleared.
+            export_folder_name: folder of the dense arch in the package.
+            export_model_name: name of the FX module in that folder.
+            export_outputs: names of the outputs, in order.
+            fg: an object with ``get_fg_conf()`` and ``get_mc_conf()``.
+            fg_conf_or_path: feature generator configuration, or the path of its JSON file; goes before ``fg``.
+            mc_conf_or_path: the same for the blocks.
+            filter_sparse_opt: drop optimizer state and write new shards.
+            add_subfolder: put the package into ``<yyyymmdd>000000/data`` below ``export_dir``.
+            need_export_sparse: False exports the dense arch alone.
+            settings: any other setting of an export.
+        """
+        self.config = load_config(
+            {
+                "sparse_model_name": sparse_model_name,
+                "dense_model_name": dense_model_name,
+                "ckpt_dir": os.fspath(ckpt_dir),
+                "export_dir": os.fspath(export_dir),
+                "export_folder_name": export_folder_name,
+                "export_model_name": export_model_name,
+                "export_outputs": None if export_outputs is None else list(export_outputs),
+                "fg_conf_or_path": _plain(fg_conf_or_path),
+                "mc_conf_or_path": _plain(mc_conf_or_path),
+                "filter_sparse_opt": filter_sparse_opt,
+                "add_subfolder": add_subfolder,
+                "need_export_sparse": need_export_sparse,
+                **settings,
+            }
+        )
+        if model is not None and dataset is None:
+            raise ConfigError("dataset is None; the dense arch is traced with one batch of it")
+        if model is None and not need_export_sparse:
+            raise ConfigError("need_export_sparse is False and model is None: nothing would be exported")
+        self._objects = Objects(model, dataset, dense_optimizer, fg)
+
+    def export(self) -> Manifest:
+        """Export; return the manifest of the committed package. All ranks.
+
+        Raises:
+            UserError: for what the caller can mend; nothing was written.
+            DistExportError: a failed export; no manifest was written.
+        """
+        with join(timeout_secs=self.config.timeout) as ranks:
+            return run_export(ranks, self.config, self._objects)[0]
+
+
+def export(config: ExportConfig | Mapping[str, Any] | str | os.PathLike[str]) -> Manifest:
+    """Export as the command line does, from a config object, a mapping, or the path of a YAML file. All ranks.
+
+    Returns the manifest of the committed package; raises as :meth:`Exporter.export`.
+    """
+    settings = config if isinstance(config, ExportConfig) else load_config(config)
+    with join(timeout_secs=settings.timeout) as ranks:
+        objects = ranks.run("build the model and the dataset", lambda: build_objects(settings), may_block=True)
+        return run_export(ranks, settings, objects)[0]
+
+
+def _plain(conf_or_path: Any) -> Any:
+    return os.fspath(conf_or_path) if isinstance(conf_or_path, os.PathLike) else conf_or_path

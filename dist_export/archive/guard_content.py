@@ -1,0 +1,211 @@
+"""What the members of an exported program may say: lists of the pickle opcodes, operators and expressions in use.
+
+They are lists of the allowed, not of the forbidden: a new torch may need an entry, and fails closed until it gets one.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickletools
+import re
+from typing import Any
+
+
+class UnsafeContentError(Exception):
+    """A member says something that exported programs do not say. The text is the middle of a sentence."""
+
+
+_OPCODES = re.compile(
+    r"PROTO|FRAME|STOP|MARK|EMPTY_DICT|EMPTY_LIST|EMPTY_TUPLE|TUPLE|TUPLE1|TUPLE2|TUPLE3|NONE|NEWTRUE|"
+    r"NEWFALSE|BININT|BININT1|BININT2|LONG1|BINFLOAT|BINUNICODE|SHORT_BINUNICODE|BINPERSID|APPEND|APPENDS|"
+    r"SETITEM|SETITEMS|BINPUT|LONG_BINPUT|MEMOIZE|BINGET|LONG_BINGET|GLOBAL|STACK_GLOBAL|REDUCE"
+)
+"""What a ``torch.save`` of tensors in containers is made of. No BUILD, NEWOBJ, INST, OBJ or EXT: they reach further."""
+
+_DTYPES = r"bool|u?int\d+|b?float16|float(32|64|8_\w+|4_\w+)|complex(32|64|128)"
+_GLOBALS = re.compile(
+    r"collections\.OrderedDict"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
+    r"|torch\.(Size|device|strided)"
+    r"|torch\.(Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool|ComplexFloat|ComplexDouble)Storage"
+    r"|torch\.storage\.(UntypedStorage|TypedStorage)"
+    rf"|torch\.({_DTYPES})"
+)
+
+_SYMBOL = r"[a-z]+\d+"
+_FUNCTIONS = (
+    r"Add|Mul|Pow|Mod|Max|Min|Integer|Rational|Float|Abs|Eq|Ne|Equality|Unequality|LessThan|GreaterThan|"
+    r"StrictLessThan|StrictGreaterThan|And|Or|Not|true|false|Piecewise|ExprCondPair|FloorDiv|"
+    r"ModularIndexing|Where|PythonMod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural|"
+    r"FloatPow|FloatTrueDiv|IntTrueDiv|TruncToFloat|TruncToInt|RoundToInt|RoundDecimal|ToFloat|Identity|"
+    r"IsNonOverlappingAndDenseIndicator|floor|ceiling|sqrt|oo|int_oo"
+)
+_EXPRESSION = re.compile(
+    rf"(Symbol\('{_SYMBOL}'(, \w+=(True|False))*\)"  # srepr, as torch >= 2.6 writes it
+    rf"|\b({_FUNCTIONS})\b|\b{_SYMBOL}\b|\bprecision=\d+|'\d+(\.\d*)?(e[+-]?\d+)?'"
+    r"|\b\d+(\.\d*)?(e[+-]?\d+)?(?![\w.])|[-+*/%(),<>=&|~!]|\s)*"
+)
+
+_OPERATOR = re.compile(
+    r"torch\.ops\.(?!prim\.|profiler\.|aten\.(from_file|save|load|open|print)\b)[a-z]\w*\._?[A-Za-z]\w*(\.[A-Za-z]\w*)?"
+    r"|torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.[A-Za-z]\w*"
+    r"|torch\.(_?sym_(int|float|bool|not|max|min|sum|ite|sqrt|fresh_size)|_check|_check_is_size|Size)"
+    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|invert"
+    r"|lshift|rshift|getitem|index)"
+    r"|math\.(ceil|floor|trunc|sqrt|log|log2|exp|pow|isnan|isinf)"
+)
+_GUARD_NODES = (
+    ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare, ast.cmpop,
+    ast.Subscript, ast.Constant, ast.Call, ast.Name, ast.Attribute, ast.Load, ast.IfExp,
+)  # fmt: skip
+_GUARD_NAMES = re.compile(r"L|math|torch|cast_symbool_to_symint_guardless|IsNonOverlappingAndDenseIndicator")
+_GUARD_ATTRIBUTES = re.compile(
+    r"size|stride|storage_offset|dtype|device|floor|ceil|trunc|sqrt|pow|log2|inf|sym_max|sym_min|sym_int|"
+    r"sym_float|sym_ite|sym_not|sym_sqrt|_sym_sqrt"
+)
+_IDENTIFIER = re.compile(r"(?!\d)\w*")
+_PLAIN = re.compile(r"[^\"'\\\x00-\x1f]*")
+"""Names that end up in quotes in generated code."""
+_CONTAINERS = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
+
+
+def check_pickle(data: bytes) -> None:
+    """Refuse a pickle that names anything but what tensors are rebuilt with. Reads opcodes; runs nothing.
+
+    Raises:
+        UnsafeContentError: An opcode or a global is not on the list, or the pickle is broken.
+    """
+    try:
+        opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(data)]
+    except Exception as error:
+        raise UnsafeContentError(f"a broken pickle ({error})") from error
+    memo: dict[Any, str | None] = {}
+    # The strings on top of the stack, as far as that is known: STACK_GLOBAL takes its two names from there.
+    top: list[str | None] = []
+    for opcode, argument in opcodes:
+        if not _OPCODES.fullmatch(opcode):
+            raise UnsafeContentError(f"a pickle with the opcode {opcode}")
+        if opcode == "GLOBAL":
+            _check_global(str(argument).replace(" ", ".", 1))
+        elif opcode == "STACK_GLOBAL":
+            names = top[-2:]
+            if len(names) != 2 or None in names:
+                raise UnsafeContentError("a pickle that computes the name of what it calls")
+            _check_global(f"{names[0]}.{names[1]}")
+        if opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = top[-1] if top else None
+        elif opcode in ("BINGET", "LONG_BINGET"):
+            top.append(memo.get(argument))
+        elif opcode in ("BINUNICODE", "SHORT_BINUNICODE"):
+            top.append(str(argument))
+        elif opcode != "FRAME":
+            top = [None]
+
+
+def _check_global(name: str) -> None:
+    if not _GLOBALS.fullmatch(name):
+        raise UnsafeContentError(f"a pickle that calls {name}")
+
+
+def check_program(document: dict[str, Any]) -> None:
+    """Refuse the JSON of a program if loading or calling it could run more than torch operators.
+
+    Raises:
+        UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list.
+    """
+    for symbol, limits in document.get("range_constraints", {}).items():
+        _check_expression(symbol)
+        if not all(limit is None or type(limit) is int for limit in limits.values()):
+            raise UnsafeContentError(f"a range {str(limits)[:100]!r}")
+    for guard in document.get("guards_code", []):
+        _check_guard(guard)
+    _check_values(document)
+
+
+def _check_values(value: Any) -> None:
+    """Look at the keys that carry code, wherever they are; a key may also be a tensor's name, and then holds no text.
+
+    Names of nodes, arguments and attributes count as code: FX writes them into the source that it compiles.
+    """
+    if isinstance(value, list):
+        for item in value:
+            _check_values(item)
+        return
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key in ("forward_arg_names", "field_names") and item is not None:
+            for name in item if isinstance(item, list) else [item]:
+                _check_name(_IDENTIFIER, name)
+        elif key == "constant_input":  # of a text that was given for a tensor, torch makes a guard, in quotes
+            _check_values(item)
+            for text in item["value"].values():
+                if isinstance(text, str):
+                    _check_name(_PLAIN, text)
+        elif not isinstance(item, str):
+            _check_values(item)
+        elif key in ("target", "as_operator"):
+            if not _OPERATOR.fullmatch(item):
+                raise UnsafeContentError(f"an operator {item[:100]!r}")
+        elif key in ("name", "as_name", "user_input_name"):
+            _check_name(_IDENTIFIER, item)
+        elif key.endswith(("_name", "fqn")):
+            _check_name(_PLAIN, item)
+        elif key == "expr_str":
+            _check_expression(item)
+        elif key in ("in_spec", "out_spec"):
+            _check_treespec(json.loads(item)[1], depth=0)
+
+
+def check_attribute_name(name: object) -> None:
+    """Refuse the fully qualified name of a weight if it could break out of a string in generated code.
+
+    Raises:
+        UnsafeContentError: It has a quote, a backslash or a control character in it.
+    """
+    _check_name(_PLAIN, name)
+
+
+def _check_name(pattern: re.Pattern[str], name: object) -> None:
+    if not isinstance(name, str) or not pattern.fullmatch(name):
+        raise UnsafeContentError(f"a name {str(name)[:100]!r}")
+
+
+def _check_expression(text: object) -> None:
+    if not isinstance(text, str) or len(text) > 10_000 or not _EXPRESSION.fullmatch(text):
+        raise UnsafeContentError(f"a size expression {str(text)[:100]!r}")
+
+
+def _check_guard(text: object) -> None:
+    try:
+        nodes = list(ast.walk(ast.parse(str(text), mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise UnsafeContentError(f"a guard that is no expression {str(text)[:100]!r}") from error
+    for node in nodes:
+        if (
+            "\n" in str(text)  # the guard becomes one line of a function
+            or not isinstance(node, _GUARD_NODES)
+            or (isinstance(node, ast.Name) and not _GUARD_NAMES.fullmatch(node.id))
+            or (isinstance(node, ast.Attribute) and not _GUARD_ATTRIBUTES.fullmatch(node.attr))
+            or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and not _is_key(node.value))
+        ):
+            raise UnsafeContentError(f"a guard {str(text)[:100]!r}")
+
+
+def _is_key(value: str | bytes) -> bool:
+    return isinstance(value, str) and _PLAIN.fullmatch(value) is not None
+
+
+def _check_treespec(spec: dict[str, Any], *, depth: int) -> None:
+    """At depth 1 are the arguments: the keys of that dict are the parameters of a function that FX writes."""
+    if spec["type"] not in _CONTAINERS or "__enum__" in str(spec["context"]):
+        raise UnsafeContentError(f"inputs or outputs in a container of type {spec['type']!r}")
+    keys = json.loads(spec["context"]) if spec["context"] is not None else None
+    if keys is not None and not isinstance(keys, list):
+        raise UnsafeContentError(f"inputs or outputs with the keys {str(keys)[:100]!r}")
+    for key in keys or ():
+        if type(key) is not int:
+            _check_name(_IDENTIFIER if depth == 1 else _PLAIN, key)
+    for child in spec["children_spec"]:
+        _check_treespec(child, depth=depth + 1)

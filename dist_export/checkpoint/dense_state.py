@@ -1,0 +1,61 @@
+"""The dense parameters of a RecIS checkpoint: ``model.pt``, a ``torch.save``d state_dict. Never unpickles code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+from dist_export.errors import CheckpointError
+from dist_export.layout.recis import DENSE_STATE
+from dist_export.storage import Directory
+
+
+def load_dense_state(directory: Directory) -> dict[str, Any]:
+    """Return the state_dict (name -> CPU tensor, memory-mapped where the directory is local). Rank 0.
+
+    Raises:
+        CheckpointError: no ``model.pt``, or it is truncated, or holds anything but tensors and plain containers.
+    """
+    return _load(directory, map_location="cpu")
+
+
+def describe_dense_state(directory: Directory) -> list[tuple[str, str, tuple[int, ...]]] | None:
+    """Return (name, torch dtype name, shape) of each tensor in ``model.pt``, in its order, without reading payload.
+
+    None where there is no ``model.pt``. CheckpointError as :func:`load_dense_state`.
+    """
+    if not directory.exists(DENSE_STATE):
+        return None
+    import torch
+
+    return [
+        (name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        for name, value in _load(directory, map_location="meta").items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def _load(directory: Directory, *, map_location: str) -> dict[str, Any]:
+    import torch
+
+    where = directory.describe(DENSE_STATE)
+    if not directory.exists(DENSE_STATE):
+        raise CheckpointError(
+            f"{where} is missing; the dense arch needs its parameters. "
+            "Leave `model` out of the config for an export of the tables alone"
+        )
+    try:
+        if directory.is_local:
+            state = torch.load(directory.join(DENSE_STATE), map_location=map_location, weights_only=True, mmap=True)
+        else:
+            data = io.BytesIO(directory.read(DENSE_STATE))
+            state = torch.load(data, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {reason}"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors")
+    return state

@@ -1,0 +1,181 @@
+"""The command line: arguments to config, config to run, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dist_export.errors import DistExportError, StepFailedError, UserError
+
+_COMMANDS = ("plan", "inspect", "verify", "export")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source."""
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
+    _configure_logging()
+    run = {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command]
+    try:
+        return run(list(rest))
+    except UserError as error:
+        return _fail(error)
+    except DistExportError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("dist_export: interrupted. Run the same command again to go on", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _export(argv: list[str]) -> int:
+    from dist_export.config_file import build_parser, parse_settings
+
+    parser = build_parser("dist_export")
+    if _wants_text(argv):
+        parser.parse_args(argv)  # prints and exits
+    if not argv:
+        print(
+            "dist_export: nothing to do; give --config FILE, or --ckpt_dir and --export_dir (--help)", file=sys.stderr
+        )
+        return 2
+
+    def work() -> list[str]:
+        from dist_export.exporter import run_export
+        from dist_export.objects import build_objects
+
+        config = ranks.run("read the settings", lambda: parse_settings(parser, argv))
+        objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
+        return run_export(ranks, config, objects, is_shown=True)[1]
+
+    from dist_export.collective import join
+
+    # The settings are read once the ranks know each other: so even a misspelt key is told once, by rank 0. How long
+    # they wait for each other is one of the settings, so the group starts with what can be seen without parsing.
+    ranks = join(timeout_secs=_peek_timeout(argv))
+    try:
+        summary = work()
+    except DistExportError as error:
+        failure = error
+        is_shared = isinstance(error, StepFailedError) or ranks.world_size == 1
+        if is_shared:
+            ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
+        else:
+            _tell(error, rank=ranks.rank)
+        return error.exit_code
+    finally:
+        ranks.close()
+    if ranks.rank == 0:
+        print("\n".join(summary))
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from dist_export.config_file import build_parser, parse_settings
+    from dist_export.plan_report import make_report, render_report
+
+    parser = build_parser("dist_export plan")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--world_size", type=int, default=None, help="ranks to plan for; default $WORLD_SIZE or 1")
+    if _wants_text(argv):
+        parser.parse_args(argv)
+    config = parse_settings(parser, argv)
+    asked = parser.parse_args(argv)
+    world_size = asked.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    report = make_report(config, world_size=world_size)
+    _print_json(report) if asked.json else print("\n".join(render_report(report)))
+    return 0
+
+
+def _inspect(argv: list[str]) -> int:
+    from dist_export.package.describe import describe, render
+
+    parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
+    arguments = _parse_path(parser, argv)
+    found = describe(arguments.path, _options(arguments))
+    _print_json(found) if arguments.json else print("\n".join(render(found)))
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    from dist_export.package.verify import verify
+
+    parser = argparse.ArgumentParser(prog="dist_export verify", description="Check a package: exit 0 sound, 1 unsound.")
+    arguments = _parse_path(parser, argv)
+    report = verify(arguments.path, _options(arguments))
+    if arguments.json:
+        _print_json({"findings": report.findings, "checked": report.checked})
+    else:
+        for finding in report.findings:
+            print(finding)
+        print("\n".join(report.checked) if not report.findings else f"unsound: {len(report.findings)} findings")
+    return 1 if report.findings else 0
+
+
+def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    parser.add_argument("path", help="directory or fsspec URL")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--storage_options", default="{}", help="options for the file system, as YAML")
+    return parser.parse_args(argv)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    import yaml
+
+    from dist_export.errors import ConfigError
+
+    try:
+        options = yaml.safe_load(arguments.storage_options)
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"--storage_options is {arguments.storage_options!r}; expected a YAML mapping")
+    return options
+
+
+def _wants_text(argv: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") or argument.startswith("--print_config") for argument in argv)
+
+
+def _peek_timeout(argv: Sequence[str]) -> float:
+    from dist_export.config import ExportConfig
+
+    default = float(ExportConfig.timeout)
+    found: Callable[[str], float] = float
+    for place, argument in enumerate(argv):
+        key, _, value = argument.partition("=")
+        if key == "--timeout":
+            try:
+                return found(value or argv[place + 1])
+            except (ValueError, IndexError):
+                return default  # the parser says so in a moment
+    return default
+
+
+def _configure_logging() -> None:
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.ERROR
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for noisy in ("torch", "fsspec", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _fail(error: DistExportError) -> int:
+    _tell(error, rank=int(os.environ.get("RANK", "0")))
+    return error.exit_code
+
+
+def _tell(error: DistExportError, *, rank: int) -> None:
+    print(f"dist_export: {error}" if rank == 0 else f"dist_export: rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _print_json(value: object) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

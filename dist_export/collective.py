@@ -1,0 +1,223 @@
+"""The only module that talks to ``torch.distributed``: control messages over gloo, failures shared, a work counter.
+
+Payload never travels here. Every method below says on which ranks it is called.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from dist_export.errors import DistExportError, ExportError, StepFailedError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+T = TypeVar("T")
+
+_ARRIVAL_SECS = 5.0
+
+_sequence = itertools.count()
+"""Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
+so every rank counts alike."""
+
+
+class Ranks:
+    """The ranks of this export. Build with :func:`join`; a single process gets one without any group."""
+
+    def __init__(self, rank: int, world_size: int, store: Any, group: Any, owns_default_group: bool) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._group = group
+        self._owns_default_group = owns_default_group
+        self._counters: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._has_failed = False
+
+    def gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
+        """Run ``work`` on every rank and return the results in rank order. All ranks.
+
+        ``work`` issues no collective of its own: ranks that did not fail would wait in it for the one that did. Where
+        that cannot be helped, for the caller's model is collective, ``may_block`` lets a rank that failed alone raise
+        its own error instead of waiting; the launcher then ends the others.
+
+        Raises:
+            StepFailedError: on all ranks, if ``work`` raised a known error on any; the text names those ranks. An
+                unexpected exception is raised as itself where it happened, so that a bug keeps its traceback.
+        """
+        result: T | None = None
+        failure: tuple[str, int] | None = None
+        raised: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the other ranks must hear of it
+            raised = error
+            failure = _describe(error)
+            self.announce_failure()
+        if self.world_size == 1:
+            if isinstance(raised, OSError):
+                raise ExportError(f"{step}: {_describe(raised)[0]}") from raised
+            if raised is not None:
+                raise raised
+            return [cast("T", result)]
+        if may_block and not self._all_arrive(step, is_failed=raised is not None):
+            assert raised is not None
+            raise raised
+        import torch.distributed as dist
+
+        outcomes: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+        except RuntimeError as error:
+            if raised is not None:
+                raise raised from None
+            raise ExportError(f"lost contact with another rank during '{step}': {_first_line(error)}") from error
+        failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
+        if raised is not None and not isinstance(raised, (DistExportError, OSError)):
+            raise raised
+        if failures:
+            code = max((code for _, code in failures.values()), default=1)
+            raise StepFailedError(
+                step, {rank: text for rank, (text, _) in failures.items()}, exit_code=code
+            ) from raised
+        return [outcome[0] for outcome in outcomes]
+
+    def on_rank_0(self, step: str, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`gather` does."""
+        return cast("T", self.gather(step, work if self.rank == 0 else _nothing)[0])
+
+    def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
+        """Run ``work`` on every rank and return this rank's own result, which need not travel. All ranks."""
+        kept: list[T] = []
+        self.gather(step, lambda: kept.append(work()), may_block=may_block)
+        return kept[0]
+
+    def _all_arrive(self, step: str, *, is_failed: bool) -> bool:
+        """Say that this rank is through with ``step``; where it failed, return whether all others are too, soon."""
+        arrived = int(self._store.add(f"arrived/{step}", 1))
+        deadline = time.monotonic() + _ARRIVAL_SECS
+        while is_failed and arrived < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            arrived = int(self._store.add(f"arrived/{step}", 0))
+        return not is_failed or arrived == self.world_size
+
+    def claim(self, queue: str) -> int:
+        """Return the next number, from 0 up, of a counter that all ranks share. Any rank, any thread, any time."""
+        if self.world_size == 1:
+            with self._lock:
+                number = self._counters.get(queue, 0)
+                self._counters[queue] = number + 1
+                return number
+        return int(self._store.add(f"claim/{queue}", 1)) - 1
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter that all ranks share and return its value. Any rank; 0 reads it."""
+        if self.world_size == 1:
+            with self._lock:
+                self._counters[counter] = self._counters.get(counter, 0) + amount
+                return self._counters[counter]
+        return int(self._store.add(f"add/{counter}", amount))
+
+    def announce_failure(self) -> None:
+        """Let ranks that are busy know that one has failed. Any rank."""
+        self._has_failed = True
+        if self.world_size > 1:
+            self._store.add("failed", 1)
+
+    def has_failure(self) -> bool:
+        """Return whether any rank has announced a failure. Any rank."""
+        return self._has_failed or (self.world_size > 1 and int(self._store.add("failed", 0)) > 0)
+
+    def tell_once(self, tell: Callable[[], None]) -> None:
+        """Run ``tell`` on rank 0 while the other ranks wait for it, at most ten seconds. All ranks that get there.
+
+        torchrun ends all ranks as soon as one exits, so the one that speaks must be through by then.
+        """
+        if self.rank == 0:
+            try:
+                tell()
+            finally:
+                if self.world_size > 1:
+                    self._store.add("told", 1)
+            return
+        try:
+            deadline = time.monotonic() + 10
+            while int(self._store.add("told", 0)) == 0 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except RuntimeError:  # rank 0 hosts the store: when that is gone, rank 0 is, and there is no one to wait for
+            return
+
+    def close(self) -> None:
+        """Leave the group. All ranks; the job's own default group stays."""
+        if self._group is None:
+            return
+        import torch.distributed as dist
+
+        group, self._group = self._group, None
+        if self._owns_default_group:
+            dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(group)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def join(*, timeout_secs: float) -> Ranks:
+    """Join the other ranks of this job. All ranks, in the same order of calls.
+
+    A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
+    without either is alone.
+
+    Args:
+        timeout_secs: how long a rank waits for another one inside a step.
+    """
+    timeout = timedelta(seconds=timeout_secs)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1 and not _is_initialized():
+        return Ranks(0, 1, None, None, owns_default_group=False)
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    owns = not dist.is_initialized()
+    if owns:
+        dist.init_process_group("gloo", timeout=timeout)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    store = torch_store.PrefixStore(f"dist_export/{next(_sequence)}", dist.distributed_c10d._get_default_store())  # noqa: SLF001 -- torch offers no public way to the job's store
+    return Ranks(dist.get_rank(), dist.get_world_size(), store, group, owns)
+
+
+def _is_initialized() -> bool:
+    import sys
+
+    if "torch" not in sys.modules:  # a group cannot exist before torch is imported
+        return False
+    import torch.distributed as dist
+
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    if isinstance(error, DistExportError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'I/O'}: {error.strerror or error}", 1
+    return f"{type(error).__name__}: {_first_line(error)}", 1
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,187 @@
+"""Rank 0: write the indexes that serving and RecIS read, account for every row, and publish the manifest last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from dist_export.__version__ import VERSION
+from dist_export.check import TableAccount
+from dist_export.checkpoint.reader import DenseTensor, SlotMeta
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.recis import (
+    DENSE_SUFFIX,
+    EMBEDDING_SLOT,
+    INDEX,
+    MERGED,
+    TENSORKEY,
+    Slice,
+    dense_entry,
+    embedding_entry,
+    encode_index,
+    encode_sorted,
+    format_slice,
+    is_plain_name,
+)
+from dist_export.manifest import (
+    MANIFEST,
+    DenseTensorEntry,
+    FileEntry,
+    Manifest,
+    PartEntry,
+    SlotEntry,
+    TableEntry,
+    encode_manifest,
+)
+from dist_export.plan.census import Census
+from dist_export.plan.shards import SparsePlan
+from dist_export.storage import Directory, digest_bytes
+from dist_export.transfer.engine import RECEIPTS
+
+DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
+"""(name, torch dtype name, shape) of the parameters in model.pt, in its order."""
+
+
+def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]:
+    """Return the content of the json files that go with the shards, by name, in the order in which to write them.
+
+    In a copy only the merged manifest is ours; the others go over as they are.
+    """
+    blocks, checkpoint = plan.blocks, plan.checkpoint
+    merged: dict[str, object] = {}
+    file_by_key: dict[str, str] = {}
+    internal_by_key: dict[str, str] = {}
+    id_keys = {
+        (int(blocks.table[row]), int(blocks.target[row])): blocks.key[row] for row in np.flatnonzero(blocks.column == 0)
+    }
+    columns = zip(
+        *(
+            getattr(blocks, name).tolist()
+            for name in ("file", "table", "column", "target", "begin", "end", "size", "rows")
+        ),
+        strict=True,
+    )
+    for key, (file, table, column, target, begin, end, size, rows) in zip(blocks.key, columns, strict=True):
+        slot = checkpoint.tables[table].slots[column]
+        file_by_key[key] = plan.files[file].name
+        internal_by_key[key] = f"{checkpoint.tables[table].name}@{slot.name}^{format_slice(Slice(begin, end, size))}"
+        if slot.name == EMBEDDING_SLOT:
+            shape = (rows, *slot.inner_shape)
+            merged[key] = embedding_entry(key, id_keys[table, target], slot.dtype, shape)
+    for tensor, (key, file) in zip(plan.selection.kept_dense, plan.dense_files, strict=True):
+        file_by_key[key] = plan.files[file].name
+        merged[key] = dense_entry(key, DTYPES[tensor.dtype].torch, tensor.shape)
+    # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
+    document = dict(sorted(merged.items()))
+    for name, dtype, shape in dense_state:
+        document[name] = dense_entry(name, dtype, shape)
+    rendered = {MERGED: msgspec.json.format(msgspec.json.encode(document), indent=4)}
+    if plan.is_copy:
+        return rendered
+    return {TENSORKEY: encode_sorted(dict(internal_by_key)), **rendered, INDEX: encode_index(file_by_key)}
+
+
+def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAccount]) -> tuple[TableEntry, ...]:
+    """Return the manifest's entries of all tables, with ``accounts`` of the written files by table."""
+    entries = []
+    parts = plan.checkpoint.parts
+    for number, table in enumerate(plan.checkpoint.tables):
+        its_parts = parts.of_table(number)
+        rows_in = int(parts.rows[its_parts].sum())
+        entries.append(
+            TableEntry(
+                name=table.name,
+                rows_in=rows_in,
+                rows_out=accounts[number].rows,
+                rows_dropped={},
+                misplaced=int(census.misplaced[its_parts].sum()),
+                id_sum=f"{accounts[number].id_sum:016x}",
+                kept=tuple(_describe_slot(slot, rows_in) for slot in plan.selection.kept[number]),
+                dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
+                parts=tuple(_describe_parts(plan, number)),
+            )
+        )
+    return tuple(entries)
+
+
+def describe_dense_tensors(
+    plan: SparsePlan,
+) -> tuple[tuple[DenseTensorEntry, ...], tuple[DenseTensorEntry, ...]]:
+    """Return the manifest's entries of the dense tensors among the sparse files: kept, dropped."""
+    return (
+        tuple(_describe_dense(tensor) for tensor in plan.selection.kept_dense),
+        tuple(_describe_dense(tensor, reason) for tensor, reason in plan.selection.dropped_dense),
+    )
+
+
+def write_small_files(target: Directory, files: dict[str, bytes]) -> list[FileEntry]:
+    """Write files in the given order; return their entries."""
+    entries = []
+    for name, data in files.items():
+        target.write(name, data)
+        entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data)))
+    return entries
+
+
+def remove_strays(target: Directory, plan: SparsePlan) -> None:
+    """Remove shards that an earlier, uncommitted attempt of another plan left: those that have a receipt but no use."""
+    receipts = Directory(target.describe(RECEIPTS), target.storage_options).names()
+    planned = {file.name for file in plan.files}
+    for name in receipts:
+        shard = name.removesuffix(".json")
+        if shard not in planned and is_plain_name(shard):
+            target.remove(shard)
+
+
+def publish(target: Directory, manifest: Manifest) -> None:
+    """Write the manifest: from here on the directory is a package. Then forget what only a rerun would need."""
+    target.write(MANIFEST, encode_manifest(manifest))
+    if target.exists(RECEIPTS):
+        target.fs.rm(target.join(RECEIPTS), recursive=True)
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of what wrote the package."""
+    return {
+        "dist_export": VERSION,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "fsspec")},
+    }
+
+
+def _describe_parts(plan: SparsePlan, table: int) -> list[PartEntry]:
+    blocks = plan.blocks
+    rows_of = {slot.name: plan.blocks_of(table, slot.column) for slot in plan.slots_of(table)}
+    keys: dict[int, dict[str, str]] = {}
+    for name, rows in rows_of.items():
+        for row in rows.tolist():
+            keys.setdefault(int(blocks.target[row]), {})[name] = blocks.key[row]
+    return [
+        PartEntry(
+            file=plan.files[int(blocks.file[row])].name,
+            slice=format_slice(Slice(int(blocks.begin[row]), int(blocks.end[row]), int(blocks.size[row]))),
+            rows=int(blocks.rows[row]),
+            keys=keys[int(blocks.target[row])],
+        )
+        for row in plan.blocks_of(table, 0).tolist()
+    ]
+
+
+def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:
+    return SlotEntry(
+        name=slot.name,
+        dtype=DTYPES[slot.dtype].torch,
+        shape=slot.inner_shape,
+        num_bytes=rows * slot.row_bytes,
+        reason=reason,
+    )
+
+
+def _describe_dense(tensor: DenseTensor, reason: str = "") -> DenseTensorEntry:
+    return DenseTensorEntry(
+        name=tensor.name.removesuffix(DENSE_SUFFIX), dtype=DTYPES[tensor.dtype].torch, shape=tensor.shape, reason=reason
+    )

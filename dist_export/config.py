@@ -1,0 +1,148 @@
+"""The settings of an export, checked when they are built, before any rank reads a byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+from dist_export.errors import ConfigError
+
+_SPEC = re.compile(r"[\w.]+:[\w.]+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
+
+    ckpt_dir: str
+    """The checkpoint to export: a directory, or an fsspec URL of one"""
+    export_dir: str
+    """Where the package goes: a directory, or an fsspec URL of one"""
+    filter_sparse_opt: bool = False
+    """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
+    num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
+    """With the filter: shards to write; a number, world_size (what null means) or source"""
+    optimizer_slots: list[str] = field(default_factory=list)
+    """Patterns of further slots and dense tensors that are optimizer state"""
+    drop_slots: list[str] = field(default_factory=list)
+    """Patterns of further slots and dense tensors to drop, such as step_filter"""
+    keep_slots: list[str] = field(default_factory=list)
+    """Patterns of optimizer state to keep all the same"""
+    need_export_sparse: bool = True
+    """False exports the dense arch alone"""
+    add_subfolder: bool = False
+    """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data"""
+    model: str | None = None
+    """package.module:callable that returns the model; without it the tables are exported alone"""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for model"""
+    sparse_model_name: str = "sparse_arch"
+    """Path of the sparse arch within the model"""
+    dense_model_name: str = "dense_arch"
+    """Path of the dense arch within the model, and the prefix of its parameters in model.pt"""
+    dataset: str | None = None
+    """package.module:callable that returns an iterable of batches; one batch is taken"""
+    dataset_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for dataset"""
+    allow_missing_dense: list[str] = field(default_factory=list)
+    """Patterns of dense parameters that model.pt may lack; the model's own values are exported"""
+    export_folder_name: str = "fx_user_model"
+    """Folder of the dense arch within the package"""
+    export_model_name: str = "user_model"
+    """Name of the FX module within that folder"""
+    export_outputs: list[str] | None = None
+    """Names of the outputs in order; null takes a dict's keys, or torch_output_<i>"""
+    max_batch_size: int = 204800
+    """The largest batch that serving may send"""
+    dynamic_dims: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Further free dimensions, as {input: {dim: name}}"""
+    device: str | None = None
+    """Device to trace on; null takes that of the dense arch"""
+    archive_format: Literal["pt2", "legacy"] = "pt2"
+    """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)"""
+    atol: float = 1e-6
+    """Largest absolute difference between written program and model"""
+    rtol: float = 1e-5
+    """Largest relative difference between written program and model"""
+    fg: str | None = None
+    """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()"""
+    fg_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for fg"""
+    fg_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
+    """Feature generator configuration, or the path of its JSON file; exported as fg.json"""
+    mc_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
+    """Block configuration, or the path of its JSON file"""
+    fg_rules: Literal["rtp", "none"] = "rtp"
+    """Whose limits the feature generator configuration must keep besides RecIS's own"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Options for the file system of ckpt_dir and export_dir (fsspec)"""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for another one inside a step"""
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused without reading anything. ConfigError names the setting."""
+        for name in ("ckpt_dir", "export_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
+        if isinstance(self.num_shards, int) and (isinstance(self.num_shards, bool) or self.num_shards < 1):
+            raise ConfigError(f"num_shards is {self.num_shards}; give a number from 1 up, world_size or source")
+        for name in ("model", "dataset", "fg"):
+            spec = getattr(self, name)
+            if spec is not None and not _SPEC.fullmatch(spec):
+                raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
+        self._check_sparse()
+        self._check_dense()
+
+    def _check_sparse(self) -> None:
+        patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
+        asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
+        if asked and not self.need_export_sparse:
+            raise ConfigError(f"{asked[0]} says how to export the tables, but need_export_sparse is false")
+        if asked and not self.filter_sparse_opt:
+            raise ConfigError(
+                f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
+                "set filter_sparse_opt: true"
+            )
+
+    def _check_dense(self) -> None:
+        for name in ("export_folder_name", "export_model_name"):
+            value = getattr(self, name)
+            if not value.isidentifier() or keyword.iskeyword(value):
+                raise ConfigError(
+                    f"{name} is {value!r}; it names a Python package in the output, so give an identifier"
+                )
+        if self.max_batch_size < 2:
+            raise ConfigError(
+                f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"
+            )
+        for name in ("atol", "rtol", "timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
+        if self.export_outputs is not None:
+            check_output_names(self.export_outputs)
+        for name, dims in self.dynamic_dims.items():
+            for dim, label in dims.items():
+                if dim < 1:
+                    raise ConfigError(
+                        f"dynamic_dims.{name}: {dim} is no further dimension; 0 is the batch, count from 1"
+                    )
+                if not label.isidentifier() or label == "batch":
+                    raise ConfigError(
+                        f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
+                    )
+
+    def with_changes(self, **changes: Any) -> ExportConfig:
+        """Return a copy with some settings changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def check_output_names(names: list[str]) -> None:
+    """Refuse output names that are empty or stand twice."""
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"export_outputs: name {place} is {name!r}; every output needs a name")
+        if name in names[:place]:
+            raise ConfigError(f"export_outputs: {name!r} stands there twice; names must be unique")

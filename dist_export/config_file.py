@@ -1,0 +1,133 @@
+"""Settings from YAML, a mapping and the command line, by jsonargparse over the typed config. Errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]
+
+from dist_export.config import ExportConfig
+from dist_export.errors import ConfigError
+
+_FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
+
+DESCRIPTION = """\
+Export a checkpoint as a package for serving. Other commands, each with its own --help:
+  dist_export plan --config FILE   show what an export would do, and write nothing
+  dist_export inspect PATH         show a checkpoint or a package
+  dist_export verify PATH          check a package
+"""
+
+
+def build_parser(prog: str = "dist_export") -> ArgumentParser:
+    """Return the parser of all settings."""
+    parser = ArgumentParser(prog=prog, description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
+    parser.add_class_arguments(ExportConfig)
+    return parser
+
+
+def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> ExportConfig:
+    """Parse command-line arguments, ``--config`` among them; later ones go before earlier ones. ConfigError."""
+    for path in _config_paths(argv):
+        _read_yaml(path)
+    actions = parser._actions  # noqa: SLF001 -- argparse has no public list of its options
+    options = {option.lstrip("-").split(".")[0] for action in actions for option in action.option_strings}
+    for argument in argv:
+        if argument.startswith("--"):
+            key = argument[2:].split("=")[0].removesuffix("+").split(".")[0]
+            if key not in options:
+                raise ConfigError(f"--{key} is no setting{_nearest(key, options)}")
+    try:
+        parsed = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise _translate(error) from None
+    return _build({name: parsed[name] for name in _FIELDS})
+
+
+def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
+    """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
+    settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
+    _refuse_unknown(settings, where="the config")
+    try:
+        parsed = build_parser().parse_object(settings)
+    except ArgumentError as error:
+        raise _translate(error) from None
+    return _build({name: parsed[name] for name in _FIELDS})
+
+
+def _build(settings: dict[str, Any]) -> ExportConfig:
+    return ExportConfig(
+        **{name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in settings.items()}
+    )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text file") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" in line {place.line + 1}" if place is not None else ""
+        raise ConfigError(
+            f"{path} is no YAML{line}: {getattr(error, 'problem', None) or 'it cannot be parsed'}"
+        ) from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} should hold settings as key: value, found a {type(settings).__name__}")
+    _refuse_unknown(settings, where=path)
+    return settings
+
+
+def _refuse_unknown(settings: Mapping[Any, Any], *, where: str) -> None:
+    for key in settings:
+        if key not in _FIELDS:
+            raise ConfigError(f"{where}: {key!r} is no setting{_nearest(str(key), _FIELDS)}")
+
+
+def _nearest(key: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(names), n=1)
+    return f"; did you mean {close[0]}?" if close else "; dist_export --help lists them"
+
+
+def _config_paths(argv: Sequence[str]) -> list[str]:
+    paths = [value for key, value in itertools.pairwise(argv) if key == "--config"]
+    return paths + [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+
+
+def _translate(error: ArgumentError) -> ConfigError:
+    """Make one line of what jsonargparse says in many."""
+    text = str(error)
+    required = re.search(r"arguments are required: (.*)", text)
+    if required:
+        return ConfigError(f"{required[1].strip()} must be set, in the config file or as --key value")
+    key = re.search(r'[Kk]ey "([^"]+)"', text)
+    if key is None:
+        return ConfigError(" ".join(text.split()))
+    value = re.search(r"Given value: (.*)", text)
+    name = key[1]
+    found = f" is {value[1].strip()!r}" if value else " has the wrong type"
+    return ConfigError(f"{name}{found}; expected {_expected(name)}")
+
+
+def _expected(name: str) -> str:
+    field = _FIELDS.get(name.split(".", maxsplit=1)[0])
+    if field is None:
+        return "another type"
+    hint = str(typing.get_type_hints(ExportConfig)[field.name])
+    for long, short in (("typing.", ""), ("<class '", ""), ("'>", ""), ("NoneType", "null"), ("None", "null")):
+        hint = hint.replace(long, short)
+    return hint

@@ -1,0 +1,64 @@
+"""Find the rows of given ids in the checkpoint without loading a table: id columns are scanned, rows read one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_export.checkpoint.ids import read_ids
+from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
+
+
+class RowFinder:
+    """Looks rows of a checkpoint up by id. Any rank, for itself; no collective."""
+
+    def __init__(self, checkpoint: Checkpoint, misplaced: np.ndarray | None) -> None:
+        """``misplaced``: rows by part (int64) that lie outside their part's slice; None where they were not counted."""
+        self._checkpoint = checkpoint
+        self._misplaced = misplaced
+
+    def has_table(self, table: str) -> bool:
+        """Whether the checkpoint has this table."""
+        return self._checkpoint.table_index(table) is not None
+
+    def table_names(self) -> list[str]:
+        """Return the names of all tables."""
+        return [table.name for table in self._checkpoint.tables]
+
+    def embedding_of(self, table: str) -> SlotMeta:
+        """Return dtype and shape of a table's embedding rows."""
+        number = self._checkpoint.table_index(table)
+        assert number is not None
+        return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
+
+    def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, row_bytes); zeros if absent).
+
+        Args:
+            ids: int64, sorted, without duplicates.
+        """
+        checkpoint = self._checkpoint
+        number = checkpoint.table_index(table)
+        assert number is not None
+        slot = self.embedding_of(table)
+        has_row = np.zeros(len(ids), bool)
+        rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
+        for part in checkpoint.parts.of_table(number):
+            may_hold = self._misplaced is None or self._misplaced[part] > 0
+            if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
+                continue
+            if not checkpoint.parts.rows[part]:
+                continue
+            name = checkpoint.files[checkpoint.blocks.file[part, slot.column]].name
+            offset = int(checkpoint.blocks.offset[part, slot.column])
+            first = 0
+            with checkpoint.directory.open_reader(name) as reader:
+                for held in read_ids(checkpoint, part):
+                    places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
+                    for row in np.flatnonzero(ids[places] == held).tolist():
+                        place = int(places[row])
+                        has_row[place] = True
+                        if slot.row_bytes:
+                            reader.read_into(rows[place].data, offset + (first + row) * slot.row_bytes)
+                    first += len(held)
+        return has_row, rows

@@ -1,0 +1,143 @@
+"""One batch of the dataset through the sparse arch: the dense arch's inputs, with the checkpoint's own rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import keyword
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_export.dense.rows import RowFinder
+from dist_export.dense.tables import SampleRows, checkpoint_rows
+from dist_export.errors import ModelError
+
+SAMPLE_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the dataset gave. ``data`` may be None where it says so itself; ``is_there`` tells that apart from the end."""
+
+    data: Any
+    is_there: bool
+
+
+def take_batch(dataset: Any) -> Batch:
+    """Take the first batch. Every rank for itself.
+
+    A 2-tuple that begins with a bool, an int or a one-element tensor is RecIS's ``(stop_flag, data)``; a set flag means
+    that there is no data.
+    """
+    try:
+        iterator = iter(dataset)
+    except TypeError:
+        raise ModelError(f"dataset is a {type(dataset).__name__}, which cannot be iterated over") from None
+    try:
+        item = next(iterator)
+    except StopIteration:
+        return Batch(None, is_there=False)
+    if isinstance(item, tuple) and len(item) == 2:
+        flag, data = item
+        is_flag = isinstance(flag, (bool, int)) or (isinstance(flag, torch.Tensor) and flag.numel() == 1)
+        if is_flag:
+            return Batch(data, is_there=not bool(flag))
+    return Batch(item, is_there=True)
+
+
+def run_sparse_arch(
+    sparse_arch: nn.Module, data: Any, *, sparse_model_name: str, finder: RowFinder | None
+) -> tuple[dict[str, torch.Tensor], SampleRows]:
+    """Put one batch through the sparse arch and return the dense inputs. All ranks at once: it may be collective.
+
+    Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode and
+    rows are put back afterwards.
+
+    Raises:
+        ModelError: it returns anything but a dict of tensors, or a tuple that begins with one.
+    """
+    counts = SampleRows()
+    # a sparse arch may empty the dict that it is given, and the dataset may yield that very dict again
+    data = copy.copy(data) if isinstance(data, dict) else data
+    rows = (
+        contextlib.nullcontext()
+        if finder is None
+        else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
+    )
+    with _eval_mode(sparse_arch), torch.no_grad(), rows:
+        output = sparse_arch(data)
+    return _dense_inputs(output), counts
+
+
+def check_input_names(inputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuse names that cannot be keyword arguments of the traced program, all in one ModelError."""
+    bad = [name for name in inputs if not is_argument_name(name)]
+    if bad:
+        raise ModelError(
+            f"the sparse arch gives inputs named {', '.join(map(repr, bad))}; an input is a keyword argument of the traced "
+            "program, so its name must be a Python identifier other than a keyword and self. Rename these blocks"
+        )
+
+
+def is_argument_name(name: object) -> bool:
+    """Whether ``name`` can be a keyword argument of a method."""
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+
+
+def cut_sample(inputs: Mapping[str, torch.Tensor], *, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the inputs sorted by name, cut to 128 rows and repeated to 2 where there is 1, on ``device``.
+
+    torch.export takes a batch of 1 for a constant. ModelError where the first dimensions differ or are 0.
+    """
+    sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in inputs.items()}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        told = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(inputs.items()))
+        raise ModelError(f"the first dimension of every dense input is the batch, so all must be equal; found {told}")
+    num_rows = next(iter(sizes.values()))
+    if not num_rows:
+        raise ModelError("the sample batch has no rows; let the dataset yield at least one")
+    cut = {}
+    for name in sorted(inputs):
+        rows = inputs[name].detach()[:SAMPLE_ROWS]
+        rows = rows.repeat(2, *[1] * (rows.dim() - 1)) if num_rows == 1 else rows
+        cut[name] = rows.to(device).contiguous().clone()
+    return cut
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in training:
+            child.training = mode
+
+
+def _dense_inputs(output: Any) -> dict[str, torch.Tensor]:
+    first = output[0] if isinstance(output, (tuple, list)) and len(output) else output
+    if isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(item, Mapping) for item in first):
+        raise ModelError(
+            "the sparse arch returns two dicts, which is what split_seq=True gives (sequence blocks apart); the serving "
+            "side takes one dict of blocks. Build the sparse arch with split_seq=False"
+        )
+    if not isinstance(first, Mapping) or not first:
+        raise ModelError(
+            f"the sparse arch returns {_kind(output)}; expected a dict of block name -> tensor, or a tuple whose first item "
+            "is that dict"
+        )
+    for name, value in first.items():
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(f"the sparse arch gives {name!r} as {type(value).__name__}; every dense input is a tensor")
+    return dict(first)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
+    return f"an empty {type(value).__name__}" if isinstance(value, Mapping) else f"a {type(value).__name__}"

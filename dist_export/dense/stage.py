@@ -1,0 +1,170 @@
+"""The dense part of an export in order: sample batch on all ranks, then trace, write and compare on rank 0."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_export.archive.guard import load_program
+from dist_export.checkpoint.dense_state import load_dense_state
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.dense.fg import Features, check_inputs
+from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.parity import check_parity
+from dist_export.dense.plain_copy import copy_dense_arch, unwrap
+from dist_export.dense.rows import RowFinder
+from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
+from dist_export.dense.state import load_dense_parameters
+from dist_export.dense.trace import DenseSample, run_dense_arch, trace_dense
+from dist_export.errors import ModelError
+from dist_export.layout.recis import DENSE_STATE
+from dist_export.manifest import DenseEntry, ParityEntry
+from dist_export.objects import Objects
+from dist_export.storage import Directory
+
+
+class DenseStage:
+    """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
+
+    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, source: Directory) -> None:
+        self._ranks = ranks
+        self._config = config
+        self._objects = objects
+        self._source = source
+        self._data: Any = None
+        self._sample: DenseSample | None = None
+        self.entry: DenseEntry | None = None
+        self.parity: ParityEntry | None = None
+        self.notes: tuple[str, ...] = ()
+        self.counts: dict[str, dict[str, int]] = {}
+        """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
+
+    def prepare(self, checkpoint: Checkpoint | None, misplaced: np.ndarray | None, features: Features) -> list[str]:
+        """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
+
+        Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
+        """
+        ranks, config = self._ranks, self._config
+        sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
+        if self._objects.dense_optimizer is not None:
+            self._objects.dense_optimizer.zero_grad()
+        copied = ranks.run(
+            "copy the dense arch", lambda: copy_dense_arch(dense_arch, device=config.device), may_block=True
+        )
+        notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
+        batches = ranks.gather("take a sample batch", self._take)
+        lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
+        if lacking:
+            raise ModelError(
+                f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
+                "needs one. Give the dataset at least one batch a rank"
+            )
+        finder = None if checkpoint is None else RowFinder(checkpoint, misplaced)
+        inputs, rows = ranks.run(
+            "run the sparse arch on the sample",
+            lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
+            may_block=True,
+        )
+        self._data = None
+        counted = ranks.gather("count the ids of the sample", lambda: (dict(rows.asked), dict(rows.missing)))
+        asked: Counter[str] = Counter()
+        missing: Counter[str] = Counter()
+        for rank_asked, rank_missing in counted:
+            asked.update(rank_asked)
+            missing.update(rank_missing)
+        self.counts = {"asked": dict(sorted(asked.items())), "missing": dict(sorted(missing.items()))}
+        if finder is None:
+            notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
+        notes += [
+            f"{name} is no table of the checkpoint: the sample used the model's own rows"
+            for name in rows.unknown_tables
+        ]
+        notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, inputs, features))
+        return notes
+
+    def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
+        """Trace, write into ``folder``, load what was written and compare. Rank 0; issues no collective."""
+        config, sample = self._config, self._sample
+        assert sample is not None
+        traced = trace_dense(sample, max_batch_size=config.max_batch_size, dynamic_dims=config.dynamic_dims)
+        write_dense_folder(
+            folder,
+            sample,
+            traced,
+            export_model_name=config.export_model_name,
+            archive_format=config.archive_format,
+            mc_conf=mc_conf,
+        )
+        self.entry = describe_dense(
+            sample,
+            traced,
+            folder_name=config.export_folder_name,
+            archive_format=config.archive_format,
+            max_batch_size=config.max_batch_size,
+            dynamic_dims=config.dynamic_dims,
+        )
+        self.parity = check_parity(
+            sample,
+            traced.inputs,
+            load_program(folder / PROGRAM),
+            atol=config.atol,
+            rtol=config.rtol,
+            max_batch_size=config.max_batch_size,
+        )
+
+    def _find_arches(self) -> tuple[nn.Module, nn.Module]:
+        model = self._objects.model
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        return tuple(_find(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+
+    def _names(self) -> list[tuple[str, str]]:
+        return [
+            ("sparse_model_name", self._config.sparse_model_name),
+            ("dense_model_name", self._config.dense_model_name),
+        ]
+
+    def _load(self, copied: nn.Module) -> tuple[str, ...]:
+        return load_dense_parameters(
+            copied,
+            load_dense_state(self._source),
+            dense_model_name=self._config.dense_model_name,
+            allow_missing=self._config.allow_missing_dense,
+            where=self._source.describe(DENSE_STATE),
+        )
+
+    def _take(self) -> bool:
+        batch = take_batch(self._objects.dataset)
+        self._data = batch.data
+        return batch.is_there
+
+    def _run(self, copied: nn.Module, inputs: dict[str, torch.Tensor], features: Features) -> list[str]:
+        check_input_names(inputs)
+        tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
+        device = torch.device(self._config.device or (tensor.device if tensor is not None else "cpu"))
+        cut = cut_sample(inputs, device=device)
+        self._sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+        return list(check_inputs(features, {name: tuple(tensor.shape) for name, tensor in cut.items()}))
+
+
+def _find(model: nn.Module, name: str, setting: str) -> nn.Module:
+    """Return a submodule by its path, through wrappers."""
+    module = model
+    for element in name.split(".") if name else []:
+        module = unwrap(module)
+        child = getattr(module, element, None)
+        if not isinstance(child, nn.Module):
+            children = ", ".join(child_name for child_name, _ in module.named_children()) or "none"
+            raise ModelError(
+                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children})"
+            )
+        module = child
+    return module

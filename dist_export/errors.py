@@ -1,0 +1,67 @@
+"""Every error that dist_export raises on purpose. Anything else that escapes is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class DistExportError(Exception):
+    """The root of the tree. ``exit_code`` is what the command line returns: 1, or 2 where the user can mend it."""
+
+    exit_code = 1
+
+
+class UserError(DistExportError):
+    """The user's mistake, or a source that cannot be read. Nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another one."""
+
+
+class CheckpointError(UserError):
+    """The source checkpoint is missing, truncated or contradicts itself."""
+
+
+class PlanError(UserError):
+    """The settings ask for something that this checkpoint cannot give."""
+
+
+class ModelError(UserError):
+    """The model, its dataset or its dense parameters do not fit each other or what serving can load."""
+
+
+class ExportError(DistExportError):
+    """The export failed after it had begun. No manifest was written, so there is no package."""
+
+
+class TransferError(ExportError):
+    """A shard could not be written as planned."""
+
+
+class TraceError(ExportError):
+    """``torch.export`` refused the dense arch, or what it wrote cannot be loaded."""
+
+
+class ParityError(ExportError):
+    """The written program does not give what the model gives."""
+
+
+class CommitError(ExportError):
+    """What was written is not what was planned. The message says what is on disk."""
+
+
+class PackageError(DistExportError):
+    """An exported directory is unsound."""
+
+
+class StepFailedError(DistExportError):
+    """A step failed on at least one rank. Raised on every rank, with the text of each failure by rank."""
+
+    def __init__(self, step: str, failures: dict[int, str], *, exit_code: int = 1) -> None:
+        self.step = step
+        self.failures = failures
+        self.exit_code = exit_code
+        ranks = ", ".join(str(rank) for rank in sorted(failures))
+        told: dict[str, None] = dict.fromkeys(failures[rank] for rank in sorted(failures))
+        super().__init__(f"{step} failed on rank {ranks}: " + "; ".join(told))

@@ -1,0 +1,276 @@
+"""The whole story of an export on one page: read, plan, sample, transfer beside trace, check, commit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dist_export.check import audit_files, check_accounts
+from dist_export.checkpoint.dense_state import describe_dense_state
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.collective import Ranks
+from dist_export.commit import (
+    describe_dense_tensors,
+    describe_tables,
+    list_versions,
+    publish,
+    remove_strays,
+    render_indexes,
+    write_small_files,
+)
+from dist_export.config import ExportConfig
+from dist_export.dense.fg import Features, check_conf, check_tables, collect_confs, has_hashed_input
+from dist_export.errors import ConfigError
+from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.manifest import MANIFEST, FileEntry, Manifest, SourceEntry, TableEntry, seal
+from dist_export.objects import Objects
+from dist_export.progress import Reporter, summarize
+from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
+from dist_export.storage import Directory, digest_file, local_tree
+from dist_export.transfer.engine import Receipt, Share, Transfer
+
+FG = "fg.json"
+
+
+def run_export(
+    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool = False
+) -> tuple[Manifest, list[str]]:
+    """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
+
+    Raises:
+        UserError: before anything is written, for what the user can mend.
+        ExportError: later; then there is no manifest and so no package.
+        StepFailedError: either, where another rank had it or several had.
+    """
+    started = time.time()
+    reporter = Reporter(ranks, is_shown=is_shown)
+    source = Directory(config.ckpt_dir, config.storage_options)
+    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
+    target = Directory(export_dir, config.storage_options)
+    ranks.gather("check the places", lambda: check_places(ranks, config, source, target))
+    in_place = config.need_export_sparse and source.is_same(target)
+    notes: list[str] = []
+
+    with reporter.stage("read"):
+        fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects))
+        checkpoint = open_source(ranks, config, source)
+        if checkpoint is not None:
+            notes += checkpoint.warnings
+            ranks.gather("check fg against the tables", lambda: check_tables(features, dims_of(checkpoint)))
+        notes += features.notes
+        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
+
+    planned: PlannedSparse | None = None
+    if config.need_export_sparse:
+        assert checkpoint is not None
+        with reporter.stage("plan"):
+            planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
+
+    dense = None
+    if objects.model is not None:
+        from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
+
+        with reporter.stage("sample"):
+            dense = DenseStage(ranks, config, objects, source)
+            misplaced = None if planned is None else planned.census.misplaced
+            notes += dense.prepare(checkpoint, misplaced, features)
+
+    with tempfile.TemporaryDirectory(prefix="dist_export-") as scratch:
+
+        def trace() -> None:
+            if dense is not None and ranks.rank == 0:
+                with reporter.stage("trace"):
+                    dense.trace(Path(scratch) / config.export_folder_name, mc_conf)
+
+        tables: tuple[TableEntry, ...] = ()
+        receipts: list[Receipt] = []
+        shares: list[Share] = []
+        with reporter.stage("transfer"):
+            if planned is None:
+                ranks.gather("trace the dense arch", trace)
+            else:
+                receipts, shares, reused = transfer(ranks, planned, target, reporter, beside=trace, in_place=in_place)
+                if reused:
+                    notes.append(f"{reused} shards of an interrupted export were whole and were kept")
+        if planned is not None:
+            with reporter.stage("check"):
+                tables = check(ranks, planned, target)
+
+        def commit() -> Manifest:
+            manifest = _describe(config, checkpoint, planned, tables)
+            files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
+            if planned is not None:
+                files += _write_indexes(planned, source, target, dense_state, in_place=in_place)
+            small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
+            if fg_conf is not None:
+                small[FG] = msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
+            files += write_small_files(target, small)
+            manifest = msgspec.structs.replace(
+                manifest,
+                files=tuple(files),
+                dense=None if dense is None else dense.entry,
+                parity=None if dense is None else dense.parity,
+                notes=tuple(notes) + (() if dense is None else dense.notes),
+                run={
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                    "world_size": ranks.world_size,
+                    "seconds": {name: round(seconds, 3) for name, seconds in reporter.seconds.items()},
+                    "sample": None if dense is None else dense.counts,
+                },
+            )
+            manifest = seal(manifest)
+            if planned is not None and not in_place:
+                remove_strays(target, planned.plan)
+            publish(target, manifest)
+            return manifest
+
+        with reporter.stage("commit"):
+            manifest = ranks.on_rank_0("commit", commit)
+    return manifest, summarize(manifest, shares, export_dir)
+
+
+def place_of(config: ExportConfig) -> str:
+    """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
+    if not config.add_subfolder or config.export_dir.endswith("data"):
+        return config.export_dir
+    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+
+
+def check_places(ranks: Ranks, config: ExportConfig, source: Directory, target: Directory) -> None:
+    """Refuse a target that would destroy something, or that other ranks cannot see."""
+    for directory in (source, target):
+        if ranks.world_size > 1 and not directory.is_shared:
+            raise ConfigError(
+                f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
+            )
+    is_same = source.is_same(target)
+    if is_same and config.filter_sparse_opt and config.need_export_sparse:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
+            "without optimizer state. Give another export_dir"
+        )
+    if target.exists(MANIFEST):
+        raise ConfigError(
+            f"{target.describe(MANIFEST)} is there already: export_dir holds a committed package. Give another "
+            "export_dir, or remove the old package first"
+        )
+    if target.is_local and os.path.exists(target.path) and not os.path.isdir(target.path):
+        raise ConfigError(f"export_dir {target.url} is a file, not a directory")
+
+
+def read_confs(config: ExportConfig, objects: Objects) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Features]:
+    """Return fg and mc, checked as far as they can be without the checkpoint."""
+    fg_conf, mc_conf = collect_confs(objects.fg, config.fg_conf_or_path, config.mc_conf_or_path)
+    already_hashed = objects.fg is not None and has_hashed_input(objects.fg)
+    return fg_conf, mc_conf, check_conf(fg_conf, mc_conf, fg_rules=config.fg_rules, already_hashed=already_hashed)
+
+
+def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
+    """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
+    if not config.need_export_sparse:
+        names = ranks.on_rank_0("list the checkpoint", source.names)
+        if INDEX not in names and TENSORKEY not in names:
+            return None
+    return open_checkpoint(ranks, source)
+
+
+def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the last dimension of each table's embedding."""
+    return {
+        table.name: (slot.inner_shape or (1,))[-1]
+        for table in checkpoint.tables
+        for slot in table.slots
+        if slot.name == EMBEDDING_SLOT
+    }
+
+
+def transfer(
+    ranks: Ranks, planned: PlannedSparse, target: Directory, reporter: Reporter, *, beside: Any, in_place: bool
+) -> tuple[list[Receipt], list[Share], int]:
+    """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
+    job = Transfer(ranks, planned.plan, target, in_place=in_place, count_bytes=reporter.count_bytes)
+    try:
+        job.prepare()
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
+            reporter.transferring(planned.plan.num_bytes),
+        ):
+            written = pool.submit(job.write)
+
+            def wait() -> None:
+                try:
+                    beside()
+                except BaseException:
+                    ranks.announce_failure()  # the transfer thread and the other ranks stop at their next unit
+                    raise
+                finally:
+                    written.result()
+
+            receipts, shares = job.finish(wait)
+        return receipts, shares, job.num_reused
+    finally:
+        job.close()
+
+
+def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[TableEntry, ...]:
+    """Account for every row from the written files; return the tables' entries for the manifest. All ranks."""
+    mine = range(ranks.rank, len(planned.plan.files), ranks.world_size)
+    found = ranks.gather("check the shards", lambda: audit_files(planned.plan, target, mine))
+    return ranks.run(
+        "account for the rows",
+        lambda: describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found)),
+    )
+
+
+def _write_indexes(
+    planned: PlannedSparse, source: Directory, target: Directory, dense_state: Any, *, in_place: bool
+) -> list[FileEntry]:
+    names = planned.plan.checkpoint.verbatim
+    if in_place:  # a source file is never rewritten, not even a merged manifest in the old style
+        there = [*names, *([MERGED] if target.exists(MERGED) else [])]
+        entries = [
+            FileEntry(path=name, num_bytes=target.stat(name).size, digest=digest_file(target, name)) for name in there
+        ]
+        if MERGED in there:
+            return entries
+    else:
+        entries = []
+    files = render_indexes(planned.plan, dense_state)
+    if planned.plan.is_copy and not in_place:
+        files |= {name: source.read(name) for name in reversed(names)}  # index last, as RecIS writes it
+    return entries + write_small_files(target, files)
+
+
+def _describe(
+    config: ExportConfig,
+    checkpoint: Checkpoint | None,
+    planned: PlannedSparse | None,
+    tables: tuple[TableEntry, ...],
+) -> Manifest:
+    kept, dropped = ((), ()) if planned is None else describe_dense_tensors(planned.plan)
+    mode = "dense_only" if planned is None else "filter" if config.filter_sparse_opt else "copy"
+    return Manifest(
+        mode=mode,
+        num_shards=0 if planned is None else planned.plan.num_shards,
+        source=SourceEntry(
+            path=config.ckpt_dir,
+            format="none" if checkpoint is None else checkpoint.format,
+            fingerprint="" if checkpoint is None else checkpoint.fingerprint,
+            num_files=0 if checkpoint is None else len(checkpoint.files),
+            num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
+        ),
+        tables=tables,
+        dense_tensors=kept,
+        dropped_dense_tensors=dropped,
+        files=(),
+        dense=None,
+        parity=None,
+        notes=(),
+        versions=list_versions(),
+    )

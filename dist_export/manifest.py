@@ -1,0 +1,194 @@
+"""The package manifest: what is in an exported directory, as data and as JSON. Imports no torch: serving can read it.
+
+``manifest.json`` is written last and is the commit. Readers ignore fields that they do not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import xxhash
+
+from dist_export.errors import PackageError
+
+MANIFEST = "manifest.json"
+FORMAT = "dist_export"
+SCHEMA_VERSION = 1
+
+
+class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the rows came from."""
+
+    path: str
+    """As the config gave it."""
+    format: str
+    fingerprint: str
+    num_files: int
+    num_bytes: int
+
+
+class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot of a table that was kept, or dropped with ``reason``."""
+
+    name: str
+    dtype: str
+    """torch's name, such as float32."""
+    shape: tuple[int, ...]
+    """Of one row."""
+    num_bytes: int
+    """In the source."""
+    reason: str = ""
+
+
+class PartEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of a table that lie in one file."""
+
+    file: str
+    slice: str
+    """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END."""
+    rows: int
+    keys: dict[str, str]
+    """Slot -> name of the block in the file."""
+
+
+class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One embedding table and the account of its rows: rows_in = rows_out + the sum of rows_dropped."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    rows_dropped: dict[str, int]
+    misplaced: int
+    """Rows that lay in another part's slice. They are in the right one now, or still there in a copy (then 0)."""
+    id_sum: str
+    """Sum of the mixed ids modulo 2**64, in hexadecimal."""
+    kept: tuple[SlotEntry, ...]
+    dropped: tuple[SlotEntry, ...]
+    parts: tuple[PartEntry, ...]
+
+
+class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A dense tensor among the sparse files; ``reason`` where it was dropped."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    reason: str = ""
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of the package."""
+
+    path: str
+    """Relative to the package, with forward slashes."""
+    num_bytes: int
+    digest: str
+    """xxh3-128 over the xxh3-128 digests of the file's chunks of 64 MiB."""
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """An input or output of the dense arch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """A free dimension is given by its name; ``batch`` is the first of every input."""
+
+
+class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The traced dense arch."""
+
+    folder: str
+    program: str
+    """Path of the exported program, relative to the package."""
+    archive_format: str
+    inputs: tuple[TensorEntry, ...]
+    """In call order; each is a keyword of the program."""
+    outputs: tuple[TensorEntry, ...]
+    """In the order in which the program returns them."""
+    dropped_inputs: tuple[str, ...]
+    max_batch_size: int
+
+
+class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The written program against the eager dense arch: the largest differences over all batch sizes, by output."""
+
+    batch_sizes: tuple[int, ...]
+    atol: float
+    rtol: float
+    max_abs: dict[str, float]
+    max_rel: dict[str, float]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole package."""
+
+    format: str = FORMAT
+    schema_version: int = SCHEMA_VERSION
+    mode: str
+    """filter, copy, in_place or dense_only."""
+    num_shards: int
+    source: SourceEntry
+    tables: tuple[TableEntry, ...]
+    dense_tensors: tuple[DenseTensorEntry, ...]
+    dropped_dense_tensors: tuple[DenseTensorEntry, ...]
+    files: tuple[FileEntry, ...]
+    dense: DenseEntry | None
+    parity: ParityEntry | None
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    digest: str = ""
+    """xxh3-128 over the manifest's JSON without ``digest`` and ``run``."""
+    run: dict[str, Any] = {}
+    """What varies from run to run: times, durations, world_size, the ids that the sample batches asked for. Not in the
+    digest."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files but the manifest itself."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def compute_digest(document: dict[str, Any]) -> str:
+    """Return what ``digest`` should be, from the manifest as plain JSON values, fields unknown to us included."""
+    bare = {name: value for name, value in document.items() if name not in ("digest", "run")}
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare, order="sorted"))
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Return the manifest with its digest filled in."""
+    return msgspec.structs.replace(manifest, digest=compute_digest(msgspec.to_builtins(manifest)))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the content of ``manifest.json``."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def decode_manifest(raw: bytes, *, where: str) -> Manifest:
+    """Read a manifest. PackageError where it is no manifest, of a later schema, or was changed after the commit."""
+    try:
+        head = msgspec.json.decode(raw, type=_Head)
+        document = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise PackageError(f"{where} is no package manifest: {error}") from None
+    if head.format != FORMAT or head.schema_version > SCHEMA_VERSION:
+        raise PackageError(
+            f"{where}: format {head.format!r} version {head.schema_version}; this reads {FORMAT!r} up to "
+            f"{SCHEMA_VERSION}. A newer dist_export may read it"
+        )
+    try:
+        manifest = msgspec.convert(document, type=Manifest)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise PackageError(f"{where} is damaged: {error}") from None
+    if manifest.digest != compute_digest(document):
+        raise PackageError(
+            f"{where} is not what was committed: its digest is {compute_digest(document)}, it says {manifest.digest}"
+        )
+    return manifest
+
+
+class _Head(msgspec.Struct):
+    format: str
+    schema_version: int

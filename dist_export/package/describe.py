@@ -1,0 +1,139 @@
+"""``inspect``: what a checkpoint or a package holds, from headers and manifests alone. Needs no torch for tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_export.errors import CheckpointError, PackageError, UserError
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.indexes import split_internal
+from dist_export.layout.recis import INDEX
+from dist_export.manifest import MANIFEST, TensorEntry
+from dist_export.package.package import Package
+from dist_export.package.shards import read_header, read_indexes
+from dist_export.storage import Directory
+
+
+def describe(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what is at ``path`` as plain values: a package where there is a manifest, else a RecIS checkpoint.
+
+    Raises:
+        CheckpointError: neither is there, or it cannot be read.
+    """
+    directory = Directory(path, storage_options)
+    if directory.exists(MANIFEST):
+        return _describe_package(directory)
+    if not directory.exists(INDEX):
+        what = "is no package and no RecIS checkpoint" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; looked for {MANIFEST} and {INDEX}")
+    try:
+        return _describe_checkpoint(directory)
+    except PackageError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def render(found: dict[str, Any]) -> list[str]:
+    """Return the description line by line, for people."""
+    lines = [f"{found['kind']}: {found['path']}"]
+    lines += [
+        f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
+    ]
+    if found["tables"]:
+        lines.append(f"  {'table':<24} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
+    for table in found["tables"]:
+        shape = "x".join(map(str, table["shape"])) or "1"
+        lines.append(
+            f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
+            f"{table['bytes']:>15,}  {', '.join(table['slots'])}"
+        )
+    if found["dense_tensors"]:
+        lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
+    for what in ("inputs", "outputs"):
+        for tensor in (found.get("dense") or {}).get(what, []):
+            shape = ", ".join(map(str, tensor["shape"]))
+            lines.append(f"  {what[:-1]:<10} {tensor['name']} {tensor['dtype']} ({shape})")
+    return lines
+
+
+def _describe_package(directory: Directory) -> dict[str, Any]:
+    try:
+        manifest = Package(directory).manifest
+    except PackageError as error:
+        raise UserError(str(error)) from None
+    dense = manifest.dense
+    return {
+        "kind": "package",
+        "path": directory.url,
+        "mode": manifest.mode,
+        "source": f"{manifest.source.path} ({manifest.source.format})",
+        "shards": manifest.num_shards,
+        "files": len(manifest.files),
+        "bytes": manifest.num_bytes,
+        "digest": manifest.digest,
+        "tables": [
+            {
+                "name": table.name,
+                "rows": table.rows_out,
+                "shape": list(table.kept[1].shape),
+                "dtype": table.kept[1].dtype,
+                "parts": len(table.parts),
+                "bytes": sum(slot.num_bytes for slot in table.kept),
+                "slots": [slot.name for slot in table.kept],
+            }
+            for table in manifest.tables
+        ],
+        "dense_tensors": [tensor.name for tensor in manifest.dense_tensors],
+        "dense": None
+        if dense is None
+        else {
+            "program": dense.program,
+            "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
+            "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
+        },
+    }
+
+
+def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
+    indexes = read_indexes(directory)
+    tables: dict[str, dict[str, Any]] = {}
+    slices: dict[str, set[str]] = {}
+    dense: list[str] = []
+    total = 0
+    for name in indexes.files:
+        header = read_header(directory, name)
+        total += directory.stat(name).size
+        for row, key in enumerate(header.keys):
+            internal = indexes.internal_of_key.get(key, key)
+            block = split_internal(internal)
+            if block is None:
+                dense.append(key.rstrip("^ "))
+                continue
+            table = tables.setdefault(
+                block.table,
+                {"name": block.table, "rows": 0, "shape": [], "dtype": "", "parts": 0, "bytes": 0, "slots": []},
+            )
+            slices.setdefault(block.table, set()).add(key.rpartition("/")[2] + internal.rpartition("^")[2])
+            table["bytes"] += int(header.ends[row] - header.begins[row])
+            if block.slot not in table["slots"]:
+                table["slots"].append(block.slot)
+            if block.slot == "id":
+                table["rows"] += header.shapes[row][0]
+            elif block.slot == "embedding":
+                table["shape"] = list(header.shapes[row][1:])
+                table["dtype"] = DTYPES[header.dtypes[row]].torch
+    for table_name, parts in slices.items():
+        tables[table_name]["parts"] = len(parts)
+    return {
+        "kind": "RecIS checkpoint",
+        "path": directory.url,
+        "shards": max((table["parts"] for table in tables.values()), default=0),
+        "files": len(indexes.files),
+        "bytes": total,
+        "tables": list(tables.values()),
+        "dense_tensors": dense,
+        "dense": None,
+    }

@@ -1,0 +1,135 @@
+"""Open an exported directory: read its manifest, look rows up, load the dense program. Imports no exporter."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dist_export.archive.guard import load_program
+from dist_export.errors import PackageError
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, is_in_slice, parse_slice
+from dist_export.layout.safetensors import Header
+from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
+from dist_export.package.shards import read_header
+from dist_export.storage import Directory
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_RUN_ROWS = 1 << 20
+
+
+class Package:
+    """A committed package. ``manifest`` describes it; nothing else is read until asked for."""
+
+    def __init__(self, directory: Directory) -> None:
+        if not directory.exists(MANIFEST):
+            raise PackageError(
+                f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; "
+                "run the export again"
+            )
+        self.directory = directory
+        self.manifest: Manifest = decode_manifest(directory.read(MANIFEST), where=directory.describe(MANIFEST))
+        self._headers: dict[str, Header] = {}
+
+    def table(self, name: str) -> TableEntry:
+        """Return a table's entry in the manifest. PackageError where there is no such table."""
+        found = next((table for table in self.manifest.tables if table.name == name), None)
+        if found is None:
+            names = ", ".join(table.name for table in self.manifest.tables) or "none"
+            raise PackageError(f"{self.directory.url}: no table {name!r}; the package has {names}")
+        return found
+
+    def lookup(self, table: str, ids: Any, *, slot: str = EMBEDDING_SLOT) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of ids, read from the shards without loading the table.
+
+        Args:
+            table: its name.
+            ids: int64, any shape ``(...)``, repetitions allowed.
+            slot: ``embedding``, or another slot that was kept.
+
+        Returns:
+            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32), zeros
+            for ids that the table does not hold; and which ids it holds, bool of shape ``(...)``.
+        """
+        entry = self.table(table)
+        kept = next((found for found in entry.kept if found.name == slot), None)
+        if kept is None:
+            raise PackageError(f"{self.directory.url}: table {table!r} has no slot {slot!r}")
+        dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
+        asked = np.asarray(ids, np.int64)
+        unique, inverse = np.unique(asked.reshape(-1), return_inverse=True)
+        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
+        rows = np.zeros((len(unique), row_bytes), np.uint8)
+        has_row = np.zeros(len(unique), bool)
+        for part in entry.parts:
+            part_slice = parse_slice(part.slice)
+            if part_slice is None:
+                raise PackageError(
+                    f"{self.directory.url}: table {table!r} has the slice {part.slice!r} in its manifest"
+                )
+            wanted = np.flatnonzero(is_in_slice(unique, part_slice))
+            if len(wanted) and part.rows:
+                self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
+        if kept.dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        shape = asked.shape
+        return values[inverse].reshape(*shape, *kept.shape), has_row[inverse].reshape(shape)
+
+    def load_program(self) -> ExportedProgram:
+        """Return the traced dense arch; its archive is looked into before anything is unpickled.
+
+        Call it as ``program.module()(**inputs)`` with ``manifest.dense.inputs``; it returns a Tensor, or a tuple in the
+        order of ``manifest.dense.outputs``.
+        """
+        if self.manifest.dense is None:
+            raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
+        return load_program(self.directory.read(self.manifest.dense.program))
+
+    def header(self, name: str) -> Header:
+        """Return the header of one shard file, read once."""
+        if name not in self._headers:
+            self._headers[name] = read_header(self.directory, name)
+        return self._headers[name]
+
+    def _find(
+        self,
+        file: str,
+        id_key: str,
+        slot_key: str,
+        unique: np.ndarray,
+        wanted: np.ndarray,
+        has_row: np.ndarray,
+        rows: np.ndarray,
+    ) -> None:
+        header = self.header(file)
+        place = {key: row for row, key in enumerate(header.keys)}
+        if id_key not in place or slot_key not in place:
+            raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
+        id_begin, num_rows = int(header.begins[place[id_key]]), header.shapes[place[id_key]][0]
+        slot_begin = int(header.begins[place[slot_key]])
+        row_bytes = rows.shape[1]
+        sought = unique[wanted]
+        with self.directory.open_reader(file) as reader:
+            for first in range(0, num_rows, _RUN_ROWS):
+                ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
+                reader.read_into(ids.data.cast("B"), id_begin + first * 8)
+                places = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
+                for row in np.flatnonzero(sought[places] == ids).tolist():
+                    target = int(wanted[places[row]])
+                    has_row[target] = True
+                    if row_bytes:
+                        reader.read_into(rows[target].data, slot_begin + (first + row) * row_bytes)
+
+
+def open_package(path: str | os.PathLike[str], *, storage_options: dict[str, Any] | None = None) -> Package:
+    """Open the package at ``path``, a directory or an fsspec URL.
+
+    Raises:
+        PackageError: no manifest, so no package; or one that is damaged or of a later schema.
+    """
+    return Package(Directory(path, storage_options))

@@ -1,0 +1,123 @@
+"""What the id columns say, as counts: which rows go to which target. Data and pure functions; reading is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.checkpoint.ids import RUN_ROWS
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.plan.targets import Targets
+
+GRANULE_ROWS = RUN_ROWS
+"""Rows are counted in runs of this many, so that several ranks can gather from one part."""
+
+MAX_SORTED_IDS = 16 << 20
+"""Ids (8 bytes each) that are held at once to be sorted: 128 MiB."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Census:
+    """Counts of a share of the parts, or of all.
+
+    ``part``, ``granule``, ``target`` and ``rows`` (int64) are parallel and sorted in this order; runs without rows
+    are left out. The other columns are parallel to ``counted``.
+    """
+
+    part: np.ndarray
+    granule: np.ndarray
+    target: np.ndarray
+    rows: np.ndarray
+    counted: np.ndarray
+    """int64: the parts that were counted, sorted."""
+    misplaced: np.ndarray
+    """int64: rows whose id lies outside the slice that the part claims."""
+    id_sum: np.ndarray
+    """uint64: the sum of the mixed ids, modulo 2**64; equal before and after wherever the rows went."""
+
+
+class UniqueTask(NamedTuple):
+    """A share of the search for ids that stand twice: the ids of ``parts`` whose mixed bits begin with ``bucket``."""
+
+    table: int
+    parts: tuple[int, ...]
+    bucket: int
+    bucket_bits: int
+
+
+def merge_censuses(shares: Sequence[Census]) -> Census:
+    """Join the shares of all ranks into one, in the order of parts whatever the shares were."""
+    runs = np.stack(
+        [np.concatenate([getattr(s, name) for s in shares]) for name in ("part", "granule", "target", "rows")]
+    )
+    runs = runs[:, np.lexsort((runs[2], runs[1], runs[0]))]
+    counted = np.concatenate([share.counted for share in shares])
+    order = np.argsort(counted)
+    return Census(
+        part=runs[0],
+        granule=runs[1],
+        target=runs[2],
+        rows=runs[3],
+        counted=counted[order],
+        misplaced=np.concatenate([share.misplaced for share in shares])[order],
+        id_sum=np.concatenate([share.id_sum for share in shares])[order],
+    )
+
+
+def mix(ids: np.ndarray) -> np.ndarray:
+    """Spread int64 ids over all 64 bits (uint64), one to one.
+
+    The multiplier is 2**64 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, section 6.4).
+    """
+    mixed: np.ndarray = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
+
+
+def share_parts(checkpoint: Checkpoint, world_size: int) -> list[list[int]]:
+    """Deal the parts out to the ranks for counting, balanced by rows: the largest first, each to who has least."""
+    loads = np.zeros(world_size, np.int64)
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    rows = checkpoint.parts.rows
+    for part in np.lexsort((np.arange(len(rows)), -rows)).tolist():
+        rank = int(loads.argmin())
+        loads[rank] += rows[part] + 1  # an empty part costs something too
+        shares[rank].append(part)
+    return [sorted(share) for share in shares]
+
+
+def plan_unique_tasks(checkpoint: Checkpoint, census: Census) -> list[UniqueTask]:
+    """Return what is still to be searched for ids that stand twice, once every part of up to MAX_SORTED_IDS has been.
+
+    Disjoint slices without misplaced rows prove uniqueness across parts. Where slices overlap or rows are misplaced,
+    all parts of the table are searched together; a part too large for one sort is searched in buckets.
+    """
+    tasks = []
+    for table in range(len(checkpoint.tables)):
+        parts = checkpoint.parts.of_table(table)
+        begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
+        is_disjoint = bool((begin[1:] >= np.maximum.accumulate(end)[:-1]).all()) if len(parts) > 1 else True
+        is_proven = is_disjoint and not census.misplaced[parts].any()
+        groups = (
+            [(part,) for part in parts if checkpoint.parts.rows[part] > MAX_SORTED_IDS] if is_proven else [tuple(parts)]
+        )
+        for group in groups:
+            rows = int(checkpoint.parts.rows[list(group)].sum())
+            bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / MAX_SORTED_IDS)))))
+            tasks += [UniqueTask(table, group, bucket, bits) for bucket in range(1 << bits)]
+    return tasks
+
+
+def count_rows_by_target(checkpoint: Checkpoint, targets: Sequence[Targets], census: Census) -> list[np.ndarray]:
+    """Return for each table the rows (int64) of each target."""
+    table_of_run = checkpoint.parts.table[census.part]
+    counts = []
+    for table, target in enumerate(targets):
+        runs = table_of_run == table
+        counts.append(
+            np.bincount(census.target[runs], weights=census.rows[runs], minlength=len(target.slices)).astype(np.int64)
+        )
+    return counts

@@ -1,0 +1,136 @@
+"""What is kept and what is dropped, by name. Pure.
+
+Source of the optimizer names: RecIS's sparse optimizers (SparseAdam, SparseAdamW, SparseAdamWTF, SparseAdagrad,
+SparseAdagradSum, SparseRowWiseAdagrad, SparseRowWiseAdagradSum). A ``step_filter`` slot is no optimizer state: the
+eviction of old rows goes on reading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
+from dist_export.errors import PlanError
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+
+OPTIMIZER_SLOTS = frozenset(
+    {
+        "sparse_adam_exp_avg",
+        "sparse_adam_exp_avg_sq",
+        "sparse_adamw_exp_avg",
+        "sparse_adamw_exp_avg_sq",
+        "sparse_adamw_tf_exp_avg",
+        "sparse_adamw_tf_exp_avg_sq",
+        "sparse_adagrad_state_sum",
+        "sparse_row_wise_adagrad_state_sum",
+        "sparse_row_wise_adagrad_sum_state_sum",
+    }
+)
+OPTIMIZER_DENSE = frozenset(
+    {f"sparse_{name}_{what}" for name in ("adam", "adamw", "adamw_tf") for what in ("beta1", "beta2", "step")}
+    | {"sparse_adagrad_step", "sparse_row_wise_adagrad_step", "sparse_row_wise_adagrad_sum_step"}
+)
+_BY_TABLE = ("sparse_row_wise_adagrad_", "sparse_row_wise_adagrad_sum_")
+
+BY_OPTIMIZER = "optimizer"
+BY_PATTERN = "drop_slots"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The outcome of :func:`select`."""
+
+    kept: tuple[tuple[SlotMeta, ...], ...]
+    """For each table of the checkpoint, the slots that stay: id, embedding, then the rest in source order."""
+    dropped: tuple[tuple[tuple[SlotMeta, str], ...], ...]
+    """For each table, the slots that go, each with the reason: ``optimizer`` or ``drop_slots``."""
+    kept_dense: tuple[DenseTensor, ...]
+    dropped_dense: tuple[tuple[DenseTensor, str], ...]
+
+
+def select_all(checkpoint: Checkpoint) -> Selection:
+    """Keep everything: a copy without a filter."""
+    return Selection(
+        kept=tuple(table.slots for table in checkpoint.tables),
+        dropped=tuple(() for _ in checkpoint.tables),
+        kept_dense=checkpoint.dense,
+        dropped_dense=(),
+    )
+
+
+def select(
+    checkpoint: Checkpoint,
+    *,
+    optimizer_slots: tuple[str, ...] = (),
+    drop_slots: tuple[str, ...] = (),
+    keep_slots: tuple[str, ...] = (),
+) -> Selection:
+    """Decide for each slot and each dense tensor among the sparse files.
+
+    Patterns are shell-style and match a slot (``step_filter``), a table's slot (``user_emb.step_filter``) or a dense
+    tensor's name. ``id`` and ``embedding`` always stay and match no pattern.
+
+    Raises:
+        PlanError: a pattern matches nothing, or one thing is named both to keep and to drop.
+    """
+    settings = {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
+    unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
+    tables = {table.name for table in checkpoint.tables}
+
+    def matches(setting: str, names: tuple[str, ...]) -> bool:
+        hits = [pattern for pattern in settings[setting] if any(fnmatchcase(name, pattern) for name in names)]
+        unmatched.difference_update((setting, pattern) for pattern in hits)
+        return bool(hits)
+
+    def reason_to_drop(names: tuple[str, ...], *, is_known: bool) -> str | None:
+        is_optimizer, is_dropped, is_kept = (matches(setting, names) for setting in settings)
+        if is_kept and is_dropped:
+            raise PlanError(f"{names[-1]!r} is named both by keep_slots and by drop_slots; take it out of one of them")
+        if is_kept:
+            return None
+        return BY_PATTERN if is_dropped else BY_OPTIMIZER if is_optimizer or is_known else None
+
+    kept: list[tuple[SlotMeta, ...]] = []
+    dropped: list[tuple[tuple[SlotMeta, str], ...]] = []
+    for table in checkpoint.tables:
+        stays: list[SlotMeta] = []
+        goes: list[tuple[SlotMeta, str]] = []
+        for slot in table.slots:
+            if slot.name in (ID_SLOT, EMBEDDING_SLOT):
+                stays.append(slot)
+                continue
+            names = (slot.name, f"{table.name}.{slot.name}")
+            reason = reason_to_drop(names, is_known=slot.name in OPTIMIZER_SLOTS)
+            if reason is None:
+                stays.append(slot)
+            else:
+                goes.append((slot, reason))
+        kept.append(tuple(stays))
+        dropped.append(tuple(goes))
+    dense = [
+        (tensor, reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name, tables)))
+        for tensor in checkpoint.dense
+    ]
+    if unmatched:
+        setting, pattern = min(unmatched)
+        slots = sorted({slot.name for table in checkpoint.tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
+        raise PlanError(
+            f"{setting}: the pattern {pattern!r} matches no slot and no dense tensor of the checkpoint; "
+            f"its slots besides id and embedding, which always stay: {', '.join(slots) or 'none'}"
+        )
+    return Selection(
+        kept=tuple(kept),
+        dropped=tuple(dropped),
+        kept_dense=tuple(tensor for tensor, reason in dense if reason is None),
+        dropped_dense=tuple((tensor, reason) for tensor, reason in dense if reason is not None),
+    )
+
+
+def _is_optimizer_dense(name: str, tables: set[str]) -> bool:
+    if name in OPTIMIZER_DENSE:
+        return True
+    # RowWiseAdagrad over several tables saves one step for each, with the table's name in the middle
+    return name.endswith("_step") and any(
+        name.startswith(prefix) and name[len(prefix) : -len("_step")] in tables for prefix in _BY_TABLE
+    )

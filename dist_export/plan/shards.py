@@ -1,0 +1,332 @@
+"""The second stage of planning: every header, offset and segment of the output, from headers and the census. Pure.
+
+A part whose rows all go to one target is moved as byte ranges, whatever its slice says; only parts whose rows part ways
+are gathered row by row. Merging shards is thus always copying.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.layout.recis import DENSE_SUFFIX, shard_name, sparse_key
+from dist_export.layout.safetensors import encode_header
+from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
+from dist_export.plan.selection import Selection
+from dist_export.plan.targets import Targets
+
+
+class OutputFile(NamedTuple):
+    """One shard file to be written: ``header`` (may be empty), then the payload."""
+
+    name: str
+    num_bytes: int
+    header: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Copies:
+    """Byte ranges that go over unchanged, as parallel int64 columns, ordered by file and place there."""
+
+    file: np.ndarray
+    offset: np.ndarray
+    source_file: np.ndarray
+    source_offset: np.ndarray
+    num_bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+
+class Gather(NamedTuple):
+    """Rows ``first_row`` to ``first_row + num_rows`` of a part, which go to several targets.
+
+    ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
+    of the target's block where they begin.
+    """
+
+    part: int
+    first_row: int
+    num_rows: int
+    targets: np.ndarray
+    counts: np.ndarray
+    first_target_rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OutputBlocks:
+    """The blocks of all tables in the output, as parallel columns; all int64 but ``key``."""
+
+    key: tuple[str, ...]
+    file: np.ndarray
+    table: np.ndarray
+    column: np.ndarray
+    """The slot, as in ``SlotMeta.column``; 0 is the ids."""
+    target: np.ndarray
+    """The part within its table, counted from 0."""
+    begin: np.ndarray
+    end: np.ndarray
+    size: np.ndarray
+    """The slice of ids that the part holds."""
+    rows: np.ndarray
+    offset: np.ndarray
+    """Absolute position in the file, in bytes."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SparsePlan:
+    """All that the ranks will write. The same on every rank, whatever their number."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    targets: tuple[Targets, ...]
+    """Of each table; empty in a copy."""
+    num_shards: int
+    is_copy: bool
+    files: tuple[OutputFile, ...]
+    blocks: OutputBlocks
+    dense_files: tuple[tuple[str, int], ...]
+    """(key, file) of each dense tensor among the sparse files of the output."""
+    copies: Copies
+    gathers: tuple[Gather, ...]
+    digest: str
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all output files."""
+        return sum(file.num_bytes for file in self.files)
+
+    def slots_of(self, table: int) -> tuple[SlotMeta, ...]:
+        """Return the slots of a table that are kept."""
+        return self.selection.kept[table]
+
+    @functools.cached_property
+    def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
+        """For each (table, slot column), where the block of each target stands in ``blocks``."""
+        order = np.lexsort((self.blocks.target, self.blocks.column, self.blocks.table))
+        kinds = np.stack([self.blocks.table[order], self.blocks.column[order]], axis=1)
+        starts = np.flatnonzero(np.any(np.diff(kinds, axis=0, prepend=-1) != 0, axis=1))
+        pieces = np.split(order, starts[1:])
+        return {(int(kinds[start, 0]), int(kinds[start, 1])): rows for start, rows in zip(starts, pieces, strict=True)}
+
+    def blocks_of(self, table: int, column: int) -> np.ndarray:
+        """Return the places in ``blocks`` of one slot of a table, by target."""
+        return self._rows_of_blocks[table, column]
+
+
+def plan_shards(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    targets: tuple[Targets, ...],
+    census: Census,
+    *,
+    num_shards: int | None,
+) -> SparsePlan:
+    """Lay out the output shards: one file a shard, tables in source order, dense tensors in shard 0.
+
+    Args:
+        num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
+    """
+    count = num_shards or max((len(target.slices) for target in targets), default=1)
+    rows_by_target = count_rows_by_target(checkpoint, targets, census)
+    entries: list[list[tuple[str, int, tuple[int, ...], int]]] = [[] for _ in range(count)]
+    columns: list[tuple[int, ...]] = []
+    for table, meta in enumerate(checkpoint.tables):
+        rows = rows_by_target[table].tolist()
+        for slot in selection.kept[table]:
+            for target, num_rows in enumerate(rows):
+                key = sparse_key(meta.name, slot.name, target, len(rows))
+                columns.append(
+                    (target, len(entries[target]), table, slot.column, target, *targets[table].slices[target], num_rows)
+                )
+                entries[target].append((key, slot.dtype, (num_rows, *slot.inner_shape), num_rows * slot.row_bytes))
+    for tensor in selection.kept_dense:
+        entries[0].append((tensor.name + DENSE_SUFFIX, tensor.dtype, tensor.shape, tensor.num_bytes))
+    files: list[OutputFile] = []
+    file_of_shard = np.full(count, -1, np.int64)
+    begins: list[np.ndarray] = []
+    for shard, shard_entries in enumerate(entries):
+        header = encode_header(shard_entries)
+        edges = np.cumsum([len(header), *(entry[3] for entry in shard_entries)], dtype=np.int64)
+        begins.append(edges[:-1])
+        if shard_entries:  # like RecIS, a shard without a block leaves no file
+            file_of_shard[shard] = len(files)
+            files.append(OutputFile(shard_name(shard, count), int(edges[-1]), header))
+    matrix = np.array(columns, np.int64).reshape(-1, 9).T
+    shard_column, entry_column = matrix[0].tolist(), matrix[1].tolist()
+    blocks = OutputBlocks(
+        key=tuple(entries[shard][entry][0] for shard, entry in zip(shard_column, entry_column, strict=True)),
+        file=file_of_shard[matrix[0]],
+        table=matrix[2],
+        column=matrix[3],
+        target=matrix[4],
+        begin=matrix[5],
+        end=matrix[6],
+        size=matrix[7],
+        rows=matrix[8],
+        offset=np.array(
+            [begins[shard][entry] for shard, entry in zip(shard_column, entry_column, strict=True)], np.int64
+        ),
+    )
+    plan = SparsePlan(
+        checkpoint=checkpoint,
+        selection=selection,
+        targets=targets,
+        num_shards=count,
+        is_copy=False,
+        files=tuple(files),
+        blocks=blocks,
+        dense_files=tuple((tensor.name + DENSE_SUFFIX, 0) for tensor in selection.kept_dense),
+        copies=_join([]),
+        gathers=(),
+        digest="",
+    )
+    segments, gathers = _route(plan, census)
+    first_dense = len(entries[0]) - len(selection.kept_dense)
+    segments += [
+        np.array([[0], [begins[0][first_dense + i]], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
+        for i, tensor in enumerate(selection.kept_dense)
+    ]
+    return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
+
+
+def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
+    """Take every payload file over as it is."""
+    parts, source = checkpoint.parts, checkpoint.blocks
+    part, column = np.nonzero(source.file >= 0)
+    first_part = np.searchsorted(parts.table, np.arange(len(checkpoint.tables)))
+    numbers = np.arange(len(checkpoint.files), dtype=np.int64)
+    zeros = np.zeros_like(numbers)
+    plan = SparsePlan(
+        checkpoint=checkpoint,
+        selection=selection,
+        targets=(),
+        num_shards=int(np.bincount(parts.table).max(initial=0)),
+        is_copy=True,
+        files=tuple(OutputFile(file.name, file.size, b"") for file in checkpoint.files),
+        blocks=OutputBlocks(
+            key=tuple(source.key[part, column]),
+            file=source.file[part, column].astype(np.int64),
+            table=parts.table[part],
+            column=column,
+            target=part - first_part[parts.table[part]],
+            begin=parts.begin[part],
+            end=parts.end[part],
+            size=parts.size[part],
+            rows=parts.rows[part],
+            offset=source.offset[part, column],
+        ),
+        dense_files=tuple((tensor.name + DENSE_SUFFIX, tensor.file) for tensor in checkpoint.dense),
+        copies=Copies(
+            file=numbers,
+            offset=zeros,
+            source_file=numbers,
+            source_offset=zeros,
+            num_bytes=np.array([file.size for file in checkpoint.files], np.int64),
+        ),
+        gathers=(),
+        digest="",
+    )
+    return _seal(plan, copies=plan.copies, gathers=())
+
+
+def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
+    """Say for every run of the census where its rows go: byte ranges (5, n) and gathers."""
+    parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
+    segments: list[np.ndarray] = []
+    gathers: list[Gather] = []
+    table_of_run = parts.table[census.part] if len(census.part) else np.zeros(0, np.int64)
+    for table in range(len(plan.checkpoint.tables)):
+        first, last = np.searchsorted(table_of_run, [table, table + 1])
+        part, granule, target, rows = (
+            column[first:last] for column in (census.part, census.granule, census.target, census.rows)
+        )
+        if not len(part):
+            continue
+        base = _rows_before(target, rows)
+        starts = np.flatnonzero(np.diff(part, prepend=-1))
+        is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
+        whole = starts[is_whole]
+        for slot in plan.slots_of(table):
+            block = plan.blocks_of(table, slot.column)[target[whole]]
+            segments.append(
+                np.stack(
+                    [
+                        plan.blocks.file[block],
+                        plan.blocks.offset[block] + base[whole] * slot.row_bytes,
+                        source.file[part[whole], slot.column],
+                        source.offset[part[whole], slot.column],
+                        parts.rows[part[whole]] * slot.row_bytes,
+                    ]
+                )
+            )
+        is_run_split = np.repeat(~is_whole, np.diff(np.append(starts, len(part))))
+        split = np.flatnonzero(is_run_split)
+        edges = np.flatnonzero(np.diff(part[split], prepend=-1) | np.diff(granule[split], prepend=-1))
+        for runs in np.split(split, edges[1:]) if len(split) else []:
+            first_row = int(granule[runs[0]]) * GRANULE_ROWS
+            gathers.append(
+                Gather(
+                    part=int(part[runs[0]]),
+                    first_row=first_row,
+                    num_rows=int(rows[runs].sum()),
+                    targets=target[runs],
+                    counts=rows[runs],
+                    first_target_rows=base[runs],
+                )
+            )
+    return segments, gathers
+
+
+def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return for each run, in order, the rows that earlier runs have put into the same target."""
+    order = np.argsort(target, kind="stable")
+    sums = np.cumsum(rows[order]) - rows[order]
+    first_of_target = np.flatnonzero(np.diff(target[order], prepend=-1))
+    lengths = np.diff(np.append(first_of_target, len(order)))
+    before = np.empty_like(rows)
+    before[order] = sums - np.repeat(sums[first_of_target], lengths)
+    return before
+
+
+def _join(segments: Sequence[np.ndarray]) -> Copies:
+    """Order byte ranges by place in the output and join those that are neighbours on both sides."""
+    columns = np.concatenate([np.zeros((5, 0), np.int64), *segments], axis=1)
+    columns = columns[:, columns[4] > 0]
+    columns = columns[:, np.lexsort((columns[1], columns[0]))]
+    file, offset, source_file, source_offset, num_bytes = columns
+    is_first = np.ones(len(file), bool)
+    is_first[1:] = (
+        (file[1:] != file[:-1])
+        | (source_file[1:] != source_file[:-1])
+        | (offset[1:] != offset[:-1] + num_bytes[:-1])
+        | (source_offset[1:] != source_offset[:-1] + num_bytes[:-1])
+    )
+    starts = np.flatnonzero(is_first)
+    return Copies(
+        file=file[starts],
+        offset=offset[starts],
+        source_file=source_file[starts],
+        source_offset=source_offset[starts],
+        num_bytes=np.add.reduceat(num_bytes, starts) if len(starts) else num_bytes,
+    )
+
+
+def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> SparsePlan:
+    """Add the segments and the digest over everything that decides what is written."""
+    digest = xxhash.xxh3_128(plan.checkpoint.fingerprint.encode())
+    for file in plan.files:
+        digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + file.header)
+    for name in ("file", "offset", "source_file", "source_offset", "num_bytes"):
+        digest.update(np.ascontiguousarray(getattr(copies, name)).tobytes())
+    for gather in gathers:
+        digest.update(np.array(gather[:3], np.int64).tobytes())
+        for column in gather[3:]:
+            digest.update(np.ascontiguousarray(column).tobytes())
+    return replace(plan, copies=copies, gathers=gathers, digest=f"xxh3:{digest.hexdigest()}")

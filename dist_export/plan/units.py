@@ -1,0 +1,104 @@
+"""Cut the plan into units of work and deal them out to the ranks. Pure.
+
+A copy unit is a run of whole digest chunks of one output file, so that whoever writes it can also hash it. Chunks that
+gathered rows fall into are hashed afterwards, from the file, in units of their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.plan.shards import SparsePlan
+from dist_export.storage import CHUNK_BYTES
+
+UNIT_BYTES = 256 << 20
+"""The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
+
+
+class Unit(NamedTuple):
+    """One piece of work.
+
+    ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
+    ``gather``: move the rows of ``plan.gathers[number]``; ``begin`` and ``end`` are 0 and the bytes moved.
+    ``hash``: read the same range of output ``number`` back and return the chunk digests.
+    """
+
+    kind: str
+    number: int
+    begin: int
+    end: int
+    is_hashed: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes moved or read."""
+        return self.end - self.begin
+
+
+def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``."""
+    gathered = _chunks_with_gathers(plan)
+    writing: list[Unit] = []
+    hashing: list[Unit] = []
+    for number, file in enumerate(plan.files):
+        if number in skip:
+            continue
+        for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
+            writing.append(Unit("copy", number, begin, end, not is_gathered))
+            if is_gathered:
+                hashing.append(Unit("hash", number, begin, end, is_hashed=True))
+    for number, gather in enumerate(plan.gathers):
+        table = int(plan.checkpoint.parts.table[gather.part])
+        row_bytes = sum(slot.row_bytes for slot in plan.slots_of(table))
+        writing.append(Unit("gather", number, 0, gather.num_rows * row_bytes, is_hashed=False))
+    return writing, hashing
+
+
+def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
+    """Return units that read whole files back, for files that are there already."""
+    return [
+        Unit("hash", number, begin, end, is_hashed=True)
+        for number in files
+        for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset())
+    ]
+
+
+def assign(units: list[Unit], world_size: int) -> list[list[int]]:
+    """Deal the units out in runs of equal bytes: neighbours stay together, so a file has few writers.
+
+    Every unit counts for its bytes and a little more, since opening and claiming cost something too.
+    """
+    costs = np.array([unit.num_bytes + 4096 for unit in units], np.int64)
+    middles = np.cumsum(costs) - costs / 2
+    ranks = np.minimum(middles * world_size / max(int(costs.sum()), 1), world_size - 1).astype(np.int64)
+    return [np.flatnonzero(ranks == rank).tolist() for rank in range(world_size)]
+
+
+def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
+    """Cut a file into runs of whole chunks of one kind, each at most UNIT_BYTES; an empty file is one empty run."""
+    runs: list[tuple[int, int, bool]] = []
+    for chunk in range(max(1, -(-num_bytes // CHUNK_BYTES))):
+        begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
+        kind = chunk in gathered
+        if runs and runs[-1][2] == kind and end - runs[-1][0] <= UNIT_BYTES:
+            runs[-1] = (runs[-1][0], end, kind)
+        else:
+            runs.append((begin, end, kind))
+    return runs
+
+
+def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
+    found: dict[int, set[int]] = {}
+    for gather in plan.gathers:
+        table = int(plan.checkpoint.parts.table[gather.part])
+        for slot in plan.slots_of(table):
+            block = plan.blocks_of(table, slot.column)[gather.targets]
+            begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
+            lasts = np.maximum(begins, begins + gather.counts * slot.row_bytes - 1)
+            for file, begin, last in zip(
+                plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
+            ):
+                found.setdefault(file, set()).update(range(begin // CHUNK_BYTES, last // CHUNK_BYTES + 1))
+    return {file: frozenset(chunks) for file, chunks in found.items()}

@@ -1,0 +1,121 @@
+"""``plan``: what an export would do, computed as the export computes it; nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dist_export.collective import Ranks, join
+from dist_export.config import ExportConfig
+from dist_export.dense.fg import check_tables
+from dist_export.exporter import check_places, dims_of, open_source, place_of, read_confs
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.recis import ID_SLOT
+from dist_export.objects import Objects, build_objects
+from dist_export.plan.units import assign, plan_units
+from dist_export.progress import amount
+from dist_export.source import PlannedSparse, plan_sparse
+from dist_export.storage import Directory
+
+
+def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
+    """Plan for ``world_size`` ranks in this one process and return the plan as plain values. UserError as an export."""
+    with join(timeout_secs=config.timeout) as ranks:
+        return _report(ranks, config, world_size)
+
+
+def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
+    source = Directory(config.ckpt_dir, config.storage_options)
+    target = Directory(place_of(config), config.storage_options)
+    check_places(ranks, config, source, target)
+    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
+    objects = build_objects(fg_only) if fg_only is not None else Objects()
+    _, _, features = read_confs(config, objects)
+    checkpoint = open_source(ranks, config, source)
+    if checkpoint is not None:
+        check_tables(features, dims_of(checkpoint))
+    report: dict[str, Any] = {
+        "export_dir": target.url,
+        "source": config.ckpt_dir,
+        "files": [],
+        "tables": [],
+        "ranks": [],
+        "dense_tensors": {"kept": [], "dropped": []},
+        "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
+        "notes": [*(checkpoint.warnings if checkpoint is not None else ()), *features.notes],
+    }
+    if not config.need_export_sparse or checkpoint is None:
+        return report
+    planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
+    plan = planned.plan
+    if source.is_same(target):
+        report["notes"].append(
+            "export_dir is ckpt_dir: its files stay as they are, the package is completed around them"
+        )
+    report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
+    report["tables"] = _tables(planned)
+    report["dense_tensors"] = {
+        "kept": [tensor.name for tensor in plan.selection.kept_dense],
+        "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
+    }
+    writing, _ = plan_units(plan)
+    report["ranks"] = [
+        {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
+        for rank, mine in enumerate(assign(writing, world_size))
+    ]
+    report["copied_ranges"] = len(plan.copies)
+    report["gathered_rows"] = sum(gather.num_rows for gather in plan.gathers)
+    return report
+
+
+def render_report(report: dict[str, Any]) -> list[str]:
+    """Return the plan line by line, for people."""
+    total = sum(file["bytes"] for file in report["files"])
+    lines = [
+        f"would export {report['source']} to {report['export_dir']}: {len(report['files'])} shards, {amount(total)}"
+    ]
+    lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
+    for table in report["tables"]:
+        repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
+        lines.append(f"  table {table['name']}: {table['rows']:,} rows{repaired}")
+        for slot in table["slots"]:
+            fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
+            lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
+    for what, names in report["dense_tensors"].items():
+        if names:
+            lines.append(f"  dense tensors {what}: {', '.join(names)}")
+    if "copied_ranges" in report:
+        lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
+    lines += [f"  rank {share['rank']}: {share['units']} units, {amount(share['bytes'])}" for share in report["ranks"]]
+    if report["dense"]:
+        lines.append(f"  dense arch: {report['dense']}, traced by rank 0")
+    return lines + [f"  note: {note}" for note in report["notes"]]
+
+
+def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
+    plan = planned.plan
+    tables = []
+    for number, table in enumerate(plan.checkpoint.tables):
+        parts = plan.checkpoint.parts.of_table(number)
+        rows = int(plan.checkpoint.parts.rows[parts].sum())
+        reasons = {slot.name: reason for slot, reason in plan.selection.dropped[number]}
+        blocks = plan.blocks_of(number, next(slot.column for slot in table.slots if slot.name == ID_SLOT))
+        tables.append(
+            {
+                "name": table.name,
+                "rows": rows,
+                "misplaced": int(planned.census.misplaced[parts].sum()),
+                "rows_by_part": np.asarray(plan.blocks.rows[blocks]).tolist(),
+                "slots": [
+                    {
+                        "name": slot.name,
+                        "dtype": DTYPES[slot.dtype].torch,
+                        "bytes": rows * slot.row_bytes,
+                        "reason": reasons.get(slot.name, ""),
+                    }
+                    for slot in table.slots
+                ],
+            }
+        )
+    return tables

@@ -1,0 +1,137 @@
+"""What the user sees while an export runs: stages with their times, all ranks' bytes, a closing summary. Rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from dist_export.collective import Ranks
+from dist_export.manifest import Manifest
+from dist_export.transfer.engine import Share
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_SECS = 5.0
+_POLL_SECS = 0.2
+COUNTER = "bytes"
+
+
+class Reporter:
+    """Times stages on every rank, and shows them on rank 0 if it is to show anything."""
+
+    def __init__(self, ranks: Ranks, *, is_shown: bool) -> None:
+        """``is_shown``: whether this export belongs to the command line; called as a function it only logs."""
+        self._ranks = ranks
+        self._is_shown = is_shown and ranks.rank == 0
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the export."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        if self._ranks.rank == 0:
+            logger.info("%s: %.2f s", name, self.seconds[name])
+
+    def count_bytes(self, num_bytes: int) -> None:
+        """Add to the bytes of all ranks. Any rank, any thread."""
+        self._ranks.add(COUNTER, num_bytes)
+
+    @contextlib.contextmanager
+    def transferring(self, total_bytes: int) -> Iterator[None]:
+        """Show the bytes of all ranks while the block runs: a bar on a terminal, else a line every few seconds."""
+        if not self._is_shown or not total_bytes:
+            yield
+            return
+        start = self._ranks.add(COUNTER, 0)
+        stop = threading.Event()
+        show = self._show_bar if sys.stderr.isatty() else self._log_lines
+        thread = threading.Thread(target=show, args=(stop, start, total_bytes), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _show_bar(self, stop: threading.Event, start: int, total_bytes: int) -> None:
+        columns = (TextColumn("shards"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("shards", total=total_bytes)
+            while not stop.wait(_POLL_SECS):
+                bar.update(task, completed=self._ranks.add(COUNTER, 0) - start)
+
+    def _log_lines(self, stop: threading.Event, start: int, total_bytes: int) -> None:
+        started = time.perf_counter()
+        while not stop.wait(_LOG_EVERY_SECS):
+            done = self._ranks.add(COUNTER, 0) - start
+            seconds = time.perf_counter() - started
+            share = 100 * done / total_bytes
+            logger.info(
+                "shards: %s of %s (%.0f %%), %.2f GB/s", amount(done), amount(total_bytes), share, done / seconds / 1e9
+            )
+
+
+def amount(num_bytes: int) -> str:
+    """Return a number of bytes for people."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    size = float(num_bytes)
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
+
+
+def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:
+    """Return the closing summary of an export, line by line."""
+    kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
+    dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
+    lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
+    if manifest.mode != "dense_only":
+        rows = sum(table.rows_out for table in manifest.tables)
+        seconds = manifest.run.get("seconds", {}).get("transfer", 0.0)
+        speed = f", {kept / seconds / 1e9:.2f} GB/s" if seconds else ""
+        lines.append(
+            f"  tables   {len(manifest.tables)}, {rows:,} rows in {manifest.num_shards} shards ({manifest.mode}{speed})"
+        )
+        lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
+        misplaced = sum(table.misplaced for table in manifest.tables)
+        if misplaced:
+            lines.append(f"  repaired {misplaced:,} rows lay in another shard's slice and were moved to their own")
+    if manifest.dropped_dense_tensors:
+        names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
+        lines.append(f"  dropped  dense tensors {names}")
+    if manifest.dense is not None:
+        inputs = ", ".join(tensor.name for tensor in manifest.dense.inputs)
+        lines.append(f"  inputs   {inputs}")
+        if manifest.dense.dropped_inputs:
+            lines.append(f"  unused   {', '.join(manifest.dense.dropped_inputs)} (no data path to an output; left out)")
+        lines.append(f"  outputs  {', '.join(tensor.name for tensor in manifest.dense.outputs)}")
+    if manifest.parity is not None:
+        worst = max(manifest.parity.max_abs.values(), default=0.0)
+        sizes = ", ".join(map(str, manifest.parity.batch_sizes))
+        lines.append(f"  parity   largest difference {worst:.2g} at batch sizes {sizes}")
+    sample = manifest.run.get("sample") or {}
+    if sample.get("asked"):
+        missing = sum(sample["missing"].values())
+        lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
+    lines += [f"  rank {share.rank}   {share.num_units} units, {amount(share.num_bytes)}" for share in shares]
+    timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
+    lines.append(f"  times    {timed}")
+    lines += [f"  note     {note}" for note in manifest.notes]
+    return lines
+
+
+def _dropped_names(manifest: Manifest) -> str:
+    names = sorted({slot.name for table in manifest.tables for slot in table.dropped})
+    return f" ({', '.join(names)})" if names else ""

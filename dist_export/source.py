@@ -1,0 +1,104 @@
+"""Open the source on all ranks and plan the sparse part: the stages that end in a plan that every rank agrees on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.recis import RecisReader
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.errors import ExportError, PlanError
+from dist_export.plan.census import Census, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.selection import Selection, select, select_all
+from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
+from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
+from dist_export.storage import Directory
+from dist_export.transfer.census import check_unique, take_census
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PlannedSparse:
+    """A plan, and the census that it came from."""
+
+    plan: SparsePlan
+    census: Census
+
+
+def open_checkpoint(ranks: Ranks, directory: Directory) -> Checkpoint:
+    """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's."""
+    reader = ranks.run("open the checkpoint", lambda: RecisReader(directory))
+    size = -(-len(reader.files) // ranks.world_size)
+    mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
+    shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
+    headers = [header for share in shares for header in share]
+    return ranks.run("match headers and indexes", lambda: reader.assemble(headers))
+
+
+def choose(
+    checkpoint: Checkpoint, config: ExportConfig, world_size: int
+) -> tuple[Selection, tuple[Targets, ...], int | None]:
+    """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
+    if not config.filter_sparse_opt:
+        if checkpoint.copy_hindrances:
+            raise PlanError(
+                f"{checkpoint.directory.url} cannot be copied as it is: {checkpoint.copy_hindrances[0]}. "
+                "Set filter_sparse_opt: true, which writes sound shards"
+            )
+        return select_all(checkpoint), plan_targets(checkpoint, None), None
+    selection = select(
+        checkpoint,
+        optimizer_slots=tuple(config.optimizer_slots),
+        drop_slots=tuple(config.drop_slots),
+        keep_slots=tuple(config.keep_slots),
+    )
+    num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=world_size)
+    return selection, plan_targets(checkpoint, num_shards), num_shards
+
+
+def plan_sparse(
+    ranks: Ranks,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    *,
+    world_size: int,
+) -> PlannedSparse:
+    """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
+
+    Raises:
+        PlanError: settings that this checkpoint cannot meet.
+        CheckpointError: an id that stands twice in a table.
+        ExportError: ranks that came to different plans, for they do not see the same source.
+    """
+    selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
+    mine = share_parts(checkpoint, ranks.world_size)[ranks.rank]
+    census = merge_censuses(ranks.gather("count the ids", lambda: take_census(checkpoint, targets, mine)))
+    tasks = plan_unique_tasks(checkpoint, census)[ranks.rank :: ranks.world_size]
+    ranks.gather("search for ids that stand twice", lambda: check_unique(checkpoint, tasks))
+
+    def lay_out() -> SparsePlan:
+        if config.filter_sparse_opt:
+            return plan_shards(checkpoint, selection, targets, census, num_shards=num_shards)
+        _refuse_misplaced(checkpoint, census)
+        return plan_copy(checkpoint, selection)
+
+    plan = ranks.run("lay out the shards", lay_out)
+    digests = ranks.gather("compare the plans", lambda: plan.digest)
+    if len(set(digests)) > 1:
+        told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+        raise ExportError(
+            f"the ranks came to different plans, so they do not see the same {checkpoint.directory.url} ({told}). "
+            "Nothing was written. Check that it is one shared directory whose files no longer change"
+        )
+    return PlannedSparse(plan=plan, census=census)
+
+
+def _refuse_misplaced(checkpoint: Checkpoint, census: Census) -> None:
+    for table, meta in enumerate(checkpoint.tables):
+        misplaced = int(census.misplaced[checkpoint.parts.of_table(table)].sum())
+        if misplaced:
+            raise PlanError(
+                f"{checkpoint.directory.url} cannot be copied as it is: {misplaced:,} rows of table {meta.name!r} lie in "
+                "another part's slice, where RecIS's loader drops them without a word. Set filter_sparse_opt: true, "
+                "which moves them to the slice that owns them"
+            )

@@ -1,0 +1,262 @@
+"""Directories behind fsspec URLs: listing, ranged reads, files that appear whole, digests.
+
+A local directory is read and written with plain system calls; anything else goes through fsspec. Where a store cannot
+write at a position, files are built in a local staging directory and put up whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from dist_export.errors import ConfigError, TransferError
+
+CHUNK_BYTES = 64 << 20
+"""A file's digest is built from the digests of its chunks of this size, so that several processes can share a file."""
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size in bytes, and a version text that changes when the content does (mtime in ns, or a store's etag)."""
+
+    size: int
+    version: str
+
+
+class RangeReader:
+    """A file opened for reading at positions. Local files are read with ``preadv``, thread-safe; others by seeking."""
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self._name = name
+        self.where = directory.describe(name)
+        self._fd = -1
+        self._file: Any = None
+        if directory.is_local:
+            self._fd = os.open(directory.join(name), os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self._file = directory.fs.open(directory.join(name), "rb")
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor of a local file, -1 elsewhere."""
+        return self._fd
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from byte ``offset`` on. TransferError where the file ends before that."""
+        filled = 0
+        while filled < len(view):
+            if self._fd >= 0:
+                count = os.preadv(self._fd, [view[filled:]], offset + filled)
+            else:
+                self._file.seek(offset + filled)
+                data = self._file.read(len(view) - filled)
+                count = len(data)
+                view[filled : filled + count] = data
+            if count == 0:
+                raise TransferError(
+                    f"{self.where}: ended at byte {offset + filled:,}, {len(view) - filled:,} bytes before the end of "
+                    "a planned read; it shrank while it was being read. Run the export again on a finished checkpoint."
+                )
+            filled += count
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Directory:
+    """One directory behind an fsspec URL. Cheap to build; touches nothing until asked."""
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+        self.url = os.fspath(url)
+        self.storage_options = storage_options
+        try:
+            self.fs, path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{self.url}: no file system for this URL: {error}") from None
+        self.is_local: bool = isinstance(self.fs, LocalFileSystem)
+        self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see what is written here. ``memory://`` lives in one process."""
+        return "memory" not in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def join(self, name: str) -> str:
+        """Return the path of ``name`` on this directory's file system."""
+        return f"{self.path}/{name}"
+
+    def describe(self, name: str) -> str:
+        """Return ``name`` with the URL as the user gave it, for messages."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def names(self) -> list[str]:
+        """Return the names of all files directly in the directory, sorted; empty where there is no directory."""
+        try:
+            entries = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
+
+    def exists(self, name: str = "") -> bool:
+        """Return whether ``name`` (the directory itself by default) is there."""
+        return bool(self.fs.exists(self.join(name) if name else self.path))
+
+    def stat(self, name: str) -> FileStat:
+        """Return size and version of a file. FileNotFoundError where there is none."""
+        if self.is_local:
+            found = os.stat(self.join(name))
+            return FileStat(found.st_size, str(found.st_mtime_ns))
+        info = self.fs.info(self.join(name))
+        version = next(
+            (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
+        )
+        return FileStat(int(info["size"]), version)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole (small) file."""
+        data: bytes = self.fs.cat_file(self.join(name))
+        return data
+
+    def open_reader(self, name: str) -> RangeReader:
+        """Open a file for ranged reads."""
+        return RangeReader(self, name)
+
+    def make(self) -> None:
+        """Create the directory and its parents."""
+        self.fs.makedirs(self.path, exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file that appears whole or not at all; ``name`` may lie in a subdirectory."""
+        path = self.join(name)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)  # a put is atomic on object stores
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = path + PARTIAL_SUFFIX
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(os.path.dirname(path))
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.join(name))
+
+    def is_same(self, other: Directory) -> bool:
+        """Whether both are one directory, symbolic links and different spellings included."""
+        if self.is_local and other.is_local:
+            return os.path.realpath(self.path) == os.path.realpath(other.path)
+        return type(self.fs) is type(other.fs) and bool(self.path == other.path)
+
+
+class Staging:
+    """Where output files are built before they get their final names. Every process builds its own for one target.
+
+    On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
+    stores it grows in a local temporary directory and is put up whole.
+    """
+
+    def __init__(self, target: Directory) -> None:
+        self._target = target
+        self._temporary = None if target.is_local else tempfile.mkdtemp(prefix="dist_export-")
+
+    def path(self, name: str) -> str:
+        """Return the local path under which ``name`` is being built."""
+        base = self._target.path if self._temporary is None else self._temporary
+        return f"{base}/.{name}{PARTIAL_SUFFIX}"
+
+    def open_reader(self, name: str) -> RangeReader:
+        """Open a file that is being built."""
+        path = Path(self.path(name))
+        return Directory(path.parent).open_reader(path.name)
+
+    def create(self, name: str, num_bytes: int) -> None:
+        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once."""
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            if num_bytes:
+                os.posix_fallocate(fd, 0, num_bytes)
+        finally:
+            os.close(fd)
+
+    def publish(self, name: str) -> None:
+        """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
+        if self._temporary is None:
+            os.replace(self.path(name), self._target.join(name))
+            sync_directory(self._target.path)
+        else:
+            self._target.fs.put_file(self.path(name), self._target.join(name))
+            os.unlink(self.path(name))
+
+    def close(self) -> None:
+        """Remove the local staging directory, if there is one."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def sync_directory(path: str) -> None:
+    """Make a rename in ``path`` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def root_digest(chunk_digests: list[bytes]) -> str:
+    """Return the digest of a file from those of its chunks: xxh3-128 over their concatenation, as ``xxh3:<hex>``."""
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(chunk_digests))
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the digest of a file's whole content, the same that ``root_digest`` gives for its chunks."""
+    view = memoryview(data)
+    pieces = [view[start : start + CHUNK_BYTES] for start in range(0, max(len(view), 1), CHUNK_BYTES)]
+    return root_digest([xxhash.xxh3_128_digest(piece) for piece in pieces])
+
+
+def digest_file(directory: Directory, name: str) -> str:
+    """Return the digest of a file, read once through a small buffer."""
+    size = directory.stat(name).size
+    buffer = memoryview(bytearray(min(4 << 20, max(size, 1))))
+    digests = []
+    with directory.open_reader(name) as reader:
+        for start in range(0, max(size, 1), CHUNK_BYTES):
+            hasher = xxhash.xxh3_128()
+            for offset in range(start, min(start + CHUNK_BYTES, size), len(buffer)):
+                piece = buffer[: min(len(buffer), start + CHUNK_BYTES - offset, size - offset)]
+                reader.read_into(piece, offset)
+                hasher.update(piece)
+            digests.append(hasher.digest())
+    return root_digest(digests)
+
+
+def local_tree(folder: Path) -> list[str]:
+    """Return the relative paths (forward slashes) of all files below ``folder``, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,208 @@
+"""A rank's part of the plan, carried out: claim units, run them, publish whole files with a receipt each.
+
+The order on every rank: ``prepare`` (collective), ``write`` (no collective, so it may run beside other work in a
+thread), ``finish`` (collective).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+
+from dist_export.collective import Ranks
+from dist_export.plan.shards import SparsePlan
+from dist_export.plan.units import Unit, assign, plan_hash_units, plan_units
+from dist_export.storage import PARTIAL_SUFFIX, Directory, RangeReader, Staging, root_digest
+from dist_export.transfer.files import OpenReaders, StagedFiles
+from dist_export.transfer.units import UnitRunner
+
+RECEIPTS = ".dist_export"
+"""Directory in the target for the receipts of an export that is not committed yet."""
+
+ChunkDigests = dict[tuple[int, int], list[bytes]]
+"""(output file, first byte) -> digests of the chunks from there on."""
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Says that one shard file is whole, and of which plan it is."""
+
+    plan: str
+    name: str
+    num_bytes: int
+    digest: str
+
+
+class Share(NamedTuple):
+    """What one rank did."""
+
+    rank: int
+    num_units: int
+    num_bytes: int
+
+
+class Transfer:
+    """One rank's transfer of one plan into ``target``. ``in_place``: the files are there already and are only hashed."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        plan: SparsePlan,
+        target: Directory,
+        *,
+        in_place: bool,
+        count_bytes: Callable[[int], None],
+    ) -> None:
+        """``count_bytes`` is called with the bytes of each finished unit, for a progress display."""
+        self._ranks = ranks
+        self._plan = plan
+        self._target = target
+        self._in_place = in_place
+        self._count_bytes = count_bytes
+        self._staging = Staging(target)
+        self._digests: ChunkDigests = {}
+        self._reused: dict[int, str] = {}
+        self._writing: list[Unit] = []
+        self._hashing: list[Unit] = []
+        self._done = (0, 0)
+
+    @property
+    def num_reused(self) -> int:
+        """How many shards of an interrupted run were still whole. The same on every rank after ``prepare``."""
+        return len(self._reused)
+
+    def prepare(self) -> None:
+        """Find shards of an interrupted run that are whole, clear away the rest, reserve space. All ranks."""
+        ranks, plan = self._ranks, self._plan
+        if self._in_place:
+            self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
+            return
+        candidates = ranks.on_rank_0("look for an interrupted export", self._read_receipts)
+        if candidates:
+            units = plan_hash_units(plan, sorted(candidates))
+            work = partial(self._run_units, "reuse", units, self._open_final)
+            shares = ranks.gather("verify shards of an interrupted export", work)
+            found = _join_digests(shares)
+            self._reused = {
+                number: digest for number, digest in candidates.items() if _digest_of(found, number) == digest
+            }
+        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
+        mine = [n for n in range(ranks.rank, len(plan.files), ranks.world_size) if n not in self._reused]
+
+        def reserve() -> None:
+            for number in mine:
+                self._staging.create(plan.files[number].name, plan.files[number].num_bytes)
+
+        ranks.gather("reserve space for the shards", reserve)
+
+    def write(self) -> None:
+        """Copy and gather: own units first, then those of whoever is behind. Any thread; no collective."""
+        self._digests.update(self._run_units("write", self._writing, self._open_staged))
+
+    def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
+        """Hash what could not be hashed on the way, publish every file. All ranks; receipts in the order of the files.
+
+        Args:
+            wait_for_write: returns when ``write`` has, or raises what it raised.
+        """
+        ranks, plan = self._ranks, self._plan
+
+        def finish_writing() -> ChunkDigests:
+            wait_for_write()
+            return self._digests
+
+        found = _join_digests(ranks.gather("write shards", finish_writing))
+        if self._hashing:
+            opener = self._open_final if self._in_place else self._open_staged
+            hash_shards = partial(self._run_units, "hash", self._hashing, opener)
+            found |= _join_digests(ranks.gather("hash shards", hash_shards))
+        receipts = [
+            Receipt(
+                plan=plan.digest,
+                name=file.name,
+                num_bytes=file.num_bytes,
+                digest=self._reused.get(number) or _digest_of(found, number),
+            )
+            for number, file in enumerate(plan.files)
+        ]
+
+        def publish() -> Share:
+            if not self._in_place:
+                for number in range(ranks.rank, len(receipts), ranks.world_size):
+                    if number not in self._reused:
+                        self._staging.publish(receipts[number].name)
+                        self._target.write(_receipt_name(receipts[number].name), msgspec.json.encode(receipts[number]))
+            return Share(ranks.rank, *self._done)
+
+        return receipts, ranks.gather("publish shards", publish)
+
+    def close(self) -> None:
+        """Remove local staging space. Each rank for itself, also after a failure."""
+        self._staging.close()
+
+    def _run_units(self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader]) -> ChunkDigests:
+        ranks = self._ranks
+        queues = assign(units, ranks.world_size)
+        outputs = StagedFiles(self._plan, self._staging)
+        runner = UnitRunner(self._plan, outputs, OpenReaders(open_written))
+        digests: ChunkDigests = {}
+        is_whole = False
+        try:
+            # a rank that is done helps the next one; the claim is what keeps two from doing the same unit
+            for owner in (*range(ranks.rank, ranks.world_size), *range(ranks.rank)):
+                queue = queues[owner]
+                while queue and not ranks.has_failure():
+                    place = ranks.claim(f"{phase}/{owner}")
+                    if place >= len(queue):
+                        break
+                    unit = units[queue[place]]
+                    chunks = runner.run(unit)
+                    if unit.is_hashed:
+                        digests[unit.number, unit.begin] = chunks
+                    self._done = (self._done[0] + 1, self._done[1] + unit.num_bytes)
+                    self._count_bytes(unit.num_bytes)
+            is_whole = True
+        finally:
+            runner.close()
+            outputs.close(sync=is_whole)
+        return digests
+
+    def _read_receipts(self) -> dict[int, str]:
+        """Return the digests of shards that a receipt of this very plan vouches for; remove half-written files."""
+        found = {}
+        self._target.make()
+        for name in self._target.names():
+            if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+                self._target.remove(name)
+        for number, file in enumerate(self._plan.files):
+            if not (self._target.exists(_receipt_name(file.name)) and self._target.exists(file.name)):
+                continue
+            try:
+                receipt = msgspec.json.decode(self._target.read(_receipt_name(file.name)), type=Receipt)
+            except msgspec.MsgspecError:
+                continue  # a receipt cut short by a crash vouches for nothing; the shard is written anew
+            size = self._target.stat(file.name).size
+            if receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes:
+                found[number] = receipt.digest
+        return found
+
+    def _open_staged(self, number: int) -> RangeReader:
+        return self._staging.open_reader(self._plan.files[number].name)
+
+    def _open_final(self, number: int) -> RangeReader:
+        return self._target.open_reader(self._plan.files[number].name)
+
+
+def _receipt_name(shard: str) -> str:
+    return f"{RECEIPTS}/{shard}.json"
+
+
+def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:
+    return {key: digests for share in shares for key, digests in share.items()}
+
+
+def _digest_of(found: ChunkDigests, number: int) -> str:
+    begins = sorted(begin for file, begin in found if file == number)
+    return root_digest([digest for begin in begins for digest in found[number, begin]])
