@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 def _export(argv: list[str]) -> int:
     from dist_export.config_file import build_parser, parse_settings
 
-    parser = build_parser("dist_export")
+    parser = build_parser("dist_export", has_help=_wants_text(argv))
     if _wants_text(argv):
         parser.parse_args(argv)  # prints and exits
     if not argv:
@@ -78,7 +78,7 @@ def _plan(argv: list[str]) -> int:
     from dist_export.config_file import build_parser, parse_settings
     from dist_export.plan_report import make_report, render_report
 
-    parser = build_parser("dist_export plan")
+    parser = build_parser("dist_export plan", has_help=_wants_text(argv))
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--world_size", type=int, default=None, help="ranks to plan for; default $WORLD_SIZE or 1")
     if _wants_text(argv):
@@ -87,7 +87,8 @@ def _plan(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     world_size = asked.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     report = make_report(config, world_size=world_size)
-    _print_json(report) if asked.json else print("\n".join(render_report(report)))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print_json(report) if asked.json else print("\n".join(render_report(report)))
     return 0
 
 

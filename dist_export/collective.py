@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from dist_export.errors import DistExportError, ExportError, StepFailedError
+from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -83,9 +83,8 @@ class Ranks:
             raise raised
         if failures:
             code = max((code for _, code in failures.values()), default=1)
-            raise StepFailedError(
-                step, {rank: text for rank, (text, _) in failures.items()}, exit_code=code
-            ) from raised
+            texts = {rank: text for rank, (text, _) in failures.items()}
+            raise StepFailedError(step, texts, world_size=self.world_size, exit_code=code) from raised
         return [outcome[0] for outcome in outcomes]
 
     def on_rank_0(self, step: str, work: Callable[[], T]) -> T:
@@ -190,7 +189,13 @@ def join(*, timeout_secs: float) -> Ranks:
 
     owns = not dist.is_initialized()
     if owns:
-        dist.init_process_group("gloo", timeout=timeout)
+        try:
+            dist.init_process_group("gloo", timeout=timeout)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {_first_line(error)}. Start them with "
+                "torchrun, or unset WORLD_SIZE to export with one rank"
+            ) from error
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     store = torch_store.PrefixStore(f"dist_export/{next(_sequence)}", dist.distributed_c10d._get_default_store())  # noqa: SLF001 -- torch offers no public way to the job's store
     return Ranks(dist.get_rank(), dist.get_world_size(), store, group, owns)

@@ -7,29 +7,31 @@ import difflib
 import itertools
 import os
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
-DESCRIPTION = """\
-Export a checkpoint as a package for serving. Other commands, each with its own --help:
-  dist_export plan --config FILE   show what an export would do, and write nothing
-  dist_export inspect PATH         show a checkpoint or a package
-  dist_export verify PATH          check a package
-"""
+_USAGE = """\
+dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)
+       dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
+       dist_export inspect PATH                           show a checkpoint or a package
+       dist_export verify PATH                            check a package"""
 
 
-def build_parser(prog: str = "dist_export") -> ArgumentParser:
-    """Return the parser of all settings."""
-    parser = ArgumentParser(prog=prog, description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
+def build_parser(prog: str = "dist_export", *, has_help: bool = False) -> ArgumentParser:
+    """Return the parser of all settings; with ``has_help`` it explains each in ``--help``."""
+    if has_help:  # changes jsonargparse for the whole process, so only where the process is ours
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, usage=_USAGE, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(ExportConfig)
     return parser
@@ -127,7 +129,18 @@ def _expected(name: str) -> str:
     field = _FIELDS.get(name.split(".", maxsplit=1)[0])
     if field is None:
         return "another type"
-    hint = str(typing.get_type_hints(ExportConfig)[field.name])
-    for long, short in (("typing.", ""), ("<class '", ""), ("'>", ""), ("NoneType", "null"), ("None", "null")):
-        hint = hint.replace(long, short)
-    return hint
+    return _say_type(typing.get_type_hints(ExportConfig)[field.name])
+
+
+def _say_type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_say_type(argument) for argument in arguments)
+    if origin is list:
+        return f"a list [{_say_type(arguments[0])}, ...]"
+    if origin is dict:
+        return f"a mapping {{{_say_type(arguments[0])}: {_say_type(arguments[1])}}}"
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return plain.get(hint, "anything" if hint is Any else str(hint))

@@ -58,10 +58,13 @@ class PackageError(DistExportError):
 class StepFailedError(DistExportError):
     """A step failed on at least one rank. Raised on every rank, with the text of each failure by rank."""
 
-    def __init__(self, step: str, failures: dict[int, str], *, exit_code: int = 1) -> None:
+    def __init__(self, step: str, failures: dict[int, str], *, world_size: int, exit_code: int = 1) -> None:
         self.step = step
         self.failures = failures
         self.exit_code = exit_code
-        ranks = ", ".join(str(rank) for rank in sorted(failures))
-        told: dict[str, None] = dict.fromkeys(failures[rank] for rank in sorted(failures))
-        super().__init__(f"{step} failed on rank {ranks}: " + "; ".join(told))
+        told = list(dict.fromkeys(failures[rank] for rank in sorted(failures)))
+        if len(told) == 1 and len(failures) == world_size:
+            super().__init__(told[0])  # everyone met the same fault: no rank is special
+        else:
+            ranks = ", ".join(str(rank) for rank in sorted(failures))
+            super().__init__(f"'{step}' failed on rank {ranks} of {world_size}: " + "; ".join(told))

@@ -54,7 +54,7 @@ def run_export(
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     target = Directory(export_dir, config.storage_options)
     ranks.gather("check the places", lambda: check_places(ranks, config, source, target))
-    in_place = config.need_export_sparse and source.is_same(target)
+    in_place = source.is_same(target)
     notes: list[str] = []
 
     with reporter.stage("read"):
@@ -64,6 +64,8 @@ def run_export(
             notes += checkpoint.warnings
             ranks.gather("check fg against the tables", lambda: check_tables(features, dims_of(checkpoint)))
         notes += features.notes
+        if in_place:
+            ranks.gather("check fg.json", lambda: refuse_other_fg(target, fg_conf))
         dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
 
     planned: PlannedSparse | None = None
@@ -91,25 +93,24 @@ def run_export(
         tables: tuple[TableEntry, ...] = ()
         receipts: list[Receipt] = []
         shares: list[Share] = []
+        reused = 0
         with reporter.stage("transfer"):
             if planned is None:
                 ranks.gather("trace the dense arch", trace)
             else:
                 receipts, shares, reused = transfer(ranks, planned, target, reporter, beside=trace, in_place=in_place)
-                if reused:
-                    notes.append(f"{reused} shards of an interrupted export were whole and were kept")
         if planned is not None:
             with reporter.stage("check"):
                 tables = check(ranks, planned, target)
 
         def commit() -> Manifest:
-            manifest = _describe(config, checkpoint, planned, tables)
+            manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
             files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
             if planned is not None:
                 files += _write_indexes(planned, source, target, dense_state, in_place=in_place)
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
             if fg_conf is not None:
-                small[FG] = msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
+                small[FG] = encode_fg(fg_conf)
             files += write_small_files(target, small)
             manifest = msgspec.structs.replace(
                 manifest,
@@ -122,6 +123,7 @@ def run_export(
                     "world_size": ranks.world_size,
                     "seconds": {name: round(seconds, 3) for name, seconds in reporter.seconds.items()},
                     "sample": None if dense is None else dense.counts,
+                    "reused_shards": reused,
                 },
             )
             manifest = seal(manifest)
@@ -169,6 +171,22 @@ def read_confs(config: ExportConfig, objects: Objects) -> tuple[dict[str, Any] |
     fg_conf, mc_conf = collect_confs(objects.fg, config.fg_conf_or_path, config.mc_conf_or_path)
     already_hashed = objects.fg is not None and has_hashed_input(objects.fg)
     return fg_conf, mc_conf, check_conf(fg_conf, mc_conf, fg_rules=config.fg_rules, already_hashed=already_hashed)
+
+
+def refuse_other_fg(target: Directory, fg_conf: dict[str, Any] | None) -> None:
+    """Refuse to replace an fg.json that lies in the checkpoint by another one."""
+    if fg_conf is None or not target.exists(FG):
+        return
+    if target.read(FG) != encode_fg(fg_conf):
+        raise ConfigError(
+            f"{target.describe(FG)} is there already and is not the one to be exported; export_dir is ckpt_dir, whose "
+            "files are left as they are. Remove it, or give another export_dir"
+        )
+
+
+def encode_fg(fg_conf: dict[str, Any]) -> bytes:
+    """Return the content of fg.json."""
+    return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
 def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
@@ -252,9 +270,12 @@ def _describe(
     checkpoint: Checkpoint | None,
     planned: PlannedSparse | None,
     tables: tuple[TableEntry, ...],
+    *,
+    in_place: bool,
 ) -> Manifest:
     kept, dropped = ((), ()) if planned is None else describe_dense_tensors(planned.plan)
-    mode = "dense_only" if planned is None else "filter" if config.filter_sparse_opt else "copy"
+    copy = "in_place" if in_place else "copy"
+    mode = "dense_only" if planned is None else "filter" if config.filter_sparse_opt else copy
     return Manifest(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,

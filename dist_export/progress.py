@@ -73,11 +73,8 @@ class Reporter:
         started = time.perf_counter()
         while not stop.wait(_LOG_EVERY_SECS):
             done = self._ranks.add(COUNTER, 0) - start
-            seconds = time.perf_counter() - started
-            share = 100 * done / total_bytes
-            logger.info(
-                "shards: %s of %s (%.0f %%), %.2f GB/s", amount(done), amount(total_bytes), share, done / seconds / 1e9
-            )
+            speed = amount(round(done / (time.perf_counter() - started)))
+            logger.info("shards: %s of %s, %s/s", amount(done), amount(total_bytes), speed)
 
 
 def amount(num_bytes: int) -> str:
@@ -100,7 +97,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     if manifest.mode != "dense_only":
         rows = sum(table.rows_out for table in manifest.tables)
         seconds = manifest.run.get("seconds", {}).get("transfer", 0.0)
-        speed = f", {kept / seconds / 1e9:.2f} GB/s" if seconds else ""
+        speed = f", {amount(round(kept / seconds))}/s" if seconds else ""
         lines.append(
             f"  tables   {len(manifest.tables)}, {rows:,} rows in {manifest.num_shards} shards ({manifest.mode}{speed})"
         )
@@ -108,6 +105,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         misplaced = sum(table.misplaced for table in manifest.tables)
         if misplaced:
             lines.append(f"  repaired {misplaced:,} rows lay in another shard's slice and were moved to their own")
+        if reused := manifest.run.get("reused_shards"):
+            lines.append(f"  resumed  {reused} shards of an interrupted export were whole and were kept")
     if manifest.dropped_dense_tensors:
         names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
         lines.append(f"  dropped  dense tensors {names}")
@@ -125,7 +124,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     if sample.get("asked"):
         missing = sum(sample["missing"].values())
         lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
-    lines += [f"  rank {share.rank}   {share.num_units} units, {amount(share.num_bytes)}" for share in shares]
+    for share in shares:
+        units = "1 unit" if share.num_units == 1 else f"{share.num_units} units"
+        lines.append(f"  rank {share.rank}   {units}, {amount(share.num_bytes)}")
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]

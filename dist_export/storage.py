@@ -7,6 +7,7 @@ write at a position, files are built in a local staging directory and put up who
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -171,7 +172,10 @@ class Directory:
     def is_same(self, other: Directory) -> bool:
         """Whether both are one directory, symbolic links and different spellings included."""
         if self.is_local and other.is_local:
-            return os.path.realpath(self.path) == os.path.realpath(other.path)
+            try:
+                return bool(os.path.samefile(self.path, other.path))  # also through a bind mount
+            except OSError:  # one of them is not there yet
+                return bool(os.path.realpath(self.path) == os.path.realpath(other.path))
         return type(self.fs) is type(other.fs) and bool(self.path == other.path)
 
 
@@ -197,13 +201,32 @@ class Staging:
         return Directory(path.parent).open_reader(path.name)
 
     def create(self, name: str, num_bytes: int) -> None:
-        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once."""
-        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
+
+        Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
+
+        Raises:
+            TransferError: no space; the file is removed again.
+        """
+        path = self.path(name)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             if num_bytes:
-                os.posix_fallocate(fd, 0, num_bytes)
+                _reserve(fd, num_bytes)
+        except OSError as error:
+            self.remove(name)
+            where = self._target.describe(name) if self._temporary is None else path
+            raise TransferError(
+                f"{where}: no room for its {num_bytes:,} bytes: {error.strerror}. Nothing was published; free space "
+                "there and run the export again"
+            ) from error
         finally:
             os.close(fd)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that is being built, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(name))
 
     def publish(self, name: str) -> None:
         """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
@@ -218,6 +241,15 @@ class Staging:
         """Remove the local staging directory, if there is one."""
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, num_bytes)
 
 
 def sync_directory(path: str) -> None:

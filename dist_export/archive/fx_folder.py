@@ -73,6 +73,7 @@ def _flatten(exported_program: ExportedProgram) -> fx.GraphModule:
     assert isinstance(unlifted, fx.GraphModule)
     graph = unlifted.graph  # ``module()`` made this graph for its caller, so it may be changed
     graph.set_codegen(fx.graph.CodeGen())  # the exported one packs and unpacks pytrees around every call
+    _name_arguments(exported_program, graph)
     out_spec = exported_program.call_spec.out_spec
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
@@ -81,6 +82,18 @@ def _flatten(exported_program: ExportedProgram) -> fx.GraphModule:
             (outputs,) = node.args
             node.args = (outputs[0],)
     return _flatten_attributes(unlifted, graph)
+
+
+def _name_arguments(exported_program: ExportedProgram, graph: fx.Graph) -> None:
+    """Give keyword inputs their own names: FX writes ``User`` as ``user`` and loses letters beyond ASCII."""
+    in_spec = exported_program.call_spec.in_spec
+    positional, keywords = in_spec.children() if callable(in_spec.children) else in_spec.children_specs
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    names = list(keywords.context or ())
+    if positional.num_leaves or keywords.num_leaves != len(names) or len(arguments) != len(names):
+        return  # nested or positional inputs: one argument a tensor, named by FX
+    for node, name in zip(arguments, names, strict=True):
+        node.target = name
 
 
 def _flatten_attributes(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:

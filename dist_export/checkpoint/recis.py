@@ -7,32 +7,27 @@ never by the file's name; ``index`` says which files count, so files of an earli
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.reader import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.checkpoint.merged import check_merged
+from dist_export.checkpoint.parts import PartBuilder
+from dist_export.checkpoint.reader import Checkpoint, DenseTensor, Parts, SourceFile, TableMeta
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import DTYPES, I64
-from dist_export.layout.indexes import decode_indexes, split_internal
-from dist_export.layout.recis import (
-    DENSE_SUFFIX,
-    EMBEDDING_SLOT,
-    ID_SLOT,
-    INDEX,
-    MERGED,
-    TENSORKEY,
-    Slice,
-    key_stem,
-)
-from dist_export.layout.safetensors import Header, decode_header, decode_object, header_length
+from dist_export.layout.indexes import decode_indexes
+from dist_export.layout.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
+from dist_export.layout.safetensors import Header, decode_header, header_length
 from dist_export.storage import Directory
+
+T = TypeVar("T")
 
 _LEFTOVER = re.compile(r"ckpt-.*\.(tmp|json|index)$|.*\.tmp$|\d+tensorkey\.json$|\d+" + re.escape(MERGED) + "$")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
-_LAST_NUMBERS = re.compile(r"\d+")
 
 
 class RecisReader:
@@ -41,9 +36,9 @@ class RecisReader:
     def __init__(self, directory: Directory) -> None:
         """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing."""
         self.directory = directory
-        names = set(directory.names())
+        names = set(_reading(directory.url, directory.names))
         if not names:
-            what = "is an empty directory" if directory.exists() else "does not exist"
+            what = "holds no files" if directory.exists() else "does not exist"
             raise CheckpointError(f"{directory.url}: {what}; ckpt_dir must be a RecIS checkpoint (.../ckpt_<step>)")
         missing = [name for name in (INDEX, TENSORKEY) if name not in names]
         if missing:
@@ -51,7 +46,11 @@ class RecisReader:
                 f"{directory.url}: no {' and no '.join(missing)} among its {len(names)} files; RecIS writes them last, "
                 "so this is no RecIS checkpoint or its save did not finish"
             )
-        self._raw = {name: directory.read(name) for name in (INDEX, TENSORKEY, MERGED) if name in names}
+        self._raw = {
+            name: _reading(directory.describe(name), partial(directory.read, name))
+            for name in (INDEX, TENSORKEY, MERGED)
+            if name in names
+        }
         self._file_of_key, file_names, self._internal = decode_indexes(
             self._raw[INDEX], self._raw[TENSORKEY], where=directory.url.rstrip("/")
         )
@@ -73,27 +72,24 @@ class RecisReader:
             where = self.directory.describe(file.name)
             if file.size < 8:
                 raise CheckpointError(f"{where}: {file.size} bytes, too short for a safetensors file; it is truncated")
-            with self.directory.open_reader(file.name) as reader:
-                prefix = bytearray(8)
-                reader.read_into(memoryview(prefix), 0)
-                raw = bytearray(header_length(bytes(prefix), path=where, file_size=file.size))
-                reader.read_into(memoryview(raw), 8)
-            found.append(decode_header(bytes(raw), path=where, file_size=file.size))
+            raw = _reading(where, partial(self._read_header, file, where))
+            found.append(decode_header(raw, path=where, file_size=file.size))
         return found
 
     def assemble(self, headers: list[Header]) -> Checkpoint:
         """Match headers, ``index`` and ``tensorkey.json`` with each other and build the columns."""
-        collected = _Collected(self.directory)
+        sparse = PartBuilder(tuple(self.directory.describe(file.name) for file in self.files))
+        dense = _DenseBlocks()
         for number, header in enumerate(headers):
             self._match_index(number, header)
             for row, key in enumerate(header.keys):
-                self._collect(collected, number, header, row, key)
+                self._collect(sparse, dense, number, header, row, key)
         self._check_nothing_is_missing(headers)
-        tables, parts, blocks = collected.build()
+        tables, parts, blocks = sparse.build()
         fingerprint = xxhash.xxh3_128()
         for file, header in zip(self.files, headers, strict=True):
             fingerprint.update(msgspec.json.encode([file.name, file.size, file.version, header.keys]))
-            fingerprint.update(header.begins.tobytes())
+            fingerprint.update(header.begins.tobytes() + header.dtypes.tobytes() + repr(header.shapes).encode())
         for name in sorted(self._raw):
             fingerprint.update(self._raw[name])
         checkpoint = Checkpoint(
@@ -103,20 +99,29 @@ class RecisReader:
             tables=tables,
             parts=parts,
             blocks=blocks,
-            dense=tuple(collected.dense),
+            dense=tuple(dense.tensors.values()),
             fingerprint=f"xxh3:{fingerprint.hexdigest()}",
             copy_hindrances=(
                 *_list_hindrances(self.files, headers, tables, parts),
-                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in collected.bare_dense),
+                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in dense.bare),
             ),
             verbatim=(INDEX, TENSORKEY),
             warnings=self._warnings,
         )
-        self._check_merged(headers)
+        if MERGED in self._raw:
+            check_merged(self._raw[MERGED], headers, where=self.directory.describe(MERGED))
         return checkpoint
 
+    def _read_header(self, file: SourceFile, where: str) -> bytes:
+        with self.directory.open_reader(file.name) as reader:
+            prefix = bytearray(8)
+            reader.read_into(memoryview(prefix), 0)
+            raw = bytearray(header_length(bytes(prefix), path=where, file_size=file.size))
+            reader.read_into(memoryview(raw), 8)
+        return bytes(raw)
+
     def _stat(self, name: str) -> SourceFile:
-        found = self.directory.stat(name)
+        found = _reading(self.directory.describe(name), partial(self.directory.stat, name))
         return SourceFile(name=name, size=found.size, version=found.version)
 
     def _match_index(self, number: int, header: Header) -> None:
@@ -147,167 +152,51 @@ class RecisReader:
                     f"{self.directory.describe(TENSORKEY)} names {key!r}, which no file of the checkpoint holds"
                 )
 
-    def _collect(self, collected: _Collected, number: int, header: Header, row: int, key: str) -> None:
+    def _collect(
+        self, sparse: PartBuilder, dense: _DenseBlocks, number: int, header: Header, row: int, key: str
+    ) -> None:
+        where = self.directory.describe(self.files[number].name)
         internal = self._internal.get(key)
-        is_dense = internal is None and (key.endswith(DENSE_SUFFIX) or key + DENSE_SUFFIX in self._file_of_key)
-        if is_dense:
+        is_bare = internal is None and not key.endswith(DENSE_SUFFIX) and key + DENSE_SUFFIX in self._file_of_key
+        if internal is None and (is_bare or key.endswith(DENSE_SUFFIX)):
+            name = key.removesuffix(DENSE_SUFFIX)
+            if name in dense.tensors:
+                raise CheckpointError(f"{where} holds {key!r}, a second dense tensor of that name")
+            if is_bare:
+                dense.bare.append(key)
             begin, end = int(header.begins[row]), int(header.ends[row])
-            if not key.endswith(DENSE_SUFFIX):
-                collected.bare_dense.append(key)
-            collected.dense.append(
-                DenseTensor(
-                    name=key.removesuffix(DENSE_SUFFIX),
-                    dtype=int(header.dtypes[row]),
-                    shape=header.shapes[row],
-                    file=number,
-                    offset=begin,
-                    num_bytes=end - begin,
-                )
+            dense.tensors[name] = DenseTensor(
+                name=name,
+                dtype=int(header.dtypes[row]),
+                shape=header.shapes[row],
+                file=number,
+                offset=begin,
+                num_bytes=end - begin,
             )
             return
         if internal is None and "^" not in key:
             raise CheckpointError(
-                f"{self.directory.describe(self.files[number].name)} holds {key!r}, which {TENSORKEY} does not name; "
-                "RecIS's loader would lose its rows without a word"
+                f"{where} holds {key!r}, which {TENSORKEY} does not name; RecIS's loader would lose its rows without a "
+                "word"
             )
-        collected.add(internal or key, key, number, header, row)
-
-    def _check_merged(self, headers: list[Header]) -> None:
-        """Compare the merged manifest with the headers, in both of its styles. RecIS never reads it; serving does."""
-        raw = self._raw.get(MERGED)
-        if raw is None or raw.strip() == b"null":  # some versions write null where a rank had nothing to save
-            return
-        where = self.directory.describe(MERGED)
-        shapes = {
-            key: (header.shapes[row], int(header.dtypes[row]))
-            for header in headers
-            for row, key in enumerate(header.keys)
-        }
-        for key, entry in decode_object(raw, what=where).items():
-            if not isinstance(entry, dict):
-                raise CheckpointError(f"{where}: the entry {key!r} should be an object")
-            if key not in shapes:
-                if entry.get("is_hashmap"):
-                    raise CheckpointError(f"{where} names {key!r}, which no file of the checkpoint holds")
-                continue  # a parameter of model.pt, or a dense tensor saved under its bare name
-            shape, code = shapes[key]
-            if entry.get("shape") != list(shape):
-                raise CheckpointError(
-                    f"{where}: {key!r} has shape {entry.get('shape')}, its file says {list(shape)}; "
-                    "they are not of the same save"
-                )
-            named = entry.get("dtype")
-            if named and named not in (DTYPES[code].name, DTYPES[code].torch, "bool"):
-                raise CheckpointError(f"{where}: {key!r} is {named}, its file says {DTYPES[code].name}")
+        sparse.add(internal or key, key, number, header, row)
 
 
-class _Collected:
-    """Blocks as they are met, file by file, and the checks that they make whole parts and tables."""
+class _DenseBlocks:
+    """The dense tensors among the sparse files, as they are met."""
 
-    def __init__(self, directory: Directory) -> None:
-        self._directory = directory
-        self.dense: list[DenseTensor] = []
-        self.bare_dense: list[str] = []
-        self._slots: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
-        self._parts: dict[tuple[str, Slice, str], dict[str, tuple[int, int, int, str]]] = {}
-        self._names: dict[str, tuple[str, str, Slice, str]] = {}
-
-    def add(self, internal: str, key: str, number: int, header: Header, row: int) -> None:
-        """Take in one sparse block; ``internal`` is ``<table>@<slot>^<slice>``."""
-        names = self._names.get(internal)
-        if names is None:
-            block = split_internal(internal)
-            if block is None:
-                raise self._error(key, f"has the internal name {internal!r}; expected <table>@<slot>^BEGIN@END@SIZE")
-            names = self._names[internal] = (*block, key_stem(block.table, block.slot))
-        table, slot, part_slice, stem = names
-        shape = header.shapes[row]
-        if not shape:
-            raise self._error(key, "is a scalar, but a block of a table has a row for each id")
-        kind = (int(header.dtypes[row]), shape[1:])
-        if slot == ID_SLOT and kind != (I64, ()):
-            raise self._error(key, f"is {DTYPES[kind[0]].name} {list(shape)}; ids are I64 [rows]")
-        known = self._slots.setdefault(table, {}).setdefault(slot, kind)
-        if known != kind:
-            raise self._error(
-                key,
-                f"is {DTYPES[kind[0]].name} with rows of {list(kind[1])}; other parts of the table have "
-                f"{DTYPES[known[0]].name} with rows of {list(known[1])}",
-            )
-        # Two parts of a table may carry one slice; the suffix of their keys then tells their blocks apart.
-        suffix = key[len(stem) :] if key.startswith(stem) else ""
-        blocks = self._parts.setdefault((table, part_slice, suffix), {})
-        if slot in blocks:
-            raise self._error(key, f"is the second block of {internal}; which one counts cannot be told")
-        blocks[slot] = (number, int(header.begins[row]), shape[0], key)
-
-    def build(self) -> tuple[tuple[TableMeta, ...], Parts, Blocks]:
-        """Return tables in order of appearance, their parts by slice, and the matrix of blocks."""
-        tables = tuple(
-            TableMeta(name=table, slots=tuple(_order_slots(table, slots))) for table, slots in self._slots.items()
-        )
-        place = {table.name: i for i, table in enumerate(tables)}
-        keys = sorted(self._parts, key=lambda key: (place[key[0]], key[1], _natural(key[2])))
-        num_slots = max((len(table.slots) for table in tables), default=0)
-        file = np.full((len(keys), num_slots), -1, np.int32)
-        offset = np.zeros((len(keys), num_slots), np.int64)
-        names = np.full((len(keys), num_slots), None, object)
-        columns = np.zeros((5, len(keys)), np.int64)
-        for part, key in enumerate(keys):
-            table = tables[place[key[0]]]
-            blocks = self._parts[key]
-            rows = self._check_part(key, blocks, table)
-            columns[:, part] = (place[key[0]], *key[1], rows)
-            for slot in table.slots:
-                if slot.name in blocks:
-                    column = slot.column
-                    file[part, column], offset[part, column], _, names[part, column] = blocks[slot.name]
-        parts = Parts(table=columns[0], begin=columns[1], end=columns[2], size=columns[3], rows=columns[4])
-        for number, table in enumerate(tables):
-            sizes = np.unique(parts.size[parts.table == number])
-            if len(sizes) > 1:
-                raise CheckpointError(
-                    f"{self._directory.url}: table {table.name!r} has parts with slice sizes "
-                    f"{', '.join(map(str, sizes))}; RecIS's loader takes rows of one size only"
-                )
-        return tables, parts, Blocks(file=file, offset=offset, key=names)
-
-    def _check_part(
-        self, key: tuple[str, Slice, str], blocks: dict[str, tuple[int, int, int, str]], table: TableMeta
-    ) -> int:
-        where = f"{self._directory.url}: part {key[2].lstrip('/') or tuple(key[1])} of table {key[0]!r}"
-        for needed in (ID_SLOT, EMBEDDING_SLOT):
-            if needed not in blocks:
-                raise CheckpointError(f"{where} has no {needed} block")
-        rows = blocks[ID_SLOT][2]
-        for slot, (_, _, slot_rows, _) in blocks.items():
-            if slot_rows != rows:
-                raise CheckpointError(
-                    f"{where} has {rows:,} ids but {slot_rows:,} rows of {slot}; RecIS's reader would run on into the "
-                    "next block"
-                )
-        absent = [slot.name for slot in table.slots if slot.name not in blocks]
-        if absent and rows:
-            raise CheckpointError(f"{where} has {rows:,} rows but no {absent[0]}, which other parts have")
-        return rows
-
-    def _error(self, key: str, text: str) -> CheckpointError:
-        return CheckpointError(f"{self._directory.url}: block {key!r} {text}")
+    def __init__(self) -> None:
+        self.tensors: dict[str, DenseTensor] = {}
+        self.bare: list[str] = []
+        """Those saved without the suffix, which RecIS cannot find again."""
 
 
-def _order_slots(table: str, slots: dict[str, tuple[int, tuple[int, ...]]]) -> Iterable[SlotMeta]:
-    missing = [name for name in (ID_SLOT, EMBEDDING_SLOT) if name not in slots]
-    if missing:
-        raise CheckpointError(f"table {table!r} has no {' and no '.join(missing)} block in any file")
-    names = [ID_SLOT, EMBEDDING_SLOT, *(name for name in slots if name not in (ID_SLOT, EMBEDDING_SLOT))]
-    for column, name in enumerate(names):
-        dtype, inner = slots[name]
-        row_bytes = int(np.prod(inner, dtype=np.int64)) * DTYPES[dtype].itemsize
-        yield SlotMeta(name=name, dtype=dtype, inner_shape=inner, row_bytes=row_bytes, column=column)
-
-
-def _natural(suffix: str) -> tuple[list[int], str]:
-    return [int(number) for number in _LAST_NUMBERS.findall(suffix)], suffix
+def _reading(where: str, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns; a source that the system will not read is the user's to mend."""
+    try:
+        return read()
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
 
 
 def _list_bystanders(names: set[str], indexed: set[str]) -> Iterable[str]:

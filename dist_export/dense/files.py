@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ import torch
 
 from dist_export.archive.fx_folder import graph_text, write_fx_folder
 from dist_export.archive.pt2 import pack_program
-from dist_export.dense.trace import DenseSample, TracedDense
+from dist_export.dense.eager import DenseSample
+from dist_export.dense.trace import TracedDense
 from dist_export.manifest import DenseEntry, TensorEntry
 
 PROGRAM = "exported_model.pt"
@@ -65,7 +67,7 @@ def describe_dense(
     dynamic_dims: Mapping[str, Mapping[int, str]],
 ) -> DenseEntry:
     """Return the manifest's entry: names, dtypes, and shapes with the free dimensions by name."""
-    shapes = _output_shapes(traced)
+    shapes = _output_shapes(traced, dynamic_dims)
     return DenseEntry(
         folder=folder_name,
         program=f"{folder_name}/{PROGRAM}",
@@ -87,20 +89,25 @@ def describe_dense(
     )
 
 
-def _output_shapes(traced: TracedDense) -> list[tuple[int | str, ...]]:
-    """Return the outputs' shapes; a size that depends on free dimensions is given as its expression."""
+def _output_shapes(traced: TracedDense, dynamic_dims: Mapping[str, Mapping[int, str]]) -> list[tuple[int | str, ...]]:
+    """Return the outputs' shapes; a size that follows from free dimensions is given as an expression of their names."""
     values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
-    batch = {
-        str(value.shape[0])
-        for value in (values.get(str(name)) for name in traced.program.graph_signature.user_inputs)
-        if isinstance(value, torch.Tensor) and value.dim()
-    }
+    names: dict[str, str] = {}
+    for name, node in zip(traced.inputs, traced.program.graph_signature.user_inputs, strict=True):
+        value = values.get(str(node))
+        for dim, label in ({0: "batch"} | dict(dynamic_dims.get(name, {}))).items():
+            if isinstance(value, torch.Tensor):
+                names[str(value.shape[dim])] = label
     shapes: list[tuple[int | str, ...]] = []
-    for name in traced.program.graph_signature.user_outputs:
-        value = values.get(str(name))
+    for node in traced.program.graph_signature.user_outputs:
+        value = values.get(str(node))
         sizes = [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
-        shapes.append(tuple("batch" if size in batch else int(size) if size.isdigit() else size for size in sizes))
+        shapes.append(tuple(int(size) if size.isdigit() else _in_words(size, names) for size in sizes))
     return shapes
+
+
+def _in_words(size: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"[a-z]+\d+", lambda match: names.get(match[0], match[0]), size)
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from dist_export.dense.trace import DenseSample, exporting
+from dist_export.dense.blame import blame, said
+from dist_export.dense.eager import DenseSample, exporting
 from dist_export.errors import ParityError
 from dist_export.manifest import ParityEntry
 
@@ -47,13 +48,14 @@ def check_parity(
         found = _run(partial(runner, **used_rows), f"the written program fails {place}", sample)
         if len(expected) != len(found):
             raise ParityError(
-                f"{place} the dense arch returns {len(expected)} outputs, the written program {len(found)}"
+                f"{place} the dense arch returns {len(expected)} outputs, the written program {len(found)}. No manifest "
+                "was written"
             )
         for name, eager, written in zip(sample.output_names, expected, found, strict=True):
             if eager.shape != written.shape or eager.dtype != written.dtype:
                 raise ParityError(
                     f"output {name!r} {place}: the dense arch gives {_kind(eager)}, the written program {_kind(written)}; "
-                    "look for a branch on the batch size or a bare squeeze()"
+                    "no manifest was written. Look for a branch on the batch size or a bare squeeze()"
                 )
             worst_abs, worst_rel, is_close = _compare(eager, written, atol=atol, rtol=rtol)
             if not is_close:
@@ -70,13 +72,9 @@ def check_parity(
 def _run(call: Callable[[], Any], failure: str, sample: DenseSample) -> list[torch.Tensor]:
     try:
         with exporting(sample.dense_arch), torch.no_grad():
-            output = call()
+            return sample.flatten(call())
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        raise ParityError(f"{failure}: {type(error).__name__}: {first}") from error
-    if isinstance(output, torch.Tensor):
-        return [output]
-    return list(output.values()) if isinstance(output, dict) else list(output)
+        raise ParityError(f"{failure}: {said(error)}{blame(error)}. No manifest was written") from error
 
 
 def _resized(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
@@ -89,6 +87,7 @@ def _resized(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
 
 
 def _compare(eager: torch.Tensor, written: torch.Tensor, *, atol: float, rtol: float) -> tuple[float, float, bool]:
+    eager, written = eager.cpu(), written.cpu()
     if not eager.numel():
         return 0.0, 0.0, True
     if not eager.is_floating_point():
@@ -97,11 +96,12 @@ def _compare(eager: torch.Tensor, written: torch.Tensor, *, atol: float, rtol: f
         is_equal = bool(torch.equal(eager, written))
         largest = float((eager.to(torch.float64) - written.to(torch.float64)).abs().max())
         return largest, largest, is_equal
-    wide, other = eager.to(torch.float64).cpu(), written.to(torch.float64).cpu()
+    wide, other = eager.to(torch.float64), written.to(torch.float64)
     is_close = bool(torch.allclose(other, wide, atol=atol, rtol=rtol, equal_nan=True))
     is_same = (wide == other) | (wide.isnan() & other.isnan())  # infinities of one sign are the same
     difference = torch.where(is_same, torch.zeros_like(wide), (other - wide).abs())
-    relative = difference / wide.abs().clamp_min(torch.finfo(torch.float64).tiny)
+    # below atol a value is as good as zero, and a difference relative to it would say nothing
+    relative = difference / wide.abs().clamp_min(atol or torch.finfo(torch.float64).tiny)
     relative = torch.where(is_same, torch.zeros_like(wide), relative)
     return float(difference.max()), float(relative.max()), is_close
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -20,25 +23,30 @@ from dist_export.errors import ModelError
 WRAPPER_ELEMENTS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 """Path elements that DDP, ``torch.compile`` and FSDP put into parameter names."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FOREIGN = ("torch.distributed", "torch.nn.parallel")
+"""Where hooks come from that would gather, scatter or synchronize what the copy holds whole."""
 
 
-def copy_dense_arch(module: nn.Module, *, device: torch.device | str | None) -> nn.Module:
-    """Return a plain copy in eval mode on ``device`` (None: where the dense arch is). All ranks.
+def copy_dense_arch(module: nn.Module) -> nn.Module:
+    """Return a plain copy in eval mode. All ranks.
 
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
         ModelError: a parameter that cannot be gathered, with the reason.
     """
-    if device is None:
-        tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-        device = tensor.device if tensor is not None else torch.device("cpu")
     with _whole_parameters(module):
-        plain = _Copier().copy(module)
-    for parameter in plain.parameters():
-        parameter.grad = None
-    return plain.to(device).eval()
+        plain = _Copier(module).copy()
+    return plain.eval()
+
+
+def move_to(module: nn.Module, device: torch.device) -> None:
+    """Move parameters, buffers and tensors that are plain attributes."""
+    module.to(device)
+    for child in module.modules():
+        for name, value in child.__dict__.items():
+            if isinstance(value, torch.Tensor):
+                child.__dict__[name] = value.to(device)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -72,24 +80,30 @@ def _whole_parameters(module: nn.Module) -> Iterator[None]:
 class _Copier:
     """Copies a tree of modules; what is shared inside the tree is shared inside the copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
         self._memo: dict[int, Any] = {}
         self._inner: list[tuple[nn.Module, nn.Module]] = []
+        self._bases: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        """Address of a storage -> the parameters and buffers in it, each with its copy."""
 
-    def copy(self, root: nn.Module) -> nn.Module:
-        plain = self._allocate(root)
-        for original, new in self._inner:
+    def copy(self) -> nn.Module:
+        plain = self._allocate(self._root)
+        for original, new in self._inner:  # grows while modules turn up in plain attributes
             self._fill(original, new)
         return plain
 
     def _allocate(self, wrapped: nn.Module) -> nn.Module:
-        """Make the empty copies first, so that references among modules find them."""
+        """Make the copies with their tensors first, so that references among modules and views of tensors find them."""
         original = unwrap(wrapped)
         if id(original) not in self._memo:
             kind = _plain_class(original)
             new = kind.__new__(kind)
             self._memo[id(original)] = new
             self._inner.append((original, new))
+            for place in ("_parameters", "_buffers"):
+                tensors = original.__dict__[place].items()
+                new.__dict__[place] = {name: self._copy_tensor(tensor, original) for name, tensor in tensors}
             for child in original._modules.values():  # noqa: SLF001 -- children() leaves out what stands there twice
                 if child is not None:
                     self._allocate(child)
@@ -100,45 +114,94 @@ class _Copier:
         return new  # type: ignore[no-any-return]
 
     def _fill(self, original: nn.Module, new: nn.Module) -> None:
-        is_sharded = _plain_class(original) is not type(original)
         for name, value in original.__dict__.items():
-            if name in {"_parameters", "_buffers"}:
-                new.__dict__[name] = {key: self._copy_tensor(t, original) for key, t in value.items()}
-            elif name == "_modules":
+            if name in {"_parameters", "_buffers"} or name.startswith("__composable_api"):
+                continue
+            if name == "_modules":
                 new.__dict__[name] = {key: None if m is None else self._memo[id(m)] for key, m in value.items()}
             elif name == "_compiled_call_impl":
                 new.__dict__[name] = None
-            elif is_sharded and name in _HOOKS:
-                new.__dict__[name] = type(value)()  # FSDP's own: they would gather what is whole already
-            elif isinstance(value, torch.Tensor):
-                new.__dict__[name] = self._copy_tensor(value, original)
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                own = {key: hook for key, hook in value.items() if not _is_foreign(hook)}
+                new.__dict__[name] = type(value)((key, self._copy_attribute(hook, new)) for key, hook in own.items())
             else:
-                new.__dict__[name] = self._copy_attribute(value)
+                new.__dict__[name] = self._copy_attribute(value, original)
 
     def _copy_tensor(self, tensor: torch.Tensor | None, owner: nn.Module) -> torch.Tensor | None:
         if tensor is None:
             return None
         if id(tensor) not in self._memo:
-            whole = tensor.detach()
-            if hasattr(whole, "full_tensor"):  # DTensor
-                try:
-                    whole = whole.full_tensor()
-                except RuntimeError as error:
-                    raise ModelError(
-                        f"a parameter of {type(owner).__name__} is a DTensor that cannot be gathered: {error}"
-                    ) from error
-            if not is_lazy(tensor):
-                whole = whole.clone()
-            self._memo[id(tensor)] = (
-                nn.Parameter(whole, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
-            )
+            if is_lazy(tensor):
+                self._memo[id(tensor)] = copy.deepcopy(tensor)
+                return self._memo[id(tensor)]  # type: ignore[no-any-return]
+            whole = _gather(tensor, owner).clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            new = nn.Parameter(whole, requires_grad=tensor.requires_grad) if is_parameter else whole
+            self._memo[id(tensor)] = new
+            if new.shape == tensor.shape and new.stride() == tensor.stride() and not hasattr(tensor, "full_tensor"):
+                self._bases.setdefault(_address(tensor), []).append((tensor, new))
         return self._memo[id(tensor)]  # type: ignore[no-any-return]
 
-    def _copy_attribute(self, value: Any) -> Any:
+    def _copy_attribute(self, value: Any, owner: nn.Module) -> Any:
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if isinstance(value, torch.Tensor):
+            return self._copy_view(value, owner)
+        if isinstance(value, nn.Module):
+            # a link to what holds the dense arch must not draw in the whole model
+            return value if any(child is self._root for child in value.modules()) else self._allocate(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self._copy_attribute(value.__self__, owner))
+        if type(value) in (list, tuple, set):
+            return type(value)(self._copy_attribute(item, owner) for item in value)
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._copy_attribute(item, owner)) for key, item in value.items())
         try:
             return copy.deepcopy(value, self._memo)
         except Exception:  # noqa: BLE001 -- process groups, streams, locks, graphs: what cannot be copied is shared
             return value
+
+    def _copy_view(self, tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor | None:
+        """Copy a tensor that is a plain attribute; a view of a parameter becomes a view of the parameter's copy."""
+        if is_lazy(tensor) or tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
+            return self._copy_tensor(tensor, owner)
+        for base, new in self._bases.get(_address(tensor), []):
+            first = tensor.storage_offset() - base.storage_offset()
+            last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            room = new.untyped_storage().nbytes() // new.element_size()
+            if tensor.dtype == base.dtype and tensor.numel() and first >= 0 and last < room:
+                view = new.detach().as_strided(tensor.shape, tensor.stride(), first)
+                self._memo[id(tensor)] = view
+                return view
+        return self._copy_tensor(tensor, owner)
+
+
+def _gather(tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """Return the whole of a DTensor; of another tensor, itself without history."""
+    if hasattr(tensor, "local_shards"):
+        raise ModelError(
+            f"a parameter of {type(owner).__name__} is a ShardedTensor, which has no way to be gathered on every rank; "
+            "shard the dense arch with fully_shard (DTensor), or not at all"
+        )
+    whole = tensor.detach()
+    if not hasattr(whole, "full_tensor"):
+        return whole
+    try:
+        return whole.full_tensor()  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise ModelError(
+            f"a parameter of {type(owner).__name__} is a DTensor that cannot be gathered: {error}"
+        ) from error
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_foreign(hook: Any) -> bool:
+    while not hasattr(hook, "__func__") and (isinstance(hook, functools.partial) or hasattr(hook, "hook")):
+        hook = hook.func if isinstance(hook, functools.partial) else hook.hook
+    return str(getattr(getattr(hook, "__func__", hook), "__module__", "")).startswith(_FOREIGN)
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import keyword
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_export.dense.blame import blame, said
+from dist_export.dense.eager import uncompiled
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.tables import SampleRows, checkpoint_rows
-from dist_export.errors import ModelError
+from dist_export.errors import DistExportError, ModelError
 
 SAMPLE_ROWS = 128
+
+_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
+"""Names that the code of an exported program uses; an input of that name would hide them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +68,19 @@ def run_sparse_arch(
     """
     counts = SampleRows()
     # a sparse arch may empty the dict that it is given, and the dataset may yield that very dict again
-    data = copy.copy(data) if isinstance(data, dict) else data
+    data = _copy_containers(data)
     rows = (
         contextlib.nullcontext()
         if finder is None
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
-    with _eval_mode(sparse_arch), torch.no_grad(), rows:
-        output = sparse_arch(data)
+    with _eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
+        try:
+            output = sparse_arch(data)
+        except DistExportError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the sparse arch fails on the sample batch: {said(error)}{blame(error)}") from error
     return _dense_inputs(output), counts
 
 
@@ -79,17 +90,23 @@ def check_input_names(inputs: Mapping[str, torch.Tensor]) -> None:
     if bad:
         raise ModelError(
             f"the sparse arch gives inputs named {', '.join(map(repr, bad))}; an input is a keyword argument of the traced "
-            "program, so its name must be a Python identifier other than a keyword and self. Rename these blocks"
+            "program, so its name must be a Python identifier, in its usual spelling (Unicode NFKC), and neither a keyword nor "
+            f"self nor a name that torch's generated code takes for itself ({', '.join(sorted(_TAKEN - {'self'}))}). "
+            "Rename these blocks"
         )
 
 
 def is_argument_name(name: object) -> bool:
-    """Whether ``name`` can be a keyword argument of a method."""
-    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+    """Whether ``name`` can be a keyword argument of the program and of its generated code."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN:
+        return False
+    return unicodedata.normalize("NFKC", name) == name  # Python reads another spelling as this one
 
 
-def cut_sample(inputs: Mapping[str, torch.Tensor], *, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the inputs sorted by name, cut to 128 rows and repeated to 2 where there is 1, on ``device``.
+def cut_sample(
+    inputs: Mapping[str, torch.Tensor], *, device: torch.device, max_batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Return the inputs sorted by name, cut to 128 rows at most and repeated to 2 where there is 1, on ``device``.
 
     torch.export takes a batch of 1 for a constant. ModelError where the first dimensions differ or are 0.
     """
@@ -102,10 +119,22 @@ def cut_sample(inputs: Mapping[str, torch.Tensor], *, device: torch.device) -> d
         raise ModelError("the sample batch has no rows; let the dataset yield at least one")
     cut = {}
     for name in sorted(inputs):
-        rows = inputs[name].detach()[:SAMPLE_ROWS]
+        rows = inputs[name].detach()[: min(SAMPLE_ROWS, max_batch_size)]
         rows = rows.repeat(2, *[1] * (rows.dim() - 1)) if num_rows == 1 else rows
         cut[name] = rows.to(device).contiguous().clone()
     return cut
+
+
+def _copy_containers(data: Any) -> Any:
+    """Copy dicts and lists, all the way down; what they hold is shared."""
+    if isinstance(data, dict):
+        copied = copy.copy(data)
+        for key, value in data.items():
+            copied[key] = _copy_containers(value)
+        return copied
+    if type(data) in (list, tuple):
+        return type(data)(_copy_containers(item) for item in data)
+    return data
 
 
 @contextlib.contextmanager
@@ -134,6 +163,8 @@ def _dense_inputs(output: Any) -> dict[str, torch.Tensor]:
     for name, value in first.items():
         if not isinstance(value, torch.Tensor):
             raise ModelError(f"the sparse arch gives {name!r} as {type(value).__name__}; every dense input is a tensor")
+        if value.layout != torch.strided or value.is_nested:
+            raise ModelError(f"the sparse arch gives {name!r} as a sparse or nested tensor; give a dense one")
     return dict(first)
 
 

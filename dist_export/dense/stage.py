@@ -16,15 +16,17 @@ from dist_export.checkpoint.dense_state import load_dense_state
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
+from dist_export.dense.blame import said
+from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.parity import check_parity
-from dist_export.dense.plain_copy import copy_dense_arch, unwrap
+from dist_export.dense.plain_copy import copy_dense_arch, move_to, unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.dense.state import load_dense_parameters
-from dist_export.dense.trace import DenseSample, run_dense_arch, trace_dense
-from dist_export.errors import ModelError
+from dist_export.dense.trace import check_dynamic_dims, trace_dense
+from dist_export.errors import ConfigError, ModelError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.manifest import DenseEntry, ParityEntry
 from dist_export.objects import Objects
@@ -54,11 +56,8 @@ class DenseStage:
         """
         ranks, config = self._ranks, self._config
         sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
-        if self._objects.dense_optimizer is not None:
-            self._objects.dense_optimizer.zero_grad()
-        copied = ranks.run(
-            "copy the dense arch", lambda: copy_dense_arch(dense_arch, device=config.device), may_block=True
-        )
+        ranks.gather("clear the gradients", self._clear_gradients)
+        copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
@@ -120,6 +119,14 @@ class DenseStage:
             max_batch_size=config.max_batch_size,
         )
 
+    def _clear_gradients(self) -> None:
+        optimizer = self._objects.dense_optimizer
+        if optimizer is None:
+            return
+        if not callable(getattr(optimizer, "zero_grad", None)):
+            raise ModelError(f"dense_optimizer is a {type(optimizer).__name__} without zero_grad()")
+        optimizer.zero_grad()
+
     def _find_arches(self) -> tuple[nn.Module, nn.Module]:
         model = self._objects.model
         if not isinstance(model, nn.Module):
@@ -148,11 +155,21 @@ class DenseStage:
 
     def _run(self, copied: nn.Module, inputs: dict[str, torch.Tensor], features: Features) -> list[str]:
         check_input_names(inputs)
-        tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
-        device = torch.device(self._config.device or (tensor.device if tensor is not None else "cpu"))
-        cut = cut_sample(inputs, device=device)
+        device = self._device_of(copied)
+        cut = cut_sample(inputs, device=device, max_batch_size=self._config.max_batch_size)
+        check_dynamic_dims(cut, self._config.dynamic_dims)
+        move_to(copied, device)
         self._sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
         return list(check_inputs(features, {name: tuple(tensor.shape) for name, tensor in cut.items()}))
+
+    def _device_of(self, copied: nn.Module) -> torch.device:
+        tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
+        try:
+            device = torch.device(self._config.device or (tensor.device if tensor is not None else "cpu"))
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+            raise ConfigError(f"device is {self._config.device!r}: {said(error)}") from None
+        return device
 
 
 def _find(model: nn.Module, name: str, setting: str) -> nn.Module:

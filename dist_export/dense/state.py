@@ -12,7 +12,7 @@ from torch import nn
 from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, is_lazy
 from dist_export.errors import ModelError
 
-_SHOWN = 12
+_SHOWN = 200
 
 
 def load_dense_parameters(
@@ -38,11 +38,15 @@ def load_dense_parameters(
     """
     prefix = _plain_key(dense_model_name)
     expected = _by_plain_key(dense_arch.state_dict(), what="the dense arch")
-    found = {
-        key[len(prefix) + 1 :] if prefix else key: value
-        for key, (_, value) in _by_plain_key(state, what=where).items()
-        if not prefix or key.startswith(f"{prefix}.")
-    }
+    start = f"{prefix}." if prefix else ""
+    under_prefix = {name: value for name, value in state.items() if _plain_key(name).startswith(start)}
+    if not under_prefix and expected:
+        seen = ", ".join(sorted({name.split(".")[0] for name in state})) or "nothing"
+        raise ModelError(
+            f"{where} has no parameter under '{start}'; its names begin with {seen}. dense_model_name is the path of the "
+            "dense arch within the model that was trained"
+        )
+    found = {key[len(start) :]: value for key, (_, value) in _by_plain_key(under_prefix, what=where).items()}
     for pattern in allow_missing:
         if not any(fnmatchcase(key, pattern) for key in expected):
             raise ModelError(f"allow_missing_dense: the pattern {pattern!r} matches no parameter of the dense arch")
@@ -51,7 +55,7 @@ def load_dense_parameters(
     refused = [key for key in missing if key not in allowed]
     unexpected = [key for key in found if key not in expected]
     misshapen = [
-        f"{key} is {list(found[key].shape)}, the dense arch has {list(value.shape)}"
+        f"{key} is {_shape(found[key])}, the dense arch has {list(value.shape)}"
         for key, (_, value) in expected.items()
         if key in found and _has_other_shape(found[key], value)
     ]
@@ -64,6 +68,9 @@ def load_dense_parameters(
         complaints.append(f"unexpected under '{dense_model_name}.': {_listed(unexpected)}")
     if misshapen:
         complaints.append(f"of another shape: {_listed(misshapen)}")
+    torn = _torn_ties(expected, found)
+    if torn and not complaints:
+        complaints.append(f"different values for what is one tensor in the dense arch: {_listed(torn)}")
     if complaints:
         raise ModelError(f"{where} does not fit the dense arch {dense_model_name!r}. " + "; ".join(complaints))
     recast = [
@@ -100,6 +107,24 @@ def _has_other_shape(found: Any, expected: Any) -> bool:
     if is_lazy(expected):
         return False
     return not isinstance(found, torch.Tensor) or found.shape != expected.shape
+
+
+def _torn_ties(expected: Mapping[str, tuple[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    """Return keys that the dense arch holds as one tensor and the checkpoint as different ones: the last would win."""
+    first: dict[tuple[Any, ...], str] = {}
+    torn = []
+    for key, (_, value) in expected.items():
+        if key not in found or not isinstance(value, torch.Tensor) or is_lazy(value) or not value.numel():
+            continue
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        other = first.setdefault(place, key)
+        if other != key and not torch.equal(found[other].nan_to_num(), found[key].nan_to_num()):
+            torn.append(f"{other} and {key}")
+    return torn
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def _listed(names: Sequence[str]) -> str:

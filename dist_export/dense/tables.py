@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from dist_export.dense.blame import said
 from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.errors import ModelError
@@ -23,6 +24,7 @@ from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import CHILD_BITS
 
 _ID_MASK = (1 << CHILD_BITS) - 1
+_RUN_IDS = 1 << 20
 
 
 class SampleRows:
@@ -46,44 +48,58 @@ def checkpoint_rows(
     Raises:
         ModelError: a hash table that the checkpoint does not have, or with rows of another width.
     """
-    feeds: list[_Feed] = []
+    undo: list[Callable[[], None]] = []
     handles = []
     try:
-        for path, wrapped in sparse_arch.named_modules():
-            module = unwrap(wrapped)
-            if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
-                feed: _Feed = _HashFeed(module, path, finder, counts)
-            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                elements = [
-                    e for e in (*sparse_model_name.split("."), *path.split(".")) if e not in ("", *WRAPPER_ELEMENTS)
-                ]
-                name = ".".join(elements)
-                if not finder.has_table(name):
-                    counts.unknown_tables.append(name)
-                    continue
-                feed = _WeightFeed(module, name, finder, counts)
-            else:
-                continue
-            feeds.append(feed)
-            handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
+        for module, paths in _modules_with_paths(sparse_arch):
+            feed = _make_feed(module, [_join(sparse_model_name, path) for path in paths], finder, counts, undo)
+            if feed is not None:
+                handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
         with torch.no_grad():
-            for feed in feeds:
-                feed.restore()
+            for step in reversed(undo):  # of all tables in one order: two of them may share their rows
+                step()
+
+
+def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Return each module once, with all its paths. Wrappers are left out: what they wrap is there too."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        if unwrap(module) is module:
+            found.setdefault(id(module), (module, []))[1].append(path)
+    return list(found.values())
+
+
+def _make_feed(
+    module: nn.Module, paths: list[str], finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
+) -> _Feed | None:
+    if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
+        return _HashFeed(module, paths[0], finder, counts, undo)
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return None
+    plain = {_plain(name): name for name in finder.table_names()}
+    names = [path if finder.has_table(path) else plain.get(_plain(path)) for path in paths]
+    name = next((name for name in names if name is not None), None)
+    if name is None:
+        counts.unknown_tables.append(_plain(paths[0]))
+        return None
+    return _WeightFeed(module, name, finder, counts, undo)
 
 
 class _Feed:
-    """What both kinds of table share: which ids were fed already, and the rows to put back."""
+    """What both kinds of table share: which ids were fed already, and how to put rows back."""
 
-    def __init__(self, module: nn.Module, finder: RowFinder, counts: SampleRows) -> None:
+    def __init__(
+        self, module: nn.Module, finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
+    ) -> None:
         self._module = module
         self._finder = finder
         self._counts = counts
+        self._undo = undo
         self._fed = np.zeros(0, np.int64)
-        self._overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def before_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("ids", kwargs.get("input"))
@@ -102,9 +118,6 @@ class _Feed:
     def feed(self, ids: np.ndarray) -> None:
         raise NotImplementedError
 
-    def restore(self) -> None:
-        raise NotImplementedError
-
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
         has_row, rows = self._finder.find(table, ids)
@@ -119,81 +132,116 @@ class _Feed:
 class _HashFeed(_Feed):
     """Feeds a hash table through ``insert``."""
 
-    def __init__(self, module: nn.Module, path: str, finder: RowFinder, counts: SampleRows) -> None:
-        super().__init__(module, finder, counts)
+    def __init__(
+        self, module: nn.Module, path: str, finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
+    ) -> None:
+        super().__init__(module, finder, counts, undo)
         children = list(getattr(module, "children_hashtable", None) or [])
-        is_coalesced = getattr(module, "coalesce", getattr(module, "coalesced", len(children) > 1))
+        is_coalesced = getattr(module, "coalesce", len(children) > 1)
         self._children = children if is_coalesced and children else None
-        names = self._children or [_name_of(module, path)]
-        for name in names:
+        for name in self._children or [_name_of(module, path)]:
             if not finder.has_table(name):
                 raise ModelError(
                     f"the model's table {name!r} ({path}) is not in the checkpoint, which has "
                     f"{', '.join(finder.table_names()) or 'none'}"
                 )
-        self._names = names
+        self._path = path
 
     def feed(self, ids: np.ndarray) -> None:
         if self._children is None:
-            self._insert(*self.rows_of(self._names[0], ids))
+            name = _name_of(self._module, self._path)
+            self._insert(name, *self.rows_of(name, ids))
             return
         child_of_id = (ids.view(np.uint64) >> np.uint64(CHILD_BITS)).astype(np.int64)
         for child in np.unique(child_of_id).tolist():
             if child >= len(self._children):
                 raise ModelError(
-                    f"a coalesced table was asked for child {child}, but has {len(self._children)}: {self._children}"
+                    f"the coalesced table {self._path} was asked for child {child}, but has {len(self._children)}: "
+                    f"{self._children}"
                 )
             bare = np.sort(ids[child_of_id == child] & _ID_MASK)
             held, rows = self.rows_of(self._children[child], bare)
-            self._insert(held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
+            self._insert(self._children[child], held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
 
-    def _insert(self, held: np.ndarray, rows: torch.Tensor) -> None:
+    def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
         if not len(held):
             return
         module: Any = self._module
         live = module.ids()
         device = live.device
         ids = torch.from_numpy(np.ascontiguousarray(held)).to(device)
-        is_live = torch.isin(ids, live.reshape(-1))
-        if bool(is_live.any()):
-            known = ids[is_live]
+        is_live = torch.zeros_like(ids, dtype=torch.bool)
+        for some in live.reshape(-1).split(_RUN_IDS):  # isin sorts what it is given, so never all of a table
+            is_live |= torch.isin(ids, some)
+        known = ids[is_live]
+        if len(known):
             # forward, not __call__: our own hook must not run again
-            self._overwritten.append((known, module.forward(known).detach().clone()))
-        module.insert(ids, rows.to(device))
+            before = module.forward(known).detach().clone()
+            self._check_width(name, before, rows)
+            self._undo.append(lambda: module.insert(known, before.to(device)))
+        try:
+            module.insert(ids, rows.to(device))
+        except Exception as error:
+            raise ModelError(
+                f"table {name!r}: {self._path} does not take the checkpoint's rows, {rows.dtype} {list(rows.shape[1:])}: "
+                f"{said(error)}"
+            ) from error
+        self._check_width(name, module.forward(ids[:1]), rows)
 
-    def restore(self) -> None:
-        module: Any = self._module
-        for ids, rows in reversed(self._overwritten):
-            module.insert(ids, rows.to(ids.device))
-        self._overwritten.clear()
+    def _check_width(self, name: str, own: torch.Tensor, rows: torch.Tensor) -> None:
+        if own.shape[1:] != rows.shape[1:]:
+            raise ModelError(
+                f"table {name!r} has rows of {list(rows.shape[1:])} in the checkpoint, the model's ({self._path}) are "
+                f"{list(own.shape[1:])}"
+            )
 
 
 class _WeightFeed(_Feed):
     """Feeds an ``nn.Embedding`` or ``nn.EmbeddingBag``: an id is a row of its weight."""
 
     def __init__(
-        self, module: nn.Embedding | nn.EmbeddingBag, table: str, finder: RowFinder, counts: SampleRows
+        self,
+        module: nn.Embedding | nn.EmbeddingBag,
+        table: str,
+        finder: RowFinder,
+        counts: SampleRows,
+        undo: list[Callable[[], None]],
     ) -> None:
-        super().__init__(module, finder, counts)
+        super().__init__(module, finder, counts, undo)
         self._table = table
         slot = finder.embedding_of(table)
         if slot.inner_shape != (module.embedding_dim,):
             raise ModelError(
                 f"table {table!r} has rows of {list(slot.inner_shape)} in the checkpoint, the model has {module.embedding_dim}"
             )
-        self._weight = module.weight
+        weight = module.weight
+        if hasattr(weight, "full_tensor") or weight.shape != (module.num_embeddings, module.embedding_dim):
+            raise ModelError(
+                f"table {table!r} is sharded by FSDP or as a DTensor, so rows cannot be put into it for the sample; keep "
+                "embedding tables out of fully_shard"
+            )
 
     def feed(self, ids: np.ndarray) -> None:
-        ids = ids[(ids >= 0) & (ids < len(self._weight))]  # the module itself complains about the others
+        weight: torch.Tensor = self._module.weight.detach()  # type: ignore[operator]
+        ids = ids[(ids >= 0) & (ids < len(weight))]  # the module itself complains about the others
         held, rows = self.rows_of(self._table, ids)
-        index = torch.from_numpy(held).to(self._weight.device)
-        self._overwritten.append((index, self._weight.detach()[index].clone()))
-        self._weight.detach()[index] = rows.to(self._weight)
+        # rows that the checkpoint lacks are kept too: with max_norm the lookup itself changes them
+        asked = torch.from_numpy(ids).to(weight.device)
+        before = weight[asked].clone()
 
-    def restore(self) -> None:
-        for index, rows in reversed(self._overwritten):
-            self._weight.detach()[index] = rows
-        self._overwritten.clear()
+        def put_back() -> None:
+            weight[asked] = before
+
+        self._undo.append(put_back)
+        weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
+
+
+def _join(prefix: str, path: str) -> str:
+    return ".".join(element for element in (prefix, path) if element)
+
+
+def _plain(path: str) -> str:
+    return ".".join(element for element in path.split(".") if element not in WRAPPER_ELEMENTS)
 
 
 def _name_of(module: Any, path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from dist_export.errors import CheckpointError
-from dist_export.layout.recis import INDEX, TENSORKEY, Slice, is_plain_name, parse_slice
+from dist_export.layout.recis import INDEX, TENSORKEY, Slice, is_payload_name, parse_slice
 from dist_export.layout.safetensors import decode_object
 
 
@@ -42,9 +42,9 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
             f"{where}/{INDEX}: the numbers in file_index are {sorted(numbers.values())[:8]}, not 0 to {len(files) - 1}; "
             "RecIS's reader crashes on that"
         )
-    bad = next((name for name in files if not is_plain_name(name)), None)
+    bad = next((name for name in files if not is_payload_name(name)), None)
     if bad is not None:
-        raise CheckpointError(f"{where}/{INDEX}: {bad!r} is no name of a file in this directory")
+        raise CheckpointError(f"{where}/{INDEX}: {bad!r} is no name of a data file in this directory")
     stray = next((key for key, number in blocks.items() if not 0 <= number < len(files)), None)
     if stray is not None:
         raise CheckpointError(

@@ -36,8 +36,8 @@ class Slice(NamedTuple):
 def parse_slice(text: str) -> Slice | None:
     """Parse ``BEGIN@END@SIZE``, zero-padded or not. None where it is no slice or an impossible one."""
     numbers = text.split("@")
-    if len(numbers) != 3 or not all(number.isascii() and number.isdigit() for number in numbers):
-        return None
+    if len(numbers) != 3 or not all(number.isascii() and number.isdigit() and len(number) < 32 for number in numbers):
+        return None  # Python refuses to convert thousands of digits
     found = Slice(*(int(number) for number in numbers))
     return found if 0 <= found.begin <= found.end <= found.size < 1 << 62 and found.size > 0 else None
 
@@ -90,6 +90,14 @@ def key_stem(table: str, slot: str) -> str:
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` is a file's own name: no separator, no parent, no control character."""
     return bool(name) and name not in (".", "..") and "/" not in name and "\\" not in name and name.isprintable()
+
+
+def is_payload_name(name: str) -> bool:
+    """Whether ``name`` can be that of a data file: a plain name that is not, and cannot hide as, one of the small files.
+
+    A copy takes the name over: ``manifest.json`` would commit a package that is not written yet.
+    """
+    return is_plain_name(name) and name != INDEX and not name.startswith(".") and not name.endswith((".json", ".pt"))
 
 
 def shard_name(shard: int, num_shards: int) -> str:

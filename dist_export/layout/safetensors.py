@@ -113,7 +113,7 @@ def encode_header(entries: list[tuple[str, int, tuple[int, ...], int]]) -> bytes
 
 
 def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
-    """Decode a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no absurd nesting.
+    """Decode a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no absurd nesting, no half surrogates.
 
     Raises:
         CheckpointError: beginning with ``what``.
@@ -133,6 +133,8 @@ def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        if "\\u" in text:  # half a surrogate pair is valid JSON and no text: it could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply to be genuine") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_export.archive.guard import load_program
-from dist_export.errors import PackageError
+from dist_export.errors import PackageError, UserError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
@@ -26,6 +26,8 @@ class Package:
     """A committed package. ``manifest`` describes it; nothing else is read until asked for."""
 
     def __init__(self, directory: Directory) -> None:
+        if not directory.exists():
+            raise UserError(f"{directory.url} does not exist")
         if not directory.exists(MANIFEST):
             raise PackageError(
                 f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; "
@@ -130,6 +132,7 @@ def open_package(path: str | os.PathLike[str], *, storage_options: dict[str, Any
     """Open the package at ``path``, a directory or an fsspec URL.
 
     Raises:
+        UserError: there is no such directory.
         PackageError: no manifest, so no package; or one that is damaged or of a later schema.
     """
     return Package(Directory(path, storage_options))

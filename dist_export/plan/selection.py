@@ -31,7 +31,8 @@ OPTIMIZER_DENSE = frozenset(
     {f"sparse_{name}_{what}" for name in ("adam", "adamw", "adamw_tf") for what in ("beta1", "beta2", "step")}
     | {"sparse_adagrad_step", "sparse_row_wise_adagrad_step", "sparse_row_wise_adagrad_sum_step"}
 )
-_BY_TABLE = ("sparse_row_wise_adagrad_", "sparse_row_wise_adagrad_sum_")
+_BY_TABLE = "sparse_row_wise_adagrad_"
+"""Begins the dense names of RowWiseAdagrad and RowWiseAdagradSum."""
 
 BY_OPTIMIZER = "optimizer"
 BY_PATTERN = "drop_slots"
@@ -76,7 +77,6 @@ def select(
     """
     settings = {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
     unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
-    tables = {table.name for table in checkpoint.tables}
 
     def matches(setting: str, names: tuple[str, ...]) -> bool:
         hits = [pattern for pattern in settings[setting] if any(fnmatchcase(name, pattern) for name in names)]
@@ -109,7 +109,7 @@ def select(
         kept.append(tuple(stays))
         dropped.append(tuple(goes))
     dense = [
-        (tensor, reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name, tables)))
+        (tensor, reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name)))
         for tensor in checkpoint.dense
     ]
     if unmatched:
@@ -127,10 +127,7 @@ def select(
     )
 
 
-def _is_optimizer_dense(name: str, tables: set[str]) -> bool:
-    if name in OPTIMIZER_DENSE:
-        return True
-    # RowWiseAdagrad over several tables saves one step for each, with the table's name in the middle
-    return name.endswith("_step") and any(
-        name.startswith(prefix) and name[len(prefix) : -len("_step")] in tables for prefix in _BY_TABLE
-    )
+def _is_optimizer_dense(name: str) -> bool:
+    # RowWiseAdagrad over several tables saves one step for each, with the table's name in the middle; that of a
+    # coalesced group is no table on disk, so the name is not compared with the tables
+    return name in OPTIMIZER_DENSE or (name.startswith(_BY_TABLE) and name.endswith("_step"))

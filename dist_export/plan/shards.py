@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.errors import PlanError
 from dist_export.layout.recis import DENSE_SUFFIX, shard_name, sparse_key
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
@@ -148,6 +149,7 @@ def plan_shards(
                 entries[target].append((key, slot.dtype, (num_rows, *slot.inner_shape), num_rows * slot.row_bytes))
     for tensor in selection.kept_dense:
         entries[0].append((tensor.name + DENSE_SUFFIX, tensor.dtype, tensor.shape, tensor.num_bytes))
+    _refuse_one_key_twice(entries)
     files: list[OutputFile] = []
     file_of_shard = np.full(count, -1, np.int64)
     begins: list[np.ndarray] = []
@@ -234,6 +236,17 @@ def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
         digest="",
     )
     return _seal(plan, copies=plan.copies, gathers=())
+
+
+def _refuse_one_key_twice(entries: list[list[tuple[str, int, tuple[int, ...], int]]]) -> None:
+    seen: set[str] = set()
+    for key in (entry[0] for shard_entries in entries for entry in shard_entries):
+        if key in seen:  # table "a" with slot "b.c", and table "a.b" with slot "c"
+            raise PlanError(
+                f"two blocks would get the key {key!r}, for RecIS joins the names of table and slot with a dot; "
+                "drop one of the slots with drop_slots"
+            )
+        seen.add(key)
 
 
 def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
@@ -325,6 +338,8 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
         digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + file.header)
     for name in ("file", "offset", "source_file", "source_offset", "num_bytes"):
         digest.update(np.ascontiguousarray(getattr(copies, name)).tobytes())
+    for name in ("begin", "end", "size"):  # rows of a gather go where the slices say
+        digest.update(np.ascontiguousarray(getattr(plan.blocks, name)).tobytes())
     for gather in gathers:
         digest.update(np.array(gather[:3], np.int64).tobytes())
         for column in gather[3:]:

@@ -21,7 +21,7 @@ class Unit(NamedTuple):
     """One piece of work.
 
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
-    ``gather``: move the rows of ``plan.gathers[number]``; ``begin`` and ``end`` are 0 and the bytes moved.
+    ``gather``: move the rows of ``plan.gathers[number]``; ``begin`` and ``end`` are 0.
     ``hash``: read the same range of output ``number`` back and return the chunk digests.
     """
 
@@ -30,36 +30,36 @@ class Unit(NamedTuple):
     begin: int
     end: int
     is_hashed: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes moved or read."""
-        return self.end - self.begin
+    num_bytes: int
+    """Bytes moved, or read back: the work that the unit is."""
 
 
 def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``."""
     gathered = _chunks_with_gathers(plan)
+    copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
     for number, file in enumerate(plan.files):
         if number in skip:
             continue
         for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
-            writing.append(Unit("copy", number, begin, end, not is_gathered))
+            num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
+            if num_bytes or not is_gathered:
+                writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
-                hashing.append(Unit("hash", number, begin, end, is_hashed=True))
+                hashing.append(Unit("hash", number, begin, end, True, end - begin))
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
         row_bytes = sum(slot.row_bytes for slot in plan.slots_of(table))
-        writing.append(Unit("gather", number, 0, gather.num_rows * row_bytes, is_hashed=False))
+        writing.append(Unit("gather", number, 0, 0, False, gather.num_rows * row_bytes))
     return writing, hashing
 
 
 def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
     """Return units that read whole files back, for files that are there already."""
     return [
-        Unit("hash", number, begin, end, is_hashed=True)
+        Unit("hash", number, begin, end, True, end - begin)
         for number in files
         for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset())
     ]
@@ -74,6 +74,28 @@ def assign(units: list[Unit], world_size: int) -> list[list[int]]:
     middles = np.cumsum(costs) - costs / 2
     ranks = np.minimum(middles * world_size / max(int(costs.sum()), 1), world_size - 1).astype(np.int64)
     return [np.flatnonzero(ranks == rank).tolist() for rank in range(world_size)]
+
+
+class _CopiedBytes:
+    """How many bytes of a range come from copies or the header, not from gathers."""
+
+    def __init__(self, plan: SparsePlan) -> None:
+        self._plan = plan
+        self._before = np.concatenate([[0], np.cumsum(plan.copies.num_bytes)])
+
+    def within(self, number: int, begin: int, end: int) -> int:
+        """Return the bytes in ``begin`` to ``end`` of an output file."""
+        header = len(self._plan.files[number].header)
+        return max(0, min(end, header) - begin) + self._until(number, end) - self._until(number, begin)
+
+    def _until(self, number: int, position: int) -> int:
+        copies = self._plan.copies
+        first, last = np.searchsorted(copies.file, [number, number + 1])
+        place = first + int(np.searchsorted(copies.offset[first:last], position))
+        if place == first:
+            return 0
+        last_bytes = min(int(copies.num_bytes[place - 1]), position - int(copies.offset[place - 1]))
+        return int(self._before[place - 1] - self._before[first]) + last_bytes
 
 
 def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
@@ -96,7 +118,7 @@ def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
         for slot in plan.slots_of(table):
             block = plan.blocks_of(table, slot.column)[gather.targets]
             begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
-            lasts = np.maximum(begins, begins + gather.counts * slot.row_bytes - 1)
+            lasts = begins + gather.counts * slot.row_bytes - 1  # before the first where a row has no bytes
             for file, begin, last in zip(
                 plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
             ):

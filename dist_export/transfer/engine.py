@@ -66,6 +66,7 @@ class Transfer:
         self._reused: dict[int, str] = {}
         self._writing: list[Unit] = []
         self._hashing: list[Unit] = []
+        self._reserved: list[str] = []
         self._done = (0, 0)
 
     @property
@@ -82,7 +83,7 @@ class Transfer:
         candidates = ranks.on_rank_0("look for an interrupted export", self._read_receipts)
         if candidates:
             units = plan_hash_units(plan, sorted(candidates))
-            work = partial(self._run_units, "reuse", units, self._open_final)
+            work = partial(self._run_units, "reuse", units, self._open_final, is_counted=False)
             shares = ranks.gather("verify shards of an interrupted export", work)
             found = _join_digests(shares)
             self._reused = {
@@ -93,13 +94,14 @@ class Transfer:
 
         def reserve() -> None:
             for number in mine:
+                self._reserved.append(plan.files[number].name)
                 self._staging.create(plan.files[number].name, plan.files[number].num_bytes)
 
         ranks.gather("reserve space for the shards", reserve)
 
     def write(self) -> None:
         """Copy and gather: own units first, then those of whoever is behind. Any thread; no collective."""
-        self._digests.update(self._run_units("write", self._writing, self._open_staged))
+        self._digests.update(self._run_units("write", self._writing, self._open_staged, is_counted=True))
 
     def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
         """Hash what could not be hashed on the way, publish every file. All ranks; receipts in the order of the files.
@@ -116,7 +118,8 @@ class Transfer:
         found = _join_digests(ranks.gather("write shards", finish_writing))
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
-            hash_shards = partial(self._run_units, "hash", self._hashing, opener)
+            # read back from the page cache, most of it; only where nothing is written is this the work to be shown
+            hash_shards = partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         receipts = [
             Receipt(
@@ -139,10 +142,17 @@ class Transfer:
         return receipts, ranks.gather("publish shards", publish)
 
     def close(self) -> None:
-        """Remove local staging space. Each rank for itself, also after a failure."""
+        """Give back the space of files that were not published. Each rank for itself, also after a failure.
+
+        Not before the last step in which another rank could write into them.
+        """
+        for name in self._reserved:
+            self._staging.remove(name)
         self._staging.close()
 
-    def _run_units(self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader]) -> ChunkDigests:
+    def _run_units(
+        self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader], *, is_counted: bool
+    ) -> ChunkDigests:
         ranks = self._ranks
         queues = assign(units, ranks.world_size)
         outputs = StagedFiles(self._plan, self._staging)
@@ -161,8 +171,9 @@ class Transfer:
                     chunks = runner.run(unit)
                     if unit.is_hashed:
                         digests[unit.number, unit.begin] = chunks
-                    self._done = (self._done[0] + 1, self._done[1] + unit.num_bytes)
-                    self._count_bytes(unit.num_bytes)
+                    if is_counted:
+                        self._done = (self._done[0] + 1, self._done[1] + unit.num_bytes)
+                        self._count_bytes(unit.num_bytes)
             is_whole = True
         finally:
             runner.close()

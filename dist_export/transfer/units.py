@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.ids import read_ids
 from dist_export.plan.shards import Gather, SparsePlan
 from dist_export.plan.units import Unit
 from dist_export.storage import CHUNK_BYTES
@@ -97,7 +96,9 @@ class UnitRunner:
         next_rows[gather.targets] = gather.first_target_rows
         for first in range(gather.first_row, gather.first_row + gather.num_rows, chunk_rows):
             num_rows = min(chunk_rows, gather.first_row + gather.num_rows - first)
-            ids = np.concatenate(list(read_ids(checkpoint, gather.part, first_row=first, num_rows=num_rows)))
+            ids = np.empty(num_rows, np.int64)
+            id_file = self._sources[int(checkpoint.blocks.file[gather.part, 0])]
+            id_file.read_into(ids.data.cast("B"), int(checkpoint.blocks.offset[gather.part, 0]) + first * ids.itemsize)
             owners = target_of.owners_of(ids, own=own)
             order = np.argsort(owners, kind="stable")
             counts = np.bincount(owners, minlength=len(next_rows))

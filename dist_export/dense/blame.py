@@ -1,0 +1,80 @@
+"""Say what went wrong inside the user's model, and at which of its lines."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import logging
+import os
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_OWN = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
+_SYMPY = os.path.join("site-packages", "sympy", "")
+_STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
+_GUARD_LOG = "torch.fx.experimental.symbolic_shapes"
+
+
+def said(error: BaseException) -> str:
+    """Return the kind of an error and its first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
+
+
+def blame(error: BaseException) -> str:
+    """Return `` at <file>:<line> (<code>)``, the innermost line of the user's own code; empty where there is none."""
+    place = _innermost([(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)])
+    if not place:  # torch.export may drop the traceback, but quotes it
+        place = _innermost([(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', str(error))])
+    return place
+
+
+@contextlib.contextmanager
+def watch_sizes() -> Iterator[list[str]]:
+    """Within this block, note the user's lines that narrow a free size down, as ``blame`` does.
+
+    torch.export says that a size became a constant, but not where. Its log of guards is written while the user's line
+    runs, so the stack at that time tells.
+    """
+    found: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            is_unification = re.search(r"eval Eq\([a-z]+\d+, [a-z]+\d+\) \[guard", text)  # two inputs' batch sizes
+            if is_unification or not ("[guard added]" in text or re.search(r"set_replacement \w+ = \d+ ", text)):
+                return
+            place = _innermost([(frame.filename, frame.lineno or 0) for frame in traceback.extract_stack()])
+            if place and place not in found:
+                found.append(place)
+
+    logger: Any = logging.getLogger(_GUARD_LOG)
+    kept = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [Listener()], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.handlers, _, logger.propagate = kept
+        logger.setLevel(kept[1])
+
+
+def _innermost(frames: list[tuple[str, int]]) -> str:
+    own = [(file, line) for file, line in frames if _is_users(file)]
+    if not own:
+        return ""
+    file, line = own[-1]
+    text = linecache.getline(file, line).strip()
+    return f" at {file}:{line}" + (f" ({text})" if text else "")
+
+
+def _is_users(filename: str) -> bool:
+    path = os.path.abspath(filename)
+    if filename.startswith("<") or path.startswith(_OWN) or _SYMPY in path:
+        return False
+    return not path.startswith(_STANDARD) or "site-packages" in path

@@ -1,0 +1,35 @@
+"""Export every fixture for every number of shards, in one job; started by torchrun, or alone. usage: FIXTURES OUT"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import dist_export
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_worlds import CASES, NUM_SHARDS  # noqa: E402
+
+
+def main(fixtures: Path, out: Path) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")  # one group for all exports, as inside a training job
+    for case in CASES:
+        for num_shards in NUM_SHARDS:
+            dist_export.export(
+                {
+                    "ckpt_dir": str(fixtures / case),
+                    "export_dir": str(out / case / str(num_shards)),
+                    "filter_sparse_opt": True,
+                    "num_shards": num_shards,
+                }
+            )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,84 @@
+"""Run a function on several real gloo ranks that meet in a file: no ports, no environment."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, store: str | os.PathLike[str], *args: Any, timeout: float = 90
+) -> list[Any]:
+    """Call ``fn(rank, *args)`` on each rank, in a process of its own with gloo as its default group.
+
+    Return what each call returned, in rank order; results and arguments are pickled, so ``fn`` is a top-level function.
+
+    Args:
+        store: a path that is not there yet; the ranks meet in it.
+        timeout: seconds until the ranks that are left are killed.
+
+    Raises:
+        AssertionError: a rank failed or was still running; with the tracebacks of all that failed.
+    """
+    store = Path(store)
+    context = mp.get_context("spawn")
+    workers = [
+        context.Process(target=_run_rank, args=(fn, rank, world_size, str(store), timeout, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + timeout
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+    for rank in late:
+        workers[rank].kill()
+        workers[rank].join()
+    results, failures = [], []
+    for rank, worker in enumerate(workers):
+        found = _result_of(store, rank)
+        is_good, result = pickle.loads(found.read_bytes()) if found.exists() else (False, f"ended: {worker.exitcode}")
+        if rank in late:
+            failures.append(f"rank {rank} was still running after {timeout} s")
+        elif not is_good:
+            failures.append(f"rank {rank}: {result}")
+        results.append(result)
+    assert not failures, "\n".join(failures)
+    return results
+
+
+def _run_rank(
+    fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)  # the ranks share few cores
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    outcome: tuple[bool, Any]
+    try:
+        outcome = True, fn(rank, *args)
+    except BaseException:
+        outcome = False, traceback.format_exc()
+    partial = _result_of(Path(store), rank).with_suffix(".partial")
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(_result_of(Path(store), rank))
+    os._exit(0)  # gloo may wait for ranks that are gone when it is torn down
+
+
+def _result_of(store: Path, rank: int) -> Path:
+    return store.with_name(f"{store.name}.rank{rank}")

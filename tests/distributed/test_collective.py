@@ -1,0 +1,164 @@
+"""Failures are shared at once and by name, and a running job's process group is used and left as it was."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from dist_export.collective import Ranks, join
+from dist_export.errors import CheckpointError, ExportError, StepFailedError
+
+pytestmark = pytest.mark.distributed
+
+
+def share_a_failure(rank: int) -> None:
+    def work() -> int:
+        if rank == 1:
+            raise OSError(28, "No space left on device", "model-000001")
+        return rank
+
+    with join(timeout_secs=30) as ranks:
+        with pytest.raises(StepFailedError, match=r"'write shards' failed on rank 1 of 3: model-000001: No space") as caught:
+            ranks.gather("write shards", work)
+        assert caught.value.exit_code == 1
+        assert ranks.has_failure(), "also those that are busy can see it"
+
+
+def test_every_rank_learns_which_rank_failed(tmp_path: Path) -> None:
+    run_ranks(share_a_failure, 3, tmp_path / "store")
+
+
+def share_a_mistake(_: int) -> None:
+    def work() -> None:
+        raise CheckpointError("index is missing")
+
+    with join(timeout_secs=30) as ranks:
+        with pytest.raises(StepFailedError) as caught:
+            ranks.gather("open", work)
+        assert str(caught.value) == "index is missing", "a fault that all ranks meet is told without ranks"
+        assert caught.value.exit_code == 2
+
+
+def test_a_fault_that_all_ranks_meet_is_told_as_one(tmp_path: Path) -> None:
+    run_ranks(share_a_mistake, 2, tmp_path / "store")
+
+
+def keep_a_bugs_traceback(rank: int) -> None:
+    def work() -> None:
+        if rank == 0:
+            raise KeyError("bug")
+
+    with join(timeout_secs=30) as ranks:
+        with pytest.raises(KeyError if rank == 0 else StepFailedError):
+            ranks.gather("plan", work)
+
+
+def test_a_bug_is_itself_where_it_happened(tmp_path: Path) -> None:
+    run_ranks(keep_a_bugs_traceback, 2, tmp_path / "store")
+
+
+def stop_waiting(rank: int) -> None:
+    ranks = join(timeout_secs=30)
+    if rank == 1:
+        return  # this rank ends without a word
+    started = time.monotonic()
+    with pytest.raises(ExportError, match="lost contact with another rank during 'write'"):
+        ranks.gather("write", lambda: 1)
+    assert time.monotonic() - started < 20, "nobody waits for a dead rank until the timeout"
+
+
+def test_nobody_waits_for_a_dead_rank(tmp_path: Path) -> None:
+    run_ranks(stop_waiting, 2, tmp_path / "store")
+
+
+def claim_all(_: int) -> None:
+    with join(timeout_secs=30) as ranks:
+        mine: list[int] = []
+
+        def claim() -> None:
+            while (number := ranks.claim("queue")) < 200:
+                mine.append(number)
+
+        threads = [threading.Thread(target=claim) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        everyone = [number for share in ranks.gather("compare", lambda: mine) for number in share]
+        assert sorted(everyone) == list(range(200)), "each number goes to one claimer"
+        ranks.add("bytes", 5)
+        ranks.gather("wait", lambda: None)
+        assert ranks.add("bytes", 0) == 5 * ranks.world_size
+
+
+def test_a_counter_gives_each_number_once(tmp_path: Path) -> None:
+    run_ranks(claim_all, 3, tmp_path / "store")
+
+
+def use_the_jobs_group(_: int) -> None:
+    default = dist.group.WORLD
+    for _ in range(2):
+        with join(timeout_secs=30) as ranks:
+            assert ranks.claim("same") == 0 or ranks.rank >= 0
+            assert ranks.gather("names", lambda: dist.get_rank()) == list(range(ranks.world_size))
+        assert dist.group.WORLD is default
+        assert len(dist.distributed_c10d._world.pg_map) == 1, "no group is left behind"
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total.item() == dist.get_world_size(), "the job's own group still works"
+
+
+def test_a_running_jobs_group_is_used_and_left(tmp_path: Path) -> None:
+    run_ranks(use_the_jobs_group, 2, tmp_path / "store")
+
+
+def fail_alone_in_a_collective_step(rank: int) -> None:
+    ranks = join(timeout_secs=600)
+    if rank == 0:
+        with pytest.raises(CheckpointError, match="alone"):
+            ranks.run("sample", lambda: (_ for _ in ()).throw(CheckpointError("alone")), may_block=True)
+        return
+    time.sleep(60)  # as if it waited in the model's own collective
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_rank_that_failed_alone_in_a_collective_step_does_not_wait(world_size: int, tmp_path: Path) -> None:
+    """Its own error is raised within seconds, so that the launcher can end the others."""
+    import torch.multiprocessing as mp
+    from ranks import _run
+
+    context = mp.spawn(
+        _run,
+        args=(fail_alone_in_a_collective_step, world_size, str(tmp_path / "store"), 600, True, ()),
+        nprocs=world_size,
+        join=False,
+    )
+    started = time.monotonic()
+    context.processes[0].join(40)
+    assert context.processes[0].exitcode == 0
+    assert time.monotonic() - started < 40
+    for process in context.processes:
+        process.kill()
+        process.join()
+
+
+def test_one_process_needs_no_group() -> None:
+    with join(timeout_secs=1) as ranks:
+        assert (ranks.rank, ranks.world_size) == (0, 1)
+        assert ranks.gather("x", lambda: 3) == [3]
+        assert [ranks.claim("q"), ranks.claim("q")] == [0, 1]
+        assert not dist.is_initialized()
+        with pytest.raises(ExportError, match="x: f: No space"):
+            ranks.gather("x", lambda: (_ for _ in ()).throw(OSError(28, "No space", "f")))
+
+
+def test_rank_0_speaks_before_the_others_go() -> None:
+    told: list[int] = []
+    Ranks(0, 1, None, None, owns_default_group=False).tell_once(lambda: told.append(1))
+    assert told == [1]

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table, truth_of, write_checkpoint
+from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
+
+from dist_export.errors import CheckpointError, UserError
+from dist_export.plan import census as plan_census
+from dist_export.plan.census import count_rows_by_target, merge_censuses, mix, plan_unique_tasks, share_parts
+from dist_export.plan.targets import plan_targets
+from dist_export.storage import RangeReader
+from dist_export.transfer import census as transfer_census
+from dist_export.transfer.census import check_unique, take_census
+
+
+def take(checkpoint, targets, world_size=1):
+    return merge_censuses(
+        [take_census(checkpoint, targets, share) for share in share_parts(checkpoint, world_size)][::-1]
+    )
+
+
+def columns(census):
+    return {name: getattr(census, name).tolist() for name in census.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("granule", [None, 7])
+@pytest.mark.parametrize("num_shards", [1, 3, None])
+def test_the_counts_are_those_of_the_ids_whoever_counts(tmp_path, monkeypatch, num_shards, granule):
+    if granule:
+        shrink(monkeypatch, granule=granule)
+    tables = make_tables({"a": 100, "b": 3, "c": 0, "d": 50}, 4)
+    checkpoint = open_source(write_checkpoint(tmp_path / "in", tables))
+    targets = plan_targets(checkpoint, num_shards)
+    census = take(checkpoint, targets)
+    for world_size in (2, 3, 16, 40):
+        assert columns(take(checkpoint, targets, world_size)) == columns(census)
+    for table, counts in enumerate(count_rows_by_target(checkpoint, targets, census)):
+        ids = truth_of(tables)[checkpoint.tables[table].name]["id"]
+        assert counts.tolist() == [int(owned_by(ids, part).sum()) for part in targets[table].slices]
+        parts = checkpoint.parts.of_table(table)
+        assert int(census.id_sum[parts].sum(dtype=np.uint64)) == int(mix(ids).sum(dtype=np.uint64))
+    assert census.misplaced.tolist() == [0] * len(checkpoint.parts)
+    if granule:
+        assert census.granule.max() > 0
+
+
+def test_mixing_is_one_to_one():
+    ids = np.concatenate([np.arange(-5000, 5000), np.arange(1, 5000) << 40])
+    assert len(np.unique(mix(ids))) == len(ids)
+
+
+def test_parts_are_shared_out_by_rows(tmp_path):
+    tables = {"a": make_tables({"a": 900}, 3)["a"], "b": make_tables({"b": 30}, 6)["b"]}
+    checkpoint = open_source(write_checkpoint(tmp_path / "in", tables))
+    shares = share_parts(checkpoint, 3)
+    assert sorted(part for share in shares for part in share) == list(range(9))
+    loads = [int(checkpoint.parts.rows[share].sum()) for share in shares]
+    assert max(loads) < 1.3 * min(loads)
+
+
+# ---- misplaced rows ----------------------------------------------------------------------------------------------
+
+
+def misplace(tables, table, count, *, source=0, target=1):
+    """Move the first rows of one part to the end of another, where they do not belong."""
+    left, right = tables[table][source], tables[table][target]
+    right.ids = np.concatenate([right.ids, left.ids[:count]])
+    left.ids = left.ids[count:]
+    for slot, rows in left.slots.items():
+        right.slots[slot] = np.concatenate([right.slots[slot], rows[:count]])
+        left.slots[slot] = rows[count:]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8, "source"])
+def test_misplaced_rows_go_home_and_are_counted(tmp_path, num_shards):
+    tables = make_tables({"a": 90, "b": 40}, 3)
+    misplace(tables, "a", 5)
+    write_checkpoint(tmp_path / "in", tables)
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=num_shards)
+    assert_exact(tmp_path / "out", truth_of(tables))
+    assert [table.misplaced for table in manifest.tables] == [5, 0]
+    with pytest.raises(UserError, match=r"5 rows of table 'a' lie in another part's slice.*filter_sparse_opt: true"):
+        copy(tmp_path / "in", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_misplaced_rows_of_a_slice_whose_part_was_left_out(tmp_path):
+    ids, rows = make_rows(40)
+    parts = split_table(ids, rows, 4)
+    stranger = parts[2].ids[:1]
+    parts[1].ids = np.concatenate([parts[1].ids, stranger])
+    parts[1].slots["embedding"] = np.concatenate([parts[1].slots["embedding"], parts[2].slots["embedding"][:1]])
+    parts[2] = None
+    write_checkpoint(tmp_path / "in", {"t": parts})
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards="source")
+    assert_exact(tmp_path / "out", truth_of({"t": parts}))
+    assert manifest.tables[0].misplaced == 1
+    assert [part.rows for part in manifest.tables[0].parts][2] == 1
+
+
+# ---- ids that stand twice ------------------------------------------------------------------------------------------
+
+
+def twice(kind):
+    ids, rows = make_rows(200)
+    if kind == "same slice":
+        full = (0, 65536, 65536)
+        return [
+            PartSpec(ids[:100], {"embedding": rows["embedding"][:100]}, full),
+            PartSpec(ids[99:], {"embedding": rows["embedding"][99:]}, full),
+        ]
+    parts = split_table(ids, rows, 3)
+    giver, taker = {"within a part": (1, 1), "misplaced": (0, 2)}[kind]
+    parts[taker].ids = np.concatenate([parts[taker].ids, parts[giver].ids[:1]])
+    values = parts[taker].slots["embedding"]
+    parts[taker].slots["embedding"] = np.concatenate([values, parts[giver].slots["embedding"][:1]])
+    return parts
+
+
+@pytest.mark.parametrize("budget", [None, 1000, 64, 8])
+@pytest.mark.parametrize("kind", ["within a part", "same slice", "misplaced"])
+@pytest.mark.parametrize("filter_sparse_opt", [True, False])
+def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget, filter_sparse_opt):
+    set_budget(monkeypatch, budget)
+    parts = twice(kind)
+    write_checkpoint(tmp_path / "in", {"ok": make_tables({"ok": 50}, 3)["ok"], "t": parts})
+    expected = "filter_sparse_opt" if kind == "same slice" and not filter_sparse_opt else "table 't' holds the id"
+    with pytest.raises(UserError, match=expected) as caught:
+        export(tmp_path / "in", tmp_path / "out", filter_sparse_opt=filter_sparse_opt)
+    if expected.startswith("table"):
+        assert isinstance(caught.value, CheckpointError)
+        assert " twice " in str(caught.value)
+        assert str(tmp_path / "in") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def set_budget(monkeypatch, budget):
+    if budget is not None:
+        for module in (plan_census, transfer_census):
+            monkeypatch.setattr(module, "MAX_SORTED_IDS", budget)
+
+
+@pytest.mark.parametrize("budget", [64, 8])
+def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, monkeypatch, budget):
+    set_budget(monkeypatch, budget)
+    sizes = []
+    original = transfer_census._refuse_duplicates
+    monkeypatch.setattr(
+        transfer_census, "_refuse_duplicates", lambda ids, *rest: (sizes.append(len(ids)), original(ids, *rest))
+    )
+    ids, rows = make_rows(400)
+    full = (0, 65536, 65536)
+    parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, full) for i in range(2)]
+    checkpoint = open_source(write_checkpoint(tmp_path / "in", {"t": parts}))
+    census = take(checkpoint, plan_targets(checkpoint, 2))
+    tasks = plan_unique_tasks(checkpoint, census)
+    assert len(tasks) == 1 << tasks[0].bucket_bits >= 400 / budget
+    assert {task.parts for task in tasks} == {(0, 1)}
+    assert not any(sizes)
+    check_unique(checkpoint, tasks)
+    assert sum(sizes) == 400
+    assert max(sizes) <= 2 * budget
+    export(tmp_path / "in", tmp_path / "out")
+    assert_exact(tmp_path / "out", truth_of({"t": parts}))
+
+
+def test_a_part_too_large_for_one_sort_is_searched_even_where_slices_prove_the_rest(tmp_path, monkeypatch):
+    set_budget(monkeypatch, 40)
+    tables = make_tables({"big": 100, "small": 20}, 2)
+    planned = plan(write_checkpoint(tmp_path / "in", tables))
+    checkpoint = planned.plan.checkpoint
+    tasks = plan_unique_tasks(checkpoint, planned.census)
+    large = {part for part in range(4) if checkpoint.parts.rows[part] > 40}
+    assert {task.parts for task in tasks} == {(part,) for part in large}
+    assert large
+
+
+def test_sound_slices_need_no_search(tmp_path):
+    planned = plan(write_checkpoint(tmp_path / "in", make_tables({"a": 100}, 4)))
+    assert plan_unique_tasks(planned.plan.checkpoint, planned.census) == []
+
+
+def test_id_columns_are_read_once(tmp_path, monkeypatch):
+    tables = make_tables({"a": 100}, 4)
+    checkpoint = open_source(write_checkpoint(tmp_path / "in", tables))
+    read = []
+    original = RangeReader.read_into
+
+    def read_into(self, view, offset):
+        read.append(len(view))
+        original(self, view, offset)
+
+    monkeypatch.setattr(RangeReader, "read_into", read_into)
+    take(checkpoint, plan_targets(checkpoint, 3))
+    assert sum(read) == 800

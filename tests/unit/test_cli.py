@@ -1,0 +1,206 @@
+"""The command line in one process: exit codes, one line an error, nothing written, help and print_config."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from recis_writer import make_tables, write_checkpoint
+
+from dist_export.cli import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "ckpt", make_tables({"user_emb": 50, "item_emb": 30}, 2))
+    return tmp_path / "ckpt"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def own_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("dist_export: ")]
+
+
+def test_export_then_inspect_then_verify(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    code, text, _ = run(capsys, "--ckpt_dir", checkpoint, "--export_dir", out, "--filter_sparse_opt", "true")
+    assert code == 0
+    assert "80 rows in 1 shards" in text
+    assert "sparse_adam_exp_avg" in text, "the summary names what was dropped"
+    code, text, _ = run(capsys, "inspect", out)
+    assert code == 0
+    assert "user_emb" in text
+    code, text, _ = run(capsys, "inspect", out, "--json")
+    assert {table["name"]: table["rows"] for table in json.loads(text)["tables"]} == {"user_emb": 50, "item_emb": 30}
+    code, text, _ = run(capsys, "inspect", checkpoint, "--json")
+    assert json.loads(text)["kind"] == "RecIS checkpoint"
+    assert json.loads(text)["tables"][0]["slots"][:2] == ["id", "embedding"]
+    code, text, _ = run(capsys, "verify", out)
+    assert code == 0
+    code, text, _ = run(capsys, "verify", out, "--json")
+    assert json.loads(text)["findings"] == []
+
+
+def test_plan_writes_nothing_and_tells_what_goes(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out", "--filter_sparse_opt", "true"]
+    code, text, _ = run(capsys, "plan", *arguments, "--num_shards", 3, "--world_size", 2)
+    assert code == 0
+    assert "drop (optimizer)" in text
+    assert "rank 1:" in text
+    code, text, _ = run(capsys, "plan", *arguments, "--num_shards", 3, "--world_size", 2, "--json")
+    report = json.loads(text)
+    assert len(report["files"]) == 3
+    assert sum(rank["bytes"] for rank in report["ranks"]) >= sum(
+        slot["bytes"] for table in report["tables"] for slot in table["slots"] if not slot["reason"]
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_plan_says_is_what_export_writes(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    arguments = ["--ckpt_dir", checkpoint, "--export_dir", out, "--filter_sparse_opt", "true", "--num_shards", 4]
+    _, text, _ = run(capsys, "plan", *arguments, "--json")
+    planned = {file["name"]: file["bytes"] for file in json.loads(text)["files"]}
+    assert run(capsys, *arguments)[0] == 0
+    assert planned == {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--ckpt_dir", "{tmp}/none", "--export_dir", "{tmp}/out"], 2, "does not exist"),
+        (["--ckpt_dir", "{tmp}", "--export_dir", "{tmp}/out"], 2, "holds no files"),
+        (["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--num_shard", "3"], 2, "did you mean num_shards"),
+        (["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--num_shards", "3"], 2, "filter_sparse_opt: true"),
+        (
+            [
+                "--ckpt_dir",
+                "{ckpt}",
+                "--export_dir",
+                "{tmp}/out",
+                "--filter_sparse_opt",
+                "true",
+                "--num_shards",
+                "70000",
+            ],
+            2,
+            "65,536",
+        ),
+        (
+            [
+                "--ckpt_dir",
+                "{ckpt}",
+                "--export_dir",
+                "{tmp}/out",
+                "--filter_sparse_opt",
+                "true",
+                "--drop_slots",
+                "[nope]",
+            ],
+            2,
+            "'nope' matches no slot",
+        ),
+        (
+            ["--ckpt_dir", "{ckpt}", "--export_dir", "{ckpt}", "--filter_sparse_opt", "true"],
+            2,
+            "Give another export_dir",
+        ),
+        (["--ckpt_dir", "{ckpt}", "--export_dir", "{ckpt}/index"], 2, "is a file"),
+        (["--ckpt_dir", "{ckpt}", "--export_dir", "nofs://x"], 2, "no file system"),
+        (
+            ["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--model", "nowhere:f", "--dataset", "a:b"],
+            2,
+            "no module 'nowhere'",
+        ),
+        (
+            ["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--model", "json:nope", "--dataset", "a:b"],
+            2,
+            "has no 'nope'",
+        ),
+        (["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--model", "json:dumps"], 2, "dataset is not"),
+        (
+            ["--ckpt_dir", "{ckpt}", "--export_dir", "{tmp}/out", "--need_export_sparse", "false"],
+            2,
+            "nothing would be exported",
+        ),
+        (["--config", "{tmp}/none.yaml"], 2, "No such file"),
+        ([], 2, "nothing to do"),
+        (["stray"], 2, "stray"),
+        (["inspect", "{tmp}/none"], 2, "does not exist"),
+        (["inspect", "{tmp}"], 2, "no package and no RecIS checkpoint"),
+        (["verify", "{tmp}/none"], 2, "does not exist"),
+        (["verify", "{ckpt}"], 1, "no manifest.json"),
+        (["inspect", "{ckpt}", "--storage_options", "[1"], 2, "--storage_options"),
+    ],
+)
+def test_mistakes_give_one_line_and_their_exit_code(
+    arguments, code, message, checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    before = sorted(path.name for path in checkpoint.iterdir())
+    filled = [argument.format(tmp=tmp_path, ckpt=checkpoint) for argument in arguments]
+    found, text, errors = run(capsys, *filled)
+    assert found == code
+    (line,) = own_lines(errors)
+    assert message in line
+    assert "Traceback" not in errors
+    assert not text
+    assert not (tmp_path / "out").exists(), "nothing was written"
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_arguments_that_the_model_does_not_take_are_named(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out", "--dataset", "tiny_model:build_dataset"]
+    code, _, errors = run(capsys, *arguments, "--model", "tiny_model:build_model", "--model_args.depth", 3)
+    assert code == 2
+    assert "model_args do not fit tiny_model:build_model" in errors
+
+
+def test_a_committed_package_is_not_overwritten(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    code, _, errors = run(capsys, *arguments)
+    assert code == 2
+    assert "committed package" in errors
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+def test_a_bug_keeps_its_traceback(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_export.exporter.plan_sparse", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--ckpt_dir", str(checkpoint), "--export_dir", str(tmp_path / "out")])
+
+
+def test_help_explains_settings_and_names_the_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "dist_export", "--help"], capture_output=True, text=True, check=True)
+    for word in ("dist_export plan", "inspect PATH", "verify PATH", "--filter_sparse_opt", "Drop optimizer state"):
+        assert word in done.stdout
+
+
+def test_print_config_gives_yaml_that_can_be_used(checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_export", "--ckpt_dir", str(checkpoint), "--export_dir", "x", "--print_config"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert yaml.safe_load(done.stdout)["ckpt_dir"] == str(checkpoint)
+
+
+def test_inspect_of_tables_imports_no_torch(checkpoint: Path) -> None:
+    code = (
+        "import sys; from dist_export.cli import main; "
+        f"main(['inspect', {str(checkpoint)!r}]); assert 'torch' not in sys.modules, 'torch'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr

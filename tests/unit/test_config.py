@@ -1,0 +1,154 @@
+"""Settings: what is refused, and in which words; YAML, mappings and the command line give the same config."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_export.config import ExportConfig
+from dist_export.config_file import build_parser, load_config, parse_settings
+from dist_export.errors import ConfigError
+
+PLACES = {"ckpt_dir": "a", "export_dir": "b"}
+YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ckpt_dir": ""}, "ckpt_dir is not set"),
+        ({"num_shards": 0, "filter_sparse_opt": True}, "num_shards is 0"),
+        ({"num_shards": 4}, "set filter_sparse_opt: true"),
+        ({"num_shards": "source"}, "set filter_sparse_opt: true"),
+        ({"drop_slots": ["x"]}, "drop_slots needs new shards.*filter_sparse_opt: true"),
+        ({"optimizer_slots": ["x"]}, "set filter_sparse_opt: true"),
+        ({"keep_slots": ["x"]}, "set filter_sparse_opt: true"),
+        ({"num_shards": 4, "filter_sparse_opt": True, "need_export_sparse": False}, "need_export_sparse is false"),
+        ({"model": "module"}, "expected package.module:callable"),
+        ({"dataset": "a b:c"}, "expected package.module:callable"),
+        ({"export_folder_name": "../up"}, "export_folder_name"),
+        ({"export_model_name": "class"}, "export_model_name"),
+        ({"max_batch_size": 1}, "max_batch_size is 1"),
+        ({"atol": -1.0}, "atol is -1.0"),
+        ({"rtol": float("inf")}, "rtol is inf"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"export_outputs": ["a", "a"]}, "'a' stands there twice"),
+        ({"export_outputs": ["a", " "]}, "every output needs a name"),
+        ({"dynamic_dims": {"x": {0: "n"}}}, "0 is the batch"),
+        ({"dynamic_dims": {"x": {1: "batch"}}}, "no name for a dimension"),
+        ({"dynamic_dims": {"x": {1: "a b"}}}, "no name for a dimension"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_when_the_config_is_built(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExportConfig(**(PLACES | settings))
+
+
+def test_config_errors_are_value_errors() -> None:
+    """Callers who know nothing of our tree can catch what they know."""
+    with pytest.raises(ValueError, match="num_shards"):
+        ExportConfig(**PLACES, num_shards=-1, filter_sparse_opt=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"filter_sparse_op": True}, "the config: 'filter_sparse_op' is no setting; did you mean filter_sparse_opt?"),
+        ({"zzz": 1}, "'zzz' is no setting; dist_export --help lists them"),
+        ({"num_shards": "many"}, "num_shards is 'many'; expected a whole number or world_size or source or null"),
+        ({"filter_sparse_opt": "maybe"}, "filter_sparse_opt.*expected true or false"),
+        ({"drop_slots": 3}, r"drop_slots.*expected a list \[text, ...\]"),
+        ({"fg_rules": "rpt"}, "fg_rules.*expected rtp or none"),
+        ({"dynamic_dims": {"x": {"one": "n"}}}, "dynamic_dims"),
+        ({"atol": "small"}, "atol.*expected a number"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_give_one_line(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as caught:
+        load_config(PLACES | settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_places_are_asked_for() -> None:
+    with pytest.raises(ConfigError, match="export_dir must be set"):
+        load_config({"ckpt_dir": "a"})
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    """Nested keys take dots, lists brackets or a plus."""
+    file = tmp_path / "export.yaml"
+    file.write_text(
+        "ckpt_dir: a\nexport_dir: b\nfilter_sparse_opt: true\nnum_shards: 2\nmodel_args: {dim: 4, deep: true}\n"
+    )
+    config = parse_settings(
+        build_parser(),
+        [
+            "--config",
+            str(file),
+            "--num_shards",
+            "source",
+            "--model_args.dim",
+            "8",
+            "--drop_slots",
+            "[x, y]",
+            "--keep_slots+",
+            "z",
+        ],
+    )
+    assert config == ExportConfig(
+        **PLACES,
+        filter_sparse_opt=True,
+        num_shards="source",
+        model_args={"dim": 8, "deep": True},
+        drop_slots=["x", "y"],
+        keep_slots=["z"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_shard", "2"], "--num_shard is no setting; did you mean num_shards?"),
+        (["--ckpt", "x"], "--ckpt is no setting"),
+        (["stray"], "stray"),
+        (["--config", "/nowhere/export.yaml"], "/nowhere/export.yaml: No such file"),
+    ],
+)
+def test_wrong_arguments_give_one_line(arguments, message) -> None:
+    """Abbreviations are not taken: a later setting could change what they mean."""
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")) as caught:
+        parse_settings(build_parser(), ["--ckpt_dir", "a", "--export_dir", "b", *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ckpt_dir: [", "is no YAML in line"),
+        ("- a\n- b", "found a list"),
+        ("ckpt_dirr: a", "did you mean ckpt_dir"),
+        ("\x00", "is no YAML|no text"),
+    ],
+)
+def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "export.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_the_yaml_file_lists_every_setting_with_its_default_and_an_explanation() -> None:
+    lines = YAML.read_text().splitlines()
+    listed = yaml.safe_load(YAML.read_text())
+    for setting in dataclasses.fields(ExportConfig):
+        assert setting.name in listed, setting.name
+        if setting.default is not dataclasses.MISSING:
+            assert listed[setting.name] == setting.default, setting.name
+        elif setting.default_factory is not dataclasses.MISSING:
+            assert listed[setting.name] == setting.default_factory(), setting.name
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{setting.name}:"))
+        assert lines[place - 1].startswith("# "), setting.name
+    assert len(listed) == len(dataclasses.fields(ExportConfig))
