@@ -116,6 +116,9 @@ class Directory:
     def names(self) -> list[str]:
         """Return the names of all files directly in the directory, sorted; empty where there is no directory."""
         try:
+            if self.is_local:  # fsspec takes a symbolic link to a file for no file
+                with os.scandir(self.path) as found:
+                    return sorted(entry.name for entry in found if entry.is_file())
             entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
             return []
@@ -157,7 +160,9 @@ class Directory:
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         partial = path + PARTIAL_SUFFIX
-        with open(partial, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)  # not through a link that might stand there
+        with open(partial, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -206,15 +211,15 @@ class Staging:
         Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
 
         Raises:
-            TransferError: no space; the file is removed again.
+            TransferError: no space.
         """
         path = self.path(name)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             if num_bytes:
                 _reserve(fd, num_bytes)
         except OSError as error:
-            self.remove(name)
             where = self._target.describe(name) if self._temporary is None else path
             raise TransferError(
                 f"{where}: no room for its {num_bytes:,} bytes: {error.strerror}. Nothing was published; free space "

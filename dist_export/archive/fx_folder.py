@@ -87,7 +87,8 @@ def _flatten(exported_program: ExportedProgram) -> fx.GraphModule:
 def _name_arguments(exported_program: ExportedProgram, graph: fx.Graph) -> None:
     """Give keyword inputs their own names: FX writes ``User`` as ``user`` and loses letters beyond ASCII."""
     in_spec = exported_program.call_spec.in_spec
-    positional, keywords = in_spec.children() if callable(in_spec.children) else in_spec.children_specs
+    children = getattr(in_spec, "children", None)  # a method, a property or not there, by version
+    positional, keywords = children() if callable(children) else in_spec.children_specs
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     names = list(keywords.context or ())
     if positional.num_leaves or keywords.num_leaves != len(names) or len(arguments) != len(names):

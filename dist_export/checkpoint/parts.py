@@ -12,7 +12,7 @@ import numpy as np
 from dist_export.checkpoint.reader import Blocks, Parts, SlotMeta, TableMeta
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import DTYPES, I64
-from dist_export.layout.indexes import BlockName, split_internal
+from dist_export.layout.indexes import split_internal
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, Slice, key_stem
 from dist_export.layout.safetensors import Header
 
@@ -27,12 +27,6 @@ class _Block(NamedTuple):
     key: str
 
 
-class _Name(NamedTuple):
-    block: BlockName
-    stem: str
-    """How the block's key begins, if RecIS wrote it."""
-
-
 _Group = dict[str, _Block]
 """The blocks of one part, by slot."""
 
@@ -45,19 +39,15 @@ class PartBuilder:
         self._where = where
         self._slots: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
         self._blocks: dict[tuple[str, Slice], list[tuple[str, str, _Block]]] = {}
-        self._names: dict[str, _Name] = {}
 
     def add(self, internal: str, key: str, number: int, header: Header, row: int) -> None:
         """Take in one sparse block; ``internal`` is ``<table>@<slot>^<slice>``. CheckpointError as :meth:`build`."""
-        name = self._names.get(internal)
+        name = split_internal(internal)
         if name is None:
-            block = split_internal(internal)
-            if block is None:
-                raise self._error(
-                    number, key, f"has the internal name {internal!r}; expected <table>@<slot>^BEGIN@END@SIZE"
-                )
-            name = self._names[internal] = _Name(block, key_stem(block.table, block.slot))
-        (table, slot, part_slice), stem = name
+            raise self._error(
+                number, key, f"has the internal name {internal!r}; expected <table>@<slot>^BEGIN@END@SIZE"
+            )
+        table, slot, part_slice = name
         shape = header.shapes[row]
         if not shape:
             raise self._error(number, key, "is a scalar, but a block of a table has a row for each id")
@@ -76,6 +66,7 @@ class PartBuilder:
                 f"is {DTYPES[kind[0]].name} with rows of {list(kind[1])}; other parts of the table have "
                 f"{DTYPES[known[0]].name} with rows of {list(known[1])}",
             )
+        stem = key_stem(table, slot)
         suffix = key[len(stem) :] if key.startswith(stem) else ""
         block_at = _Block(number, int(header.begins[row]), shape[0], key)
         self._blocks.setdefault((table, part_slice), []).append((slot, suffix, block_at))

@@ -18,7 +18,7 @@ _LIKE_SECOND = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
 def input_names(program: ExportedProgram) -> list[str]:
     """Return the names of the program's keyword inputs, in call order."""
     spec = program.call_spec.in_spec
-    children = spec.children
+    children = getattr(spec, "children", None)  # a method, a property or not there, by version
     _, keywords = children() if callable(children) else spec.children_specs
     return list(keywords.context)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from dist_export.archive.fx_folder import graph_text, write_fx_folder
 from dist_export.archive.pt2 import pack_program
 from dist_export.dense.eager import DenseSample
-from dist_export.dense.trace import TracedDense
+from dist_export.dense.trace import TracedDense, output_shapes
 from dist_export.manifest import DenseEntry, TensorEntry
 
 PROGRAM = "exported_model.pt"
@@ -51,9 +51,9 @@ def write_dense_folder(
         folder / "inputs_dict.json",
         {name: {**entry, "values": inputs[name].tolist()} for name, entry in lite.items()},
     )
-    (folder / "inputs_dict.pkl").write_bytes(pickle.dumps(inputs, protocol=4))
+    (folder / "inputs_dict.pkl").write_bytes(_pickled(inputs))
     base = outputs[0] if sample.is_single else tuple(outputs)
-    (folder / "output_base.pkl").write_bytes(pickle.dumps(base, protocol=4))
+    (folder / "output_base.pkl").write_bytes(_pickled(base))
     _write_json(folder / "input_columns.json", dict(mc_conf or {}))
 
 
@@ -67,7 +67,7 @@ def describe_dense(
     dynamic_dims: Mapping[str, Mapping[int, str]],
 ) -> DenseEntry:
     """Return the manifest's entry: names, dtypes, and shapes with the free dimensions by name."""
-    shapes = _output_shapes(traced, dynamic_dims)
+    shapes = output_shapes(traced, dynamic_dims)
     return DenseEntry(
         folder=folder_name,
         program=f"{folder_name}/{PROGRAM}",
@@ -89,25 +89,21 @@ def describe_dense(
     )
 
 
-def _output_shapes(traced: TracedDense, dynamic_dims: Mapping[str, Mapping[int, str]]) -> list[tuple[int | str, ...]]:
-    """Return the outputs' shapes; a size that follows from free dimensions is given as an expression of their names."""
-    values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
-    names: dict[str, str] = {}
-    for name, node in zip(traced.inputs, traced.program.graph_signature.user_inputs, strict=True):
-        value = values.get(str(node))
-        for dim, label in ({0: "batch"} | dict(dynamic_dims.get(name, {}))).items():
-            if isinstance(value, torch.Tensor):
-                names[str(value.shape[dim])] = label
-    shapes: list[tuple[int | str, ...]] = []
-    for node in traced.program.graph_signature.user_outputs:
-        value = values.get(str(node))
-        sizes = [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
-        shapes.append(tuple(int(size) if size.isdigit() else _in_words(size, names) for size in sizes))
-    return shapes
+class _Pickler(pickle.Pickler):
+    """Pickles tensors so that ``pickle.load`` gives them back, without the address that torch would put in."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.storage.TypedStorage):
+            return NotImplemented
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return torch.storage._load_from_bytes, (buffer.getvalue(),)  # noqa: SLF001 -- what torch's own pickles call
 
 
-def _in_words(size: str, names: Mapping[str, str]) -> str:
-    return re.sub(r"[a-z]+\d+", lambda match: names.get(match[0], match[0]), size)
+def _pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=4).dump(value)
+    return buffer.getvalue()
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ def check_parity(
     inputs: dict[str, torch.Tensor],
     program: ExportedProgram,
     *,
+    shapes: Sequence[Sequence[int | str]],
     atol: float,
     rtol: float,
     max_batch_size: int,
@@ -31,6 +32,7 @@ def check_parity(
 
     Args:
         inputs: those of ``sample`` that the program takes.
+        shapes: the outputs' shapes as the manifest states them; ``batch`` is the batch size.
 
     Raises:
         ParityError: a run fails, or an output differs in count, shape, dtype or value
@@ -51,11 +53,16 @@ def check_parity(
                 f"{place} the dense arch returns {len(expected)} outputs, the written program {len(found)}. No manifest "
                 "was written"
             )
-        for name, eager, written in zip(sample.output_names, expected, found, strict=True):
+        for name, eager, written, shape in zip(sample.output_names, expected, found, shapes, strict=True):
             if eager.shape != written.shape or eager.dtype != written.dtype:
                 raise ParityError(
                     f"output {name!r} {place}: the dense arch gives {_kind(eager)}, the written program {_kind(written)}; "
                     "no manifest was written. Look for a branch on the batch size or a bare squeeze()"
+                )
+            if not _has_shape(written, shape, size):
+                raise ParityError(
+                    f"output {name!r} {place} has the shape {list(written.shape)}, but [{', '.join(map(str, shape))}] was "
+                    "traced; no manifest was written. Look for a bare squeeze(), which takes the batch dimension too"
                 )
             worst_abs, worst_rel, is_close = _compare(eager, written, atol=atol, rtol=rtol)
             if not is_close:
@@ -84,6 +91,14 @@ def _resized(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
         times = -(-size // tensor.shape[0])
         resized[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))[:size].clone()
     return resized
+
+
+def _has_shape(tensor: torch.Tensor, shape: Sequence[int | str], num_rows: int) -> bool:
+    """Whether the sizes are those stated; sizes that depend on more than the batch are not looked at."""
+    if tensor.dim() != len(shape):
+        return False
+    stated = [num_rows if size == "batch" else size for size in shape]
+    return all(isinstance(size, str) or size == found for size, found in zip(stated, tensor.shape, strict=True))
 
 
 def _compare(eager: torch.Tensor, written: torch.Tensor, *, atol: float, rtol: float) -> tuple[float, float, bool]:

@@ -114,6 +114,7 @@ class DenseStage:
             sample,
             traced.inputs,
             load_program(folder / PROGRAM),
+            shapes=[output.shape for output in self.entry.outputs],
             atol=config.atol,
             rtol=config.rtol,
             max_batch_size=config.max_batch_size,

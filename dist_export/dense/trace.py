@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,27 @@ def trace_dense(
     return TracedDense(program, {name: sample.inputs[name] for name in used}, dropped)
 
 
+def output_shapes(traced: TracedDense, dynamic_dims: Mapping[str, Mapping[int, str]]) -> list[tuple[int | str, ...]]:
+    """Return the outputs' shapes; a size that follows from free dimensions is given as an expression of their names."""
+    values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
+    names: dict[str, str] = {}
+    for name, node in zip(traced.inputs, traced.program.graph_signature.user_inputs, strict=True):
+        value = values.get(str(node))
+        for dim, label in ({0: "batch"} | dict(dynamic_dims.get(name, {}))).items():
+            if isinstance(value, torch.Tensor):
+                names[str(value.shape[dim])] = label
+    shapes: list[tuple[int | str, ...]] = []
+    for node in traced.program.graph_signature.user_outputs:
+        value = values.get(str(node))
+        sizes = [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
+        shapes.append(tuple(int(size) if size.isdigit() else _in_words(size, names) for size in sizes))
+    return shapes
+
+
+def _in_words(size: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"[a-z]+\d+", lambda match: names.get(match[0], match[0]), size)
+
+
 class _Keyworded(nn.Module):
     """Calls the dense arch with a dict. Subclasses have a ``forward`` with the inputs as explicit keywords."""
 
@@ -149,7 +171,7 @@ def _export(
 def _detail(error: BaseException) -> str:
     """Return what follows 'Constraints violated (batch)!', which says nothing by itself."""
     details = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
-    return f" {details[0].split('. If ')[0][:300]}" if details else ""
+    return f" {details[0].split('. If ')[0].rstrip('.')[:300]}" if details else ""
 
 
 def _dynamic_shapes(

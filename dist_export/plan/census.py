@@ -99,7 +99,7 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census) -> list[UniqueTask
     for table in range(len(checkpoint.tables)):
         parts = checkpoint.parts.of_table(table)
         begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
-        is_disjoint = bool((begin[1:] >= np.maximum.accumulate(end)[:-1]).all()) if len(parts) > 1 else True
+        is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
         is_proven = is_disjoint and not census.misplaced[parts].any()
         groups = (
             [(part,) for part in parts if checkpoint.parts.rows[part] > MAX_SORTED_IDS] if is_proven else [tuple(parts)]

@@ -34,13 +34,13 @@ def take_census(checkpoint: Checkpoint, targets: Sequence[Targets], parts: list[
             if len(held):
                 held[first : first + len(ids)] = ids
             misplaced[row] += len(ids) - int(np.count_nonzero(is_in_slice(ids, claimed)))
-            id_sum[row] += mix(ids).sum(dtype=np.uint64)
+            id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
             counts = np.bincount(target.owners_of(ids, own=own), minlength=len(target.slices))
             present = np.flatnonzero(counts)
             runs.append(
                 np.stack([np.full_like(present, part), np.full_like(present, granule), present, counts[present]])
             )
-        _refuse_duplicates(held, checkpoint, part)
+        _refuse_duplicates(held, checkpoint, (part,))
     columns = np.concatenate([np.zeros((4, 0), np.int64), *runs], axis=1)
     return Census(
         part=columns[0],
@@ -64,17 +64,19 @@ def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask]) -> None:
                     found.append(ids[chosen])
                 else:
                     found.append(ids.copy())
-        _refuse_duplicates(np.concatenate([np.zeros(0, np.int64), *found]), checkpoint, task.parts[0])
+        _refuse_duplicates(np.concatenate([np.zeros(0, np.int64), *found]), checkpoint, task.parts)
 
 
-def _refuse_duplicates(ids: np.ndarray, checkpoint: Checkpoint, part: int) -> None:
-    """Sort ``ids`` in place and raise if two neighbours are equal."""
+def _refuse_duplicates(ids: np.ndarray, checkpoint: Checkpoint, parts: Sequence[int]) -> None:
+    """Sort ``ids``, which come from these parts of one table, in place and raise if two neighbours are equal."""
     ids.sort()
     twice = np.flatnonzero(ids[1:] == ids[:-1])
     if len(twice):
-        table = checkpoint.tables[checkpoint.parts.table[part]].name
+        table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name
+        files = sorted({int(checkpoint.blocks.file[part, 0]) for part in parts})
+        more = f" (or another of {len(files)} files)" if len(files) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.directory.url}: table {table!r} holds the id {int(ids[twice[0]])} twice "
-            f"({len(twice):,} rows too many among those compared); a loader would keep either row. "
+            f"{checkpoint.directory.describe(checkpoint.files[files[0]].name)}{more}: table {table!r} holds the id "
+            f"{int(ids[twice[0]])} twice ({len(twice):,} rows too many among those compared); a loader would keep either row. "
             "Save the checkpoint anew, or remove the duplicates"
         )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from dist_export.collective import Ranks
+from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import Unit, assign, plan_hash_units, plan_units
 from dist_export.storage import PARTIAL_SUFFIX, Directory, RangeReader, Staging, root_digest
@@ -85,10 +86,8 @@ class Transfer:
             units = plan_hash_units(plan, sorted(candidates))
             work = partial(self._run_units, "reuse", units, self._open_final, is_counted=False)
             shares = ranks.gather("verify shards of an interrupted export", work)
-            found = _join_digests(shares)
-            self._reused = {
-                number: digest for number, digest in candidates.items() if _digest_of(found, number) == digest
-            }
+            found = _digests_of_files(_join_digests(shares))
+            self._reused = {number: digest for number, digest in candidates.items() if found[number] == digest}
         self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
         mine = [n for n in range(ranks.rank, len(plan.files), ranks.world_size) if n not in self._reused]
 
@@ -121,13 +120,10 @@ class Transfer:
             # read back from the page cache, most of it; only where nothing is written is this the work to be shown
             hash_shards = partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
+        ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
+        digests = _digests_of_files(found) | self._reused
         receipts = [
-            Receipt(
-                plan=plan.digest,
-                name=file.name,
-                num_bytes=file.num_bytes,
-                digest=self._reused.get(number) or _digest_of(found, number),
-            )
+            Receipt(plan=plan.digest, name=file.name, num_bytes=file.num_bytes, digest=digests[number])
             for number, file in enumerate(plan.files)
         ]
 
@@ -180,6 +176,17 @@ class Transfer:
             outputs.close(sync=is_whole)
         return digests
 
+    def _refuse_changed_source(self) -> None:
+        """Compare this rank's share of the source files with what they were when their headers were read."""
+        checkpoint = self._plan.checkpoint
+        for file in checkpoint.files[self._ranks.rank :: self._ranks.world_size]:
+            found = checkpoint.directory.stat(file.name)
+            if (found.size, found.version) != (file.size, file.version):
+                raise TransferError(
+                    f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
+                    "mix two checkpoints. Nothing was published; run the export again on a checkpoint that is finished"
+                )
+
     def _read_receipts(self) -> dict[int, str]:
         """Return the digests of shards that a receipt of this very plan vouches for; remove half-written files."""
         found = {}
@@ -214,6 +221,8 @@ def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:
     return {key: digests for share in shares for key, digests in share.items()}
 
 
-def _digest_of(found: ChunkDigests, number: int) -> str:
-    begins = sorted(begin for file, begin in found if file == number)
-    return root_digest([digest for begin in begins for digest in found[number, begin]])
+def _digests_of_files(found: ChunkDigests) -> dict[int, str]:
+    chunks: dict[int, list[bytes]] = {}
+    for number, begin in sorted(found):
+        chunks.setdefault(number, []).extend(found[number, begin])
+    return {number: root_digest(digests) for number, digests in chunks.items()}

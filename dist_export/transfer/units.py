@@ -65,9 +65,8 @@ class UnitRunner:
                 break
             source = self._sources[int(copies.source_file[row])]
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
-            # pieces never straddle a chunk, so that each digest is fed by whole pieces
             while begin < end:
-                size = min(end - begin, _BUFFER_BYTES, CHUNK_BYTES - begin % CHUNK_BYTES)
+                size = min(end - begin, _BUFFER_BYTES)
                 piece = self._buffer[:size]
                 source.read_into(piece, begin + shift)
                 self._outputs.write(unit.number, piece, begin)
@@ -124,7 +123,7 @@ class UnitRunner:
 
 
 def _hash_chunks(pieces: Iterator[memoryview], unit: Unit) -> list[bytes]:
-    """Return the xxh3-128 of each chunk; ``pieces`` cover the unit's range in order and straddle no chunk but the header."""
+    """Return the xxh3-128 of each chunk; ``pieces`` cover the unit's range in order, cut anyhow."""
     digests: list[bytes] = []
     hasher = xxhash.xxh3_128()
     room = CHUNK_BYTES

@@ -74,7 +74,7 @@ def _run_rank(
         outcome = True, fn(rank, *args)
     except BaseException:
         outcome = False, traceback.format_exc()
-    partial = _result_of(Path(store), rank).with_suffix(".partial")
+    partial = Path(f"{store}.partial{rank}")
     partial.write_bytes(pickle.dumps(outcome))
     partial.rename(_result_of(Path(store), rank))
     os._exit(0)  # gloo may wait for ranks that are gone when it is torn down

@@ -46,7 +46,10 @@ def test_the_counts_are_those_of_the_ids_whoever_counts(tmp_path, monkeypatch, n
 
 
 def test_mixing_is_one_to_one():
-    ids = np.concatenate([np.arange(-5000, 5000), np.arange(1, 5000) << 40])
+    inverse = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
+    alike = (np.uint64(0xABCDEF01 << 32) + np.arange(5000, dtype=np.uint64)) * inverse  # one upper half, once spread
+    ids = np.concatenate([np.arange(-5000, 5000), np.arange(1, 5000) << 40, alike.view(np.int64)])
+    assert len(np.unique(ids)) == len(ids)
     assert len(np.unique(mix(ids))) == len(ids)
 
 
@@ -97,6 +100,20 @@ def test_misplaced_rows_of_a_slice_whose_part_was_left_out(tmp_path):
     assert_exact(tmp_path / "out", truth_of({"t": parts}))
     assert manifest.tables[0].misplaced == 1
     assert [part.rows for part in manifest.tables[0].parts][2] == 1
+
+
+@pytest.mark.parametrize("num_shards", ["source", 2])
+def test_a_row_in_two_slices_stays_though_its_neighbour_moves(tmp_path, num_shards):
+    random = np.random.default_rng(0)
+    slices = [(0, 100, 100), (90, 100, 100), (95, 100, 100)]
+    ids = [np.arange(0, 80), np.array([91, 5000 + 7, 95, 92, 98, 6000 + 8]), np.array([299, 7000 + 92, 296])]
+    parts = [PartSpec(i, {"embedding": random.random((len(i), 3))}, part) for i, part in zip(ids, slices, strict=True)]
+    write_checkpoint(tmp_path / "in", {"t": parts})
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=num_shards)
+    assert_exact(tmp_path / "out", truth_of({"t": parts}))
+    assert manifest.tables[0].misplaced == 3
+    if num_shards == "source":
+        assert [part.rows for part in manifest.tables[0].parts] == [83, 4, 2]
 
 
 # ---- ids that stand twice ------------------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""The dense part of whole exports in one process: what is found before shards are written, and what is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.archive.guard import load_program
+from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+
+
+def run(checkpoint: Path, model=None, dataset=None, **settings):
+    exporter = dist_export.Exporter(
+        model or tiny_model.build_model(),
+        settings.pop("sparse_model_name", "sparse_arch"),
+        settings.pop("dense_model_name", "dense_arch"),
+        tiny_model.build_dataset() if dataset is None else dataset,
+        checkpoint,
+        checkpoint.parent / "out",
+        filter_sparse_opt=True,
+        **settings,
+    )
+    return exporter.export()
+
+
+def model_with(sparse=None, dense=None) -> nn.Module:
+    """A model whose sparse or dense arch passes what it returns through a function."""
+    model = tiny_model.build_model()
+
+    def change(module: nn.Module, fn) -> None:
+        plain = type(module).forward
+        module.__class__ = type("Changed", (type(module),), {"forward": lambda self, x: fn(plain(self, x))})
+
+    if sparse:
+        change(model.sparse_arch, sparse)
+    if dense:
+        change(model.dense_arch, dense)
+    return model
+
+
+EARLY = {
+    "input name": ({"model": model_with(sparse=lambda d: {**d, "a-b": d["price"]})}, ModelError, "'a-b'"),
+    "taken name": ({"model": model_with(sparse=lambda d: {**d, "torch": d["price"]})}, ModelError, "'torch'"),
+    "split_seq": ({"model": model_with(sparse=lambda d: ((d, d), None))}, ModelError, "split_seq"),
+    "sparse output": ({"model": model_with(sparse=lambda d: d["price"])}, ModelError, "returns a Tensor"),
+    "batch sizes": (
+        {"model": model_with(sparse=lambda d: {**d, "x": d["price"][:2]})},
+        ModelError,
+        "all must be equal",
+    ),
+    "dense output": ({"model": model_with(dense=lambda d: [d])}, ModelError, "output 0 .* is a dict"),
+    "output count": ({"export_outputs": ["one"]}, ModelError, "has 1 names"),
+    "output names": ({"export_outputs": ["one", "one"]}, ConfigError, "stands there twice"),
+    "empty name": ({"export_outputs": ["one", ""]}, ConfigError, "needs a name"),
+    "dynamic_dims": ({"dynamic_dims": {"nope": {1: "n"}}}, ConfigError, "no input of the dense arch"),
+    "device": ({"device": "nonsense"}, ConfigError, "device is 'nonsense'"),
+    "no device": ({"device": "cuda:77"}, ConfigError, "device is 'cuda:77'"),
+    "no batch": ({"dataset": []}, ModelError, "no batch on rank 0"),
+    "stopped": ({"dataset": [(True, None)]}, ModelError, "no batch on rank 0"),
+    "no iterable": ({"dataset": 3}, ModelError, "cannot be iterated"),
+    "no rows": ({"dataset": tiny_model.build_dataset(0)}, ModelError, "no rows|sparse arch fails"),
+    "optimizer": ({"dense_optimizer": object()}, ModelError, "without zero_grad"),
+    "model": ({"model": object()}, ModelError, "expected a torch.nn.Module"),
+    "sparse path": ({"sparse_model_name": "nope"}, ModelError, "has no module 'nope' .it has sparse_arch, dense_arch"),
+    "dense path": ({"dense_model_name": "dense_arch.nope"}, ModelError, "DenseArch has no module 'nope'"),
+    "width": (
+        {"model": tiny_model.build_model(3)},
+        ModelError,
+        r"hidden.weight is \[8, 9\], the dense arch has \[3, 9\]",
+    ),
+    "pattern": ({"allow_missing_dense": ["nope"]}, ModelError, "'nope' matches no parameter"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_it_is_found_before_anything_is_written(case: str, checkpoint: Path) -> None:
+    settings, kind, told = EARLY[case]
+    with pytest.raises(kind, match=told) as caught:
+        run(checkpoint, **settings)
+    assert caught.value.exit_code == 2
+    out = checkpoint.parent / "out"
+    assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dense", "kind", "told"),
+    [
+        (lambda d: {k: v + 1 if v.shape[0] == 1 else v for k, v in d.items()}, ParityError, "at batch size 1"),
+        (lambda d: {k: v.squeeze() for k, v in d.items()}, ParityError, "squeeze"),
+        (lambda d: {k: v if v.sum() > 0 else -v for k, v in d.items()}, TraceError, r"test_dense_stage.py:\d+"),
+        (lambda d: {k: v.new_zeros(v.shape) for k, v in d.items()}, TraceError, "no input of the dense arch"),
+    ],
+)
+def test_what_is_found_later_stops_the_commit(dense, kind, told, checkpoint: Path) -> None:
+    with pytest.raises(kind, match=told) as caught:
+        run(checkpoint, model_with(dense=dense))
+    assert caught.value.exit_code == 1
+    assert not (checkpoint.parent / "out" / "manifest.json").exists()
+
+
+def test_the_callers_model_is_left_as_it_was(checkpoint: Path) -> None:
+    model = tiny_model.build_model()
+    model.dense_arch.exported = False
+    model.sparse_arch.exported = False
+    model.dense_arch.norm.eval()
+    model.dense_arch.out.bias.requires_grad_(requires_grad=False)
+    ids = tiny_model.build_dataset()[0][1]["user"]
+    model.sparse_arch.user.insert(ids[:1], torch.full((1, tiny_model.DIM), -3.0))
+    optimizer = torch.optim.SGD(model.dense_arch.parameters(), lr=1.0)
+    for parameter in model.dense_arch.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    run(checkpoint, model, dense_optimizer=optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.dense_arch.out.parameters()] == [True, False]
+    assert all(p.grad is None for p in model.parameters())
+    assert model.dense_arch.exported is model.sparse_arch.exported is False
+    assert torch.equal(model.sparse_arch.user(ids[:1]), torch.full((1, tiny_model.DIM), -3.0))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_gradients_stay_where_no_optimizer_is_given(checkpoint: Path) -> None:
+    model = tiny_model.build_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run(checkpoint, model)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_package_has_the_checkpoints_weights_and_the_samples_rows(checkpoint: Path) -> None:
+    manifest = run(checkpoint)
+    program = load_program(checkpoint.parent / "out" / "fx_user_model" / "exported_model.pt")
+    trained = tiny_model.trained_dense_state()
+    assert torch.equal(program.state_dict["dense_arch.hidden.weight"], trained["dense_arch.hidden.weight"])
+    assert manifest.run["sample"]["missing"] == {"item_emb": 0, "user_emb": 0}
+    assert [output.name for output in manifest.dense.outputs] == ["ctr", "like"]
+    assert manifest.parity.batch_sizes == (5, 1, 2, 301)
+
+
+def test_a_sample_larger_than_serving_may_send_is_cut(checkpoint: Path) -> None:
+    manifest = run(checkpoint, dataset=tiny_model.build_dataset(50), max_batch_size=7)
+    assert manifest.parity.batch_sizes == (7, 1, 2)
+    assert manifest.dense.max_batch_size == 7
+
+
+def test_one_row_is_enough(checkpoint: Path) -> None:
+    assert run(checkpoint, dataset=tiny_model.build_dataset(1)).parity.batch_sizes == (2, 1, 301)
+
+
+def test_missing_parameters_that_are_allowed_are_the_models_own(checkpoint: Path) -> None:
+    state = tiny_model.trained_dense_state()
+    del state["dense_arch.out.bias"]
+    torch.save(state, checkpoint / "model.pt")
+    with pytest.raises(ModelError, match=r"missing: out\.bias"):
+        run(checkpoint)
+    model = tiny_model.build_model()
+    manifest = run(checkpoint, model, allow_missing_dense=["out.*"])
+    assert any("out.bias" in note for note in manifest.notes)
+    program = load_program(checkpoint.parent / "out" / "fx_user_model" / "exported_model.pt")
+    assert torch.equal(program.state_dict["dense_arch.out.bias"], model.dense_arch.out.bias)
+
+
+def test_the_dense_arch_alone_from_a_checkpoint_without_tables(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").mkdir()
+    torch.save(tiny_model.trained_dense_state(), tmp_path / "ckpt" / "model.pt")
+    exporter = dist_export.Exporter(
+        tiny_model.build_model(),
+        "sparse_arch",
+        "dense_arch",
+        tiny_model.build_dataset(),
+        tmp_path / "ckpt",
+        tmp_path / "out",
+        need_export_sparse=False,
+    )
+    manifest = exporter.export()
+    assert any("the model's own rows" in note for note in manifest.notes)
+    assert manifest.dense is not None
+
+
+def test_a_legacy_archive_is_committed_and_named(checkpoint: Path) -> None:
+    manifest = run(checkpoint, archive_format="legacy")
+    assert manifest.dense.archive_format == "legacy"
+    torch.export.load(str(checkpoint.parent / "out" / "fx_user_model" / "exported_model.pt"))

@@ -1,0 +1,169 @@
+"""Loading model.pt into the dense arch: nothing is missed, nothing is guessed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dist_export.dense.state import load_dense_parameters
+from dist_export.errors import ModelError
+
+
+def make_net() -> nn.ModuleDict:
+    return nn.ModuleDict({"mlp": nn.Linear(2, 3), "norm": nn.BatchNorm1d(3)})
+
+
+def state_for(net: nn.Module, prefix: str = "dense_arch.") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": torch.full_like(tensor, 7) for name, tensor in net.state_dict().items()}
+
+
+def load(net: nn.Module, state: dict, *, name: str = "dense_arch", allow: list[str] | None = None) -> tuple[str, ...]:
+    return load_dense_parameters(net, state, dense_model_name=name, allow_missing=allow or [], where="model.pt")
+
+
+def test_all_parameters_and_buffers_are_loaded() -> None:
+    net = make_net()
+    assert load(net, state_for(net)) == ()
+    assert all((tensor == 7).all() for tensor in net.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["dense_arch", "towers.dense", "module.dense_arch", ""])
+def test_the_prefix_is_a_path_of_any_depth(name: str) -> None:
+    net = make_net()
+    load(net, state_for(net, f"{name}." if name else ""), name=name)
+    assert (net["mlp"].weight == 7).all()
+
+
+def test_the_prefix_is_stripped_at_the_front_only() -> None:
+    net = nn.ModuleDict({"sub": nn.ModuleDict({"dense": nn.Linear(2, 2)}), "dense": nn.Linear(2, 2)})
+    state = state_for(net, "dense.")
+    assert "dense.sub.dense.weight" in state
+    state["dense.sub.dense.weight"] = torch.full((2, 2), 3.0)
+    load(net, state, name="dense")
+    assert (net["sub"]["dense"].weight == 3).all()
+    assert (net["dense"].weight == 7).all()
+
+
+def test_other_parts_of_the_model_are_ignored() -> None:
+    net = make_net()
+    others = {"dense_arch_2.mlp.weight": torch.ones(9), "sparse_arch.x": torch.ones(1), "module.sparse_arch.x": None}
+    load(net, {**others, **state_for(net)})
+    assert (net["mlp"].weight == 7).all()
+
+
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module"])
+def test_wrapper_elements_are_ignored_in_the_checkpoint(wrapper: str) -> None:
+    net = make_net()
+    state = {f"{wrapper}.dense_arch.{wrapper}.{name}": torch.full_like(t, 7) for name, t in net.state_dict().items()}
+    load(net, state)
+    assert (net["mlp"].weight == 7).all()
+
+
+def test_wrapper_elements_are_ignored_in_the_dense_arch() -> None:
+    net = nn.ModuleDict({"mlp": nn.DataParallel(nn.Linear(2, 2)), "module": nn.Linear(2, 1)})
+    state = {"dense_arch.mlp.weight": torch.ones(2, 2), "dense_arch.mlp.bias": torch.ones(2)}
+    load(net, {**state, "dense_arch.weight": torch.ones(1, 2), "dense_arch.bias": torch.ones(1)})
+    assert (net["mlp"].module.weight == 1).all()
+    assert (net["module"].weight == 1).all()
+
+
+def test_two_names_that_are_one_without_wrappers_are_refused() -> None:
+    net = make_net()
+    state = state_for(net) | {"dense_arch.module.mlp.weight": torch.ones(3, 2)}
+    with pytest.raises(ModelError, match=r"'dense_arch.mlp.weight' and 'dense_arch.module.mlp.weight' are one name"):
+        load(net, state)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_told_together() -> None:
+    net = make_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = state_for(net)
+    del state["dense_arch.mlp.bias"], state["dense_arch.norm.running_mean"]
+    state |= {"dense_arch.gone": torch.ones(1), "dense_arch.mlp.weight": torch.ones(4, 2), "dense_arch.norm.bias": 3}
+    with pytest.raises(ModelError) as caught:
+        load(net, state)
+    for part in (
+        "model.pt does not fit the dense arch 'dense_arch'",
+        "missing: mlp.bias, norm.running_mean (allow_missing_dense",
+        "unexpected under 'dense_arch.': gone",
+        "mlp.weight is [4, 2], the dense arch has [3, 2]",
+        "norm.bias is a int",
+    ):
+        assert part in str(caught.value)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} was loaded all the same"
+
+
+def test_every_missing_key_is_listed() -> None:
+    net = nn.ModuleList([nn.Linear(1, 1) for _ in range(30)])
+    with pytest.raises(ModelError) as caught:
+        load(net, {"dense_arch.0.weight": torch.ones(1, 1)})
+    assert all(f"{i}.bias" in str(caught.value) for i in range(30))
+
+
+def test_a_wrong_prefix_says_what_there_is() -> None:
+    with pytest.raises(ModelError, match=r"no parameter under 'dense_arch\.'; its names begin with sparse, tower"):
+        load(make_net(), state_for(make_net(), "tower.") | {"sparse.x": torch.ones(1)})
+
+
+def test_missing_keys_pass_where_they_are_allowed() -> None:
+    net = make_net()
+    bias = net["mlp"].bias.detach().clone()
+    state = state_for(net)
+    del state["dense_arch.mlp.bias"]
+    (note,) = load(net, state, allow=["mlp.b*"])
+    assert "mlp.bias" in note
+    assert torch.equal(net["mlp"].bias, bias)
+    assert (net["mlp"].weight == 7).all()
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"'mlp\.typo' matches no parameter"):
+        load(make_net(), state_for(make_net()), allow=["mlp.typo"])
+
+
+def test_an_allowed_pattern_does_not_excuse_others() -> None:
+    state = state_for(make_net())
+    del state["dense_arch.mlp.bias"], state["dense_arch.mlp.weight"]
+    with pytest.raises(ModelError, match=r"missing: mlp.weight \("):
+        load(make_net(), state, allow=["mlp.bias"])
+
+
+def test_another_dtype_is_cast_and_noted() -> None:
+    net = make_net()
+    state = state_for(net) | {"dense_arch.mlp.weight": torch.full((3, 2), 7, dtype=torch.bfloat16)}
+    assert load(net, state) == ("dense parameters cast to the dtype of the dense arch: mlp.weight",)
+    assert net["mlp"].weight.dtype == torch.float32
+
+
+def make_tied() -> nn.ModuleDict:
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    net["b"].weight = net["a"].weight
+    return net
+
+
+def test_tied_parameters_load_and_stay_tied() -> None:
+    net = make_tied()
+    load(net, state_for(net))
+    assert net["a"].weight is net["b"].weight
+    assert (net["a"].weight == 7).all()
+
+
+def test_a_checkpoint_that_tears_a_tie_is_refused() -> None:
+    net = make_tied()
+    state = state_for(net) | {"dense_arch.b.weight": torch.ones(2, 2)}
+    with pytest.raises(
+        ModelError, match=r"different values for what is one tensor in the dense arch: a.weight and b.weight"
+    ):
+        load(net, state)
+
+
+def test_lazy_parameters_take_the_shape_of_the_checkpoint() -> None:
+    net = nn.LazyLinear(2)
+    load(net, {"dense_arch.weight": torch.ones(2, 5), "dense_arch.bias": torch.ones(2)})
+    assert net.weight.shape == (2, 5)
+
+
+def test_a_dense_arch_without_parameters_needs_none() -> None:
+    assert load(nn.ReLU(), {"sparse.x": torch.ones(1)}) == ()

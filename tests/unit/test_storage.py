@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from recis_writer import make_tables, truth_of, write_checkpoint
+from sparse_cases import assert_exact, export
+
+from dist_export import storage
+from dist_export.errors import ConfigError, ExportError, TransferError
+from dist_export.storage import Directory, Staging, digest_bytes, digest_file, local_tree, root_digest
+
+
+@pytest.fixture(params=["local", "memory"])
+def directory(request, tmp_path):
+    found = Directory(str(tmp_path / "dir") if request.param == "local" else f"memory://{tmp_path.name}/dir")
+    yield found
+    if request.param == "memory" and found.exists():
+        found.fs.rm(found.path, recursive=True)
+
+
+def test_files_come_and_go(directory):
+    assert directory.names() == []
+    assert not directory.exists()
+    directory.make()
+    directory.write("b", b"12345")
+    directory.write("a", b"")
+    directory.write("sub/deep/c", b"x")
+    assert directory.names() == ["a", "b"]
+    assert directory.exists("sub/deep/c")
+    assert directory.read("b") == b"12345"
+    assert directory.stat("b").size == 5
+    directory.write("b", b"new")
+    assert directory.read("b") == b"new"
+    directory.remove("b")
+    directory.remove("b")
+    assert directory.names() == ["a"]
+    with pytest.raises(FileNotFoundError):
+        directory.stat("b")
+
+
+def test_ranged_reads(directory):
+    directory.make()
+    directory.write("f", bytes(range(100)))
+    with directory.open_reader("f") as reader:
+        buffer = bytearray(10)
+        reader.read_into(memoryview(buffer), 37)
+        assert bytes(buffer) == bytes(range(37, 47))
+        reader.read_into(memoryview(buffer)[:0], 5)
+        with pytest.raises(TransferError, match=r"f: ended at byte 100, 5 bytes before"):
+            reader.read_into(memoryview(buffer), 95)
+    reader.close()
+
+
+def test_what_is_written_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    directory = Directory(tmp_path)
+    directory.write("f", b"old")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk"):
+            directory.write("f", b"new")
+    assert directory.read("f") == b"old"
+    order = []
+    original_sync, original_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), original_sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), original_replace(*paths)))
+    directory.write("f", b"new")
+    assert order == ["sync", "replace", "sync"]
+    assert directory.names() == ["f"]
+
+
+def test_the_same_directory_by_any_name(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "up").symlink_to(tmp_path)
+    for other in (f"{real}/", f"{tmp_path}/x/../real", f"{tmp_path}/link", f"{tmp_path}/up/real", f"file://{real}"):
+        assert Directory(str(real)).is_same(Directory(other)), other
+    assert not Directory(str(real)).is_same(Directory(str(tmp_path)))
+    missing = tmp_path / "link" / "missing"
+    assert Directory(str(real / "missing")).is_same(Directory(str(missing)))
+    assert Directory("memory://a/b").is_same(Directory("memory://a/b/"))
+    assert not Directory("memory://a/b").is_same(Directory("memory://a/c"))
+    assert not Directory("memory:///a").is_same(Directory("/a"))
+
+
+def test_relative_paths_stand_against_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Directory("x/y").path == str(tmp_path / "x/y")
+    assert Directory("x/y/").describe("f") == "x/y/f"
+    assert Directory("x").is_shared
+    assert not Directory("memory://x").is_shared
+
+
+def test_an_unknown_protocol_is_the_users_mistake():
+    with pytest.raises(ConfigError, match="nosuch://x: no file system"):
+        Directory("nosuch://x")
+
+
+def test_links_to_files_are_files(tmp_path):
+    tables = make_tables({"a": 20}, 2)
+    write_checkpoint(tmp_path / "store", tables)
+    (tmp_path / "in").mkdir()
+    for path in (tmp_path / "store").iterdir():
+        (tmp_path / "in" / path.name).symlink_to(path)
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "folder").mkdir()
+    assert Directory(tmp_path / "in").names() == Directory(tmp_path / "store").names()
+    export(tmp_path / "in", tmp_path / "out", num_shards=3)
+    assert_exact(tmp_path / "out", truth_of(tables))
+
+
+def test_a_link_in_the_target_is_replaced_not_written_through(tmp_path):
+    tables = make_tables({"a": 20}, 2)
+    write_checkpoint(tmp_path / "in", tables)
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    (tmp_path / "out").mkdir()
+    name = "model-000000-of-000002.safetensors"
+    for link in (name, f".{name}.partial", "index", "index.partial", "manifest.json.partial"):
+        (tmp_path / "out" / link).symlink_to(tmp_path / "in" / name)
+    (tmp_path / "out" / ".model-000001-of-000002.safetensors.partial").symlink_to(tmp_path / "in" / "new")
+    export(tmp_path / "in", tmp_path / "out", num_shards=2)
+    assert_exact(tmp_path / "out", truth_of(tables))
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+# ---- staging -------------------------------------------------------------------------------------------------------
+
+
+def test_staged_files_get_their_names_when_they_are_whole(directory):
+    directory.make()
+    staging = Staging(directory)
+    try:
+        staging.create("f", 5)
+        staging.create("empty", 0)
+        assert directory.names() in ([], [".empty.partial", ".f.partial"])
+        with open(staging.path("f"), "r+b") as file:
+            file.write(b"12345")
+        with staging.open_reader("f") as reader:
+            buffer = bytearray(5)
+            reader.read_into(memoryview(buffer), 0)
+            assert buffer == b"12345"
+        staging.publish("f")
+        staging.publish("empty")
+        assert directory.names() == ["empty", "f"]
+        assert directory.read("f") == b"12345"
+        staging.create("gone", 3)
+        staging.remove("gone")
+        staging.remove("gone")
+        staging.remove("f")  # published: nothing is being built under that name
+        assert directory.names() == ["empty", "f"]
+    finally:
+        staging.close()
+    assert staging._temporary is None or not os.path.exists(staging._temporary)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_shows_before_anything_is_written(tmp_path, monkeypatch, code):
+    write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
+    calls = []
+
+    def full(fd, offset, length):
+        calls.append(length)
+        if len(calls) == 2:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ExportError) as caught:
+        export(tmp_path / "in", tmp_path / "out", num_shards=3)
+    text = str(caught.value)
+    assert str(tmp_path / "out" / "model-000001-of-000003.safetensors") in text
+    assert os.strerror(code) in text
+    assert "\n" not in text
+    assert caught.value.exit_code == 1
+    assert list((tmp_path / "out").iterdir()) == []  # what was reserved is free again
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_that_cannot_reserve_is_no_hindrance(tmp_path, monkeypatch, code):
+    tables = make_tables({"a": 20}, 2)
+    write_checkpoint(tmp_path / "in", tables)
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    export(tmp_path / "in", tmp_path / "out", num_shards=3)
+    assert_exact(tmp_path / "out", truth_of(tables))
+
+
+def test_an_error_of_the_disk_while_writing(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(ExportError, match="Input/output error") as caught:
+        export(tmp_path / "in", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_memory_exports_read_back(tmp_path):
+    tables = make_tables({"a": 40}, 2)
+    write_checkpoint(tmp_path / "in", tables)
+    source, target = Directory(f"memory://{tmp_path.name}/in"), Directory(f"memory://{tmp_path.name}/out")
+    for path in (tmp_path / "in").iterdir():
+        source.write(path.name, path.read_bytes())
+    export(source.url, target.url, num_shards=3)
+    (tmp_path / "out").mkdir()
+    for name in target.names():
+        (tmp_path / "out" / name).write_bytes(target.read(name))
+    assert_exact(tmp_path / "out", truth_of(tables))
+    export(tmp_path / "in", tmp_path / "local", num_shards=3)
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert target.read(path.name) == path.read_bytes()
+    target.fs.rm(f"/{tmp_path.name}", recursive=True)
+
+
+# ---- digests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 99, 100])
+def test_digests_agree_whoever_computes_them(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 10)
+    data = os.urandom(size)
+    directory = Directory(tmp_path)
+    directory.write("f", data)
+    assert digest_file(directory, "f") == digest_bytes(data)
+    import xxhash
+
+    chunks = [data[i : i + 10] for i in range(0, max(size, 1), 10)]
+    assert digest_bytes(data) == root_digest([xxhash.xxh3_128_digest(chunk) for chunk in chunks])
+    assert digest_bytes(data).startswith("xxh3:")
+    if size:
+        assert digest_bytes(data[:-1]) != digest_bytes(data)
+
+
+def test_a_file_of_several_buffers(tmp_path):
+    data = os.urandom((9 << 20) + 5)
+    Directory(tmp_path).write("f", data)
+    assert digest_file(Directory(tmp_path), "f") == digest_bytes(data)
+
+
+def test_local_tree(tmp_path):
+    for name in ("b", "a/x", "a/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert local_tree(tmp_path) == ["a/.hidden", "a/x", "b"]
