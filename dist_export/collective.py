@@ -37,6 +37,7 @@ class Ranks:
         self._group = group
         self._owns_default_group = owns_default_group
         self._counters: dict[str, int] = {}
+        self._left: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._has_failed = False
 
@@ -122,6 +123,17 @@ class Ranks:
                 self._counters[counter] = self._counters.get(counter, 0) + amount
                 return self._counters[counter]
         return int(self._store.add(f"add/{counter}", amount))
+
+    def put(self, key: str, value: bytes) -> None:
+        """Leave a few bytes for whoever asks for ``key``. Any rank, any thread."""
+        if self.world_size == 1:
+            self._left[key] = value
+        else:
+            self._store.set(f"put/{key}", value)
+
+    def take(self, key: str) -> bytes:
+        """Return what some rank has left under ``key``, and was known to have left. Any rank, any thread."""
+        return self._left[key] if self.world_size == 1 else bytes(self._store.get(f"put/{key}"))
 
     def announce_failure(self) -> None:
         """Let ranks that are busy know that one has failed. Any rank."""

@@ -96,8 +96,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
     if manifest.mode != "dense_only":
         rows = sum(table.rows_out for table in manifest.tables)
-        seconds = manifest.run.get("seconds", {}).get("transfer", 0.0)
-        speed = f", {amount(round(kept / seconds))}/s" if seconds else ""
+        seconds = max((share.seconds for share in shares), default=0.0)
+        speed = f", {amount(round(manifest.num_bytes / seconds))}/s" if seconds else ""
         lines.append(
             f"  tables   {len(manifest.tables)}, {rows:,} rows in {manifest.num_shards} shards ({manifest.mode}{speed})"
         )
@@ -126,7 +126,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
     for share in shares:
         units = "1 unit" if share.num_units == 1 else f"{share.num_units} units"
-        lines.append(f"  rank {share.rank}   {units}, {amount(share.num_bytes)}")
+        lines.append(f"  rank {share.rank}   {units}, {amount(share.num_bytes)} in {share.seconds:.2f} s")
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]

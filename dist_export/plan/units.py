@@ -51,6 +51,8 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
+        if skip.issuperset(plan.blocks.file[plan.blocks_of(table, 0)[gather.targets]].tolist()):
+            continue
         row_bytes = sum(slot.row_bytes for slot in plan.slots_of(table))
         writing.append(Unit("gather", number, 0, 0, False, gather.num_rows * row_bytes))
     return writing, hashing

@@ -6,6 +6,7 @@ thread), ``finish`` (collective).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Share(NamedTuple):
     rank: int
     num_units: int
     num_bytes: int
+    seconds: float
 
 
 class Transfer:
@@ -67,8 +69,11 @@ class Transfer:
         self._reused: dict[int, str] = {}
         self._writing: list[Unit] = []
         self._hashing: list[Unit] = []
+        self._pieces: dict[int, list[int]] = {}
+        """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
         self._reserved: list[str] = []
         self._done = (0, 0)
+        self._seconds = 0.0
 
     @property
     def num_reused(self) -> int:
@@ -89,6 +94,11 @@ class Transfer:
             found = _digests_of_files(_join_digests(shares))
             self._reused = {number: digest for number, digest in candidates.items() if found[number] == digest}
         self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
+        for unit in (*self._writing, *self._hashing):
+            if unit.is_hashed:
+                self._pieces.setdefault(unit.number, []).append(unit.begin)
+        for begins in self._pieces.values():
+            begins.sort()
         mine = [n for n in range(ranks.rank, len(plan.files), ranks.world_size) if n not in self._reused]
 
         def reserve() -> None:
@@ -103,7 +113,7 @@ class Transfer:
         self._digests.update(self._run_units("write", self._writing, self._open_staged, is_counted=True))
 
     def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
-        """Hash what could not be hashed on the way, publish every file. All ranks; receipts in the order of the files.
+        """Hash what could not be hashed on the way. All ranks; receipts in the order of the files, all of them published.
 
         Args:
             wait_for_write: returns when ``write`` has, or raises what it raised.
@@ -122,20 +132,8 @@ class Transfer:
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
         digests = _digests_of_files(found) | self._reused
-        receipts = [
-            Receipt(plan=plan.digest, name=file.name, num_bytes=file.num_bytes, digest=digests[number])
-            for number, file in enumerate(plan.files)
-        ]
-
-        def publish() -> Share:
-            if not self._in_place:
-                for number in range(ranks.rank, len(receipts), ranks.world_size):
-                    if number not in self._reused:
-                        self._staging.publish(receipts[number].name)
-                        self._target.write(_receipt_name(receipts[number].name), msgspec.json.encode(receipts[number]))
-            return Share(ranks.rank, *self._done)
-
-        return receipts, ranks.gather("publish shards", publish)
+        receipts = [self._receipt(number, digests[number]) for number in range(len(plan.files))]
+        return receipts, ranks.gather("count the work", lambda: Share(ranks.rank, *self._done, self._seconds))
 
     def close(self) -> None:
         """Give back the space of files that were not published. Each rank for itself, also after a failure.
@@ -150,10 +148,12 @@ class Transfer:
         self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader], *, is_counted: bool
     ) -> ChunkDigests:
         ranks = self._ranks
+        started = time.perf_counter()
         queues = assign(units, ranks.world_size)
         outputs = StagedFiles(self._plan, self._staging)
-        runner = UnitRunner(self._plan, outputs, OpenReaders(open_written))
+        runner = UnitRunner(self._plan, outputs, OpenReaders(open_written), skip=self._reused)
         digests: ChunkDigests = {}
+        pending: ChunkDigests = {}
         is_whole = False
         try:
             # a rank that is done helps the next one; the claim is what keeps two from doing the same unit
@@ -164,17 +164,47 @@ class Transfer:
                     if place >= len(queue):
                         break
                     unit = units[queue[place]]
+                    if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
+                        self._hand_in(pending, outputs)
                     chunks = runner.run(unit)
                     if unit.is_hashed:
                         digests[unit.number, unit.begin] = chunks
+                        if unit.number in self._pieces:
+                            pending[unit.number, unit.begin] = chunks
                     if is_counted:
                         self._done = (self._done[0] + 1, self._done[1] + unit.num_bytes)
                         self._count_bytes(unit.num_bytes)
+            self._hand_in(pending, outputs)
             is_whole = True
         finally:
             runner.close()
             outputs.close(sync=is_whole)
+            self._seconds += time.perf_counter() - started
         return digests
+
+    def _hand_in(self, pending: ChunkDigests, outputs: StagedFiles) -> None:
+        """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
+
+        Pieces of one file are handed in together, for each time costs a sync.
+        """
+        if not pending:
+            return
+        ranks = self._ranks
+        number = next(iter(pending))[0]
+        outputs.sync(number)
+        for (_, begin), chunks in pending.items():
+            ranks.put(f"piece/{number}/{begin}", b"".join(chunks))
+        begins = self._pieces[number]
+        if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
+            digest = root_digest([ranks.take(f"piece/{number}/{begin}") for begin in begins])
+            receipt = self._receipt(number, digest)
+            self._staging.publish(receipt.name)
+            self._target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
+        pending.clear()
+
+    def _receipt(self, number: int, digest: str) -> Receipt:
+        file = self._plan.files[number]
+        return Receipt(plan=self._plan.digest, name=file.name, num_bytes=file.num_bytes, digest=digest)
 
     def _refuse_changed_source(self) -> None:
         """Compare this rank's share of the source files with what they were when their headers were read."""
@@ -184,7 +214,7 @@ class Transfer:
             if (found.size, found.version) != (file.size, file.version):
                 raise TransferError(
                     f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
-                    "mix two checkpoints. Nothing was published; run the export again on a checkpoint that is finished"
+                    "mix two checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
                 )
 
     def _read_receipts(self) -> dict[int, str]:

@@ -65,8 +65,15 @@ class StagedFiles:
         while written < len(view):
             written += os.pwrite(fd, view[written:], offset + written)
 
+    def sync(self, number: int) -> None:
+        """Make durable what was written into output ``number`` here; an error of the disk shows now."""
+        fd = self._fds.get(number, -1)
+        if fd >= 0 and number in self._is_dirty:
+            os.fsync(fd)
+            self._is_dirty.discard(number)
+
     def close(self, *, sync: bool) -> None:
-        """Close all descriptors; ``sync`` makes the content durable, and an error of the disk shows here."""
+        """Close all descriptors; ``sync`` makes the content durable before."""
         while self._fds:
             number, fd = self._fds.popitem()
             self._close(number, fd, sync=sync)
@@ -75,5 +82,6 @@ class StagedFiles:
         try:
             if sync and number in self._is_dirty:
                 os.fsync(fd)
+                self._is_dirty.discard(number)
         finally:
             os.close(fd)

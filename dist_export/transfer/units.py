@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import xxhash
@@ -22,12 +22,15 @@ _GATHER_BYTES = 32 << 20
 class UnitRunner:
     """Runs units of one plan, one after the other. Holds open files and one buffer; one for each thread."""
 
-    def __init__(self, plan: SparsePlan, outputs: StagedFiles, written: OpenReaders) -> None:
-        """``written`` opens the output files by number, for hashing what is there."""
+    def __init__(
+        self, plan: SparsePlan, outputs: StagedFiles, written: OpenReaders, *, skip: Collection[int] = ()
+    ) -> None:
+        """``written`` opens the output files by number, for hashing what is there; those in ``skip`` are whole already."""
         checkpoint = plan.checkpoint
         self._plan = plan
         self._outputs = outputs
         self._written = written
+        self._skip = skip
         self._sources = OpenReaders(lambda number: checkpoint.directory.open_reader(checkpoint.files[number].name))
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
@@ -116,6 +119,8 @@ class UnitRunner:
                 view = rows_out[:size].data
                 for target, start in zip(present.tolist(), starts, strict=True):
                     block = plan.blocks_of(table, slot.column)[target]
+                    if int(plan.blocks.file[block]) in self._skip:
+                        continue
                     begin, end = start * slot.row_bytes, (start + int(counts[target])) * slot.row_bytes
                     position = int(plan.blocks.offset[block]) + int(next_rows[target]) * slot.row_bytes
                     self._outputs.write(int(plan.blocks.file[block]), view[begin:end], position)

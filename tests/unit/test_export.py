@@ -334,6 +334,40 @@ def test_an_interrupted_export_leaves_no_package_and_the_rerun_equals_an_undistu
     assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("num_shards", "num_parts"), [(4, 4), (5, 3)])
+def test_a_rerun_goes_on_with_the_shards_that_were_finished(
+    num_shards: int, num_parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards get their names one by one as they are whole, gathered ones too, so that a late failure costs little."""
+    source = tmp_path / "ckpt"
+    write_checkpoint(source, make_tables({"t": 900, "u": 100}, num_parts))
+    settings = {"ckpt_dir": str(source), "filter_sparse_opt": True, "num_shards": num_shards}
+    dist_export.export({**settings, "export_dir": str(tmp_path / "whole")})
+    out = tmp_path / "out"
+    units = len(recorded_units(monkeypatch, settings, tmp_path / "counted"))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, units - 1)
+        with pytest.raises(ExportError, match="No space left"):
+            dist_export.export({**settings, "export_dir": str(out)})
+    finished = {path.name: path.stat().st_ino for path in out.glob("model-*")}
+    assert len(finished) == num_shards - 1
+    manifest = dist_export.export({**settings, "export_dir": str(out)})
+    assert manifest.run["reused_shards"] == num_shards - 1
+    for path in (tmp_path / "whole").glob("model-*"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+        assert finished.get(path.name, 0) in (0, (out / path.name).stat().st_ino)
+    assert dist_export.open_package(tmp_path / "whole").manifest.digest == manifest.digest
+
+
+def recorded_units(monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], out: Path) -> list[object]:
+    done: list[object] = []
+    real = UnitRunner.run
+    with monkeypatch.context() as patched:
+        patched.setattr(UnitRunner, "run", lambda self, unit: (done.append(unit), real(self, unit))[1])
+        dist_export.export({**settings, "export_dir": str(out)})
+    return done
+
+
 def failing_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_):
         raise OSError(5, "Input/output error", "manifest.json")

@@ -206,7 +206,10 @@ def test_a_source_that_is_saved_anew_meanwhile_is_an_error(tmp_path, tables, mon
     monkeypatch.setattr(transfer_units.UnitRunner, "close", close)
     with pytest.raises(TransferError, match=rf"in/{shard(1)}: changed while it was being exported"):
         export(tmp_path / "in", tmp_path / "out", **settings)
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    manifest = export(tmp_path / "in", tmp_path / "out", **settings)
+    assert manifest.run["reused_shards"] == 0, "nothing that was read from the other checkpoint is trusted"
 
 
 @pytest.mark.parametrize("settings", [{"num_shards": 2}, {"filter_sparse_opt": False}])
