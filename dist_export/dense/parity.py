@@ -89,7 +89,7 @@ def _resized(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
     resized = {}
     for name, tensor in inputs.items():
         times = -(-size // tensor.shape[0])
-        resized[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))[:size].clone()
+        resized[name] = tensor.repeat(times, *[1] * (tensor.dim() - 1))[:size]  # repeat always copies
     return resized
 
 
