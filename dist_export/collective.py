@@ -30,14 +30,18 @@ so every rank counts alike."""
 class Ranks:
     """The ranks of this export. Build with :func:`join`; a single process gets one without any group."""
 
-    def __init__(self, rank: int, world_size: int, store: Any, group: Any, owns_default_group: bool) -> None:
+    def __init__(
+        self, rank: int, world_size: int, store: Any, group: Any, *, owns_default_group: bool, timeout_secs: float
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._store = store
         self._group = group
         self._owns_default_group = owns_default_group
+        self._timeout_secs = timeout_secs
         self._counters: dict[str, int] = {}
         self._left: dict[str, bytes] = {}
+        self._turns: dict[str, int] = {}
         self._lock = threading.Lock()
         self._has_failed = False
 
@@ -67,9 +71,8 @@ class Ranks:
             if raised is not None:
                 raise raised
             return [cast("T", result)]
-        if may_block and not self._all_arrive(step, is_failed=raised is not None):
-            assert raised is not None
-            raise raised
+        if may_block:
+            self._meet(step, raised, failure)
         import torch.distributed as dist
 
         outcomes: list[Any] = [None] * self.world_size
@@ -98,14 +101,34 @@ class Ranks:
         self.gather(step, lambda: kept.append(work()), may_block=may_block)
         return kept[0]
 
-    def _all_arrive(self, step: str, *, is_failed: bool) -> bool:
-        """Say that this rank is through with ``step``; where it failed, return whether all others are too, soon."""
-        arrived = int(self._store.add(f"arrived/{step}", 1))
-        deadline = time.monotonic() + _ARRIVAL_SECS
-        while is_failed and arrived < self.world_size and time.monotonic() < deadline:
-            time.sleep(0.05)
-            arrived = int(self._store.add(f"arrived/{step}", 0))
-        return not is_failed or arrived == self.world_size
+    def _meet(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
+        """Come together after a step that may have left some ranks in a collective of the caller's model.
+
+        Raises:
+            Exception: this rank's own error, where it failed and others did not come within a few seconds.
+            StepFailedError: where another rank has left for that reason.
+        """
+        turn = self._turns[step] = self._turns.get(step, 0) + 1
+        place = f"meet/{turn}/{step}"
+        started = time.monotonic()
+        arrived = int(self._store.add(place, 1))
+        pause = 0.001
+        while arrived < self.world_size:
+            if int(self._store.add(f"{place}/left", 0)):
+                rank, code, text = bytes(self._store.get(f"{place}/why")).decode().split(" ", 2)
+                raise StepFailedError(
+                    step, {int(rank): text}, world_size=self.world_size, exit_code=int(code)
+                ) from raised
+            waited = time.monotonic() - started
+            if raised is None and waited > self._timeout_secs:
+                raise ExportError(f"another rank did not get through '{step}' within {waited:.0f} s (timeout)")
+            if raised is not None and failure is not None and waited > _ARRIVAL_SECS:
+                self._store.set(f"{place}/why", f"{self.rank} {failure[1]} {failure[0]}")
+                self._store.add(f"{place}/left", 1)
+                raise raised
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            arrived = int(self._store.add(place, 0))
 
     def claim(self, queue: str) -> int:
         """Return the next number, from 0 up, of a counter that all ranks share. Any rank, any thread, any time."""
@@ -195,7 +218,7 @@ def join(*, timeout_secs: float) -> Ranks:
     timeout = timedelta(seconds=timeout_secs)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1 and not _is_initialized():
-        return Ranks(0, 1, None, None, owns_default_group=False)
+        return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
     import torch._C._distributed_c10d as torch_store
     import torch.distributed as dist
 
@@ -210,7 +233,9 @@ def join(*, timeout_secs: float) -> Ranks:
             ) from error
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     store = torch_store.PrefixStore(f"dist_export/{next(_sequence)}", dist.distributed_c10d._get_default_store())  # noqa: SLF001 -- torch offers no public way to the job's store
-    return Ranks(dist.get_rank(), dist.get_world_size(), store, group, owns)
+    return Ranks(
+        dist.get_rank(), dist.get_world_size(), store, group, owns_default_group=owns, timeout_secs=timeout_secs
+    )
 
 
 def _is_initialized() -> bool:

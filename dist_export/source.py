@@ -84,13 +84,17 @@ def plan_sparse(
 
     plan = ranks.run("lay out the shards", lay_out)
     digests = ranks.gather("compare the plans", lambda: plan.digest)
+    ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    return PlannedSparse(plan=plan, census=census)
+
+
+def _refuse_different(digests: list[str], source: str) -> None:
     if len(set(digests)) > 1:
         told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
         raise ExportError(
-            f"the ranks came to different plans, so they do not see the same {checkpoint.directory.url} ({told}). "
-            "Nothing was written. Check that it is one shared directory whose files no longer change"
+            f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
+            "Check that it is one shared directory whose files no longer change"
         )
-    return PlannedSparse(plan=plan, census=census)
 
 
 def _refuse_misplaced(checkpoint: Checkpoint, census: Census) -> None:

@@ -60,12 +60,7 @@ class DenseStage:
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
-        lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
-        if lacking:
-            raise ModelError(
-                f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
-                "needs one. Give the dataset at least one batch a rank"
-            )
+        ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
         finder = None if checkpoint is None else RowFinder(checkpoint, misplaced)
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
@@ -171,6 +166,15 @@ class DenseStage:
         except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
             raise ConfigError(f"device is {self._config.device!r}: {said(error)}") from None
         return device
+
+
+def _refuse_lacking(batches: list[bool]) -> None:
+    lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
+    if lacking:
+        raise ModelError(
+            f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
+            "needs one. Give the dataset at least one batch a rank"
+        )
 
 
 def _find(model: nn.Module, name: str, setting: str) -> nn.Module:

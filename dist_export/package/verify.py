@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -255,6 +256,6 @@ def _call(program: Any, inputs: dict[str, Any], order: list[str]) -> list[Any]:
 
 def _read_json(directory: Directory, name: str) -> Any:
     try:
-        return msgspec.json.decode(directory.read(name))
-    except msgspec.MsgspecError as error:
+        return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
+    except ValueError as error:
         raise PackageError(f"{name}: {error}") from None

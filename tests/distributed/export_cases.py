@@ -11,7 +11,7 @@ import torch.distributed as dist
 import dist_export
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_worlds import CASES, NUM_SHARDS  # noqa: E402
+from test_worlds import CASES, NUM_SHARDS
 
 
 def main(fixtures: Path, out: Path) -> None:

@@ -20,9 +20,7 @@ DENSE = ["--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dat
 
 
 def export(world_size: int, source: Path, target: Path, *arguments: str):
-    return torchrun(
-        world_size, "-m", "dist_export", "--ckpt_dir", str(source), "--export_dir", str(target), *arguments
-    )
+    return torchrun(world_size, "-m", "dist_export", "--ckpt_dir", str(source), "--export_dir", str(target), *arguments)
 
 
 def own_lines(text: str) -> list[str]:
@@ -78,13 +76,13 @@ def test_failure_on_one_rank_is_everyones(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
         "import errno, os, sys\n"
-        "from dist_export.transfer.files import StagedFiles\n"
-        "real = StagedFiles.write\n"
-        "def write(self, number, view, offset):\n"
+        "from dist_export.transfer.engine import Transfer\n"
+        "real = Transfer.write\n"
+        "def write(self):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise OSError(errno.ENOSPC, 'No space left on device', 'model-x')\n"
-        "    return real(self, number, view, offset)\n"
-        "StagedFiles.write = write\n"
+        "    return real(self)\n"
+        "Transfer.write = write\n"
         "from dist_export.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -153,7 +151,9 @@ def test_a_parity_failure_stops_the_commit(tmp_path: Path) -> None:
     """A model that takes another way for a batch of one is caught, on every rank, with exit code 1."""
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     target = tmp_path / "out"
-    done = export(2, source, target, "--model", "tiny_model:build_branching_model", "--dataset", "tiny_model:build_dataset")
+    done = export(
+        2, source, target, "--model", "tiny_model:build_branching_model", "--dataset", "tiny_model:build_dataset"
+    )
     assert "exitcode  : 1" in done.stderr
     (line,) = own_lines(done.stderr)
     assert "at batch size 1" in line

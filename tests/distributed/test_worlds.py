@@ -33,7 +33,9 @@ CASES = (
 NUM_SHARDS = (1, 2, 3, 4, 8, "source")
 
 
-def torchrun(world_size: int, *command: str, cwd: Path = TESTS, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    world_size: int, *command: str, cwd: Path = TESTS, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.run(

@@ -192,6 +192,7 @@ def test_the_program_loads_with_torch_and_through_the_guard(written) -> None:
             torch.testing.assert_close(left, right)
 
 
+@pytest.mark.parametrize("written", ["pt2"], indirect=True)  # the folder is the same beside either archive
 def test_the_fx_folder_works_elsewhere_and_alone(written, tmp_path) -> None:
     folder, sample, traced, _ = written
     (tmp_path / "elsewhere").mkdir()
@@ -212,6 +213,7 @@ def test_the_fx_folder_works_elsewhere_and_alone(written, tmp_path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "elsewhere", check=True, env=environment, timeout=120)
 
 
+@pytest.mark.parametrize("written", ["pt2"], indirect=True)
 def test_the_fx_folder_keeps_writes_through_views(written) -> None:
     folder, sample, traced, archive_format = written
     name = f"moved_{archive_format}"

@@ -152,7 +152,7 @@ def test_in_place_is_seen_through_other_spellings(spelling: str, checkpoint: Pat
 def test_in_place_does_not_rewrite_an_existing_fg(checkpoint: Path) -> None:
     (checkpoint / "fg.json").write_text('{"features": [], "mine": 1}')
     before = snapshot(checkpoint)
-    with pytest.raises(ConfigError, match="fg.json"):
+    with pytest.raises(ConfigError, match=r"fg\.json"):
         dist_export.export(
             {"ckpt_dir": str(checkpoint), "export_dir": str(checkpoint), "fg_conf_or_path": {"features": []}}
         )

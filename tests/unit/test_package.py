@@ -79,7 +79,7 @@ def test_lookup_widens_bfloat16(tmp_path: Path) -> None:
 
 def test_unknown_names_are_told(exported: Path) -> None:
     opened = dist_export.open_package(exported)
-    with pytest.raises(PackageError, match="no table 'nope'.*user_emb"):
+    with pytest.raises(PackageError, match=r"no table 'nope'.*user_emb"):
         opened.lookup("nope", [1])
     with pytest.raises(PackageError, match="no slot 'sparse_adam_exp_avg'"):
         opened.lookup("user_emb", [1], slot="sparse_adam_exp_avg")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recis_writer import PartSpec, Raw, split_table, write_checkpoint
+from recis_writer import PartSpec, Raw
+from table_cases import HashTable, Sparse, open_finder, rows, run, table_of
 from torch import nn
 
 from dist_export.collective import Ranks
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.sample import run_sparse_arch
 from dist_export.errors import ModelError
 from dist_export.source import open_checkpoint
 from dist_export.storage import Directory, RangeReader
@@ -19,35 +19,11 @@ SHIFT = 52
 MASK = (1 << SHIFT) - 1
 
 
-class HashTable(nn.Module):
-    """RecIS's surface: rows by id, an unknown id gives zeros; refuses what RecIS's kernel would refuse."""
-
-    def __init__(self, name: str | None, dim: int = 2, children: list[str] | None = None, dtype=torch.float32) -> None:
-        super().__init__()
-        self._name = name
-        self.children_hashtable = children or [name]
-        self.rows: dict[int, torch.Tensor] = {}
-        self.dim = dim
-        self.dtype = dtype
-        self.inserted: list[int] = []
-
-    @property
-    def coalesce(self) -> bool:
-        return len(self.children_hashtable) > 1
-
-    def ids(self, child: str | None = None) -> torch.Tensor:
-        return torch.tensor(list(self.rows), dtype=torch.int64)
-
-    def insert(self, ids: torch.Tensor, embeddings: torch.Tensor) -> None:
-        if embeddings.shape != (len(ids), self.dim) or embeddings.dtype != self.dtype:
-            raise RuntimeError("insert: shape or dtype")
-        self.inserted += ids.tolist()
-        self.rows |= dict(zip(ids.tolist(), embeddings.clone(), strict=True))
-
-    def forward(self, ids: torch.Tensor, admit_hook: object = None) -> torch.Tensor:
-        zeros = torch.zeros(self.dim, dtype=self.dtype)
-        found = [self.rows.get(i, zeros) for i in ids.reshape(-1).tolist()]
-        return torch.stack(found).reshape(*ids.shape, self.dim) if found else torch.zeros(0, self.dim)
+@pytest.fixture
+def make_finder(tmp_path):
+    return lambda misplaced=None, **tables: open_finder(
+        tmp_path / "ckpt", {name.replace("__", "."): parts for name, parts in tables.items()}, misplaced
+    )
 
 
 class Named(nn.Module):
@@ -61,45 +37,6 @@ class Named(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.inner.forward(ids)
-
-
-class Sparse(nn.Module):
-    def __init__(self, fn, **tables: nn.Module) -> None:
-        super().__init__()
-        self.fn = fn
-        for name, table in tables.items():
-            setattr(self, name, table)
-
-    def forward(self, data):
-        return {"x": self.fn(self, data)}
-
-
-def row(i: int, dim: int = 2) -> np.ndarray:
-    """What the checkpoint holds for an id."""
-    return np.arange(dim) + (i % 1000)
-
-
-def table_of(ids: list[int], dim: int = 2, dtype="<f4", num_parts: int = 2) -> list[PartSpec]:
-    rows = np.stack([row(i, dim) for i in ids]).astype(dtype)
-    return split_table(np.array(ids, np.int64), {"embedding": rows, "sparse_adam_exp_avg": rows + 1}, num_parts)
-
-
-@pytest.fixture
-def make_finder(tmp_path):
-    def make(misplaced=None, **tables) -> RowFinder:
-        write_checkpoint(tmp_path / "ckpt", {name.replace("__", "."): parts for name, parts in tables.items()})
-        return RowFinder(open_checkpoint(Ranks(0, 1, None, None, False), Directory(tmp_path / "ckpt")), misplaced)
-
-    return make
-
-
-def run(sparse: nn.Module, data, finder: RowFinder, name: str = "sparse"):
-    inputs, counts = run_sparse_arch(sparse, data, sparse_model_name=name, finder=finder)
-    return inputs["x"], counts
-
-
-def rows(*ids: int, dim: int = 2) -> torch.Tensor:
-    return torch.tensor(np.stack([row(i, dim) for i in ids]), dtype=torch.float32)
 
 
 IDS = [5, -1, 70000, 1 << 60, -(1 << 62), 65535, 3]
@@ -289,94 +226,6 @@ def test_misplaced_rows_are_found_too(make_finder, tmp_path) -> None:
     assert torch.equal(found, rows(65531, 65538))
 
 
-def embed(num_rows: int = 10, **settings) -> nn.Embedding:
-    embedding = nn.Embedding(num_rows, 2, **settings)
-    nn.init.constant_(embedding.weight, -1)
-    return embedding
-
-
-@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel])
-def test_an_embedding_is_known_by_its_path(wrap, make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.user(ids), user=wrap(embed()))
-    weight = (sparse.user.module if isinstance(sparse.user, nn.DataParallel) else sparse.user).weight
-    finder = make_finder(tower__sparse__user=table_of([3, 5, 9], num_parts=1))
-    found, counts = run(sparse, torch.tensor([[3, 5], [5, 0]]), finder, name="tower.sparse")
-    expected = torch.cat([rows(3, 5, 5), torch.full((1, 2), -1.0)]).reshape(2, 2, 2)
-    assert torch.equal(found, expected)
-    assert counts.asked == {"tower.sparse.user": 3}
-    assert counts.missing == {"tower.sparse.user": 1}
-    assert (weight == -1).all()
-    assert weight.requires_grad
-
-
-def test_wrapper_elements_in_the_checkpoints_names_do_not_matter(make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.user(ids), user=embed())
-    found, _ = run(sparse, torch.tensor([3]), make_finder(module__sparse__user=table_of([3], num_parts=1)))
-    assert torch.equal(found, rows(3))
-
-
-def test_an_embedding_with_padding_and_one_that_renormalizes(make_finder) -> None:
-    sparse = Sparse(
-        lambda s, ids: torch.cat([s.pad(ids), s.norm(ids)], -1), pad=embed(padding_idx=0), norm=embed(max_norm=1.0)
-    )
-    before = sparse.norm.weight.detach().clone()
-    finder = make_finder(sparse__pad=table_of([0, 3], num_parts=1), sparse__norm=table_of([3], num_parts=1))
-    found, _ = run(sparse, torch.tensor([0, 3, 4]), finder)
-    assert torch.equal(found[:2, :2], rows(0, 3))
-    torch.testing.assert_close(found[1, 2:].norm(), torch.tensor(1.0))
-    assert torch.equal(sparse.norm.weight, before), "rows that the lookup itself changed are put back too"
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_an_embedding_bag_with_offsets_and_in_two_dimensions(mode, make_finder) -> None:
-    bag = nn.EmbeddingBag(10, 2, mode=mode)
-    before = bag.weight.detach().clone()
-    truth = nn.EmbeddingBag.from_pretrained(rows(*range(10)), mode=mode)
-    ids, offsets = torch.tensor([1, 2, 3, 4, 4]), torch.tensor([0, 2, 2])
-    finder = make_finder(sparse__bag=table_of(list(range(10)), num_parts=1))
-    found, counts = run(Sparse(lambda s, d: s.bag(d, offsets), bag=bag), ids, finder)
-    assert torch.equal(found, truth(ids, offsets))
-    assert counts.asked == {"sparse.bag": 4}
-    square = torch.tensor([[1, 2], [0, 9]])
-    found, _ = run(Sparse(lambda s, d: s.bag(input=d), bag=bag), square, finder)
-    assert torch.equal(found, truth(square))
-    assert torch.equal(bag.weight, before)
-
-
-def test_tied_embeddings_are_put_back_in_the_right_order(make_finder) -> None:
-    a, b = embed(), embed()
-    b.weight = a.weight
-    finder = make_finder(sparse__a=table_of([1, 2], num_parts=1), sparse__b=table_of([2, 3], num_parts=1))
-    run(Sparse(lambda s, ids: s.a(ids[:1]) + s.b(ids[1:]) + s.a(ids[1:]), a=a, b=b), torch.tensor([1, 2]), finder)
-    assert (a.weight == -1).all()
-
-
-def test_an_embedding_that_the_checkpoint_lacks_is_noted(make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.other(ids), other=embed())
-    found, counts = run(sparse, torch.tensor([3]), make_finder(user=table_of(IDS)))
-    assert torch.equal(found, torch.full((1, 2), -1.0))
-    assert counts.unknown_tables == ["sparse.other"]
-
-
-def test_an_embedding_of_another_width_is_refused(make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.user(ids), user=embed())
-    with pytest.raises(ModelError, match=r"'sparse.user' has rows of \[4\] in the checkpoint, the model has 2"):
-        run(sparse, torch.tensor([3]), make_finder(sparse__user=table_of([3], dim=4, num_parts=1)))
-
-
-def test_a_sharded_embedding_is_refused(make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.user(ids), user=embed())
-    sparse.user.weight = nn.Parameter(torch.zeros(3, 2))  # a rank's share
-    with pytest.raises(ModelError, match="sharded by FSDP"):
-        run(sparse, torch.tensor([1]), make_finder(sparse__user=table_of([3], num_parts=1)))
-
-
-def test_an_id_out_of_range_is_the_modules_own_complaint(make_finder) -> None:
-    sparse = Sparse(lambda s, ids: s.user(ids), user=embed())
-    with pytest.raises(ModelError, match=r"the sparse arch fails.*IndexError"):
-        run(sparse, torch.tensor([99]), make_finder(sparse__user=table_of([3], num_parts=1)))
-
-
 def test_reads_are_the_id_columns_and_the_rows(make_finder, monkeypatch) -> None:
     num_rows, dim = 5000, 64
     parts = table_of(list(range(num_rows)), dim=dim)
@@ -407,3 +256,33 @@ def test_parts_whose_slice_cannot_hold_the_ids_are_not_read(make_finder, monkeyp
     found, _ = run(Sparse(lambda s, ids: s.t(ids), t=HashTable("user")), torch.tensor([16]), finder)
     assert torch.equal(found, rows(16))
     assert sum(read) == len(parts[0].ids) * 8 + 8
+
+
+@pytest.mark.fixtures
+def test_rows_of_a_checkpoint_that_recis_wrote(recis_fixtures) -> None:
+    truth = np.load(recis_fixtures / "small2.truth.npz")
+    finder = RowFinder(
+        open_checkpoint(Ranks(0, 1, None, None, False), Directory(recis_fixtures / "fullckpt" / "ckpt_3")), None
+    )
+    user, item = (torch.from_numpy(truth[f"{name}@id"][::3].copy()) for name in ("user_emb", "item_emb"))
+    shop, brand = (torch.from_numpy(truth[f"{name}@id"][::5].copy()) for name in ("shop_emb", "brand_emb"))
+    sparse = Sparse(
+        lambda s, _: {
+            "user": s.user(user),
+            "item": s.item(item),
+            "shops": s.group(torch.cat([shop, brand | (1 << SHIFT)])),
+        }[s.asked],
+        user=HashTable("user_emb", dim=4),
+        item=HashTable("item_emb", dim=8),
+        group=HashTable("group", dim=8, children=["shop_emb", "brand_emb"]),
+    )
+    expected = {
+        "user": truth["user_emb@embedding"][::3],
+        "item": truth["item_emb@embedding"][::3],
+        "shops": np.concatenate([truth["shop_emb@embedding"][::5], truth["brand_emb@embedding"][::5]]),
+    }
+    for name, rows_of_truth in expected.items():
+        sparse.asked = name
+        found, counts = run(sparse, {}, finder)
+        assert sum(counts.missing.values()) == 0
+        assert torch.equal(found, torch.from_numpy(rows_of_truth)), name

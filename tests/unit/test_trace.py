@@ -1,51 +1,21 @@
-"""The dense arch is run eagerly and its outputs are named; then it is traced: free batch, keywords, flat outputs."""
+"""The trace: inputs by keyword, a free batch, unused inputs dropped, refusals with their line, all put back."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import os
-from typing import NamedTuple
 
 import pytest
 import torch
+from dense_nets import Net, operators, some_inputs, trace
 from torch import nn
 
 from dist_export.dense.data_path import input_names
-from dist_export.dense.eager import exporting, run_dense_arch
+from dist_export.dense.eager import exporting
 from dist_export.dense.sample import check_input_names
-from dist_export.dense.trace import check_dynamic_dims, output_shapes, trace_dense
+from dist_export.dense.trace import check_dynamic_dims, output_shapes
 from dist_export.errors import ConfigError, ModelError, TraceError
-
-
-class Net(nn.Module):
-    """A dense arch of one function over the dict of inputs."""
-
-    def __init__(self, fn) -> None:
-        super().__init__()
-        self.fn = fn
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, inputs):
-        return self.fn(self, inputs)
-
-
-def some_inputs(num_rows: int = 5, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {name: torch.randn(num_rows, *shape) for name, shape in (shapes or {"a": (3,), "b": (3,)}).items()}
-
-
-def trace(net, inputs=None, *, dims=None, max_batch_size=204800, outputs=None):
-    net = (net if isinstance(net, nn.Module) else Net(net)).eval()
-    inputs = inputs or some_inputs()
-    sample = run_dense_arch(net, inputs, export_outputs=outputs)
-    return trace_dense(sample, max_batch_size=max_batch_size, dynamic_dims=dims or {})
-
-
-def operators(traced) -> list[str]:
-    return [str(node.target) for node in traced.program.graph.nodes if node.op == "call_function"]
-
 
 # ---- inputs ------------------------------------------------------------------------------------------------------
 
@@ -239,100 +209,6 @@ def test_an_input_that_alone_tells_a_free_size_is_kept_if_that_is_used() -> None
 def test_dimensions_that_the_sample_does_not_have_are_refused(dims, told) -> None:
     with pytest.raises(ConfigError, match=told):
         check_dynamic_dims(some_inputs(x=(4, 3), y=(4, 1)), dims)
-
-
-# ---- outputs -----------------------------------------------------------------------------------------------------
-
-
-def outputs_of(fn, outputs=None):
-    sample = run_dense_arch(Net(fn).eval(), some_inputs(), export_outputs=outputs)
-    return sample, trace_dense(sample, max_batch_size=100, dynamic_dims={}).program.module()(**some_inputs())
-
-
-def two(i):
-    return i["a"] + i["b"], i["a"] - i["b"]
-
-
-class Pair(NamedTuple):
-    left: torch.Tensor
-    right: torch.Tensor
-
-
-@pytest.mark.parametrize(
-    ("fn", "names"),
-    [
-        (lambda s, i: i["a"] + i["b"], ["torch_output_0"]),
-        (lambda s, i: two(i), ["torch_output_0", "torch_output_1"]),
-        (lambda s, i: list(two(i)), ["torch_output_0", "torch_output_1"]),
-        (lambda s, i: Pair(*two(i)), ["torch_output_0", "torch_output_1"]),
-        (lambda s, i: two(i)[:1], ["torch_output_0"]),
-        (lambda s, i: dict(zip(("like", "ctr"), two(i), strict=True)), ["like", "ctr"]),
-        (lambda s, i: collections.OrderedDict(z=two(i)[0], y=two(i)[1]), ["z", "y"]),
-        (lambda s, i: {"ctr": two(i)[0]}, ["ctr"]),
-    ],
-)
-def test_the_program_returns_a_tensor_or_a_flat_tuple(fn, names) -> None:
-    sample, found = outputs_of(fn)
-    assert list(sample.output_names) == names
-    assert isinstance(found, torch.Tensor) == sample.is_single
-    if not sample.is_single:
-        assert type(found) is tuple
-    for eager, written in zip(sample.outputs, [found] if sample.is_single else found, strict=True):
-        torch.testing.assert_close(eager, written)
-
-
-def test_given_names_go_by_place() -> None:
-    assert outputs_of(lambda s, i: two(i)[0], ["score"])[0].output_names == ("score",)
-    assert outputs_of(lambda s, i: two(i), ["x", "y"])[0].output_names == ("x", "y")
-    sample, _ = outputs_of(lambda s, i: dict(zip("ab", two(i), strict=True)), ["a", "other"])
-    assert sample.output_names == ("a", "other")
-
-
-def test_the_keys_of_a_dict_in_another_order_are_an_order() -> None:
-    inputs = some_inputs()
-    sample, found = outputs_of(lambda s, i: dict(zip(("like", "ctr"), two(i), strict=True)), ["ctr", "like"])
-    assert sample.output_names == ("ctr", "like")
-    torch.testing.assert_close(found[0], inputs["a"] - inputs["b"])
-    torch.testing.assert_close(sample.outputs[0], found[0])
-
-
-def test_a_key_given_to_another_output_is_refused() -> None:
-    with pytest.raises(ModelError, match="gives the name 'ctr' to another output"):
-        outputs_of(lambda s, i: dict(zip(("like", "ctr"), two(i), strict=True)), ["ctr", "other"])
-
-
-@pytest.mark.parametrize(
-    ("fn", "outputs", "told"),
-    [
-        (lambda s, i: two(i), ["one"], r"export_outputs has 1 names \['one'\], but the dense arch returns 2 outputs"),
-        (lambda s, i: i["a"], ["one", "two"], "has 2 names .* returns 1 outputs"),
-        (
-            lambda s, i: two(i),
-            ["x", "x"],
-            "output 1 of the dense arch is named 'x'; names must be unique and not empty",
-        ),
-        (lambda s, i: {"": i["a"]}, None, "named ''"),
-        (lambda s, i: {0: i["a"]}, None, "named 0"),
-        (lambda s, i: (i["a"], two(i)), None, "output 1 of the dense arch is a tuple"),
-        (lambda s, i: {"x": {"y": i["a"]}}, None, "output x of the dense arch is a dict"),
-        (lambda s, i: (i["a"], None), None, "output 1 of the dense arch is a NoneType"),
-        (lambda s, i: {"x": 1.5}, None, "output x of the dense arch is a float"),
-        (lambda s, i: None, None, "returns a NoneType"),
-        (lambda s, i: "x", None, "returns a str"),
-        (lambda s, i: (), None, "returns an empty tuple"),
-        (lambda s, i: {}, None, "returns an empty dict"),
-    ],
-)
-def test_other_outputs_are_refused(fn, outputs, told) -> None:
-    with pytest.raises(ModelError, match=told):
-        outputs_of(fn, outputs)
-
-
-def test_a_dense_arch_that_fails_is_told_with_its_line() -> None:
-    with pytest.raises(
-        ModelError, match=r"fails on the sample batch: KeyError: 'gone' at .*test_trace.py:\d+ \(.*gone"
-    ):
-        outputs_of(lambda s, i: i["gone"])
 
 
 # ---- what is refused, and where ----------------------------------------------------------------------------------

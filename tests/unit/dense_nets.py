@@ -1,0 +1,37 @@
+"""Dense arches of one function, and their way through the trace: for the tests of dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_export.dense.eager import run_dense_arch
+from dist_export.dense.trace import trace_dense
+
+
+class Net(nn.Module):
+    """A dense arch of one function over the dict of inputs."""
+
+    def __init__(self, fn) -> None:
+        super().__init__()
+        self.fn = fn
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        return self.fn(self, inputs)
+
+
+def some_inputs(num_rows: int = 5, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(num_rows, *shape) for name, shape in (shapes or {"a": (3,), "b": (3,)}).items()}
+
+
+def trace(net, inputs=None, *, dims=None, max_batch_size=204800, outputs=None):
+    net = (net if isinstance(net, nn.Module) else Net(net)).eval()
+    inputs = inputs or some_inputs()
+    sample = run_dense_arch(net, inputs, export_outputs=outputs)
+    return trace_dense(sample, max_batch_size=max_batch_size, dynamic_dims=dims or {})
+
+
+def operators(traced) -> list[str]:
+    return [str(node.target) for node in traced.program.graph.nodes if node.op == "call_function"]
