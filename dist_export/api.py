@@ -105,7 +105,8 @@ def export(config: ExportConfig | Mapping[str, Any] | str | os.PathLike[str]) ->
 
     Returns the manifest of the committed package; raises as :meth:`Exporter.export`.
     """
-    settings = config if isinstance(config, ExportConfig) else load_config(config)
+    # a config that was built by hand has not had its types checked
+    settings = load_config(vars(config) if isinstance(config, ExportConfig) else config)
     with join(timeout_secs=settings.timeout) as ranks:
         objects = ranks.run("build the model and the dataset", lambda: build_objects(settings), may_block=True)
         return run_export(ranks, settings, objects)[0]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import CommitError
-from dist_export.layout.recis import Slice, is_in_slice
-from dist_export.plan.census import Census, mix
+from dist_export.layout.recis import Slice, is_in_slice, mix
+from dist_export.plan.census import Census
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import Directory
 

@@ -6,9 +6,13 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dist_export.errors import DistExportError, StepFailedError, UserError
+from dist_export.errors import ConfigError, DistExportError, StepFailedError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 _COMMANDS = ("plan", "inspect", "verify", "export")
 
@@ -20,8 +24,6 @@ def main(argv: Sequence[str]) -> int:
     run = {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command]
     try:
         return run(list(rest))
-    except UserError as error:
-        return _fail(error)
     except DistExportError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -33,11 +35,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
+    from dist_export.config import ExportConfig
     from dist_export.config_file import build_parser, parse_settings
 
     parser = build_parser("dist_export", has_help=_wants_text(argv))
     if _wants_text(argv):
-        parser.parse_args(argv)  # prints and exits
+        _print_text(parser, argv)
     if not argv:
         print(
             "dist_export: nothing to do; give --config FILE, or --ckpt_dir and --export_dir (--help)", file=sys.stderr
@@ -54,9 +57,12 @@ def _export(argv: list[str]) -> int:
 
     from dist_export.collective import join
 
-    # The settings are read once the ranks know each other: so even a misspelt key is told once, by rank 0. How long
-    # they wait for each other is one of the settings, so the group starts with what can be seen without parsing.
-    ranks = join(timeout_secs=_peek_timeout(argv))
+    # The settings are read again once the ranks know each other: so even a misspelt key is told once, by rank 0.
+    try:
+        timeout_secs = parse_settings(parser, argv).timeout
+    except ConfigError:
+        timeout_secs = ExportConfig.timeout
+    ranks = join(timeout_secs=timeout_secs)
     try:
         summary = work()
     except DistExportError as error:
@@ -75,20 +81,21 @@ def _export(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from dist_export.config_file import build_parser, parse_settings
+    from dist_export.config_file import build_parser, parse_with_extras
     from dist_export.plan_report import make_report, render_report
 
     parser = build_parser("dist_export plan", has_help=_wants_text(argv))
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--world_size", type=int, default=None, help="ranks to plan for; default $WORLD_SIZE or 1")
     if _wants_text(argv):
-        parser.parse_args(argv)
-    config = parse_settings(parser, argv)
-    asked = parser.parse_args(argv)
-    world_size = asked.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        _print_text(parser, argv)
+    config, asked = parse_with_extras(parser, argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if asked["world_size"] is None else asked["world_size"]
+    if world_size < 1:
+        raise ConfigError(f"--world_size is {world_size}; give a number from 1 up")
     report = make_report(config, world_size=world_size)
     if int(os.environ.get("RANK", "0")) == 0:
-        _print_json(report) if asked.json else print("\n".join(render_report(report)))
+        _print_json(report) if asked["json"] else print("\n".join(render_report(report)))
     return 0
 
 
@@ -127,8 +134,6 @@ def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
     import yaml
 
-    from dist_export.errors import ConfigError
-
     try:
         options = yaml.safe_load(arguments.storage_options)
     except yaml.YAMLError:
@@ -138,23 +143,16 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     return options
 
 
+def _print_text(parser: ArgumentParser, argv: list[str]) -> None:
+    """Let the parser print help or the config, and exit."""
+    try:
+        parser.parse_args(argv)
+    except (ValueError, TypeError) as error:  # it has exited unless an argument is wrong
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
 def _wants_text(argv: Sequence[str]) -> bool:
     return any(argument in ("-h", "--help") or argument.startswith("--print_config") for argument in argv)
-
-
-def _peek_timeout(argv: Sequence[str]) -> float:
-    from dist_export.config import ExportConfig
-
-    default = float(ExportConfig.timeout)
-    found: Callable[[str], float] = float
-    for place, argument in enumerate(argv):
-        key, _, value = argument.partition("=")
-        if key == "--timeout":
-            try:
-                return found(value or argv[place + 1])
-            except (ValueError, IndexError):
-                return default  # the parser says so in a moment
-    return default
 
 
 def _configure_logging() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -39,8 +40,9 @@ from dist_export.manifest import (
 )
 from dist_export.plan.census import Census
 from dist_export.plan.shards import SparsePlan
-from dist_export.storage import Directory, digest_bytes
-from dist_export.transfer.engine import RECEIPTS
+from dist_export.storage import WORK_DIRECTORY, Directory, digest_bytes
+
+logger = logging.getLogger(__name__)
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
 """(name, torch dtype name, shape) of the parameters in model.pt, in its order."""
@@ -78,7 +80,7 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
     # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
     document = dict(sorted(merged.items()))
     for name, dtype, shape in dense_state:
-        document[name] = dense_entry(name, dtype, shape)
+        document.setdefault(name, dense_entry(name, dtype, shape))  # a block of the shards goes before a namesake
     rendered = {MERGED: msgspec.json.format(msgspec.json.encode(document), indent=4)}
     if plan.is_copy:
         return rendered
@@ -118,30 +120,36 @@ def describe_dense_tensors(
     )
 
 
-def write_small_files(target: Directory, files: dict[str, bytes]) -> list[FileEntry]:
-    """Write files in the given order; return their entries."""
+def write_small_files(
+    target: Directory, files: Mapping[str, bytes], *, keep: frozenset[str] = frozenset()
+) -> list[FileEntry]:
+    """Write files in the given order; return their entries. Those in ``keep`` that are there already are not touched."""
     entries = []
     for name, data in files.items():
-        target.write(name, data)
+        if name not in keep or not target.exists(name):
+            target.write(name, data)
         entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data)))
     return entries
 
 
 def remove_strays(target: Directory, plan: SparsePlan) -> None:
     """Remove shards that an earlier, uncommitted attempt of another plan left: those that have a receipt but no use."""
-    receipts = Directory(target.describe(RECEIPTS), target.storage_options).names()
+    receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
     planned = {file.name for file in plan.files}
     for name in receipts:
         shard = name.removesuffix(".json")
-        if shard not in planned and is_plain_name(shard):
+        if name.endswith(".json") and shard not in planned and is_plain_name(shard):
             target.remove(shard)
 
 
 def publish(target: Directory, manifest: Manifest) -> None:
     """Write the manifest: from here on the directory is a package. Then forget what only a rerun would need."""
     target.write(MANIFEST, encode_manifest(manifest))
-    if target.exists(RECEIPTS):
-        target.fs.rm(target.join(RECEIPTS), recursive=True)
+    try:
+        if target.exists(WORK_DIRECTORY):
+            target.fs.rm(target.join(WORK_DIRECTORY), recursive=True)
+    except OSError as error:  # the package is committed; a leftover does not undo that
+        logger.warning("%s could not be removed: %s", target.describe(WORK_DIRECTORY), error)
 
 
 def list_versions() -> dict[str, str]:

@@ -110,15 +110,17 @@ class ExportConfig:
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):
             value = getattr(self, name)
-            if not value.isidentifier() or keyword.iskeyword(value):
+            if not value.isidentifier() or keyword.iskeyword(value) or value == "index":
                 raise ConfigError(
-                    f"{name} is {value!r}; it names a Python package in the output, so give an identifier"
+                    f"{name} is {value!r}; it names a Python package beside the other files; give an identifier"
                 )
         if self.max_batch_size < 2:
             raise ConfigError(
                 f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"
             )
-        for name in ("atol", "rtol", "timeout"):
+        if not 0 < self.timeout < float("inf"):
+            raise ConfigError(f"timeout is {self.timeout}; give seconds above 0")
+        for name in ("atol", "rtol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
         if self.export_outputs is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import os
 import re
 import types
@@ -19,6 +18,8 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
+
+_OPAQUE = ("model_args", "dataset_args", "fg_args", "storage_options", "fg_conf_or_path", "mc_conf_or_path")
 
 _USAGE = """\
 dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)
@@ -38,9 +39,64 @@ def build_parser(prog: str = "dist_export", *, has_help: bool = False) -> Argume
 
 
 def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> ExportConfig:
-    """Parse command-line arguments, ``--config`` among them; later ones go before earlier ones. ConfigError."""
-    for path in _config_paths(argv):
-        _read_yaml(path)
+    """Parse command-line arguments, ``--config FILE`` among them; a file's settings give way to all others.
+
+    Raises:
+        ConfigError: an unknown or abbreviated key, a wrong type, a file that cannot be read.
+    """
+    return parse_with_extras(parser, argv)[0]
+
+
+def parse_with_extras(parser: ArgumentParser, argv: Sequence[str]) -> tuple[ExportConfig, dict[str, Any]]:
+    """Do as :func:`parse_settings`, and return the values of arguments that are no settings beside the config."""
+    _refuse_unknown_options(parser, argv)
+    files, rest = _split_config(argv)
+    settings: dict[str, Any] = {}
+    for path in files:
+        settings |= _read_yaml(path)
+    return _parse(parser, settings, rest)
+
+
+def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
+    """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
+    settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
+    _refuse_unknown(settings, where="the config")
+    settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
+    return _parse(build_parser(), settings, [])[0]
+
+
+def _parse(
+    parser: ArgumentParser, settings: dict[str, Any], argv: Sequence[str]
+) -> tuple[ExportConfig, dict[str, Any]]:
+    # What a user's own code or a file system takes keeps its types: to a parser, '0123' in an untyped mapping is a number.
+    opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), Mapping)}
+    # A key that was left empty in YAML means its default.
+    typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
+    try:
+        # defaults are taken as they are, so the file's settings are checked on their own first
+        checked = vars(parser.parse_object({"ckpt_dir": "", "export_dir": "", **typed}))
+        parser.set_defaults({name: checked[name] for name in typed})
+        parsed = parser.parse_args(list(argv))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise _translate(error) from None
+    values: dict[str, Any] = {}
+    for name in _FIELDS:
+        value = parsed[name]
+        if hasattr(value, "as_dict"):
+            value = value.as_dict()
+        if name in opaque and not any(
+            argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in argv
+        ):
+            value = {**opaque[name], **(value or {})}
+        if value is not None:
+            values[name] = value
+    missing = [name for name in ("ckpt_dir", "export_dir") if name not in values]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value")
+    return ExportConfig(**values), {name: value for name, value in vars(parsed).items() if name not in _FIELDS}
+
+
+def _refuse_unknown_options(parser: ArgumentParser, argv: Sequence[str]) -> None:
     actions = parser._actions  # noqa: SLF001 -- argparse has no public list of its options
     options = {option.lstrip("-").split(".")[0] for action in actions for option in action.option_strings}
     for argument in argv:
@@ -48,28 +104,6 @@ def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> ExportConfig:
             key = argument[2:].split("=")[0].removesuffix("+").split(".")[0]
             if key not in options:
                 raise ConfigError(f"--{key} is no setting{_nearest(key, options)}")
-    try:
-        parsed = parser.parse_args(list(argv))
-    except ArgumentError as error:
-        raise _translate(error) from None
-    return _build({name: parsed[name] for name in _FIELDS})
-
-
-def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
-    """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
-    settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
-    _refuse_unknown(settings, where="the config")
-    try:
-        parsed = build_parser().parse_object(settings)
-    except ArgumentError as error:
-        raise _translate(error) from None
-    return _build({name: parsed[name] for name in _FIELDS})
-
-
-def _build(settings: dict[str, Any]) -> ExportConfig:
-    return ExportConfig(
-        **{name: value.as_dict() if hasattr(value, "as_dict") else value for name, value in settings.items()}
-    )
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -83,11 +117,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f" in line {place.line + 1}" if place is not None else ""
+        hint = "; quote a pattern that begins with *" if "*" in str(error) or "alias" in str(error) else ""
         raise ConfigError(
-            f"{path} is no YAML{line}: {getattr(error, 'problem', None) or 'it cannot be parsed'}"
+            f"{path} is no YAML{line}: {getattr(error, 'problem', None) or 'it cannot be parsed'}{hint}"
         ) from None
     if settings is None:
-        return {}
+        raise ConfigError(f"{path} is empty; expected settings as key: value")
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} should hold settings as key: value, found a {type(settings).__name__}")
     _refuse_unknown(settings, where=path)
@@ -105,12 +140,24 @@ def _nearest(key: str, names: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; dist_export --help lists them"
 
 
-def _config_paths(argv: Sequence[str]) -> list[str]:
-    paths = [value for key, value in itertools.pairwise(argv) if key == "--config"]
-    return paths + [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the ``--config`` arguments out; return their files and the other arguments."""
+    files: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key != "--config":
+            rest.append(argument)
+            continue
+        path = value if equals else next(arguments, "")
+        if not path:
+            raise ConfigError("--config needs the path of a YAML file")
+        files.append(path)
+    return files, rest
 
 
-def _translate(error: ArgumentError) -> ConfigError:
+def _translate(error: Exception) -> ConfigError:
     """Make one line of what jsonargparse says in many."""
     text = str(error)
     required = re.search(r"arguments are required: (.*)", text)
@@ -122,7 +169,8 @@ def _translate(error: ArgumentError) -> ConfigError:
     value = re.search(r"Given value: (.*)", text)
     name = key[1]
     found = f" is {value[1].strip()!r}" if value else " has the wrong type"
-    return ConfigError(f"{name}{found}; expected {_expected(name)}")
+    hint = " (quote a pattern that begins with *)" if _expected(name).startswith("a list") else ""
+    return ConfigError(f"{name}{found}; expected {_expected(name)}{hint}")
 
 
 def _expected(name: str) -> str:

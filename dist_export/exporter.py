@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
+    DenseMeta,
     describe_dense_tensors,
     describe_tables,
     list_versions,
@@ -26,13 +28,14 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, check_tables, collect_confs, has_hashed_input
-from dist_export.errors import ConfigError
+from dist_export.errors import CheckpointError, ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import MANIFEST, FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
-from dist_export.storage import Directory, digest_file, local_tree
+from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.transfer.engine import Receipt, Share, Transfer
 
 FG = "fg.json"
@@ -50,10 +53,8 @@ def run_export(
     """
     started = time.time()
     reporter = Reporter(ranks, is_shown=is_shown)
-    source = Directory(config.ckpt_dir, config.storage_options)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
-    target = Directory(export_dir, config.storage_options)
-    ranks.gather("check the places", lambda: check_places(ranks, config, source, target))
+    source, target = ranks.run("check the places", lambda: open_places(ranks, config, export_dir))
     in_place = source.is_same(target)
     notes: list[str] = []
 
@@ -65,8 +66,9 @@ def run_export(
             ranks.gather("check fg against the tables", lambda: check_tables(features, dims_of(checkpoint)))
         notes += features.notes
         if in_place:
-            ranks.gather("check fg.json", lambda: refuse_other_fg(target, fg_conf))
-        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
+            notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
+        dense_state, found = ranks.on_rank_0("read model.pt", lambda: read_dense_meta(source, objects))
+        notes += found
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -83,7 +85,14 @@ def run_export(
             misplaced = None if planned is None else planned.census.misplaced
             notes += dense.prepare(checkpoint, misplaced, features)
 
-    with tempfile.TemporaryDirectory(prefix="dist_export-") as scratch:
+    with contextlib.ExitStack() as held:
+        scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="dist_export-"))
+
+        def claim() -> None:
+            held.callback(target.lock())
+            refuse_package(target)  # another export may have committed one since the settings were checked
+
+        ranks.on_rank_0("claim export_dir", claim)
 
         def trace() -> None:
             if dense is not None and ranks.rank == 0:
@@ -107,11 +116,12 @@ def run_export(
             manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
             files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
             if planned is not None:
-                files += _write_indexes(planned, source, target, dense_state, in_place=in_place)
+                files += _write_indexes(planned, target, dense_state, in_place=in_place)
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
             if fg_conf is not None:
-                small[FG] = encode_fg(fg_conf)
-            files += write_small_files(target, small)
+                there = in_place and target.exists(FG)  # then it says the same, and a source file is not rewritten
+                small[FG] = target.read(FG) if there else encode_fg(fg_conf)
+            files += write_small_files(target, small, keep=frozenset({FG} if in_place else ()))
             manifest = msgspec.structs.replace(
                 manifest,
                 files=tuple(files),
@@ -144,8 +154,10 @@ def place_of(config: ExportConfig) -> str:
     return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
 
 
-def check_places(ranks: Ranks, config: ExportConfig, source: Directory, target: Directory) -> None:
-    """Refuse a target that would destroy something, or that other ranks cannot see."""
+def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
+    """Return source and target; refuse a target that would destroy something, or that other ranks cannot see."""
+    source = Directory(config.ckpt_dir, config.storage_options)
+    target = Directory(export_dir, config.storage_options)
     for directory in (source, target):
         if ranks.world_size > 1 and not directory.is_shared:
             raise ConfigError(
@@ -157,13 +169,17 @@ def check_places(ranks: Ranks, config: ExportConfig, source: Directory, target: 
             f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"
         )
-    if target.exists(MANIFEST):
-        raise ConfigError(
-            f"{target.describe(MANIFEST)} is there already: export_dir holds a committed package. Give another "
-            "export_dir, or remove the old package first"
-        )
+    refuse_package(target)
     if target.is_local and os.path.exists(target.path) and not os.path.isdir(target.path):
         raise ConfigError(f"export_dir {target.url} is a file, not a directory")
+    if not is_same and target.exists(INDEX) and not target.exists(WORK_DIRECTORY):
+        raise ConfigError(
+            f"export_dir {target.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
+            "somebody's export, which would be overwritten. Give another export_dir"
+        )
+    if (reason := target.why_not_writable()) is not None:
+        raise ConfigError(f"export_dir {target.url}: {reason}")
+    return source, target
 
 
 def read_confs(config: ExportConfig, objects: Objects) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Features]:
@@ -173,15 +189,50 @@ def read_confs(config: ExportConfig, objects: Objects) -> tuple[dict[str, Any] |
     return fg_conf, mc_conf, check_conf(fg_conf, mc_conf, fg_rules=config.fg_rules, already_hashed=already_hashed)
 
 
-def refuse_other_fg(target: Directory, fg_conf: dict[str, Any] | None) -> None:
-    """Refuse to replace an fg.json that lies in the checkpoint by another one."""
-    if fg_conf is None or not target.exists(FG):
-        return
-    if target.read(FG) != encode_fg(fg_conf):
+def refuse_package(target: Directory) -> None:
+    """Refuse a target that holds a committed package."""
+    if target.exists(MANIFEST):
         raise ConfigError(
-            f"{target.describe(FG)} is there already and is not the one to be exported; export_dir is ckpt_dir, whose "
-            "files are left as they are. Remove it, or give another export_dir"
+            f"{target.describe(MANIFEST)} is there already: export_dir holds a committed package. Give another "
+            "export_dir, or remove the old package first"
         )
+
+
+def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, Any] | None) -> list[str]:
+    """Refuse what an export into its own checkpoint could only do by rewriting a file of it; return notes. Rank 0."""
+    advice = "export_dir is ckpt_dir, whose files are left as they are. Remove it, or give another export_dir"
+    if (
+        fg_conf is not None
+        and target.exists(FG)
+        and decode_object(target.read(FG), what=target.describe(FG)) != fg_conf
+    ):
+        raise ConfigError(f"{target.describe(FG)} is there already and is not the one to be exported; {advice}")
+    if config.model is not None and target.exists(config.export_folder_name) and not target.exists(WORK_DIRECTORY):
+        raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
+    if not config.need_export_sparse or not target.exists(MERGED):
+        return []
+    raw = target.read(MERGED)
+    if raw.strip() == b"null":
+        raise ConfigError(f"{target.describe(MERGED)} is null, so serving would find no table; {advice}")
+    entries = decode_object(raw, what=target.describe(MERGED)).values()
+    if all(isinstance(entry, dict) and "is_hashmap" in entry for entry in entries):
+        return []
+    return [
+        f"{MERGED} stays in its old style, with ids and slots and without model.pt: a checkpoint's file is not rewritten"
+    ]
+
+
+def read_dense_meta(source: Directory, objects: Objects) -> tuple[DenseMeta, list[str]]:
+    """Return the parameters of ``model.pt`` for the merged manifest, and notes. Rank 0.
+
+    An export of the tables alone does without a ``model.pt`` that is missing or cannot be read.
+    """
+    try:
+        return describe_dense_state(source) or [], []
+    except CheckpointError as error:
+        if objects.model is not None:
+            raise
+        return [], [f"the merged manifest lists no dense parameters: {error}"]
 
 
 def encode_fg(fg_conf: dict[str, Any]) -> bytes:
@@ -247,22 +298,16 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
 
 
 def _write_indexes(
-    planned: PlannedSparse, source: Directory, target: Directory, dense_state: Any, *, in_place: bool
+    planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool
 ) -> list[FileEntry]:
-    names = planned.plan.checkpoint.verbatim
-    if in_place:  # a source file is never rewritten, not even a merged manifest in the old style
-        there = [*names, *([MERGED] if target.exists(MERGED) else [])]
-        entries = [
-            FileEntry(path=name, num_bytes=target.stat(name).size, digest=digest_file(target, name)) for name in there
-        ]
-        if MERGED in there:
-            return entries
-    else:
-        entries = []
-    files = render_indexes(planned.plan, dense_state)
-    if planned.plan.is_copy and not in_place:
-        files |= {name: source.read(name) for name in reversed(names)}  # index last, as RecIS writes it
-    return entries + write_small_files(target, files)
+    verbatim = planned.plan.checkpoint.verbatim
+    rendered = render_indexes(planned.plan, dense_state)
+    if in_place:
+        there = {name: target.read(name) for name in (*verbatim, MERGED) if target.exists(name)}
+        return write_small_files(target, {**rendered, **there}, keep=frozenset(there))
+    if planned.plan.is_copy:
+        rendered |= {name: verbatim[name] for name in reversed(list(verbatim))}  # index last, as RecIS writes it
+    return write_small_files(target, rendered)
 
 
 def _describe(

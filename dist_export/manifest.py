@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
@@ -182,11 +183,24 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
         manifest = msgspec.convert(document, type=Manifest)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise PackageError(f"{where} is damaged: {error}") from None
+    _check_paths(manifest, where)
     if manifest.digest != compute_digest(document):
         raise PackageError(
             f"{where} is not what was committed: its digest is {compute_digest(document)}, it says {manifest.digest}"
         )
     return manifest
+
+
+def _check_paths(manifest: Manifest, where: str) -> None:
+    """Refuse a path that leads out of the package; everything that a reader opens is named by one of these."""
+    paths = [entry.path for entry in manifest.files]
+    paths += [part.file for table in manifest.tables for part in table.parts]
+    if manifest.dense is not None:
+        paths += [manifest.dense.folder, manifest.dense.program]
+    for path in paths:
+        pure = PurePosixPath(path)
+        if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
+            raise PackageError(f"{where}: {path!r} does not lie in the package")
 
 
 class _Head(msgspec.Struct):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dist_export.config import ExportConfig
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, DistExportError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,9 @@ def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
             raise ConfigError(
                 f"{setting}: there is no module {error.name!r} (looked in {directory} and on sys.path)"
             ) from None
-        raise
+        raise ModelError(f"{setting}: importing {module_name} failed: {_tell(error)}") from error
+    except Exception as error:
+        raise ModelError(f"{setting}: importing {module_name} failed: {_tell(error)}") from error
     for element in path.split("."):
         if not hasattr(found, element):
             raise ConfigError(f"{setting}: {module_name!r} has no {path!r}")
@@ -64,7 +67,24 @@ def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
             f"{setting}: {spec} is a {type(found).__name__}, expected a callable that returns the {setting}"
         )
     _check_arguments(setting, spec, found, arguments)
-    return found(**arguments)
+    try:
+        built = found(**arguments)
+    except DistExportError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{setting}: {spec} failed: {_tell(error)}") from error
+    if built is None:
+        raise ModelError(f"{setting}: {spec} returned None, expected the {setting}")
+    return built
+
+
+def _tell(error: BaseException) -> str:
+    """Return what an error of the user's own code says, and the innermost line of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} at {error.filename}:{error.lineno}"
+    return f"{type(error).__name__}: {line} at {frames[-1].filename}:{frames[-1].lineno}"
 
 
 def _check_arguments(setting: str, spec: str, found: Any, arguments: Mapping[str, Any]) -> None:

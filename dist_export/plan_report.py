@@ -9,14 +9,13 @@ import numpy as np
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import check_tables
-from dist_export.exporter import check_places, dims_of, open_source, place_of, read_confs
+from dist_export.exporter import dims_of, open_places, open_source, place_of, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount
 from dist_export.source import PlannedSparse, plan_sparse
-from dist_export.storage import Directory
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
@@ -26,9 +25,7 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
-    source = Directory(config.ckpt_dir, config.storage_options)
-    target = Directory(place_of(config), config.storage_options)
-    check_places(ranks, config, source, target)
+    source, target = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
     _, _, features = read_confs(config, objects)

@@ -51,10 +51,9 @@ class Reporter:
         if not self._is_shown or not total_bytes:
             yield
             return
-        start = self._ranks.add(COUNTER, 0)
         stop = threading.Event()
         show = self._show_bar if sys.stderr.isatty() else self._log_lines
-        thread = threading.Thread(target=show, args=(stop, start, total_bytes), name="progress", daemon=True)
+        thread = threading.Thread(target=show, args=(stop, total_bytes), name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -62,17 +61,17 @@ class Reporter:
             stop.set()
             thread.join()
 
-    def _show_bar(self, stop: threading.Event, start: int, total_bytes: int) -> None:
+    def _show_bar(self, stop: threading.Event, total_bytes: int) -> None:
         columns = (TextColumn("shards"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("shards", total=total_bytes)
             while not stop.wait(_POLL_SECS):
-                bar.update(task, completed=self._ranks.add(COUNTER, 0) - start)
+                bar.update(task, completed=self._ranks.add(COUNTER, 0))
 
-    def _log_lines(self, stop: threading.Event, start: int, total_bytes: int) -> None:
+    def _log_lines(self, stop: threading.Event, total_bytes: int) -> None:
         started = time.perf_counter()
         while not stop.wait(_LOG_EVERY_SECS):
-            done = self._ranks.add(COUNTER, 0) - start
+            done = self._ranks.add(COUNTER, 0)
             speed = amount(round(done / (time.perf_counter() - started)))
             logger.info("shards: %s of %s, %s/s", amount(done), amount(total_bytes), speed)
 
@@ -97,7 +96,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     if manifest.mode != "dense_only":
         rows = sum(table.rows_out for table in manifest.tables)
         seconds = max((share.seconds for share in shares), default=0.0)
-        speed = f", {amount(round(manifest.num_bytes / seconds))}/s" if seconds else ""
+        moved = sum(share.num_bytes for share in shares)
+        speed = f", {amount(round(moved / seconds))}/s" if seconds else ""
         lines.append(
             f"  tables   {len(manifest.tables)}, {rows:,} rows in {manifest.num_shards} shards ({manifest.mode}{speed})"
         )

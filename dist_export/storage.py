@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +28,9 @@ CHUNK_BYTES = 64 << 20
 """A file's digest is built from the digests of its chunks of this size, so that several processes can share a file."""
 
 PARTIAL_SUFFIX = ".partial"
+
+WORK_DIRECTORY = ".dist_export"
+"""In the target, while an export is not committed: its lock, and a receipt for each shard that is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,10 @@ class RangeReader:
         filled = 0
         while filled < len(view):
             if self._fd >= 0:
-                count = os.preadv(self._fd, [view[filled:]], offset + filled)
+                try:
+                    count = os.preadv(self._fd, [view[filled:]], offset + filled)
+                except OSError as error:  # an error of the disk names no file of itself
+                    raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
             else:
                 self._file.seek(offset + filled)
                 data = self._file.read(len(view) - filled)
@@ -93,6 +102,9 @@ class Directory:
     def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
         self.url = os.fspath(url)
         self.storage_options = storage_options
+        if "::" in self.url:
+            # an alias could hide that the target is the source, whose files would then be overwritten
+            raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
         try:
             self.fs, path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
         except (ImportError, ValueError) as error:
@@ -181,7 +193,46 @@ class Directory:
                 return bool(os.path.samefile(self.path, other.path))  # also through a bind mount
             except OSError:  # one of them is not there yet
                 return bool(os.path.realpath(self.path) == os.path.realpath(other.path))
-        return type(self.fs) is type(other.fs) and bool(self.path == other.path)
+        return bool(self.fs == other.fs and self.path == other.path)
+
+    def why_not_writable(self) -> str | None:
+        """Return why no file could be made here, as far as can be seen without writing; None where it can."""
+        if not self.is_local:
+            return None
+        nearest = Path(self.path)
+        while not nearest.exists() and nearest.parent != nearest:
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            return f"{nearest} is no directory"
+        return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+
+    def lock(self) -> Callable[[], None]:
+        """Make the directory and claim it for this export; return what gives the claim back. Rank 0.
+
+        On a local or shared POSIX directory by ``flock``, which ends with the process however it ends.
+
+        Raises:
+            ConfigError: another export has claimed it.
+        """
+        self.make()
+        if not self.is_local:
+            return lambda: None
+        os.makedirs(self.join(WORK_DIRECTORY), exist_ok=True)
+        path = self.join(f"{WORK_DIRECTORY}/lock")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 200, 0).decode(errors="replace")
+            os.close(fd)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ConfigError(
+                f"{self.url}: another export ({holder or 'unknown'}) is writing there; wait for it, or give another export_dir"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return lambda: os.close(fd)
 
 
 class Staging:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from typing import Any
 
 from dist_export.errors import CheckpointError
@@ -47,7 +48,9 @@ def _load(directory: Directory, *, map_location: str) -> dict[str, Any]:
         )
     try:
         if directory.is_local:
-            state = torch.load(directory.join(DENSE_STATE), map_location=map_location, weights_only=True, mmap=True)
+            path = directory.join(DENSE_STATE)
+            is_zip = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+            state = torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip)
         else:
             data = io.BytesIO(directory.read(DENSE_STATE))
             state = torch.load(data, map_location=map_location, weights_only=True)

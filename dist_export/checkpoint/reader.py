@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,7 +114,7 @@ class Checkpoint:
     """Of the files' names, sizes, versions and headers, and of the indexes."""
     copy_hindrances: tuple[str, ...]
     """Why a copy byte for byte would not be a sound package, each a sentence; empty where it would."""
-    verbatim: tuple[str, ...]
+    verbatim: Mapping[str, bytes]
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
 

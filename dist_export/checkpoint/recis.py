@@ -105,7 +105,7 @@ class RecisReader:
                 *_list_hindrances(self.files, headers, tables, parts),
                 *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in dense.bare),
             ),
-            verbatim=(INDEX, TENSORKEY),
+            verbatim={name: self._raw[name] for name in (INDEX, TENSORKEY)},
             warnings=self._warnings,
         )
         if MERGED in self._raw:

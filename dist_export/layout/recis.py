@@ -66,6 +66,16 @@ def places_of(ids: np.ndarray, size: int) -> np.ndarray:
     return places
 
 
+def mix(ids: np.ndarray) -> np.ndarray:
+    """Spread int64 ids over all 64 bits (uint64), one to one.
+
+    The multiplier is 2**64 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, section 6.4).
+    """
+    mixed: np.ndarray = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
+
+
 def is_place_in(places: np.ndarray, part: Slice) -> np.ndarray:
     """Return which places (uint64) lie in the slice (bool)."""
     inside: np.ndarray = (places >= np.uint64(part.begin)) & (places < np.uint64(part.end))

@@ -7,7 +7,7 @@ from typing import Any
 from dist_export.errors import CheckpointError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal
-from dist_export.layout.recis import INDEX
+from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
 from dist_export.manifest import MANIFEST, TensorEntry
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
@@ -74,8 +74,8 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             {
                 "name": table.name,
                 "rows": table.rows_out,
-                "shape": list(table.kept[1].shape),
-                "dtype": table.kept[1].dtype,
+                "shape": next((list(slot.shape) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
+                "dtype": next((slot.dtype for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
                 "parts": len(table.parts),
                 "bytes": sum(slot.num_bytes for slot in table.kept),
                 "slots": [slot.name for slot in table.kept],
@@ -100,7 +100,6 @@ def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:
 def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
     indexes = read_indexes(directory)
     tables: dict[str, dict[str, Any]] = {}
-    slices: dict[str, set[str]] = {}
     dense: list[str] = []
     total = 0
     for name in indexes.files:
@@ -110,13 +109,14 @@ def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
             internal = indexes.internal_of_key.get(key, key)
             block = split_internal(internal)
             if block is None:
-                dense.append(key.rstrip("^ "))
+                dense.append(key.removesuffix(DENSE_SUFFIX))
                 continue
             table = tables.setdefault(
                 block.table,
                 {"name": block.table, "rows": 0, "shape": [], "dtype": "", "parts": 0, "bytes": 0, "slots": []},
             )
-            slices.setdefault(block.table, set()).add(key.rpartition("/")[2] + internal.rpartition("^")[2])
+            if block.slot == ID_SLOT:
+                table["parts"] += 1
             table["bytes"] += int(header.ends[row] - header.begins[row])
             if block.slot not in table["slots"]:
                 table["slots"].append(block.slot)
@@ -125,8 +125,6 @@ def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
             elif block.slot == "embedding":
                 table["shape"] = list(header.shapes[row][1:])
                 table["dtype"] = DTYPES[header.dtypes[row]].torch
-    for table_name, parts in slices.items():
-        tables[table_name]["parts"] = len(parts)
     return {
         "kind": "RecIS checkpoint",
         "path": directory.url,

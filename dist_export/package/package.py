@@ -61,8 +61,17 @@ class Package:
         kept = next((found for found in entry.kept if found.name == slot), None)
         if kept is None:
             raise PackageError(f"{self.directory.url}: table {table!r} has no slot {slot!r}")
+        if kept.dtype not in CODE_BY_TORCH:
+            raise PackageError(
+                f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown dtype {kept.dtype!r}"
+            )
         dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
-        asked = np.asarray(ids, np.int64)
+        asked = np.asarray(ids)
+        if asked.dtype.kind not in "iu" and asked.size:  # a float column would be cut to other ids without a word
+            raise TypeError(f"ids are integers, found {asked.dtype}")
+        if asked.dtype == np.uint64:
+            asked = asked.view(np.int64)
+        asked = asked.astype(np.int64)
         unique, inverse = np.unique(asked.reshape(-1), return_inverse=True)
         row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
         rows = np.zeros((len(unique), row_bytes), np.uint8)
@@ -74,6 +83,8 @@ class Package:
                     f"{self.directory.url}: table {table!r} has the slice {part.slice!r} in its manifest"
                 )
             wanted = np.flatnonzero(is_in_slice(unique, part_slice))
+            if not {ID_SLOT, slot} <= set(part.keys):
+                raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
         values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
@@ -112,6 +123,14 @@ class Package:
         place = {key: row for row, key in enumerate(header.keys)}
         if id_key not in place or slot_key not in place:
             raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
+        shape, code = header.shapes[place[slot_key]], int(header.dtypes[place[slot_key]])
+        width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[code].itemsize
+        if (
+            len(header.shapes[place[id_key]]) != 1
+            or width != rows.shape[1]
+            or shape[:1] != header.shapes[place[id_key]]
+        ):
+            raise PackageError(f"{self.directory.describe(file)}: {slot_key!r} is not what the manifest says of it")
         id_begin, num_rows = int(header.begins[place[id_key]]), header.shapes[place[id_key]][0]
         slot_begin = int(header.begins[place[slot_key]])
         row_bytes = rows.shape[1]

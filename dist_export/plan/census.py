@@ -67,16 +67,6 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
     )
 
 
-def mix(ids: np.ndarray) -> np.ndarray:
-    """Spread int64 ids over all 64 bits (uint64), one to one.
-
-    The multiplier is 2**64 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, section 6.4).
-    """
-    mixed: np.ndarray = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(32)
-    return mixed
-
-
 def share_parts(checkpoint: Checkpoint, world_size: int) -> list[list[int]]:
     """Deal the parts out to the ranks for counting, balanced by rows: the largest first, each to who has least."""
     loads = np.zeros(world_size, np.int64)

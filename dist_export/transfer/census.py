@@ -9,8 +9,8 @@ import numpy as np
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import CheckpointError
-from dist_export.layout.recis import is_in_slice
-from dist_export.plan.census import GRANULE_ROWS, MAX_SORTED_IDS, Census, UniqueTask, mix
+from dist_export.layout.recis import is_in_slice, mix
+from dist_export.plan.census import GRANULE_ROWS, MAX_SORTED_IDS, Census, UniqueTask
 from dist_export.plan.targets import Targets
 
 

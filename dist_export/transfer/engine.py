@@ -6,6 +6,7 @@ thread), ``finish`` (collective).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +18,11 @@ from dist_export.collective import Ranks
 from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import Unit, assign, plan_hash_units, plan_units
-from dist_export.storage import PARTIAL_SUFFIX, Directory, RangeReader, Staging, root_digest
+from dist_export.storage import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory, RangeReader, Staging, root_digest
 from dist_export.transfer.files import OpenReaders, StagedFiles
 from dist_export.transfer.units import UnitRunner
 
-RECEIPTS = ".dist_export"
-"""Directory in the target for the receipts of an export that is not committed yet."""
+logger = logging.getLogger(__name__)
 
 ChunkDigests = dict[tuple[int, int], list[bytes]]
 """(output file, first byte) -> digests of the chunks from there on."""
@@ -74,6 +74,11 @@ class Transfer:
         self._reserved: list[str] = []
         self._done = (0, 0)
         self._seconds = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that all ranks are to move, or to hash where nothing is moved. After ``prepare``."""
+        return sum(unit.num_bytes for unit in (self._hashing if self._in_place else self._writing))
 
     @property
     def num_reused(self) -> int:
@@ -140,8 +145,11 @@ class Transfer:
 
         Not before the last step in which another rank could write into them.
         """
-        for name in self._reserved:
-            self._staging.remove(name)
+        try:
+            for name in self._reserved:
+                self._staging.remove(name)
+        except OSError as error:  # what failed before this is what the user must hear of
+            logger.warning("%s: the space of unfinished files could not be given back: %s", self._target.url, error)
         self._staging.close()
 
     def _run_units(
@@ -244,7 +252,7 @@ class Transfer:
 
 
 def _receipt_name(shard: str) -> str:
-    return f"{RECEIPTS}/{shard}.json"
+    return f"{WORK_DIRECTORY}/{shard}.json"
 
 
 def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:

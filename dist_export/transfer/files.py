@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 
+from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import RangeReader, Staging
 
@@ -62,15 +63,17 @@ class StagedFiles:
         fd = self._fd(number)
         self._is_dirty.add(number)
         written = 0
-        while written < len(view):
-            written += os.pwrite(fd, view[written:], offset + written)
+        try:
+            while written < len(view):
+                written += os.pwrite(fd, view[written:], offset + written)
+        except OSError as error:
+            raise self._failure(number, f"byte {offset + written:,} cannot be written", error) from error
 
     def sync(self, number: int) -> None:
         """Make durable what was written into output ``number`` here; an error of the disk shows now."""
         fd = self._fds.get(number, -1)
         if fd >= 0 and number in self._is_dirty:
-            os.fsync(fd)
-            self._is_dirty.discard(number)
+            self._sync(number, fd)
 
     def close(self, *, sync: bool) -> None:
         """Close all descriptors; ``sync`` makes the content durable before."""
@@ -81,7 +84,20 @@ class StagedFiles:
     def _close(self, number: int, fd: int, *, sync: bool = True) -> None:
         try:
             if sync and number in self._is_dirty:
-                os.fsync(fd)
-                self._is_dirty.discard(number)
+                self._sync(number, fd)
         finally:
             os.close(fd)
+
+    def _sync(self, number: int, fd: int) -> None:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            raise self._failure(number, "its content cannot be made durable", error) from error
+        self._is_dirty.discard(number)
+
+    def _failure(self, number: int, what: str, error: OSError) -> TransferError:
+        path = self._staging.path(self._plan.files[number].name)
+        return TransferError(
+            f"{path}: {what}: {error.strerror}. No manifest was written, so there is no package; shards that are whole are "
+            "kept for the next run. Mend the disk or free space there and run the export again"
+        )

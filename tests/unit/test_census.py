@@ -6,8 +6,9 @@ from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table
 from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
 from dist_export.errors import CheckpointError, UserError
+from dist_export.layout.recis import mix
 from dist_export.plan import census as plan_census
-from dist_export.plan.census import count_rows_by_target, merge_censuses, mix, plan_unique_tasks, share_parts
+from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.targets import plan_targets
 from dist_export.storage import RangeReader
 from dist_export.transfer import census as transfer_census

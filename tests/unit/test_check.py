@@ -9,7 +9,7 @@ import dist_export.exporter
 from dist_export import check
 from dist_export.check import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
-from dist_export.plan.census import mix
+from dist_export.layout.recis import mix
 from dist_export.storage import Directory
 
 

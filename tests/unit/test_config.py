@@ -130,6 +130,8 @@ def test_wrong_arguments_give_one_line(arguments, message) -> None:
         ("ckpt_dir: [", "is no YAML in line"),
         ("- a\n- b", "found a list"),
         ("ckpt_dirr: a", "did you mean ckpt_dir"),
+        ("", "is empty"),
+        ("drop_slots: [*filter]", r"quote a pattern that begins with \*"),
         ("\x00", "is no YAML|no text"),
     ],
 )
@@ -152,3 +154,38 @@ def test_the_yaml_file_lists_every_setting_with_its_default_and_an_explanation()
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{setting.name}:"))
         assert lines[place - 1].startswith("# "), setting.name
     assert len(listed) == len(dataclasses.fields(ExportConfig))
+
+
+def test_what_the_users_own_code_takes_keeps_its_types(tmp_path: Path) -> None:
+    """Text that looks like a number or null stays text: it may be a secret, a date or a path."""
+    arguments = {"day": "20240101", "name": "yes", "path": "007", "none": None, "deep": {"key": "null", "n": 1}}
+    file = tmp_path / "export.yaml"
+    file.write_text(
+        yaml.safe_dump(PLACES | {"model_args": arguments, "storage_options": {"secret": "0123", "pw": "1e5"}})
+    )
+    as_argument = parse_settings(build_parser(), ["--config", str(file)])
+    for config in (load_config(file), load_config(yaml.safe_load(file.read_text())), as_argument):
+        assert config.model_args == arguments
+        assert config.storage_options == {"secret": "0123", "pw": "1e5"}
+    config = parse_settings(
+        build_parser(), ["--config", str(file), "--model_args.path", "x", "--storage_options", "{a: b}"]
+    )
+    assert config.model_args == arguments | {"path": "x"}
+    assert config.storage_options == {"a": "b"}, "a whole mapping takes the place of the file's"
+
+
+def test_a_key_left_empty_means_its_default(tmp_path: Path) -> None:
+    file = tmp_path / "export.yaml"
+    file.write_text(
+        "ckpt_dir: a\nexport_dir: b\n" + "".join(f"{f.name}:\n" for f in dataclasses.fields(ExportConfig)[2:])
+    )
+    assert load_config(file) == ExportConfig(**PLACES)
+    assert parse_settings(build_parser(), ["--config", str(file)]) == ExportConfig(**PLACES)
+
+
+def test_a_config_built_by_hand_is_checked_when_it_is_used() -> None:
+    import dist_export
+
+    for settings in ({"num_shards": "foo", "filter_sparse_opt": True}, {"archive_format": "zip"}, {"fg_rules": "x"}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            dist_export.export(ExportConfig(**PLACES, **settings))

@@ -161,6 +161,60 @@ def drop_table_row(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, tables=(table, *manifest.tables[1:]))
 
 
+def break_id_within_slice(package: Path) -> None:
+    """Change the bits of an id above those that decide on its slice."""
+    flip(package / SHARD, first_ids(package) + 5)
+
+
+def repeat_table(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, tables=(*manifest.tables, manifest.tables[0]))
+
+
+def change_table(manifest: Manifest, **changes: object) -> Manifest:
+    table = msgspec.structs.replace(manifest.tables[0], **changes)
+    return msgspec.structs.replace(manifest, tables=(table, *manifest.tables[1:]))
+
+
+def swap_slice(manifest: Manifest) -> Manifest:
+    first, *rest = manifest.tables[0].parts
+    return change_table(manifest, parts=(msgspec.structs.replace(first, slice=rest[0].slice), *rest))
+
+
+def change_dtype(manifest: Manifest) -> Manifest:
+    ids, embedding = manifest.tables[0].kept
+    return change_table(manifest, kept=(ids, msgspec.structs.replace(embedding, dtype="float16")))
+
+
+def forget_program(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(
+        manifest, files=tuple(entry for entry in manifest.files if not entry.path.endswith("exported_model.pt"))
+    )
+
+
+def lead_out(manifest: Manifest, what: str) -> Manifest:
+    if what == "part":
+        first, *rest = manifest.tables[0].parts
+        return change_table(manifest, parts=(msgspec.structs.replace(first, file=f"../{first.file}"), *rest))
+    if what == "file":
+        entry = msgspec.structs.replace(manifest.files[0], path="/etc/passwd")
+        return msgspec.structs.replace(manifest, files=(entry, *manifest.files[1:]))
+    dense = msgspec.structs.replace(manifest.dense, **{what: "../outside/x"})
+    return msgspec.structs.replace(manifest, dense=dense)
+
+
+@pytest.mark.parametrize("what", ["part", "file", "program", "folder"])
+def test_no_path_leads_out_of_the_package(what: str, package: Path) -> None:
+    reseal(package, lambda manifest: lead_out(manifest, what))
+    with pytest.raises(PackageError, match="does not lie in the package"):
+        dist_export.open_package(package)
+
+
+@pytest.mark.parametrize("ids", [[1.5], [True], ["a"]])
+def test_ids_that_are_no_integers_are_refused(ids: list[object], exported: Path) -> None:
+    with pytest.raises(TypeError, match="ids are integers"):
+        dist_export.open_package(exported).lookup("user_emb", ids)
+
+
 def rename_output(document: dict) -> None:
     document["OutputNodes"][0]["OutputNodeName"] = "other"
 
@@ -195,7 +249,7 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "a part that tensorkey forgets",
         lambda p: edit_json(p / "tensorkey.json", lambda d: d.pop("user_emb.id/part_0_2")),
         ("tensorkey.json",),
-        "has no id",
+        "is in no shard",
     ),
     (
         "two blocks of one name",
@@ -222,7 +276,32 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "a merged manifest with wrong ids",
         lambda p: edit_json(p / MERGED, lambda d: d["user_emb.embedding/part_0_2"].update(hashmap_key="x")),
         (MERGED,),
-        "in no file",
+        "has hashmap_key 'x'",
+    ),
+    (
+        "a merged manifest with a ghost",
+        lambda p: edit_json(p / MERGED, lambda d: d.update({"ghost.embedding/part_0_1": {"is_hashmap": True}})),
+        (MERGED,),
+        "is in no file",
+    ),
+    (
+        "a merged manifest that hides a table",
+        lambda p: edit_json(p / MERGED, lambda d: d["user_emb.embedding/part_0_2"].update(is_hashmap=False)),
+        (MERGED,),
+        "has is_hashmap False",
+    ),
+    ("a merged manifest that is a list", lambda p: (p / MERGED).write_text("[]"), (MERGED,), "cannot be checked"),
+    ("a merged manifest too deep", lambda p: (p / MERGED).write_text("[" * 100000), (MERGED,), "cannot be checked"),
+    ("an id that became another", break_id_within_slice, (SHARD,), "not those that were exported"),
+    ("a table listed twice", lambda p: reseal(p, repeat_table), (), "twice"),
+    ("a part of another slice", lambda p: reseal(p, swap_slice), (), "the shards say"),
+    ("a slot of another dtype", lambda p: reseal(p, change_dtype), (), "the shards say"),
+    ("a program that nothing vouches for", lambda p: reseal(p, forget_program), (), "nothing vouches"),
+    (
+        "outputs that are no objects",
+        lambda p: (p / "fx_user_model" / "output_info.json").write_text('{"OutputNodes": [1]}'),
+        ("fx_user_model/output_info.json",),
+        "cannot be checked",
     ),
     ("an account that does not add up", lambda p: reseal(p, drop_table_row), (), "does not add up"),
     (

@@ -13,9 +13,9 @@ from sparse_cases import assert_exact, content, copy, export, plan, recorded_rea
 
 import dist_export.exporter
 from dist_export.errors import CommitError, ConfigError, TransferError
+from dist_export.storage import WORK_DIRECTORY as RECEIPTS
 from dist_export.storage import Directory, digest_file
 from dist_export.transfer import units as transfer_units
-from dist_export.transfer.engine import RECEIPTS
 from dist_export.transfer.files import OpenReaders, StagedFiles
 
 
