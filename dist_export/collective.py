@@ -6,6 +6,7 @@ Payload never travels here. Every method below says on which ranks it is called.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
 
@@ -63,7 +66,10 @@ class Ranks:
             result = work()
         except Exception as error:  # noqa: BLE001 -- whatever it was, the other ranks must hear of it
             raised = error
-            failure = _describe(error)
+        except SystemExit as error:  # a model or dataset that exits must not make the export look done
+            raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
+        if raised is not None:
+            failure = _describe(raised)
             self.announce_failure()
         if self.world_size == 1:
             if isinstance(raised, OSError):
@@ -162,7 +168,10 @@ class Ranks:
         """Let ranks that are busy know that one has failed. Any rank."""
         self._has_failed = True
         if self.world_size > 1:
-            self._store.add("failed", 1)
+            try:
+                self._store.add("failed", 1)
+            except RuntimeError as error:  # the rank that hosts the store is gone, and with it whoever could hear this
+                logger.debug("the failure could not be announced: %s", error)
 
     def has_failure(self) -> bool:
         """Return whether any rank has announced a failure. Any rank."""

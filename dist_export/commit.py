@@ -44,6 +44,8 @@ from dist_export.storage import WORK_DIRECTORY, Directory, digest_bytes
 
 logger = logging.getLogger(__name__)
 
+_SMALL_FILES = "small_files.json"
+
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
 """(name, torch dtype name, shape) of the parameters in model.pt, in its order."""
 
@@ -132,13 +134,27 @@ def write_small_files(
     return entries
 
 
-def remove_strays(target: Directory, plan: SparsePlan) -> None:
+def note_small_files(target: Directory, names: Sequence[str]) -> None:
+    """Write down what is about to be written, and remove what an earlier, uncommitted attempt wrote and this one does not."""
+    earlier = Directory(target.describe(WORK_DIRECTORY), target.storage_options)
+    if earlier.exists(_SMALL_FILES):
+        try:
+            left = msgspec.json.decode(earlier.read(_SMALL_FILES), type=list[str])
+        except msgspec.MsgspecError:
+            left = []  # cut short by a crash, before any of these files was written
+        for name in left:
+            if name not in names and ".." not in name.split("/") and not name.startswith("/"):
+                target.remove(name)
+    earlier.write(_SMALL_FILES, msgspec.json.encode(list(names)))
+
+
+def remove_strays(target: Directory, plan: SparsePlan | None) -> None:
     """Remove shards that an earlier, uncommitted attempt of another plan left: those that have a receipt but no use."""
     receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
-    planned = {file.name for file in plan.files}
+    planned = set() if plan is None else {file.name for file in plan.files}
     for name in receipts:
         shard = name.removesuffix(".json")
-        if name.endswith(".json") and shard not in planned and is_plain_name(shard):
+        if shard.endswith(".safetensors") and shard not in planned and is_plain_name(shard):
             target.remove(shard)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_export.commit import (
     describe_dense_tensors,
     describe_tables,
     list_versions,
+    note_small_files,
     publish,
     remove_strays,
     render_indexes,
@@ -28,7 +29,7 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, check_tables, collect_confs, has_hashed_input
-from dist_export.errors import CheckpointError, ConfigError
+from dist_export.errors import ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import MANIFEST, FileEntry, Manifest, SourceEntry, TableEntry, seal
@@ -67,8 +68,8 @@ def run_export(
         notes += features.notes
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
-        dense_state, found = ranks.on_rank_0("read model.pt", lambda: read_dense_meta(source, objects))
-        notes += found
+        # read also for the tables alone: a model.pt that is cut short tells of a save that did not finish
+        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -115,13 +116,18 @@ def run_export(
         def commit() -> Manifest:
             manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
             files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
-            if planned is not None:
-                files += _write_indexes(planned, target, dense_state, in_place=in_place)
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
             if fg_conf is not None:
                 there = in_place and target.exists(FG)  # then it says the same, and a source file is not rewritten
                 small[FG] = target.read(FG) if there else encode_fg(fg_conf)
-            files += write_small_files(target, small, keep=frozenset({FG} if in_place else ()))
+            keep = frozenset({FG} if in_place else ())
+            if planned is not None:
+                small |= _render(planned, target, dense_state, in_place=in_place)
+                keep |= frozenset(planned.plan.checkpoint.verbatim) | {MERGED} if in_place else frozenset()
+            if not in_place:
+                note_small_files(target, list(small))
+                remove_strays(target, None if planned is None else planned.plan)
+            files += write_small_files(target, small, keep=keep)
             manifest = msgspec.structs.replace(
                 manifest,
                 files=tuple(files),
@@ -137,8 +143,6 @@ def run_export(
                 },
             )
             manifest = seal(manifest)
-            if planned is not None and not in_place:
-                remove_strays(target, planned.plan)
             publish(target, manifest)
             return manifest
 
@@ -222,19 +226,6 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
     ]
 
 
-def read_dense_meta(source: Directory, objects: Objects) -> tuple[DenseMeta, list[str]]:
-    """Return the parameters of ``model.pt`` for the merged manifest, and notes. Rank 0.
-
-    An export of the tables alone does without a ``model.pt`` that is missing or cannot be read.
-    """
-    try:
-        return describe_dense_state(source) or [], []
-    except CheckpointError as error:
-        if objects.model is not None:
-            raise
-        return [], [f"the merged manifest lists no dense parameters: {error}"]
-
-
 def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     """Return the content of fg.json."""
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
@@ -267,7 +258,7 @@ def transfer(
     try:
         job.prepare()
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
             reporter.transferring(planned.plan.num_bytes),
         ):
             written = pool.submit(job.write)
@@ -276,12 +267,17 @@ def transfer(
                 try:
                     beside()
                 except BaseException:
-                    ranks.announce_failure()  # the transfer thread and the other ranks stop at their next unit
+                    ranks.announce_failure()
                     raise
                 finally:
-                    written.result()
+                    concurrent.futures.wait([written])
+                written.result()
 
-            receipts, shares = job.finish(wait)
+            try:
+                receipts, shares = job.finish(wait)
+            except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
+                ranks.announce_failure()
+                raise
         return receipts, shares, job.num_reused
     finally:
         job.close()
@@ -297,17 +293,15 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
     )
 
 
-def _write_indexes(
-    planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool
-) -> list[FileEntry]:
+def _render(planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool) -> dict[str, bytes]:
+    """Return the json files of the sparse part, index last as RecIS writes it; in place, those of the source as they are."""
     verbatim = planned.plan.checkpoint.verbatim
     rendered = render_indexes(planned.plan, dense_state)
     if in_place:
-        there = {name: target.read(name) for name in (*verbatim, MERGED) if target.exists(name)}
-        return write_small_files(target, {**rendered, **there}, keep=frozenset(there))
+        return {**rendered, **{name: target.read(name) for name in (MERGED, *verbatim) if target.exists(name)}}
     if planned.plan.is_copy:
-        rendered |= {name: verbatim[name] for name in reversed(list(verbatim))}  # index last, as RecIS writes it
-    return write_small_files(target, rendered)
+        rendered |= {name: verbatim[name] for name in reversed(list(verbatim))}
+    return rendered
 
 
 def _describe(

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from dist_export.errors import ConfigError, TransferError
 
 CHUNK_BYTES = 64 << 20
 """A file's digest is built from the digests of its chunks of this size, so that several processes can share a file."""
+
+_MAX_SMALL_BYTES = 4 << 30
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -50,7 +53,11 @@ class RangeReader:
         self._fd = -1
         self._file: Any = None
         if directory.is_local:
-            self._fd = os.open(directory.join(name), os.O_RDONLY | os.O_CLOEXEC)
+            # non-blocking, for a pipe under this name would let the open wait for ever
+            self._fd = os.open(directory.join(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                self.close()
+                raise OSError(errno.EINVAL, "is no regular file", self.where)
         else:
             self._file = directory.fs.open(directory.join(name), "rb")
 
@@ -152,7 +159,18 @@ class Directory:
         return FileStat(int(info["size"]), version)
 
     def read(self, name: str) -> bytes:
-        """Return a whole (small) file."""
+        """Return a whole (small) file. OSError for one that is no regular file, or larger than any index can be."""
+        if self.is_local:
+            with self.open_reader(name) as reader:
+                size = self.stat(name).size
+                if size > _MAX_SMALL_BYTES:
+                    raise OSError(
+                        errno.EFBIG, f"has {size:,} bytes, too many for what it should be", self.describe(name)
+                    )
+                whole = bytearray(size)
+                if size:
+                    reader.read_into(memoryview(whole), 0)
+                return bytes(whole)
         data: bytes = self.fs.cat_file(self.join(name))
         return data
 

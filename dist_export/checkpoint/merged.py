@@ -42,7 +42,7 @@ def check_merged(raw: bytes, headers: Sequence[Header], *, where: str) -> None:
             )
         named = entry.get("dtype")
         if named and named not in (DTYPES[code].name, DTYPES[code].torch):
-            raise CheckpointError(f"{where}: {key!r} is {named}, its file says {DTYPES[code].name}")
+            raise CheckpointError(f"{where}: {key!r} is {named!r}, its file says {DTYPES[code].name}")
         if entry.get("is_hashmap") and [entry.get("dimension")] != list(shape[-1:]):
             raise CheckpointError(
                 f"{where}: {key!r} has dimension {entry.get('dimension')}, its file says {list(shape)}"

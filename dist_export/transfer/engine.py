@@ -206,8 +206,9 @@ class Transfer:
         if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
             digest = root_digest([ranks.take(f"piece/{number}/{begin}") for begin in begins])
             receipt = self._receipt(number, digest)
-            self._staging.publish(receipt.name)
+            # The receipt first, so that no shard is left without one; it vouches for nothing but its own content.
             self._target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
+            self._staging.publish(receipt.name)
         pending.clear()
 
     def _receipt(self, number: int, digest: str) -> Receipt:

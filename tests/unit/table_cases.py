@@ -7,7 +7,7 @@ import torch
 from recis_writer import PartSpec, split_table, write_checkpoint
 from torch import nn
 
-from dist_export.collective import Ranks
+from dist_export.collective import join
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import run_sparse_arch
 from dist_export.source import open_checkpoint
@@ -69,7 +69,7 @@ def table_of(ids: list[int], dim: int = 2, dtype="<f4", num_parts: int = 2) -> l
 def open_finder(folder, tables, misplaced=None) -> RowFinder:
     """Write a checkpoint of these tables and return what finds its rows."""
     write_checkpoint(folder, tables)
-    return RowFinder(open_checkpoint(Ranks(0, 1, None, None, False), Directory(folder)), misplaced)
+    return RowFinder(open_checkpoint(join(timeout_secs=1), Directory(folder)), misplaced)
 
 
 def run(sparse: nn.Module, data, finder: RowFinder, name: str = "sparse"):

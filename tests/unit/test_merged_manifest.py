@@ -136,9 +136,9 @@ def test_null_passes():
     [
         ({"t.embedding/part_0_1": {**ENTRY, "shape": [3, 1]}}, "has shape"),
         ({"t.embedding/part_0_1": {**ENTRY, "dimension": 2}}, "has dimension"),
-        ({"t.embedding/part_0_1": {**ENTRY, "dtype": "bool"}}, "is bool"),
+        ({"t.embedding/part_0_1": {**ENTRY, "dtype": "bool"}}, "is 'bool'"),
         ({"s^ ": {"dense": True, "is_hashmap": True, "shape": [], "dtype": "F32"}}, "has dimension"),
-        ({"t.id/part_0_1": {"dense": False, "shape": [2], "dtype": "F32"}}, "is F32"),
+        ({"t.id/part_0_1": {"dense": False, "shape": [2], "dtype": "F32"}}, "is 'F32'"),
         ({"x.id/part_0_1": {"dense": False, "shape": [2]}}, "no file of the checkpoint holds"),
         ({"x^ ": {"dense": True, "shape": [2]}}, "no file of the checkpoint holds"),
         ({"t.embedding/part_0_1": None}, "should be an object"),

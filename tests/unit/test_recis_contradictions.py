@@ -317,8 +317,8 @@ def test_blocks_without_rows_axis(tmp_path):
 def test_the_merged_manifest_of_another_save(tmp_path):
     changes = {
         "has shape [9, 4]": lambda m: m[USER].update(shape=[9, 4]),
-        "is float64": lambda m: m[USER].update(dtype="float64"),
-        "is bool": lambda m: m[USER].update(dtype="bool"),
+        "is 'float64'": lambda m: m[USER].update(dtype="float64"),
+        "is 'bool'": lambda m: m[USER].update(dtype="bool"),
         "has dimension 3": lambda m: m[USER].update(dimension=3),
         "names 'ghost.embedding/part_0_2'": lambda m: m.update({"ghost.embedding/part_0_2": m[USER]}),
         "names 'ghost^ '": lambda m: m.update({"ghost^ ": m["w^ "]}),
@@ -330,7 +330,7 @@ def test_the_merged_manifest_of_another_save(tmp_path):
             base(tmp_path, manifest=style, change=lambda files, change=change: change(files.merged))
             assert MERGED in refuses(tmp_path, said)
     base(tmp_path, manifest="v1", change=lambda files: files.merged["user.id/part_0_2"].update(dtype="I32"))
-    refuses(tmp_path, "is I32")
+    refuses(tmp_path, "is 'I32'")
 
 
 def test_parameters_of_the_dense_arch_in_the_merged_manifest_are_no_blocks(tmp_path):

@@ -9,7 +9,7 @@ from recis_writer import PartSpec, Raw
 from table_cases import HashTable, Sparse, open_finder, rows, run, table_of
 from torch import nn
 
-from dist_export.collective import Ranks
+from dist_export.collective import join
 from dist_export.dense.rows import RowFinder
 from dist_export.errors import ModelError
 from dist_export.source import open_checkpoint
@@ -262,7 +262,11 @@ def test_parts_whose_slice_cannot_hold_the_ids_are_not_read(make_finder, monkeyp
 def test_rows_of_a_checkpoint_that_recis_wrote(recis_fixtures) -> None:
     truth = np.load(recis_fixtures / "small2.truth.npz")
     finder = RowFinder(
-        open_checkpoint(Ranks(0, 1, None, None, False), Directory(recis_fixtures / "fullckpt" / "ckpt_3")), None
+        open_checkpoint(
+            join(timeout_secs=1),
+            Directory(recis_fixtures / "fullckpt" / "ckpt_3"),
+        ),
+        None,
     )
     user, item = (torch.from_numpy(truth[f"{name}@id"][::3].copy()) for name in ("user_emb", "item_emb"))
     shop, brand = (torch.from_numpy(truth[f"{name}@id"][::5].copy()) for name in ("shop_emb", "brand_emb"))
