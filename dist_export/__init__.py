@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dist_export.__version__ import VERSION
-from dist_export.errors import DistExportError, ExportError, PackageError, UserError
+from dist_export.errors import DistExportError, ExportError, PackageError, StepFailedError, UserError
 
 if TYPE_CHECKING:
     from dist_export.api import Exporter, export
@@ -23,6 +23,7 @@ __all__ = [
     "Manifest",
     "Package",
     "PackageError",
+    "StepFailedError",
     "UserError",
     "__version__",
     "export",

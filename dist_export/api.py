@@ -93,8 +93,9 @@ class Exporter:
         """Export; return the manifest of the committed package. All ranks.
 
         Raises:
-            UserError: for what the caller can mend; nothing was written.
-            DistExportError: a failed export; no manifest was written.
+            UserError: for what the caller can mend; nothing was written. In one process.
+            ExportError: a failed export; no manifest was written. In one process.
+            StepFailedError: either of them on any of several ranks, with the text of each; its ``exit_code`` is 2 or 1.
         """
         with join(timeout_secs=self.config.timeout) as ranks:
             return run_export(ranks, self.config, self._objects)[0]

@@ -204,3 +204,26 @@ def test_inspect_of_tables_imports_no_torch(checkpoint: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], 7.0), (["--timeout", "9"], 9.0), (["--timeout", "nan"], 1800.0)]
+)
+def test_the_timeout_of_the_file_counts_from_the_start(
+    arguments, expected, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The ranks wait for each other as long as the settings say, also where only the file says it."""
+    import dist_export.collective
+
+    file = tmp_path / "export.yaml"
+    file.write_text(f"ckpt_dir: {checkpoint}\nexport_dir: {tmp_path / 'out'}\ntimeout: 7\n")
+    seen: list[float] = []
+    real = dist_export.collective.join
+
+    def join(*, timeout_secs: float):
+        seen.append(timeout_secs)
+        return real(timeout_secs=timeout_secs)
+
+    monkeypatch.setattr(dist_export.collective, "join", join)
+    main(["--config", str(file), *arguments])
+    assert seen == [expected]
