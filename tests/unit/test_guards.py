@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
 import tiny_model
+from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
@@ -190,3 +193,35 @@ def test_nan_in_the_sample_gives_a_package_that_verifies(checkpoint: Path, tmp_p
         model, "sparse_arch", "dense_arch", [batch], checkpoint, tmp_path / "out", filter_sparse_opt=True
     ).export()
     assert verify(str(tmp_path / "out")).findings == []
+
+
+class TokenFileSystem(MemoryFileSystem):
+    """A store that wants an option, as real ones want credentials."""
+
+    protocol = "tokenfs"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def __init__(self, *args: object, token: str = "", **kwargs: object) -> None:
+        if token != "0123":
+            raise PermissionError("no token")
+        super().__init__(*args, **kwargs)
+
+
+def test_storage_options_reach_the_file_system(checkpoint: Path) -> None:
+    fsspec.register_implementation("tokenfs", TokenFileSystem, clobber=True)
+    memory = fsspec.filesystem("tokenfs", token="0123")
+    for path in checkpoint.iterdir():
+        memory.pipe_file(f"tokenfs:///ckpt/{path.name}", path.read_bytes())
+    options = {"token": "0123"}
+    dist_export.export(
+        {
+            "ckpt_dir": "tokenfs:///ckpt",
+            "export_dir": "tokenfs:///out",
+            "filter_sparse_opt": True,
+            "storage_options": options,
+        }
+    )
+    assert verify("tokenfs:///out", options).findings == []
+    with pytest.raises(PermissionError, match="no token"):
+        dist_export.export({"ckpt_dir": "tokenfs:///ckpt", "export_dir": "tokenfs:///out2"})
