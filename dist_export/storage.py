@@ -114,7 +114,7 @@ class Directory:
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
         try:
             self.fs, path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:
             raise ConfigError(f"{self.url}: no file system for this URL: {error}") from None
         self.is_local: bool = isinstance(self.fs, LocalFileSystem)
         self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
