@@ -120,7 +120,11 @@ def _verify(argv: list[str]) -> int:
     else:
         for finding in report.findings:
             print(finding)
-        print("\n".join(report.checked) if not report.findings else f"unsound: {len(report.findings)} findings")
+        print(
+            "\n".join(report.checked)
+            if not report.findings
+            else f"unsound: {len(report.findings)} finding" + "s" * (len(report.findings) != 1)
+        )
     return 1 if report.findings else 0
 
 

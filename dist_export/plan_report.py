@@ -14,7 +14,7 @@ from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
 from dist_export.plan.units import assign, plan_units
-from dist_export.progress import amount
+from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, plan_sparse
 
 
@@ -70,7 +70,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
     """Return the plan line by line, for people."""
     total = sum(file["bytes"] for file in report["files"])
     lines = [
-        f"would export {report['source']} to {report['export_dir']}: {len(report['files'])} shards, {amount(total)}"
+        f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
     ]
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
@@ -84,9 +84,12 @@ def render_report(report: dict[str, Any]) -> list[str]:
             lines.append(f"  dense tensors {what}: {', '.join(names)}")
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
-    lines += [f"  rank {share['rank']}: {share['units']} units, {amount(share['bytes'])}" for share in report["ranks"]]
+    lines += [
+        f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}"
+        for share in report["ranks"]
+    ]
     if report["dense"]:
-        lines.append(f"  dense arch: {report['dense']}, traced by rank 0")
+        lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not look at it)")
     return lines + [f"  note: {note}" for note in report["notes"]]
 
 

@@ -88,6 +88,11 @@ def amount(num_bytes: int) -> str:
     return f"{size / 1000:.1f} TB"
 
 
+def count(number: int, what: str) -> str:
+    """Return ``1 shard``, ``2 shards``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:
     """Return the closing summary of an export, line by line."""
     kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
@@ -98,15 +103,14 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         seconds = max((share.seconds for share in shares), default=0.0)
         moved = sum(share.num_bytes for share in shares)
         speed = f", {amount(round(moved / seconds))}/s" if seconds else ""
-        lines.append(
-            f"  tables   {len(manifest.tables)}, {rows:,} rows in {manifest.num_shards} shards ({manifest.mode}{speed})"
-        )
+        where = f"{count(rows, 'row')} in {count(manifest.num_shards, 'shard')}"
+        lines.append(f"  tables   {len(manifest.tables)}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
         misplaced = sum(table.misplaced for table in manifest.tables)
         if misplaced:
             lines.append(f"  repaired {misplaced:,} rows lay in another shard's slice and were moved to their own")
         if reused := manifest.run.get("reused_shards"):
-            lines.append(f"  resumed  {reused} shards of an interrupted export were whole and were kept")
+            lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
     if manifest.dropped_dense_tensors:
         names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
         lines.append(f"  dropped  dense tensors {names}")
@@ -125,8 +129,10 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         missing = sum(sample["missing"].values())
         lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
     for share in shares:
-        units = "1 unit" if share.num_units == 1 else f"{share.num_units} units"
-        lines.append(f"  rank {share.rank}   {units}, {amount(share.num_bytes)} in {share.seconds:.2f} s")
+        idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and manifest.dense is not None else ""
+        lines.append(
+            f"  rank {share.rank}   {count(share.num_units, 'unit')}{idle}, {amount(share.num_bytes)} in {share.seconds:.2f} s"
+        )
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]

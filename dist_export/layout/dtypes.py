@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 
 class Dtype(NamedTuple):
     """One dtype: safetensors name, torch name, numpy name of equal width, and item size in bytes."""
@@ -37,4 +35,3 @@ CODE_BY_NAME: dict[str, int] = {dtype.name: code for code, dtype in enumerate(DT
 CODE_BY_NAME["bool"] = CODE_BY_NAME["BOOL"]
 CODE_BY_TORCH: dict[str, int] = {dtype.torch: code for code, dtype in enumerate(DTYPES)}
 I64: int = CODE_BY_NAME["I64"]
-ITEMSIZES: np.ndarray = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
