@@ -28,7 +28,7 @@ from dist_export.commit import (
     write_small_files,
 )
 from dist_export.config import ExportConfig
-from dist_export.dense.fg import Features, check_conf, check_tables, collect_confs, has_hashed_input
+from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
 from dist_export.errors import ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
@@ -60,11 +60,9 @@ def run_export(
     notes: list[str] = []
 
     with reporter.stage("read"):
-        fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects))
         checkpoint = open_source(ranks, config, source)
-        if checkpoint is not None:
-            notes += checkpoint.warnings
-            ranks.gather("check fg against the tables", lambda: check_tables(features, dims_of(checkpoint)))
+        notes += checkpoint.warnings if checkpoint is not None else ()
+        fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += features.notes
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
@@ -186,11 +184,20 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Di
     return source, target
 
 
-def read_confs(config: ExportConfig, objects: Objects) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Features]:
-    """Return fg and mc, checked as far as they can be without the checkpoint."""
+def read_confs(
+    config: ExportConfig, objects: Objects, checkpoint: Checkpoint | None
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, Features]:
+    """Return fg and mc, checked against their rules, each other and the checkpoint's tables, all findings in one error."""
     fg_conf, mc_conf = collect_confs(objects.fg, config.fg_conf_or_path, config.mc_conf_or_path)
     already_hashed = objects.fg is not None and has_hashed_input(objects.fg)
-    return fg_conf, mc_conf, check_conf(fg_conf, mc_conf, fg_rules=config.fg_rules, already_hashed=already_hashed)
+    features = check_conf(
+        fg_conf,
+        mc_conf,
+        fg_rules=config.fg_rules,
+        already_hashed=already_hashed,
+        tables=None if checkpoint is None else dims_of(checkpoint),
+    )
+    return fg_conf, mc_conf, features
 
 
 def refuse_package(target: Directory) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
-from dist_export.dense.fg import check_tables
-from dist_export.exporter import dims_of, open_places, open_source, place_of, read_confs
+from dist_export.exporter import open_places, open_source, place_of, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
@@ -28,10 +27,8 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     source, target = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
-    _, _, features = read_confs(config, objects)
     checkpoint = open_source(ranks, config, source)
-    if checkpoint is not None:
-        check_tables(features, dims_of(checkpoint))
+    _, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": target.url,
         "source": config.ckpt_dir,

@@ -1,8 +1,8 @@
 """The feature generator's configuration (fg) and the dense arch's blocks (mc): read them, check them, all at once.
 
-Order of calls: :func:`collect_confs`, :func:`check_conf`, then :func:`check_tables` when the checkpoint is described
-and :func:`check_inputs` when the dense arch's inputs are known. Each check raises one ConfigError with all that it
-found. None issues a collective, and only the first reads files.
+Order of calls: :func:`collect_confs`, :func:`check_conf` with the checkpoint's tables (or :func:`check_tables` where they
+are known only later), and :func:`check_inputs` when the dense arch's inputs are. Each check raises one ConfigError with
+all that it found. None issues a collective, and only the first reads files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,8 +217,9 @@ def check_conf(
     *,
     fg_rules: FgRules,
     already_hashed: bool = False,
+    tables: Mapping[str, int] | None = None,
 ) -> Features:
-    """Check both configurations, each as far as the other allows.
+    """Check both configurations, each as far as the other allows, and with ``tables`` also against the checkpoint.
 
     A feature that mc does not name is never parsed by RecIS: its faults are told in ``notes``, not refused.
 
@@ -227,6 +228,7 @@ def check_conf(
         mc_conf: As from :func:`collect_confs`; None counts every feature as used.
         fg_rules: ``rtp`` also refuses what main-search RTP does not support; ``none`` only what RecIS's parser refuses.
         already_hashed: Whether ids come hashed (:func:`has_hashed_input`), which mask cannot go with.
+        tables: As for :func:`check_tables`, so that one error tells everything; None checks no table.
 
     Raises:
         ConfigError: Every finding, one a line, with the feature's full name.
@@ -251,14 +253,16 @@ def check_conf(
             refused.append(found.text)
         else:
             notes.append(f"{found.text} (not refused: mc does not use it)")
-    _refuse_any("fg and mc", refused)
-
     faulty = {found.feature for found in findings}
     features = {
         name: read_feature(named.entry, name=name, sequence=named.sequence, is_used=mc_conf is None or name in used)
         for name, named in entries.items()
         if name not in faulty
     }
+    if tables is not None:
+        refused += _compare_tables(features.values(), tables)
+    _refuse_any("fg and mc", refused)
+
     notes += [note for block in members for note in _note_lengths(block, members[block])]
     return Features(
         features=tuple(features.values()),
@@ -341,9 +345,13 @@ def check_tables(features: Features, tables: Mapping[str, int]) -> None:
     Raises:
         ConfigError: Every feature whose table is absent or has other columns.
     """
+    _refuse_any("fg against the checkpoint", _compare_tables(features.features, tables))
+
+
+def _compare_tables(features: Iterable[Feature], tables: Mapping[str, int]) -> list[str]:
     suggest = _Suggestions(list(tables))
     findings = []
-    for feature in features.features:
+    for feature in features:
         if not feature.is_used:
             continue
         for table in feature.tables:
@@ -356,7 +364,7 @@ def check_tables(features: Features, tables: Mapping[str, int]) -> None:
                     f"feature {show(feature.name)}: embedding_dimension is {feature.dimension}, "
                     f"but table {show(table)} of the checkpoint has {tables[table]} columns"
                 )
-    _refuse_any("fg against the checkpoint", findings)
+    return findings
 
 
 def check_inputs(features: Features, inputs: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:

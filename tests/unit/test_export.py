@@ -249,11 +249,15 @@ def test_fg_and_mc_are_checked_and_exported(checkpoint: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "fg.json").read_text()) == fg
     assert json.loads((tmp_path / "out" / "fx_user_model" / "input_columns.json").read_text()) == mc
     assert any("price" in note for note in manifest.notes), "an input that mc does not list is reported"
-    wrong = {"features": [lookup("user_id", "usr_emb"), {**lookup("item_id", "item_emb"), "embedding_dimension": 5}]}
-    with pytest.raises(ConfigError, match=r"(?s)user_id.*item_id"):
+    unserved = {**lookup("item_id", "item_emb"), "gen_key_type": "ev_hash"}
+    narrow_table = {**lookup("other", "item_emb"), "embedding_dimension": 5}
+    wrong = {"features": [lookup("user_id", "usr_emb"), unserved, narrow_table]}
+    mc["more"] = ["other"]
+    with pytest.raises(ConfigError, match=r"(?s)3 findings.*'item_id'.*'user_id'.*'other'"):
         dist_export.export(
             {**settings, "export_dir": str(tmp_path / "no"), "fg_conf_or_path": wrong, "mc_conf_or_path": mc}
         )
+    del mc["more"]
     narrow = {**mc, "item": ["item_id", "user_id"]}
     with pytest.raises(ConfigError, match="item"):
         dist_export.export(
