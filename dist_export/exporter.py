@@ -131,7 +131,7 @@ def run_export(
                 files=tuple(files),
                 dense=None if dense is None else dense.entry,
                 parity=None if dense is None else dense.parity,
-                notes=tuple(notes) + (() if dense is None else dense.notes),
+                notes=tuple(notes),
                 run={
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "world_size": ranks.world_size,

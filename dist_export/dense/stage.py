@@ -45,7 +45,6 @@ class DenseStage:
         self._sample: DenseSample | None = None
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
-        self.notes: tuple[str, ...] = ()
         self.counts: dict[str, dict[str, int]] = {}
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
 

@@ -41,7 +41,9 @@ class Header:
 def header_length(prefix: bytes, *, path: str, file_size: int) -> int:
     """Return N from the first 8 bytes of a file of ``file_size`` bytes; CheckpointError where it cannot be true."""
     if len(prefix) < 8:
-        raise CheckpointError(f"{path}: {file_size} bytes, too short for a safetensors file; it is truncated")
+        raise CheckpointError(
+            f"{path}: {file_size} bytes, too short for a safetensors file; it is truncated, so save or copy it again"
+        )
     (length,) = struct.unpack("<Q", prefix)
     if length > min(file_size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
@@ -79,7 +81,8 @@ def decode_header(raw: bytes, *, path: str, file_size: int) -> Header:
             )
         if end > data_size:
             raise CheckpointError(
-                f"{path}: {key!r} ends at byte {data_start + end:,}, but the file has {file_size:,} bytes; it is truncated"
+                f"{path}: {key!r} ends at byte {data_start + end:,}, but the file has {file_size:,} bytes; "
+                "it is truncated, so save or copy it again"
             )
         keys.append(key)
         shapes.append(shape)

@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from fixture_cases import CASES, NUM_SHARDS
 
 import dist_export
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_worlds import CASES, NUM_SHARDS
 
 
 def main(fixtures: Path, out: Path) -> None:

@@ -10,27 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixture_cases import CASES, NUM_SHARDS
 from recis_writer import read_back, read_dense
 
 pytestmark = [pytest.mark.distributed, pytest.mark.fixtures]
 
 TESTS = Path(__file__).resolve().parents[1]
-CASES = (
-    "small2",
-    "small4x2",
-    "small2_v1",
-    "adam2_v1",
-    "adamwtf2",
-    "noopt2",
-    "stepfilter2",
-    "fp16_noopt",
-    "dense_types",
-    "emptyshard",
-    "hostile_misplaced2",
-    "hostile_bool_dense",
-    "fullckpt/ckpt_3",
-)
-NUM_SHARDS = (1, 2, 3, 4, 8, "source")
 
 
 def torchrun(

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from fixture_cases import CASES, NUM_SHARDS
 from recis_writer import (
     INDEX,
     MERGED,
@@ -25,20 +26,6 @@ from sparse_cases import ADAM, KEPT, assert_exact, copy, export, open_source
 from dist_export.errors import PlanError, UserError
 from dist_export.layout.dtypes import DTYPES
 
-CASES = (
-    "small2",
-    "small4x2",
-    "small2_v1",
-    "adam2_v1",
-    "adamwtf2",
-    "noopt2",
-    "stepfilter2",
-    "fp16_noopt",
-    "dense_types",
-)
-CASES += ("emptyshard", "fullckpt/ckpt_3", "hostile_misplaced2", "hostile_bool_dense")
-SHARDS = (1, 2, 3, 4, 8, "source")
-
 
 def load_truth(fixtures, case):
     """Return ({table: {slot: rows}}, {dense name: values}) of a reference checkpoint, empty where it has none."""
@@ -55,7 +42,7 @@ def load_truth(fixtures, case):
 
 
 @pytest.mark.fixtures
-@pytest.mark.parametrize("num_shards", SHARDS)
+@pytest.mark.parametrize("num_shards", NUM_SHARDS)
 @pytest.mark.parametrize("case", CASES)
 def test_reference_checkpoints_export_exactly(recis_fixtures, tmp_path, case, num_shards):
     source = recis_fixtures / case
