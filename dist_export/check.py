@@ -7,12 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import CommitError
-from dist_export.layout.recis import Slice, is_in_slice, mix
+from dist_export.id_columns import IdRun, read_runs
+from dist_export.layout.recis import Slice, is_in_slice, mix, places_of
 from dist_export.plan.census import Census
 from dist_export.plan.shards import SparsePlan
-from dist_export.storage import Directory
-
-_RUN_ROWS = 1 << 20
+from dist_export.storage import Directory, OpenReaders
 
 
 class TableAccount(NamedTuple):
@@ -31,36 +30,51 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
     Raises:
         CommitError: a file's size or header is not the planned one, or an id lies outside the slice of its shard.
     """
-    accounts: dict[int, TableAccount] = {}
-    id_blocks = np.flatnonzero(plan.blocks.column == 0)
-    for number in numbers:
-        file = plan.files[number]
-        where = target.describe(file.name)
-        size = target.stat(file.name).size
-        if size != file.num_bytes:
-            raise CommitError(f"{where}: {size:,} bytes on disk, {file.num_bytes:,} planned. {_NOTHING_PUBLISHED}")
-        with target.open_reader(file.name) as reader:
+    mine = np.array(numbers, np.int64)
+    with OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers:
+        for number in numbers:
+            file = plan.files[number]
+            where = target.describe(file.name)
+            size = target.stat(file.name).size
+            if size != file.num_bytes:
+                raise CommitError(f"{where}: {size:,} bytes on disk, {file.num_bytes:,} planned. {_NOTHING_PUBLISHED}")
             header = bytearray(len(file.header))
-            reader.read_into(memoryview(header), 0)
+            readers[number].read_into(memoryview(header), 0)
             if bytes(header) != file.header:
                 raise CommitError(f"{where}: the header on disk is not the planned one. {_NOTHING_PUBLISHED}")
-            for block in id_blocks[plan.blocks.file[id_blocks] == number].tolist():
-                table = int(plan.blocks.table[block])
-                part = Slice(*(int(c[block]) for c in (plan.blocks.begin, plan.blocks.end, plan.blocks.size)))
-                total = accounts.get(table, TableAccount(0, 0))
-                rows = int(plan.blocks.rows[block])
-                for first in range(0, rows, _RUN_ROWS):
-                    ids = np.empty(min(_RUN_ROWS, rows - first), np.int64)
-                    reader.read_into(ids.data.cast("B"), int(plan.blocks.offset[block]) + first * 8)
-                    strangers = np.flatnonzero(~is_in_slice(ids, part))
-                    if len(strangers):
-                        raise CommitError(
-                            f"{where}: {plan.blocks.key[block]!r} holds {len(strangers):,} ids outside its slice "
-                            f"{part.begin}:{part.end}, first {int(ids[strangers[0]])}. {_NOTHING_PUBLISHED}"
-                        )
-                    total = TableAccount(total.rows + len(ids), _add(total.id_sum, int(mix(ids).sum(dtype=np.uint64))))
-                accounts[table] = total
-    return accounts
+        blocks = plan.blocks
+        chosen = np.flatnonzero((blocks.column == 0) & np.isin(blocks.file, mine))
+        rows_of_table = np.zeros(len(plan.checkpoint.tables), np.int64)
+        sum_of_table = np.zeros(len(plan.checkpoint.tables), np.uint64)
+        for run in read_runs(readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
+            held = chosen[run.blocks]
+            _check_slices(plan, target, held, run)
+            tables = blocks.table[held]
+            np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
+            np.add.at(sum_of_table, tables, np.add.reduceat(mix(run.ids), run.starts))
+        present = np.unique(blocks.table[chosen]).tolist()
+    return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
+
+
+def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> None:
+    blocks = plan.blocks
+    lengths = np.diff(np.append(run.starts, len(run.ids)))
+    for size in np.unique(blocks.size[held]).tolist():  # one, as a rule
+        places = places_of(run.ids, size).view(np.int64)
+        lowest, highest = np.minimum.reduceat(places, run.starts), np.maximum.reduceat(places, run.starts)
+        is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
+        wrong = np.flatnonzero(is_wrong & (blocks.size[held] == size))
+        if len(wrong):
+            block = int(held[wrong[0]])
+            part = Slice(*(int(column[block]) for column in (blocks.begin, blocks.end, blocks.size)))
+            start = int(run.starts[wrong[0]])
+            ids = run.ids[start : start + int(lengths[wrong[0]])]
+            strangers = np.flatnonzero(~is_in_slice(ids, part))
+            raise CommitError(
+                f"{target.describe(plan.files[int(blocks.file[block])].name)}: {blocks.key[block]!r} holds "
+                f"{len(strangers):,} ids outside its slice {part.begin}:{part.end}, first {int(ids[strangers[0]])}. "
+                f"{_NOTHING_PUBLISHED}"
+            )
 
 
 def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, TableAccount]]) -> list[TableAccount]:

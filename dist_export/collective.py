@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
 
+_FROM_END = 1 << 32
+
 _sequence = itertools.count()
 """Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
 so every rank counts alike."""
@@ -136,14 +138,29 @@ class Ranks:
             pause = min(2 * pause, 0.05)
             arrived = int(self._store.add(place, 0))
 
-    def claim(self, queue: str) -> int:
-        """Return the next number, from 0 up, of a counter that all ranks share. Any rank, any thread, any time."""
+    def open_queue(self, queue: str) -> None:
+        """Make a queue known, so that :meth:`taken` finds it. Any one rank, in a step before it is used."""
+        self.add(f"queue/{queue}", 0)
+
+    def claim(self, queue: str, length: int, *, from_end: bool = False) -> int | None:
+        """Return the place of an item that nobody else gets, None when all are taken. Any rank, any thread, any time.
+
+        One counter holds what was taken from the front (low half) and from the end (high half), so that a single
+        addition decides: whoever helps takes from the end and meets the owner, who takes from the front, only once.
+        """
+        taken = self.add(f"queue/{queue}", _FROM_END if from_end else 1)
+        front, back = taken % _FROM_END, taken // _FROM_END
+        if front + back > length:
+            return None
+        return length - back if from_end else front - 1
+
+    def taken(self, queues: list[str]) -> list[tuple[int, int]]:
+        """Return for each queue how often it was asked for an item from its front and from its end. Any rank."""
         if self.world_size == 1:
-            with self._lock:
-                number = self._counters.get(queue, 0)
-                self._counters[queue] = number + 1
-                return number
-        return int(self._store.add(f"claim/{queue}", 1)) - 1
+            counts = [self.add(f"queue/{queue}", 0) for queue in queues]
+        else:
+            counts = [int(value) for value in self._store.multi_get([f"add/queue/{queue}" for queue in queues])]
+        return [(count % _FROM_END, count // _FROM_END) for count in counts]
 
     def add(self, counter: str, amount: int) -> int:
         """Add to a counter that all ranks share and return its value. Any rank; 0 reads it."""

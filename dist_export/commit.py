@@ -13,6 +13,7 @@ import numpy as np
 from dist_export.__version__ import VERSION
 from dist_export.check import TableAccount
 from dist_export.checkpoint.reader import DenseTensor, SlotMeta
+from dist_export.digests import NONE, XXH3, digest_bytes
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import (
     DENSE_SUFFIX,
@@ -40,7 +41,7 @@ from dist_export.manifest import (
 )
 from dist_export.plan.census import Census
 from dist_export.plan.shards import SparsePlan
-from dist_export.storage import WORK_DIRECTORY, Directory, digest_bytes
+from dist_export.storage import WORK_DIRECTORY, Directory
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +124,18 @@ def describe_dense_tensors(
 
 
 def write_small_files(
-    target: Directory, files: Mapping[str, bytes], *, keep: frozenset[str] = frozenset()
+    target: Directory, files: Mapping[str, bytes], *, digest: str = XXH3, keep: frozenset[str] = frozenset()
 ) -> list[FileEntry]:
-    """Write files in the given order; return their entries. Those in ``keep`` that are there already are not touched."""
+    """Write files in the given order; return their entries. Those in ``keep`` that are there already are not touched.
+
+    They have a digest whatever the shards have: it costs nothing, and an index that was damaged is found.
+    """
+    algorithm = XXH3 if digest == NONE else digest
     entries = []
     for name, data in files.items():
         if name not in keep or not target.exists(name):
             target.write(name, data)
-        entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data)))
+        entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data, algorithm)))
     return entries
 
 

@@ -8,9 +8,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
+from dist_export.digests import missing_package
 from dist_export.errors import ConfigError
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
+
+MIN_MEMORY_BYTES = 64 << 20
+"""Less than this does not hold the buffers and a useful number of ids."""
+
+MAX_THREADS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,12 @@ class ExportConfig:
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
     """Patterns of optimizer state to keep all the same"""
+    digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
+    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
+    max_memory: Union[int, str] = "512MiB"  # noqa: UP007
+    """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
+    threads: int | None = None
+    """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most"""
     need_export_sparse: bool = True
     """False exports the dense arch alone"""
     add_subfolder: bool = False
@@ -93,8 +106,25 @@ class ExportConfig:
             spec = getattr(self, name)
             if spec is not None and not _SPEC.fullmatch(spec):
                 raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
+        self._check_engine()
         self._check_sparse()
         self._check_dense()
+
+    @property
+    def max_memory_bytes(self) -> int:
+        """``max_memory`` in bytes."""
+        return parse_bytes(self.max_memory, setting="max_memory")
+
+    def _check_engine(self) -> None:
+        if self.max_memory_bytes < MIN_MEMORY_BYTES:
+            raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
+        package = missing_package(self.digest)
+        if package is not None:
+            raise ConfigError(
+                f"digest is {self.digest}, which needs the package {package}: pip install 'dist_export[{package}]'"
+            )
 
     def _check_sparse(self) -> None:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
@@ -139,6 +169,21 @@ class ExportConfig:
     def with_changes(self, **changes: Any) -> ExportConfig:
         """Return a copy with some settings changed, checked anew."""
         return dataclasses.replace(self, **changes)
+
+
+def parse_bytes(text: int | str, *, setting: str) -> int:
+    """Return a number of bytes from a number or a text: ``512MiB`` (powers of 1024), ``2GB`` (powers of 1000), ``1e9``."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    found = _BYTES.fullmatch(str(text).strip())
+    if found is None:
+        raise ConfigError(f"{setting} is {text!r}; give bytes, or a number with a unit such as 512MiB or 2GB")
+    unit = found[2].lower()
+    base = 1024 if unit.endswith("ib") else 1000
+    number = float(found[1]) * base ** ("kmgt".index(unit[0]) + 1 if unit[:1] in tuple("kmgt") else 0)
+    if not number < 1 << 62:
+        raise ConfigError(f"{setting} is {text!r}; no machine has that much")
+    return int(number)
 
 
 def check_output_names(names: list[str]) -> None:

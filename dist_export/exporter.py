@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dist_export.check import audit_files, check_accounts
+from dist_export.check import TableAccount, audit_files, check_accounts
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
@@ -38,6 +38,7 @@ from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.transfer.engine import Receipt, Share, Transfer
+from dist_export.transfer.threads import run_threads
 
 FG = "fg.json"
 
@@ -106,7 +107,9 @@ def run_export(
             if planned is None:
                 ranks.gather("trace the dense arch", trace)
             else:
-                receipts, shares, reused = transfer(ranks, planned, target, reporter, beside=trace, in_place=in_place)
+                receipts, shares, reused = transfer(
+                    ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
+                )
         if planned is not None:
             with reporter.stage("check"):
                 tables = check(ranks, planned, target)
@@ -125,7 +128,7 @@ def run_export(
             if not in_place:
                 note_small_files(target, list(small))
                 remove_strays(target, None if planned is None else planned.plan)
-            files += write_small_files(target, small, keep=keep)
+            files += write_small_files(target, small, digest=config.digest, keep=keep)
             manifest = msgspec.structs.replace(
                 manifest,
                 files=tuple(files),
@@ -258,10 +261,18 @@ def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def transfer(
-    ranks: Ranks, planned: PlannedSparse, target: Directory, reporter: Reporter, *, beside: Any, in_place: bool
+    ranks: Ranks, planned: PlannedSparse, target: Directory, reporter: Reporter, *, beside: Any, in_place: bool, digest: str
 ) -> tuple[list[Receipt], list[Share], int]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
-    job = Transfer(ranks, planned.plan, target, in_place=in_place, count_bytes=reporter.count_bytes)
+    job = Transfer(
+        ranks,
+        planned.plan,
+        target,
+        limits=planned.limits,
+        digest=digest,
+        in_place=in_place,
+        count_bytes=reporter.count_bytes,
+    )
     try:
         job.prepare()
         with (
@@ -292,8 +303,14 @@ def transfer(
 
 def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[TableEntry, ...]:
     """Account for every row from the written files; return the tables' entries for the manifest. All ranks."""
-    mine = range(ranks.rank, len(planned.plan.files), ranks.world_size)
-    found = ranks.gather("check the shards", lambda: audit_files(planned.plan, target, mine))
+    threads = planned.limits.threads
+    workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
+    mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
+
+    def audit() -> list[dict[int, TableAccount]]:
+        return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
+
+    found = [accounts for shares in ranks.gather("check the shards", audit) for accounts in shares]
     return ranks.run(
         "account for the rows",
         lambda: describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found)),

@@ -85,7 +85,8 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Relative to the package, with forward slashes."""
     num_bytes: int
     digest: str
-    """xxh3-128 over the xxh3-128 digests of the file's chunks of 64 MiB."""
+    """``<algorithm>:<hex>``: the algorithm (xxh3 is xxh3-128, sha256, blake3) over the digests that it gives for the
+    file's chunks of 64 MiB, one behind the other. Empty for a shard that was exported without a digest."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):

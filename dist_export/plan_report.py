@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,13 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
     writing, _ = plan_units(plan)
+    threads = planned.limits.threads
+    queues = assign(writing, world_size * threads)
+    by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
+    report["threads"] = threads
     report["ranks"] = [
         {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
-        for rank, mine in enumerate(assign(writing, world_size))
+        for rank, mine in enumerate(by_rank)
     ]
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = sum(gather.num_rows for gather in plan.gathers)

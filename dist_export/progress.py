@@ -130,8 +130,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
     for share in shares:
         idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and manifest.dense is not None else ""
+        helped = f" ({share.num_helped:,} of other ranks)" if share.num_helped else ""
         lines.append(
-            f"  rank {share.rank}   {count(share.num_units, 'unit')}{idle}, {amount(share.num_bytes)} in {share.seconds:.2f} s"
+            f"  rank {share.rank}   {count(share.num_units, 'unit')}{helped}{idle}, {amount(share.num_bytes)} in {share.seconds:.2f} s"
         )
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")

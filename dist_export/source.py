@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from dist_export.checkpoint.reader import Checkpoint
@@ -9,20 +10,26 @@ from dist_export.checkpoint.recis import RecisReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
-from dist_export.plan.census import Census, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.census import Census, UniqueTask, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.limits import Limits
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.storage import Directory
 from dist_export.transfer.census import check_unique, take_census
+from dist_export.transfer.threads import run_threads
+
+
+_DEFAULT_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PlannedSparse:
-    """A plan, and the census that it came from."""
+    """A plan, the census that it came from, and what each rank may hold while it carries the plan out."""
 
     plan: SparsePlan
     census: Census
+    limits: Limits
 
 
 def open_checkpoint(ranks: Ranks, directory: Directory) -> Checkpoint:
@@ -71,10 +78,24 @@ def plan_sparse(
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
-    mine = share_parts(checkpoint, ranks.world_size)[ranks.rank]
-    census = merge_censuses(ranks.gather("count the ids", lambda: take_census(checkpoint, targets, mine)))
-    tasks = plan_unique_tasks(checkpoint, census)[ranks.rank :: ranks.world_size]
-    ranks.gather("search for ids that stand twice", lambda: check_unique(checkpoint, tasks))
+    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config))
+    shares = share_parts(checkpoint, ranks.world_size * limits.threads)
+    mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+
+    def count(share: list[int]) -> Census:
+        return take_census(checkpoint, targets, share, held_ids=limits.held_ids)
+
+    counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
+    census = merge_censuses(counts)
+    tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
+
+    def search(share: list[UniqueTask]) -> None:
+        check_unique(checkpoint, share, held_ids=limits.held_ids)
+
+    ranks.gather(
+        "search for ids that stand twice",
+        lambda: run_threads(search, [tasks[thread :: limits.threads] for thread in range(limits.threads)])[:0],
+    )
 
     def lay_out() -> SparsePlan:
         if config.filter_sparse_opt:
@@ -85,7 +106,16 @@ def plan_sparse(
     plan = ranks.run("lay out the shards", lay_out)
     digests = ranks.gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
-    return PlannedSparse(plan=plan, census=census)
+    return PlannedSparse(plan=plan, census=census, limits=limits)
+
+
+def limits_of(config: ExportConfig) -> Limits:
+    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most."""
+    threads = config.threads
+    if threads is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
+    return Limits(config.max_memory_bytes, threads)
 
 
 def _refuse_different(digests: list[str], source: str) -> None:

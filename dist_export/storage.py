@@ -1,4 +1,4 @@
-"""Directories behind fsspec URLs: listing, ranged reads, files that appear whole, digests.
+"""Directories behind fsspec URLs: listing, ranged reads, files that appear whole.
 
 A local directory is read and written with plain system calls; anything else goes through fsspec. Where a store cannot
 write at a position, files are built in a local staging directory and put up whole.
@@ -10,25 +10,28 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from dist_export.digests import XXH3, digest_pieces
 from dist_export.errors import ConfigError, TransferError
 
-CHUNK_BYTES = 64 << 20
-"""A file's digest is built from the digests of its chunks of this size, so that several processes can share a file."""
-
 _MAX_SMALL_BYTES = 4 << 30
+
+_MAX_OPEN = 256
+_OTHER_DESCRIPTORS = 200
+"""Left for sockets, libraries and the caller's own files."""
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -97,6 +100,41 @@ class RangeReader:
             self._file = None
 
     def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def share_descriptors(threads: int) -> int:
+    """Return how many files of each of three kinds (sources, outputs, outputs read back) a thread may keep open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, min(_MAX_OPEN, (soft - _OTHER_DESCRIPTORS) // (3 * threads)))
+
+
+class OpenReaders:
+    """Readers of numbered files, opened when needed and kept within the limit on descriptors. One for each thread."""
+
+    def __init__(self, open_reader: Callable[[int], RangeReader], *, max_open: int = 64) -> None:
+        self._open_reader = open_reader
+        self._max_open = max_open
+        self._readers: OrderedDict[int, RangeReader] = OrderedDict()
+
+    def __getitem__(self, number: int) -> RangeReader:
+        reader = self._readers.pop(number, None)
+        if reader is None:
+            if len(self._readers) >= self._max_open:
+                self._readers.popitem(last=False)[1].close()
+            reader = self._open_reader(number)
+        self._readers[number] = reader
+        return reader
+
+    def close(self) -> None:
+        """Close all readers."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+    def __enter__(self) -> OpenReaders:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -335,32 +373,20 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def root_digest(chunk_digests: list[bytes]) -> str:
-    """Return the digest of a file from those of its chunks: xxh3-128 over their concatenation, as ``xxh3:<hex>``."""
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(chunk_digests))
-
-
-def digest_bytes(data: bytes) -> str:
-    """Return the digest of a file's whole content, the same that ``root_digest`` gives for its chunks."""
-    view = memoryview(data)
-    pieces = [view[start : start + CHUNK_BYTES] for start in range(0, max(len(view), 1), CHUNK_BYTES)]
-    return root_digest([xxhash.xxh3_128_digest(piece) for piece in pieces])
-
-
-def digest_file(directory: Directory, name: str) -> str:
+def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:
     """Return the digest of a file, read once through a small buffer."""
+    return digest_pieces(read_pieces(directory, name), algorithm)
+
+
+def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
+    """Yield a file's content from begin to end, over one reused buffer of 1 MiB."""
     size = directory.stat(name).size
-    buffer = memoryview(bytearray(min(4 << 20, max(size, 1))))
-    digests = []
+    buffer = memoryview(bytearray(min(1 << 20, max(size, 1))))
     with directory.open_reader(name) as reader:
-        for start in range(0, max(size, 1), CHUNK_BYTES):
-            hasher = xxhash.xxh3_128()
-            for offset in range(start, min(start + CHUNK_BYTES, size), len(buffer)):
-                piece = buffer[: min(len(buffer), start + CHUNK_BYTES - offset, size - offset)]
-                reader.read_into(piece, offset)
-                hasher.update(piece)
-            digests.append(hasher.digest())
-    return root_digest(digests)
+        for offset in range(0, size, len(buffer)):
+            piece = buffer[: min(len(buffer), size - offset)]
+            reader.read_into(piece, offset)
+            yield piece
 
 
 def local_tree(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Read id columns in bounded runs. The census, gathers and the lookup of sample rows all go through here."""
+"""Read the id column of a part in bounded runs, for the lookup of sample rows and the search for repeated ids."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from dist_export.checkpoint.reader import Checkpoint
+from dist_export.id_columns import read_runs
+from dist_export.storage import OpenReaders
 
-RUN_ROWS = 1 << 20
-"""Ids that are held at once: 8 MiB."""
+
+def open_sources(checkpoint: Checkpoint) -> OpenReaders:
+    """Return the checkpoint's payload files by number, opened when asked for. One for each thread."""
+    return OpenReaders(lambda number: checkpoint.directory.open_reader(checkpoint.files[number].name))
 
 
-def read_ids(
-    checkpoint: Checkpoint, part: int, *, first_row: int = 0, num_rows: int | None = None
-) -> Iterator[np.ndarray]:
-    """Yield the ids of a part in runs of up to RUN_ROWS, as int64 arrays over one reused buffer."""
-    stop = int(checkpoint.parts.rows[part]) if num_rows is None else first_row + num_rows
-    if stop == first_row:
-        return
-    name = checkpoint.files[checkpoint.blocks.file[part, 0]].name
-    offset = int(checkpoint.blocks.offset[part, 0])
-    buffer = np.empty(min(RUN_ROWS, stop - first_row), np.int64)
-    with checkpoint.directory.open_reader(name) as reader:
-        for row in range(first_row, stop, RUN_ROWS):
-            ids = buffer[: min(RUN_ROWS, stop - row)]
-            reader.read_into(ids.data.cast("B"), offset + row * 8)
-            yield ids
+def read_ids(checkpoint: Checkpoint, part: int) -> Iterator[np.ndarray]:
+    """Yield the ids of a part in runs, as int64 arrays over one reused buffer."""
+    with open_sources(checkpoint) as readers:
+        block = slice(part, part + 1)
+        file, offset = checkpoint.blocks.file[block, 0], checkpoint.blocks.offset[block, 0]
+        for run in read_runs(readers, file, offset, checkpoint.parts.rows[block]):
+            yield run.ids

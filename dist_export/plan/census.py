@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.ids import RUN_ROWS
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.plan.targets import Targets
 
-GRANULE_ROWS = RUN_ROWS
-"""Rows are counted in runs of this many, so that several ranks can gather from one part."""
-
-MAX_SORTED_IDS = 16 << 20
-"""Ids (8 bytes each) that are held at once to be sorted: 128 MiB."""
+GRANULE_ROWS = 1 << 20
+"""Rows are counted in granules of this many, so that several ranks can gather from one part."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -67,23 +64,22 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
     )
 
 
-def share_parts(checkpoint: Checkpoint, world_size: int) -> list[list[int]]:
-    """Deal the parts out to the ranks for counting, balanced by rows: the largest first, each to who has least."""
-    loads = np.zeros(world_size, np.int64)
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    rows = checkpoint.parts.rows
-    for part in np.lexsort((np.arange(len(rows)), -rows)).tolist():
-        rank = int(loads.argmin())
-        loads[rank] += rows[part] + 1  # an empty part costs something too
-        shares[rank].append(part)
-    return [sorted(share) for share in shares]
+def share_parts(checkpoint: Checkpoint, num_shares: int) -> list[list[int]]:
+    """Deal the parts out for counting, balanced by rows; those of one file stay together, so that it is opened once."""
+    parts, blocks = checkpoint.parts, checkpoint.blocks
+    order = np.lexsort((blocks.offset[:, 0], blocks.file[:, 0])) if len(parts) else np.zeros(0, np.int64)
+    costs = parts.rows[order] + 1  # an empty part costs something too
+    middles = np.cumsum(costs) - costs / 2
+    share = np.minimum(middles * num_shares / max(int(costs.sum()), 1), num_shares - 1).astype(np.int64)
+    edges = np.searchsorted(share, np.arange(num_shares + 1))
+    return [np.sort(order[first:last]).tolist() for first, last in itertools.pairwise(edges.tolist())]
 
 
-def plan_unique_tasks(checkpoint: Checkpoint, census: Census) -> list[UniqueTask]:
-    """Return what is still to be searched for ids that stand twice, once every part of up to MAX_SORTED_IDS has been.
+def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) -> list[UniqueTask]:
+    """Return what is still to be searched for ids that stand twice, once every part of up to ``held_ids`` has been.
 
     Disjoint slices without misplaced rows prove uniqueness across parts. Where slices overlap or rows are misplaced,
-    all parts of the table are searched together; a part too large for one sort is searched in buckets.
+    all parts of the table are searched together; what is too much to be held at once is searched in buckets.
     """
     tasks = []
     for table in range(len(checkpoint.tables)):
@@ -92,11 +88,11 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census) -> list[UniqueTask
         is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
         is_proven = is_disjoint and not census.misplaced[parts].any()
         groups = (
-            [(part,) for part in parts if checkpoint.parts.rows[part] > MAX_SORTED_IDS] if is_proven else [tuple(parts)]
+            [(part,) for part in parts if checkpoint.parts.rows[part] > held_ids] if is_proven else [tuple(parts)]
         )
         for group in groups:
             rows = int(checkpoint.parts.rows[list(group)].sum())
-            bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / MAX_SORTED_IDS)))))
+            bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / held_ids)))))
             tasks += [UniqueTask(table, group, bucket, bits) for bucket in range(1 << bits)]
     return tasks
 

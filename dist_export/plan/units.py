@@ -1,4 +1,4 @@
-"""Cut the plan into units of work and deal them out to the ranks. Pure.
+"""Cut the plan into units of work and deal them out to the threads of the ranks. Pure.
 
 A copy unit is a run of whole digest chunks of one output file, so that whoever writes it can also hash it. Chunks that
 gathered rows fall into are hashed afterwards, from the file, in units of their own.
@@ -6,12 +6,13 @@ gathered rows fall into are hashed afterwards, from the file, in units of their 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.digests import CHUNK_BYTES
 from dist_export.plan.shards import SparsePlan
-from dist_export.storage import CHUNK_BYTES
 
 UNIT_BYTES = 256 << 20
 """The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
@@ -21,8 +22,10 @@ class Unit(NamedTuple):
     """One piece of work.
 
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
-    ``gather``: move the rows of ``plan.gathers[number]``; ``begin`` and ``end`` are 0.
+    ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
     ``hash``: read the same range of output ``number`` back and return the chunk digests.
+
+    A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
     """
 
     kind: str
@@ -49,13 +52,25 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
                 writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
+    return writing + _group_gathers(plan, skip), hashing
+
+
+def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
+    """Put neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
+    units: list[Unit] = []
+    last_table = -1
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
         if skip.issuperset(plan.blocks.file[plan.blocks_of(table, 0)[gather.targets]].tolist()):
+            last_table = -1
             continue
-        row_bytes = sum(slot.row_bytes for slot in plan.slots_of(table))
-        writing.append(Unit("gather", number, 0, 0, False, gather.num_rows * row_bytes))
-    return writing, hashing
+        num_bytes = gather.num_rows * sum(slot.row_bytes for slot in plan.slots_of(table))
+        if table == last_table and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+            units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
+        else:
+            units.append(Unit("gather", -1, number, number + 1, False, num_bytes))
+        last_table = table
+    return units
 
 
 def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
@@ -67,15 +82,16 @@ def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
     ]
 
 
-def assign(units: list[Unit], world_size: int) -> list[list[int]]:
-    """Deal the units out in runs of equal bytes: neighbours stay together, so a file has few writers.
+def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
+    """Deal the units out to the threads of all ranks, in runs of equal bytes: neighbours stay together, so a file has few writers.
 
     Every unit counts for its bytes and a little more, since opening and claiming cost something too.
     """
     costs = np.array([unit.num_bytes + 4096 for unit in units], np.int64)
     middles = np.cumsum(costs) - costs / 2
-    ranks = np.minimum(middles * world_size / max(int(costs.sum()), 1), world_size - 1).astype(np.int64)
-    return [np.flatnonzero(ranks == rank).tolist() for rank in range(world_size)]
+    workers = np.minimum(middles * num_workers / max(int(costs.sum()), 1), num_workers - 1).astype(np.int64)
+    edges = np.searchsorted(workers, np.arange(num_workers + 1)).tolist()
+    return [list(range(first, last)) for first, last in itertools.pairwise(edges)]
 
 
 class _CopiedBytes:

@@ -1,4 +1,4 @@
-"""Read the id columns: count rows by target, test slices, find ids that stand twice. Holds no more than a sort needs."""
+"""Read the id columns once: count rows by target, test slices, find ids that stand twice. Keeps to the limits."""
 
 from __future__ import annotations
 
@@ -6,70 +6,185 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_export.checkpoint.ids import read_ids
+from dist_export.checkpoint.ids import open_sources, read_ids
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import CheckpointError
-from dist_export.layout.recis import is_in_slice, mix
-from dist_export.plan.census import GRANULE_ROWS, MAX_SORTED_IDS, Census, UniqueTask
+from dist_export.id_columns import IdRun, read_runs
+from dist_export.layout.recis import is_place_in, mix, places_of
+from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask
 from dist_export.plan.targets import Targets
+from dist_export.transfer.repeats import HeldIds, has_repeats
 
 
-def take_census(checkpoint: Checkpoint, targets: Sequence[Targets], parts: list[int]) -> Census:
+def take_census(
+    checkpoint: Checkpoint, targets: Sequence[Targets], parts: Sequence[int], *, held_ids: int = 1 << 25
+) -> Census:
     """Count a share of the parts; each rank has its own share and issues no collective.
 
+    Args:
+        held_ids: the most ids (8 bytes each) to hold at once in search of repeats; larger parts are left to
+            :func:`check_unique`.
+
     Raises:
-        CheckpointError: an id stands twice in one part.
+        CheckpointError: an id stands twice in one part, or in parts that were read together.
     """
-    runs: list[np.ndarray] = []
-    misplaced = np.zeros(len(parts), np.int64)
-    id_sum = np.zeros(len(parts), np.uint64)
-    for row, part in enumerate(parts):
-        target = targets[checkpoint.parts.table[part]]
-        claimed = checkpoint.parts.slice_of(part)
-        num_rows = int(checkpoint.parts.rows[part])
-        held = np.empty(num_rows if num_rows <= MAX_SORTED_IDS else 0, np.int64)
-        own = target.index_of(claimed)
-        for granule, ids in enumerate(read_ids(checkpoint, part)):
-            first = granule * GRANULE_ROWS
-            if len(held):
-                held[first : first + len(ids)] = ids
-            misplaced[row] += len(ids) - int(np.count_nonzero(is_in_slice(ids, claimed)))
-            id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
-            counts = np.bincount(target.owners_of(ids, own=own), minlength=len(target.slices))
-            present = np.flatnonzero(counts)
-            runs.append(
-                np.stack([np.full_like(present, part), np.full_like(present, granule), present, counts[present]])
-            )
-        _refuse_duplicates(held, checkpoint, (part,))
-    columns = np.concatenate([np.zeros((4, 0), np.int64), *runs], axis=1)
-    return Census(
-        part=columns[0],
-        granule=columns[1],
-        target=columns[2],
-        rows=columns[3],
-        counted=np.array(parts, np.int64),
-        misplaced=misplaced,
-        id_sum=id_sum,
-    )
+    numbers = np.array(parts, np.int64)
+    counter = _Counter(checkpoint, targets, numbers, held_ids)
+    if len(numbers):  # a checkpoint without tables has no column of ids
+        file, offset = checkpoint.blocks.file[numbers, 0], checkpoint.blocks.offset[numbers, 0]
+        with open_sources(checkpoint) as readers:
+            for run in read_runs(readers, file, offset, checkpoint.parts.rows[numbers]):
+                counter.count(run)
+    return counter.census()
 
 
-def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask]) -> None:
+def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int = 1 << 25) -> None:
     """Search a share of the tasks for ids that stand twice in a table. CheckpointError where one is found."""
     for task in tasks:
-        found = []
-        for part in task.parts:
-            for ids in read_ids(checkpoint, part):
-                if task.bucket_bits:
-                    chosen = (mix(ids) >> np.uint64(64 - task.bucket_bits)) == np.uint64(task.bucket)
-                    found.append(ids[chosen])
-                else:
-                    found.append(ids.copy())
-        _refuse_duplicates(np.concatenate([np.zeros(0, np.int64), *found]), checkpoint, task.parts)
+        _search(checkpoint, task, held_ids)
 
 
-def _refuse_duplicates(ids: np.ndarray, checkpoint: Checkpoint, parts: Sequence[int]) -> None:
-    """Sort ``ids``, which come from these parts of one table, in place and raise if two neighbours are equal."""
-    ids.sort()
+class _Counter:
+    """Takes in runs of ids and adds them up."""
+
+    def __init__(self, checkpoint: Checkpoint, targets: Sequence[Targets], parts: np.ndarray, held_ids: int) -> None:
+        self._checkpoint = checkpoint
+        self._targets = targets
+        self._parts = parts
+        self._held_ids = held_ids
+        self._runs: list[np.ndarray] = []
+        self._misplaced = np.zeros(len(parts), np.int64)
+        self._id_sum = np.zeros(len(parts), np.uint64)
+        self._held: HeldIds | None = None
+        self._counts = np.zeros(0, np.int64)
+        """Rows by target of the granule that a large part is at."""
+
+    def census(self) -> Census:
+        """Return what was counted."""
+        columns = np.concatenate([np.zeros((4, 0), np.int64), *self._runs], axis=1)
+        return Census(
+            part=columns[0],
+            granule=columns[1],
+            target=columns[2],
+            rows=columns[3],
+            counted=self._parts,
+            misplaced=self._misplaced,
+            id_sum=self._id_sum,
+        )
+
+    def count(self, run: IdRun) -> None:
+        """Take in the next run."""
+        if len(run.blocks) == 1:
+            self._count_piece(run)
+            return
+        # tables whose slices are the same are counted together, however many they are
+        parts = self._parts[run.blocks]
+        rows = self._checkpoint.parts.rows[parts]
+        tables = self._checkpoint.parts.table[parts]
+        kinds = np.array([id(self._targets[table]) for table in tables.tolist()])
+        for kind in np.unique(kinds).tolist():
+            chosen = np.flatnonzero(kinds == kind)
+            is_chosen = np.repeat(kinds == kind, rows)
+            ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
+            self._count_small(run.blocks[chosen], ids, self._targets[int(tables[chosen[0]])])
+        table_of_row = np.repeat(tables, rows)
+        if has_repeats(run.ids, table_of_row):
+            for table in np.unique(tables).tolist():
+                its_parts = tuple(parts[tables == table].tolist())
+                _refuse_repeats(np.sort(run.ids[table_of_row == table]), self._checkpoint, its_parts)
+
+    def _count_piece(self, run: IdRun) -> None:
+        """Count one block, or a piece of it; most often all its ids are where they should be and have one target."""
+        row = int(run.blocks[0])
+        part = int(self._parts[row])
+        num_rows = int(self._checkpoint.parts.rows[part])
+        target = self._targets[self._checkpoint.parts.table[part]]
+        claimed = self._checkpoint.parts.slice_of(part)
+        own = target.index_of(claimed)
+        ids, last_row = run.ids, run.first_row + len(run.ids)
+        places = places_of(ids, target.size)
+        lowest, highest = int(places.min()), int(places.max())
+        if lowest < claimed.begin or highest >= claimed.end:
+            self._misplaced[row] += len(ids) - int(np.count_nonzero(is_place_in(places, claimed)))
+        self._id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
+        if run.first_row % GRANULE_ROWS == 0:
+            self._counts = np.zeros(len(target.slices), np.int64)
+        owner = target.single_owner(lowest, highest, own=own)
+        if owner is None:
+            self._counts += np.bincount(target.owners_of(places, own=own), minlength=len(self._counts))
+        else:
+            self._counts[owner] += len(ids)
+        if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
+            present = np.flatnonzero(self._counts)
+            granule = np.full_like(present, run.first_row // GRANULE_ROWS)
+            self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
+        if last_row == len(ids) == num_rows:
+            if has_repeats(ids):
+                _refuse_repeats(np.sort(ids), self._checkpoint, (part,))
+            return
+        if run.first_row == 0:
+            self._held = HeldIds(num_rows) if num_rows <= self._held_ids else None
+        if self._held is not None:
+            self._held.add(ids)
+            if last_row == num_rows:
+                if self._held.has_repeats():
+                    _refuse_repeats(self._held.sorted_ids(), self._checkpoint, (part,))
+                self._held = None
+
+    def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
+        """Count whole blocks with the same targets, all in one sweep."""
+        parts = self._checkpoint.parts
+        numbers = self._parts[rows_of_census]
+        rows = parts.rows[numbers]
+        starts = np.cumsum(rows) - rows
+        places = places_of(ids, target.size)
+        signed = places.view(np.int64)
+        is_inside = (signed >= np.repeat(parts.begin[numbers], rows)) & (signed < np.repeat(parts.end[numbers], rows))
+        self._misplaced[rows_of_census] = rows - np.add.reduceat(is_inside, starts, dtype=np.int64)
+        self._id_sum[rows_of_census] = np.add.reduceat(mix(ids), starts)
+        owners = target.owners_of(places, own=None).astype(np.int64)
+        if target.has_overlap:
+            claimed = [target.index_of(parts.slice_of(number)) for number in numbers.tolist()]
+            own = np.repeat(np.array([-1 if number is None else number for number in claimed], np.int64), rows)
+            owners = np.where(is_inside & (own >= 0), own, owners)
+        lowest, highest = np.minimum.reduceat(owners, starts), np.maximum.reduceat(owners, starts)
+        is_whole = lowest == highest
+        whole = np.flatnonzero(is_whole)
+        self._runs.append(np.stack([numbers[whole], np.zeros_like(whole), lowest[whole], rows[whole]]))
+        if len(whole) == len(numbers):
+            return
+        is_split = np.repeat(~is_whole, rows)
+        local = np.repeat(np.arange(len(numbers)), rows)[is_split]
+        keys, counts = np.unique(local * len(target.slices) + owners[is_split], return_counts=True)
+        place, present = np.divmod(keys, len(target.slices))
+        self._runs.append(np.stack([numbers[place], np.zeros_like(place), present, counts]))
+
+
+def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> None:
+    """Hold the ids of a task and look for repeats; where the bucket holds more than may be held, search its halves."""
+    held = HeldIds(min(held_ids, int(checkpoint.parts.rows[list(task.parts)].sum())))
+    shift = np.uint64(64 - task.bucket_bits)
+    for part in task.parts:
+        for ids in read_ids(checkpoint, part):
+            chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
+            if held.add(chosen):
+                continue
+            if task.bucket_bits == 64:  # mixing is one to one, so these are all the same id
+                _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
+            del held
+            for half in (0, 1):
+                _search(
+                    checkpoint,
+                    task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
+                    held_ids,
+                )
+            return
+    if held.has_repeats():
+        _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
+
+
+def _refuse_repeats(ids: np.ndarray, checkpoint: Checkpoint, parts: Sequence[int]) -> None:
+    """Raise if two neighbours of ``ids``, which are sorted and come from these parts of one table, are equal."""
     twice = np.flatnonzero(ids[1:] == ids[:-1])
     if len(twice):
         table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name

@@ -6,20 +6,32 @@ thread), ``finish`` (collective).
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
 from dist_export.collective import Ranks
+from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
+from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
-from dist_export.plan.units import Unit, assign, plan_hash_units, plan_units
-from dist_export.storage import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory, RangeReader, Staging, root_digest
-from dist_export.transfer.files import OpenReaders, StagedFiles
+from dist_export.plan.units import Unit, plan_hash_units, plan_units
+from dist_export.storage import (
+    PARTIAL_SUFFIX,
+    WORK_DIRECTORY,
+    Directory,
+    OpenReaders,
+    RangeReader,
+    Staging,
+    share_descriptors,
+)
+from dist_export.transfer.files import StagedFiles
+from dist_export.transfer.queues import open_queues, take_units
+from dist_export.transfer.threads import run_threads
 from dist_export.transfer.units import UnitRunner
 
 logger = logging.getLogger(__name__)
@@ -41,13 +53,19 @@ class Share(NamedTuple):
     """What one rank did."""
 
     rank: int
-    num_units: int
-    num_bytes: int
-    seconds: float
+    num_units: int = 0
+    num_helped: int = 0
+    """Of these, units that were another rank's to begin with."""
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: Share) -> Share:
+        """Return both together."""
+        return Share(self.rank, *(mine + its for mine, its in zip(self[1:], other[1:], strict=True)))
 
 
 class Transfer:
-    """One rank's transfer of one plan into ``target``. ``in_place``: the files are there already and are only hashed."""
+    """One rank's transfer of one plan into ``target``."""
 
     def __init__(
         self,
@@ -55,13 +73,27 @@ class Transfer:
         plan: SparsePlan,
         target: Directory,
         *,
+        limits: Limits,
+        digest: str,
         in_place: bool,
         count_bytes: Callable[[int], None],
     ) -> None:
-        """``count_bytes`` is called with the bytes of each finished unit, for a progress display."""
+        """Nothing is touched before ``prepare``.
+
+        Args:
+            ranks: the ranks of the export.
+            plan: what is to be written; the same on all ranks.
+            target: where to.
+            limits: threads of each rank and what they may hold; the same on all ranks.
+            digest: algorithm of the shards' digests, or ``none``.
+            in_place: the files are there already and are only hashed.
+            count_bytes: called with the bytes of each finished unit, for a progress display.
+        """
         self._ranks = ranks
         self._plan = plan
         self._target = target
+        self._limits = limits
+        self._digest = digest
         self._in_place = in_place
         self._count_bytes = count_bytes
         self._staging = Staging(target)
@@ -72,8 +104,7 @@ class Transfer:
         self._pieces: dict[int, list[int]] = {}
         """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
         self._reserved: list[str] = []
-        self._done = (0, 0)
-        self._seconds = 0.0
+        self._share = Share(ranks.rank)
 
     @property
     def num_bytes(self) -> int:
@@ -88,16 +119,26 @@ class Transfer:
     def prepare(self) -> None:
         """Find shards of an interrupted run that are whole, clear away the rest, reserve space. All ranks."""
         ranks, plan = self._ranks, self._plan
+        threads = self._limits.threads
+
+        def look() -> dict[int, str]:
+            open_queues(ranks, "reuse", threads)
+            open_queues(ranks, "write", threads)
+            return self._read_receipts() if ranks.rank == 0 and not self._in_place else {}
+
+        candidates = ranks.gather("look for an interrupted export", look)[0]
         if self._in_place:
             self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
             return
-        candidates = ranks.on_rank_0("look for an interrupted export", self._read_receipts)
-        if candidates:
+        if candidates and self._digest == NONE:
+            self._reused = candidates
+        elif candidates:
             units = plan_hash_units(plan, sorted(candidates))
-            work = partial(self._run_units, "reuse", units, self._open_final, is_counted=False)
+            work = functools.partial(self._run_units, "reuse", units, self._open_final, is_counted=False)
             shares = ranks.gather("verify shards of an interrupted export", work)
-            found = _digests_of_files(_join_digests(shares))
-            self._reused = {number: digest for number, digest in candidates.items() if found[number] == digest}
+            found = _chunks_of_files(_join_digests(shares))
+            whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
+            self._reused = {number: digest for number, digest in candidates.items() if whole[number] == digest}
         self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
@@ -126,6 +167,7 @@ class Transfer:
         ranks, plan = self._ranks, self._plan
 
         def finish_writing() -> ChunkDigests:
+            open_queues(ranks, "hash", self._limits.threads)
             wait_for_write()
             return self._digests
 
@@ -133,12 +175,12 @@ class Transfer:
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
             # read back from the page cache, most of it; only where nothing is written is this the work to be shown
-            hash_shards = partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
+            hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
-        digests = _digests_of_files(found) | self._reused
+        digests = {number: self._root(chunks) for number, chunks in _chunks_of_files(found).items()} | self._reused
         receipts = [self._receipt(number, digests[number]) for number in range(len(plan.files))]
-        return receipts, ranks.gather("count the work", lambda: Share(ranks.rank, *self._done, self._seconds))
+        return receipts, ranks.gather("count the work", lambda: self._share)
 
     def close(self) -> None:
         """Give back the space of files that were not published. Each rank for itself, also after a failure.
@@ -155,40 +197,61 @@ class Transfer:
     def _run_units(
         self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader], *, is_counted: bool
     ) -> ChunkDigests:
-        ranks = self._ranks
         started = time.perf_counter()
-        queues = assign(units, ranks.world_size)
-        outputs = StagedFiles(self._plan, self._staging)
-        runner = UnitRunner(self._plan, outputs, OpenReaders(open_written), skip=self._reused)
+        threads = self._limits.threads
+        max_open = share_descriptors(threads)
+
+        def work(worker: int) -> tuple[ChunkDigests, Share]:
+            outputs = StagedFiles(self._plan, self._staging, max_open=max_open)
+            written = OpenReaders(open_written, max_open=max_open)
+            runner = UnitRunner(
+                self._plan, outputs, written, limits=self._limits, digest=self._digest, skip=self._reused
+            )
+            taken = take_units(self._ranks, phase, units, worker=worker, threads=threads)
+            is_whole = False
+            try:
+                done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
+                is_whole = True
+            except BaseException:
+                self._ranks.announce_failure()  # the other threads stop at their next unit, as the other ranks do
+                raise
+            finally:
+                runner.close()
+                outputs.close(sync=is_whole)
+            return done
+
+        first = self._ranks.rank * threads
+        shares = run_threads(work, list(range(first, first + threads)))
+        if is_counted:
+            self._share = functools.reduce(Share.plus, (share for _, share in shares), self._share)
+        self._share = self._share._replace(seconds=self._share.seconds + time.perf_counter() - started)
+        return _join_digests([digests for digests, _ in shares])
+
+    def _run_taken(
+        self,
+        taken: Iterator[tuple[Unit, bool]],
+        runner: UnitRunner,
+        outputs: StagedFiles,
+        *,
+        is_counted: bool,
+    ) -> tuple[ChunkDigests, Share]:
+        """Run units as they come; return the digests, and what was done."""
         digests: ChunkDigests = {}
         pending: ChunkDigests = {}
-        is_whole = False
-        try:
-            # a rank that is done helps the next one; the claim is what keeps two from doing the same unit
-            for owner in (*range(ranks.rank, ranks.world_size), *range(ranks.rank)):
-                queue = queues[owner]
-                while queue and not ranks.has_failure():
-                    place = ranks.claim(f"{phase}/{owner}")
-                    if place >= len(queue):
-                        break
-                    unit = units[queue[place]]
-                    if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
-                        self._hand_in(pending, outputs)
-                    chunks = runner.run(unit)
-                    if unit.is_hashed:
-                        digests[unit.number, unit.begin] = chunks
-                        if unit.number in self._pieces:
-                            pending[unit.number, unit.begin] = chunks
-                    if is_counted:
-                        self._done = (self._done[0] + 1, self._done[1] + unit.num_bytes)
-                        self._count_bytes(unit.num_bytes)
-            self._hand_in(pending, outputs)
-            is_whole = True
-        finally:
-            runner.close()
-            outputs.close(sync=is_whole)
-            self._seconds += time.perf_counter() - started
-        return digests
+        done = Share(self._ranks.rank)
+        for unit, is_others in taken:
+            if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
+                self._hand_in(pending, outputs)
+            chunks = runner.run(unit)
+            if unit.is_hashed:
+                digests[unit.number, unit.begin] = chunks
+                if unit.number in self._pieces:
+                    pending[unit.number, unit.begin] = chunks
+            if is_counted:
+                done = done.plus(Share(done.rank, 1, int(is_others), unit.num_bytes))
+                self._count_bytes(unit.num_bytes)
+        self._hand_in(pending, outputs)
+        return digests, done
 
     def _hand_in(self, pending: ChunkDigests, outputs: StagedFiles) -> None:
         """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
@@ -204,12 +267,16 @@ class Transfer:
             ranks.put(f"piece/{number}/{begin}", b"".join(chunks))
         begins = self._pieces[number]
         if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
-            digest = root_digest([ranks.take(f"piece/{number}/{begin}") for begin in begins])
-            receipt = self._receipt(number, digest)
-            # The receipt first, so that no shard is left without one; it vouches for nothing but its own content.
+            receipt = self._receipt(number, self._root([ranks.take(f"piece/{number}/{begin}") for begin in begins]))
+            # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
+            # left under that name goes first: without a digest the receipt would vouch for it.
+            self._target.remove(receipt.name)
             self._target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
             self._staging.publish(receipt.name)
         pending.clear()
+
+    def _root(self, chunks: list[bytes]) -> str:
+        return "" if self._digest == NONE else root_digest(chunks, self._digest)
 
     def _receipt(self, number: int, digest: str) -> Receipt:
         file = self._plan.files[number]
@@ -241,7 +308,8 @@ class Transfer:
             except msgspec.MsgspecError:
                 continue  # a receipt cut short by a crash vouches for nothing; the shard is written anew
             size = self._target.stat(file.name).size
-            if receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes:
+            is_hashed_alike = algorithm_of(receipt.digest) == self._digest
+            if receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes and is_hashed_alike:
                 found[number] = receipt.digest
         return found
 
@@ -260,8 +328,9 @@ def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:
     return {key: digests for share in shares for key, digests in share.items()}
 
 
-def _digests_of_files(found: ChunkDigests) -> dict[int, str]:
+def _chunks_of_files(found: ChunkDigests) -> dict[int, list[bytes]]:
+    """Return the chunk digests of each file, in order."""
     chunks: dict[int, list[bytes]] = {}
     for number, begin in sorted(found):
         chunks.setdefault(number, []).extend(found[number, begin])
-    return {number: root_digest(digests) for number, digests in chunks.items()}
+    return chunks

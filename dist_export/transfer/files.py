@@ -1,7 +1,8 @@
-"""Open files of a transfer, kept within the limit on descriptors."""
+"""The output files of a transfer under their temporary names: written at positions, copied into by the kernel, synced."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,30 +11,25 @@ from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import RangeReader, Staging
 
-_MAX_OPEN = 128
-"""Of each kind; the usual limit of a process is 1024 descriptors."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+KernelCopy = Callable[[int, int, int, int, int], int]
+"""(source fd, output fd, source offset, output offset, count) -> bytes copied."""
 
 
-class OpenReaders:
-    """Readers of numbered files, opened when needed. One for each thread."""
+def copy_file_range(source: int, output: int, source_offset: int, offset: int, count: int) -> int:
+    """Copy within the kernel, or share the blocks where the file system can (XFS, Btrfs, NFS 4.2)."""
+    return os.copy_file_range(source, output, count, source_offset, offset)
 
-    def __init__(self, open_reader: Callable[[int], RangeReader]) -> None:
-        self._open_reader = open_reader
-        self._readers: OrderedDict[int, RangeReader] = OrderedDict()
 
-    def __getitem__(self, number: int) -> RangeReader:
-        reader = self._readers.pop(number, None)
-        if reader is None:
-            if len(self._readers) >= _MAX_OPEN:
-                self._readers.popitem(last=False)[1].close()
-            reader = self._open_reader(number)
-        self._readers[number] = reader
-        return reader
+def send_file(source: int, output: int, source_offset: int, offset: int, count: int) -> int:
+    """Copy through the page cache within the kernel, also between file systems."""
+    os.lseek(output, offset, os.SEEK_SET)
+    return os.sendfile(output, source, source_offset, count)
 
-    def close(self) -> None:
-        """Close all readers."""
-        while self._readers:
-            self._readers.popitem()[1].close()
+
+KERNEL_COPIES: tuple[KernelCopy, ...] = (copy_file_range, send_file)
+"""In the order in which they are tried. Which of them a kernel, a file system or a container allows, only trying tells."""
 
 
 class StagedFiles:
@@ -43,8 +39,9 @@ class StagedFiles:
     writer's own ``fsync`` does that.
     """
 
-    def __init__(self, plan: SparsePlan, staging: Staging) -> None:
+    def __init__(self, plan: SparsePlan, staging: Staging, *, max_open: int = 64) -> None:
         self._plan = plan
+        self._max_open = max_open
         self._staging = staging
         self._fds: OrderedDict[int, int] = OrderedDict()
         self._is_dirty: set[int] = set()
@@ -52,7 +49,7 @@ class StagedFiles:
     def _fd(self, number: int) -> int:
         fd = self._fds.pop(number, -1)
         if fd < 0:
-            if len(self._fds) >= _MAX_OPEN:
+            if len(self._fds) >= self._max_open:
                 self._close(*self._fds.popitem(last=False))
             fd = os.open(self._staging.path(self._plan.files[number].name), os.O_WRONLY | os.O_CLOEXEC)
         self._fds[number] = fd
@@ -68,6 +65,32 @@ class StagedFiles:
                 written += os.pwrite(fd, view[written:], offset + written)
         except OSError as error:
             raise self._failure(number, f"byte {offset + written:,} cannot be written", error) from error
+
+    def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
+        """Copy a range of a local file into output ``number`` without its bytes coming here; return how many went over.
+
+        Fewer than ``num_bytes`` where the kernel will not: what is left must be read and written. That is also how an
+        error of a disk gets its name: whether reading or writing fails, only doing it apart tells.
+
+        Raises:
+            TransferError: the disk is full.
+        """
+        fd = self._fd(number)
+        self._is_dirty.add(number)
+        done = 0
+        for kernel_copy in KERNEL_COPIES:
+            try:
+                while done < num_bytes:
+                    count = kernel_copy(source.fd, fd, source_offset + done, offset + done, num_bytes - done)
+                    if count == 0:  # the source ends here, as reading it will tell, or the call does not suit the file
+                        break
+                    done += count
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise self._failure(number, f"byte {offset + done:,} cannot be written", error) from error
+            if done == num_bytes:
+                break
+        return done
 
     def sync(self, number: int) -> None:
         """Make durable what was written into output ``number`` here; an error of the disk shows now."""

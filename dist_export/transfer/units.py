@@ -1,37 +1,55 @@
-"""What a rank does for one unit: copy a range, gather rows, or hash what is there. ``copy`` builds no tensor."""
+"""What a thread does for one unit: copy a range, gather rows, or hash what is there. ``copy`` builds no tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
+from dist_export.checkpoint.ids import open_sources
+from dist_export.digests import NONE, hash_chunks
+from dist_export.layout.recis import places_of
+from dist_export.plan.limits import Limits
 from dist_export.plan.shards import Gather, SparsePlan
 from dist_export.plan.units import Unit
-from dist_export.storage import CHUNK_BYTES
-from dist_export.transfer.files import OpenReaders, StagedFiles
+from dist_export.storage import OpenReaders
+from dist_export.transfer.files import StagedFiles
 
 _BUFFER_BYTES = 1 << 20
 """Of one read and write: half of it stays in a core's cache between the read, the hash and the write."""
-
-_GATHER_BYTES = 32 << 20
-"""Rows of one slot that a gather holds at once, twice (as read, and grouped by target)."""
 
 
 class UnitRunner:
     """Runs units of one plan, one after the other. Holds open files and one buffer; one for each thread."""
 
     def __init__(
-        self, plan: SparsePlan, outputs: StagedFiles, written: OpenReaders, *, skip: Collection[int] = ()
+        self,
+        plan: SparsePlan,
+        outputs: StagedFiles,
+        written: OpenReaders,
+        *,
+        limits: Limits,
+        digest: str,
+        skip: Collection[int] = (),
     ) -> None:
-        """``written`` opens the output files by number, for hashing what is there; those in ``skip`` are whole already."""
-        checkpoint = plan.checkpoint
+        """Prepare to run units.
+
+        Args:
+            plan: what the units are cut from.
+            outputs: the files to write.
+            written: the same files by number, for hashing what is there.
+            limits: what a thread may hold.
+            digest: the algorithm of the chunks' digests, or ``none``.
+            skip: output files that are whole already.
+        """
         self._plan = plan
         self._outputs = outputs
         self._written = written
+        self._limits = limits
+        self._digest = digest
         self._skip = skip
-        self._sources = OpenReaders(lambda number: checkpoint.directory.open_reader(checkpoint.files[number].name))
+        self._sources = open_sources(plan.checkpoint)
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def close(self) -> None:
@@ -42,17 +60,23 @@ class UnitRunner:
     def run(self, unit: Unit) -> list[bytes]:
         """Do the work of a unit and return the digests of its chunks, none for one that is not hashed."""
         if unit.kind == "gather":
-            self._gather(self._plan.gathers[unit.number])
+            self._gather(self._plan.gathers[unit.begin : unit.end])
             return []
-        pieces = self._copy(unit) if unit.kind == "copy" else self._read_back(unit)
-        if unit.is_hashed:
-            return _hash_chunks(pieces, unit)
+        is_hashed = unit.is_hashed and self._digest != NONE
+        if unit.kind == "hash" and not is_hashed:
+            return []
+        pieces = self._copy(unit, is_hashed=is_hashed) if unit.kind == "copy" else self._read_back(unit)
+        if is_hashed:
+            return hash_chunks(pieces, self._digest)
         for _ in pieces:  # the work is done as a side effect of asking for the next piece
             pass
         return []
 
-    def _copy(self, unit: Unit) -> Iterator[memoryview]:
-        """Write the unit's range and yield what was written, piece by piece, in order; gathered gaps are left out."""
+    def _copy(self, unit: Unit, *, is_hashed: bool) -> Iterator[memoryview]:
+        """Write the unit's range and yield what was written, piece by piece, in order; gathered gaps are left out.
+
+        What is not hashed goes over inside the kernel where it can, and is not yielded.
+        """
         header = self._plan.files[unit.number].header
         if unit.begin < len(header):
             piece = memoryview(header)[unit.begin : unit.end]
@@ -68,6 +92,8 @@ class UnitRunner:
                 break
             source = self._sources[int(copies.source_file[row])]
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
+            if not is_hashed and source.fd >= 0:
+                begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
             while begin < end:
                 size = min(end - begin, _BUFFER_BYTES)
                 piece = self._buffer[:size]
@@ -83,64 +109,131 @@ class UnitRunner:
             reader.read_into(piece, begin)
             yield piece
 
-    def _gather(self, gather: Gather) -> None:
-        plan = self._plan
-        checkpoint = plan.checkpoint
-        table = int(checkpoint.parts.table[gather.part])
-        slots = plan.slots_of(table)
+    def _gather(self, gathers: Sequence[Gather]) -> None:
+        """Read each block once, in chunks; order a chunk's rows by target and write each target's share in one call.
+
+        Rows of neighbouring parts share a chunk where they are neighbours in every target too, as they are but for the
+        parts between them that went over whole: so that small parts do not make small writes.
+        """
+        chunk = _Chunk(self._plan, gathers[0], self._limits)
+        for gather in gathers:
+            if not chunk.follows(gather):
+                self._flush(chunk)
+                chunk = _Chunk(self._plan, gather, self._limits)
+            chunk.plan_rows(gather)
+            first, left = gather.first_row, gather.num_rows
+            while left:
+                num_rows = min(left, chunk.num_free)
+                chunk.pieces.append(_Piece(gather.part, first, num_rows))
+                first, left = first + num_rows, left - num_rows
+                if not chunk.num_free:
+                    self._flush(chunk)
+        self._flush(chunk)
+
+    def _flush(self, chunk: _Chunk) -> None:
+        """Move the rows of a chunk, slot by slot."""
+        num_rows = chunk.num_rows
+        if not num_rows:
+            return
+        plan, table = self._plan, chunk.table
         target_of = plan.targets[table]
-        own = target_of.index_of(checkpoint.parts.slice_of(gather.part))
-        widest = max(slot.row_bytes for slot in slots)
-        chunk_rows = max(1, min(gather.num_rows, _GATHER_BYTES // max(widest, 1)))
-        rows_in = np.empty(chunk_rows * widest, np.uint8)
-        rows_out = np.empty(chunk_rows * widest, np.uint8)
-        next_rows = np.zeros(len(target_of.slices), np.int64)
-        next_rows[gather.targets] = gather.first_target_rows
-        for first in range(gather.first_row, gather.first_row + gather.num_rows, chunk_rows):
-            num_rows = min(chunk_rows, gather.first_row + gather.num_rows - first)
-            ids = np.empty(num_rows, np.int64)
-            id_file = self._sources[int(checkpoint.blocks.file[gather.part, 0])]
-            id_file.read_into(ids.data.cast("B"), int(checkpoint.blocks.offset[gather.part, 0]) + first * ids.itemsize)
-            owners = target_of.owners_of(ids, own=own)
-            order = np.argsort(owners, kind="stable")
-            counts = np.bincount(owners, minlength=len(next_rows))
-            present = np.flatnonzero(counts)
-            starts = (np.cumsum(counts) - counts)[present].tolist()
-            for slot in slots:
-                if not slot.row_bytes:
-                    continue
-                source = self._sources[int(checkpoint.blocks.file[gather.part, slot.column])]
-                size = num_rows * slot.row_bytes
-                offset = int(checkpoint.blocks.offset[gather.part, slot.column]) + first * slot.row_bytes
-                source.read_into(rows_in[:size].data, offset)
-                kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
-                grouped = rows_out[:size].view(kind)
-                np.take(rows_in[:size].view(kind), order, out=grouped, mode="clip")
-                view = rows_out[:size].data
-                for target, start in zip(present.tolist(), starts, strict=True):
-                    block = plan.blocks_of(table, slot.column)[target]
-                    if int(plan.blocks.file[block]) in self._skip:
-                        continue
-                    begin, end = start * slot.row_bytes, (start + int(counts[target])) * slot.row_bytes
-                    position = int(plan.blocks.offset[block]) + int(next_rows[target]) * slot.row_bytes
-                    self._outputs.write(int(plan.blocks.file[block]), view[begin:end], position)
-            next_rows += counts
+        ids = np.empty(num_rows, np.int64)
+        self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
+        owners = _owners_of(plan, table, ids, chunk.pieces)
+        order = np.argsort(owners, kind="stable")
+        counts = np.bincount(owners, minlength=len(target_of.slices))
+        present = np.flatnonzero(counts)
+        starts = (np.cumsum(counts) - counts)[present]
+        for slot in plan.slots_of(table):
+            if not slot.row_bytes:
+                continue
+            size = num_rows * slot.row_bytes
+            rows = ids.view(np.uint8)
+            if slot.column:
+                rows = chunk.rows_in[:size]
+                self._read_pieces(chunk.pieces, slot.column, rows)
+            kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
+            np.take(rows.view(kind), order, out=chunk.rows_out[:size].view(kind), mode="clip")
+            view = chunk.rows_out[:size].data
+            blocks = plan.blocks_of(table, slot.column)[present]
+            files = plan.blocks.file[blocks].tolist()
+            positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
+            begins, ends = starts * slot.row_bytes, (starts + counts[present]) * slot.row_bytes
+            for file, position, begin, end in zip(files, positions, begins.tolist(), ends.tolist(), strict=True):
+                if file not in self._skip:
+                    self._outputs.write(file, view[begin:end], position)
+        chunk.next_rows += counts
+        chunk.pieces.clear()
+
+    def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
+        """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
+        checkpoint = self._plan.checkpoint
+        width = checkpoint.tables[checkpoint.parts.table[pieces[0].part]].slots[column].row_bytes
+        view, begin = rows.data, 0
+        for part, first_row, num_rows in pieces:
+            source = self._sources[int(checkpoint.blocks.file[part, column])]
+            end = begin + num_rows * width
+            source.read_into(view[begin:end], int(checkpoint.blocks.offset[part, column]) + first_row * width)
+            begin = end
 
 
-def _hash_chunks(pieces: Iterator[memoryview], unit: Unit) -> list[bytes]:
-    """Return the xxh3-128 of each chunk; ``pieces`` cover the unit's range in order, cut anyhow."""
-    digests: list[bytes] = []
-    hasher = xxhash.xxh3_128()
-    room = CHUNK_BYTES
-    for whole in pieces:
-        piece = whole
-        while len(piece) >= room:
-            hasher.update(piece[:room])
-            digests.append(hasher.digest())
-            hasher.reset()
-            piece, room = piece[room:], CHUNK_BYTES
-        hasher.update(piece)
-        room -= len(piece)
-    if room < CHUNK_BYTES or not unit.num_bytes:
-        digests.append(hasher.digest())
-    return digests
+class _Piece(NamedTuple):
+    """Rows of one part."""
+
+    part: int
+    first_row: int
+    num_rows: int
+
+
+class _Chunk:
+    """Rows of one table that are moved together, and where the next rows of each target go."""
+
+    def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
+        self.table = int(plan.checkpoint.parts.table[gather.part])
+        self._plan = plan
+        widest = max(slot.row_bytes for slot in plan.slots_of(self.table))
+        num_targets = len(plan.targets[self.table].slices)
+        self._capacity = limits.gather_rows(widest, num_targets)
+        self.pieces: list[_Piece] = []
+        self.rows_in = np.empty(self._capacity * widest, np.uint8)
+        self.rows_out = np.empty(self._capacity * widest, np.uint8)
+        self.next_rows = np.zeros(num_targets, np.int64)
+        """Where the rows in ``pieces`` go, by target."""
+        self._planned = np.full(num_targets, -1, np.int64)
+        """Where rows after those go; -1 for a target that got none yet."""
+
+    @property
+    def num_rows(self) -> int:
+        """The rows in ``pieces``."""
+        return sum(piece.num_rows for piece in self.pieces)
+
+    @property
+    def num_free(self) -> int:
+        """The rows that there is still room for."""
+        return self._capacity - self.num_rows
+
+    def follows(self, gather: Gather) -> bool:
+        """Whether the rows of a gather come, in every target, right behind those that came before."""
+        if int(self._plan.checkpoint.parts.table[gather.part]) != self.table:
+            return False
+        planned = self._planned[gather.targets]
+        return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
+
+    def plan_rows(self, gather: Gather) -> None:
+        """Take note of where the rows of a gather go."""
+        is_new = self._planned[gather.targets] < 0
+        self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
+        self._planned[gather.targets] = gather.first_target_rows + gather.counts
+
+
+def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
+    target_of = plan.targets[table]
+    places = places_of(ids, target_of.size)
+    if not target_of.has_overlap:
+        return target_of.owners_of(places, own=None)
+    owners, begin = [], 0  # a row stays in its part's own slice, so each piece is asked for itself
+    for part, _, num_rows in pieces:
+        own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
+        owners.append(target_of.owners_of(places[begin : begin + num_rows], own=own))
+        begin += num_rows
+    return np.concatenate(owners)

@@ -83,7 +83,7 @@ def claim_all(_: int) -> None:
         mine: list[int] = []
 
         def claim() -> None:
-            while (number := ranks.claim("queue")) < 200:
+            while (number := ranks.claim("queue", 200, from_end=ranks.rank == 1)) is not None:
                 mine.append(number)
 
         threads = [threading.Thread(target=claim) for _ in range(2)]
@@ -96,6 +96,9 @@ def claim_all(_: int) -> None:
         ranks.add("bytes", 5)
         ranks.gather("wait", lambda: None)
         assert ranks.add("bytes", 0) == 5 * ranks.world_size
+        front, back = ranks.taken(["queue"])[0]
+        assert front + back == 200 + 2 * ranks.world_size, "each claimer was told once that there is no more"
+        assert back >= 2
 
 
 def test_a_counter_gives_each_number_once(tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def use_the_jobs_group(_: int) -> None:
     default = dist.group.WORLD
     for _ in range(2):
         with join(timeout_secs=30) as ranks:
-            assert ranks.claim("same") == 0 or ranks.rank >= 0
+            assert ranks.claim("same", 9) in (0, 1)
             assert ranks.gather("names", dist.get_rank) == list(range(ranks.world_size))
         assert dist.group.WORLD is default
         assert len(dist.distributed_c10d._world.pg_map) == 1, "no group is left behind"
@@ -155,7 +158,9 @@ def test_one_process_needs_no_group() -> None:
     with join(timeout_secs=1) as ranks:
         assert (ranks.rank, ranks.world_size) == (0, 1)
         assert ranks.gather("x", lambda: 3) == [3]
-        assert [ranks.claim("q"), ranks.claim("q")] == [0, 1]
+        assert [ranks.claim("q", 4), ranks.claim("q", 4), ranks.claim("q", 4, from_end=True)] == [0, 1, 3]
+        assert [ranks.claim("q", 4), ranks.claim("q", 4), ranks.claim("q", 4, from_end=True)] == [2, None, None]
+        assert ranks.taken(["q", "other"]) == [(4, 2), (0, 0)]
         assert not dist.is_initialized()
         with pytest.raises(ExportError, match="x: f: No space"):
             ranks.gather("x", lambda: (_ for _ in ()).throw(OSError(28, "No space", "f")))

@@ -12,20 +12,21 @@ import numpy as np
 from recis_writer import read_back
 
 import dist_export
-from dist_export import storage
+from dist_export import digests, id_columns, storage
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import join
 from dist_export.config import ExportConfig
 from dist_export.plan import census as plan_census
 from dist_export.plan import shards as plan_shards
 from dist_export.plan import units as plan_units
+from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import assign
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
-from dist_export.storage import Directory, Staging
+from dist_export.storage import Directory, OpenReaders, Staging
 from dist_export.transfer import census as transfer_census
 from dist_export.transfer import units as transfer_units
-from dist_export.transfer.files import OpenReaders, StagedFiles
+from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.units import UnitRunner
 
 KEPT = ("id", "embedding")
@@ -90,7 +91,10 @@ def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None
     queues = assign(writing, world_size)
     assert sorted(unit for queue in queues for unit in queue) == list(range(len(writing)))
     outputs = [StagedFiles(plan, staging) for _ in queues]
-    runners = [UnitRunner(plan, its, OpenReaders(lambda _: None)) for its in outputs]  # type: ignore[arg-type,return-value]
+    runners = [
+        UnitRunner(plan, its, OpenReaders(lambda _: None), limits=Limits(64 << 20, 1), digest="xxh3")  # type: ignore[arg-type,return-value]
+        for its in outputs
+    ]
     work = [(rank, unit) for rank, queue in enumerate(queues) for unit in queue]
     if seed is not None:
         random.Random(seed).shuffle(work)
@@ -106,16 +110,14 @@ def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None
 
 def shrink(monkeypatch: Any, *, chunk: int = 64, unit: int = 128, granule: int = 7, buffer: int = 24) -> None:
     """Cut all work into tiny pieces, so that small files meet every edge."""
-    for module in (storage, plan_units, transfer_units):
+    for module in (digests, plan_units):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(plan_units, "UNIT_BYTES", unit)
     monkeypatch.setattr(transfer_units, "_BUFFER_BYTES", buffer)
-    monkeypatch.setattr(transfer_units, "_GATHER_BYTES", buffer)
+    monkeypatch.setattr(Limits, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
     for module in (plan_census, plan_shards, transfer_census):
         monkeypatch.setattr(module, "GRANULE_ROWS", granule)
-    from dist_export.checkpoint import ids
-
-    monkeypatch.setattr(ids, "RUN_ROWS", granule)
+    monkeypatch.setattr(id_columns, "RUN_ROWS", granule)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -5,14 +5,16 @@ import pytest
 from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table, truth_of, write_checkpoint
 from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
+from dist_export import id_columns
 from dist_export.errors import CheckpointError, UserError
 from dist_export.layout.recis import mix
-from dist_export.plan import census as plan_census
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.limits import Limits
 from dist_export.plan.targets import plan_targets
 from dist_export.storage import RangeReader
-from dist_export.transfer import census as transfer_census
+from dist_export.transfer import repeats
 from dist_export.transfer.census import check_unique, take_census
+from dist_export.transfer.repeats import HeldIds
 
 
 def take(checkpoint, targets, world_size=1):
@@ -156,30 +158,30 @@ def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget
 
 def set_budget(monkeypatch, budget):
     if budget is not None:
-        for module in (plan_census, transfer_census):
-            monkeypatch.setattr(module, "MAX_SORTED_IDS", budget)
+        monkeypatch.setattr(Limits, "held_ids", budget)
+        monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
+        monkeypatch.setattr(repeats, "_DIRECT_IDS", budget // 4)
+        monkeypatch.setattr(repeats, "_BUCKET_IDS", max(1, budget // 8))
 
 
 @pytest.mark.parametrize("budget", [64, 8])
 def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, monkeypatch, budget):
     set_budget(monkeypatch, budget)
     sizes = []
-    original = transfer_census._refuse_duplicates
-    monkeypatch.setattr(
-        transfer_census, "_refuse_duplicates", lambda ids, *rest: (sizes.append(len(ids)), original(ids, *rest))
-    )
+    original = HeldIds.has_repeats
+    monkeypatch.setattr(HeldIds, "has_repeats", lambda held: (sizes.append(held._count), original(held))[1])
     ids, rows = make_rows(400)
     full = (0, 65536, 65536)
     parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, full) for i in range(2)]
     checkpoint = open_source(write_checkpoint(tmp_path / "in", {"t": parts}))
     census = take(checkpoint, plan_targets(checkpoint, 2))
-    tasks = plan_unique_tasks(checkpoint, census)
+    tasks = plan_unique_tasks(checkpoint, census, held_ids=budget)
     assert len(tasks) == 1 << tasks[0].bucket_bits >= 400 / budget
     assert {task.parts for task in tasks} == {(0, 1)}
     assert not any(sizes)
-    check_unique(checkpoint, tasks)
+    check_unique(checkpoint, tasks, held_ids=budget)
     assert sum(sizes) == 400
-    assert max(sizes) <= 2 * budget
+    assert max(sizes) <= budget
     export(tmp_path / "in", tmp_path / "out")
     assert_exact(tmp_path / "out", truth_of({"t": parts}))
 
@@ -189,7 +191,7 @@ def test_a_part_too_large_for_one_sort_is_searched_even_where_slices_prove_the_r
     tables = make_tables({"big": 100, "small": 20}, 2)
     planned = plan(write_checkpoint(tmp_path / "in", tables))
     checkpoint = planned.plan.checkpoint
-    tasks = plan_unique_tasks(checkpoint, planned.census)
+    tasks = plan_unique_tasks(checkpoint, planned.census, held_ids=40)
     large = {part for part in range(4) if checkpoint.parts.rows[part] > 40}
     assert {task.parts for task in tasks} == {(part,) for part in large}
     assert large
@@ -197,7 +199,7 @@ def test_a_part_too_large_for_one_sort_is_searched_even_where_slices_prove_the_r
 
 def test_sound_slices_need_no_search(tmp_path):
     planned = plan(write_checkpoint(tmp_path / "in", make_tables({"a": 100}, 4)))
-    assert plan_unique_tasks(planned.plan.checkpoint, planned.census) == []
+    assert plan_unique_tasks(planned.plan.checkpoint, planned.census, held_ids=100) == []
 
 
 def test_id_columns_are_read_once(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import export, plan
 
 import dist_export.exporter
-from dist_export import check
+from dist_export import check, id_columns
 from dist_export.check import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
 from dist_export.layout.recis import mix
@@ -31,7 +31,7 @@ def edit(target, name, change):
 @pytest.mark.parametrize("run_rows", [1 << 20, 7])
 @pytest.mark.parametrize("shares", [[range(2)], [range(1), range(1, 2)], [range(1, 2), range(0), range(1)]])
 def test_a_sound_export_has_the_rows_and_ids_of_its_source(exported, monkeypatch, shares, run_rows):
-    monkeypatch.setattr(check, "_RUN_ROWS", run_rows)
+    monkeypatch.setattr(id_columns, "RUN_ROWS", run_rows)
     planned, target, tables = exported
     found = [audit_files(planned.plan, target, share) for share in shares]
     totals = check_accounts(planned.plan, planned.census, found)

@@ -7,9 +7,10 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
-from dist_export import storage
+from dist_export import digests
 from dist_export.errors import ConfigError, ExportError, TransferError
-from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_bytes, digest_file, local_tree, root_digest
+from dist_export.digests import digest_bytes, root_digest
+from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_file, local_tree
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -228,7 +229,7 @@ def test_memory_exports_read_back(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 99, 100])
 def test_digests_agree_whoever_computes_them(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(digests, "CHUNK_BYTES", 10)
     data = os.urandom(size)
     directory = Directory(tmp_path)
     directory.write("f", data)

@@ -12,11 +12,12 @@ from recis_writer import INDEX, MERGED, TENSORKEY, gen_slice, make_tables, read_
 from sparse_cases import assert_exact, content, copy, export, plan, recorded_reads
 
 import dist_export.exporter
+import dist_export.transfer.engine
 from dist_export.errors import CommitError, ConfigError, TransferError
 from dist_export.storage import WORK_DIRECTORY as RECEIPTS
-from dist_export.storage import Directory, digest_file
+from dist_export.storage import Directory, OpenReaders, digest_file
 from dist_export.transfer import units as transfer_units
-from dist_export.transfer.files import OpenReaders, StagedFiles
+from dist_export.transfer.files import StagedFiles
 
 
 @pytest.fixture
@@ -386,9 +387,7 @@ def test_an_index_may_not_name_a_file_that_would_commit_the_package(tmp_path):
 
 
 def test_descriptors_are_few_and_all_are_closed(tmp_path, monkeypatch):
-    from dist_export.transfer import files
-
-    monkeypatch.setattr(files, "_MAX_OPEN", 2)
+    monkeypatch.setattr(dist_export.transfer.engine, "share_descriptors", lambda _: 2)
     found = make_tables({"a": 100}, 6, slots=())
     write_checkpoint(tmp_path / "in", found, files_per_shard=3)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -396,7 +395,7 @@ def test_descriptors_are_few_and_all_are_closed(tmp_path, monkeypatch):
     assert_exact(tmp_path / "out", truth_of(found))
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before
-    readers = OpenReaders(lambda n: Directory(tmp_path / "out").open_reader(shard(n, 5)))
+    readers = OpenReaders(lambda n: Directory(tmp_path / "out").open_reader(shard(n, 5)), max_open=2)
     opened = [readers[n] for n in range(5)]
     assert [reader.fd >= 0 for reader in opened] == [False, False, False, True, True]
     assert readers[3] is opened[3]

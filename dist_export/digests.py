@@ -1,0 +1,111 @@
+"""Digests of files: of each 64 MiB-aligned chunk, and a root over these, so that several writers or readers share a file.
+
+A digest is written ``<algorithm>:<hex>``; the root is the algorithm over the chunk digests, concatenated in order.
+``none`` stands for no digest, and its text is empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, cast
+
+import xxhash
+
+from dist_export.errors import PackageError
+
+CHUNK_BYTES = 64 << 20
+"""A file's digest is built from the digests of its chunks of this size."""
+
+XXH3 = "xxh3"
+NONE = "none"
+ALGORITHMS = (XXH3, "sha256", "blake3", NONE)
+
+_EXTRA = {"blake3": "blake3"}
+"""Algorithms that need a package of their own, and the extra that installs it."""
+
+
+class Hasher(Protocol):
+    """What all algorithms have in common."""
+
+    def update(self, data: memoryview, /) -> object:
+        """Take in bytes."""
+
+    def digest(self) -> bytes:
+        """Return the digest of what was taken in."""
+
+
+def missing_package(algorithm: str) -> str | None:
+    """Return the package that an algorithm needs and that is not installed; None where it can be used."""
+    package = _EXTRA.get(algorithm)
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def start_hash(algorithm: str) -> Callable[[], Hasher]:
+    """Return what makes a new hasher of an algorithm.
+
+    Raises:
+        PackageError: an algorithm that is unknown, or whose package is missing.
+    """
+    if algorithm == XXH3:
+        return xxhash.xxh3_128
+    if algorithm == "sha256":
+        return hashlib.sha256
+    if algorithm == "blake3":
+        try:
+            import blake3
+        except ImportError:
+            raise PackageError("digests by blake3 need its package: pip install 'dist_export[blake3]'") from None
+        return cast("Callable[[], Hasher]", blake3.blake3)
+    raise PackageError(f"{algorithm!r} is no digest algorithm known here; {', '.join(ALGORITHMS[:-1])} are")
+
+
+def algorithm_of(digest: str) -> str:
+    """Return the algorithm of a digest's text, ``none`` for an empty one."""
+    return digest.partition(":")[0] if digest else NONE
+
+
+def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
+    """Return the digest of each chunk; ``pieces`` cover a chunk-aligned range in order, cut anyhow.
+
+    At least one digest: that of no bytes, where there are none.
+    """
+    new = start_hash(algorithm)
+    digests: list[bytes] = []
+    hasher = new()
+    room = CHUNK_BYTES
+    for whole in pieces:
+        piece = whole
+        while len(piece) >= room:
+            hasher.update(piece[:room])
+            digests.append(hasher.digest())
+            hasher = new()
+            piece, room = piece[room:], CHUNK_BYTES
+        if len(piece):
+            hasher.update(piece)
+            room -= len(piece)
+    if room < CHUNK_BYTES or not digests:
+        digests.append(hasher.digest())
+    return digests
+
+
+def root_digest(chunk_digests: Iterable[bytes], algorithm: str = XXH3) -> str:
+    """Return the digest of a file from those of its chunks."""
+    hasher = start_hash(algorithm)()
+    hasher.update(memoryview(b"".join(chunk_digests)))
+    return f"{algorithm}:{hasher.digest().hex()}"
+
+
+def digest_pieces(pieces: Iterable[memoryview], algorithm: str) -> str:
+    """Return the digest of a whole file that comes in pieces."""
+    return root_digest(hash_chunks(pieces, algorithm), algorithm)
+
+
+def digest_bytes(data: bytes, algorithm: str = XXH3) -> str:
+    """Return the digest of a file's whole content."""
+    return digest_pieces(_whole(data), algorithm)
+
+
+def _whole(data: bytes) -> Iterator[memoryview]:
+    yield memoryview(data)

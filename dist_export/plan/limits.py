@@ -1,0 +1,48 @@
+"""How much a rank may hold at once, shared out over its threads. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_export.errors import PlanError
+
+_WRITE_BYTES = 512 << 10
+"""What one write of a gather should carry: less, and the calls cost more than the bytes."""
+
+_MIN_GATHER_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The same on all ranks of an export: the search for ids that stand twice is dealt out by it."""
+
+    max_memory: int
+    """Bytes, for all threads of a rank together."""
+    threads: int
+
+    def __post_init__(self) -> None:
+        """Refuse more threads than the memory has room for."""
+        if self._per_thread < 8 << 20:
+            raise PlanError(
+                f"max_memory leaves {self._per_thread >> 20} MiB to each of {self.threads} threads, which need 8 MiB; "
+                "raise max_memory or lower threads"
+            )
+
+    @property
+    def _per_thread(self) -> int:
+        return self.max_memory // self.threads
+
+    @property
+    def held_ids(self) -> int:
+        """Ids (8 bytes each) that a thread holds at once; what it computes from them takes as much again at most."""
+        return self._per_thread // 2 // 8
+
+    def gather_rows(self, row_bytes: int, num_targets: int) -> int:
+        """Return the rows that a gather takes in at once, of which each target gets a share in one write.
+
+        Few targets need no more than a cache holds; many need longer chunks for their writes to stay long.
+        """
+        wanted = max(_MIN_GATHER_BYTES, num_targets * _WRITE_BYTES)
+        # a row is held twice, as read and in its new place; its id, owner and place in the order take 18 bytes more
+        most = self._per_thread // 2 // (2 * row_bytes + 24)
+        return max(1, min(wanted // max(row_bytes, 8), most))
