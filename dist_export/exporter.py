@@ -261,7 +261,14 @@ def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def transfer(
-    ranks: Ranks, planned: PlannedSparse, target: Directory, reporter: Reporter, *, beside: Any, in_place: bool, digest: str
+    ranks: Ranks,
+    planned: PlannedSparse,
+    target: Directory,
+    reporter: Reporter,
+    *,
+    beside: Any,
+    in_place: bool,
+    digest: str,
 ) -> tuple[list[Receipt], list[Share], int]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(

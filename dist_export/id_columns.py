@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -61,7 +61,9 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
         is_first[1:] = (number[1:] != number[:-1]) | (begin[1:] != begin[:-1] + rows[blocks[:-1]] * ID_BYTES)
         heads = np.flatnonzero(is_first)
         stops = np.append(starts[heads[1:]], total)
-        extents = zip(number[heads].tolist(), begin[heads].tolist(), starts[heads].tolist(), stops.tolist(), strict=True)
+        extents = zip(
+            number[heads].tolist(), begin[heads].tolist(), starts[heads].tolist(), stops.tolist(), strict=True
+        )
         view = ids.data.cast("B")
         for its_file, position, start, stop in extents:
             readers[its_file].read_into(view[start * ID_BYTES : stop * ID_BYTES], position)

@@ -19,7 +19,6 @@ from dist_export.storage import Directory
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.threads import run_threads
 
-
 _DEFAULT_THREADS = 4
 
 

@@ -87,9 +87,7 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
         begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
         is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
         is_proven = is_disjoint and not census.misplaced[parts].any()
-        groups = (
-            [(part,) for part in parts if checkpoint.parts.rows[part] > held_ids] if is_proven else [tuple(parts)]
-        )
+        groups = [(part,) for part in parts if checkpoint.parts.rows[part] > held_ids] if is_proven else [tuple(parts)]
         for group in groups:
             rows = int(checkpoint.parts.rows[list(group)].sum())
             bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / held_ids)))))

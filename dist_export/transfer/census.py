@@ -16,9 +16,7 @@ from dist_export.plan.targets import Targets
 from dist_export.transfer.repeats import HeldIds, has_repeats
 
 
-def take_census(
-    checkpoint: Checkpoint, targets: Sequence[Targets], parts: Sequence[int], *, held_ids: int = 1 << 25
-) -> Census:
+def take_census(checkpoint: Checkpoint, targets: Sequence[Targets], parts: Sequence[int], *, held_ids: int) -> Census:
     """Count a share of the parts; each rank has its own share and issues no collective.
 
     Args:
@@ -38,7 +36,7 @@ def take_census(
     return counter.census()
 
 
-def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int = 1 << 25) -> None:
+def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int) -> None:
     """Search a share of the tasks for ids that stand twice in a table. CheckpointError where one is found."""
     for task in tasks:
         _search(checkpoint, task, held_ids)

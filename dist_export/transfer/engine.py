@@ -61,7 +61,13 @@ class Share(NamedTuple):
 
     def plus(self, other: Share) -> Share:
         """Return both together."""
-        return Share(self.rank, *(mine + its for mine, its in zip(self[1:], other[1:], strict=True)))
+        return Share(
+            self.rank,
+            self.num_units + other.num_units,
+            self.num_helped + other.num_helped,
+            self.num_bytes + other.num_bytes,
+            self.seconds + other.seconds,
+        )
 
 
 class Transfer:

@@ -16,7 +16,9 @@ def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
         ranks.open_queue(f"{phase}/{worker}")
 
 
-def take_units(ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int) -> Iterator[tuple[Unit, bool]]:
+def take_units(
+    ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int
+) -> Iterator[tuple[Unit, bool]]:
     """Yield units that nobody else gets, each with whether it was another rank's; stop early once a rank has failed.
 
     Helpers take from the end of a queue: its owner is at another file then, and two writers of one file wait for each

@@ -17,10 +17,9 @@ from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.repeats import HeldIds
 
 
-def take(checkpoint, targets, world_size=1):
-    return merge_censuses(
-        [take_census(checkpoint, targets, share) for share in share_parts(checkpoint, world_size)][::-1]
-    )
+def take(checkpoint, targets, world_size=1, held_ids=1000):
+    shares = share_parts(checkpoint, world_size)
+    return merge_censuses([take_census(checkpoint, targets, share, held_ids=held_ids) for share in shares][::-1])
 
 
 def columns(census):
@@ -174,7 +173,7 @@ def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, 
     full = (0, 65536, 65536)
     parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, full) for i in range(2)]
     checkpoint = open_source(write_checkpoint(tmp_path / "in", {"t": parts}))
-    census = take(checkpoint, plan_targets(checkpoint, 2))
+    census = take(checkpoint, plan_targets(checkpoint, 2), held_ids=budget)
     tasks = plan_unique_tasks(checkpoint, census, held_ids=budget)
     assert len(tasks) == 1 << tasks[0].bucket_bits >= 400 / budget
     assert {task.parts for task in tasks} == {(0, 1)}

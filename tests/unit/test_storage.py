@@ -8,8 +8,8 @@ from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
 from dist_export import digests
-from dist_export.errors import ConfigError, ExportError, TransferError
 from dist_export.digests import digest_bytes, root_digest
+from dist_export.errors import ConfigError, ExportError, TransferError
 from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_file, local_tree
 
 

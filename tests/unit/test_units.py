@@ -8,9 +8,9 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, export, plan, run, shrink
 
+from dist_export.digests import CHUNK_BYTES
 from dist_export.plan import units as plan_units_module
 from dist_export.plan.units import UNIT_BYTES, Unit, assign, plan_hash_units, plan_units
-from dist_export.digests import CHUNK_BYTES
 from dist_export.storage import Directory, digest_file
 
 
