@@ -131,9 +131,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     for share in shares:
         idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and manifest.dense is not None else ""
         helped = f" ({share.num_helped:,} of other ranks)" if share.num_helped else ""
-        lines.append(
-            f"  rank {share.rank}   {count(share.num_units, 'unit')}{helped}{idle}, {amount(share.num_bytes)} in {share.seconds:.2f} s"
-        )
+        did = f"{count(share.num_units, 'unit')}{helped}{idle}, {amount(share.num_bytes)}"
+        lines.append(f"  rank {share.rank}   {did} in {share.seconds:.2f} s")
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]

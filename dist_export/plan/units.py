@@ -83,7 +83,7 @@ def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
 
 
 def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
-    """Deal the units out to the threads of all ranks, in runs of equal bytes: neighbours stay together, so a file has few writers.
+    """Deal the units out to the threads of all ranks, in runs of equal bytes: so a file has few writers.
 
     Every unit counts for its bytes and a little more, since opening and claiming cost something too.
     """

@@ -159,26 +159,30 @@ class _Counter:
 
 
 def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> None:
-    """Hold the ids of a task and look for repeats; where the bucket holds more than may be held, search its halves."""
+    """Look for repeats among the ids of a task; where its bucket holds more than may be held, among those of its halves."""
+    held = _collect(checkpoint, task, held_ids)
+    if held is None:
+        for half in (0, 1):
+            _search(
+                checkpoint,
+                task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
+                held_ids,
+            )
+    elif held.has_repeats():
+        _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
+
+
+def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:
+    """Return the ids of a task's bucket, None where they are too many."""
     held = HeldIds(min(held_ids, int(checkpoint.parts.rows[list(task.parts)].sum())))
     shift = np.uint64(64 - task.bucket_bits)
     for part in task.parts:
         for ids in read_ids(checkpoint, part):
             chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
-            if held.add(chosen):
-                continue
-            if task.bucket_bits == 64:  # mixing is one to one, so these are all the same id
-                _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
-            del held
-            for half in (0, 1):
-                _search(
-                    checkpoint,
-                    task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
-                    held_ids,
-                )
-            return
-    if held.has_repeats():
-        _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
+            if not held.add(chosen):
+                # mixing is one to one, so what shares all 64 bits is one id
+                return held if task.bucket_bits == 64 else None
+    return held
 
 
 def _refuse_repeats(ids: np.ndarray, checkpoint: Checkpoint, parts: Sequence[int]) -> None:
