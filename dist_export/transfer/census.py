@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dist_export import id_columns
 from dist_export.checkpoint.ids import open_sources, read_ids
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import CheckpointError
@@ -49,11 +50,13 @@ class _Counter:
         self._checkpoint = checkpoint
         self._targets = targets
         self._parts = parts
-        self._held_ids = held_ids
+        rows = checkpoint.parts.rows[parts]
+        self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids)
+        """Which parts come in several runs and are held until their last one."""
+        self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
         self._runs: list[np.ndarray] = []
         self._misplaced = np.zeros(len(parts), np.int64)
         self._id_sum = np.zeros(len(parts), np.uint64)
-        self._held: HeldIds | None = None
         self._counts = np.zeros(0, np.int64)
         """Rows by target of the granule that a large part is at."""
 
@@ -120,14 +123,12 @@ class _Counter:
             if has_repeats(ids):
                 _refuse_repeats(np.sort(ids), self._checkpoint, (part,))
             return
-        if run.first_row == 0:
-            self._held = HeldIds(num_rows) if num_rows <= self._held_ids else None
-        if self._held is not None:
+        if self._is_held[row]:
+            if run.first_row == 0:
+                self._held.expect(num_rows)
             self._held.add(ids)
-            if last_row == num_rows:
-                if self._held.has_repeats():
-                    _refuse_repeats(self._held.sorted_ids(), self._checkpoint, (part,))
-                self._held = None
+            if last_row == num_rows and self._held.has_repeats():
+                _refuse_repeats(self._held.sorted_ids(), self._checkpoint, (part,))
 
     def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
         """Count whole blocks with the same targets, all in one sweep."""

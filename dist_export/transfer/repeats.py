@@ -31,6 +31,9 @@ _DIRECT_IDS = 1 << 17
 _BUCKET_IDS = 1 << 16
 _MAX_BUCKET_BITS = 8
 
+_DEAL_IDS = 1 << 16
+"""So many ids are dealt at a time: they stay near the core, and each bucket gets a piece worth copying."""
+
 
 def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
     """Whether an int64 id stands twice, within one group where ``groups`` (int64, parallel) are given."""
@@ -70,45 +73,57 @@ class HeldIds:
     """Ids that come in runs, held until all are there; many are dealt into buckets of equal hash on the way."""
 
     def __init__(self, capacity: int) -> None:
-        """``capacity``: the most ids that will come; 8 bytes each are taken now."""
+        """``capacity``: the most ids that will be held at once; 8 bytes each are taken now, for all that come."""
         self._ids = np.empty(capacity, np.int64)
+        self.expect(capacity)
+
+    def expect(self, count: int) -> None:
+        """Forget all ids and wait for at most ``count`` new ones. Memory once touched is dear, so it is used again."""
+        self._room = min(count, len(self._ids))
         self._bits = 0
-        if capacity > _DIRECT_IDS:
-            self._bits = min(_MAX_BUCKET_BITS, (capacity // _BUCKET_IDS).bit_length())
+        if count > _DIRECT_IDS:
+            self._bits = min(_MAX_BUCKET_BITS, (count // _BUCKET_IDS).bit_length())
         self._edges: list[np.ndarray] = []
+        """For each deal, where the ids of each bucket begin, and the end of the last."""
+        self._num_dealt = 0
         self._count = 0
 
     def add(self, ids: np.ndarray) -> bool:
         """Take in a run of ids; False where there is no room for them."""
         end = self._count + len(ids)
-        if end > len(self._ids):
+        if end > self._room:
             return False
-        held = self._ids[self._count : end]
-        if self._bits:
-            mixed = ids.view(np.uint64) * _MULTIPLIERS[-1]
-            buckets = (mixed >> np.uint64(64 - self._bits)).astype(np.uint8)
-            np.take(ids, np.argsort(buckets, kind="stable"), out=held, mode="clip")  # a radix sort, for bytes are short
-            counts = np.bincount(buckets, minlength=1 << self._bits)
-            self._edges.append(self._count + np.concatenate([[0], np.cumsum(counts)]))
-        else:
-            held[:] = ids
+        self._ids[self._count : end] = ids
         self._count = end
+        if self._bits and end - self._num_dealt >= _DEAL_IDS:
+            self._deal()
         return True
 
     def has_repeats(self) -> bool:
         """Whether an id stands twice among all that came."""
         if not self._bits:
             return has_repeats(self._ids[: self._count])
-        edges = np.stack(self._edges) if self._edges else np.zeros((0, (1 << self._bits) + 1), np.int64)
+        self._deal()
+        edges = np.stack(self._edges)
         for bucket in range(1 << self._bits):
             pieces = [self._ids[begin:end] for begin, end in edges[:, bucket : bucket + 2].tolist()]
-            if has_repeats(np.concatenate([np.zeros(0, np.int64), *pieces])):
+            if has_repeats(np.concatenate(pieces)):
                 return True
         return False
 
     def sorted_ids(self) -> np.ndarray:
         """Return all ids, sorted in place. The last thing to ask for."""
-        self._edges.clear()
         ids = self._ids[: self._count]
         ids.sort()
         return ids
+
+    def _deal(self) -> None:
+        """Order the ids that came since the last time by bucket."""
+        fresh = self._ids[self._num_dealt : self._count]
+        mixed = fresh.view(np.uint64) * _MULTIPLIERS[-1]
+        mixed >>= np.uint64(64 - self._bits)
+        buckets = mixed.astype(np.uint8)
+        fresh[:] = fresh.take(np.argsort(buckets, kind="stable"))  # a radix sort, for bytes are short
+        counts = np.bincount(buckets, minlength=1 << self._bits)
+        self._edges.append(self._num_dealt + np.concatenate([[0], np.cumsum(counts)]))
+        self._num_dealt = self._count

@@ -137,7 +137,7 @@ def twice(kind):
     return parts
 
 
-@pytest.mark.parametrize("budget", [None, 1000, 64, 8])
+@pytest.mark.parametrize("budget", [None, "runs", 1000, 64, 8])
 @pytest.mark.parametrize("kind", ["within a part", "same slice", "misplaced"])
 @pytest.mark.parametrize("filter_sparse_opt", [True, False])
 def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget, filter_sparse_opt):
@@ -156,7 +156,9 @@ def test_an_id_that_stands_twice_is_an_error(tmp_path, monkeypatch, kind, budget
 
 
 def set_budget(monkeypatch, budget):
-    if budget is not None:
+    if budget == "runs":  # every part comes in several runs and is held until the last
+        shrink(monkeypatch, granule=20)
+    elif budget is not None:
         monkeypatch.setattr(Limits, "held_ids", budget)
         monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
         monkeypatch.setattr(repeats, "_DIRECT_IDS", budget // 4)
