@@ -1,0 +1,77 @@
+"""``max_memory`` holds for a table far larger than it, in every mode: measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recis_writer import PartSpec, write_checkpoint
+
+NUM_ROWS = 9_000_000
+
+SCRIPT = """
+import json, sys, threading, time
+import torch
+import dist_export, dist_export.exporter
+from dist_export.package.verify import verify
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+warm, settings = json.loads(sys.argv[1])
+dist_export.export(warm)
+base, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+manifest = dist_export.export(settings)
+done.set()
+watcher.join()
+print(json.dumps({"peak": peak - base, "rows": manifest.tables[0].rows_out}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One part whose id column alone is larger than the budget."""
+    folder = tmp_path_factory.mktemp("memory")
+    ids = np.arange(NUM_ROWS, dtype=np.int64) * 0x1F3D5B79  # spread over slices, all distinct
+    rows = np.zeros((NUM_ROWS, 2), np.float16)
+    write_checkpoint(folder / "in", {"t": [PartSpec(ids, {"embedding": rows}, (0, 65536, 65536))]})
+    few = np.arange(10, dtype=np.int64)
+    write_checkpoint(folder / "small", {"t": [PartSpec(few, {"embedding": rows[:10]}, (0, 65536, 65536))]})
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_shards": 1},
+        {"num_shards": 1, "digest": "none", "threads": 2},
+        {"num_shards": 3, "threads": 2},
+        {"num_shards": 50},
+    ],
+    ids=str,
+)
+def test_a_part_larger_than_the_budget_keeps_to_it(tmp_path, checkpoint, settings):
+    budget = 64 << 20
+    assert budget < NUM_ROWS * 8
+    common = {"filter_sparse_opt": True, "max_memory": budget, "threads": 1, **settings}
+    warm = {"ckpt_dir": str(checkpoint / "small"), "export_dir": str(tmp_path / "warm"), **common}
+    large = {"ckpt_dir": str(checkpoint / "in"), "export_dir": str(tmp_path / "out"), **common}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([warm, large])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] == NUM_ROWS
+    assert found["peak"] < budget, f"{found['peak'] / (1 << 20):.0f} MiB"
