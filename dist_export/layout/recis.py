@@ -128,28 +128,36 @@ def encode_sorted(entries: dict[str, object]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(dict(sorted(entries.items()))), indent=4)
 
 
-def embedding_entry(key: str, id_key: str, code: int, shape: tuple[int, ...]) -> dict[str, object]:
+class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=True):
+    """One entry of the merged manifest, in any style; the fields in the order in which RecIS writes them."""
+
+    data_offsets: tuple[int, int] | msgspec.UnsetType = msgspec.UNSET
+    dense: bool
+    dimension: int | msgspec.UnsetType = msgspec.UNSET
+    dtype: str
+    hashmap_key: str | msgspec.UnsetType = msgspec.UNSET
+    hashmap_key_dtype: str | msgspec.UnsetType = msgspec.UNSET
+    hashmap_value: str | msgspec.UnsetType = msgspec.UNSET
+    is_hashmap: bool | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    shape: tuple[int, ...]
+
+
+def embedding_entry(key: str, id_key: str, code: int, shape: tuple[int, ...]) -> MergedEntry:
     """Return the merged manifest's entry of one embedding block; ``shape`` is that of this part."""
-    return {
-        "dense": False,
-        "dimension": shape[-1],
-        "dtype": DTYPES[code].torch,
-        "hashmap_key": id_key,
-        "hashmap_key_dtype": "int64",
-        "hashmap_value": key,
-        "is_hashmap": True,
-        "name": key,
-        "shape": list(shape),
-    }
+    return MergedEntry(
+        dense=False,
+        dimension=shape[-1],
+        dtype=DTYPES[code].torch,
+        hashmap_key=id_key,
+        hashmap_key_dtype="int64",
+        hashmap_value=key,
+        is_hashmap=True,
+        name=key,
+        shape=shape,
+    )
 
 
-def dense_entry(name: str, torch_dtype: str, shape: tuple[int, ...]) -> dict[str, object]:
+def dense_entry(name: str, torch_dtype: str, shape: tuple[int, ...]) -> MergedEntry:
     """Return the merged manifest's entry of a dense tensor, ``name`` with ``^ `` where it lies among the sparse files."""
-    return {
-        "dense": True,
-        "dimension": 0,
-        "dtype": torch_dtype,
-        "is_hashmap": False,
-        "name": name,
-        "shape": list(shape),
-    }
+    return MergedEntry(dense=True, dimension=0, dtype=torch_dtype, is_hashmap=False, name=name, shape=shape)
