@@ -64,9 +64,11 @@ class _Comparison:
                 raise KeyTwiceError
             is_listed[known] = True
             others.update(strangers)
-            entries = list(piece.items())
-            for number in self._doubtful(piece, place):
-                self._check_entry(*entries[number])
+            doubtful = self._doubtful(piece, place)
+            if doubtful:
+                entries = list(piece.items())
+                for number in doubtful:
+                    self._check_entry(*entries[number])
         self._check_all_listed(is_listed, others)
 
     def _doubtful(self, piece: dict[str, Any], place: np.ndarray) -> list[int]:

@@ -5,6 +5,7 @@ Source: RecIS's C++ writer and reader (1.0 to 1.2) and the checkpoints that they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -123,9 +124,14 @@ def encode_index(file_by_key: dict[str, str]) -> bytes:
     return msgspec.json.encode({"block_index": blocks, "file_index": number})
 
 
-def encode_sorted(entries: dict[str, object]) -> bytes:
+def encode_sorted(entries: Mapping[str, object]) -> bytes:
     """Return a JSON object with its keys sorted and four spaces of indentation, as RecIS's json files have."""
-    return msgspec.json.format(msgspec.json.encode(dict(sorted(entries.items()))), indent=4)
+    return encode_indented({key: entries[key] for key in sorted(entries)})
+
+
+def encode_indented(document: Mapping[str, object]) -> bytes:
+    """Return a JSON object with four spaces of indentation, as RecIS's json files have."""
+    return msgspec.json.format(msgspec.json.encode(document), indent=4)
 
 
 class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=True):

@@ -131,9 +131,10 @@ def encode_header(entries: Iterable[tuple[str, int, tuple[int, ...], int]]) -> b
 def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = False) -> Header | None:
     """Return the columns; None where a number or a dtype is none that a file can have."""
     blocks = list(entries.values())
+    names = [block.dtype for block in blocks]
     number: Numbering[tuple[int, ...]] = Numbering()
     try:
-        dtypes = np.array([CODE_BY_NAME[block.dtype] for block in blocks], np.int8)
+        dtypes = np.array([CODE_BY_NAME[name] for name in names], np.int8)
         rows = np.array([block.shape[0] if block.shape else -1 for block in blocks], np.int64)
         inner = np.array([number[block.shape[1:]] for block in blocks], np.int32)
         offsets = np.fromiter(
@@ -152,7 +153,7 @@ def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = 
         begins=offsets[:, 0] + data_start,
         ends=offsets[:, 1] + data_start,
         has_metadata=has_metadata,
-        has_lower_bool=any(block.dtype == "bool" for block in blocks),
+        has_lower_bool="bool" in names,
     )
 
 
