@@ -113,13 +113,14 @@ def _list_internal_names(plan: SparsePlan, order: Sequence[int]) -> dict[str, st
     columns = (column[order].tolist() for column in (blocks.table, blocks.column))
     return {
         blocks.key[row]: stems[table, column] + text
-        for row, table, column, text in zip(order, *columns, _list_slices(blocks, order), strict=True)
+        for row, table, column, text in zip(order, *columns, _SliceTexts().of(blocks, order), strict=True)
     }
 
 
 def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAccount]) -> tuple[TableEntry, ...]:
     """Return the manifest's entries of all tables, with ``accounts`` of the written files by table."""
     entries = []
+    texts = _SliceTexts()
     parts = plan.checkpoint.parts
     for number, table in enumerate(plan.checkpoint.tables):
         its_parts = parts.of_table(number)
@@ -134,7 +135,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
                 id_sum=f"{accounts[number].id_sum:016x}",
                 kept=tuple(_describe_slot(slot, rows_in) for slot in plan.selection.kept[number]),
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
-                parts=tuple(_describe_parts(plan, number)),
+                parts=tuple(_describe_parts(plan, number, texts)),
             )
         )
     return tuple(entries)
@@ -205,7 +206,7 @@ def list_versions() -> dict[str, str]:
     }
 
 
-def _describe_parts(plan: SparsePlan, table: int) -> list[PartEntry]:
+def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[PartEntry]:
     blocks = plan.blocks
     keys_by_slot: list[tuple[str, dict[int, str]]] = []
     for slot in plan.slots_of(table):
@@ -222,21 +223,21 @@ def _describe_parts(plan: SparsePlan, table: int) -> list[PartEntry]:
             rows=rows,
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
-        for file, target, rows, text in zip(*columns, _list_slices(blocks, ids.tolist()), strict=True)
+        for file, target, rows, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
     ]
 
 
-def _list_slices(blocks: OutputBlocks, rows: Sequence[int]) -> list[str]:
-    """Return the slices of these blocks as RecIS writes them; equal ones are one string."""
-    texts: dict[tuple[int, int, int], str] = {}
-    found = []
-    columns = (column[rows].tolist() for column in (blocks.begin, blocks.end, blocks.size))
-    for part in zip(*columns, strict=True):
-        text = texts.get(part)
-        if text is None:
-            text = texts[part] = format_slice(Slice(*part))
-        found.append(text)
-    return found
+class _SliceTexts(dict[tuple[int, int, int], str]):
+    """Slices as RecIS writes them. All tables mostly have the same ones, and so the same strings."""
+
+    def __missing__(self, part: tuple[int, int, int]) -> str:
+        text = self[part] = format_slice(Slice(*part))
+        return text
+
+    def of(self, blocks: OutputBlocks, rows: Sequence[int]) -> list[str]:
+        """Return the slices of these blocks."""
+        columns = (column[rows].tolist() for column in (blocks.begin, blocks.end, blocks.size))
+        return [self[part] for part in zip(*columns, strict=True)]
 
 
 def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:

@@ -64,6 +64,8 @@ def to_columns(header: Header, *, file: int, place: np.ndarray, is_bare: np.ndar
 
 def join_columns(shares: Sequence[HeaderColumns]) -> HeaderColumns:
     """Join the columns of runs of files, in this order."""
+    if len(shares) == 1:
+        return shares[0]
     number: Numbering[tuple[int, ...]] = Numbering()
     inner = [np.zeros(0, np.int32)]
     for share in shares:

@@ -26,21 +26,21 @@ class SparseBlocks:
     keys: np.ndarray
     """object: the names in the headers."""
     file: np.ndarray
-    """int64: number of the file."""
+    """int32: number of the file."""
     offset: np.ndarray
     """int64: absolute position in the file, in bytes."""
     dtype: np.ndarray
-    """int64: index into ``DTYPES``."""
+    """int8: index into ``DTYPES``."""
     rows: np.ndarray
     """int64: the first dimension, -1 for a scalar."""
     inner: np.ndarray
-    """int64: the other dimensions, a place in ``inner_shapes``."""
+    """int32: the other dimensions, a place in ``inner_shapes``."""
     inner_shapes: tuple[tuple[int, ...], ...]
     kind: np.ndarray
-    """int64: table and slot, a place in ``kinds``."""
+    """int32: table and slot, a place in ``kinds``."""
     kinds: tuple[tuple[str, str], ...]
     slice: np.ndarray
-    """int64: a place in ``slices``, which may hold equal ones."""
+    """int32: a place in ``slices``, which may hold equal ones."""
     slices: tuple[Slice, ...]
 
     def error(self, row: int, text: str) -> CheckpointError:

@@ -94,6 +94,8 @@ class RecisReader:
         where = tuple(self.directory.describe(file.name) for file in self.files)
         matched = match_blocks(headers, self._index, where=where, tensorkey=self.directory.describe(TENSORKEY))
         tables, parts, blocks = build_parts(matched.sparse)
+        dense, bare = matched.dense, matched.bare
+        del matched  # its columns, as long as all headers together, are of no more use
         if self._has_merged:
             self._raw[MERGED] = self._read(MERGED)
             check_merged(
@@ -110,11 +112,11 @@ class RecisReader:
             tables=tables,
             parts=parts,
             blocks=blocks,
-            dense=matched.dense,
+            dense=dense,
             fingerprint=self._fingerprint(headers),
             copy_hindrances=(
                 *_list_hindrances(self.files, headers, tables, parts),
-                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in matched.bare),
+                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in bare),
             ),
             verbatim=_Unchanged(self.directory, {name: self._raw[name] for name in (INDEX, TENSORKEY)}),
             warnings=self._warnings,
