@@ -21,9 +21,11 @@ from dist_export.layout.recis import (
     INDEX,
     MERGED,
     TENSORKEY,
+    MergedEntry,
     Slice,
     dense_entry,
     embedding_entry,
+    encode_indented,
     encode_index,
     encode_sorted,
     format_slice,
@@ -40,7 +42,7 @@ from dist_export.manifest import (
     encode_manifest,
 )
 from dist_export.plan.census import Census
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.shards import OutputBlocks, SparsePlan
 from dist_export.storage import WORK_DIRECTORY, Directory
 
 logger = logging.getLogger(__name__)
@@ -56,43 +58,70 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
 
     In a copy only the merged manifest is ours; the others go over as they are.
     """
-    blocks, checkpoint = plan.blocks, plan.checkpoint
-    merged: dict[str, object] = {}
-    file_by_key: dict[str, str] = {}
-    internal_by_key: dict[str, str] = {}
-    id_keys = {
-        (int(blocks.table[row]), int(blocks.target[row])): blocks.key[row] for row in np.flatnonzero(blocks.column == 0)
-    }
-    columns = zip(
-        *(
-            getattr(blocks, name).tolist()
-            for name in ("file", "table", "column", "target", "begin", "end", "size", "rows")
-        ),
-        strict=True,
-    )
-    for key, (file, table, column, target, begin, end, size, rows) in zip(blocks.key, columns, strict=True):
-        slot = checkpoint.tables[table].slots[column]
-        file_by_key[key] = plan.files[file].name
-        internal_by_key[key] = f"{checkpoint.tables[table].name}@{slot.name}^{format_slice(Slice(begin, end, size))}"
-        if slot.name == EMBEDDING_SLOT:
-            shape = (rows, *slot.inner_shape)
-            merged[key] = embedding_entry(key, id_keys[table, target], slot.dtype, shape)
-    for tensor, (key, file) in zip(plan.selection.kept_dense, plan.dense_files, strict=True):
-        file_by_key[key] = plan.files[file].name
-        merged[key] = dense_entry(key, DTYPES[tensor.dtype].torch, tensor.shape)
-    # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
-    document = dict(sorted(merged.items()))
-    for name, dtype, shape in dense_state:
-        document.setdefault(name, dense_entry(name, dtype, shape))  # a block of the shards goes before a namesake
-    rendered = {MERGED: msgspec.json.format(msgspec.json.encode(document), indent=4)}
+    order = sorted(range(len(plan.blocks.key)), key=plan.blocks.key.__getitem__)
+    rendered = {MERGED: _render_merged(plan, dense_state, order)}
     if plan.is_copy:
         return rendered
-    return {TENSORKEY: encode_sorted(dict(internal_by_key)), **rendered, INDEX: encode_index(file_by_key)}
+    key = plan.blocks.key
+    names = [file.name for file in plan.files]
+    file_by_key = {key[row]: names[file] for row, file in zip(order, plan.blocks.file[order].tolist(), strict=True)}
+    file_by_key |= {dense: names[file] for dense, file in plan.dense_files}
+    return {TENSORKEY: encode_sorted(_list_internal_names(plan, order)), **rendered, INDEX: encode_index(file_by_key)}
+
+
+def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int]) -> bytes:
+    """Return the merged manifest; ``order`` is that of the sorted keys of blocks."""
+    blocks, tables = plan.blocks, plan.checkpoint.tables
+    id_rows = np.flatnonzero(blocks.column == 0)
+    id_keys = {
+        part: blocks.key[row]
+        for part, row in zip(
+            zip(blocks.table[id_rows].tolist(), blocks.target[id_rows].tolist(), strict=True),
+            id_rows.tolist(),
+            strict=True,
+        )
+    }
+    slots = {
+        (number, slot.column): slot
+        for number, table in enumerate(tables)
+        for slot in table.slots
+        if slot.name == EMBEDDING_SLOT
+    }
+    entries: dict[str, MergedEntry] = {}
+    columns = (column[order].tolist() for column in (blocks.table, blocks.column, blocks.target, blocks.rows))
+    for row, table, column, target, rows in zip(order, *columns, strict=True):
+        slot = slots.get((table, column))
+        if slot is not None:
+            key = blocks.key[row]
+            entries[key] = embedding_entry(key, id_keys[table, target], slot.dtype, (rows, *slot.inner_shape))
+    for tensor, (key, _) in zip(plan.selection.kept_dense, plan.dense_files, strict=True):
+        entries[key] = dense_entry(key, DTYPES[tensor.dtype].torch, tensor.shape)
+    # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
+    document = {key: entries[key] for key in sorted(entries)}
+    for name, dtype, shape in dense_state:
+        document.setdefault(name, dense_entry(name, dtype, shape))  # a block of the shards goes before a namesake
+    return encode_indented(document)
+
+
+def _list_internal_names(plan: SparsePlan, order: Sequence[int]) -> dict[str, str]:
+    """Return key -> internal name of all blocks, in ``order``."""
+    blocks = plan.blocks
+    stems = {
+        (number, slot.column): f"{table.name}@{slot.name}^"
+        for number, table in enumerate(plan.checkpoint.tables)
+        for slot in table.slots
+    }
+    columns = (column[order].tolist() for column in (blocks.table, blocks.column))
+    return {
+        blocks.key[row]: stems[table, column] + text
+        for row, table, column, text in zip(order, *columns, _SliceTexts().of(blocks, order), strict=True)
+    }
 
 
 def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAccount]) -> tuple[TableEntry, ...]:
     """Return the manifest's entries of all tables, with ``accounts`` of the written files by table."""
     entries = []
+    texts = _SliceTexts()
     parts = plan.checkpoint.parts
     for number, table in enumerate(plan.checkpoint.tables):
         its_parts = parts.of_table(number)
@@ -107,7 +136,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
                 id_sum=f"{accounts[number].id_sum:016x}",
                 kept=tuple(_describe_slot(slot, rows_in) for slot in plan.selection.kept[number]),
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
-                parts=tuple(_describe_parts(plan, number)),
+                parts=tuple(_describe_parts(plan, number, texts)),
             )
         )
     return tuple(entries)
@@ -182,22 +211,38 @@ def list_versions() -> dict[str, str]:
     }
 
 
-def _describe_parts(plan: SparsePlan, table: int) -> list[PartEntry]:
+def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[PartEntry]:
     blocks = plan.blocks
-    rows_of = {slot.name: plan.blocks_of(table, slot.column) for slot in plan.slots_of(table)}
-    keys: dict[int, dict[str, str]] = {}
-    for name, rows in rows_of.items():
-        for row in rows.tolist():
-            keys.setdefault(int(blocks.target[row]), {})[name] = blocks.key[row]
+    keys_by_slot: list[tuple[str, dict[int, str]]] = []
+    for slot in plan.slots_of(table):
+        rows = plan.blocks_of(table, slot.column).tolist()
+        targets = blocks.target[rows].tolist()
+        keys_by_slot.append((slot.name, {target: blocks.key[row] for target, row in zip(targets, rows, strict=True)}))
+    ids = plan.blocks_of(table, 0)
+    columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows))
+    names = [file.name for file in plan.files]
     return [
         PartEntry(
-            file=plan.files[int(blocks.file[row])].name,
-            slice=format_slice(Slice(int(blocks.begin[row]), int(blocks.end[row]), int(blocks.size[row]))),
-            rows=int(blocks.rows[row]),
-            keys=keys[int(blocks.target[row])],
+            file=names[file],
+            slice=text,
+            rows=rows,
+            keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
-        for row in plan.blocks_of(table, 0).tolist()
+        for file, target, rows, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
     ]
+
+
+class _SliceTexts(dict[tuple[int, int, int], str]):
+    """Slices as RecIS writes them. All tables mostly have the same ones, and so the same strings."""
+
+    def __missing__(self, part: tuple[int, int, int]) -> str:
+        text = self[part] = format_slice(Slice(*part))
+        return text
+
+    def of(self, blocks: OutputBlocks, rows: Sequence[int]) -> list[str]:
+        """Return the slices of these blocks."""
+        columns = (column[rows].tolist() for column in (blocks.begin, blocks.end, blocks.size))
+        return [self[part] for part in zip(*columns, strict=True)]
 
 
 def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:

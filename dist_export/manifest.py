@@ -42,7 +42,7 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class PartEntry(msgspec.Struct, frozen=True, kw_only=True):
+class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The rows of a table that lie in one file."""
 
     file: str
@@ -160,7 +160,7 @@ def compute_digest(document: dict[str, Any]) -> str:
 
 def seal(manifest: Manifest) -> Manifest:
     """Return the manifest with its digest filled in."""
-    return msgspec.structs.replace(manifest, digest=compute_digest(msgspec.to_builtins(manifest)))
+    return msgspec.structs.replace(manifest, digest=_digest_of(manifest))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -172,7 +172,6 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
     """Read a manifest. PackageError where it is no manifest, of a later schema, or was changed after the commit."""
     try:
         head = msgspec.json.decode(raw, type=_Head)
-        document = msgspec.json.decode(raw)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PackageError(f"{where} is no package manifest: {error}") from None
     if head.format != FORMAT or head.schema_version > SCHEMA_VERSION:
@@ -181,15 +180,21 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
             f"{SCHEMA_VERSION}. A newer dist_export may read it"
         )
     try:
-        manifest = msgspec.convert(document, type=Manifest)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+        # one that we would write just so has no field that we do not know, and need not be held as plain values too
+        is_ours = encode_manifest(manifest) == raw
+        digest = _digest_of(manifest) if is_ours else compute_digest(msgspec.json.decode(raw))
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PackageError(f"{where} is damaged: {error}") from None
     _check_paths(manifest, where)
-    if manifest.digest != compute_digest(document):
-        raise PackageError(
-            f"{where} is not what was committed: its digest is {compute_digest(document)}, it says {manifest.digest}"
-        )
+    if manifest.digest != digest:
+        raise PackageError(f"{where} is not what was committed: its digest is {digest}, it says {manifest.digest}")
     return manifest
+
+
+def _digest_of(manifest: Manifest) -> str:
+    """Return :func:`compute_digest` of a manifest, without making plain values of it: structs are sorted too."""
+    return compute_digest({name: getattr(manifest, name) for name in manifest.__struct_fields__})
 
 
 def _check_paths(manifest: Manifest, where: str) -> None:

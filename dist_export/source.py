@@ -37,8 +37,7 @@ def open_checkpoint(ranks: Ranks, directory: Directory) -> Checkpoint:
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
-    headers = [header for share in shares for header in share]
-    return ranks.run("match headers and indexes", lambda: reader.assemble(headers))
+    return ranks.run("match headers and indexes", lambda: reader.assemble(shares))
 
 
 def choose(

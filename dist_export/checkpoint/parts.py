@@ -4,171 +4,269 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from dist_export.checkpoint.reader import Blocks, Parts, SlotMeta, TableMeta
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import DTYPES, I64
-from dist_export.layout.indexes import split_internal
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, Slice, key_stem
-from dist_export.layout.safetensors import Header
 
 _MAX_ROW_BYTES = 1 << 40
 _LAST_NUMBERS = re.compile(r"\d+")
 
 
-class _Block(NamedTuple):
-    file: int
-    offset: int
-    rows: int
-    key: str
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SparseBlocks:
+    """The sparse blocks of a checkpoint, as parallel columns in the order of files and headers."""
+
+    where: tuple[str, ...]
+    """The paths of the files, for messages."""
+    keys: np.ndarray
+    """object: the names in the headers."""
+    file: np.ndarray
+    """int32: number of the file."""
+    offset: np.ndarray
+    """int64: absolute position in the file, in bytes."""
+    dtype: np.ndarray
+    """int8: index into ``DTYPES``."""
+    rows: np.ndarray
+    """int64: the first dimension, -1 for a scalar."""
+    inner: np.ndarray
+    """int32: the other dimensions, a place in ``inner_shapes``."""
+    inner_shapes: tuple[tuple[int, ...], ...]
+    kind: np.ndarray
+    """int32: table and slot, a place in ``kinds``."""
+    kinds: tuple[tuple[str, str], ...]
+    slice: np.ndarray
+    """int32: a place in ``slices``, which may hold equal ones."""
+    slices: tuple[Slice, ...]
+
+    def error(self, row: int, text: str) -> CheckpointError:
+        """Return the error that names a block and its file."""
+        return CheckpointError(f"{self.where[self.file[row]]}: block {self.keys[row]!r} {text}")
 
 
-_Group = dict[str, _Block]
-"""The blocks of one part, by slot."""
+def build_parts(blocks: SparseBlocks) -> tuple[tuple[TableMeta, ...], Parts, Blocks]:
+    """Return tables in order of appearance, their parts by slice, and the matrix of blocks.
+
+    Raises:
+        CheckpointError: a table or a part is not whole, or its blocks contradict each other.
+    """
+    return _Builder(blocks).build()
 
 
-class PartBuilder:
-    """Takes in sparse blocks in file order, then builds tables, parts and the matrix of blocks."""
+class _Builder:
+    """Sorts blocks into parts. All steps are over whole columns; single rows are looked at where one is wrong."""
 
-    def __init__(self, where: tuple[str, ...]) -> None:
-        """``where`` are the paths of the files, for messages."""
-        self._where = where
-        self._slots: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {}
-        self._blocks: dict[tuple[str, Slice], list[tuple[str, str, _Block]]] = {}
-
-    def add(self, internal: str, key: str, number: int, header: Header, row: int) -> None:
-        """Take in one sparse block; ``internal`` is ``<table>@<slot>^<slice>``. CheckpointError as :meth:`build`."""
-        name = split_internal(internal)
-        if name is None:
-            raise self._error(
-                number, key, f"has the internal name {internal!r}; expected <table>@<slot>^BEGIN@END@SIZE"
-            )
-        table, slot, part_slice = name
-        shape = header.shapes[row]
-        if not shape:
-            raise self._error(number, key, "is a scalar, but a block of a table has a row for each id")
-        kind = (int(header.dtypes[row]), shape[1:])
-        if slot == ID_SLOT and kind != (I64, ()):
-            raise self._error(number, key, f"is {DTYPES[kind[0]].name} {list(shape)}; ids are I64 [rows]")
-        if slot == EMBEDDING_SLOT and len(shape) < 2:
-            raise self._error(number, key, f"has shape {list(shape)}; embeddings are [rows, dim]")
-        if math.prod(shape[1:]) * 8 > _MAX_ROW_BYTES:
-            raise self._error(number, key, f"has rows of {list(shape[1:])}, which no table has")
-        known = self._slots.setdefault(table, {}).setdefault(slot, kind)
-        if known != kind:
-            raise self._error(
-                number,
-                key,
-                f"is {DTYPES[kind[0]].name} with rows of {list(kind[1])}; other parts of the table have "
-                f"{DTYPES[known[0]].name} with rows of {list(known[1])}",
-            )
-        stem = key_stem(table, slot)
-        suffix = key[len(stem) :] if key.startswith(stem) else ""
-        block_at = _Block(number, int(header.begins[row]), shape[0], key)
-        self._blocks.setdefault((table, part_slice), []).append((slot, suffix, block_at))
+    def __init__(self, blocks: SparseBlocks) -> None:
+        self._blocks = blocks
+        # kinds in the order in which the files bring them up, each with the row that does
+        number, first = np.unique(blocks.kind, return_index=True)
+        self._first_row = dict(zip(number.tolist(), first.tolist(), strict=True))
+        self._kinds_by_table: dict[str, list[int]] = {}
+        for kind in sorted(self._first_row, key=self._first_row.__getitem__):
+            self._kinds_by_table.setdefault(blocks.kinds[kind][0], []).append(kind)
 
     def build(self) -> tuple[tuple[TableMeta, ...], Parts, Blocks]:
-        """Return tables in order of appearance, their parts by slice, and the matrix of blocks.
+        blocks = self._blocks
+        self._check_blocks()
+        tables = tuple(self._build_table(*item) for item in self._kinds_by_table.items())
+        table_of_kind = np.zeros(len(blocks.kinds), np.int64)
+        column_of_kind = np.zeros(len(blocks.kinds), np.int64)
+        for number, (table, kinds) in enumerate(zip(tables, self._kinds_by_table.values(), strict=True)):
+            column = {slot.name: slot.column for slot in table.slots}
+            table_of_kind[kinds] = number
+            column_of_kind[kinds] = [column[blocks.kinds[kind][1]] for kind in kinds]
 
-        Raises:
-            CheckpointError: a table or a part is not whole, or its blocks contradict each other.
-        """
-        tables = tuple(
-            TableMeta(name=table, slots=tuple(self._order_slots(table, slots))) for table, slots in self._slots.items()
-        )
-        place = {table.name: i for i, table in enumerate(tables)}
-        groups: list[tuple[int, Slice, _Group]] = []
-        for table, part_slice in sorted(self._blocks, key=lambda key: (place[key[0]], key[1])):
-            groups += [(place[table], part_slice, group) for group in self._split(self._blocks[table, part_slice])]
+        distinct = sorted(set(blocks.slices))
+        place = {part: i for i, part in enumerate(distinct)}
+        slice_rank = np.array([place[part] for part in blocks.slices], np.int64)[blocks.slice]
+        group = table_of_kind[blocks.kind] * len(distinct) + slice_rank
+        column = column_of_kind[blocks.kind]
+        part_rows, part = self._number_parts(group, column)
+
         num_slots = max((len(table.slots) for table in tables), default=0)
-        file = np.full((len(groups), num_slots), -1, np.int32)
-        offset = np.zeros((len(groups), num_slots), np.int64)
-        names = np.full((len(groups), num_slots), None, object)
-        columns = np.zeros((5, len(groups)), np.int64)
-        for part, (number, part_slice, group) in enumerate(groups):
-            columns[:, part] = (number, *part_slice, self._check_part(tables[number], part_slice, group))
-            for slot in tables[number].slots:
-                block = group.get(slot.name)
-                if block is not None:
-                    file[part, slot.column], offset[part, slot.column] = block.file, block.offset
-                    names[part, slot.column] = block.key
-        parts = Parts(table=columns[0], begin=columns[1], end=columns[2], size=columns[3], rows=columns[4])
-        self._check_sizes(tables, groups)
+        row_of = np.full((len(part_rows), num_slots), -1, np.int64)
+        row_of[part, column] = np.arange(len(part))
+        table = table_of_kind[blocks.kind[part_rows]]
+        edges = np.array(distinct, np.int64).reshape(-1, 3)[slice_rank[part_rows]]
+        self._check_parts(tables, table, edges, row_of, part)
+        is_there = row_of >= 0
+        parts = Parts(
+            table=table,
+            begin=edges[:, 0].copy(),
+            end=edges[:, 1].copy(),
+            size=edges[:, 2].copy(),
+            rows=blocks.rows[row_of[:, 0]] if len(row_of) else np.zeros(0, np.int64),
+        )
+        names = np.full(row_of.shape, None, object)
+        names[is_there] = blocks.keys[row_of[is_there]]
+        file = np.full(row_of.shape, -1, np.int32)
+        file[is_there] = blocks.file[row_of[is_there]]
+        offset = np.zeros(row_of.shape, np.int64)
+        offset[is_there] = blocks.offset[row_of[is_there]]
         return tables, parts, Blocks(file=file, offset=offset, key=names)
 
-    def _split(self, blocks: list[tuple[str, str, _Block]]) -> list[_Group]:
-        """Return the parts among blocks of one table and slice.
+    def _check_blocks(self) -> None:
+        """Refuse a block that cannot be its slot's, or is of another kind than the other blocks of the slot."""
+        blocks = self._blocks
+        if not len(blocks.kind):
+            return
+        width = [min(math.prod(shape), _MAX_ROW_BYTES) for shape in blocks.inner_shapes]
+        is_id = np.array([slot == ID_SLOT for _, slot in blocks.kinds])[blocks.kind]
+        is_embedding = np.array([slot == EMBEDDING_SLOT for _, slot in blocks.kinds])[blocks.kind]
+        is_flat = np.array([not shape for shape in blocks.inner_shapes])[blocks.inner]
+        first = np.zeros(len(blocks.kinds), np.int64)
+        first[list(self._first_row)] = list(self._first_row.values())
+        known = first[blocks.kind]
+        is_wrong = (
+            (blocks.rows < 0)
+            | (is_id & ~((blocks.dtype == I64) & is_flat))
+            | (is_embedding & is_flat)
+            | (np.array(width, np.int64)[blocks.inner] * 8 > _MAX_ROW_BYTES)
+            | (blocks.dtype != blocks.dtype[known])
+            | (blocks.inner != blocks.inner[known])
+        )
+        if is_wrong.any():
+            row = int(is_wrong.argmax())
+            self._refuse(row, int(known[row]))
 
-        The internal names tell all that RecIS goes by. Only where two parts carry one slice, and so their blocks one
-        name, the end of the keys tells them apart.
+    def _refuse(self, row: int, known: int) -> None:
+        """Say what is wrong with a block; ``known`` is the first one of its table and slot."""
+        blocks = self._blocks
+        slot = blocks.kinds[blocks.kind[row]][1]
+        inner = blocks.inner_shapes[blocks.inner[row]]
+        shape = [int(blocks.rows[row]), *inner]
+        dtype = DTYPES[blocks.dtype[row]].name
+        if shape[0] < 0:
+            raise blocks.error(row, "is a scalar, but a block of a table has a row for each id")
+        if slot == ID_SLOT and (blocks.dtype[row] != I64 or inner):
+            raise blocks.error(row, f"is {dtype} {shape}; ids are I64 [rows]")
+        if slot == EMBEDDING_SLOT and not inner:
+            raise blocks.error(row, f"has shape {shape}; embeddings are [rows, dim]")
+        if math.prod(inner) * 8 > _MAX_ROW_BYTES:
+            raise blocks.error(row, f"has rows of {list(inner)}, which no table has")
+        raise blocks.error(
+            row,
+            f"is {dtype} with rows of {list(inner)}; other parts of the table have "
+            f"{DTYPES[blocks.dtype[known]].name} with rows of {list(blocks.inner_shapes[blocks.inner[known]])}",
+        )
+
+    def _build_table(self, name: str, kinds: list[int]) -> TableMeta:
+        blocks = self._blocks
+        kind_of = {blocks.kinds[kind][1]: kind for kind in kinds}
+        missing = [slot for slot in (ID_SLOT, EMBEDDING_SLOT) if slot not in kind_of]
+        if missing:
+            row = self._first_row[kinds[0]]
+            raise CheckpointError(
+                f"{blocks.where[blocks.file[row]]}: holds {blocks.keys[row]!r}, but no file holds the "
+                f"{' or '.join(missing)} block of table {name!r}"
+            )
+        slots = []
+        order = [ID_SLOT, EMBEDDING_SLOT, *(slot for slot in kind_of if slot not in (ID_SLOT, EMBEDDING_SLOT))]
+        for column, slot in enumerate(order):
+            row = self._first_row[kind_of[slot]]
+            dtype, inner = int(blocks.dtype[row]), blocks.inner_shapes[blocks.inner[row]]
+            row_bytes = math.prod(inner) * DTYPES[dtype].itemsize
+            slots.append(SlotMeta(name=slot, dtype=dtype, inner_shape=inner, row_bytes=row_bytes, column=column))
+        return TableMeta(name=name, slots=tuple(slots))
+
+    def _number_parts(self, group: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a row of each part (int64, in the order of parts) and the part of each row (int64).
+
+        A group is a table and a slice. The internal names tell all that RecIS goes by. Only where two parts carry one
+        slice, and so their blocks one name, the end of the keys tells them apart.
         """
-        together = {slot: block for slot, _, block in blocks}
-        if len(together) == len(blocks):
-            return [together]
-        by_suffix: dict[str, _Group] = {}
-        for slot, suffix, block in blocks:
-            group = by_suffix.setdefault(suffix, {})
-            if slot in group:
-                raise self._error(
-                    block.file,
-                    block.key,
-                    f"and {group[slot].key!r} in {self._where[group[slot].file]} stand for the same slot and slice; "
+        _, first, number = np.unique(group, return_index=True, return_inverse=True)
+        num_columns = int(column.max(initial=0)) + 1
+        twice = np.flatnonzero(np.bincount(number * num_columns + column) > 1)
+        if not len(twice):
+            return first, number
+        suffix_rank = np.zeros(len(group), np.int64)
+        by_group = np.argsort(number, kind="stable")
+        starts = np.append(np.searchsorted(number[by_group], np.arange(len(first))), len(number))
+        for shared in np.unique(twice // num_columns).tolist():
+            rows = by_group[starts[shared] : starts[shared + 1]]
+            suffix_rank[rows] = self._rank_suffixes(rows.tolist())
+        split = number * (int(suffix_rank.max()) + 1) + suffix_rank
+        _, first, number = np.unique(split, return_index=True, return_inverse=True)
+        return first, number
+
+    def _rank_suffixes(self, rows: list[int]) -> list[int]:
+        """Return a number for the end of each key of these blocks, which are of one table and slice."""
+        blocks = self._blocks
+        suffixes = []
+        seen: dict[tuple[str, int], int] = {}
+        for row in rows:
+            stem, key = key_stem(*blocks.kinds[blocks.kind[row]]), blocks.keys[row]
+            suffixes.append(key[len(stem) :] if key.startswith(stem) else "")
+            other = seen.setdefault((suffixes[-1], int(blocks.kind[row])), row)
+            if other != row:
+                raise blocks.error(
+                    row,
+                    f"and {blocks.keys[other]!r} in {blocks.where[blocks.file[other]]} stand for the same slot and slice; "
                     "which one belongs to which ids cannot be told",
                 )
-            group[slot] = block
-        return [by_suffix[suffix] for suffix in sorted(by_suffix, key=_natural)]
+        rank = {suffix: i for i, suffix in enumerate(sorted(set(suffixes), key=_natural))}
+        return [rank[suffix] for suffix in suffixes]
 
-    def _check_part(self, table: TableMeta, part_slice: Slice, group: _Group) -> int:
-        file = self._where[next(iter(group.values())).file]
+    def _check_parts(
+        self,
+        tables: tuple[TableMeta, ...],
+        table: np.ndarray,
+        edges: np.ndarray,
+        row_of: np.ndarray,
+        part: np.ndarray,
+    ) -> None:
+        """Refuse a part without ids, with slots of other lengths than the ids, or without a slot that others have.
+
+        Args:
+            edges: (P, 3), the slices.
+            row_of: (P, S), the row of each block, -1 where there is none.
+            part: the part of each row.
+        """
+        blocks = self._blocks
+        if not len(row_of):
+            return
+        num_slots = np.array([len(meta.slots) for meta in tables], np.int64)[table]
+        rows = np.where(row_of >= 0, blocks.rows[row_of], -1)
+        ids = rows[:, :1]
+        is_missing = (row_of < 0) & (np.arange(row_of.shape[1]) < num_slots[:, None])
+        is_wrong = is_missing[:, :2].any(axis=1) | ((rows != ids) & (row_of >= 0)).any(axis=1)
+        is_wrong |= is_missing.any(axis=1) & (ids[:, 0] > 0)
+        if is_wrong.any():
+            bad = int(is_wrong.argmax())
+            self._refuse_part(tables[table[bad]], Slice(*edges[bad].tolist()), np.flatnonzero(part == bad).tolist())
+        first = np.searchsorted(table, table)
+        other = np.flatnonzero(edges[:, 2] != edges[first, 2])
+        if len(other):
+            bad = int(other[0])
+            raise CheckpointError(
+                f"{blocks.where[blocks.file[row_of[bad, 0]]]}: a part of table {tables[table[bad]].name!r} has slice size "
+                f"{edges[bad, 2]}, another one {edges[first[bad], 2]}; RecIS's loader takes rows of one size only"
+            )
+
+    def _refuse_part(self, table: TableMeta, part_slice: Slice, rows: list[int]) -> None:
+        """Say what is wrong with a part, which consists of these rows."""
+        blocks = self._blocks
+        row_of = {blocks.kinds[blocks.kind[row]][1]: row for row in rows}
+        file = blocks.where[blocks.file[rows[0]]]
         what = f"the part of table {table.name!r} with slice {part_slice.begin}:{part_slice.end}"
         for needed in (ID_SLOT, EMBEDDING_SLOT):
-            if needed not in group:
+            if needed not in row_of:
                 raise CheckpointError(f"{file}: {what} has no {needed} block")
-        rows = group[ID_SLOT].rows
-        for slot, block in group.items():
-            if block.rows != rows:
-                raise self._error(
-                    block.file,
-                    block.key,
-                    f"has {block.rows:,} rows of {slot}, but {what} has {rows:,} ids; RecIS's reader would run on into "
-                    "the next block",
+        num_ids = int(blocks.rows[row_of[ID_SLOT]])
+        for slot, row in row_of.items():
+            if blocks.rows[row] != num_ids:
+                raise blocks.error(
+                    row,
+                    f"has {blocks.rows[row]:,} rows of {slot}, but {what} has {num_ids:,} ids; RecIS's reader would run "
+                    "on into the next block",
                 )
-        absent = [slot.name for slot in table.slots if slot.name not in group]
-        if absent and rows:
-            raise CheckpointError(f"{file}: {what} has {rows:,} rows but no {absent[0]}, which other parts have")
-        return rows
-
-    def _check_sizes(self, tables: tuple[TableMeta, ...], groups: list[tuple[int, Slice, _Group]]) -> None:
-        first: dict[int, Slice] = {}
-        for number, part_slice, group in groups:
-            other = first.setdefault(number, part_slice)
-            if part_slice.size != other.size:
-                file = self._where[group[ID_SLOT].file]
-                raise CheckpointError(
-                    f"{file}: a part of table {tables[number].name!r} has slice size {part_slice.size}, another one "
-                    f"{other.size}; RecIS's loader takes rows of one size only"
-                )
-
-    def _order_slots(self, table: str, slots: dict[str, tuple[int, tuple[int, ...]]]) -> Iterable[SlotMeta]:
-        missing = [name for name in (ID_SLOT, EMBEDDING_SLOT) if name not in slots]
-        if missing:
-            block = next(blocks[0][2] for (name, _), blocks in self._blocks.items() if name == table)
-            raise CheckpointError(
-                f"{self._where[block.file]}: holds {block.key!r}, but no file holds the {' or '.join(missing)} block of "
-                f"table {table!r}"
-            )
-        names = [ID_SLOT, EMBEDDING_SLOT, *(name for name in slots if name not in (ID_SLOT, EMBEDDING_SLOT))]
-        for column, name in enumerate(names):
-            dtype, inner = slots[name]
-            row_bytes = math.prod(inner) * DTYPES[dtype].itemsize
-            yield SlotMeta(name=name, dtype=dtype, inner_shape=inner, row_bytes=row_bytes, column=column)
-
-    def _error(self, file: int, key: str, text: str) -> CheckpointError:
-        return CheckpointError(f"{self._where[file]}: block {key!r} {text}")
+        absent = next(slot.name for slot in table.slots if slot.name not in row_of)
+        raise CheckpointError(f"{file}: {what} has {num_ids:,} rows but no {absent}, which other parts have")
 
 
 def _natural(suffix: str) -> tuple[list[int], str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from dist_export.layout.recis import Slice
-from dist_export.layout.safetensors import Header
 from dist_export.storage import Directory
+
+Share = TypeVar("Share")
+"""What a reader makes of the headers of some files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +130,17 @@ class Checkpoint:
         return next((i for i, table in enumerate(self.tables) if table.name == name), None)
 
 
-class CheckpointReader(Protocol):
+class CheckpointReader(Protocol[Share]):
     """One format. Every rank opens its own, so no method issues a collective.
 
     Order of calls: ``read_headers`` for a share of ``files`` on each rank, then ``assemble`` with the shares of all
-    ranks, in rank order, on every rank.
+    ranks, in rank order, on every rank. A ``Share`` travels between ranks, so it should be a few columns.
     """
 
     files: tuple[SourceFile, ...]
 
-    def read_headers(self, files: range) -> list[Header]:
+    def read_headers(self, files: range) -> Share:
         """Read the headers of the files with these numbers. CheckpointError where one is truncated or untrue."""
 
-    def assemble(self, headers: list[Header]) -> Checkpoint:
+    def assemble(self, shares: Sequence[Share]) -> Checkpoint:
         """Build the metadata from the headers of all ``files``, in their order. CheckpointError on contradictions."""

@@ -5,6 +5,7 @@ Source: RecIS's C++ writer and reader (1.0 to 1.2) and the checkpoints that they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -123,33 +124,46 @@ def encode_index(file_by_key: dict[str, str]) -> bytes:
     return msgspec.json.encode({"block_index": blocks, "file_index": number})
 
 
-def encode_sorted(entries: dict[str, object]) -> bytes:
+def encode_sorted(entries: Mapping[str, object]) -> bytes:
     """Return a JSON object with its keys sorted and four spaces of indentation, as RecIS's json files have."""
-    return msgspec.json.format(msgspec.json.encode(dict(sorted(entries.items()))), indent=4)
+    return encode_indented({key: entries[key] for key in sorted(entries)})
 
 
-def embedding_entry(key: str, id_key: str, code: int, shape: tuple[int, ...]) -> dict[str, object]:
+def encode_indented(document: Mapping[str, object]) -> bytes:
+    """Return a JSON object with four spaces of indentation, as RecIS's json files have."""
+    return msgspec.json.format(msgspec.json.encode(document), indent=4)
+
+
+class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=True):
+    """One entry of the merged manifest, in any style; the fields in the order in which RecIS writes them."""
+
+    data_offsets: tuple[int, int] | msgspec.UnsetType = msgspec.UNSET
+    dense: bool
+    dimension: int | msgspec.UnsetType = msgspec.UNSET
+    dtype: str
+    hashmap_key: str | msgspec.UnsetType = msgspec.UNSET
+    hashmap_key_dtype: str | msgspec.UnsetType = msgspec.UNSET
+    hashmap_value: str | msgspec.UnsetType = msgspec.UNSET
+    is_hashmap: bool | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    shape: tuple[int, ...]
+
+
+def embedding_entry(key: str, id_key: str, code: int, shape: tuple[int, ...]) -> MergedEntry:
     """Return the merged manifest's entry of one embedding block; ``shape`` is that of this part."""
-    return {
-        "dense": False,
-        "dimension": shape[-1],
-        "dtype": DTYPES[code].torch,
-        "hashmap_key": id_key,
-        "hashmap_key_dtype": "int64",
-        "hashmap_value": key,
-        "is_hashmap": True,
-        "name": key,
-        "shape": list(shape),
-    }
+    return MergedEntry(
+        dense=False,
+        dimension=shape[-1],
+        dtype=DTYPES[code].torch,
+        hashmap_key=id_key,
+        hashmap_key_dtype="int64",
+        hashmap_value=key,
+        is_hashmap=True,
+        name=key,
+        shape=shape,
+    )
 
 
-def dense_entry(name: str, torch_dtype: str, shape: tuple[int, ...]) -> dict[str, object]:
+def dense_entry(name: str, torch_dtype: str, shape: tuple[int, ...]) -> MergedEntry:
     """Return the merged manifest's entry of a dense tensor, ``name`` with ``^ `` where it lies among the sparse files."""
-    return {
-        "dense": True,
-        "dimension": 0,
-        "dtype": torch_dtype,
-        "is_hashmap": False,
-        "name": name,
-        "shape": list(shape),
-    }
+    return MergedEntry(dense=True, dimension=0, dtype=torch_dtype, is_hashmap=False, name=name, shape=shape)

@@ -7,35 +7,76 @@ for padding and order the files that RecIS's C++ writer leaves.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
+from dist_export.layout.numbering import Numbering
+from dist_export.layout.strict_json import decode_canonical, decode_object
+
+__all__ = ["Header", "decode_header", "decode_object", "encode_header", "header_length"]
 
 MAX_HEADER_BYTES = 1 << 30
 """A header longer than this is taken for an attack. A block costs about 120 bytes: this is nine million blocks."""
 
+_MAX_SIZE = 1 << 62
+"""No size is beyond what a file can have."""
 
-@dataclass(frozen=True, slots=True)
+_MAX_FAST_WIDTH = 1 << 40
+"""Rows of more elements than this are looked at one by one, in integers of any length."""
+
+_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Header:
     """The entries of one file as parallel columns, in header order.
 
     ``begins`` and ``ends`` (int64) are absolute positions in the file, in bytes. ``dtypes`` (int8) index ``DTYPES``.
+    A shape comes in two columns: ``rows`` (int64), the first dimension, -1 for a scalar; and ``inner`` (int32), which
+    indexes ``inner_shapes``, for the other dimensions.
     """
 
     keys: tuple[str, ...]
     dtypes: np.ndarray
-    shapes: tuple[tuple[int, ...], ...]
+    rows: np.ndarray
+    inner: np.ndarray
+    inner_shapes: tuple[tuple[int, ...], ...]
     begins: np.ndarray
     ends: np.ndarray
     has_metadata: bool
     has_lower_bool: bool
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Return the shape of one entry."""
+        rows = int(self.rows[row])
+        return (rows, *self.inner_shapes[self.inner[row]]) if rows >= 0 else ()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all entries."""
+        return tuple(
+            (rows, *self.inner_shapes[inner]) if rows >= 0 else ()
+            for rows, inner in zip(self.rows.tolist(), self.inner.tolist(), strict=True)
+        )
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """One block; the fields in the order in which RecIS and the safetensors library write them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_DECODER = msgspec.json.Decoder(dict[str, _Entry])
 
 
 def header_length(prefix: bytes, *, path: str, file_size: int) -> int:
@@ -60,40 +101,16 @@ def decode_header(raw: bytes, *, path: str, file_size: int) -> Header:
         CheckpointError: not JSON, a key twice, an unknown dtype, a length that does not follow from dtype and shape,
             blocks that overlap or leave a hole, or data that do not end where the file ends.
     """
-    entries = decode_object(raw, what=f"{path}: header")
-    metadata = entries.pop("__metadata__", None)
-    keys: list[str] = []
-    dtypes = np.empty(len(entries), np.int8)
-    shapes: list[tuple[int, ...]] = []
-    begins = np.empty(len(entries), np.int64)
-    ends = np.empty(len(entries), np.int64)
-    has_lower_bool = False
     data_start = 8 + len(raw)
-    data_size = file_size - data_start
-    for row, (key, entry) in enumerate(entries.items()):
-        dtype, shape, begin, end = _decode_entry(entry, where=f"{path}: {key!r}")
-        has_lower_bool |= dtype == "bool"
-        code = CODE_BY_NAME[dtype]
-        num_bytes = math.prod(shape) * DTYPES[code].itemsize
-        if end - begin != num_bytes:
-            raise CheckpointError(
-                f"{path}: {key!r} is {dtype} {list(shape)}, {num_bytes:,} bytes, but its data_offsets span {end - begin:,}"
-            )
-        if end > data_size:
-            raise CheckpointError(
-                f"{path}: {key!r} ends at byte {data_start + end:,}, but the file has {file_size:,} bytes; "
-                "it is truncated, so save or copy it again"
-            )
-        keys.append(key)
-        shapes.append(shape)
-        dtypes[row], begins[row], ends[row] = code, begin, end
-    _check_tiling(keys, begins, ends, data_size=data_size, path=path)
-    return Header(
-        tuple(keys), dtypes, tuple(shapes), begins + data_start, ends + data_start, metadata is not None, has_lower_bool
-    )
+    entries = decode_canonical(raw, _DECODER)
+    if entries is not None:
+        header = _build(entries, data_start=data_start)
+        if header is not None and _is_sound(header, data_start=data_start, file_size=file_size):
+            return header
+    return _decode_slowly(raw, path=path, file_size=file_size)
 
 
-def encode_header(entries: list[tuple[str, int, tuple[int, ...], int]]) -> bytes:
+def encode_header(entries: Iterable[tuple[str, int, tuple[int, ...], int]]) -> bytes:
     """Return the length prefix and header of a file whose blocks lie one behind the other.
 
     Args:
@@ -101,53 +118,92 @@ def encode_header(entries: list[tuple[str, int, tuple[int, ...], int]]) -> bytes
 
     The JSON is compact and padded with 1 to 8 spaces to a multiple of 8, as RecIS's writer does.
     """
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, _Entry] = {}
     position = 0
     for key, code, shape, num_bytes in entries:
-        header[key] = {
-            "dtype": DTYPES[code].name,
-            "shape": list(shape),
-            "data_offsets": [position, position + num_bytes],
-        }
+        header[key] = _Entry(DTYPES[code].name, shape, (position, position + num_bytes))
         position += num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = msgspec.json.encode(header)
     text += b" " * (8 - len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
-    """Decode a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no absurd nesting, no half surrogates.
-
-    Raises:
-        CheckpointError: beginning with ``what``.
-    """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the key {twice!r} stands there twice")
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
+def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = False) -> Header | None:
+    """Return the columns; None where a number or a dtype is none that a file can have."""
+    blocks = list(entries.values())
+    names = [block.dtype for block in blocks]
+    number: Numbering[tuple[int, ...]] = Numbering()
     try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-        if "\\u" in text:  # half a surrogate pair is valid JSON and no text: it could not be written again
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise CheckpointError(f"{what} is nested too deeply to be genuine") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise CheckpointError(f"{what} is not the JSON it should be: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} should be a JSON object, found {type(value).__name__}")
-    return value
+        dtypes = np.array([CODE_BY_NAME[name] for name in names], np.int8)
+        rows = np.array([block.shape[0] if block.shape else -1 for block in blocks], np.int64)
+        inner = np.array([number[block.shape[1:]] for block in blocks], np.int32)
+        offsets = np.fromiter(
+            itertools.chain.from_iterable([block.data_offsets for block in blocks]), np.int64, 2 * len(blocks)
+        ).reshape(-1, 2)
+    except (KeyError, OverflowError):
+        return None
+    if rows.min(initial=0) < 0 and any(block.shape and block.shape[0] < 0 for block in blocks):
+        return None  # -1 is our own word for a scalar
+    return Header(
+        keys=tuple(entries),
+        dtypes=dtypes,
+        rows=rows,
+        inner=inner,
+        inner_shapes=tuple(number),
+        begins=offsets[:, 0] + data_start,
+        ends=offsets[:, 1] + data_start,
+        has_metadata=has_metadata,
+        has_lower_bool="bool" in names,
+    )
 
 
-def _decode_entry(entry: object, *, where: str) -> tuple[str, tuple[int, ...], int, int]:
+def _is_sound(header: Header, *, data_start: int, file_size: int) -> bool:
+    """Whether the blocks lie one behind the other from first to last byte, each as long as dtype and shape say."""
+    if not len(header.keys):
+        return data_start == file_size
+    widths = [math.prod(shape) for shape in header.inner_shapes]
+    if any(size < 0 for shape in header.inner_shapes for size in shape) or max(widths) > _MAX_FAST_WIDTH:
+        return False
+    row_bytes = np.array(widths, np.int64)[header.inner] * _ITEMSIZES[header.dtypes]
+    rows = np.abs(header.rows)  # a scalar is as long as one row
+    if (rows.astype(np.float64) * row_bytes).max() > file_size:  # or the product might not fit into 64 bits
+        return False
+    return bool(
+        header.begins[0] == data_start
+        and header.ends[-1] == file_size
+        and (header.begins[1:] == header.ends[:-1]).all()
+        and (header.ends - header.begins == rows * row_bytes).all()
+    )
+
+
+def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
+    """Decode one entry after the other: any order and spelling, and a message for whatever is wrong."""
+    document = decode_object(raw, what=f"{path}: header")
+    metadata = document.pop("__metadata__", None)
+    entries: dict[str, _Entry] = {}
+    data_start = 8 + len(raw)
+    data_size = file_size - data_start
+    for key, value in document.items():
+        entry = entries[key] = _decode_entry(value, where=f"{path}: {key!r}")
+        begin, end = entry.data_offsets
+        num_bytes = math.prod(entry.shape) * DTYPES[CODE_BY_NAME[entry.dtype]].itemsize
+        if end - begin != num_bytes:
+            raise CheckpointError(
+                f"{path}: {key!r} is {entry.dtype} {list(entry.shape)}, {num_bytes:,} bytes, but its data_offsets span "
+                f"{end - begin:,}"
+            )
+        if end > data_size:
+            raise CheckpointError(
+                f"{path}: {key!r} ends at byte {data_start + end:,}, but the file has {file_size:,} bytes; "
+                "it is truncated, so save or copy it again"
+            )
+    header = _build(entries, data_start=data_start, has_metadata=metadata is not None)
+    assert header is not None, path
+    _check_tiling(header, data_start=data_start, data_size=data_size, path=path)
+    return header
+
+
+def _decode_entry(entry: object, *, where: str) -> _Entry:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} should be an object with dtype, shape and data_offsets")
     dtype = entry.get("dtype")
@@ -160,25 +216,26 @@ def _decode_entry(entry: object, *, where: str) -> tuple[str, tuple[int, ...], i
     offsets = _sizes(entry.get("data_offsets"))
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {entry.get('data_offsets')!r}; expected [begin, end]")
-    return dtype, shape, offsets[0], offsets[1]
+    return _Entry(dtype, shape, (offsets[0], offsets[1]))
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    # bool is an int in Python, and no size is beyond what a file can have
-    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
+    # bool is an int in Python
+    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value):
         return None
     return tuple(value)
 
 
-def _check_tiling(keys: list[str], begins: np.ndarray, ends: np.ndarray, *, data_size: int, path: str) -> None:
+def _check_tiling(header: Header, *, data_start: int, data_size: int, path: str) -> None:
+    begins, ends = header.begins - data_start, header.ends - data_start
     order = np.lexsort((ends, begins))
-    previous_end = np.concatenate(([0], ends[order][:-1])) if len(keys) else np.zeros(0, np.int64)
+    previous_end = np.concatenate(([0], ends[order][:-1])) if len(order) else np.zeros(0, np.int64)
     wrong = np.flatnonzero(begins[order] != previous_end)
     if len(wrong):
         row = int(order[wrong[0]])
         kind = "overlaps the block before it" if begins[row] < previous_end[wrong[0]] else "leaves a hole before it"
-        raise CheckpointError(f"{path}: {keys[row]!r} {kind}")
-    end = int(ends.max()) if len(keys) else 0
+        raise CheckpointError(f"{path}: {header.keys[row]!r} {kind}")
+    end = int(ends.max()) if len(order) else 0
     if end != data_size:
         raise CheckpointError(
             f"{path}: the header describes {end:,} bytes of data, the file has {data_size:,}; "

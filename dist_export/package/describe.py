@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_export.errors import CheckpointError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.indexes import split_internal
+from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
 from dist_export.manifest import MANIFEST, TensorEntry
 from dist_export.package.package import Package
@@ -99,32 +99,42 @@ def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:
 
 def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
     indexes = read_indexes(directory)
+    name_of_stem = [split_stem(stem) for stem in indexes.stems]
     tables: dict[str, dict[str, Any]] = {}
     dense: list[str] = []
     total = 0
-    for name in indexes.files:
-        header = read_header(directory, name)
-        total += directory.stat(name).size
-        for row, key in enumerate(header.keys):
-            internal = indexes.internal_of_key.get(key, key)
-            block = split_internal(internal)
-            if block is None:
+
+    def name_of(key: str) -> tuple[str, str] | None:
+        """Return table and slot of a block, None for a dense tensor."""
+        place = indexes.place_of_key.get(key)
+        if place is not None and indexes.stem[place] >= 0:
+            return name_of_stem[int(indexes.stem[place])]
+        block = split_internal(indexes.strays.get(key, key))
+        return None if block is None else (block.table, block.slot)
+
+    for file in indexes.files:
+        header = read_header(directory, file)
+        total += directory.stat(file).size
+        columns = (header.rows, header.inner, header.dtypes, header.ends - header.begins)
+        for key, rows, inner, code, num_bytes in zip(header.keys, *(c.tolist() for c in columns), strict=True):
+            name = name_of(key)
+            if name is None:
                 dense.append(key.removesuffix(DENSE_SUFFIX))
                 continue
+            table_name, slot = name
             table = tables.setdefault(
-                block.table,
-                {"name": block.table, "rows": 0, "shape": [], "dtype": "", "parts": 0, "bytes": 0, "slots": []},
+                table_name,
+                {"name": table_name, "rows": 0, "shape": [], "dtype": "", "parts": 0, "bytes": 0, "slots": []},
             )
-            if block.slot == ID_SLOT:
+            table["bytes"] += num_bytes
+            if slot not in table["slots"]:
+                table["slots"].append(slot)
+            if slot == ID_SLOT:
                 table["parts"] += 1
-            table["bytes"] += int(header.ends[row] - header.begins[row])
-            if block.slot not in table["slots"]:
-                table["slots"].append(block.slot)
-            if block.slot == "id":
-                table["rows"] += header.shapes[row][0]
-            elif block.slot == "embedding":
-                table["shape"] = list(header.shapes[row][1:])
-                table["dtype"] = DTYPES[header.dtypes[row]].torch
+                table["rows"] += max(rows, 0)  # a scalar has none; an export refuses it
+            elif slot == EMBEDDING_SLOT:
+                table["shape"] = list(header.inner_shapes[inner])
+                table["dtype"] = DTYPES[code].torch
     return {
         "kind": "RecIS checkpoint",
         "path": directory.url,

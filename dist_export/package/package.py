@@ -123,15 +123,12 @@ class Package:
         place = {key: row for row, key in enumerate(header.keys)}
         if id_key not in place or slot_key not in place:
             raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
-        shape, code = header.shapes[place[slot_key]], int(header.dtypes[place[slot_key]])
+        id_shape, shape = header.shape(place[id_key]), header.shape(place[slot_key])
+        code = int(header.dtypes[place[slot_key]])
         width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[code].itemsize
-        if (
-            len(header.shapes[place[id_key]]) != 1
-            or width != rows.shape[1]
-            or shape[:1] != header.shapes[place[id_key]]
-        ):
+        if len(id_shape) != 1 or width != rows.shape[1] or shape[:1] != id_shape:
             raise PackageError(f"{self.directory.describe(file)}: {slot_key!r} is not what the manifest says of it")
-        id_begin, num_rows = int(header.begins[place[id_key]]), header.shapes[place[id_key]][0]
+        id_begin, num_rows = int(header.begins[place[id_key]]), id_shape[0]
         slot_begin = int(header.begins[place[slot_key]])
         row_bytes = rows.shape[1]
         sought = unique[wanted]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.indexes import Indexes, split_internal
 from dist_export.layout.recis import (
     DENSE_SUFFIX,
     EMBEDDING_SLOT,
     ID_SLOT,
     MERGED,
+    MergedEntry,
     Slice,
     dense_entry,
     embedding_entry,
@@ -66,17 +68,19 @@ def check_sparse(package: Package, findings: list[str], checked: list[str]) -> N
 
 def _find_blocks(indexes: Indexes, headers: dict[str, Header]) -> dict[str, FoundBlock]:
     found = {}
+    internal_of_key = indexes.internal_of_key
     for name, header in headers.items():
-        for row, key in enumerate(header.keys):
-            block = split_internal(indexes.internal_of_key.get(key, ""))
+        columns = zip(header.keys, header.dtypes.tolist(), header.shapes, header.begins.tolist(), strict=True)
+        for key, code, shape, begin in columns:
+            block = split_internal(internal_of_key.get(key, ""))
             if block is not None:
-                dtype = DTYPES[header.dtypes[row]].torch
-                found[key] = FoundBlock(*block, name, key, dtype, header.shapes[row], int(header.begins[row]))
+                found[key] = FoundBlock(*block, name, key, DTYPES[code].torch, shape, begin)
     return found
 
 
 def _check_indexes(indexes: Indexes, headers: dict[str, Header], findings: list[str]) -> None:
     found: dict[str, str] = {}
+    file_of_key, internal_of_key = indexes.file_of_key, indexes.internal_of_key
     for name, header in headers.items():
         if header.has_metadata:
             findings.append(f"{name}: has a __metadata__ entry, which RecIS's reader refuses")
@@ -86,14 +90,14 @@ def _check_indexes(indexes: Indexes, headers: dict[str, Header], findings: list[
             if key in found:
                 findings.append(f"{name}: {key!r} also stands in {found[key]}")
             found[key] = name
-            number = indexes.file_of_key.get(key)
+            number = file_of_key.get(key)
             if number is None or indexes.files[number] != name:
                 told = "does not name it" if number is None else f"says {indexes.files[number]}"
                 findings.append(f"{name}: holds {key!r}, but index {told}")
-    findings += [f"index: {key!r} is in no file" for key in indexes.file_of_key if key not in found]
-    findings += [f"tensorkey.json: {key!r} is in no file" for key in indexes.internal_of_key if key not in found]
+    findings += [f"index: {key!r} is in no file" for key in file_of_key if key not in found]
+    findings += [f"tensorkey.json: {key!r} is in no file" for key in internal_of_key if key not in found]
     names: dict[str, str] = {}
-    for key, internal in indexes.internal_of_key.items():
+    for key, internal in internal_of_key.items():
         if internal in names:
             findings.append(
                 f"tensorkey.json: {key!r} and {names[internal]!r} are one block {internal!r}; RecIS keeps one"
@@ -111,12 +115,12 @@ def _check_merged(
     for block in blocks.values():
         if block.slot == EMBEDDING_SLOT:
             id_key = id_keys.get((block.table, block.slice), "")
-            code = next(code for code, dtype in enumerate(DTYPES) if dtype.torch == block.dtype)
-            expected[block.key] = embedding_entry(block.key, id_key, code, block.shape)
+            code = CODE_BY_TORCH[block.dtype]
+            expected[block.key] = _plain(embedding_entry(block.key, id_key, code, block.shape))
     for header in headers.values():
-        for row, key in enumerate(header.keys):
+        for key, code, shape in zip(header.keys, header.dtypes.tolist(), header.shapes, strict=True):
             if key not in blocks:
-                expected[key] = dense_entry(key, DTYPES[header.dtypes[row]].torch, header.shapes[row])
+                expected[key] = _plain(dense_entry(key, DTYPES[code].torch, shape))
     is_ours = package.manifest.mode != "in_place"
     for key, entry in expected.items():
         found = merged.get(key)
@@ -129,6 +133,10 @@ def _check_merged(
     for key, found in merged.items():
         if key not in expected and (found.get("is_hashmap") or key.endswith(DENSE_SUFFIX)) and is_ours:
             findings.append(f"{MERGED}: {key!r} is in no file")
+
+
+def _plain(entry: MergedEntry) -> dict[str, Any]:
+    return {**msgspec.to_builtins(entry), "shape": list(entry.shape)}
 
 
 def _check_tables(package: Package, blocks: dict[str, FoundBlock], findings: list[str]) -> None:

@@ -16,7 +16,7 @@ import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.errors import PlanError
-from dist_export.layout.recis import DENSE_SUFFIX, shard_name, sparse_key
+from dist_export.layout.recis import DENSE_SUFFIX, key_stem, shard_name
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
 from dist_export.plan.selection import Selection
@@ -135,47 +135,23 @@ def plan_shards(
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
     count = num_shards or max((len(target.slices) for target in targets), default=1)
-    rows_by_target = count_rows_by_target(checkpoint, targets, census)
-    entries: list[list[tuple[str, int, tuple[int, ...], int]]] = [[] for _ in range(count)]
-    columns: list[tuple[int, ...]] = []
-    for table, meta in enumerate(checkpoint.tables):
-        rows = rows_by_target[table].tolist()
-        for slot in selection.kept[table]:
-            for target, num_rows in enumerate(rows):
-                key = sparse_key(meta.name, slot.name, target, len(rows))
-                columns.append(
-                    (target, len(entries[target]), table, slot.column, target, *targets[table].slices[target], num_rows)
-                )
-                entries[target].append((key, slot.dtype, (num_rows, *slot.inner_shape), num_rows * slot.row_bytes))
-    for tensor in selection.kept_dense:
-        entries[0].append((tensor.name + DENSE_SUFFIX, tensor.dtype, tensor.shape, tensor.num_bytes))
-    _refuse_one_key_twice(entries)
+    blocks = _list_blocks(checkpoint, selection, targets, count_rows_by_target(checkpoint, targets, census))
+    dense = [
+        (tensor.name + DENSE_SUFFIX, tensor.dtype, tensor.shape, tensor.num_bytes) for tensor in selection.kept_dense
+    ]
+    _refuse_one_key_twice([*blocks.key, *(entry[0] for entry in dense)])
     files: list[OutputFile] = []
-    file_of_shard = np.full(count, -1, np.int64)
-    begins: list[np.ndarray] = []
-    for shard, shard_entries in enumerate(entries):
-        header = encode_header(shard_entries)
-        edges = np.cumsum([len(header), *(entry[3] for entry in shard_entries)], dtype=np.int64)
-        begins.append(edges[:-1])
-        if shard_entries:  # like RecIS, a shard without a block leaves no file
-            file_of_shard[shard] = len(files)
+    dense_offsets: list[int] = []
+    for shard, mine in enumerate(_split_by_shard(blocks, count)):
+        entries = _list_entries(checkpoint, blocks, mine) + (dense if shard == 0 else [])
+        header = encode_header(entries)
+        edges = np.cumsum([len(header), *(entry[3] for entry in entries)], dtype=np.int64)
+        blocks.offset[mine] = edges[: len(mine)]
+        if shard == 0:
+            dense_offsets = edges[len(mine) : -1].tolist()
+        if entries:  # like RecIS, a shard without a block leaves no file
+            blocks.file[mine] = len(files)
             files.append(OutputFile(shard_name(shard, count), int(edges[-1]), header))
-    matrix = np.array(columns, np.int64).reshape(-1, 9).T
-    shard_column, entry_column = matrix[0].tolist(), matrix[1].tolist()
-    blocks = OutputBlocks(
-        key=tuple(entries[shard][entry][0] for shard, entry in zip(shard_column, entry_column, strict=True)),
-        file=file_of_shard[matrix[0]],
-        table=matrix[2],
-        column=matrix[3],
-        target=matrix[4],
-        begin=matrix[5],
-        end=matrix[6],
-        size=matrix[7],
-        rows=matrix[8],
-        offset=np.array(
-            [begins[shard][entry] for shard, entry in zip(shard_column, entry_column, strict=True)], np.int64
-        ),
-    )
     plan = SparsePlan(
         checkpoint=checkpoint,
         selection=selection,
@@ -190,10 +166,9 @@ def plan_shards(
         digest="",
     )
     segments, gathers = _route(plan, census)
-    first_dense = len(entries[0]) - len(selection.kept_dense)
     segments += [
-        np.array([[0], [begins[0][first_dense + i]], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
-        for i, tensor in enumerate(selection.kept_dense)
+        np.array([[0], [offset], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
+        for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
     return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
 
@@ -238,9 +213,61 @@ def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
     return _seal(plan, copies=plan.copies, gathers=())
 
 
-def _refuse_one_key_twice(entries: list[list[tuple[str, int, tuple[int, ...], int]]]) -> None:
+def _list_blocks(
+    checkpoint: Checkpoint, selection: Selection, targets: Sequence[Targets], rows_by_target: Sequence[np.ndarray]
+) -> OutputBlocks:
+    """Return the blocks of all tables, by table, slot and target; ``file`` and ``offset`` are still to be filled in."""
+    keys: list[str] = []
+    columns = [np.zeros((7, 0), np.int64)]
+    for table, meta in enumerate(checkpoint.tables):
+        rows = rows_by_target[table]
+        suffixes = [f"/part_{target}_{len(rows)}" for target in range(len(rows))]
+        slices = np.array(targets[table].slices, np.int64).T
+        target = np.arange(len(rows))
+        for slot in selection.kept[table]:
+            stem = key_stem(meta.name, slot.name)
+            keys += [stem + suffix for suffix in suffixes]
+            columns.append(
+                np.stack([np.full_like(rows, table), np.full_like(rows, slot.column), target, *slices, rows])
+            )
+    table_column, slot_column, target_column, begin, end, size, num_rows = np.concatenate(columns, axis=1)
+    return OutputBlocks(
+        key=tuple(keys),
+        file=np.full(len(keys), -1, np.int64),
+        table=table_column,
+        column=slot_column,
+        target=target_column,
+        begin=begin,
+        end=end,
+        size=size,
+        rows=num_rows,
+        offset=np.zeros(len(keys), np.int64),
+    )
+
+
+def _list_entries(
+    checkpoint: Checkpoint, blocks: OutputBlocks, mine: np.ndarray
+) -> list[tuple[str, int, tuple[int, ...], int]]:
+    """Return (key, dtype, shape, num_bytes) of some blocks, for a header."""
+    columns = (column[mine].tolist() for column in (blocks.table, blocks.column, blocks.rows))
+    entries = []
+    for number, table, column, rows in zip(mine.tolist(), *columns, strict=True):
+        slot = checkpoint.tables[table].slots[column]
+        entries.append((blocks.key[number], slot.dtype, (rows, *slot.inner_shape), rows * slot.row_bytes))
+    return entries
+
+
+def _split_by_shard(blocks: OutputBlocks, count: int) -> list[np.ndarray]:
+    """Return for each shard its blocks (int64), in the order of tables and slots."""
+    order = np.argsort(blocks.target, kind="stable")
+    return np.split(order, np.searchsorted(blocks.target[order], np.arange(1, count)))
+
+
+def _refuse_one_key_twice(keys: Sequence[str]) -> None:
+    if len(set(keys)) == len(keys):
+        return
     seen: set[str] = set()
-    for key in (entry[0] for shard_entries in entries for entry in shard_entries):
+    for key in keys:
         if key in seen:  # table "a" with slot "b.c", and table "a.b" with slot "c"
             raise PlanError(
                 f"two blocks would get the key {key!r}, for RecIS joins the names of table and slot with a dot; "

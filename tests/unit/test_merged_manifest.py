@@ -8,6 +8,7 @@ import torch
 from recis_writer import MERGED, make_tables, read_blocks, write_checkpoint
 from sparse_cases import copy, export
 
+from dist_export.checkpoint.columns import join_columns, to_columns
 from dist_export.checkpoint.merged import check_merged
 from dist_export.errors import CheckpointError
 from dist_export.layout.safetensors import decode_header
@@ -108,7 +109,13 @@ ENTRY = {"dense": False, "is_hashmap": True, "shape": [2, 1], "dimension": 1, "d
 def check(entries):
     raw = json.dumps(HEADER).encode()
     header = decode_header(raw, path="f", file_size=8 + len(raw) + 32)
-    check_merged(json.dumps(entries).encode(), [header], where="dir/merged")
+    is_bare = np.array([key.startswith("d.") for key in header.keys])  # what index calls "d.embedding/part_9^ "
+    names = tuple(f"{key}^ " if bare else key for key, bare in zip(header.keys, is_bare, strict=True))
+    columns = to_columns(header, file=0, place=np.arange(len(names)), is_bare=is_bare)
+    places = {name: place for place, name in enumerate(names)}
+    for indent in (None, 4):  # as RecIS writes it, and in a spelling that is looked at entry by entry
+        raw = json.dumps(entries, indent=indent).encode()
+        check_merged(raw, columns, names, places, where="dir/merged")
 
 
 SOUND = {"t.embedding/part_0_1": ENTRY, "d.embedding/part_9^ ": {"dense": True, "shape": [1], "dtype": "float32"}}
@@ -128,7 +135,7 @@ def test_a_sound_manifest_passes(more):
 
 
 def test_null_passes():
-    check_merged(b" null\n", [], where="dir/merged")
+    check_merged(b" null\n", join_columns([]), (), {}, where="dir/merged")
 
 
 @pytest.mark.parametrize(
