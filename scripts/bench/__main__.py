@@ -1,0 +1,115 @@
+"""The command: ``python -m scripts.bench``; ``scripts/bench.sh`` makes its environment first."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.bench import command, scaling, scenarios
+from scripts.bench.processes import ROOT
+from scripts.bench.report import HOW_TO_READ, describe_machine, write_json
+from scripts.bench.rounds import Place
+from scripts.bench.scenarios import Bench
+
+SCENARIOS: dict[str, Callable[[Bench], None]] = {
+    "filter": scenarios.run_filter,
+    "merge": scenarios.run_merge,
+    "split": scenarios.run_split,
+    "reshard": scenarios.run_reshard,
+    "giant": scenarios.run_giant,
+    "slots": scaling.run_slots,
+    "growth": scaling.run_growth,
+    "metadata": scaling.run_metadata,
+    "command": command.run_command,
+}
+ON_DISK = ("filter", "merge", "split", "reshard")
+
+
+def main() -> int:
+    """Run the scenarios that were asked for; return 1 where anything failed."""
+    given = _parse()
+    from dist_export.config import ExportConfig
+
+    known = frozenset(field.name for field in dataclasses.fields(ExportConfig))
+    settings = {"max_memory": given.max_memory} if given.max_memory else {}
+    unknown = settings.keys() - known
+    if unknown:
+        print(f"this version of dist_export has no setting {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    machine = describe_machine()
+    print(f"{HOW_TO_READ}\n\n{machine}")
+    if "digest" not in known:
+        print("\nThis version of dist_export cannot do without digests: there are no rows for that.")
+    document: dict[str, Any] = {"machine": machine, "size_gb": given.size, "rounds": given.rounds, "results": []}
+    failures: list[str] = []
+    for where in given.where:
+        parent = given.tmpfs if where == "tmpfs" else given.disk
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="dist_export-bench-", dir=parent) as directory:
+            bench = Bench(
+                place=Place(name=where, directory=Path(directory)),
+                size=given.size,
+                rounds=given.rounds,
+                settings=settings,
+                known=known,
+                results=document["results"],
+                failures=failures,
+            )
+            for name in given.only:
+                if where == "disk" and name not in ON_DISK:
+                    continue
+                started = time.monotonic()
+                SCENARIOS[name](bench)
+                print(f"\n({name}, {where}: {time.monotonic() - started:.0f} s in all)", flush=True)
+                if given.json:
+                    write_json(given.json, {**document, "failures": failures})
+    if failures:
+        print(f"\n{len(failures)} FAILED: {', '.join(failures)}")
+    elif not document["results"]:
+        print("\nnothing was measured: on disk run " + ", ".join(ON_DISK))
+        return 1
+    return 1 if failures else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Time exports against copies and peers.")
+    parser.add_argument("--size", type=float, default=1.0, metavar="GB", help="kept bytes of a case (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument(
+        "--only", type=_names(SCENARIOS), default=list(SCENARIOS), metavar="NAME,...", help=", ".join(SCENARIOS)
+    )
+    parser.add_argument(
+        "--where", type=_names(("tmpfs", "disk")), default=["tmpfs", "disk"], metavar="tmpfs,disk",
+        help=f"where the files lie; on disk run {', '.join(ON_DISK)}, at dim 64 alone",
+    )  # fmt: skip
+    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a directory on a tmpfs")
+    parser.add_argument("--disk", type=Path, default=ROOT / ".cache", help="a directory on a disk")
+    parser.add_argument("--max-memory", help="the setting max_memory of every export, such as 512MiB")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures there, those of each round included"
+    )
+    given = parser.parse_args()
+    if given.size <= 0 or given.rounds < 1:
+        parser.error("--size and --rounds must be above 0")
+    return given
+
+
+def _names(choices: Any) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no such name: {unknown[0]}; there are {', '.join(choices)}")
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Run the contenders of a case in rounds: all of them once in each, next to the limit of that round."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.generate import Source, generate
+from scripts.bench.judge import judge_package
+from scripts.bench.processes import ContenderError, Started, combine, run_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to do the work of a case."""
+
+    label: str
+    kind: str = "export"
+    """Which of ``contenders.py``."""
+    ranks: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of an export, besides those of the case."""
+    source: Source | None = None
+    """Where it is another one than the case's."""
+    needs: str = ""
+    """The kind that turns the source into what this contender reads, beforehand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Contenders that do the same work on the same rows."""
+
+    name: str
+    source: Source
+    num_shards: int
+    contenders: tuple[Contender, ...]
+    has_limit: bool = True
+    reference: str = ""
+    """The label of the contender that the others are compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a case runs."""
+
+    name: str
+    """tmpfs or disk."""
+    directory: Path
+    """Empty, and only ours."""
+
+
+def run_case(case: Case, place: Place, *, rounds: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one case and return its figures as plain values: ``rounds`` lists, for each round, limit and contenders.
+
+    The first run of each contender is not counted; an export's output is checked then.
+    """
+    runner = _Runner(case, place, settings)
+    try:
+        runner.make_inputs()
+        runner.warm_up()
+        measured = [runner.run_round(number) for number in range(rounds)]
+    finally:
+        runner.close()
+    return {
+        "case": case.name,
+        "where": place.name,
+        "kept_bytes": case.source.kept_bytes,
+        "num_shards": case.num_shards,
+        "reference": case.reference,
+        "contenders": [
+            {"label": contender.label, "kind": contender.kind, "ranks": contender.ranks}
+            for contender in case.contenders
+        ],
+        "rounds": measured,
+    }
+
+
+class _Runner:
+    """The files of one case, and the order of its runs."""
+
+    def __init__(self, case: Case, place: Place, settings: dict[str, Any]) -> None:
+        self._case = case
+        self._settings = {"num_shards": case.num_shards, "threads": 1, **settings}
+        self._home = place.directory / "case"
+        self._target = self._home / "out"
+        self._limit = self._home / "limit"
+        self._inputs: dict[tuple[Source, str], Path] = {}
+        self._turn = itertools.count()
+
+    def make_inputs(self) -> None:
+        """Write what the contenders read."""
+        self._home.mkdir()
+        needed = {(self._source_of(contender), contender.needs): None for contender in self._case.contenders}
+        for source, needs in sorted(needed, key=lambda pair: pair[1]):
+            if (source, "") not in self._inputs:
+                self._inputs[source, ""] = generate(self._home / f"source-{next(self._turn)}", source)
+            if needs:
+                made = self._home / f"{needs}-{next(self._turn)}"
+                job = {"kind": needs, "source": str(self._inputs[source, ""]), "target": str(made), "settings": {}}
+                run_once(needs, job, scratch=self._scratch())
+                self._inputs[source, needs] = made
+
+    def warm_up(self) -> None:
+        """Run each contender once, look at what it wrote, and keep an export's files as what the limit copies."""
+        for contender in self._case.contenders:
+            run_once(contender.label, self._job(contender), ranks=contender.ranks, scratch=self._scratch())
+            source = self._source_of(contender)
+            if contender.kind == "export":
+                judge_package(self._target, source, self._inputs[source, ""], label=contender.label)
+                if self._case.has_limit and not self._limit.exists():
+                    self._limit.mkdir()
+                    for path in self._target.glob("*.safetensors"):
+                        path.rename(self._limit / path.name)
+            elif contender.kind != "plan":
+                written = sum(path.stat().st_size for path in self._target.rglob("*") if path.is_file())
+                if written < source.kept_bytes:
+                    raise ContenderError(f"{contender.label}: wrote {written:,} of {source.kept_bytes:,} bytes")
+            self._clear()
+
+    def run_round(self, number: int) -> dict[str, Any]:
+        """Run the limit and every contender once; who comes first changes from round to round."""
+        contenders: Sequence[Contender] = self._case.contenders
+        started = {contender.label: self._start(contender) for contender in contenders}
+        limit = self._start_limit() if self._case.has_limit else None
+        try:
+            for one in started.values():
+                one.wait_until_ready()
+            found: dict[str, Any] = {"limits": {}, "contenders": {}}
+            if limit is not None:
+                limit.wait_until_ready()
+                found["limits"] = limit.work()[0]["limits"]
+            first = number % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                found["contenders"][contender.label] = combine(started[contender.label].work())
+                self._clear()
+            return found
+        finally:
+            for one in (*started.values(), *([limit] if limit is not None else [])):
+                one.close()
+
+    def close(self) -> None:
+        """Remove all files of the case."""
+        shutil.rmtree(self._home)
+
+    def _start(self, contender: Contender) -> Started:
+        scratch = self._scratch()
+        scratch.mkdir(parents=True)
+        return Started(contender.label, self._job(contender), ranks=contender.ranks, scratch=scratch)
+
+    def _start_limit(self) -> Started:
+        scratch = self._scratch()
+        scratch.mkdir(parents=True)
+        writers = sorted({contender.ranks for contender in self._case.contenders})
+        job = {"kind": "limit", "source": str(self._limit), "target": str(self._target), "writers": writers}
+        return Started("the limit", job, ranks=1, scratch=scratch)
+
+    def _job(self, contender: Contender) -> dict[str, Any]:
+        return {
+            "kind": contender.kind,
+            "source": str(self._inputs[self._source_of(contender), contender.needs]),
+            "target": str(self._target),
+            "settings": {**self._settings, **contender.settings},
+        }
+
+    def _source_of(self, contender: Contender) -> Source:
+        return contender.source or self._case.source
+
+    def _scratch(self) -> Path:
+        return self._home / "scratch" / str(next(self._turn))
+
+    def _clear(self) -> None:
+        if self._target.exists():
+            shutil.rmtree(self._target)
