@@ -66,7 +66,10 @@ class Started:
             process.wait(TIMEOUT_SECS)
         return told
 
-    def close(self) -> None:
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End what still runs."""
         for process in self._ranks:
             if process.poll() is None:
@@ -97,12 +100,9 @@ class Started:
 def run_once(label: str, job: Mapping[str, Any], *, ranks: int = 1, scratch: Path) -> list[dict[str, Any]]:
     """Start one contender, let it work, and return what its ranks told."""
     scratch.mkdir(parents=True)
-    started = Started(label, job, ranks=ranks, scratch=scratch)
-    try:
+    with Started(label, job, ranks=ranks, scratch=scratch) as started:
         started.wait_until_ready()
         return started.work()
-    finally:
-        started.close()
 
 
 def combine(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

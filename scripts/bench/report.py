@@ -18,7 +18,8 @@ in every round. `time / limit` is the median over the rounds of its seconds over
 with least and greatest; the limit is the fastest of cp, sendfile and copy_file_range, with as many writers as the
 contender has ranks, copying files that hold nothing but the kept bytes. Every contender and the limit sync each file:
 dist_export does so of itself, for the others the harness does it within the timed work (on tmpfs a sync costs nothing).
-The sources lie in the page cache where it has room. Memory is the highest above what the process had after its imports
+Where a file system can share blocks between files (btrfs, xfs) a copy shares them and is no limit. The sources
+lie in the page cache where it has room. Memory is the highest above what the process had after its imports
 (torch among them), of the rank that used most: anonymous, and mapped (files and shared memory). GB and MB are decimal."""
 
 
@@ -60,11 +61,10 @@ def summarize(result: dict[str, Any]) -> list[dict[str, Any]]:
     for contender in result["contenders"]:
         label = contender["label"]
         runs = [found["contenders"][label] for found in result["rounds"]]
-        seconds, limits = seconds_of(result, label), limits_of(result, contender["ranks"])
+        seconds, limits = seconds_of(result, label), limits_of(result, contender["writers"])
         reference = result["reference"]
         summary: dict[str, Any] = {
             "label": label,
-            "ranks": contender["ranks"],
             "seconds": spread(seconds),
             "to_limit": ratios(seconds, limits) if limits else None,
             "to_reference": ratios(seconds, seconds_of(result, reference)) if reference else None,
@@ -99,7 +99,7 @@ def render_case(result: dict[str, Any]) -> str:
         f"\n### {title}, {result['where']}\n",
         *render_table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in summaries]),
     ]
-    writers = sorted({contender["ranks"] for contender in result["contenders"]})
+    writers = sorted({contender["writers"] for contender in result["contenders"]})
     for number in writers:
         limits = limits_of(result, number)
         if limits:
@@ -107,7 +107,7 @@ def render_case(result: dict[str, Any]) -> str:
                 min(found["limits"][str(number)].items(), key=lambda item: item[1])[0] for found in result["rounds"]
             ]
             ways = ", ".join(sorted(set(fastest)))
-            lines.append(f"\nlimit, {number} writers: {spread(limits)} s, by {ways}")
+            lines.append(f"\nlimit, {number} writer{'s' * (number > 1)}: {spread(limits)} s, by {ways}")
     lines += [
         f"\n{_tell_faster(row['to_reference'].median, row['label'])}"
         for row in summaries

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,19 @@ class Contender:
     kind: str = "export"
     """Which of ``contenders.py``."""
     ranks: int = 1
+    threads: int = 1
+    """Of each rank of an export that write; a peer has one."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of an export, besides those of the case."""
     source: Source | None = None
     """Where it is another one than the case's."""
     needs: str = ""
     """The kind that turns the source into what this contender reads, beforehand."""
+
+    @property
+    def num_writers(self) -> int:
+        """How many write at once; the limit that it is compared with has as many."""
+        return self.ranks * self.threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ def run_case(case: Case, place: Place, *, rounds: int, settings: dict[str, Any])
         "num_shards": case.num_shards,
         "reference": case.reference,
         "contenders": [
-            {"label": contender.label, "kind": contender.kind, "ranks": contender.ranks}
+            {"label": contender.label, "kind": contender.kind, "writers": contender.num_writers}
             for contender in case.contenders
         ],
         "rounds": measured,
@@ -84,7 +91,7 @@ class _Runner:
 
     def __init__(self, case: Case, place: Place, settings: dict[str, Any]) -> None:
         self._case = case
-        self._settings = {"num_shards": case.num_shards, "threads": 1, **settings}
+        self._settings = {"num_shards": case.num_shards, **settings}
         self._home = place.directory / "case"
         self._target = self._home / "out"
         self._limit = self._home / "limit"
@@ -106,45 +113,46 @@ class _Runner:
 
     def warm_up(self) -> None:
         """Run each contender once, look at what it wrote, and keep an export's files as what the limit copies."""
-        for contender in self._case.contenders:
-            run_once(contender.label, self._job(contender), ranks=contender.ranks, scratch=self._scratch())
-            source = self._source_of(contender)
-            if contender.kind == "export":
-                judge_package(self._target, source, self._inputs[source, ""], label=contender.label)
-                if self._case.has_limit and not self._limit.exists():
-                    self._limit.mkdir()
-                    for path in self._target.glob("*.safetensors"):
-                        path.rename(self._limit / path.name)
-            elif contender.kind != "plan":
-                written = sum(path.stat().st_size for path in self._target.rglob("*") if path.is_file())
-                if written < source.kept_bytes:
-                    raise ContenderError(f"{contender.label}: wrote {written:,} of {source.kept_bytes:,} bytes")
-            self._clear()
+        with contextlib.ExitStack() as held:
+            started = [held.enter_context(self._start(contender)) for contender in self._case.contenders]
+            for one in started:
+                one.wait_until_ready()
+            for contender, one in zip(self._case.contenders, started, strict=True):
+                one.work()
+                self._judge(contender)
+                self._clear()
 
     def run_round(self, number: int) -> dict[str, Any]:
         """Run the limit and every contender once; who comes first changes from round to round."""
-        contenders: Sequence[Contender] = self._case.contenders
-        started = {contender.label: self._start(contender) for contender in contenders}
-        limit = self._start_limit() if self._case.has_limit else None
-        try:
-            for one in started.values():
+        with contextlib.ExitStack() as held:
+            started = [(one, held.enter_context(self._start(one))) for one in self._case.contenders]
+            limit = held.enter_context(self._start_limit()) if self._case.has_limit else None
+            for one in (*(one for _, one in started), *([limit] if limit is not None else [])):
                 one.wait_until_ready()
-            found: dict[str, Any] = {"limits": {}, "contenders": {}}
-            if limit is not None:
-                limit.wait_until_ready()
-                found["limits"] = limit.work()[0]["limits"]
-            first = number % len(contenders)
-            for contender in (*contenders[first:], *contenders[:first]):
-                found["contenders"][contender.label] = combine(started[contender.label].work())
+            limits = {} if limit is None else limit.work()[0]["limits"]
+            found = {}
+            first = number % len(started)
+            for contender, one in (*started[first:], *started[:first]):
+                found[contender.label] = combine(one.work())
                 self._clear()
-            return found
-        finally:
-            for one in (*started.values(), *([limit] if limit is not None else [])):
-                one.close()
+            return {"limits": limits, "contenders": found}
 
     def close(self) -> None:
         """Remove all files of the case."""
         shutil.rmtree(self._home)
+
+    def _judge(self, contender: Contender) -> None:
+        source = self._source_of(contender)
+        if contender.kind != "export":
+            written = sum(path.stat().st_size for path in self._target.rglob("*") if path.is_file())
+            if written < source.kept_bytes:
+                raise ContenderError(f"{contender.label}: wrote {written:,} of {source.kept_bytes:,} bytes")
+            return
+        judge_package(self._target, source, self._inputs[source, ""], label=contender.label)
+        if self._case.has_limit and not self._limit.exists():
+            self._limit.mkdir()
+            for path in self._target.glob("*.safetensors"):
+                path.rename(self._limit / path.name)
 
     def _start(self, contender: Contender) -> Started:
         scratch = self._scratch()
@@ -154,7 +162,7 @@ class _Runner:
     def _start_limit(self) -> Started:
         scratch = self._scratch()
         scratch.mkdir(parents=True)
-        writers = sorted({contender.ranks for contender in self._case.contenders})
+        writers = sorted({contender.num_writers for contender in self._case.contenders})
         job = {"kind": "limit", "source": str(self._limit), "target": str(self._target), "writers": writers}
         return Started("the limit", job, ranks=1, scratch=scratch)
 
@@ -163,7 +171,7 @@ class _Runner:
             "kind": contender.kind,
             "source": str(self._inputs[self._source_of(contender), contender.needs]),
             "target": str(self._target),
-            "settings": {**self._settings, **contender.settings},
+            "settings": {**self._settings, "threads": contender.threads, **contender.settings},
         }
 
     def _source_of(self, contender: Contender) -> Source:

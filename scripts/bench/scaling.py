@@ -8,7 +8,7 @@ import statistics
 import time
 
 from scripts.bench.generate import METADATA_SCALE, Source, generate
-from scripts.bench.processes import ContenderError, combine, run_once
+from scripts.bench.processes import combine, run_once
 from scripts.bench.report import fit_line, render_table, seconds_of, spread, summarize
 from scripts.bench.rounds import Case, Contender
 from scripts.bench.scenarios import REFERENCE, Bench
@@ -19,8 +19,6 @@ GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 def run_slots(bench: Bench) -> None:
     """0 to 3 real dropped slots, at half the size for all four sources stand side by side. Not on disk."""
-    if bench.is_disk:
-        return
     sources = [Source.of_size(bench.kept_bytes / 2, dim=64, num_dropped=number, holes="none") for number in range(4)]
     labels = [f"{number} dropped slots" for number in range(4)]
     result = bench.run(
@@ -49,8 +47,6 @@ def run_slots(bench: Bench) -> None:
 
 def run_growth(bench: Bench) -> None:
     """A quarter of the size to four times the size: seconds should lie on a line, memory should not grow. Not on disk."""
-    if bench.is_disk:
-        return
     points, peaks = [], []
     for factor in GROWTH:
         source = Source.of_size(bench.kept_bytes * factor, dim=64)
@@ -90,8 +86,6 @@ def run_growth(bench: Bench) -> None:
 
 def run_metadata(bench: Bench) -> None:
     """A million blocks in 4,096 files: the plan, and the files that describe the package. 2 rounds. Not on disk."""
-    if bench.is_disk:
-        return
     home = bench.place.directory / "metadata"
     # a smoke run asks for few bytes; it gets few shards
     scale = min(1.0, bench.size)
@@ -112,7 +106,7 @@ def run_metadata(bench: Bench) -> None:
                 "settings": {**bench.settings, "num_shards": "source"},
             }
             rounds.append(combine(run_once("plan", job, scratch=home / f"scratch-{number}")))
-    except (ContenderError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 -- whatever it was is told, and the benchmarks end with exit code 1
         bench.fail("metadata", error)
         return
     finally:
