@@ -6,6 +6,7 @@ never by the file's name; ``index`` says which files count, so files of an earli
 
 from __future__ import annotations
 
+import concurrent.futures
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,11 @@ from dist_export.layout.safetensors import Header, decode_header, header_length
 from dist_export.storage import Directory
 
 T = TypeVar("T")
+
+_REQUESTS_AT_ONCE = 16
+"""Of an object store, where the answer to each takes longer than the header behind it."""
+_HEADERS_AT_ONCE = 128
+"""Held in memory as they came."""
 
 _LEFTOVER = re.compile(r"ckpt-.*\.(tmp|json|index)$|.*\.tmp$|\d+tensorkey\.json$|\d+" + re.escape(MERGED) + "$")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors$")
@@ -76,11 +82,10 @@ class RecisReader:
     def read_headers(self, files: range) -> HeaderShare:
         """Read and check the headers of these files, and that ``index`` knows each of their blocks."""
         found = []
-        for number in files:
+        for number, raw in zip(files, self._read_raw_headers(files), strict=True):
             file = self.files[number]
-            where = self.directory.describe(file.name)
-            raw = _reading(where, partial(self._read_header, file, where))
-            found.append(self._match_index(number, decode_header(raw, path=where, file_size=file.size)))
+            header = decode_header(raw, path=self.directory.describe(file.name), file_size=file.size)
+            found.append(self._match_index(number, header))
         return HeaderShare(join_columns(found), self._index_digest())
 
     def assemble(self, shares: Sequence[HeaderShare]) -> Checkpoint:
@@ -124,6 +129,19 @@ class RecisReader:
 
     def _read(self, name: str) -> bytes:
         return _reading(self.directory.describe(name), partial(self.directory.read, name))
+
+    def _read_raw_headers(self, files: range) -> Iterator[bytes]:
+        if self.directory.is_local:  # threads would only get in each other's way
+            yield from map(self._read_raw_header, files)
+            return
+        with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            for first in range(0, len(files), _HEADERS_AT_ONCE):
+                yield from pool.map(self._read_raw_header, files[first : first + _HEADERS_AT_ONCE])
+
+    def _read_raw_header(self, number: int) -> bytes:
+        file = self.files[number]
+        where = self.directory.describe(file.name)
+        return _reading(where, partial(self._read_header, file, where))
 
     def _read_header(self, file: SourceFile, where: str) -> bytes:
         with self.directory.open_reader(file.name) as reader:

@@ -388,6 +388,15 @@ def test_readers_ignore_fields_that_they_do_not_know(package: Path) -> None:
     assert dist_export.open_package(package).manifest.tables[0].name == "user_emb"
 
 
+def test_a_field_that_was_added_after_the_commit_is_found_out(package: Path) -> None:
+    for indent in (None, 1):
+        document = json.loads((package / "manifest.json").read_text())
+        document["later"] = {"a": 1}
+        (package / "manifest.json").write_text(json.dumps(document, indent=indent))
+        with pytest.raises(PackageError, match="is not what was committed"):
+            dist_export.open_package(package)
+
+
 def test_a_later_schema_is_refused(package: Path) -> None:
     edit_json(package / "manifest.json", lambda d: d.update(schema_version=99))
     with pytest.raises(PackageError, match="newer dist_export"):
