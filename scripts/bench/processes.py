@@ -79,12 +79,16 @@ class Started:
             _pipe(process.stdout).close()
 
     def _hear(self) -> list[dict[str, Any]]:
-        late = threading.Timer(TIMEOUT_SECS, lambda: [process.kill() for process in self._ranks])
+        late = threading.Timer(TIMEOUT_SECS, self._kill)
         late.start()
         try:
             return [self._hear_one(rank) for rank in range(len(self._ranks))]
         finally:
             late.cancel()
+
+    def _kill(self) -> None:
+        for process in self._ranks:
+            process.kill()
 
     def _hear_one(self, rank: int) -> dict[str, Any]:
         process = self._ranks[rank]
