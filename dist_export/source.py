@@ -17,7 +17,7 @@ from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.storage import Directory
 from dist_export.transfer.census import check_unique, take_census
-from dist_export.transfer.threads import run_threads
+from dist_export.transfer.threads import keep_freed_memory, run_threads
 
 _DEFAULT_THREADS = 4
 
@@ -79,6 +79,8 @@ def plan_sparse(
     limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config))
     shares = share_parts(checkpoint, ranks.world_size * limits.threads)
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+
+    keep_freed_memory()
 
     def count(share: list[int]) -> Census:
         return take_census(checkpoint, targets, share, held_ids=limits.held_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import resource
 import shutil
@@ -312,10 +313,32 @@ class Staging:
         path = Path(self.path(name))
         return Directory(path.parent).open_reader(path.name)
 
+    @functools.cached_property
+    def _is_in_memory(self) -> bool:
+        return is_in_memory(self._target.path if self._temporary is None else self._temporary)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse to begin on a tmpfs that has not got so many bytes left; other file systems tell in :meth:`create`.
+
+        Raises:
+            TransferError: no space.
+        """
+        if not self._is_in_memory:
+            return
+        folder = self._target.path if self._temporary is None else self._temporary
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+        if num_bytes > free:
+            raise TransferError(
+                f"{folder}: no room for {num_bytes:,} bytes: the tmpfs has {free:,} left. Nothing was published; free "
+                "space there and run the export again"
+            )
+
     def create(self, name: str, num_bytes: int) -> None:
         """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
 
         Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
+        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there).
 
         Raises:
             TransferError: no space.
@@ -324,7 +347,9 @@ class Staging:
         self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            if num_bytes:
+            if self._is_in_memory:
+                os.ftruncate(fd, num_bytes)
+            elif num_bytes:
                 _reserve(fd, num_bytes)
         except OSError as error:
             where = self._target.describe(name) if self._temporary is None else path
@@ -362,6 +387,19 @@ def _reserve(fd: int, num_bytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, num_bytes)
+
+
+def is_in_memory(path: str) -> bool:
+    """Whether a local path lies on a tmpfs; False where the system does not tell."""
+    try:
+        device = os.stat(path).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            lines = [line.split() for line in mounts]
+    except OSError:
+        return False
+    # "36 35 0:28 / /dev/shm rw shared:4 - tmpfs tmpfs rw": proc(5)
+    name = f"{os.major(device)}:{os.minor(device)}"
+    return any(words[2] == name and words[words.index("-") + 1] == "tmpfs" for words in lines if "-" in words)
 
 
 def sync_directory(path: str) -> None:

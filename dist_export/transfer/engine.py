@@ -154,6 +154,8 @@ class Transfer:
         mine = [n for n in range(ranks.rank, len(plan.files), ranks.world_size) if n not in self._reused]
 
         def reserve() -> None:
+            left = sum(file.num_bytes for number, file in enumerate(plan.files) if number not in self._reused)
+            self._staging.check_room(left)
             for number in mine:
                 self._reserved.append(plan.files[number].name)
                 self._staging.create(plan.files[number].name, plan.files[number].num_bytes)

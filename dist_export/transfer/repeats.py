@@ -25,10 +25,10 @@ _MULTIPLIERS = tuple(
 _FEW = 1 << 10
 """So many ids are sorted: a sweep costs more than that."""
 
-_DIRECT_IDS = 1 << 17
+_DIRECT_IDS = 1 << 19
 """Up to so many ids the table of one sweep stays near the cores; more are dealt into buckets as they come."""
 
-_BUCKET_IDS = 1 << 16
+_BUCKET_IDS = 1 << 17
 _MAX_BUCKET_BITS = 8
 
 _DEAL_IDS = 1 << 16
@@ -43,10 +43,8 @@ def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
             break
         bits = (len(left) - 1).bit_length() + 1
         hashed = left * multiplier
-        hashed ^= hashed >> np.uint64(29)  # so that ids which share their low bits part as well
         if groups is not None:
-            hashed += groups.view(np.uint64)
-        hashed *= _MULTIPLIERS[0]
+            hashed ^= groups.view(np.uint64) * _MULTIPLIERS[-1]
         hashed >>= np.uint64(64 - bits)
         places = hashed.view(np.int64)
         table = np.empty(1 << bits, np.int32)
