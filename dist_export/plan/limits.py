@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from dist_export.errors import PlanError
 
-_WRITE_BYTES = 512 << 10
-"""What one write of a gather should carry: less, and the calls cost more than the bytes."""
+_WRITE_BYTES = 128 << 10
+"""What one write of a gather should carry at least: less, and the calls cost more than the bytes."""
 
-_MIN_GATHER_BYTES = 4 << 20
+_MIN_GATHER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

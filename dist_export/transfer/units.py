@@ -16,8 +16,8 @@ from dist_export.plan.units import Unit
 from dist_export.storage import OpenReaders
 from dist_export.transfer.files import StagedFiles
 
-_BUFFER_BYTES = 4 << 20
-"""Of one read, hash and write: small enough for the cache that cores share, large enough to be seldom without the GIL."""
+_BUFFER_BYTES = 1 << 20
+"""Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
 
 
 class UnitRunner:
@@ -141,9 +141,10 @@ class UnitRunner:
         self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
         owners = _owners_of(plan, table, ids, chunk.pieces)
         order = np.argsort(owners, kind="stable")
-        counts = np.bincount(owners, minlength=len(target_of.slices))
+        edges = np.searchsorted(owners.take(order), np.arange(len(target_of.slices) + 1))
+        counts = np.diff(edges)
         present = np.flatnonzero(counts)
-        starts = (np.cumsum(counts) - counts)[present]
+        starts = edges[present]
         for slot in plan.slots_of(table):
             if not slot.row_bytes:
                 continue
