@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.bench.watch import touch_memory
+
 _MAX_BYTES = 1 << 30
 """Of one system call."""
 
@@ -28,8 +30,11 @@ class Range(NamedTuple):
     end: int
 
 
-def time_limits(files: Path, target: Path, num_writers: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Copy all files of a directory to ``target`` in each way; return seconds by number of writers and way."""
+def time_limits(files: Path, target: Path, num_writers: Sequence[int], *, touch: int) -> dict[str, dict[str, float]]:
+    """Copy all files of a directory to ``target`` in each way; return seconds by number of writers and way.
+
+    ``touch``: bytes of memory to touch before each, see :func:`~scripts.bench.watch.touch_memory`.
+    """
     paths = sorted(files.iterdir())
     found: dict[str, dict[str, float]] = {}
     for writers in num_writers:
@@ -41,6 +46,7 @@ def time_limits(files: Path, target: Path, num_writers: Sequence[int]) -> dict[s
         }
         found[str(writers)] = {}
         for way, copy in ways.items():
+            touch_memory(touch)
             target.mkdir()
             begin = time.monotonic()
             copy()

@@ -35,7 +35,14 @@ class Started:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         for rank in range(ranks):
             log = scratch / f"{rank}.log"
-            whole = {**job, "rank": rank, "ranks": ranks, "meeting": str(scratch / "meeting"), "timeout": TIMEOUT_SECS}
+            whole = {
+                "touch": 0,
+                **job,
+                "rank": rank,
+                "ranks": ranks,
+                "meeting": str(scratch / "meeting"),
+                "timeout": TIMEOUT_SECS,
+            }
             with log.open("w") as errors:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "scripts.bench.worker", json.dumps(whole)],

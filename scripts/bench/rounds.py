@@ -13,6 +13,8 @@ from scripts.bench.generate import Source, generate
 from scripts.bench.judge import judge_package
 from scripts.bench.processes import ContenderError, Started, combine, run_once
 
+_ROOM_BYTES = 256 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -164,6 +166,7 @@ class _Runner:
         scratch.mkdir(parents=True)
         writers = sorted({contender.num_writers for contender in self._case.contenders})
         job = {"kind": "limit", "source": str(self._limit), "target": str(self._target), "writers": writers}
+        job["touch"] = self._touch
         return Started("the limit", job, ranks=1, scratch=scratch)
 
     def _job(self, contender: Contender) -> dict[str, Any]:
@@ -172,7 +175,13 @@ class _Runner:
             "source": str(self._inputs[self._source_of(contender), contender.needs]),
             "target": str(self._target),
             "settings": {**self._settings, "threads": contender.threads, **contender.settings},
+            "touch": self._touch,
         }
+
+    @property
+    def _touch(self) -> int:
+        """Bytes that a contender is about to need: its output, and room for what it holds."""
+        return int(self._case.source.kept_bytes * 1.1) + _ROOM_BYTES
 
     def _source_of(self, contender: Contender) -> Source:
         return contender.source or self._case.source

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.watch import MemoryWatch, count_read_bytes
+from scripts.bench.watch import MemoryWatch, count_read_bytes, touch_memory
 
 MARK = "@bench "
 """Begins the lines on stdout that are meant for the one who started this process."""
@@ -26,7 +26,7 @@ def main() -> None:
 
         _tell({"ready": True})
         if sys.stdin.readline():
-            _tell({"limits": time_limits(Path(job["source"]), Path(job["target"]), job["writers"])})
+            _tell({"limits": time_limits(Path(job["source"]), Path(job["target"]), job["writers"], touch=job["touch"])})
         return
     from scripts.bench.contenders import prepare
 
@@ -35,6 +35,8 @@ def main() -> None:
     if not sys.stdin.readline():
         return
     meet = _join(job)
+    if job["rank"] == 0:
+        touch_memory(job["touch"])
     read_before = count_read_bytes()
     watch = MemoryWatch()
     meet()
