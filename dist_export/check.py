@@ -51,7 +51,7 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
             _check_slices(plan, target, held, run)
             tables = blocks.table[held]
             np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
-            np.add.at(sum_of_table, tables, np.add.reduceat(mix(run.ids), run.starts))
+            np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
         present = np.unique(blocks.table[chosen]).tolist()
     return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
 
@@ -61,7 +61,7 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
     lengths = np.diff(np.append(run.starts, len(run.ids)))
     for size in np.unique(blocks.size[held]).tolist():  # one, as a rule
         places = places_of(run.ids, size).view(np.int64)
-        lowest, highest = np.minimum.reduceat(places, run.starts), np.maximum.reduceat(places, run.starts)
+        lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
         is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
         wrong = np.flatnonzero(is_wrong & (blocks.size[held] == size))
         if len(wrong):
@@ -101,6 +101,14 @@ def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, Tabl
             )
         totals.append(found)
     return totals
+
+
+def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Reduce each block's values; a single block takes the way that uses the processor's vectors."""
+    if len(starts) == 1:
+        whole: np.ndarray = operation.reduce(values, keepdims=True)
+        return whole
+    return operation.reduceat(values, starts)
 
 
 _NOTHING_PUBLISHED = "No manifest was written, so there is no package; run the export again"

@@ -121,7 +121,7 @@ class HeldIds:
         mixed = fresh.view(np.uint64) * _MULTIPLIERS[-1]
         mixed >>= np.uint64(64 - self._bits)
         buckets = mixed.astype(np.uint8)
-        fresh[:] = fresh.take(np.argsort(buckets, kind="stable"))  # a radix sort, for bytes are short
-        counts = np.bincount(buckets, minlength=1 << self._bits)
-        self._edges.append(self._num_dealt + np.concatenate([[0], np.cumsum(counts)]))
+        order = np.argsort(buckets, kind="stable")  # a radix sort, for bytes are short
+        fresh[:] = fresh.take(order)
+        self._edges.append(self._num_dealt + np.searchsorted(buckets.take(order), np.arange((1 << self._bits) + 1)))
         self._num_dealt = self._count
