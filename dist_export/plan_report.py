@@ -86,8 +86,9 @@ def render_report(report: dict[str, Any]) -> list[str]:
             lines.append(f"  dense tensors {what}: {', '.join(names)}")
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
+    threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
     lines += [
-        f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}"
+        f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}{threads}"
         for share in report["ranks"]
     ]
     if report["dense"]:

@@ -124,7 +124,7 @@ class UnitRunner:
             first, left = gather.first_row, gather.num_rows
             while left:
                 num_rows = min(left, chunk.num_free)
-                chunk.pieces.append(_Piece(gather.part, first, num_rows))
+                chunk.add(_Piece(gather.part, first, num_rows))
                 first, left = first + num_rows, left - num_rows
                 if not chunk.num_free:
                     self._flush(chunk)
@@ -163,8 +163,7 @@ class UnitRunner:
             for file, position, begin, end in zip(files, positions, begins.tolist(), ends.tolist(), strict=True):
                 if file not in self._skip:
                     self._outputs.write(file, view[begin:end], position)
-        chunk.next_rows += counts
-        chunk.pieces.clear()
+        chunk.moved(counts)
 
     def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
@@ -196,6 +195,8 @@ class _Chunk:
         num_targets = len(plan.targets[self.table].slices)
         self._capacity = limits.gather_rows(widest, num_targets)
         self.pieces: list[_Piece] = []
+        self.num_rows = 0
+        """The rows in ``pieces``."""
         self.rows_in = np.empty(self._capacity * widest, np.uint8)
         self.rows_out = np.empty(self._capacity * widest, np.uint8)
         self.next_rows = np.zeros(num_targets, np.int64)
@@ -204,14 +205,20 @@ class _Chunk:
         """Where rows after those go; -1 for a target that got none yet."""
 
     @property
-    def num_rows(self) -> int:
-        """The rows in ``pieces``."""
-        return sum(piece.num_rows for piece in self.pieces)
-
-    @property
     def num_free(self) -> int:
         """The rows that there is still room for."""
         return self._capacity - self.num_rows
+
+    def add(self, piece: _Piece) -> None:
+        """Take in rows, as many as there is room for."""
+        self.pieces.append(piece)
+        self.num_rows += piece.num_rows
+
+    def moved(self, counts: np.ndarray) -> None:
+        """Forget the rows, of which each target got so many."""
+        self.next_rows += counts
+        self.pieces.clear()
+        self.num_rows = 0
 
     def follows(self, gather: Gather) -> bool:
         """Whether the rows of a gather come, in every target, right behind those that came before."""

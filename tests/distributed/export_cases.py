@@ -1,4 +1,4 @@
-"""Export every fixture for every number of shards, in one job; started by torchrun, or alone. usage: FIXTURES OUT"""
+"""Export every fixture for every number of shards, in one job; started by torchrun, or alone. usage: FIXTURES OUT THREADS"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fixture_cases import CASES, NUM_SHARDS
 import dist_export
 
 
-def main(fixtures: Path, out: Path) -> None:
+def main(fixtures: Path, out: Path, threads: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")  # one group for all exports, as inside a training job
     for case in CASES:
@@ -23,6 +23,7 @@ def main(fixtures: Path, out: Path) -> None:
                     "export_dir": str(out / case / str(num_shards)),
                     "filter_sparse_opt": True,
                     "num_shards": num_shards,
+                    "threads": threads,
                 }
             )
     if dist.is_initialized():
@@ -30,4 +31,4 @@ def main(fixtures: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -33,7 +33,7 @@ def one_rank(recis_fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What one rank writes, for all cases and shard counts."""
     out = tmp_path_factory.mktemp("one_rank")
     done = subprocess.run(
-        [sys.executable, "distributed/export_cases.py", str(recis_fixtures), str(out)],
+        [sys.executable, "distributed/export_cases.py", str(recis_fixtures), str(out), "1"],
         cwd=TESTS,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
         capture_output=True,
@@ -52,12 +52,12 @@ def test_one_rank_gives_the_truth(one_rank: Path, recis_fixtures: Path) -> None:
             check_against_truth(one_rank / case / str(num_shards), recis_fixtures, case)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_bytes_do_not_depend_on_the_number_of_ranks(
-    world_size: int, one_rank: Path, recis_fixtures: Path, tmp_path: Path
+@pytest.mark.parametrize(("world_size", "threads"), [(2, 3), (3, 1), (4, 2)])
+def test_bytes_do_not_depend_on_the_number_of_ranks_and_threads(
+    world_size: int, threads: int, one_rank: Path, recis_fixtures: Path, tmp_path: Path
 ) -> None:
-    """Shards, indexes and manifest (but for its run section) are those of one rank."""
-    done = torchrun(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path))
+    """Shards, indexes and manifest (but for its run section) are those of one rank with one thread."""
+    done = torchrun(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads))
     assert done.returncode == 0, done.stderr[-4000:]
     for case in CASES:
         for num_shards in NUM_SHARDS:

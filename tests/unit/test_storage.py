@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
-from dist_export import digests
+from dist_export import digests, storage
 from dist_export.digests import digest_bytes, root_digest
 from dist_export.errors import ConfigError, ExportError, TransferError
-from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_file, local_tree
+from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_file, is_in_memory, local_tree
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -254,3 +257,43 @@ def test_local_tree(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     assert local_tree(tmp_path) == ["a/.hidden", "a/x", "b"]
+
+
+# ---- room ----------------------------------------------------------------------------------------------------------
+
+
+def in_memory_folder():
+    folder = Path("/dev/shm")
+    if not is_in_memory(str(folder)):
+        pytest.skip("/dev/shm is no tmpfs here")
+    return tempfile.TemporaryDirectory(dir=folder)
+
+
+def test_a_tmpfs_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in", make_tables({"a": 200}, 2))
+    with in_memory_folder() as folder:
+        real = os.statvfs
+        monkeypatch.setattr(
+            storage.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=real(path).f_frsize)
+        )
+        with pytest.raises(TransferError, match=r"no room for [\d,]+ bytes: the tmpfs has [\d,]+ left"):
+            export(tmp_path / "in", f"{folder}/out", num_shards=3)
+        assert [path.name for path in Path(folder, "out").iterdir()] == [WORK_DIRECTORY]
+        monkeypatch.undo()
+        export(tmp_path / "in", f"{folder}/out", num_shards=3)
+
+
+def test_what_lies_in_memory():
+    assert not is_in_memory("/proc/self")
+    assert not is_in_memory("/nowhere/at/all")
+
+
+def test_a_disk_is_asked_for_its_space_beforehand(tmp_path, monkeypatch):
+    if is_in_memory(str(tmp_path)):
+        pytest.skip("the temporary directory is a tmpfs")
+    write_checkpoint(tmp_path / "in", make_tables({"a": 200}, 2))
+    asked = []
+    real = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, *range: (asked.append(range), real(fd, *range))[1])
+    export(tmp_path / "in", tmp_path / "out", num_shards=3)
+    assert sorted(asked) == sorted((0, path.stat().st_size) for path in (tmp_path / "out").glob("model*"))
