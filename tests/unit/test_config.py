@@ -189,3 +189,40 @@ def test_a_config_built_by_hand_is_checked_when_it_is_used() -> None:
     for settings in ({"num_shards": "foo", "filter_sparse_opt": True}, {"archive_format": "zip"}, {"fg_rules": "x"}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             dist_export.export(ExportConfig(**PLACES, **settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (1 << 30, 1 << 30),
+        ("134217728", 128 << 20),
+        ("512MiB", 512 << 20),
+        ("512 mib", 512 << 20),
+        ("2GB", 2_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("1e9", 1_000_000_000),
+        ("100000 kB", 100_000_000),
+    ],
+)
+def test_memory_as_people_write_it(text, expected):
+    assert load_config({"ckpt_dir": "a", "export_dir": "b", "max_memory": text}).max_memory_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("max_memory", "much", "max_memory is 'much'; give bytes, or a number with a unit such as 512MiB or 2GB"),
+        ("max_memory", "-1GB", "give bytes, or a number with a unit"),
+        ("max_memory", "1e999", "no machine has that much"),
+        ("max_memory", "63MiB", "max_memory is '63MiB'; give 64MiB or more"),
+        ("max_memory", 5, "max_memory is 5; give 64MiB or more"),
+        ("threads", 0, "threads is 0; give a number from 1 to 64, or null"),
+        ("threads", 65, "threads is 65"),
+        ("digest", "md5", "digest is 'md5'; expected xxh3 or sha256 or blake3 or none"),
+    ],
+)
+def test_the_engines_settings_are_checked_when_the_config_is_built(setting, value, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config({"ckpt_dir": "a", "export_dir": "b", setting: value})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
