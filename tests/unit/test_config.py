@@ -218,7 +218,7 @@ def test_memory_as_people_write_it(text, expected):
         ("max_memory", 5, "max_memory is 5; give 64MiB or more"),
         ("threads", 0, "threads is 0; give a number from 1 to 64, or null"),
         ("threads", 65, "threads is 65"),
-        ("digest", "md5", "digest is 'md5'; expected xxh3 or sha256 or blake3 or none"),
+        ("digest", "md5", "digest has the wrong type; expected xxh3 or sha256 or blake3 or none"),
     ],
 )
 def test_the_engines_settings_are_checked_when_the_config_is_built(setting, value, said):
