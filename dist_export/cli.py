@@ -62,7 +62,7 @@ def _export(argv: list[str]) -> int:
         timeout_secs = parse_settings(parser, argv).timeout
     except ConfigError:
         timeout_secs = ExportConfig.timeout
-    ranks = join(timeout_secs=timeout_secs)
+    ranks = join(timeout_secs=timeout_secs, is_own_process=True)
     try:
         summary = work()
     except DistExportError as error:

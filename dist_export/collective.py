@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -24,6 +25,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
+
+_NO_LIMIT = timedelta(days=30)
+"""A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
+
+_STORE_TIMEOUT = timedelta(seconds=5)
+
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+"""Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
+the shell that did it."""
 
 _FROM_END = 1 << 32
 
@@ -36,7 +46,15 @@ class Ranks:
     """The ranks of this export. Build with :func:`join`; a single process gets one without any group."""
 
     def __init__(
-        self, rank: int, world_size: int, store: Any, group: Any, *, owns_default_group: bool, timeout_secs: float
+        self,
+        rank: int,
+        world_size: int,
+        store: Any,
+        group: Any,
+        *,
+        owns_default_group: bool,
+        timeout_secs: float,
+        watched_store: Any = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -49,6 +67,39 @@ class Ranks:
         self._turns: dict[str, int] = {}
         self._lock = threading.Lock()
         self._has_failed = False
+        self._stop = ""
+        self._watchdog = Watchdog(
+            rank,
+            world_size,
+            watched_store,
+            timeout_secs=timeout_secs,
+            launcher=os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None,
+            request_stop=self.request_stop,
+            has_failure=self.has_failure,
+        )
+
+    def watch(self, *, catches_sigterm: bool) -> None:
+        """Start the watchdog, which ends this process when the export cannot go on. Main thread of any rank."""
+        self._watchdog.start(catches_sigterm=catches_sigterm)
+
+    def note_on_disk(self, text: str) -> None:
+        """Say what is on disk from now on, for the message of whatever ends the export. Any rank."""
+        self._watchdog.on_disk = text
+
+    def request_stop(self, reason: str) -> None:
+        """Make this rank fail with ``reason`` where its next work would begin, and so all ranks. Any thread."""
+        self._stop = reason
+        self.announce_failure()
+
+    def refuse_to_go_on(self) -> None:
+        """Raise ExportError if this rank was asked to stop, for what ends early then. Any rank."""
+        if self._stop:
+            raise ExportError(self._stop)
+
+    def refuse_orphans(self) -> None:
+        """Raise ExportError if the launcher of this rank is gone: nobody waits for what it does. Any rank."""
+        if self._watchdog.is_orphan:
+            raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.on_disk}. Run the export again")
 
     def gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
         """Run ``work`` on every rank and return the results in rank order. All ranks.
@@ -64,12 +115,20 @@ class Ranks:
         result: T | None = None
         failure: tuple[str, int] | None = None
         raised: Exception | None = None
+        has_work = work is not _nothing
+        self._watchdog.step, self._watchdog.is_busy = step, has_work
+        self._watchdog.moves += 1
         try:
+            if has_work:
+                self.refuse_to_go_on()
             result = work()
         except Exception as error:  # noqa: BLE001 -- whatever it was, the other ranks must hear of it
             raised = error
         except SystemExit as error:  # a model or dataset that exits must not make the export look done
             raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
+        finally:
+            self._watchdog.is_busy = False
+            self._watchdog.moves += 1
         if raised is not None:
             failure = _describe(raised)
             self.announce_failure()
@@ -88,8 +147,9 @@ class Ranks:
             dist.all_gather_object(outcomes, (result, failure), group=self._group)
         except RuntimeError as error:
             if raised is not None:
+                self._watchdog.fail(_describe(raised)[0])
                 raise raised from None
-            raise ExportError(f"lost contact with another rank during '{step}': {_first_line(error)}") from error
+            raise self._lost(step, error) from error
         failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
         if raised is not None and not isinstance(raised, (DistExportError, OSError)):
             raise raised
@@ -116,13 +176,18 @@ class Ranks:
             Exception: this rank's own error, where it failed and others did not come within a few seconds.
             StepFailedError: where another rank has left for that reason.
         """
+        self._watchdog.hears = True
+        self._wait_for_others(step, raised, failure)
+        self._watchdog.hears = False
+
+    def _wait_for_others(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
         turn = self._turns[step] = self._turns.get(step, 0) + 1
         place = f"meet/{turn}/{step}"
         started = time.monotonic()
-        arrived = int(self._store.add(place, 1))
+        arrived = self._ask(lambda: int(self._store.add(place, 1)))
         pause = 0.001
         while arrived < self.world_size:
-            if int(self._store.add(f"{place}/left", 0)):
+            if self._ask(lambda: int(self._store.add(f"{place}/left", 0))):
                 rank, code, text = bytes(self._store.get(f"{place}/why")).decode().split(" ", 2)
                 raise StepFailedError(
                     step, {int(rank): text}, world_size=self.world_size, exit_code=int(code)
@@ -133,10 +198,11 @@ class Ranks:
             if raised is not None and failure is not None and waited > _ARRIVAL_SECS:
                 self._store.set(f"{place}/why", f"{self.rank} {failure[1]} {failure[0]}")
                 self._store.add(f"{place}/left", 1)
+                self._watchdog.fail(failure[0])  # ends those that wait in the model's own collective
                 raise raised
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-            arrived = int(self._store.add(place, 0))
+            arrived = self._ask(lambda: int(self._store.add(place, 0)))
 
     def open_queue(self, queue: str) -> None:
         """Make a queue known, so that :meth:`taken` finds it. Any one rank, in a step before it is used."""
@@ -159,7 +225,8 @@ class Ranks:
         if self.world_size == 1:
             counts = [self.add(f"queue/{queue}", 0) for queue in queues]
         else:
-            counts = [int(value) for value in self._store.multi_get([f"add/queue/{queue}" for queue in queues])]
+            keys = [f"add/queue/{queue}" for queue in queues]
+            counts = [int(value) for value in self._ask(lambda: self._store.multi_get(keys))]
         return [(count % _FROM_END, count // _FROM_END) for count in counts]
 
     def add(self, counter: str, amount: int) -> int:
@@ -168,18 +235,19 @@ class Ranks:
             with self._lock:
                 self._counters[counter] = self._counters.get(counter, 0) + amount
                 return self._counters[counter]
-        return int(self._store.add(f"add/{counter}", amount))
+        self._watchdog.moves += 1
+        return self._ask(lambda: int(self._store.add(f"add/{counter}", amount)))
 
     def put(self, key: str, value: bytes) -> None:
         """Leave a few bytes for whoever asks for ``key``. Any rank, any thread."""
         if self.world_size == 1:
             self._left[key] = value
         else:
-            self._store.set(f"put/{key}", value)
+            self._ask(lambda: self._store.set(f"put/{key}", value))
 
     def take(self, key: str) -> bytes:
         """Return what some rank has left under ``key``, and was known to have left. Any rank, any thread."""
-        return self._left[key] if self.world_size == 1 else bytes(self._store.get(f"put/{key}"))
+        return self._left[key] if self.world_size == 1 else bytes(self._ask(lambda: self._store.get(f"put/{key}")))
 
     def announce_failure(self) -> None:
         """Let ranks that are busy know that one has failed. Any rank."""
@@ -192,7 +260,19 @@ class Ranks:
 
     def has_failure(self) -> bool:
         """Return whether any rank has announced a failure. Any rank."""
-        return self._has_failed or (self.world_size > 1 and int(self._store.add("failed", 0)) > 0)
+        return self._has_failed or (self.world_size > 1 and self._ask(lambda: int(self._store.add("failed", 0))) > 0)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Ask the job's store; where it is gone this process ends, or this raises ExportError."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise self._lost("ask the job's store", error) from error
+
+    def _lost(self, step: str, error: RuntimeError) -> ExportError:
+        """Wait for the watchdog, which finds out who is dead and ends this process; return the error for when it does not."""
+        self._watchdog.wait_for_end()
+        return ExportError(f"lost contact with another rank during '{step}': {_first_line(error)}")
 
     def tell_once(self, tell: Callable[[], None]) -> None:
         """Run ``tell`` on rank 0 while the other ranks wait for it, at most ten seconds. All ranks that get there.
@@ -215,8 +295,10 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group. All ranks; the job's own default group stays."""
+        self._watchdog.stop()
         if self._group is None:
             return
+        self._wait_to_leave()
         import torch.distributed as dist
 
         group, self._group = self._group, None
@@ -225,6 +307,17 @@ class Ranks:
         else:
             dist.destroy_process_group(group)
 
+    def _wait_to_leave(self) -> None:
+        """Let the process that may host the store be the last to go, unless the export failed and nobody waits for anybody."""
+        try:
+            left = int(self._store.add("closed", 1))
+            deadline = time.monotonic() + _ARRIVAL_SECS
+            while self.rank == 0 and left < self.world_size and time.monotonic() < deadline and not self._has_failed:
+                time.sleep(0.002)
+                left = int(self._store.add("closed", 0))
+        except RuntimeError as error:  # it has gone before this rank
+            logger.debug("the store was gone when this rank left: %s", error)
+
     def __enter__(self) -> Ranks:
         return self
 
@@ -232,15 +325,24 @@ class Ranks:
         self.close()
 
 
-def join(*, timeout_secs: float) -> Ranks:
+def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     """Join the other ranks of this job. All ranks, in the same order of calls.
 
     A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
-    without either is alone.
+    without either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on; not
+    where the process is somebody else's and alone.
 
     Args:
-        timeout_secs: how long a rank waits for another one inside a step.
+        timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
+        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle. Main thread.
     """
+    ranks = _join(timeout_secs)
+    if ranks.world_size > 1 or is_own_process:
+        ranks.watch(catches_sigterm=is_own_process)
+    return ranks
+
+
+def _join(timeout_secs: float) -> Ranks:
     timeout = timedelta(seconds=timeout_secs)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1 and not _is_initialized():
@@ -257,11 +359,37 @@ def join(*, timeout_secs: float) -> Ranks:
                 f"WORLD_SIZE is {started}, but the ranks cannot find each other: {_first_line(error)}. Start them with "
                 "torchrun, or unset WORLD_SIZE to export with one rank"
             ) from error
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-    store = torch_store.PrefixStore(f"dist_export/{next(_sequence)}", dist.distributed_c10d._get_default_store())  # noqa: SLF001 -- torch offers no public way to the job's store
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    prefix = f"dist_export/{next(_sequence)}"
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
     return Ranks(
-        dist.get_rank(), dist.get_world_size(), store, group, owns_default_group=owns, timeout_secs=timeout_secs
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch_store.PrefixStore(prefix, store),
+        group,
+        owns_default_group=owns,
+        timeout_secs=timeout_secs,
+        watched_store=_connect_anew(store, f"{prefix}/watchdog"),
     )
+
+
+def _connect_anew(store: Any, prefix: str) -> Any:
+    """Return a connection of one's own to the same store, which calls of other threads do not hold up."""
+    import torch._C._distributed_c10d as torch_store
+
+    if hasattr(store, "clone"):  # torch 2.9
+        own = store.clone()
+    else:
+        own = store
+        while isinstance(own, torch_store.PrefixStore):
+            own = own.underlying_store
+        if isinstance(own, torch_store.TCPStore):
+            own = torch_store.TCPStore(own.host, own.port, None, False, _STORE_TIMEOUT)  # noqa: FBT003 -- positional in every torch
+        elif isinstance(own, torch_store.FileStore):
+            own = torch_store.FileStore(own.path)
+        prefix = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}"
+    own.set_timeout(_STORE_TIMEOUT)
+    return torch_store.PrefixStore(prefix, own)
 
 
 def _is_initialized() -> bool:

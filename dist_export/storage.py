@@ -25,6 +25,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from dist_export.activity import ACTIVITY
 from dist_export.digests import XXH3, digest_pieces
 from dist_export.errors import ConfigError, TransferError
 
@@ -72,6 +73,13 @@ class RangeReader:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from byte ``offset`` on. TransferError where the file ends before that."""
+        ACTIVITY.begin(self.where)
+        try:
+            self._read_into(view, offset)
+        finally:
+            ACTIVITY.end()
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
         filled = 0
         while filled < len(view):
             if self._fd >= 0:
@@ -223,7 +231,13 @@ class Directory:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file that appears whole or not at all; ``name`` may lie in a subdirectory."""
-        path = self.join(name)
+        ACTIVITY.begin(self.describe(name))
+        try:
+            self._write(self.join(name), data)
+        finally:
+            ACTIVITY.end()
+
+    def _write(self, path: str, data: bytes) -> None:
         if not self.is_local:
             self.fs.pipe_file(path, data)  # a put is atomic on object stores
             return
@@ -367,12 +381,16 @@ class Staging:
 
     def publish(self, name: str) -> None:
         """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
-        if self._temporary is None:
-            os.replace(self.path(name), self._target.join(name))
-            sync_directory(self._target.path)
-        else:
-            self._target.fs.put_file(self.path(name), self._target.join(name))
-            os.unlink(self.path(name))
+        ACTIVITY.begin(self._target.describe(name))
+        try:
+            if self._temporary is None:
+                os.replace(self.path(name), self._target.join(name))
+                sync_directory(self._target.path)
+            else:
+                self._target.fs.put_file(self.path(name), self._target.join(name))
+                os.unlink(self.path(name))
+        finally:
+            ACTIVITY.end()
 
     def close(self) -> None:
         """Remove the local staging directory, if there is one."""

@@ -177,6 +177,7 @@ class Transfer:
         def finish_writing() -> ChunkDigests:
             open_queues(ranks, "hash", self._limits.threads)
             wait_for_write()
+            ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
             return self._digests
 
         found = _join_digests(ranks.gather("write shards", finish_writing))

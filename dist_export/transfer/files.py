@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 
+from dist_export.activity import ACTIVITY
 from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import RangeReader, Staging
@@ -60,11 +61,14 @@ class StagedFiles:
         fd = self._fd(number)
         self._is_dirty.add(number)
         written = 0
+        ACTIVITY.begin(self._plan.files[number].name)
         try:
             while written < len(view):
                 written += os.pwrite(fd, view[written:], offset + written)
         except OSError as error:
             raise self._failure(number, f"byte {offset + written:,} cannot be written", error) from error
+        finally:
+            ACTIVITY.end()
 
     def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
         """Copy a range of a local file into output ``number`` without its bytes coming here; return how many went over.
@@ -81,6 +85,7 @@ class StagedFiles:
         for kernel_copy in KERNEL_COPIES:
             try:
                 while done < num_bytes:
+                    ACTIVITY.begin(self._plan.files[number].name)
                     count = kernel_copy(source.fd, fd, source_offset + done, offset + done, num_bytes - done)
                     if count == 0:  # the source ends here, as reading it will tell, or the call does not suit the file
                         break
@@ -88,6 +93,8 @@ class StagedFiles:
             except OSError as error:
                 if error.errno in _NO_ROOM:
                     raise self._failure(number, f"byte {offset + done:,} cannot be written", error) from error
+            finally:
+                ACTIVITY.end()
             if done == num_bytes:
                 break
         return done
@@ -112,10 +119,13 @@ class StagedFiles:
             os.close(fd)
 
     def _sync(self, number: int, fd: int) -> None:
+        ACTIVITY.begin(self._plan.files[number].name)
         try:
             os.fsync(fd)
         except OSError as error:
             raise self._failure(number, "its content cannot be made durable", error) from error
+        finally:
+            ACTIVITY.end()
         self._is_dirty.discard(number)
 
     def _failure(self, number: int, what: str, error: OSError) -> TransferError:

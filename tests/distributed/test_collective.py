@@ -68,14 +68,16 @@ def stop_waiting(rank: int) -> None:
     ranks = join(timeout_secs=30)
     if rank == 1:
         return  # this rank ends without a word
-    started = time.monotonic()
-    with pytest.raises(ExportError, match="lost contact with another rank during 'write'"):
-        ranks.gather("write", lambda: 1)
-    assert time.monotonic() - started < 20, "nobody waits for a dead rank until the timeout"
+    ranks.gather("write", lambda: 1)
 
 
-def test_nobody_waits_for_a_dead_rank(tmp_path: Path) -> None:
-    run_ranks(stop_waiting, 2, tmp_path / "store")
+def test_nobody_waits_for_a_dead_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The watchdog ends the rank that is left, long before the timeout, and says who died."""
+    with pytest.raises(AssertionError, match="rank 0: ended: 1$"):
+        run_ranks(stop_waiting, 2, tmp_path / "store", timeout=25)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist_export:")]
+    assert line.startswith("dist_export: rank 1 of 2 (process ")
+    assert "died in 'start'. Nothing was written. Run the same command again" in line
 
 
 def claim_all(_: int) -> None:
@@ -135,10 +137,10 @@ def fail_alone_in_a_collective_step(rank: int) -> None:
 
 
 def test_a_rank_that_failed_alone_in_a_collective_step_does_not_wait(tmp_path: Path) -> None:
-    """Its own error is raised within seconds, and those that are through with the step hear of it."""
+    """Its own error is raised within seconds, those that are through with the step hear of it, and those in it are ended."""
     with pytest.raises(AssertionError) as caught:
-        run_ranks(fail_alone_in_a_collective_step, 3, tmp_path / "store", timeout=40)
-    assert str(caught.value) == "rank 1 was still running after 40 s"
+        run_ranks(fail_alone_in_a_collective_step, 3, tmp_path / "store", timeout=60)
+    assert str(caught.value) == "rank 1: ended: 1"
 
 
 def pass_a_collective_step(rank: int) -> None:

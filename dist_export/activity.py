@@ -1,0 +1,32 @@
+"""What the threads of this process are doing to files right now: how a hang is told from slow work, and which file it is in."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Activity:
+    """Calls to the system that are under way, and how many have come back. One for the process; any thread."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        """Grows with every call that came back. Not exact where threads add at once; that it moves is what counts."""
+        self._running: dict[int, tuple[float, str]] = {}
+
+    def begin(self, where: str) -> None:
+        """Say that this thread is about to read or write the file ``where``."""
+        self._running[threading.get_ident()] = (time.monotonic(), where)
+
+    def end(self) -> None:
+        """Say that the call came back."""
+        self._running.pop(threading.get_ident(), None)
+        self.done += 1
+
+    def oldest(self) -> str:
+        """Return the file of the call that has been under way for longest, empty where there is none."""
+        running = list(self._running.values())
+        return min(running)[1] if running else ""
+
+
+ACTIVITY = Activity()

@@ -1,0 +1,388 @@
+"""Ends this process when the export cannot go on, and says why: so that nobody waits for a dead rank, and no orphan commits.
+
+Two threads on each rank, beside whatever the main thread is in:
+
+- *beat* writes a sign of life into the job's store, over a connection of its own, and reads that of the next rank in the
+  ring: one rank watches one other, whatever the world size, and of a run of dead ranks the one before it is alive.
+- *guard* looks at the launcher, at the clock and at beat itself: a store call on a cut link hangs for minutes despite its
+  timeout, and then only a thread that makes no such call can end the process.
+
+Whoever finds that the export is over leaves a record in the store; the first to do so tells it. All others end quietly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import msgspec
+
+from dist_export.activity import ACTIVITY
+from dist_export.processes import Identity, identify
+
+BEAT_SECS = 1.0
+TICK_SECS = 0.25
+SILENT_SECS = 7.0
+"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it and one after it
+this stays under ten seconds."""
+STOP_SECS = 20.0
+"""A job that was asked to stop has so long to stop by itself. torchrun and SLURM wait 30 seconds."""
+
+_END = "end"
+_ADVICE = "Run the same command again to go on"
+
+
+class Store(Protocol):
+    """What is asked of the job's store. Every call may raise RuntimeError when it is gone."""
+
+    def set(self, key: str, value: str) -> Any: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """A rank's sign of life."""
+
+    number: int
+    doing: str
+    """Step and file."""
+    has_left: bool = False
+
+
+class End(msgspec.Struct, frozen=True):
+    """Why the export is over, as the first rank to find out recorded it."""
+
+    text: str
+    host: str
+    rank: int
+
+
+class Watchdog:
+    """Build on every rank of an export, start, stop. The attributes may be set from any thread."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store | None,
+        *,
+        timeout_secs: float,
+        launcher: int | None,
+        request_stop: Callable[[str], None],
+        has_failure: Callable[[], bool],
+        finish: Callable[[str | None], None] | None = None,
+    ) -> None:
+        """Nothing runs before :meth:`start`.
+
+        Args:
+            rank: this rank.
+            world_size: of the export.
+            store: a connection that no other thread uses; None for a single process.
+            timeout_secs: a rank that has got nothing done for so long hangs.
+            launcher: process id of the launcher without which this process must not go on; None where there is none.
+            request_stop: makes the main thread stop at the next step, with the reason as its error.
+            has_failure: whether a rank has announced a failure, which the main threads are about to tell.
+            finish: ends the process, after telling what it gets, if anything; for tests.
+        """
+        self.step = "start"
+        self.is_busy = False
+        """Whether this rank is at work, and not waiting for others: only work can hang by itself."""
+        self.hears = False
+        """Whether the main thread polls for failures of other ranks by itself, and then tells them."""
+        self.on_disk = "Nothing was written"
+        self.moves = 0
+        """Grows with all progress that is not a call on a file."""
+        self._rank = rank
+        self._world_size = world_size
+        self._store = store
+        self._timeout_secs = timeout_secs
+        self._launcher = launcher
+        self._request_stop = request_stop
+        self._has_failure = has_failure
+        self._finish = _finish if finish is None else finish
+        self._me = identify()
+        self._is_over = threading.Event()
+        self._wake = threading.Event()
+        self._cycles = 0
+        self._why = ""
+        self._is_asked_to_stop = False
+        self._is_stopping = False
+        self._stopping_secs = 0.0
+        self._signals: tuple[int, int] | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self._threads: list[threading.Thread] = []
+        self._watched = rank
+        """The rank that this one watches, and what it last knew of it."""
+        self._identity: Identity | None = None
+        self._number = -1
+        self._silent_since = 0.0
+
+    def start(self, *, catches_sigterm: bool = False) -> None:
+        """Start both threads. With ``catches_sigterm``, from the main thread alone, SIGTERM becomes a clean stop."""
+        if catches_sigterm:
+            self._catch_sigterm()
+        loops = [("guard", self._run_guard)]
+        if self._store is not None:
+            self._store.set(f"who/{self._rank}", _encode(self._me))
+            loops.append(("beat", self._run_beat))
+        for name, loop in loops:
+            thread = threading.Thread(target=loop, name=f"watchdog-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Say that this rank has left on its own account, and end both threads."""
+        self._is_over.set()
+        self._wake.set()
+        if self._signals is not None:
+            os.write(self._signals[1], b"\0")
+        for thread in self._threads:
+            thread.join(SILENT_SECS)  # beat may hang in a store that is gone
+        self._restore()
+        self._threads = []
+
+    @property
+    def doing(self) -> str:
+        """The step that this rank is in, and the file."""
+        where = ACTIVITY.oldest()
+        return f"'{self.step}'" + (f" at {where}" if where else "")
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the launcher is gone. Cheap: asked once more right before the commit."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def orphan_text(self) -> str:
+        """Return what to say of a launcher that is gone."""
+        return (
+            f"rank {self._rank} of {self._world_size}: its launcher (process {self._launcher} on {self._me.host}) is gone; "
+            f"this rank was in {self.doing}"
+        )
+
+    def fail(self, text: str) -> None:
+        """Record, for ranks that wait where no exception reaches them, why this rank leaves. It tells ``text`` itself."""
+        self.stop()
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # without the store there is nobody left to hear it
+                self._store.compare_set(_END, "", _encode(End(text, self._me.host, self._rank)))
+
+    def wait_for_end(self) -> None:
+        """Wait as long as it takes to find out which rank is dead, which ends this process. Returns if none is."""
+        if self._threads:
+            self._wake.set()
+            self._is_over.wait(SILENT_SECS + 3 * BEAT_SECS)
+
+    # ---- guard ----
+
+    def _run_guard(self) -> None:
+        last = time.monotonic()
+        cycles, silent, idle, seen = -1, 0.0, 0.0, (-1, -1)
+        while not self._is_over.is_set():
+            self._wait_for_tick()
+            now = time.monotonic()
+            # a machine that slept, or a thread that held the interpreter for long, is no sign of a hang
+            passed = min(now - last, 4 * TICK_SECS)
+            last = now
+            silent = 0.0 if self._cycles != cycles else silent + passed
+            cycles = self._cycles
+            moved = (self.moves, ACTIVITY.done)
+            idle = idle + passed if self.is_busy and moved == seen else 0.0
+            seen = moved
+            if self._is_asked_to_stop and self._store is None and not self._is_stopping:
+                self._stop_cleanly()
+            self._stopping_secs += passed if self._is_stopping else 0.0
+            if self.is_orphan:
+                self._end(self.orphan_text())
+            elif self._store is not None and silent > SILENT_SECS:
+                self._end(
+                    f"rank {self._rank} of {self._world_size}: the job's store has not answered for {SILENT_SECS:.0f} s, so "
+                    f"the process or machine that hosts it is gone, or the network is cut; this rank was in {self.doing}"
+                )
+            elif idle > self._timeout_secs:
+                self._end(
+                    f"rank {self._rank} of {self._world_size} ({self._me}) hangs: no progress for {idle:.0f} s (timeout) in "
+                    f"{self.doing}"
+                )
+            elif self._stopping_secs > STOP_SECS:
+                self._end(f"stopped by SIGTERM, and did not stop by itself within {STOP_SECS:.0f} s in {self.doing}")
+
+    def _wait_for_tick(self) -> None:
+        if self._signals is None:
+            self._is_over.wait(TICK_SECS)
+            return
+        ready, _, _ = select.select([self._signals[0]], [], [], TICK_SECS)
+        if ready and signal.SIGTERM in os.read(self._signals[0], 64):
+            self._is_asked_to_stop = True  # it may come twice, as under SLURM
+            self._wake.set()
+
+    def _end(self, why: str) -> None:
+        """Have beat record why, as far as the store still answers, and end."""
+        self._why = self._why or why
+        self._wake.set()
+        if self._store is None or not self._is_over.wait(2 * BEAT_SECS):
+            self._leave(self._tell(self._why))
+
+    # ---- beat ----
+
+    def _run_beat(self) -> None:
+        assert self._store is not None
+        try:
+            while not self._is_over.is_set():
+                self._beat(self._store)
+                self._cycles += 1
+                self._wake.wait(BEAT_SECS)
+                self._wake.clear()
+            self._store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing, has_left=True)))
+        except RuntimeError as error:  # torch's errors of its store
+            if not self._is_over.is_set():
+                self._leave(
+                    self._tell(
+                        self._why
+                        or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
+                        f"hosts it ({_first_line(error)}); this rank was in {self.doing}"
+                    )
+                )
+
+    def _beat(self, store: Store) -> None:
+        """Give a sign of life, look for an end, look at the next rank."""
+        store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
+        if not self.hears and store.check([_END]):
+            self._follow(store)
+        elif self._why:
+            self._record(store, self._why)
+        elif self._is_asked_to_stop and not self._is_stopping:
+            self._find_out_why_to_stop(store)
+        else:
+            self._watch(store)
+
+    def _watch(self, store: Store) -> None:
+        if self._watched == self._rank:
+            self._watch_next()
+        rank = self._watched
+        if rank == self._rank:
+            return  # all others have left
+        now = time.monotonic()
+        if store.check([f"beat/{rank}", f"who/{rank}"]):
+            beat = msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat)
+            if beat.has_left:
+                self._watch_next()
+                return
+            if beat.number != self._number:
+                self._number, self._silent_since = beat.number, now
+            if self._identity is None:
+                self._identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
+            self._judge(store, beat, now - self._silent_since)
+        elif now - self._silent_since > self._timeout_secs:
+            self._record(store, f"rank {rank} of {self._world_size} never arrived")
+
+    def _watch_next(self) -> None:
+        self._watched = (self._watched + 1) % self._world_size
+        self._identity, self._number, self._silent_since = None, -1, time.monotonic()
+
+    def _judge(self, store: Store, beat: Beat, silent: float) -> None:
+        assert self._identity is not None
+        is_alive = self._identity.is_alive(self._me)
+        who = f"rank {self._watched} of {self._world_size} ({self._identity})"
+        if is_alive is False:
+            self._record_death(store, who, beat)
+        elif is_alive is None and silent > SILENT_SECS:
+            self._record(store, f"{who} has given no sign of life for {silent:.0f} s; it was last in {beat.doing}")
+        elif silent > self._timeout_secs:
+            self._record(store, f"{who} hangs: no sign of life for {silent:.0f} s (timeout); it was last in {beat.doing}")
+
+    def _record_death(self, store: Store, who: str, beat: Beat) -> None:
+        again = msgspec.json.decode(store.get(f"beat/{self._watched}"), type=Beat)
+        if not again.has_left:  # it may have left between the two looks
+            self._record(store, f"{who} died in {beat.doing}")
+
+    def _record(self, store: Store, why: str) -> None:
+        """Leave the reason for all ranks, unless one is there already, and end."""
+        end = End(why, self._me.host, self._rank)
+        kept = msgspec.json.decode(store.compare_set(_END, "", _encode(end)), type=End)
+        if kept == end:
+            self._leave(self._tell(why))
+        else:
+            self._follow(store)
+
+    def _follow(self, store: Store) -> None:
+        """End as another rank has recorded; on another machine than its own, one rank says it there too."""
+        end = msgspec.json.decode(store.get(_END), type=End)
+        is_elsewhere = end.host != self._me.host and os.environ.get("LOCAL_RANK", "0") == "0"
+        self._leave(self._tell(end.text) if is_elsewhere else None)
+
+    def _find_out_why_to_stop(self, store: Store) -> None:
+        """SIGTERM comes from a scheduler, or from torchrun because a rank died: the rank that died goes first."""
+        local, here = int(os.environ.get("LOCAL_RANK", self._rank)), os.environ.get("LOCAL_WORLD_SIZE")
+        first = self._rank - local
+        for rank in range(first, first + int(here or self._world_size)):
+            if rank == self._rank or not store.check([f"who/{rank}", f"beat/{rank}"]):
+                continue
+            identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
+            beat = msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat)
+            if identity.is_alive(self._me) is False and not beat.has_left:
+                self._record(store, f"rank {rank} of {self._world_size} ({identity}) died in {beat.doing}")
+                return
+        self._stop_cleanly()
+
+    def _stop_cleanly(self) -> None:
+        self._is_stopping = True
+        if not self._has_failure():  # else the main threads know already, and what they say goes first
+            self._request_stop(f"stopped by SIGTERM in {self.doing}. {self._tail()}")
+
+    # ---- the end ----
+
+    def _tell(self, why: str) -> str:
+        return f"dist_export: {why}. {self._tail()}\n"
+
+    def _tail(self) -> str:
+        return f"{self.on_disk}. {_ADVICE}"
+
+    def _leave(self, text: str | None) -> None:
+        self._finish(text)
+        self._is_over.set()
+
+    # ---- SIGTERM ----
+
+    def _catch_sigterm(self) -> None:
+        """Have SIGTERM arrive in a pipe, which guard reads: the main thread may be inside a collective for long."""
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handler = signal.signal(signal.SIGTERM, _do_nothing)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._signals = reader, writer
+
+        def restore() -> None:
+            signal.set_wakeup_fd(wakeup)
+            signal.signal(signal.SIGTERM, handler)
+            self._signals = None
+            os.close(reader)
+            os.close(writer)
+
+        self._restore = restore
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Take the place of the default, which would end the process before anything could be said."""
+
+
+def _finish(text: str | None) -> None:
+    """End the process at once: the main thread may be where no exception reaches it."""
+    if text is not None:
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+    os._exit(1)
+
+
+def _encode(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
