@@ -116,8 +116,7 @@ class Ranks:
         failure: tuple[str, int] | None = None
         raised: Exception | None = None
         has_work = work is not _nothing
-        self._watchdog.step, self._watchdog.is_busy = step, has_work
-        self._watchdog.moves += 1
+        self._watchdog.begin(step, is_busy=has_work)
         try:
             if has_work:
                 self.refuse_to_go_on()
@@ -127,8 +126,7 @@ class Ranks:
         except SystemExit as error:  # a model or dataset that exits must not make the export look done
             raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
         finally:
-            self._watchdog.is_busy = False
-            self._watchdog.moves += 1
+            self._watchdog.pause()
         if raised is not None:
             failure = _describe(raised)
             self.announce_failure()
@@ -384,9 +382,9 @@ def _connect_anew(store: Any, prefix: str) -> Any:
         while isinstance(own, torch_store.PrefixStore):
             own = own.underlying_store
         if isinstance(own, torch_store.TCPStore):
-            own = torch_store.TCPStore(own.host, own.port, None, False, _STORE_TIMEOUT)  # noqa: FBT003 -- positional in every torch
+            own = torch_store.TCPStore(own.host, own.port, None, False, _STORE_TIMEOUT)
         elif isinstance(own, torch_store.FileStore):
-            own = torch_store.FileStore(own.path)
+            own = torch_store.FileStore(getattr(own, "path"))  # noqa: B009 -- the stubs lack it
         prefix = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}"
     own.set_timeout(_STORE_TIMEOUT)
     return torch_store.PrefixStore(prefix, own)

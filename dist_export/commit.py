@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import platform
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import numpy as np
 
 from dist_export.__version__ import VERSION
+from dist_export.attempt import begin_commit
 from dist_export.check import TableAccount
 from dist_export.checkpoint.reader import DenseTensor, SlotMeta
 from dist_export.digests import NONE, XXH3, digest_bytes
@@ -29,7 +28,6 @@ from dist_export.layout.recis import (
     encode_index,
     encode_sorted,
     format_slice,
-    is_plain_name,
 )
 from dist_export.manifest import (
     MANIFEST,
@@ -43,11 +41,7 @@ from dist_export.manifest import (
 )
 from dist_export.plan.census import Census
 from dist_export.plan.shards import OutputBlocks, SparsePlan
-from dist_export.storage import WORK_DIRECTORY, Directory
-
-logger = logging.getLogger(__name__)
-
-_SMALL_FILES = "small_files.json"
+from dist_export.storage import Directory
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
 """(name, torch dtype name, shape) of the parameters in model.pt, in its order."""
@@ -168,38 +162,10 @@ def write_small_files(
     return entries
 
 
-def note_small_files(target: Directory, names: Sequence[str]) -> None:
-    """Write down what is about to be written, and remove what an earlier, uncommitted attempt wrote and this one does not."""
-    earlier = Directory(target.describe(WORK_DIRECTORY), target.storage_options)
-    if earlier.exists(_SMALL_FILES):
-        try:
-            left = msgspec.json.decode(earlier.read(_SMALL_FILES), type=list[str])
-        except msgspec.MsgspecError:
-            left = []  # cut short by a crash, before any of these files was written
-        for name in left:
-            if name not in names and ".." not in name.split("/") and not name.startswith("/"):
-                target.remove(name)
-    earlier.write(_SMALL_FILES, msgspec.json.encode(list(names)))
-
-
-def remove_strays(target: Directory, plan: SparsePlan | None) -> None:
-    """Remove shards that an earlier, uncommitted attempt of another plan left: those that have a receipt but no use."""
-    receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
-    planned = set() if plan is None else {file.name for file in plan.files}
-    for name in receipts:
-        shard = name.removesuffix(".json")
-        if shard.endswith(".safetensors") and shard not in planned and is_plain_name(shard):
-            target.remove(shard)
-
-
 def publish(target: Directory, manifest: Manifest) -> None:
-    """Write the manifest: from here on the directory is a package. Then forget what only a rerun would need."""
+    """Write the manifest: from here on ``target`` is a package."""
+    begin_commit(target)
     target.write(MANIFEST, encode_manifest(manifest))
-    try:
-        if target.exists(WORK_DIRECTORY):
-            target.fs.rm(target.join(WORK_DIRECTORY), recursive=True)
-    except OSError as error:  # the package is committed; a leftover does not undo that
-        logger.warning("%s could not be removed: %s", target.describe(WORK_DIRECTORY), error)
 
 
 def list_versions() -> dict[str, str]:

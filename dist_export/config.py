@@ -28,6 +28,10 @@ class ExportConfig:
     """The checkpoint to export: a directory, or an fsspec URL of one"""
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
+    overwrite: bool = False
+    """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
+    on_existing: Literal["resume", "restart", "error"] = "resume"
+    """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
     filter_sparse_opt: bool = False
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
@@ -93,7 +97,7 @@ class ExportConfig:
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for the file system of ckpt_dir and export_dir (fsspec)"""
     timeout: float = 1800.0
-    """Seconds that a rank waits for another one inside a step"""
+    """Seconds without any progress after which a rank counts as hung, and the export ends"""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without reading anything. ConfigError names the setting."""

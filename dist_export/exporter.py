@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import os
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays
 from dist_export.check import TableAccount, audit_files, check_accounts
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.checkpoint.reader import Checkpoint
@@ -21,26 +22,27 @@ from dist_export.commit import (
     describe_dense_tensors,
     describe_tables,
     list_versions,
-    note_small_files,
     publish,
-    remove_strays,
     render_indexes,
     write_small_files,
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import ConfigError
-from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.errors import ConfigError, ExportError
+from dist_export.layout.recis import DENSE_STATE, EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
-from dist_export.manifest import MANIFEST, FileEntry, Manifest, SourceEntry, TableEntry, seal
+from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
+from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of
 from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
-from dist_export.transfer.engine import Receipt, Share, Transfer
+from dist_export.transfer.engine import Share, Transfer
 from dist_export.transfer.threads import run_threads
 
 FG = "fg.json"
+
+logger = logging.getLogger(__name__)
 
 
 def run_export(
@@ -56,9 +58,10 @@ def run_export(
     started = time.time()
     reporter = Reporter(ranks, is_shown=is_shown)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
-    source, target = ranks.run("check the places", lambda: open_places(ranks, config, export_dir))
-    in_place = source.is_same(target)
+    places = open_places(ranks, config, export_dir)
+    source, target, in_place = places.source, places.target, places.in_place
     notes: list[str] = []
+    state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
         checkpoint = open_source(ranks, config, source)
@@ -86,13 +89,13 @@ def run_export(
             notes += dense.prepare(checkpoint, misplaced, features)
 
     with contextlib.ExitStack() as held:
-        scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="dist_export-"))
-
-        def claim() -> None:
-            held.callback(target.lock())
-            refuse_package(target)  # another export may have committed one since the settings were checked
-
-        ranks.on_rank_0("claim export_dir", claim)
+        refuse_if_lost = claim(ranks, places, config, held.callback)
+        identity = identify_export(config, "" if planned is None else planned.plan.digest, state)
+        committed = ranks.on_rank_0("look for a committed package", lambda: find_committed(places, identity))
+        if committed is not None:
+            return committed, [f"package: {export_dir}", "  was committed by an attempt before this one"]
+        ranks.note_on_disk(places.on_disk)
+        scratch = held.enter_context(_scratch(target)) if ranks.rank == 0 else ""
 
         def trace() -> None:
             if dense is not None and ranks.rank == 0:
@@ -127,7 +130,7 @@ def run_export(
                 keep |= frozenset(planned.plan.checkpoint.verbatim) | {MERGED} if in_place else frozenset()
             if not in_place:
                 note_small_files(target, list(small))
-                remove_strays(target, None if planned is None else planned.plan)
+                remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
             files += write_small_files(target, small, digest=config.digest, keep=keep)
             manifest = msgspec.structs.replace(
                 manifest,
@@ -141,10 +144,19 @@ def run_export(
                     "seconds": {name: round(seconds, 3) for name, seconds in reporter.seconds.items()},
                     "sample": None if dense is None else dense.counts,
                     "reused_shards": reused,
+                    "left_alone": [] if in_place else list_strangers(target, {file.path for file in files}),
+                    "identity": identity,
                 },
             )
             manifest = seal(manifest)
+            refuse_changed_files(source, state)
+            refuse_if_lost()
+            ranks.refuse_orphans()
             publish(target, manifest)
+            ranks.note_on_disk(f"{places.target.url} holds the committed package")
+            for name in commit_places(places):
+                logger.info("%s was not part of the old package, and was kept", name)
+            ranks.note_on_disk(f"{export_dir} holds the committed package")
             return manifest
 
         with reporter.stage("commit"):
@@ -152,39 +164,33 @@ def run_export(
     return manifest, summarize(manifest, shares, export_dir)
 
 
-def place_of(config: ExportConfig) -> str:
-    """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
-    if not config.add_subfolder or config.export_dir.endswith("data"):
-        return config.export_dir
-    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
+    """Return a directory for what is traced: where the target is local within it, so that a killed export leaves no litter."""
+    return tempfile.TemporaryDirectory(
+        prefix="scratch-" if target.is_local else "dist_export-",
+        dir=target.join(WORK_DIRECTORY) if target.is_local else None,
+    )
 
 
-def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
-    """Return source and target; refuse a target that would destroy something, or that other ranks cannot see."""
-    source = Directory(config.ckpt_dir, config.storage_options)
-    target = Directory(export_dir, config.storage_options)
-    for directory in (source, target):
-        if ranks.world_size > 1 and not directory.is_shared:
-            raise ConfigError(
-                f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
-            )
-    is_same = source.is_same(target)
-    if is_same and config.filter_sparse_opt and config.need_export_sparse:
-        raise ConfigError(
-            f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
-            "without optimizer state. Give another export_dir"
+def look_at_small_files(source: Directory) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
+    found = {}
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+        with contextlib.suppress(FileNotFoundError):
+            stat = source.stat(name)
+            found[name] = f"{stat.size} {stat.version}"
+    return found
+
+
+def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
+    """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    now = look_at_small_files(source)
+    changed = sorted(name for name in state.keys() | now.keys() if state.get(name) != now.get(name))
+    if changed:
+        raise ExportError(
+            f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
+            "No manifest was written; run the export again on a checkpoint that is finished"
         )
-    refuse_package(target)
-    if target.is_local and os.path.exists(target.path) and not os.path.isdir(target.path):
-        raise ConfigError(f"export_dir {target.url} is a file, not a directory")
-    if not is_same and target.exists(INDEX) and not target.exists(WORK_DIRECTORY):
-        raise ConfigError(
-            f"export_dir {target.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
-            "somebody's export, which would be overwritten. Give another export_dir"
-        )
-    if (reason := target.why_not_writable()) is not None:
-        raise ConfigError(f"export_dir {target.url}: {reason}")
-    return source, target
 
 
 def read_confs(
@@ -201,15 +207,6 @@ def read_confs(
         tables=None if checkpoint is None else dims_of(checkpoint),
     )
     return fg_conf, mc_conf, features
-
-
-def refuse_package(target: Directory) -> None:
-    """Refuse a target that holds a committed package."""
-    if target.exists(MANIFEST):
-        raise ConfigError(
-            f"{target.describe(MANIFEST)} is there already: export_dir holds a committed package. Give another "
-            "export_dir, or remove the old package first"
-        )
 
 
 def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, Any] | None) -> list[str]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
-from dist_export.exporter import open_places, open_source, place_of, read_confs
+from dist_export.exporter import open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
+from dist_export.places import open_places, place_of
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, plan_sparse
@@ -25,13 +26,13 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
-    source, target = open_places(ranks, config, place_of(config))
+    places = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
-    checkpoint = open_source(ranks, config, source)
+    checkpoint = open_source(ranks, config, places.source)
     _, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
-        "export_dir": target.url,
+        "export_dir": places.final.url,
         "source": config.ckpt_dir,
         "files": [],
         "tables": [],
@@ -44,7 +45,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         return report
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
-    if source.is_same(target):
+    if places.is_replacing:
+        report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
+    if places.in_place:
         report["notes"].append(
             "export_dir is ckpt_dir: its files stay as they are, the package is completed around them"
         )

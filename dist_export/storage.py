@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import os
 import resource
 import shutil
-import socket
 import stat
 import tempfile
 from collections import OrderedDict
@@ -276,34 +274,6 @@ class Directory:
         if not nearest.is_dir():
             return f"{nearest} is no directory"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
-
-    def lock(self) -> Callable[[], None]:
-        """Make the directory and claim it for this export; return what gives the claim back. Rank 0.
-
-        On a local or shared POSIX directory by ``flock``, which ends with the process however it ends.
-
-        Raises:
-            ConfigError: another export has claimed it.
-        """
-        self.make()
-        if not self.is_local:
-            return lambda: None
-        os.makedirs(self.join(WORK_DIRECTORY), exist_ok=True)
-        path = self.join(f"{WORK_DIRECTORY}/lock")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 200, 0).decode(errors="replace")
-            os.close(fd)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ConfigError(
-                f"{self.url}: another export ({holder or 'unknown'}) is writing there; wait for it, or give another export_dir"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return lambda: os.close(fd)
 
 
 class Staging:

@@ -42,10 +42,17 @@ _ADVICE = "Run the same command again to go on"
 class Store(Protocol):
     """What is asked of the job's store. Every call may raise RuntimeError when it is gone."""
 
-    def set(self, key: str, value: str) -> Any: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+    def set(self, key: str, value: str) -> Any:
+        """Set a key."""
+
+    def get(self, key: str) -> bytes:
+        """Return a key's value, of one that is known to be there."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether all keys are there."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Set a key if it has the expected value, or none and ``expected`` is empty; return what it has then."""
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -94,7 +101,7 @@ class Watchdog:
         """
         self.step = "start"
         self.is_busy = False
-        """Whether this rank is at work, and not waiting for others: only work can hang by itself."""
+        """Whether this rank is at work: waiting for others is no hang of its own."""
         self.hears = False
         """Whether the main thread polls for failures of other ranks by itself, and then tells them."""
         self.on_disk = "Nothing was written"
@@ -113,6 +120,8 @@ class Watchdog:
         self._wake = threading.Event()
         self._cycles = 0
         self._why = ""
+        self._first_here: Identity | None = None
+        """The first rank of this machine, which speaks where there is no store left to decide who does."""
         self._is_asked_to_stop = False
         self._is_stopping = False
         self._stopping_secs = 0.0
@@ -137,6 +146,18 @@ class Watchdog:
             thread = threading.Thread(target=loop, name=f"watchdog-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
+
+    def begin(self, step: str, *, is_busy: bool) -> None:
+        """Say what the main thread does from now on. ``is_busy``: it works, and does not wait for others."""
+        self.step, self.is_busy = step, is_busy
+        self.moves += 1
+        if is_busy:
+            self._wake.set()  # whoever asks what a dead rank did should not hear of the step before
+
+    def pause(self) -> None:
+        """Say that the main thread has done its work, and waits for others."""
+        self.is_busy = False
+        self.moves += 1
 
     def stop(self) -> None:
         """Say that this rank has left on its own account, and end both threads."""
@@ -228,7 +249,7 @@ class Watchdog:
         self._why = self._why or why
         self._wake.set()
         if self._store is None or not self._is_over.wait(2 * BEAT_SECS):
-            self._leave(self._tell(self._why))
+            self._leave_without_store(self._why)
 
     # ---- beat ----
 
@@ -243,16 +264,18 @@ class Watchdog:
             self._store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing, has_left=True)))
         except RuntimeError as error:  # torch's errors of its store
             if not self._is_over.is_set():
-                self._leave(
-                    self._tell(
-                        self._why
-                        or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
-                        f"hosts it ({_first_line(error)}); this rank was in {self.doing}"
-                    )
+                time.sleep(TICK_SECS)  # where the launcher hosts it, guard knows better
+                self._leave_without_store(
+                    self._why
+                    or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
+                    f"hosts it ({_first_line(error)}); this rank was in {self.doing}"
                 )
 
     def _beat(self, store: Store) -> None:
         """Give a sign of life, look for an end, look at the next rank."""
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local and self._first_here is None and store.check([f"who/{self._rank - local}"]):
+            self._first_here = msgspec.json.decode(store.get(f"who/{self._rank - local}"), type=Identity)
         store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
         if not self.hears and store.check([_END]):
             self._follow(store)
@@ -296,7 +319,9 @@ class Watchdog:
         elif is_alive is None and silent > SILENT_SECS:
             self._record(store, f"{who} has given no sign of life for {silent:.0f} s; it was last in {beat.doing}")
         elif silent > self._timeout_secs:
-            self._record(store, f"{who} hangs: no sign of life for {silent:.0f} s (timeout); it was last in {beat.doing}")
+            self._record(
+                store, f"{who} hangs: no sign of life for {silent:.0f} s (timeout); it was last in {beat.doing}"
+            )
 
     def _record_death(self, store: Store, who: str, beat: Beat) -> None:
         again = msgspec.json.decode(store.get(f"beat/{self._watched}"), type=Beat)
@@ -345,6 +370,15 @@ class Watchdog:
     def _tail(self) -> str:
         return f"{self.on_disk}. {_ADVICE}"
 
+    def _leave_without_store(self, why: str) -> None:
+        """End where nobody can be asked who tells it: on each machine its first rank does, if it still runs."""
+        if self._first_here is not None and self._first_here.is_alive(self._me):
+            self._leave(None)
+            return
+        _write(self._tell(why))
+        time.sleep(4 * TICK_SECS)  # until the others here have seen that their first rank runs
+        self._leave(None)
+
     def _leave(self, text: str | None) -> None:
         self._finish(text)
         self._is_over.set()
@@ -375,9 +409,13 @@ def _do_nothing(_number: int, _frame: FrameType | None) -> None:
 def _finish(text: str | None) -> None:
     """End the process at once: the main thread may be where no exception reaches it."""
     if text is not None:
-        with contextlib.suppress(OSError):
-            os.write(2, text.encode())
+        _write(text)
     os._exit(1)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it is gone too
+        os.write(2, text.encode())
 
 
 def _encode(value: msgspec.Struct) -> str:

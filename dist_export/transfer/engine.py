@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import msgspec
-
+from dist_export.attempt import Receipt, is_partial, read_receipt, write_receipt
 from dist_export.collective import Ranks
 from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
@@ -21,8 +20,6 @@ from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import Unit, plan_hash_units, plan_units
 from dist_export.storage import (
-    PARTIAL_SUFFIX,
-    WORK_DIRECTORY,
     Directory,
     OpenReaders,
     RangeReader,
@@ -38,15 +35,6 @@ logger = logging.getLogger(__name__)
 
 ChunkDigests = dict[tuple[int, int], list[bytes]]
 """(output file, first byte) -> digests of the chunks from there on."""
-
-
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """Says that one shard file is whole, and of which plan it is."""
-
-    plan: str
-    name: str
-    num_bytes: int
-    digest: str
 
 
 class Share(NamedTuple):
@@ -280,7 +268,7 @@ class Transfer:
             # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
             # left under that name goes first: without a digest the receipt would vouch for it.
             self._target.remove(receipt.name)
-            self._target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
+            write_receipt(self._target, receipt)
             self._staging.publish(receipt.name)
         pending.clear()
 
@@ -307,15 +295,12 @@ class Transfer:
         found = {}
         self._target.make()
         for name in self._target.names():
-            if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+            if is_partial(name):
                 self._target.remove(name)
         for number, file in enumerate(self._plan.files):
-            if not (self._target.exists(_receipt_name(file.name)) and self._target.exists(file.name)):
+            receipt = read_receipt(self._target, file.name)
+            if receipt is None or not self._target.exists(file.name):
                 continue
-            try:
-                receipt = msgspec.json.decode(self._target.read(_receipt_name(file.name)), type=Receipt)
-            except msgspec.MsgspecError:
-                continue  # a receipt cut short by a crash vouches for nothing; the shard is written anew
             size = self._target.stat(file.name).size
             is_hashed_alike = algorithm_of(receipt.digest) == self._digest
             if receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes and is_hashed_alike:
@@ -327,10 +312,6 @@ class Transfer:
 
     def _open_final(self, number: int) -> RangeReader:
         return self._target.open_reader(self._plan.files[number].name)
-
-
-def _receipt_name(shard: str) -> str:
-    return f"{WORK_DIRECTORY}/{shard}.json"
 
 
 def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:

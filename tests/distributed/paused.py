@@ -1,6 +1,6 @@
 """The command line, except that one rank stops at one place and waits there to be killed. Run by torchrun.
 
-The environment says where: ``PAUSE_AT`` is a step's name, ``unit`` (before the second unit of work), or ``number:<n>`` (the
+The environment says where: ``PAUSE_AT`` is a step's name, ``unit`` (before its first unit of work), or ``number:<n>`` (the
 n-th step that has a name or is a unit, from 0 on); ``PAUSE_RANK`` is the rank, ``PAUSE_MARK`` a file that is made on arrival
 and holds the process id. The other ranks go on. ``HOLD`` makes the rank hold the interpreter too, as a stuck C call does.
 """
@@ -22,7 +22,6 @@ RANK = os.environ.get("PAUSE_RANK", "0")
 MARK = os.environ.get("PAUSE_MARK", "")
 LOG = os.environ.get("STEP_LOG", "")
 _number = itertools.count()
-_units = itertools.count()
 
 
 def arrive(name: str) -> None:
@@ -55,8 +54,7 @@ def gather(self, step, work, **options):
 
 
 def run(self, unit):
-    if next(_units) > 0:
-        arrive("unit")
+    arrive("unit")
     return real_run(self, unit)
 
 

@@ -73,7 +73,7 @@ def stop_waiting(rank: int) -> None:
 
 def test_nobody_waits_for_a_dead_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The watchdog ends the rank that is left, long before the timeout, and says who died."""
-    with pytest.raises(AssertionError, match="rank 0: ended: 1$"):
+    with pytest.raises(AssertionError, match=r"rank 0: ended: 1$"):
         run_ranks(stop_waiting, 2, tmp_path / "store", timeout=25)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist_export:")]
     assert line.startswith("dist_export: rank 1 of 2 (process ")

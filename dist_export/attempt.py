@@ -1,0 +1,138 @@
+"""What an export keeps in ``.dist_export`` while it is not committed, and what a later one finds there and clears away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+
+import msgspec
+
+from dist_export import replace
+from dist_export.errors import PackageError
+from dist_export.layout.recis import is_plain_name
+from dist_export.manifest import MANIFEST, decode_manifest
+from dist_export.storage import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
+
+logger = logging.getLogger(__name__)
+
+MARKER = f"{WORK_DIRECTORY}/committing"
+"""Written right before the manifest: where both are, a commit was cut off in its clean-up."""
+
+_SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
+_SHARD_SUFFIX = ".safetensors"
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Says that one shard file is whole, and of which plan it is; a plan's digest covers its source's fingerprint."""
+
+    plan: str
+    name: str
+    num_bytes: int
+    digest: str
+
+
+def write_receipt(target: Directory, receipt: Receipt) -> None:
+    """Vouch for a shard."""
+    target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
+
+
+def read_receipt(target: Directory, shard: str) -> Receipt | None:
+    """Return what vouches for a shard; None where nothing does, or the receipt was cut short by a crash."""
+    try:
+        receipt = msgspec.json.decode(target.read(_receipt_name(shard)), type=Receipt)
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return receipt if receipt.name == shard else None
+
+
+def _receipt_name(shard: str) -> str:
+    return f"{WORK_DIRECTORY}/{shard}.json"
+
+
+def list_attempt(target: Directory) -> list[str]:
+    """Return the files that an uncommitted export left in ``target``: shards, partial ones, small files."""
+    there = target.names()
+    shards = _list_receipted(target)
+    left = [name for name in there if name in shards or is_partial(name)]
+    return sorted({*left, *(name for name in _read_small_files(target) if target.exists(name))})
+
+
+def remove_attempt(target: Directory) -> None:
+    """Remove what an uncommitted export left, so that nothing of it is taken over."""
+    for name in list_attempt(target):
+        target.remove(name)
+    for shard in _list_receipted(target):
+        target.remove(_receipt_name(shard))
+    target.remove(_SMALL_FILES)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file was being written when its export ended."""
+    return name.startswith(".") and name.endswith(PARTIAL_SUFFIX)
+
+
+def note_small_files(target: Directory, names: list[str]) -> None:
+    """Write down what is about to be written, and remove what an earlier, uncommitted attempt wrote and this one does not."""
+    for name in _read_small_files(target):
+        if name not in names:
+            target.remove(name)
+    target.write(_SMALL_FILES, msgspec.json.encode(names))
+
+
+def _read_small_files(target: Directory) -> list[str]:
+    try:
+        names = msgspec.json.decode(target.read(_SMALL_FILES), type=list[str])
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return []  # none, or cut short by a crash, before any of these files was written
+    return [name for name in names if all(map(is_plain_name, name.split("/")))]
+
+
+def remove_strays(target: Directory, planned: set[str]) -> None:
+    """Remove shards that an uncommitted attempt of another plan left: those that have a receipt but no use."""
+    for shard in _list_receipted(target):
+        if shard not in planned:
+            target.remove(shard)
+
+
+def _list_receipted(target: Directory) -> list[str]:
+    receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
+    shards = [name.removesuffix(".json") for name in receipts if name.endswith(f"{_SHARD_SUFFIX}.json")]
+    return [shard for shard in shards if is_plain_name(shard)]
+
+
+def list_strangers(target: Directory, named: set[str]) -> list[str]:
+    """Return the files directly in ``target`` that are neither the package's nor an attempt's: they are left alone."""
+    return [name for name in target.names() if name not in named and name != MANIFEST and not is_partial(name)]
+
+
+def begin_commit(target: Directory) -> None:
+    """Say that the manifest comes next."""
+    target.write(MARKER, b"")
+
+
+def finish_commit(final: Directory) -> list[str]:
+    """Clear away what only a rerun would need, and a package that was replaced; return what was kept of that one.
+
+    The package is committed: what cannot be removed is told, and left.
+    """
+    kept: list[str] = []
+    if final.is_local:
+        for what in ("next", "old"):
+            old = Directory(replace.beside(final.path, what))
+            if not old.exists(MANIFEST):
+                continue
+            try:
+                manifest = decode_manifest(old.read(MANIFEST), where=old.describe(MANIFEST))
+                kept += replace.discard(old.path, final, named={MANIFEST, *(file.path for file in manifest.files)})
+            except (OSError, PackageError) as error:
+                logger.warning("the old package in %s could not be removed: %s", old.path, error)
+    try:
+        if final.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(final.join(WORK_DIRECTORY))
+        elif final.exists(WORK_DIRECTORY):
+            final.fs.rm(final.join(WORK_DIRECTORY), recursive=True)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", final.describe(WORK_DIRECTORY), error)
+    return kept

@@ -1,0 +1,239 @@
+"""Where an export reads and writes: what may stand in export_dir, and what happens to it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from dist_export import claims, replace
+from dist_export.attempt import MARKER, finish_commit, list_attempt, remove_attempt
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.errors import ConfigError
+from dist_export.layout.recis import INDEX
+from dist_export.manifest import MANIFEST, Manifest, decode_manifest
+from dist_export.storage import WORK_DIRECTORY, Directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The directories of an export; the same on all ranks."""
+
+    source: Directory
+    final: Directory
+    """export_dir."""
+    target: Directory
+    """Where the files are written: ``final``, or a directory beside it while an old package is in ``final``."""
+    in_place: bool
+    """The target is the source, whose files stay as they are."""
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether an old package stays readable in ``final`` until the new one takes its place."""
+        return self.target is not self.final
+
+    @property
+    def on_disk(self) -> str:
+        """What is there while the export runs, for messages."""
+        if self.is_replacing:
+            return (
+                f"{self.final.url} still holds the old package; shards that are whole are kept in {self.target.url} for "
+                "the next run"
+            )
+        return (
+            f"No manifest was written, so {self.final.url} is no package; shards that are whole are kept there for the "
+            "next run"
+        )
+
+
+def place_of(config: ExportConfig) -> str:
+    """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
+    if not config.add_subfolder or config.export_dir.endswith("data"):
+        return config.export_dir
+    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+
+
+def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
+    """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks."""
+    source, final = ranks.run("check the places", lambda: _check_places(ranks, config, export_dir))
+    in_place = source.is_same(final)
+
+    def look() -> bool:
+        """Return whether there is an old package that is to be replaced."""
+        is_there = final.exists(MANIFEST) and not may_be_committed(final)
+        if is_there:
+            _refuse_package(final, config, in_place=in_place)
+        if config.on_existing == "error":
+            _refuse_attempt(_next_to(final) if is_there else final)
+        return is_there
+
+    is_replacing = ranks.on_rank_0("look at export_dir", look)
+    return Places(source=source, final=final, target=_next_to(final) if is_replacing else final, in_place=in_place)
+
+
+def _next_to(final: Directory) -> Directory:
+    return Directory(replace.beside(final.path, "next"))
+
+
+def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
+    source = Directory(config.ckpt_dir, config.storage_options)
+    final = Directory(export_dir, config.storage_options)
+    for directory in (source, final):
+        if ranks.world_size > 1 and not directory.is_shared:
+            raise ConfigError(
+                f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
+            )
+    is_same = source.is_same(final)
+    if is_same and config.filter_sparse_opt and config.need_export_sparse:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
+            "without optimizer state. Give another export_dir"
+        )
+    if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
+        raise ConfigError(f"export_dir {final.url} is a file, not a directory")
+    if not is_same and final.exists(INDEX) and not final.exists(WORK_DIRECTORY) and not final.exists(MANIFEST):
+        raise ConfigError(
+            f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
+            "somebody's export, which would be overwritten. Give another export_dir"
+        )
+    if (reason := final.why_not_writable()) is not None:
+        raise ConfigError(f"export_dir {final.url}: {reason}")
+    return source, final
+
+
+def may_be_committed(final: Directory) -> bool:
+    """Whether the package in ``final`` may be what an attempt of this very export committed before it was cut off."""
+    return final.exists(MARKER) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:
+    """Refuse a target that holds a committed package, unless it may and can be replaced."""
+    there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
+    if not config.overwrite:
+        raise ConfigError(
+            f"{there}. Set overwrite: true to replace it, give another export_dir, or remove the old package first"
+        )
+    if in_place:
+        raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
+    if not final.is_local:
+        raise ConfigError(
+            f"{there}. On this store files cannot be renamed, so overwrite would destroy it before the new one is whole; "
+            "give a new export_dir"
+        )
+    if (reason := replace.why_not_replaceable(final.path)) is not None:
+        raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
+
+
+def _refuse_attempt(directory: Directory) -> None:
+    left = list_attempt(directory)
+    if left:
+        raise ConfigError(
+            f"{directory.url} holds an unfinished export ({len(left)} files, such as {left[0]}), and on_existing is error. "
+            "Set on_existing: resume to go on with it, or restart to begin anew"
+        )
+
+
+def claim(
+    ranks: Ranks, places: Places, config: ExportConfig, release: Callable[[claims.Release], object]
+) -> Callable[[], None]:
+    """Claim the directories for this export, and clear away what a restart does not want. All ranks.
+
+    Args:
+        release: gets what gives each claim back.
+
+    Returns:
+        What raises CommitError if the claim was lost; for rank 0, right before the commit.
+    """
+    final, target = places.final, places.target
+    checks: list[Callable[[], None]] = []
+    directories = [final, target] if places.is_replacing else [final]
+
+    def lock() -> None:
+        if not final.is_local:
+            lease = claims.Lease(final)
+            release(lease.release)
+            checks.append(lease.refuse_if_lost)
+            return
+        replace.recover(final.path)
+        for directory in directories:
+            release(claims.lock(directory))
+
+    def join() -> None:
+        for directory in directories if ranks.rank and final.is_local else ():
+            release(claims.join_lock(directory))
+
+    ranks.on_rank_0("claim export_dir", lock)
+    ranks.run("claim export_dir", join)
+    ranks.on_rank_0("look at what is there", lambda: _begin(places, config))
+
+    def refuse_if_lost() -> None:
+        for check in checks:
+            check()
+
+    return refuse_if_lost
+
+
+def _begin(places: Places, config: ExportConfig) -> None:
+    """Look again, now that nobody else is there, and prepare the target. Rank 0."""
+    final, target = places.final, places.target
+    if final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final):
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. Give another "
+            "export_dir, or run this again with overwrite: true"
+        )
+    if places.is_replacing:
+        target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
+    is_committed = not places.is_replacing and final.exists(MANIFEST)
+    if config.on_existing == "restart" and not places.in_place and not is_committed:
+        remove_attempt(target)
+
+
+def identify_export(config: ExportConfig, plan_digest: str, source_state: dict[str, str]) -> str:
+    """Return the digest of all that shapes a package: a rerun that finds it committed has nothing left to do.
+
+    Args:
+        config: the settings.
+        plan_digest: of the sparse plan, which covers the source's fingerprint and the number of shards; empty without one.
+        source_state: versions of further source files, by name.
+    """
+    settings = {name: value for name, value in vars(config).items() if name not in _HOW}
+    text = msgspec.json.encode([plan_digest, source_state, settings], order="deterministic")
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(text)}"
+
+
+_HOW = ("export_dir", "num_shards", "max_memory", "threads", "storage_options", "timeout", "overwrite", "on_existing")
+"""Settings that do not shape the package, or do so through the plan."""
+
+
+def find_committed(places: Places, identity: str) -> Manifest | None:
+    """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
+
+    Raises:
+        ConfigError: it is another export's.
+    """
+    final = places.final
+    if places.is_replacing or not final.exists(MANIFEST):
+        return None
+    manifest = decode_manifest(final.read(MANIFEST), where=final.describe(MANIFEST))
+    if manifest.run.get("identity") != identity:
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other settings. "
+            "Set overwrite: true to replace it, or give another export_dir"
+        )
+    finish_commit(final)
+    return manifest
+
+
+def commit_places(places: Places) -> list[str]:
+    """Put the package, whole in its target, where it belongs, and clear away. Rank 0.
+
+    Returns the names of what a replaced package's directory held besides, which is in the new one now.
+    """
+    if places.is_replacing:
+        replace.replace_directory(places.target.path, places.final.path)
+    return finish_commit(places.final)
