@@ -332,11 +332,11 @@ def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
 
     Args:
         timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
-        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle. Main thread.
+        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
     """
     ranks = _join(timeout_secs)
     if ranks.world_size > 1 or is_own_process:
-        ranks.watch(catches_sigterm=is_own_process)
+        ranks.watch(catches_sigterm=is_own_process and threading.current_thread() is threading.main_thread())
     return ranks
 
 

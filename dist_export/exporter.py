@@ -185,7 +185,7 @@ def look_at_small_files(source: Directory) -> dict[str, str]:
 def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
     """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
     now = look_at_small_files(source)
-    changed = sorted(name for name in state.keys() | now.keys() if state.get(name) != now.get(name))
+    changed = sorted(name for name in state if state[name] != now.get(name))
     if changed:
         raise ExportError(
             f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "

@@ -65,6 +65,12 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
 
     def look() -> bool:
         """Return whether there is an old package that is to be replaced."""
+        if final.is_local and replace.is_cut_off(final.path):
+            release = claims.lock(Directory(replace.beside(final.path, "old")))  # whoever cut it off is gone then
+            try:
+                replace.recover(final.path)
+            finally:
+                release()
         is_there = final.exists(MANIFEST) and not may_be_committed(final)
         if is_there:
             _refuse_package(final, config, in_place=in_place)
@@ -159,7 +165,6 @@ def claim(
             release(lease.release)
             checks.append(lease.refuse_if_lost)
             return
-        replace.recover(final.path)
         for directory in directories:
             release(claims.lock(directory))
 

@@ -33,14 +33,17 @@ def why_not_replaceable(path: str) -> str | None:
     return None if os.access(parent, os.W_OK | os.X_OK) else f"lies in {parent}, which cannot be written to"
 
 
-def recover(path: str) -> bool:
-    """Put back the old directory if a replacement without exchange was cut between its two renames; return whether."""
-    old, real = beside(path, "old"), os.path.realpath(path)
-    if os.path.exists(real) or not os.path.isdir(old):
-        return False
-    os.rename(old, real)
-    sync_directory(os.path.dirname(real))
-    return True
+def is_cut_off(path: str) -> bool:
+    """Whether a replacement without exchange was cut between its two renames, so that nothing is under ``path``."""
+    return os.path.isdir(beside(path, "old")) and not os.path.exists(os.path.realpath(path))
+
+
+def recover(path: str) -> None:
+    """Put the old directory back after such a cut."""
+    if is_cut_off(path):
+        real = os.path.realpath(path)
+        os.rename(beside(path, "old"), real)
+        sync_directory(os.path.dirname(real))
 
 
 def replace_directory(new: str, path: str) -> str:

@@ -220,7 +220,8 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     seen: list[float] = []
     real = dist_export.collective.join
 
-    def join(*, timeout_secs: float):
+    def join(*, timeout_secs: float, is_own_process: bool):
+        assert is_own_process
         seen.append(timeout_secs)
         return real(timeout_secs=timeout_secs)
 

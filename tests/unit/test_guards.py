@@ -18,9 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
+from dist_export import claims
 from dist_export.errors import CheckpointError, ConfigError, ExportError, ModelError
 from dist_export.package.verify import verify
-from dist_export.storage import WORK_DIRECTORY, Directory
+from dist_export.storage import WORK_DIRECTORY
 from dist_export.transfer.units import UnitRunner
 
 DENSE = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
@@ -47,6 +48,7 @@ def test_a_second_export_into_the_same_directory_is_refused(checkpoint: Path, tm
         return real(self, unit)
 
     monkeypatch.setattr(UnitRunner, "run", wait)
+    monkeypatch.setattr(claims, "PATIENCE_SECS", 0.3)
     first = threading.Thread(target=dist_export.export, args=(settings(checkpoint, out),))
     first.start()
     assert reached.wait(30)
@@ -61,15 +63,14 @@ def test_a_package_that_was_committed_meanwhile_is_not_overwritten(
     checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out = tmp_path / "out"
-    real = Directory.lock
+    real = claims.lock
 
-    def lock(self):
-        if not self.exists("manifest.json"):
-            self.write("manifest.json", b"{}")  # as another export does between our check and our claim
-        return real(self)
+    def lock(directory):
+        directory.write("manifest.json", b"{}")  # as another export does between our check and our claim
+        return real(directory)
 
-    monkeypatch.setattr(Directory, "lock", lock)
-    with pytest.raises(ConfigError, match="committed package"):
+    monkeypatch.setattr(claims, "lock", lock)
+    with pytest.raises(ConfigError, match="another export has just committed a package"):
         dist_export.export(settings(checkpoint, out))
     assert (out / "manifest.json").read_bytes() == b"{}"
 
