@@ -1,20 +1,23 @@
-"""The command line, except that one rank stops at one place and waits there to be killed. Run by torchrun.
+"""The command line, except that one rank stops at one place and waits there to be killed. Run by torchrun, or alone.
 
-The environment says where: ``PAUSE_AT`` is a step's name, ``unit`` (before its first unit of work), or ``number:<n>`` (the
-n-th step that has a name or is a unit, from 0 on); ``PAUSE_RANK`` is the rank, ``PAUSE_MARK`` a file that is made on arrival
-and holds the process id. The other ranks go on. ``HOLD`` makes the rank hold the interpreter too, as a stuck C call does.
+The environment says where: ``PAUSE_AT`` is the name of a place, or ``number:<n>`` for the n-th that this rank comes to;
+``PAUSE_RANK`` is the rank, ``PAUSE_MARK`` a file that is made on arrival and holds the process id. The other ranks go on.
+With ``PAUSE_SECS`` it waits so long and goes on. Places are the steps of the export by name, ``unit`` (each unit of work),
+``write <file>`` and ``written <file>`` around small files, ``publish <shard>`` and ``published <shard>``, ``exchange``,
+``clean up`` and ``end``. ``STEP_LOG`` is a file that gets all of them, with their numbers.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import sys
 import time
 from pathlib import Path
 
+from dist_export import places, replace
 from dist_export.collective import Ranks
+from dist_export.storage import Directory, Staging
 from dist_export.transfer.units import UnitRunner
 
 AT = os.environ.get("PAUSE_AT", "")
@@ -36,32 +39,43 @@ def arrive(name: str) -> None:
     partial = Path(f"{MARK}.partial")
     partial.write_text(str(os.getpid()))
     partial.rename(MARK)
-    if "HOLD" in os.environ:
-        ctypes.PyDLL(None).sleep(600)
-    time.sleep(600)
+    time.sleep(float(os.environ.get("PAUSE_SECS", "600")))
 
 
-real_gather = Ranks.gather
-real_run = UnitRunner.run
+def around(owner, name, before, after=None):
+    """Arrive before and after each call of ``owner.name``."""
+    real = getattr(owner, name)
+
+    def call(*arguments, **options):
+        arrive(before(*arguments))
+        result = real(*arguments, **options)
+        if after is not None:
+            arrive(after(*arguments))
+        return result
+
+    setattr(owner, name, call)
 
 
-def gather(self, step, work, **options):
-    def arrive_and_work():
-        arrive(step)
-        return work()
+def patch() -> None:
+    real_gather = Ranks.gather
 
-    return real_gather(self, step, work if work.__name__ == "_nothing" else arrive_and_work, **options)
+    def gather(self, step, work, **options):
+        def arrive_and_work():
+            arrive(step)
+            return work()
 
+        return real_gather(self, step, work if work.__name__ == "_nothing" else arrive_and_work, **options)
 
-def run(self, unit):
-    arrive("unit")
-    return real_run(self, unit)
+    Ranks.gather = gather
+    around(UnitRunner, "run", lambda *_: "unit")
+    around(Directory, "write", lambda _, name, *__: f"write {name}", lambda _, name, *__: f"written {name}")
+    around(Staging, "publish", lambda _, name: f"publish {name}", lambda _, name: f"published {name}")
+    around(replace, "replace_directory", lambda *_: "exchange")
+    around(places, "finish_commit", lambda *_: "clean up", lambda *_: "end")
 
-
-Ranks.gather = gather
-UnitRunner.run = run
 
 if __name__ == "__main__":
     from dist_export.cli import main
 
+    patch()
     sys.exit(main(sys.argv[1:]))

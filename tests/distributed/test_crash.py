@@ -1,0 +1,79 @@
+"""A dozen kills of the crash harness: what is left is no package or a sound one, and the rerun ends as if nothing had been."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import crash
+import pytest
+from crash import Kill, Setup, run_kill
+from recis_writer import make_tables, write_checkpoint
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
+    folder = tmp_path_factory.mktemp("crash")
+    write_checkpoint(folder / "ckpt", make_tables({"t": 500, "u": 300}, 4))
+    write_checkpoint(folder / "other", make_tables({"t": 50, "w": 30}, 2))
+    arguments = ("--ckpt_dir", str(folder / "ckpt"), "--filter_sparse_opt", "true", "--num_shards", "4", "--threads", "1")
+    for name, of in (("expected", arguments), ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:]))):
+        command = [sys.executable, "-m", "dist_export", *of, "--export_dir", str(folder / name)]
+        subprocess.run(command, cwd=crash.TESTS, env=crash.environment(), check=True, capture_output=True)
+    return {
+        "new": Setup(folder / "ckpt", arguments, folder / "expected"),
+        "replace": Setup(
+            folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"
+        ),
+    }
+
+
+KILLS = [
+    ("new", Kill(1, "count the ids"), False),
+    ("new", Kill(1, "write .dist_export/model-000001-of-000004.safetensors.json"), False),
+    ("new", Kill(1, "publish model-000002-of-000004.safetensors"), False),
+    ("new", Kill(1, "written index"), False),
+    ("new", Kill(1, "write manifest.json"), False),
+    ("new", Kill(1, "written manifest.json"), True),
+    ("new", Kill(1, "end"), True),
+    ("replace", Kill(1, "check the shards"), False),
+    ("replace", Kill(1, "exchange"), False),
+    ("replace", Kill(1, "clean up"), True),
+    ("new", Kill(2, "write shards", rank=1, victims="rank"), False),
+    ("new", Kill(2, "reserve space for the shards", rank=0, victims="launcher"), False),
+    ("new", Kill(2, "written manifest.json", rank=0, victims="all"), True),
+    ("replace", Kill(2, "commit", rank=0, victims="everything"), False),
+]
+
+
+@pytest.mark.parametrize(("name", "kill", "is_committed"), KILLS, ids=[f"{name}-{kill}" for name, kill, _ in KILLS])
+def test_a_killed_export(name: str, kill: Kill, is_committed: bool, setups: dict[str, Setup], tmp_path: Path) -> None:
+    outcome = run_kill(setups[name], kill, tmp_path / "kill")
+    assert outcome.was_reached
+    assert outcome.was_committed == is_committed
+
+
+def test_the_harness_sees_what_is_broken(setups: dict[str, Setup], tmp_path: Path) -> None:
+    """A package that is not sound, a file too many, or another content is found."""
+    import shutil
+
+    setup = setups["new"]
+    out = tmp_path / "out"
+    shutil.copytree(setup.expected, out)
+    assert crash.check_what_is_left(setup, out)
+    crash.compare(setup, out)
+    (out / "stray").write_text("x")
+    with pytest.raises(AssertionError):
+        crash.check_what_is_left(setup, out)
+    (out / "stray").unlink()
+    shard = out / "model-000000-of-000004.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(AssertionError):
+        crash.check_what_is_left(setup, out)
+    (out / "manifest.json").unlink()
+    assert not crash.check_what_is_left(setup, out)
+    assert not crash.whole_shards(setup, out), "nothing vouches for a shard without a receipt"
