@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.rendezvous import agree_on_start
 from dist_export.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -351,8 +352,8 @@ def _join(timeout_secs: float) -> Ranks:
     owns = not dist.is_initialized()
     if owns:
         try:
-            dist.init_process_group("gloo", timeout=timeout)
-        except (ValueError, RuntimeError) as error:
+            _start_group(timeout)
+        except (ValueError, RuntimeError, TimeoutError) as error:
             raise ConfigError(
                 f"WORLD_SIZE is {started}, but the ranks cannot find each other: {_first_line(error)}. Start them with "
                 "torchrun, or unset WORLD_SIZE to export with one rank"
@@ -369,6 +370,23 @@ def _join(timeout_secs: float) -> Ranks:
         timeout_secs=timeout_secs,
         watched_store=_connect_anew(store, f"{prefix}/watchdog"),
     )
+
+
+def _start_group(timeout: timedelta) -> None:
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = torch_store.TCPStore(host, port, world_size, False, timeout)
+    name = agree_on_start(
+        torch_store.PrefixStore("dist_export/start", kept), rank, world_size, timeout_secs=timeout.total_seconds()
+    )
+    store = torch_store.PrefixStore(f"dist_export/{name}", kept)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _connect_anew(store: Any, prefix: str) -> Any:

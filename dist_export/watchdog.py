@@ -85,7 +85,7 @@ class Watchdog:
         launcher: int | None,
         request_stop: Callable[[str], None],
         has_failure: Callable[[], bool],
-        finish: Callable[[str | None], None] | None = None,
+        finish: Callable[[str | None, float], None] | None = None,
     ) -> None:
         """Nothing runs before :meth:`start`.
 
@@ -97,7 +97,7 @@ class Watchdog:
             launcher: process id of the launcher without which this process must not go on; None where there is none.
             request_stop: makes the main thread stop at the next step, with the reason as its error.
             has_failure: whether a rank has announced a failure, which the main threads are about to tell.
-            finish: ends the process, after telling what it gets, if anything; for tests.
+            finish: ends the process, after telling what it gets, if anything, and waiting for some seconds; for tests.
         """
         self.step = "start"
         self.is_busy = False
@@ -375,12 +375,10 @@ class Watchdog:
         if self._first_here is not None and self._first_here.is_alive(self._me):
             self._leave(None)
             return
-        _write(self._tell(why))
-        time.sleep(4 * TICK_SECS)  # until the others here have seen that their first rank runs
-        self._leave(None)
+        self._leave(self._tell(why), 4 * TICK_SECS)  # until the others here have seen that their first rank runs
 
-    def _leave(self, text: str | None) -> None:
-        self._finish(text)
+    def _leave(self, text: str | None, wait_secs: float = 0.0) -> None:
+        self._finish(text, wait_secs)
         self._is_over.set()
 
     # ---- SIGTERM ----
@@ -406,16 +404,13 @@ def _do_nothing(_number: int, _frame: FrameType | None) -> None:
     """Take the place of the default, which would end the process before anything could be said."""
 
 
-def _finish(text: str | None) -> None:
+def _finish(text: str | None, wait_secs: float) -> None:
     """End the process at once: the main thread may be where no exception reaches it."""
     if text is not None:
-        _write(text)
+        with contextlib.suppress(OSError):  # whoever read it is gone too
+            os.write(2, text.encode())
+    time.sleep(wait_secs)
     os._exit(1)
-
-
-def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it is gone too
-        os.write(2, text.encode())
 
 
 def _encode(value: msgspec.Struct) -> str:

@@ -72,7 +72,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launcher(world_size: int, *, agent: int = 0, agents: int = 1, port: int = 0, options: tuple[str, ...] = ()) -> list[str]:
+def launcher(
+    world_size: int, *, agent: int = 0, agents: int = 1, port: int = 0, options: tuple[str, ...] = ()
+) -> list[str]:
     """Return the command before the script: torchrun's, of several agents the one with this number; none for one rank."""
     if world_size == 1:
         return [sys.executable]
@@ -82,7 +84,14 @@ def launcher(world_size: int, *, agent: int = 0, agents: int = 1, port: int = 0,
     return [
         *common,
         *("--nnodes", str(agents), "--rdzv-backend", "c10d", "--rdzv-id", f"crash{port}"),
-        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "--rdzv-conf", f"is_host={int(agent == 0)}"),
+        *(
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--local-addr",
+            "127.0.0.1",
+            "--rdzv-conf",
+            f"is_host={int(agent == 0)}",
+        ),
     ]
 
 
@@ -199,7 +208,9 @@ def check_what_is_left(setup: Setup, out: Path) -> bool:
     report = verify(str(out))
     assert report.findings == [], report.findings
     files = set(os.listdir(out)) - {".dist_export"}
-    is_old = setup.old is not None and (out / "manifest.json").read_bytes() == (setup.old / "manifest.json").read_bytes()
+    is_old = (
+        setup.old is not None and (out / "manifest.json").read_bytes() == (setup.old / "manifest.json").read_bytes()
+    )
     assert files == set(os.listdir(setup.old if is_old else setup.expected))
     return not is_old
 

@@ -64,7 +64,9 @@ def patch() -> None:
             arrive(step)
             return work()
 
-        return real_gather(self, step, work if work.__name__ == "_nothing" else arrive_and_work, **options)
+        return real_gather(
+            self, step, work if getattr(work, "__name__", "") == "_nothing" else arrive_and_work, **options
+        )
 
     Ranks.gather = gather
     around(UnitRunner, "run", lambda *_: "unit")

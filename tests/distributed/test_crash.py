@@ -19,15 +19,22 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
     folder = tmp_path_factory.mktemp("crash")
     write_checkpoint(folder / "ckpt", make_tables({"t": 500, "u": 300}, 4))
     write_checkpoint(folder / "other", make_tables({"t": 50, "w": 30}, 2))
-    arguments = ("--ckpt_dir", str(folder / "ckpt"), "--filter_sparse_opt", "true", "--num_shards", "4", "--threads", "1")
+    arguments = (
+        "--ckpt_dir",
+        str(folder / "ckpt"),
+        "--filter_sparse_opt",
+        "true",
+        "--num_shards",
+        "4",
+        "--threads",
+        "1",
+    )
     for name, of in (("expected", arguments), ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:]))):
         command = [sys.executable, "-m", "dist_export", *of, "--export_dir", str(folder / name)]
         subprocess.run(command, cwd=crash.TESTS, env=crash.environment(), check=True, capture_output=True)
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
-        "replace": Setup(
-            folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"
-        ),
+        "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),
     }
 
 
