@@ -127,15 +127,17 @@ class Lease:
     creates the object that is named after the old lease's token.
     """
 
-    def __init__(self, directory: Directory, *, lease_secs: float = LEASE_SECS, renew_secs: float = RENEW_SECS) -> None:
+    def __init__(
+        self, directory: Directory, *, lease_secs: float | None = None, renew_secs: float | None = None
+    ) -> None:
         """Take the lease and keep it until :meth:`release`.
 
         Raises:
             ConfigError: another export holds it and renews it.
         """
         self._directory = directory
-        self._lease_secs = lease_secs
-        self._renew_secs = renew_secs
+        self._lease_secs = LEASE_SECS if lease_secs is None else lease_secs
+        self._renew_secs = RENEW_SECS if renew_secs is None else renew_secs
         self._holder = _Holder(uuid.uuid4().hex, str(identify()), os.environ.get("TORCHELASTIC_RUN_ID", ""), 0)
         self._garbage: list[str] = []
         self._acquire()

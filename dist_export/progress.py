@@ -109,6 +109,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         misplaced = sum(table.misplaced for table in manifest.tables)
         if misplaced:
             lines.append(f"  repaired {misplaced:,} rows lay in another shard's slice and were moved to their own")
+        if left := manifest.run.get("left_alone"):
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            lines.append(f"  left     {', '.join(left[:3])}{more}: in export_dir, but not of this package")
         if reused := manifest.run.get("reused_shards"):
             lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
     if manifest.dropped_dense_tensors:
