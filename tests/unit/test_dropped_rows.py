@@ -248,17 +248,14 @@ def exported(tmp_path, tables):
     return plan(tmp_path / "in", on_duplicate="first", num_shards=2), tmp_path / "out", manifest
 
 
-def test_a_dropped_row_that_was_written_in_place_of_the_kept_one_is_found(tmp_path, monkeypatch, tables):
-    """The numbers add up, the ids do not: a gather that skips other rows than the plan says."""
+def test_a_gather_that_skips_other_rows_than_the_plan_says_is_found(tmp_path, monkeypatch):
+    """The numbers add up, the ids do not."""
+    tables = make_tables({"a": 120}, 3)
+    repeat_rows(tables["a"], [(0, 0, 4)])
     write_checkpoint(tmp_path / "in", tables)
     original = DroppedRows.rows_in
 
-    def other_rows(self, part, first_row, num_rows):
-        found = original(self, part, first_row, num_rows)
-        assert not len(found) or found[0] > 0
-        return found - 1
-
-    monkeypatch.setattr(DroppedRows, "rows_in", other_rows)
+    monkeypatch.setattr(DroppedRows, "rows_in", lambda *where: original(*where) - 1)
     with pytest.raises(CommitError, match="shards hold 120 rows of 120, but their ids are not"):
         export(tmp_path / "in", tmp_path / "out", on_duplicate="first", num_shards=1)
     assert not (tmp_path / "out" / "manifest.json").exists()
