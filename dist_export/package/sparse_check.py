@@ -177,7 +177,7 @@ def _check_account(entry: TableEntry, findings: list[str]) -> None:
         )
     # a misplaced row is repaired or dropped, and a row is dropped as a duplicate only where one was found
     is_possible = (
-        min(entry.rows_dropped.values(), default=1) > 0
+        min(entry.rows_dropped.values(), default=0) >= 0
         and 0 <= entry.repaired <= entry.misplaced <= entry.repaired + dropped
         and entry.rows_dropped.get("duplicate", 0) <= entry.duplicates <= dropped
     )
