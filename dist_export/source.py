@@ -105,8 +105,9 @@ def plan_sparse(
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
-        found = find_repeated_rows(ranks, checkpoint, repeated, limits)
-        dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
+        dropped = drop_repeats(
+            checkpoint, find_repeated_rows(ranks, checkpoint, repeated, limits), keep=config.on_duplicate
+        )
 
     def lay_out() -> SparsePlan:
         if config.filter_sparse_opt:

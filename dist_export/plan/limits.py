@@ -11,9 +11,9 @@ _WRITE_BYTES = 128 << 10
 
 _MIN_GATHER_BYTES = 1 << 20
 
-DROPPED_ROW_BYTES = 256
-"""Of ``max_memory`` for each row that is left behind. It is held in 25 bytes, but what is known of it is exchanged between
-the ranks and ordered before, which takes five times as much, and a search for more of them may still hold its share."""
+DROPPED_ROW_BYTES = 512
+"""Of ``max_memory`` for each row that is left behind. It is held in 25 bytes, but before that all rows of its id are
+exchanged between the ranks and ordered, which takes several times as much, beside what the search took."""
 
 
 @dataclass(frozen=True, slots=True)

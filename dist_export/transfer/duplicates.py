@@ -61,8 +61,10 @@ class RepeatedIds:
                 raise too_many(self._checkpoint, [table], self._most, None)
 
     def collected(self) -> np.ndarray:
-        """Return table and id (int64 (2, n), sorted) of all that came, each once."""
-        return _sort_once(np.concatenate([np.zeros((2, 0), np.int64), *self._found], axis=1))
+        """Return table and id (int64 (2, n), sorted) of all that came, each once, and let go of them."""
+        found = np.concatenate([np.zeros((2, 0), np.int64), *self._found], axis=1)
+        self._found.clear()
+        return _sort_once(found)
 
     def _refuse(self, repeated: int, surplus: int, parts: Sequence[int]) -> None:
         checkpoint = self._checkpoint
@@ -98,7 +100,7 @@ def find_repeated_rows(ranks: Ranks, checkpoint: Checkpoint, repeated: RepeatedI
 
     def look() -> np.ndarray:
         found = run_threads(lambda share: _locate(checkpoint, np.array(share, np.int64), ids, most=most), mine)
-        return np.concatenate(found, axis=1)
+        return np.concatenate([np.zeros((3, 0), np.int64), *(piece for pieces in found for piece in pieces)], axis=1)
 
     def check_rows(count: int) -> None:
         if count - ids.shape[1] > most:
@@ -118,9 +120,9 @@ def too_many(checkpoint: Checkpoint, tables: Sequence[int], most: int, needed: i
     )
 
 
-def _locate(checkpoint: Checkpoint, parts: np.ndarray, wanted: np.ndarray, *, most: int) -> np.ndarray:
-    """Return part, row and id (int64 (3, n)) of the rows in these parts whose table and id are in ``wanted`` (2, n)."""
-    found = [np.zeros((3, 0), np.int64)]
+def _locate(checkpoint: Checkpoint, parts: np.ndarray, wanted: np.ndarray, *, most: int) -> list[np.ndarray]:
+    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts whose table and id are in ``wanted``."""
+    found: list[np.ndarray] = []
     count = 0
     tables, firsts = np.unique(wanted[0], return_index=True)
     sieves = {table: _Sieve(ids) for table, ids in zip(tables.tolist(), np.split(wanted[1], firsts[1:]), strict=True)}
@@ -136,7 +138,7 @@ def _locate(checkpoint: Checkpoint, parts: np.ndarray, wanted: np.ndarray, *, mo
             count += len(rows)
             if count - wanted.shape[1] > most:
                 raise too_many(checkpoint, [int(checkpoint.parts.table[its_part[0]])], most, None)
-    return np.concatenate(found, axis=1)
+    return found
 
 
 def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> np.ndarray:
