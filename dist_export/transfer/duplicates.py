@@ -23,7 +23,7 @@ from dist_export.transfer.threads import run_threads
 _EXCHANGED_ROWS = 1 << 16
 """All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""
 
-_SIEVE_BITS = 20
+_MAX_SIEVE_BITS = 20
 """A sieve of this many places stays in a core's cache."""
 
 
@@ -97,14 +97,17 @@ def find_repeated_rows(ranks: Ranks, checkpoint: Checkpoint, repeated: RepeatedI
     parts = np.flatnonzero(np.isin(checkpoint.parts.table, ids[0]))
     shares = share_parts(checkpoint, ranks.world_size * limits.threads, among=parts)
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+    tables, firsts = np.unique(ids[0], return_index=True)
+    sieves = {table: _Sieve(its) for table, its in zip(tables.tolist(), np.split(ids[1], firsts[1:]), strict=True)}
 
     def look() -> np.ndarray:
-        found = run_threads(lambda share: _locate(checkpoint, np.array(share, np.int64), ids, most=most), mine)
+        room = most + ids.shape[1]
+        found = run_threads(lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most), mine)
         return np.concatenate([np.zeros((3, 0), np.int64), *(piece for pieces in found for piece in pieces)], axis=1)
 
     def check_rows(count: int) -> None:
         if count - ids.shape[1] > most:
-            raise too_many(checkpoint, np.unique(ids[0]).tolist(), most, count - ids.shape[1])
+            raise too_many(checkpoint, tables.tolist(), most, count - ids.shape[1])
 
     return _exchange(ranks, "rows whose id stands twice", look, check_rows)
 
@@ -113,19 +116,23 @@ def too_many(checkpoint: Checkpoint, tables: Sequence[int], most: int, needed: i
     """Return the error for more rows to leave behind than may be held; ``needed`` where their number is known."""
     memory = "max_memory" if needed is None else f"max_memory to {-(-needed * DROPPED_ROW_BYTES >> 20)}MiB"
     found = f"more than {most:,}" if needed is None else f"{needed:,}"
-    where = f" in table {', '.join(repr(checkpoint.tables[table].name) for table in tables)}" if tables else ""
+    others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+    where = f" in table {checkpoint.tables[tables[0]].name!r}{others}" if tables else ""
     return PlanError(
         f"{checkpoint.directory.url}: {found} rows{where} are to be left behind, for their id stands more than once, and "
         f"max_memory has room for {most:,} ({DROPPED_ROW_BYTES} bytes each). Raise {memory}, or save the checkpoint anew"
     )
 
 
-def _locate(checkpoint: Checkpoint, parts: np.ndarray, wanted: np.ndarray, *, most: int) -> list[np.ndarray]:
-    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts whose table and id are in ``wanted``."""
+def _locate(
+    checkpoint: Checkpoint, parts: np.ndarray, sieves: dict[int, _Sieve], room: int, most: int
+) -> list[np.ndarray]:
+    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts that the sieve of their table holds.
+
+    More than ``room`` of them prove that more than ``most`` would be left behind, which is a PlanError.
+    """
     found: list[np.ndarray] = []
     count = 0
-    tables, firsts = np.unique(wanted[0], return_index=True)
-    sieves = {table: _Sieve(ids) for table, ids in zip(tables.tolist(), np.split(wanted[1], firsts[1:]), strict=True)}
     file, offset = checkpoint.blocks.file[parts, 0], checkpoint.blocks.offset[parts, 0]
     with open_sources(checkpoint) as readers:
         for run in read_runs(readers, file, offset, checkpoint.parts.rows[parts]):
@@ -136,7 +143,7 @@ def _locate(checkpoint: Checkpoint, parts: np.ndarray, wanted: np.ndarray, *, mo
             its_part = parts[run.blocks[block]]
             found.append(np.stack([its_part, run.first_row + rows - run.starts[block], run.ids[rows]]))
             count += len(rows)
-            if count - wanted.shape[1] > most:
+            if count > room:
                 raise too_many(checkpoint, [int(checkpoint.parts.table[its_part[0]])], most, None)
     return found
 
@@ -156,13 +163,17 @@ def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> n
 
 
 class _Sieve:
-    """Finds a few ids among many: a small table tells at a glance what is not among them, the rest is searched for."""
+    """Finds a few ids among many: a small table tells at a glance what is not among them, the rest is searched for.
+
+    Any thread.
+    """
 
     def __init__(self, ids: np.ndarray) -> None:
         """``ids``: int64, sorted, each once, at least one."""
         self._ids = ids
-        self._shift = np.uint64(64 - _SIEVE_BITS)
-        self._may_hold = np.zeros(1 << _SIEVE_BITS, bool)
+        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 4)  # of many tables each has few ids and a small sieve
+        self._shift = np.uint64(64 - bits)
+        self._may_hold = np.zeros(1 << bits, bool)
         self._may_hold[(mix(ids) >> self._shift).view(np.int64)] = True
 
     def find(self, ids: np.ndarray) -> np.ndarray:

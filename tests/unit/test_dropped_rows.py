@@ -180,11 +180,12 @@ def test_plans_that_drop_other_rows_have_other_digests(tmp_path):
 
 @pytest.mark.parametrize("bits", [1, 4, 20])
 def test_a_sieve_holds_back_what_it_knows_and_nothing_else(monkeypatch, bits):
-    monkeypatch.setattr(duplicates, "_SIEVE_BITS", bits)
+    monkeypatch.setattr(duplicates, "_MAX_SIEVE_BITS", bits)
     held = np.array([-9, 0, 3, 1 << 60])
     ids = np.array([3, 4, 1 << 60, -9, 5, 3, (1 << 60) + 1, 1 << 62, -(1 << 63)])
     assert duplicates._Sieve(held).find(ids).tolist() == [0, 2, 3, 5]
     assert duplicates._Sieve(held).find(ids[:0]).tolist() == []
+    assert len(duplicates._Sieve(held)._may_hold) <= 32 * len(held), "many tables with one repeat each cost little"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
