@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 from dist_export.errors import CommitError
 from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import Slice, is_in_slice, mix, places_of
+from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
+from dist_export.plan.dropped import account_for
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import Directory, OpenReaders
 
@@ -80,14 +83,18 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
 def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, TableAccount]]) -> list[TableAccount]:
     """Compare the rows and ids of all ranks' files with those of the source; return the totals by table.
 
+    Expected are the rows of the source less those that the plan leaves behind.
+
     Raises:
         CommitError: a row is missing, there is one too many, or an id is another one.
     """
     totals = []
     for table, meta in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(table)
+        dropped = account_for(plan.checkpoint, plan.dropped, table)
         expected = TableAccount(
-            int(plan.checkpoint.parts.rows[parts].sum()), int(census.id_sum[parts].sum(dtype=np.uint64))
+            int(plan.checkpoint.parts.rows[parts].sum()) - dropped.rows,
+            _add(int(census.id_sum[parts].sum(dtype=np.uint64)), -dropped.id_sum),
         )
         found = TableAccount(0, 0)
         for share in shares:
@@ -101,6 +108,21 @@ def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, Tabl
             )
         totals.append(found)
     return totals
+
+
+def check_entries(entries: Sequence[TableEntry]) -> None:
+    """Compare the rows that each table's entry states: in, out, dropped by reason, and by part. CommitError if not equal.
+
+    What is published is checked, after all that made it.
+    """
+    for entry in entries:
+        dropped = sum(entry.rows_dropped.values())
+        by_part = sum(part.rows for part in entry.parts)
+        if entry.rows_in != entry.rows_out + dropped or by_part != entry.rows_out:
+            raise CommitError(
+                f"table {entry.name!r}: the account does not add up: {entry.rows_in:,} rows in, {entry.rows_out:,} out "
+                f"({by_part:,} by part), {dropped:,} dropped. {_NOTHING_PUBLISHED}"
+            )
 
 
 def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from dist_export.manifest import (
     encode_manifest,
 )
 from dist_export.plan.census import Census
+from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.shards import OutputBlocks, SparsePlan
 from dist_export.storage import Directory
 
@@ -119,16 +120,20 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
     parts = plan.checkpoint.parts
     for number, table in enumerate(plan.checkpoint.tables):
         its_parts = parts.of_table(number)
-        rows_in = int(parts.rows[its_parts].sum())
+        rows_in, rows_out = int(parts.rows[its_parts].sum()), accounts[number].rows
+        misplaced = int(census.misplaced[its_parts].sum())
+        dropped = account_for(plan.checkpoint, plan.dropped, number)
         entries.append(
             TableEntry(
                 name=table.name,
                 rows_in=rows_in,
-                rows_out=accounts[number].rows,
-                rows_dropped={},
-                misplaced=int(census.misplaced[its_parts].sum()),
+                rows_out=rows_out,
+                rows_dropped=dropped.rows_by_reason,
+                misplaced=misplaced,
+                repaired=misplaced - dropped.misplaced,
+                duplicates=dropped.rows_by_reason.get(DUPLICATE, 0),
                 id_sum=f"{accounts[number].id_sum:016x}",
-                kept=tuple(_describe_slot(slot, rows_in) for slot in plan.selection.kept[number]),
+                kept=tuple(_describe_slot(slot, rows_out) for slot in plan.selection.kept[number]),
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
                 parts=tuple(_describe_parts(plan, number, texts)),
             )

@@ -42,6 +42,10 @@ class ExportConfig:
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
     """Patterns of optimizer state to keep all the same"""
+    on_misplaced: Literal["repair", "error"] = "repair"
+    """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
+    on_duplicate: Literal["error", "first", "last"] = "error"
+    """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
     """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
@@ -133,8 +137,10 @@ class ExportConfig:
     def _check_sparse(self) -> None:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
         asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
-        if asked and not self.need_export_sparse:
-            raise ConfigError(f"{asked[0]} says how to export the tables, but need_export_sparse is false")
+        asked += ["on_duplicate"] if self.on_duplicate != "error" else []
+        unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
+        if unused and not self.need_export_sparse:
+            raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
         if asked and not self.filter_sparse_opt:
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "

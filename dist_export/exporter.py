@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays
-from dist_export.check import TableAccount, audit_files, check_accounts
+from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
@@ -86,7 +86,8 @@ def run_export(
         with reporter.stage("sample"):
             dense = DenseStage(ranks, config, objects, source)
             misplaced = None if planned is None else planned.census.misplaced
-            notes += dense.prepare(checkpoint, misplaced, features)
+            dropped_in = None if planned is None else planned.plan.dropped.rows_in
+            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
 
     with contextlib.ExitStack() as held:
         refuse_if_lost = claim(ranks, places, config, held.callback)
@@ -315,10 +316,13 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
         return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
 
     found = [accounts for shares in ranks.gather("check the shards", audit) for accounts in shares]
-    return ranks.run(
-        "account for the rows",
-        lambda: describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found)),
-    )
+
+    def account() -> tuple[TableEntry, ...]:
+        entries = describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found))
+        check_entries(entries)
+        return entries
+
+    return ranks.run("account for the rows", account)
 
 
 def _render(planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     """Of one row."""
     num_bytes: int
-    """In the source."""
+    """Of a kept slot in the shards, of a dropped one in the source."""
     reason: str = ""
 
 
@@ -60,8 +60,13 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_in: int
     rows_out: int
     rows_dropped: dict[str, int]
+    """Reason -> rows: ``duplicate`` where another row of the same id was kept. A reason that dropped none is not listed."""
     misplaced: int
-    """Rows that lay in another part's slice. They are in the right one now, or still there in a copy (then 0)."""
+    """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
+    repaired: int = 0
+    """Of these, rows that are in the right slice now; the rest was dropped."""
+    duplicates: int = 0
+    """Rows of the source beyond one for each id."""
     id_sum: str
     """Sum of the mixed ids modulo 2**64, in hexadecimal."""
     kept: tuple[SlotEntry, ...]

@@ -14,6 +14,7 @@ from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
+from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, plan_sparse
@@ -67,7 +68,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         for rank, mine in enumerate(by_rank)
     ]
     report["copied_ranges"] = len(plan.copies)
-    report["gathered_rows"] = sum(gather.num_rows for gather in plan.gathers)
+    report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
     return report
 
 
@@ -80,7 +81,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
-        lines.append(f"  table {table['name']}: {table['rows']:,} rows{repaired}")
+        dropped = "".join(f", {rows:,} dropped ({reason})" for reason, rows in table["rows_dropped"].items())
+        lines.append(f"  table {table['name']}: {table['rows']:,} rows{repaired}{dropped}")
         for slot in table["slots"]:
             fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
             lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
@@ -106,12 +108,18 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
         parts = plan.checkpoint.parts.of_table(number)
         rows = int(plan.checkpoint.parts.rows[parts].sum())
         reasons = {slot.name: reason for slot, reason in plan.selection.dropped[number]}
+        dropped = account_for(plan.checkpoint, plan.dropped, number)
+        misplaced = int(planned.census.misplaced[parts].sum())
         blocks = plan.blocks_of(number, next(slot.column for slot in table.slots if slot.name == ID_SLOT))
         tables.append(
             {
                 "name": table.name,
                 "rows": rows,
-                "misplaced": int(planned.census.misplaced[parts].sum()),
+                "rows_out": rows - dropped.rows,
+                "rows_dropped": dropped.rows_by_reason,
+                "misplaced": misplaced,
+                "repaired": misplaced - dropped.misplaced,
+                "duplicates": dropped.rows_by_reason.get(DUPLICATE, 0),
                 "rows_by_part": np.asarray(plan.blocks.rows[blocks]).tolist(),
                 "slots": [
                     {

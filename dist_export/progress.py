@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -106,9 +107,13 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         where = f"{count(rows, 'row')} in {count(manifest.num_shards, 'shard')}"
         lines.append(f"  tables   {len(manifest.tables)}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
+        for reason, behind in _rows_dropped(manifest).items():
+            lines.append(f"  dropped  {count(behind, 'row')} ({reason})")
         misplaced = sum(table.misplaced for table in manifest.tables)
         if misplaced:
-            lines.append(f"  repaired {misplaced:,} rows lay in another shard's slice and were moved to their own")
+            repaired = sum(table.repaired for table in manifest.tables)
+            rest = "" if repaired == misplaced else f", {misplaced - repaired:,} more were dropped"
+            lines.append(f"  repaired {repaired:,} rows lay in another shard's slice and were moved to their own{rest}")
         if left := manifest.run.get("left_alone"):
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             lines.append(f"  left     {', '.join(left[:3])}{more}: in export_dir, but not of this package")
@@ -140,6 +145,14 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]
     return lines
+
+
+def _rows_dropped(manifest: Manifest) -> dict[str, int]:
+    """Return the dropped rows of all tables by reason."""
+    rows: Counter[str] = Counter()
+    for table in manifest.tables:
+        rows.update(table.rows_dropped)
+    return dict(sorted(rows.items()))
 
 
 def _dropped_names(manifest: Manifest) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
+
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
 from dist_export.plan.census import Census, UniqueTask, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.storage import Directory
 from dist_export.transfer.census import check_unique, take_census
+from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
 from dist_export.transfer.threads import keep_freed_memory, run_threads
 
 _DEFAULT_THREADS = 4
@@ -72,7 +76,7 @@ def plan_sparse(
 
     Raises:
         PlanError: settings that this checkpoint cannot meet.
-        CheckpointError: an id that stands twice in a table.
+        CheckpointError: an id that stands twice in a table, where ``on_duplicate`` is ``error``.
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
@@ -81,26 +85,33 @@ def plan_sparse(
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
 
     keep_freed_memory()
+    repeated = RepeatedIds(checkpoint, most=None if config.on_duplicate == "error" else limits.dropped_rows)
 
     def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=limits.held_ids)
+        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated)
 
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     census = merge_censuses(counts)
     tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
 
     def search(share: list[UniqueTask]) -> None:
-        check_unique(checkpoint, share, held_ids=limits.held_ids)
+        check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
 
     ranks.gather(
         "search for ids that stand twice",
         lambda: run_threads(search, [tasks[thread :: limits.threads] for thread in range(limits.threads)])[:0],
     )
 
+    ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
+    dropped = drop_nothing()
+    if config.on_duplicate != "error":
+        dropped = drop_repeats(
+            checkpoint, find_repeated_rows(ranks, checkpoint, repeated, limits), keep=config.on_duplicate
+        )
+
     def lay_out() -> SparsePlan:
         if config.filter_sparse_opt:
-            return plan_shards(checkpoint, selection, targets, census, num_shards=num_shards)
-        _refuse_misplaced(checkpoint, census)
+            return plan_shards(checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped)
         return plan_copy(checkpoint, selection)
 
     plan = ranks.run("lay out the shards", lay_out)
@@ -127,12 +138,28 @@ def _refuse_different(digests: list[str], source: str) -> None:
         )
 
 
-def _refuse_misplaced(checkpoint: Checkpoint, census: Census) -> None:
-    for table, meta in enumerate(checkpoint.tables):
-        misplaced = int(census.misplaced[checkpoint.parts.of_table(table)].sum())
-        if misplaced:
-            raise PlanError(
-                f"{checkpoint.directory.url} cannot be copied as it is: {misplaced:,} rows of table {meta.name!r} lie in "
-                "another part's slice, where RecIS's loader drops them without a word. Set filter_sparse_opt: true, "
-                "which moves them to the slice that owns them"
-            )
+def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConfig) -> None:
+    """Refuse rows outside the slice of their part where they are to stay, in a copy, or are said to be an error."""
+    wrong = np.flatnonzero(census.misplaced)
+    if not len(wrong) or (config.filter_sparse_opt and config.on_misplaced == "repair"):
+        return
+    part = int(wrong[0])
+    table = int(checkpoint.parts.table[part])
+    rows = int(census.misplaced[checkpoint.parts.of_table(table)].sum())
+    tables = len(np.unique(checkpoint.parts.table[wrong]))
+    others = f" ({tables - 1} more tables have some too)" if tables > 1 else ""
+    file = checkpoint.directory.describe(checkpoint.files[int(checkpoint.blocks.file[part, 0])].name)
+    claimed = checkpoint.parts.slice_of(part)
+    raise PlanError(
+        f"{checkpoint.directory.url} {'cannot be exported' if config.filter_sparse_opt else 'cannot be copied as it is'}: "
+        f"{rows:,} rows of table {checkpoint.tables[table].name!r} lie in another part's slice{others}, where RecIS's "
+        f"loader drops them without a word; the first part with such rows is {checkpoint.blocks.key[part, 0]!r} in {file}: "
+        f"{int(census.misplaced[part]):,} of its {int(checkpoint.parts.rows[part]):,} rows lie outside "
+        f"{claimed.begin}:{claimed.end} of {claimed.size}. "
+        + (
+            "on_misplaced is error; set on_misplaced: repair, which moves them to the slice that owns them, or save the "
+            "checkpoint anew"
+            if config.filter_sparse_opt
+            else "Set filter_sparse_opt: true, which moves them to the slice that owns them (on_misplaced: repair)"
+        )
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
@@ -12,10 +14,23 @@ from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 class RowFinder:
     """Looks rows of a checkpoint up by id. Any rank, for itself; no collective."""
 
-    def __init__(self, checkpoint: Checkpoint, misplaced: np.ndarray | None) -> None:
-        """``misplaced``: rows by part (int64) that lie outside their part's slice; None where they were not counted."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        misplaced: np.ndarray | None,
+        dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+    ) -> None:
+        """Look at ids only when asked.
+
+        Args:
+            checkpoint: where the rows are.
+            misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
+            dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
+                on): they are passed over here too, so that the sample sees what serving will.
+        """
         self._checkpoint = checkpoint
         self._misplaced = misplaced
+        self._dropped_in = dropped_in
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table."""
@@ -55,7 +70,10 @@ class RowFinder:
             with checkpoint.directory.open_reader(name) as reader:
                 for held in read_ids(checkpoint, part):
                     places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
-                    for row in np.flatnonzero(ids[places] == held).tolist():
+                    is_wanted = ids[places] == held
+                    if self._dropped_in is not None:
+                        is_wanted[self._dropped_in(part, first, len(held))] = False
+                    for row in np.flatnonzero(is_wanted).tolist():
                         place = int(places[row])
                         has_row[place] = True
                         if slot.row_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,17 @@ class DenseStage:
         self.counts: dict[str, dict[str, int]] = {}
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
 
-    def prepare(self, checkpoint: Checkpoint | None, misplaced: np.ndarray | None, features: Features) -> list[str]:
+    def prepare(
+        self,
+        checkpoint: Checkpoint | None,
+        misplaced: np.ndarray | None,
+        features: Features,
+        *,
+        dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+    ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
+
+        ``misplaced`` and ``dropped_in`` are as :class:`~dist_export.dense.rows.RowFinder` takes them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
@@ -60,7 +69,7 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
-        finder = None if checkpoint is None else RowFinder(checkpoint, misplaced)
+        finder = None if checkpoint is None else RowFinder(checkpoint, misplaced, dropped_in)
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),

@@ -175,6 +175,17 @@ def _check_account(entry: TableEntry, findings: list[str]) -> None:
             f"{entry.name}: the manifest's account does not add up: {entry.rows_in:,} rows in, {entry.rows_out:,} out, "
             f"{dropped:,} dropped"
         )
+    # a misplaced row is repaired or dropped, and a row is dropped as a duplicate only where one was found
+    is_possible = (
+        min(entry.rows_dropped.values(), default=0) >= 0
+        and 0 <= entry.repaired <= entry.misplaced <= entry.repaired + dropped
+        and entry.rows_dropped.get("duplicate", 0) <= entry.duplicates <= dropped
+    )
+    if not is_possible:
+        findings.append(
+            f"{entry.name}: the manifest's account contradicts itself: {entry.misplaced:,} rows misplaced, "
+            f"{entry.repaired:,} repaired, {entry.duplicates:,} duplicates, dropped {entry.rows_dropped}"
+        )
     if sum(part.rows for part in entry.parts) != entry.rows_out:
         findings.append(f"{entry.name}: the rows of its parts do not add up to {entry.rows_out:,}")
 

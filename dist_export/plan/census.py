@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.checkpoint.reader import Checkpoint
+from dist_export.errors import CheckpointError
 from dist_export.plan.targets import Targets
 
 GRANULE_ROWS = 1 << 20
@@ -64,10 +65,51 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
     )
 
 
-def share_parts(checkpoint: Checkpoint, num_shares: int) -> list[list[int]]:
-    """Deal the parts out for counting, balanced by rows; those of one file stay together, so that it is opened once."""
+def leave_out(census: Census, *, part: np.ndarray, row: np.ndarray, target: np.ndarray, where: str) -> Census:
+    """Return the census with these rows (int64: part, row within it, target) no longer counted by target.
+
+    ``misplaced`` and ``id_sum`` stay those of all rows.
+
+    Raises:
+        CheckpointError: more rows would go than were counted, so the source, which is at ``where``, changed in between.
+    """
+    runs = np.stack([census.part, census.granule, census.target, census.rows])
+    runs = _sum_runs(np.concatenate([runs, _count_runs(part, row // GRANULE_ROWS, target) * [[1], [1], [1], [-1]]], 1))
+    if (runs[3] < 0).any():
+        raise CheckpointError(f"{where} changed while it was being read; export a checkpoint that is finished")
+    part, granule, target, rows = runs[:, runs[3] > 0]
+    return replace(census, part=part, granule=granule, target=target, rows=rows)
+
+
+def _count_runs(part: np.ndarray, granule: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Count rows by part, granule and target (int64 (4, n), sorted), without copies of all columns at once."""
+    order = np.lexsort((target, granule, part))
+    is_first = np.zeros(len(order), bool)
+    is_first[:1] = True
+    for column in (part, granule, target):
+        ordered = column[order]
+        is_first[1:] |= ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(is_first)
+    first = order[starts]
+    return np.stack([part[first], granule[first], target[first], np.diff(starts, append=len(order))])
+
+
+def _sum_runs(runs: np.ndarray) -> np.ndarray:
+    """Sort runs (int64 (4, n)) and add up those of the same part, granule and target."""
+    runs = runs[:, np.lexsort((runs[2], runs[1], runs[0]))]
+    starts = np.flatnonzero(np.any(np.diff(runs[:3], axis=1, prepend=-1) != 0, axis=0))
+    return np.concatenate([runs[:3, starts], np.add.reduceat(runs[3:], starts, axis=1)])
+
+
+def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | None = None) -> list[list[int]]:
+    """Deal the parts out for counting, balanced by rows; those of one file stay together, so that it is opened once.
+
+    ``among`` (int64) are the parts to deal out; by default all.
+    """
     parts, blocks = checkpoint.parts, checkpoint.blocks
     order = np.lexsort((blocks.offset[:, 0], blocks.file[:, 0])) if len(parts) else np.zeros(0, np.int64)
+    if among is not None:
+        order = order[np.isin(order, among)]
     costs = parts.rows[order] + 1  # an empty part costs something too
     middles = np.cumsum(costs) - costs / 2
     share = np.minimum(middles * num_shares / max(int(costs.sum()), 1), num_shares - 1).astype(np.int64)

@@ -11,6 +11,10 @@ _WRITE_BYTES = 128 << 10
 
 _MIN_GATHER_BYTES = 1 << 20
 
+DROPPED_ROW_BYTES = 512
+"""Of ``max_memory`` for each row that is left behind. It is held in 25 bytes, but before that all rows of its id are
+exchanged between the ranks and ordered, which takes several times as much, beside what the search took."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -36,6 +40,11 @@ class Limits:
     def held_ids(self) -> int:
         """Ids (8 bytes each) that a thread holds at once; what it computes from them takes as much again at most."""
         return self._per_thread // 2 // 8
+
+    @property
+    def dropped_rows(self) -> int:
+        """The most rows that may be left behind: each rank knows all of them."""
+        return self.max_memory // DROPPED_ROW_BYTES
 
     def gather_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return the rows that a gather takes in at once, of which each target gets a share in one write.

@@ -1,7 +1,7 @@
 """The second stage of planning: every header, offset and segment of the output, from headers and the census. Pure.
 
 A part whose rows all go to one target is moved as byte ranges, whatever its slice says; only parts whose rows part ways
-are gathered row by row. Merging shards is thus always copying.
+and parts that leave rows behind are gathered row by row. Merging shards is thus always copying.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dist_export.errors import PlanError
 from dist_export.layout.recis import DENSE_SUFFIX, key_stem, shard_name
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
+from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
 from dist_export.plan.selection import Selection
 from dist_export.plan.targets import Targets
 
@@ -46,10 +47,10 @@ class Copies:
 
 
 class Gather(NamedTuple):
-    """Rows ``first_row`` to ``first_row + num_rows`` of a part, which go to several targets.
+    """Rows ``first_row`` to ``first_row + num_rows`` of a part, which go to several targets or are dropped in part.
 
     ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin.
+    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``.
     """
 
     part: int
@@ -58,6 +59,11 @@ class Gather(NamedTuple):
     targets: np.ndarray
     counts: np.ndarray
     first_target_rows: np.ndarray
+
+    @property
+    def num_kept(self) -> int:
+        """The rows that are moved."""
+        return int(self.counts.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -96,6 +102,8 @@ class SparsePlan:
     """(key, file) of each dense tensor among the sparse files of the output."""
     copies: Copies
     gathers: tuple[Gather, ...]
+    dropped: DroppedRows
+    """Rows that no shard gets; none in a copy."""
     digest: str
 
     @property
@@ -128,13 +136,18 @@ def plan_shards(
     census: Census,
     *,
     num_shards: int | None,
+    dropped: DroppedRows | None = None,
 ) -> SparsePlan:
     """Lay out the output shards: one file a shard, tables in source order, dense tensors in shard 0.
 
     Args:
+        census: of all rows of the source.
+        dropped: rows that are left behind; by default none.
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
     count = num_shards or max((len(target.slices) for target in targets), default=1)
+    dropped = dropped or drop_nothing()
+    census = count_kept(checkpoint, targets, census, dropped)
     blocks = _list_blocks(checkpoint, selection, targets, count_rows_by_target(checkpoint, targets, census))
     dense = [
         (tensor.name + DENSE_SUFFIX, tensor.dtype, tensor.shape, tensor.num_bytes) for tensor in selection.kept_dense
@@ -163,6 +176,7 @@ def plan_shards(
         dense_files=tuple((tensor.name + DENSE_SUFFIX, 0) for tensor in selection.kept_dense),
         copies=_join([]),
         gathers=(),
+        dropped=dropped,
         digest="",
     )
     segments, gathers = _route(plan, census)
@@ -208,6 +222,7 @@ def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
             num_bytes=np.array([file.size for file in checkpoint.files], np.int64),
         ),
         gathers=(),
+        dropped=drop_nothing(),
         digest="",
     )
     return _seal(plan, copies=plan.copies, gathers=())
@@ -277,7 +292,7 @@ def _refuse_one_key_twice(keys: Sequence[str]) -> None:
 
 
 def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
-    """Say for every run of the census where its rows go: byte ranges (5, n) and gathers."""
+    """Say for every run of a census of kept rows where they go: byte ranges (5, n) and gathers."""
     parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
     segments: list[np.ndarray] = []
     gathers: list[Gather] = []
@@ -292,6 +307,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
         base = _rows_before(target, rows)
         starts = np.flatnonzero(np.diff(part, prepend=-1))
         is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
+        is_whole &= np.add.reduceat(rows, starts) == parts.rows[part[starts]]
         whole = starts[is_whole]
         for slot in plan.slots_of(table):
             block = plan.blocks_of(table, slot.column)[target[whole]]
@@ -315,7 +331,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
                 Gather(
                     part=int(part[runs[0]]),
                     first_row=first_row,
-                    num_rows=int(rows[runs].sum()),
+                    num_rows=min(GRANULE_ROWS, int(parts.rows[part[runs[0]]]) - first_row),
                     targets=target[runs],
                     counts=rows[runs],
                     first_target_rows=base[runs],
@@ -371,4 +387,6 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
         digest.update(np.array(gather[:3], np.int64).tobytes())
         for column in gather[3:]:
             digest.update(np.ascontiguousarray(column).tobytes())
+    for name in ("part", "row", "id", "reason"):
+        digest.update(np.ascontiguousarray(getattr(plan.dropped, name)).tobytes())
     return replace(plan, copies=copies, gathers=gathers, digest=f"xxh3:{digest.hexdigest()}")

@@ -64,7 +64,7 @@ def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
         if skip.issuperset(plan.blocks.file[plan.blocks_of(table, 0)[gather.targets]].tolist()):
             last_table = -1
             continue
-        num_bytes = gather.num_rows * sum(slot.row_bytes for slot in plan.slots_of(table))
+        num_bytes = gather.num_kept * sum(slot.row_bytes for slot in plan.slots_of(table))
         if table == last_table and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
             units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
         else:

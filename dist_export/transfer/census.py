@@ -9,26 +9,34 @@ import numpy as np
 from dist_export import id_columns
 from dist_export.checkpoint.ids import open_sources, read_ids
 from dist_export.checkpoint.reader import Checkpoint
-from dist_export.errors import CheckpointError
 from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import is_place_in, mix, places_of
 from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask
 from dist_export.plan.targets import Targets
+from dist_export.transfer.duplicates import RepeatedIds
 from dist_export.transfer.repeats import HeldIds, has_repeats
 
 
-def take_census(checkpoint: Checkpoint, targets: Sequence[Targets], parts: Sequence[int], *, held_ids: int) -> Census:
+def take_census(
+    checkpoint: Checkpoint,
+    targets: Sequence[Targets],
+    parts: Sequence[int],
+    *,
+    held_ids: int,
+    repeated: RepeatedIds | None = None,
+) -> Census:
     """Count a share of the parts; each rank has its own share and issues no collective.
 
     Args:
         held_ids: the most ids (8 bytes each) to hold at once in search of repeats; larger parts are left to
             :func:`check_unique`.
+        repeated: takes in ids that stand twice; by default the first one is an error.
 
     Raises:
-        CheckpointError: an id stands twice in one part, or in parts that were read together.
+        CheckpointError: an id stands twice in one part, or in parts that were read together, and that is an error.
     """
     numbers = np.array(parts, np.int64)
-    counter = _Counter(checkpoint, targets, numbers, held_ids)
+    counter = _Counter(checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None))
     if len(numbers):  # a checkpoint without tables has no column of ids
         file, offset = checkpoint.blocks.file[numbers, 0], checkpoint.blocks.offset[numbers, 0]
         with open_sources(checkpoint) as readers:
@@ -37,17 +45,27 @@ def take_census(checkpoint: Checkpoint, targets: Sequence[Targets], parts: Seque
     return counter.census()
 
 
-def check_unique(checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int) -> None:
-    """Search a share of the tasks for ids that stand twice in a table. CheckpointError where one is found."""
+def check_unique(
+    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, repeated: RepeatedIds | None = None
+) -> None:
+    """Search a share of the tasks for ids that stand twice in a table, for ``repeated``; by default one is an error."""
     for task in tasks:
-        _search(checkpoint, task, held_ids)
+        _search(checkpoint, task, held_ids, repeated or RepeatedIds(checkpoint, most=None))
 
 
 class _Counter:
     """Takes in runs of ids and adds them up."""
 
-    def __init__(self, checkpoint: Checkpoint, targets: Sequence[Targets], parts: np.ndarray, held_ids: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        targets: Sequence[Targets],
+        parts: np.ndarray,
+        held_ids: int,
+        repeated: RepeatedIds,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._repeated = repeated
         self._targets = targets
         self._parts = parts
         rows = checkpoint.parts.rows[parts]
@@ -92,7 +110,7 @@ class _Counter:
         if has_repeats(run.ids, table_of_row):
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
-                _refuse_repeats(np.sort(run.ids[table_of_row == table]), self._checkpoint, its_parts)
+                self._repeated.add(np.sort(run.ids[table_of_row == table]), its_parts)
 
     def _count_piece(self, run: IdRun) -> None:
         """Count one block, or a piece of it; most often all its ids are where they should be and have one target."""
@@ -121,14 +139,14 @@ class _Counter:
             self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
         if last_row == len(ids) == num_rows:
             if has_repeats(ids):
-                _refuse_repeats(np.sort(ids), self._checkpoint, (part,))
+                self._repeated.add(np.sort(ids), (part,))
             return
         if self._is_held[row]:
             if run.first_row == 0:
                 self._held.expect(num_rows)
             self._held.add(ids)
             if last_row == num_rows and self._held.has_repeats():
-                _refuse_repeats(self._held.sorted_ids(), self._checkpoint, (part,))
+                self._repeated.add(self._held.sorted_ids(), (part,))
 
     def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
         """Count whole blocks with the same targets, all in one sweep."""
@@ -159,7 +177,7 @@ class _Counter:
         self._runs.append(np.stack([numbers[place], np.zeros_like(place), present, counts]))
 
 
-def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> None:
+def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: RepeatedIds) -> None:
     """Look for repeats among the ids of a task; where its bucket holds more than may be held, among those of its halves."""
     held = _collect(checkpoint, task, held_ids)
     if held is None:
@@ -168,9 +186,10 @@ def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> None:
                 checkpoint,
                 task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
                 held_ids,
+                repeated,
             )
     elif held.has_repeats():
-        _refuse_repeats(held.sorted_ids(), checkpoint, task.parts)
+        repeated.add(held.sorted_ids(), task.parts)
 
 
 def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:
@@ -184,17 +203,3 @@ def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds
                 # mixing is one to one, so what shares all 64 bits is one id
                 return held if task.bucket_bits == 64 else None
     return held
-
-
-def _refuse_repeats(ids: np.ndarray, checkpoint: Checkpoint, parts: Sequence[int]) -> None:
-    """Raise if two neighbours of ``ids``, which are sorted and come from these parts of one table, are equal."""
-    twice = np.flatnonzero(ids[1:] == ids[:-1])
-    if len(twice):
-        table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name
-        files = sorted({int(checkpoint.blocks.file[part, 0]) for part in parts})
-        more = f" (or another of {len(files)} files)" if len(files) > 1 else ""
-        raise CheckpointError(
-            f"{checkpoint.directory.describe(checkpoint.files[files[0]].name)}{more}: table {table!r} holds the id "
-            f"{int(ids[twice[0]])} twice ({len(twice):,} rows too many among those compared); a loader would keep either row. "
-            "Save the checkpoint anew, or remove the duplicates"
-        )

@@ -140,8 +140,13 @@ class UnitRunner:
         ids = np.empty(num_rows, np.int64)
         self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
         owners = _owners_of(plan, table, ids, chunk.pieces)
+        kept = _kept_rows(plan, chunk.pieces)
+        if kept is not None:
+            owners = owners.take(kept)
         order = np.argsort(owners, kind="stable")
         edges = np.searchsorted(owners.take(order), np.arange(len(target_of.slices) + 1))
+        if kept is not None:
+            order = kept.take(order)
         counts = np.diff(edges)
         present = np.flatnonzero(counts)
         starts = edges[present]
@@ -154,8 +159,9 @@ class UnitRunner:
                 rows = chunk.rows_in[:size]
                 self._read_pieces(chunk.pieces, slot.column, rows)
             kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
-            np.take(rows.view(kind), order, out=chunk.rows_out[:size].view(kind), mode="clip")
-            view = chunk.rows_out[:size].data
+            moved = chunk.rows_out[: len(order) * slot.row_bytes]
+            np.take(rows.view(kind), order, out=moved.view(kind), mode="clip")
+            view = moved.data
             blocks = plan.blocks_of(table, slot.column)[present]
             files = plan.blocks.file[blocks].tolist()
             positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
@@ -245,3 +251,18 @@ def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_
         owners.append(target_of.owners_of(places[begin : begin + num_rows], own=own))
         begin += num_rows
     return np.concatenate(owners)
+
+
+def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece]) -> np.ndarray | None:
+    """Return the rows of a chunk that are moved (int64), None where all are."""
+    dropped, begin = [], 0
+    for part, first_row, num_rows in pieces:
+        rows = plan.dropped.rows_in(part, first_row, num_rows)
+        if len(rows):
+            dropped.append(begin + rows)
+        begin += num_rows
+    if not dropped:
+        return None
+    is_kept = np.ones(begin, bool)
+    is_kept[np.concatenate(dropped)] = False
+    return np.flatnonzero(is_kept)

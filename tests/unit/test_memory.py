@@ -12,6 +12,8 @@ import pytest
 from recis_writer import PartSpec, write_checkpoint
 
 NUM_ROWS = 9_000_000
+NUM_REPEATS = 131_000
+"""Nearly as many rows as 64 MiB have room for to leave behind."""
 
 SCRIPT = """
 import json, sys, threading, time
@@ -47,6 +49,8 @@ def checkpoint(tmp_path_factory):
     rows = np.zeros((NUM_ROWS, 2), np.float16)
     write_checkpoint(folder / "in", {"t": [PartSpec(ids, {"embedding": rows}, (0, 65536, 65536))]})
     few = np.arange(10, dtype=np.int64)
+    ids[-NUM_REPEATS:] = ids[:NUM_REPEATS]
+    write_checkpoint(folder / "repeats", {"t": [PartSpec(ids, {"embedding": rows}, (0, 65536, 65536))]})
     write_checkpoint(folder / "small", {"t": [PartSpec(few, {"embedding": rows[:10]}, (0, 65536, 65536))]})
     return folder
 
@@ -59,6 +63,8 @@ def checkpoint(tmp_path_factory):
         {"num_shards": 1, "digest": "none", "threads": 2},
         {"num_shards": 3, "threads": 2},
         {"num_shards": 50},
+        {"num_shards": 3, "threads": 2, "on_duplicate": "first"},
+        {"num_shards": 1, "on_duplicate": "last"},
     ],
     ids=str,
 )
@@ -67,11 +73,16 @@ def test_a_part_larger_than_the_budget_keeps_to_it(tmp_path, checkpoint, setting
     assert budget < NUM_ROWS * 8
     common = {"filter_sparse_opt": True, "max_memory": budget, "threads": 1, **settings}
     warm = {"ckpt_dir": str(checkpoint / "small"), "export_dir": str(tmp_path / "warm"), **common}
-    large = {"ckpt_dir": str(checkpoint / "in"), "export_dir": str(tmp_path / "out"), **common}
+    has_repeats = "on_duplicate" in settings
+    large = {
+        "ckpt_dir": str(checkpoint / ("repeats" if has_repeats else "in")),
+        "export_dir": str(tmp_path / "out"),
+        **common,
+    }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([warm, large])], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["rows"] == NUM_ROWS
+    assert found["rows"] == NUM_ROWS - (NUM_REPEATS if has_repeats else 0)
     assert found["peak"] < budget, f"{found['peak'] / (1 << 20):.0f} MiB"

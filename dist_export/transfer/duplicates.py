@@ -1,0 +1,212 @@
+"""Find the rows whose id stands more than once in their table: collect such ids, read where they stand, tell all ranks.
+
+Only tables in which the census or the search after it met such an id are read again, once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dist_export.checkpoint.ids import open_sources
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.collective import Ranks
+from dist_export.errors import CheckpointError, PlanError
+from dist_export.id_columns import IdRun, read_runs
+from dist_export.layout.recis import mix
+from dist_export.plan.census import share_parts
+from dist_export.plan.limits import DROPPED_ROW_BYTES, Limits
+from dist_export.transfer.threads import run_threads
+
+_EXCHANGED_ROWS = 1 << 16
+"""All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""
+
+_MAX_SIEVE_BITS = 20
+"""A sieve of this many places stays in a core's cache."""
+
+
+class RepeatedIds:
+    """What becomes of ids that stand twice: the first one is an error, or all are collected. Any thread of a rank."""
+
+    def __init__(self, checkpoint: Checkpoint, *, most: int | None) -> None:
+        """``most``: the most ids to collect; None refuses the first."""
+        self._checkpoint = checkpoint
+        self._most = most
+        self._found: list[np.ndarray] = []
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, ids: np.ndarray, parts: Sequence[int]) -> None:
+        """Take in the ids (int64, sorted) of parts of one table; those that have an equal neighbour stand twice.
+
+        Raises:
+            CheckpointError: there is one, and the first one is an error.
+            PlanError: more were collected than may be held.
+        """
+        is_twice = ids[1:] == ids[:-1]
+        if not is_twice.any():
+            return
+        if self._most is None:
+            self._refuse(int(ids[:-1][is_twice][0]), int(np.count_nonzero(is_twice)), parts)
+            return
+        table = int(self._checkpoint.parts.table[parts[0]])
+        twice = np.unique(ids[:-1][is_twice])
+        with self._lock:
+            self._found.append(np.stack([np.full_like(twice, table), twice]))
+            self._count += len(twice)
+            # the census and the search may both have met an id, so only twice as many prove that there are too many
+            if self._count > 2 * self._most:
+                raise too_many(self._checkpoint, [table], self._most, None)
+
+    def collected(self) -> np.ndarray:
+        """Return table and id (int64 (2, n), sorted) of all that came, each once, and let go of them."""
+        found = np.concatenate([np.zeros((2, 0), np.int64), *self._found], axis=1)
+        self._found.clear()
+        return _sort_once(found)
+
+    def _refuse(self, repeated: int, surplus: int, parts: Sequence[int]) -> None:
+        checkpoint = self._checkpoint
+        table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name
+        files = sorted({int(checkpoint.blocks.file[part, 0]) for part in parts})
+        more = f" (or another of {len(files)} files)" if len(files) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.directory.describe(checkpoint.files[files[0]].name)}{more}: table {table!r} holds the id "
+            f"{repeated} twice ({surplus:,} rows too many among those compared); a loader would keep either row. "
+            "Save the checkpoint anew, or set on_duplicate: first (or last) with filter_sparse_opt: true, which keeps "
+            "one row of each id"
+        )
+
+
+def find_repeated_rows(ranks: Ranks, checkpoint: Checkpoint, repeated: RepeatedIds, limits: Limits) -> np.ndarray:
+    """Return part, row and id (int64 (3, n)) of all rows whose id was met twice, in any order. All ranks.
+
+    Raises:
+        PlanError: the rows beyond one of each id are more than ``limits.dropped_rows``.
+    """
+    most = limits.dropped_rows
+
+    def check_ids(count: int) -> None:
+        if count > 2 * most:  # as in RepeatedIds.add: two ranks may have met one id
+            raise too_many(checkpoint, [], most, None)
+
+    ids = _sort_once(_exchange(ranks, "ids that stand twice", repeated.collected, check_ids))
+    if not ids.shape[1]:
+        return np.zeros((3, 0), np.int64)
+    parts = np.flatnonzero(np.isin(checkpoint.parts.table, ids[0]))
+    shares = share_parts(checkpoint, ranks.world_size * limits.threads, among=parts)
+    mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+    tables, firsts = np.unique(ids[0], return_index=True)
+    sieves = {table: _Sieve(its) for table, its in zip(tables.tolist(), np.split(ids[1], firsts[1:]), strict=True)}
+
+    def look() -> np.ndarray:
+        room = most + ids.shape[1]
+        found = run_threads(lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most), mine)
+        return np.concatenate([np.zeros((3, 0), np.int64), *(piece for pieces in found for piece in pieces)], axis=1)
+
+    def check_rows(count: int) -> None:
+        if count - ids.shape[1] > most:
+            raise too_many(checkpoint, tables.tolist(), most, count - ids.shape[1])
+
+    return _exchange(ranks, "rows whose id stands twice", look, check_rows)
+
+
+def too_many(checkpoint: Checkpoint, tables: Sequence[int], most: int, needed: int | None) -> PlanError:
+    """Return the error for more rows to leave behind than may be held; ``needed`` where their number is known."""
+    memory = "max_memory" if needed is None else f"max_memory to {-(-needed * DROPPED_ROW_BYTES >> 20)}MiB"
+    found = f"more than {most:,}" if needed is None else f"{needed:,}"
+    others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+    where = f" in table {checkpoint.tables[tables[0]].name!r}{others}" if tables else ""
+    return PlanError(
+        f"{checkpoint.directory.url}: {found} rows{where} are to be left behind, for their id stands more than once, and "
+        f"max_memory has room for {most:,} ({DROPPED_ROW_BYTES} bytes each). Raise {memory}, or save the checkpoint anew"
+    )
+
+
+def _locate(
+    checkpoint: Checkpoint, parts: np.ndarray, sieves: dict[int, _Sieve], room: int, most: int
+) -> list[np.ndarray]:
+    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts that the sieve of their table holds.
+
+    More than ``room`` of them prove that more than ``most`` would be left behind, which is a PlanError.
+    """
+    found: list[np.ndarray] = []
+    count = 0
+    file, offset = checkpoint.blocks.file[parts, 0], checkpoint.blocks.offset[parts, 0]
+    with open_sources(checkpoint) as readers:
+        for run in read_runs(readers, file, offset, checkpoint.parts.rows[parts]):
+            rows = _find_in_run(run, checkpoint.parts.table[parts[run.blocks]], sieves)
+            if not len(rows):
+                continue
+            block = np.searchsorted(run.starts, rows, side="right") - 1
+            its_part = parts[run.blocks[block]]
+            found.append(np.stack([its_part, run.first_row + rows - run.starts[block], run.ids[rows]]))
+            count += len(rows)
+            if count > room:
+                raise too_many(checkpoint, [int(checkpoint.parts.table[its_part[0]])], most, None)
+    return found
+
+
+def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> np.ndarray:
+    """Return the places in a run (int64, sorted) of ids that the sieve of their table holds back."""
+    if len(run.blocks) == 1:
+        return sieves[int(tables[0])].find(run.ids)
+    edges = np.flatnonzero(np.diff(tables)) + 1  # neighbours of one table are looked at together
+    begins = [0, *run.starts[edges].tolist(), len(run.ids)]
+    firsts = [0, *edges.tolist()]
+    found = [
+        begin + sieves[int(tables[first])].find(run.ids[begin:end])
+        for first, begin, end in zip(firsts, begins[:-1], begins[1:], strict=True)
+    ]
+    return np.concatenate(found)
+
+
+class _Sieve:
+    """Finds a few ids among many: a small table tells at a glance what is not among them, the rest is searched for.
+
+    Any thread.
+    """
+
+    def __init__(self, ids: np.ndarray) -> None:
+        """``ids``: int64, sorted, each once, at least one."""
+        self._ids = ids
+        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 4)  # of many tables each has few ids and a small sieve
+        self._shift = np.uint64(64 - bits)
+        self._may_hold = np.zeros(1 << bits, bool)
+        self._may_hold[(mix(ids) >> self._shift).view(np.int64)] = True
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Return the places (int64, sorted) of those that are held."""
+        candidates = np.flatnonzero(self._may_hold[(mix(ids) >> self._shift).view(np.int64)])
+        its = ids[candidates]
+        places = np.minimum(np.searchsorted(self._ids, its), len(self._ids) - 1)
+        found: np.ndarray = candidates[self._ids[places] == its]
+        return found
+
+
+def _exchange(ranks: Ranks, what: str, find: Callable[[], np.ndarray], check: Callable[[int], None]) -> np.ndarray:
+    """Return the columns (int64 (k, n)) that ``find`` found on all ranks, joined; a few rows travel at a time. All ranks.
+
+    ``check`` is given their number before they travel, and may raise.
+    """
+    mine = ranks.run(f"find {what}", find)
+    counts = ranks.gather(f"count {what}", lambda: mine.shape[1])
+    ranks.run(f"make room for {what}", lambda: check(sum(counts)))
+    if ranks.world_size == 1:
+        return mine
+    joined = np.empty((len(mine), sum(counts)), np.int64)
+    step, filled = max(1, _EXCHANGED_ROWS // ranks.world_size), 0
+    for first in range(0, max(counts), step):
+        for piece in ranks.gather(f"exchange {what}", mine[:, first : first + step].copy):
+            joined[:, filled : filled + piece.shape[1]] = piece
+            filled += piece.shape[1]
+    return joined
+
+
+def _sort_once(pairs: np.ndarray) -> np.ndarray:
+    """Return table and id (int64 (2, n)) sorted, each pair once."""
+    pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
+    is_first = np.ones(pairs.shape[1], bool)
+    is_first[1:] = (np.diff(pairs, axis=1) != 0).any(axis=0)
+    return pairs[:, is_first]
