@@ -118,9 +118,7 @@ def run_export(
             with reporter.stage("check"):
                 tables = check(ranks, planned, target)
 
-        def commit() -> Manifest:
-            manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
-            files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
+        def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
             if fg_conf is not None:
                 there = in_place and target.exists(FG)  # then it says the same, and a source file is not rewritten
@@ -132,7 +130,19 @@ def run_export(
             if not in_place:
                 note_small_files(target, list(small))
                 remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
-            files += write_small_files(target, small, digest=config.digest, keep=keep)
+            return write_small_files(target, small, digest=config.digest, keep=keep)
+
+        with reporter.stage("write"):
+            small_files = ranks.on_rank_0("write the small files", write_rest)
+        if dense is not None:
+            with reporter.stage("score"):
+                written = None if planned is None else open_checkpoint(ranks, target)
+                dense.score(written, target)
+
+        def commit() -> Manifest:
+            manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
+            files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
+            files += small_files
             manifest = msgspec.structs.replace(
                 manifest,
                 files=tuple(files),

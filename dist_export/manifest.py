@@ -14,6 +14,10 @@ import xxhash
 from dist_export.errors import PackageError
 
 MANIFEST = "manifest.json"
+SAMPLE_ROWS = "sample_rows.json"
+"""In the dense folder: table -> [{"id", "row"}] of the ids that rank 0's sample looked up, each with the xxh3-64 of its
+row, or null for an id that the table has not."""
+
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1
 
@@ -118,6 +122,21 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int
 
 
+class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The sample batch, scored by the written program on rows of the written shards, against the model on the checkpoint's.
+
+    The largest differences by output.
+    """
+
+    rows: int
+    """Of the batch."""
+    reads_rows: bool
+    """False where the package has no tables: then only the program comes from files."""
+    max_abs: dict[str, float]
+    max_rel: dict[str, float]
+    max_ulp: dict[str, int]
+
+
 class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The written program against the eager dense arch: the largest differences over all batch sizes, by output."""
 
@@ -126,6 +145,9 @@ class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     rtol: float
     max_abs: dict[str, float]
     max_rel: dict[str, float]
+    max_ulp: dict[str, int] = {}
+    """In units in the last place of the output's dtype."""
+    from_files: FilesParityEntry | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

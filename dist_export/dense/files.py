@@ -15,9 +15,12 @@ from dist_export.archive.fx_folder import graph_text, write_fx_folder
 from dist_export.archive.pt2 import pack_program
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.trace import TracedDense, output_shapes
-from dist_export.manifest import DenseEntry, TensorEntry
+from dist_export.manifest import SAMPLE_ROWS, DenseEntry, TensorEntry
 
 PROGRAM = "exported_model.pt"
+
+MAX_SAMPLE_IDS = 4096
+"""Of a table, that the package keeps for a later look."""
 
 
 def write_dense_folder(
@@ -28,8 +31,12 @@ def write_dense_folder(
     export_model_name: str,
     archive_format: Literal["pt2", "legacy"],
     mc_conf: Mapping[str, Any] | None,
+    looked_up: Mapping[str, Mapping[int, str | None]],
 ) -> None:
-    """Write all files of the dense arch into ``folder``, a local directory."""
+    """Write all files of the dense arch into ``folder``, a local directory.
+
+    ``looked_up``: what the sample found in the tables, as :class:`~dist_export.dense.tables.SampleRows` holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
     outputs = [tensor.detach().cpu() for tensor in sample.outputs]
@@ -55,6 +62,11 @@ def write_dense_folder(
     base = outputs[0] if sample.is_single else tuple(outputs)
     (folder / "output_base.pkl").write_bytes(_pickled(base))
     _write_json(folder / "input_columns.json", dict(mc_conf or {}))
+    kept = {
+        table: [{"id": number, "row": rows[number]} for number in sorted(rows)[:MAX_SAMPLE_IDS]]
+        for table, rows in sorted(looked_up.items())
+    }
+    _write_json(folder / SAMPLE_ROWS, kept)
 
 
 def describe_dense(

@@ -11,8 +11,11 @@ from torch.export import ExportedProgram
 
 from dist_export.dense.blame import blame, said
 from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.tables import SampleRows
+from dist_export.differences import Difference, compare
 from dist_export.errors import ParityError
-from dist_export.manifest import ParityEntry
+from dist_export.manifest import FilesParityEntry, ParityEntry
+from dist_export.storage import Directory
 
 BATCH_SIZES = (1, 2, 301)
 """1, where a model may take another branch; 2, the least that is traced; an odd one larger than the sample."""
@@ -43,6 +46,7 @@ def check_parity(
     runner = program.module()
     max_abs = dict.fromkeys(sample.output_names, 0.0)
     max_rel = dict.fromkeys(sample.output_names, 0.0)
+    max_ulp = dict.fromkeys(sample.output_names, 0)
     for size in sizes:
         place = f"at batch size {size}"
         all_rows, used_rows = _resized(sample.inputs, size), _resized(inputs, size)
@@ -64,16 +68,88 @@ def check_parity(
                     f"output {name!r} {place} has the shape {list(written.shape)}, but [{', '.join(map(str, shape))}] was "
                     "traced; no manifest was written. Look for a bare squeeze(), which takes the batch dimension too"
                 )
-            worst_abs, worst_rel, is_close = _compare(eager, written, atol=atol, rtol=rtol)
-            if not is_close:
+            worst = compare(eager, written, atol=atol, rtol=rtol)
+            if not worst.is_close:
                 raise ParityError(
-                    f"output {name!r} {place}: the written program differs from the dense arch by up to {worst_abs:.3g} "
-                    f"(relative {worst_rel:.3g}), allowed is atol {atol:g} + rtol {rtol:g} * |value|. No manifest was "
-                    "written. Look for a branch on the batch size, randomness in eval mode, or state that the forward changes"
+                    f"output {name!r} {place}: the written program differs from the dense arch by up to {worst.max_abs:.3g} "
+                    f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is atol {atol:g} + "
+                    f"rtol {rtol:g} * |value|. No manifest was written. Look for a branch on the batch size, randomness in "
+                    "eval mode, or state that the forward changes"
                 )
-            max_abs[name] = max(max_abs[name], worst_abs)
-            max_rel[name] = max(max_rel[name], worst_rel)
-    return ParityEntry(batch_sizes=tuple(sizes), atol=atol, rtol=rtol, max_abs=max_abs, max_rel=max_rel)
+            max_abs[name] = max(max_abs[name], worst.max_abs)
+            max_rel[name] = max(max_rel[name], worst.max_rel)
+            max_ulp[name] = max(max_ulp[name], worst.max_ulp)
+    return ParityEntry(
+        batch_sizes=tuple(sizes), atol=atol, rtol=rtol, max_abs=max_abs, max_rel=max_rel, max_ulp=max_ulp
+    )
+
+
+def refuse_other_rows(before: SampleRows, now: SampleRows, target: Directory) -> None:
+    """Compare what the sample found in the checkpoint with what it finds in the written shards. Every rank, its own.
+
+    Raises:
+        ParityError: an id is there in one and not in the other, or has another row.
+    """
+    for table, rows in sorted(before.rows.items()):
+        found = now.rows.get(table, {})
+        for number, digest in sorted(rows.items()):
+            if number not in found or found[number] == digest:
+                continue  # an arch may look up other ids the second time; those that it did are compared
+            kinds = {
+                (True, False): "is not in the checkpoint, but in the shards",
+                (False, True): "is in the checkpoint, but not in the shards",
+                (False, False): "has another row in the shards than in the checkpoint",
+            }
+            raise ParityError(
+                f"table {table!r}: the id {number} of the sample {kinds[digest is None, found[number] is None]} of "
+                f"{target.url}. No manifest was written, so there is no package; run the export again"
+            )
+
+
+def score_from_files(
+    sample: DenseSample,
+    inputs: dict[str, torch.Tensor],
+    program: ExportedProgram,
+    *,
+    reads_rows: bool,
+    atol: float,
+    rtol: float,
+) -> FilesParityEntry:
+    """Compare the written program on inputs from the written shards with the model on the checkpoint's rows. Rank 0.
+
+    Args:
+        inputs: what the sparse arch gave with the rows of the written shards, cut like the sample.
+        reads_rows: whether they come from shards; without tables in the package they are the sample's own.
+
+    Raises:
+        ParityError: an output differs in count, shape, dtype or value.
+    """
+    found = _run(partial(program.module(), **inputs), "the written program fails on rows of the written shards", sample)
+    from_where = "the written program on rows of the written shards" if reads_rows else "the written program"
+    figures: dict[str, Difference] = {}
+    if len(found) != len(sample.outputs):
+        raise ParityError(
+            f"{from_where} gives {len(found)} outputs, the model {len(sample.outputs)}. No manifest was written"
+        )
+    for name, eager, written in zip(sample.output_names, sample.outputs, found, strict=True):
+        if eager.shape != written.shape or eager.dtype != written.dtype:
+            raise ParityError(
+                f"output {name!r}: {from_where} gives {_kind(written)}, the model {_kind(eager)}. No manifest was written"
+            )
+        worst = figures[name] = compare(eager, written, atol=atol, rtol=rtol)
+        if not worst.is_close:
+            raise ParityError(
+                f"output {name!r}: {from_where} differs from the model on the checkpoint's rows by up to {worst.max_abs:.3g} "
+                f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row} of the sample), allowed is atol "
+                f"{atol:g} + rtol {rtol:g} * |value|. No manifest was written"
+            )
+    return FilesParityEntry(
+        rows=next(iter(sample.inputs.values())).shape[0],
+        reads_rows=reads_rows,
+        max_abs={name: worst.max_abs for name, worst in figures.items()},
+        max_rel={name: worst.max_rel for name, worst in figures.items()},
+        max_ulp={name: worst.max_ulp for name, worst in figures.items()},
+    )
 
 
 def _run(call: Callable[[], Any], failure: str, sample: DenseSample) -> list[torch.Tensor]:
@@ -99,26 +175,6 @@ def _has_shape(tensor: torch.Tensor, shape: Sequence[int | str], num_rows: int) 
         return False
     stated = [num_rows if size == "batch" else size for size in shape]
     return all(isinstance(size, str) or size == found for size, found in zip(stated, tensor.shape, strict=True))
-
-
-def _compare(eager: torch.Tensor, written: torch.Tensor, *, atol: float, rtol: float) -> tuple[float, float, bool]:
-    eager, written = eager.cpu(), written.cpu()
-    if not eager.numel():
-        return 0.0, 0.0, True
-    if not eager.is_floating_point():
-        if eager.is_complex():
-            eager, written = torch.view_as_real(eager), torch.view_as_real(written)
-        is_equal = bool(torch.equal(eager, written))
-        largest = float((eager.to(torch.float64) - written.to(torch.float64)).abs().max())
-        return largest, largest, is_equal
-    wide, other = eager.to(torch.float64), written.to(torch.float64)
-    is_close = bool(torch.allclose(other, wide, atol=atol, rtol=rtol, equal_nan=True))
-    is_same = (wide == other) | (wide.isnan() & other.isnan())  # infinities of one sign are the same
-    difference = torch.where(is_same, torch.zeros_like(wide), (other - wide).abs())
-    # below atol a value is as good as zero, and a difference relative to it would say nothing
-    relative = difference / wide.abs().clamp_min(atol or torch.finfo(torch.float64).tiny)
-    relative = torch.where(is_same, torch.zeros_like(wide), relative)
-    return float(difference.max()), float(relative.max()), is_close
 
 
 def _kind(tensor: torch.Tensor) -> str:

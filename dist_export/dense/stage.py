@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ from dist_export.dense.blame import said
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
-from dist_export.dense.parity import check_parity
+from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, move_to, unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.dense.state import load_dense_parameters
+from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
-from dist_export.errors import ConfigError, ModelError
+from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.manifest import DenseEntry, ParityEntry
 from dist_export.objects import Objects
@@ -42,7 +44,11 @@ class DenseStage:
         self._objects = objects
         self._source = source
         self._data: Any = None
+        self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
+        self._used: tuple[str, ...] = ()
+        """Names of the inputs that the program takes."""
+        self._looked_up = SampleRows()
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
@@ -64,6 +70,7 @@ class DenseStage:
         """
         ranks, config = self._ranks, self._config
         sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
+        self._sparse_arch = sparse_arch
         ranks.gather("clear the gradients", self._clear_gradients)
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
@@ -75,7 +82,7 @@ class DenseStage:
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
             may_block=True,
         )
-        self._data = None
+        self._looked_up = rows
         counted = ranks.gather("count the ids of the sample", lambda: (dict(rows.asked), dict(rows.missing)))
         asked: Counter[str] = Counter()
         missing: Counter[str] = Counter()
@@ -104,7 +111,9 @@ class DenseStage:
             export_model_name=config.export_model_name,
             archive_format=config.archive_format,
             mc_conf=mc_conf,
+            looked_up=self._looked_up.rows,
         )
+        self._used = tuple(traced.inputs)
         self.entry = describe_dense(
             sample,
             traced,
@@ -122,6 +131,60 @@ class DenseStage:
             rtol=config.rtol,
             max_batch_size=config.max_batch_size,
         )
+
+    def score(self, written: Checkpoint | None, target: Directory) -> None:
+        """Score the sample anew from what was written, and compare with the model on the checkpoint's rows. All ranks.
+
+        Args:
+            written: the target, opened as any checkpoint is; None where the package has no tables.
+            target: where the dense folder is.
+
+        Raises:
+            ParityError: on all ranks, for a row or an output that is not what it was.
+        """
+        ranks, config = self._ranks, self._config
+        inputs: dict[str, torch.Tensor] = {}
+        if written is not None:
+            assert self._sparse_arch is not None
+            sparse_arch = self._sparse_arch
+            # the check has proven that each id lies in the slice of its part
+            finder = RowFinder(written, np.zeros(len(written.parts), np.int64))
+            inputs, rows = ranks.run(
+                "score the sample from the shards",
+                lambda: run_sparse_arch(
+                    sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder
+                ),
+                may_block=True,
+            )
+            ranks.run("compare the rows of the sample", lambda: refuse_other_rows(self._looked_up, rows, target))
+        self._data = self._sparse_arch = None
+        ranks.on_rank_0("compare the scores", lambda: self._compare(inputs, target, reads_rows=written is not None))
+
+    def _compare(self, inputs: dict[str, torch.Tensor], target: Directory, *, reads_rows: bool) -> None:
+        assert self._sample is not None
+        assert self.entry is not None
+        assert self.parity is not None
+        sample, config = self._sample, self._config
+        if reads_rows:
+            check_input_names(inputs)
+            device = next(iter(sample.inputs.values())).device
+            inputs = cut_sample(inputs, device=device, max_batch_size=config.max_batch_size)
+        else:
+            inputs = sample.inputs
+        lacking = [name for name in self._used if name not in inputs]
+        if lacking:
+            raise ParityError(
+                f"the sparse arch no longer gives {lacking[0]!r} when it runs on the sample again. No manifest was written"
+            )
+        found = score_from_files(
+            sample,
+            {name: inputs[name].clone() for name in self._used},
+            load_program(target.read(self.entry.program)),
+            reads_rows=reads_rows,
+            atol=config.atol,
+            rtol=config.rtol,
+        )
+        self.parity = msgspec.structs.replace(self.parity, from_files=found)
 
     def _clear_gradients(self) -> None:
         optimizer = self._objects.dense_optimizer

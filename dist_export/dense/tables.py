@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from dist_export.dense.blame import said
@@ -28,12 +29,27 @@ _RUN_IDS = 1 << 20
 
 
 class SampleRows:
-    """Counts the ids that a sample looked up, by table."""
+    """The ids that a sample looked up, by table, and what it found."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
         self.unknown_tables: list[str] = []
+        self.rows: dict[str, dict[int, str | None]] = {}
+        """Table -> id -> xxh3-64 of its row in hexadecimal, None for an id that the table has not."""
+
+    def count(self, table: str, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+        """Take in a lookup of ``ids`` (int64, (n,)), its answer (bool, (n,)) and the rows (uint8, (n, row_bytes))."""
+        self.asked[table] += len(ids)
+        self.missing[table] += int(np.count_nonzero(~has_row))
+        found = self.rows.setdefault(table, {})
+        for number, is_there, row in zip(ids.tolist(), has_row.tolist(), rows, strict=True):
+            found[number] = hash_row(row) if is_there else None
+
+
+def hash_row(row: np.ndarray) -> str:
+    """Return the xxh3-64 of a row's bytes, in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(row.data)
 
 
 @contextlib.contextmanager
@@ -121,8 +137,7 @@ class _Feed:
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
         has_row, rows = self._finder.find(table, ids)
-        self._counts.asked[table] += len(ids)
-        self._counts.missing[table] += int(np.count_nonzero(~has_row))
+        self._counts.count(table, ids, has_row, rows)
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
         found = torch.from_numpy(rows[has_row].reshape(-1)).view(dtype)

@@ -1,61 +1,178 @@
-"""Check the dense arch of a package: the program loads, runs on the stored sample, and its outputs have their names."""
+"""Check the dense arch of a package: its files agree, the program reproduces the stored outputs, the sample's rows are there."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
 
 from dist_export.errors import DistExportError, PackageError
-from dist_export.manifest import DenseEntry
+from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.manifest import SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
 from dist_export.package.package import Package
 from dist_export.storage import Directory
 
+if TYPE_CHECKING:
+    import torch
+
+_MAX_ATOL, _MAX_RTOL = 1e-6, 1e-5
+"""For a package whose manifest has no parity."""
+
 
 def check_dense(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
-    """Load the program (after a look into its archive), call it on the stored sample, compare names and shapes."""
+    """Load the program (after a look into its archive), call it on the stored sample, compare with the stored outputs.
+
+    Needs neither the model's code nor the job; of the folder's Python code nothing is imported.
+    """
     folder = package.directory
     try:
         program = package.load_program()
-        inputs = _read_json(folder, f"{entry.folder}/inputs_dict.json")
-        outputs = _read_json(folder, f"{entry.folder}/output_info.json")["OutputNodes"]
-        order = _read_json(folder, f"{entry.folder}/params_order.json")
-    except (DistExportError, FileNotFoundError, KeyError, TypeError) as error:
-        findings.append(f"{entry.program}: {error}")
+        inputs, outputs = _read_sample(folder, entry, findings)
+        expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
+    except (DistExportError, FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        findings.append(f"{entry.program}: {_first_line(error)}")
         return
-    names = [output.get("OutputNodeName") for output in outputs]
-    if names != [output.name for output in entry.outputs]:
-        findings.append(f"{entry.folder}/output_info.json: outputs {names}, the manifest says otherwise")
-    if order != [tensor.name for tensor in entry.inputs]:
-        findings.append(f"{entry.folder}/params_order.json: inputs {order}, the manifest says otherwise")
+    names = [output.name for output in entry.outputs]
+    if len(expected) != len(names):
+        findings.append(f"{entry.folder}/output_base.pkl: {len(expected)} outputs, the manifest names {len(names)}")
     try:
-        found = _call(program, inputs, order)
+        found = _call(program, inputs)
     except Exception as error:  # noqa: BLE001 -- whatever a foreign program raises, it does not run
-        first = next(iter(str(error).strip().splitlines()), "")
-        findings.append(f"{entry.program}: fails on the stored sample: {type(error).__name__}: {first}")
+        findings.append(f"{entry.program}: fails on the stored sample: {type(error).__name__}: {_first_line(error)}")
         return
     if len(found) != len(names):
-        findings.append(f"{entry.program}: returns {len(found)} outputs, output_info.json names {len(names)}")
-    for tensor, output in zip(found, outputs, strict=False):
-        if list(tensor.shape) != output.get("shape") or str(tensor.dtype) != output.get("dtype"):
+        findings.append(f"{entry.program}: returns {len(found)} outputs, the manifest names {len(names)}")
+    told = []
+    for name, stated, tensor, base in zip(names, outputs, found, expected, strict=False):
+        if list(tensor.shape) != stated.get("shape") or str(tensor.dtype) != stated.get("dtype"):
             findings.append(
-                f"{entry.program}: output {output.get('OutputNodeName')!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"output_info.json says {output.get('dtype')} {output.get('shape')}"
+                f"{entry.program}: output {name!r} is {tensor.dtype} {list(tensor.shape)}, output_info.json says "
+                f"{stated.get('dtype')} {stated.get('shape')}"
             )
-    checked.append(f"dense program: loads, runs on the stored sample, outputs {', '.join(map(str, names))}")
+            continue
+        told.append(_compare(entry, package.manifest.parity, name, tensor, base, findings))
+    checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
+    if package.manifest.tables:
+        _check_rows(package, entry, findings, checked)
 
 
-def _call(program: Any, inputs: dict[str, Any], order: list[str]) -> list[Any]:
+def _compare(
+    entry: DenseEntry,
+    parity: ParityEntry | None,
+    name: str,
+    found: torch.Tensor,
+    base: torch.Tensor,
+    findings: list[str],
+) -> str:
+    from dist_export.differences import compare
+
+    if base.shape != found.shape or base.dtype != found.dtype:
+        findings.append(
+            f"{entry.folder}/output_base.pkl: output {name!r} is {base.dtype} {list(base.shape)}, the program gives "
+            f"{found.dtype} {list(found.shape)}"
+        )
+        return f"{name} is not comparable"
+    atol, rtol = (_MAX_ATOL, _MAX_RTOL) if parity is None else (parity.atol, parity.rtol)
+    worst = compare(base, found, atol=atol, rtol=rtol)
+    figures = f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, {worst.max_ulp:,} ULP"
+    if not worst.is_close:
+        findings.append(
+            f"{entry.program}: output {name!r} is not what was stored in output_base.pkl: {figures}, in row {worst.row}; "
+            f"allowed is atol {atol:g} + rtol {rtol:g} * |value|"
+        )
+    return f"{name} {figures}"
+
+
+def _read_sample(
+    folder: Directory, entry: DenseEntry, findings: list[str]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
+    from dist_export.archive.sample_pickle import read_sample_pickle
+
+    full = _read_json(folder, f"{entry.folder}/inputs_dict.json")
+    lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json")
+    order = _read_json(folder, f"{entry.folder}/params_order.json")
+    outputs = _read_json(folder, f"{entry.folder}/output_info.json")["OutputNodes"]
+    where = f"{entry.folder}/inputs_dict.pkl"
+    pickled = read_sample_pickle(folder.read(where), where=where)
+    _expect_names(f"{entry.folder}/params_order.json", order, entry.inputs, findings)
+    _expect_names(
+        f"{entry.folder}/output_info.json", [o.get("OutputNodeName") for o in outputs], entry.outputs, findings
+    )
+    for name, found in (("inputs_dict.json", full), ("inputs_dict_lite.json", lite), ("inputs_dict.pkl", pickled)):
+        if not isinstance(found, Mapping) or list(found) != order:
+            told = list(found) if isinstance(found, Mapping) else type(found).__name__
+            findings.append(f"{entry.folder}/{name}: inputs {told}, params_order.json has {order}")
+    inputs = {}
+    for place, name in enumerate(order):
+        inputs[name] = _to_tensor(full[name])
+        bare = {key: value for key, value in full[name].items() if key != "values"}
+        if bare != lite.get(name) or bare.get("idx") != place:
+            findings.append(f"{entry.folder}/inputs_dict_lite.json: input {name!r} is not as in inputs_dict.json")
+        if isinstance(pickled, dict) and name in pickled and not _is_equal(pickled[name], inputs[name]):
+            findings.append(f"{entry.folder}/inputs_dict.pkl: input {name!r} is not that of inputs_dict.json")
+    return inputs, outputs
+
+
+def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findings: list[str]) -> None:
+    if names != [tensor.name for tensor in stated]:
+        findings.append(f"{where}: {names}, the manifest says {[tensor.name for tensor in stated]}")
+
+
+def _read_outputs(folder: Directory, where: str) -> tuple[torch.Tensor, ...]:
+    from dist_export.archive.sample_pickle import read_sample_pickle
+
+    found = read_sample_pickle(folder.read(where), where=where)
+    if isinstance(found, dict):
+        raise PackageError(f"{where}: a dict, expected a tensor or a tuple of tensors")
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _to_tensor(entry: dict[str, Any]) -> torch.Tensor:
     import torch
 
-    kwargs = {}
-    for name in order:
-        entry = inputs[name]
-        dtype = getattr(torch, re.sub(r"^torch\.", "", entry["dtype"]))
-        kwargs[name] = torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+    dtype = getattr(torch, re.sub(r"^torch\.", "", entry["dtype"]))
+    return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
+
+
+def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
+    import torch
+
     with torch.no_grad():
-        output = program.module()(**kwargs)
+        output = program.module()(**inputs)
     return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
+    """Look the sample's ids up in the shards: rows that are not those that were scored are found, by table and id."""
+    where = f"{entry.folder}/{SAMPLE_ROWS}"
+    if where not in {file.path for file in package.manifest.files}:
+        return  # written before packages had it
+    before = len(findings)
+    total = 0
+    for table, rows in _read_json(package.directory, where).items():
+        ids = np.array([row["id"] for row in rows], np.int64)
+        found, has_row = package.lookup(table, ids, slot=EMBEDDING_SLOT, raw=True)
+        total += len(ids)
+        for place, row in enumerate(rows):
+            digest = xxhash.xxh3_64_hexdigest(found[place].tobytes()) if has_row[place] else None
+            if digest != row["row"]:
+                findings.append(f"{where}: table {table!r} no longer has the row of id {row['id']} that was scored")
+                break  # one is enough to know the table
+    if len(findings) == before:
+        checked.append(f"sample: the rows of its {total:,} ids are those that were scored")
 
 
 def _read_json(directory: Directory, name: str) -> Any:
@@ -63,3 +180,7 @@ def _read_json(directory: Directory, name: str) -> Any:
         return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
     except ValueError as error:
         raise PackageError(f"{name}: {error}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

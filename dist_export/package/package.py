@@ -45,13 +45,16 @@ class Package:
             raise PackageError(f"{self.directory.url}: no table {name!r}; the package has {names}")
         return found
 
-    def lookup(self, table: str, ids: Any, *, slot: str = EMBEDDING_SLOT) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(
+        self, table: str, ids: Any, *, slot: str = EMBEDDING_SLOT, raw: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids, read from the shards without loading the table.
 
         Args:
             table: its name.
             ids: int64, any shape ``(...)``, repetitions allowed.
             slot: ``embedding``, or another slot that was kept.
+            raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
 
         Returns:
             Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32), zeros
@@ -87,10 +90,12 @@ class Package:
                 raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        shape = asked.shape
+        if raw:
+            return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
         values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
         if kept.dtype == "bfloat16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        shape = asked.shape
         return values[inverse].reshape(*shape, *kept.shape), has_row[inverse].reshape(shape)
 
     def load_program(self) -> ExportedProgram:

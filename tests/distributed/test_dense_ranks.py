@@ -286,13 +286,14 @@ def test_a_sparse_arch_that_fails_on_one_rank_ends_that_rank_with_its_own_error(
     failing_rank: int, tmp_path: Path
 ) -> None:
     write_source(tmp_path / "ckpt", "dense.")
-    results = run_ranks(export_and_tell, 2, tmp_path / "store", str(tmp_path), failing_rank, None)
+    other = 1 - failing_rank
+    results = run_ranks(export_and_tell, 2, tmp_path / "store", str(tmp_path), failing_rank, None, may_end=(other,))
     kind, text, seconds = results[failing_rank]
     assert kind == "ModelError"
     assert "ValueError: only here at" in text
     assert "test_dense_ranks.py" in text
     assert seconds < 30
-    assert results[1 - failing_rank][0], "the other rank waited in the arch's own collective until this one was gone"
+    assert results[other] is None or results[other][0], "the other rank waited in the arch's own collective until then"
 
 
 def test_a_sparse_arch_that_fails_on_all_ranks_is_told_once(tmp_path: Path) -> None:

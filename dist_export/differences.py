@@ -1,0 +1,82 @@
+"""How far two tensors of outputs are apart: absolutely, relatively, and in units in the last place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+"""Integers of the same width, whose order is that of the floats."""
+
+
+class Difference(NamedTuple):
+    """The largest differences over all elements. NaN equals NaN, an infinity equals itself, +0 equals -0."""
+
+    max_abs: float
+    max_rel: float
+    """Of values below ``atol`` relative to ``atol``: they are as good as zero."""
+    max_ulp: int
+    """How many floats of the dtype lie between, plus one; for a NaN beside a number as many as the dtype has."""
+    row: int
+    """The first dimension's place where the absolute difference is largest."""
+    is_close: bool
+    """``|found - expected| <= atol + rtol * |expected|`` everywhere; integers and bools must be equal."""
+
+
+def compare(expected: torch.Tensor, found: torch.Tensor, *, atol: float, rtol: float) -> Difference:
+    """Compare two tensors of one shape and dtype."""
+    expected, found = expected.detach().cpu(), found.detach().cpu()
+    if not expected.numel():
+        return Difference(0.0, 0.0, 0, 0, is_close=True)
+    if expected.is_complex():
+        expected, found = torch.view_as_real(expected), torch.view_as_real(found)
+    wide, other = expected.to(torch.float64), found.to(torch.float64)
+    if not expected.is_floating_point():
+        apart = (wide - other).abs()
+        largest = float(apart.max())
+        return Difference(largest, largest, int(largest), _row_of(apart), is_close=bool(torch.equal(expected, found)))
+    is_same = (wide == other) | (wide.isnan() & other.isnan())
+    apart = torch.where(is_same, torch.zeros_like(wide), (other - wide).abs())
+    relative = apart / wide.abs().clamp_min(atol or torch.finfo(torch.float64).tiny)
+    relative = torch.where(is_same, torch.zeros_like(wide), relative)
+    return Difference(
+        float(apart.max()),
+        float(relative.max()),
+        _max_ulp(expected, found, is_same),
+        _row_of(apart),
+        is_close=bool(torch.allclose(other, wide, atol=atol, rtol=rtol, equal_nan=True)),
+    )
+
+
+def _max_ulp(expected: torch.Tensor, found: torch.Tensor, is_same: torch.Tensor) -> int:
+    bits = _BITS.get(expected.dtype)
+    if bits is None:  # the 8-bit floats, which no output has had so far
+        return 0
+    is_nan = expected.isnan() != found.isnan()
+    if bool(is_nan.any()):
+        return 1 << (8 * expected.element_size())
+    places = [_place(tensor.contiguous().view(bits).to(torch.int64), bits) for tensor in (expected, found)]
+    # two float64 of different signs can be more than 2**63 apart: the halves of both are subtracted apart
+    high = (places[0] >> 32) - (places[1] >> 32)
+    low = (places[0] & 0xFFFFFFFF) - (places[1] & 0xFFFFFFFF)
+    far = torch.where(is_same, torch.zeros_like(high), high).abs()
+    candidates = (far >= far.max() - 1) & ~is_same  # the halves differ by less than one of the other
+    pairs = zip(high[candidates].tolist(), low[candidates].tolist(), strict=True)
+    return max((abs((one << 32) + other) for one, other in pairs), default=0)
+
+
+def _place(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Map the bits of floats to integers in their order: both zeros to 0, negative ones below."""
+    return torch.where(bits < 0, torch.iinfo(dtype).min - bits, bits)
+
+
+def _row_of(apart: torch.Tensor) -> int:
+    rows = apart.reshape(apart.shape[0], -1) if apart.dim() else apart.reshape(1, 1)
+    worst = torch.nan_to_num(rows, nan=float("inf")).amax(dim=1)
+    return int(worst.argmax())
