@@ -161,7 +161,7 @@ def place_of(config: ExportConfig) -> str:
 
 def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
     """Return source and target; refuse a target that would destroy something, or that other ranks cannot see."""
-    source = Directory(config.ckpt_dir, config.storage_options)
+    source = Directory(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
     target = Directory(export_dir, config.storage_options)
     for directory in (source, target):
         if ranks.world_size > 1 and not directory.is_shared:
@@ -173,6 +173,11 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Di
         raise ConfigError(
             f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"
+        )
+    if is_same and config.follow_links:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({config.ckpt_dir}), and a package holds its files itself: links that lead out of it "
+            "cannot be followed. Give another export_dir"
         )
     refuse_package(target)
     if target.is_local and os.path.exists(target.path) and not os.path.isdir(target.path):
@@ -218,14 +223,14 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
     if (
         fg_conf is not None
         and target.exists(FG)
-        and decode_object(target.read(FG), what=target.describe(FG)) != fg_conf
+        and decode_object(target.read_text(FG), what=target.describe(FG)) != fg_conf
     ):
         raise ConfigError(f"{target.describe(FG)} is there already and is not the one to be exported; {advice}")
     if config.model is not None and target.exists(config.export_folder_name) and not target.exists(WORK_DIRECTORY):
         raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
     if not config.need_export_sparse or not target.exists(MERGED):
         return []
-    raw = target.read(MERGED)
+    raw = target.read_text(MERGED)
     if raw.strip() == b"null":
         raise ConfigError(f"{target.describe(MERGED)} is null, so serving would find no table; {advice}")
     entries = decode_object(raw, what=target.describe(MERGED)).values()

@@ -128,7 +128,7 @@ class RecisReader:
         )
 
     def _read(self, name: str) -> bytes:
-        return _reading(self.directory.describe(name), partial(self.directory.read, name))
+        return _reading(self.directory.describe(name), partial(self.directory.read_text, name))
 
     def _read_raw_headers(self, files: range) -> Iterator[bytes]:
         if self.directory.is_local:  # threads would only get in each other's way
@@ -147,9 +147,7 @@ class RecisReader:
         with self.directory.open_reader(file.name) as reader:
             prefix = bytearray(min(8, file.size))  # header_length says that fewer are too few
             reader.read_into(memoryview(prefix), 0)
-            raw = bytearray(header_length(bytes(prefix), path=where, file_size=file.size))
-            reader.read_into(memoryview(raw), 8)
-        return bytes(raw)
+            return reader.read_text(8, header_length(bytes(prefix), path=where, file_size=file.size))
 
     def _stat(self, name: str) -> SourceFile:
         found = _reading(self.directory.describe(name), partial(self.directory.stat, name))
@@ -217,7 +215,7 @@ class _Unchanged(Mapping[str, bytes]):
     def __getitem__(self, name: str) -> bytes:
         expected = self._digests[name]
         where = self._directory.describe(name)
-        data = _reading(where, partial(self._directory.read, name))
+        data = _reading(where, partial(self._directory.read_text, name))
         if xxhash.xxh3_128_digest(data) != expected:
             raise CheckpointError(
                 f"{where} has changed since it was read; run the export again on a finished checkpoint"

@@ -25,9 +25,9 @@ from dist_export.dense.fg_rules import (
     Named,
     check_entry,
     read_feature,
-    show,
 )
 from dist_export.errors import ConfigError
+from dist_export.layout.strict_json import show
 
 __all__ = [
     "Block",
@@ -416,4 +416,4 @@ class _Suggestions:
 def _refuse_any(what: str, findings: Sequence[str]) -> None:
     if findings:
         count = f"{len(findings):,} finding{'s' if len(findings) > 1 else ''}"
-        raise ConfigError("\n  ".join((f"{what}: {count}. Nothing was written.", *findings)))
+        raise ConfigError(f"{what}: {count}. Nothing was written.", *findings)
