@@ -20,6 +20,7 @@ MIN_MEMORY_BYTES = 64 << 20
 MAX_THREADS = 64
 
 _MAX_NUMBER = 1 << 62
+_MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
 """Four months; what a timeout is given to cannot count much further."""
 
@@ -114,6 +115,8 @@ class ExportConfig:
             spec = getattr(self, name)
             if spec is not None and not _SPEC.fullmatch(spec):
                 raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
+        if isinstance(self.num_shards, int) and self.num_shards > _MAX_SHARDS:
+            raise ConfigError(f"num_shards is {self.num_shards:,}; RecIS's file names count up to {_MAX_SHARDS:,}")
         self._check_engine()
         self._check_sparse()
         self._check_dense()

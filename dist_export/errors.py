@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 _MAX_LINE = 4_000
 """A foreign name may be as long as its file. What was expected and what to do stand at the end, so the middle goes."""
 
@@ -98,5 +97,5 @@ class StepFailedError(DistExportError):
 def _shorten(line: str) -> str:
     if len(line) <= _MAX_LINE:
         return line
-    half = _MAX_LINE // 2
+    half = _MAX_LINE // 2 - 40  # so that what comes out stays as it is, when it is told again
     return f"{line[:half]} ... ({len(line):,} characters) ... {line[-half:]}"

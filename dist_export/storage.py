@@ -272,7 +272,9 @@ class Directory:
         if not self.is_local:  # a store has no sparse files, and answers one request sooner than many
             data = self.read(name)
             if 0 in data:
-                raise OSError(errno.EILSEQ, "holds a zero byte where text should be: it is damaged", self.describe(name))
+                raise OSError(
+                    errno.EILSEQ, "holds a zero byte where text should be: it is damaged", self.describe(name)
+                )
             return data
         size = self._small_size(name)
         with self.open_reader(name) as reader:

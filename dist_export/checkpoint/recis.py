@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -124,7 +125,7 @@ class RecisReader:
                 *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in bare),
             ),
             verbatim=_Unchanged(self.directory, {name: self._raw[name] for name in (INDEX, TENSORKEY)}),
-            warnings=self._warnings,
+            warnings=(*self._warnings, *_list_lookalikes(tables)),
         )
 
     def _read(self, name: str) -> bytes:
@@ -244,6 +245,17 @@ def _list_bystanders(names: set[str], indexed: set[str]) -> Iterable[str]:
     leftovers = sorted(name for name in names if _LEFTOVER.fullmatch(name))
     if leftovers:
         yield f"{len(leftovers)} leftovers of an interrupted save stay behind, first {leftovers[0]}"
+
+
+def _list_lookalikes(tables: tuple[TableMeta, ...]) -> Iterable[str]:
+    first: dict[str, str] = {}
+    for table in tables:
+        other = first.setdefault(unicodedata.normalize("NFKC", table.name), table.name)
+        if other != table.name:
+            yield (
+                f"the tables {other!a} and {table.name!a} differ in unicode normalisation alone; both are kept, "
+                "but whoever compares normalised names takes one for the other"
+            )
 
 
 def _list_hindrances(

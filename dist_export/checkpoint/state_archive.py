@@ -66,7 +66,15 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
                 if num_bytes > _MAX_PICKLE_BYTES and not name.startswith(f"{root}data/"):
                     raise CheckpointError(f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs")
             raw = archive.read(pickled)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
         raise CheckpointError(f"{where} is a damaged zip: {error}; save or copy it again") from None
     for key, num_bytes in _claimed_storages(raw, where):
         member = f"{root}data/{key}"
@@ -111,8 +119,16 @@ def _claimed_storages(raw: bytes, where: str) -> Iterator[tuple[str, int]]:
                 case ("storage", _Global(name), str(key), str(), int(numel)) if name in _STORAGES:
                     yield key, numel * _STORAGES[name]
                 case _:
-                    raise CheckpointError(f"{where} asks for what is no storage of a tensor; it is no file of torch.save")
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:  # of pickletools, or of an empty stack
+                    raise CheckpointError(
+                        f"{where} asks for what is no storage of a tensor; it is no file of torch.save"
+                    )
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of pickletools, or of an empty stack
         raise CheckpointError(f"{where} holds a broken pickle: {error}") from None
 
 

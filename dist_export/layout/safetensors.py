@@ -228,7 +228,11 @@ def _decode_entry(entry: object, *, where: str) -> _Entry:
 
 def _sizes(value: object) -> tuple[int, ...] | None:
     # bool is an int in Python
-    if not isinstance(value, list) or len(value) > _MAX_DIMS or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value):
+    if (
+        not isinstance(value, list)
+        or len(value) > _MAX_DIMS
+        or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value)
+    ):
         return None
     return tuple(value)
 
