@@ -56,7 +56,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
         raise CheckpointError(f"{where} is truncated, or no file of torch.save; save or copy it again")
     try:
         with zipfile.ZipFile(file) as archive:
-            sizes = _check_members(file, archive.infolist(), where)
+            sizes = _check_members(file, archive, where)
             roots = {name.split("/", 1)[0] for name in sizes}
             pickled = f"{next(iter(roots))}/data.pkl" if len(roots) == 1 else ""
             if pickled not in sizes:
@@ -86,12 +86,12 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
             )
 
 
-def _check_members(file: IO[bytes], infos: list[zipfile.ZipInfo], where: str) -> dict[str, int]:
+def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> dict[str, int]:
     """Return the size of each member by name."""
     sizes: dict[str, int] = {}
     seen: set[str] = set()
     end = 0
-    for entry in sorted(infos, key=lambda info: info.header_offset):
+    for entry in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = entry.orig_filename
         if name.casefold() in seen:  # torch does not look at the case
             raise CheckpointError(f"{where}: two members are called {name!r}; it is no file of torch.save")
@@ -108,28 +108,23 @@ def _check_members(file: IO[bytes], infos: list[zipfile.ZipInfo], where: str) ->
         end = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes + entry.file_size
         sizes[name] = entry.file_size
         seen.add(name.casefold())
+    if end > archive.start_dir:
+        raise CheckpointError(f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive")
     return sizes
 
 
 def _claimed_storages(raw: bytes, where: str) -> Iterator[tuple[str, int]]:
     """Yield (key, number of bytes) of each storage that the pickle asks for. Runs nothing: follows the stack alone."""
     try:
-        for claim in _persistent_ids(raw):
-            match claim:
-                case ("storage", _Global(name), str(key), str(), int(numel)) if name in _STORAGES:
-                    yield key, numel * _STORAGES[name]
-                case _:
-                    raise CheckpointError(
-                        f"{where} asks for what is no storage of a tensor; it is no file of torch.save"
-                    )
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # of pickletools, or of an empty stack
+        claims = list(_persistent_ids(raw))
+    except Exception as error:  # noqa: BLE001 -- pickletools raises anything on a broken pickle
         raise CheckpointError(f"{where} holds a broken pickle: {error}") from None
+    for claim in claims:
+        match claim:
+            case ("storage", _Global(name), str(key), str(), int(numel)) if name in _STORAGES:
+                yield key, numel * _STORAGES[name]
+            case _:
+                raise CheckpointError(f"{where} asks for what is no storage of a tensor; it is no file of torch.save")
 
 
 class _Global:

@@ -61,5 +61,5 @@ def _call(program: Any, inputs: dict[str, Any], order: list[str]) -> list[Any]:
 def _read_json(directory: Directory, name: str) -> Any:
     try:
         return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"{name}: {error}") from None

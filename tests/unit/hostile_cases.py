@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,19 @@ class Outcome(NamedTuple):
     """Of stderr, without log lines."""
 
 
+@contextmanager
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """Let this process take so much more address space; what would take more is a MemoryError, which nothing catches."""
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def write_base(folder: Path) -> Path:
     """Write a small sound checkpoint, with a dense tensor among the sparse files and no model.pt."""
     return write_checkpoint(folder, make_tables({"user": 20, "item": 10}, 2), dense={"w": np.ones(2)})
@@ -45,7 +60,8 @@ def run(capsys: Any, tmp_path: Path, *arguments: object) -> Outcome:
     scratch.mkdir(exist_ok=True)
     before, tempfile.tempdir = tempfile.tempdir, str(scratch)
     try:
-        code = main([str(argument) for argument in arguments])
+        with limited_memory(2 << 30):
+            code = main([str(argument) for argument in arguments])
     finally:
         tempfile.tempdir = before
     captured = capsys.readouterr()
