@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def load_program(source: Source) -> ExportedProgram:
     for name, content in members.items():
         if _is_pickle_member(name) and content:
             try:
-                torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except Exception as error:
                 raise _refusal(label, name, f"torch cannot load it as weights only ({_one_line(error)})") from error
     copy = _repack_pt2(members) if archive_info.format == "pt2" else _repack_legacy(members)

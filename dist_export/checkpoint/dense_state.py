@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import warnings
 from typing import IO, Any
 
 from dist_export.checkpoint.state_archive import check_state_archive, is_zip
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
+from dist_export.layout.strict_json import is_text
 from dist_export.storage import Directory
 
 _REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
@@ -59,7 +61,7 @@ def _load(directory: Directory) -> dict[str, Any]:
             state = _read_state(file, directory.find(DENSE_STATE) if directory.is_local else None, where)
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_text(name) for name in state):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and is_text(name) for name in state):
         raise CheckpointError(f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors")
     _refuse_repeated(state, where)
     return state
@@ -74,9 +76,11 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
         check_state_archive(file, where=where)
     file.seek(0)
     try:
-        if path is None or not is_mapped:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns, on several lines, of what it refuses or reads all the same
+            if path is None or not is_mapped:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
         # torch begins with the advice to load it without this protection
         found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
@@ -97,8 +101,3 @@ def _refuse_repeated(state: dict[str, Any], where: str) -> None:
                     f"{where}: {name!r} has shape {list(value.shape)}, {num_bytes:,} bytes, made of "
                     f"{value.untyped_storage().nbytes():,} that are stored; save it again, contiguous"
                 )
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written into JSON: half a surrogate pair cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)

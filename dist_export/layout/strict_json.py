@@ -34,6 +34,11 @@ def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
     return _as_object(_decode_slowly(raw, what) if value is None else value, what)
 
 
+def is_text(name: str) -> bool:
+    """Whether a text can be written into JSON: half a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def show(value: Any) -> str:
     """Return ``value`` as one short line for a message, whatever it is."""
     try:

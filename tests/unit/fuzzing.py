@@ -74,7 +74,10 @@ def damage_shard(raw: bytes, draw: random.Random) -> bytes:
 
 def _damage_document(document: Any, draw: random.Random, replaced: list[str]) -> None:
     """Change one place. A value that JSON cannot say becomes a mark, to be exchanged in the text."""
-    holder, key = draw.choice(_places(document))
+    places = _places(document)
+    if not places:
+        return
+    holder, key = draw.choice(places)
     kind = draw.randrange(6)
 
     def mark(text: str) -> str:

@@ -73,7 +73,7 @@ def cut(size: int) -> Damage:
 
 
 def grow(folder: Path) -> None:
-    os.truncate(folder / FIRST, (folder / FIRST).stat().st_size + (1 << 40))
+    os.truncate(folder / FIRST, (folder / FIRST).stat().st_size + (1 << 33))
 
 
 def move(by: int) -> Damage:
@@ -195,7 +195,7 @@ LAYOUT = {
         edit(TENSORKEY, lambda raw: b'{"a":' + nested(900) + b"," + raw[1:]), "expected <table>@<slot>"
     ),
     "an index of 3 GB that is a hole": Case(sparse_file(INDEX, 3 << 30, b'{"block_index":'), "is zero where text should be"),
-    "an index of 5 TB": Case(sparse_file(INDEX, 5 << 40), "has 5,497,558,138,880 bytes, too many"),
+    "an index of 5 GB": Case(sparse_file(INDEX, 5 << 30), "has 5,368,709,120 bytes, too many"),
     "a tensorkey of 3 GB that is a hole": Case(sparse_file(TENSORKEY, 3 << 30), "is zero where text should be"),
     "a name that climbs": Case(rename_file("../in/" + FIRST), "is no name of a data file in this directory"),
     "a name with a slash": Case(rename_file("a/b"), "is no name of a data file"),

@@ -85,7 +85,7 @@ MANIFESTS: dict[str, tuple[Damage, str]] = {
     "100,000 levels": (edit(MANIFEST, swap(b'"started"', b'"a":' + b"[" * 100_000 + b',"started"')), "manifest.json"),
     "a zero byte": (edit(MANIFEST, swap(b'"started"', b'"\0":1,"started"')), "is zero where text should be"),
     "a hole": (sparse_file(MANIFEST, 3 << 30, b'{"format":"dist_export",'), "is zero where text should be"),
-    "5 TB": (sparse_file(MANIFEST, 5 << 40), "too many for what it should be"),
+    "5 GB": (sparse_file(MANIFEST, 5 << 30), "too many for what it should be"),
     "a directory": (instead(MANIFEST, os.mkdir), "is no regular file"),
     "a pipe": (instead(MANIFEST, os.mkfifo), "is no regular file"),
     "a link out": (link_out(MANIFEST), "is a link that leads out of the directory"),

@@ -66,7 +66,7 @@ def damage(raw: bytes, edit, stop: int) -> bytes:
 
 @given(name=st.sampled_from(FILES), changes=st.lists(edits(), min_size=1, max_size=2))
 @settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
