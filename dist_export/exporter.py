@@ -29,7 +29,7 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import ConfigError
+from dist_export.errors import CheckpointError, ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import MANIFEST, FileEntry, Manifest, SourceEntry, TableEntry, seal
@@ -249,10 +249,18 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
 def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
     """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
     if not config.need_export_sparse:
-        names = ranks.on_rank_0("list the checkpoint", source.names)
+        names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
         if INDEX not in names and TENSORKEY not in names:
             return None
     return open_checkpoint(ranks, source)
+
+
+def list_names(source: Directory) -> list[str]:
+    """Return the names of the source's files."""
+    try:
+        return source.names()
+    except OSError as error:
+        raise CheckpointError(f"{source.url} cannot be read: {error.strerror or error}") from error
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -330,10 +330,13 @@ class Directory:
         if not self.is_local:
             return None
         nearest = Path(self.path)
-        while not nearest.exists() and nearest.parent != nearest:
+        while not os.path.lexists(nearest) and nearest.parent != nearest:
             nearest = nearest.parent
-        if not nearest.is_dir():
+        if not os.path.isdir(nearest):
             return f"{nearest} is no directory"
+        longest = os.pathconf(nearest, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in Path(self.path).parts):
+            return f"a name in it is longer than the {longest} bytes that the file system takes"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
 
     def lock(self) -> Callable[[], None]:

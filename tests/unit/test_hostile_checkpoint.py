@@ -349,6 +349,27 @@ def test_a_checkpoint_that_is_no_directory(make, tmp_path, capsys):
     make(tmp_path / "in")
     for outcome in run_all(capsys, tmp_path).values():
         assert_refused(outcome, str(tmp_path / "in"))
+    dense = (
+        "--need_export_sparse",
+        "false",
+        "--model",
+        "tiny_model:build_model",
+        "--dataset",
+        "tiny_model:build_dataset",
+    )
+    places = ("--ckpt_dir", tmp_path / "in", "--export_dir", tmp_path / "out")
+    assert_refused(run(capsys, tmp_path, *places, *dense), str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize("name", ["file/x", "loop", "loop/x", "new/" + "y" * 300])
+def test_a_target_that_cannot_be_one(name, folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    for command in ((), ("plan",)):
+        outcome = run(capsys, tmp_path, *command, "--ckpt_dir", folder, "--export_dir", tmp_path / name)
+        assert_refused(outcome, f"export_dir {tmp_path}/")
+    assert sorted(path for path in tmp_path.iterdir() if path.name != "tmp") == before
 
 
 @pytest.mark.parametrize("path", ["/" + "x" * 5000, "\0", "\udcff", "a\x1b[31m"])
