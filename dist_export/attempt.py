@@ -123,7 +123,7 @@ def finish_commit(final: Directory) -> list[str]:
             if not old.exists(MANIFEST):
                 continue
             try:
-                manifest = decode_manifest(old.read(MANIFEST), where=old.describe(MANIFEST))
+                manifest = decode_manifest(old.read_text(MANIFEST), where=old.describe(MANIFEST))
                 kept += replace.discard(old.path, final, named={MANIFEST, *(file.path for file in manifest.files)})
             except (OSError, PackageError) as error:
                 logger.warning("the old package in %s could not be removed: %s", old.path, error)

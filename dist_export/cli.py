@@ -6,10 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dist_export.errors import ConfigError, DistExportError, StepFailedError
+from dist_export.errors import ConfigError, DistExportError, StepFailedError, printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -76,7 +76,7 @@ def _export(argv: list[str]) -> int:
     finally:
         ranks.close()
     if ranks.rank == 0:
-        print("\n".join(summary))
+        _print_lines(summary)
     return 0
 
 
@@ -95,7 +95,7 @@ def _plan(argv: list[str]) -> int:
         raise ConfigError(f"--world_size is {world_size}; give a number from 1 up")
     report = make_report(config, world_size=world_size)
     if int(os.environ.get("RANK", "0")) == 0:
-        _print_json(report) if asked["json"] else print("\n".join(render_report(report)))
+        _print_json(report) if asked["json"] else _print_lines(render_report(report))
     return 0
 
 
@@ -103,9 +103,10 @@ def _inspect(argv: list[str]) -> int:
     from dist_export.package.describe import describe, render
 
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
+    parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
     arguments = _parse_path(parser, argv)
-    found = describe(arguments.path, _options(arguments))
-    _print_json(found) if arguments.json else print("\n".join(render(found)))
+    found = describe(arguments.path, _options(arguments), follow_links=arguments.follow_links)
+    _print_json(found) if arguments.json else _print_lines(render(found))
     return 0
 
 
@@ -118,13 +119,8 @@ def _verify(argv: list[str]) -> int:
     if arguments.json:
         _print_json({"findings": report.findings, "checked": report.checked})
     else:
-        for finding in report.findings:
-            print(finding)
-        print(
-            "\n".join(report.checked)
-            if not report.findings
-            else f"unsound: {len(report.findings)} finding" + "s" * (len(report.findings) != 1)
-        )
+        unsound = f"unsound: {len(report.findings)} finding" + "s" * (len(report.findings) != 1)
+        _print_lines([*report.findings, unsound] if report.findings else report.checked)
     return 1 if report.findings else 0
 
 
@@ -138,8 +134,10 @@ def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
     import yaml
 
+    from dist_export.strict_yaml import load_yaml
+
     try:
-        options = yaml.safe_load(arguments.storage_options)
+        options = load_yaml(arguments.storage_options)
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
@@ -162,11 +160,18 @@ def _wants_text(argv: Sequence[str]) -> bool:
 def _configure_logging() -> None:
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
-    logging.basicConfig(
-        level=level, format=f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("torch", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Makes messages printable, for they may quote foreign names; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
+        return printable(super().formatMessage(record))
 
 
 def _fail(error: DistExportError) -> int:
@@ -178,7 +183,21 @@ def _tell(error: DistExportError, *, rank: int) -> None:
     print(f"dist_export: {error}" if rank == 0 else f"dist_export: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print lines that may hold foreign names, each of them as one line."""
+    for line in lines:
+        print(printable(line))
+
+
 def _print_json(value: object) -> None:
     import msgspec
 
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    # outside of texts JSON is printable, and within them an escape says the same
+    print("\n".join(line if line.isprintable() else _escape(line) for line in text.split("\n")))
+
+
+def _escape(line: str) -> str:
+    import json
+
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)

@@ -19,6 +19,11 @@ MIN_MEMORY_BYTES = 64 << 20
 
 MAX_THREADS = 64
 
+_MAX_NUMBER = 1 << 62
+_MAX_SHARDS = 999_999
+_MAX_TIMEOUT_SECS = 10_000_000
+"""Four months; what a timeout is given to cannot count much further."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -32,6 +37,8 @@ class ExportConfig:
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"
     """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
+    follow_links: bool = False
+    """Read files of the checkpoint that are links leading out of it, as caches of downloads have; false refuses them"""
     filter_sparse_opt: bool = False
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
@@ -108,12 +115,16 @@ class ExportConfig:
         for name in ("ckpt_dir", "export_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
+            if re.search("[\0\ud800-\udfff]", getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; a path is UTF-8 without zero bytes")
         if isinstance(self.num_shards, int) and (isinstance(self.num_shards, bool) or self.num_shards < 1):
             raise ConfigError(f"num_shards is {self.num_shards}; give a number from 1 up, world_size or source")
         for name in ("model", "dataset", "fg"):
             spec = getattr(self, name)
             if spec is not None and not _SPEC.fullmatch(spec):
                 raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
+        if isinstance(self.num_shards, int) and self.num_shards > _MAX_SHARDS:
+            raise ConfigError(f"num_shards is {self.num_shards:,}; RecIS's file names count up to {_MAX_SHARDS:,}")
         self._check_engine()
         self._check_sparse()
         self._check_dense()
@@ -158,8 +169,10 @@ class ExportConfig:
             raise ConfigError(
                 f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"
             )
-        if not 0 < self.timeout < float("inf"):
-            raise ConfigError(f"timeout is {self.timeout}; give seconds above 0")
+        if self.max_batch_size > _MAX_NUMBER:
+            raise ConfigError(f"max_batch_size is more than {_MAX_NUMBER:,}; no batch is as large")
+        if not 0 < self.timeout <= _MAX_TIMEOUT_SECS:
+            raise ConfigError(f"timeout is {self.timeout}; give seconds above 0, {_MAX_TIMEOUT_SECS:,} at most")
         for name in ("atol", "rtol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
@@ -184,6 +197,8 @@ class ExportConfig:
 def parse_bytes(text: int | str, *, setting: str) -> int:
     """Return a number of bytes from a number or a text: ``512MiB`` (powers of 1024), ``2GB`` (powers of 1000), ``1e9``."""
     if isinstance(text, int) and not isinstance(text, bool):
+        if text > _MAX_NUMBER:
+            raise ConfigError(f"{setting} is more than {_MAX_NUMBER:,} bytes; no machine has that much")
         return text
     found = _BYTES.fullmatch(str(text).strip())
     if found is None:

@@ -16,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_pa
 
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
+from dist_export.strict_yaml import load_yaml
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
@@ -109,7 +110,7 @@ def _refuse_unknown_options(parser: ArgumentParser, argv: Sequence[str]) -> None
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            settings = load_yaml(file.read())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

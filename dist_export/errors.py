@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+_MAX_LINE = 4_000
+"""A foreign name may be as long as its file. What was expected and what to do stand at the end, so the middle goes."""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` as one line that a terminal may be given: what is not printable becomes an escape, as in ``repr``.
+
+    Names in checkpoints and packages are other people's: they may hold line breaks, terminal escape codes, marks that
+    turn the direction of writing, or half a surrogate pair, which cannot be written out at all.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
 
 class DistExportError(Exception):
-    """The root of the tree. ``exit_code`` is what the command line returns: 1, or 2 where the user can mend it."""
+    """The root of the tree. ``exit_code`` is what the command line returns: 1, or 2 where the user can mend it.
+
+    Each argument is one line, made printable here, whatever foreign name is in it.
+    """
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*(_shorten(printable(line)) for line in lines))
+
+    def __str__(self) -> str:
+        return "\n  ".join(self.args)
 
 
 class UserError(DistExportError):
@@ -64,7 +87,15 @@ class StepFailedError(DistExportError):
         self.exit_code = exit_code
         told = list(dict.fromkeys(failures[rank] for rank in sorted(failures)))
         if len(told) == 1 and len(failures) == world_size:
-            super().__init__(told[0])  # everyone met the same fault: no rank is special
+            super().__init__(*told[0].split("\n  "))  # everyone met the same fault: no rank is special
         else:
             ranks = ", ".join(str(rank) for rank in sorted(failures))
-            super().__init__(f"'{step}' failed on rank {ranks} of {world_size}: " + "; ".join(told))
+            lines = "; ".join(told).split("\n  ")
+            super().__init__(f"'{step}' failed on rank {ranks} of {world_size}: {lines[0]}", *lines[1:])
+
+
+def _shorten(line: str) -> str:
+    if len(line) <= _MAX_LINE:
+        return line
+    half = _MAX_LINE // 2 - 40  # so that what comes out stays as it is, when it is told again
+    return f"{line[:half]} ... ({len(line):,} characters) ... {line[-half:]}"

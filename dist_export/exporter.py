@@ -28,7 +28,7 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import ConfigError, ExportError
+from dist_export.errors import CheckpointError, ConfigError, ExportError
 from dist_export.layout.recis import DENSE_STATE, EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
@@ -226,14 +226,14 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
     if (
         fg_conf is not None
         and target.exists(FG)
-        and decode_object(target.read(FG), what=target.describe(FG)) != fg_conf
+        and decode_object(target.read_text(FG), what=target.describe(FG)) != fg_conf
     ):
         raise ConfigError(f"{target.describe(FG)} is there already and is not the one to be exported; {advice}")
     if config.model is not None and target.exists(config.export_folder_name) and not target.exists(WORK_DIRECTORY):
         raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
     if not config.need_export_sparse or not target.exists(MERGED):
         return []
-    raw = target.read(MERGED)
+    raw = target.read_text(MERGED)
     if raw.strip() == b"null":
         raise ConfigError(f"{target.describe(MERGED)} is null, so serving would find no table; {advice}")
     entries = decode_object(raw, what=target.describe(MERGED)).values()
@@ -252,10 +252,18 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
 def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
     """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
     if not config.need_export_sparse:
-        names = ranks.on_rank_0("list the checkpoint", source.names)
+        names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
         if INDEX not in names and TENSORKEY not in names:
             return None
     return open_checkpoint(ranks, source)
+
+
+def list_names(source: Directory) -> list[str]:
+    """Return the names of the source's files."""
+    try:
+        return source.names()
+    except OSError as error:
+        raise CheckpointError(f"{source.url} cannot be read: {error.strerror or error}") from error
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

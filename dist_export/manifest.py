@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
 
-from dist_export.errors import PackageError
+from dist_export.errors import CheckpointError, PackageError
+from dist_export.layout.strict_json import decode_object
 
 MANIFEST = "manifest.json"
 SAMPLE_ROWS = "sample_rows.json"
@@ -21,6 +23,13 @@ row, or null for an id that the table has not."""
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1
 
+_MAX_ROW_BYTES = 1 << 40
+_MAX_ITEMSIZE = 8
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""Of rows, bytes or elements: what a file can hold."""
+Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=64)]
+
 
 class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Where the rows came from."""
@@ -29,8 +38,8 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """As the config gave it."""
     format: str
     fingerprint: str
-    num_files: int
-    num_bytes: int
+    num_files: Count
+    num_bytes: Count
 
 
 class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,9 +48,9 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     dtype: str
     """torch's name, such as float32."""
-    shape: tuple[int, ...]
+    shape: Shape
     """Of one row."""
-    num_bytes: int
+    num_bytes: Count
     """Of a kept slot in the shards, of a dropped one in the source."""
     reason: str = ""
 
@@ -52,7 +61,7 @@ class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     file: str
     slice: str
     """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END."""
-    rows: int
+    rows: Count
     keys: dict[str, str]
     """Slot -> name of the block in the file."""
 
@@ -61,15 +70,15 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One embedding table and the account of its rows: rows_in = rows_out + the sum of rows_dropped."""
 
     name: str
-    rows_in: int
-    rows_out: int
-    rows_dropped: dict[str, int]
+    rows_in: Count
+    rows_out: Count
+    rows_dropped: dict[str, Count]
     """Reason -> rows: ``duplicate`` where another row of the same id was kept. A reason that dropped none is not listed."""
-    misplaced: int
+    misplaced: Count
     """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
-    repaired: int = 0
+    repaired: Count = 0
     """Of these, rows that are in the right slice now; the rest was dropped."""
-    duplicates: int = 0
+    duplicates: Count = 0
     """Rows of the source beyond one for each id."""
     id_sum: str
     """Sum of the mixed ids modulo 2**64, in hexadecimal."""
@@ -83,7 +92,7 @@ class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     reason: str = ""
 
 
@@ -92,7 +101,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     """Relative to the package, with forward slashes."""
-    num_bytes: int
+    num_bytes: Count
     digest: str
     """``<algorithm>:<hex>``: the algorithm (xxh3 is xxh3-128, sha256, blake3) over the digests that it gives for the
     file's chunks of 64 MiB, one behind the other. Empty for a shard that was exported without a digest."""
@@ -103,7 +112,7 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Count | str, ...]
     """A free dimension is given by its name; ``batch`` is the first of every input."""
 
 
@@ -119,7 +128,7 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorEntry, ...]
     """In the order in which the program returns them."""
     dropped_inputs: tuple[str, ...]
-    max_batch_size: int
+    max_batch_size: Count
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,7 +137,7 @@ class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     The largest differences by output.
     """
 
-    rows: int
+    rows: Count
     """Of the batch."""
     reads_rows: bool
     """False where the package has no tables: then only the program comes from files."""
@@ -157,7 +166,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     mode: str
     """filter, copy, in_place or dense_only."""
-    num_shards: int
+    num_shards: Count
     source: SourceEntry
     tables: tuple[TableEntry, ...]
     dense_tensors: tuple[DenseTensorEntry, ...]
@@ -199,7 +208,7 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
     """Read a manifest. PackageError where it is no manifest, of a later schema, or was changed after the commit."""
     try:
         head = msgspec.json.decode(raw, type=_Head)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PackageError(f"{where} is no package manifest: {error}") from None
     if head.format != FORMAT or head.schema_version > SCHEMA_VERSION:
         raise PackageError(
@@ -210,10 +219,13 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
         # one that we would write just so has no field that we do not know, and need not be held as plain values too
         is_ours = encode_manifest(manifest) == raw
-        digest = _digest_of(manifest) if is_ours else compute_digest(msgspec.json.decode(raw))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        digest = _digest_of(manifest) if is_ours else compute_digest(decode_object(raw, what=where))
+    except CheckpointError as error:
+        raise PackageError(str(error)) from None
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PackageError(f"{where} is damaged: {error}") from None
     _check_paths(manifest, where)
+    _check_rows(manifest, where)
     if manifest.digest != digest:
         raise PackageError(f"{where} is not what was committed: its digest is {digest}, it says {manifest.digest}")
     return manifest
@@ -234,6 +246,16 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         pure = PurePosixPath(path)
         if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
             raise PackageError(f"{where}: {path!r} does not lie in the package")
+
+
+def _check_rows(manifest: Manifest, where: str) -> None:
+    """Refuse rows that no table has: a reader makes room for as many as it is asked for."""
+    for table in manifest.tables:
+        for slot in table.kept:
+            if math.prod(slot.shape) * _MAX_ITEMSIZE > _MAX_ROW_BYTES:
+                raise PackageError(
+                    f"{where}: {slot.name!r} of table {table.name!r} has rows of {list(slot.shape)}, which no table has"
+                )
 
 
 class _Head(msgspec.Struct):

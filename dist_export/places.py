@@ -87,7 +87,7 @@ def _next_to(final: Directory) -> Directory:
 
 
 def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
-    source = Directory(config.ckpt_dir, config.storage_options)
+    source = Directory(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
     final = Directory(export_dir, config.storage_options)
     for directory in (source, final):
         if ranks.world_size > 1 and not directory.is_shared:
@@ -99,6 +99,11 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
         raise ConfigError(
             f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"
+        )
+    if is_same and config.follow_links:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({config.ckpt_dir}), and a package holds its files itself: links that lead out of it "
+            "cannot be followed. Give another export_dir"
         )
     if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
         raise ConfigError(f"export_dir {final.url} is a file, not a directory")
@@ -211,7 +216,17 @@ def identify_export(config: ExportConfig, plan_digest: str, source_state: dict[s
     return f"xxh3:{xxhash.xxh3_128_hexdigest(text)}"
 
 
-_HOW = ("export_dir", "num_shards", "max_memory", "threads", "storage_options", "timeout", "overwrite", "on_existing")
+_HOW = (
+    "export_dir",
+    "follow_links",
+    "num_shards",
+    "max_memory",
+    "threads",
+    "storage_options",
+    "timeout",
+    "overwrite",
+    "on_existing",
+)
 """Settings that do not shape the package, or do so through the plan."""
 
 
@@ -224,7 +239,7 @@ def find_committed(places: Places, identity: str) -> Manifest | None:
     final = places.final
     if places.is_replacing or not final.exists(MANIFEST):
         return None
-    manifest = decode_manifest(final.read(MANIFEST), where=final.describe(MANIFEST))
+    manifest = decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
     if manifest.run.get("identity") != identity:
         raise ConfigError(
             f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other settings. "

@@ -135,7 +135,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         if (files := manifest.parity.from_files) is not None:
             what = "rows and program" if files.reads_rows else "the program"
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
-            lines.append(f"  scores   of {count(files.rows, 'row')} with {what} as written: largest difference {figures}")
+            lines.append(
+                f"  scores   of {count(files.rows, 'row')} with {what} as written: largest difference {figures}"
+            )
     sample = manifest.run.get("sample") or {}
     if sample.get("asked"):
         missing = sum(sample["missing"].values())

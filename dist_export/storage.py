@@ -28,6 +28,7 @@ from dist_export.digests import XXH3, digest_pieces
 from dist_export.errors import ConfigError, TransferError
 
 _MAX_SMALL_BYTES = 4 << 30
+_PIECE_BYTES = 4 << 20
 
 _MAX_OPEN = 256
 _OTHER_DESCRIPTORS = 200
@@ -57,7 +58,7 @@ class RangeReader:
         self._file: Any = None
         if directory.is_local:
             # non-blocking, for a pipe under this name would let the open wait for ever
-            self._fd = os.open(directory.join(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = os.open(directory.find(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 self.close()
                 raise OSError(errno.EINVAL, "is no regular file", self.where)
@@ -96,6 +97,30 @@ class RangeReader:
                     "a planned read; it shrank while it was being read. Run the export again on a finished checkpoint."
                 )
             filled += count
+
+    def read_text(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes of text from byte ``offset`` on, read in pieces.
+
+        Text holds no zero byte, and the hole of a sparse file reads as nothing else: so no more is ever held than the
+        file really has, whatever length it claims.
+
+        Raises:
+            OSError: a zero byte.
+            TransferError: the file ends before that.
+        """
+        pieces = []
+        for first in range(0, length, _PIECE_BYTES):
+            piece = bytearray(min(_PIECE_BYTES, length - first))
+            self.read_into(memoryview(piece), offset + first)
+            zero = piece.find(0)
+            if zero >= 0:
+                raise OSError(
+                    errno.EILSEQ,
+                    f"byte {offset + first + zero:,} is zero where text should be: it is damaged, or a sparse file",
+                    self.where,
+                )
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -149,11 +174,22 @@ class OpenReaders:
 
 
 class Directory:
-    """One directory behind an fsspec URL. Cheap to build; touches nothing until asked."""
+    """One directory behind an fsspec URL. Cheap to build; touches nothing until asked.
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+    What is read lies in the directory: a link that leads out of it is an OSError, unless ``follow_links``. The directory
+    itself may be a link.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        *,
+        follow_links: bool = False,
+    ) -> None:
         self.url = os.fspath(url)
         self.storage_options = storage_options
+        self._follow_links = follow_links
         if "::" in self.url:
             # an alias could hide that the target is the source, whose files would then be overwritten
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
@@ -173,16 +209,38 @@ class Directory:
         """Return the path of ``name`` on this directory's file system."""
         return f"{self.path}/{name}"
 
+    def find(self, name: str) -> str:
+        """Return the local path of a file that is to be read. OSError where a link leads out of the directory."""
+        path = self.join(name)
+        if self._follow_links or not self._has_link(name):
+            return path
+        found, root = os.path.realpath(path), os.path.realpath(self.path)
+        if os.path.commonpath([found, root]) != root:
+            raise OSError(
+                errno.EPERM,
+                f"is a link that leads out of the directory, to {found}; put the file itself there (cp -L), or set "
+                "follow_links: true to export a checkpoint that has such links",
+                self.describe(name),
+            )
+        return path
+
+    def _has_link(self, name: str) -> bool:
+        steps = name.split("/")
+        return any(os.path.islink(self.join("/".join(steps[:length]))) for length in range(1, len(steps) + 1))
+
     def describe(self, name: str) -> str:
         """Return ``name`` with the URL as the user gave it, for messages."""
         return f"{self.url.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
-        """Return the names of all files directly in the directory, sorted; empty where there is no directory."""
+        """Return the names of all files directly in the directory, sorted; empty where there is no directory.
+
+        A loop of links counts as a file: opening it tells what is wrong.
+        """
         try:
             if self.is_local:  # fsspec takes a symbolic link to a file for no file
                 with os.scandir(self.path) as found:
-                    return sorted(entry.name for entry in found if entry.is_file())
+                    return sorted(entry.name for entry in found if _may_be_file(entry))
             entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
             return []
@@ -195,7 +253,7 @@ class Directory:
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
         if self.is_local:
-            found = os.stat(self.join(name))
+            found = os.stat(self.find(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
         info = self.fs.info(self.join(name))
         version = next(
@@ -205,19 +263,34 @@ class Directory:
 
     def read(self, name: str) -> bytes:
         """Return a whole (small) file. OSError for one that is no regular file, or larger than any index can be."""
+        size = self._small_size(name)
         if self.is_local:
-            with self.open_reader(name) as reader:
-                size = self.stat(name).size
-                if size > _MAX_SMALL_BYTES:
-                    raise OSError(
-                        errno.EFBIG, f"has {size:,} bytes, too many for what it should be", self.describe(name)
-                    )
-                whole = bytearray(size)
-                if size:
-                    reader.read_into(memoryview(whole), 0)
-                return bytes(whole)
-        data: bytes = self.fs.cat_file(self.join(name))
+            with self.open_reader(name) as reader, open(reader.fd, "rb", closefd=False) as file:
+                data = file.read(size)
+        else:
+            data = self.fs.cat_file(self.join(name))
+        if len(data) != size:
+            raise OSError(errno.EIO, "changes while it is being read", self.describe(name))
         return data
+
+    def read_text(self, name: str) -> bytes:
+        """Return a whole text file, such as JSON. OSError as :meth:`read`, and where a byte is zero."""
+        if not self.is_local:  # a store has no sparse files, and answers one request sooner than many
+            data = self.read(name)
+            if 0 in data:
+                raise OSError(
+                    errno.EILSEQ, "holds a zero byte where text should be: it is damaged", self.describe(name)
+                )
+            return data
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            return reader.read_text(0, size)
+
+    def _small_size(self, name: str) -> int:
+        size = self.stat(name).size
+        if size > _MAX_SMALL_BYTES:
+            raise OSError(errno.EFBIG, f"has {size:,} bytes, too many for what it should be", self.describe(name))
+        return size
 
     def open_reader(self, name: str) -> RangeReader:
         """Open a file for ranged reads."""
@@ -269,11 +342,21 @@ class Directory:
         if not self.is_local:
             return None
         nearest = Path(self.path)
-        while not nearest.exists() and nearest.parent != nearest:
+        while not os.path.lexists(nearest) and nearest.parent != nearest:
             nearest = nearest.parent
-        if not nearest.is_dir():
+        if not os.path.isdir(nearest):
             return f"{nearest} is no directory"
+        longest = os.pathconf(nearest, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in Path(self.path).parts):
+            return f"a name in it is longer than the {longest} bytes that the file system takes"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of links
+        return True
 
 
 class Staging:

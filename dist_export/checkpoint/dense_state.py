@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import zipfile
-from typing import Any
+import re
+import warnings
+from typing import IO, Any
 
+from dist_export.checkpoint.state_archive import check_state_archive, is_zip
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
+from dist_export.layout.strict_json import is_text
 from dist_export.storage import Directory
+
+_REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
+_MAX_REPEATED_BYTES = 1 << 30
+"""An expanded tensor repeats what its storage holds, up to this size; more is no parameter but a trap."""
 
 
 def load_dense_state(directory: Directory) -> dict[str, Any]:
@@ -17,7 +25,7 @@ def load_dense_state(directory: Directory) -> dict[str, Any]:
     Raises:
         CheckpointError: no ``model.pt``, or it is truncated, or holds anything but tensors and plain containers.
     """
-    return _load(directory, map_location="cpu")
+    return _load(directory)
 
 
 def describe_dense_state(directory: Directory) -> list[tuple[str, str, tuple[int, ...]]] | None:
@@ -31,14 +39,12 @@ def describe_dense_state(directory: Directory) -> list[tuple[str, str, tuple[int
 
     return [
         (name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
-        for name, value in _load(directory, map_location="meta").items()
+        for name, value in _load(directory).items()
         if isinstance(value, torch.Tensor)
     ]
 
 
-def _load(directory: Directory, *, map_location: str) -> dict[str, Any]:
-    import torch
-
+def _load(directory: Directory) -> dict[str, Any]:
     where = directory.describe(DENSE_STATE)
     if not directory.exists(DENSE_STATE):
         raise CheckpointError(
@@ -46,24 +52,52 @@ def _load(directory: Directory, *, map_location: str) -> dict[str, Any]:
             "Leave `model` out of the config for an export of the tables alone"
         )
     try:
-        if directory.is_local:
-            directory.open_reader(DENSE_STATE).close()  # a pipe under this name would let torch wait for ever
-            path = directory.join(DENSE_STATE)
-            is_zip = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-            state = torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip)
-        else:
-            data = io.BytesIO(directory.read(DENSE_STATE))
-            state = torch.load(data, map_location=map_location, weights_only=True)
-    except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {reason}"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_text(name) for name in state):
+        with contextlib.ExitStack() as held:
+            if directory.is_local:
+                reader = held.enter_context(directory.open_reader(DENSE_STATE))  # a pipe would let torch wait for ever
+                file: IO[bytes] = held.enter_context(open(reader.fd, "rb", closefd=False))
+            else:
+                file = io.BytesIO(directory.read(DENSE_STATE))
+            state = _read_state(file, directory.find(DENSE_STATE) if directory.is_local else None, where)
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) and is_text(name) for name in state):
         raise CheckpointError(f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors")
+    _refuse_repeated(state, where)
     return state
 
 
-def _is_text(name: str) -> bool:
-    """Whether a name can be written into JSON: half a surrogate pair cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
+    """Return what ``torch.load`` makes of the file, which is also at the local ``path``, if there is one."""
+    import torch
+
+    is_mapped = is_zip(file)  # torch's older format cannot be mapped
+    if is_mapped:
+        check_state_archive(file, where=where)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns, on several lines, of what it refuses or reads all the same
+            if path is None or not is_mapped:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
+        # torch begins with the advice to load it without this protection
+        found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
+        reason = found[0] if found else type(error).__name__
+        raise CheckpointError(
+            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {reason}"
+        ) from None
+
+
+def _refuse_repeated(state: dict[str, Any], where: str) -> None:
+    import torch
+
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            num_bytes = value.numel() * value.element_size()
+            if num_bytes > max(value.untyped_storage().nbytes(), _MAX_REPEATED_BYTES):
+                raise CheckpointError(
+                    f"{where}: {name!r} has shape {list(value.shape)}, {num_bytes:,} bytes, made of "
+                    f"{value.untyped_storage().nbytes():,} that are stored; save it again, contiguous"
+                )

@@ -13,7 +13,7 @@ from dist_export.checkpoint.columns import HeaderColumns
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import DENSE_SUFFIX, MergedEntry
-from dist_export.layout.strict_json import KeyTwiceError, read_members
+from dist_export.layout.strict_json import KeyTwiceError, read_members, show
 
 _EMBEDDING = ".embedding"
 """Anywhere in a key, this makes RecIS list a block as an embedding."""
@@ -114,15 +114,15 @@ class _Comparison:
         shape, code = self._headers.shape(row), int(self._headers.dtype[row])
         if entry.get("shape") != list(shape):
             raise CheckpointError(
-                f"{where}: {key!r} has shape {entry.get('shape')}, its file says {list(shape)}; "
+                f"{where}: {key!r} has shape {show(entry.get('shape'))}, its file says {list(shape)}; "
                 "they are not of the same save"
             )
         named = entry.get("dtype")
         if named and named not in (DTYPES[code].name, DTYPES[code].torch):
-            raise CheckpointError(f"{where}: {key!r} is {named!r}, its file says {DTYPES[code].name}")
+            raise CheckpointError(f"{where}: {key!r} is {show(named)}, its file says {DTYPES[code].name}")
         if entry.get("is_hashmap") and [entry.get("dimension")] != list(shape[-1:]):
             raise CheckpointError(
-                f"{where}: {key!r} has dimension {entry.get('dimension')}, its file says {list(shape)}"
+                f"{where}: {key!r} has dimension {show(entry.get('dimension'))}, its file says {list(shape)}"
             )
 
     def _find(self, key: str) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -124,11 +125,11 @@ class RecisReader:
                 *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in bare),
             ),
             verbatim=_Unchanged(self.directory, {name: self._raw[name] for name in (INDEX, TENSORKEY)}),
-            warnings=self._warnings,
+            warnings=(*self._warnings, *_list_lookalikes(tables)),
         )
 
     def _read(self, name: str) -> bytes:
-        return _reading(self.directory.describe(name), partial(self.directory.read, name))
+        return _reading(self.directory.describe(name), partial(self.directory.read_text, name))
 
     def _read_raw_headers(self, files: range) -> Iterator[bytes]:
         if self.directory.is_local:  # threads would only get in each other's way
@@ -147,9 +148,7 @@ class RecisReader:
         with self.directory.open_reader(file.name) as reader:
             prefix = bytearray(min(8, file.size))  # header_length says that fewer are too few
             reader.read_into(memoryview(prefix), 0)
-            raw = bytearray(header_length(bytes(prefix), path=where, file_size=file.size))
-            reader.read_into(memoryview(raw), 8)
-        return bytes(raw)
+            return reader.read_text(8, header_length(bytes(prefix), path=where, file_size=file.size))
 
     def _stat(self, name: str) -> SourceFile:
         found = _reading(self.directory.describe(name), partial(self.directory.stat, name))
@@ -217,7 +216,7 @@ class _Unchanged(Mapping[str, bytes]):
     def __getitem__(self, name: str) -> bytes:
         expected = self._digests[name]
         where = self._directory.describe(name)
-        data = _reading(where, partial(self._directory.read, name))
+        data = _reading(where, partial(self._directory.read_text, name))
         if xxhash.xxh3_128_digest(data) != expected:
             raise CheckpointError(
                 f"{where} has changed since it was read; run the export again on a finished checkpoint"
@@ -246,6 +245,17 @@ def _list_bystanders(names: set[str], indexed: set[str]) -> Iterable[str]:
     leftovers = sorted(name for name in names if _LEFTOVER.fullmatch(name))
     if leftovers:
         yield f"{len(leftovers)} leftovers of an interrupted save stay behind, first {leftovers[0]}"
+
+
+def _list_lookalikes(tables: tuple[TableMeta, ...]) -> Iterable[str]:
+    first: dict[str, str] = {}
+    for table in tables:
+        other = first.setdefault(unicodedata.normalize("NFKC", table.name), table.name)
+        if other != table.name:
+            yield (
+                f"the tables {other!a} and {table.name!a} differ in unicode normalisation alone; both are kept, "
+                "but whoever compares normalised names takes one for the other"
+            )
 
 
 def _list_hindrances(

@@ -25,9 +25,10 @@ from dist_export.dense.fg_rules import (
     Named,
     check_entry,
     read_feature,
-    show,
 )
 from dist_export.errors import ConfigError
+from dist_export.layout.strict_json import is_text, show
+from dist_export.storage import Directory
 
 __all__ = [
     "Block",
@@ -124,8 +125,7 @@ def load_conf(conf_or_path: ConfOrPath, *, what: str) -> dict[str, Any]:
     path = os.fsdecode(conf_or_path)
     where = f"{what}: {path}"
     try:
-        with fsspec.open(path, "rb") as file:
-            data = file.read()
+        data = _read(path)
     except Exception as error:  # each storage has exceptions of its own
         raise ConfigError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     try:
@@ -142,6 +142,17 @@ def load_conf(conf_or_path: ConfOrPath, *, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON that can be read: {error}") from error
     return _as_object(value, where)
+
+
+def _read(path: str) -> bytes:
+    if "::" not in path:
+        folder, name = os.path.split(path)
+        directory = Directory(folder or ".", follow_links=True)  # the user has named this very file
+        if directory.is_local:  # a pipe or a device would be read without end
+            return directory.read_text(name)
+    with fsspec.open(path, "rb") as file:
+        data: bytes = file.read()
+    return data
 
 
 def _ask(fg: Any, getter: str) -> Any:
@@ -196,12 +207,16 @@ def _as_json(value: object, where: str, place: str, depth: int) -> Any:
         raise ConfigError(f"{where}: {place} is {value}, which JSON does not know")
     if isinstance(value, _Twice):
         raise ConfigError(f"{where}: {place} has the key {show(value.key)} twice")
+    if isinstance(value, str) and not is_text(value):
+        raise ConfigError(f"{where}: {place} is {show(value)}, which has half a surrogate pair")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: {place} has the key {show(key)}, which is not text")
+            if not is_text(key):
+                raise ConfigError(f"{where}: {place} has the key {show(key)}, which has half a surrogate pair")
         return {key: _as_json(item, where, f"{place}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [_as_json(item, where, f"{place}[{i}]", depth + 1) for i, item in enumerate(value)]
@@ -416,4 +431,4 @@ class _Suggestions:
 def _refuse_any(what: str, findings: Sequence[str]) -> None:
     if findings:
         count = f"{len(findings):,} finding{'s' if len(findings) > 1 else ''}"
-        raise ConfigError("\n  ".join((f"{what}: {count}. Nothing was written.", *findings)))
+        raise ConfigError(f"{what}: {count}. Nothing was written.", *findings)

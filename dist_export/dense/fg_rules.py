@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from dist_export.layout.strict_json import show
+
 FgRules = Literal["rtp", "none"]
 
 KEY_TYPES = ("idle", "boundary", "hash", "mask", "multihash", "ev_hash", "ev_hash_mod")
@@ -39,15 +41,6 @@ class Feature:
     """The name of its sequence. None for a plain feature."""
     is_used: bool
     """Whether mc names it. Without an mc every feature is used."""
-
-
-def show(value: object) -> str:
-    """Return ``value`` as one short line for a message, whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
-        return f"({type(value).__name__})"
-    return text if len(text) <= 200 else f"{text[:160]}... ({len(text):,} characters)"
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from dist_export.errors import CheckpointError
 from dist_export.layout.numbering import Numbering
 from dist_export.layout.recis import INDEX, TENSORKEY, Slice, is_payload_name, parse_slice
-from dist_export.layout.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members
+from dist_export.layout.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members, show
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -184,7 +184,7 @@ def _refuse_odd_name(piece: dict[str, Any], where: str) -> None:
     for key, name in piece.items():
         if not isinstance(name, str) or split_internal(name) is None:
             raise CheckpointError(
-                f"{where}/{TENSORKEY}: {key!r} maps to {name!r}; expected <table>@<slot>^BEGIN@END@SIZE"
+                f"{where}/{TENSORKEY}: {key!r} maps to {show(name)}; expected <table>@<slot>^BEGIN@END@SIZE"
             )
 
 

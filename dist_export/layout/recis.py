@@ -20,6 +20,8 @@ DENSE_STATE = "model.pt"
 DENSE_SUFFIX = "^ "
 """Ends the key of every dense tensor among the sparse files: a caret and one space."""
 
+_MAX_NAME_BYTES = 200
+
 ID_SLOT = "id"
 EMBEDDING_SLOT = "embedding"
 CHILD_BITS = 52
@@ -106,9 +108,11 @@ def is_plain_name(name: str) -> bool:
 def is_payload_name(name: str) -> bool:
     """Whether ``name`` can be that of a data file: a plain name that is not, and cannot hide as, one of the small files.
 
-    A copy takes the name over: ``manifest.json`` would commit a package that is not written yet.
+    A copy takes the name over: ``manifest.json`` would commit a package that is not written yet, and a name as long as
+    the system allows leaves no room for the ending of a file that is not finished.
     """
-    return is_plain_name(name) and name != INDEX and not name.startswith(".") and not name.endswith((".json", ".pt"))
+    is_taken = name == INDEX or name.startswith(".") or name.endswith((".json", ".pt"))
+    return is_plain_name(name) and not is_taken and len(name.encode()) <= _MAX_NAME_BYTES
 
 
 def shard_name(shard: int, num_shards: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
 from dist_export.layout.numbering import Numbering
-from dist_export.layout.strict_json import decode_canonical, decode_object
+from dist_export.layout.strict_json import decode_canonical, decode_object, show
 
 __all__ = ["Header", "decode_header", "decode_object", "encode_header", "header_length"]
 
@@ -28,6 +28,9 @@ MAX_HEADER_BYTES = 1 << 30
 
 _MAX_SIZE = 1 << 62
 """No size is beyond what a file can have."""
+
+_MAX_DIMS = 64
+"""As torch and numpy have it. The product of very many sizes is a number that takes minutes to compute."""
 
 _MAX_FAST_WIDTH = 1 << 40
 """Rows of more elements than this are looked at one by one, in integers of any length."""
@@ -161,6 +164,8 @@ def _is_sound(header: Header, *, data_start: int, file_size: int) -> bool:
     """Whether the blocks lie one behind the other from first to last byte, each as long as dtype and shape say."""
     if not len(header.keys):
         return data_start == file_size
+    if max(map(len, header.inner_shapes)) >= _MAX_DIMS:
+        return False
     widths = [math.prod(shape) for shape in header.inner_shapes]
     if any(size < 0 for shape in header.inner_shapes for size in shape) or max(widths) > _MAX_FAST_WIDTH:
         return False
@@ -209,19 +214,25 @@ def _decode_entry(entry: object, *, where: str) -> _Entry:
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in CODE_BY_NAME:
         known = " ".join(known.name for known in DTYPES)
-        raise CheckpointError(f"{where} has dtype {dtype!r}; a RecIS checkpoint holds {known}")
+        raise CheckpointError(f"{where} has dtype {show(dtype)}; a RecIS checkpoint holds {known}")
     shape = _sizes(entry.get("shape"))
     if shape is None:
-        raise CheckpointError(f"{where} has shape {entry.get('shape')!r}; expected a list of sizes from 0 up")
+        raise CheckpointError(
+            f"{where} has shape {show(entry.get('shape'))}; expected a list of at most {_MAX_DIMS} sizes from 0 up"
+        )
     offsets = _sizes(entry.get("data_offsets"))
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {entry.get('data_offsets')!r}; expected [begin, end]")
+        raise CheckpointError(f"{where} has data_offsets {show(entry.get('data_offsets'))}; expected [begin, end]")
     return _Entry(dtype, shape, (offsets[0], offsets[1]))
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
     # bool is an int in Python
-    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value):
+    if (
+        not isinstance(value, list)
+        or len(value) > _MAX_DIMS
+        or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in value)
+    ):
         return None
     return tuple(value)
 

@@ -34,6 +34,20 @@ def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
     return _as_object(_decode_slowly(raw, what) if value is None else value, what)
 
 
+def is_text(name: str) -> bool:
+    """Whether a text can be written into JSON: half a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def show(value: Any) -> str:
+    """Return ``value`` as one short line for a message, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists within lists
+        return f"({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text):,} characters)"
+
+
 def decode_canonical(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
     """Decode what is compact, or indented by four spaces, exactly as msgspec itself would write it; None for all else.
 

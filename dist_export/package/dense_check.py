@@ -178,7 +178,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
 def _read_json(directory: Directory, name: str) -> Any:
     try:
         return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"{name}: {error}") from None
 
 

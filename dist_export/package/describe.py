@@ -14,13 +14,15 @@ from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
 
-def describe(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe(path: str, storage_options: dict[str, Any] | None = None, *, follow_links: bool = False) -> dict[str, Any]:
     """Return what is at ``path`` as plain values: a package where there is a manifest, else a RecIS checkpoint.
+
+    ``follow_links``: whether files may be links that lead out of the directory.
 
     Raises:
         CheckpointError: neither is there, or it cannot be read.
     """
-    directory = Directory(path, storage_options)
+    directory = Directory(path, storage_options, follow_links=follow_links)
     if directory.exists(MANIFEST):
         return _describe_package(directory)
     if not directory.exists(INDEX):

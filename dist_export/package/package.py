@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class Package:
                 "run the export again"
             )
         self.directory = directory
-        self.manifest: Manifest = decode_manifest(directory.read(MANIFEST), where=directory.describe(MANIFEST))
+        where = directory.describe(MANIFEST)
+        self.manifest: Manifest = decode_manifest(_reading(where, lambda: directory.read_text(MANIFEST)), where=where)
         self._headers: dict[str, Header] = {}
 
     def table(self, name: str) -> TableEntry:
@@ -77,7 +79,13 @@ class Package:
         asked = asked.astype(np.int64)
         unique, inverse = np.unique(asked.reshape(-1), return_inverse=True)
         row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
-        rows = np.zeros((len(unique), row_bytes), np.uint8)
+        try:
+            rows = np.zeros((len(unique), row_bytes), np.uint8)
+        except (MemoryError, ValueError):
+            raise PackageError(
+                f"{self.directory.url}: {len(unique):,} rows of table {table!r}, of {row_bytes:,} bytes each by its "
+                "manifest, do not fit into memory; ask for fewer ids"
+            ) from None
         has_row = np.zeros(len(unique), bool)
         for part in entry.parts:
             part_slice = parse_slice(part.slice)
@@ -106,7 +114,8 @@ class Package:
         """
         if self.manifest.dense is None:
             raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
-        return load_program(self.directory.read(self.manifest.dense.program))
+        name = self.manifest.dense.program
+        return load_program(_reading(self.directory.describe(name), lambda: self.directory.read(name)))
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file, read once."""
@@ -147,6 +156,13 @@ class Package:
                     has_row[target] = True
                     if row_bytes:
                         reader.read_into(rows[target].data, slot_begin + (first + row) * row_bytes)
+
+
+def _reading(where: str, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except OSError as error:
+        raise PackageError(f"{where} cannot be read: {error.strerror or error}") from None
 
 
 def open_package(path: str | os.PathLike[str], *, storage_options: dict[str, Any] | None = None) -> Package:

@@ -17,11 +17,12 @@ def read_header(directory: Directory, name: str) -> Header:
         with directory.open_reader(name) as reader:
             prefix = bytearray(min(8, size))
             reader.read_into(memoryview(prefix), 0)
-            raw = bytearray(header_length(bytes(prefix), path=where, file_size=size))
-            reader.read_into(memoryview(raw), 8)
-        return decode_header(bytes(raw), path=where, file_size=size)
+            raw = reader.read_text(8, header_length(bytes(prefix), path=where, file_size=size))
+        return decode_header(raw, path=where, file_size=size)
     except FileNotFoundError:
         raise PackageError(f"{where} is missing") from None
+    except OSError as error:
+        raise PackageError(f"{where} cannot be read: {error.strerror or error}") from None
     except CheckpointError as error:
         raise PackageError(str(error)) from None
 
@@ -32,6 +33,14 @@ def read_indexes(directory: Directory) -> Indexes:
     if missing:
         raise PackageError(f"{directory.describe(missing[0])} is missing; RecIS's loader needs it")
     try:
-        return decode_indexes(directory.read(INDEX), directory.read(TENSORKEY), where=directory.url.rstrip("/"))
+        raw = [_read(directory, name) for name in (INDEX, TENSORKEY)]
+        return decode_indexes(*raw, where=directory.url.rstrip("/"))
     except CheckpointError as error:
         raise PackageError(str(error)) from None
+
+
+def _read(directory: Directory, name: str) -> bytes:
+    try:
+        return directory.read_text(name)
+    except OSError as error:
+        raise PackageError(f"{directory.describe(name)} cannot be read: {error.strerror or error}") from None

@@ -351,7 +351,7 @@ def test_a_source_that_the_system_will_not_read(tmp_path, monkeypatch):
     def denied(self, name):
         raise PermissionError(13, "Permission denied", name)
 
-    monkeypatch.setattr(Directory, "read", denied)
+    monkeypatch.setattr(Directory, "read_text", denied)
     (tmp_path / "in" / FIRST).rmdir()
     base(tmp_path)
     assert INDEX in refuses(tmp_path, "cannot be read: Permission denied")
