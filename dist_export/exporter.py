@@ -187,8 +187,13 @@ def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
     for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             stat = source.stat(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:  # whoever reads it tells
+            found[name] = str(error)
+        else:
             found[name] = f"{stat.size} {stat.version}"
     return found
 

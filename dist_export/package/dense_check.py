@@ -31,10 +31,20 @@ def check_dense(package: Package, entry: DenseEntry, findings: list[str], checke
     folder = package.directory
     try:
         program = package.load_program()
+    except (DistExportError, FileNotFoundError) as error:
+        findings.append(f"{entry.program}: {_first_line(error)}")
+        return
+    try:
         inputs, outputs = _read_sample(folder, entry, findings)
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
-    except (DistExportError, FileNotFoundError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        findings.append(f"{entry.program}: {_first_line(error)}")
+    except DistExportError as error:
+        findings.append(str(error))
+        return
+    except FileNotFoundError as error:
+        findings.append(f"{entry.folder}: {error.filename} is missing")
+        return
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        findings.append(f"{entry.folder}: the sample cannot be read: {type(error).__name__}: {_first_line(error)}")
         return
     names = [output.name for output in entry.outputs]
     if len(expected) != len(names):
@@ -97,6 +107,8 @@ def _read_sample(
     lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json")
     order = _read_json(folder, f"{entry.folder}/params_order.json")
     outputs = _read_json(folder, f"{entry.folder}/output_info.json")["OutputNodes"]
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        raise PackageError(f"{entry.folder}/output_info.json cannot be checked: its OutputNodes are no list of objects")
     where = f"{entry.folder}/inputs_dict.pkl"
     pickled = read_sample_pickle(folder.read(where), where=where)
     _expect_names(f"{entry.folder}/params_order.json", order, entry.inputs, findings)

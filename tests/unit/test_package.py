@@ -97,7 +97,7 @@ def test_a_sound_package_has_no_findings(exported: Path) -> None:
     report = verify(str(exported))
     assert report.findings == []
     assert any("100 rows" in line for line in report.checked)
-    assert any("ctr, like" in line for line in report.checked)
+    assert any("ctr max abs 0, max rel 0, 0 ULP; like" in line for line in report.checked)
 
 
 def reseal(package: Path, change: Callable[[Manifest], Manifest]) -> None:
@@ -308,13 +308,13 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "an output of another name",
         lambda p: edit_json(p / "fx_user_model" / "output_info.json", rename_output),
         ("fx_user_model/output_info.json",),
-        "the manifest says otherwise",
+        "the manifest says [",
     ),
     (
         "inputs in another order",
         lambda p: (p / "fx_user_model" / "params_order.json").write_text('["user", "price", "item"]'),
         ("fx_user_model/params_order.json",),
-        "the manifest says otherwise",
+        "the manifest says [",
     ),
     (
         "a program that is no archive",
