@@ -29,8 +29,8 @@ from dist_export.processes import Identity, identify
 
 BEAT_SECS = 1.0
 TICK_SECS = 0.25
-SILENT_SECS = 7.0
-"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it and one after it
+SILENT_SECS = 6.0
+"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it, one after it and a second to speak
 this stays under ten seconds."""
 STOP_SECS = 20.0
 """A job that was asked to stop has so long to stop by itself. torchrun and SLURM wait 30 seconds."""
@@ -223,7 +223,7 @@ class Watchdog:
             if self.is_orphan:
                 self._end(self.orphan_text())
             elif self._store is not None and silent > SILENT_SECS:
-                self._end(
+                self._leave_without_store(
                     f"rank {self._rank} of {self._world_size}: the job's store has not answered for {SILENT_SECS:.0f} s, so "
                     f"the process or machine that hosts it is gone, or the network is cut; this rank was in {self.doing}"
                 )

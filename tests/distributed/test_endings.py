@@ -52,6 +52,7 @@ class Job:
     def wait(self) -> Job:
         assert wait_for_mark(self.mark, self.agents), self.end()
         self.paused = int(self.mark.read_text())
+        time.sleep(1.5)  # its next sign of life says where it is
         return self
 
     def end(self) -> list[str]:

@@ -341,8 +341,6 @@ def test_an_entry_that_does_not_add_up_stops_the_commit(exported, tmp_path, monk
         ({"duplicates": 11}, "contradicts itself"),
         ({"misplaced": 99}, "contradicts itself"),
         ({"repaired": 99}, "contradicts itself"),
-        ({"rows_dropped": {"duplicate": 10, "a": 1, "b": -1}}, "contradicts itself"),
-        ({"rows_dropped": {"duplicate": 11, "b": -1}}, "contradicts itself"),
     ],
     ids=str,
 )
