@@ -30,8 +30,8 @@ from dist_export.processes import Identity, identify
 BEAT_SECS = 1.0
 TICK_SECS = 0.25
 SILENT_SECS = 6.0
-"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it, one after it and a second to speak
-this stays under ten seconds."""
+"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it, one after it and
+a second to speak this stays under ten seconds."""
 STOP_SECS = 20.0
 """A job that was asked to stop has so long to stop by itself. torchrun and SLURM wait 30 seconds."""
 
