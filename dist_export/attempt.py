@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 
 import msgspec
 
@@ -128,11 +126,7 @@ def finish_commit(final: Directory) -> list[str]:
             except (OSError, PackageError) as error:
                 logger.warning("the old package in %s could not be removed: %s", old.path, error)
     try:
-        if final.is_local:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(final.join(WORK_DIRECTORY))
-        elif final.exists(WORK_DIRECTORY):
-            final.fs.rm(final.join(WORK_DIRECTORY), recursive=True)
+        final.remove_tree(WORK_DIRECTORY)
     except OSError as error:
         logger.warning("%s could not be removed: %s", final.describe(WORK_DIRECTORY), error)
     return kept

@@ -95,7 +95,7 @@ def run_export(
         if committed is not None:
             return committed, [f"package: {export_dir}", "  was committed by an attempt before this one"]
         ranks.note_on_disk(places.on_disk)
-        scratch = held.enter_context(_scratch(target)) if ranks.rank == 0 else ""
+        scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
         def trace() -> None:
             if dense is not None and ranks.rank == 0:
@@ -169,6 +169,7 @@ def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(
         prefix="scratch-" if target.is_local else "dist_export-",
         dir=target.join(WORK_DIRECTORY) if target.is_local else None,
+        ignore_cleanup_errors=True,  # by then the export has failed for a better reason, or is committed
     )
 
 
