@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from dist_export.disk import close_quietly, make_directories, naming
+from dist_export.disk import close_quietly, make_directories, naming, naming_any
 from dist_export.errors import CommitError, ConfigError
 from dist_export.processes import identify
 from dist_export.storage import WORK_DIRECTORY, Directory
@@ -222,17 +221,19 @@ class Lease:
         """Give the directory back."""
         self._is_over.set()
         self._thread.join(self._renew_secs)
-        with contextlib.suppress(ConfigError):
+        try:
             found = self._read()
             if found is not None and found.token == self._holder.token:
                 for name in (*self._garbage, _LEASE):
                     self._directory.remove(name)
+        except (ConfigError, OSError) as error:  # it runs out by itself, and how the export ended is what counts
+            logger.warning("%s could not be given back: %s", self._directory.describe(_LEASE), error)
 
 
 def _create(directory: Directory, name: str, data: bytes) -> bool:
     """Create an object unless it is there; return whether it was created."""
     try:
-        with directory.fs.open(directory.join(name), "xb") as file:
+        with naming_any(directory.describe(name)), directory.fs.open(directory.join(name), "xb") as file:
             file.write(data)
     except FileExistsError:
         return False

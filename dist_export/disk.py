@@ -9,6 +9,14 @@ from collections.abc import Iterator
 
 from dist_export.errors import DistExportError
 
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    PermissionError: errno.EACCES,
+    TimeoutError: errno.ETIMEDOUT,
+}
+"""Of errors that stores raise without a number."""
+
 
 def sync_directory(path: str) -> None:
     """Make a rename in ``path`` durable, where the file system knows such a thing."""
@@ -64,26 +72,31 @@ def close_quietly(fd: int) -> None:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Make what a system call or a store raises an OSError that says which file or directory it is about.
-
-    Errors by descriptor name none; stores raise what their libraries do, often no OSError.
-    """
+    """Let an error of the system say which file or directory it is about: calls on descriptors do not."""
     try:
         yield
-    except DistExportError:
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from error
     except OSError as error:
         if error.errno is not None and error.filename is not None:
             raise
-        raise OSError(error.errno or _number_of(error), reason_of(error), where) from error
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", where) from error
+        number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
+        is_path = isinstance(error, (FileNotFoundError, FileExistsError))  # stores give them the path for a text
+        reason = os.strerror(number) if is_path else reason_of(error)
+        raise OSError(number, reason, where) from error  # of the same class: Python takes it from the number
 
 
-def _number_of(error: OSError) -> int:
-    return errno.EACCES if isinstance(error, PermissionError) else errno.EIO
+@contextlib.contextmanager
+def naming_any(where: str) -> Iterator[None]:
+    """Let also what is no OSError become one: stores, and torch's writers, raise what their libraries do."""
+    with naming(where):
+        try:
+            yield
+        except (OSError, DistExportError):
+            raise
+        except Exception as error:
+            cause = error.__context__
+            if isinstance(cause, OSError):  # a library that noticed that a call had failed, in its own words
+                raise OSError(cause.errno or errno.EIO, reason_of(cause), where) from error
+            raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", where) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from dist_export.disk import (
     first_line,
     is_in_memory,
     make_directories,
-    naming,
+    naming_any,
     reason_of,
     reserve,
     sync_directory,
@@ -73,7 +73,7 @@ class RangeReader:
                 self.close()
                 raise OSError(errno.EINVAL, "is no regular file", self.where)
         else:
-            with naming(self.where):
+            with naming_any(self.where):
                 self._file = directory.fs.open(directory.join(name), "rb")
 
     @property
@@ -98,7 +98,7 @@ class RangeReader:
                 except OSError as error:  # an error of the disk names no file of itself
                     raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
             else:
-                with naming(self.where):
+                with naming_any(self.where):
                     self._file.seek(offset + filled)
                     data = self._file.read(len(view) - filled)
                 count = len(data)
@@ -117,7 +117,7 @@ class RangeReader:
         if fd >= 0:
             close_quietly(fd)
         if file is not None:
-            with naming(self.where):
+            with naming_any(self.where):
                 file.close()
 
     def __enter__(self) -> RangeReader:
@@ -197,7 +197,7 @@ class Directory:
             if self.is_local:  # fsspec takes a symbolic link to a file for no file
                 with os.scandir(self.path) as found:
                     return sorted(entry.name for entry in found if entry.is_file())
-            with naming(self.url):
+            with naming_any(self.url):
                 entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
             return []
@@ -213,7 +213,7 @@ class Directory:
             if self.is_local:
                 os.stat(path)
             else:
-                with naming(self.describe(name)):
+                with naming_any(self.describe(name)):
                     self.fs.info(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -224,7 +224,7 @@ class Directory:
         if self.is_local:
             found = os.stat(self.join(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
-        with naming(self.describe(name)):
+        with naming_any(self.describe(name)):
             info = self.fs.info(self.join(name))
         version = next(
             (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
@@ -244,7 +244,7 @@ class Directory:
                 if size:
                     reader.read_into(memoryview(whole), 0)
                 return bytes(whole)
-        with naming(self.describe(name)):
+        with naming_any(self.describe(name)):
             data: bytes = self.fs.cat_file(self.join(name))
         return data
 
@@ -257,7 +257,7 @@ class Directory:
         if self.is_local:
             make_directories(self.path)
             return
-        with naming(self.url):
+        with naming_any(self.url):
             self.fs.makedirs(self.path, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
@@ -270,7 +270,7 @@ class Directory:
         where = self.describe(name)
         ACTIVITY.begin(where)
         try:
-            with naming(where):
+            with naming_any(where):
                 write = self._write_local if self.is_local else self._put
                 write(name, data)
         finally:
@@ -313,12 +313,12 @@ class Directory:
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
-        with contextlib.suppress(FileNotFoundError), naming(self.describe(name)):
+        with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
             self.fs.rm_file(self.join(name))
 
     def remove_tree(self, name: str) -> None:
         """Remove a directory with all that is in it, if it is there."""
-        with contextlib.suppress(FileNotFoundError), naming(self.describe(name)):
+        with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
             shutil.rmtree(self.join(name)) if self.is_local else self.fs.rm(self.join(name), recursive=True)
 
     def is_same(self, other: Directory) -> bool:
@@ -427,7 +427,7 @@ class Staging:
                 os.replace(self.path(name), self._target.join(name))
                 sync_directory(self._target.path)
             else:
-                with naming(self._target.describe(name)):
+                with naming_any(self._target.describe(name)):
                     self._target.fs.put_file(self.path(name), self._target.join(name))
                 os.unlink(self.path(name))
         finally:

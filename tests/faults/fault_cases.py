@@ -199,13 +199,24 @@ def names_of(ended: Ended) -> set[str]:
 
 
 def whole_shards(target: Path) -> int:
-    """Count the shards that an export that failed has finished: those with their final name and a receipt."""
-    return sum((target / ".dist_export" / f"{path.name}.json").exists() for path in target.glob("*.safetensors"))
+    """Count the shards that an export that failed has finished: those with their final name and a receipt of its plan."""
+    receipts = [read(target / ".dist_export" / f"{path.name}.json") for path in target.glob("*.safetensors")]
+    return sum(bool(receipt) and json.loads(receipt)["plan"] != "" for receipt in receipts)
 
 
 def reused_shards(target: Path) -> int:
     """Return how many shards the last export of a package took over."""
     return json.loads((target / MANIFEST).read_bytes())["run"]["reused_shards"]
+
+
+def assert_no_harm(bench: Bench, mode: str, target: Path) -> None:
+    """A failed export left no manifest; the next one completes what is there, and takes over the shards that are whole."""
+    assert not (target / MANIFEST).exists()
+    whole = whole_shards(target)
+    again = bench.export(mode, target)
+    assert again.code == 0, again.stderr
+    assert reused_shards(target) == whole
+    assert_same_package(target, bench.reference(mode))
 
 
 def assert_ends_well(bench: Bench, mode: str, spec: str, *words: str, **env: str) -> Ended:
@@ -222,11 +233,7 @@ def assert_ends_well(bench: Bench, mode: str, spec: str, *words: str, **env: str
     if ended.code:
         assert_told(ended, *words)
         assert any(name in ended.told[0] for name in names_of(ended)), ended
-        assert not (target / MANIFEST).exists()
-        whole = whole_shards(target)
-        again = bench.export(mode, target)
-        assert again.code == 0, again.stderr
-        assert reused_shards(target) == whole
+        assert_no_harm(bench, mode, target)
         assert source_state(source) == before
     # what only a rerun would need may be left where it could not be removed
     if "could not be removed" in ended.stderr:

@@ -15,7 +15,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "unit"), str(HERE
 
 from fault_cases import Bench, assert_ends_well, build_shim  # noqa: E402
 
-CALLS = "pwrite write pread read copy sendfile fsync rename create open fallocate truncate unlink mkdir close".split()
+CALLS = (
+    *("pwrite", "write", "pread", "read", "copy", "sendfile", "fsync", "rename", "create", "open"),
+    *("fallocate", "truncate", "unlink", "mkdir", "close"),
+)
 ERRORS = {"pwrite": (errno.EIO, errno.ENOSPC), "write": (errno.EIO, errno.ENOSPC), "create": (errno.EIO, errno.EMFILE)}
 MODES = ["reshard", "merge", "kernel", "copy"]
 
@@ -52,7 +55,12 @@ def main() -> int:
                 for place in ("/out_", f"/{bench.source(mode).name}/"):
                     tried, wrong = sweep(bench, mode, place)
                     is_wrong = is_wrong or bool(wrong)
-                    print(f"{mode}: {tried} faults on {place}: {len(wrong)} did not end well", *wrong, sep="\n  ", flush=True)
+                    print(
+                        f"{mode}: {tried} faults on {place}: {len(wrong)} did not end well",
+                        *wrong,
+                        sep="\n  ",
+                        flush=True,
+                    )
         finally:
             bench.close()
     return int(is_wrong)
