@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 
 import msgspec
 
@@ -44,6 +42,15 @@ def read_receipt(target: Directory, shard: str) -> Receipt | None:
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return receipt if receipt.name == shard else None
+
+
+def withdraw_receipts(target: Directory) -> None:
+    """Let nothing vouch for the shards, which were found to be wrong: else a rerun would take them over and fail like this one.
+
+    The receipts stay, for they say whose the shards are.
+    """
+    for shard in _list_receipted(target):
+        write_receipt(target, Receipt(plan="", name=shard, num_bytes=0, digest=""))
 
 
 def _receipt_name(shard: str) -> str:
@@ -128,11 +135,7 @@ def finish_commit(final: Directory) -> list[str]:
             except (OSError, PackageError) as error:
                 logger.warning("the old package in %s could not be removed: %s", old.path, error)
     try:
-        if final.is_local:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(final.join(WORK_DIRECTORY))
-        elif final.exists(WORK_DIRECTORY):
-            final.fs.rm(final.join(WORK_DIRECTORY), recursive=True)
+        final.remove_tree(WORK_DIRECTORY)
     except OSError as error:
         logger.warning("%s could not be removed: %s", final.describe(WORK_DIRECTORY), error)
     return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -14,6 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from dist_export.disk import close_quietly, make_directories, naming, naming_any
 from dist_export.errors import CommitError, ConfigError
 from dist_export.processes import identify
 from dist_export.storage import WORK_DIRECTORY, Directory
@@ -44,14 +44,15 @@ def lock(directory: Directory, *, patience_secs: float | None = None) -> Release
         ConfigError: another export holds it.
     """
     directory.make()
-    os.makedirs(directory.join(WORK_DIRECTORY), exist_ok=True)
+    make_directories(directory.join(WORK_DIRECTORY))
     deadline = time.monotonic() + (PATIENCE_SECS if patience_secs is None else patience_secs)
     is_told = False
     while True:
         fd = _open(directory)
         if _try(fd, fcntl.LOCK_EX) and _is_current(directory, fd):
-            os.ftruncate(fd, 0)
-            os.write(fd, str(identify()).encode())
+            with naming(directory.describe(_LOCK)):
+                os.ftruncate(fd, 0)
+                os.write(fd, str(identify()).encode())
             # not atomic: whoever got in between has the directory, and this one is refused
             if _try(fd, fcntl.LOCK_SH):
                 return _closer(fd)
@@ -104,7 +105,7 @@ def _closer(fd: int) -> Release:
 
     def close() -> None:
         if is_open.pop() if is_open else False:
-            os.close(fd)
+            close_quietly(fd)  # the claim ends with it, whatever the disk says of the file's text
 
     os.register_at_fork(after_in_child=close)  # else a child that outlives this rank would hold the lock
     return close
@@ -222,17 +223,19 @@ class Lease:
         """Give the directory back."""
         self._is_over.set()
         self._thread.join(self._renew_secs)
-        with contextlib.suppress(ConfigError):
+        try:
             found = self._read()
             if found is not None and found.token == self._holder.token:
                 for name in (*self._garbage, _LEASE):
                     self._directory.remove(name)
+        except (ConfigError, OSError) as error:  # it runs out by itself, and how the export ended is what counts
+            logger.warning("%s could not be given back: %s", self._directory.describe(_LEASE), error)
 
 
 def _create(directory: Directory, name: str, data: bytes) -> bool:
     """Create an object unless it is there; return whether it was created."""
     try:
-        with directory.fs.open(directory.join(name), "xb") as file:
+        with naming_any(directory.describe(name)), directory.fs.open(directory.join(name), "xb") as file:
             file.write(data)
     except FileExistsError:
         return False

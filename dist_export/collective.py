@@ -129,11 +129,11 @@ class Ranks:
         finally:
             self._watchdog.pause()
         if raised is not None:
-            failure = _describe(raised)
+            failure = _describe(raised, self._watchdog.on_disk)
             self.announce_failure()
         if self.world_size == 1:
             if isinstance(raised, OSError):
-                raise ExportError(f"{step}: {_describe(raised)[0]}") from raised
+                raise ExportError(f"{step}: {cast('tuple[str, int]', failure)[0]}") from raised
             if raised is not None:
                 raise raised
             return [cast("T", result)]
@@ -146,7 +146,7 @@ class Ranks:
             dist.all_gather_object(outcomes, (result, failure), group=self._group)
         except RuntimeError as error:
             if raised is not None:
-                self._watchdog.fail(_describe(raised)[0])
+                self._watchdog.fail(_describe(raised, self._watchdog.on_disk)[0])
                 raise raised from None
             raise self._lost(step, error) from error
         failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
@@ -418,11 +418,11 @@ def _is_initialized() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
-def _describe(error: Exception) -> tuple[str, int]:
+def _describe(error: Exception, on_disk: str) -> tuple[str, int]:
     if isinstance(error, DistExportError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename or 'I/O'}: {error.strerror or error}", 1
+        return f"{error.filename or 'I/O'}: {error.strerror or error}. {on_disk}. Mend that and run the export again", 1
     return f"{type(error).__name__}: {_first_line(error)}", 1
 
 

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays
+from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.checkpoint.reader import Checkpoint
@@ -28,7 +29,7 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import CheckpointError, ConfigError, ExportError
+from dist_export.errors import CheckpointError, CommitError, ConfigError, ExportError
 from dist_export.layout.recis import DENSE_STATE, EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
@@ -96,7 +97,7 @@ def run_export(
         if committed is not None:
             return committed, [f"package: {export_dir}", "  was committed by an attempt before this one"]
         ranks.note_on_disk(places.on_disk)
-        scratch = held.enter_context(_scratch(target)) if ranks.rank == 0 else ""
+        scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
         def trace() -> None:
             if dense is not None and ranks.rank == 0:
@@ -180,6 +181,7 @@ def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(
         prefix="scratch-" if target.is_local else "dist_export-",
         dir=target.join(WORK_DIRECTORY) if target.is_local else None,
+        ignore_cleanup_errors=True,  # by then the export has failed for a better reason, or is committed
     )
 
 
@@ -336,16 +338,31 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
     mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
 
     def audit() -> list[dict[int, TableAccount]]:
-        return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
+        with _withdrawing(target):
+            return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
 
     found = [accounts for shares in ranks.gather("check the shards", audit) for accounts in shares]
 
     def account() -> tuple[TableEntry, ...]:
-        entries = describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found))
-        check_entries(entries)
+        with _withdrawing(target):
+            entries = describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found))
+            check_entries(entries)
         return entries
 
     return ranks.run("account for the rows", account)
+
+
+@contextlib.contextmanager
+def _withdrawing(target: Directory) -> Iterator[None]:
+    """Withdraw what vouches for the shards where they turn out not to be what was planned."""
+    try:
+        yield
+    except CommitError:
+        try:
+            withdraw_receipts(target)
+        except OSError as error:  # what was found is what the user must hear of
+            logger.warning("the receipts in %s could not be withdrawn: %s", target.url, error)
+        raise
 
 
 def _render(planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool) -> dict[str, bytes]:

@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 
+from dist_export.disk import sync_directory
 from dist_export.errors import CommitError
-from dist_export.storage import Directory, sync_directory
+from dist_export.storage import Directory
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,13 @@ def replace_directory(new: str, path: str) -> str:
             f"{path}: the new package, whole in {new}, cannot take the place of the old one, which is untouched: "
             f"{error.strerror}. Mend that and run the export again"
         ) from error
-    sync_directory(os.path.dirname(real))
+    try:
+        sync_directory(os.path.dirname(real))
+    except OSError as error:
+        raise CommitError(
+            f"{path}: the new package has taken the place of the old one, which is in {old}, but a crash of the machine "
+            f"may undo that: {error.strerror}. Mend that and run the export again"
+        ) from error
     return old
 
 

@@ -25,6 +25,17 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dist_export.activity import ACTIVITY
 from dist_export.digests import XXH3, digest_pieces
+from dist_export.disk import (
+    close_quietly,
+    first_line,
+    is_in_memory,
+    make_directories,
+    naming_any,
+    reason_of,
+    reserve,
+    sync_directory,
+    write_new,
+)
 from dist_export.errors import ConfigError, TransferError
 
 _MAX_SMALL_BYTES = 4 << 30
@@ -63,7 +74,8 @@ class RangeReader:
                 self.close()
                 raise OSError(errno.EINVAL, "is no regular file", self.where)
         else:
-            self._file = directory.fs.open(directory.join(name), "rb")
+            with naming_any(self.where):
+                self._file = directory.fs.open(directory.join(name), "rb")
 
     @property
     def fd(self) -> int:
@@ -87,8 +99,9 @@ class RangeReader:
                 except OSError as error:  # an error of the disk names no file of itself
                     raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
             else:
-                self._file.seek(offset + filled)
-                data = self._file.read(len(view) - filled)
+                with naming_any(self.where):
+                    self._file.seek(offset + filled)
+                    data = self._file.read(len(view) - filled)
                 count = len(data)
                 view[filled : filled + count] = data
             if count == 0:
@@ -124,12 +137,13 @@ class RangeReader:
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        fd, file = self._fd, self._file
+        self._fd, self._file = -1, None
+        if fd >= 0:
+            close_quietly(fd)
+        if file is not None:
+            with naming_any(self.where):
+                file.close()
 
     def __enter__(self) -> RangeReader:
         return self
@@ -195,8 +209,8 @@ class Directory:
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
         try:
             self.fs, path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
-        except (ImportError, ValueError, OSError) as error:
-            raise ConfigError(f"{self.url}: no file system for this URL: {error}") from None
+        except Exception as error:  # options go to a store's own code, which may raise anything
+            raise ConfigError(f"{self.url}: no file system for this URL: {first_line(error)}") from error
         self.is_local: bool = isinstance(self.fs, LocalFileSystem)
         self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
 
@@ -241,21 +255,35 @@ class Directory:
             if self.is_local:  # fsspec takes a symbolic link to a file for no file
                 with os.scandir(self.path) as found:
                     return sorted(entry.name for entry in found if _may_be_file(entry))
-            entries = self.fs.ls(self.path, detail=True)
+            with naming_any(self.url):
+                entries = self.fs.ls(self.path, detail=True)
         except FileNotFoundError:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
     def exists(self, name: str = "") -> bool:
-        """Return whether ``name`` (the directory itself by default) is there."""
-        return bool(self.fs.exists(self.join(name) if name else self.path))
+        """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
+
+        Not by ``fs.exists``, for which an error is an absence: a package that cannot be looked at would be overwritten.
+        """
+        path = self.join(name) if name else self.path
+        try:
+            if self.is_local:
+                os.stat(path)
+            else:
+                with naming_any(self.describe(name)):
+                    self.fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
         if self.is_local:
             found = os.stat(self.find(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
-        info = self.fs.info(self.join(name))
+        with naming_any(self.describe(name)):
+            info = self.fs.info(self.join(name))
         version = next(
             (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
         )
@@ -268,7 +296,8 @@ class Directory:
             with self.open_reader(name) as reader, open(reader.fd, "rb", closefd=False) as file:
                 data = file.read(size)
         else:
-            data = self.fs.cat_file(self.join(name))
+            with naming_any(self.describe(name)):
+                data = self.fs.cat_file(self.join(name))
         if len(data) != size:
             raise OSError(errno.EIO, "changes while it is being read", self.describe(name))
         return data
@@ -298,35 +327,72 @@ class Directory:
 
     def make(self) -> None:
         """Create the directory and its parents."""
-        self.fs.makedirs(self.path, exist_ok=True)
+        if self.is_local:
+            make_directories(self.path)
+            return
+        with naming_any(self.url):
+            self.fs.makedirs(self.path, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file that appears whole or not at all; ``name`` may lie in a subdirectory."""
-        ACTIVITY.begin(self.describe(name))
+        """Write a small file that appears whole and durable, or not at all; ``name`` may lie in a subdirectory.
+
+        Raises:
+            OSError: it could not be written, and is not there.
+            TransferError: the same, but what may be there of it could not be removed.
+        """
+        where = self.describe(name)
+        ACTIVITY.begin(where)
         try:
-            self._write(self.join(name), data)
+            with naming_any(where):
+                write = self._write_local if self.is_local else self._put
+                write(name, data)
         finally:
             ACTIVITY.end()
 
-    def _write(self, path: str, data: bytes) -> None:
-        if not self.is_local:
-            self.fs.pipe_file(path, data)  # a put is atomic on object stores
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = path + PARTIAL_SUFFIX
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            self.fs.pipe_file(self.join(name), data)  # atomic on object stores
+        except Exception as error:
+            self._take_back(name, error)  # some stores write a file piece by piece, or fail after the last one
+            raise
+
+    def _write_local(self, name: str, data: bytes) -> None:
+        path = self.join(name)
+        folder, partial = os.path.dirname(path), path + PARTIAL_SUFFIX
+        make_directories(folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)  # not through a link that might stand there
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_directory(os.path.dirname(path))
+        try:
+            write_new(partial, data)
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # what failed before this is what the user must hear of
+                os.unlink(partial)
+            raise
+        try:
+            sync_directory(folder)
+        except OSError as error:
+            self._take_back(name, error)  # it is there now, and may not be after a crash
+            raise
+
+    def _take_back(self, name: str, error: Exception) -> None:
+        try:
+            self.remove(name)
+        except OSError as second:
+            raise TransferError(
+                f"{self.describe(name)}: writing it failed ({reason_of(error)}), and what may be there of it cannot be "
+                f"removed ({reason_of(second)}). Remove it and run the export again"
+            ) from error
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
             self.fs.rm_file(self.join(name))
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a directory with all that is in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
+            shutil.rmtree(self.join(name)) if self.is_local else self.fs.rm(self.join(name), recursive=True)
 
     def is_same(self, other: Directory) -> bool:
         """Whether both are one directory, symbolic links and different spellings included."""
@@ -368,7 +434,11 @@ class Staging:
 
     def __init__(self, target: Directory) -> None:
         self._target = target
-        self._temporary = None if target.is_local else tempfile.mkdtemp(prefix="dist_export-")
+
+    @functools.cached_property
+    def _temporary(self) -> str | None:
+        """The local directory for another store's files; made when first asked for, in a step that may fail."""
+        return None if self._target.is_local else tempfile.mkdtemp(prefix="dist_export-")
 
     def path(self, name: str) -> str:
         """Return the local path under which ``name`` is being built."""
@@ -417,7 +487,7 @@ class Staging:
             if self._is_in_memory:
                 os.ftruncate(fd, num_bytes)
             elif num_bytes:
-                _reserve(fd, num_bytes)
+                reserve(fd, num_bytes)
         except OSError as error:
             where = self._target.describe(name) if self._temporary is None else path
             raise TransferError(
@@ -425,7 +495,7 @@ class Staging:
                 "there and run the export again"
             ) from error
         finally:
-            os.close(fd)
+            close_quietly(fd)  # there is nothing in it yet
 
     def remove(self, name: str) -> None:
         """Remove a file that is being built, if there is one."""
@@ -440,46 +510,17 @@ class Staging:
                 os.replace(self.path(name), self._target.join(name))
                 sync_directory(self._target.path)
             else:
-                self._target.fs.put_file(self.path(name), self._target.join(name))
+                with naming_any(self._target.describe(name)):
+                    self._target.fs.put_file(self.path(name), self._target.join(name))
                 os.unlink(self.path(name))
         finally:
             ACTIVITY.end()
 
     def close(self) -> None:
         """Remove the local staging directory, if there is one."""
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _reserve(fd: int, num_bytes: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, num_bytes)
-
-
-def is_in_memory(path: str) -> bool:
-    """Whether a local path lies on a tmpfs; False where the system does not tell."""
-    try:
-        device = os.stat(path).st_dev
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            lines = [line.split() for line in mounts]
-    except OSError:
-        return False
-    # "36 35 0:28 / /dev/shm rw shared:4 - tmpfs tmpfs rw": proc(5)
-    name = f"{os.major(device)}:{os.minor(device)}"
-    return any(words[2] == name and words[words.index("-") + 1] == "tmpfs" for words in lines if "-" in words)
-
-
-def sync_directory(path: str) -> None:
-    """Make a rename in ``path`` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        temporary = self.__dict__.get("_temporary")
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fault_cases import Bench
 
 FIXTURES = "DIST_EXPORT_FIXTURES"
 REQUIRED = "DIST_EXPORT_REQUIRE_FIXTURES"
@@ -27,3 +32,19 @@ def recis_fixtures() -> Path:
             pytest.fail(f"{message} (${REQUIRED} asks for them)")
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Checkpoints, and a server that forks exports with a shim below them that injects faults."""
+    from fault_cases import Bench, build_shim
+
+    folder = tmp_path_factory.mktemp("faults")
+    shim = build_shim(folder)
+    if isinstance(shim, str):
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{shim} (${REQUIRED} asks for it)")
+        pytest.skip(shim)
+    bench = Bench(folder, shim)
+    yield bench
+    bench.close()

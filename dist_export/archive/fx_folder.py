@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.package.importer import sys_importer
 
+from dist_export.disk import naming, naming_any
 from dist_export.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
@@ -54,10 +55,13 @@ def write_fx_folder(exported_program: ExportedProgram, folder: Path, module_name
         raise ConfigError(f"{module_name!r} cannot be the name of the exported class; use another Python identifier")
     source = _render_file(module, module_name)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / STATE_DICT_NAME).open("wb") as file:  # given a path, torch.save would put its name into the file
-        torch.save({name: _compact(tensor) for name, tensor in module.state_dict().items()}, file)
-    (folder / "module.py").write_text(source, encoding="utf-8", newline="\n")
-    (folder / "__init__.py").write_text("from .module import *\n", encoding="utf-8", newline="\n")
+    weights = {name: _compact(tensor) for name, tensor in module.state_dict().items()}
+    path = folder / STATE_DICT_NAME
+    with naming_any(str(path)), path.open("wb") as file:  # given a path, torch.save would put its name into the file
+        torch.save(weights, file)
+    for name, text in (("module.py", source), ("__init__.py", "from .module import *\n")):
+        with naming(str(folder / name)):
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def graph_text(exported_program: ExportedProgram) -> str:

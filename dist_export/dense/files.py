@@ -15,6 +15,7 @@ from dist_export.archive.fx_folder import graph_text, write_fx_folder
 from dist_export.archive.pt2 import pack_program
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.trace import TracedDense, output_shapes
+from dist_export.disk import naming
 from dist_export.manifest import SAMPLE_ROWS, DenseEntry, TensorEntry
 
 PROGRAM = "exported_model.pt"
@@ -40,9 +41,9 @@ def write_dense_folder(
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
     outputs = [tensor.detach().cpu() for tensor in sample.outputs]
-    (folder / PROGRAM).write_bytes(pack_program(traced.program, archive_format=archive_format))
+    _write(folder / PROGRAM, pack_program(traced.program, archive_format=archive_format))
     write_fx_folder(traced.program, folder / export_model_name, export_model_name)
-    (folder / "graph.txt").write_text(graph_text(traced.program), encoding="utf-8")
+    _write(folder / "graph.txt", graph_text(traced.program).encode())
     nodes = [
         {"OutputNodeName": name, "dtype": str(tensor.dtype), "shape": list(tensor.shape)}
         for name, tensor in zip(sample.output_names, outputs, strict=True)
@@ -58,9 +59,9 @@ def write_dense_folder(
         folder / "inputs_dict.json",
         {name: {**entry, "values": inputs[name].tolist()} for name, entry in lite.items()},
     )
-    (folder / "inputs_dict.pkl").write_bytes(_pickled(inputs))
+    _write(folder / "inputs_dict.pkl", _pickled(inputs))
     base = outputs[0] if sample.is_single else tuple(outputs)
-    (folder / "output_base.pkl").write_bytes(_pickled(base))
+    _write(folder / "output_base.pkl", _pickled(base))
     _write_json(folder / "input_columns.json", dict(mc_conf or {}))
     kept = {
         table: [{"id": number, "row": rows[number]} for number in sorted(rows)[:MAX_SAMPLE_IDS]]
@@ -123,4 +124,9 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with naming(str(path)):
+        path.write_bytes(data)

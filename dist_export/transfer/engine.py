@@ -184,11 +184,11 @@ class Transfer:
 
         Not before the last step in which another rank could write into them.
         """
-        try:
-            for name in self._reserved:
+        for name in self._reserved:
+            try:
                 self._staging.remove(name)
-        except OSError as error:  # what failed before this is what the user must hear of
-            logger.warning("%s: the space of unfinished files could not be given back: %s", self._target.url, error)
+            except OSError as error:  # what failed before this is what the user must hear of
+                logger.warning("the space of an unfinished file could not be given back: %s", error)
         self._staging.close()
 
     def _run_units(

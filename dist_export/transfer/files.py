@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from dist_export.activity import ACTIVITY
+from dist_export.disk import close_quietly, refuse_zero
 from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
 from dist_export.storage import RangeReader, Staging
@@ -64,7 +65,7 @@ class StagedFiles:
         ACTIVITY.begin(self._plan.files[number].name)
         try:
             while written < len(view):
-                written += os.pwrite(fd, view[written:], offset + written)
+                written += refuse_zero(os.pwrite(fd, view[written:], offset + written))
         except OSError as error:
             raise self._failure(number, f"byte {offset + written:,} cannot be written", error) from error
         finally:
@@ -106,17 +107,25 @@ class StagedFiles:
             self._sync(number, fd)
 
     def close(self, *, sync: bool) -> None:
-        """Close all descriptors; ``sync`` makes the content durable before."""
-        while self._fds:
-            number, fd = self._fds.popitem()
-            self._close(number, fd, sync=sync)
-
-    def _close(self, number: int, fd: int, *, sync: bool = True) -> None:
+        """Close all descriptors; ``sync`` makes the content durable before. Without it, errors are not told: one is already."""
         try:
-            if sync and number in self._is_dirty:
-                self._sync(number, fd)
+            while sync and self._fds:
+                self._close(*self._fds.popitem())
         finally:
+            while self._fds:
+                close_quietly(self._fds.popitem()[1])
+
+    def _close(self, number: int, fd: int) -> None:
+        try:
+            if number in self._is_dirty:
+                self._sync(number, fd)
+        except TransferError:
+            close_quietly(fd)
+            raise
+        try:
             os.close(fd)
+        except OSError as error:  # some file systems write only now, and tell only now that they could not
+            raise self._failure(number, "its content cannot be made durable", error) from error
 
     def _sync(self, number: int, fd: int) -> None:
         ACTIVITY.begin(self._plan.files[number].name)
