@@ -37,8 +37,8 @@ from dist_export.objects import Objects
 from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
+from dist_export.threads import run_threads
 from dist_export.transfer.engine import Receipt, Share, Transfer
-from dist_export.transfer.threads import run_threads
 
 FG = "fg.json"
 
