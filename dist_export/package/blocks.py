@@ -105,13 +105,13 @@ class Blocks:
         place = np.fromiter(map(self.place_of_key.get, keys, repeat(-1)), np.int64, count)
         if not len(self.row_of_place):
             return np.full(count, -1, np.int64)
-        found: np.ndarray = np.where(place >= 0, self.row_of_place[place], -1)
-        return found
+        return np.where(place >= 0, self.row_of_place[place], np.int64(-1))
 
     def is_slot(self, name: str) -> np.ndarray:
         """Return which blocks are of this slot of any table (bool)."""
-        of_stem = np.array([slot == name for _, slot in self.stems] + [False], bool)
-        return of_stem[np.maximum(self.stem, -1)]
+        of_stem: np.ndarray = np.array([slot == name for _, slot in self.stems] + [False], bool)
+        found: np.ndarray = of_stem[np.maximum(self.stem, -1)]
+        return found
 
 
 def read_blocks(directory: Directory, shards: Sequence[str], unreadable: frozenset[str], report: Report) -> Blocks:
@@ -121,8 +121,8 @@ def read_blocks(directory: Directory, shards: Sequence[str], unreadable: frozens
         shards: files to go by where ``index`` does not tell.
         unreadable: files that something is already known to be wrong with; they are left alone.
     """
-    raw_index = _read_small(directory, INDEX, report)
-    raw_tensorkey = _read_small(directory, TENSORKEY, report)
+    raw_index = None if INDEX in unreadable else _read_small(directory, INDEX, report)
+    raw_tensorkey = None if TENSORKEY in unreadable else _read_small(directory, TENSORKEY, report)
     if raw_index is not None:
         raw_index = _decodable(INDEX, (raw_index, b"{}"), report)
     if raw_tensorkey is not None:

@@ -64,7 +64,9 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
             "cannot hold them",
         )
     if not counts.errors:
-        _compare_sums(survey, blocks, counts, file_of_table)
+        known = {found.table for found in repeats}
+        known |= set(blocks.table[survey.id_rows[list(counts.misplaced)]].tolist())
+        _compare_sums(survey, blocks, counts, file_of_table, known)
     if report.count() == before and blocks.is_whole:
         total = int(blocks.rows[survey.id_rows].sum())
         all_there = "all there, unique" if survey.manifest is not None else "unique"
@@ -73,13 +75,15 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
         )
 
 
-def _compare_sums(survey: Survey, blocks: Blocks, counts: IdCounts, file_of_table: dict[int, str]) -> None:
+def _compare_sums(
+    survey: Survey, blocks: Blocks, counts: IdCounts, file_of_table: dict[int, str], known: set[int]
+) -> None:
     if survey.manifest is None or not blocks.is_whole:
         return
     numbers = {name: number for number, name in enumerate(blocks.tables)}
     for table in survey.manifest.tables:
         number = numbers.get(table.name)
-        if number is None:
+        if number is None or number in known:
             continue
         id_sum = f"{int(counts.id_sum[number]):016x}"
         if id_sum != table.id_sum:

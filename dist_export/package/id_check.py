@@ -230,6 +230,10 @@ def _count_repeats(table: int, ordered: np.ndarray) -> Repeats:
 
 def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Repeats]:
     """Search a bucket; where it holds more than may be held, its halves."""
+    if (
+        task.bucket_bits == 64
+    ):  # mixing is one to one, so what shares all 64 bits is one id, that stands too often to be held
+        return _count_equal(readers, work, task)
     held = _collect(readers, work, task, held_ids)
     if held is None:
         bits = task.bucket_bits + 1
@@ -252,9 +256,19 @@ def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) 
         ids = run.ids
         chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
         if not held.add(chosen):
-            # mixing is one to one, so what shares all 64 bits is one id
-            return held if task.bucket_bits == 64 else None
+            return None
     return held
+
+
+def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Repeats]:
+    """Count the ids of a bucket that can hold but one."""
+    columns = np.array(task.columns, np.int64)
+    rows, first = 0, 0
+    for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
+        places = np.flatnonzero(mix(run.ids) == np.uint64(task.bucket))
+        if len(places):
+            rows, first = rows + len(places), int(run.ids[places[0]])
+    return [Repeats(task.table, rows - 1, first)] if rows > 1 else []
 
 
 def _open(directory: Directory, work: Work) -> OpenReaders:

@@ -169,6 +169,7 @@ def _check_complete(
     has_no_ids = np.bincount(number, weights=blocks.is_slot(ID_SLOT)[rows], minlength=len(table)) == 0
     rows_of_part = np.where(id_row >= 0, blocks.rows[id_row], 0)
     is_bare = (held == 1) & (num_slots > 1) & ~has_no_ids
+    is_shared = np.isin(table, table[is_shared])  # what is missing in one of its parts may be a block of another's name
     doubtful = has_no_ids | is_bare | ((held < num_slots) & (rows_of_part > 0))
     for part in np.flatnonzero(doubtful & ~is_shared).tolist():
         its_rows = rows[number == part]

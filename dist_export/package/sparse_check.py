@@ -72,11 +72,12 @@ class _Comparison:
             place = np.flatnonzero(has_key & (row >= 0) & (blocks.stem[row] != -2 if len(blocks) else False))
             row = row[place]
             self._is_claimed[row] = True
+            is_ids = slot.name == ID_SLOT  # in a copy, the other blocks of a part may lie in other files than its ids
             is_wrong = (
                 (blocks.table[row] != self._table.get(table.name, -2))
                 | (self._slot_of(row) != slot.name)
                 | (blocks.slice[row] != part_slice[place])
-                | (blocks.file[row] != file[place])
+                | ((blocks.file[row] != file[place]) & is_ids)
                 | (blocks.dtype[row] != CODE_BY_TORCH.get(slot.dtype, -1))
                 | (blocks.rows[row] != rows[place])
                 | (blocks.inner[row] != self._inner.get(slot.shape, -1))
@@ -123,11 +124,12 @@ class _Comparison:
         name = blocks.stems[blocks.stem[row]] if blocks.stem[row] >= 0 else ("", "")
         found_slice = tuple(blocks.slice_of(row)) if blocks.stem[row] >= 0 else ()
         stated_slice = parse_slice(part.slice)
+        file = part.file if slot.name == ID_SLOT else blocks.file_of(row)
         pairs = [
             ("table", table.name, name[0]),
             ("slot", slot.name, name[1]),
             ("slice", part.slice if stated_slice is None else tuple(stated_slice), found_slice),
-            ("file", part.file, blocks.file_of(row)),
+            ("file", file, blocks.file_of(row)),
             ("dtype", slot.dtype, blocks.torch_dtype(row)),
             ("shape", (part.rows, *slot.shape), blocks.shape(row)),
         ]
