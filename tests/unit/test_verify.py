@@ -192,7 +192,8 @@ SPARSE_BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], set[tu
     ("a slice that is none", change_part(slice="everything"), (), {(MANIFEST, "manifest")}, "with slice 'everything'"),
     ("rows beyond all numbers", change_part(rows=1 << 63), (), {(MANIFEST, "manifest"), (MANIFEST, "account")}, "rows_out"),
     ("a negative count", change_table(rows_in=59, rows_dropped={"x": -1}), (), {(MANIFEST, "account")}, "cannot be"),
-    ("a slot that is not kept", change_table(kept=()), (), {(MANIFEST, "manifest"), (A, "manifest"), (B, "manifest")}, "keeps no id"),
+    ("a slot that is not kept", change_table(kept=()), (), {(MANIFEST, "manifest"), (A, "manifest"), (B, "manifest")},
+     "keeps no id"),
     ("rows that its parts do not have", change_table(rows_out=59, rows_in=59), (), {(MANIFEST, "account")}, "its rows_out is 59"),
     ("another sum of ids", change_table(id_sum="0" * 16), (), {(A, "id_sum")}, "not those that were exported"),
     ("an index that is not vouched for", edit(lambda m: {"files": tuple(f for f in m.files if f.path != INDEX)}), (),
@@ -319,9 +320,7 @@ def test_copies_of_reference_checkpoints_are_sound(case, recis_fixtures: Path, t
     copy(recis_fixtures / case, tmp_path / "out")
     assert verify(str(tmp_path / "out")).findings == []
     place = shutil.copytree(recis_fixtures / case, tmp_path / "place")
-    shutil.copy(
-        next(place.glob("model-*")), place / "model-000000-of-000099.safetensors"
-    )  # of an earlier save: the trainer's own
+    shutil.copy(next(place.glob("model-*")), place / "model-000000-of-000099.safetensors")  # an earlier save's
     copy(place, place)
     assert verify(str(place)).findings == []
 
