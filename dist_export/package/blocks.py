@@ -123,18 +123,26 @@ def read_blocks(directory: Directory, shards: Sequence[str], unreadable: frozens
     """
     raw_index = None if INDEX in unreadable else _read_small(directory, INDEX, report)
     raw_tensorkey = None if TENSORKEY in unreadable else _read_small(directory, TENSORKEY, report)
+    reader = _Reader(directory, unreadable, report)
+    indexes = None if raw_index is None or raw_tensorkey is None else _decode_both(raw_index, raw_tensorkey)
+    if indexes is not None:
+        del raw_index, raw_tensorkey
+        return reader.match(indexes, has_index=True, has_tensorkey=True)
     if raw_index is not None:
         raw_index = _decodable(INDEX, (raw_index, b"{}"), report)
     if raw_tensorkey is not None:
-        bare = encode_index({})
-        raw_tensorkey = _decodable(TENSORKEY, (bare, raw_tensorkey), report)
-    has_index = raw_index is not None
-    reader = _Reader(directory, unreadable, report)
-    if raw_index is None:
-        raw_index = encode_index(reader.index_by_headers(shards))
-    indexes = decode_indexes(raw_index, raw_tensorkey or b"{}", where="")
-    del raw_index
-    return reader.match(indexes, has_index=has_index, has_tensorkey=raw_tensorkey is not None)
+        raw_tensorkey = _decodable(TENSORKEY, (encode_index({}), raw_tensorkey), report)
+    stand_in = encode_index(reader.index_by_headers(shards)) if raw_index is None else raw_index
+    indexes = decode_indexes(stand_in, raw_tensorkey or b"{}", where="")
+    return reader.match(indexes, has_index=raw_index is not None, has_tensorkey=raw_tensorkey is not None)
+
+
+def _decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
+    """Decode both files at once; None where one of them is damaged, so that each is to be looked at by itself."""
+    try:
+        return decode_indexes(raw_index, raw_tensorkey, where="")
+    except CheckpointError:
+        return None
 
 
 def _read_small(directory: Directory, name: str, report: Report) -> bytes | None:

@@ -108,7 +108,7 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
             report.add(path, "digest", f"its content is not what was written (digest {digest}, not {stated})")
     bare = sum(not stated for _, _, stated in work.digest_files)
     but = f" (sizes alone of {bare}, which were exported without a digest)" if bare else ""
-    report.checked.append(f"{len(work.digest_files)} files, {num_bytes:,} bytes: sizes and digests{but}")
+    report.checked.insert(0, f"{len(work.digest_files)} files, {num_bytes:,} bytes: sizes and digests{but}")
 
 
 def _read_pieces(reader: RangeReader, begin: int, end: int) -> Iterator[memoryview]:

@@ -106,7 +106,8 @@ class Survey:
     def _compare(self, listing: Listing) -> FoundParts:
         """Read indexes and headers, and compare all that speaks of tables."""
         report, directory, manifest = self.report, self.directory, self.manifest
-        shards = listing.shards()
+        listed = set() if manifest is None else {entry.path for entry in manifest.files}
+        shards = [name for name in listing.shards() if manifest is None or name in listed]
         blocks = self.blocks = read_blocks(directory, shards, self.bad, report)
         is_new = manifest is not None and manifest.mode == "filter"
         if manifest is None:
@@ -115,7 +116,6 @@ class Survey:
                 self._note_mixed(shards)
         else:
             check_package_files(listing, manifest, blocks.files, report)
-            listed = {entry.path for entry in manifest.files}
             for name in (INDEX, TENSORKEY, MERGED):
                 if name not in listed:
                     report.add(MANIFEST, "manifest", f"does not name {name}, so nothing vouches for it")
