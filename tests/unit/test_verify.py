@@ -209,6 +209,8 @@ SPARSE_BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], set[tu
     ("an index that leads out", link(INDEX), (), {(INDEX, "link")}, "leads out of the directory"),
     ("a block of another key", rename_key, (A, INDEX, TENSORKEY, MERGED), {(MANIFEST, "manifest"), (A, "manifest")},
      "block 't.id/part_0_2' of table 't' is in no shard"),
+    ("a dense tensor of another name", lambda p: (p / A).write_bytes((p / A).read_bytes().replace(b'"w^ "', b'"v^ "')), (A,),
+     {(A, "index"), (INDEX, "index"), (MERGED, "merged")}, "'w^ ' should be in"),
     ("a gap between the slices", lambda p: (relabel_gap(p), mend(p)), (TENSORKEY,), {(TENSORKEY, "slices")}, "from 32768 on"),
     ("no merged manifest", lambda p: (p / MERGED).unlink(), (), {(MERGED, "size")}, "is missing"),
     ("a merged manifest that is null", lambda p: (p / MERGED).write_text("null"), (MERGED,), {(MERGED, "merged")}, "is null"),
@@ -373,6 +375,7 @@ def tables_with_repeats() -> dict[str, list[PartSpec]]:
     within[50:60] = within[10:20]
     across = spread(150, 40, 60)
     misplaced = spread(90, 0, 50)
+    misplaced[80:85] = misplaced[70:75]
     return {
         "sound": sound,
         "within": [part(within, 0, 100), part(spread(30, 100, 65536), 100, 65536)],

@@ -189,6 +189,12 @@ WRITTEN: list[tuple[str, Callable[[Files], None], set[tuple[str, str]], str]] = 
         f"but index says that it is in {A}",
     ),
     (
+        "a block that stands in two files",
+        lambda f: f.headers[B].update({T_ID: {"dtype": "I64", "shape": [0], "data_offsets": [len(f.payloads[B])] * 2}}),
+        {(B, "index")},
+        f"holds '{T_ID}', but index says that it is in {A}",
+    ),
+    (
         "a block that is nowhere",
         lambda f: f.index["block_index"].update({"x.id/part_0_1": 0}),
         {(INDEX, "index")},
@@ -403,6 +409,37 @@ def test_tables_of_odd_shapes(tables, found, notes, message, tmp_path: Path) -> 
     assert noted(report) == notes
     lines = report.findings + [note.line for note in report.notes]
     assert any(message in line for line in lines), lines
+
+
+def test_an_id_in_two_parts_of_one_name_is_found(tmp_path: Path) -> None:
+    report = verify(str(write_checkpoint(tmp_path / "c", {"t": [part([1], 0, 65536), part([1], 0, 65536)]})))
+    assert {finding.check for finding in report.found} == {"twice", "unique"}
+
+
+def test_a_merged_manifest_with_an_entry_twice(tmp_path: Path, monkeypatch) -> None:
+    """Also where the two are far apart, in different pieces of a long file."""
+    from dist_export.layout import strict_json
+
+    folder = checkpoint(tmp_path / "c")
+    entries = json.loads((folder / MERGED).read_text())
+    text = json.dumps(entries, indent=4)
+    first = json.dumps({"t.embedding/part_0_2": entries["t.embedding/part_0_2"]}, indent=4)
+    (folder / MERGED).write_text(text[:-2] + "," + first[1:])
+    for piece_bytes in (strict_json._PIECE_BYTES, 64):
+        monkeypatch.setattr(strict_json, "_PIECE_BYTES", piece_bytes)
+        (line,) = verify(str(folder)).findings
+        assert "the key 't.embedding/part_0_2' stands there twice" in line
+
+
+def test_values_are_read_where_asked_for_alone(tmp_path: Path, monkeypatch) -> None:
+    from sparse_cases import recorded_reads
+
+    folder = checkpoint(tmp_path / "c")
+    with recorded_reads(monkeypatch) as reads:
+        verify(str(folder))
+        assert sum(end - begin for where, begin, end in reads if where.endswith("safetensors")) < 2000
+        verify(str(folder), finite=True)
+        assert sum(end - begin for where, begin, end in reads if where.endswith("safetensors")) > 4000
 
 
 def test_parts_without_rows_may_lack_slots(tmp_path: Path) -> None:
