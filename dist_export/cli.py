@@ -111,17 +111,42 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
+    from dist_export.collective import join
+    from dist_export.config import ExportConfig, parse_bytes
     from dist_export.package.verify import verify
 
-    parser = argparse.ArgumentParser(prog="dist_export verify", description="Check a package: exit 0 sound, 1 unsound.")
+    parser = argparse.ArgumentParser(
+        prog="dist_export verify",
+        description="Check a package, or a directory that RecIS wrote: exit 0 sound, 1 unsound, 2 neither of the two. "
+        "Under torchrun the ranks share the work.",
+    )
+    parser.add_argument("--finite", action="store_true", help="also read all float values, to find NaN and infinities")
+    parser.add_argument("--max_memory", default=ExportConfig.max_memory, help="of each rank; default %(default)s")
+    parser.add_argument("--threads", type=int, default=None, help="of each rank; default its cores, 4 at most")
+    parser.add_argument("--timeout", type=float, default=ExportConfig.timeout, help="seconds to wait for another rank")
     arguments = _parse_path(parser, argv)
-    report = verify(arguments.path, _options(arguments))
-    if arguments.json:
-        _print_json({"findings": report.findings, "checked": report.checked})
-    else:
-        unsound = f"unsound: {len(report.findings)} finding" + "s" * (len(report.findings) != 1)
-        _print_lines([*report.findings, unsound] if report.findings else report.checked)
-    return 1 if report.findings else 0
+    max_memory = parse_bytes(arguments.max_memory, setting="max_memory")
+    if not 0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"--timeout is {arguments.timeout}; give seconds above 0")
+    options = _options(arguments)
+    ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
+    try:
+        report = verify(
+            arguments.path,
+            options,
+            finite=arguments.finite,
+            max_memory=max_memory,
+            threads=arguments.threads,
+            ranks=ranks,
+        )
+        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments.json else print("\n".join(report.render())))
+    except DistExportError as error:
+        failure = error
+        ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
+        return error.exit_code
+    finally:
+        ranks.close()
+    return 1 if report.count() else 0
 
 
 def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

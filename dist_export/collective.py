@@ -324,6 +324,11 @@ class Ranks:
         self.close()
 
 
+def alone() -> Ranks:
+    """Return the ranks of a process that works by itself, whatever job it belongs to."""
+    return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=0.0)
+
+
 def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     """Join the other ranks of this job. All ranks, in the same order of calls.
 

@@ -38,8 +38,8 @@ from dist_export.places import claim, commit_places, find_committed, identify_ex
 from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
+from dist_export.threads import run_threads
 from dist_export.transfer.engine import Share, Transfer
-from dist_export.transfer.threads import run_threads
 
 FG = "fg.json"
 

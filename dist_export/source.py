@@ -19,9 +19,9 @@ from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.storage import Directory
+from dist_export.threads import keep_freed_memory, run_threads
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
-from dist_export.transfer.threads import keep_freed_memory, run_threads
 
 _DEFAULT_THREADS = 4
 

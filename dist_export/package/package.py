@@ -11,10 +11,11 @@ import numpy as np
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, is_in_slice, parse_slice
+from dist_export.layout.indexes import Indexes
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
 from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
-from dist_export.package.shards import read_header
+from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Package:
         where = directory.describe(MANIFEST)
         self.manifest: Manifest = decode_manifest(_reading(where, lambda: directory.read_text(MANIFEST)), where=where)
         self._headers: dict[str, Header] = {}
+        self._indexes: Indexes | None = None
 
     def table(self, name: str) -> TableEntry:
         """Return a table's entry in the manifest. PackageError where there is no such table."""
@@ -123,6 +125,15 @@ class Package:
             self._headers[name] = read_header(self.directory, name)
         return self._headers[name]
 
+    def _file_of(self, key: str) -> str:
+        """Return the file that ``index`` gives for a block."""
+        if self._indexes is None:
+            self._indexes = read_indexes(self.directory)
+        place = self._indexes.place_of_key.get(key)
+        if place is None:
+            raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
+        return self._indexes.files[int(self._indexes.file[place])]
+
     def _find(
         self,
         file: str,
@@ -133,20 +144,22 @@ class Package:
         has_row: np.ndarray,
         rows: np.ndarray,
     ) -> None:
-        header = self.header(file)
-        place = {key: row for row, key in enumerate(header.keys)}
-        if id_key not in place or slot_key not in place:
+        # in a copy, a writer of the trainer may have put ids and rows into different files
+        slot_file = file if slot_key in self.header(file).keys else self._file_of(slot_key)
+        header, slot_header = self.header(file), self.header(slot_file)
+        if id_key not in header.keys or slot_key not in slot_header.keys:
             raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
-        id_shape, shape = header.shape(place[id_key]), header.shape(place[slot_key])
-        code = int(header.dtypes[place[slot_key]])
+        id_place, slot_place = header.keys.index(id_key), slot_header.keys.index(slot_key)
+        id_shape, shape = header.shape(id_place), slot_header.shape(slot_place)
+        code = int(slot_header.dtypes[slot_place])
         width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[code].itemsize
         if len(id_shape) != 1 or width != rows.shape[1] or shape[:1] != id_shape:
             raise PackageError(f"{self.directory.describe(file)}: {slot_key!r} is not what the manifest says of it")
-        id_begin, num_rows = int(header.begins[place[id_key]]), id_shape[0]
-        slot_begin = int(header.begins[place[slot_key]])
+        id_begin, num_rows = int(header.begins[id_place]), id_shape[0]
+        slot_begin = int(slot_header.begins[slot_place])
         row_bytes = rows.shape[1]
         sought = unique[wanted]
-        with self.directory.open_reader(file) as reader:
+        with self.directory.open_reader(file) as reader, self.directory.open_reader(slot_file) as slot_reader:
             for first in range(0, num_rows, _RUN_ROWS):
                 ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
                 reader.read_into(ids.data.cast("B"), id_begin + first * 8)
@@ -155,7 +168,7 @@ class Package:
                     target = int(wanted[places[row]])
                     has_row[target] = True
                     if row_bytes:
-                        reader.read_into(rows[target].data, slot_begin + (first + row) * row_bytes)
+                        slot_reader.read_into(rows[target].data, slot_begin + (first + row) * row_bytes)
 
 
 def _reading(where: str, read: Callable[[], bytes]) -> bytes:

@@ -1,94 +1,107 @@
-"""Check an exported directory against its manifest and itself. Every finding is one line; none is an exception.
+"""Check a package against its manifest and itself, or a directory that RecIS wrote against itself.
 
-The order: files (sizes, digests), then what the indexes and headers say, then the manifest's tables against them, then
-the rows, then the dense program. A later check runs only on what the earlier ones left sound.
+The order: rank 0 reads names, sizes, manifests and headers and compares them. Then all ranks read payload, shared out by
+bytes: digests, ids, and values where asked for. Rank 0 puts together what they found and calls the dense program. Every
+finding is one line; none is an exception. What an earlier check could not read, later ones leave out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
 from typing import Any
 
-from dist_export.digests import algorithm_of
-from dist_export.errors import DistExportError
-from dist_export.manifest import DenseEntry, FileEntry
-from dist_export.package.dense_check import check_dense
-from dist_export.package.package import Package
-from dist_export.package.sparse_check import check_sparse
-from dist_export.storage import Directory, digest_file
+from dist_export.collective import Ranks, alone
+from dist_export.package.conclusion import conclude
+from dist_export.package.file_check import ChunkDigests, compare_digests, cut_files, hash_share
+from dist_export.package.id_check import (
+    IdCounts,
+    Repeats,
+    UniqueTask,
+    add_counts,
+    add_repeats,
+    count_share,
+    cut_ids,
+    plan_unique,
+    proven_tables,
+    search,
+)
+from dist_export.package.report import Report
+from dist_export.package.shares import DEFAULT_MEMORY, Bounds, share_out
+from dist_export.package.survey import Survey
+from dist_export.package.value_check import Odd, add_odd, cut_values, scan_share
+from dist_export.storage import Directory
+from dist_export.threads import keep_freed_memory, run_threads
+
+_DEFAULT_THREADS = 4
 
 
-@dataclass
-class Report:
-    """What a verification found, and what it looked at."""
+def verify(
+    path: str,
+    storage_options: dict[str, Any] | None = None,
+    *,
+    finite: bool = False,
+    max_memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Check the directory at ``path``. All ranks of ``ranks``; each returns the whole report.
 
-    findings: list[str] = field(default_factory=list)
-    """Empty where the package is sound."""
-    checked: list[str] = field(default_factory=list)
-
-
-def verify(path: str, storage_options: dict[str, Any] | None = None) -> Report:
-    """Check sizes and digests, headers, indexes, tables and rows against each other, and that the dense program loads.
+    Args:
+        finite: whether all float values are read too, to find NaN and infinities.
+        max_memory: bytes that a rank may hold beside the metadata, which take about 1 kB a block.
+        threads: of each rank; by default the cores that it has to itself, 4 at most.
+        ranks: who shares the work; by default this process alone.
 
     Raises:
-        UserError: there is no such directory.
-        PackageError: there is no package to verify: no manifest, or one that cannot be read.
+        UserError: there is no such directory, or nothing in it that could be checked; a setting that cannot be.
+        StepFailedError: the same, on several ranks.
     """
-    package = Package(Directory(path, storage_options))
-    report = Report()
-    _guard(report, "files", lambda: _check_files(package, report))
-    if package.manifest.mode != "dense_only":
-        _guard(report, "tables", lambda: check_sparse(package, report.findings, report.checked))
-    if package.manifest.dense is not None:
-        entry = package.manifest.dense
-        _guard(report, entry.program, lambda: _check_dense_files(package, entry, report))
-    return report
+    ranks = alone() if ranks is None else ranks
+    directory = Directory(path, storage_options)
+    bounds = Bounds(max_memory, _choose_threads() if threads is None else threads)
+    survey = Survey(directory, finite=finite)
+    work = ranks.on_rank_0("read the manifests", survey.take)
+    if work is None:
+        return ranks.on_rank_0("report", lambda: survey.report)
+    keep_freed_memory()
+    num_shares = ranks.world_size * bounds.threads
+    mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
+    shares = [
+        share_out(column, num_shares)[mine]
+        for column in (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2])
+    ]
+
+    def read(share: tuple[slice, slice, slice]) -> tuple[list[ChunkDigests], IdCounts, list[Odd]]:
+        files, ids, values = share
+        return (
+            hash_share(directory, work, files),
+            count_share(directory, work, ids, held_ids=bounds.held_ids),
+            scan_share(directory, work, values),
+        )
+
+    outcomes = ranks.gather("read the files", lambda: run_threads(read, list(zip(*shares, strict=True))))
+    found = [outcome for by_thread in outcomes for outcome in by_thread]
+    counts = add_counts(work, [ids for _, ids, _ in found])
+    is_proven = proven_tables(work, counts)
+    tasks = [] if counts.errors else plan_unique(work, is_proven, held_ids=bounds.held_ids)
+    dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
+
+    def look(share: list[UniqueTask]) -> list[Repeats]:
+        return search(directory, work, share, held_ids=bounds.held_ids)
+
+    searched = ranks.gather("search for ids that stand twice", lambda: run_threads(look, dealt))
+    repeats = [repeat for repeat in counts.repeats if is_proven[repeat.table]]
+    repeats = add_repeats(repeats + [repeat for by_thread in searched for its in by_thread for repeat in its])
+
+    def finish() -> Report:
+        if survey.manifest is not None:
+            compare_digests(work, [chunk for chunks, _, _ in found for chunk in chunks], survey.report)
+        conclude(survey, counts, repeats, add_odd([odd for _, _, odd in found]))
+        return survey.report
+
+    return ranks.on_rank_0("put the findings together", finish)
 
 
-def _guard(report: Report, what: str, check: Callable[[], None]) -> None:
-    """Run a check; whatever a damaged package makes it raise is a finding."""
-    try:
-        check()
-    except (DistExportError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        known = isinstance(error, DistExportError)
-        report.findings.append(first if known else f"{what}: cannot be checked: {type(error).__name__}: {first}")
-
-
-def _check_files(package: Package, report: Report) -> None:
-    directory = package.directory
-    num_bytes = 0
-    for entry in package.manifest.files:
-        try:
-            size = directory.stat(entry.path).size
-            if size != entry.num_bytes:
-                report.findings.append(f"{entry.path}: {size:,} bytes, the manifest says {entry.num_bytes:,}")
-            elif entry.digest and (digest := _digest_again(directory, entry)) != entry.digest:
-                report.findings.append(
-                    f"{entry.path}: its content is not what was written (digest {digest}, not {entry.digest})"
-                )
-            num_bytes += size
-        except FileNotFoundError:
-            report.findings.append(f"{entry.path}: missing")
-        except OSError as error:
-            report.findings.append(f"{entry.path}: {error.strerror or error}")
-    if len({entry.path for entry in package.manifest.files}) < len(package.manifest.files):
-        report.findings.append("manifest.json: lists a file twice")
-    bare = sum(not entry.digest for entry in package.manifest.files)
-    but = f" (sizes alone of {bare}, which were exported without a digest)" if bare else ""
-    report.checked.append(f"{len(package.manifest.files)} files, {num_bytes:,} bytes: sizes and digests{but}")
-
-
-def _digest_again(directory: Directory, entry: FileEntry) -> str:
-    return digest_file(directory, entry.path, algorithm_of(entry.digest))
-
-
-def _check_dense_files(package: Package, entry: DenseEntry, report: Report) -> None:
-    listed = {file.path for file in package.manifest.files}
-    needed = [entry.program, *(f"{entry.folder}/{name}" for name in ("output_info.json", "params_order.json"))]
-    missing = [name for name in needed if name not in listed]
-    if missing:
-        report.findings.append(f"{missing[0]}: not among the files of the manifest, so nothing vouches for it")
-        return
-    check_dense(package, entry, report.findings, report.checked)
+def _choose_threads() -> int:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))

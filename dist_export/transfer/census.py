@@ -13,8 +13,8 @@ from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import is_place_in, mix, places_of
 from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask
 from dist_export.plan.targets import Targets
+from dist_export.repeats import HeldIds, has_repeats
 from dist_export.transfer.duplicates import RepeatedIds
-from dist_export.transfer.repeats import HeldIds, has_repeats
 
 
 def take_census(

@@ -18,7 +18,7 @@ from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import mix
 from dist_export.plan.census import share_parts
 from dist_export.plan.limits import DROPPED_ROW_BYTES, Limits
-from dist_export.transfer.threads import run_threads
+from dist_export.threads import run_threads
 
 _EXCHANGED_ROWS = 1 << 16
 """All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""

@@ -26,9 +26,9 @@ from dist_export.storage import (
     Staging,
     share_descriptors,
 )
+from dist_export.threads import run_threads
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
-from dist_export.transfer.threads import run_threads
 from dist_export.transfer.units import UnitRunner
 
 logger = logging.getLogger(__name__)

@@ -5,16 +5,15 @@ import pytest
 from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table, truth_of, write_checkpoint
 from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
-from dist_export import id_columns
+from dist_export import id_columns, repeats
 from dist_export.errors import CheckpointError, UserError
 from dist_export.layout.recis import mix
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.limits import Limits
 from dist_export.plan.targets import plan_targets
+from dist_export.repeats import HeldIds
 from dist_export.storage import RangeReader
-from dist_export.transfer import repeats
 from dist_export.transfer.census import check_unique, take_census
-from dist_export.transfer.repeats import HeldIds
 
 
 def take(checkpoint, targets, world_size=1, held_ids=1000):

@@ -77,6 +77,16 @@ def test_lookup_widens_bfloat16(tmp_path: Path) -> None:
     assert np.array_equal(rows, values[::-1])
 
 
+def test_lookup_finds_rows_that_a_copy_has_in_another_file_than_their_ids(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ckpt", tiny_model.tables(), files_per_shard=2)
+    dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out")})
+    assert verify(str(tmp_path / "out")).findings == []
+    truth = truth_of(tiny_model.tables())["user_emb"]
+    rows, found = dist_export.open_package(tmp_path / "out").lookup("user_emb", truth["id"])
+    assert found.all()
+    assert np.array_equal(rows, truth["embedding"])
+
+
 def test_unknown_names_are_told(exported: Path) -> None:
     opened = dist_export.open_package(exported)
     with pytest.raises(PackageError, match=r"no table 'nope'.*user_emb"):
@@ -223,9 +233,9 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
     ("a bit of a shard", lambda p: flip(p / SHARD, -1), (), "content is not what was written"),
     ("a shard cut short", lambda p: (p / SHARD).write_bytes((p / SHARD).read_bytes()[:-4]), (), "the manifest says"),
     ("a shard gone", lambda p: (p / SHARD).unlink(), (), "missing"),
-    ("a dense file gone", lambda p: (p / "fx_user_model" / "graph.txt").unlink(), (), "graph.txt: missing"),
+    ("a dense file gone", lambda p: (p / "fx_user_model" / "graph.txt").unlink(), (), "graph.txt: is missing"),
     ("a truncated header", lambda p: (p / SHARD).write_bytes((p / SHARD).read_bytes()[:20]), (SHARD,), "truncated"),
-    ("an id of another slice", break_id, (SHARD,), "outside the slice"),
+    ("an id of another slice", break_id, (SHARD,), "outside its slice"),
     ("an id twice", break_duplicate, (SHARD,), "stand twice"),
     (
         "a block that index forgets",
@@ -237,7 +247,7 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "a block that is nowhere",
         lambda p: edit_json(p / "index", lambda d: d["block_index"].update({"ghost.id/part_0_2": 0})),
         ("index",),
-        "'ghost.id/part_0_2' is in no file",
+        "'ghost.id/part_0_2' should be in",
     ),
     (
         "a gap in the file numbers",
@@ -249,7 +259,7 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "a part that tensorkey forgets",
         lambda p: edit_json(p / "tensorkey.json", lambda d: d.pop("user_emb.id/part_0_2")),
         ("tensorkey.json",),
-        "is in no shard",
+        "does not name 'user_emb.id/part_0_2'",
     ),
     (
         "two blocks of one name",
@@ -259,7 +269,7 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         ("tensorkey.json",),
         "RecIS keeps one",
     ),
-    ("no tensorkey.json", lambda p: (p / "tensorkey.json").unlink(), (), "tensorkey.json is missing"),
+    ("no tensorkey.json", lambda p: (p / "tensorkey.json").unlink(), (), "tensorkey.json: is missing"),
     (
         "a merged manifest of another shape",
         lambda p: edit_json(p / MERGED, lambda d: d["user_emb.embedding/part_0_2"].update(shape=[1, 4])),
@@ -290,8 +300,8 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         (MERGED,),
         "has is_hashmap False",
     ),
-    ("a merged manifest that is a list", lambda p: (p / MERGED).write_text("[]"), (MERGED,), "cannot be checked"),
-    ("a merged manifest too deep", lambda p: (p / MERGED).write_text("[" * 100000), (MERGED,), "cannot be checked"),
+    ("a merged manifest that is a list", lambda p: (p / MERGED).write_text("[]"), (MERGED,), "should be a JSON object"),
+    ("a merged manifest too deep", lambda p: (p / MERGED).write_text("[" * 100000), (MERGED,), "nested too deeply"),
     ("an id that became another", break_id_within_slice, (SHARD,), "not those that were exported"),
     ("a table listed twice", lambda p: reseal(p, repeat_table), (), "twice"),
     ("a part of another slice", lambda p: reseal(p, swap_slice), (), "the shards say"),

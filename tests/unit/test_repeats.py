@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_export.transfer import repeats
-from dist_export.transfer.repeats import HeldIds, has_repeats
+from dist_export import repeats
+from dist_export.repeats import HeldIds, has_repeats
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 

@@ -28,5 +28,5 @@ def run_threads(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
     """Return what ``work`` returned for each share, in order; a single share needs no thread."""
     if len(shares) == 1:
         return [work(shares[0])]
-    with concurrent.futures.ThreadPoolExecutor(len(shares), thread_name_prefix="transfer") as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(shares), thread_name_prefix="share") as pool:
         return [future.result() for future in [pool.submit(work, share) for share in shares]]

@@ -1,0 +1,119 @@
+"""Compare the files of a package with the sizes and digests that its manifest states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export import digests
+from dist_export.digests import algorithm_of, hash_chunks, root_digest
+from dist_export.errors import DistExportError
+from dist_export.manifest import MANIFEST, Manifest
+from dist_export.package.listing import Listing
+from dist_export.package.report import Report
+from dist_export.package.shares import Work, cut
+from dist_export.storage import Directory, RangeReader
+
+_BUFFER_BYTES = 1 << 20
+
+
+class ChunkDigests(NamedTuple):
+    """Digests of neighbouring chunks of one file, or why there are none."""
+
+    file: int
+    first: int
+    digests: tuple[bytes, ...]
+    error: str = ""
+
+
+def check_sizes(
+    directory: Directory, manifest: Manifest, listing: Listing, report: Report
+) -> tuple[tuple[tuple[str, int, str], ...], frozenset[str]]:
+    """Return (path, bytes, digest) of what is to be hashed, and the files that something is wrong with already."""
+    to_hash: dict[str, tuple[str, int, str]] = {}
+    bad: set[str] = {path for path in listing.files if listing.leads_out(path)}
+    for entry in manifest.files:
+        if entry.path in to_hash:
+            report.add(MANIFEST, "manifest", f"lists the file {entry.path!r} twice")
+            continue
+        if listing.leads_out(entry.path):
+            bad.add(entry.path)
+            continue
+        try:
+            size = directory.stat(entry.path).size
+        except FileNotFoundError:
+            bad.add(entry.path)
+            report.add(entry.path, "size", f"is missing; the manifest says {entry.num_bytes:,} bytes")
+            continue
+        except OSError as error:
+            bad.add(entry.path)
+            report.add(entry.path, "size", f"cannot be read: {error.strerror or error}")
+            continue
+        if size != entry.num_bytes:
+            bad.add(entry.path)
+            report.add(entry.path, "size", f"has {size:,} bytes, the manifest says {entry.num_bytes:,}")
+            continue
+        to_hash[entry.path] = (entry.path, size, entry.digest)
+    return tuple(to_hash.values()), frozenset(bad)
+
+
+def cut_files(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return file, first byte and bytes (int64) of each chunk of the files that are to be hashed."""
+    return cut(
+        np.array([size if digest else 0 for _, size, digest in work.digest_files], np.int64), digests.CHUNK_BYTES
+    )
+
+
+def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDigests]:
+    """Hash a run of the chunks of :func:`cut_files`. Any rank, any thread."""
+    file, first, size = (column[chosen] for column in cut_files(work))
+    edges = np.flatnonzero(np.diff(file)) + 1
+    found = []
+    for numbers, begins, sizes in zip(*(np.split(column, edges) for column in (file, first, size)), strict=True):
+        if not len(numbers) or not work.digest_files[numbers[0]][2]:
+            continue
+        path, _, digest = work.digest_files[numbers[0]]
+        begin = int(begins[0])
+        where = int(numbers[0]), begin // digests.CHUNK_BYTES
+        try:
+            with directory.open_reader(path) as reader:
+                pieces = _read_pieces(reader, begin, begin + int(sizes.sum()))
+                found.append(ChunkDigests(*where, tuple(hash_chunks(pieces, algorithm_of(digest)))))
+        except DistExportError as error:
+            found.append(ChunkDigests(*where, (), str(error)))
+        except OSError as error:
+            found.append(ChunkDigests(*where, (), error.strerror or str(error)))
+    return found
+
+
+def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> None:
+    """Put the chunks' digests together and compare each file's with the manifest's."""
+    by_file: dict[int, list[ChunkDigests]] = {}
+    for share in shares:
+        by_file.setdefault(share.file, []).append(share)
+    num_bytes = 0
+    for number, (path, size, stated) in enumerate(work.digest_files):
+        num_bytes += size
+        if not stated:
+            continue
+        parts = sorted(by_file[number])
+        error = next((part.error for part in parts if part.error), "")
+        if error:
+            report.add(path, "digest", f"its digest cannot be taken: {error}")
+            continue
+        digest = root_digest((d for part in parts for d in part.digests), algorithm_of(stated))
+        if digest != stated:
+            report.add(path, "digest", f"its content is not what was written (digest {digest}, not {stated})")
+    bare = sum(not stated for _, _, stated in work.digest_files)
+    but = f" (sizes alone of {bare}, which were exported without a digest)" if bare else ""
+    report.checked.insert(0, f"{len(work.digest_files)} files, {num_bytes:,} bytes: sizes and digests{but}")
+
+
+def _read_pieces(reader: RangeReader, begin: int, end: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(end - begin, 1))))
+    for offset in range(begin, end, len(buffer)):
+        piece = buffer[: min(len(buffer), end - offset)]
+        reader.read_into(piece, offset)
+        yield piece

@@ -1,0 +1,205 @@
+"""What a directory is, and what its names, sizes, manifests and headers say: read and compared by rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dist_export.checkpoint.dense_state import describe_dense_state
+from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError
+from dist_export.layout.dtypes import I64
+from dist_export.layout.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.manifest import MANIFEST, Manifest
+from dist_export.package.blocks import Blocks, read_blocks
+from dist_export.package.file_check import check_sizes
+from dist_export.package.listing import (
+    SHARD,
+    Listing,
+    check_listing,
+    check_package_files,
+    check_recis_files,
+    list_files,
+)
+from dist_export.package.merged_check import DenseState, check_merged
+from dist_export.package.package import Package
+from dist_export.package.parts_check import FoundParts, check_parts, check_prefixes
+from dist_export.package.report import Report
+from dist_export.package.shares import Work
+from dist_export.package.sparse_check import check_tables
+from dist_export.package.value_check import BITS
+from dist_export.storage import WORK_DIRECTORY, Directory
+
+
+class Survey:
+    """What rank 0 knows of the directory: its metadata before the payload is read, and the report."""
+
+    def __init__(self, directory: Directory, *, finite: bool) -> None:
+        self.report = Report()
+        self.directory = directory
+        self.is_finite_asked = finite
+        self.package: Package | None = None
+        """With its manifest; None where there is none that can be read."""
+        self.blocks: Blocks | None = None
+        self.id_rows = np.zeros(0, np.int64)
+        """The rows of ``blocks`` that are columns of ids, in the order of the work."""
+        self.value_rows = np.zeros(0, np.int64)
+        """Those whose values are to be finite."""
+        self.bad: frozenset[str] = frozenset()
+        """Files that something is wrong with, so that they are not read: it has been told."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest; None where there is none that can be read."""
+        return None if self.package is None else self.package.manifest
+
+    def take(self) -> Work | None:
+        """Read and compare all metadata; return what is to be read of the payload, None where nothing is."""
+        self._recognize()
+        report, directory = self.report, self.directory
+        if report.kind == "interrupted export":
+            return None
+        listing = list_files(directory, is_deep=report.kind == "package")
+        check_listing(listing, report)
+        to_hash: tuple[tuple[str, int, str], ...] = ()
+        self.bad = frozenset(path for path in listing.files if listing.leads_out(path))
+        if self.manifest is not None:
+            to_hash, self.bad = check_sizes(directory, self.manifest, listing, report)
+        parts: FoundParts | None = None
+        if self.manifest is None or self.manifest.mode != "dense_only":
+            parts = self.guard(INDEX, lambda: self._compare(listing))
+        elif self.manifest is not None:
+            check_package_files(listing, self.manifest, (), report)
+        return self._plan(to_hash, parts)
+
+    def _recognize(self) -> None:
+        """Find out what the directory is. UserError where it is nothing that can be checked."""
+        directory, report = self.directory, self.report
+        names = directory.names()
+        if MANIFEST in names:
+            try:
+                self.package = Package(directory)
+            except PackageError as error:
+                message = str(error).removeprefix(directory.describe(MANIFEST)).removeprefix(":").strip()
+                report.add(MANIFEST, "manifest", message)
+            except OSError as error:
+                report.add(MANIFEST, "manifest", f"cannot be read: {error.strerror or error}")
+        elif directory.exists(WORK_DIRECTORY):
+            report.kind = "interrupted export"
+            report.add(
+                MANIFEST,
+                "manifest",
+                f"no {MANIFEST}, so this is no package: its export did not finish ({WORK_DIRECTORY} is there); run it again",
+            )
+        elif {INDEX, TENSORKEY, MERGED} & set(names) or any(map(SHARD.fullmatch, names)):
+            report.kind = "RecIS directory"
+            report.note(MANIFEST, "manifest", "is not there, so this is no package; checked as a directory of RecIS")
+        elif not directory.exists():
+            raise UserError(f"{directory.url} does not exist")
+        else:
+            raise UserError(
+                f"{directory.url} is no package and nothing that RecIS wrote; looked for {MANIFEST}, {INDEX}, {TENSORKEY} and "
+                "model-*-of-*.safetensors. Give the directory that holds them"
+            )
+
+    def _compare(self, listing: Listing) -> FoundParts:
+        """Read indexes and headers, and compare all that speaks of tables."""
+        report, directory, manifest = self.report, self.directory, self.manifest
+        listed = set() if manifest is None else {entry.path for entry in manifest.files}
+        shards = [name for name in listing.shards() if manifest is None or name in listed]
+        blocks = self.blocks = read_blocks(directory, shards, self.bad, report)
+        is_new = manifest is not None and manifest.mode == "filter"
+        if manifest is None:
+            check_recis_files(listing, blocks.files if blocks.has_index else tuple(shards), report)
+            if not blocks.has_index:
+                self._note_mixed(shards)
+        else:
+            check_package_files(listing, manifest, blocks.files, report)
+            for name in (INDEX, TENSORKEY, MERGED):
+                if name not in listed:
+                    report.add(MANIFEST, "manifest", f"does not name {name}, so nothing vouches for it")
+            for name in blocks.files:
+                if blocks.has_index and name not in listed:
+                    report.add(name, "manifest", "is in index, but not in the manifest")
+        parts = check_parts(blocks, report, must_cover=is_new)
+        if manifest is None:
+            check_prefixes(blocks, report)
+        dense_state = self._read_dense_state(listing)
+        if MERGED not in self.bad:
+            check_merged(
+                directory,
+                blocks,
+                parts,
+                report,
+                is_ours=manifest is not None and manifest.mode != "in_place",
+                must_be=manifest is not None,
+                dense_state=dense_state,
+            )
+        if manifest is not None:
+            check_tables(manifest, blocks, report)
+        elif blocks.is_whole and not report.count():
+            report.checked.append(
+                f"{len(blocks.files)} shards, {len(blocks):,} blocks: headers, index, tensorkey.json and merged manifest agree"
+            )
+        if manifest is not None and not report.count():
+            report.checked.append(
+                f"{len(blocks.files)} shards: headers, index, tensorkey.json and merged manifest agree"
+            )
+        return parts
+
+    def _note_mixed(self, shards: list[str]) -> None:
+        totals = sorted({found[1] for found in map(SHARD.fullmatch, shards) if found})
+        if len(totals) > 1:
+            self.report.note(
+                shards[0],
+                "stray",
+                f"shards of {' and of '.join(totals)} files lie here, and no index tells which count",
+            )
+
+    def _read_dense_state(self, listing: Listing) -> DenseState | None:
+        """Return what model.pt of a checkpoint holds; None where there is none, or none that can be read."""
+        if DENSE_STATE not in listing.files or self.package is not None or listing.leads_out(DENSE_STATE):
+            return None
+        try:
+            state = describe_dense_state(self.directory) or []
+        except CheckpointError as error:
+            message = str(error).removeprefix(self.directory.describe(DENSE_STATE)).strip()
+            self.report.add(DENSE_STATE, "model.pt", message)
+            return None
+        self.report.checked.append(f"model.pt: {len(state)} tensors, readable with weights_only")
+        return {name: (dtype, shape) for name, dtype, shape in state}
+
+    def _plan(self, to_hash: tuple[tuple[str, int, str], ...], parts: FoundParts | None) -> Work:
+        blocks = self.blocks
+        if blocks is None or parts is None:
+            return Work(digest_files=to_hash)
+        is_flat = np.array([not shape for shape in blocks.inner_shapes] + [False], bool)[blocks.inner]
+        is_id = (blocks.stem >= 0) & blocks.is_slot(ID_SLOT) & (blocks.dtype == I64) & is_flat & (blocks.rows >= 0)
+        self.id_rows = ids = np.flatnonzero(is_id)
+        is_float = np.isin(blocks.dtype, list(BITS)) & (blocks.end > blocks.begin)
+        self.value_rows = values = np.flatnonzero(is_float & self.is_finite_asked)
+        return Work(
+            digest_files=to_hash,
+            shards=blocks.files,
+            id_file=blocks.file[ids].astype(np.int64),
+            id_offset=blocks.begin[ids],
+            id_rows=blocks.rows[ids],
+            id_table=blocks.table[ids].astype(np.int64),
+            id_slice=blocks.slices[blocks.slice[ids]],
+            is_disjoint=parts.is_disjoint,
+            value_file=blocks.file[values].astype(np.int64),
+            value_offset=blocks.begin[values],
+            value_bytes=(blocks.end - blocks.begin)[values],
+            value_dtype=blocks.dtype[values].astype(np.int64),
+        )
+
+    def guard(self, what: str, check: Callable[[], Any]) -> Any:
+        """Return what a check returns; whatever a damaged directory makes it raise is a finding."""
+        try:
+            return check()
+        except (DistExportError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            known = isinstance(error, DistExportError)
+            self.report.add(what, "guard", first if known else f"cannot be checked: {type(error).__name__}: {first}")
+            return None
