@@ -147,7 +147,7 @@ def _decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
 
 def _read_small(directory: Directory, name: str, report: Report) -> bytes | None:
     try:
-        return directory.read(name)
+        return directory.read_text(name)
     except FileNotFoundError:
         hint = (
             "; RecIS's Exporter leaves it out when it copies, and a save that did not finish has none"

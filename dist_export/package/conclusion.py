@@ -147,6 +147,7 @@ def _check_dense(survey: Survey, entry: DenseEntry) -> None:
         return  # told already
     lines: list[str] = []
     try:
-        check_dense(survey.package, entry, lines, survey.report.checked)
+        # rows of tables that are known to be damaged would be found a second time
+        check_dense(survey.package, entry, lines, survey.report.checked, looks_up_rows=not survey.report.count())
     finally:
         survey.report.add_lines("dense", lines)

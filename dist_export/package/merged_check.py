@@ -52,7 +52,7 @@ def check_merged(
     """
     tell = report.add if must_be else report.note
     try:
-        raw = directory.read(MERGED)
+        raw = directory.read_text(MERGED)
     except FileNotFoundError:
         tell(MERGED, "merged", "is missing; the serving side finds no table without it")
         return

@@ -31,6 +31,19 @@ from dist_export.package.sparse_check import check_tables
 from dist_export.package.value_check import BITS
 from dist_export.storage import WORK_DIRECTORY, Directory
 
+_DAMAGE = (
+    DistExportError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+    ArithmeticError,
+)
+"""What a damaged directory may make a check raise."""
+
 
 class Survey:
     """What rank 0 knows of the directory: its metadata before the payload is read, and the report."""
@@ -198,7 +211,7 @@ class Survey:
         """Return what a check returns; whatever a damaged directory makes it raise is a finding."""
         try:
             return check()
-        except (DistExportError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except _DAMAGE as error:
             first = next(iter(str(error).strip().splitlines()), "")
             known = isinstance(error, DistExportError)
             self.report.add(what, "guard", first if known else f"cannot be checked: {type(error).__name__}: {first}")

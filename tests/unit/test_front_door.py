@@ -15,7 +15,7 @@ FORBIDDEN = {
     "plan": {"transfer", "dense", "package", "collective", "commit", "exporter"},
     "transfer": {"dense", "package", "commit", "exporter"},
     "dense": {"transfer", "package", "commit", "exporter"},
-    "package": {"checkpoint", "plan", "transfer", "dense", "collective", "commit", "exporter"},
+    "package": {"plan", "transfer", "dense", "commit", "exporter"},
     "archive": {"checkpoint", "plan", "transfer", "dense", "package", "collective", "commit", "exporter"},
 }
 
