@@ -139,7 +139,7 @@ def _verify(argv: list[str]) -> int:
             threads=arguments.threads,
             ranks=ranks,
         )
-        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments.json else print("\n".join(report.render())))
+        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments.json else _print_lines(report.render()))
     except DistExportError as error:
         failure = error
         ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dist_export.errors import printable
+
 _MOST_ALIKE = 10
 """So many findings of one check in one file are told one by one; of the rest the number is enough."""
 
@@ -105,6 +107,4 @@ def _one_line(text: str) -> str:
     """Return foreign text as one short line that a terminal may be given."""
     if len(text) > _MAX_TEXT:
         text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return printable(text)

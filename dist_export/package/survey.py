@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,8 @@ class Survey:
         """Find out what the directory is. UserError where it is nothing that can be checked."""
         directory, report = self.directory, self.report
         names = directory.names()
-        if MANIFEST in names:
+        # also one that is no file: whoever made that meant to have a package
+        if os.path.lexists(directory.join(MANIFEST)) if directory.is_local else MANIFEST in names:
             try:
                 self.package = Package(directory)
             except PackageError as error:
