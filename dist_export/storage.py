@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import resource
 import shutil
 import stat
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,11 +26,9 @@ from dist_export.digests import XXH3, digest_pieces
 from dist_export.disk import (
     close_quietly,
     first_line,
-    is_in_memory,
     make_directories,
     naming_any,
     reason_of,
-    reserve,
     sync_directory,
     write_new,
 )
@@ -423,104 +419,6 @@ def _may_be_file(entry: os.DirEntry[str]) -> bool:
         return entry.is_file()
     except OSError:  # a loop of links
         return True
-
-
-class Staging:
-    """Where output files are built before they get their final names. Every process builds its own for one target.
-
-    On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
-    stores it grows in a local temporary directory and is put up whole.
-    """
-
-    def __init__(self, target: Directory) -> None:
-        self._target = target
-
-    @functools.cached_property
-    def _temporary(self) -> str | None:
-        """The local directory for another store's files; made when first asked for, in a step that may fail."""
-        return None if self._target.is_local else tempfile.mkdtemp(prefix="dist_export-")
-
-    def path(self, name: str) -> str:
-        """Return the local path under which ``name`` is being built."""
-        base = self._target.path if self._temporary is None else self._temporary
-        return f"{base}/.{name}{PARTIAL_SUFFIX}"
-
-    def open_reader(self, name: str) -> RangeReader:
-        """Open a file that is being built."""
-        path = Path(self.path(name))
-        return Directory(path.parent).open_reader(path.name)
-
-    @functools.cached_property
-    def _is_in_memory(self) -> bool:
-        return is_in_memory(self._target.path if self._temporary is None else self._temporary)
-
-    def check_room(self, num_bytes: int) -> None:
-        """Refuse to begin on a tmpfs that has not got so many bytes left; other file systems tell in :meth:`create`.
-
-        Raises:
-            TransferError: no space.
-        """
-        if not self._is_in_memory:
-            return
-        folder = self._target.path if self._temporary is None else self._temporary
-        found = os.statvfs(folder)
-        free = found.f_bavail * found.f_frsize
-        if num_bytes > free:
-            raise TransferError(
-                f"{folder}: no room for {num_bytes:,} bytes: the tmpfs has {free:,} left. Nothing was published; free "
-                "space there and run the export again"
-            )
-
-    def create(self, name: str, num_bytes: int) -> None:
-        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
-
-        Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
-        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there).
-
-        Raises:
-            TransferError: no space.
-        """
-        path = self.path(name)
-        self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            if self._is_in_memory:
-                os.ftruncate(fd, num_bytes)
-            elif num_bytes:
-                reserve(fd, num_bytes)
-        except OSError as error:
-            where = self._target.describe(name) if self._temporary is None else path
-            raise TransferError(
-                f"{where}: no room for its {num_bytes:,} bytes: {error.strerror}. Nothing was published; free space "
-                "there and run the export again"
-            ) from error
-        finally:
-            close_quietly(fd)  # there is nothing in it yet
-
-    def remove(self, name: str) -> None:
-        """Remove a file that is being built, if there is one."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(name))
-
-    def publish(self, name: str) -> None:
-        """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
-        ACTIVITY.begin(self._target.describe(name))
-        try:
-            if self._temporary is None:
-                os.replace(self.path(name), self._target.join(name))
-                sync_directory(self._target.path)
-            else:
-                with naming_any(self._target.describe(name)):
-                    self._target.fs.put_file(self.path(name), self._target.join(name))
-                os.unlink(self.path(name))
-        finally:
-            ACTIVITY.end()
-
-    def close(self) -> None:
-        """Remove the local staging directory, if there is one."""
-        temporary = self.__dict__.get("_temporary")
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:

@@ -19,11 +19,11 @@ from dist_export.errors import TransferError
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import Unit, plan_hash_units, plan_units
+from dist_export.staging import Staging
 from dist_export.storage import (
     Directory,
     OpenReaders,
     RangeReader,
-    Staging,
     share_descriptors,
 )
 from dist_export.threads import run_threads

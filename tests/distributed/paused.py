@@ -17,7 +17,8 @@ from pathlib import Path
 
 from dist_export import places, replace
 from dist_export.collective import Ranks
-from dist_export.storage import Directory, Staging
+from dist_export.staging import Staging
+from dist_export.storage import Directory
 from dist_export.transfer.units import UnitRunner
 
 AT = os.environ.get("PAUSE_AT", "")

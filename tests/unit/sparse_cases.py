@@ -23,7 +23,8 @@ from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import assign
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
-from dist_export.storage import Directory, OpenReaders, Staging
+from dist_export.staging import Staging
+from dist_export.storage import Directory, OpenReaders
 from dist_export.transfer import census as transfer_census
 from dist_export.transfer import units as transfer_units
 from dist_export.transfer.files import StagedFiles

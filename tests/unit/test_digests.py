@@ -110,7 +110,7 @@ def test_a_rerun_keeps_shards_of_the_same_kind_of_digest(tmp_path, monkeypatch, 
 
 def test_without_a_digest_no_shard_of_another_plan_is_taken_over(tmp_path, monkeypatch):
     """A receipt is written before its shard gets its name: what an older attempt left there must not be vouched for."""
-    from dist_export.storage import Staging
+    from dist_export.staging import Staging
 
     old, new = make_tables({"a": 60}, 2), make_tables({"a": 60}, 2)
     for part in new["a"]:

@@ -12,8 +12,10 @@ from sparse_cases import assert_exact, export
 
 from dist_export import digests, storage
 from dist_export.digests import digest_bytes, root_digest
+from dist_export.disk import is_in_memory
 from dist_export.errors import ConfigError, ExportError, TransferError
-from dist_export.storage import WORK_DIRECTORY, Directory, Staging, digest_file, is_in_memory, local_tree
+from dist_export.staging import Staging
+from dist_export.storage import WORK_DIRECTORY, Directory, digest_file, local_tree
 
 
 @pytest.fixture(params=["local", "memory"])
