@@ -67,7 +67,8 @@ def run_sparse_arch(
         ModelError: it returns anything but a dict of tensors, or a tuple that begins with one.
     """
     counts = SampleRows()
-    # a sparse arch may empty the dict that it is given, and the dataset may yield that very dict again
+    # a sparse arch may empty the dict that it is given or write into its tensors; the batch is needed once more, and the
+    # dataset may yield that very dict again
     data = _copy_containers(data)
     rows = (
         contextlib.nullcontext()
@@ -126,7 +127,7 @@ def cut_sample(
 
 
 def _copy_containers(data: Any) -> Any:
-    """Copy dicts and lists, all the way down; what they hold is shared."""
+    """Copy dicts, lists and tensors, all the way down; other objects are shared."""
     if isinstance(data, dict):
         copied = copy.copy(data)
         for key, value in data.items():
@@ -134,7 +135,7 @@ def _copy_containers(data: Any) -> Any:
         return copied
     if type(data) in (list, tuple):
         return type(data)(_copy_containers(item) for item in data)
-    return data
+    return data.detach().clone() if type(data) is torch.Tensor else data
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ class DenseStage:
         Raises:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
-        ranks, config = self._ranks, self._config
+        ranks = self._ranks
         inputs: dict[str, torch.Tensor] = {}
         if written is not None:
             assert self._sparse_arch is not None
@@ -151,14 +151,22 @@ class DenseStage:
             finder = RowFinder(written, np.zeros(len(written.parts), np.int64))
             inputs, rows = ranks.run(
                 "score the sample from the shards",
-                lambda: run_sparse_arch(
-                    sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder
-                ),
+                lambda: self._run_again(sparse_arch, finder),
                 may_block=True,
             )
             ranks.run("compare the rows of the sample", lambda: refuse_other_rows(self._looked_up, rows, target))
         self._data = self._sparse_arch = None
         ranks.on_rank_0("compare the scores", lambda: self._compare(inputs, target, reads_rows=written is not None))
+
+    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[dict[str, torch.Tensor], SampleRows]:
+        name = self._config.sparse_model_name
+        try:
+            return run_sparse_arch(sparse_arch, self._data, sparse_model_name=name, finder=finder)
+        except ModelError as error:
+            raise ParityError(
+                f"{error}. It ran with the checkpoint's rows before, and fails with those of the written shards. No manifest "
+                "was written"
+            ) from error
 
     def _compare(self, inputs: dict[str, torch.Tensor], target: Directory, *, reads_rows: bool) -> None:
         assert self._sample is not None
