@@ -131,7 +131,7 @@ class Watchdog:
         self._watched = rank
         """The rank that this one watches, and what it last knew of it."""
         self._identity: Identity | None = None
-        self._number = -1
+        self._number = -2
         self._silent_since = 0.0
 
     def start(self, *, catches_sigterm: bool = False) -> None:
@@ -141,6 +141,8 @@ class Watchdog:
         loops = [("guard", self._run_guard)]
         if self._store is not None:
             self._store.set(f"who/{self._rank}", _encode(self._me))
+            # at once: a rank that dies before its first beat must be missed too
+            self._store.set(f"beat/{self._rank}", _encode(Beat(-1, self.doing)))
             loops.append(("beat", self._run_beat))
         for name, loop in loops:
             thread = threading.Thread(target=loop, name=f"watchdog-{name}", daemon=True)
@@ -308,7 +310,7 @@ class Watchdog:
 
     def _watch_next(self) -> None:
         self._watched = (self._watched + 1) % self._world_size
-        self._identity, self._number, self._silent_since = None, -1, time.monotonic()
+        self._identity, self._number, self._silent_since = None, -2, time.monotonic()
 
     def _judge(self, store: Store, beat: Beat, silent: float) -> None:
         assert self._identity is not None

@@ -343,3 +343,13 @@ def test_sigterm_after_a_failure_lets_the_failure_be_told() -> None:
         ask_to_stop(dog)
         time.sleep(0.2)
         assert dog.stops == []
+
+
+def test_a_rank_that_dies_before_its_first_beat_is_missed() -> None:
+    """It has said who it is, and that it is there, before its threads begin."""
+    store = FakeStore()
+    dog = Dog(store, rank=1)
+    dog.dog._run_beat = lambda: None
+    dog.dog.start()
+    assert store.check(["who/1", "beat/1"])
+    dog.dog.stop()
