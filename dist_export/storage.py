@@ -269,8 +269,12 @@ class Directory:
             else:
                 with naming_any(self.describe(name)):
                     self.fs.info(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a path with a zero byte
             return False
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # nothing can be under such a path
+                return False
+            raise
         return True
 
     def stat(self, name: str) -> FileStat:
