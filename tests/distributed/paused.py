@@ -4,7 +4,8 @@ The environment says where: ``PAUSE_AT`` is the name of a place, or ``number:<n>
 ``PAUSE_RANK`` is the rank, ``PAUSE_MARK`` a file that is made on arrival and holds the process id. The other ranks go on.
 With ``PAUSE_SECS`` it waits so long and goes on. Places are the steps of the export by name, ``unit`` (each unit of work),
 ``write <file>`` and ``written <file>`` around small files, ``publish <shard>`` and ``published <shard>``, ``exchange``,
-``clean up`` and ``end``. ``STEP_LOG`` is a file that gets all of them, with their numbers.
+``clean up`` and ``end``. The ranks other than ``PAUSE_RANK`` take ``SLOW_SECS`` for each unit, so that it gets its share.
+``STEP_LOG`` is a file that gets all of them, with their numbers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,15 @@ def patch() -> None:
         )
 
     Ranks.gather = gather
-    around(UnitRunner, "run", lambda *_: "unit")
+    real_run = UnitRunner.run
+
+    def run(self, unit):
+        arrive("unit")
+        if os.environ.get("RANK", "0") != RANK:
+            time.sleep(float(os.environ.get("SLOW_SECS", "0")))
+        return real_run(self, unit)
+
+    UnitRunner.run = run
     around(Directory, "write", lambda _, name, *__: f"write {name}", lambda _, name, *__: f"written {name}")
     around(Staging, "publish", lambda _, name: f"publish {name}", lambda _, name: f"published {name}")
     around(replace, "replace_directory", lambda *_: "exchange")

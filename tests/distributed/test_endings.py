@@ -164,7 +164,8 @@ def test_a_stopped_rank_is_a_hang(agents: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_gets_nothing_done_is_a_hang(tmp_path: Path) -> None:
-    with Job(tmp_path, at="unit", rank=0, more={"arguments": ("--timeout", "2")}).wait() as job:
+    slow = {"SLOW_SECS": "1"}
+    with Job(tmp_path, at="unit", rank=0, more={"arguments": ("--timeout", "4"), "environment": slow}).wait() as job:
         lines = job.end()
         assert len(lines) == 1
         assert re.search(
@@ -204,7 +205,7 @@ def test_ranks_may_wait_longer_than_the_timeout_for_one_that_works(tmp_path: Pat
 @pytest.mark.parametrize("whom", ["launcher", "rank"])
 def test_sigterm_stops_cleanly_and_the_rerun_goes_on(whom: str, tmp_path: Path) -> None:
     """A preempted job: what is whole stays, nothing half is left, one line says so."""
-    pause = {"environment": {"PAUSE_SECS": "2"}}
+    pause = {"environment": {"PAUSE_SECS": "2", "SLOW_SECS": "1"}}
     with Job(tmp_path, at="publish model-000001-of-000004.safetensors", rank=0, more=pause).wait() as job:
         if whom == "launcher":
             job.agents[0].terminate()
