@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.processes import PARENT
 from dist_export.rendezvous import agree_on_start
 from dist_export.watchdog import Watchdog
 
@@ -74,7 +75,7 @@ class Ranks:
             world_size,
             watched_store,
             timeout_secs=timeout_secs,
-            launcher=os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None,
+            launcher=_launcher(),
             request_stop=self.request_stop,
             has_failure=self.has_failure,
         )
@@ -340,7 +341,22 @@ def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
         timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
         is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
     """
-    ranks = _join(timeout_secs)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # until the ranks know each other only the launcher can be watched; without it they would wait for its store
+    early = Watchdog(
+        rank,
+        world_size,
+        None,
+        timeout_secs=timeout_secs,
+        launcher=_launcher(),
+        request_stop=_ignore,
+        has_failure=lambda: False,
+    )
+    early.start()
+    try:
+        ranks = _join(timeout_secs)
+    finally:
+        early.stop()
     if ranks.world_size > 1 or is_own_process:
         ranks.watch(catches_sigterm=is_own_process and threading.current_thread() is threading.main_thread())
     return ranks
@@ -375,6 +391,11 @@ def _join(timeout_secs: float) -> Ranks:
         timeout_secs=timeout_secs,
         watched_store=_connect_anew(store, f"{prefix}/watchdog"),
     )
+
+
+def _launcher() -> int | None:
+    """Return the process id of the launcher without which this process must not go on; None where there is none."""
+    return PARENT if any(name in os.environ for name in _LAUNCHERS) else None
 
 
 def _start_group(timeout: timedelta) -> None:
@@ -434,6 +455,10 @@ def _describe(error: Exception, on_disk: str) -> tuple[str, int]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _ignore(_: str) -> None:
+    return None
 
 
 def _nothing() -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+PARENT = os.getppid()
+"""Whoever started this process, as of the import of this module, which is before that of torch takes its seconds: a
+launcher that dies meanwhile is missed all the same."""
+
 _ZOMBIE = ("Z", "X", "x")
 
 

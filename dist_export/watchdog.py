@@ -374,7 +374,9 @@ class Watchdog:
 
     def _leave_without_store(self, why: str) -> None:
         """End where nobody can be asked who tells it: on each machine its first rank does, if it still runs."""
-        if self._first_here is not None and self._first_here.is_alive(self._me):
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        is_early = self._store is None and not is_first  # before the ranks know each other the first one speaks
+        if is_early or (self._first_here is not None and self._first_here.is_alive(self._me)):
             self._leave(None)
             return
         self._leave(self._tell(why), 4 * TICK_SECS)  # until the others here have seen that their first rank runs

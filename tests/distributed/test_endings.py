@@ -119,6 +119,35 @@ def test_a_killed_agent_ends_all(agents: int, victim: int, tmp_path: Path) -> No
         job.run_again()
 
 
+def test_a_launcher_that_dies_before_the_ranks_know_each_other(tmp_path: Path) -> None:
+    """They would wait for its store until the timeout."""
+    script = tmp_path / "early.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from dist_export import collective\n"
+        "real = collective._start_group\n"
+        "def wait(timeout):\n"
+        "    open(f\"{os.environ['PAUSE_MARK']}{os.environ['RANK']}\", 'w').close()\n"
+        "    time.sleep(2)\n"
+        "    return real(timeout)\n"
+        "collective._start_group = wait\n"
+        "from dist_export.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 2))
+    out, mark = tmp_path / "out", tmp_path / "mark"
+    command = [*launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(out)]
+    with crash.started(command, out, PAUSE_MARK=str(mark)) as process:
+        for rank in (0, 1):
+            assert wait_for_mark(Path(f"{mark}{rank}"), [process])
+        process.kill()
+        wait_for_end(out, [])
+        _, errors = process.communicate(timeout=30)
+    (line,) = [line for line in errors.splitlines() if line.startswith("dist_export: ")]
+    assert "rank 0 of 2: its launcher" in line
+    assert "is gone; this rank was in 'start'. Nothing was written" in line
+
+
 def test_an_orphan_does_not_commit(tmp_path: Path) -> None:
     """The launcher dies while rank 0 is about to publish: it looks once more."""
     script = tmp_path / "orphan.py"
