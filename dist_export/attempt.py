@@ -134,6 +134,10 @@ def finish_commit(final: Directory) -> list[str]:
                 kept += replace.discard(old.path, final, named={MANIFEST, *(file.path for file in manifest.files)})
             except (OSError, PackageError) as error:
                 logger.warning("the old package in %s could not be removed: %s", old.path, error)
+        try:
+            replace.empty_trash(final.path)
+        except OSError as error:
+            logger.warning("old packages beside %s could not be removed: %s", final.path, error)
     try:
         final.remove_tree(WORK_DIRECTORY)
     except OSError as error:

@@ -44,11 +44,14 @@ def lock(directory: Directory, *, patience_secs: float | None = None) -> Release
         ConfigError: another export holds it.
     """
     directory.make()
-    make_directories(directory.join(WORK_DIRECTORY))
     deadline = time.monotonic() + (PATIENCE_SECS if patience_secs is None else patience_secs)
     is_told = False
     while True:
-        fd = _open(directory)
+        try:
+            make_directories(directory.join(WORK_DIRECTORY))
+            fd = _open(directory)
+        except FileNotFoundError:  # an export that ends removes it
+            continue
         if _try(fd, fcntl.LOCK_EX) and _is_current(directory, fd):
             with naming(directory.describe(_LOCK)):
                 os.ftruncate(fd, 0)
@@ -139,7 +142,7 @@ class Lease:
         self._directory = directory
         self._lease_secs = LEASE_SECS if lease_secs is None else lease_secs
         self._renew_secs = RENEW_SECS if renew_secs is None else renew_secs
-        self._holder = _Holder(uuid.uuid4().hex, str(identify()), os.environ.get("TORCHELASTIC_RUN_ID", ""), 0)
+        self._holder = _Holder(uuid.uuid4().hex, str(identify()), _job(), 0)
         self._garbage: list[str] = []
         self._acquire()
         self._is_over = threading.Event()
@@ -159,7 +162,8 @@ class Lease:
                     f"{self._directory.url}: another export ({found.who}) is writing there; wait for it, or give another "
                     "export_dir"
                 )
-            is_own_job = bool(found.job) and found.job == self._holder.job  # torchrun has started this job anew
+            has_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            is_own_job = has_restarted and bool(found.job) and found.job == self._holder.job
             if is_own_job or (last is not None and time.monotonic() > deadline):
                 if self._take_over(found):
                     return
@@ -175,9 +179,14 @@ class Lease:
             time.sleep(min(self._renew_secs / 2, 1.0))
 
     def _take_over(self, old: _Holder) -> bool:
-        heir = f"{_LEASE}-{old.token}"
-        if not _create(self._directory, heir, self._holder.token.encode()):
-            return False
+        token = old.token
+        while not _create(self._directory, heir := f"{_LEASE}-{token}", self._holder.token.encode()):
+            # somebody was first; if it never wrote the lease, it died in between, and its own heir is looked for
+            self._garbage.append(heir)
+            time.sleep(self._lease_secs)
+            if self._read() != old:
+                return False
+            token = self._directory.read(heir).decode(errors="replace")
         self._garbage.append(heir)
         self._directory.write(_LEASE, msgspec.json.encode(self._holder))
         return True
@@ -230,6 +239,14 @@ class Lease:
                     self._directory.remove(name)
         except (ConfigError, OSError) as error:  # it runs out by itself, and how the export ended is what counts
             logger.warning("%s could not be given back: %s", self._directory.describe(_LEASE), error)
+
+
+def _job() -> str:
+    """Return a name of this torchrun job that another one does not have, empty where there is none."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if run in ("", "none"):  # what torchrun calls all jobs that were not given a name
+        return ""
+    return f"{run} at {os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
 
 
 def _create(directory: Directory, name: str, data: bytes) -> bool:

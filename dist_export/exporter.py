@@ -34,7 +34,7 @@ from dist_export.layout.recis import DENSE_STATE, EMBEDDING_SLOT, INDEX, MERGED,
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
-from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of
+from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
 from dist_export.progress import Reporter, summarize
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
@@ -91,8 +91,11 @@ def run_export(
             notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
 
     with contextlib.ExitStack() as held:
+        given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
+        identity = identify_export(config, "" if planned is None else planned.plan.digest, {**state, "objects": given})
+        places = settle(ranks, places, config, identity)
+        target = places.target
         refuse_if_lost = claim(ranks, places, config, held.callback)
-        identity = identify_export(config, "" if planned is None else planned.plan.digest, state)
         committed = ranks.on_rank_0("look for a committed package", lambda: find_committed(places, identity))
         if committed is not None:
             return committed, [f"package: {export_dir}", "  was committed by an attempt before this one"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.layout.recis import INDEX
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
-from dist_export.storage import WORK_DIRECTORY, Directory
+from dist_export.storage import Directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
         is_there = final.exists(MANIFEST) and not may_be_committed(final)
         if is_there:
             _refuse_package(final, config, in_place=in_place)
-        if config.on_existing == "error":
+        if config.on_existing == "error" and not _has_restarted():
             _refuse_attempt(_next_to(final) if is_there else final)
         return is_there
 
@@ -107,7 +108,7 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
         )
     if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
         raise ConfigError(f"export_dir {final.url} is a file, not a directory")
-    if not is_same and final.exists(INDEX) and not final.exists(WORK_DIRECTORY) and not final.exists(MANIFEST):
+    if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_attempt(final):
         raise ConfigError(
             f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
             "somebody's export, which would be overwritten. Give another export_dir"
@@ -119,7 +120,39 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
 
 def may_be_committed(final: Directory) -> bool:
     """Whether the package in ``final`` may be what an attempt of this very export committed before it was cut off."""
-    return final.exists(MARKER) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return final.exists(MARKER) or _has_restarted()
+
+
+def _has_restarted() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str) -> Places:
+    """Decide about a package that an attempt of this export may have committed, now that it is known which export this is.
+
+    All ranks. ConfigError where it is another one's and may not be replaced.
+    """
+    final = places.final
+
+    def look() -> bool:
+        if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
+            return places.is_replacing
+        if _read_identity(final) == identity:
+            return False
+        if not config.overwrite:
+            raise ConfigError(
+                f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other "
+                "settings. Set overwrite: true to replace it, or give another export_dir"
+            )
+        _refuse_package(final, config, in_place=places.in_place)
+        return True
+
+    is_replacing = ranks.on_rank_0("look at the package that is there", look)
+    return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
+
+
+def _read_identity(final: Directory) -> object:
+    return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST)).run.get("identity")
 
 
 def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:

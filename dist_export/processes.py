@@ -32,13 +32,19 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether it runs, None where ``seen_from`` cannot tell: on another machine, or without ``/proc``."""
         if self.machine != seen_from.machine or not self.machine:
             return None
-        found = _read_stat(self.pid)
+        try:
+            found = _read_stat(self.pid)
+        except OSError:  # no descriptor left, say: that tells nothing of the other process
+            return None
         return found is not None and found[0] not in _ZOMBIE and found[1] == self.started
 
 
 def identify() -> Identity:
     """Return this process."""
-    found = _read_stat(os.getpid())
+    try:
+        found = _read_stat(os.getpid())
+    except OSError:
+        found = None
     return Identity(
         host=socket.gethostname(),
         machine="" if found is None else _machine(),
@@ -59,7 +65,7 @@ def _read_stat(pid: int) -> tuple[str, str] | None:
     """Return state and start time of a process (proc_pid_stat(5), fields 3 and 22); None where there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return fields[0], fields[19]

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import shutil
+import uuid
 
 from dist_export.disk import sync_directory
 from dist_export.errors import CommitError
@@ -105,15 +106,29 @@ def discard(old: str, final: Directory, *, named: set[str]) -> list[str]:
         final: the new package.
         named: the files that the old package's manifest names, with forward slashes.
     """
+    token = uuid.uuid4().hex[:12]
     folders = {name.split("/")[0] for name in named}
     kept: list[str] = []
     for entry in sorted(os.listdir(old)):
         if entry in folders or entry.startswith(".dist_export"):
             continue
         if os.path.lexists(final.join(entry)):
-            logger.warning("%s was replaced by a file of the new package; the old one stays in %s", entry, old)
+            place = beside(final.path, f"kept-{token}")
+            os.rename(old, place)
+            logger.warning("%s was replaced by a file of the new package; the old one is in %s", entry, place)
             return kept
         os.rename(os.path.join(old, entry), final.join(entry))
         kept.append(entry)
-    shutil.rmtree(old)
+    # under another name first: half an old package must never be taken for the beginning of a new one
+    trash = beside(final.path, f"trash-{token}")
+    os.rename(old, trash)
+    shutil.rmtree(trash)
     return kept
+
+
+def empty_trash(path: str) -> None:
+    """Remove what is left of old packages whose removal was cut off."""
+    parent, prefix = os.path.split(beside(path, "trash-"))
+    for name in os.listdir(parent):
+        if name.startswith(prefix):
+            shutil.rmtree(os.path.join(parent, name))

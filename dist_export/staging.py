@@ -9,10 +9,26 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import fsspec
+
 from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, is_in_memory, naming_any, reserve, sync_directory
 from dist_export.errors import TransferError
 from dist_export.storage import PARTIAL_SUFFIX, Directory, RangeReader
+
+
+class _Progress(fsspec.Callback):  # type: ignore[misc]
+    """Shows that an upload gets on: a whole shard may take longer than a hang is waited for."""
+
+    def absolute_update(self, value: int) -> None:
+        """Count a step."""
+        super().absolute_update(value)
+        ACTIVITY.done += 1
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Count a step."""
+        super().relative_update(inc)
+        ACTIVITY.done += 1
 
 
 class Staging:
@@ -73,6 +89,7 @@ class Staging:
         path = self.path(name)
         self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        ACTIVITY.begin(path)
         try:
             if self._is_in_memory:
                 os.ftruncate(fd, num_bytes)
@@ -85,6 +102,7 @@ class Staging:
                 "there and run the export again"
             ) from error
         finally:
+            ACTIVITY.end()
             close_quietly(fd)  # there is nothing in it yet
 
     def remove(self, name: str) -> None:
@@ -101,7 +119,7 @@ class Staging:
                 sync_directory(self._target.path)
             else:
                 with naming_any(self._target.describe(name)):
-                    self._target.fs.put_file(self.path(name), self._target.join(name))
+                    self._target.fs.put_file(self.path(name), self._target.join(name), callback=_Progress())
                 os.unlink(self.path(name))
         finally:
             ACTIVITY.end()

@@ -70,6 +70,8 @@ class End(msgspec.Struct, frozen=True):
     text: str
     host: str
     rank: int
+    is_raised: bool = False
+    """Whether that rank raised an error, of which ranks that poll for it hear by themselves."""
 
 
 class Watchdog:
@@ -126,7 +128,7 @@ class Watchdog:
         self._is_stopping = False
         self._stopping_secs = 0.0
         self._signals: tuple[int, int] | None = None
-        self._restore: Callable[[], None] = lambda: None
+        self._restore: Callable[[], None] = _nothing_to_restore
         self._threads: list[threading.Thread] = []
         self._watched = rank
         """The rank that this one watches, and what it last knew of it."""
@@ -169,7 +171,8 @@ class Watchdog:
             os.write(self._signals[1], b"\0")
         for thread in self._threads:
             thread.join(SILENT_SECS)  # beat may hang in a store that is gone
-        self._restore()
+        restore, self._restore = self._restore, _nothing_to_restore
+        restore()  # once: its descriptors may be somebody else's by the next time
         self._threads = []
 
     @property
@@ -195,7 +198,7 @@ class Watchdog:
         self.stop()
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # without the store there is nobody left to hear it
-                self._store.compare_set(_END, "", _encode(End(text, self._me.host, self._rank)))
+                self._store.compare_set(_END, "", _encode(End(text, self._me.host, self._rank, is_raised=True)))
 
     def wait_for_end(self) -> None:
         """Wait as long as it takes to find out which rank is dead, which ends this process. Returns if none is."""
@@ -279,7 +282,7 @@ class Watchdog:
         if local and self._first_here is None and store.check([f"who/{self._rank - local}"]):
             self._first_here = msgspec.json.decode(store.get(f"who/{self._rank - local}"), type=Identity)
         store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
-        if not self.hears and store.check([_END]):
+        if store.check([_END]) and not (self.hears and msgspec.json.decode(store.get(_END), type=End).is_raised):
             self._follow(store)
         elif self._why:
             self._record(store, self._why)
@@ -376,7 +379,7 @@ class Watchdog:
         """End where nobody can be asked who tells it: on each machine its first rank does, if it still runs."""
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         is_early = self._store is None and not is_first  # before the ranks know each other the first one speaks
-        if is_early or (self._first_here is not None and self._first_here.is_alive(self._me)):
+        if is_early or (self._first_here is not None and self._first_here.is_alive(self._me) is not False):
             self._leave(None)
             return
         self._leave(self._tell(why), 4 * TICK_SECS)  # until the others here have seen that their first rank runs
@@ -402,6 +405,10 @@ class Watchdog:
             os.close(writer)
 
         self._restore = restore
+
+
+def _nothing_to_restore() -> None:
+    return None
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:

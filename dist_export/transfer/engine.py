@@ -128,8 +128,13 @@ class Transfer:
             self._reused = candidates
         elif candidates:
             units = plan_hash_units(plan, sorted(candidates))
-            work = functools.partial(self._run_units, "reuse", units, self._open_final, is_counted=False)
-            shares = ranks.gather("verify shards of an interrupted export", work)
+
+            def hash_again() -> ChunkDigests:
+                hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
+                ranks.refuse_to_go_on()  # a rank that was asked to stop has left files out
+                return hashed
+
+            shares = ranks.gather("verify shards of an interrupted export", hash_again)
             found = _chunks_of_files(_join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
             self._reused = {number: digest for number, digest in candidates.items() if whole[number] == digest}

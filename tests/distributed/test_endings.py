@@ -193,8 +193,8 @@ def test_a_stopped_rank_is_a_hang(agents: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_gets_nothing_done_is_a_hang(tmp_path: Path) -> None:
-    slow = {"SLOW_SECS": "1"}
-    with Job(tmp_path, at="unit", rank=0, more={"arguments": ("--timeout", "4"), "environment": slow}).wait() as job:
+    slow = {"SLOW_SECS": "1"}  # the timeout is longer than what the display takes to look at the counters again
+    with Job(tmp_path, at="unit", rank=0, more={"arguments": ("--timeout", "7"), "environment": slow}).wait() as job:
         lines = job.end()
         assert len(lines) == 1
         assert re.search(

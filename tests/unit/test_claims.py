@@ -152,11 +152,36 @@ def test_a_lease_that_nobody_renews_goes_to_one(store: Directory) -> None:
 
 def test_a_job_that_is_started_anew_takes_over_its_own_lease(store: Directory, monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     dead = Lease(store, renew_secs=600)
     dead._is_over.set()
     started = time.monotonic()
     Lease(store, lease_secs=600, renew_secs=600).release()
     assert time.monotonic() - started < 300
+
+
+@pytest.mark.parametrize(("run", "restarts"), [("none", "1"), ("job 7", "0")])
+def test_a_job_of_the_same_name_is_another_job(run: str, restarts: str, store: Directory, monkeypatch) -> None:
+    """torchrun calls every job ``none`` that was not given a name."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+    lease = Lease(store, renew_secs=0.05)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    with pytest.raises(ConfigError, match="another export"):
+        Lease(store, renew_secs=0.3)
+    lease.release()
+
+
+def test_an_heir_that_died_before_it_wrote_the_lease_has_an_heir(store: Directory, monkeypatch) -> None:
+    dead = Lease(store, renew_secs=600)
+    dead._is_over.set()
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "write", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output error"):
+            Lease(store, lease_secs=0.3, renew_secs=0.1)
+    lease = Lease(store, lease_secs=0.3, renew_secs=0.1)
+    lease.refuse_if_lost()
+    lease.release()
+    assert store.fs.find("/out") == []
 
 
 def test_a_lease_that_was_taken_away_is_noticed(store: Directory) -> None:

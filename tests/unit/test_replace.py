@@ -174,6 +174,67 @@ def test_a_restarted_job_whose_package_is_committed_is_done(source: Path, tmp_pa
         export(source, out, num_shards=2)
 
 
+def test_a_restarted_job_may_replace_a_package_too(source: Path, newer: Path, tmp_path: Path, monkeypatch) -> None:
+    """The old package is another export's, whatever torchrun's count says."""
+    out = tmp_path / "out"
+    export(source, out)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    export(newer, out, overwrite=True, on_existing="error")
+    assert tables_of(out) == {"t", "v"}
+
+
+def test_a_marker_that_was_left_does_not_keep_others_from_replacing(source: Path, newer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    (out / WORK_DIRECTORY).mkdir()
+    (out / WORK_DIRECTORY / "committing").touch()
+    export(newer, out, overwrite=True)
+    assert tables_of(out) == {"t", "v"}
+    assert not (out / WORK_DIRECTORY).exists()
+
+
+def test_half_an_old_package_is_never_the_beginning_of_a_new_one(
+    source: Path, newer: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Killed while the old package was being removed: the next export clears it away."""
+    out = tmp_path / "out"
+    export(source, out)
+
+    def crash(path) -> None:
+        os.unlink(os.path.join(path, "manifest.json"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dist_export.replace.shutil.rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            export(newer, out, overwrite=True)
+    assert verify(str(out)).findings == []
+    assert beside(out)
+    export(newer, out, overwrite=True)
+    assert beside(out) == []
+    export(source, out, overwrite=True)
+    assert verify(str(out)).findings == []
+
+
+def test_a_users_file_that_the_new_package_has_too_is_kept_beside_it(source: Path, newer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    (out / "model-000000-of-000002.safetensors").write_text("a user's own file")
+    export(newer, out, overwrite=True, num_shards=2)
+    export(newer, out, overwrite=True, num_shards=2)
+    (kept,) = beside(out)
+    assert (tmp_path / kept / "model-000000-of-000002.safetensors").read_text() == "a user's own file"
+
+
+def test_a_checkpoint_with_a_work_directory_is_not_overwritten(source: Path, newer: Path) -> None:
+    """An export into the checkpoint itself was interrupted there."""
+    (newer / WORK_DIRECTORY).mkdir()
+    before = content(newer)
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        export(source, newer)
+    assert content(newer) == before
+
+
 def interrupt(source: Path, out: Path, monkeypatch, **more: object) -> None:
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error", "manifest.json")

@@ -211,11 +211,38 @@ def test_the_first_to_record_tells_and_the_others_end_quietly(monkeypatch) -> No
 
 def test_a_main_thread_that_hears_of_failures_itself_is_not_cut_short() -> None:
     store = FakeStore()
-    store.values["end"] = msgspec.json.encode(End("rank 5 died", identify().host, 3))
+    store.values["end"] = msgspec.json.encode(End("no space left", identify().host, 3, is_raised=True))
     dog = Dog(store)
     dog.dog.hears = True
     with dog:
         assert not dog.ended.wait(0.5)
+    store.values["end"] = msgspec.json.encode(End("rank 5 died", identify().host, 3))
+    dog = Dog(store)
+    dog.dog.hears = True
+    with dog:
+        assert dog.ended.wait(20), "of a death it does not hear by itself"
+
+
+def test_a_process_without_descriptors_takes_nobody_for_dead(monkeypatch) -> None:
+    found = of_child(os.getpid())
+
+    def fail(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert found.is_alive(found) is None
+
+
+def test_stopping_twice_restores_once() -> None:
+    dog = Dog(None, world_size=1)
+    dog.dog.start(catches_sigterm=True)
+    dog.dog.fail("x")
+    reader, writer = os.pipe()
+    dog.dog.stop()
+    os.write(writer, b"x")
+    assert os.read(reader, 1) == b"x", "descriptors of others are left alone"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_store_that_is_gone_ends_the_rank() -> None:
