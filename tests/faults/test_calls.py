@@ -265,7 +265,8 @@ def test_a_disk_that_is_full_for_one_of_two_ranks(bench: Bench) -> None:
     before = source_state(bench.source(mode))
     reference = bench.reference(mode)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    spec = f"calls=pwrite path={target.name}/.model what=error:{ENOSPC}"
+    # reserving, for that is each rank's own: of the writing rank 0 may do all
+    spec = f"calls=fallocate+truncate path={target.name}/.model what=error:{ENOSPC}"
     done = subprocess.run(
         [*launcher, "-m", "dist_export", *command(bench.source(mode), target, mode)],
         env=environment(bench.shim, FAULT_SPEC=spec, FAULT_LOG=str(log), FAULT_RANK="1"),
