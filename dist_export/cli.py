@@ -104,8 +104,20 @@ def _inspect(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
+    parser.add_argument("--format", choices=("auto", "recis", "dcp"), default="auto", help="default: as its files tell")
+    parser.add_argument("--tables", nargs="+", default=[], help="of a DCP checkpoint: patterns of further tables")
+    parser.add_argument(
+        "--optimizer_slots", nargs="+", default=[], help="of a DCP checkpoint: patterns of further optimizer state"
+    )
     arguments = _parse_path(parser, argv)
-    found = describe(arguments.path, _options(arguments), follow_links=arguments.follow_links)
+    found = describe(
+        arguments.path,
+        _options(arguments),
+        follow_links=arguments.follow_links,
+        asked=arguments.format,
+        tables=arguments.tables,
+        optimizer_slots=arguments.optimizer_slots,
+    )
     _print_json(found) if arguments.json else _print_lines(render(found))
     return 0
 

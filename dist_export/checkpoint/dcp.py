@@ -77,8 +77,7 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
 
     Args:
         tables: patterns of further tensors that are tables, beside those of torchrec's embedding collections.
-        optimizer_slots: patterns of further tensors that are optimizer state, beside those under a root that also
-            has ``param_groups``.
+        optimizer_slots: patterns of further tensors that are optimizer state, beside ``<root>.state.<parameter>.<slot>``.
 
     Raises:
         CheckpointError: the metadata is no such file, what it names is not all there, or a pattern matches nothing.
@@ -153,6 +152,16 @@ def _name_in_model(name: str, path: tuple[object, ...]) -> str:
     return name
 
 
+def describe_sharding(tensor: TensorMeta) -> str:
+    """Return how a matrix was shared out over ranks, for people."""
+    solid = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]
+    if len(solid) <= 1:
+        return "in one piece"
+    full = [all(_spans(chunk, tensor, dim) for chunk in solid) for dim in (0, 1)]
+    how = "by rows" if full[1] else "by columns" if full[0] else "by rows and columns"
+    return f"{how}, {len(solid)} pieces"
+
+
 def _classify(
     directory: Directory,
     files: dict[str, int],
@@ -163,6 +172,7 @@ def _classify(
     optimizer_slots: Sequence[str],
 ) -> DcpCheckpoint:
     roots = _optimizer_roots([*tensors, *objects])
+    known = {*tensors, *names.values()}
     state: dict[str, str] = {}
     weights: list[str] = []
     dense: list[str] = []
@@ -174,7 +184,7 @@ def _classify(
         return bool(hits)
 
     for name, tensor in tensors.items():
-        tail = _state_tail(name, roots)
+        tail = _state_tail(name, roots, known)
         is_asked = matches("optimizer_slots", optimizer_slots, name)
         if tail is not None or is_asked:
             state[name] = tail if tail is not None else name.partition(".state.")[2] or name
@@ -220,7 +230,7 @@ def _classify(
                 name=final[name],
                 weight=tensors[name],
                 slots=tuple(sorted(slots[name], key=lambda slot: slot.name)),
-                sharding=_sharding(tensors[name]),
+                sharding=describe_sharding(tensors[name]),
             )
             for name in sorted(weights, key=final.__getitem__)
         ),
@@ -240,12 +250,19 @@ def _optimizer_roots(names: Iterable[str]) -> set[tuple[str, ...]]:
     return roots
 
 
-def _state_tail(name: str, roots: set[tuple[str, ...]]) -> str | None:
-    """Return what stands behind ``state`` under a root of an optimizer; None for what is no optimizer state."""
+def _state_tail(name: str, roots: set[tuple[str, ...]], known: set[str]) -> str | None:
+    """Return what stands behind ``state``, for optimizer state; None for anything else.
+
+    It is optimizer state under a root that also has ``param_groups``, and where the name of another tensor stands behind
+    ``state``: torchrec's fused optimizers have groups, but nothing in them that would be saved.
+    """
     steps = name.split(".")
     for place, step in enumerate(steps[:-1]):
-        if step == "state" and tuple(steps[:place]) in roots:
-            return ".".join(steps[place + 1 :])
+        behind = steps[place + 1 :]
+        if step == "state" and (
+            tuple(steps[:place]) in roots or any(".".join(behind[:n]) in known for n in range(1, len(behind)))
+        ):
+            return ".".join(behind)
     return None
 
 
@@ -287,15 +304,6 @@ def _unique_names(kept: list[str], names: dict[str, str]) -> dict[str, str]:
     """Return the names within the model; the full ones where two models in one checkpoint have the same."""
     found = {name: names[name] for name in kept}
     return found if len(set(found.values())) == len(found) else {name: name for name in kept}
-
-
-def _sharding(tensor: TensorMeta) -> str:
-    solid = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]
-    if len(solid) <= 1:
-        return "in one piece"
-    full = [all(_spans(chunk, tensor, dim) for chunk in solid) for dim in (0, 1)]
-    how = "by rows" if full[1] else "by columns" if full[0] else "by rows and columns"
-    return f"{how}, {len(solid)} pieces"
 
 
 def _spans(chunk: Chunk, tensor: TensorMeta, dim: int) -> bool:

@@ -13,6 +13,7 @@ DCP = "dcp"
 AUTO = "auto"
 
 LOOKED_FOR = f"{INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP)"
+"""For messages."""
 
 
 def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
@@ -49,7 +50,7 @@ def open_reader(directory: Directory, *, asked: str = AUTO) -> RecisReader:
         )
     if found is None and directory.exists() and (names := directory.names()):
         raise CheckpointError(
-            f"{directory.url}: no checkpoint is recognised among its {len(names)} files; looked for {LOOKED_FOR}. RecIS "
-            f"writes {INDEX} and {TENSORKEY} last, DCP its .metadata, so perhaps the save did not finish"
+            f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; looked for {LOOKED_FOR}. Both "
+            "are written last, so this is no checkpoint of these formats or its save did not finish"
         )
     return RecisReader(directory)
