@@ -105,10 +105,9 @@ def _inspect(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
     parser.add_argument("--format", choices=("auto", "recis", "dcp"), default="auto", help="default: as its files tell")
-    parser.add_argument("--tables", nargs="+", default=[], help="of a DCP checkpoint: patterns of further tables")
-    parser.add_argument(
-        "--optimizer_slots", nargs="+", default=[], help="of a DCP checkpoint: patterns of further optimizer state"
-    )
+    for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
+        text = f"of a DCP checkpoint: a pattern of further {what}; may be given several times"
+        parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
     arguments = _parse_path(parser, argv)
     found = describe(
         arguments.path,

@@ -83,11 +83,11 @@ def locate_item(
         )
     itemsize = found.element_size()
     storage = found.untyped_storage()
-    first = found.storage_offset()
+    first = int(found.storage_offset())
     last = first + sum((size - 1) * stride for size, stride in zip(found.shape, found.stride(), strict=True))
     if found.numel() and (last + 1) * itemsize > storage.nbytes():
         raise CheckpointError(f"{where} reaches beyond the {storage.nbytes():,} bytes that are stored of it")
     in_item = int(getattr(storage, "_checkpoint_offset", None) or 0)
     if found.numel() and not 0 < in_item <= num_bytes - storage.nbytes():
         raise CheckpointError(f"{where}: torch.load does not tell where its {storage.nbytes():,} bytes lie")
-    return Item(begin + in_item + first * itemsize, tuple(stride * itemsize for stride in found.stride()))
+    return Item(begin + in_item + first * itemsize, tuple(int(stride) * itemsize for stride in found.stride()))
