@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_export.checkpoint.dcp import find_metadata
+from dist_export.checkpoint.dcp_metadata import METADATA
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import INDEX, TENSORKEY
@@ -25,8 +26,9 @@ def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
     if asked != AUTO:
         return asked
     try:
-        is_recis = directory.exists(INDEX) or directory.exists(TENSORKEY)
-        is_dcp = bool(find_metadata(directory))
+        names = set(directory.names())
+        is_recis = not names.isdisjoint((INDEX, TENSORKEY))
+        is_dcp = METADATA in names or (not is_recis and bool(find_metadata(directory)))
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if is_recis and is_dcp:
@@ -48,7 +50,7 @@ def open_reader(directory: Directory, *, asked: str = AUTO) -> RecisReader:
             f"{directory.url} is a DCP checkpoint (torch.distributed.checkpoint). `dist_export inspect` shows what it "
             "holds; the export reads RecIS checkpoints alone. Nothing was written"
         )
-    if found is None and directory.exists() and (names := directory.names()):
+    if found is None and (names := directory.names()):
         raise CheckpointError(
             f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; looked for {LOOKED_FOR}. Both "
             "are written last, so this is no checkpoint of these formats or its save did not finish"
