@@ -104,8 +104,19 @@ def _inspect(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
+    parser.add_argument("--format", choices=("auto", "recis", "dcp"), default="auto", help="default: as its files tell")
+    for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
+        text = f"of a DCP checkpoint: a pattern of further {what}; may be given several times"
+        parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
     arguments = _parse_path(parser, argv)
-    found = describe(arguments.path, _options(arguments), follow_links=arguments.follow_links)
+    found = describe(
+        arguments.path,
+        _options(arguments),
+        follow_links=arguments.follow_links,
+        asked=arguments.format,
+        tables=arguments.tables,
+        optimizer_slots=arguments.optimizer_slots,
+    )
     _print_json(found) if arguments.json else _print_lines(render(found))
     return 0
 

@@ -33,6 +33,8 @@ class ExportConfig:
     """The checkpoint to export: a directory, or an fsspec URL of one"""
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
+    format: Literal["auto", "recis", "dcp"] = "auto"
+    """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"

@@ -16,6 +16,7 @@ import msgspec
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.dense_state import describe_dense_state
+from dist_export.checkpoint.formats import DCP, RECIS, detect_format
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -140,7 +141,7 @@ def run_export(
             small_files = ranks.on_rank_0("write the small files", write_rest)
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_checkpoint(ranks, target)
+                written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
                 dense.score(written, target)
 
         def commit() -> Manifest:
@@ -263,9 +264,10 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkp
     """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
     if not config.need_export_sparse:
         names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
-        if INDEX not in names and TENSORKEY not in names:
+        is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
+        if INDEX not in names and TENSORKEY not in names and not is_dcp:
             return None
-    return open_checkpoint(ranks, source)
+    return open_checkpoint(ranks, source, asked=config.format)
 
 
 def list_names(source: Directory) -> list[str]:

@@ -35,6 +35,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report: dict[str, Any] = {
         "export_dir": places.final.url,
         "source": config.ckpt_dir,
+        "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],
         "ranks": [],
@@ -78,6 +79,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     lines = [
         f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
     ]
+    if report["format"]:
+        lines.append(f"  source: {report['format']} checkpoint")
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""

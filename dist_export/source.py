@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_export.checkpoint.formats import AUTO, open_reader
 from dist_export.checkpoint.reader import Checkpoint
-from dist_export.checkpoint.recis import RecisReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
@@ -35,9 +35,12 @@ class PlannedSparse:
     limits: Limits
 
 
-def open_checkpoint(ranks: Ranks, directory: Directory) -> Checkpoint:
-    """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's."""
-    reader = ranks.run("open the checkpoint", lambda: RecisReader(directory))
+def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) -> Checkpoint:
+    """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
+
+    ``asked`` is the format, or ``auto``.
+    """
+    reader = ranks.run("open the checkpoint", lambda: open_reader(directory, asked=asked))
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))

@@ -35,6 +35,18 @@ def recis_fixtures() -> Path:
 
 
 @pytest.fixture(scope="session")
+def torchrec_fixtures() -> Path:
+    """The DCP checkpoints that torchrec and torch wrote, each ``X/`` with its content in ``X.golden.pt``."""
+    folder = find_fixtures() / "torchrec"
+    if not folder.is_dir():
+        message = f"no reference checkpoints in {folder}; set ${FIXTURES} to the directory that holds torchrec/"
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{message} (${REQUIRED} asks for them)")
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Checkpoints, and a server that forks exports with a shim below them that injects faults."""
     from fault_cases import Bench, build_shim

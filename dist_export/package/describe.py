@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from dist_export.errors import CheckpointError, PackageError, UserError
+from dist_export.checkpoint.formats import AUTO, DCP, LOOKED_FOR, detect_format
+from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
 from dist_export.manifest import MANIFEST, TensorEntry
+from dist_export.package.describe_dcp import describe_dcp, render_dcp
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
 
-def describe(path: str, storage_options: dict[str, Any] | None = None, *, follow_links: bool = False) -> dict[str, Any]:
-    """Return what is at ``path`` as plain values: a package where there is a manifest, else a RecIS checkpoint.
+def describe(
+    path: str,
+    storage_options: dict[str, Any] | None = None,
+    *,
+    follow_links: bool = False,
+    asked: str = AUTO,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
 
-    ``follow_links``: whether files may be links that lead out of the directory.
+    Args:
+        path: a directory, or an fsspec URL of one.
+        storage_options: for its file system.
+        follow_links: whether files may be links that lead out of the directory.
+        asked: the format of a checkpoint; with ``auto`` its files tell.
+        tables: of a DCP checkpoint, patterns of tensors that are tables.
+        optimizer_slots: of a DCP checkpoint, patterns of tensors that are optimizer state.
 
     Raises:
-        CheckpointError: neither is there, or it cannot be read.
+        CheckpointError: nothing of these is there, or it cannot be read.
+        ConfigError: patterns for what is no DCP checkpoint.
     """
     directory = Directory(path, storage_options, follow_links=follow_links)
-    if directory.exists(MANIFEST):
+    is_package = asked == AUTO and directory.exists(MANIFEST)
+    found = None if is_package else detect_format(directory, asked=asked)
+    if found == DCP:
+        return describe_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
+    if tables or optimizer_slots:
+        raise ConfigError(f"{path} is no DCP checkpoint; --tables and --optimizer_slots are for those alone")
+    if is_package:
         return _describe_package(directory)
     if not directory.exists(INDEX):
         what = "is no package and no RecIS checkpoint" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; looked for {MANIFEST} and {INDEX}")
+        raise CheckpointError(f"{path} {what}; looked for {MANIFEST}, {LOOKED_FOR}")
     try:
         return _describe_checkpoint(directory)
     except PackageError as error:
@@ -48,6 +72,7 @@ def render(found: dict[str, Any]) -> list[str]:
             f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}"
         )
+    lines += render_dcp(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
     for what in ("inputs", "outputs"):
