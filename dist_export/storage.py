@@ -253,7 +253,7 @@ class Directory:
                     return sorted(entry.name for entry in found if _may_be_file(entry))
             with naming_any(self.url):
                 entries = self.fs.ls(self.path, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # the latter: a path with a zero byte
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
