@@ -13,6 +13,9 @@ from dist_export.watchdog import Store
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5
 
+_RANKS_A_SECOND = 20_000
+"""So often the store is asked by all ranks together, once the first pauses are over."""
+
 
 def agree_on_start(store: Store, rank: int, world_size: int, *, timeout_secs: float) -> str:
     """Return a name that the ranks of this start have in common, and no earlier ones. All ranks.
@@ -25,7 +28,7 @@ def agree_on_start(store: Store, rank: int, world_size: int, *, timeout_secs: fl
     """
     word = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_secs
-    pause = _SHORTEST_PAUSE
+    pause, longest = _SHORTEST_PAUSE, min(max(0.02, world_size / _RANKS_A_SECOND), _LONGEST_PAUSE)
     if rank == 0:
         store.set("start", word)
     missing = set(range(1, world_size))
@@ -40,7 +43,7 @@ def agree_on_start(store: Store, rank: int, world_size: int, *, timeout_secs: fl
             absent = f"rank {', '.join(map(str, sorted(missing)))}" if rank == 0 else "rank 0"
             raise TimeoutError(f"{absent} did not arrive within {timeout_secs:.0f} s")
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(2 * pause, longest)
 
 
 def _answer(store: Store, name: str, other: int) -> bool:
