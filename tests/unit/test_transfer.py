@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import tracemalloc
 
 import numpy as np
@@ -198,10 +199,15 @@ def test_a_source_that_shrinks_meanwhile_is_an_error(tmp_path, tables, monkeypat
 def test_a_source_that_is_saved_anew_meanwhile_is_an_error(tmp_path, tables, monkeypatch, settings):
     original = transfer_units.UnitRunner.close
 
+    lock = threading.Lock()
+
     def close(self):
         path = tmp_path / "in" / shard(1)
-        path.write_bytes(path.read_bytes())
-        os.utime(path, ns=(5, 5))
+        with lock:  # every thread closes a runner, and others may still be reading
+            saved = tmp_path / "saved"
+            saved.write_bytes(path.read_bytes())
+            os.utime(saved, ns=(5, 5))
+            saved.replace(path)
         original(self)
 
     monkeypatch.setattr(transfer_units.UnitRunner, "close", close)
