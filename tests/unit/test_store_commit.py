@@ -9,8 +9,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import claims
-from dist_export.errors import ConfigError
+from dist_export import claims, exporter
+from dist_export.errors import CommitError, ConfigError
 from dist_export.package.verify import verify
 
 OUT = "memory://store_commit/out"
@@ -110,3 +110,20 @@ def test_what_another_plan_left_is_garbage_and_goes(source: Path, monkeypatch) -
     assert not any("-of-000005" in path for path in objects())
     with pytest.raises(ConfigError, match="committed package"):
         export(source, num_shards=5)
+
+
+@pytest.mark.usefixtures("empty")
+def test_an_export_that_lost_its_lease_does_not_commit(source: Path, monkeypatch) -> None:
+    """Another export has taken the directory over: it looks once more, right before the manifest."""
+    real = exporter.refuse_changed_files
+
+    def lose(*arguments) -> None:
+        MemoryFileSystem().pipe_file(
+            "/store_commit/out/.dist_export/lease", b'{"token":"x","who":"a thief","job":"","renewed":0}'
+        )
+        real(*arguments)
+
+    monkeypatch.setattr(exporter, "refuse_changed_files", lose)
+    with pytest.raises(CommitError, match="has lost its claim .a thief has it"):
+        export(source)
+    assert not MemoryFileSystem().exists("/store_commit/out/manifest.json")
