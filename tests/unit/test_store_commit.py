@@ -124,6 +124,6 @@ def test_an_export_that_lost_its_lease_does_not_commit(source: Path, monkeypatch
         real(*arguments)
 
     monkeypatch.setattr(exporter, "refuse_changed_files", lose)
-    with pytest.raises(CommitError, match="has lost its claim .a thief has it"):
+    with pytest.raises(CommitError, match=r"has lost its claim .a thief has it"):
         export(source)
     assert not MemoryFileSystem().exists("/store_commit/out/manifest.json")
