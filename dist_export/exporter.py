@@ -94,7 +94,8 @@ def run_export(
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
         identity = identify_export(config, "" if planned is None else planned.plan.digest, {**state, "objects": given})
-        places = settle(ranks, places, config, identity)
+        shards = [] if planned is None else [file.name for file in planned.plan.files]
+        places = settle(ranks, places, config, identity, shards)
         target = places.target
         refuse_if_lost = claim(ranks, places, config, held.callback)
         committed = ranks.on_rank_0("look for a committed package", lambda: find_committed(places, identity))

@@ -16,7 +16,7 @@ from dist_export.attempt import MARKER, finish_commit, list_attempt, remove_atte
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.layout.recis import INDEX
+from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory
 
@@ -127,14 +127,18 @@ def _has_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str) -> Places:
-    """Decide about a package that an attempt of this export may have committed, now that it is known which export this is.
+def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, shards: list[str]) -> Places:
+    """Decide about what is in export_dir, now that it is known which export this is. All ranks.
 
-    All ranks. ConfigError where it is another one's and may not be replaced.
+    Raises:
+        ConfigError: a package of another export that may not be replaced; a file that no export of ours left, under the
+            name of one of ``shards`` or of an index.
     """
     final = places.final
 
     def look() -> bool:
+        if not final.exists(MANIFEST) and not places.in_place:
+            _refuse_strangers(final, [*shards, *((TENSORKEY, MERGED) if shards else ())])
         if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
             return places.is_replacing
         if _read_identity(final) == identity:
@@ -149,6 +153,17 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str) ->
 
     is_replacing = ranks.on_rank_0("look at the package that is there", look)
     return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
+
+
+def _refuse_strangers(final: Directory, planned: list[str]) -> None:
+    if list_attempt(final):
+        return  # an export of ours was at work here; a shard that lost its receipt is written anew
+    foreign = sorted(set(final.names()) & set(planned))
+    if foreign:
+        raise ConfigError(
+            f"{final.describe(foreign[0])} is there already, and no export of ours left it ({len(foreign)} such files): it "
+            "would be overwritten. Move it away, or give another export_dir"
+        )
 
 
 def _read_identity(final: Directory) -> object:

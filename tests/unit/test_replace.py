@@ -232,6 +232,20 @@ def test_a_users_file_that_the_new_package_has_too_is_kept_beside_it(source: Pat
     assert (tmp_path / kept / "model-000000-of-000002.safetensors").read_text() == "a user's own file"
 
 
+@pytest.mark.parametrize("name", ["model-000001-of-000003.safetensors", "tensorkey.json"])
+def test_a_file_that_is_not_ours_is_not_written_over(name: str, source: Path, tmp_path: Path) -> None:
+    """As the copy of RecIS's own Exporter: shards, and no index that would tell."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("somebody's")
+    with pytest.raises(ConfigError, match=rf"{name} is there already, and no export of ours left it \(1 such files\)"):
+        export(source, out)
+    assert content(out) == {name: b"somebody's"}
+    (out / name).rename(out / "elsewhere")
+    export(source, out)
+    assert verify(str(out)).findings == []
+
+
 def test_a_checkpoint_with_a_work_directory_is_not_overwritten(source: Path, newer: Path) -> None:
     """An export into the checkpoint itself was interrupted there."""
     (newer / WORK_DIRECTORY).mkdir()

@@ -127,6 +127,7 @@ def test_a_link_in_the_target_is_replaced_not_written_through(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
     (tmp_path / "out" / WORK_DIRECTORY).mkdir(parents=True)  # as an interrupted export leaves it
     (tmp_path / "out" / WORK_DIRECTORY / "small_files.json").write_text('["index"]')
+    (tmp_path / "out" / WORK_DIRECTORY / "model-000000-of-000002.safetensors.json").write_text("{}")
     name = "model-000000-of-000002.safetensors"
     for link in (name, f".{name}.partial", "index", "index.partial", "manifest.json.partial"):
         (tmp_path / "out" / link).symlink_to(tmp_path / "in" / name)
