@@ -22,28 +22,27 @@ def find_fixtures() -> Path:
     return Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
-@pytest.fixture(scope="session")
-def recis_fixtures() -> Path:
-    """The checkpoints that RecIS's own code wrote, each ``X/`` with its content in ``X.truth.npz``."""
-    folder = find_fixtures() / "recis"
+def need_fixtures(kind: str) -> Path:
+    """Return the folder of one kind of reference checkpoints; where it is not there the test skips, or fails if it must run."""
+    folder = find_fixtures() / kind
     if not folder.is_dir():
-        message = f"no reference checkpoints in {folder}; set ${FIXTURES} to the directory that holds recis/"
+        message = f"no reference checkpoints in {folder}; set ${FIXTURES} to the directory that holds {kind}/"
         if os.environ.get(REQUIRED) == "1":
             pytest.fail(f"{message} (${REQUIRED} asks for them)")
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def recis_fixtures() -> Path:
+    """The checkpoints that RecIS's own code wrote, each ``X/`` with its content in ``X.truth.npz``."""
+    return need_fixtures("recis")
 
 
 @pytest.fixture(scope="session")
 def torchrec_fixtures() -> Path:
     """The DCP checkpoints that torchrec and torch wrote, each ``X/`` with its content in ``X.golden.pt``."""
-    folder = find_fixtures() / "torchrec"
-    if not folder.is_dir():
-        message = f"no reference checkpoints in {folder}; set ${FIXTURES} to the directory that holds torchrec/"
-        if os.environ.get(REQUIRED) == "1":
-            pytest.fail(f"{message} (${REQUIRED} asks for them)")
-        pytest.skip(message)
-    return folder
+    return need_fixtures("torchrec")
 
 
 @pytest.fixture(scope="session")
