@@ -30,14 +30,20 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import CheckpointError, CommitError, ConfigError, ExportError
-from dist_export.layout.recis import DENSE_STATE, EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.errors import CheckpointError, CommitError, ConfigError
+from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
 from dist_export.progress import Reporter, summarize
-from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
+from dist_export.source import (
+    PlannedSparse,
+    look_at_small_files,
+    open_checkpoint,
+    plan_sparse,
+    refuse_changed_files,
+)
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
 from dist_export.transfer.engine import Share, Transfer
@@ -188,32 +194,6 @@ def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
         dir=target.join(WORK_DIRECTORY) if target.is_local else None,
         ignore_cleanup_errors=True,  # by then the export has failed for a better reason, or is committed
     )
-
-
-def look_at_small_files(source: Directory) -> dict[str, str]:
-    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
-    found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
-        try:
-            stat = source.stat(name)
-        except FileNotFoundError:
-            continue
-        except OSError as error:  # whoever reads it tells
-            found[name] = str(error)
-        else:
-            found[name] = f"{stat.size} {stat.version}"
-    return found
-
-
-def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
-    """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
-    now = look_at_small_files(source)
-    changed = sorted(name for name in state if state[name] != now.get(name))
-    if changed:
-        raise ExportError(
-            f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
-            "No manifest was written; run the export again on a checkpoint that is finished"
-        )
 
 
 def read_confs(

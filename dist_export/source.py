@@ -12,6 +12,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
+from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
 from dist_export.plan.census import Census, UniqueTask, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
@@ -121,6 +122,32 @@ def plan_sparse(
     digests = ranks.gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, limits=limits)
+
+
+def look_at_small_files(source: Directory) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
+    found = {}
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+        try:
+            stat = source.stat(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:  # whoever reads it tells
+            found[name] = str(error)
+        else:
+            found[name] = f"{stat.size} {stat.version}"
+    return found
+
+
+def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
+    """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    now = look_at_small_files(source)
+    changed = sorted(name for name in state if state[name] != now.get(name))
+    if changed:
+        raise ExportError(
+            f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
+            "No manifest was written; run the export again on a checkpoint that is finished"
+        )
 
 
 def limits_of(config: ExportConfig) -> Limits:

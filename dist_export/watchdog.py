@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Protocol
 
 import msgspec
 
 from dist_export.activity import ACTIVITY
 from dist_export.processes import Identity, identify
+from dist_export.sigterm import SigtermPipe
 
 BEAT_SECS = 1.0
 TICK_SECS = 0.25
@@ -127,8 +125,7 @@ class Watchdog:
         self._is_asked_to_stop = False
         self._is_stopping = False
         self._stopping_secs = 0.0
-        self._signals: tuple[int, int] | None = None
-        self._restore: Callable[[], None] = _nothing_to_restore
+        self._sigterm: SigtermPipe | None = None
         self._threads: list[threading.Thread] = []
         self._watched = rank
         """The rank that this one watches, and what it last knew of it."""
@@ -139,7 +136,7 @@ class Watchdog:
     def start(self, *, catches_sigterm: bool = False) -> None:
         """Start both threads. With ``catches_sigterm``, from the main thread alone, SIGTERM becomes a clean stop."""
         if catches_sigterm:
-            self._catch_sigterm()
+            self._sigterm = SigtermPipe()
         loops = [("guard", self._run_guard)]
         if self._store is not None:
             self._store.set(f"who/{self._rank}", _encode(self._me))
@@ -167,12 +164,13 @@ class Watchdog:
         """Say that this rank has left on its own account, and end both threads."""
         self._is_over.set()
         self._wake.set()
-        if self._signals is not None:
-            os.write(self._signals[1], b"\0")
+        if self._sigterm is not None:
+            self._sigterm.wake()
         for thread in self._threads:
             thread.join(SILENT_SECS)  # beat may hang in a store that is gone
-        restore, self._restore = self._restore, _nothing_to_restore
-        restore()  # once: its descriptors may be somebody else's by the next time
+        sigterm, self._sigterm = self._sigterm, None
+        if sigterm is not None:
+            sigterm.close()
         self._threads = []
 
     @property
@@ -241,11 +239,10 @@ class Watchdog:
                 self._end(f"stopped by SIGTERM, and did not stop by itself within {STOP_SECS:.0f} s in {self.doing}")
 
     def _wait_for_tick(self) -> None:
-        if self._signals is None:
+        sigterm = self._sigterm
+        if sigterm is None:
             self._is_over.wait(TICK_SECS)
-            return
-        ready, _, _ = select.select([self._signals[0]], [], [], TICK_SECS)
-        if ready and signal.SIGTERM in os.read(self._signals[0], 64):
+        elif sigterm.wait(TICK_SECS):
             self._is_asked_to_stop = True  # it may come twice, as under SLURM
             self._wake.set()
 
@@ -387,32 +384,6 @@ class Watchdog:
     def _leave(self, text: str | None, wait_secs: float = 0.0) -> None:
         self._finish(text, wait_secs)
         self._is_over.set()
-
-    # ---- SIGTERM ----
-
-    def _catch_sigterm(self) -> None:
-        """Have SIGTERM arrive in a pipe, which guard reads: the main thread may be inside a collective for long."""
-        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handler = signal.signal(signal.SIGTERM, _do_nothing)
-        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._signals = reader, writer
-
-        def restore() -> None:
-            signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, handler)
-            self._signals = None
-            os.close(reader)
-            os.close(writer)
-
-        self._restore = restore
-
-
-def _nothing_to_restore() -> None:
-    return None
-
-
-def _do_nothing(_number: int, _frame: FrameType | None) -> None:
-    """Take the place of the default, which would end the process before anything could be said."""
 
 
 def _finish(text: str | None, wait_secs: float) -> None:

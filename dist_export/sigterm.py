@@ -1,0 +1,37 @@
+"""SIGTERM as something that a thread can wait for: the main thread may be inside a collective for long."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import FrameType
+
+
+class SigtermPipe:
+    """Takes SIGTERM's default away until it is closed; built and closed in the main thread, waited for in another one."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._handler = signal.signal(signal.SIGTERM, _do_nothing)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def wait(self, secs: float) -> bool:
+        """Wait for so long at most; return whether SIGTERM has arrived."""
+        ready, _, _ = select.select([self._reader], [], [], secs)
+        return bool(ready) and signal.SIGTERM in os.read(self._reader, 64)
+
+    def wake(self) -> None:
+        """End a wait."""
+        os.write(self._writer, b"\0")
+
+    def close(self) -> None:
+        """Give SIGTERM back to whoever had it. Once: the descriptors may be somebody else's by the next time."""
+        signal.set_wakeup_fd(self._wakeup)
+        signal.signal(signal.SIGTERM, self._handler)
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Take the place of the default, which would end the process before anything could be said."""
