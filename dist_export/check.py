@@ -14,7 +14,8 @@ from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import account_for
 from dist_export.plan.shards import SparsePlan
-from dist_export.storage import Directory, OpenReaders
+from dist_export.readers import OpenReaders
+from dist_export.storage import Directory
 
 
 class TableAccount(NamedTuple):

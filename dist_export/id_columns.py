@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dist_export.storage import RangeReader
+from dist_export.readers import RangeReader
 
 RUN_ROWS = 1 << 16
 """A run holds less than twice as many ids: what is computed from 1 MiB of them stays in a core's cache."""

@@ -14,7 +14,8 @@ import fsspec
 from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, is_in_memory, naming_any, reserve, sync_directory
 from dist_export.errors import TransferError
-from dist_export.storage import PARTIAL_SUFFIX, Directory, RangeReader
+from dist_export.readers import RangeReader
+from dist_export.storage import PARTIAL_SUFFIX, Directory
 
 
 class _Progress(fsspec.Callback):  # type: ignore[misc]

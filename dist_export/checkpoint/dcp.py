@@ -15,7 +15,8 @@ from dist_export.checkpoint.dcp_items import locate_item
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.storage import Directory, OpenReaders
+from dist_export.readers import OpenReaders
+from dist_export.storage import Directory
 
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
 """What torchrec's embedding collections call the module that holds their tables."""

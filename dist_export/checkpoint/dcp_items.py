@@ -12,7 +12,7 @@ from typing import IO, NamedTuple, cast
 
 from dist_export.checkpoint.state_archive import check_state_archive
 from dist_export.errors import CheckpointError
-from dist_export.storage import RangeReader
+from dist_export.readers import RangeReader
 
 
 class Item(NamedTuple):

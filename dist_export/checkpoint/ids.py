@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.id_columns import read_runs
-from dist_export.storage import OpenReaders
+from dist_export.readers import OpenReaders
 
 
 def open_sources(checkpoint: Checkpoint) -> OpenReaders:

@@ -14,7 +14,8 @@ from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.listing import Listing
 from dist_export.package.report import Report
 from dist_export.package.shares import Work, cut
-from dist_export.storage import Directory, RangeReader
+from dist_export.readers import RangeReader
+from dist_export.storage import Directory
 
 _BUFFER_BYTES = 1 << 20
 

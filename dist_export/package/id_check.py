@@ -16,8 +16,9 @@ from dist_export.errors import DistExportError
 from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import Slice, is_in_slice, mix, places_of
 from dist_export.package.shares import Work, cut
+from dist_export.readers import OpenReaders
 from dist_export.repeats import HeldIds, has_repeats
-from dist_export.storage import Directory, OpenReaders
+from dist_export.storage import Directory
 
 _PIECE_ROWS = 1 << 22
 """Columns that are too long to be held are counted in pieces of so many ids."""

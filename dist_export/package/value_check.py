@@ -9,7 +9,8 @@ import numpy as np
 from dist_export.errors import DistExportError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.package.shares import Work, cut
-from dist_export.storage import Directory, OpenReaders
+from dist_export.readers import OpenReaders
+from dist_export.storage import Directory
 
 _PIECE_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 18

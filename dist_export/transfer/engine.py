@@ -19,13 +19,9 @@ from dist_export.errors import TransferError
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import Unit, plan_hash_units, plan_units
+from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
-from dist_export.storage import (
-    Directory,
-    OpenReaders,
-    RangeReader,
-    share_descriptors,
-)
+from dist_export.storage import Directory
 from dist_export.threads import run_threads
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units

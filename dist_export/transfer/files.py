@@ -11,8 +11,8 @@ from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, refuse_zero
 from dist_export.errors import TransferError
 from dist_export.plan.shards import SparsePlan
+from dist_export.readers import RangeReader
 from dist_export.staging import Staging
-from dist_export.storage import RangeReader
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

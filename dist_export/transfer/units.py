@@ -13,7 +13,7 @@ from dist_export.layout.recis import places_of
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import Gather, SparsePlan
 from dist_export.plan.units import Unit
-from dist_export.storage import OpenReaders
+from dist_export.readers import OpenReaders
 from dist_export.transfer.files import StagedFiles
 
 _BUFFER_BYTES = 1 << 20

@@ -12,7 +12,7 @@ import numpy as np
 from recis_writer import read_back
 
 import dist_export
-from dist_export import digests, id_columns, storage
+from dist_export import digests, id_columns, readers
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import join
 from dist_export.config import ExportConfig
@@ -22,9 +22,10 @@ from dist_export.plan import units as plan_units
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
 from dist_export.plan.units import assign
+from dist_export.readers import OpenReaders
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.staging import Staging
-from dist_export.storage import Directory, OpenReaders
+from dist_export.storage import Directory
 from dist_export.transfer import census as transfer_census
 from dist_export.transfer import units as transfer_units
 from dist_export.transfer.files import StagedFiles
@@ -134,12 +135,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def recorded_reads(monkeypatch: Any) -> Any:
     """Yield a list that fills with (path, first byte, last byte + 1) of every ranged read."""
     reads: list[tuple[str, int, int]] = []
-    original = storage.RangeReader.read_into
+    original = readers.RangeReader.read_into
 
-    def read_into(self: storage.RangeReader, view: memoryview, offset: int) -> None:
+    def read_into(self: readers.RangeReader, view: memoryview, offset: int) -> None:
         reads.append((self.where, offset, offset + len(view)))
         original(self, view, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.RangeReader, "read_into", read_into)
+        patch.setattr(readers.RangeReader, "read_into", read_into)
         yield reads

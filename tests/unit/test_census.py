@@ -11,8 +11,8 @@ from dist_export.layout.recis import mix
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.limits import Limits
 from dist_export.plan.targets import plan_targets
+from dist_export.readers import RangeReader
 from dist_export.repeats import HeldIds
-from dist_export.storage import RangeReader
 from dist_export.transfer.census import check_unique, take_census
 
 

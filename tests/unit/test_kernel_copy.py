@@ -11,7 +11,8 @@ from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, copy, export, shrink
 
 from dist_export.errors import ExportError, TransferError
-from dist_export.storage import Directory, RangeReader
+from dist_export.readers import RangeReader
+from dist_export.storage import Directory
 from dist_export.transfer import files
 from dist_export.transfer.files import StagedFiles
 

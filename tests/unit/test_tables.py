@@ -12,8 +12,9 @@ from torch import nn
 from dist_export.collective import join
 from dist_export.dense.rows import RowFinder
 from dist_export.errors import ModelError
+from dist_export.readers import RangeReader
 from dist_export.source import open_checkpoint
-from dist_export.storage import Directory, RangeReader
+from dist_export.storage import Directory
 
 SHIFT = 52
 MASK = (1 << SHIFT) - 1

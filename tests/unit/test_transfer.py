@@ -15,8 +15,9 @@ from sparse_cases import assert_exact, content, copy, export, plan, recorded_rea
 import dist_export.exporter
 import dist_export.transfer.engine
 from dist_export.errors import CommitError, ConfigError, TransferError
+from dist_export.readers import OpenReaders
 from dist_export.storage import WORK_DIRECTORY as RECEIPTS
-from dist_export.storage import Directory, OpenReaders, digest_file
+from dist_export.storage import Directory, digest_file
 from dist_export.transfer import units as transfer_units
 from dist_export.transfer.files import StagedFiles
 

@@ -429,7 +429,7 @@ def test_no_more_ids_are_held_than_allowed(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_file_that_cannot_be_read_to_its_end_is_a_finding(sparse: Path, monkeypatch) -> None:
     """As of a disk with a broken sector: sizes and header are good, the read fails."""
-    from dist_export.storage import RangeReader
+    from dist_export.readers import RangeReader
 
     original = RangeReader.read_into
 
