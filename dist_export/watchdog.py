@@ -26,6 +26,8 @@ from dist_export.processes import Identity, identify
 from dist_export.sigterm import SigtermPipe
 
 BEAT_SECS = 1.0
+STEP_SECS = 0.1
+"""So long after a rank has begun a step the others can know which one it died in."""
 TICK_SECS = 0.25
 SILENT_SECS = 6.0
 """A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it, one after it and
@@ -152,8 +154,6 @@ class Watchdog:
         """Say what the main thread does from now on. ``is_busy``: it works, and does not wait for others."""
         self.step, self.is_busy = step, is_busy
         self.moves += 1
-        if is_busy:
-            self._wake.set()  # whoever asks what a dead rank did should not hear of the step before
 
     def pause(self) -> None:
         """Say that the main thread has done its work, and waits for others."""
@@ -261,8 +261,7 @@ class Watchdog:
             while not self._is_over.is_set():
                 self._beat(self._store)
                 self._cycles += 1
-                self._wake.wait(BEAT_SECS)
-                self._wake.clear()
+                self._wait_for_beat(self._store)
             self._store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing, has_left=True)))
         except RuntimeError as error:  # torch's errors of its store
             if not self._is_over.is_set():
@@ -272,6 +271,15 @@ class Watchdog:
                     or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
                     f"hosts it ({_first_line(error)}); this rank was in {self.doing}"
                 )
+
+    def _wait_for_beat(self, store: Store) -> None:
+        """Wait for the next beat, or until something is to be done; tell of a new step on the way, outside of its path."""
+        told, until = self.step, time.monotonic() + BEAT_SECS
+        while not self._wake.wait(STEP_SECS) and time.monotonic() < until:
+            if self.step != told:
+                told = self.step
+                store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
+        self._wake.clear()
 
     def _beat(self, store: Store) -> None:
         """Give a sign of life, look for an end, look at the next rank."""

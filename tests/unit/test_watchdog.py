@@ -55,6 +55,7 @@ def quick(monkeypatch) -> None:
     """Everything ten times as fast."""
     monkeypatch.setattr(watchdog, "BEAT_SECS", 0.05)
     monkeypatch.setattr(watchdog, "TICK_SECS", 0.02)
+    monkeypatch.setattr(watchdog, "STEP_SECS", 0.01)
     monkeypatch.setattr(watchdog, "SILENT_SECS", 0.4)
     monkeypatch.setattr(watchdog, "STOP_SECS", 0.4)
     monkeypatch.setattr(watchdog, "ACTIVITY", Activity())
