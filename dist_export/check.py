@@ -56,7 +56,14 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
             tables = blocks.table[held]
             np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
             np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
-        present = np.unique(blocks.table[chosen]).tolist()
+        # of a table without ids the headers tell the rows, and what is in the blocks their digests
+        first_column = np.array(
+            [plan.slots_of(table)[0].column for table in range(len(plan.checkpoint.tables))], np.int64
+        )
+        bare = np.flatnonzero((first_column[blocks.table] > 0) & np.isin(blocks.file, mine))
+        bare = bare[blocks.column[bare] == first_column[blocks.table[bare]]]
+        np.add.at(rows_of_table, blocks.table[bare], blocks.rows[bare])
+        present = np.unique(blocks.table[np.concatenate([chosen, bare])]).tolist()
     return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
 
 

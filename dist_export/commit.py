@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from dist_export.__version__ import VERSION
@@ -57,6 +58,10 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
     rendered = {MERGED: _render_merged(plan, dense_state, order)}
     if plan.is_copy:
         return rendered
+    is_hashed = np.array([table.is_hashed for table in plan.checkpoint.tables], bool)
+    if len(is_hashed) and not is_hashed.any() and not plan.dense_files:
+        return rendered  # RecIS's loader knows no table without ids
+    order = [row for row, table in zip(order, plan.blocks.table[order].tolist(), strict=True) if is_hashed[table]]
     key = plan.blocks.key
     names = [file.name for file in plan.files]
     file_by_key = {key[row]: names[file] for row, file in zip(order, plan.blocks.file[order].tolist(), strict=True)}
@@ -66,7 +71,7 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
 
 def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int]) -> bytes:
     """Return the merged manifest; ``order`` is that of the sorted keys of blocks."""
-    blocks, tables = plan.blocks, plan.checkpoint.tables
+    blocks = plan.blocks
     id_rows = np.flatnonzero(blocks.column == 0)
     id_keys = {
         part: blocks.key[row]
@@ -78,8 +83,8 @@ def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int
     }
     slots = {
         (number, slot.column): slot
-        for number, table in enumerate(tables)
-        for slot in table.slots
+        for number in range(len(plan.checkpoint.tables))
+        for slot in plan.slots_of(number)
         if slot.name == EMBEDDING_SLOT
     }
     entries: dict[str, MergedEntry] = {}
@@ -88,7 +93,7 @@ def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int
         slot = slots.get((table, column))
         if slot is not None:
             key = blocks.key[row]
-            entries[key] = embedding_entry(key, id_keys[table, target], slot.dtype, (rows, *slot.inner_shape))
+            entries[key] = embedding_entry(key, id_keys.get((table, target)), slot.dtype, (rows, *slot.inner_shape))
     for tensor, (key, _) in zip(plan.selection.kept_dense, plan.dense_files, strict=True):
         entries[key] = dense_entry(key, DTYPES[tensor.dtype].torch, tensor.shape)
     # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
@@ -136,6 +141,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
                 kept=tuple(_describe_slot(slot, rows_out) for slot in plan.selection.kept[number]),
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
                 parts=tuple(_describe_parts(plan, number, texts)),
+                is_hashed=msgspec.UNSET if table.is_hashed else False,
             )
         )
     return tuple(entries)
@@ -189,17 +195,19 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
         rows = plan.blocks_of(table, slot.column).tolist()
         targets = blocks.target[rows].tolist()
         keys_by_slot.append((slot.name, {target: blocks.key[row] for target, row in zip(targets, rows, strict=True)}))
-    ids = plan.blocks_of(table, 0)
-    columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows))
+    is_numbered = not plan.checkpoint.tables[table].is_hashed
+    ids = plan.blocks_of(table, plan.slots_of(table)[0].column)
+    columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows, blocks.begin))
     names = [file.name for file in plan.files]
     return [
         PartEntry(
             file=names[file],
             slice=text,
             rows=rows,
+            first_row=begin if is_numbered else msgspec.UNSET,
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
-        for file, target, rows, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
+        for file, target, rows, begin, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
     ]
 
 

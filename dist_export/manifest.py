@@ -60,8 +60,10 @@ class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     file: str
     slice: str
-    """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END."""
+    """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END; of a table without ids, rows BEGIN to END of SIZE."""
     rows: Count
+    first_row: Count | msgspec.UnsetType = msgspec.UNSET
+    """The number of the part's first row, for a table whose rows go by number."""
     keys: dict[str, str]
     """Slot -> name of the block in the file."""
 
@@ -85,6 +87,8 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     kept: tuple[SlotEntry, ...]
     dropped: tuple[SlotEntry, ...]
     parts: tuple[PartEntry, ...]
+    is_hashed: bool | msgspec.UnsetType = msgspec.UNSET
+    """False where rows go by number: the table has no ids here. Left out, and true, for hash tables."""
 
 
 class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):

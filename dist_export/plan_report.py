@@ -11,7 +11,6 @@ from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.recis import ID_SLOT
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
 from dist_export.plan.dropped import DUPLICATE, account_for
@@ -110,10 +109,11 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
     for number, table in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(number)
         rows = int(plan.checkpoint.parts.rows[parts].sum())
-        reasons = {slot.name: reason for slot, reason in plan.selection.dropped[number]}
         dropped = account_for(plan.checkpoint, plan.dropped, number)
         misplaced = int(planned.census.misplaced[parts].sum())
-        blocks = plan.blocks_of(number, next(slot.column for slot in table.slots if slot.name == ID_SLOT))
+        kept = plan.slots_of(number)
+        blocks = plan.blocks_of(number, kept[0].column)
+        slots = [(slot, "") for slot in kept] + list(plan.selection.dropped[number])
         tables.append(
             {
                 "name": table.name,
@@ -129,9 +129,9 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                         "name": slot.name,
                         "dtype": DTYPES[slot.dtype].torch,
                         "bytes": rows * slot.row_bytes,
-                        "reason": reasons.get(slot.name, ""),
+                        "reason": reason,
                     }
-                    for slot in table.slots
+                    for slot, reason in sorted(slots, key=lambda item: item[0].column)
                 ],
             }
         )

@@ -13,7 +13,14 @@ from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
-from dist_export.plan.census import Census, UniqueTask, merge_censuses, plan_unique_tasks, share_parts
+from dist_export.plan.census import (
+    Census,
+    UniqueTask,
+    count_numbered_rows,
+    merge_censuses,
+    plan_unique_tasks,
+    share_parts,
+)
 from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
 from dist_export.plan.selection import Selection, select, select_all
@@ -95,7 +102,8 @@ def plan_sparse(
         return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated)
 
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
-    census = merge_censuses(counts)
+    numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
+    census = merge_censuses([*counts, numbered])
     tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
 
     def search(share: list[UniqueTask]) -> None:

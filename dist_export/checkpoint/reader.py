@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -53,9 +53,15 @@ class Parts:
     size: np.ndarray
     """The slice: ids with ``begin <= uint64(id) mod size < end``."""
     rows: np.ndarray
+    first_row: np.ndarray | None = None
+    """The number that the part's first row has in its table, where rows go by number; None where no table's do."""
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def first_row_of(self, part: int) -> int:
+        """Return the number of a part's first row, for a table whose rows go by number."""
+        return 0 if self.first_row is None else int(self.first_row[part])
 
     def slice_of(self, part: int) -> Slice:
         """Return the slice that a part claims."""
@@ -69,14 +75,50 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """Where the payload of each (part, slot) lies, as matrices of shape (P, S); -1 in ``file`` where there is none.
+    """Where the payload of each (part, slot) lies, as matrices of shape (P, S).
 
-    ``file`` is int32, ``offset`` int64 and an absolute position in bytes, ``key`` object: the block's name in its file.
+    ``file`` is int32: ``ABSENT`` where there is none (or the slot is the ids of a table that stores none), ``IN_STRIPS``
+    where the rows are put together from ``Strips``. ``offset`` is int64 and an absolute position in bytes, ``key`` object:
+    the block's name in its file, for messages.
     """
 
     file: np.ndarray
     offset: np.ndarray
     key: np.ndarray
+
+
+ABSENT = -1
+IN_STRIPS = -2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strips:
+    """Pieces of rows that do not lie row behind row: column shards, transposed and padded tensors.
+
+    Parallel int64 columns, ordered by (part, column, first_byte). A strip gives bytes ``first_byte`` to ``first_byte +
+    width`` of each row of one (part, slot); those of row r of the part lie at ``offset + r * row_stride`` in ``file``. The
+    strips of a (part, slot) cover its rows once.
+    """
+
+    part: np.ndarray
+    column: np.ndarray
+    first_byte: np.ndarray
+    width: np.ndarray
+    row_stride: np.ndarray
+    file: np.ndarray
+    offset: np.ndarray
+
+    def of(self, part: int, column: int) -> range:
+        """Return the places of the strips of one part and slot."""
+        first, last = np.searchsorted(self.part, [part, part + 1])
+        begin, end = np.searchsorted(self.column[first:last], [column, column + 1])
+        return range(int(first + begin), int(first + end))
+
+
+def no_strips() -> Strips:
+    """Return what most checkpoints have: every block lies row behind row."""
+    none = np.zeros(0, np.int64)
+    return Strips(part=none, column=none, first_byte=none, width=none, row_stride=none, file=none, offset=none)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +141,12 @@ class TableMeta:
 
     name: str
     slots: tuple[SlotMeta, ...]
+    """``slots[i].column == i``. The ``id`` slot is there also where no ids are stored."""
+    is_hashed: bool = True
+    """Whether readers of the package find rows by id; else by number, and the package has no ids of this table."""
+    has_ids: bool = True
+    """Whether the source stores ids; else the id of a row is its number, and its slice one of rows: ``size`` is their number.
+    With ``is_hashed`` the numbers are written as ids, and slices are those of hash tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +167,7 @@ class Checkpoint:
     verbatim: Mapping[str, bytes]
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
+    strips: Strips = field(default_factory=no_strips)
 
     @property
     def num_bytes(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.checkpoint.rows import RowReader
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
@@ -64,10 +65,8 @@ class RowFinder:
                 continue
             if not checkpoint.parts.rows[part]:
                 continue
-            name = checkpoint.files[checkpoint.blocks.file[part, slot.column]].name
-            offset = int(checkpoint.blocks.offset[part, slot.column])
             first = 0
-            with checkpoint.directory.open_reader(name) as reader:
+            with RowReader(checkpoint) as reader:
                 for held in read_ids(checkpoint, part):
                     places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
                     is_wanted = ids[places] == held
@@ -77,6 +76,6 @@ class RowFinder:
                         place = int(places[row])
                         has_row[place] = True
                         if slot.row_bytes:
-                            reader.read_into(rows[place].data, offset + (first + row) * slot.row_bytes)
+                            reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
         return has_row, rows

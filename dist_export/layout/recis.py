@@ -100,6 +100,11 @@ def key_stem(table: str, slot: str) -> str:
     return f"{table}@{slot}".replace("@", ".", 1)
 
 
+def row_key_stem(table: str, slot: str) -> str:
+    """Return the key of a table whose rows go by number, without its part: as TorchEasyRec has it, the parameter's name."""
+    return table if slot == EMBEDDING_SLOT else f"{table}.{slot}"
+
+
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` is a file's own name: no separator, no parent, no control character."""
     return bool(name) and name not in (".", "..") and "/" not in name and "\\" not in name and name.isprintable()
@@ -153,16 +158,19 @@ class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=
     shape: tuple[int, ...]
 
 
-def embedding_entry(key: str, id_key: str, code: int, shape: tuple[int, ...]) -> MergedEntry:
-    """Return the merged manifest's entry of one embedding block; ``shape`` is that of this part."""
+def embedding_entry(key: str, id_key: str | None, code: int, shape: tuple[int, ...]) -> MergedEntry:
+    """Return the merged manifest's entry of one embedding block; ``shape`` is that of this part.
+
+    ``id_key`` is None for a table whose rows go by number, which TorchEasyRec describes so.
+    """
     return MergedEntry(
         dense=False,
         dimension=shape[-1],
         dtype=DTYPES[code].torch,
-        hashmap_key=id_key,
-        hashmap_key_dtype="int64",
-        hashmap_value=key,
-        is_hashmap=True,
+        hashmap_key=msgspec.UNSET if id_key is None else id_key,
+        hashmap_key_dtype=msgspec.UNSET if id_key is None else "int64",
+        hashmap_value=msgspec.UNSET if id_key is None else key,
+        is_hashmap=id_key is not None,
         name=key,
         shape=shape,
     )

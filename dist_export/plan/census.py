@@ -104,12 +104,14 @@ def _sum_runs(runs: np.ndarray) -> np.ndarray:
 def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | None = None) -> list[list[int]]:
     """Deal the parts out for counting, balanced by rows; those of one file stay together, so that it is opened once.
 
-    ``among`` (int64) are the parts to deal out; by default all.
+    ``among`` (int64) are the parts to deal out; by default those of all tables whose rows go by id.
     """
     parts, blocks = checkpoint.parts, checkpoint.blocks
     order = np.lexsort((blocks.offset[:, 0], blocks.file[:, 0])) if len(parts) else np.zeros(0, np.int64)
     if among is not None:
         order = order[np.isin(order, among)]
+    elif len(order):
+        order = order[np.array([table.is_hashed for table in checkpoint.tables], bool)[parts.table[order]]]
     costs = parts.rows[order] + 1  # an empty part costs something too
     middles = np.cumsum(costs) - costs / 2
     share = np.minimum(middles * num_shares / max(int(costs.sum()), 1), num_shares - 1).astype(np.int64)
@@ -124,7 +126,9 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
     all parts of the table are searched together; what is too much to be held at once is searched in buckets.
     """
     tasks = []
-    for table in range(len(checkpoint.tables)):
+    for table, meta in enumerate(checkpoint.tables):
+        if not meta.has_ids:
+            continue  # numbers stand once
         parts = checkpoint.parts.of_table(table)
         begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
         is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
@@ -135,6 +139,33 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
             bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / held_ids)))))
             tasks += [UniqueTask(table, group, bucket, bits) for bucket in range(1 << bits)]
     return tasks
+
+
+def count_numbered_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:
+    """Return the census of all tables whose rows go by number: their slices tell, and nothing is read."""
+    parts = checkpoint.parts
+    is_numbered = np.array([not table.is_hashed for table in checkpoint.tables], bool)
+    counted = np.flatnonzero(is_numbered[parts.table]) if len(parts) else np.zeros(0, np.int64)
+    runs = [np.zeros((4, 0), np.int64)]
+    for part in counted.tolist():
+        begin, rows = parts.first_row_of(part), int(parts.rows[part])
+        edges = np.array([s.begin for s in targets[parts.table[part]].slices], np.int64)
+        inner = edges[(edges > begin) & (edges < begin + rows)]
+        granules = np.arange(begin, begin + rows, GRANULE_ROWS)
+        cuts = np.unique(np.concatenate([inner, granules]))
+        target = np.searchsorted(edges, cuts, side="right") - 1
+        lengths = np.diff(cuts, append=begin + rows)
+        runs.append(np.stack([np.full_like(cuts, part), (cuts - begin) // GRANULE_ROWS, target, lengths]))
+    columns = np.concatenate(runs, axis=1)
+    return Census(
+        part=columns[0],
+        granule=columns[1],
+        target=columns[2],
+        rows=columns[3],
+        counted=counted,
+        misplaced=np.zeros(len(counted), np.int64),
+        id_sum=np.zeros(len(counted), np.uint64),
+    )
 
 
 def count_rows_by_target(checkpoint: Checkpoint, targets: Sequence[Targets], census: Census) -> list[np.ndarray]:

@@ -43,7 +43,8 @@ class Selection:
     """The outcome of :func:`select`."""
 
     kept: tuple[tuple[SlotMeta, ...], ...]
-    """For each table of the checkpoint, the slots that stay: id, embedding, then the rest in source order."""
+    """For each table of the checkpoint, the slots that stay, as they are written: id, embedding, then the rest in source
+    order. A table whose rows go by number has no id."""
     dropped: tuple[tuple[tuple[SlotMeta, str], ...], ...]
     """For each table, the slots that go, each with the reason: ``optimizer`` or ``drop_slots``."""
     kept_dense: tuple[DenseTensor, ...]
@@ -53,7 +54,7 @@ class Selection:
 def select_all(checkpoint: Checkpoint) -> Selection:
     """Keep everything: a copy without a filter."""
     return Selection(
-        kept=tuple(table.slots for table in checkpoint.tables),
+        kept=tuple(table.slots[0 if table.is_hashed else 1 :] for table in checkpoint.tables),
         dropped=tuple(() for _ in checkpoint.tables),
         kept_dense=checkpoint.dense,
         dropped_dense=(),
@@ -98,7 +99,8 @@ def select(
         goes: list[tuple[SlotMeta, str]] = []
         for slot in table.slots:
             if slot.name in (ID_SLOT, EMBEDDING_SLOT):
-                stays.append(slot)
+                if slot.name == EMBEDDING_SLOT or table.is_hashed:
+                    stays.append(slot)
                 continue
             names = (slot.name, f"{table.name}.{slot.name}")
             reason = reason_to_drop(names, is_known=slot.name in OPTIMIZER_SLOTS)

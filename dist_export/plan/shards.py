@@ -16,7 +16,7 @@ import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.errors import PlanError
-from dist_export.layout.recis import DENSE_SUFFIX, key_stem, shard_name
+from dist_export.layout.recis import DENSE_SUFFIX, key_stem, row_key_stem, shard_name
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
 from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
@@ -47,7 +47,9 @@ class Copies:
 
 
 class Gather(NamedTuple):
-    """Rows ``first_row`` to ``first_row + num_rows`` of a part, which go to several targets or are dropped in part.
+    """Rows ``first_row`` to ``first_row + num_rows`` of a part that are moved row by row.
+
+    They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
 
     ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
     of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``.
@@ -59,6 +61,8 @@ class Gather(NamedTuple):
     targets: np.ndarray
     counts: np.ndarray
     first_target_rows: np.ndarray
+    columns: tuple[int, ...]
+    """The slots that are moved so, as in ``SlotMeta.column``; the others of these rows go over as byte ranges."""
 
     @property
     def num_kept(self) -> int:
@@ -156,7 +160,7 @@ def plan_shards(
     files: list[OutputFile] = []
     dense_offsets: list[int] = []
     for shard, mine in enumerate(_split_by_shard(blocks, count)):
-        entries = _list_entries(checkpoint, blocks, mine) + (dense if shard == 0 else [])
+        entries = _list_entries(selection, blocks, mine) + (dense if shard == 0 else [])
         header = encode_header(entries)
         edges = np.cumsum([len(header), *(entry[3] for entry in entries)], dtype=np.int64)
         blocks.offset[mine] = edges[: len(mine)]
@@ -240,7 +244,7 @@ def _list_blocks(
         slices = np.array(targets[table].slices, np.int64).T
         target = np.arange(len(rows))
         for slot in selection.kept[table]:
-            stem = key_stem(meta.name, slot.name)
+            stem = key_stem(meta.name, slot.name) if meta.is_hashed else row_key_stem(meta.name, slot.name)
             keys += [stem + suffix for suffix in suffixes]
             columns.append(
                 np.stack([np.full_like(rows, table), np.full_like(rows, slot.column), target, *slices, rows])
@@ -261,13 +265,14 @@ def _list_blocks(
 
 
 def _list_entries(
-    checkpoint: Checkpoint, blocks: OutputBlocks, mine: np.ndarray
+    selection: Selection, blocks: OutputBlocks, mine: np.ndarray
 ) -> list[tuple[str, int, tuple[int, ...], int]]:
     """Return (key, dtype, shape, num_bytes) of some blocks, for a header."""
     columns = (column[mine].tolist() for column in (blocks.table, blocks.column, blocks.rows))
+    slots = [{slot.column: slot for slot in kept} for kept in selection.kept]
     entries = []
     for number, table, column, rows in zip(mine.tolist(), *columns, strict=True):
-        slot = checkpoint.tables[table].slots[column]
+        slot = slots[table][column]
         entries.append((blocks.key[number], slot.dtype, (rows, *slot.inner_shape), rows * slot.row_bytes))
     return entries
 
@@ -306,38 +311,64 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
             continue
         base = _rows_before(target, rows)
         starts = np.flatnonzero(np.diff(part, prepend=-1))
-        is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
-        is_whole &= np.add.reduceat(rows, starts) == parts.rows[part[starts]]
-        whole = starts[is_whole]
+        is_kept_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
+        is_ordered = not plan.checkpoint.tables[table].is_hashed  # then each run is of rows that are neighbours
+        if is_ordered:
+            is_range = np.repeat(is_kept_whole, np.diff(np.append(starts, len(part))))
+            ranges, split = np.flatnonzero(is_range), np.flatnonzero(~is_range)
+        else:
+            is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
+            is_whole &= is_kept_whole
+            ranges = starts[is_whole]
+            split = np.flatnonzero(np.repeat(~is_whole, np.diff(np.append(starts, len(part)))))
+        # where a range begins in its part, and its rows: of a whole part all, though these may stand in several runs
+        begin = _rows_before(part, rows)[ranges]
+        num_rows = rows[ranges] if is_ordered else parts.rows[part[ranges]]
+        by_rows: dict[int, list[int]] = {}
         for slot in plan.slots_of(table):
-            block = plan.blocks_of(table, slot.column)[target[whole]]
+            is_plain = _is_copied(plan.checkpoint, table, slot, part[ranges])
+            chosen = ranges[is_plain]
+            block = plan.blocks_of(table, slot.column)[target[chosen]]
             segments.append(
                 np.stack(
                     [
                         plan.blocks.file[block],
-                        plan.blocks.offset[block] + base[whole] * slot.row_bytes,
-                        source.file[part[whole], slot.column],
-                        source.offset[part[whole], slot.column],
-                        parts.rows[part[whole]] * slot.row_bytes,
+                        plan.blocks.offset[block] + base[chosen] * slot.row_bytes,
+                        source.file[part[chosen], slot.column],
+                        source.offset[part[chosen], slot.column] + begin[is_plain] * slot.row_bytes,
+                        num_rows[is_plain] * slot.row_bytes,
                     ]
                 )
             )
-        is_run_split = np.repeat(~is_whole, np.diff(np.append(starts, len(part))))
-        split = np.flatnonzero(is_run_split)
-        edges = np.flatnonzero(np.diff(part[split], prepend=-1) | np.diff(granule[split], prepend=-1))
-        for runs in np.split(split, edges[1:]) if len(split) else []:
+            for number in np.unique(part[ranges[~is_plain]]).tolist():
+                by_rows.setdefault(number, []).append(slot.column)
+        every = [slot.column for slot in plan.slots_of(table)]
+        by_rows |= {number: every for number in np.unique(part[split]).tolist()}
+        moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
+        edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
+        for runs in np.split(moved, edges[1:]) if len(moved) else []:
             first_row = int(granule[runs[0]]) * GRANULE_ROWS
+            number = int(part[runs[0]])
             gathers.append(
                 Gather(
-                    part=int(part[runs[0]]),
+                    part=number,
                     first_row=first_row,
-                    num_rows=min(GRANULE_ROWS, int(parts.rows[part[runs[0]]]) - first_row),
+                    num_rows=min(GRANULE_ROWS, int(parts.rows[number]) - first_row),
                     targets=target[runs],
                     counts=rows[runs],
                     first_target_rows=base[runs],
+                    columns=tuple(by_rows[number]),
                 )
             )
     return segments, gathers
+
+
+def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
+    """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
+    if slot != checkpoint.tables[table].slots[slot.column]:
+        return np.zeros(len(part), bool)
+    is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
+    return is_copied
 
 
 def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -384,8 +415,8 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
     for name in ("begin", "end", "size"):  # rows of a gather go where the slices say
         digest.update(np.ascontiguousarray(getattr(plan.blocks, name)).tobytes())
     for gather in gathers:
-        digest.update(np.array(gather[:3], np.int64).tobytes())
-        for column in gather[3:]:
+        digest.update(np.array([*gather[:3], *gather.columns], np.int64).tobytes())
+        for column in gather[3:6]:
             digest.update(np.ascontiguousarray(column).tobytes())
     for name in ("part", "row", "id", "reason"):
         digest.update(np.ascontiguousarray(getattr(plan.dropped, name)).tobytes())

@@ -1,6 +1,7 @@
 """The slices of the output shards, and which of them owns a row. Pure.
 
-A row belongs to the slice with ``begin <= uint64(id) mod size < end`` (RecIS's rule).
+A row belongs to the slice with ``begin <= uint64(id) mod size < end`` (RecIS's rule). Where rows go by number, ``size`` is
+their number, and a slice is a range of rows.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def resolve_num_shards(checkpoint: Checkpoint, num_shards: int | str, *, world_s
     count = world_size if num_shards == "world_size" else int(num_shards)
     for number, table in enumerate(checkpoint.tables):
         parts = checkpoint.parts.of_table(number)
-        if len(parts) and count > checkpoint.parts.size[parts[0]]:
+        if table.is_hashed and len(parts) and count > checkpoint.parts.size[parts[0]]:
             raise PlanError(
                 f"num_shards is {count:,}, but the ids of table {table.name!r} fall into "
                 f"{checkpoint.parts.size[parts[0]]:,} slices; give a number up to that"

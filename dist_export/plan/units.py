@@ -61,10 +61,10 @@ def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
     last_table = -1
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
-        if skip.issuperset(plan.blocks.file[plan.blocks_of(table, 0)[gather.targets]].tolist()):
+        if skip.issuperset(plan.blocks.file[plan.blocks_of(table, gather.columns[0])[gather.targets]].tolist()):
             last_table = -1
             continue
-        num_bytes = gather.num_kept * sum(slot.row_bytes for slot in plan.slots_of(table))
+        num_bytes = gather.num_kept * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
         if table == last_table and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
             units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
         else:
@@ -134,6 +134,8 @@ def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
     for gather in plan.gathers:
         table = int(plan.checkpoint.parts.table[gather.part])
         for slot in plan.slots_of(table):
+            if slot.column not in gather.columns:
+                continue
             block = plan.blocks_of(table, slot.column)[gather.targets]
             begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
             lasts = begins + gather.counts * slot.row_bytes - 1  # before the first where a row has no bytes

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_export import id_columns
-from dist_export.checkpoint.ids import open_sources, read_ids
+from dist_export.checkpoint.ids import open_sources, read_id_runs, read_ids
 from dist_export.checkpoint.reader import Checkpoint
-from dist_export.id_columns import IdRun, read_runs
+from dist_export.id_columns import IdRun
 from dist_export.layout.recis import is_place_in, mix, places_of
 from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask
 from dist_export.plan.targets import Targets
@@ -38,9 +38,8 @@ def take_census(
     numbers = np.array(parts, np.int64)
     counter = _Counter(checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None))
     if len(numbers):  # a checkpoint without tables has no column of ids
-        file, offset = checkpoint.blocks.file[numbers, 0], checkpoint.blocks.offset[numbers, 0]
         with open_sources(checkpoint) as readers:
-            for run in read_runs(readers, file, offset, checkpoint.parts.rows[numbers]):
+            for run in read_id_runs(checkpoint, readers, numbers):
                 counter.count(run)
     return counter.census()
 
@@ -69,7 +68,8 @@ class _Counter:
         self._targets = targets
         self._parts = parts
         rows = checkpoint.parts.rows[parts]
-        self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids)
+        has_ids = np.array([table.has_ids for table in checkpoint.tables], bool)[checkpoint.parts.table[parts]]
+        self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids) & has_ids
         """Which parts come in several runs and are held until their last one."""
         self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
         self._runs: list[np.ndarray] = []

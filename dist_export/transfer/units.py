@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.ids import open_sources
+from dist_export.checkpoint.rows import RowReader
 from dist_export.digests import NONE, hash_chunks
 from dist_export.layout.recis import places_of
 from dist_export.plan.limits import Limits
@@ -49,12 +49,12 @@ class UnitRunner:
         self._limits = limits
         self._digest = digest
         self._skip = skip
-        self._sources = open_sources(plan.checkpoint)
+        self._rows = RowReader(plan.checkpoint)
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def close(self) -> None:
         """Close what was opened for reading; the outputs belong to the caller."""
-        self._sources.close()
+        self._rows.close()
         self._written.close()
 
     def run(self, unit: Unit) -> list[bytes]:
@@ -90,7 +90,7 @@ class UnitRunner:
             end = min(int(copies.offset[row] + copies.num_bytes[row]), unit.end)
             if begin >= unit.end:
                 break
-            source = self._sources[int(copies.source_file[row])]
+            source = self._rows.source(int(copies.source_file[row]))
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
             if not is_hashed and source.fd >= 0:
                 begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
@@ -151,12 +151,11 @@ class UnitRunner:
         present = np.flatnonzero(counts)
         starts = edges[present]
         for slot in plan.slots_of(table):
-            if not slot.row_bytes:
+            if not slot.row_bytes or slot.column not in chunk.columns:
                 continue
-            size = num_rows * slot.row_bytes
             rows = ids.view(np.uint8)
             if slot.column:
-                rows = chunk.rows_in[:size]
+                rows = chunk.rows_in[: num_rows * slot.row_bytes]
                 self._read_pieces(chunk.pieces, slot.column, rows)
             kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
             moved = chunk.rows_out[: len(order) * slot.row_bytes]
@@ -175,11 +174,10 @@ class UnitRunner:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
         checkpoint = self._plan.checkpoint
         width = checkpoint.tables[checkpoint.parts.table[pieces[0].part]].slots[column].row_bytes
-        view, begin = rows.data, 0
+        begin = 0
         for part, first_row, num_rows in pieces:
-            source = self._sources[int(checkpoint.blocks.file[part, column])]
             end = begin + num_rows * width
-            source.read_into(view[begin:end], int(checkpoint.blocks.offset[part, column]) + first_row * width)
+            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows)
             begin = end
 
 
@@ -196,6 +194,7 @@ class _Chunk:
 
     def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
         self.table = int(plan.checkpoint.parts.table[gather.part])
+        self.columns = gather.columns
         self._plan = plan
         widest = max(slot.row_bytes for slot in plan.slots_of(self.table))
         num_targets = len(plan.targets[self.table].slices)
@@ -228,7 +227,7 @@ class _Chunk:
 
     def follows(self, gather: Gather) -> bool:
         """Whether the rows of a gather come, in every target, right behind those that came before."""
-        if int(self._plan.checkpoint.parts.table[gather.part]) != self.table:
+        if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
             return False
         planned = self._planned[gather.targets]
         return bool(((planned < 0) | (planned == gather.first_target_rows)).all())

@@ -1,0 +1,74 @@
+"""Read rows of a slot of a part, however they lie: row behind row, in strips, or as numbers that are written nowhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_export.checkpoint.ids import open_sources
+from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint
+from dist_export.layout.recis import ID_SLOT
+from dist_export.readers import RangeReader
+
+_SPAN_BYTES = 1 << 20
+"""The most that is read at once for a strip: of a strip in wide rows most bytes are passed over."""
+
+
+class RowReader:
+    """Reads rows of one checkpoint; holds open files and a small buffer. One for each thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Open files when they are asked for."""
+        self._checkpoint = checkpoint
+        self._sources = open_sources(checkpoint)
+        self._span = np.empty(0, np.uint8)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._sources.close()
+
+    def __enter__(self) -> RowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def source(self, number: int) -> RangeReader:
+        """Return an open file of the checkpoint."""
+        return self._sources[number]
+
+    def read_into(self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int) -> None:
+        """Fill ``rows`` (uint8, (num_rows * row_bytes,), contiguous) with rows of one slot from ``first_row`` of the part on.
+
+        Raises:
+            CheckpointError: a file ends before them.
+        """
+        checkpoint = self._checkpoint
+        slot = checkpoint.tables[checkpoint.parts.table[part]].slots[column]
+        file = int(checkpoint.blocks.file[part, column])
+        if slot.name == ID_SLOT and not checkpoint.tables[checkpoint.parts.table[part]].has_ids:
+            first = checkpoint.parts.first_row_of(part) + first_row
+            rows.view(np.int64)[:] = np.arange(first, first + num_rows)
+        elif file == IN_STRIPS:
+            self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row)
+        else:
+            offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
+            self._sources[file].read_into(rows.data, offset)
+
+    def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int) -> None:
+        strips = self._checkpoint.strips
+        for strip in strips.of(part, column):
+            width, stride, begin = (int(c[strip]) for c in (strips.width, strips.row_stride, strips.first_byte))
+            if not width or not len(rows):
+                continue
+            source = self._sources[int(strips.file[strip])]
+            step = max(1, (_SPAN_BYTES - width) // max(stride, 1) + 1)
+            for first in range(0, len(rows), step):
+                count = min(step, len(rows) - first)
+                size = (count - 1) * stride + width
+                if len(self._span) < size:
+                    self._span = np.empty(max(size, _SPAN_BYTES), np.uint8)
+                span = self._span[:size]
+                source.read_into(span.data, int(strips.offset[strip]) + (first_row + first) * stride)
+                rows[first : first + count, begin : begin + width] = np.lib.stride_tricks.as_strided(
+                    span, (count, width), (stride, 1), writeable=False
+                )
