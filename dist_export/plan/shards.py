@@ -343,7 +343,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
             for number in np.unique(part[ranges[~is_plain]]).tolist():
                 by_rows.setdefault(number, []).append(slot.column)
         every = [slot.column for slot in plan.slots_of(table)]
-        by_rows |= {number: every for number in np.unique(part[split]).tolist()}
+        by_rows |= dict.fromkeys(np.unique(part[split]).tolist(), every)
         moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
         edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
         for runs in np.split(moved, edges[1:]) if len(moved) else []:
