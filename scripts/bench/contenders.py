@@ -176,6 +176,63 @@ def _prepare_dcp(job: dict[str, Any]) -> Work:
     return work
 
 
+def _prepare_dcp_whole(job: dict[str, Any]) -> Work:
+    """torch.distributed.checkpoint on a TorchRec job's checkpoint: load the tables, save them as safetensors.
+
+    Of the optimizer state nothing is loaded: DCP reads what it is asked for.
+    """
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from scripts.bench.torchrec_source import PREFIX
+
+    source, target = job["source"], job["target"]
+    num_files = job["settings"]["num_shards"]
+
+    def work(_: MemoryWatch) -> dict[str, Any]:
+        reader = dcp.FileSystemReader(source)
+        metadata = reader.read_metadata().state_dict_metadata
+        state: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in metadata.items()
+            if name.startswith(f"model.{PREFIX}")
+        }
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        places = {name: number % num_files + 1 for number, name in enumerate(state)}
+        writer = dcp.HuggingFaceStorageWriter(target, fqn_to_index_mapping=places)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+        sync_files(Path(target))
+        return {}
+
+    return work
+
+
+def _prepare_dcp_to_torch(job: dict[str, Any]) -> Work:
+    """torch's own converter, ``dcp_to_torch_save``: one file with everything, optimizer state included."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = Path(job["target"])
+
+    def work(_: MemoryWatch) -> dict[str, Any]:
+        target.mkdir()
+        dcp_to_torch_save(job["source"], target / "model.pt")
+        sync_files(target)
+        return {}
+
+    return work
+
+
+def _prepare_torchrec_source(job: dict[str, Any]) -> Work:
+    """Write what a TorchRec job leaves; not timed."""
+    from scripts.bench.torchrec_source import write_source
+
+    def work(_: MemoryWatch) -> dict[str, Any]:
+        write_source(job, by=job["kind"].removeprefix("torchrec_"))
+        return {}
+
+    return work
+
+
 def _prepare_dcp_source(job: dict[str, Any]) -> Work:
     """Write what DCP loads; not timed."""
     import torch.distributed.checkpoint as dcp
@@ -248,5 +305,9 @@ _PREPARE: dict[str, Callable[[dict[str, Any]], Work]] = {
     "dcp": _prepare_dcp,
     "dcp_source": _prepare_dcp_source,
     "torch_source": _prepare_torch_source,
+    "dcp_whole": _prepare_dcp_whole,
+    "dcp_to_torch": _prepare_dcp_to_torch,
+    "torchrec_rows": _prepare_torchrec_source,
+    "torchrec_columns": _prepare_torchrec_source,
     "dcp_probe": _prepare_dcp_probe,
 }

@@ -8,6 +8,7 @@ import numpy as np
 
 from scripts.bench.generate import Source, blocks_of, encode_header, file_name
 from scripts.bench.processes import ContenderError
+from scripts.bench.torchrec_source import read_tables, table_fqn
 
 _NUM_LOOKED_UP = 64
 
@@ -34,6 +35,23 @@ def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str
             sought = _read_rows(checkpoint, source, table, shard, first, count)
             if not has_row.all() or found.tobytes() != sought.tobytes():
                 raise ContenderError(f"{label}: rows of {source.table_name(table)} are not those of the checkpoint")
+
+
+def judge_numbered(package: Path, source: Source, checkpoint: Path, *, label: str) -> None:
+    """Check a package whose rows go by number, all of them; ContenderError says what is wrong."""
+    from dist_export import open_package
+    from dist_export.package.verify import verify
+
+    findings = verify(str(package)).findings
+    if findings:
+        raise ContenderError(f"{label}: the package is not sound: {findings[0]} ({len(findings)} findings)")
+    opened = open_package(package)
+    for name, sought in read_tables(checkpoint):
+        found, has_row = opened.lookup(table_fqn(name), np.arange(len(sought)))
+        if not has_row.all() or found.tobytes() != sought.tobytes():
+            raise ContenderError(f"{label}: rows of {name} are not those of the checkpoint")
+    if len(opened.manifest.tables) != source.tables:
+        raise ContenderError(f"{label}: the package has {len(opened.manifest.tables)} tables of {source.tables}")
 
 
 def _read_rows(checkpoint: Path, source: Source, table: int, shard: int, first: int, count: int) -> np.ndarray:

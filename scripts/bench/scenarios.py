@@ -83,7 +83,8 @@ class Bench:
         for source in sources:
             dropped = source.num_dropped * source.tables * source.rows * source.dim * 4
             needed += source.kept_bytes + (dropped if source.holes == "none" else 0)
-        needed += case.source.kept_bytes * len({contender.needs for contender in case.contenders if contender.needs})
+        for needs in {contender.needs for contender in case.contenders if contender.needs}:
+            needed += case.source.kept_bytes * (3 if needs.startswith("torchrec") else 1)  # the moments are there too
         free = shutil.disk_usage(self.place.directory).free
         if needed * 1.05 > free:
             raise ContenderError(
@@ -173,5 +174,28 @@ def run_giant(bench: Bench) -> None:
                 num_shards=num_shards,
                 contenders=tuple(bench.exports((1, 2, 4), without_digests=False)),
                 reference=REFERENCE,
+            )
+        )
+
+
+def run_torchrec(bench: Bench) -> None:
+    """A TorchRec job's DCP checkpoint on 2 ranks, sharded by rows and by columns, becomes 2 shards. At dim 64, not on disk."""
+    for by in ("rows", "columns"):
+        needs = f"torchrec_{by}"
+        exports = (
+            Contender(label=c.label, ranks=c.ranks, settings=c.settings, needs=needs) for c in bench.exports((1, 2))
+        )
+        bench.run(
+            Case(
+                name=f"TorchRec by {by}, 2 -> 2, dim {DIMS[0]}",
+                source=Source.of_size(bench.kept_bytes, dim=DIMS[0], num_dropped=0),
+                num_shards=2,
+                contenders=(
+                    *exports,
+                    Contender(label="peer: DCP", kind="dcp_whole", needs=needs),
+                    Contender(label="peer: dcp_to_torch_save", kind="dcp_to_torch", needs=needs),
+                ),
+                reference=REFERENCE,
+                has_ids=False,
             )
         )
