@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 
 class Activity:
@@ -30,3 +32,20 @@ class Activity:
 
 
 ACTIVITY = Activity()
+
+_STAGES: list[str] = []
+
+
+@contextlib.contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """Say which stage of the export the main thread is in while the block runs."""
+    _STAGES.append(name)
+    try:
+        yield
+    finally:
+        _STAGES.pop()
+
+
+def current_stage() -> str:
+    """Return the stage that the main thread is in, empty between stages."""
+    return _STAGES[-1] if _STAGES else ""

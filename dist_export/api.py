@@ -10,7 +10,7 @@ from dist_export.collective import join
 from dist_export.config import ExportConfig
 from dist_export.config_file import load_config
 from dist_export.errors import ConfigError
-from dist_export.exporter import run_export
+from dist_export.job import run_export
 from dist_export.manifest import Manifest
 from dist_export.objects import Objects, build_objects
 

@@ -48,7 +48,7 @@ def _export(argv: list[str]) -> int:
         return 2
 
     def work() -> list[str]:
-        from dist_export.exporter import run_export
+        from dist_export.job import run_export
         from dist_export.objects import build_objects
 
         config = ranks.run("read the settings", lambda: parse_settings(parser, argv))
@@ -110,7 +110,7 @@ def _inspect(argv: list[str]) -> int:
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
     arguments = _parse_path(parser, argv)
     found = describe(
-        arguments.path,
+        _resolve(arguments),
         _options(arguments),
         follow_links=arguments.follow_links,
         asked=arguments.format,
@@ -142,8 +142,9 @@ def _verify(argv: list[str]) -> int:
     options = _options(arguments)
     ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
     try:
+        path = ranks.on_rank_0("find the package", lambda: _resolve(arguments))
         report = verify(
-            arguments.path,
+            path,
             options,
             finite=arguments.finite,
             max_memory=max_memory,
@@ -161,23 +162,31 @@ def _verify(argv: list[str]) -> int:
 
 
 def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    parser.add_argument("path", help="directory or fsspec URL")
+    parser.add_argument("path", help="directory, fsspec URL, or a registry's URI")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--storage_options", default="{}", help="options for the file system, as YAML")
+    parser.add_argument("--registry_options", default="{}", help="options for the registry of a URI, as YAML")
     return parser.parse_args(argv)
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, object]:
+def _resolve(arguments: argparse.Namespace) -> str:
+    """Return the directory that the path means: itself, or what a registry says."""
+    from dist_export import registries
+
+    return registries.resolve(arguments.path, _options(arguments, "registry_options")).directory
+
+
+def _options(arguments: argparse.Namespace, name: str = "storage_options") -> dict[str, object]:
     import yaml
 
     from dist_export.strict_yaml import load_yaml
 
     try:
-        options = load_yaml(arguments.storage_options)
+        options = load_yaml(getattr(arguments, name))
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
-        raise ConfigError(f"--storage_options is {arguments.storage_options!r}; expected a YAML mapping")
+        raise ConfigError(f"--{name} is {getattr(arguments, name)!r}; expected a YAML mapping")
     return options
 
 
@@ -197,10 +206,20 @@ def _configure_logging() -> None:
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(stage)s%(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(_name_stage)
     logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("torch", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _name_stage(record: logging.LogRecord) -> bool:
+    """Give a record the stage that the export is in; the line of a stage's end names it itself."""
+    from dist_export.activity import current_stage
+
+    stage = current_stage()
+    record.stage = f"[{stage}] " if stage else ""
+    return True
 
 
 class _OneLine(logging.Formatter):

@@ -30,9 +30,15 @@ class ExportConfig:
     """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
 
     ckpt_dir: str
-    """The checkpoint to export: a directory, or an fsspec URL of one"""
+    """The checkpoint to export: a directory, an fsspec URL or a registry's URI of one, or of a run that holds several"""
     export_dir: str
-    """Where the package goes: a directory, or an fsspec URL of one"""
+    """Where the package goes: a directory, an fsspec URL, or a registry's URI"""
+    step: int | None = None
+    """Of a run, the training step to export; null takes the latest checkpoint that is complete"""
+    register: str | None = None
+    """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
+    registry_options: dict[str, Any] = field(default_factory=dict)
+    """Options for the registry of ckpt_dir, export_dir or register"""
     format: Literal["auto", "recis", "dcp"] = "auto"
     """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
     overwrite: bool = False
@@ -109,6 +115,10 @@ class ExportConfig:
     """Whose limits the feature generator configuration must keep besides RecIS's own"""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for the file system of ckpt_dir and export_dir (fsspec)"""
+    events: Union[bool, str] = False  # noqa: UP007
+    """What happened as JSON lines, into this file; true takes <export_dir>.events.jsonl"""
+    metrics: str | None = None
+    """File for the figures of the export as Prometheus text, for a collector that reads files"""
     timeout: float = 1800.0
     """Seconds without any progress after which a rank counts as hung, and the export ends"""
 
@@ -119,6 +129,8 @@ class ExportConfig:
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
             if re.search("[\0\ud800-\udfff]", getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; a path is UTF-8 without zero bytes")
+        if self.step is not None and self.step < 0:
+            raise ConfigError(f"step is {self.step}; training steps count from 0")
         if isinstance(self.num_shards, int) and (isinstance(self.num_shards, bool) or self.num_shards < 1):
             raise ConfigError(f"num_shards is {self.num_shards}; give a number from 1 up, world_size or source")
         for name in ("model", "dataset", "fg"):

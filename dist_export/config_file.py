@@ -20,7 +20,15 @@ from dist_export.strict_yaml import load_yaml
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
-_OPAQUE = ("model_args", "dataset_args", "fg_args", "storage_options", "fg_conf_or_path", "mc_conf_or_path")
+_OPAQUE = (
+    "model_args",
+    "dataset_args",
+    "fg_args",
+    "storage_options",
+    "registry_options",
+    "fg_conf_or_path",
+    "mc_conf_or_path",
+)
 
 _USAGE = """\
 dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)

@@ -33,6 +33,7 @@ from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed
 from dist_export.errors import CheckpointError, CommitError, ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
+from dist_export.locations import Locations, register_package
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
@@ -53,10 +54,12 @@ FG = "fg.json"
 logger = logging.getLogger(__name__)
 
 
-def run_export(
-    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool = False
+def export_located(
+    ranks: Ranks, config: ExportConfig, objects: Objects, located: Locations, reporter: Reporter
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
+
+    ``config`` has the paths that ``located`` found.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -64,11 +67,11 @@ def run_export(
         StepFailedError: either, where another rank had it or several had.
     """
     started = time.time()
-    reporter = Reporter(ranks, is_shown=is_shown)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     places = open_places(ranks, config, export_dir)
     source, target, in_place = places.source, places.target, places.in_place
-    notes: list[str] = []
+    notes: list[str] = list(located.notes)
+    registered: list[str] = []
     state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
@@ -104,9 +107,16 @@ def run_export(
         places = settle(ranks, places, config, identity, shards)
         target = places.target
         refuse_if_lost = claim(ranks, places, config, held.callback)
-        committed = ranks.on_rank_0("look for a committed package", lambda: find_committed(places, identity))
+
+        def register(manifest: Manifest) -> None:
+            registered.append(register_package(config, located, manifest, export_dir))
+
+        committed = ranks.on_rank_0(
+            "look for a committed package", lambda: find_committed(places, identity, and_then=register)
+        )
         if committed is not None:
-            return committed, [f"package: {export_dir}", "  was committed by an attempt before this one"]
+            summary = [f"package: {export_dir}", "  was committed by an attempt before this one"]
+            return committed, summary + _tell_version(registered)
         ranks.note_on_disk(places.on_disk)
         scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
@@ -152,7 +162,7 @@ def run_export(
                 dense.score(written, target)
 
         def commit() -> Manifest:
-            manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
+            manifest = _describe(config, checkpoint, planned, tables, located, in_place=in_place)
             files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
             files += small_files
             manifest = msgspec.structs.replace(
@@ -177,14 +187,19 @@ def run_export(
             ranks.refuse_orphans()
             publish(target, manifest)
             ranks.note_on_disk(f"{places.target.url} holds the committed package")
-            for name in commit_places(places):
+            for name in commit_places(places, and_then=lambda: register(manifest)):
                 logger.info("%s was not part of the old package, and was kept", name)
             ranks.note_on_disk(f"{export_dir} holds the committed package")
             return manifest
 
         with reporter.stage("commit"):
             manifest = ranks.on_rank_0("commit", commit)
-    return manifest, summarize(manifest, shares, export_dir)
+    reporter.note_result(manifest, shares)
+    return manifest, summarize(manifest, shares, export_dir) + _tell_version(registered)
+
+
+def _tell_version(registered: list[str]) -> list[str]:
+    return [f"  version  {uri}" for uri in registered if uri]
 
 
 def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
@@ -367,6 +382,7 @@ def _describe(
     checkpoint: Checkpoint | None,
     planned: PlannedSparse | None,
     tables: tuple[TableEntry, ...],
+    located: Locations,
     *,
     in_place: bool,
 ) -> Manifest:
@@ -382,6 +398,8 @@ def _describe(
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),
             num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
+            uri=located.source_uri or msgspec.UNSET,
+            step=msgspec.UNSET if located.step is None else located.step,
         ),
         tables=tables,
         dense_tensors=kept,

@@ -35,11 +35,15 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Where the rows came from."""
 
     path: str
-    """As the config gave it."""
+    """As the config gave it; where that was a registry's URI or a training run, the checkpoint that it meant."""
     format: str
     fingerprint: str
     num_files: Count
     num_bytes: Count
+    uri: str | msgspec.UnsetType = msgspec.UNSET
+    """The registry's version, where the checkpoint was named by a registry's URI."""
+    step: int | msgspec.UnsetType = msgspec.UNSET
+    """The training step, where the checkpoint was one of a run's."""
 
 
 class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -259,12 +259,12 @@ def identify_export(config: ExportConfig, plan_digest: str, source_state: dict[s
         plan_digest: of the sparse plan, which covers the source's fingerprint and the number of shards; empty without one.
         source_state: versions of further source files, by name.
     """
-    settings = {name: value for name, value in vars(config).items() if name not in _HOW}
+    settings = {name: value for name, value in vars(config).items() if name not in HOW}
     text = msgspec.json.encode([plan_digest, source_state, settings], order="deterministic")
     return f"xxh3:{xxhash.xxh3_128_hexdigest(text)}"
 
 
-_HOW = (
+HOW = (
     "export_dir",
     "follow_links",
     "num_shards",
@@ -274,12 +274,21 @@ _HOW = (
     "timeout",
     "overwrite",
     "on_existing",
+    "step",
+    "register",
+    "registry_options",
+    "events",
+    "metrics",
 )
 """Settings that do not shape the package, or do so through the plan."""
 
 
-def find_committed(places: Places, identity: str) -> Manifest | None:
+def find_committed(
+    places: Places, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+) -> Manifest | None:
     """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
+
+    ``and_then`` is what else has to happen before nothing of the attempt is left.
 
     Raises:
         ConfigError: it is another export's.
@@ -293,15 +302,19 @@ def find_committed(places: Places, identity: str) -> Manifest | None:
             f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other settings. "
             "Set overwrite: true to replace it, or give another export_dir"
         )
+    and_then(manifest)
     finish_commit(final)
     return manifest
 
 
-def commit_places(places: Places) -> list[str]:
+def commit_places(places: Places, and_then: Callable[[], object] = lambda: None) -> list[str]:
     """Put the package, whole in its target, where it belongs, and clear away. Rank 0.
+
+    What ``and_then`` does a rerun does too, until nothing of the attempt is left.
 
     Returns the names of what a replaced package's directory held besides, which is in the new one now.
     """
     if places.is_replacing:
         replace.replace_directory(places.target.path, places.final.path)
+    and_then()
     return finish_commit(places.final)

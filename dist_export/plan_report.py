@@ -11,6 +11,7 @@ from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
+from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
 from dist_export.plan.dropped import DUPLICATE, account_for
@@ -26,6 +27,8 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
+    config = located.apply(config)
     places = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
@@ -40,7 +43,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "ranks": [],
         "dense_tensors": {"kept": [], "dropped": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
-        "notes": [*(checkpoint.warnings if checkpoint is not None else ()), *features.notes],
+        "notes": [*located.notes, *(checkpoint.warnings if checkpoint is not None else ()), *features.notes],
     }
     if not config.need_export_sparse or checkpoint is None:
         return report

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from dist_export.activity import in_stage
 from dist_export.collective import Ranks
+from dist_export.events import Events
 from dist_export.manifest import Manifest
 from dist_export.transfer.engine import Share
 
@@ -27,20 +29,50 @@ COUNTER = "bytes"
 class Reporter:
     """Times stages on every rank, and shows them on rank 0 if it is to show anything."""
 
-    def __init__(self, ranks: Ranks, *, is_shown: bool) -> None:
-        """``is_shown``: whether this export belongs to the command line; called as a function it only logs."""
+    def __init__(self, ranks: Ranks, *, is_shown: bool, events: Events | None = None) -> None:
+        """Show nothing yet.
+
+        Args:
+            ranks: the ranks of the export.
+            is_shown: whether this export belongs to the command line; called as a function it only logs.
+            events: where stages and results are taken down too.
+        """
         self._ranks = ranks
+        self._events = events
         self._is_shown = is_shown and ranks.rank == 0
         self.seconds: dict[str, float] = {}
+        self.shares: Sequence[Share] = ()
+        """What each rank moved, once it is known."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of the export."""
         started = time.perf_counter()
-        yield
+        with in_stage(name):
+            yield
         self.seconds[name] = time.perf_counter() - started
+        if self._events is not None:
+            self._events.add("stage", stage=name, seconds=round(self.seconds[name], 3))
         if self._ranks.rank == 0:
             logger.info("%s: %.2f s", name, self.seconds[name])
+
+    def note_result(self, manifest: Manifest, shares: Sequence[Share]) -> None:
+        """Take down what was moved, by table and by this rank."""
+        self.shares = shares
+        if self._events is None:
+            return
+        mine = next((share for share in shares if share.rank == self._ranks.rank), None)
+        if mine is not None:
+            self._events.add(
+                "moved",
+                bytes=mine.num_bytes,
+                units=mine.num_units,
+                helped=mine.num_helped,
+                seconds=round(mine.seconds, 3),
+            )
+        for table in manifest.tables if self._ranks.rank == 0 else ():
+            kept = sum(slot.num_bytes for slot in table.kept)
+            self._events.add("table", table=table.name, rows=table.rows_out, dropped=table.rows_dropped, bytes=kept)
 
     def count_bytes(self, num_bytes: int) -> None:
         """Add to the bytes of all ranks. Any rank, any thread."""

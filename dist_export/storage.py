@@ -121,6 +121,18 @@ class Directory:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
+    def folder_names(self) -> list[str]:
+        """Return the names of all directories directly in the directory, sorted; empty where there is no directory."""
+        try:
+            if self.is_local:
+                with os.scandir(self.path) as found:
+                    return sorted(entry.name for entry in found if entry.is_dir())
+            with naming_any(self.url):
+                entries = self.fs.ls(self.path, detail=True)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return []
+        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
+
     def exists(self, name: str = "") -> bool:
         """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
 

@@ -31,7 +31,7 @@ def prepare(job: dict[str, Any]) -> Work:
 def _prepare_export(job: dict[str, Any]) -> Work:
     """dist_export, called as a program would call it."""
     from dist_export.collective import join
-    from dist_export.exporter import run_export
+    from dist_export.job import run_export
     from dist_export.objects import Objects
 
     config = _make_config(job)

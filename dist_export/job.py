@@ -1,0 +1,51 @@
+"""The door to an export: find out what is meant, export, tell machines how it went."""
+
+from __future__ import annotations
+
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.events import Events, failure_of, samples_of, write_metrics
+from dist_export.exporter import export_located
+from dist_export.locations import locate
+from dist_export.manifest import Manifest
+from dist_export.objects import Objects
+from dist_export.places import place_of
+from dist_export.progress import Reporter
+
+
+def run_export(
+    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool = False
+) -> tuple[Manifest, list[str]]:
+    """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
+
+    Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
+    run that lead to no checkpoint.
+    """
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
+    config = located.apply(config)
+    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
+    events = Events(config, export_dir, rank=ranks.rank, step=located.step)
+    reporter = Reporter(ranks, is_shown=is_shown, events=events)
+    events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
+    try:
+        manifest, summary = export_located(ranks, config, objects, located, reporter)
+    except BaseException as error:
+        if ranks.rank == 0:
+            events.add("failed", error=f"{type(error).__name__}: {error}")
+            if config.metrics:
+                write_metrics(config.metrics, config.storage_options, failure_of(export_dir))
+        raise
+    others = ranks.gather("collect the events", events.lines)
+    if ranks.rank == 0:
+        events.take_in(others[1:])
+        events.add("committed", bytes=manifest.num_bytes, digest=manifest.digest)
+        if config.metrics:
+            samples = samples_of(
+                export_dir=export_dir,
+                seconds=reporter.seconds,
+                num_bytes=manifest.num_bytes,
+                rows={table.name: table.rows_out for table in manifest.tables},
+                rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
+            )
+            write_metrics(config.metrics, config.storage_options, samples)
+    return manifest, summary

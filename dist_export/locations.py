@@ -1,0 +1,85 @@
+"""What ``ckpt_dir`` and ``export_dir`` mean: paths, URIs of a model registry, or a training run with many checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from dist_export import registries
+from dist_export.config import ExportConfig
+from dist_export.manifest import Manifest
+from dist_export.places import HOW
+from dist_export.runs import find_checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locations:
+    """What the two settings stand for; the same on all ranks."""
+
+    ckpt_dir: str
+    """The checkpoint's own directory."""
+    export_dir: str
+    source_uri: str
+    """The registry's version that ``ckpt_dir`` is; empty for a path."""
+    step: int | None
+    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself."""
+    register: str
+    """The registry's URI under which the package becomes a new version; empty for none."""
+    notes: tuple[str, ...]
+
+    def apply(self, config: ExportConfig) -> ExportConfig:
+        """Return the settings with paths in the place of what was given."""
+        return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
+
+
+def locate(config: ExportConfig) -> Locations:
+    """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
+
+    Raises:
+        ConfigError: a URI that no registry resolves.
+        CheckpointError: no complete checkpoint, or none of the step.
+    """
+    resolved = registries.resolve(config.ckpt_dir, config.registry_options)
+    found = find_checkpoint(config, resolved.directory)
+    register, export_dir = config.register or "", config.export_dir
+    target = registries.find_registry(config.export_dir, config.registry_options)
+    if target is not None:
+        register = register or config.export_dir
+        export_dir = target.place(config.export_dir, key=_key_of(config, found.directory))
+    elif register:
+        registries.require(register, config.registry_options)
+    notes = list(found.notes)
+    if found.step is not None:
+        notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
+    return Locations(
+        ckpt_dir=found.directory,
+        export_dir=export_dir,
+        source_uri=resolved.uri if resolved.uri != resolved.directory else "",
+        step=found.step,
+        register=register,
+        notes=tuple(notes),
+    )
+
+
+def register_package(config: ExportConfig, locations: Locations, manifest: Manifest, directory: str) -> str:
+    """Register a committed package; return the URI of its version, empty where none was asked for. Rank 0. ExportError."""
+    if not locations.register:
+        return ""
+    dense = manifest.dense
+    package = registries.Registered(
+        directory=directory,
+        source=locations.source_uri or locations.ckpt_dir,
+        digest=manifest.digest,
+        inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
+        outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
+        versions=manifest.versions,
+    )
+    return registries.register(locations.register, config.registry_options, package)
+
+
+def _key_of(config: ExportConfig, ckpt_dir: str) -> str:
+    """Return a name for the package of this checkpoint and these settings."""
+    settings = {name: value for name, value in vars(config).items() if name not in {*HOW, "ckpt_dir"}}
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([ckpt_dir, config.num_shards, settings], order="deterministic"))

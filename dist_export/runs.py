@@ -1,0 +1,109 @@
+"""A training run's directory in the place of a checkpoint: find its latest complete checkpoint, or that of one step.
+
+Sources: RecIS's CheckpointManager leaves ``<run>/ckpt_<step>/`` and ``<run>/checkpoint``, one name a line, the last one
+newest, written when all ranks have saved. Trainers on DCP leave ``step-<n>``, Hugging Face's ``checkpoint-<n>``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from dist_export.checkpoint.formats import detect_format, open_reader
+from dist_export.config import ExportConfig
+from dist_export.errors import CheckpointError
+from dist_export.storage import Directory
+
+LIST = "checkpoint"
+"""RecIS's list of finished checkpoints."""
+
+_CHILD = re.compile(r"(?:[A-Za-z]+[A-Za-z_]*[_-])?(\d{1,18})")
+_SHOWN = 6
+
+
+class FoundCheckpoint(NamedTuple):
+    """The checkpoint that is meant."""
+
+    directory: str
+    """Path or URL."""
+    step: int | None
+    """None where ``ckpt_dir`` is a checkpoint itself."""
+    notes: tuple[str, ...]
+    """Newer ones that were passed over, each with the reason."""
+
+
+def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
+    """Return the checkpoint that ``url`` and ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
+
+    Raises:
+        CheckpointError: no checkpoint of that step, or none that is complete.
+    """
+    directory = Directory(url, config.storage_options, follow_links=config.follow_links)
+    try:
+        names = set(directory.names())
+        children = _list_children(directory)
+        is_checkpoint = not children or _is_checkpoint(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
+    if is_checkpoint:
+        if config.step is not None:
+            raise CheckpointError(
+                f"step is {config.step}, but ckpt_dir {directory.url} is no run: it has no children such as ckpt_<step>. "
+                "Give the directory above it, or leave step out"
+            )
+        return FoundCheckpoint(url, None, ())
+    listed = _read_list(directory) if LIST in names else None
+    if config.step is not None:
+        return _pick(directory, children, config.step)
+    notes: list[str] = []
+    for step, name in sorted(children, reverse=True):
+        why = (
+            f"{LIST} does not list it, so its save did not finish"
+            if listed is not None and name not in listed
+            else _why_incomplete(config, directory, name)
+        )
+        if why is None:
+            return FoundCheckpoint(directory.describe(name), step, tuple(notes))
+        notes.append(f"{directory.describe(name)} is passed over: {why}")
+    raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
+
+
+def _is_checkpoint(directory: Directory) -> bool:
+    return detect_format(directory) is not None
+
+
+def _list_children(directory: Directory) -> list[tuple[int, str]]:
+    """Return (step, name) of the directories that look like checkpoints of a run."""
+    found = ((_CHILD.fullmatch(name), name) for name in directory.folder_names())
+    return [(int(match[1]), name) for match, name in found if match is not None]
+
+
+def _read_list(directory: Directory) -> set[str]:
+    lines = directory.read_text(LIST).decode(errors="replace").splitlines()
+    return {line.strip() for line in lines if line.strip()}
+
+
+def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> FoundCheckpoint:
+    names = [name for number, name in children if number == step]
+    if len(names) == 1:
+        return FoundCheckpoint(directory.describe(names[0]), step, ())
+    if names:
+        raise CheckpointError(
+            f"{directory.url}: step {step} is that of {', '.join(names)}; give one of these as ckpt_dir"
+        )
+    steps = sorted({number for number, _ in children}, reverse=True)
+    more = f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else ""
+    raise CheckpointError(
+        f"{directory.url}: no checkpoint of step {step}; there are {', '.join(map(str, steps[:_SHOWN]))}{more}"
+    )
+
+
+def _why_incomplete(config: ExportConfig, directory: Directory, name: str) -> str | None:
+    """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
+    child = Directory(directory.describe(name), config.storage_options, follow_links=config.follow_links)
+    try:
+        reader = open_reader(child, asked=config.format)
+        reader.read_headers(range(len(reader.files)))
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None

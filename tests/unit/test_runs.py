@@ -1,0 +1,110 @@
+"""A training run in the place of a checkpoint: the latest complete one is found, any other by its step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from recis_writer import make_tables, write_checkpoint
+
+import dist_export
+from dist_export.config import ExportConfig
+from dist_export.errors import CheckpointError
+from dist_export.runs import find_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Steps 5, 20 and 100, all complete and listed in the order of their saves."""
+    for step in (5, 20, 100):
+        write_checkpoint(tmp_path / "run" / f"ckpt_{step}", make_tables({"t": 10 + step}, num_parts=2))
+    (tmp_path / "run" / "checkpoint").write_text("ckpt_5\nckpt_20\nckpt_100\n")
+    return tmp_path / "run"
+
+
+def find(run: Path, **settings: object):
+    return find_checkpoint(ExportConfig(ckpt_dir=str(run), export_dir="out", **settings), str(run))
+
+
+def test_the_latest_is_by_number_not_by_name(run: Path) -> None:
+    found = find(run)
+    assert (Path(found.directory).name, found.step, found.notes) == ("ckpt_100", 100, ())
+
+
+def test_a_step_is_picked(run: Path) -> None:
+    assert Path(find(run, step=20).directory).name == "ckpt_20"
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 21; there are 100, 20, 5$"):
+        find(run, step=21)
+
+
+def test_what_the_list_lacks_did_not_finish(run: Path) -> None:
+    (run / "checkpoint").write_text("ckpt_5\nckpt_20\n")
+    found = find(run)
+    assert found.step == 20
+    assert "ckpt_100 is passed over: checkpoint does not list it" in found.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["no index", "no shard", "cut short"])
+def test_an_incomplete_latest_one_is_passed_over_and_named(run: Path, damage: str) -> None:
+    latest = run / "ckpt_100"
+    shard = next(latest.glob("*.safetensors"))
+    if damage == "no index":
+        (latest / "index").unlink()
+    elif damage == "no shard":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-8])
+    found = find(run)
+    assert found.step == 20
+    assert len(found.notes) == 1
+    assert "ckpt_100 is passed over" in found.notes[0]
+
+
+def test_none_complete_is_an_error_that_says_why(run: Path) -> None:
+    for child in run.glob("ckpt_*"):
+        (child / "index").unlink()
+    with pytest.raises(CheckpointError, match=r"none of its 3 checkpoints is complete; .*ckpt_100 is passed over"):
+        find(run)
+
+
+def test_a_checkpoint_is_itself_whatever_lies_below_it(run: Path) -> None:
+    (run / "ckpt_20" / "extra_1").mkdir()
+    assert find(run / "ckpt_20").directory == str(run / "ckpt_20")
+    with pytest.raises(CheckpointError, match="step is 20, but ckpt_dir"):
+        find(run / "ckpt_20", step=20)
+
+
+@pytest.mark.parametrize("name", ["step-{}", "step_{}", "checkpoint-{}", "global_step_{}", "{}"])
+def test_names_of_other_trainers(tmp_path: Path, name: str) -> None:
+    for step in (9, 10):
+        write_checkpoint(tmp_path / "run" / name.format(step), make_tables({"t": 3}, num_parts=1))
+    (tmp_path / "run" / "logs-x").mkdir()
+    assert find(tmp_path / "run").step == 10
+
+
+def test_one_step_under_two_names_must_be_said(run: Path) -> None:
+    shutil.copytree(run / "ckpt_20", run / "step-20")
+    with pytest.raises(CheckpointError, match="step 20 is that of ckpt_20, step-20; give one of these"):
+        find(run, step=20)
+
+
+def test_an_export_of_a_run_is_that_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    settings = {"filter_sparse_opt": True, "num_shards": 2}
+    (run / "ckpt_100" / "index").unlink()
+    whole = dist_export.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a"), **settings})
+    alone = dist_export.export({"ckpt_dir": str(run / "ckpt_20"), "export_dir": str(tmp_path / "b"), **settings})
+    assert whole.source.step == 20
+    assert whole.source.path == str(run / "ckpt_20")
+    assert alone.source.step is msgspec.UNSET
+    assert [file.digest for file in whole.files] == [file.digest for file in alone.files]
+    assert any("passed over" in note for note in whole.notes)
+
+
+def test_a_whole_fixture_run(recis_fixtures: Path, tmp_path: Path) -> None:
+    """RecIS's own run directory, with its list."""
+    manifest = dist_export.export(
+        {"ckpt_dir": str(recis_fixtures / "fullckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    )
+    assert manifest.source.step == 3
