@@ -248,7 +248,9 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkp
         is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
         if INDEX not in names and TENSORKEY not in names and not is_dcp:
             return None
-    return open_checkpoint(ranks, source, asked=config.format)
+    return open_checkpoint(
+        ranks, source, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots
+    )
 
 
 def list_names(source: Directory) -> list[str]:
