@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
@@ -146,7 +147,7 @@ def plan_sparse(
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:

@@ -26,6 +26,8 @@ _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
 """What torchrec's embedding collections call the module that holds their tables."""
 _MODEL, _OPTIMIZER = "model", "optimizer"
 """TorchEasyRec's two directories."""
+METADATA_FILES = (METADATA, f"{_MODEL}/{METADATA}", f"{_OPTIMIZER}/{METADATA}")
+"""All that a DCP checkpoint may have."""
 _SHOWN = 8
 
 

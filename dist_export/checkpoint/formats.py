@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dist_export.checkpoint.dcp import find_metadata
+from dist_export.checkpoint.dcp import find_metadata, read_dcp
+from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dcp_metadata import METADATA
 from dist_export.checkpoint.dcp_reader import DcpReader
+from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.errors import CheckpointError, ConfigError
@@ -66,7 +68,42 @@ def open_reader(
     return FORMATS[found or RECIS].open(directory, tables, optimizer_slots)
 
 
-def _open_recis(directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]) -> CheckpointReader[Any]:
+def open_dense(
+    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+) -> DenseParameters:
+    """Return the dense parameters of a checkpoint of the format ``found``; nothing is read yet.
+
+    Settings as those of :func:`open_reader`.
+    """
+    return FORMATS[found or RECIS].dense(directory, tables, optimizer_slots)
+
+
+def holds_tables(
+    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+) -> bool:
+    """Whether a checkpoint of the format ``found`` has any table, for an export that can do without.
+
+    Raises:
+        CheckpointError: it cannot be looked at, or a pattern matches nothing.
+    """
+    if found == DCP:
+        return bool(read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots).tables)
+    try:
+        return not set(directory.names()).isdisjoint((INDEX, TENSORKEY))
+    except OSError as error:
+        raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
+
+
+class Format(NamedTuple):
+    """What is to be known of a format. The functions take the directory, ``tables`` and ``optimizer_slots``."""
+
+    told_by: str
+    """The files that it is recognised by, for people."""
+    open: Callable[[Directory, Sequence[str], Sequence[str]], CheckpointReader[Any]]
+    dense: Callable[[Directory, Sequence[str], Sequence[str]], DenseParameters]
+
+
+def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
     if tables:
         raise ConfigError(
             f"tables names tensors that are tables, but {directory.url} is a RecIS checkpoint, which says so itself; "
@@ -75,20 +112,11 @@ def _open_recis(directory: Directory, tables: Sequence[str], optimizer_slots: Se
     return RecisReader(directory)
 
 
-def _open_dcp(directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]) -> CheckpointReader[Any]:
-    return DcpReader(directory, tables=tables, optimizer_slots=optimizer_slots)
-
-
-class Format(NamedTuple):
-    """What is to be known of a format."""
-
-    told_by: str
-    """The files that it is recognised by, for people."""
-    open: Callable[[Directory, Sequence[str], Sequence[str]], CheckpointReader[Any]]
-    """Takes the directory, ``tables`` and ``optimizer_slots``."""
-
-
 FORMATS: dict[str, Format] = {
-    RECIS: Format(f"{INDEX} and {TENSORKEY}", _open_recis),
-    DCP: Format(f"{METADATA}, also below model/", _open_dcp),
+    RECIS: Format(f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, *_: RecisDense(directory)),
+    DCP: Format(
+        f"{METADATA}, or model/{METADATA}",
+        lambda directory, tables, slots: DcpReader(directory, tables=tables, optimizer_slots=slots),
+        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots),
+    ),
 }
