@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import run, shrink
 
-from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint
+from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import join
 from dist_export.config import ExportConfig
 from dist_export.plan.shards import SparsePlan
