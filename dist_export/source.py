@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
@@ -43,12 +45,22 @@ class PlannedSparse:
     limits: Limits
 
 
-def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) -> Checkpoint:
+def open_checkpoint(
+    ranks: Ranks,
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
-    ``asked`` is the format, or ``auto``.
+    Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
-    reader = ranks.run("open the checkpoint", lambda: open_reader(directory, asked=asked))
+    reader = ranks.run(
+        "open the checkpoint",
+        lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots),
+    )
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
@@ -135,7 +147,7 @@ def plan_sparse(
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:
