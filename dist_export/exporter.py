@@ -40,6 +40,7 @@ from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
+    note_numbered_tables,
     open_checkpoint,
     plan_sparse,
     refuse_changed_files,
@@ -86,6 +87,7 @@ def run_export(
         assert checkpoint is not None
         with reporter.stage("plan"):
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
+            notes += note_numbered_tables(planned.plan)
 
     dense = None
     if objects.model is not None:

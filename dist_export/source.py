@@ -132,6 +132,20 @@ def plan_sparse(
     return PlannedSparse(plan=plan, census=census, limits=limits)
 
 
+def note_numbered_tables(plan: SparsePlan) -> list[str]:
+    """Return a note on tables whose rows go by number, which RecIS's own loader does not read; nothing without such tables."""
+    names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
+    if not names:
+        return []
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = f"{len(names)} tables have their rows" if len(names) > 1 else "1 table has its rows"
+    note = (
+        f"{what} by number ({told}): servers that read TorchEasyRec's layout find them, RecIS's own loader does not; for a "
+        "server that knows hash tables alone set as_hash"
+    )
+    return [note]
+
+
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
