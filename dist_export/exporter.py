@@ -16,7 +16,7 @@ import msgspec
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.dense_state import describe_dense_state
-from dist_export.checkpoint.formats import DCP, RECIS, detect_format
+from dist_export.checkpoint.formats import DCP, detect_format
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -42,6 +42,7 @@ from dist_export.source import (
     look_at_small_files,
     note_numbered_tables,
     open_checkpoint,
+    open_written,
     plan_sparse,
     refuse_changed_files,
 )
@@ -150,7 +151,7 @@ def run_export(
             small_files = ranks.on_rank_0("write the small files", write_rest)
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
+                written = None if planned is None else open_written(ranks, target, planned.plan)
                 dense.score(written, target)
 
         def commit() -> Manifest:

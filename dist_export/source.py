@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dist_export.checkpoint.formats import AUTO, open_reader
-from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.formats import AUTO, RECIS, open_reader
+from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
@@ -48,7 +51,21 @@ def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) ->
 
     ``asked`` is the format, or ``auto``.
     """
-    reader = ranks.run("open the checkpoint", lambda: open_reader(directory, asked=asked))
+    return _read_metadata(ranks, lambda: open_reader(directory, asked=asked))
+
+
+def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
+    """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
+
+    CheckpointError, on all ranks, where they do not make whole tables.
+    """
+    if all(table.is_hashed for table in plan.checkpoint.tables):
+        return open_checkpoint(ranks, directory, asked=RECIS)
+    return _read_metadata(ranks, lambda: PackageReader(directory))
+
+
+def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
+    reader = ranks.run("open the checkpoint", open_it)
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
