@@ -16,7 +16,7 @@ import msgspec
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.dense_parameters import DenseParameters
-from dist_export.checkpoint.formats import RECIS, detect_format, holds_tables, open_dense
+from dist_export.checkpoint.formats import detect_format, holds_tables, open_dense
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -40,7 +40,9 @@ from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
+    note_numbered_tables,
     open_checkpoint,
+    open_written,
     plan_sparse,
     refuse_changed_files,
 )
@@ -87,6 +89,7 @@ def run_export(
         assert checkpoint is not None
         with reporter.stage("plan"):
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
+            notes += note_numbered_tables(planned.plan)
 
     dense = None
     if objects.model is not None:
@@ -149,7 +152,7 @@ def run_export(
             small_files = ranks.on_rank_0("write the small files", write_rest)
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
+                written = None if planned is None else open_written(ranks, target, planned.plan)
                 dense.score(written, target)
 
         def commit() -> Manifest:

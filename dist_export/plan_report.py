@@ -17,7 +17,7 @@ from dist_export.places import open_places, place_of
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
-from dist_export.source import PlannedSparse, plan_sparse
+from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         return report
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
+    report["notes"] += note_numbered_tables(plan)
     if places.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
     if places.in_place:
@@ -85,7 +86,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
         dropped = "".join(f", {rows:,} dropped ({reason})" for reason, rows in table["rows_dropped"].items())
-        lines.append(f"  table {table['name']}: {table['rows']:,} rows{repaired}{dropped}")
+        by = "" if table["is_hashed"] else " by number"
+        lines.append(f"  table {table['name']}: {table['rows']:,} rows{by}{repaired}{dropped}")
         for slot in table["slots"]:
             fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
             lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
@@ -118,6 +120,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
         tables.append(
             {
                 "name": table.name,
+                "is_hashed": table.is_hashed,
                 "rows": rows,
                 "rows_out": rows - dropped.rows,
                 "rows_dropped": dropped.rows_by_reason,

@@ -109,7 +109,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         moved = sum(share.num_bytes for share in shares)
         speed = f", {amount(round(moved / seconds))}/s" if seconds else ""
         where = f"{count(rows, 'row')} in {count(manifest.num_shards, 'shard')}"
-        lines.append(f"  tables   {len(manifest.tables)}, {where} ({manifest.mode}{speed})")
+        by_number = sum(table.is_hashed is False for table in manifest.tables)
+        named = f" ({by_number} by row number)" if by_number else ""
+        lines.append(f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
         for reason, behind in _rows_dropped(manifest).items():
             lines.append(f"  dropped  {count(behind, 'row')} ({reason})")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dist_export.checkpoint.dcp import METADATA_FILES
-from dist_export.checkpoint.formats import AUTO, open_reader
-from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.formats import AUTO, RECIS, open_reader
+from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
@@ -57,10 +59,23 @@ def open_checkpoint(
 
     Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
-    reader = ranks.run(
-        "open the checkpoint",
-        lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots),
+    return _read_metadata(
+        ranks, lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots)
     )
+
+
+def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
+    """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
+
+    CheckpointError, on all ranks, where they do not make whole tables.
+    """
+    if all(table.is_hashed for table in plan.checkpoint.tables):
+        return open_checkpoint(ranks, directory, asked=RECIS)
+    return _read_metadata(ranks, lambda: PackageReader(directory))
+
+
+def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
+    reader = ranks.run("open the checkpoint", open_it)
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
@@ -142,6 +157,20 @@ def plan_sparse(
     digests = ranks.gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, limits=limits)
+
+
+def note_numbered_tables(plan: SparsePlan) -> list[str]:
+    """Return a note on tables whose rows go by number, which RecIS's own loader does not read; nothing without such tables."""
+    names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
+    if not names:
+        return []
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = f"{len(names)} tables have their rows" if len(names) > 1 else "1 table has its rows"
+    note = (
+        f"{what} by number ({told}): servers that read TorchEasyRec's layout find them, RecIS's own loader does not; for a "
+        "server that knows hash tables alone set as_hash"
+    )
+    return [note]
 
 
 def look_at_small_files(source: Directory) -> dict[str, str]:

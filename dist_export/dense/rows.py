@@ -1,4 +1,7 @@
-"""Find the rows of given ids in the checkpoint without loading a table: id columns are scanned, rows read one by one."""
+"""Find the rows of given ids in the checkpoint without loading a table.
+
+Columns of ids are scanned and rows read one by one; where no ids are stored, an id is a row's number, and only rows are read.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,9 @@ class RowFinder:
         slot = self.embedding_of(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
+        if not checkpoint.tables[number].has_ids:
+            self._find_by_number(number, slot, ids, has_row, rows)
+            return has_row, rows
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
@@ -79,3 +85,22 @@ class RowFinder:
                             reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
         return has_row, rows
+
+    def _find_by_number(
+        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Fill in the rows of a table without ids: an id is the number of its row, and neighbours are read in one call."""
+        parts = self._checkpoint.parts
+        with RowReader(self._checkpoint) as reader:
+            for part in parts.of_table(table):
+                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
+                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
+                if self._dropped_in is not None and len(places):
+                    dropped = self._dropped_in(part, 0, num_rows) + first_row
+                    places = places[~np.isin(ids[places], dropped)]
+                has_row[places] = True
+                if not len(places) or not slot.row_bytes:
+                    continue
+                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
+                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
+                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))

@@ -12,6 +12,7 @@ from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
 from dist_export.manifest import MANIFEST, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
+from dist_export.package.numbered import is_numbered
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
@@ -70,7 +71,7 @@ def render(found: dict[str, Any]) -> list[str]:
         shape = "x".join(map(str, table["shape"])) or "1"
         lines.append(
             f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
-            f"{table['bytes']:>15,}  {', '.join(table['slots'])}"
+            f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
     lines += render_dcp(found)
     if found["dense_tensors"]:
@@ -100,6 +101,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "tables": [
             {
                 "name": table.name,
+                "is_hashed": not is_numbered(table),
                 "rows": table.rows_out,
                 "shape": next((list(slot.shape) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
                 "dtype": next((slot.dtype for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.indexes import Indexes
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, PartEntry, TableEntry, decode_manifest
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
@@ -54,6 +55,9 @@ class Package:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids, read from the shards without loading the table.
 
+        Of a table whose rows go by number an id is the number of a row, from 0 up, and only rows that were asked for are
+        read; of a hash table the columns of ids are too.
+
         Args:
             table: its name.
             ids: int64, any shape ``(...)``, repetitions allowed.
@@ -89,7 +93,10 @@ class Package:
                 "manifest, do not fit into memory; ask for fewer ids"
             ) from None
         has_row = np.zeros(len(unique), bool)
-        for part in entry.parts:
+        if entry.is_hashed is False:
+            for part in entry.parts:
+                self._read_rows(table, part, slot, unique, has_row, rows)
+        for part in entry.parts if entry.is_hashed is not False else ():
             part_slice = parse_slice(part.slice)
             if part_slice is None:
                 raise PackageError(
@@ -133,6 +140,29 @@ class Package:
         if place is None:
             raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
         return self._indexes.files[int(self._indexes.file[place])]
+
+    def _read_rows(
+        self, table: str, part: PartEntry, slot: str, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Read the rows of a part whose numbers (sorted) were asked for, neighbours in one call."""
+        if not isinstance(part.first_row, int) or slot not in part.keys:
+            raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
+        begin, end = np.searchsorted(unique, [part.first_row, part.first_row + part.rows]).tolist()
+        if begin == end:
+            return
+        header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]
+        place = header.keys.index(key) if key in header.keys else -1
+        num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
+        if int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+            raise PackageError(f"{self.directory.describe(part.file)}: {key!r} is not what the manifest says of it")
+        has_row[begin:end] = True
+        if not row_bytes:
+            return
+        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
+        with self.directory.open_reader(part.file) as reader:
+            for first, last in itertools.pairwise(edges):
+                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
+                reader.read_into(rows[first:last].reshape(-1).data, offset)
 
     def _find(
         self,

@@ -24,6 +24,7 @@ from dist_export.package.listing import (
     list_files,
 )
 from dist_export.package.merged_check import DenseState, check_merged
+from dist_export.package.numbered import list_numbered
 from dist_export.package.package import Package
 from dist_export.package.parts_check import FoundParts, check_parts, check_prefixes
 from dist_export.package.report import Report
@@ -123,7 +124,8 @@ class Survey:
         report, directory, manifest = self.report, self.directory, self.manifest
         listed = set() if manifest is None else {entry.path for entry in manifest.files}
         shards = [name for name in listing.shards() if manifest is None or name in listed]
-        blocks = self.blocks = read_blocks(directory, shards, self.bad, report)
+        numbered = None if manifest is None else list_numbered(manifest)
+        blocks = self.blocks = read_blocks(directory, shards, self.bad, report, numbered=numbered)
         is_new = manifest is not None and manifest.mode == "filter"
         if manifest is None:
             check_recis_files(listing, blocks.files if blocks.has_index else tuple(shards), report)
@@ -131,7 +133,7 @@ class Survey:
                 self._note_mixed(shards)
         else:
             check_package_files(listing, manifest, blocks.files, report)
-            for name in (INDEX, TENSORKEY, MERGED):
+            for name in (INDEX, TENSORKEY, MERGED) if numbered is None or numbered.needs_index else (MERGED,):
                 if name not in listed:
                     report.add(MANIFEST, "manifest", f"does not name {name}, so nothing vouches for it")
             for name in blocks.files:
@@ -158,9 +160,8 @@ class Survey:
                 f"{len(blocks.files)} shards, {len(blocks):,} blocks: headers, index, tensorkey.json and merged manifest agree"
             )
         if manifest is not None and not report.count():
-            report.checked.append(
-                f"{len(blocks.files)} shards: headers, index, tensorkey.json and merged manifest agree"
-            )
+            what = "headers, index, tensorkey.json" if numbered is None or numbered.needs_index else "headers"
+            report.checked.append(f"{len(blocks.files)} shards: {what} and merged manifest agree")
         return parts
 
     def _note_mixed(self, shards: list[str]) -> None:
@@ -190,7 +191,14 @@ class Survey:
         if blocks is None or parts is None:
             return Work(digest_files=to_hash)
         is_flat = np.array([not shape for shape in blocks.inner_shapes] + [False], bool)[blocks.inner]
-        is_id = (blocks.stem >= 0) & blocks.is_slot(ID_SLOT) & (blocks.dtype == I64) & is_flat & (blocks.rows >= 0)
+        is_id = (
+            (blocks.stem >= 0)
+            & ~blocks.is_numbered
+            & blocks.is_slot(ID_SLOT)
+            & (blocks.dtype == I64)
+            & is_flat
+            & (blocks.rows >= 0)
+        )
         self.id_rows = ids = np.flatnonzero(is_id)
         is_float = np.isin(blocks.dtype, list(BITS)) & (blocks.end > blocks.begin)
         self.value_rows = values = np.flatnonzero(is_float & self.is_finite_asked)
