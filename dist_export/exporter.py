@@ -22,6 +22,7 @@ from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
     describe_dense_tensors,
+    describe_left_out,
     describe_tables,
     list_versions,
     publish,
@@ -41,6 +42,7 @@ from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
     open_checkpoint,
+    open_tables,
     plan_sparse,
     refuse_changed_files,
 )
@@ -248,7 +250,7 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkp
         is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
         if INDEX not in names and TENSORKEY not in names and not is_dcp:
             return None
-    return open_checkpoint(ranks, source, asked=config.format)
+    return open_tables(ranks, source, config)
 
 
 def list_names(source: Directory) -> list[str]:
@@ -260,9 +262,9 @@ def list_names(source: Directory) -> list[str]:
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the last dimension of each table's embedding."""
+    """Return the last dimension of each table's embedding, by the name that the trainer has for the table."""
     return {
-        table.name: (slot.inner_shape or (1,))[-1]
+        table.name_in_source: (slot.inner_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT
@@ -384,6 +386,7 @@ def _describe(
             num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
         ),
         tables=tables,
+        left_out_tables=describe_left_out(checkpoint),
         dense_tensors=kept,
         dropped_dense_tensors=dropped,
         files=(),

@@ -98,7 +98,7 @@ def _make_feed(
         return None
     plain = {_plain(name): name for name in finder.table_names()}
     names = [path if finder.has_table(path) else plain.get(_plain(path)) for path in paths]
-    name = next((name for name in names if name is not None), None)
+    name = next((name for name in names if name is not None and finder.has_table(name)), None)
     if name is None:
         counts.unknown_tables.append(_plain(paths[0]))
         return None
@@ -137,7 +137,7 @@ class _Feed:
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
         has_row, rows = self._finder.find(table, ids)
-        self._counts.count(table, ids, has_row, rows)
+        self._counts.count(self._finder.written_name(table), ids, has_row, rows)
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
         found = torch.from_numpy(rows[has_row].reshape(-1)).view(dtype)
