@@ -12,7 +12,7 @@ import numpy as np
 from dist_export.__version__ import VERSION
 from dist_export.attempt import begin_commit
 from dist_export.check import TableAccount
-from dist_export.checkpoint.reader import DenseTensor, SlotMeta
+from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
 from dist_export.digests import NONE, XXH3, digest_bytes
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import (
@@ -34,6 +34,7 @@ from dist_export.manifest import (
     MANIFEST,
     DenseTensorEntry,
     FileEntry,
+    LeftOutEntry,
     Manifest,
     PartEntry,
     SlotEntry,
@@ -142,9 +143,18 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
                 parts=tuple(_describe_parts(plan, number, texts)),
                 is_hashed=msgspec.UNSET if table.is_hashed else False,
+                source_name=msgspec.UNSET if table.source_name is None else table.source_name,
+                default_row=msgspec.UNSET if table.default_row is None else table.default_row,
             )
         )
     return tuple(entries)
+
+
+def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...] | msgspec.UnsetType:
+    """Return the manifest's entries of the tables that the settings leave out."""
+    if checkpoint is None or not checkpoint.left_out:
+        return msgspec.UNSET
+    return tuple(LeftOutEntry(name=t.name, rows=t.rows, reason=t.reason) for t in checkpoint.left_out)
 
 
 def describe_dense_tensors(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 from dist_export.digests import missing_package
 from dist_export.errors import ConfigError
+from dist_export.row_rules import parse_rules
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
@@ -57,6 +59,18 @@ class ExportConfig:
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
     on_duplicate: Literal["error", "first", "last"] = "error"
     """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
+    select_tables: list[str] = field(default_factory=list)
+    """Patterns of the tables to export; none means all"""
+    drop_tables: list[str] = field(default_factory=list)
+    """Patterns of tables to leave out"""
+    rename_tables: dict[str, str] = field(default_factory=dict)
+    """New names of tables, as {pattern: name}; {0}, {1} in a name are what the first and second wildcard stood for"""
+    as_hash: list[str] = field(default_factory=list)
+    """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
+    default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
+    """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
+    prune: list[dict[str, Any]] = field(default_factory=list)
+    """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
     """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
@@ -153,7 +167,10 @@ class ExportConfig:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
         asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
         asked += ["on_duplicate"] if self.on_duplicate != "error" else []
+        views = ("select_tables", "drop_tables", "rename_tables", "as_hash", "prune")
+        asked += [name for name in views if getattr(self, name)]
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
+        unused += ["default_row"] if self.default_row else []
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
         if self.tables and not self.need_export_sparse and self.model is None:
@@ -163,6 +180,10 @@ class ExportConfig:
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
                 "set filter_sparse_opt: true"
             )
+        parse_rules(self.prune)
+        for pattern, values in self.default_row.items():
+            if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
+                raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

@@ -20,7 +20,7 @@ from dist_export.strict_yaml import load_yaml
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
-_OPAQUE = ("model_args", "dataset_args", "fg_args", "storage_options", "fg_conf_or_path", "mc_conf_or_path")
+_OPAQUE = ("model_args", "dataset_args", "fg_args", "storage_options", "fg_conf_or_path", "mc_conf_or_path", "prune")
 
 _USAGE = """\
 dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)
@@ -70,7 +70,7 @@ def _parse(
     parser: ArgumentParser, settings: dict[str, Any], argv: Sequence[str]
 ) -> tuple[ExportConfig, dict[str, Any]]:
     # What a user's own code or a file system takes keeps its types: to a parser, '0123' in an untyped mapping is a number.
-    opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), Mapping)}
+    opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), (Mapping, list))}
     # A key that was left empty in YAML means its default.
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:
@@ -88,7 +88,8 @@ def _parse(
         if name in opaque and not any(
             argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in argv
         ):
-            value = {**opaque[name], **(value or {})}
+            given = opaque[name]
+            value = {**given, **(value or {})} if isinstance(given, Mapping) else [*given, *(value or [])]
         if value is not None:
             values[name] = value
     missing = [name for name in ("ckpt_dir", "export_dir") if name not in values]

@@ -22,6 +22,7 @@ from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
     describe_dense_tensors,
+    describe_left_out,
     describe_tables,
     list_versions,
     publish,
@@ -41,7 +42,7 @@ from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
     note_numbered_tables,
-    open_checkpoint,
+    open_tables,
     open_written,
     plan_sparse,
     refuse_changed_files,
@@ -255,7 +256,7 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkp
 
         if not ranks.on_rank_0("look for tables", look):
             return None
-    return open_checkpoint(ranks, source, asked=config.format, **settings)
+    return open_tables(ranks, source, config)
 
 
 def find_dense(config: ExportConfig, source: Directory, checkpoint: Checkpoint | None) -> DenseParameters:
@@ -265,9 +266,9 @@ def find_dense(config: ExportConfig, source: Directory, checkpoint: Checkpoint |
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the last dimension of each table's embedding."""
+    """Return the last dimension of each table's embedding, by the name that the trainer has for the table."""
     return {
-        table.name: (slot.inner_shape or (1,))[-1]
+        table.name_in_source: (slot.inner_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT
@@ -389,6 +390,7 @@ def _describe(
             num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
         ),
         tables=tables,
+        left_out_tables=describe_left_out(checkpoint),
         dense_tensors=kept,
         dropped_dense_tensors=dropped,
         files=(),

@@ -89,6 +89,19 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[PartEntry, ...]
     is_hashed: bool | msgspec.UnsetType = msgspec.UNSET
     """False where rows go by number: the table has no ids here. Left out, and true, for hash tables."""
+    source_name: str | msgspec.UnsetType = msgspec.UNSET
+    """The table's name in the source, where it is another one."""
+    default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
+    """What serving is to take for an id that the table has not, where that was said: ``zeros``, or the values of a row."""
+
+
+class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A table of the source that the settings left out."""
+
+    name: str
+    rows: Count
+    reason: str
+    """``drop_tables`` or ``select_tables``."""
 
 
 class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +186,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_shards: Count
     source: SourceEntry
     tables: tuple[TableEntry, ...]
+    left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     dense_tensors: tuple[DenseTensorEntry, ...]
     dropped_dense_tensors: tuple[DenseTensorEntry, ...]
     files: tuple[FileEntry, ...]
@@ -237,7 +251,8 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
 
 def _digest_of(manifest: Manifest) -> str:
     """Return :func:`compute_digest` of a manifest, without making plain values of it: structs are sorted too."""
-    return compute_digest({name: getattr(manifest, name) for name in manifest.__struct_fields__})
+    values = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    return compute_digest({name: value for name, value in values.items() if value is not msgspec.UNSET})
 
 
 def _check_paths(manifest: Manifest, where: str) -> None:

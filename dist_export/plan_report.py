@@ -38,6 +38,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],
+        "left_out_tables": [],
         "ranks": [],
         "dense_tensors": {"kept": [], "dropped": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
@@ -56,6 +57,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         )
     report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
     report["tables"] = _tables(planned)
+    report["left_out_tables"] = [
+        {"name": table.name, "rows": table.rows, "reason": table.reason} for table in plan.checkpoint.left_out
+    ]
     report["dense_tensors"] = {
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
@@ -87,10 +91,17 @@ def render_report(report: dict[str, Any]) -> list[str]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
         dropped = "".join(f", {rows:,} dropped ({reason})" for reason, rows in table["rows_dropped"].items())
         by = "" if table["is_hashed"] else " by number"
-        lines.append(f"  table {table['name']}: {table['rows']:,} rows{by}{repaired}{dropped}")
+        was = f" ({table['source_name']} in the source)" if table["source_name"] != table["name"] else ""
+        lines.append(f"  table {table['name']}{was}: {table['rows']:,} rows{by}{repaired}{dropped}")
+        if table["default_row"] is not None:
+            lines.append(f"    for ids that it lacks: {_say_row(table['default_row'])}")
         for slot in table["slots"]:
             fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
             lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
+    lines += [
+        f"  table {table['name']}: left out, {table['rows']:,} rows ({table['reason']})"
+        for table in report["left_out_tables"]
+    ]
     for what, names in report["dense_tensors"].items():
         if names:
             lines.append(f"  dense tensors {what}: {', '.join(names)}")
@@ -104,6 +115,13 @@ def render_report(report: dict[str, Any]) -> list[str]:
     if report["dense"]:
         lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not look at it)")
     return lines + [f"  note: {note}" for note in report["notes"]]
+
+
+def _say_row(row: tuple[float, ...] | str) -> str:
+    if isinstance(row, str):
+        return row
+    told = ", ".join(f"{value:g}" for value in row[:8])
+    return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
 
 
 def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
@@ -121,6 +139,8 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
             {
                 "name": table.name,
                 "is_hashed": table.is_hashed,
+                "source_name": table.name_in_source,
+                "default_row": table.default_row,
                 "rows": rows,
                 "rows_out": rows - dropped.rows,
                 "rows_dropped": dropped.rows_by_reason,

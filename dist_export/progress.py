@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
+from dist_export.errors import printable
 from dist_export.manifest import Manifest
 from dist_export.transfer.engine import Share
 
@@ -113,6 +114,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         named = f" ({by_number} by row number)" if by_number else ""
         lines.append(f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
+        lines += _views(manifest)
         for reason, behind in _rows_dropped(manifest).items():
             lines.append(f"  dropped  {count(behind, 'row')} ({reason})")
         misplaced = sum(table.misplaced for table in manifest.tables)
@@ -157,6 +159,23 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]
     return lines
+
+
+def _views(manifest: Manifest) -> list[str]:
+    """Return what was left out and renamed."""
+    lines = []
+    left_out = manifest.left_out_tables or ()
+    if left_out:
+        rows = sum(table.rows for table in left_out)
+        told = _few([table.name for table in left_out])
+        lines.append(f"  left out {count(len(left_out), 'table')}, {count(rows, 'row')}: {told}")
+    renamed = [f"{table.source_name} -> {table.name}" for table in manifest.tables if table.source_name]
+    return lines + ([f"  renamed  {_few(renamed)}"] if renamed else [])
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return printable(", ".join(names[:3])) + more
 
 
 def _rows_dropped(manifest: Manifest) -> dict[str, int]:

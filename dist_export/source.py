@@ -29,6 +29,7 @@ from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
+from dist_export.plan.tables import TableSettings, view_tables
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.storage import Directory
 from dist_export.threads import keep_freed_memory, run_threads
@@ -80,6 +81,21 @@ def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
     return ranks.run("match headers and indexes", lambda: reader.assemble(shares))
+
+
+def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Checkpoint:
+    """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks."""
+    checkpoint = open_checkpoint(
+        ranks, directory, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots
+    )
+    asked = TableSettings(
+        select=config.select_tables,
+        drop=config.drop_tables,
+        rename=config.rename_tables,
+        as_hash=config.as_hash,
+        default_row=config.default_row,
+    )
+    return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
 
 
 def choose(

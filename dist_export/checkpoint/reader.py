@@ -159,6 +159,25 @@ class TableMeta:
     has_ids: bool = True
     """Whether the source stores ids; else the id of a row is its number, and its slice one of rows: ``size`` is their number.
     With ``is_hashed`` the numbers are written as ids, and slices are those of hash tables."""
+    source_name: str | None = None
+    """The name in the source, where the package gives the table another one."""
+    default_row: tuple[float, ...] | str | None = None
+    """What serving takes for an id that it does not find, for the package to say; ``zeros``, or the values of a row."""
+
+    @property
+    def name_in_source(self) -> str:
+        """The name that the trainer knows the table by; settings name tables so."""
+        return self.name if self.source_name is None else self.source_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOutTable:
+    """A table of the source that the settings leave out."""
+
+    name: str
+    rows: int
+    reason: str
+    """The setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +201,8 @@ class Checkpoint:
     strips: Strips = field(default_factory=no_strips)
     optimizer_patterns: frozenset[str] = frozenset()
     """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
+    left_out: tuple[LeftOutTable, ...] = ()
+    """Tables of the source that are not in ``tables``, in its order."""
 
     @property
     def num_bytes(self) -> int:

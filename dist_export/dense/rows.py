@@ -5,13 +5,14 @@ Columns of ids are scanned and rows read one by one; where no ids are stored, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.checkpoint.rows import RowReader
+from dist_export.errors import ModelError
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
@@ -23,6 +24,7 @@ class RowFinder:
         checkpoint: Checkpoint,
         misplaced: np.ndarray | None,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         """Look at ids only when asked.
 
@@ -31,23 +33,36 @@ class RowFinder:
             misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
             dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
                 on): they are passed over here too, so that the sample sees what serving will.
+            names: name in ``checkpoint`` -> name that the model has for the table, of those where it is another one.
         """
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
+        names = names or {}
+        self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
+        """By the names that the model has, as all methods take and give them but ``written_name``."""
+        self._left_out = {table.name: table.reason for table in checkpoint.left_out}
 
     def has_table(self, table: str) -> bool:
-        """Whether the checkpoint has this table."""
-        return self._checkpoint.table_index(table) is not None
+        """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
+        if table in self._left_out and table not in self._numbers:
+            raise ModelError(
+                f"the model looks rows of table {table!r} up, which {self._left_out[table]} leaves out of the package; export "
+                "it too, or export a model that does not use it"
+            )
+        return table in self._numbers
 
     def table_names(self) -> list[str]:
-        """Return the names of all tables."""
-        return [table.name for table in self._checkpoint.tables]
+        """Return the names of all tables, those that are left out as well."""
+        return [*self._numbers, *(name for name in self._left_out if name not in self._numbers)]
+
+    def written_name(self, table: str) -> str:
+        """Return the name of a table in the checkpoint, which is that in the package."""
+        return self._checkpoint.tables[self._numbers[table]].name
 
     def embedding_of(self, table: str) -> SlotMeta:
         """Return dtype and shape of a table's embedding rows."""
-        number = self._checkpoint.table_index(table)
-        assert number is not None
+        number = self._numbers[table]
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
     def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +72,7 @@ class RowFinder:
             ids: int64, sorted, without duplicates.
         """
         checkpoint = self._checkpoint
-        number = checkpoint.table_index(table)
-        assert number is not None
+        number = self._numbers[table]
         slot = self.embedding_of(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)

@@ -48,6 +48,8 @@ class DenseStage:
         self._used: tuple[str, ...] = ()
         """Names of the inputs that the program takes."""
         self._looked_up = SampleRows()
+        self._model_names: dict[str, str] = {}
+        """Name of a table in the package -> in the model, where the two differ."""
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
@@ -75,7 +77,9 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
-        finder = None if checkpoint is None else RowFinder(checkpoint, misplaced, dropped_in)
+        finder = (
+            None if checkpoint is None else RowFinder(checkpoint, misplaced, dropped_in, self._names_of(checkpoint))
+        )
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
@@ -147,7 +151,7 @@ class DenseStage:
             assert self._sparse_arch is not None
             sparse_arch = self._sparse_arch
             # the check has proven that each id lies in the slice of its part
-            finder = RowFinder(written, np.zeros(len(written.parts), np.int64))
+            finder = RowFinder(written, np.zeros(len(written.parts), np.int64), names=self._model_names)
             inputs, rows = ranks.run(
                 "score the sample from the shards",
                 lambda: self._run_again(sparse_arch, finder),
@@ -206,6 +210,10 @@ class DenseStage:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
         return tuple(_find(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+
+    def _names_of(self, checkpoint: Checkpoint) -> dict[str, str]:
+        self._model_names = {t.name: t.source_name for t in checkpoint.tables if t.source_name is not None}
+        return self._model_names
 
     def _names(self) -> list[tuple[str, str]]:
         return [

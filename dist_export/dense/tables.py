@@ -125,7 +125,7 @@ class _TableNames:
                     f"the model's table {full} may be {' or '.join(map(repr, found[:3]))} of the checkpoint; leave one of them "
                     "out of the checkpoint, or rename the module"
                 )
-            if found:
+            if found and self._finder.has_table(found[0]):  # which raises where the settings leave it out
                 return found[0]
         return None
 
@@ -181,7 +181,7 @@ class _Feed:
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
         has_row, rows = self._finder.find(table, ids)
-        self._counts.count(table, ids, has_row, rows)
+        self._counts.count(self._finder.written_name(table), ids, has_row, rows)
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
         found = torch.from_numpy(rows[has_row].reshape(-1)).view(dtype)

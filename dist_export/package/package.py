@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, Dtype
 from dist_export.layout.indexes import Indexes
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
@@ -65,8 +66,9 @@ class Package:
             raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
 
         Returns:
-            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32), zeros
-            for ids that the table does not hold; and which ids it holds, bool of shape ``(...)``.
+            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32); for ids
+            that the table does not hold the table's ``default_row``, zeros where the manifest has none and for other
+            slots; and which ids it holds, bool of shape ``(...)``.
         """
         entry = self.table(table)
         kept = next((found for found in entry.kept if found.name == slot), None)
@@ -107,6 +109,8 @@ class Package:
                 raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            rows[~has_row] = self._encode_default(entry, dtype, row_bytes)
         shape = asked.shape
         if raw:
             return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
@@ -114,6 +118,21 @@ class Package:
         if kept.dtype == "bfloat16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return values[inverse].reshape(*shape, *kept.shape), has_row[inverse].reshape(shape)
+
+    def _encode_default(self, entry: TableEntry, dtype: Dtype, row_bytes: int) -> np.ndarray:
+        """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
+        values = np.array(entry.default_row, np.float64)
+        if dtype.torch == "bfloat16":  # rounded to the nearest, of two that are as near to the even one
+            bits = values.astype(np.float32).view(np.uint32)
+            stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        else:
+            stored = values.astype(dtype.numpy)
+        if stored.nbytes != row_bytes:
+            raise PackageError(
+                f"{self.directory.url}: the default row of table {entry.name!r} has {len(values):,} values, which is no row of "
+                "it"
+            )
+        return stored.view(np.uint8)
 
     def load_program(self) -> ExportedProgram:
         """Return the traced dense arch; its archive is looked into before anything is unpickled.

@@ -104,7 +104,7 @@ def select(
                 if slot.name == EMBEDDING_SLOT or table.is_hashed:
                     stays.append(slot)
                 continue
-            names = (slot.name, f"{table.name}.{slot.name}")
+            names = (slot.name, f"{table.name_in_source}.{slot.name}")
             reason = reason_to_drop(names, is_known=slot.is_optimizer or slot.name in OPTIMIZER_SLOTS)
             if reason is None and slot.stored_shape is not None:
                 rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
