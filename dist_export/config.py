@@ -30,11 +30,13 @@ class ExportConfig:
     """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
 
     ckpt_dir: str
-    """The checkpoint to export: a directory, or an fsspec URL of one"""
+    """The checkpoint to export: a directory, a file of torch.save or safetensors, or an fsspec URL of one"""
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
-    format: Literal["auto", "recis", "dcp"] = "auto"
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb"] = "auto"
     """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
+    tables: list[str] = field(default_factory=list)
+    """Patterns of tensors that are tables, beside those of torchrec's collections; for formats that do not say it"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"

@@ -15,8 +15,7 @@ import msgspec
 
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
-from dist_export.checkpoint.dense_state import describe_dense_state
-from dist_export.checkpoint.formats import DCP, RECIS, detect_format
+from dist_export.checkpoint.formats import RECIS, describe_dense, detect_format, load_dense
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -79,7 +78,8 @@ def run_export(
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: a model.pt that is cut short tells of a save that did not finish
-        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
+        dense_source = ranks.on_rank_0("read the dense state", lambda: describe_dense(source, **reading(config)))
+        dense_state = dense_source.described
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -92,7 +92,9 @@ def run_export(
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
         with reporter.stage("sample"):
-            dense = DenseStage(ranks, config, objects, source)
+            dense = DenseStage(
+                ranks, config, objects, lambda: load_dense(source, **reading(config)), where=dense_source.where
+            )
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
             notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
@@ -245,10 +247,16 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkp
     """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
     if not config.need_export_sparse:
         names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
-        is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
-        if INDEX not in names and TENSORKEY not in names and not is_dcp:
+        found = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format))
+        if INDEX not in names and TENSORKEY not in names and found in (None, RECIS):
             return None
-    return open_checkpoint(ranks, source, asked=config.format)
+    checkpoint = open_checkpoint(ranks, source, **reading(config))
+    return None if checkpoint.no_tables and not config.need_export_sparse else checkpoint
+
+
+def reading(config: ExportConfig) -> dict[str, Any]:
+    """Return the settings that say how to read the checkpoint, as keywords."""
+    return {"asked": config.format, "tables": config.tables, "optimizer_slots": config.optimizer_slots}
 
 
 def list_names(source: Directory) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dist_export.checkpoint.formats import AUTO, open_reader
+from dist_export.checkpoint.formats import AUTO, INDEX_FILES, SAFETENSORS, TORCH, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -43,12 +44,22 @@ class PlannedSparse:
     limits: Limits
 
 
-def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) -> Checkpoint:
+def open_checkpoint(
+    ranks: Ranks,
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
-    ``asked`` is the format, or ``auto``.
+    The arguments are as :func:`~dist_export.checkpoint.formats.open_reader` takes them.
     """
-    reader = ranks.run("open the checkpoint", lambda: open_reader(directory, asked=asked))
+    reader = ranks.run(
+        "open the checkpoint",
+        lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots),
+    )
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
@@ -59,6 +70,8 @@ def choose(
     checkpoint: Checkpoint, config: ExportConfig, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
+    if checkpoint.no_tables:
+        raise PlanError(checkpoint.no_tables)
     if not config.filter_sparse_opt:
         if checkpoint.copy_hindrances:
             raise PlanError(
@@ -68,7 +81,8 @@ def choose(
         return select_all(checkpoint), plan_targets(checkpoint, None), None
     selection = select(
         checkpoint,
-        optimizer_slots=tuple(config.optimizer_slots),
+        # of a plain checkpoint these name tensors, and its reader has compared them
+        optimizer_slots=() if checkpoint.format in (SAFETENSORS, TORCH) else tuple(config.optimizer_slots),
         drop_slots=tuple(config.drop_slots),
         keep_slots=tuple(config.keep_slots),
     )
@@ -135,7 +149,7 @@ def plan_sparse(
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *INDEX_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:

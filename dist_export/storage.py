@@ -60,10 +60,13 @@ class Directory:
         storage_options: dict[str, Any] | None = None,
         *,
         follow_links: bool = False,
+        only: str | None = None,
     ) -> None:
+        """``only`` is the one file that the directory is taken to hold, whatever else lies there."""
         self.url = os.fspath(url)
         self.storage_options = storage_options
         self._follow_links = follow_links
+        self._only = only
         if "::" in self.url:
             # an alias could hide that the target is the source, whose files would then be overwritten
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
@@ -111,6 +114,8 @@ class Directory:
 
         A loop of links counts as a file: opening it tells what is wrong.
         """
+        if self._only is not None:
+            return [self._only]
         try:
             if self.is_local:  # fsspec takes a symbolic link to a file for no file
                 with os.scandir(self.path) as found:
@@ -121,12 +126,32 @@ class Directory:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
+    def folders(self) -> list[str]:
+        """Return the names of all directories directly in the directory, sorted; empty where there is no directory."""
+        if self._only is not None:
+            return []
+        try:
+            if self.is_local:
+                with os.scandir(self.path) as found:
+                    return sorted(entry.name for entry in found if entry.is_dir())
+            with naming_any(self.url):
+                entries = self.fs.ls(self.path, detail=True)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return []
+        return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
+
+    def folder(self, name: str) -> Directory:
+        """Return a directory within this one, for listing; what is read is opened by its path from here."""
+        return Directory(self.describe(name), self.storage_options, follow_links=self._follow_links)
+
     def exists(self, name: str = "") -> bool:
         """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
 
         Not by ``fs.exists``, for which an error is an absence: a package that cannot be looked at would be overwritten.
         """
         path = self.join(name) if name else self.path
+        if self._hides(name):
+            return False
         try:
             if self.is_local:
                 os.stat(path)
@@ -143,6 +168,8 @@ class Directory:
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
+        if self._hides(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         if self.is_local:
             found = os.stat(self.find(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
@@ -152,6 +179,9 @@ class Directory:
             (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
         )
         return FileStat(int(info["size"]), version)
+
+    def _hides(self, name: str) -> bool:
+        return self._only is not None and name not in ("", self._only)
 
     def read(self, name: str) -> bytes:
         """Return a whole (small) file. OSError for one that is no regular file, or larger than any index can be."""
@@ -280,6 +310,20 @@ class Directory:
         if any(len(os.fsencode(part)) > longest for part in Path(self.path).parts):
             return f"a name in it is longer than the {longest} bytes that the file system takes"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+
+
+def open_place(
+    url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None, *, follow_links: bool = False
+) -> Directory:
+    """Return the directory at ``url``; where a file is there, the directory that it lies in, as if that held it alone."""
+    directory = Directory(url, storage_options, follow_links=follow_links)
+    is_file = os.path.isfile(directory.path) if directory.is_local else directory.fs.isfile(directory.path)
+    if not is_file:
+        return directory
+    scheme, mark, path = directory.url.rstrip("/").rpartition("://")
+    parent, _, name = path.rpartition("/")
+    whole = f"{scheme}{mark}{parent}" or ("/" if path.startswith("/") else ".")
+    return Directory(whole, storage_options, follow_links=follow_links, only=name)
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:

@@ -133,6 +133,8 @@ class SlotMeta:
     row_bytes: int
     column: int
     """Of ``Blocks``."""
+    is_optimizer: bool = False
+    """Whether the source itself says that it is optimizer state, whatever its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,8 @@ class Checkpoint:
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
     strips: Strips = field(default_factory=no_strips)
+    no_tables: str = ""
+    """Why there is no table, a sentence; empty where there are some, or none are looked for."""
 
     @property
     def num_bytes(self) -> int:

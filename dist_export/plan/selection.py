@@ -103,7 +103,7 @@ def select(
                     stays.append(slot)
                 continue
             names = (slot.name, f"{table.name}.{slot.name}")
-            reason = reason_to_drop(names, is_known=slot.name in OPTIMIZER_SLOTS)
+            reason = reason_to_drop(names, is_known=slot.is_optimizer or slot.name in OPTIMIZER_SLOTS)
             if reason is None:
                 stays.append(slot)
             else:
