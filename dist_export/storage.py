@@ -60,13 +60,12 @@ class Directory:
         storage_options: dict[str, Any] | None = None,
         *,
         follow_links: bool = False,
-        only: str | None = None,
+        is_file: bool = False,
     ) -> None:
-        """``only`` is the one file that the directory is taken to hold, whatever else lies there."""
+        """With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there."""
         self.url = os.fspath(url)
         self.storage_options = storage_options
         self._follow_links = follow_links
-        self._only = only
         if "::" in self.url:
             # an alias could hide that the target is the source, whose files would then be overwritten
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
@@ -76,11 +75,19 @@ class Directory:
             raise ConfigError(f"{self.url}: no file system for this URL: {first_line(error)}") from error
         self.is_local: bool = isinstance(self.fs, LocalFileSystem)
         self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
+        self._only: str | None = None
+        if is_file:
+            self.path, _, self._only = self.path.rpartition("/")
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes see what is written here. ``memory://`` lives in one process."""
         return "memory" not in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of a file."""
+        return self._only is not None
 
     def join(self, name: str) -> str:
         """Return the path of ``name`` on this directory's file system."""
@@ -89,8 +96,8 @@ class Directory:
     def find(self, name: str) -> str:
         """Return the local path of a file that is to be read. OSError where a link leads out of the directory."""
         path = self.join(name)
-        if self._follow_links or not self._has_link(name):
-            return path
+        if self._follow_links or name == self._only or not self._has_link(name):
+            return path  # what the user names may be a link, as the directory itself may be
         found, root = os.path.realpath(path), os.path.realpath(self.path)
         if os.path.commonpath([found, root]) != root:
             raise OSError(
@@ -107,7 +114,7 @@ class Directory:
 
     def describe(self, name: str) -> str:
         """Return ``name`` with the URL as the user gave it, for messages."""
-        return f"{self.url.rstrip('/')}/{name}"
+        return self.url if name == self._only else f"{self.url.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
         """Return the names of all files directly in the directory, sorted; empty where there is no directory.
@@ -318,12 +325,7 @@ def open_place(
     """Return the directory at ``url``; where a file is there, the directory that it lies in, as if that held it alone."""
     directory = Directory(url, storage_options, follow_links=follow_links)
     is_file = os.path.isfile(directory.path) if directory.is_local else directory.fs.isfile(directory.path)
-    if not is_file:
-        return directory
-    scheme, mark, path = directory.url.rstrip("/").rpartition("://")
-    parent, _, name = path.rpartition("/")
-    whole = f"{scheme}{mark}{parent}" or ("/" if path.startswith("/") else ".")
-    return Directory(whole, storage_options, follow_links=follow_links, only=name)
+    return Directory(url, storage_options, follow_links=follow_links, is_file=True) if is_file else directory
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:

@@ -20,6 +20,7 @@ MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 _MAX_DEPTH = 32
 _MAX_MEMBERS = 10_000_000
+_ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
 
@@ -43,7 +44,7 @@ class TorchFile(NamedTuple):
 
 def is_torch_file(head: bytes) -> bool:
     """Whether a file begins (16 bytes) as what ``torch.save`` writes now, or wrote once."""
-    return head.startswith((b"PK\x03\x04", _LEGACY[: len(head)] or b"\0"))
+    return head.startswith((_ZIP, _LEGACY))
 
 
 def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
@@ -55,8 +56,8 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     where = reader.where
     head = bytearray(min(size, 16))
     reader.read_into(memoryview(head), 0)
-    if not head.startswith(b"PK\x03\x04"):
-        what = "is in the format of torch before 1.6" if bytes(head) == _LEGACY[:16] else "is no file of torch.save"
+    if not head.startswith(_ZIP):
+        what = "is in the format of torch before 1.6" if head.startswith(_LEGACY) else "is no file of torch.save"
         raise CheckpointError(
             f"{where} {what}; expected its zip format: load it with torch.load and write it again with torch.save"
         )

@@ -71,12 +71,13 @@ class TorchReader:
 
 
 def find_torch_files(directory: Directory) -> list[str]:
-    """Return the files that ``torch.save`` wrote, by name; those called ``.bin`` by how they begin."""
-    return [
-        name
-        for name in directory.names()
-        if name.endswith(SUFFIXES) or (name.endswith(".bin") and is_torch_file(_head(directory, name)))
-    ]
+    """Return the files that ``torch.save`` wrote, by name; by how they begin those called ``.bin``, and one that was named."""
+
+    def is_one(name: str) -> bool:
+        is_doubtful = name.endswith(".bin") or directory.is_file
+        return name.endswith(SUFFIXES) or (is_doubtful and is_torch_file(_head(directory, name)))
+
+    return list(filter(is_one, directory.names()))
 
 
 def _head(directory: Directory, name: str) -> bytes:
