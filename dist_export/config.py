@@ -32,10 +32,10 @@ class ExportConfig:
     """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
 
     ckpt_dir: str
-    """The checkpoint to export: a directory, or an fsspec URL of one"""
+    """The checkpoint to export: a directory, a file of torch.save or safetensors, or an fsspec URL of one"""
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
-    format: Literal["auto", "recis", "dcp"] = "auto"
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb"] = "auto"
     """Format of the checkpoint; auto goes by its files. dcp is what torch.distributed.checkpoint writes"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""

@@ -18,7 +18,7 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
-from dist_export.storage import Directory
+from dist_export.storage import Directory, open_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def _next_to(final: Directory) -> Directory:
 
 
 def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
-    source = Directory(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
+    source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
     final = Directory(export_dir, config.storage_options)
     for directory in (source, final):
         if ranks.world_size > 1 and not directory.is_shared:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dist_export.checkpoint.dcp import METADATA_FILES
-from dist_export.checkpoint.formats import AUTO, RECIS, open_reader
+from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
@@ -102,6 +102,8 @@ def choose(
     checkpoint: Checkpoint, config: ExportConfig, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
+    if checkpoint.no_tables:
+        raise PlanError(checkpoint.no_tables)
     if not config.filter_sparse_opt:
         if checkpoint.copy_hindrances:
             raise PlanError(
@@ -192,7 +194,7 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:

@@ -186,7 +186,10 @@ def plug_in(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(source, "open_reader", open_reader)
     entry = formats.Format(
-        LAYOUT, lambda directory, *_: LayoutReader(directory), lambda directory, *_: RecisDense(directory)
+        told_by=LAYOUT,
+        takes_tables=False,
+        open=lambda directory, *_: LayoutReader(directory),
+        dense=lambda directory, *_: RecisDense(directory),
     )
     monkeypatch.setitem(formats.FORMATS, "layout", entry)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
-from dist_export.checkpoint.state_archive import check_state_archive
+from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
 from dist_export.errors import CheckpointError
 from dist_export.readers import RangeReader
 
@@ -63,6 +63,24 @@ def locate_item(
         CheckpointError: it is no ``torch.save`` of one tensor, or not of this shape and torch dtype.
     """
     import torch
+
+    found = load_without_payload(reader, begin, num_bytes, where=where)
+    if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
+        raise CheckpointError(f"{where} is a {type(found).__name__}, expected a strided tensor")
+    if tuple(found.shape) != shape or str(found.dtype) != f"torch.{dtype}":
+        raise CheckpointError(
+            f"{where} is {found.dtype} {list(found.shape)}, but .metadata says torch.{dtype} {list(shape)}"
+        )
+    return place_of(found, begin, num_bytes, where=where)
+
+
+def load_without_payload(reader: RangeReader, begin: int, num_bytes: int, *, where: str) -> Any:
+    """Return what the ``torch.save`` zip in a range of an open file holds, with tensors that know their place alone.
+
+    Raises:
+        CheckpointError: it is no such zip, is damaged, or asks for code.
+    """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     file = cast("IO[bytes]", io.BufferedReader(_View(reader, begin, num_bytes), 8192))
@@ -71,16 +89,15 @@ def locate_item(
     try:
         with warnings.catch_warnings(), FakeTensorMode():
             warnings.simplefilter("ignore")
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{where} cannot be read (torch.load with weights_only=True): {reason}") from None
-    if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
-        raise CheckpointError(f"{where} is a {type(found).__name__}, expected a strided tensor")
-    if tuple(found.shape) != shape or str(found.dtype) != f"torch.{dtype}":
         raise CheckpointError(
-            f"{where} is {found.dtype} {list(found.shape)}, but .metadata says torch.{dtype} {list(shape)}"
-        )
+            f"{where} cannot be read (torch.load with weights_only=True): {say_refusal(error)}"
+        ) from None
+
+
+def place_of(found: Any, begin: int, num_bytes: int, *, where: str) -> Item:
+    """Return where a tensor lies that :func:`load_without_payload` found in this range. CheckpointError where none is told."""
     itemsize = found.element_size()
     storage = found.untyped_storage()
     first = int(found.storage_offset())

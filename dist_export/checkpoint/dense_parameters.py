@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
+from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.storage import Directory
 
@@ -22,7 +24,7 @@ class DenseParameters(Protocol):
             CheckpointError: what holds them cannot be read, or the checkpoint is not complete.
         """
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Mapping[str, Any]:
         """Return name within the model -> CPU tensor.
 
         Raises:
@@ -41,6 +43,25 @@ class RecisDense:
         """Return what ``model.pt`` holds; nothing where there is none."""
         return describe_dense_state(self._directory) or []
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Mapping[str, Any]:
         """Return what ``model.pt`` holds."""
         return load_dense_state(self._directory)
+
+
+class NoDense:
+    """Of a checkpoint that holds tables alone. See :class:`DenseParameters`."""
+
+    def __init__(self, where: str, what: str) -> None:
+        self.where = where
+        self._what = what
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return nothing."""
+        return []
+
+    def load(self) -> Mapping[str, Any]:
+        """Refuse: the dense arch needs its parameters."""
+        raise CheckpointError(
+            f"{self.where} is {self._what}, which has tables alone, and the dense arch needs its parameters. Leave `model` out "
+            "of the config for an export of the tables"
+        )

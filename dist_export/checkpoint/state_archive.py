@@ -8,6 +8,7 @@ into its neighbour, and a small member may unpack to any size. So each is held a
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dist_export.errors import CheckpointError
 _MAX_PICKLE_BYTES = 256 << 20
 """The names, shapes and positions of two million tensors."""
 _LOCAL_HEADER_BYTES = 30
+_REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
 
 _ITEMSIZES = {
     **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
@@ -35,6 +37,12 @@ def is_zip(file: IO[bytes]) -> bool:
     """Whether the file begins as a zip. What ``torch.save`` wrote before torch 1.6 is none."""
     file.seek(0)
     return file.read(4) == b"PK\x03\x04"
+
+
+def say_refusal(error: Exception) -> str:
+    """Return in one line why ``torch.load`` refused a file, without its advice to load it unprotected."""
+    found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
+    return found[0] if found else type(error).__name__
 
 
 def check_state_archive(file: IO[bytes], *, where: str) -> None:

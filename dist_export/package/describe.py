@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_export.checkpoint.formats import AUTO, DCP, LOOKED_FOR, detect_format
+from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, LOOKED_FOR, SAFETENSORS, TORCH, detect_format
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
 from dist_export.manifest import MANIFEST, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
+from dist_export.package.describe_source import describe_source, render_source
 from dist_export.package.numbered import is_numbered
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
-from dist_export.storage import Directory
+from dist_export.storage import Directory, open_place
 
 
 def describe(
@@ -30,24 +31,28 @@ def describe(
     """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
 
     Args:
-        path: a directory, or an fsspec URL of one.
+        path: a directory or a file of a checkpoint, or an fsspec URL of one.
         storage_options: for its file system.
         follow_links: whether files may be links that lead out of the directory.
         asked: the format of a checkpoint; with ``auto`` its files tell.
-        tables: of a DCP checkpoint, patterns of tensors that are tables.
-        optimizer_slots: of a DCP checkpoint, patterns of tensors that are optimizer state.
+        tables: of a checkpoint that does not say it: patterns of tensors that are tables.
+        optimizer_slots: of such a checkpoint: patterns of tensors that are optimizer state.
 
     Raises:
         CheckpointError: nothing of these is there, or it cannot be read.
-        ConfigError: patterns for what is no DCP checkpoint.
+        ConfigError: patterns for what says itself what its tables are.
     """
-    directory = Directory(path, storage_options, follow_links=follow_links)
+    directory = open_place(path, storage_options, follow_links=follow_links)
     is_package = asked == AUTO and directory.exists(MANIFEST)
     found = None if is_package else detect_format(directory, asked=asked)
     if found == DCP:
         return describe_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
+    if found in (SAFETENSORS, TORCH, DYNAMICEMB):
+        return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
     if tables or optimizer_slots:
-        raise ConfigError(f"{path} is no DCP checkpoint; --tables and --optimizer_slots are for those alone")
+        raise ConfigError(
+            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
+        )
     if is_package:
         return _describe_package(directory)
     if not directory.exists(INDEX):
@@ -73,7 +78,7 @@ def render(found: dict[str, Any]) -> list[str]:
             f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
-    lines += render_dcp(found)
+    lines += render_dcp(found) + render_source(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
     for what in ("inputs", "outputs"):
