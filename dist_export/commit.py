@@ -228,8 +228,8 @@ def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:
     return SlotEntry(
         name=slot.name,
         dtype=DTYPES[slot.dtype].torch,
-        shape=slot.inner_shape,
-        num_bytes=rows * slot.row_bytes,
+        shape=slot.inner_shape if slot.stored_shape is None else slot.stored_shape,
+        num_bytes=slot.num_bytes(rows),
         reason=reason,
     )
 

@@ -34,7 +34,7 @@ class ExportConfig:
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
     format: Literal["auto", "recis", "dcp"] = "auto"
-    """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
+    """Format of the checkpoint; auto goes by its files. dcp is what torch.distributed.checkpoint writes"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"
@@ -45,6 +45,8 @@ class ExportConfig:
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
+    tables: list[str] = field(default_factory=list)
+    """Patterns of tensors that are tables, for checkpoints that do not say so, as of a model with plain nn.Embedding"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
     drop_slots: list[str] = field(default_factory=list)

@@ -131,7 +131,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                     {
                         "name": slot.name,
                         "dtype": DTYPES[slot.dtype].torch,
-                        "bytes": rows * slot.row_bytes,
+                        "bytes": slot.num_bytes(rows),
                         "reason": reason,
                     }
                     for slot, reason in sorted(slots, key=lambda item: item[0].column)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
@@ -46,12 +47,21 @@ class PlannedSparse:
     limits: Limits
 
 
-def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) -> Checkpoint:
+def open_checkpoint(
+    ranks: Ranks,
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
-    ``asked`` is the format, or ``auto``.
+    Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
-    return _read_metadata(ranks, lambda: open_reader(directory, asked=asked))
+    return _read_metadata(
+        ranks, lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots)
+    )
 
 
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
@@ -166,7 +176,7 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:

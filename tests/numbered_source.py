@@ -15,6 +15,8 @@ import xxhash
 from recis_writer import PartSpec, Raw
 
 from dist_export import source
+from dist_export.checkpoint.dense_parameters import RecisDense
+from dist_export.checkpoint.formats import FORMATS, Format
 from dist_export.checkpoint.reader import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
 from dist_export.storage import Directory
@@ -182,6 +184,8 @@ def plug_in(monkeypatch: Any) -> None:
     def open_reader(directory: Directory, **settings: Any) -> Any:
         return LayoutReader(directory) if directory.exists(LAYOUT) else original(directory, **settings)
 
+    layout = Format(LAYOUT, lambda directory, *_: LayoutReader(directory), lambda directory, *_: RecisDense(directory))
+    monkeypatch.setitem(FORMATS, "layout", layout)
     monkeypatch.setattr(source, "open_reader", open_reader)
 
 

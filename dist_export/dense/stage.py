@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.guard import load_program
-from dist_export.checkpoint.dense_state import load_dense_state
+from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -29,7 +29,6 @@ from dist_export.dense.state import load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
-from dist_export.layout.recis import DENSE_STATE
 from dist_export.manifest import DenseEntry, ParityEntry
 from dist_export.objects import Objects
 from dist_export.storage import Directory
@@ -38,11 +37,11 @@ from dist_export.storage import Directory
 class DenseStage:
     """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, source: Directory) -> None:
+    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters) -> None:
         self._ranks = ranks
         self._config = config
         self._objects = objects
-        self._source = source
+        self._parameters = parameters
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
@@ -217,10 +216,10 @@ class DenseStage:
     def _load(self, copied: nn.Module) -> tuple[str, ...]:
         return load_dense_parameters(
             copied,
-            load_dense_state(self._source),
+            self._parameters.load(),
             dense_model_name=self._config.dense_model_name,
             allow_missing=self._config.allow_missing_dense,
-            where=self._source.describe(DENSE_STATE),
+            where=self._parameters.where,
         )
 
     def _take(self) -> bool:
