@@ -164,7 +164,7 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
     names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
     if not names:
         return []
-    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    told = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     what = f"{len(names)} tables have their rows" if len(names) > 1 else "1 table has its rows"
     note = (
         f"{what} by number ({told}): servers that read TorchEasyRec's layout find them, RecIS's own loader does not; for a "
