@@ -17,7 +17,6 @@ from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
-
 _MAX_NAME_WIDTH = 64
 """Of the column of tables; a longer name moves the rest of its own line alone."""
 
