@@ -12,12 +12,13 @@ from itertools import repeat
 
 import numpy as np
 
-from dist_export.errors import CheckpointError, PackageError
+from dist_export.errors import PackageError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import Indexes, decode_indexes, split_internal, split_stem
 from dist_export.layout.numbering import Numbering
 from dist_export.layout.recis import DENSE_SUFFIX, INDEX, TENSORKEY, Slice, encode_index, format_slice, parse_slice
 from dist_export.layout.safetensors import Header
+from dist_export.package.index_files import decodable, decode_both, read_small, without
 from dist_export.package.numbered import NumberedBlocks
 from dist_export.package.report import Report
 from dist_export.package.shards import read_header
@@ -135,60 +136,20 @@ def read_blocks(
         numbered: blocks of tables whose rows go by number, as the manifest has them; by default there are none.
     """
     numbered = numbered or NumberedBlocks()
-    raw_index = None if INDEX in unreadable else _read_small(directory, INDEX, report, numbered)
-    raw_tensorkey = None if TENSORKEY in unreadable else _read_small(directory, TENSORKEY, report, numbered)
+    raw_index = None if INDEX in unreadable else read_small(directory, INDEX, report, numbered)
+    raw_tensorkey = None if TENSORKEY in unreadable else read_small(directory, TENSORKEY, report, numbered)
     reader = _Reader(directory, unreadable, report, numbered)
-    indexes = None if raw_index is None or raw_tensorkey is None else _decode_both(raw_index, raw_tensorkey)
+    indexes = None if raw_index is None or raw_tensorkey is None else decode_both(raw_index, raw_tensorkey)
     if indexes is not None:
         del raw_index, raw_tensorkey
         return reader.match(indexes, has_index=True, has_tensorkey=True)
     if raw_index is not None:
-        raw_index = _decodable(INDEX, (raw_index, b"{}"), report)
+        raw_index = decodable(INDEX, (raw_index, b"{}"), report)
     if raw_tensorkey is not None:
-        raw_tensorkey = _decodable(TENSORKEY, (encode_index({}), raw_tensorkey), report)
+        raw_tensorkey = decodable(TENSORKEY, (encode_index({}), raw_tensorkey), report)
     stand_in = encode_index(reader.index_by_headers(shards)) if raw_index is None else raw_index
     indexes = decode_indexes(stand_in, raw_tensorkey or b"{}", where="")
     return reader.match(indexes, has_index=raw_index is not None, has_tensorkey=raw_tensorkey is not None)
-
-
-def _decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
-    """Decode both files at once; None where one of them is damaged, so that each is to be looked at by itself."""
-    try:
-        return decode_indexes(raw_index, raw_tensorkey, where="")
-    except CheckpointError:
-        return None
-
-
-def _read_small(directory: Directory, name: str, report: Report, numbered: NumberedBlocks) -> bytes | None:
-    try:
-        return directory.read_text(name)
-    except FileNotFoundError:
-        if not numbered.needs_index:
-            return encode_index({}) if name == INDEX else b"{}"
-        hint = (
-            "; RecIS's Exporter leaves it out when it copies, and a save that did not finish has none"
-            if name == INDEX
-            else ""
-        )
-        report.add(name, name, f"is missing; RecIS's loader cannot open the directory without it{hint}")
-    except OSError as error:
-        report.add(name, name, f"cannot be read: {error.strerror or error}")
-    return None
-
-
-def _decodable(name: str, raws: tuple[bytes, bytes], report: Report) -> bytes | None:
-    """Return the one of the two that is of the file ``name``, if it can be decoded beside the empty other one."""
-    try:
-        decode_indexes(*raws, where="")
-    except CheckpointError as error:
-        report.add(name, name, _without(f"/{name}", str(error)))
-        return None
-    return raws[name != INDEX]
-
-
-def _without(path: str, message: str) -> str:
-    """Return a reader's message without the path that it begins with."""
-    return message.removeprefix(path).removeprefix(":").strip()
 
 
 class _Reader:
@@ -308,7 +269,7 @@ class _Reader:
         try:
             return read_header(self._directory, name)
         except PackageError as error:
-            message = _without(self._directory.describe(name), str(error))
+            message = without(self._directory.describe(name), str(error))
             return "is missing; index names it" if message == "is missing" else message
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"

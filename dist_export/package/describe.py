@@ -18,6 +18,9 @@ from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory, open_place
 
+_MAX_NAME_WIDTH = 64
+"""Of the column of tables; a longer name moves the rest of its own line alone."""
+
 
 def describe(
     path: str,
@@ -70,12 +73,13 @@ def render(found: dict[str, Any]) -> list[str]:
     lines += [
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
     ]
+    width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
     if found["tables"]:
-        lines.append(f"  {'table':<24} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
+        lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
     for table in found["tables"]:
         shape = "x".join(map(str, table["shape"])) or "1"
         lines.append(
-            f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
+            f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
     lines += render_dcp(found) + render_source(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ _NO_SLICE = "0@0@1"
 """Stands for a slice that is none; that it is none is told where the tables of the manifest are checked."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class NumberedBlocks:
     """The blocks of these tables; false where there are none."""
 
@@ -34,9 +35,16 @@ class NumberedBlocks:
         return bool(self.names)
 
     def is_hashed(self, key: str) -> bool:
-        """Whether the manifest gives a block to a hash table. Looks through all of them: for a block that is in doubt."""
+        """Whether the manifest gives a block to a hash table."""
+        return key in self._hashed
+
+    @functools.cached_property
+    def _hashed(self) -> frozenset[str]:
+        """The blocks of hash tables; asked for where a block is in doubt, and most packages have none."""
         tables = self.manifest.tables if self.manifest is not None else ()
-        return any(key in part.keys.values() for table in tables if not is_numbered(table) for part in table.parts)
+        return frozenset(
+            key for table in tables if not is_numbered(table) for part in table.parts for key in part.keys.values()
+        )
 
     def add_to(self, indexes: Indexes, report: Report, *, is_read: bool) -> tuple[Indexes, np.ndarray]:
         """Return the indexes with these blocks added, and which places (bool) are theirs.

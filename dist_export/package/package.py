@@ -166,7 +166,8 @@ class Package:
         """Read the rows of a part whose numbers (sorted) were asked for, neighbours in one call."""
         if not isinstance(part.first_row, int) or slot not in part.keys:
             raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
-        begin, end = np.searchsorted(unique, [part.first_row, part.first_row + part.rows]).tolist()
+        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
+        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
         if begin == end:
             return
         header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from numbered_source import Numbered, make_rows, plug_in, write_source
 from recis_writer import Raw, make_tables, read_back, read_header, truth_of
 from sparse_cases import content, export, recorded_reads, shrink
@@ -464,3 +465,27 @@ def test_a_hostile_manifest_gives_findings_and_errors_of_one_line(kind: str, req
     (folder / MANIFEST).write_bytes(sound)
     assert told(folder) == set()
     assert os.listdir(folder)
+
+
+# ---- checkpoints of torchrec ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.fixtures
+@pytest.mark.parametrize("case", ["row_wise", "column_wise", "dtensor_adam", "hostile_lossy_adam"])
+@pytest.mark.parametrize("num_shards", [1, 3, "source"])
+def test_packages_of_torchrec_checkpoints_hold_their_rows(
+    case: str, num_shards: int | str, torchrec_fixtures: Path, tmp_path: Path
+) -> None:
+    golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)
+    named = {"tables": ["t_*.weight"]} if case == "dtensor_adam" else {}
+    export(torchrec_fixtures / case, tmp_path / "out", num_shards=num_shards, **named)
+    report = verify(str(tmp_path / "out"), finite=True)
+    assert report.findings == []
+    package = dist_export.open_package(tmp_path / "out")
+    assert package.manifest.tables
+    for table in package.manifest.tables:
+        weight = golden[table.name].numpy()
+        numbers = np.append(np.arange(len(weight)), len(weight))
+        rows, found = package.lookup(table.name, numbers)
+        assert found.tolist() == [True] * len(weight) + [False]
+        assert np.array_equal(rows[:-1], weight)
