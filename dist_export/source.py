@@ -34,7 +34,6 @@ from dist_export.storage import Directory
 from dist_export.threads import keep_freed_memory, run_threads
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
-from dist_export.transfer.pruning import find_pruned
 
 _DEFAULT_THREADS = 4
 
@@ -139,8 +138,7 @@ def plan_sparse(
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
-        is_pruned = find_pruned(checkpoint, pruning)
-        found = find_repeated_rows(ranks, checkpoint, repeated, limits, is_pruned)
+        found = find_repeated_rows(ranks, checkpoint, repeated, limits, pruning)
         dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
