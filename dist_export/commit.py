@@ -128,7 +128,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
         its_parts = parts.of_table(number)
         rows_in, rows_out = int(parts.rows[its_parts].sum()), accounts[number].rows
         misplaced = int(census.misplaced[its_parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=census.pruned)
         entries.append(
             TableEntry(
                 name=table.name,

@@ -50,6 +50,7 @@ from dist_export.source import (
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
 from dist_export.transfer.engine import Share, Transfer
+from dist_export.transfer.pruning import find_pruned
 
 FG = "fg.json"
 
@@ -100,7 +101,8 @@ def run_export(
             dense = DenseStage(ranks, config, objects, parameters)
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
-            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
+            is_pruned = None if planned is None else find_pruned(planned.plan.checkpoint, planned.plan.pruning)
+            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in, is_pruned=is_pruned)
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name

@@ -75,13 +75,14 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_in: Count
     rows_out: Count
     rows_dropped: dict[str, Count]
-    """Reason -> rows: ``duplicate`` where another row of the same id was kept. A reason that dropped none is not listed."""
+    """Reason -> rows: ``duplicate`` where another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
+    ``allow_list`` where a rule left them behind. A reason that dropped none is not listed."""
     misplaced: Count
     """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
     repaired: Count = 0
     """Of these, rows that are in the right slice now; the rest was dropped."""
     duplicates: Count = 0
-    """Rows of the source beyond one for each id."""
+    """Rows of the source, but those that rules left behind, beyond one for each id."""
     id_sum: str
     """Sum of the mixed ids modulo 2**64, in hexadecimal."""
     kept: tuple[SlotEntry, ...]

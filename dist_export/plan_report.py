@@ -130,7 +130,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
     for number, table in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(number)
         rows = int(plan.checkpoint.parts.rows[parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=planned.census.pruned)
         misplaced = int(planned.census.misplaced[parts].sum())
         kept = plan.slots_of(number)
         blocks = plan.blocks_of(number, kept[0].column)

@@ -16,6 +16,7 @@ from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
+from dist_export.id_lists import read_id_list
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
 from dist_export.plan.census import (
     Census,
@@ -27,16 +28,21 @@ from dist_export.plan.census import (
 )
 from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
+from dist_export.plan.prune import IdList, Pruning, plan_pruning
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
 from dist_export.plan.tables import TableSettings, view_tables
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
+from dist_export.row_rules import ALLOW_LIST, parse_rules
 from dist_export.storage import Directory
 from dist_export.threads import keep_freed_memory, run_threads
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
 
 _DEFAULT_THREADS = 4
+
+_LISTS_SHARE = 4
+"""All lists of ids together may take this part of ``max_memory``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -136,7 +142,8 @@ def plan_sparse(
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
-    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config))
+    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * limits.threads)
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
 
@@ -144,7 +151,7 @@ def plan_sparse(
     repeated = RepeatedIds(checkpoint, most=None if config.on_duplicate == "error" else limits.dropped_rows)
 
     def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated)
+        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated, pruning=pruning)
 
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
@@ -162,13 +169,14 @@ def plan_sparse(
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
-        dropped = drop_repeats(
-            checkpoint, find_repeated_rows(ranks, checkpoint, repeated, limits), keep=config.on_duplicate
-        )
+        found = find_repeated_rows(ranks, checkpoint, repeated, limits, pruning)
+        dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
         if config.filter_sparse_opt:
-            return plan_shards(checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped)
+            return plan_shards(
+                checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning
+            )
         return plan_copy(checkpoint, selection)
 
     plan = ranks.run("lay out the shards", lay_out)
@@ -217,13 +225,32 @@ def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
         )
 
 
-def limits_of(config: ExportConfig) -> Limits:
-    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most."""
+def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
+    """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
+    lists: dict[str, IdList] = {}
+    room = config.max_memory_bytes // _LISTS_SHARE
+    rules = parse_rules(config.prune)
+    for place, rule in enumerate(rules):
+        if rule.path and rule.path not in lists:
+            setting = f"prune[{place}].{'allow' if rule.reason == ALLOW_LIST else 'deny'}"
+            ids = read_id_list(rule.path, most_bytes=room, setting=setting)
+            if not len(ids) and rule.reason == ALLOW_LIST:
+                raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be left behind")
+            lists[rule.path] = IdList(ids)
+            room -= ids.nbytes
+    return plan_pruning(checkpoint, rules, lists)
+
+
+def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
+    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
+
+    ``taken``: bytes of ``max_memory`` that are held all the while.
+    """
     threads = config.threads
     if threads is None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
-    return Limits(config.max_memory_bytes, threads)
+    return Limits(config.max_memory_bytes - taken, threads)
 
 
 def _refuse_different(digests: list[str], source: str) -> None:

@@ -25,6 +25,7 @@ class RowFinder:
         misplaced: np.ndarray | None,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
         names: Mapping[str, str] | None = None,
+        is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """Look at ids only when asked.
 
@@ -33,11 +34,14 @@ class RowFinder:
             misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
             dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
                 on): they are passed over here too, so that the sample sees what serving will.
+            is_pruned: (part, rows within it, their ids) -> which of these rules leave behind (bool): they are passed over
+                too.
             names: name in ``checkpoint`` -> name that the model has for the table, of those where it is another one.
         """
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
+        self._is_pruned = is_pruned
         names = names or {}
         self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
         """By the names that the model has, as all methods take and give them but ``written_name``."""
@@ -92,7 +96,10 @@ class RowFinder:
                     is_wanted = ids[places] == held
                     if self._dropped_in is not None:
                         is_wanted[self._dropped_in(part, first, len(held))] = False
-                    for row in np.flatnonzero(is_wanted).tolist():
+                    wanted = np.flatnonzero(is_wanted)
+                    if self._is_pruned is not None and len(wanted):
+                        wanted = wanted[~self._is_pruned(part, first + wanted, held[wanted])]
+                    for row in wanted.tolist():
                         place = int(places[row])
                         has_row[place] = True
                         if slot.row_bytes:

@@ -62,10 +62,11 @@ class DenseStage:
         features: Features,
         *,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
 
-        ``misplaced`` and ``dropped_in`` are as :class:`~dist_export.dense.rows.RowFinder` takes them.
+        ``misplaced``, ``dropped_in`` and ``is_pruned`` are as :class:`~dist_export.dense.rows.RowFinder` takes them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
@@ -77,9 +78,9 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
-        finder = (
-            None if checkpoint is None else RowFinder(checkpoint, misplaced, dropped_in, self._names_of(checkpoint))
-        )
+        finder = None
+        if checkpoint is not None:
+            finder = RowFinder(checkpoint, misplaced, dropped_in, self._names_of(checkpoint), is_pruned)
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),

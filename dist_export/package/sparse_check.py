@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import numpy as np
 
 from dist_export.layout.dtypes import CODE_BY_TORCH
@@ -174,6 +177,10 @@ def _check_account(entry: TableEntry, report: Report) -> None:
             f"the account of table {entry.name!r} contradicts itself: {entry.misplaced:,} rows misplaced, {entry.repaired:,} "
             f"repaired, {entry.duplicates:,} duplicates, dropped {entry.rows_dropped}",
         )
+    row = entry.default_row
+    width = next((math.prod(slot.shape) for slot in entry.kept if slot.name == EMBEDDING_SLOT), -1)
+    if row != "zeros" and not isinstance(row, msgspec.UnsetType) and (isinstance(row, str) or len(row) != width):
+        report.add(MANIFEST, _CHECK, f"the default row of table {entry.name!r} is no row of it")
     in_parts = sum(part.rows for part in entry.parts)
     if in_parts != entry.rows_out:
         report.add(

@@ -12,6 +12,7 @@ import numpy as np
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import CheckpointError
 from dist_export.plan.targets import Targets
+from dist_export.row_rules import REASONS
 
 GRANULE_ROWS = 1 << 20
 """Rows are counted in granules of this many, so that several ranks can gather from one part."""
@@ -35,6 +36,30 @@ class Census:
     """int64: rows whose id lies outside the slice that the part claims."""
     id_sum: np.ndarray
     """uint64: the sum of the mixed ids, modulo 2**64; equal before and after wherever the rows went."""
+    pruned: PrunedRows | None = None
+    """What the rules of ``prune`` leave behind; None where there are none. Such rows are not in ``rows``, but in
+    ``misplaced`` and ``id_sum``, which are of all rows of the source."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PrunedRows:
+    """Counts of the rows that rules leave behind, as columns parallel to ``Census.counted``."""
+
+    rows: np.ndarray
+    """int64, (n, reasons): by place in ``row_rules.REASONS``."""
+    misplaced: np.ndarray
+    """int64: of these, rows outside the slice of their part."""
+    id_sum: np.ndarray
+    """uint64: the sum of their mixed ids, modulo 2**64."""
+
+
+def prune_none(num_parts: int) -> PrunedRows:
+    """Return the counts of parts of which nothing is left behind."""
+    return PrunedRows(
+        rows=np.zeros((num_parts, len(REASONS)), np.int64),
+        misplaced=np.zeros(num_parts, np.int64),
+        id_sum=np.zeros(num_parts, np.uint64),
+    )
 
 
 class UniqueTask(NamedTuple):
@@ -62,6 +87,18 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
         counted=counted[order],
         misplaced=np.concatenate([share.misplaced for share in shares])[order],
         id_sum=np.concatenate([share.id_sum for share in shares])[order],
+        pruned=_merge_pruned(shares, order),
+    )
+
+
+def _merge_pruned(shares: Sequence[Census], order: np.ndarray) -> PrunedRows | None:
+    if all(share.pruned is None for share in shares):
+        return None
+    found = [share.pruned or prune_none(len(share.counted)) for share in shares]
+    return PrunedRows(
+        rows=np.concatenate([its.rows for its in found])[order],
+        misplaced=np.concatenate([its.misplaced for its in found])[order],
+        id_sum=np.concatenate([its.id_sum for its in found])[order],
     )
 
 

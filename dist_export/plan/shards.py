@@ -20,6 +20,7 @@ from dist_export.layout.recis import DENSE_SUFFIX, key_stem, row_key_stem, shard
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
 from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
+from dist_export.plan.prune import Pruning
 from dist_export.plan.selection import Selection
 from dist_export.plan.targets import Targets
 
@@ -52,7 +53,8 @@ class Gather(NamedTuple):
     They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
 
     ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``.
+    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``, or is what
+    ``SparsePlan.pruning`` leaves behind.
     """
 
     part: int
@@ -109,6 +111,8 @@ class SparsePlan:
     dropped: DroppedRows
     """Rows that no shard gets; none in a copy."""
     digest: str
+    pruning: Pruning | None = None
+    """Rules that tell of further rows that no shard gets; None where there are none."""
 
     @property
     def num_bytes(self) -> int:
@@ -141,12 +145,14 @@ def plan_shards(
     *,
     num_shards: int | None,
     dropped: DroppedRows | None = None,
+    pruning: Pruning | None = None,
 ) -> SparsePlan:
     """Lay out the output shards: one file a shard, tables in source order, dense tensors in shard 0.
 
     Args:
-        census: of all rows of the source.
-        dropped: rows that are left behind; by default none.
+        census: of all rows of the source, but those that ``pruning`` leaves behind.
+        dropped: further rows that are left behind; by default none.
+        pruning: the rules that the census has followed; by default none.
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
     count = num_shards or max((len(target.slices) for target in targets), default=1)
@@ -182,6 +188,7 @@ def plan_shards(
         gathers=(),
         dropped=dropped,
         digest="",
+        pruning=pruning or None,
     )
     segments, gathers = _route(plan, census)
     segments += [
@@ -420,4 +427,6 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
             digest.update(np.ascontiguousarray(column).tobytes())
     for name in ("part", "row", "id", "reason"):
         digest.update(np.ascontiguousarray(getattr(plan.dropped, name)).tobytes())
+    if plan.pruning:
+        digest.update(plan.pruning.digest())
     return replace(plan, copies=copies, gathers=gathers, digest=f"xxh3:{digest.hexdigest()}")

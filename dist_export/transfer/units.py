@@ -11,10 +11,12 @@ from dist_export.checkpoint.rows import RowReader
 from dist_export.digests import NONE, hash_chunks
 from dist_export.layout.recis import places_of
 from dist_export.plan.limits import Limits
+from dist_export.plan.prune import KEPT
 from dist_export.plan.shards import Gather, SparsePlan
 from dist_export.plan.units import Unit
 from dist_export.readers import OpenReaders
 from dist_export.transfer.files import StagedFiles
+from dist_export.transfer.pruning import PruneReader
 
 _BUFFER_BYTES = 1 << 20
 """Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
@@ -50,6 +52,7 @@ class UnitRunner:
         self._digest = digest
         self._skip = skip
         self._rows = RowReader(plan.checkpoint)
+        self._prune = PruneReader(plan.checkpoint, plan.pruning, self._rows) if plan.pruning else None
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def close(self) -> None:
@@ -140,7 +143,7 @@ class UnitRunner:
         ids = np.empty(num_rows, np.int64)
         self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
         owners = _owners_of(plan, table, ids, chunk.pieces)
-        kept = _kept_rows(plan, chunk.pieces)
+        kept = _kept_rows(plan, chunk.pieces, self._pruned_rows(chunk, ids))
         if kept is not None:
             owners = owners.take(kept)
         order = np.argsort(owners, kind="stable")
@@ -169,6 +172,17 @@ class UnitRunner:
                 if file not in self._skip:
                     self._outputs.write(file, view[begin:end], position)
         chunk.moved(counts)
+
+    def _pruned_rows(self, chunk: _Chunk, ids: np.ndarray) -> np.ndarray | None:
+        """Return which rows of a chunk the rules leave behind (bool); None where its table has no rules."""
+        if self._prune is None or not self._prune.has_rules[chunk.table]:
+            return None
+        found, begin = np.empty(len(ids), bool), 0
+        for part, first_row, num_rows in chunk.pieces:
+            end = begin + num_rows
+            found[begin:end] = self._prune.reasons(part, first_row, ids[begin:end]) != KEPT
+            begin = end
+        return found
 
     def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
@@ -252,16 +266,17 @@ def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_
     return np.concatenate(owners)
 
 
-def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece]) -> np.ndarray | None:
-    """Return the rows of a chunk that are moved (int64), None where all are."""
+def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece], is_pruned: np.ndarray | None) -> np.ndarray | None:
+    """Return the rows of a chunk that are moved (int64), None where all are. ``is_pruned``: bool, by row of the chunk."""
     dropped, begin = [], 0
     for part, first_row, num_rows in pieces:
         rows = plan.dropped.rows_in(part, first_row, num_rows)
         if len(rows):
             dropped.append(begin + rows)
         begin += num_rows
-    if not dropped:
+    if not dropped and is_pruned is None:
         return None
-    is_kept = np.ones(begin, bool)
-    is_kept[np.concatenate(dropped)] = False
+    is_kept = np.ones(begin, bool) if is_pruned is None else ~is_pruned
+    for rows in dropped:
+        is_kept[rows] = False
     return np.flatnonzero(is_kept)

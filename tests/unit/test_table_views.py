@@ -203,6 +203,24 @@ def test_a_default_that_the_dtype_cannot_hold_is_refused(tmp_path, values):
         export(tmp_path / "in", tmp_path / "out", default_row={"t": values})
 
 
+@pytest.mark.parametrize("row", [[1.0], "ones", [1.0] * 5])
+def test_verify_finds_a_default_row_that_is_none(tmp_path, source, row):
+    from dist_export.errors import PackageError
+    from dist_export.manifest import compute_digest
+
+    export(source, tmp_path / "out", default_row={"item": [1, 2, 3, 4]})
+    path = tmp_path / "out" / "manifest.json"
+    document = json.loads(path.read_text())
+    document["tables"][2]["default_row"] = row
+    document["digest"] = compute_digest(document)
+    path.write_text(json.dumps(document))
+    findings = verify(str(tmp_path / "out")).findings
+    assert any("the default row of table 'item' is no row of it" in finding for finding in findings)
+    if isinstance(row, list):
+        with pytest.raises(PackageError, match=r"default row of table 'item' has \d values"):
+            dist_export.open_package(tmp_path / "out").lookup("item", [3])
+
+
 # ---- as_hash ---------------------------------------------------------------------------------------------------------
 
 
