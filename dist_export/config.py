@@ -34,9 +34,7 @@ class ExportConfig:
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
     format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb"] = "auto"
-    """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
-    tables: list[str] = field(default_factory=list)
-    """Patterns of tensors that are tables, beside those of torchrec's collections; for formats that do not say it"""
+    """Format of the checkpoint; auto goes by its files. dcp is what torch.distributed.checkpoint writes"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"
@@ -47,6 +45,8 @@ class ExportConfig:
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
+    tables: list[str] = field(default_factory=list)
+    """Patterns of tensors that are tables, for checkpoints that do not say so, as of a model with plain nn.Embedding"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
     drop_slots: list[str] = field(default_factory=list)
@@ -156,6 +156,8 @@ class ExportConfig:
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
+        if self.tables and not self.need_export_sparse and self.model is None:
+            raise ConfigError("tables says which tensors are tables, but need_export_sparse is false")
         if asked and not self.filter_sparse_opt:
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "

@@ -15,7 +15,8 @@ import msgspec
 
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
-from dist_export.checkpoint.formats import RECIS, describe_dense, detect_format, load_dense
+from dist_export.checkpoint.dense_parameters import DenseParameters
+from dist_export.checkpoint.formats import RECIS, detect_format, holds_tables, open_dense
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -29,8 +30,8 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import CheckpointError, CommitError, ConfigError
-from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.errors import CommitError, ConfigError
+from dist_export.layout.recis import EMBEDDING_SLOT, MERGED
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
@@ -77,9 +78,9 @@ def run_export(
         notes += features.notes
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
-        # read also for the tables alone: a model.pt that is cut short tells of a save that did not finish
-        dense_source = ranks.on_rank_0("read the dense state", lambda: describe_dense(source, **reading(config)))
-        dense_state = dense_source.described
+        # read also for the tables alone: one that is cut short tells of a save that did not finish
+        parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint))
+        dense_state = ranks.on_rank_0("read the dense parameters", parameters.describe)
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -92,9 +93,7 @@ def run_export(
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
         with reporter.stage("sample"):
-            dense = DenseStage(
-                ranks, config, objects, lambda: load_dense(source, **reading(config)), where=dense_source.where
-            )
+            dense = DenseStage(ranks, config, objects, parameters)
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
             notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
@@ -244,27 +243,22 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
 
 
 def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
-    """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
+    """Open the checkpoint; None for a dense-only export of a directory without tables."""
+    settings = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     if not config.need_export_sparse:
-        names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
-        found = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format))
-        if INDEX not in names and TENSORKEY not in names and found in (None, RECIS):
+
+        def look() -> bool:
+            return holds_tables(source, detect_format(source, asked=config.format), **settings)
+
+        if not ranks.on_rank_0("look for tables", look):
             return None
-    checkpoint = open_checkpoint(ranks, source, **reading(config))
-    return None if checkpoint.no_tables and not config.need_export_sparse else checkpoint
+    return open_checkpoint(ranks, source, asked=config.format, **settings)
 
 
-def reading(config: ExportConfig) -> dict[str, Any]:
-    """Return the settings that say how to read the checkpoint, as keywords."""
-    return {"asked": config.format, "tables": config.tables, "optimizer_slots": config.optimizer_slots}
-
-
-def list_names(source: Directory) -> list[str]:
-    """Return the names of the source's files."""
-    try:
-        return source.names()
-    except OSError as error:
-        raise CheckpointError(f"{source.url} cannot be read: {error.strerror or error}") from error
+def find_dense(config: ExportConfig, source: Directory, checkpoint: Checkpoint | None) -> DenseParameters:
+    """Return the dense parameters of the checkpoint, which are still to be read."""
+    found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
+    return open_dense(source, found, tables=config.tables, optimizer_slots=config.optimizer_slots)
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
@@ -79,7 +80,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
         f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
     ]
     if report["format"]:
-        lines.append(f"  source: {report['format']} checkpoint")
+        lines.append(f"  source: {report['format']} checkpoint{describe_format(report['format'])}")
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
@@ -128,7 +129,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                     {
                         "name": slot.name,
                         "dtype": DTYPES[slot.dtype].torch,
-                        "bytes": rows * slot.row_bytes,
+                        "bytes": slot.num_bytes(rows),
                         "reason": reason,
                     }
                     for slot, reason in sorted(slots, key=lambda item: item[0].column)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_export.checkpoint.formats import AUTO, INDEX_FILES, SAFETENSORS, TORCH, open_reader
+from dist_export.checkpoint.dcp import METADATA_FILES
+from dist_export.checkpoint.formats import AUTO, INDEX_FILES, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -54,7 +55,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
-    The arguments are as :func:`~dist_export.checkpoint.formats.open_reader` takes them.
+    Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
     reader = ranks.run(
         "open the checkpoint",
@@ -70,8 +71,6 @@ def choose(
     checkpoint: Checkpoint, config: ExportConfig, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
-    if checkpoint.no_tables:
-        raise PlanError(checkpoint.no_tables)
     if not config.filter_sparse_opt:
         if checkpoint.copy_hindrances:
             raise PlanError(
@@ -81,8 +80,7 @@ def choose(
         return select_all(checkpoint), plan_targets(checkpoint, None), None
     selection = select(
         checkpoint,
-        # of a plain checkpoint these name tensors, and its reader has compared them
-        optimizer_slots=() if checkpoint.format in (SAFETENSORS, TORCH) else tuple(config.optimizer_slots),
+        optimizer_slots=tuple(config.optimizer_slots),
         drop_slots=tuple(config.drop_slots),
         keep_slots=tuple(config.keep_slots),
     )
@@ -149,7 +147,7 @@ def plan_sparse(
 def look_at_small_files(source: Directory) -> dict[str, str]:
     """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *INDEX_FILES):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
@@ -52,14 +52,18 @@ def sort_facts(directory: Directory, facts: PlainFacts, patterns: Patterns) -> S
 def make_checkpoint(
     directory: Directory, files: tuple[SourceFile, ...], facts: PlainFacts, patterns: Patterns, *, kind: str
 ) -> Checkpoint:
-    """Build the metadata of a checkpoint of format ``kind``. CheckpointError for patterns that cannot be meant."""
+    """Build the metadata of a checkpoint of format ``kind``.
+
+    Raises:
+        CheckpointError: a pattern that cannot be meant, or no tensor is a table.
+    """
     found = sort_facts(directory, facts, patterns)
+    if not found.tables:
+        raise CheckpointError(say_no_tables(found, directory.url))
     tables, parts, blocks, strips = build_numbered(found.tables)
     warnings = list(facts.notes)
     if found.other_state:
-        warnings.append(
-            f"optimizer state of no table, or that does not fit its table, is not read: {listed(found.other_state)}"
-        )
+        warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
     return Checkpoint(
         format=kind,
         directory=directory,
@@ -73,12 +77,37 @@ def make_checkpoint(
         verbatim={},
         warnings=tuple(warnings),
         strips=strips,
-        no_tables="" if tables else say_no_tables(found, directory.url),
+        optimizer_patterns=frozenset(patterns.optimizer_slots),
     )
 
 
-class DenseParameters(Mapping[str, Any]):
-    """Dense parameters by name, each a CPU tensor that is read, or mapped where the directory is local, when asked for."""
+class PlainDense:
+    """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    def __init__(self, directory: Directory, make: Callable[[Directory, Patterns], Any], patterns: Patterns) -> None:
+        """Read nothing yet. ``make`` opens the reader of the format."""
+        self.where = directory.url
+        self._directory = directory
+        self._make = make
+        self._patterns = patterns
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return what the headers say of all that is neither a table nor optimizer state."""
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self._read()[1]]
+
+    def load(self) -> Mapping[str, Any]:
+        """Return them, each read, or mapped where the directory is local, when asked for."""
+        return _Parameters(self._directory, *self._read())
+
+    def _read(self) -> tuple[tuple[SourceFile, ...], tuple[StoredTensor, ...]]:
+        reader = self._make(self._directory, self._patterns)
+        if len(reader.files) == 1:
+            self.where = self._directory.describe(reader.files[0].name)
+        return reader.files, sort_facts(self._directory, read_all(reader), self._patterns).dense
+
+
+class _Parameters(Mapping[str, Any]):
+    """Tensors by name, on the CPU."""
 
     def __init__(self, directory: Directory, files: tuple[SourceFile, ...], dense: Sequence[StoredTensor]) -> None:
         self._directory = directory

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 
+from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import Slice
 from dist_export.storage import Directory
 
@@ -134,7 +136,15 @@ class SlotMeta:
     column: int
     """Of ``Blocks``."""
     is_optimizer: bool = False
-    """Whether the source itself says that it is optimizer state, whatever its name."""
+    """Whether the source says that this is optimizer state; in RecIS's files the names alone tell."""
+    stored_shape: tuple[int, ...] | None = None
+    """The whole shape of what does not go with the rows of its table, so that it cannot be kept; None for all else."""
+
+    def num_bytes(self, rows: int) -> int:
+        """Return the size in bytes of the slot in a table of so many rows."""
+        if self.stored_shape is None:
+            return rows * self.row_bytes
+        return math.prod(self.stored_shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +180,8 @@ class Checkpoint:
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
     strips: Strips = field(default_factory=no_strips)
-    no_tables: str = ""
-    """Why there is no table, a sentence; empty where there are some, or none are looked for."""
+    optimizer_patterns: frozenset[str] = frozenset()
+    """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
 
     @property
     def num_bytes(self) -> int:

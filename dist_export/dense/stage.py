@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.guard import load_program
+from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -36,21 +37,11 @@ from dist_export.storage import Directory
 class DenseStage:
     """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        config: ExportConfig,
-        objects: Objects,
-        load_state: Callable[[], Mapping[str, Any]],
-        *,
-        where: str,
-    ) -> None:
-        """``load_state`` returns the checkpoint's dense parameters by name, which lie in ``where``; rank 0 calls it."""
+    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters) -> None:
         self._ranks = ranks
         self._config = config
         self._objects = objects
-        self._load_state = load_state
-        self._where = where
+        self._parameters = parameters
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
@@ -225,10 +216,10 @@ class DenseStage:
     def _load(self, copied: nn.Module) -> tuple[str, ...]:
         return load_dense_parameters(
             copied,
-            self._load_state(),
+            self._parameters.load(),
             dense_model_name=self._config.dense_model_name,
             allow_missing=self._config.allow_missing_dense,
-            where=self._where,
+            where=self._parameters.where,
         )
 
     def _take(self) -> bool:
