@@ -108,8 +108,6 @@ def choose(
     checkpoint: Checkpoint, config: ExportConfig, world_size: int
 ) -> tuple[Selection, tuple[Targets, ...], int | None]:
     """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
-    if checkpoint.no_tables:
-        raise PlanError(checkpoint.no_tables)
     if not config.filter_sparse_opt:
         if checkpoint.copy_hindrances:
             raise PlanError(

@@ -186,8 +186,8 @@ def plug_in(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(source, "open_reader", open_reader)
     entry = formats.Format(
+        kind="a checkpoint of the tests",
         told_by=LAYOUT,
-        takes_tables=False,
         open=lambda directory, *_: LayoutReader(directory),
         dense=lambda directory, *_: RecisDense(directory),
     )

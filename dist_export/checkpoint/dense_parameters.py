@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
-from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.storage import Directory
 
@@ -46,22 +45,3 @@ class RecisDense:
     def load(self) -> Mapping[str, Any]:
         """Return what ``model.pt`` holds."""
         return load_dense_state(self._directory)
-
-
-class NoDense:
-    """Of a checkpoint that holds tables alone. See :class:`DenseParameters`."""
-
-    def __init__(self, where: str, what: str) -> None:
-        self.where = where
-        self._what = what
-
-    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return nothing."""
-        return []
-
-    def load(self) -> Mapping[str, Any]:
-        """Refuse: the dense arch needs its parameters."""
-        raise CheckpointError(
-            f"{self.where} is {self._what}, which has tables alone, and the dense arch needs its parameters. Leave `model` out "
-            "of the config for an export of the tables"
-        )

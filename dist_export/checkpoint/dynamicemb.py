@@ -11,8 +11,8 @@ row is on rank ``key mod w``, or elsewhere in newer versions; loaders sort that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -106,9 +106,11 @@ class DynamicEmbReader:
             tables.append(TableMeta(name=table.name, slots=tuple(slots)))
             rows.append(counted)
             placed.append(columns)
-        parts = np.concatenate([np.zeros(0, np.int64), *rows])
+        if not tables:
+            raise CheckpointError(f"{self.directory.url}: no table of the dump has a row")
+        parts = np.concatenate(rows)
         of_table = np.repeat(np.arange(len(rows)), [len(its) for its in rows]).astype(np.int64)
-        width = max((len(table.slots) for table in tables), default=2)
+        width = max(len(table.slots) for table in tables)
         file = np.full((len(parts), width), ABSENT, np.int32)
         key = np.full((len(parts), width), "", object)
         first = 0
@@ -131,7 +133,6 @@ class DynamicEmbReader:
             copy_hindrances=("a dump is raw files, which RecIS and serving cannot read",),
             verbatim={},
             warnings=tuple(warnings),
-            no_tables="" if tables else f"{self.directory.url}: no table of the dump has a row",
         )
 
     def _list_tables(self, folder: str) -> Iterator[_Files]:
@@ -222,6 +223,24 @@ class DynamicEmbReader:
             row_bytes=width * itemsize,
             column=column,
             is_optimizer=slot == OPTIMIZER_SLOT,
+        )
+
+
+class NoDense:
+    """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.where = directory.url
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return nothing."""
+        return []
+
+    def load(self) -> Mapping[str, Any]:
+        """Say that there is nothing to load."""
+        raise CheckpointError(
+            f"{self.where} is a DynamicEmb dump, which has tables alone, and the dense arch needs its parameters. Leave "
+            "`model` out of the config for an export of the tables"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which format a checkpoint is of, by the files that only this format has; its reader, and its dense parameters."""
+"""Which format a checkpoint is of, by the files that only this format has."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dist_export.checkpoint.dcp import find_metadata, read_dcp
 from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dcp_metadata import METADATA
 from dist_export.checkpoint.dcp_reader import DcpReader
-from dist_export.checkpoint.dense_parameters import DenseParameters, NoDense, RecisDense
-from dist_export.checkpoint.dynamicemb import DynamicEmbReader, find_dumps
-from dist_export.checkpoint.plain import Patterns, PlainDense, PlainReader, read_all, sort_facts
+from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
+from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
+from dist_export.checkpoint.plain import Patterns, PlainDense, read_all, sort_facts
 from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.checkpoint.safetensors import SafetensorsReader, find_safetensors_files
 from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, ConfigError
 from dist_export.layout.recis import INDEX, TENSORKEY
 from dist_export.storage import Directory
 
@@ -27,15 +27,6 @@ SAFETENSORS = "safetensors"
 TORCH = "torch"
 DYNAMICEMB = "dynamicemb"
 AUTO = "auto"
-
-NAMES = {
-    RECIS: "a RecIS checkpoint",
-    DCP: "a DCP checkpoint",
-    SAFETENSORS: "a safetensors checkpoint",
-    TORCH: "a checkpoint of torch.save",
-    DYNAMICEMB: "a DynamicEmb dump",
-}
-"""Of each format, for messages."""
 
 LOOKED_FOR = (
     f"{INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP), *_emb_keys.rank_* (DynamicEmb), "
@@ -63,8 +54,9 @@ def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if len(found) > 1:
-        what, which = (" and ".join(texts) for texts in ([NAMES[f] for f in found], [f"format: {f}" for f in found]))
-        raise CheckpointError(f"{directory.url} holds {what}; say which one with {which.replace(' and ', ' or ')}")
+        what = " and ".join(FORMATS[name].kind for name in found)
+        which = " or ".join(f"format: {name}" for name in found)
+        raise CheckpointError(f"{directory.url} holds {what}; say which one with {which}")
     return found[0] if found else None
 
 
@@ -78,8 +70,9 @@ def _list_candidates(directory: Directory) -> list[str]:
         return found
     if find_dumps(directory):
         found.append(DYNAMICEMB)
-    is_recis_cut = any(name.endswith(safetensors.SUFFIX) for name in names) and not find_safetensors_files(directory)
-    if find_safetensors_files(directory):
+    plain = find_safetensors_files(directory)
+    is_recis_cut = not plain and any(name.endswith(safetensors.SUFFIX) for name in names)
+    if plain:
         found.append(SAFETENSORS)
     if DCP not in found and not is_recis_cut and (torch_save.INDEX_JSON in names or find_torch_files(directory)):
         found.append(TORCH)
@@ -92,20 +85,15 @@ def open_reader(
     """Open the checkpoint for an export.
 
     Args:
-        directory: where it is.
         asked: the format; with ``auto`` the files tell.
         tables: patterns of tensors that are tables, for formats that do not say which are.
         optimizer_slots: patterns of tensors that are optimizer state, which is sought among the tensors of such formats.
 
     Raises:
-        CheckpointError: no format is recognised, the checkpoint is not complete, or ``tables`` is given for a format that
-            says itself which its tables are.
+        CheckpointError: no format is recognised, or the checkpoint is not complete.
+        ConfigError: ``tables`` for a format that says which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
-    if found is not None and tables and not FORMATS[found].takes_tables:
-        raise CheckpointError(
-            f"{directory.url} is {NAMES[found]}, which says itself what its tables are; leave out tables"
-        )
     if found is None and (names := directory.names()):
         raise CheckpointError(
             f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; looked for {LOOKED_FOR}. Both "
@@ -134,11 +122,9 @@ def holds_tables(
     """
     if found == DCP:
         return bool(read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots).tables)
-    if found in (SAFETENSORS, TORCH):
+    if found in _PLAIN:
         patterns = Patterns(tuple(tables), tuple(optimizer_slots))
-        return bool(
-            sort_facts(directory, read_all(_open_plain(found, directory, tables, optimizer_slots)), patterns).tables
-        )
+        return bool(sort_facts(directory, read_all(_PLAIN[found](directory, patterns)), patterns).tables)
     if found == DYNAMICEMB:
         return True
     try:
@@ -155,54 +141,62 @@ def describe_format(name: str) -> str:
 class Format(NamedTuple):
     """What is to be known of a format. The functions take the directory, ``tables`` and ``optimizer_slots``."""
 
+    kind: str
+    """What a checkpoint of it is called, for people."""
     told_by: str
     """The files that it is recognised by, for people."""
-    takes_tables: bool
-    """Whether it holds tensors alone, so that ``tables`` may say which of them are tables."""
     open: Callable[[Directory, Sequence[str], Sequence[str]], CheckpointReader[Any]]
     dense: Callable[[Directory, Sequence[str], Sequence[str]], DenseParameters]
 
 
-FORMATS: dict[str, Format] = {
-    RECIS: Format(
-        told_by=f"{INDEX} and {TENSORKEY}",
-        takes_tables=False,
-        open=lambda directory, *_: RecisReader(directory),
-        dense=lambda directory, *_: RecisDense(directory),
-    ),
-    DCP: Format(
-        told_by=f"{METADATA}, or model/{METADATA}",
-        takes_tables=True,
-        open=lambda directory, tables, slots: DcpReader(directory, tables=tables, optimizer_slots=slots),
-        dense=lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots),
-    ),
-    SAFETENSORS: Format(
-        told_by="*.safetensors",
-        takes_tables=True,
-        open=lambda directory, tables, slots: SafetensorsReader(directory, Patterns(tuple(tables), tuple(slots))),
-        dense=lambda directory, tables, slots: _plain_dense(SAFETENSORS, directory, tables, slots),
-    ),
-    TORCH: Format(
-        told_by="*.pt, *.pth, *.ckpt or *.bin",
-        takes_tables=True,
-        open=lambda directory, tables, slots: TorchReader(directory, Patterns(tuple(tables), tuple(slots))),
-        dense=lambda directory, tables, slots: _plain_dense(TORCH, directory, tables, slots),
-    ),
-    DYNAMICEMB: Format(
-        told_by="*_emb_keys.rank_*",
-        takes_tables=False,
-        open=lambda directory, *_: DynamicEmbReader(directory),
-        dense=lambda directory, *_: NoDense(directory.url, NAMES[DYNAMICEMB]),
-    ),
+def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+    _refuse_tables(directory, tables, RECIS)
+    return RecisReader(directory)
+
+
+def _open_dynamicemb(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+    _refuse_tables(directory, tables, DYNAMICEMB)
+    return DynamicEmbReader(directory)
+
+
+def _refuse_tables(directory: Directory, tables: Sequence[str], found: str) -> None:
+    if tables:
+        raise ConfigError(
+            f"tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
+            "take tables out"
+        )
+
+
+def _plain(name: str, kind: str, told_by: str) -> Format:
+    make = _PLAIN[name]
+
+    def open_it(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> CheckpointReader[Any]:
+        return make(directory, Patterns(tuple(tables), tuple(slots)))
+
+    def dense(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> DenseParameters:
+        return PlainDense(directory, make, Patterns(tuple(tables), tuple(slots)))
+
+    return Format(kind, told_by, open_it, dense)
+
+
+_PLAIN: dict[str | None, type[SafetensorsReader | TorchReader]] = {
+    SAFETENSORS: SafetensorsReader,
+    TORCH: TorchReader,
 }
 
-
-def _plain_dense(found: str, directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> PlainDense:
-    return PlainDense(
-        directory, Patterns(tuple(tables), tuple(slots)), lambda: _open_plain(found, directory, tables, slots)
-    )
-
-
-def _open_plain(found: str, directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> PlainReader:
-    kind = SafetensorsReader if found == SAFETENSORS else TorchReader
-    return kind(directory, Patterns(tuple(tables), tuple(slots)))
+FORMATS: dict[str, Format] = {
+    RECIS: Format(
+        "a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, *_: RecisDense(directory)
+    ),
+    DCP: Format(
+        "a DCP checkpoint",
+        f"{METADATA}, or model/{METADATA}",
+        lambda directory, tables, slots: DcpReader(directory, tables=tables, optimizer_slots=slots),
+        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots),
+    ),
+    SAFETENSORS: _plain(SAFETENSORS, "a safetensors checkpoint", f"*{safetensors.SUFFIX}"),
+    TORCH: _plain(TORCH, "a checkpoint of torch.save", "*.pt, *.pth, *.ckpt or *.bin"),
+    DYNAMICEMB: Format(
+        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, *_: NoDense(directory)
+    ),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
@@ -52,14 +52,18 @@ def sort_facts(directory: Directory, facts: PlainFacts, patterns: Patterns) -> S
 def make_checkpoint(
     directory: Directory, files: tuple[SourceFile, ...], facts: PlainFacts, patterns: Patterns, *, kind: str
 ) -> Checkpoint:
-    """Build the metadata of a checkpoint of format ``kind``. CheckpointError for patterns that cannot be meant."""
+    """Build the metadata of a checkpoint of format ``kind``.
+
+    Raises:
+        CheckpointError: a pattern that cannot be meant, or no tensor is a table.
+    """
     found = sort_facts(directory, facts, patterns)
+    if not found.tables:
+        raise CheckpointError(say_no_tables(found, directory.url))
     tables, parts, blocks, strips = build_numbered(found.tables)
     warnings = list(facts.notes)
     if found.other_state:
-        warnings.append(
-            f"optimizer state of no table, or that does not fit its table, is not read: {listed(found.other_state)}"
-        )
+        warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
     return Checkpoint(
         format=kind,
         directory=directory,
@@ -74,53 +78,36 @@ def make_checkpoint(
         warnings=tuple(warnings),
         strips=strips,
         optimizer_patterns=frozenset(patterns.optimizer_slots),
-        no_tables="" if tables else say_no_tables(found, directory.url),
     )
 
 
-class PlainReader(Protocol):
-    """What the readers of this room have in common beside :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
-
-    files: tuple[SourceFile, ...]
-
-    def read_headers(self, files: range) -> Any:
-        """Read the headers of some files."""
-
-    def join(self, shares: Sequence[Any]) -> PlainFacts:
-        """Put together what all files say."""
-
-
 class PlainDense:
-    """What is neither a table nor optimizer state. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+    """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
 
-    def __init__(self, directory: Directory, patterns: Patterns, open_reader: Callable[[], PlainReader]) -> None:
+    def __init__(self, directory: Directory, make: Callable[[Directory, Patterns], Any], patterns: Patterns) -> None:
+        """Read nothing yet. ``make`` opens the reader of the format."""
         self.where = directory.url
         self._directory = directory
+        self._make = make
         self._patterns = patterns
-        self._open_reader = open_reader
-        self._reader: PlainReader | None = None
-        self._found: tuple[StoredTensor, ...] = ()
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return name, dtype and shape of each."""
+        """Return what the headers say of all that is neither a table nor optimizer state."""
         return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self._read()[1]]
 
     def load(self) -> Mapping[str, Any]:
-        """Return the tensors, each read when it is asked for."""
-        reader, found = self._read()
-        return DenseTensors(self._directory, reader.files, found)
+        """Return them, each read, or mapped where the directory is local, when asked for."""
+        return _Parameters(self._directory, *self._read())
 
-    def _read(self) -> tuple[PlainReader, tuple[StoredTensor, ...]]:
-        if self._reader is None:
-            self._reader = self._open_reader()
-            self._found = sort_facts(self._directory, read_all(self._reader), self._patterns).dense
-            if len(self._reader.files) == 1:
-                self.where = self._directory.describe(self._reader.files[0].name)
-        return self._reader, self._found
+    def _read(self) -> tuple[tuple[SourceFile, ...], tuple[StoredTensor, ...]]:
+        reader = self._make(self._directory, self._patterns)
+        if len(reader.files) == 1:
+            self.where = self._directory.describe(reader.files[0].name)
+        return reader.files, sort_facts(self._directory, read_all(reader), self._patterns).dense
 
 
-class DenseTensors(Mapping[str, Any]):
-    """Dense parameters by name, each a CPU tensor that is read, or mapped where the directory is local, when asked for."""
+class _Parameters(Mapping[str, Any]):
+    """Tensors by name, on the CPU."""
 
     def __init__(self, directory: Directory, files: tuple[SourceFile, ...], dense: Sequence[StoredTensor]) -> None:
         self._directory = directory
@@ -174,9 +161,10 @@ class DenseTensors(Mapping[str, Any]):
         return flat.as_strided(piece.sizes, strides)
 
 
-def read_all(reader: PlainReader) -> PlainFacts:
+def read_all(reader: Any) -> PlainFacts:
     """Return the facts of a reader of this room that one process reads alone."""
-    return reader.join([reader.read_headers(range(len(reader.files)))])
+    facts: PlainFacts = reader.join([reader.read_headers(range(len(reader.files)))])
+    return facts
 
 
 def stat_files(directory: Directory, names: Sequence[str]) -> tuple[SourceFile, ...]:

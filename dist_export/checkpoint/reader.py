@@ -203,8 +203,6 @@ class Checkpoint:
     """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
     left_out: tuple[LeftOutTable, ...] = ()
     """Tables of the source that are not in ``tables``, in its order."""
-    no_tables: str = ""
-    """Why there is no table, a sentence; empty where there are some, or none are looked for."""
 
     @property
     def num_bytes(self) -> int:

@@ -7,6 +7,7 @@ that the setting ``tables`` names. Its rows go by number.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -65,7 +66,7 @@ class Sorted:
     dense: tuple[StoredTensor, ...]
     """In the order of the checkpoint."""
     other_state: tuple[str, ...]
-    """Optimizer state of no table, or that does not fit its table: never read."""
+    """Optimizer state of no table: never read."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -113,29 +114,37 @@ def sort_tensors(
             weights.append(tensor)
         else:
             dense.append(tensor)
-    if unmatched:
-        setting, pattern = min(unmatched)
-        matrices = [tensor.name for tensor in dense if len(tensor.shape) == 2]
-        raise CheckpointError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: {listed(matrices)}"
-        )
     for tensor in weights:
         _refuse_no_table(tensor, where)
     slots: dict[str, list[tuple[str, StoredTensor]]] = {tensor.name: [] for tensor in weights}
     other: list[str] = []
     for tail, tensor in state:
         found = next(((weight, slot) for weight in weights if (slot := _slot_of(weight, tail))), None)
-        if found is None or not _fits(tensor, found[0]) or found[1] in dict(slots[found[0].name]):
+        if found is None or tensor.dtype not in CODE_BY_TORCH:
             other.append(tensor.name)
         else:
             slots[found[0].name].append((found[1], tensor))
+            for name in (found[1], f"{found[0].name}.{found[1]}"):  # as the plan has them
+                matches("optimizer_slots", name)
+    if unmatched:
+        setting, pattern = min(unmatched)
+        matrices = [tensor.name for tensor in dense if len(tensor.shape) == 2]
+        raise CheckpointError(
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: {listed(matrices)}"
+        )
     return Sorted(
         tables=tuple(
-            TensorTable(weight, tuple(sorted(slots[weight.name]))) for weight in sorted(weights, key=lambda w: w.name)
+            TensorTable(weight, _name_once(slots[weight.name])) for weight in sorted(weights, key=lambda w: w.name)
         ),
         dense=tuple(dense),
         other_state=tuple(sorted(other)),
     )
+
+
+def _name_once(slots: list[tuple[str, StoredTensor]]) -> tuple[tuple[str, StoredTensor], ...]:
+    """Order slots by name; those whose name another one has, or stands for something else, get that of the tensor."""
+    counts = Counter([*(name for name, _ in slots), ID_SLOT, EMBEDDING_SLOT])
+    return tuple(sorted((name if counts[name] == 1 else tensor.name, tensor) for name, tensor in slots))
 
 
 def say_no_tables(found: Sorted, where: str) -> str:
@@ -205,22 +214,22 @@ def build_numbered(tables: Sequence[TensorTable]) -> tuple[tuple[TableMeta, ...]
     keys: list[dict[int, str]] = []
     strips: list[tuple[int, ...]] = []
     for number, table in enumerate(tables):
-        columns = [table.weight, *(tensor for _, tensor in table.slots)]
-        names = [EMBEDDING_SLOT, *(name for name, _ in table.slots)]
+        named = [(EMBEDDING_SLOT, table.weight), *table.slots]
         slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
         slots += [
-            _describe_slot(name, tensor, column)
-            for column, (name, tensor) in enumerate(zip(names, columns, strict=True), 1)
+            _describe_slot(name, tensor, column, fits=_fits(tensor, table.weight))
+            for column, (name, tensor) in enumerate(named, 1)
         ]
+        columns = {slot.column: named[slot.column - 1][1] for slot in slots[1:] if slot.stored_shape is None}
         metas.append(TableMeta(name=table.weight.name, slots=tuple(slots), is_hashed=False, has_ids=False))
         rows = table.weight.shape[0]
-        edges = {0, rows, *(edge for tensor in columns for edge in _row_edges(tensor))}
+        edges = {0, rows, *(edge for tensor in columns.values() for edge in _row_edges(tensor))}
         for begin, end in itertools.pairwise(sorted(edges)) if rows else [(0, 0)]:
             part = len(parts)
             parts.append((number, begin, end, max(rows, 1), end - begin, begin))
             placed.append({})
             keys.append({})
-            for column, tensor in enumerate(columns, 1):
+            for column, tensor in columns.items():
                 keys[part][column] = tensor.name
                 found = _place_rows(tensor, begin, end)
                 if len(found) == 1 and found[0][:2] == (0, slots[column].row_bytes) and found[0][2] == found[0][1]:
@@ -232,10 +241,10 @@ def build_numbered(tables: Sequence[TensorTable]) -> tuple[tuple[TableMeta, ...]
     file = np.full((len(parts), width), ABSENT, np.int32)
     offset = np.zeros((len(parts), width), np.int64)
     key = np.full((len(parts), width), "", object)
-    for part, (at, named) in enumerate(zip(placed, keys, strict=True)):
+    for part, (at, its_keys) in enumerate(zip(placed, keys, strict=True)):
         for column, (number, position) in at.items():
-            file[part, column], offset[part, column], key[part, column] = number, position, named[column]
-        key[part, 0] = named[1]
+            file[part, column], offset[part, column], key[part, column] = number, position, its_keys[column]
+        key[part, 0] = its_keys[1]
     part_columns = np.array(parts, np.int64).reshape(-1, 6).T.copy()
     strip_columns = np.array(sorted(strips), np.int64).reshape(-1, 7).T.copy()
     return (
@@ -254,9 +263,9 @@ def build_numbered(tables: Sequence[TensorTable]) -> tuple[tuple[TableMeta, ...]
     )
 
 
-def _describe_slot(name: str, tensor: StoredTensor, column: int) -> SlotMeta:
+def _describe_slot(name: str, tensor: StoredTensor, column: int, *, fits: bool) -> SlotMeta:
     code = CODE_BY_TORCH[tensor.dtype]
-    inner = tensor.shape[1:]
+    inner = tensor.shape[1:] if fits else ()
     return SlotMeta(
         name=name,
         dtype=code,
@@ -264,6 +273,7 @@ def _describe_slot(name: str, tensor: StoredTensor, column: int) -> SlotMeta:
         row_bytes=(inner[0] if inner else 1) * DTYPES[code].itemsize,
         column=column,
         is_optimizer=column > 1,
+        stored_shape=None if fits else tensor.shape,
     )
 
 
@@ -337,10 +347,10 @@ def _slot_of(weight: StoredTensor, tail: str) -> str | None:
     table = weight.name.split(".")[-2:-1]  # torchrec names the table once more
     steps = slot.split(".")
     slot = ".".join(steps[1:] if len(steps) > 1 and steps[:1] == table else steps)
-    return slot if mark and slot not in ("", ID_SLOT, EMBEDDING_SLOT) else None
+    return slot if mark and slot else None
 
 
 def _fits(tensor: StoredTensor, weight: StoredTensor) -> bool:
     """Whether optimizer state has a value for each row of its table."""
     rows = weight.shape[0]
-    return tensor.dtype in CODE_BY_TORCH and tensor.shape in (weight.shape, (rows,), (rows, 1))
+    return tensor.shape in (weight.shape, (rows,), (rows, 1))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from dist_export.checkpoint.dense_parameters import DenseParameters
+from dist_export.checkpoint.formats import detect_format, open_dense
+from dist_export.storage import open_place
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 NUM_SHARDS = (1, 2, 3, 4)
@@ -26,6 +31,12 @@ def make_model(seed: int = 0) -> dict[str, torch.Tensor]:
 
 USER, ITEM = list(make_model())[:2]
 TABLES = ["*item.weight"]
+
+
+def dense_of(place: Any, tables: Sequence[str] = ()) -> DenseParameters:
+    """Return the dense parameters of what is at a path or URL."""
+    directory = open_place(place)
+    return open_dense(directory, detect_format(directory), tables=tables)
 
 
 def read_numbered(target: Path) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from dynamicemb_writer import make_table, truth_of, write_dump
 from hostile_cases import assert_refused, run
-from plain_cases import NUM_SHARDS
+from plain_cases import NUM_SHARDS, dense_of
 from recis_writer import read_back
 from sparse_cases import assert_exact, export
 
-from dist_export.checkpoint.formats import describe_dense, detect_format, load_dense
+from dist_export.checkpoint.formats import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.storage import open_place
@@ -86,7 +86,7 @@ def test_ranks_without_rows_and_tables_without_scores(tmp_path: Path) -> None:
     assert "table 'none' has no row, so its dimension is not told; it is left out" in manifest.notes[1]
     for path in (tmp_path / "in").glob("few*"):
         path.unlink()
-    with pytest.raises(PlanError, match="no table of the dump has a row"):
+    with pytest.raises(CheckpointError, match="no table of the dump has a row"):
         export(tmp_path / "in", tmp_path / "other")
 
 
@@ -125,10 +125,10 @@ def test_what_inspect_and_plan_show(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_dump_has_no_dense_parameters(tmp_path: Path) -> None:
-    source = open_place(write(tmp_path / "in"))
-    assert describe_dense(source).described == []
+    dense = dense_of(write(tmp_path / "in"))
+    assert dense.describe() == []
     with pytest.raises(CheckpointError, match="is a DynamicEmb dump, which has tables alone"):
-        load_dense(source)
+        dense.load()
     with pytest.raises(PlanError, match="cannot be copied as it is: a dump is raw files"):
         export(tmp_path / "in", tmp_path / "out", filter_sparse_opt=False)
 

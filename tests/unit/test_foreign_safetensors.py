@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from hostile_cases import assert_refused, edit_header, edit_header_text, edit_json, run, swap
-from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, make_model, read_numbered, same
+from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
 from safetensors.torch import save_file
 from sparse_cases import export, shrink
 
-from dist_export.checkpoint.formats import describe_dense, detect_format, load_dense
+from dist_export.checkpoint.formats import detect_format
 from dist_export.cli import main
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, ConfigError
 from dist_export.storage import open_place
 
 WHOLE = "model.safetensors"
@@ -74,11 +74,11 @@ def test_dense_parameters_are_loaded_by_name(tmp_path: Path) -> None:
     }
     save_several(tmp_path / "in", model)
     expected = {name: tensor for name, tensor in model.items() if name not in (USER, ITEM)}
-    described = describe_dense(open_place(tmp_path / "in"), tables=TABLES).described
+    described = dense_of(tmp_path / "in", tables=TABLES).describe()
     assert {name: (dtype, shape) for name, dtype, shape in described} == {
         name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in expected.items()
     }
-    loaded = load_dense(open_place(tmp_path / "in"), tables=TABLES)
+    loaded = dense_of(tmp_path / "in", tables=TABLES).load()
     assert_same(dict(loaded), expected)
 
 
@@ -130,7 +130,7 @@ def test_pieces_in_several_files_are_one_table(
     assert "a last shard that is missing would not be seen" in manifest.notes[0]
     expected = {"rows": rows, "columns": columns, "grid": grid}
     assert_same(read_numbered(tmp_path / "out"), {f"embeddings.{name}.weight": t for name, t in expected.items()})
-    assert same(load_dense(open_place(folder))["mlp.weight"], columns)
+    assert same(dense_of(folder).load()["mlp.weight"], columns)
 
 
 def test_what_torch_itself_writes(tmp_path: Path) -> None:
@@ -263,7 +263,5 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     (shard.parent / "index").write_text("{}")
     torch.save(model, shard.parent / "model.pt")
     assert detect_format(open_place(shard.parent)) == "recis"
-    with pytest.raises(
-        CheckpointError, match="is a RecIS checkpoint, which says itself what its tables are; leave out tables"
-    ):
+    with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take tables out"):
         export(shard.parent, tmp_path / "other", tables=TABLES)
