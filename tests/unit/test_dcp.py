@@ -289,7 +289,7 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(ConfigError, match="is no DCP checkpoint"):
         describe(str(recis), tables=["x"])
     assert main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--tables", "[x]"]) == 2
-    assert "is a RecIS checkpoint, which says itself what its tables are" in capsys.readouterr().err
+    assert "is a RecIS checkpoint, which says so itself" in capsys.readouterr().err
     shutil.copy(path / ".metadata", recis / ".metadata")
     assert main(["export", "--ckpt_dir", str(recis), *out, "--overwrite", "true"]) == 2
     assert "a RecIS checkpoint and a DCP checkpoint" in capsys.readouterr().err
