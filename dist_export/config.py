@@ -19,6 +19,9 @@ MIN_MEMORY_BYTES = 64 << 20
 
 MAX_THREADS = 64
 
+CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
+"""What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
+
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
@@ -51,6 +54,10 @@ class ExportConfig:
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
     """Patterns of optimizer state to keep all the same"""
+    dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
+    """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
+    on_unfit: Literal["error", "clamp"] = "error"
+    """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
     on_misplaced: Literal["repair", "error"] = "repair"
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
     on_duplicate: Literal["error", "first", "last"] = "error"
@@ -136,6 +143,12 @@ class ExportConfig:
         """``max_memory`` in bytes."""
         return parse_bytes(self.max_memory, setting="max_memory")
 
+    @property
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """``dtype`` as (pattern, dtype), in order."""
+        entries = [self.dtype] if isinstance(self.dtype, dict) else self.dtype
+        return tuple(item for entry in entries for item in entry.items())
+
     def _check_engine(self) -> None:
         if self.max_memory_bytes < MIN_MEMORY_BYTES:
             raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
@@ -151,6 +164,7 @@ class ExportConfig:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
         asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
         asked += ["on_duplicate"] if self.on_duplicate != "error" else []
+        asked += ["dtype"] if self.dtypes else []
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
@@ -159,6 +173,8 @@ class ExportConfig:
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
                 "set filter_sparse_opt: true"
             )
+        if self.on_unfit != "error" and not self.dtypes:
+            raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

@@ -21,6 +21,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
+    add_casts,
     describe_dense_tensors,
     describe_tables,
     list_versions,
@@ -36,6 +37,7 @@ from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
+from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
@@ -46,6 +48,7 @@ from dist_export.source import (
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
+from dist_export.transfer.convert import Counts, refuse_unfit
 from dist_export.transfer.engine import Share, Transfer
 
 FG = "fg.json"
@@ -86,6 +89,7 @@ def run_export(
         assert checkpoint is not None
         with reporter.stage("plan"):
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
+            notes += note_unreadable(checkpoint, planned.plan.selection)
 
     dense = None
     if objects.model is not None:
@@ -95,7 +99,8 @@ def run_export(
             dense = DenseStage(ranks, config, objects, source)
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
-            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
+            casts_of_tables = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in, casts=casts_of_tables)
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
@@ -118,17 +123,21 @@ def run_export(
         tables: tuple[TableEntry, ...] = ()
         receipts: list[Receipt] = []
         shares: list[Share] = []
+        casts: Counts = {}
         reused = 0
         with reporter.stage("transfer"):
             if planned is None:
                 ranks.gather("trace the dense arch", trace)
             else:
-                receipts, shares, reused = transfer(
+                receipts, shares, reused, casts = transfer(
                     ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
                 )
         if planned is not None:
             with reporter.stage("check"):
-                tables = check(ranks, planned, target)
+                if config.on_unfit == "error":
+                    plan = planned.plan
+                    ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
+                tables = add_casts(planned.plan, check(ranks, planned, target), casts)
 
         def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
@@ -278,7 +287,7 @@ def transfer(
     beside: Any,
     in_place: bool,
     digest: str,
-) -> tuple[list[Receipt], list[Share], int]:
+) -> tuple[list[Receipt], list[Share], int, Counts]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(
         ranks,
@@ -312,7 +321,7 @@ def transfer(
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise
-        return receipts, shares, job.num_reused
+        return receipts, shares, job.num_reused, job.casts
     finally:
         job.close()
 

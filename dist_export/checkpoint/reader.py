@@ -133,6 +133,8 @@ class SlotMeta:
     row_bytes: int
     column: int
     """Of ``Blocks``."""
+    encoding: str = ""
+    """How a row is packed where it is not plain values, as ``layout.encodings`` names it; only of slots as written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.checkpoint.rows import RowReader
+from dist_export.layout.encodings import RowCast
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
@@ -20,6 +22,9 @@ class RowFinder:
         checkpoint: Checkpoint,
         misplaced: np.ndarray | None,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        *,
+        casts: Mapping[str, RowCast] | None = None,
+        is_written: bool = False,
     ) -> None:
         """Look at ids only when asked.
 
@@ -28,7 +33,11 @@ class RowFinder:
             misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
             dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
                 on): they are passed over here too, so that the sample sees what serving will.
+            casts: by table, how rows are written otherwise than the source has them.
+            is_written: whether the rows of ``checkpoint`` are those that were cast; else they are to be.
         """
+        self._casts = casts or {}
+        self._is_written = is_written
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
@@ -42,13 +51,27 @@ class RowFinder:
         return [table.name for table in self._checkpoint.tables]
 
     def embedding_of(self, table: str) -> SlotMeta:
-        """Return dtype and shape of a table's embedding rows."""
+        """Return dtype and shape of a table's embedding rows, as the checkpoint has them before any cast."""
+        slot, cast = self._stored_embedding(table), self._casts.get(table)
+        if cast is None or not self._is_written:
+            return slot
+        shape = (cast.dim,) if cast.encoding else slot.inner_shape
+        return dataclasses.replace(slot, dtype=cast.source, inner_shape=shape, row_bytes=cast.source_bytes)
+
+    def decode(self, table: str, rows: np.ndarray) -> np.ndarray:
+        """Return rows of :meth:`find` (uint8, (n, bytes)) as the model takes them: those of ``embedding_of``."""
+        cast = self._casts.get(table)
+        return rows if cast is None else cast.decode(rows)
+
+    def _stored_embedding(self, table: str) -> SlotMeta:
         number = self._checkpoint.table_index(table)
         assert number is not None
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
     def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, row_bytes); zeros if absent).
+        """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, bytes); zeros if absent).
+
+        Rows are as they are written into the shards, also where they are read from the source.
 
         Args:
             ids: int64, sorted, without duplicates.
@@ -56,7 +79,7 @@ class RowFinder:
         checkpoint = self._checkpoint
         number = checkpoint.table_index(table)
         assert number is not None
-        slot = self.embedding_of(table)
+        slot = self._stored_embedding(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
         for part in checkpoint.parts.of_table(number):
@@ -78,4 +101,5 @@ class RowFinder:
                         if slot.row_bytes:
                             reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
-        return has_row, rows
+        cast = self._casts.get(table)
+        return has_row, rows if cast is None or self._is_written else cast.encode(rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.blocks import Blocks
+from dist_export.package.package import is_sound_encoding
 from dist_export.package.report import Report
 
 _CHECK = "manifest"
@@ -62,6 +64,11 @@ class _Comparison:
         file = np.fromiter((self._file.get(part.file, -1) for part in table.parts), np.int64, number)
         part_slice = np.fromiter((self._find_slice(part.slice) for part in table.parts), np.int64, number)
         for slot in slots.values():
+            if slot.encoding is not msgspec.UNSET and not is_sound_encoding(slot):
+                what = f"{slot.encoding!r} of {slot.dtype} {list(slot.shape)}"
+                report.add(
+                    MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
+                )
             keys = [part.keys.get(slot.name) for part in table.parts]
             has_key = np.array([key is not None for key in keys], bool)
             row = blocks.find((key or "" for key in keys), number)
