@@ -212,7 +212,9 @@ def test_what_int8_cannot_hold_is_counted_and_clamped() -> None:
 
 
 def test_special_values_of_halves() -> None:
-    values = np.array([65504, 65519.996, 65520, -65520, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, -0.0, np.inf], np.float32)
+    values = np.array(
+        [65504, 65519.996, 65520, -65520, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, -0.0, np.inf], np.float32
+    )
     found, outcome = cast_flat(values, F32, F16)
     assert found.tolist() == [65504, 65504, 65504, -65504, 2.0**-24, 0, 2.0**-24, 0, 65504]
     assert np.signbit(found[7])
@@ -238,7 +240,10 @@ def test_rows_are_cast_each_for_itself(values: np.ndarray, target: tuple[int, st
     largest = 1.7e38 if target[1] else LARGEST[target[0]]
     fits = np.abs(values.astype(np.float64)) <= largest
     assert outcome.nans == np.isnan(values).sum()
-    assert outcome.out_of_range >= (np.abs(values.astype(np.float64)) > 65520 if target[0] == F16 else np.isinf(values)).sum()
+    assert (
+        outcome.out_of_range
+        >= (np.abs(values.astype(np.float64)) > 65520 if target[0] == F16 else np.isinf(values)).sum()
+    )
     decoded = cast.decode(out).view(np.float32).reshape(values.shape)
     clear = fits.all(axis=1)
     low, high = values[clear].min(axis=1, keepdims=True, initial=0), values[clear].max(axis=1, keepdims=True, initial=0)
