@@ -23,6 +23,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "split": scenarios.run_split,
     "reshard": scenarios.run_reshard,
     "giant": scenarios.run_giant,
+    "cast": scenarios.run_cast,
     "slots": scaling.run_slots,
     "growth": scaling.run_growth,
     "metadata": scaling.run_metadata,
