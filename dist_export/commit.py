@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +15,9 @@ from dist_export.attempt import begin_commit
 from dist_export.check import TableAccount
 from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
 from dist_export.digests import NONE, XXH3, digest_bytes
+from dist_export.errors import CommitError
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import TAIL_BYTES
 from dist_export.layout.recis import (
     DENSE_SUFFIX,
     EMBEDDING_SLOT,
@@ -32,6 +35,7 @@ from dist_export.layout.recis import (
 )
 from dist_export.manifest import (
     MANIFEST,
+    CastEntry,
     DenseTensorEntry,
     FileEntry,
     LeftOutEntry,
@@ -41,6 +45,7 @@ from dist_export.manifest import (
     TableEntry,
     encode_manifest,
 )
+from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.shards import OutputBlocks, SparsePlan
@@ -157,6 +162,53 @@ def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...]
     return tuple(LeftOutEntry(name=t.name, rows=t.rows, reason=t.reason) for t in checkpoint.left_out)
 
 
+def add_casts(
+    plan: SparsePlan, entries: Sequence[TableEntry], counts: Mapping[int, CastCount]
+) -> tuple[TableEntry, ...]:
+    """Return the tables' entries with what their values lost by casts; the same whoever counted what.
+
+    Args:
+        plan: what was written.
+        entries: of all tables.
+        counts: by gather.
+
+    Raises:
+        CommitError: other values were cast than were written.
+    """
+    by_table: dict[int, list[CastCount]] = {}
+    for number in sorted(counts):  # sums of floats depend on their order
+        by_table.setdefault(int(plan.checkpoint.parts.table[plan.gathers[number].part]), []).append(counts[number])
+    added = []
+    for table, (meta, entry) in enumerate(zip(plan.checkpoint.tables, entries, strict=True)):
+        slots = []
+        for slot, bare in zip(plan.slots_of(table), entry.kept, strict=True):
+            described = bare
+            cast = cast_of(meta.slots[slot.column], slot)
+            if cast is not None:
+                found = by_table.get(table, [])
+                values = sum(count.values for count in found)
+                if values != entry.rows_out * cast.dim:
+                    raise CommitError(
+                        f"table {entry.name!r}: {values:,} values of {slot.name!r} were cast, the shards hold "
+                        f"{entry.rows_out * cast.dim:,}. No manifest was written; run the export again"
+                    )
+                fit = sum(count.values - count.unfit for count in found)
+                described = msgspec.structs.replace(
+                    bare,
+                    cast=CastEntry(
+                        source_dtype=DTYPES[cast.source].torch,
+                        values=values,
+                        max_abs_error=max((count.worst for count in found), default=0.0),
+                        mean_abs_error=math.fsum(count.total for count in found) / fit if fit else 0.0,
+                        nans=sum(count.nans for count in found),
+                        out_of_range=sum(count.out_of_range for count in found),
+                    ),
+                )
+            slots.append(described)
+        added.append(msgspec.structs.replace(entry, kept=tuple(slots)))
+    return tuple(added)
+
+
 def describe_dense_tensors(
     plan: SparsePlan,
 ) -> tuple[tuple[DenseTensorEntry, ...], tuple[DenseTensorEntry, ...]]:
@@ -242,6 +294,8 @@ def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:
         shape=slot.inner_shape if slot.stored_shape is None else slot.stored_shape,
         num_bytes=slot.num_bytes(rows),
         reason=reason,
+        encoding=slot.encoding or msgspec.UNSET,
+        dim=slot.row_bytes - TAIL_BYTES if slot.encoding else msgspec.UNSET,
     )
 
 

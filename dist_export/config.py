@@ -21,6 +21,9 @@ MIN_MEMORY_BYTES = 64 << 20
 
 MAX_THREADS = 64
 
+CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
+"""What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
+
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
@@ -55,6 +58,10 @@ class ExportConfig:
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
     """Patterns of optimizer state to keep all the same"""
+    dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
+    """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
+    on_unfit: Literal["error", "clamp"] = "error"
+    """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
     on_misplaced: Literal["repair", "error"] = "repair"
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
     on_duplicate: Literal["error", "first", "last"] = "error"
@@ -152,6 +159,12 @@ class ExportConfig:
         """``max_memory`` in bytes."""
         return parse_bytes(self.max_memory, setting="max_memory")
 
+    @property
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """``dtype`` as (pattern, dtype), in order."""
+        entries = [self.dtype] if isinstance(self.dtype, dict) else self.dtype
+        return tuple(item for entry in entries for item in entry.items())
+
     def _check_engine(self) -> None:
         if self.max_memory_bytes < MIN_MEMORY_BYTES:
             raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
@@ -169,6 +182,7 @@ class ExportConfig:
         asked += ["on_duplicate"] if self.on_duplicate != "error" else []
         views = ("select_tables", "drop_tables", "rename_tables", "as_hash", "prune")
         asked += [name for name in views if getattr(self, name)]
+        asked += ["dtype"] if self.dtypes else []
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
         unused += ["default_row"] if self.default_row else []
         if unused and not self.need_export_sparse:
@@ -184,6 +198,8 @@ class ExportConfig:
         for pattern, values in self.default_row.items():
             if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
                 raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
+        if self.on_unfit != "error" and not self.dtypes:
+            raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

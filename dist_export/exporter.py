@@ -21,6 +21,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
+    add_casts,
     describe_dense_tensors,
     describe_left_out,
     describe_tables,
@@ -37,6 +38,7 @@ from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
+from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
@@ -49,6 +51,7 @@ from dist_export.source import (
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
+from dist_export.transfer.convert import Counts, refuse_unfit
 from dist_export.transfer.engine import Share, Transfer
 from dist_export.transfer.pruning import find_pruned
 
@@ -92,6 +95,7 @@ def run_export(
         with reporter.stage("plan"):
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
             notes += note_numbered_tables(planned.plan)
+            notes += note_unreadable(checkpoint, planned.plan.selection)
 
     dense = None
     if objects.model is not None:
@@ -102,7 +106,10 @@ def run_export(
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
             is_pruned = None if planned is None else find_pruned(planned.plan.checkpoint, planned.plan.pruning)
-            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in, is_pruned=is_pruned)
+            by_table = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+            notes += dense.prepare(
+                checkpoint, misplaced, features, dropped_in=dropped_in, is_pruned=is_pruned, casts=by_table
+            )
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
@@ -125,17 +132,21 @@ def run_export(
         tables: tuple[TableEntry, ...] = ()
         receipts: list[Receipt] = []
         shares: list[Share] = []
+        casts: Counts = {}
         reused = 0
         with reporter.stage("transfer"):
             if planned is None:
                 ranks.gather("trace the dense arch", trace)
             else:
-                receipts, shares, reused = transfer(
+                receipts, shares, reused, casts = transfer(
                     ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
                 )
         if planned is not None:
             with reporter.stage("check"):
-                tables = check(ranks, planned, target)
+                if config.on_unfit == "error":
+                    plan = planned.plan
+                    ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
+                tables = add_casts(planned.plan, check(ranks, planned, target), casts)
 
         def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
@@ -286,7 +297,7 @@ def transfer(
     beside: Any,
     in_place: bool,
     digest: str,
-) -> tuple[list[Receipt], list[Share], int]:
+) -> tuple[list[Receipt], list[Share], int, Counts]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(
         ranks,
@@ -320,7 +331,7 @@ def transfer(
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise
-        return receipts, shares, job.num_reused
+        return receipts, shares, job.num_reused, job.casts
     finally:
         job.close()
 

@@ -42,6 +42,21 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: Count
 
 
+class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a slot's values lost when they were cast, over the rows that the package has."""
+
+    source_dtype: str
+    """Of the checkpoint."""
+    values: Count
+    """That were cast."""
+    max_abs_error: float
+    mean_abs_error: float
+    """Over the values that fit."""
+    nans: Count = 0
+    out_of_range: Count = 0
+    """Values that do not fit and were clamped; of NaN only int8 has none, and holds 0."""
+
+
 class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One slot of a table that was kept, or dropped with ``reason``."""
 
@@ -53,6 +68,13 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: Count
     """Of a kept slot in the shards, of a dropped one in the source."""
     reason: str = ""
+    encoding: str | msgspec.UnsetType = msgspec.UNSET
+    """``int8_rowwise`` where each row is ``dim`` bytes (uint8), then scale and bias (little-endian float32): a value is
+    ``byte * scale + bias``. Left out where rows are plain values of ``dtype``."""
+    dim: Count | msgspec.UnsetType = msgspec.UNSET
+    """The values of one row, with an encoding; ``shape`` is in bytes then."""
+    cast: CastEntry | msgspec.UnsetType = msgspec.UNSET
+    """Where ``dtype`` is not that of the checkpoint."""
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

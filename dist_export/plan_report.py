@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from dist_export.checkpoint.formats import describe_format
+from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
+from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
@@ -49,6 +51,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
     report["notes"] += note_numbered_tables(plan)
+    report["notes"] += note_unreadable(checkpoint, plan.selection)
     if places.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
     if places.in_place:
@@ -97,6 +100,10 @@ def render_report(report: dict[str, Any]) -> list[str]:
             lines.append(f"    for ids that it lacks: {_say_row(table['default_row'])}")
         for slot in table["slots"]:
             fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
+            if "written" in slot:
+                less = slot["bytes"] - slot["written_bytes"]
+                change = f"saves {amount(less)}" if less >= 0 else f"takes {amount(-less)} more"
+                fate += f", {slot['dtype']} -> {slot['written']}, {amount(slot['written_bytes'])} ({change})"
             lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
     lines += [
         f"  table {table['name']}: left out, {table['rows']:,} rows ({table['reason']})"
@@ -151,12 +158,21 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                 "slots": [
                     {
                         "name": slot.name,
-                        "dtype": DTYPES[slot.dtype].torch,
-                        "bytes": slot.num_bytes(rows),
+                        "dtype": DTYPES[table.slots[slot.column].dtype].torch,
+                        "bytes": table.slots[slot.column].num_bytes(rows),
                         "reason": reason,
+                        **_describe_cast(table.slots[slot.column], slot, rows - dropped.rows),
                     }
                     for slot, reason in sorted(slots, key=lambda item: item[0].column)
                 ],
             }
         )
     return tables
+
+
+def _describe_cast(stored: SlotMeta, slot: SlotMeta, rows: int) -> dict[str, Any]:
+    """Return what a slot is written as, where that is not how it is stored."""
+    cast = cast_of(stored, slot)
+    if cast is None:
+        return {}
+    return {"written": cast.name, "written_bytes": rows * slot.row_bytes}

@@ -10,13 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
 from dist_export.errors import printable
-from dist_export.manifest import Manifest
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
 from dist_export.transfer.engine import Share
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         lines.append(f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
         lines += _views(manifest)
+        lines += _casts(manifest)
         for reason, behind in _rows_dropped(manifest).items():
             lines.append(f"  dropped  {count(behind, 'row')} ({reason})")
         misplaced = sum(table.misplaced for table in manifest.tables)
@@ -176,6 +179,29 @@ def _views(manifest: Manifest) -> list[str]:
 def _few(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return printable(", ".join(names[:3])) + more
+
+
+def _casts(manifest: Manifest) -> list[str]:
+    """Return a line for each kind of cast: how many tables, what it saved, and the largest error with its table."""
+    kinds: dict[tuple[str, str], list[tuple[TableEntry, SlotEntry, CastEntry]]] = {}
+    for table in manifest.tables:
+        for slot in table.kept:
+            if slot.cast is not msgspec.UNSET:
+                written = slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+                kinds.setdefault((slot.cast.source_dtype, written), []).append((table, slot, slot.cast))
+    lines = []
+    for (source, written), its in sorted(kinds.items()):
+        before = sum(cast.values for _, _, cast in its) * DTYPES[CODE_BY_TORCH[source]].itemsize
+        saved = before - sum(slot.num_bytes for _, slot, _ in its)
+        worst = max(its, key=lambda item: item[2].max_abs_error)
+        unfit = sum(cast.nans + cast.out_of_range for _, _, cast in its)
+        clamped = f", {unfit:,} values clamped" if unfit else ""
+        change = f"saves {amount(saved)}" if saved >= 0 else f"takes {amount(-saved)} more"
+        lines.append(
+            f"  cast     {count(len(its), 'table')} {source} -> {written}, {change}; largest error "
+            f"{worst[2].max_abs_error:.3g} ({worst[0].name}){clamped}"
+        )
+    return lines
 
 
 def _rows_dropped(manifest: Manifest) -> dict[str, int]:

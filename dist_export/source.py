@@ -18,6 +18,7 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
 from dist_export.id_lists import read_id_list
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
+from dist_export.plan.casts import cast_slots
 from dist_export.plan.census import (
     Census,
     UniqueTask,
@@ -121,6 +122,7 @@ def choose(
         drop_slots=tuple(config.drop_slots),
         keep_slots=tuple(config.keep_slots),
     )
+    selection = cast_slots(checkpoint, selection, config.dtypes)
     num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=world_size)
     return selection, plan_targets(checkpoint, num_shards), num_shards
 

@@ -146,6 +146,9 @@ class SlotMeta:
             return rows * self.row_bytes
         return math.prod(self.stored_shape) * DTYPES[self.dtype].itemsize
 
+    encoding: str = ""
+    """How a row is packed where it is not plain values, as ``layout.encodings`` names it; only of slots as written."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableMeta:

@@ -5,6 +5,7 @@ Columns of ids are scanned and rows read one by one; where no ids are stored, an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,6 +14,7 @@ from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.checkpoint.rows import RowReader
 from dist_export.errors import ModelError
+from dist_export.layout.encodings import RowCast
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
@@ -26,6 +28,9 @@ class RowFinder:
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
         names: Mapping[str, str] | None = None,
         is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
+        *,
+        casts: Mapping[str, RowCast] | None = None,
+        is_written: bool = False,
     ) -> None:
         """Look at ids only when asked.
 
@@ -37,7 +42,11 @@ class RowFinder:
             is_pruned: (part, rows within it, their ids) -> which of these rules leave behind (bool): they are passed over
                 too.
             names: name in ``checkpoint`` -> name that the model has for the table, of those where it is another one.
+            casts: by table, how rows are written otherwise than the source has them.
+            is_written: whether the rows of ``checkpoint`` are those that were cast; else they are to be.
         """
+        self._casts = casts or {}
+        self._is_written = is_written
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
@@ -65,24 +74,38 @@ class RowFinder:
         return self._checkpoint.tables[self._numbers[table]].name
 
     def embedding_of(self, table: str) -> SlotMeta:
-        """Return dtype and shape of a table's embedding rows."""
+        """Return dtype and shape of a table's embedding rows, as the checkpoint has them before any cast."""
+        slot, cast = self._stored_embedding(table), self._cast_of(table)
+        if cast is None or not self._is_written:
+            return slot
+        shape = (cast.dim,) if cast.encoding else slot.inner_shape
+        return dataclasses.replace(slot, dtype=cast.source, inner_shape=shape, row_bytes=cast.source_bytes)
+
+    def decode(self, table: str, rows: np.ndarray) -> np.ndarray:
+        """Return rows of :meth:`find` (uint8, (n, bytes)) as the model takes them: those of ``embedding_of``."""
+        cast = self._cast_of(table)
+        return rows if cast is None else cast.decode(rows)
+
+    def _stored_embedding(self, table: str) -> SlotMeta:
         number = self._numbers[table]
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
     def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, row_bytes); zeros if absent).
+        """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, bytes); zeros if absent).
+
+        Rows are as they are written into the shards, also where they are read from the source.
 
         Args:
             ids: int64, sorted, without duplicates.
         """
         checkpoint = self._checkpoint
         number = self._numbers[table]
-        slot = self.embedding_of(table)
+        slot = self._stored_embedding(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
         if not checkpoint.tables[number].has_ids:
             self._find_by_number(number, slot, ids, has_row, rows)
-            return has_row, rows
+            return has_row, self._encode(table, rows)
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
@@ -105,7 +128,7 @@ class RowFinder:
                         if slot.row_bytes:
                             reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
-        return has_row, rows
+        return has_row, self._encode(table, rows)
 
     def _find_by_number(
         self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
@@ -125,3 +148,10 @@ class RowFinder:
                 for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
                     wanted = rows[run[0] : run[-1] + 1].reshape(-1)
                     reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
+
+    def _cast_of(self, table: str) -> RowCast | None:
+        return self._casts.get(self.written_name(table))
+
+    def _encode(self, table: str, rows: np.ndarray) -> np.ndarray:
+        cast = self._cast_of(table)
+        return rows if cast is None or self._is_written else cast.encode(rows)

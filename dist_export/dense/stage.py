@@ -29,6 +29,7 @@ from dist_export.dense.state import load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
+from dist_export.layout.encodings import RowCast
 from dist_export.manifest import DenseEntry, ParityEntry
 from dist_export.objects import Objects
 from dist_export.storage import Directory
@@ -50,6 +51,7 @@ class DenseStage:
         self._looked_up = SampleRows()
         self._model_names: dict[str, str] = {}
         """Name of a table in the package -> in the model, where the two differ."""
+        self._casts: Mapping[str, RowCast] = {}
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
@@ -63,10 +65,12 @@ class DenseStage:
         *,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
         is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
+        casts: Mapping[str, RowCast] | None = None,
     ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
 
-        ``misplaced``, ``dropped_in`` and ``is_pruned`` are as :class:`~dist_export.dense.rows.RowFinder` takes them.
+        ``misplaced``, ``dropped_in``, ``is_pruned`` and ``casts`` are as :class:`~dist_export.dense.rows.RowFinder` takes
+        them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
@@ -78,9 +82,11 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
+        self._casts = casts or {}
         finder = None
         if checkpoint is not None:
-            finder = RowFinder(checkpoint, misplaced, dropped_in, self._names_of(checkpoint), is_pruned)
+            names = self._names_of(checkpoint)
+            finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
@@ -152,7 +158,13 @@ class DenseStage:
             assert self._sparse_arch is not None
             sparse_arch = self._sparse_arch
             # the check has proven that each id lies in the slice of its part
-            finder = RowFinder(written, np.zeros(len(written.parts), np.int64), names=self._model_names)
+            finder = RowFinder(
+                written,
+                np.zeros(len(written.parts), np.int64),
+                names=self._model_names,
+                casts=self._casts,
+                is_written=True,
+            )
             inputs, rows = ranks.run(
                 "score the sample from the shards",
                 lambda: self._run_again(sparse_arch, finder),

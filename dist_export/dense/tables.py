@@ -179,12 +179,12 @@ class _Feed:
         raise NotImplementedError
 
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
+        """Return the ids of the table that the checkpoint holds, and their rows in its dtype, cast there and back."""
         has_row, rows = self._finder.find(table, ids)
         self._counts.count(self._finder.written_name(table), ids, has_row, rows)
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
-        found = torch.from_numpy(rows[has_row].reshape(-1)).view(dtype)
+        found = torch.from_numpy(self._finder.decode(table, rows[has_row]).reshape(-1)).view(dtype)
         return ids[has_row], found.reshape(-1, *slot.inner_shape)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, LOOKED_FOR, SAFETENSORS, TORCH, detect_format
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
-from dist_export.manifest import MANIFEST, TensorEntry
+from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
 from dist_export.package.describe_source import describe_source, render_source
 from dist_export.package.numbered import is_numbered
@@ -82,6 +84,8 @@ def render(found: dict[str, Any]) -> list[str]:
             f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
+        if cast := table.get("cast"):
+            lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
     lines += render_dcp(found) + render_source(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
@@ -90,6 +94,13 @@ def render(found: dict[str, Any]) -> list[str]:
             shape = ", ".join(map(str, tensor["shape"]))
             lines.append(f"  {what[:-1]:<10} {tensor['name']} {tensor['dtype']} ({shape})")
     return lines
+
+
+def render_errors(cast: dict[str, Any]) -> str:
+    """Return what the values of a table lost when they were cast, for people."""
+    unfit = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
+    told = "".join(f", {number:,} {what} (clamped)" for number, what in unfit if number)
+    return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
 
 
 def _describe_package(directory: Directory) -> dict[str, Any]:
@@ -113,7 +124,8 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
                 "is_hashed": not is_numbered(table),
                 "rows": table.rows_out,
                 "shape": next((list(slot.shape) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
-                "dtype": next((slot.dtype for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
+                "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
+                "cast": next((_describe_cast(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), None),
                 "parts": len(table.parts),
                 "bytes": sum(slot.num_bytes for slot in table.kept),
                 "slots": [slot.name for slot in table.kept],
@@ -129,6 +141,14 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
     }
+
+
+def _name_dtype(slot: SlotEntry) -> str:
+    return slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+
+
+def _describe_cast(slot: SlotEntry) -> dict[str, Any] | None:
+    return None if slot.cast is msgspec.UNSET else msgspec.to_builtins(slot.cast)
 
 
 def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import numpy as np
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, Dtype
+from dist_export.layout.encodings import F64, INT8_ROWWISE, TAIL_BYTES, U8, RowCast, decode_int8, widen_bfloat16
 from dist_export.layout.indexes import Indexes
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, PartEntry, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, PartEntry, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _RUN_ROWS = 1 << 20
+
+
+def is_sound_encoding(slot: SlotEntry) -> bool:
+    """Whether a slot's encoding is one that is known here, and its rows can be of that."""
+    return (
+        slot.encoding == INT8_ROWWISE
+        and slot.dtype == DTYPES[U8].torch
+        and slot.dim is not msgspec.UNSET
+        and slot.shape == (slot.dim + TAIL_BYTES,)
+    )
 
 
 class Package:
@@ -66,9 +77,9 @@ class Package:
             raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
 
         Returns:
-            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32); for ids
-            that the table does not hold the table's ``default_row``, zeros where the manifest has none and for other
-            slots; and which ids it holds, bool of shape ``(...)``.
+            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, and rows of int8 with scale and
+            bias as float32); for ids that the table does not hold the table's ``default_row``, zeros where the manifest
+            has none and for other slots; and which ids it holds, bool of shape ``(...)``.
         """
         entry = self.table(table)
         kept = next((found for found in entry.kept if found.name == slot), None)
@@ -79,6 +90,12 @@ class Package:
                 f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown dtype {kept.dtype!r}"
             )
         dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        if encoding and not is_sound_encoding(kept):
+            raise PackageError(
+                f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown encoding {encoding!r} of "
+                f"{kept.dtype} {list(kept.shape)}"
+            )
         asked = np.asarray(ids)
         if asked.dtype.kind not in "iu" and asked.size:  # a float column would be cut to other ids without a word
             raise TypeError(f"ids are integers, found {asked.dtype}")
@@ -110,19 +127,24 @@ class Package:
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
         if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
-            rows[~has_row] = self._encode_default(entry, dtype, row_bytes)
+            rows[~has_row] = self._encode_default(entry, dtype, row_bytes, encoding)
         shape = asked.shape
         if raw:
             return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
         values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
+        if encoding:
+            values = decode_int8(rows)
         if kept.dtype == "bfloat16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values[inverse].reshape(*shape, *kept.shape), has_row[inverse].reshape(shape)
+            values = widen_bfloat16(values)
+        return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
 
-    def _encode_default(self, entry: TableEntry, dtype: Dtype, row_bytes: int) -> np.ndarray:
+    def _encode_default(self, entry: TableEntry, dtype: Dtype, row_bytes: int, encoding: str) -> np.ndarray:
         """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
         values = np.array(entry.default_row, np.float64)
-        if dtype.torch == "bfloat16":  # rounded to the nearest, of two that are as near to the even one
+        if encoding:
+            cast = RowCast(F64, U8, encoding, len(values))
+            stored = cast.encode(values.view(np.uint8).reshape(1, -1))[0]
+        elif dtype.torch == "bfloat16":  # rounded to the nearest, of two that are as near to the even one
             bits = values.astype(np.float32).view(np.uint32)
             stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
         else:
@@ -132,7 +154,8 @@ class Package:
                 f"{self.directory.url}: the default row of table {entry.name!r} has {len(values):,} values, which is no row of "
                 "it"
             )
-        return stored.view(np.uint8)
+        row: np.ndarray = stored.view(np.uint8)
+        return row
 
     def load_program(self) -> ExportedProgram:
         """Return the traced dense arch; its archive is looked into before anything is unpickled.

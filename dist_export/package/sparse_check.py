@@ -12,6 +12,7 @@ from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.blocks import Blocks
 from dist_export.package.numbered import check_ranges, is_numbered
+from dist_export.package.package import is_sound_encoding
 from dist_export.package.report import Report
 
 _CHECK = "manifest"
@@ -67,6 +68,11 @@ class _Comparison:
         file = np.fromiter((self._file.get(part.file, -1) for part in table.parts), np.int64, number)
         part_slice = np.fromiter((self._find_slice(part.slice) for part in table.parts), np.int64, number)
         for slot in slots.values():
+            if slot.encoding is not msgspec.UNSET and not is_sound_encoding(slot):
+                what = f"{slot.encoding!r} of {slot.dtype} {list(slot.shape)}"
+                report.add(
+                    MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
+                )
             keys = [part.keys.get(slot.name) for part in table.parts]
             has_key = np.array([key is not None for key in keys], bool)
             row = blocks.find((key or "" for key in keys), number)

@@ -11,6 +11,7 @@ import numpy as np
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError
 from dist_export.layout.dtypes import I64
+from dist_export.layout.encodings import U8
 from dist_export.layout.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.blocks import Blocks, read_blocks
@@ -25,7 +26,7 @@ from dist_export.package.listing import (
 )
 from dist_export.package.merged_check import DenseState, check_merged
 from dist_export.package.numbered import list_numbered
-from dist_export.package.package import Package
+from dist_export.package.package import Package, is_sound_encoding
 from dist_export.package.parts_check import FoundParts, check_parts, check_prefixes
 from dist_export.package.report import Report
 from dist_export.package.shares import Work
@@ -200,7 +201,8 @@ class Survey:
             & (blocks.rows >= 0)
         )
         self.id_rows = ids = np.flatnonzero(is_id)
-        is_float = np.isin(blocks.dtype, list(BITS)) & (blocks.end > blocks.begin)
+        widths = self._row_widths(blocks)
+        is_float = (np.isin(blocks.dtype, list(BITS)) | (widths > 0)) & (blocks.end > blocks.begin)
         self.value_rows = values = np.flatnonzero(is_float & self.is_finite_asked)
         return Work(
             digest_files=to_hash,
@@ -215,7 +217,20 @@ class Survey:
             value_offset=blocks.begin[values],
             value_bytes=(blocks.end - blocks.begin)[values],
             value_dtype=blocks.dtype[values].astype(np.int64),
+            value_width=widths[values],
         )
+
+    def _row_widths(self, blocks: Blocks) -> np.ndarray:
+        """Return for each block the bytes of a row where its rows have scale and bias (int64), else 0."""
+        widths = np.zeros(len(blocks), np.int64)
+        stems = {name: number for number, name in enumerate(blocks.stems)}
+        for table in self.manifest.tables if self.manifest is not None else ():
+            for slot in table.kept:
+                if is_sound_encoding(slot):
+                    its = blocks.stem == stems.get((table.name, slot.name), -3)
+                    its &= (blocks.dtype == U8) & (blocks.inner == _place_of(blocks, slot.shape))
+                    widths[its] = slot.shape[0]
+        return widths
 
     def guard(self, what: str, check: Callable[[], Any]) -> Any:
         """Return what a check returns; whatever a damaged directory makes it raise is a finding."""
@@ -226,3 +241,7 @@ class Survey:
             known = isinstance(error, DistExportError)
             self.report.add(what, "guard", first if known else f"cannot be checked: {type(error).__name__}: {first}")
             return None
+
+
+def _place_of(blocks: Blocks, shape: tuple[int, ...]) -> int:
+    return blocks.inner_shapes.index(shape) if shape in blocks.inner_shapes else -2

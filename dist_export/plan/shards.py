@@ -123,6 +123,12 @@ class SparsePlan:
         """Return the slots of a table that are kept."""
         return self.selection.kept[table]
 
+    def has_casts(self, gather: Gather) -> bool:
+        """Whether rows of a gather are written in another dtype than they are stored in."""
+        table = int(self.checkpoint.parts.table[gather.part])
+        stored = self.checkpoint.tables[table].slots
+        return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
+
     @functools.cached_property
     def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
         """For each (table, slot column), where the block of each target stands in ``blocks``."""

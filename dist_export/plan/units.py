@@ -61,7 +61,9 @@ def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
     last_table = -1
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
-        if skip.issuperset(plan.blocks.file[plan.blocks_of(table, gather.columns[0])[gather.targets]].tolist()):
+        targets = plan.blocks_of(table, gather.columns[0])[gather.targets]
+        # what the values of a table lose is counted also where its shards are there already
+        if not plan.has_casts(gather) and skip.issuperset(plan.blocks.file[targets].tolist()):
             last_table = -1
             continue
         num_bytes = gather.num_kept * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)

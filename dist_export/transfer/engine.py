@@ -23,6 +23,7 @@ from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
 from dist_export.storage import Directory
 from dist_export.threads import run_threads
+from dist_export.transfer.convert import Counts
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
 from dist_export.transfer.units import UnitRunner
@@ -95,6 +96,9 @@ class Transfer:
         """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
         self._reserved: list[str] = []
         self._share = Share(ranks.rank)
+        self._counts: Counts = {}
+        self.casts: Counts = {}
+        """What all rows of all ranks lost by their casts. After ``finish``."""
 
     @property
     def num_bytes(self) -> int:
@@ -177,6 +181,8 @@ class Transfer:
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
         digests = {number: self._root(chunks) for number, chunks in _chunks_of_files(found).items()} | self._reused
+        for counts in ranks.gather("count what the casts lost", lambda: self._counts):
+            self.casts |= counts
         receipts = [self._receipt(number, digests[number]) for number in range(len(plan.files))]
         return receipts, ranks.gather("count the work", lambda: self._share)
 
@@ -209,6 +215,7 @@ class Transfer:
             is_whole = False
             try:
                 done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
+                self._counts.update(runner.counts)  # a gather is run by one thread
                 is_whole = True
             except BaseException:
                 self._ranks.announce_failure()  # the other threads stop at their next unit, as the other ranks do

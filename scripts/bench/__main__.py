@@ -24,6 +24,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "reshard": scenarios.run_reshard,
     "giant": scenarios.run_giant,
     "torchrec": scenarios.run_torchrec,
+    "cast": scenarios.run_cast,
     "slots": scaling.run_slots,
     "growth": scaling.run_growth,
     "metadata": scaling.run_metadata,

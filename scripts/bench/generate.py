@@ -136,7 +136,8 @@ def file_name(source: Source, shard: int, writer: int) -> str:
 def generate(directory: Path, source: Source) -> Path:
     """Write the checkpoint, durably, and return its directory. Needs some MB of memory whatever the size."""
     directory.mkdir(parents=True)
-    pool = np.random.default_rng(7).integers(0, 256, _RANDOM_BYTES, np.uint8)
+    # such values as embeddings have, so that they can be cast
+    pool = (np.random.default_rng(7).standard_normal(_RANDOM_BYTES // 4, np.float32) * np.float32(0.05)).view(np.uint8)
     for shard in range(source.shards):
         for writer in range(source.files_per_shard):
             blocks = list(blocks_of(source, shard, writer))

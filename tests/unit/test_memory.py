@@ -67,6 +67,8 @@ def checkpoint(tmp_path_factory):
         {"num_shards": 50},
         {"num_shards": 3, "threads": 2, "on_duplicate": "first"},
         {"num_shards": 1, "on_duplicate": "last"},
+        {"num_shards": 1, "dtype": {"t": "int8"}},
+        {"num_shards": 3, "threads": 2, "dtype": {"t": "float32"}, "on_duplicate": "first"},
     ],
     ids=str,
 )

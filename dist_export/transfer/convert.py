@@ -1,0 +1,99 @@
+"""Cast rows on their way from source to shard, and count what they lose: values that do not fit, and errors.
+
+What is counted must not depend on who casts which rows when, but sums of floats depend on their order. So errors are summed by
+blocks of rows that are cut from the beginning of each gather, then the blocks of a gather in order, then the gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from dist_export.errors import TransferError
+from dist_export.layout.encodings import RowCast
+from dist_export.plan.casts import CastCount, cast_of
+from dist_export.plan.limits import cast_rows
+from dist_export.plan.shards import SparsePlan
+
+Counts = dict[int, CastCount]
+"""By place in ``SparsePlan.gathers``."""
+
+
+def convert(
+    cast: RowCast,
+    rows: np.ndarray,
+    out: np.ndarray,
+    *,
+    count: CastCount,
+    first_row: int,
+    dropped: np.ndarray,
+    id_of: Callable[[int], int],
+) -> CastCount:
+    """Cast rows of one gather that are neighbours, and return ``count`` with these added.
+
+    Args:
+        cast: what to do.
+        rows: uint8, (n, source_bytes); rows that are left behind are overwritten.
+        out: uint8, (n, target_bytes); filled.
+        count: of the rows of the gather before these, whose number is a multiple of ``cast_rows``.
+        first_row: of these rows within their part.
+        dropped: which of them are left behind (int64, from the first on): they count for nothing.
+        id_of: gives the id of a row of the part.
+    """
+    rows[dropped] = 0
+    step = cast_rows(cast.dim)
+    total, worst, nans, beyond = count.total, count.worst, count.nans, count.out_of_range
+    first = -1
+    for begin in range(0, len(rows), step):
+        end = min(begin + step, len(rows))
+        found = cast.encode_into(out[begin:end], rows[begin:end])
+        total += found.total
+        worst = max(worst, found.worst)
+        nans += found.nans
+        beyond += found.out_of_range
+        if first < 0 <= found.first:
+            first = first_row + begin + found.first
+    is_first = count.first_row < 0 <= first
+    return CastCount(
+        values=count.values + (len(rows) - len(dropped)) * cast.dim,
+        nans=nans,
+        out_of_range=beyond,
+        worst=worst,
+        total=total,
+        first_row=first if is_first else count.first_row,
+        first_id=id_of(first) if is_first else count.first_id,
+    )
+
+
+def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
+    """Raise where values did not fit. TransferError names table, numbers and the first place."""
+    told = []
+    for table, meta in enumerate(plan.checkpoint.tables):
+        unfit = [(number, count) for number, count in of_table(plan, counts, table) if count.unfit]
+        if not unfit:
+            continue
+        slot = next(slot for slot in plan.slots_of(table) if cast_of(meta.slots[slot.column], slot) is not None)
+        cast = cast_of(meta.slots[slot.column], slot)
+        assert cast is not None
+        number, first = unfit[0]
+        nans, beyond = (sum(getattr(count, name) for _, count in unfit) for name in ("nans", "out_of_range"))
+        what = ([f"{beyond:,} beyond {cast.range_text}"] if beyond else []) + ([f"{nans:,} NaN"] if nans else [])
+        key = plan.checkpoint.blocks.key[plan.gathers[number].part, slot.column]
+        told.append(
+            f"table {meta.name!r}: {nans + beyond:,} values do not fit {cast.name} ({', '.join(what)}), the first in row "
+            f"{first.first_row:,} of {key!r} (id {first.first_id})"
+        )
+    if told:
+        more = f"; {len(told) - 3} more tables" if len(told) > 3 else ""
+        raise TransferError(
+            f"{'; '.join(told[:3])}{more}. No manifest was written. Mend the rows, give the table another dtype, or set "
+            "on_unfit: clamp, which takes over the shards that are written"
+        )
+
+
+def of_table(plan: SparsePlan, counts: Counts, table: int) -> Iterator[tuple[int, CastCount]]:
+    """Yield the gathers of a table with their counts, in order."""
+    for number in sorted(counts):
+        if int(plan.checkpoint.parts.table[plan.gathers[number].part]) == table:
+            yield number, counts[number]
