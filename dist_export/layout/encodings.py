@@ -130,6 +130,8 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _as_float32(values: np.ndarray, code: int) -> np.ndarray:
+    if code == F32:
+        return values
     if code == BF16:
         return widen_bfloat16(values)
     with np.errstate(over="ignore"):
@@ -162,7 +164,8 @@ def _encode_floats(out: np.ndarray, values: np.ndarray, cast: RowCast) -> Outcom
     if cast.source == F64:
         errors = np.abs(np.abs(values) - written)
     else:  # two floats as near to each other as these have a difference that is a float too
-        errors = np.abs(np.subtract(magnitude.view("<f4"), written, out=written if cast.target != F32 else None))
+        errors = np.subtract(magnitude.view("<f4"), written, out=written if cast.target != F32 else None)
+        np.abs(errors, out=errors)
     first = -1
     if len(nans) or len(beyond):
         errors[nans] = errors[beyond] = 0
@@ -184,19 +187,23 @@ def _write_float16(out: np.ndarray, bits: np.ndarray, magnitude: np.ndarray) -> 
     To a value of exponent e, 2**(e + 13) is added, of which the last bit is worth as much as that of a float16 there; so the
     sum is rounded as the float16 has to be. Below the least normal float16 the last bit stays that of the least.
     """
-    exponent = np.maximum(magnitude & np.uint32(0x7F80_0000), np.uint32(0x3880_0000))
-    shift = exponent + np.uint32(0x0680_0000)
+    shift = magnitude & np.uint32(0x7F80_0000)
+    np.maximum(shift, _LEAST[: len(shift)] if len(shift) <= len(_LEAST) else _LEAST[0], out=shift)
+    shift += np.uint32(0x0680_0000)
     total: np.ndarray = magnitude.view("<f4") + shift.view("<f4")
-    exponent -= np.uint32(0x3880_0000)
-    exponent >>= np.uint32(13)
-    exponent += total.view("<u4")
-    exponent -= shift.view("<u4")
     sign = bits >> np.uint32(16)
     sign &= np.uint32(0x8000)
-    exponent |= sign
-    out[:] = exponent
+    # in the lower half of the bits, the sum has the fraction with its leading bit; the exponent comes 1 short for it
+    sign += total.view("<u4")
+    sign += shift >> np.uint32(13)
+    sign += np.uint32(0x0800)
+    out[:] = sign
     total -= shift.view("<f4")
     return total
+
+
+_LEAST = np.full(1 << 15, 0x3880_0000, np.uint32)
+"""The exponent of the least normal float16 in a float32; numpy compares two arrays faster than an array and a number."""
 
 
 def _round_bfloat16(bits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ gathered rows fall into are hashed afterwards, from the file, in units of their 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +38,13 @@ class Unit(NamedTuple):
     """Bytes moved, or read back: the work that the unit is."""
 
 
-def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple[list[Unit], list[Unit]]:
-    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``."""
+def plan_units(
+    plan: SparsePlan, *, skip: frozenset[int] = frozenset(), counted: Collection[int] = ()
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
+
+    Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
+    """
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
@@ -52,18 +58,18 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
                 writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
-    return writing + _group_gathers(plan, skip), hashing
+    return writing + _group_gathers(plan, skip, counted), hashing
 
 
-def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
+def _group_gathers(plan: SparsePlan, skip: frozenset[int], counted: Collection[int]) -> list[Unit]:
     """Put neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
     units: list[Unit] = []
     last_table = -1
     for number, gather in enumerate(plan.gathers):
         table = int(plan.checkpoint.parts.table[gather.part])
         targets = plan.blocks_of(table, gather.columns[0])[gather.targets]
-        # what the values of a table lose is counted also where its shards are there already
-        if not plan.has_casts(gather) and skip.issuperset(plan.blocks.file[targets].tolist()):
+        is_counted = number in counted or not plan.has_casts(gather)
+        if is_counted and skip.issuperset(plan.blocks.file[targets].tolist()):
             last_table = -1
             continue
         num_bytes = gather.num_kept * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)

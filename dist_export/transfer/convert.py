@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 
+from dist_export.__version__ import VERSION
 from dist_export.errors import TransferError
 from dist_export.layout.encodings import RowCast
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.limits import cast_rows
 from dist_export.plan.shards import SparsePlan
+from dist_export.storage import WORK_DIRECTORY, Directory
 
 Counts = dict[int, CastCount]
 """By place in ``SparsePlan.gathers``."""
@@ -64,6 +67,42 @@ def convert(
         first_row=first if is_first else count.first_row,
         first_id=id_of(first) if is_first else count.first_id,
     )
+
+
+def write_counts(target: Directory, plan: SparsePlan, counts: Counts) -> None:
+    """Keep what gathers lost beside the receipts, so that a rerun need not cast the rows of whole shards once more."""
+    note = _Note(plan=_name_of(plan), counts={str(number): count for number, count in counts.items()})
+    target.write(f"{WORK_DIRECTORY}/{_PREFIX}{min(counts)}.json", msgspec.json.encode(note))
+
+
+def read_counts(target: Directory, plan: SparsePlan) -> Counts:
+    """Return what an interrupted export of this very plan kept."""
+    found: Counts = {}
+    kept = Directory(target.describe(WORK_DIRECTORY), target.storage_options)
+    for name in kept.names():
+        if not name.startswith(_PREFIX):
+            continue
+        try:
+            note = msgspec.json.decode(kept.read(name), type=_Note)
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+            continue  # cut short by a crash: these rows are cast once more
+        if note.plan == _name_of(plan):
+            found |= {int(number): count for number, count in note.counts.items()}
+    return found
+
+
+_PREFIX = "casts-"
+
+
+class _Note(msgspec.Struct, frozen=True, kw_only=True):
+    plan: str
+    counts: dict[str, CastCount]
+    """By place in the plan's gathers."""
+
+
+def _name_of(plan: SparsePlan) -> str:
+    """Name the plan, which covers the source too, and the version, which sums up errors in its own way."""
+    return f"{VERSION} {plan.digest}"
 
 
 def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:

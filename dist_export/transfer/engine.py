@@ -18,12 +18,12 @@ from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
-from dist_export.plan.units import Unit, plan_hash_units, plan_units
+from dist_export.plan.units import UNIT_BYTES, Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
 from dist_export.storage import Directory
 from dist_export.threads import run_threads
-from dist_export.transfer.convert import Counts
+from dist_export.transfer.convert import Counts, read_counts, write_counts
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
 from dist_export.transfer.units import UnitRunner
@@ -97,6 +97,7 @@ class Transfer:
         self._reserved: list[str] = []
         self._share = Share(ranks.rank)
         self._counts: Counts = {}
+        """What rows lost that this rank has cast; on rank 0 also what an interrupted run had counted."""
         self.casts: Counts = {}
         """What all rows of all ranks lost by their casts. After ``finish``."""
 
@@ -118,7 +119,10 @@ class Transfer:
         def look() -> dict[int, str]:
             open_queues(ranks, "reuse", threads)
             open_queues(ranks, "write", threads)
-            return self._read_receipts() if ranks.rank == 0 and not self._in_place else {}
+            if ranks.rank or self._in_place:
+                return {}
+            self._counts = read_counts(self._target, plan)
+            return self._read_receipts()
 
         candidates = ranks.gather("look for an interrupted export", look)[0]
         if self._in_place:
@@ -138,7 +142,8 @@ class Transfer:
             found = _chunks_of_files(_join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
             self._reused = {number: digest for number, digest in candidates.items() if whole[number] == digest}
-        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
+        counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
+        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), counted=counted)
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
                 self._pieces.setdefault(unit.number, []).append(unit.begin)
@@ -215,7 +220,6 @@ class Transfer:
             is_whole = False
             try:
                 done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
-                self._counts.update(runner.counts)  # a gather is run by one thread
                 is_whole = True
             except BaseException:
                 self._ranks.announce_failure()  # the other threads stop at their next unit, as the other ranks do
@@ -243,6 +247,7 @@ class Transfer:
         """Run units as they come; return the digests, and what was done."""
         digests: ChunkDigests = {}
         pending: ChunkDigests = {}
+        uncounted = 0
         done = Share(self._ranks.rank)
         for unit, is_others in taken:
             if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
@@ -252,11 +257,23 @@ class Transfer:
                 digests[unit.number, unit.begin] = chunks
                 if unit.number in self._pieces:
                     pending[unit.number, unit.begin] = chunks
+            uncounted += unit.num_bytes if runner.counts else 0
+            if uncounted >= UNIT_BYTES:
+                self._keep_counts(runner.counts)
+                uncounted = 0
             if is_counted:
                 done = done.plus(Share(done.rank, 1, int(is_others), unit.num_bytes))
                 self._count_bytes(unit.num_bytes)
         self._hand_in(pending, outputs)
+        self._keep_counts(runner.counts)
         return digests, done
+
+    def _keep_counts(self, counts: Counts) -> None:
+        """Take over what the rows of whole gathers lost, here and for a rerun."""
+        if counts:
+            write_counts(self._target, self._plan, counts)
+            self._counts.update(counts)  # a gather is run by one thread
+            counts.clear()
 
     def _hand_in(self, pending: ChunkDigests, outputs: StagedFiles) -> None:
         """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.

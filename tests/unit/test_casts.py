@@ -39,6 +39,8 @@ from dist_export.plan.shards import plan_shards
 from dist_export.plan.targets import plan_targets
 from dist_export.plan_report import make_report, render_report
 from dist_export.storage import Directory
+from dist_export.transfer import units
+from dist_export.transfer.convert import convert
 
 DTYPES = ("float16", "bfloat16", "int8")
 
@@ -353,9 +355,10 @@ def test_a_whole_part_is_cast_without_its_ids(tmp_path: Path) -> None:
     assert any(gather.columns == (0, 1) for gather in split.gathers)
 
 
+@pytest.mark.parametrize("kept", ["all", "nothing", "cut short", "of another plan"])
 @pytest.mark.parametrize("lost", [(), (0,), (1,), (0, 1)])
 def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
-    lost: tuple[int, ...], tmp_path: Path, monkeypatch: Any
+    lost: tuple[int, ...], kept: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Also where all shards, or some, were whole already."""
     from dist_export import exporter
@@ -374,7 +377,24 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
             export(tmp_path / "in", tmp_path / "out", **settings)
     for number in lost:
         (tmp_path / "out" / f"model-{number:06d}-of-000002.safetensors").unlink()
+    notes = sorted((tmp_path / "out" / ".dist_export").glob("casts-*"))
+    assert notes
+    for note in notes:
+        if kept == "cut short":
+            note.write_bytes(note.read_bytes()[:-20])
+        elif kept == "of another plan":
+            note.write_bytes(note.read_bytes().replace(b"xxh3:", b"xxh3:0"))
+        elif kept == "nothing":
+            note.unlink()
+    calls = []
+
+    def recorded(*args: Any, **more: Any) -> Any:
+        calls.append(args)
+        return convert(*args, **more)
+
+    monkeypatch.setattr(units, "convert", recorded)
     again = export(tmp_path / "in", tmp_path / "out", **settings)
+    assert bool(calls) == bool(lost or kept != "all")
     assert again.run["reused_shards"] == 2 - len(lost)
     assert (again.tables, again.digest) == (whole.tables, whole.digest)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
