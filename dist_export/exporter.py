@@ -72,14 +72,14 @@ def run_export(
     state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
-        checkpoint = open_source(ranks, config, source)
+        checkpoint = open_source(ranks, config, source, objects.model)
         notes += checkpoint.warnings if checkpoint is not None else ()
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += features.notes
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: a model.pt that is cut short tells of a save that did not finish
-        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
+        dense_state = ranks.on_rank_0("read model.pt", lambda: source and describe_dense_state(source)) or []
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -88,7 +88,7 @@ def run_export(
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
 
     dense = None
-    if objects.model is not None:
+    if objects.model is not None and objects.dataset is not None:
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
         with reporter.stage("sample"):
@@ -96,6 +96,7 @@ def run_export(
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
             notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
+            dense_state = dense_state or dense.parameters
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
@@ -148,7 +149,7 @@ def run_export(
             small_files = ranks.on_rank_0("write the small files", write_rest)
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
+                written = None if planned is None else open_written(ranks, planned, target)
                 dense.score(written, target)
 
         def commit() -> Manifest:
@@ -241,14 +242,36 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
-def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
-    """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
+def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, model: Any) -> Checkpoint | None:
+    """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables."""
+    if source is None:
+        from dist_export.dense.plain_copy import find_arch  # a copy of files needs no torch
+        from dist_export.live.source import open_live
+
+        name = config.sparse_model_name
+
+        def look() -> Any:
+            if model is None:
+                raise ConfigError("format is live, but there is no model whose tables could be exported; set model")
+            return find_arch(model, name, "sparse_model_name")
+
+        sparse_arch = ranks.run("look into the model", look)
+        return open_live(ranks, sparse_arch, sparse_model_name=name) if config.need_export_sparse else None
     if not config.need_export_sparse:
         names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
         is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
         if INDEX not in names and TENSORKEY not in names and not is_dcp:
             return None
     return open_checkpoint(ranks, source, asked=config.format)
+
+
+def open_written(ranks: Ranks, planned: PlannedSparse, target: Directory) -> Checkpoint:
+    """Return the shards as a source for the sample's rows: opened as any checkpoint is, where RecIS's index has all of them."""
+    if all(table.is_hashed for table in planned.plan.checkpoint.tables):
+        return open_checkpoint(ranks, target, asked=RECIS)
+    from dist_export.written import describe_written
+
+    return ranks.run("look at the shards", lambda: describe_written(planned.plan, target))
 
 
 def list_names(source: Directory) -> list[str]:
@@ -377,7 +400,7 @@ def _describe(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=config.ckpt_dir,
+            path=config.ckpt_dir or "",
             format="none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),

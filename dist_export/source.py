@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_export.plan.census import (
     Census,
     UniqueTask,
     count_numbered_rows,
+    deal_unique_tasks,
     merge_censuses,
     plan_unique_tasks,
     share_parts,
@@ -104,7 +106,11 @@ def plan_sparse(
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
     census = merge_censuses([*counts, numbered])
-    tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
+    tasks = ranks.run(
+        "share out the search for repeated ids",
+        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
+    )
 
     def search(share: list[UniqueTask]) -> None:
         check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
@@ -132,8 +138,13 @@ def plan_sparse(
     return PlannedSparse(plan=plan, census=census, limits=limits)
 
 
-def look_at_small_files(source: Directory) -> dict[str, str]:
-    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
+def look_at_small_files(source: Directory | None) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0.
+
+    For a model in memory it is a word that no other export has: what one export wrote is never taken for another's.
+    """
+    if source is None:
+        return {"live": uuid.uuid4().hex}
     found = {}
     for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
         try:
@@ -147,8 +158,10 @@ def look_at_small_files(source: Directory) -> dict[str, str]:
     return found
 
 
-def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
+def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:
     """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    if source is None:
+        return
     now = look_at_small_files(source)
     changed = sorted(name for name in state if state[name] != now.get(name))
     if changed:

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from dist_export.layout.recis import Slice
+from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
 Share = TypeVar("Share")
@@ -149,6 +150,23 @@ class TableMeta:
     With ``is_hashed`` the numbers are written as ids, and slices are those of hash tables."""
 
 
+class Memory(Protocol):
+    """Payload that lies in the memory of the ranks: the "files" are tensors, and a rank reads those that it holds."""
+
+    rank: int
+    """This rank."""
+    world_size: int
+    """The ranks that hold the tensors; the same that export."""
+    owner: np.ndarray
+    """int64, by file: the rank that moves its rows; the same on all ranks."""
+
+    def holds(self, number: int) -> bool:
+        """Whether this rank can read a file, be it that it owns it or that it has a replica."""
+
+    def open(self, number: int) -> RangeReader:
+        """Return a reader of a file that this rank holds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """All that a source says of itself, from headers and indexes alone. Nothing later knows the format."""
@@ -168,6 +186,8 @@ class Checkpoint:
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
     strips: Strips = field(default_factory=no_strips)
+    memory: Memory | None = None
+    """Where the payload is no file; None for all that was saved."""
 
     @property
     def num_bytes(self) -> int:

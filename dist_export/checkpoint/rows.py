@@ -36,8 +36,42 @@ class RowReader:
         """Return an open file of the checkpoint."""
         return self._sources[number]
 
+    def held_pieces(self, part: int, column: int) -> list[tuple[int, int]] | None:
+        """Return the bytes (begin, end) of each row of a slot that this rank holds; None where it is whole rows.
+
+        Rows are cut only where columns of them lie in the memory of several ranks.
+        """
+        checkpoint, memory = self._checkpoint, self._checkpoint.memory
+        if memory is None or int(checkpoint.blocks.file[part, column]) != IN_STRIPS:
+            return None
+        strips = checkpoint.strips
+        places = strips.of(part, column)
+        held = [place for place in places if memory.owner[strips.file[place]] == memory.rank]
+        if len(held) == len(places):
+            return None
+        pieces: list[tuple[int, int]] = []
+        for place in held:
+            begin = int(strips.first_byte[place])
+            end = begin + int(strips.width[place])
+            if pieces and pieces[-1][1] == begin:
+                begin = pieces.pop()[0]
+            pieces.append((begin, end))
+        return pieces
+
+    def is_held(self, part: int, column: int) -> bool:
+        """Whether this rank can read the rows of a slot of a part: always, but where others have them in their memory."""
+        checkpoint, memory = self._checkpoint, self._checkpoint.memory
+        if memory is None:
+            return True
+        file = int(checkpoint.blocks.file[part, column])
+        if file == IN_STRIPS:
+            return all(memory.holds(int(checkpoint.strips.file[place])) for place in checkpoint.strips.of(part, column))
+        return file < 0 or memory.holds(file)
+
     def read_into(self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int) -> None:
         """Fill ``rows`` (uint8, (num_rows * row_bytes,), contiguous) with rows of one slot from ``first_row`` of the part on.
+
+        Of strips in memory, those that other ranks hold are passed over: their bytes stay as they are.
 
         Raises:
             CheckpointError: a file ends before them.
@@ -55,8 +89,10 @@ class RowReader:
             self._sources[file].read_into(rows.data, offset)
 
     def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int) -> None:
-        strips = self._checkpoint.strips
+        strips, memory = self._checkpoint.strips, self._checkpoint.memory
         for strip in strips.of(part, column):
+            if memory is not None and not memory.holds(int(strips.file[strip])):
+                continue
             width, stride, begin = (int(c[strip]) for c in (strips.width, strips.row_stride, strips.first_byte))
             if not width or not len(rows):
                 continue

@@ -20,6 +20,8 @@ class RowFinder:
         checkpoint: Checkpoint,
         misplaced: np.ndarray | None,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        *,
+        only: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """Look at ids only when asked.
 
@@ -28,10 +30,23 @@ class RowFinder:
             misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
             dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
                 on): they are passed over here too, so that the sample sees what serving will.
+            only: (table, ids) -> which of the ids (bool) may be found: for a model that is exported from memory those that
+                this rank's table holds itself, for another could not be taken out of it again.
         """
+        self._only = only
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
+
+    @property
+    def feeds(self) -> bool:
+        """Whether rows are to be put into the model: not those that are read out of it."""
+        return self._checkpoint.memory is None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the model's own tables are what is exported."""
+        return not self.feeds or self._only is not None
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table."""
@@ -59,6 +74,14 @@ class RowFinder:
         slot = self.embedding_of(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
+        if self._only is not None and len(ids):
+            allowed, only = self._only(table, ids), self._only
+            self._only = None
+            try:
+                has_row[allowed], rows[allowed] = self.find(table, ids[allowed])
+            finally:
+                self._only = only
+            return has_row, rows
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
@@ -67,6 +90,8 @@ class RowFinder:
                 continue
             first = 0
             with RowReader(checkpoint) as reader:
+                if not (reader.is_held(part, 0) and reader.is_held(part, slot.column)):
+                    continue  # in the memory of another rank, whose table this rank's model does not ask
                 for held in read_ids(checkpoint, part):
                     places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
                     is_wanted = ids[places] == held

@@ -365,7 +365,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
 
 def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
     """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
-    if slot != checkpoint.tables[table].slots[slot.column]:
+    if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
         return np.zeros(len(part), bool)
     is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
     return is_copied

@@ -165,10 +165,23 @@ class UnitRunner:
             files = plan.blocks.file[blocks].tolist()
             positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
             begins, ends = starts * slot.row_bytes, (starts + counts[present]) * slot.row_bytes
+            pieces_of_rows = self._rows.held_pieces(chunk.pieces[0].part, slot.column)
             for file, position, begin, end in zip(files, positions, begins.tolist(), ends.tolist(), strict=True):
-                if file not in self._skip:
+                if file in self._skip:
+                    continue
+                if pieces_of_rows is None:
                     self._outputs.write(file, view[begin:end], position)
+                else:
+                    self._write_pieces(file, view[begin:end], position, slot.row_bytes, pieces_of_rows)
         chunk.moved(counts)
+
+    def _write_pieces(
+        self, file: int, rows: memoryview, position: int, row_bytes: int, pieces: Sequence[tuple[int, int]]
+    ) -> None:
+        """Write some bytes (begin, end) of each row alone: the rest of it is in the memory of other ranks, who write it."""
+        for first in range(0, len(rows), row_bytes):
+            for begin, end in pieces:
+                self._outputs.write(file, rows[first + begin : first + end], position + first + begin)
 
     def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
@@ -195,6 +208,7 @@ class _Chunk:
     def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
         self.table = int(plan.checkpoint.parts.table[gather.part])
         self.columns = gather.columns
+        self._part = -1
         self._plan = plan
         widest = max(slot.row_bytes for slot in plan.slots_of(self.table))
         num_targets = len(plan.targets[self.table].slices)
@@ -229,11 +243,15 @@ class _Chunk:
         """Whether the rows of a gather come, in every target, right behind those that came before."""
         if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
             return False
+        is_in_memory = self._plan.checkpoint.memory is not None  # there each part may have other columns on this rank
+        if is_in_memory and self._part not in (-1, gather.part):
+            return False
         planned = self._planned[gather.targets]
         return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
 
     def plan_rows(self, gather: Gather) -> None:
         """Take note of where the rows of a gather go."""
+        self._part = gather.part
         is_new = self._planned[gather.targets] < 0
         self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
         self._planned[gather.targets] = gather.first_target_rows + gather.counts
