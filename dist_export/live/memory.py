@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from dist_export.errors import CheckpointError, TransferError
+from dist_export.dense.blame import said
+from dist_export.errors import CheckpointError, ModelError, TransferError
 from dist_export.readers import RangeReader
 
 CHUNK_BYTES = 4 << 20
@@ -98,7 +99,10 @@ class FetchedRows:
         return tensor
 
     def _ask(self) -> torch.Tensor:
-        tensor = self._fetch()
+        try:
+            tensor = self._fetch()
+        except Exception as error:
+            raise ModelError(f"{self._where}: embeddings() fails: {said(error)}") from error
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{self._where}: embeddings() gives a {type(tensor).__name__}, expected a tensor")
         return tensor.detach()
@@ -129,8 +133,11 @@ class LookedUpRows:
             copy_overlap(self._rows(begin, min(begin + step, last)), begin * self._row_bytes, view, offset)
 
     def _rows(self, begin: int, end: int) -> torch.Tensor:
-        with self._lock, torch.no_grad():
-            rows = self._lookup(self._ids[begin:end].to(self._device)).detach()
+        try:
+            with self._lock, torch.no_grad():
+                rows = self._lookup(self._ids[begin:end].to(self._device)).detach()
+        except Exception as error:
+            raise ModelError(f"{self._where}: a lookup of {end - begin:,} ids fails: {said(error)}") from error
         if rows.dim() < 2 or rows.shape[0] != end - begin:
             raise CheckpointError(f"{self._where}: a lookup of {end - begin:,} ids gives {list(rows.shape)}")
         return rows
@@ -144,12 +151,16 @@ class HeldTensors:
         self._known: weakref.WeakValueDictionary[Hashable, torch.Tensor] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
+    def let_go(self) -> None:
+        """Hold nothing any more in this thread."""
+        self._mine.key = self._mine.tensor = None
+
     def get(self, key: Hashable, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the tensor under ``key``, which ``fetch`` gives where no thread has it."""
         if getattr(self._mine, "key", None) == key:
             found: torch.Tensor = self._mine.tensor
             return found
-        self._mine.key = self._mine.tensor = None  # before the next one is made, not after
+        self.let_go()  # before the next one is made, not after
         with self._lock:
             tensor = self._known.get(key)
             if tensor is None:
@@ -212,7 +223,10 @@ class MemoryReader(RangeReader):
             raise TransferError(
                 f"{self.where}: {offset + len(view):,} bytes were asked for, there are {self._run.num_bytes:,}"
             )
-        self._source.read_into(view, self._run.offset + offset)
+        try:
+            self._source.read_into(view, self._run.offset + offset)
+        except RuntimeError as error:  # of torch: a device that is lost, no memory left to pin
+            raise TransferError(f"{self.where}: cannot be read at byte {offset:,}: {said(error)}") from error
 
 
 def row_bytes_of(tensor: torch.Tensor) -> int:

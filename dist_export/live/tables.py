@@ -104,6 +104,7 @@ def find_live_tables(sparse_arch: nn.Module, *, sparse_model_name: str, rank: in
             if id(module) not in hashed:  # under another path it is the same table, for its name is its own
                 hashed.add(id(module))
                 _add_hash_table(found, module, name, held, rank, world_size)
+                held.let_go()
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name not in done:
             done.add(name)
             _add_weight(found, f"{name}.weight", module.weight, (module.num_embeddings, module.embedding_dim))
@@ -134,7 +135,8 @@ def _add_weight(found: LiveTables, table: str, weight: Any, expected: tuple[int,
     """Take in what this rank holds of a table whose rows go by number."""
     if not isinstance(weight, torch.Tensor) and not hasattr(weight, "local_shards"):
         raise ModelError(f"table {table!r} is a {type(weight).__name__}, expected a tensor")
-    shape = tuple(weight.size())
+    # a ShardedTensor warns of being asked for its size like a tensor
+    shape = tuple(weight.metadata().size if hasattr(weight, "local_shards") else weight.shape)
     if len(shape) != 2 or (expected is not None and shape != expected):
         raise ModelError(
             f"table {table!r} has a weight of {list(shape)}"
@@ -195,8 +197,11 @@ def _local_pieces(table: str, weight: Any) -> Iterator[tuple[torch.Tensor, tuple
 
 def _add_hash_table(found: LiveTables, module: Any, path: str, held: HeldTensors, rank: int, world_size: int) -> None:
     """Take in a hash table; of a coalesced one each child."""
-    with torch.no_grad():
-        given = module.ids()
+    try:
+        with torch.no_grad():
+            given = module.ids()
+    except Exception as error:
+        raise ModelError(f"the hash table at {path}: ids() fails: {said(error)}") from error
     if not isinstance(given, torch.Tensor) or given.is_floating_point():
         raise ModelError(f"the hash table at {path}: ids() gives {type(given).__name__}, expected a tensor of integers")
     # held for the whole export, 8 bytes a row: a table on a GPU may give its ids in another order the next time
