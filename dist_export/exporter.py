@@ -130,6 +130,8 @@ def run_export(
         if planned is not None:
             with reporter.stage("check"):
                 tables = check(ranks, planned, target)
+                if planned.plan.checkpoint.memory is not None:
+                    compare_live(ranks, planned, target)
 
         def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
@@ -359,6 +361,13 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
         return entries
 
     return ranks.run("account for the rows", account)
+
+
+def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:
+    """Compare some rows of the model in memory with the written ones. All ranks. CommitError where one differs."""
+    from dist_export.live.compare import compare_rows
+
+    ranks.gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import numpy as np
 
 from dist_export.checkpoint.ids import open_sources
 from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint
+from dist_export.errors import CheckpointError
 from dist_export.layout.recis import ID_SLOT
 from dist_export.readers import RangeReader
 
@@ -68,13 +69,18 @@ class RowReader:
             return all(memory.holds(int(checkpoint.strips.file[place])) for place in checkpoint.strips.of(part, column))
         return file < 0 or memory.holds(file)
 
-    def read_into(self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int) -> None:
+    def read_into(
+        self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int, *, held_only: bool = False
+    ) -> None:
         """Fill ``rows`` (uint8, (num_rows * row_bytes,), contiguous) with rows of one slot from ``first_row`` of the part on.
 
-        Of strips in memory, those that other ranks hold are passed over: their bytes stay as they are.
+        Args:
+            held_only: of rows whose columns lie in the memory of several ranks, fill :meth:`held_pieces` alone; the other
+                bytes stay as they are.
 
         Raises:
-            CheckpointError: a file ends before them.
+            CheckpointError: columns are in the memory of other ranks.
+            TransferError: a file ends before them.
         """
         checkpoint = self._checkpoint
         slot = checkpoint.tables[checkpoint.parts.table[part]].slots[column]
@@ -83,16 +89,22 @@ class RowReader:
             first = checkpoint.parts.first_row_of(part) + first_row
             rows.view(np.int64)[:] = np.arange(first, first + num_rows)
         elif file == IN_STRIPS:
-            self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row)
+            self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row, held_only=held_only)
         else:
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 
-    def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int) -> None:
+    def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int, *, held_only: bool) -> None:
         strips, memory = self._checkpoint.strips, self._checkpoint.memory
         for strip in strips.of(part, column):
             if memory is not None and not memory.holds(int(strips.file[strip])):
-                continue
+                if held_only:
+                    continue
+                table = self._checkpoint.tables[self._checkpoint.parts.table[part]].name
+                raise CheckpointError(
+                    f"table {table!r}: columns of its rows are in the memory of other ranks, so no rank can look at whole "
+                    "rows; leave this table's rows as they are, or save a checkpoint and export that"
+                )
             width, stride, begin = (int(c[strip]) for c in (strips.width, strips.row_stride, strips.first_byte))
             if not width or not len(rows):
                 continue

@@ -264,14 +264,13 @@ _PINNED = threading.local()
 
 def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor) -> None:
     """Copy bytes off a GPU through two pinned buffers of this thread: while one is emptied, the other is filled."""
-    if getattr(_PINNED, "buffers", None) is None:
-        _PINNED.buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    buffers = _pinned_buffers()
     with torch.cuda.device(flat.device):
         stream = torch.cuda.current_stream()  # behind whatever training still has to do
         pending: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
         for turn, first in enumerate(range(0, len(flat), CHUNK_BYTES)):
             piece = flat[first : first + CHUNK_BYTES]
-            pinned = _PINNED.buffers[turn % 2][: len(piece)]
+            pinned = buffers[turn % 2][: len(piece)]
             pinned.copy_(piece, non_blocking=True)
             done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(stream)
@@ -280,6 +279,13 @@ def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor) -> None:
             pending = (out[first : first + len(piece)], pinned, done)
         if pending is not None:
             _take(*pending)
+
+
+def _pinned_buffers() -> list[torch.Tensor]:
+    if getattr(_PINNED, "buffers", None) is None:
+        _PINNED.buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    found: list[torch.Tensor] = _PINNED.buffers
+    return found
 
 
 def _take(out: torch.Tensor, pinned: torch.Tensor, done: torch.cuda.Event) -> None:

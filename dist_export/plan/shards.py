@@ -149,6 +149,7 @@ def plan_shards(
         dropped: rows that are left behind; by default none.
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
+    _refuse_changed_pieces(checkpoint, selection)
     count = num_shards or max((len(target.slices) for target in targets), default=1)
     dropped = dropped or drop_nothing()
     census = count_kept(checkpoint, targets, census, dropped)
@@ -189,6 +190,24 @@ def plan_shards(
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
     return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
+
+
+def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
+    """Refuse to write rows otherwise than they are where no rank has whole rows, but columns of them in its memory."""
+    strips, memory = checkpoint.strips, checkpoint.memory
+    if memory is None or not len(strips.part):
+        return
+    owner = memory.owner[strips.file]
+    is_next = (strips.part[1:] == strips.part[:-1]) & (strips.column[1:] == strips.column[:-1])
+    for place in np.flatnonzero(is_next & (owner[1:] != owner[:-1])).tolist():
+        table = int(checkpoint.parts.table[strips.part[place]])
+        stored = checkpoint.tables[table].slots[strips.column[place]]
+        if any(slot.column == stored.column and slot != stored for slot in selection.kept[table]):
+            raise PlanError(
+                f"table {checkpoint.tables[table].name!r}: columns of its rows are in the memory of several ranks, so they "
+                "can only be written as they are. Leave the table out of what is to change, or save a checkpoint and export "
+                "that"
+            )
 
 
 def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:

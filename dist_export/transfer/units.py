@@ -171,17 +171,10 @@ class UnitRunner:
                     continue
                 if pieces_of_rows is None:
                     self._outputs.write(file, view[begin:end], position)
-                else:
-                    self._write_pieces(file, view[begin:end], position, slot.row_bytes, pieces_of_rows)
+                    continue
+                for first, last in pieces_of_rows:  # the rest of a row is in the memory of other ranks, who write it
+                    self._outputs.write_columns(file, view[begin:end], position, slot.row_bytes, first, last)
         chunk.moved(counts)
-
-    def _write_pieces(
-        self, file: int, rows: memoryview, position: int, row_bytes: int, pieces: Sequence[tuple[int, int]]
-    ) -> None:
-        """Write some bytes (begin, end) of each row alone: the rest of it is in the memory of other ranks, who write it."""
-        for first in range(0, len(rows), row_bytes):
-            for begin, end in pieces:
-                self._outputs.write(file, rows[first + begin : first + end], position + first + begin)
 
     def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
@@ -190,7 +183,7 @@ class UnitRunner:
         begin = 0
         for part, first_row, num_rows in pieces:
             end = begin + num_rows * width
-            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows)
+            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows, held_only=True)
             begin = end
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import dist_export
 from dist_export.checkpoint.rows import RowReader
 from dist_export.cli import main
 from dist_export.config import ExportConfig
-from dist_export.errors import CheckpointError, ConfigError, ModelError
+from dist_export.errors import CheckpointError, CommitError, ConfigError, ModelError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.live import memory
 from dist_export.live.memory import HeldTensors, LookedUpRows, TensorRows
@@ -62,6 +63,41 @@ def test_a_tensor_reads_as_the_bytes_of_its_values(tensor: torch.Tensor, chunk: 
         found = bytearray(max(0, end - begin))
         rows.read_into(memoryview(found), begin)
         assert bytes(found) == expected[begin:end]
+
+
+class LateCopy(torch.Tensor):
+    """A pinned buffer whose copies arrive when an event is waited for, in their order, as those of a GPU do."""
+
+    pending: ClassVar[list[Any]] = []
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking
+        self.pending.append((self.as_subclass(torch.Tensor), source.clone()))
+        return self
+
+
+class Event:
+    def record(self, _: object) -> None:
+        self.number = len(LateCopy.pending)
+
+    def synchronize(self) -> None:
+        for buffer, piece in LateCopy.pending[: self.number]:
+            buffer.copy_(piece)
+        LateCopy.pending[: self.number] = [(torch.zeros(0), torch.zeros(0))] * self.number
+
+
+@pytest.mark.parametrize("num_bytes", [1, 99, 100, 101, 350, 1000])
+def test_bytes_leave_a_gpu_through_two_buffers(num_bytes: int, monkeypatch: Any) -> None:
+    """A buffer is emptied once its copy has arrived, and not filled before it is empty. Here with copies that are late."""
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 100)
+    buffers = [torch.zeros(100, dtype=torch.uint8).as_subclass(LateCopy) for _ in range(2)]
+    monkeypatch.setattr(memory, "_pinned_buffers", lambda: buffers)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    flat, out = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+    memory._copy_from_gpu(flat, out)
+    assert torch.equal(flat, out)
 
 
 def test_recis_own_table_is_looked_up_in_chunks(monkeypatch: Any) -> None:
@@ -148,7 +184,7 @@ def test_shards_of_any_grid_give_the_rows(held: list[list[LiveShard]]) -> None:
                     continue
                 first, count = checkpoint.parts.first_row_of(part), int(checkpoint.parts.rows[part])
                 rows = np.zeros(count * 24, np.uint8)
-                reader.read_into(rows, part, 1, 0, count)
+                reader.read_into(rows, part, 1, 0, count, held_only=True)
                 for begin, end in pieces:
                     written[first : first + count, begin:end] = rows.reshape(count, 24)[:, begin:end]
                     times[first : first + count, begin:end] += 1
@@ -369,3 +405,32 @@ def test_nothing_of_table_size_is_copied(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) < 64 << 20
+
+
+def test_rows_that_no_rank_has_whole_are_not_looked_at() -> None:
+    """Whoever asks for whole rows of column shards is refused, rather than given some of their bytes."""
+    held = GRIDS["columns"]
+    sources = {key_of(held[0][0], "embedding"): TensorRows(torch.zeros(10, 2))}
+    with RowReader(assemble(held, sources, 0)) as reader:
+        assert reader.held_pieces(0, 1) == [(0, 8)]
+        assert not reader.is_held(0, 1)
+        with pytest.raises(CheckpointError, match="in the memory of other ranks"):
+            reader.read_into(np.zeros(240, np.uint8), 0, 1, 0, 10)
+
+
+def test_a_row_that_changed_on_its_way_is_found(tmp_path: Path, monkeypatch: Any) -> None:
+    """A model that trains on while it is exported, or a disk that loses a row, gives no package."""
+    model = Tables(e=embedding(torch.ones(50, 4)))
+    real = dist_export.exporter.check
+
+    def check_and_train(*args: Any) -> Any:
+        with torch.no_grad():
+            model.sparse_arch.e.weight[49, 3] += 1
+        return real(*args)
+
+    monkeypatch.setattr(dist_export.exporter, "check", check_and_train)
+    with pytest.raises(
+        CommitError, match=r"row 49 of table 'sparse_arch.e.weight' is not what the model has in memory"
+    ):
+        export(model, tmp_path / "out", num_shards=3)
+    assert not (tmp_path / "out" / "manifest.json").exists()
