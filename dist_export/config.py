@@ -34,12 +34,12 @@ _MAX_TIMEOUT_SECS = 10_000_000
 class ExportConfig:
     """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
 
-    ckpt_dir: str
-    """The checkpoint to export: a directory, a file of torch.save or safetensors, or an fsspec URL of one"""
+    ckpt_dir: str | None = None
+    """The checkpoint to export: a directory, a file of torch.save or safetensors, or an fsspec URL; null with format: live"""
     export_dir: str
     """Where the package goes: a directory, or an fsspec URL of one"""
-    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb"] = "auto"
-    """Format of the checkpoint; auto goes by its files. dcp is what torch.distributed.checkpoint writes"""
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "live"] = "auto"
+    """Format of the checkpoint; auto goes by its files. dcp: of torch.distributed.checkpoint; live: the model in memory"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"
@@ -137,7 +137,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without reading anything. ConfigError names the setting."""
-        for name in ("ckpt_dir", "export_dir"):
+        if self.is_live:
+            self._check_live()
+        for name in ("export_dir",) if self.is_live else ("ckpt_dir", "export_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
             if re.search("[\0\ud800-\udfff]", getattr(self, name)):
@@ -153,6 +155,19 @@ class ExportConfig:
         self._check_engine()
         self._check_sparse()
         self._check_dense()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the tables are the model's own, in the memory of the ranks."""
+        return self.format == "live"
+
+    def _check_live(self) -> None:
+        if self.ckpt_dir is not None:
+            raise ConfigError(
+                f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
+            )
+        if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
+            object.__setattr__(self, "filter_sparse_opt", True)
 
     @property
     def max_memory_bytes(self) -> int:

@@ -61,6 +61,9 @@ def parse_with_extras(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Expo
 def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
     """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
     settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
+    if isinstance(config, Mapping) and settings.get("ckpt_dir", "") is None:
+        # a None in Python is meant; in YAML it may be a key that was forgotten, and a fresh model would be exported
+        settings.setdefault("format", "live")
     _refuse_unknown(settings, where="the config")
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     return _parse(build_parser(), settings, [])[0]
@@ -75,7 +78,7 @@ def _parse(
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:
         # defaults are taken as they are, so the file's settings are checked on their own first
-        checked = vars(parser.parse_object({"ckpt_dir": "", "export_dir": "", **typed}))
+        checked = vars(parser.parse_object({"export_dir": "", **typed}))
         parser.set_defaults({name: checked[name] for name in typed})
         parsed = parser.parse_args(list(argv))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -92,7 +95,8 @@ def _parse(
             value = {**given, **(value or {})} if isinstance(given, Mapping) else [*given, *(value or [])]
         if value is not None:
             values[name] = value
-    missing = [name for name in ("ckpt_dir", "export_dir") if name not in values]
+    needed = ("export_dir",) if values.get("format") == "live" else ("ckpt_dir", "export_dir")
+    missing = [name for name in needed if name not in values]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value")
     return ExportConfig(**values), {name: value for name, value in vars(parsed).items() if name not in _FIELDS}

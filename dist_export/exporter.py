@@ -42,6 +42,7 @@ from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
+    choose_tables,
     look_at_small_files,
     note_numbered_tables,
     open_tables,
@@ -79,7 +80,7 @@ def run_export(
     state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
-        checkpoint = open_source(ranks, config, source)
+        checkpoint = open_source(ranks, config, source, objects.model)
         notes += checkpoint.warnings if checkpoint is not None else ()
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += features.notes
@@ -87,7 +88,7 @@ def run_export(
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
         parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint))
-        dense_state = ranks.on_rank_0("read the dense parameters", parameters.describe)
+        dense_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -98,7 +99,7 @@ def run_export(
             notes += note_unreadable(checkpoint, planned.plan.selection)
 
     dense = None
-    if objects.model is not None:
+    if objects.model is not None and objects.dataset is not None:
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
         with reporter.stage("sample"):
@@ -110,6 +111,7 @@ def run_export(
             notes += dense.prepare(
                 checkpoint, misplaced, features, dropped_in=dropped_in, is_pruned=is_pruned, casts=by_table
             )
+            dense_state = dense_state or dense.parameters
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
@@ -147,6 +149,8 @@ def run_export(
                     plan = planned.plan
                     ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
                 tables = add_casts(planned.plan, check(ranks, planned, target), casts)
+                if planned.plan.checkpoint.memory is not None:
+                    compare_live(ranks, planned, target)
 
         def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
@@ -259,21 +263,38 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
-def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
-    """Open the checkpoint; None for a dense-only export of a directory without tables."""
+def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, model: Any) -> Checkpoint | None:
+    """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables."""
+    if source is None:
+        from dist_export.dense.plain_copy import find_arch  # a copy of files needs no torch
+        from dist_export.live.source import open_live
+
+        name = config.sparse_model_name
+
+        def look() -> Any:
+            if model is None:
+                raise ConfigError("format is live, but there is no model whose tables could be exported; set model")
+            return find_arch(model, name, "sparse_model_name")
+
+        sparse_arch = ranks.run("look into the model", look)
+        if not config.need_export_sparse:
+            return None
+        return choose_tables(ranks, open_live(ranks, sparse_arch, sparse_model_name=name), config)
     settings = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     if not config.need_export_sparse:
 
-        def look() -> bool:
+        def look_for_tables() -> bool:
             return holds_tables(source, detect_format(source, asked=config.format), **settings)
 
-        if not ranks.on_rank_0("look for tables", look):
+        if not ranks.on_rank_0("look for tables", look_for_tables):
             return None
     return open_tables(ranks, source, config)
 
 
-def find_dense(config: ExportConfig, source: Directory, checkpoint: Checkpoint | None) -> DenseParameters:
-    """Return the dense parameters of the checkpoint, which are still to be read."""
+def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Checkpoint | None) -> DenseParameters | None:
+    """Return the dense parameters of the checkpoint, which are still to be read; None for a model in memory."""
+    if source is None:
+        return None
     found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
     return open_dense(source, found, tables=config.tables, optimizer_slots=config.optimizer_slots)
 
@@ -357,6 +378,13 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
     return ranks.run("account for the rows", account)
 
 
+def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:
+    """Compare some rows of the model in memory with the written ones. All ranks. CommitError where one differs."""
+    from dist_export.live.compare import compare_rows
+
+    ranks.gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
+
+
 @contextlib.contextmanager
 def _withdrawing(target: Directory) -> Iterator[None]:
     """Withdraw what vouches for the shards where they turn out not to be what was planned."""
@@ -396,7 +424,7 @@ def _describe(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=config.ckpt_dir,
+            path=config.ckpt_dir or "",
             format="none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),

@@ -11,6 +11,7 @@ from dist_export.checkpoint.formats import describe_format
 from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
+from dist_export.errors import ConfigError
 from dist_export.exporter import open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.objects import Objects, build_objects
@@ -29,10 +30,15 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
+    if config.is_live:
+        raise ConfigError(
+            "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
+            "plan could look at. The export itself refuses what is wrong before it writes anything"
+        )
     places = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
-    checkpoint = open_source(ranks, config, places.source)
+    checkpoint = open_source(ranks, config, places.source, None)
     _, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,

@@ -103,7 +103,9 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
     dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
     lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
-    if manifest.source.format != "none":
+    if manifest.source.format == "live":
+        lines.append("  source   the live model, in memory")
+    elif manifest.source.format != "none":
         told_by = describe_format(manifest.source.format)
         lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
     if manifest.mode != "dense_only":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from dist_export.plan.census import (
     Census,
     UniqueTask,
     count_numbered_rows,
+    deal_unique_tasks,
     merge_censuses,
     plan_unique_tasks,
     share_parts,
@@ -95,6 +97,11 @@ def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Che
     checkpoint = open_checkpoint(
         ranks, directory, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots
     )
+    return choose_tables(ranks, checkpoint, config)
+
+
+def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+    """Return the source as what follows sees it. All ranks."""
     asked = TableSettings(
         select=config.select_tables,
         drop=config.drop_tables,
@@ -156,7 +163,11 @@ def plan_sparse(
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
     census = merge_censuses([*counts, numbered])
-    tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
+    tasks = ranks.run(
+        "share out the search for repeated ids",
+        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
+    )
 
     def search(share: list[UniqueTask]) -> None:
         check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
@@ -199,8 +210,13 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
     return [note]
 
 
-def look_at_small_files(source: Directory) -> dict[str, str]:
-    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
+def look_at_small_files(source: Directory | None) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0.
+
+    For a model in memory it is a word that no other export has: what one export wrote is never taken for another's.
+    """
+    if source is None:
+        return {"live": uuid.uuid4().hex}
     found = {}
     for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
         try:
@@ -214,8 +230,10 @@ def look_at_small_files(source: Directory) -> dict[str, str]:
     return found
 
 
-def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
+def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:
     """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    if source is None:
+        return
     now = look_at_small_files(source)
     changed = sorted(name for name in state if state[name] != now.get(name))
     if changed:

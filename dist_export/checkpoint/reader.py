@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import Slice
+from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
 Share = TypeVar("Share")
@@ -183,6 +184,23 @@ class LeftOutTable:
     """The setting."""
 
 
+class Memory(Protocol):
+    """Payload that lies in the memory of the ranks: the "files" are tensors, and a rank reads those that it holds."""
+
+    rank: int
+    """This rank."""
+    world_size: int
+    """The ranks that hold the tensors; the same that export."""
+    owner: np.ndarray
+    """int64, by file: the rank that moves its rows; the same on all ranks."""
+
+    def holds(self, number: int) -> bool:
+        """Whether this rank can read a file, be it that it owns it or that it has a replica."""
+
+    def open(self, number: int) -> RangeReader:
+        """Return a reader of a file that this rank holds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """All that a source says of itself, from headers and indexes alone. Nothing later knows the format."""
@@ -206,6 +224,8 @@ class Checkpoint:
     """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
     left_out: tuple[LeftOutTable, ...] = ()
     """Tables of the source that are not in ``tables``, in its order."""
+    memory: Memory | None = None
+    """Where the payload is no file; None for all that was saved."""
 
     @property
     def num_bytes(self) -> int:

@@ -31,6 +31,7 @@ class RowFinder:
         *,
         casts: Mapping[str, RowCast] | None = None,
         is_written: bool = False,
+        only: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """Look at ids only when asked.
 
@@ -44,9 +45,12 @@ class RowFinder:
             names: name in ``checkpoint`` -> name that the model has for the table, of those where it is another one.
             casts: by table, how rows are written otherwise than the source has them.
             is_written: whether the rows of ``checkpoint`` are those that were cast; else they are to be.
+            only: (table, ids) -> which of the ids (bool) may be found: for a model that is exported from memory those that
+                this rank's table holds itself, for another could not be taken out of it again.
         """
         self._casts = casts or {}
         self._is_written = is_written
+        self._only = only
         self._checkpoint = checkpoint
         self._misplaced = misplaced
         self._dropped_in = dropped_in
@@ -55,6 +59,16 @@ class RowFinder:
         self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
         """By the names that the model has, as all methods take and give them but ``written_name``."""
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
+
+    @property
+    def feeds(self) -> bool:
+        """Whether rows are to be put into the model: not those that are read out of it."""
+        return self._checkpoint.memory is None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the model's own tables are what is exported."""
+        return not self.feeds or self._only is not None
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
@@ -103,6 +117,14 @@ class RowFinder:
         slot = self._stored_embedding(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
+        if self._only is not None and len(ids):
+            allowed, only = self._only(table, ids), self._only
+            self._only = None
+            try:
+                has_row[allowed], rows[allowed] = self.find(table, ids[allowed])
+            finally:
+                self._only = only
+            return has_row, rows
         if not checkpoint.tables[number].has_ids:
             self._find_by_number(number, slot, ids, has_row, rows)
             return has_row, self._encode(table, rows)
@@ -114,6 +136,8 @@ class RowFinder:
                 continue
             first = 0
             with RowReader(checkpoint) as reader:
+                if not (reader.is_held(part, 0) and reader.is_held(part, slot.column)):
+                    continue  # in the memory of another rank, whose table this rank's model does not ask
                 for held in read_ids(checkpoint, part):
                     places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
                     is_wanted = ids[places] == held

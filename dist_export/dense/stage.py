@@ -22,7 +22,7 @@ from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
-from dist_export.dense.plain_copy import copy_dense_arch, move_to, unwrap
+from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.dense.state import load_dense_parameters
@@ -38,7 +38,10 @@ from dist_export.storage import Directory
 class DenseStage:
     """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters) -> None:
+    def __init__(
+        self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters | None
+    ) -> None:
+        """``parameters`` are those of the checkpoint; None takes the values that are in the dense arch."""
         self._ranks = ranks
         self._config = config
         self._objects = objects
@@ -56,6 +59,8 @@ class DenseStage:
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
+        self.parameters: list[tuple[str, str, tuple[int, ...]]] = []
+        """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters. Rank 0."""
 
     def prepare(
         self,
@@ -100,11 +105,15 @@ class DenseStage:
             asked.update(rank_asked)
             missing.update(rank_missing)
         self.counts = {"asked": dict(sorted(asked.items())), "missing": dict(sorted(missing.items()))}
-        if finder is None:
+        if finder is None and self._parameters is not None:
             notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
         notes += [
             f"{name} is no table of the checkpoint: the sample used the model's own rows"
             for name in rows.unknown_tables
+        ]
+        notes += [
+            f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
+            for name in rows.sharded_tables
         ]
         notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, inputs, features))
         return notes
@@ -164,6 +173,7 @@ class DenseStage:
                 names=self._model_names,
                 casts=self._casts,
                 is_written=True,
+                only=self._is_own_row if self._parameters is None else None,
             )
             inputs, rows = ranks.run(
                 "score the sample from the shards",
@@ -220,9 +230,7 @@ class DenseStage:
 
     def _find_arches(self) -> tuple[nn.Module, nn.Module]:
         model = self._objects.model
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-        return tuple(_find(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+        return tuple(find_arch(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
 
     def _names_of(self, checkpoint: Checkpoint) -> dict[str, str]:
         self._model_names = {t.name: t.source_name for t in checkpoint.tables if t.source_name is not None}
@@ -234,7 +242,20 @@ class DenseStage:
             ("dense_model_name", self._config.dense_model_name),
         ]
 
+    def _is_own_row(self, table: str, ids: np.ndarray) -> np.ndarray:
+        """Whether this rank's own table holds these ids (bool), as far as the sample has asked for them."""
+        found = self._looked_up.rows.get(table, {})
+        return np.array([found.get(number) is not None for number in ids.tolist()], bool)
+
     def _load(self, copied: nn.Module) -> tuple[str, ...]:
+        if self._parameters is None:  # the copy has the values that training left
+            prefix = f"{self._config.dense_model_name}." if self._config.dense_model_name else ""
+            self.parameters = [
+                (prefix + name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+                for name, value in copied.state_dict().items()
+                if isinstance(value, torch.Tensor)
+            ]
+            return ()
         return load_dense_parameters(
             copied,
             self._parameters.load(),
@@ -274,18 +295,3 @@ def _refuse_lacking(batches: list[bool]) -> None:
             f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
             "needs one. Give the dataset at least one batch a rank"
         )
-
-
-def _find(model: nn.Module, name: str, setting: str) -> nn.Module:
-    """Return a submodule by its path, through wrappers."""
-    module = model
-    for element in name.split(".") if name else []:
-        module = unwrap(module)
-        child = getattr(module, element, None)
-        if not isinstance(child, nn.Module):
-            children = ", ".join(child_name for child_name, _ in module.named_children()) or "none"
-            raise ModelError(
-                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children})"
-            )
-        module = child
-    return module

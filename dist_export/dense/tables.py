@@ -38,6 +38,8 @@ class SampleRows:
         self.asked: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
         self.unknown_tables: list[str] = []
+        self.sharded_tables: list[str] = []
+        """Tables that rows cannot be put into, of a model that is exported from memory: it has used its own."""
         self.rows: dict[str, dict[int, str | None]] = {}
         """Table -> id -> xxh3-64 of its row in hexadecimal, None for an id that the table has not."""
 
@@ -146,6 +148,9 @@ def _make_feed(
     if name is None:
         counts.unknown_tables.append(_plain(names.join(paths[0])))
         return None
+    if finder.is_live and hasattr(module.weight, "device_mesh"):
+        counts.sharded_tables.append(name)
+        return None
     return _WeightFeed(module, name, finder, counts, undo)
 
 
@@ -223,7 +228,7 @@ class _HashFeed(_Feed):
             self._insert(self._children[child], held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
 
     def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
-        if not len(held):
+        if not len(held) or not self._finder.feeds:
             return
         module: Any = self._module
         live = module.ids()
@@ -292,7 +297,8 @@ class _WeightFeed(_Feed):
             weight[asked] = before
 
         self._undo.append(put_back)
-        weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
+        if self._finder.feeds:
+            weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
 
 
 def _plain(path: str) -> str:

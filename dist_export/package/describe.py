@@ -113,7 +113,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "kind": "package",
         "path": directory.url,
         "mode": manifest.mode,
-        "source": f"{manifest.source.path} ({manifest.source.format})",
+        "source": f"{manifest.source.path} ({manifest.source.format})".lstrip(),
         "shards": manifest.num_shards,
         "files": len(manifest.files),
         "bytes": manifest.num_bytes,

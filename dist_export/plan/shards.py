@@ -161,6 +161,7 @@ def plan_shards(
         pruning: the rules that the census has followed; by default none.
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
+    _refuse_changed_pieces(checkpoint, selection)
     count = num_shards or max((len(target.slices) for target in targets), default=1)
     dropped = dropped or drop_nothing()
     census = count_kept(checkpoint, targets, census, dropped)
@@ -202,6 +203,24 @@ def plan_shards(
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
     return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
+
+
+def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
+    """Refuse to write rows otherwise than they are where no rank has whole rows, but columns of them in its memory."""
+    strips, memory = checkpoint.strips, checkpoint.memory
+    if memory is None or not len(strips.part):
+        return
+    owner = memory.owner[strips.file]
+    is_next = (strips.part[1:] == strips.part[:-1]) & (strips.column[1:] == strips.column[:-1])
+    for place in np.flatnonzero(is_next & (owner[1:] != owner[:-1])).tolist():
+        table = int(checkpoint.parts.table[strips.part[place]])
+        stored = checkpoint.tables[table].slots[strips.column[place]]
+        if any(slot.column == stored.column and slot != stored for slot in selection.kept[table]):
+            raise PlanError(
+                f"table {checkpoint.tables[table].name!r}: columns of its rows are in the memory of several ranks, so they "
+                "can only be written as they are. Leave the table out of what is to change, or save a checkpoint and export "
+                "that"
+            )
 
 
 def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
@@ -378,7 +397,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
 
 def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
     """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
-    if slot != checkpoint.tables[table].slots[slot.column]:
+    if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
         return np.zeros(len(part), bool)
     is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
     return is_copied

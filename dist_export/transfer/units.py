@@ -182,9 +182,15 @@ class UnitRunner:
             view = moved.data
             positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
             begins, ends = starts * slot.row_bytes, (starts + counts[present]) * slot.row_bytes
+            pieces_of_rows = self._rows.held_pieces(chunk.pieces[0].part, slot.column)
             for file, position, begin, end in zip(files, positions, begins.tolist(), ends.tolist(), strict=True):
-                if file not in self._skip:
+                if file in self._skip:
+                    continue
+                if pieces_of_rows is None:
                     self._outputs.write(file, view[begin:end], position)
+                    continue
+                for first, last in pieces_of_rows:  # the rest of a row is in the memory of other ranks, who write it
+                    self._outputs.write_columns(file, view[begin:end], position, slot.row_bytes, first, last)
         chunk.moved(counts)
 
     def _pruned_rows(self, chunk: _Chunk, ids: np.ndarray) -> np.ndarray | None:
@@ -242,7 +248,7 @@ class UnitRunner:
         begin = 0
         for part, first_row, num_rows, *_ in pieces:
             end = begin + num_rows * width
-            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows)
+            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows, held_only=True)
             begin = end
 
 
@@ -264,6 +270,7 @@ class _Chunk:
     def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
         self.table = int(plan.checkpoint.parts.table[gather.part])
         self.columns = gather.columns
+        self._part = -1
         self._plan = plan
         stored = plan.checkpoint.tables[self.table].slots
         slots = [slot for slot in plan.slots_of(self.table) if slot.column in gather.columns]
@@ -306,11 +313,15 @@ class _Chunk:
         """Whether the rows of a gather come, in every target, right behind those that came before."""
         if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
             return False
+        is_in_memory = self._plan.checkpoint.memory is not None  # there each part may have other columns on this rank
+        if is_in_memory and self._part not in (-1, gather.part):
+            return False
         planned = self._planned[gather.targets]
         return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
 
     def plan_rows(self, gather: Gather) -> None:
         """Take note of where the rows of a gather go."""
+        self._part = gather.part
         is_new = self._planned[gather.targets] < 0
         self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
         self._planned[gather.targets] = gather.first_target_rows + gather.counts
