@@ -83,6 +83,8 @@ class _View(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(cast("bytearray", buffer)).cast("B")
         count = max(0, min(len(view), self._size - self._position))
+        if not count:
+            return 0
         for begin in (0, max(0, self._size - _END_BYTES)):
             at = self._position - begin
             if 0 <= at < _END_BYTES:  # what is asked for beyond it is asked for again
@@ -197,7 +199,8 @@ def _ask_torch(file: IO[bytes], where: str) -> _Layout:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{where} cannot be read (torch.load with weights_only=True): {reason}") from None
     if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
-        raise CheckpointError(f"{where} is a {type(found).__name__}, expected a strided tensor")
+        what = f"{found.layout} tensor" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise CheckpointError(f"{where} is a {what}, expected a strided tensor")
     if found.is_conj() or found.is_neg():
         raise CheckpointError(f"{where} is stored negated or conjugated; save it again as it is meant")
     itemsize = found.element_size()
