@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, locate_chunk, read_dcp
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
 from dist_export.checkpoint.dcp_items import Item
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.errors import CheckpointError, TransferError
@@ -27,6 +27,7 @@ class DcpDense:
         """Read nothing yet. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`."""
         self.where = directory.url
         self._directory = directory
+        self._finder = ChunkFinder(directory)
         self._tables, self._optimizer_slots = tables, optimizer_slots
 
     @functools.cached_property
@@ -57,7 +58,7 @@ class DcpDense:
                 continue
             try:
                 with self._directory.open_reader(chunk.file) as reader:
-                    item = locate_chunk(self._directory, reader, tensor, chunk)
+                    item = self._finder.locate(reader, tensor, chunk)
                     found = _read_chunk(reader, item, chunk, dtype)
             except TransferError as error:
                 raise CheckpointError(str(error)) from None

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, DcpSlot, DcpTable, locate_chunk, read_dcp
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable, read_dcp
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.reader import (
     ABSENT,
@@ -97,6 +97,7 @@ class DcpReader:
         mine = [number for number, file in enumerate(places) if file in files]
         mine.sort(key=lambda number: (places[number], self._items[number][1].begin))
         items = np.zeros((4, len(mine)), np.int64)
+        finder = ChunkFinder(self.directory)
         with OpenReaders(lambda number: self.directory.open_reader(self.files[number].name)) as readers:
             for column, number in enumerate(mine):
                 tensor, chunk = self._items[number]
@@ -105,7 +106,7 @@ class DcpReader:
                 except OSError as error:
                     where = self.directory.describe(chunk.file)
                     raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
-                item = locate_chunk(self.directory, reader, tensor, chunk)
+                item = finder.locate(reader, tensor, chunk)
                 items[:, column] = number, item.offset, *(*item.strides, 0)[:2]
         return ItemShare(items, self._digest())
 

@@ -19,7 +19,7 @@ import torch
 from dcp_writer import change_metadata, make_state, save
 
 from dist_export.checkpoint.dcp import DcpCheckpoint, locate_tables, read_dcp
-from dist_export.checkpoint.dcp_items import locate_item
+from dist_export.checkpoint.dcp_items import ItemFinder
 from dist_export.checkpoint.dcp_metadata import TensorMeta
 from dist_export.checkpoint.formats import detect_format
 from dist_export.cli import main
@@ -40,7 +40,7 @@ def values_of(checkpoint: DcpCheckpoint, tensor: TensorMeta) -> np.ndarray:
     whole = np.zeros(tensor.shape, dtype)
     for chunk in tensor.chunks:
         with checkpoint.directory.open_reader(chunk.file) as reader:
-            item = locate_item(
+            item = ItemFinder().locate(
                 reader, chunk.begin, chunk.num_bytes, shape=chunk.sizes, dtype=tensor.dtype, where=chunk.file
             )
         raw = (Path(checkpoint.directory.path) / chunk.file).read_bytes()
