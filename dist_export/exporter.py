@@ -43,6 +43,7 @@ from dist_export.source import (
     open_checkpoint,
     plan_sparse,
     refuse_changed_files,
+    refuse_changed_payload,
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
@@ -174,6 +175,8 @@ def run_export(
             )
             manifest = seal(manifest)
             refuse_changed_files(source, state)
+            if checkpoint is not None:
+                refuse_changed_payload(checkpoint)
             refuse_if_lost()
             ranks.refuse_orphans()
             publish(target, manifest)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_export.checkpoint.dcp import METADATA_FILES
-from dist_export.checkpoint.formats import AUTO, INDEX_FILES, open_reader
+from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -167,6 +167,26 @@ def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
         raise ExportError(
             f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
             "No manifest was written; run the export again on a checkpoint that is finished"
+        )
+
+
+def refuse_changed_payload(checkpoint: Checkpoint) -> None:
+    """Compare the payload files with what they were when their headers were read. ExportError. Rank 0.
+
+    RecIS writes its indexes anew with each save; other formats have nothing small that tells of one.
+    """
+    for file in checkpoint.files if checkpoint.format != RECIS else ():
+        try:
+            found = checkpoint.directory.stat(file.name)
+        except OSError as error:
+            what = error.strerror or str(error)
+        else:
+            if (found.size, found.version) == (file.size, file.version):
+                continue
+            what = "changed"
+        raise ExportError(
+            f"{checkpoint.directory.describe(file.name)}: {what} while it was being exported, so the package would mix two "
+            "checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
         )
 
 
