@@ -27,6 +27,24 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
 
 
+_HARMLESS = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath"),
+    *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
+)
+"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made: see ``_Inert``."""
+
+
+class _Inert:
+    """Stands for an object that is of no interest, whatever it would be made of."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class Located(NamedTuple):
     """A tensor of the file."""
 
@@ -100,8 +118,9 @@ def _load_without_payload(reader: RangeReader, size: int) -> Any:
     if check_state_archive(file, where=where).is_big_endian:
         raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
     file.seek(0)
+    stand_ins: list[Any] = [(_Inert, name) for name in _HARMLESS]
     try:
-        with warnings.catch_warnings(), FakeTensorMode():
+        with warnings.catch_warnings(), FakeTensorMode(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything

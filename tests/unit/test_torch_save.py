@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime as dt
 import json
 import pickle
 import zipfile
@@ -92,6 +94,22 @@ def test_a_training_loop_keeps_the_model_under_a_key(key: str, tmp_path: Path) -
     notes = "\n".join(manifest.notes)
     assert "optimizer state by number (optimizer) belongs to no table and is not read" in notes
     assert f"the model is what {key!r} holds; left out: rng" in notes
+
+
+def test_what_stands_beside_the_model_is_not_made(tmp_path: Path) -> None:
+    """Scores of numpy, arguments, paths and times are common, and torch alone would refuse the file for them."""
+    model = make_model()
+    beside = {
+        "best": np.float64(0.75),
+        "history": np.arange(5, dtype=np.float32),
+        "args": argparse.Namespace(lr=0.1, out=Path("x")),
+        "saved": dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc).date(),
+    }
+    for number, content in enumerate(({"model": model, **beside}, {**model, **beside})):
+        path = save(tmp_path / f"{number}.pt", content)
+        export(path, tmp_path / str(number), tables=TABLES)
+        assert_same(read_numbered(tmp_path / str(number)), tables_of(model))
+        assert list(dense_of(path, TABLES).load()) == ["dense_arch.mlp.weight", "dense_arch.mlp.bias"]
 
 
 def test_optimizer_state_by_name_is_a_slot(tmp_path: Path) -> None:
