@@ -21,6 +21,9 @@ _END_BYTES = 4096
 """What a zip says of itself lies in its first and its last bytes: two reads are enough, which counts on object stores."""
 
 
+_MAX_REPEATED_BYTES = 1 << 30
+"""An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
+
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -55,6 +58,7 @@ class _Layout(NamedTuple):
     """Where the first element begins, in bytes."""
     end: int
     """Behind the last element, in bytes."""
+    itemsize: int
 
 
 class _View(io.RawIOBase):
@@ -141,6 +145,12 @@ class ItemFinder:
             raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
         if found.end > size:
             raise CheckpointError(f"{where} reaches beyond the {size:,} bytes that are stored of it")
+        num_bytes = math.prod(shape) * found.itemsize
+        if num_bytes > max(size, _MAX_REPEATED_BYTES):
+            raise CheckpointError(
+                f"{where} has shape {list(shape)}, {num_bytes:,} bytes, made of {size:,} that are stored; save it again, "
+                "contiguous"
+            )
         return Item(begin + start + found.first, found.strides)
 
 
@@ -180,6 +190,7 @@ def _decode_plain(pickled: bytes) -> _Layout | None:
         strides=tuple(stride * itemsize for stride in strides),
         first=first * itemsize,
         end=(last + 1) * itemsize,
+        itemsize=itemsize,
     )
 
 
@@ -218,4 +229,5 @@ def _ask_torch(file: IO[bytes], where: str) -> _Layout:
         strides=tuple(int(stride) * itemsize for stride in found.stride()),
         first=first * itemsize,
         end=(last + 1) * itemsize,
+        itemsize=itemsize,
     )
