@@ -49,6 +49,7 @@ from dist_export.source import (
     open_written,
     plan_sparse,
     refuse_changed_files,
+    refuse_changed_payload,
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
@@ -195,6 +196,8 @@ def run_export(
             )
             manifest = seal(manifest)
             refuse_changed_files(source, state)
+            if checkpoint is not None:
+                refuse_changed_payload(checkpoint)
             refuse_if_lost()
             ranks.refuse_orphans()
             publish(target, manifest)
@@ -300,13 +303,23 @@ def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Check
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the last dimension of each table's embedding, by the name that the trainer has for the table."""
-    return {
+    """Return the last dimension of each table's embedding, by the name that the trainer has for the table.
+
+    Tables that are parameters of a model stand there by the module's own name too (``user`` for ``ebc.embedding_bags.
+    user.weight``), unless several have it: a feature names its table so.
+    """
+    dims = {
         table.name_in_source: (slot.inner_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT
     }
+    by_module: dict[str, list[str]] = {}
+    for table in checkpoint.tables:
+        if not table.has_ids:
+            name = table.name_in_source
+            by_module.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(name)
+    return {module: dims[names[0]] for module, names in by_module.items() if len(names) == 1} | dims
 
 
 def transfer(

@@ -259,6 +259,27 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
     return plan_pruning(checkpoint, rules, lists)
 
 
+def refuse_changed_payload(checkpoint: Checkpoint) -> None:
+    """Compare the payload files with what they were when their headers were read. ExportError. Rank 0.
+
+    RecIS writes its indexes anew with each save; other formats have nothing small that tells of one.
+    """
+    is_looked_at = checkpoint.format != RECIS and checkpoint.memory is None
+    for file in checkpoint.files if is_looked_at else ():
+        try:
+            found = checkpoint.directory.stat(file.name)
+        except OSError as error:
+            what = error.strerror or str(error)
+        else:
+            if (found.size, found.version) == (file.size, file.version):
+                continue
+            what = "changed"
+        raise ExportError(
+            f"{checkpoint.directory.describe(file.name)}: {what} while it was being exported, so the package would mix two "
+            "checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
+        )
+
+
 def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
     """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
 

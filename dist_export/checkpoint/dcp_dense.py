@@ -14,9 +14,6 @@ from dist_export.errors import CheckpointError, TransferError
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
-_MAX_REPEATED_BYTES = 1 << 30
-"""An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
-
 
 class DcpDense:
     """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
@@ -46,13 +43,7 @@ class DcpDense:
         import torch
 
         dtype = getattr(torch, tensor.dtype)
-        num_bytes = math.prod(tensor.shape) * dtype.itemsize
-        if num_bytes > max(_MAX_REPEATED_BYTES, sum(chunk.num_bytes for chunk in tensor.chunks)):
-            raise CheckpointError(
-                f"{self.where}: {tensor.name!r} has shape {list(tensor.shape)}, {num_bytes:,} bytes, made of fewer that "
-                "are stored; save it again, contiguous"
-            )
-        whole = torch.empty(tensor.shape, dtype=dtype)
+        pieces = []
         for chunk in tensor.chunks:
             if not math.prod(chunk.sizes):
                 continue
@@ -65,6 +56,9 @@ class DcpDense:
             except OSError as error:
                 where = self._directory.describe(chunk.file)
                 raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+            pieces.append((chunk, found))
+        whole = torch.empty(tensor.shape, dtype=dtype)  # as large as what was found
+        for chunk, found in pieces:
             corner = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[corner] = found
         return whole

@@ -21,6 +21,9 @@ _END_BYTES = 4096
 """What a zip says of itself lies in its first and its last bytes: two reads are enough, which counts on object stores."""
 
 
+_MAX_REPEATED_BYTES = 1 << 30
+"""An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
+
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -55,6 +58,7 @@ class _Layout(NamedTuple):
     """Where the first element begins, in bytes."""
     end: int
     """Behind the last element, in bytes."""
+    itemsize: int
 
 
 class _View(io.RawIOBase):
@@ -83,6 +87,8 @@ class _View(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(cast("bytearray", buffer)).cast("B")
         count = max(0, min(len(view), self._size - self._position))
+        if not count:
+            return 0
         for begin in (0, max(0, self._size - _END_BYTES)):
             at = self._position - begin
             if 0 <= at < _END_BYTES:  # what is asked for beyond it is asked for again
@@ -101,6 +107,11 @@ class _View(io.RawIOBase):
         return self._ends[begin]
 
 
+def open_range(reader: RangeReader, begin: int, num_bytes: int) -> IO[bytes]:
+    """Return a range of an open file as a file."""
+    return cast("IO[bytes]", io.BufferedReader(_View(reader, begin, num_bytes), _END_BYTES))
+
+
 class ItemFinder:
     """Finds tensors in items. Items of one shape have one pickle, which is looked at once."""
 
@@ -115,7 +126,7 @@ class ItemFinder:
         Raises:
             CheckpointError: it is no ``torch.save`` of one tensor, or not of this shape and torch dtype.
         """
-        file = cast("IO[bytes]", io.BufferedReader(_View(reader, begin, num_bytes), _END_BYTES))
+        file = open_range(reader, begin, num_bytes)
         archive = check_state_archive(file, where=where)
         found = self._layouts.get(archive.pickled)
         if found is None:
@@ -134,6 +145,12 @@ class ItemFinder:
             raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
         if found.end > size:
             raise CheckpointError(f"{where} reaches beyond the {size:,} bytes that are stored of it")
+        num_bytes = math.prod(shape) * found.itemsize
+        if num_bytes > max(size, _MAX_REPEATED_BYTES):
+            raise CheckpointError(
+                f"{where} has shape {list(shape)}, {num_bytes:,} bytes, made of {size:,} that are stored; save it again, "
+                "contiguous"
+            )
         return Item(begin + start + found.first, found.strides)
 
 
@@ -173,6 +190,7 @@ def _decode_plain(pickled: bytes) -> _Layout | None:
         strides=tuple(stride * itemsize for stride in strides),
         first=first * itemsize,
         end=(last + 1) * itemsize,
+        itemsize=itemsize,
     )
 
 
@@ -186,62 +204,30 @@ class _Rebuilt:
 def _ask_torch(file: IO[bytes], where: str) -> _Layout:
     """Let torch say of what shape the tensor in an item is; what it holds is not read."""
     import torch
-
-    found = _load_fake(file, where)
-    if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
-        raise CheckpointError(f"{where} is a {type(found).__name__}, expected a strided tensor")
-    if found.is_conj() or found.is_neg():
-        raise CheckpointError(f"{where} is stored negated or conjugated; save it again as it is meant")
-    itemsize = found.element_size()
-    first = int(found.storage_offset())
-    return _Layout(
-        shape=tuple(found.shape),
-        dtype=str(found.dtype),
-        strides=tuple(int(stride) * itemsize for stride in found.stride()),
-        first=first * itemsize,
-        end=(_last_element(found) + 1) * itemsize,
-    )
-
-
-def load_without_payload(reader: RangeReader, begin: int, num_bytes: int, *, where: str) -> Any:
-    """Return what the ``torch.save`` zip in a range of an open file holds, with tensors that know their place alone.
-
-    Raises:
-        CheckpointError: it is no such zip, is damaged, or asks for code.
-    """
-    file = cast("IO[bytes]", io.BufferedReader(_View(reader, begin, num_bytes), _END_BYTES))
-    check_state_archive(file, where=where)
-    return _load_fake(file, where)
-
-
-def place_of(found: Any, begin: int, num_bytes: int, *, where: str) -> Item:
-    """Return where a tensor lies that :func:`load_without_payload` found in this range. CheckpointError where none is told."""
-    itemsize = found.element_size()
-    storage = found.untyped_storage()
-    if found.numel() and (_last_element(found) + 1) * itemsize > storage.nbytes():
-        raise CheckpointError(f"{where} reaches beyond the {storage.nbytes():,} bytes that are stored of it")
-    in_item = int(getattr(storage, "_checkpoint_offset", None) or 0)
-    if found.numel() and not 0 < in_item <= num_bytes - storage.nbytes():
-        raise CheckpointError(f"{where}: torch.load does not tell where its {storage.nbytes():,} bytes lie")
-    first = int(found.storage_offset()) * itemsize
-    return Item(begin + in_item + first, tuple(int(stride) * itemsize for stride in found.stride()))
-
-
-def _load_fake(file: IO[bytes], where: str) -> Any:
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     file.seek(0)
     try:
         with warnings.catch_warnings(), FakeTensorMode():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
         raise CheckpointError(
             f"{where} cannot be read (torch.load with weights_only=True): {say_refusal(error)}"
         ) from None
-
-
-def _last_element(found: Any) -> int:
-    steps = ((size - 1) * stride for size, stride in zip(found.shape, found.stride(), strict=True))
-    return int(found.storage_offset() + sum(steps))
+    if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
+        what = f"{found.layout} tensor" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise CheckpointError(f"{where} is a {what}, expected a strided tensor")
+    if found.is_conj() or found.is_neg():
+        raise CheckpointError(f"{where} is stored negated or conjugated; save it again as it is meant")
+    itemsize = found.element_size()
+    first = int(found.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(found.shape, found.stride(), strict=True))
+    return _Layout(
+        shape=tuple(found.shape),
+        dtype=str(found.dtype),
+        strides=tuple(int(stride) * itemsize for stride in found.stride()),
+        first=first * itemsize,
+        end=(last + 1) * itemsize,
+        itemsize=itemsize,
+    )

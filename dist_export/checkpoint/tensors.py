@@ -108,7 +108,7 @@ def sort_tensors(
         is_asked = matches("tables", tensor.name)
         is_state = matches("optimizer_slots", tensor.name)
         tail = _state_tail(tensor.name, names)
-        if is_state or (tail is not None and not is_asked):
+        if is_state or tail is not None:
             state.append((tail or tensor.name, tensor))
         elif is_asked or _is_collection(tensor):
             weights.append(tensor)

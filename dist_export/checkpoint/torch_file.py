@@ -6,10 +6,12 @@ as ``state_dict``; optimizer state is known by its two members ``state`` and ``p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dist_export.checkpoint.dcp_items import load_without_payload, place_of
+from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
 from dist_export.checkpoint.tensors import Piece
 from dist_export.errors import CheckpointError
 from dist_export.layout.strict_json import is_text
@@ -23,6 +25,24 @@ _MAX_MEMBERS = 10_000_000
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
+
+
+_HARMLESS = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath"),
+    *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
+)
+"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made: see ``_Inert``."""
+
+
+class _Inert:
+    """Stands for an object that is of no interest, whatever it would be made of."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class Located(NamedTuple):
@@ -61,7 +81,7 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         raise CheckpointError(
             f"{where} {what}; expected its zip format: load it with torch.load and write it again with torch.save"
         )
-    root = load_without_payload(reader, 0, size, where=where)
+    root = _load_without_payload(reader, size)
     if not isinstance(root, Mapping):
         raise CheckpointError(f"{where} holds a {type(root).__name__}, expected a state_dict or a dict that has one")
     model, notes = _find_model(root, where)
@@ -77,7 +97,7 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         if reason:
             left_out.append(f"{name} ({reason})")
             continue
-        item = place_of(tensor, 0, size, where=f"{where}: {name!r}")
+        item = _place_of(tensor, size, where=f"{where}: {name!r}")
         shape = tuple(map(int, tensor.shape))
         piece = Piece((0,) * len(shape), shape, number, item.offset, item.strides)
         tensors.append(Located(name, str(tensor.dtype).removeprefix("torch."), piece))
@@ -86,6 +106,40 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     if left_out:
         notes.append(f"no plain tensors, and left out: {', '.join(left_out)}")
     return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes))
+
+
+def _load_without_payload(reader: RangeReader, size: int) -> Any:
+    """Return what the file holds, with tensors that know no more than their place."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    where = reader.where
+    file = open_range(reader, 0, size)
+    if check_state_archive(file, where=where).is_big_endian:
+        raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
+    file.seek(0)
+    stand_ins: list[Any] = [(_Inert, name) for name in _HARMLESS]
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(), torch.serialization.safe_globals(stand_ins):
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
+        raise CheckpointError(
+            f"{where} cannot be read (torch.load with weights_only=True): {say_refusal(error)}. Save the state_dict alone"
+        ) from None
+
+
+def _place_of(tensor: Any, size: int, *, where: str) -> Item:
+    itemsize = tensor.element_size()
+    storage = tensor.untyped_storage()
+    first = int(tensor.storage_offset())
+    last = first + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() and (last + 1) * itemsize > storage.nbytes():
+        raise CheckpointError(f"{where} reaches beyond the {storage.nbytes():,} bytes that are stored of it")
+    offset = int(getattr(storage, "_checkpoint_offset", None) or 0)
+    if tensor.numel() and not 0 < offset <= size - storage.nbytes():
+        raise CheckpointError(f"{where}: torch.load does not tell where its {storage.nbytes():,} bytes lie")
+    return Item(offset + first * itemsize, tuple(int(stride) * itemsize for stride in tensor.stride()))
 
 
 def _find_model(root: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from package_reader import read_row_tables
 
 from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.formats import detect_format, open_dense
@@ -40,34 +40,15 @@ def dense_of(place: Any, tables: Sequence[str] = ()) -> DenseParameters:
 
 
 def read_numbered(target: Path) -> dict[str, torch.Tensor]:
-    """Return the tables of a package whose rows go by number, with ``part_<i>_<n>`` in order, as manifest and merged say."""
-    blocks: dict[str, torch.Tensor] = {}
-    for path in sorted(target.glob("*.safetensors")):
-        for key, tensor in load_file(path).items():
-            assert key not in blocks
-            blocks[key] = tensor
+    """Return the tables of a package by name, and their other slots by ``<table>.<slot>``; merged and shards agree."""
+    found = read_row_tables(target)
     merged = json.loads((target / MERGED).read_bytes())
-    manifest = json.loads((target / "manifest.json").read_bytes())
-    found = {}
-    for table in manifest["tables"]:
-        assert table["is_hashed"] is False
-        pieces, rows = [], 0
+    for table in json.loads((target / "manifest.json").read_bytes())["tables"]:
         for part in table["parts"]:
-            key = part["keys"]["embedding"]
-            assert part["first_row"] == rows or not table["rows_in"]
-            assert merged[key]["is_hashmap"] is False
-            assert merged[key]["shape"] == list(blocks[key].shape)
-            pieces.append(blocks.pop(key))
-            rows += len(pieces[-1])
-            for slot, other in part["keys"].items():
-                if slot != "embedding":
-                    found.setdefault(f"{table['name']}.{slot}", []).append(blocks.pop(other))
-        assert [key.rpartition("/")[0] for key in (part["keys"]["embedding"] for part in table["parts"])] == [
-            table["name"]
-        ] * len(pieces)
-        found[table["name"]] = pieces
-    assert not blocks
-    return {name: torch.cat(pieces) for name, pieces in found.items()}
+            entry = merged[part["keys"]["embedding"]]
+            assert entry["is_hashmap"] is False
+            assert entry["shape"] == [part["rows"], *found[table["name"], "embedding"].shape[1:]]
+    return {table if slot == "embedding" else f"{table}.{slot}": rows for (table, slot), rows in found.items()}
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import tiny_model
 import torch
@@ -301,6 +302,26 @@ def test_dense_parameters_are_put_together_from_their_chunks(tmp_path: Path) -> 
     assert same(dense.load(), expected)
 
 
+def test_features_name_tables_of_a_model_by_their_module(tmp_path: Path) -> None:
+    """``user`` is ``ebc.embedding_bags.user.weight``; its width is compared."""
+    save(tmp_path / "ckpt", make_state())
+    feature = {
+        "feature_name": "user_id",
+        "feature_type": "id_feature",
+        "value_type": "String",
+        "gen_key_type": "hash",
+        "gen_val_type": "lookup",
+        "hash_bucket_size": 10,
+        "embedding_dimension": 4,
+        "shared_name": "user",
+    }
+    export(tmp_path / "ckpt", tmp_path / "out", fg_conf_or_path={"features": [feature]})
+    assert (tmp_path / "out" / "fg.json").exists()
+    for change in ({"embedding_dimension": 8}, {"shared_name": "item"}):
+        with pytest.raises(ConfigError, match=r"table '?(user|item)'?"):
+            export(tmp_path / "ckpt", tmp_path / "other", fg_conf_or_path={"features": [feature | change]})
+
+
 def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path: Path) -> None:
     """An export of the dense arch alone needs no table, and takes every parameter from where its chunks lie."""
     torch.manual_seed(1)
@@ -333,11 +354,40 @@ def test_dense_parameters_of_real_checkpoints(case: str, torchrec_fixtures: Path
     assert same(dense.load(), {name: values for name, values in golden.items() if name.startswith("mlp.")})
 
 
+def test_a_table_of_endless_strips_is_refused(tmp_path: Path) -> None:
+    """Few bytes may claim to be many columns that do not lie side by side."""
+    wide = torch.zeros(1, 2)[:, :1].expand(2, 5_000_000)
+    write_chunks(tmp_path / "ckpt", {USER: (wide, [((0, 0), wide)])})
+    with pytest.raises(CheckpointError, match=r"would be read in more than .* strips; save it again, contiguous"):
+        export(tmp_path / "ckpt", tmp_path / "out")
+    tall = torch.zeros(1, 4).expand(1 << 40, 4)
+    write_chunks(tmp_path / "ckpt", {USER: (tall, [((0, 0), tall)])})
+    with pytest.raises(CheckpointError, match="made of 16 that are stored"):
+        export(tmp_path / "ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_stored_once_for_all_come_out_each(tmp_path: Path) -> None:
+    """A table that was expanded, as a fresh one may be."""
+    rows = torch.arange(4.0).expand(7, 4)
+    write_chunks(tmp_path / "ckpt", {USER: (rows, [((0, 0), rows)])})
+    assert torch.equal(export(tmp_path / "ckpt", tmp_path / "out", num_shards=2)[USER, "embedding"], rows)
+
+
+@pytest.mark.fixtures
+def test_stores_are_read_as_directories_are(torchrec_fixtures: Path, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(f"{torchrec_fixtures / 'column_wise'}/", "/dcp_export/", recursive=True)
+    dist_export.export({"ckpt_dir": "memory://dcp_export", "export_dir": str(tmp_path), "filter_sparse_opt": True})
+    truth = golden_of(torchrec_fixtures, "column_wise")
+    assert same(read_row_tables(tmp_path), {key: values for key, values in truth.items() if key[1] == "embedding"})
+    assert len(DcpDense(Directory("memory://dcp_export")).load()) == 4
+
+
 def test_a_dense_parameter_that_repeats_what_is_stored_without_end_is_refused(tmp_path: Path) -> None:
     small = torch.ones(1)
     chunks = [((0, 0), small.expand(1 << 20, 1 << 10))]
     write_chunks(tmp_path, {"w": (chunks[0][1], chunks)})
-    with pytest.raises(CheckpointError, match="made of fewer that are stored; save it again, contiguous"):
+    with pytest.raises(CheckpointError, match="made of 4 that are stored; save it again, contiguous"):
         DcpDense(Directory(tmp_path)).load()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime as dt
 import json
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from hostile_cases import assert_refused, run
 from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
 from sparse_cases import export, shrink
 
+from dist_export import exporter
 from dist_export.checkpoint.formats import detect_format
 from dist_export.cli import main
-from dist_export.errors import CheckpointError, PlanError
+from dist_export.errors import CheckpointError, ExportError, PlanError
 from dist_export.storage import open_place
 
 
@@ -90,6 +94,22 @@ def test_a_training_loop_keeps_the_model_under_a_key(key: str, tmp_path: Path) -
     notes = "\n".join(manifest.notes)
     assert "optimizer state by number (optimizer) belongs to no table and is not read" in notes
     assert f"the model is what {key!r} holds; left out: rng" in notes
+
+
+def test_what_stands_beside_the_model_is_not_made(tmp_path: Path) -> None:
+    """Scores of numpy, arguments, paths and times are common, and torch alone would refuse the file for them."""
+    model = make_model()
+    beside = {
+        "best": np.float64(0.75),
+        "history": np.arange(5, dtype=np.float32),
+        "args": argparse.Namespace(lr=0.1, out=Path("x")),
+        "saved": dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc).date(),
+    }
+    for number, content in enumerate(({"model": model, **beside}, {**model, **beside})):
+        path = save(tmp_path / f"{number}.pt", content)
+        export(path, tmp_path / str(number), tables=TABLES)
+        assert_same(read_numbered(tmp_path / str(number)), tables_of(model))
+        assert list(dense_of(path, TABLES).load()) == ["dense_arch.mlp.weight", "dense_arch.mlp.bias"]
 
 
 def test_optimizer_state_by_name_is_a_slot(tmp_path: Path) -> None:
@@ -266,6 +286,21 @@ def test_a_store_is_read_like_a_directory(tmp_path: Path) -> None:
         assert same(loaded["dense_arch.mlp.bias"], model["dense_arch.mlp.bias"])
 
 
+def test_a_file_that_is_saved_again_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that writes its last.ckpt again: no package, for it would hold rows of both."""
+    path = save(tmp_path / "last.ckpt", make_model())
+    original = exporter.check
+
+    def check(*arguments: Any) -> Any:
+        save(path, make_model(seed=1))
+        return original(*arguments)
+
+    monkeypatch.setattr(exporter, "check", check)
+    with pytest.raises(ExportError, match=r"last.ckpt: changed while it was being exported.* No manifest was written"):
+        export(path, tmp_path / "out", tables=TABLES)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 # ---- hostile files --------------------------------------------------------------------------------------------------
 
 
@@ -301,16 +336,18 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-700])
 
 
-def shift(path: Path) -> None:
-    """Swap a storage for a shorter one: its neighbour's bytes would be taken for rows."""
-    save(path, {"ebc.embeddings.t.weight": torch.ones(64, 4)})
-    raw = path.read_bytes()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(path.with_name("y"), "w") as other:
-        for info in archive.infolist():
-            data = archive.read(info)
-            other.writestr(info.filename, data[:512] if info.filename.endswith("data/0") else data)
-    assert path.with_name("y").stat().st_size < len(raw)
-    path.with_name("y").replace(path)
+def change_member(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Write a sound file and change one member of its zip."""
+
+    def apply(path: Path) -> None:
+        save(path, {"ebc.embeddings.t.weight": torch.ones(64, 4)})
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(path.with_name("y"), "w") as other:
+            for info in archive.infolist():
+                data = archive.read(info)
+                other.writestr(info.filename, change(data) if info.filename.endswith(f"/{name}") else data)
+        path.with_name("y").replace(path)
+
+    return apply
 
 
 HOSTILE = {
@@ -332,7 +369,8 @@ HOSTILE = {
         "holds two tensors called 'a.b'",
     ),
     "no name": (lambda p: torch.save({"": torch.ones(2, 2)}, p), "a table or parameter needs a name"),
-    "shifted": (shift, "a tensor lies in 1,024 bytes of"),
+    "short storage": (change_member("data/0", lambda data: data[:512]), "a tensor lies in 1,024 bytes of"),
+    "big-endian": (change_member("byteorder", lambda _: b"big"), "was written on a machine of big-endian bytes"),
     "expanded": (
         lambda p: torch.save({"embeddings.t.weight": torch.ones(1, 4).expand(1 << 40, 4)}, p),
         "its rows share what is stored (expanded)",
