@@ -1,4 +1,4 @@
-"""Read ``index`` and ``tensorkey.json`` for ``verify``: what is wrong with one of them is told, and the other one still counts."""
+"""Read ``index`` and ``tensorkey.json`` for ``verify``: what is wrong with one of them is told, the other one still counts."""
 
 from __future__ import annotations
 
