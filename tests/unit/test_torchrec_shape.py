@@ -115,6 +115,16 @@ def test_hash_tables_beside_them_are_fed_and_scored_too(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")).findings == []
 
 
+def test_a_model_whose_tables_are_not_seen_is_told_so(tmp_path: Path) -> None:
+    write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
+    manifest = export(
+        tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "torchrec_shape:build_sharded_model"}
+    )
+    assert any("looked up no table" in note and "not sharded" in note for note in manifest.notes)
+    manifest = export(tmp_path / "ckpt", tmp_path / "other", **SETTINGS)
+    assert not any("looked up no table" in note for note in manifest.notes)
+
+
 def find_table(
     names: list[str], path: str = "ebc.embedding_bags.t_user", sparse_model_name: str = "sparse_arch"
 ) -> SampleRows:
