@@ -196,6 +196,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
         targets = blocks.target[rows].tolist()
         keys_by_slot.append((slot.name, {target: blocks.key[row] for target, row in zip(targets, rows, strict=True)}))
     is_numbered = not plan.checkpoint.tables[table].is_hashed
+    rows_in = int(plan.checkpoint.parts.rows[plan.checkpoint.parts.of_table(table)].sum())
     ids = plan.blocks_of(table, plan.slots_of(table)[0].column)
     columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows, blocks.begin))
     names = [file.name for file in plan.files]
@@ -204,7 +205,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
             file=names[file],
             slice=text,
             rows=rows,
-            first_row=begin if is_numbered else msgspec.UNSET,
+            first_row=min(begin, rows_in) if is_numbered else msgspec.UNSET,  # slices of an empty table are of one row
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
         for file, target, rows, begin, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)

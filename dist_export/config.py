@@ -156,6 +156,8 @@ class ExportConfig:
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
+        if self.tables and not self.need_export_sparse and self.model is None:
+            raise ConfigError("tables says which tensors are tables, but need_export_sparse is false")
         if asked and not self.filter_sparse_opt:
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
@@ -80,7 +81,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
         f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
     ]
     if report["format"]:
-        lines.append(f"  source: {report['format']} checkpoint")
+        lines.append(f"  source: {report['format']} checkpoint{describe_format(report['format'])}")
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""

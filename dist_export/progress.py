@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
 from dist_export.manifest import Manifest
 from dist_export.transfer.engine import Share
@@ -100,7 +101,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
     lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
     if manifest.source.format != "none":
-        lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}")
+        told_by = describe_format(manifest.source.format)
+        lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
     if manifest.mode != "dense_only":
         rows = sum(table.rows_out for table in manifest.tables)
         seconds = max((share.seconds for share in shares), default=0.0)

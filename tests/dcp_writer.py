@@ -56,7 +56,7 @@ def write_chunks(path: Path, tensors: dict[str, tuple[torch.Tensor, Chunks]], *,
         tensors: name -> (a tensor of the whole's shape and dtype, chunks), a chunk being (offsets, tensor).
         num_files: that the chunks are dealt out to.
     """
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     files = [io.BytesIO() for _ in range(num_files)]
     described: dict[str, Any] = {}
     places: dict[Any, Any] = {}

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 import xxhash
 
-from dist_export.checkpoint.dcp_items import Item, locate_item
+from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
@@ -140,21 +140,30 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
     )
 
 
-def locate_chunk(directory: Directory, reader: RangeReader, tensor: TensorMeta, chunk: Chunk) -> Item:
-    """Find a chunk of a tensor in ``reader``, its open file.
+class ChunkFinder:
+    """Finds chunks of tensors in the files of one checkpoint."""
 
-    Raises:
-        CheckpointError: the item is compressed or encrypted, or is not what the metadata says of it.
-    """
-    where = f"{directory.describe(chunk.file)}: {tensor.name!r} at {list(chunk.offsets)}"
-    if chunk.is_transformed:
-        raise CheckpointError(
-            f"{where} is compressed or encrypted (transform_descriptors); save the checkpoint without extensions"
-        )
-    try:
-        return locate_item(reader, chunk.begin, chunk.num_bytes, shape=chunk.sizes, dtype=tensor.dtype, where=where)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._items = ItemFinder()
+
+    def locate(self, reader: RangeReader, tensor: TensorMeta, chunk: Chunk) -> Item:
+        """Find a chunk of a tensor in ``reader``, its open file.
+
+        Raises:
+            CheckpointError: the item is compressed or encrypted, or is not what the metadata says of it.
+        """
+        where = f"{self._directory.describe(chunk.file)}: {tensor.name!r} at {list(chunk.offsets)}"
+        if chunk.is_transformed:
+            raise CheckpointError(
+                f"{where} is compressed or encrypted (transform_descriptors); save the checkpoint without extensions"
+            )
+        try:
+            return self._items.locate(
+                reader, chunk.begin, chunk.num_bytes, shape=chunk.sizes, dtype=tensor.dtype, where=where
+            )
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
 
 
 def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
@@ -166,10 +175,11 @@ def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
     numbers = {name: number for number, name in enumerate(checkpoint.files)}
     order = list(checkpoint.files)
     strided = {table.name: 0 for table in checkpoint.tables}
+    finder = ChunkFinder(checkpoint.directory)
     with OpenReaders(lambda number: checkpoint.directory.open_reader(order[number])) as readers:
         for table in checkpoint.tables:
             for chunk in table.weight.chunks:
-                item = locate_chunk(checkpoint.directory, readers[numbers[chunk.file]], table.weight, chunk)
+                item = finder.locate(readers[numbers[chunk.file]], table.weight, chunk)
                 itemsize = DTYPES[CODE_BY_TORCH[table.weight.dtype]].itemsize
                 strided[table.name] += item.strides != (chunk.sizes[1] * itemsize, itemsize)
     return strided

@@ -7,15 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, locate_chunk, read_dcp
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
 from dist_export.checkpoint.dcp_items import Item
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.errors import CheckpointError, TransferError
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
-
-_MAX_REPEATED_BYTES = 1 << 30
-"""An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
 
 
 class DcpDense:
@@ -27,6 +24,7 @@ class DcpDense:
         """Read nothing yet. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`."""
         self.where = directory.url
         self._directory = directory
+        self._finder = ChunkFinder(directory)
         self._tables, self._optimizer_slots = tables, optimizer_slots
 
     @functools.cached_property
@@ -45,25 +43,22 @@ class DcpDense:
         import torch
 
         dtype = getattr(torch, tensor.dtype)
-        num_bytes = math.prod(tensor.shape) * dtype.itemsize
-        if num_bytes > max(_MAX_REPEATED_BYTES, sum(chunk.num_bytes for chunk in tensor.chunks)):
-            raise CheckpointError(
-                f"{self.where}: {tensor.name!r} has shape {list(tensor.shape)}, {num_bytes:,} bytes, made of fewer that "
-                "are stored; save it again, contiguous"
-            )
-        whole = torch.empty(tensor.shape, dtype=dtype)
+        pieces = []
         for chunk in tensor.chunks:
             if not math.prod(chunk.sizes):
                 continue
             try:
                 with self._directory.open_reader(chunk.file) as reader:
-                    item = locate_chunk(self._directory, reader, tensor, chunk)
+                    item = self._finder.locate(reader, tensor, chunk)
                     found = _read_chunk(reader, item, chunk, dtype)
             except TransferError as error:
                 raise CheckpointError(str(error)) from None
             except OSError as error:
                 where = self._directory.describe(chunk.file)
                 raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+            pieces.append((chunk, found))
+        whole = torch.empty(tensor.shape, dtype=dtype)  # as large as what was found
+        for chunk, found in pieces:
             corner = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[corner] = found
         return whole

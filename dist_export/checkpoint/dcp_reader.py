@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, DcpSlot, DcpTable, locate_chunk, read_dcp
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable, read_dcp
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.reader import (
     ABSENT,
@@ -37,6 +37,8 @@ from dist_export.storage import Directory
 
 _ID = SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)
 _SHOWN = 8
+_MAX_STRIPS = 1 << 22
+"""Of a checkpoint, at 56 bytes each: the columns of transposed pieces, or somebody's joke."""
 
 
 class ItemShare(NamedTuple):
@@ -97,6 +99,7 @@ class DcpReader:
         mine = [number for number, file in enumerate(places) if file in files]
         mine.sort(key=lambda number: (places[number], self._items[number][1].begin))
         items = np.zeros((4, len(mine)), np.int64)
+        finder = ChunkFinder(self.directory)
         with OpenReaders(lambda number: self.directory.open_reader(self.files[number].name)) as readers:
             for column, number in enumerate(mine):
                 tensor, chunk = self._items[number]
@@ -105,7 +108,7 @@ class DcpReader:
                 except OSError as error:
                     where = self.directory.describe(chunk.file)
                     raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
-                item = locate_chunk(self.directory, reader, tensor, chunk)
+                item = finder.locate(reader, tensor, chunk)
                 items[:, column] = number, item.offset, *(*item.strides, 0)[:2]
         return ItemShare(items, self._digest())
 
@@ -125,7 +128,7 @@ class DcpReader:
                 chunk.offsets[0], chunk.sizes[0], first_column, num_columns, self._number_of[chunk.file], *place
             )
             pieces.setdefault(tensor.name, []).append(piece)
-        layout = _Layout()
+        layout = _Layout(self.directory.url)
         tables = tuple(layout.add(table, pieces) for table in self._found.tables)
         parts, blocks, strips = layout.finish()
         return Checkpoint(
@@ -160,11 +163,13 @@ class DcpReader:
 class _Layout:
     """Parts, blocks and strips of table after table."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
+        self._where = where
         self._parts: list[np.ndarray] = []
         self._blocks: list[list[tuple[int, int, str]]] = []
         """By part: (file, offset, key) of each slot."""
-        self._strips: list[tuple[int, ...]] = []
+        self._strips = [np.zeros((7, 0), np.int64)]
+        self._num_strips = 0
         self._num_tables = 0
 
     def add(self, table: DcpTable, pieces: Mapping[str, list[_Piece]]) -> TableMeta:
@@ -219,10 +224,19 @@ class _Layout:
             offset = piece.offset + (begin - piece.first_row) * piece.row_stride
             is_packed = piece.column_stride == itemsize or piece.num_columns == 1
             width = piece.num_columns if is_packed else 1
-            for column in range(0, piece.num_columns, width):
-                first_byte = (piece.first_column + column) * itemsize
-                place = (piece.row_stride, piece.file, offset + column * piece.column_stride)
-                self._strips.append((part, slot.column, first_byte, width * itemsize, *place))
+            self._num_strips += piece.num_columns // width
+            if self._num_strips > _MAX_STRIPS:
+                raise CheckpointError(
+                    f"{self._where}: {tensor.name!r}: its columns do not lie side by side, and would be read in more than "
+                    f"{_MAX_STRIPS:,} strips; save it again, contiguous"
+                )
+            column = np.arange(0, piece.num_columns, width)
+            strips = np.empty((7, len(column)), np.int64)
+            strips[0], strips[1], strips[3] = part, slot.column, width * itemsize
+            strips[2] = (piece.first_column + column) * itemsize
+            strips[4], strips[5] = piece.row_stride, piece.file
+            strips[6] = offset + column * piece.column_stride
+            self._strips.append(strips)
         return IN_STRIPS, 0, key
 
     def finish(self) -> tuple[Parts, Blocks, Strips]:
@@ -236,7 +250,8 @@ class _Layout:
         for part, row in enumerate(self._blocks):
             for column, (file, offset, key) in enumerate(row):
                 blocks.file[part, column], blocks.offset[part, column], blocks.key[part, column] = file, offset, key
-        strips = np.array(sorted(self._strips), np.int64).reshape(-1, 7).T
+        strips = np.concatenate(self._strips, axis=1)
+        strips = strips[:, np.lexsort((strips[2], strips[1], strips[0]))]
         names = ("part", "column", "first_byte", "width", "row_stride", "file", "offset")
         return (
             Parts(table=table, begin=begin, end=end, size=size, rows=rows, first_row=begin),

@@ -94,6 +94,11 @@ def holds_tables(
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
 
+def describe_format(name: str) -> str:
+    """Return what a format is recognised by, for people, to be put behind its name."""
+    return f" (recognised by {FORMATS[name].told_by})" if name in FORMATS else ""
+
+
 class Format(NamedTuple):
     """What is to be known of a format. The functions take the directory, ``tables`` and ``optimizer_slots``."""
 
