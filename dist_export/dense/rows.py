@@ -62,10 +62,11 @@ class RowFinder:
         slot = self.embedding_of(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
+        to_scan = checkpoint.parts.of_table(number)
         if not checkpoint.tables[number].has_ids:
             self._find_by_number(number, slot, ids, has_row, rows)
-            return has_row, rows
-        for part in checkpoint.parts.of_table(number):
+            to_scan = range(0)
+        for part in to_scan:
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
                 continue

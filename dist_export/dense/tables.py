@@ -125,7 +125,7 @@ class _TableNames:
                     f"the model's table {full} may be {' or '.join(map(repr, found[:3]))} of the checkpoint; leave one of them "
                     "out of the checkpoint, or rename the module"
                 )
-            if found:
+            if found and self._finder.has_table(found[0]):
                 return found[0]
         return None
 
