@@ -36,6 +36,25 @@ class RowFinder:
         self._misplaced = misplaced
         self._dropped_in = dropped_in
 
+    def _find_by_number(
+        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Fill in the rows of a table without ids: an id is the number of its row, and neighbours are read in one call."""
+        parts = self._checkpoint.parts
+        with RowReader(self._checkpoint) as reader:
+            for part in parts.of_table(table):
+                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
+                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
+                if self._dropped_in is not None and len(places):
+                    dropped = self._dropped_in(part, 0, num_rows) + first_row
+                    places = places[~np.isin(ids[places], dropped)]
+                has_row[places] = True
+                if not len(places) or not slot.row_bytes:
+                    continue
+                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
+                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
+                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
+
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table."""
         return self._checkpoint.table_index(table) is not None
@@ -86,22 +105,3 @@ class RowFinder:
                             reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
         return has_row, rows
-
-    def _find_by_number(
-        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Fill in the rows of a table without ids: an id is the number of its row, and neighbours are read in one call."""
-        parts = self._checkpoint.parts
-        with RowReader(self._checkpoint) as reader:
-            for part in parts.of_table(table):
-                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
-                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
-                if self._dropped_in is not None and len(places):
-                    dropped = self._dropped_in(part, 0, num_rows) + first_row
-                    places = places[~np.isin(ids[places], dropped)]
-                has_row[places] = True
-                if not len(places) or not slot.row_bytes:
-                    continue
-                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
-                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
-                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
