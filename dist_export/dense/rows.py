@@ -1,6 +1,6 @@
 """Find the rows of given ids in the checkpoint without loading a table.
 
-Columns of ids are scanned and rows read one by one; where no ids are stored, an id is a row's number, and only rows are read.
+Columns of ids are scanned and rows read one by one; where rows go by number, an id is a row's number, and only rows are read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RowFinder:
     def _find_by_number(
         self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
     ) -> None:
-        """Fill in the rows of a table without ids: an id is the number of its row, and neighbours are read in one call."""
+        """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
         parts = self._checkpoint.parts
         with RowReader(self._checkpoint) as reader:
             for part in parts.of_table(table):
@@ -82,7 +82,7 @@ class RowFinder:
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
         to_scan = checkpoint.parts.of_table(number)
-        if not checkpoint.tables[number].has_ids:
+        if not checkpoint.tables[number].is_hashed:
             self._find_by_number(number, slot, ids, has_row, rows)
             to_scan = range(0)
         for part in to_scan:
