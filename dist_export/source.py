@@ -81,7 +81,7 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
         return open_checkpoint(ranks, directory, asked=RECIS)
-    return _read_metadata(ranks, lambda: PackageReader(directory))
+    return _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
 
 
 def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:

@@ -62,6 +62,26 @@ def build_mixed_model() -> Model:
     return build_model(has_hash_table=True)
 
 
+class ShardedLookalike(nn.Module):
+    """Looks rows up in a way that an export does not see, as torchrec's kernels do."""
+
+    def __init__(self, ebc: EmbeddingBagCollection) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name: bag.weight for name, bag in ebc.embedding_bags.items()})
+
+    def forward(self, features: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {
+            name: nn.functional.embedding_bag(*features[name][:1], weight, features[name][1], include_last_offset=True)
+            for name, weight in self.weights.items()
+        }
+
+
+def build_sharded_model() -> Model:
+    model = build_model()
+    model.sparse_arch.ebc = ShardedLookalike(model.sparse_arch.ebc)
+    return model
+
+
 def build_dataset(rows: int = 5) -> list[tuple[bool, dict]]:
     generator = torch.Generator().manual_seed(8)
     features = {}

@@ -28,7 +28,6 @@ from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, MERGED, TEN
 from dist_export.layout.safetensors import Header, decode_header, header_length
 from dist_export.storage import Directory
 
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PART = re.compile(r"(?P<table>.+)/part_(?P<number>\d{1,9})_(?P<total>\d{1,9})", re.DOTALL)
 _REQUESTS_AT_ONCE = 16
 _DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
@@ -58,9 +57,13 @@ class PackageShare(NamedTuple):
 class PackageReader:
     """Reads one written package. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
 
-    def __init__(self, directory: Directory) -> None:
-        """Read the indexes, as far as there are any, and the merged manifest. CheckpointError where they are damaged."""
+    def __init__(self, directory: Directory, shards: Sequence[str]) -> None:
+        """Read the indexes, as far as there are any, and the merged manifest. CheckpointError where they are damaged.
+
+        ``shards`` are the package's files: others may lie beside them.
+        """
         self._directory = directory
+        self._shards = shards
         try:
             self._read_indexes()
         except OSError as error:
@@ -76,7 +79,7 @@ class PackageReader:
             for name, nothing in ((INDEX, encode_index({})), (TENSORKEY, b"{}"))
         ]
         indexes = decode_indexes(*raw, where=directory.url.rstrip("/"))
-        files = dict.fromkeys(indexes.files) | dict.fromkeys(sorted(filter(_SHARD.fullmatch, names)))
+        files = dict.fromkeys((*indexes.files, *self._shards))
         self._index: Indexes = replace(indexes, files=tuple(files))
         try:
             merged = _DECODER.decode(directory.read_text(MERGED))

@@ -1,6 +1,6 @@
 """Find the rows of given ids in the checkpoint without loading a table.
 
-Columns of ids are scanned and rows read one by one; where no ids are stored, an id is a row's number, and only rows are read.
+Columns of ids are scanned and rows read one by one; where rows go by number, an id is a row's number, and only rows are read.
 """
 
 from __future__ import annotations
@@ -70,6 +70,25 @@ class RowFinder:
         """Whether the model's own tables are what is exported."""
         return not self.feeds or self._only is not None
 
+    def _find_by_number(
+        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
+        parts = self._checkpoint.parts
+        with RowReader(self._checkpoint) as reader:
+            for part in parts.of_table(table):
+                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
+                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
+                if self._dropped_in is not None and len(places):
+                    dropped = self._dropped_in(part, 0, num_rows) + first_row
+                    places = places[~np.isin(ids[places], dropped)]
+                has_row[places] = True
+                if not len(places) or not slot.row_bytes:
+                    continue
+                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
+                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
+                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
+
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
         if table in self._left_out and table not in self._numbers:
@@ -125,7 +144,7 @@ class RowFinder:
             finally:
                 self._only = only
             return has_row, rows
-        if not checkpoint.tables[number].has_ids:
+        if not checkpoint.tables[number].is_hashed:
             self._find_by_number(number, slot, ids, has_row, rows)
             return has_row, self._encode(table, rows)
         for part in checkpoint.parts.of_table(number):
@@ -153,25 +172,6 @@ class RowFinder:
                             reader.read_into(rows[place], part, slot.column, first + row, 1)
                     first += len(held)
         return has_row, self._encode(table, rows)
-
-    def _find_by_number(
-        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Fill in the rows of a table without ids: an id is the number of its row, and neighbours are read in one call."""
-        parts = self._checkpoint.parts
-        with RowReader(self._checkpoint) as reader:
-            for part in parts.of_table(table):
-                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
-                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
-                if self._dropped_in is not None and len(places):
-                    dropped = self._dropped_in(part, 0, num_rows) + first_row
-                    places = places[~np.isin(ids[places], dropped)]
-                has_row[places] = True
-                if not len(places) or not slot.row_bytes:
-                    continue
-                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
-                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
-                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
 
     def _cast_of(self, table: str) -> RowCast | None:
         return self._casts.get(self.written_name(table))

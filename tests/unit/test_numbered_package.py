@@ -20,10 +20,13 @@ from sparse_cases import content, export, recorded_reads, shrink
 from test_package import edit_json, reseal, restate
 
 import dist_export
+from dist_export.config import ExportConfig
 from dist_export.errors import PackageError
 from dist_export.manifest import Manifest
 from dist_export.package.describe import describe, render
 from dist_export.package.verify import verify
+from dist_export.plan_report import make_report, render_report
+from dist_export.progress import summarize
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY, MANIFEST = "index", "tensorkey.json", "manifest.json"
@@ -217,6 +220,20 @@ def test_describe_tells_which_tables_go_by_number(written: Path) -> None:
     lines = render(found)
     assert any(T in line and "by number" in line for line in lines)
     assert not any(HASH in line and "by number" in line for line in lines)
+
+
+def test_plan_and_summary_tell_too(written: Path, tmp_path: Path) -> None:
+    settings = {"ckpt_dir": str(written / "mixed_ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    report = make_report(ExportConfig(**settings), world_size=2)
+    assert {table["name"]: table["is_hashed"] for table in report["tables"]} == {T: False, U: False, HASH: True}
+    lines = render_report(report)
+    assert f"  table {T}: 11 rows by number" in lines
+    assert f"  table {HASH}: 30 rows" in lines
+    assert any("as_hash" in line for line in lines if line.startswith("  note"))
+    manifest = dist_export.open_package(written / "mixed").manifest
+    assert any(
+        line.startswith("  tables   3 (2 by row number), 44 rows in 2 shards") for line in summarize(manifest, [], "x")
+    )
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchrec_shape
-from numbered_source import Numbered, plug_in, write_source
+from numbered_source import Numbered, make_rows, plug_in, write_source
 from recis_writer import split_table
 from sparse_cases import export, open_source, recorded_reads
 from test_scores import after_check
@@ -113,6 +113,16 @@ def test_hash_tables_beside_them_are_fed_and_scored_too(tmp_path: Path) -> None:
     assert manifest.run["sample"]["missing"]["city_emb"] == 1  # 21
     assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
     assert verify(str(tmp_path / "out")).findings == []
+
+
+def test_a_model_whose_tables_are_not_seen_is_told_so(tmp_path: Path) -> None:
+    write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
+    manifest = export(
+        tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "torchrec_shape:build_sharded_model"}
+    )
+    assert any("looked up no table" in note and "not sharded" in note for note in manifest.notes)
+    manifest = export(tmp_path / "ckpt", tmp_path / "other", **SETTINGS)
+    assert not any("looked up no table" in note for note in manifest.notes)
 
 
 def find_table(
@@ -225,6 +235,11 @@ def test_a_table_that_serving_would_not_find_is_found(tmp_path: Path, monkeypatc
         export(tmp_path / "ckpt", tmp_path / "out", **SETTINGS)
 
 
+def open_shards(folder: Path | str) -> PackageReader:
+    directory = Directory(folder)
+    return PackageReader(directory, [name for name in directory.names() if name.startswith("model-")])
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_written_tables_are_opened_by_what_serving_reads(ranks: int, tmp_path: Path) -> None:
     """Without the package manifest; both kinds of table, each rank a share of the files."""
@@ -232,7 +247,7 @@ def test_written_tables_are_opened_by_what_serving_reads(ranks: int, tmp_path: P
     write_trained(tmp_path / "ckpt", trained, cities=True)
     export(tmp_path / "ckpt", tmp_path / "out", num_shards=3, keep_slots=["momentum1"])
     (tmp_path / "out" / "manifest.json").unlink()
-    reader = PackageReader(Directory(tmp_path / "out"))
+    reader = open_shards(tmp_path / "out")
     edges = [len(reader.files) * rank // ranks for rank in range(ranks + 1)]
     shares = [reader.read_headers(range(begin, end)) for begin, end in itertools.pairwise(edges)]
     written = reader.assemble(shares)
@@ -252,7 +267,7 @@ def test_a_part_that_serving_would_not_find_is_refused(tmp_path: Path) -> None:
     write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
     export(tmp_path / "ckpt", tmp_path / "out", num_shards=3)
     (tmp_path / "out" / "model-000001-of-000003.safetensors").unlink()
-    reader = PackageReader(Directory(tmp_path / "out"))
+    reader = open_shards(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"parts 0, 2 of 3 of table .*t_item"):
         reader.assemble([reader.read_headers(range(2))])
 
@@ -262,10 +277,10 @@ def test_a_merged_manifest_that_is_damaged_is_one_line(tmp_path: Path) -> None:
     export(tmp_path / "ckpt", tmp_path / "out", num_shards=1)
     (tmp_path / "out" / MERGED).write_text("{")
     with pytest.raises(CheckpointError, match="is not what was written"):
-        PackageReader(Directory(tmp_path / "out"))
+        open_shards(tmp_path / "out")
     (tmp_path / "out" / MERGED).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        PackageReader(Directory(tmp_path / "out"))
+        open_shards(tmp_path / "out")
 
 
 def test_rows_by_number_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,3 +289,37 @@ def test_rows_by_number_are_read_and_nothing_else(tmp_path: Path, monkeypatch: p
     with recorded_reads(monkeypatch) as reads:
         finder.find(f"{PREFIX}t_user.weight", np.array([-5, 3, 4, 29, 30, 31, 60]))
     assert [last - first for _, first, last in reads] == [2 * 16, 16, 2 * 16]
+
+
+def test_a_shard_of_somebody_else_beside_them_is_not_read(tmp_path: Path) -> None:
+    write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-000000-of-000009.safetensors").write_bytes(b"x")
+    manifest = export(tmp_path / "ckpt", tmp_path / "out", **SETTINGS)
+    assert manifest.parity.from_files.reads_rows
+
+
+def test_dense_tensors_beside_tables_by_number(tmp_path: Path) -> None:
+    """Then there is an index, of these alone."""
+    dense = {"w": np.ones(3, np.float32)}
+    write_source(tmp_path / "ckpt", {"u.weight": Numbered({"embedding": make_rows(3)})}, dense=dense)
+    export(tmp_path / "ckpt", tmp_path / "out", num_shards=2)
+    assert verify(str(tmp_path / "out")).findings == []
+    assert list(json.loads((tmp_path / "out" / "index").read_bytes())["block_index"]) == ["w^ "]
+    reader = open_shards(tmp_path / "out")
+    written = reader.assemble([reader.read_headers(range(2))])
+    assert [table.name for table in written.tables] == ["u.weight"]
+    assert [tensor.name for tensor in written.dense] == ["w"]
+
+
+def test_packages_lie_on_stores_too(tmp_path: Path) -> None:
+    trained = torchrec_shape.build_trained()
+    write_trained(tmp_path / "ckpt", trained, cities=True)
+    out = f"memory://numbered/{tmp_path.name}"
+    settings = {**SETTINGS, "model": "torchrec_shape:build_mixed_model"}
+    manifest = export(tmp_path / "ckpt", out, **settings)
+    assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
+    assert verify(out, finite=True).findings == []
+    rows, found = dist_export.open_package(out).lookup(f"{PREFIX}t_item.weight", [36, 37])
+    assert found.tolist() == [True, False]
+    assert np.array_equal(rows[0], trained.state_dict()[f"{PREFIX}t_item.weight"][36].numpy())
