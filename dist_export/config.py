@@ -6,7 +6,7 @@ import dataclasses
 import keyword
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, get_args
 
 from dist_export.digests import missing_package
 from dist_export.errors import ConfigError
@@ -173,6 +173,10 @@ class ExportConfig:
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
                 "set filter_sparse_opt: true"
             )
+        for pattern, dtype in self.dtypes:
+            if dtype not in get_args(CastDtype):
+                known = ", ".join(get_args(CastDtype))
+                raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
         if self.on_unfit != "error" and not self.dtypes:
             raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 
