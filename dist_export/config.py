@@ -7,7 +7,7 @@ import keyword
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, get_args
 
 from dist_export.digests import missing_package
 from dist_export.errors import ConfigError
@@ -213,6 +213,10 @@ class ExportConfig:
         for pattern, values in self.default_row.items():
             if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
                 raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
+        for pattern, dtype in self.dtypes:
+            if dtype not in get_args(CastDtype):
+                known = ", ".join(get_args(CastDtype))
+                raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
         if self.on_unfit != "error" and not self.dtypes:
             raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 

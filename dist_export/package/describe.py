@@ -123,7 +123,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
                 "name": table.name,
                 "is_hashed": not is_numbered(table),
                 "rows": table.rows_out,
-                "shape": next((list(slot.shape) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
+                "shape": next((_shape_of(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
                 "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
                 "cast": next((_describe_cast(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), None),
                 "parts": len(table.parts),
@@ -141,6 +141,11 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
     }
+
+
+def _shape_of(slot: SlotEntry) -> list[int]:
+    """Return the shape of a row's values."""
+    return list(slot.shape) if slot.dim is msgspec.UNSET else [slot.dim]
 
 
 def _name_dtype(slot: SlotEntry) -> str:

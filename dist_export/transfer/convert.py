@@ -6,7 +6,7 @@ blocks of rows that are cut from the beginning of each gather, then the blocks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -107,18 +107,24 @@ def _name_of(plan: SparsePlan) -> str:
 
 def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
     """Raise where values did not fit. TransferError names table, numbers and the first place."""
+    parts = plan.checkpoint.parts
+    unfit: dict[int, list[int]] = {}
+    for number in sorted(counts):
+        if counts[number].unfit:
+            unfit.setdefault(int(parts.table[plan.gathers[number].part]), []).append(number)
     told = []
-    for table, meta in enumerate(plan.checkpoint.tables):
-        unfit = [(number, count) for number, count in of_table(plan, counts, table) if count.unfit]
-        if not unfit:
-            continue
-        slot = next(slot for slot in plan.slots_of(table) if cast_of(meta.slots[slot.column], slot) is not None)
-        cast = cast_of(meta.slots[slot.column], slot)
-        assert cast is not None
-        number, first = unfit[0]
-        nans, beyond = (sum(getattr(count, name) for _, count in unfit) for name in ("nans", "out_of_range"))
+    for table, numbers in sorted(unfit.items()):
+        meta = plan.checkpoint.tables[table]
+        column, cast = next(
+            (slot.column, cast)
+            for slot in plan.slots_of(table)
+            if (cast := cast_of(meta.slots[slot.column], slot)) is not None
+        )
+        first = counts[numbers[0]]
+        nans = sum(counts[number].nans for number in numbers)
+        beyond = sum(counts[number].out_of_range for number in numbers)
         what = ([f"{beyond:,} beyond {cast.range_text}"] if beyond else []) + ([f"{nans:,} NaN"] if nans else [])
-        key = plan.checkpoint.blocks.key[plan.gathers[number].part, slot.column]
+        key = plan.checkpoint.blocks.key[plan.gathers[numbers[0]].part, column]
         told.append(
             f"table {meta.name!r}: {nans + beyond:,} values do not fit {cast.name} ({', '.join(what)}), the first in row "
             f"{first.first_row:,} of {key!r} (id {first.first_id})"
@@ -129,10 +135,3 @@ def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
             f"{'; '.join(told[:3])}{more}. No manifest was written. Mend the rows, give the table another dtype, or set "
             "on_unfit: clamp, which takes over the shards that are written"
         )
-
-
-def of_table(plan: SparsePlan, counts: Counts, table: int) -> Iterator[tuple[int, CastCount]]:
-    """Yield the gathers of a table with their counts, in order."""
-    for number in sorted(counts):
-        if int(plan.checkpoint.parts.table[plan.gathers[number].part]) == table:
-            yield number, counts[number]

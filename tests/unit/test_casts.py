@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from fixture_cases import CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
+from row_model import truth_of_model
 from sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
 
 import dist_export
@@ -176,7 +181,7 @@ def test_all_pairs(source: str, target: str, tmp_path: Path) -> None:
             wide = tensor.to(getattr(torch, target))
             expected = wide.view(torch.int16).numpy() if target == "bfloat16" else wide.numpy()
         assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
-        assert (slot_of(manifest, "t").cast is dist_export.manifest.msgspec.UNSET) == (source == target)
+        assert (slot_of(manifest, "t").cast is msgspec.UNSET) == (source == target)
     if source == target:  # then the bytes go over as they are, and the package is what it is without the setting
         export(tmp_path / "in", tmp_path / "plain", num_shards=3)
         assert content(tmp_path / "plain") == content(tmp_path / "3")
@@ -224,6 +229,8 @@ def test_settings_that_cannot_be_met(tmp_path: Path) -> None:
     assert read_back(tmp_path / "out")["cube"]["embedding"].tobytes() == np.ones((5, 2, 3), np.float16).tobytes()
     with pytest.raises(ConfigError, match="dtype needs new shards"):
         ExportConfig(ckpt_dir="a", export_dir="b", dtype={"a": "float16"})
+    with pytest.raises(ConfigError, match="'a' is to be 'float8'; rows can be cast to float16, bfloat16"):
+        ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, dtype={"a": "float8"})
     with pytest.raises(ConfigError, match="on_unfit"):
         ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, on_unfit="clamp")
     with pytest.raises(DistExportError, match="dtype"):
@@ -292,18 +299,18 @@ def test_rows_that_are_left_behind_count_for_nothing(num_shards: int, dtype: str
     second.ids = np.concatenate([second.ids[:50], repeated, second.ids[50:]])
     second.slots = {name: np.concatenate([rows[:50], broken_rows, rows[50:]]) for name, rows in second.slots.items()}
     write_checkpoint(tmp_path / "in", tables)
-    settings = {"num_shards": num_shards, "dtype": {"a": dtype}}
-    manifest = export(tmp_path / "in", tmp_path / "out", on_duplicate="first", **settings)
+    asked: dict[str, Any] = {"num_shards": num_shards, "dtype": {"a": dtype}}
+    manifest = export(tmp_path / "in", tmp_path / "out", on_duplicate="first", **asked)
     cast = slot_of(manifest, "a").cast
     assert (cast.nans, cast.values) == (0, manifest.tables[0].rows_out * 4)
     clean = make_tables({"a": 300}, 2)
     assert_exact(tmp_path / "out", in_dtype(truth_of(clean), dtype))
     write_checkpoint(tmp_path / "clean", clean)
-    expected = slot_of(export(tmp_path / "clean", tmp_path / "other", **settings), "a").cast
+    expected = slot_of(export(tmp_path / "clean", tmp_path / "other", **asked), "a").cast
     assert cast.max_abs_error == expected.max_abs_error
     assert cast.mean_abs_error == pytest.approx(expected.mean_abs_error, rel=1e-12)
     with pytest.raises(ExportError, match="160 NaN"):
-        export(tmp_path / "in", tmp_path / "last", on_duplicate="last", **settings)
+        export(tmp_path / "in", tmp_path / "last", on_duplicate="last", **asked)
 
 
 CUTS = [
@@ -323,13 +330,13 @@ def test_neither_bytes_nor_errors_depend_on_buffers_and_threads(
     monkeypatch.setattr(limits, "_CAST_VALUES", 40)
     tables = make_tables({"a": 700, "b": 90, "c": 3}, 3, slots=("step_filter", *ADAM))
     write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(20)})
-    settings = {"num_shards": num_shards, "dtype": {"*": dtype}}
-    export(tmp_path / "in", tmp_path / "whole", **settings)
+    asked: dict[str, Any] = {"num_shards": num_shards, "dtype": {"*": dtype}}
+    export(tmp_path / "in", tmp_path / "whole", **asked)
     assert_exact(tmp_path / "whole", in_dtype(truth_of(tables), dtype))
     for number, cut in enumerate(CUTS):
         with monkeypatch.context() as patch:
             shrink(patch, **cut)
-            export(tmp_path / "in", tmp_path / str(number), threads=1 + number, **settings)
+            export(tmp_path / "in", tmp_path / str(number), threads=1 + number, **asked)
         assert content(tmp_path / str(number)) == content(tmp_path / "whole")
         if cut["granule"] >= 1000:  # gathers are cut by it, and the sums of a table are those of its gathers
             assert entries(tmp_path / str(number)) == entries(tmp_path / "whole")
@@ -365,8 +372,8 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
 
     tables = make_tables({"a": 700, "b": 90}, 3)
     write_checkpoint(tmp_path / "in", tables)
-    settings = {"num_shards": 2, "dtype": {"a": "int8", "*": "float16"}}
-    whole = export(tmp_path / "in", tmp_path / "whole", **settings)
+    asked: dict[str, Any] = {"num_shards": 2, "dtype": {"a": "int8", "*": "float16"}}
+    whole = export(tmp_path / "in", tmp_path / "whole", **asked)
 
     def fail(*_: object, **__: object) -> None:
         raise ExportError("the disk is full")
@@ -374,7 +381,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
     with monkeypatch.context() as patch:
         patch.setattr(exporter, "write_small_files", fail)
         with pytest.raises(ExportError, match="disk is full"):
-            export(tmp_path / "in", tmp_path / "out", **settings)
+            export(tmp_path / "in", tmp_path / "out", **asked)
     for number in lost:
         (tmp_path / "out" / f"model-{number:06d}-of-000002.safetensors").unlink()
     notes = sorted((tmp_path / "out" / ".dist_export").glob("casts-*"))
@@ -393,7 +400,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
         return convert(*args, **more)
 
     monkeypatch.setattr(units, "convert", recorded)
-    again = export(tmp_path / "in", tmp_path / "out", **settings)
+    again = export(tmp_path / "in", tmp_path / "out", **asked)
     assert bool(calls) == bool(lost or kept != "all")
     assert again.run["reused_shards"] == 2 - len(lost)
     assert (again.tables, again.digest) == (whole.tables, whole.digest)
@@ -402,8 +409,8 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
 
 def test_what_people_see(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", make_tables({"a": 1000, "b": 10}, 2, dim=16))
-    settings = {"filter_sparse_opt": True, "dtype": {"a": "int8", "b": "bfloat16"}}
-    config = ExportConfig(ckpt_dir=str(tmp_path / "in"), export_dir=str(tmp_path / "out"), **settings)
+    asked: dict[str, Any] = {"filter_sparse_opt": True, "dtype": {"a": "int8", "b": "bfloat16"}}
+    config = ExportConfig(ckpt_dir=str(tmp_path / "in"), export_dir=str(tmp_path / "out"), **asked)
     report = make_report(config, world_size=2)
     text = "\n".join(render_report(report))
     assert "float32 -> int8, 24.0 kB (saves 40.0 kB)" in text
@@ -412,9 +419,9 @@ def test_what_people_see(tmp_path: Path) -> None:
     slots = {slot["name"]: slot for slot in report["tables"][0]["slots"]}
     assert slots["embedding"]["written"] == "int8"
     assert "written" not in slots["id"]
-    manifest = export(tmp_path / "in", tmp_path / "out", dtype=settings["dtype"])
+    manifest = export(tmp_path / "in", tmp_path / "out", dtype=asked["dtype"])
     shown = "\n".join(render(describe(str(tmp_path / "out"))))
-    assert "int8_rowwise" in shown
+    assert "1,000         16 int8_rowwise" in shown
     assert "cast from float32: largest error" in shown
     lines = dist_export.progress.summarize(manifest, [], "out")
     assert any("cast     1 table float32 -> int8_rowwise, saves 40.0 kB; largest error" in line for line in lines)
@@ -530,3 +537,64 @@ def test_tables_whose_rows_go_by_number(num_shards: int, dtype: str, is_in_strip
     written = b"".join(files[file.name][len(file.header) :] for file in made.files)
     expected = values if dtype == "source" else cast_truth(values, dtype)
     assert written == np.ascontiguousarray(expected).tobytes()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    num_parts=st.integers(1, 4),
+    num_shards=st.integers(1, 5),
+    dim=st.integers(1, 9),
+    dtypes=st.lists(st.sampled_from(["source", "float32", *DTYPES]), min_size=3, max_size=3),
+    on_duplicate=st.sampled_from(["error", "first", "last"]),
+    seed=st.integers(0, 1000),
+    threads=st.integers(1, 3),
+)
+def test_any_tables_in_any_dtypes(
+    rows: list[int],
+    num_parts: int,
+    num_shards: int,
+    dim: int,
+    dtypes: list[str],
+    on_duplicate: str,
+    seed: int,
+    threads: int,
+) -> None:
+    """Against torch's casts of the rows that stay; where rows stand twice, of those that a plain model keeps."""
+    random = np.random.default_rng(seed)
+    tables = make_tables({f"t{i}": n for i, n in enumerate(rows)}, num_parts, dim=dim, slots=("step",), seed=seed)
+    if on_duplicate != "error":
+        for parts in tables.values():
+            giver, taker = (parts[number] for number in random.integers(num_parts, size=2))
+            if giver is taker or not len(giver.ids):
+                continue
+            ids = giver.ids[:5]
+            fresh = {name: random.random((len(ids), dim)).astype(np.float32) for name in taker.slots}
+            taker.slots = {name: np.concatenate([old, fresh[name]]) for name, old in taker.slots.items()}
+            taker.ids = np.concatenate([taker.ids, ids])
+    asked = {f"t{i}": dtype for i, dtype in zip(range(len(rows)), dtypes, strict=False)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "in", tables)
+        out = Path(folder) / "out"
+        manifest = export(
+            Path(folder) / "in", out, num_shards=num_shards, dtype=asked, on_duplicate=on_duplicate, threads=threads
+        )
+        found = read_back(out)
+        package = dist_export.open_package(out)
+        for table, parts in tables.items():
+            keep = "first" if on_duplicate == "error" else on_duplicate
+            kept = truth_of_model(parts, keep=keep)
+            expected = kept["embedding"]
+            if asked[table] not in ("source", "float32"):
+                expected = cast_truth(expected, asked[table])
+            assert found[table]["embedding"].tobytes() == np.ascontiguousarray(expected).tobytes()
+            assert found[table]["step"].tobytes() == kept["step"].tobytes()
+            values = package.lookup(table, kept["id"])[0].astype(np.float64)
+            cast = slot_of(manifest, table).cast
+            if asked[table] in ("source", "float32"):
+                assert cast is msgspec.UNSET
+                continue
+            errors = np.abs(values - kept["embedding"])
+            assert cast.max_abs_error == errors.max(initial=0)
+            assert cast.mean_abs_error == pytest.approx(errors.mean() if errors.size else 0, rel=1e-12)
+            assert cast.values == errors.size

@@ -149,6 +149,7 @@ INT8_ROWS = {
     "large": np.random.default_rng(7).standard_normal((20, 8)) * 1e30,
     "wide": np.random.default_rng(8).standard_normal((3, 300)),
     "subnormal": np.random.default_rng(9).standard_normal((5, 8)) * 1e-40,
+    "very wide": np.random.default_rng(10).standard_normal((2, 40_000)),
     "skewed": np.linspace(-1, 1000, 40).reshape(4, 10) ** 3,
 }
 
@@ -209,6 +210,12 @@ def test_what_int8_cannot_hold_is_counted_and_clamped() -> None:
     assert decoded[5].tolist() == [0, 0, 0, 0]
     assert decoded[2, 0] == pytest.approx(1.7e38)
     assert decoded[3, :2].tolist() == pytest.approx([-1.7e38, 1.7e38])
+
+
+def test_rows_wider_than_a_block() -> None:
+    values = np.random.default_rng(0).standard_normal((2, 70_000)).astype(np.float32)
+    found = RowCast(F32, F16, "", 70_000).encode(values.view(np.uint8))
+    assert found.tobytes() == values.astype(np.float16).tobytes()
 
 
 def test_special_values_of_halves() -> None:
