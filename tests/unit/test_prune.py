@@ -121,11 +121,13 @@ def test_a_norm_does_not_depend_on_how_many_rows_there_are_at_a_time(width):
         assert whole == norms(rows[:13], limit) + norms(rows[13:], limit)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 100_000])
+@pytest.mark.parametrize("count", [0, 1, 5, 255, 256, 257, 512, 513, 100_000])
 def test_a_list_holds_its_ids_and_no_others(count):
     random = np.random.default_rng(count)
     ids = np.unique(random.integers(-(1 << 63), (1 << 63) - 1, count, np.int64))
-    asked = np.concatenate([random.permutation(ids)[:500], ids[:500] + 1, [0, -1, (1 << 63) - 1]])
+    asked = np.concatenate(
+        [random.permutation(ids)[:600], ids[-300:], ids[:300] + 1, [0, -1, -(1 << 63), (1 << 63) - 1]]
+    )
     held = set(ids.tolist())
     assert IdList(ids).contains(asked).tolist() == [one in held for one in asked.tolist()]
 
