@@ -84,7 +84,7 @@ def run_export(
         checkpoint = open_source(ranks, config, source, objects.model)
         notes += checkpoint.warnings if checkpoint is not None else ()
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
-        notes += features.notes
+        notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
@@ -235,6 +235,17 @@ def read_confs(
         tables=None if checkpoint is None else dims_of(checkpoint),
     )
     return fg_conf, mc_conf, features
+
+
+def note_renamed(fg_conf: dict[str, Any] | None, checkpoint: Checkpoint | None) -> list[str]:
+    """Return what is to be told of tables whose names in fg.json are not those in the package."""
+    if fg_conf is None or checkpoint is None:
+        return []
+    renamed = [f"{t.source_name} is {t.name}" for t in checkpoint.tables if t.source_name is not None]
+    if not renamed:
+        return []
+    more = f" and {len(renamed) - 3} more" if len(renamed) > 3 else ""
+    return [f"fg.json names tables as the trainer does, the package otherwise: {', '.join(renamed[:3])}{more}"]
 
 
 def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, Any] | None) -> list[str]:

@@ -38,7 +38,9 @@ def read_id_list(path: str, *, most_bytes: int, setting: str) -> np.ndarray:
         PlanError: it holds more ids than may be held.
     """
     where = f"{setting}: {path}"
-    folder, name = os.path.split(path)
+    scheme, is_url, rest = path.partition("://")
+    folder, name = os.path.split(rest if is_url else path)
+    folder = f"{scheme}://{folder}" if is_url else folder
     directory = Directory(folder or ".", follow_links=True)  # the user has named this very file
     try:
         size = directory.stat(name).size

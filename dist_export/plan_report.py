@@ -12,7 +12,7 @@ from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.exporter import open_source, read_confs
+from dist_export.exporter import note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
@@ -39,7 +39,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
     checkpoint = open_source(ranks, config, places.source, None)
-    _, _, features = read_confs(config, objects, checkpoint)
+    fg_conf, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,
         "source": config.ckpt_dir,
@@ -50,7 +50,11 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "ranks": [],
         "dense_tensors": {"kept": [], "dropped": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
-        "notes": [*(checkpoint.warnings if checkpoint is not None else ()), *features.notes],
+        "notes": [
+            *(checkpoint.warnings if checkpoint is not None else ()),
+            *features.notes,
+            *note_renamed(fg_conf, checkpoint),
+        ],
     }
     if not config.need_export_sparse or checkpoint is None:
         return report

@@ -105,9 +105,10 @@ class DenseStage:
             asked.update(rank_asked)
             missing.update(rank_missing)
         self.counts = {"asked": dict(sorted(asked.items())), "missing": dict(sorted(missing.items()))}
-        if finder is None and self._parameters is not None:
-            notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
-        elif finder.table_names() and not asked and not rows.unknown_tables:
+        if finder is None:
+            if self._parameters is not None:
+                notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
+        elif finder.feeds and finder.table_names() and not asked and not rows.unknown_tables:
             notes.append(
                 "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
                 "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"

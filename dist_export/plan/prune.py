@@ -25,9 +25,11 @@ from dist_export.row_rules import ALLOW_LIST, DENY_LIST, NORM, REASONS, SLOT_VAL
 KEPT = 0
 """The code of a row that no rule applies to; else 1 + the place of the reason in ``REASONS``."""
 
-_MAX_SIEVE_BITS = 22
-_MANY_IDS = 1 << 16
-"""A list of more does not stay in a core's cache: then what is looked up in it comes in order."""
+_BIT = (1 << np.arange(8)).astype(np.uint8)
+_PIECE_IDS = 1 << 16
+
+_BLOCK_IDS = 256
+"""The first of each so many ids of a list stay in a core's cache."""
 
 
 class IdList:
@@ -37,11 +39,13 @@ class IdList:
         """``ids``: int64, sorted, each once."""
         self._ids = ids
         self.digest = xxhash.xxh3_128_digest(ids.data)
-        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 3)
+        self._heads = ids[::_BLOCK_IDS].copy()
+        bits = len(ids).bit_length() + 3  # 8 to 16 for each id, so that of 8 others at most one passes
         self._shift = np.uint64(64 - bits)
-        self._may_hold = np.zeros(1 << bits, bool)  # tells at a glance of most ids that they are not in a short list
-        for first in range(0, len(ids), _MANY_IDS):
-            self._may_hold[(mix(ids[first : first + _MANY_IDS]) >> self._shift).view(np.int64)] = True
+        self._sieve = np.zeros(1 << (bits - 3), np.uint8)
+        for first in range(0, len(ids), _PIECE_IDS):
+            byte, bit = self._place_of(ids[first : first + _PIECE_IDS])
+            np.bitwise_or.at(self._sieve, byte, bit)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -49,20 +53,33 @@ class IdList:
     @property
     def num_bytes(self) -> int:
         """What it takes in memory."""
-        return self._ids.nbytes + self._may_hold.nbytes
+        return int(self._ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
         """Return which int64 ids are in the list (bool)."""
-        found = np.zeros(len(ids), bool)
-        if not len(self._ids):
-            return found
-        candidates = np.flatnonzero(self._may_hold[(mix(ids) >> self._shift).view(np.int64)])
-        its = ids[candidates]
-        if len(self._ids) > _MANY_IDS:
-            order = np.argsort(its)
-            candidates, its = candidates[order], its[order]
-        places = np.minimum(np.searchsorted(self._ids, its), len(self._ids) - 1)
-        found[candidates] = self._ids[places] == its
+        byte, bit = self._place_of(ids)
+        found: np.ndarray = (self._sieve[byte] & bit) != 0
+        candidates = np.flatnonzero(found)
+        found[candidates] = self._holds(ids[candidates])
+        return found
+
+    def _place_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the byte of the sieve (int64) and the bit in it (uint8) that an id sets."""
+        hashed = mix(ids) >> self._shift
+        return (hashed >> np.uint64(3)).view(np.int64), _BIT[(hashed & np.uint64(7)).view(np.int64)]
+
+    def _holds(self, ids: np.ndarray) -> np.ndarray:
+        """Search, step by step for all at once: what one id waits for from memory the others wait for at the same time."""
+        if not len(ids):
+            return np.zeros(0, bool)
+        last = len(self._ids) - 1
+        place = np.maximum(np.searchsorted(self._heads, ids, side="right") - 1, 0) * _BLOCK_IDS
+        step = _BLOCK_IDS // 2
+        while step:
+            probe = np.minimum(place + step, last)
+            place = np.where(self._ids[probe] <= ids, probe, place)
+            step //= 2
+        found: np.ndarray = self._ids[place] == ids
         return found
 
 
@@ -221,7 +238,7 @@ def _is_below(values: np.ndarray, limit: float) -> np.ndarray:
 def _is_short(values: np.ndarray, limit: float) -> np.ndarray:
     """Return which rows have an L2 norm of at most ``limit``."""
     if limit == 0:  # also of values whose squares are too small for a number
-        is_zero: np.ndarray = np.logical_not(values.any(axis=1))
+        is_zero: np.ndarray = np.logical_not((values != 0).any(axis=1))
         return is_zero
     sums = np.zeros(len(values), np.float64)
     # value by value: numpy's own sums depend on how many rows there are at a time

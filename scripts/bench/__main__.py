@@ -22,6 +22,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "merge": scenarios.run_merge,
     "split": scenarios.run_split,
     "reshard": scenarios.run_reshard,
+    "prune": scenarios.run_prune,
     "giant": scenarios.run_giant,
     "torchrec": scenarios.run_torchrec,
     "cast": scenarios.run_cast,

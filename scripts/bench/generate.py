@@ -107,6 +107,17 @@ class Source:
         return ((mixed << np.uint64(16)) | low).view(np.int64)
 
 
+def count_denied(source: Source) -> int:
+    """Return the rows of each table that :func:`list_denied` names."""
+    return sum(source.rows_of(shard) // 2 for shard in range(source.shards))
+
+
+def list_denied(source: Source) -> np.ndarray:
+    """Return the ids (int64) of the first half of each part."""
+    parts = [(table, shard) for table in range(source.tables) for shard in range(source.shards)]
+    return np.concatenate([source.ids_of(table, shard, 0, source.rows_of(shard) // 2) for table, shard in parts])
+
+
 class Block(NamedTuple):
     """One tensor of one data file."""
 

@@ -14,8 +14,11 @@ from scripts.bench.torchrec_source import read_tables, table_fqn
 _NUM_LOOKED_UP = 64
 
 
-def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str) -> None:
-    """Check the package that ``label`` made of a generated checkpoint; ContenderError says what is wrong."""
+def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str, rows: int) -> None:
+    """Check the package that ``label`` made of a generated checkpoint, with so many rows of each table.
+
+    ContenderError says what is wrong.
+    """
     from dist_export import open_package
     from dist_export.package.verify import verify
 
@@ -23,10 +26,10 @@ def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str
     if findings:
         raise ContenderError(f"{label}: the package is not sound: {findings[0]} ({len(findings)} findings)")
     opened = open_package(package)
-    rows = {table.name: table.rows_out for table in opened.manifest.tables}
-    expected = {source.table_name(table): source.rows for table in range(source.tables)}
-    if rows != expected:
-        raise ContenderError(f"{label}: the package has the rows {rows}, the checkpoint {expected}")
+    found_rows = {table.name: table.rows_out for table in opened.manifest.tables}
+    expected = {source.table_name(table): rows for table in range(source.tables)}
+    if found_rows != expected:
+        raise ContenderError(f"{label}: the package has the rows {found_rows}, expected are {expected}")
     for table in {0, source.tables - 1}:
         for shard in {0, source.shards - 1}:
             first = max(0, source.rows_of(shard) - _NUM_LOOKED_UP)

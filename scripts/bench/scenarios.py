@@ -184,6 +184,29 @@ def run_cast(bench: Bench) -> None:
         )
 
 
+def run_prune(bench: Bench) -> None:
+    """Half of the rows stay behind, by a list of ids; and also with a rule that looks at every row's norm. Not on disk."""
+    if "prune" not in bench.known:
+        bench.note("This version of dist_export leaves no rows behind.")
+        return
+    bench.run(
+        Case(
+            name="prune 2 -> 2, dim 64, half of the rows",
+            source=Source.of_size(2 * bench.kept_bytes, dim=64),
+            num_shards=2,
+            contenders=tuple(
+                Contender(
+                    label=f"{ranks} rank{'s' if ranks > 1 else ''}, {label}", ranks=ranks, has_norm_rule=has_norm_rule
+                )
+                for ranks in (1, 2)
+                for label, has_norm_rule in (("digests", False), ("digests, norms", True))
+            ),
+            reference=REFERENCE,
+            is_pruned=True,
+        )
+    )
+
+
 def run_giant(bench: Bench) -> None:
     """One giant table on 1, 2 and 4 ranks, into 1 file and into 4; the trainer had 4. Not on disk."""
     source = Source.of_size(bench.kept_bytes, dim=64, tables=1, shards=4)

@@ -300,3 +300,16 @@ def test_the_report_is_plain_values(source, tmp_path):
     json.dumps(report)
     assert [table["name"] for table in report["left_out_tables"]] == ["user_a", "user_b"]
     assert any("user_b: left out" in line for line in render_report(report))
+
+
+def test_fg_names_tables_as_the_trainer_does_and_is_told_of_new_names(tmp_path):
+    tables = tiny_model.tables()
+    source = write_checkpoint(tmp_path / "in", tables)
+    feature = {"feature_name": "item_id", "feature_type": "id_feature", "expression": "item:item_id"}
+    feature |= {"value_type": "String", "need_prefix": False, "gen_val_type": "lookup", "gen_key_type": "hash"}
+    feature |= {"embedding_dimension": tiny_model.DIM, "shared_name": "item_emb"}
+    fg = {"fg_conf_or_path": {"features": [feature]}, "fg_rules": "none"}
+    manifest = export(source, tmp_path / "out", rename_tables={"item_emb": "things"}, **fg)
+    assert "fg.json names tables as the trainer does, the package otherwise: item_emb is things" in manifest.notes
+    with pytest.raises(ConfigError, match="'item_emb'"):
+        export(source, tmp_path / "no", drop_tables=["item_emb"], **fg)
