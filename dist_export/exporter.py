@@ -449,7 +449,7 @@ def _describe(
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
             path=config.ckpt_dir or "",
-            format="none" if checkpoint is None else checkpoint.format,
+            format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),
             num_bytes=0 if checkpoint is None else checkpoint.num_bytes,

@@ -46,6 +46,8 @@ class ModelPlace(Directory):
 
     def __init__(self) -> None:
         self.url = "the live model"
+        self.is_local = False
+        self.path = ""
 
     def describe(self, name: str) -> str:
         """Return what a message calls a "file"."""

@@ -182,7 +182,8 @@ def _local_pieces(table: str, weight: Any) -> Iterator[tuple[torch.Tensor, tuple
         return  # this rank has no part in it
     local = weight._local_tensor  # noqa: SLF001 -- to_local() would hand out a view with a history
     if hasattr(local, "local_offsets"):  # torchrec's LocalShardsWrapper: several shards of one rank
-        for tensor, offsets in zip(local.local_shards(), local.local_offsets(), strict=True):
+        # a rank without a shard still states an offset
+        for tensor, offsets in zip(local.local_shards(), local.local_offsets(), strict=False):
             yield tensor, (int(offsets[0]), int(offsets[1]))
         return
     sizes, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

@@ -320,3 +320,27 @@ def test_every_rank_hears_what_is_wrong(tmp_path: Path) -> None:
         assert " 2 " in found[name], found[name]
         assert not list((tmp_path / "out" / name).glob("*"))
     assert not (tmp_path / "out" / "fails" / "manifest.json").exists()
+
+
+# ---- meshes of two dimensions ----
+
+
+def export_mesh(rank: int, out: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    placements = {"replicas_of_rows": [Replicate(), Shard(0)], "rows_by_columns": [Shard(0), Shard(1)]}
+    tables = {name: embedding(mesh_rows()) for name in placements}
+    for name, table in tables.items():
+        table.weight = nn.Parameter(distribute_tensor(mesh_rows(), mesh, placements[name]))
+    exporter(Tables(**tables), out, num_shards=3, threads=1).export()
+
+
+def mesh_rows() -> torch.Tensor:
+    return torch.arange(77, dtype=torch.float32).reshape(11, 7)
+
+
+def test_two_dimensions_of_ranks_give_the_rows(tmp_path: Path) -> None:
+    """Replicas of row shards, and tiles of rows by columns, on four ranks."""
+    run_ranks(export_mesh, 4, tmp_path / "store", tmp_path / "out")
+    found = read_rows(tmp_path / "out")
+    for name in ("replicas_of_rows", "rows_by_columns"):
+        assert np.array_equal(found[f"sparse_arch.{name}.weight"], bytes_of(mesh_rows()))

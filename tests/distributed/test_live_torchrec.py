@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +31,33 @@ class Model(nn.Module):
             EmbeddingBagConfig(name=name, embedding_dim=16, num_embeddings=101 + number, feature_names=[f"f_{name}"])
             for number, name in enumerate(("rows", "columns", "whole", "replicated"))
         ]
-        self.sparse_arch = nn.Module()
-        self.sparse_arch.ebc = torchrec.EmbeddingBagCollection(device=torch.device("cpu"), tables=tables)
+        self.sparse_arch = Sparse(torchrec.EmbeddingBagCollection(device=torch.device("cpu"), tables=tables))
+        self.dense_arch = Dense()
 
 
-def export_sharded(rank: int, out: Path) -> None:
+class Sparse(nn.Module):
+    def __init__(self, collection: nn.Module) -> None:
+        super().__init__()
+        self.ebc = collection
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        from torchrec import KeyedJaggedTensor
+
+        keys = [f"f_{name}" for name in ("rows", "columns", "whole", "replicated")]
+        features = KeyedJaggedTensor(keys, ids.repeat(4), lengths=torch.ones(4 * len(ids), dtype=torch.int64))
+        return dict(self.ebc(features).to_dict())
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(64, 1)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ctr": self.out(torch.cat([blocks[name] for name in sorted(blocks)], 1))}
+
+
+def export_sharded(rank: int, out: Path, as_dtensor: bool) -> None:
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.sharding_plan import (
@@ -44,7 +67,7 @@ def export_sharded(rank: int, out: Path) -> None:
         row_wise,
         table_wise,
     )
-    from torchrec.distributed.types import ShardingPlan
+    from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
     model = Model()
     truth = model.state_dict()
@@ -61,27 +84,38 @@ def export_sharded(rank: int, out: Path) -> None:
         plan[name].compute_kernel = "fused"
     sharded = DistributedModelParallel(
         model,
+        env=ShardingEnv(len(ranks), rank, dist.group.WORLD, output_dtensor=as_dtensor),
         device=torch.device("cpu"),
         plan=ShardingPlan(plan={"sparse_arch.ebc": plan}),
         sharders=[EmbeddingBagCollectionSharder()],
     )
     for name, value in sharded.state_dict().items():
-        if not hasattr(value, "local_shards"):
-            value.detach().copy_(truth[name])
-            continue
-        for shard in value.local_shards():
-            (row, column), (height, width) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-            shard.tensor.detach().copy_(truth[name][row : row + height, column : column + width])
+        for shard, (row, column) in pieces_of(value):
+            height, width = shard.shape if shard.dim() == 2 else (len(shard), 0)
+            rows = truth[name][row : row + height]
+            shard.detach().copy_(rows[:, column : column + width] if width else rows)
+    batch = torch.arange(6) + 10 * rank
     for num_shards in (1, 3):
-        dist_export.Exporter(
-            sharded, "sparse_arch", "dense_arch", None, None, out / str(num_shards), num_shards=num_shards
+        manifest = dist_export.Exporter(
+            sharded, "sparse_arch", "dense_arch", [batch], None, out / str(num_shards), num_shards=num_shards
         ).export()
+        assert manifest.parity is not None
 
 
-def test_torchrecs_own_shards_leave_memory(tmp_path: Path) -> None:
+def pieces_of(value: Any) -> list[tuple[torch.Tensor, Any]]:
+    local = getattr(value, "_local_tensor", None)
+    if local is not None:
+        return list(zip(local.local_shards(), local.local_offsets(), strict=False))
+    if hasattr(value, "local_shards"):
+        return [(shard.tensor, shard.metadata.shard_offsets) for shard in value.local_shards()]
+    return [(value, (0, 0))]
+
+
+@pytest.mark.parametrize("as_dtensor", [False, True], ids=["ShardedTensor", "DTensor"])
+def test_torchrecs_own_shards_leave_memory(tmp_path: Path, as_dtensor: bool) -> None:
     """Row-wise, column-wise, table-wise and replicated tables of a DistributedModelParallel give the rows of the whole."""
-    run_ranks(export_sharded, 2, tmp_path / "store", tmp_path / "out")
+    run_ranks(export_sharded, 2, tmp_path / "store", tmp_path / "out", as_dtensor)
     for num_shards in (1, 3):
         found = read_rows(tmp_path / "out" / str(num_shards))
-        for name, rows in Model().state_dict().items():
+        for name, rows in Model().sparse_arch.state_dict(prefix="sparse_arch.").items():
             assert np.array_equal(found[name], bytes_of(rows)), (num_shards, name)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import tiny_model
 import torch
 from live_models import LiveTable, RecisImpl, Tables, bytes_of, embedding, read_rows
 from recis_writer import read_back
@@ -434,3 +435,63 @@ def test_a_row_that_changed_on_its_way_is_found(tmp_path: Path, monkeypatch: Any
     ):
         export(model, tmp_path / "out", num_shards=3)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+# ---- with the dense arch ----
+
+
+def trained_tiny_model() -> nn.Module:
+    """The model whose checkpoint ``write_tiny_checkpoint`` writes, as training would have left it in memory."""
+    model = tiny_model.build_model()
+    for attribute, name in (("user", "user_emb"), ("item", "item_emb")):
+        specs = tiny_model.tables()[name]
+        ids, rows = (
+            np.concatenate(columns) for columns in zip(*((s.ids, s.slots["embedding"]) for s in specs), strict=True)
+        )
+        setattr(model.sparse_arch, attribute, LiveTable(name, ids, rows))
+    state = {name.removeprefix("dense_arch."): value for name, value in tiny_model.trained_dense_state().items()}
+    model.dense_arch.load_state_dict(state)
+    return model
+
+
+def test_the_package_is_that_of_the_saved_model(tmp_path: Path) -> None:
+    """Rows, indexes, the manifest that serving reads and the program's outputs; the model is left as it was."""
+    saved = tiny_model.write_tiny_checkpoint(tmp_path / "saved")
+    model, dataset = trained_tiny_model(), tiny_model.build_dataset()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    common = {"num_shards": 3, "filter_sparse_opt": True}
+    dist_export.Exporter(model, "sparse_arch", "dense_arch", dataset, saved, tmp_path / "a", **common).export()
+    model = trained_tiny_model()
+    rows = model.sparse_arch.user.embeddings().clone()
+    live = dist_export.Exporter(model, "sparse_arch", "dense_arch", dataset, None, tmp_path / "b", **common).export()
+    assert torch.equal(model.sparse_arch.user.embeddings(), rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    for name in ("index", "tensorkey.json", "torch_rank_weights_embs_table_multi_shard.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    expected, found = read_back(tmp_path / "a"), read_back(tmp_path / "b")
+    assert expected.keys() == found.keys()
+    for table, slots in expected.items():
+        assert all(np.array_equal(slots[slot], found[table][slot]) for slot in ("id", "embedding"))
+    assert live.parity is not None
+    assert live.parity.from_files is not None
+    assert live.parity.from_files.reads_rows
+    inputs = {"user": torch.ones(4, 4), "item": torch.ones(4, 4), "price": torch.ones(4, 1)}
+    outputs = [dist_export.open_package(tmp_path / out).load_program().module()(**inputs) for out in ("a", "b")]
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+
+
+def test_the_dense_arch_alone_leaves_memory(tmp_path: Path) -> None:
+    """``need_export_sparse`` false: no table is looked at."""
+    manifest = dist_export.Exporter(
+        trained_tiny_model(),
+        "sparse_arch",
+        "dense_arch",
+        tiny_model.build_dataset(),
+        None,
+        tmp_path / "out",
+        need_export_sparse=False,
+    ).export()
+    assert manifest.mode == "dense_only"
+    assert manifest.source.format == "live"
+    assert manifest.tables == ()
+    assert not list((tmp_path / "out").glob("model-*"))
