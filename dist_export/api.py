@@ -31,7 +31,7 @@ class Exporter:
         sparse_model_name: str,
         dense_model_name: str,
         dataset: Any,
-        ckpt_dir: str | os.PathLike[str],
+        ckpt_dir: str | os.PathLike[str] | None,
         export_dir: str | os.PathLike[str],
         dense_optimizer: Any = None,
         export_folder_name: str = "fx_user_model",
@@ -51,8 +51,10 @@ class Exporter:
             model: holds the sparse arch and the dense arch; None exports the tables alone.
             sparse_model_name: path of the sparse arch within ``model``.
             dense_model_name: path of the dense arch within ``model``, and prefix of its parameters in ``model.pt``.
-            dataset: an iterable of batches for the sparse arch; one is taken.
-            ckpt_dir: the checkpoint.
+            dataset: an iterable of batches for the sparse arch; one is taken. None, where ``ckpt_dir`` is None, exports the
+                tables alone.
+            ckpt_dir: the checkpoint; None exports the tables of ``model`` as they are in memory, with no checkpoint in
+                between, and its dense parameters with them.
             export_dir: where the package goes.
             dense_optimizer: its gradients are cleared.
             export_folder_name: folder of the dense arch in the package.
@@ -70,7 +72,7 @@ class Exporter:
             {
                 "sparse_model_name": sparse_model_name,
                 "dense_model_name": dense_model_name,
-                "ckpt_dir": os.fspath(ckpt_dir),
+                "ckpt_dir": None if ckpt_dir is None else os.fspath(ckpt_dir),
                 "export_dir": os.fspath(export_dir),
                 "export_folder_name": export_folder_name,
                 "export_model_name": export_model_name,
@@ -83,7 +85,7 @@ class Exporter:
                 **settings,
             }
         )
-        if model is not None and dataset is None:
+        if model is not None and dataset is None and not self.config.is_live:
             raise ConfigError("dataset is None; the dense arch is traced with one batch of it")
         if model is None and not need_export_sparse:
             raise ConfigError("need_export_sparse is False and model is None: nothing would be exported")

@@ -104,9 +104,10 @@ def _inspect(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
-    parser.add_argument("--format", choices=("auto", "recis", "dcp"), default="auto", help="default: as its files tell")
+    formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb")
+    parser.add_argument("--format", choices=formats, default="auto", help="default: as its files tell")
     for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
-        text = f"of a DCP checkpoint: a pattern of further {what}; may be given several times"
+        text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
     arguments = _parse_path(parser, argv)
     found = describe(
@@ -162,7 +163,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    parser.add_argument("path", help="directory, fsspec URL, or a registry's URI")
+    parser.add_argument("path", help="directory, file of a checkpoint, fsspec URL, or a registry's URI")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--storage_options", default="{}", help="options for the file system, as YAML")
     parser.add_argument("--registry_options", default="{}", help="options for the registry of a URI, as YAML")

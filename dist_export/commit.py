@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +13,11 @@ import numpy as np
 from dist_export.__version__ import VERSION
 from dist_export.attempt import begin_commit
 from dist_export.check import TableAccount
-from dist_export.checkpoint.reader import DenseTensor, SlotMeta
+from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
 from dist_export.digests import NONE, XXH3, digest_bytes
+from dist_export.errors import CommitError
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import TAIL_BYTES
 from dist_export.layout.recis import (
     DENSE_SUFFIX,
     EMBEDDING_SLOT,
@@ -32,14 +35,17 @@ from dist_export.layout.recis import (
 )
 from dist_export.manifest import (
     MANIFEST,
+    CastEntry,
     DenseTensorEntry,
     FileEntry,
+    LeftOutEntry,
     Manifest,
     PartEntry,
     SlotEntry,
     TableEntry,
     encode_manifest,
 )
+from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.shards import OutputBlocks, SparsePlan
@@ -127,7 +133,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
         its_parts = parts.of_table(number)
         rows_in, rows_out = int(parts.rows[its_parts].sum()), accounts[number].rows
         misplaced = int(census.misplaced[its_parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=census.pruned)
         entries.append(
             TableEntry(
                 name=table.name,
@@ -142,9 +148,65 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
                 dropped=tuple(_describe_slot(slot, rows_in, why) for slot, why in plan.selection.dropped[number]),
                 parts=tuple(_describe_parts(plan, number, texts)),
                 is_hashed=msgspec.UNSET if table.is_hashed else False,
+                source_name=msgspec.UNSET if table.source_name is None else table.source_name,
+                default_row=msgspec.UNSET if table.default_row is None else table.default_row,
             )
         )
     return tuple(entries)
+
+
+def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...] | msgspec.UnsetType:
+    """Return the manifest's entries of the tables that the settings leave out."""
+    if checkpoint is None or not checkpoint.left_out:
+        return msgspec.UNSET
+    return tuple(LeftOutEntry(name=t.name, rows=t.rows, reason=t.reason) for t in checkpoint.left_out)
+
+
+def add_casts(
+    plan: SparsePlan, entries: Sequence[TableEntry], counts: Mapping[int, CastCount]
+) -> tuple[TableEntry, ...]:
+    """Return the tables' entries with what their values lost by casts; the same whoever counted what.
+
+    Args:
+        plan: what was written.
+        entries: of all tables.
+        counts: by gather.
+
+    Raises:
+        CommitError: other values were cast than were written.
+    """
+    by_table: dict[int, list[CastCount]] = {}
+    for number in sorted(counts):  # sums of floats depend on their order
+        by_table.setdefault(int(plan.checkpoint.parts.table[plan.gathers[number].part]), []).append(counts[number])
+    added = []
+    for table, (meta, entry) in enumerate(zip(plan.checkpoint.tables, entries, strict=True)):
+        slots = []
+        for slot, bare in zip(plan.slots_of(table), entry.kept, strict=True):
+            described = bare
+            cast = cast_of(meta.slots[slot.column], slot)
+            if cast is not None:
+                found = by_table.get(table, [])
+                values = sum(count.values for count in found)
+                if values != entry.rows_out * cast.dim:
+                    raise CommitError(
+                        f"table {entry.name!r}: {values:,} values of {slot.name!r} were cast, the shards hold "
+                        f"{entry.rows_out * cast.dim:,}. No manifest was written; run the export again"
+                    )
+                fit = sum(count.values - count.unfit for count in found)
+                described = msgspec.structs.replace(
+                    bare,
+                    cast=CastEntry(
+                        source_dtype=DTYPES[cast.source].torch,
+                        values=values,
+                        max_abs_error=max((count.worst for count in found), default=0.0),
+                        mean_abs_error=math.fsum(count.total for count in found) / fit if fit else 0.0,
+                        nans=sum(count.nans for count in found),
+                        out_of_range=sum(count.out_of_range for count in found),
+                    ),
+                )
+            slots.append(described)
+        added.append(msgspec.structs.replace(entry, kept=tuple(slots)))
+    return tuple(added)
 
 
 def describe_dense_tensors(
@@ -196,6 +258,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
         targets = blocks.target[rows].tolist()
         keys_by_slot.append((slot.name, {target: blocks.key[row] for target, row in zip(targets, rows, strict=True)}))
     is_numbered = not plan.checkpoint.tables[table].is_hashed
+    rows_in = int(plan.checkpoint.parts.rows[plan.checkpoint.parts.of_table(table)].sum())
     ids = plan.blocks_of(table, plan.slots_of(table)[0].column)
     columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows, blocks.begin))
     names = [file.name for file in plan.files]
@@ -204,7 +267,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
             file=names[file],
             slice=text,
             rows=rows,
-            first_row=begin if is_numbered else msgspec.UNSET,
+            first_row=min(begin, rows_in) if is_numbered else msgspec.UNSET,  # slices of an empty table are of one row
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
         for file, target, rows, begin, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
@@ -228,9 +291,11 @@ def _describe_slot(slot: SlotMeta, rows: int, reason: str = "") -> SlotEntry:
     return SlotEntry(
         name=slot.name,
         dtype=DTYPES[slot.dtype].torch,
-        shape=slot.inner_shape,
-        num_bytes=rows * slot.row_bytes,
+        shape=slot.inner_shape if slot.stored_shape is None else slot.stored_shape,
+        num_bytes=slot.num_bytes(rows),
         reason=reason,
+        encoding=slot.encoding or msgspec.UNSET,
+        dim=slot.row_bytes - TAIL_BYTES if slot.encoding else msgspec.UNSET,
     )
 
 

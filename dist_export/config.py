@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, get_args
 
 from dist_export.digests import missing_package
 from dist_export.errors import ConfigError
+from dist_export.row_rules import parse_rules
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
@@ -18,6 +20,9 @@ MIN_MEMORY_BYTES = 64 << 20
 """Less than this does not hold the buffers and a useful number of ids."""
 
 MAX_THREADS = 64
+
+CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
+"""What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
 
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
@@ -29,8 +34,8 @@ _MAX_TIMEOUT_SECS = 10_000_000
 class ExportConfig:
     """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
 
-    ckpt_dir: str
-    """The checkpoint to export: a directory, an fsspec URL or a registry's URI of one, or of a run that holds several"""
+    ckpt_dir: str | None = None
+    """The checkpoint to export: a directory, a file, an fsspec URL or a registry's URI; or a run with several; null: live"""
     export_dir: str
     """Where the package goes: a directory, an fsspec URL, or a registry's URI"""
     step: int | None = None
@@ -39,8 +44,8 @@ class ExportConfig:
     """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
     registry_options: dict[str, Any] = field(default_factory=dict)
     """Options for the registry of ckpt_dir, export_dir or register"""
-    format: Literal["auto", "recis", "dcp"] = "auto"
-    """Format of the checkpoint; auto goes by its files. DCP checkpoints are shown by inspect, and not exported yet"""
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "live"] = "auto"
+    """Format of the checkpoint; auto goes by its files. dcp: of torch.distributed.checkpoint; live: the model in memory"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"
@@ -51,16 +56,34 @@ class ExportConfig:
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
+    tables: list[str] = field(default_factory=list)
+    """Patterns of tensors that are tables, for checkpoints that do not say so, as of a model with plain nn.Embedding"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
     drop_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
     """Patterns of optimizer state to keep all the same"""
+    dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
+    """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
+    on_unfit: Literal["error", "clamp"] = "error"
+    """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
     on_misplaced: Literal["repair", "error"] = "repair"
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
     on_duplicate: Literal["error", "first", "last"] = "error"
     """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
+    select_tables: list[str] = field(default_factory=list)
+    """Patterns of the tables to export; none means all"""
+    drop_tables: list[str] = field(default_factory=list)
+    """Patterns of tables to leave out"""
+    rename_tables: dict[str, str] = field(default_factory=dict)
+    """New names of tables, as {pattern: name}; {0}, {1} in a name are what the first and second wildcard stood for"""
+    as_hash: list[str] = field(default_factory=list)
+    """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
+    default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
+    """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
+    prune: list[dict[str, Any]] = field(default_factory=list)
+    """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
     """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
@@ -124,7 +147,9 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without reading anything. ConfigError names the setting."""
-        for name in ("ckpt_dir", "export_dir"):
+        if self.is_live:
+            self._check_live()
+        for name in ("export_dir",) if self.is_live else ("ckpt_dir", "export_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
             if re.search("[\0\ud800-\udfff]", getattr(self, name)):
@@ -144,9 +169,28 @@ class ExportConfig:
         self._check_dense()
 
     @property
+    def is_live(self) -> bool:
+        """Whether the tables are the model's own, in the memory of the ranks."""
+        return self.format == "live"
+
+    def _check_live(self) -> None:
+        if self.ckpt_dir is not None:
+            raise ConfigError(
+                f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
+            )
+        if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
+            object.__setattr__(self, "filter_sparse_opt", True)
+
+    @property
     def max_memory_bytes(self) -> int:
         """``max_memory`` in bytes."""
         return parse_bytes(self.max_memory, setting="max_memory")
+
+    @property
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """``dtype`` as (pattern, dtype), in order."""
+        entries = [self.dtype] if isinstance(self.dtype, dict) else self.dtype
+        return tuple(item for entry in entries for item in entry.items())
 
     def _check_engine(self) -> None:
         if self.max_memory_bytes < MIN_MEMORY_BYTES:
@@ -163,14 +207,30 @@ class ExportConfig:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
         asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
         asked += ["on_duplicate"] if self.on_duplicate != "error" else []
+        views = ("select_tables", "drop_tables", "rename_tables", "as_hash", "prune")
+        asked += [name for name in views if getattr(self, name)]
+        asked += ["dtype"] if self.dtypes else []
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
+        unused += ["default_row"] if self.default_row else []
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
+        if self.tables and not self.need_export_sparse and self.model is None:
+            raise ConfigError("tables says which tensors are tables, but need_export_sparse is false")
         if asked and not self.filter_sparse_opt:
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
                 "set filter_sparse_opt: true"
             )
+        parse_rules(self.prune)
+        for pattern, values in self.default_row.items():
+            if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
+                raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
+        for pattern, dtype in self.dtypes:
+            if dtype not in get_args(CastDtype):
+                known = ", ".join(get_args(CastDtype))
+                raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
+        if self.on_unfit != "error" and not self.dtypes:
+            raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

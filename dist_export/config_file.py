@@ -28,6 +28,7 @@ _OPAQUE = (
     "registry_options",
     "fg_conf_or_path",
     "mc_conf_or_path",
+    "prune",
 )
 
 _USAGE = """\
@@ -69,6 +70,9 @@ def parse_with_extras(parser: ArgumentParser, argv: Sequence[str]) -> tuple[Expo
 def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
     """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
     settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
+    if isinstance(config, Mapping) and settings.get("ckpt_dir", "") is None:
+        # a None in Python is meant; in YAML it may be a key that was forgotten, and a fresh model would be exported
+        settings.setdefault("format", "live")
     _refuse_unknown(settings, where="the config")
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     return _parse(build_parser(), settings, [])[0]
@@ -78,12 +82,12 @@ def _parse(
     parser: ArgumentParser, settings: dict[str, Any], argv: Sequence[str]
 ) -> tuple[ExportConfig, dict[str, Any]]:
     # What a user's own code or a file system takes keeps its types: to a parser, '0123' in an untyped mapping is a number.
-    opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), Mapping)}
+    opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), (Mapping, list))}
     # A key that was left empty in YAML means its default.
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:
         # defaults are taken as they are, so the file's settings are checked on their own first
-        checked = vars(parser.parse_object({"ckpt_dir": "", "export_dir": "", **typed}))
+        checked = vars(parser.parse_object({"export_dir": "", **typed}))
         parser.set_defaults({name: checked[name] for name in typed})
         parsed = parser.parse_args(list(argv))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -96,10 +100,12 @@ def _parse(
         if name in opaque and not any(
             argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in argv
         ):
-            value = {**opaque[name], **(value or {})}
+            given = opaque[name]
+            value = {**given, **(value or {})} if isinstance(given, Mapping) else [*given, *(value or [])]
         if value is not None:
             values[name] = value
-    missing = [name for name in ("ckpt_dir", "export_dir") if name not in values]
+    needed = ("export_dir",) if values.get("format") == "live" else ("ckpt_dir", "export_dir")
+    missing = [name for name in needed if name not in values]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value")
     return ExportConfig(**values), {name: value for name, value in vars(parsed).items() if name not in _FIELDS}

@@ -15,13 +15,15 @@ import msgspec
 
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
-from dist_export.checkpoint.dense_state import describe_dense_state
-from dist_export.checkpoint.formats import DCP, RECIS, detect_format
+from dist_export.checkpoint.dense_parameters import DenseParameters
+from dist_export.checkpoint.formats import detect_format, holds_tables, open_dense
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
+    add_casts,
     describe_dense_tensors,
+    describe_left_out,
     describe_tables,
     list_versions,
     publish,
@@ -30,24 +32,31 @@ from dist_export.commit import (
 )
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import CheckpointError, CommitError, ConfigError
-from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
+from dist_export.errors import CommitError, ConfigError
+from dist_export.layout.recis import EMBEDDING_SLOT, MERGED
 from dist_export.layout.safetensors import decode_object
 from dist_export.locations import Locations, register_package
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
+from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.progress import Reporter, summarize
 from dist_export.source import (
     PlannedSparse,
+    choose_tables,
     look_at_small_files,
-    open_checkpoint,
+    note_numbered_tables,
+    open_tables,
+    open_written,
     plan_sparse,
     refuse_changed_files,
+    refuse_changed_payload,
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
 from dist_export.threads import run_threads
+from dist_export.transfer.convert import Counts, refuse_unfit
 from dist_export.transfer.engine import Share, Transfer
+from dist_export.transfer.pruning import find_pruned
 
 FG = "fg.json"
 
@@ -75,30 +84,38 @@ def export_located(
     state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
-        checkpoint = open_source(ranks, config, source)
+        checkpoint = open_source(ranks, config, source, objects.model)
         notes += checkpoint.warnings if checkpoint is not None else ()
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
-        notes += features.notes
+        notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
-        # read also for the tables alone: a model.pt that is cut short tells of a save that did not finish
-        dense_state = ranks.on_rank_0("read model.pt", lambda: describe_dense_state(source)) or []
+        # read also for the tables alone: one that is cut short tells of a save that did not finish
+        parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint))
+        dense_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
         assert checkpoint is not None
         with reporter.stage("plan"):
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
+            notes += note_numbered_tables(planned.plan)
+            notes += note_unreadable(checkpoint, planned.plan.selection)
 
     dense = None
-    if objects.model is not None:
+    if objects.model is not None and objects.dataset is not None:
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
         with reporter.stage("sample"):
-            dense = DenseStage(ranks, config, objects, source)
+            dense = DenseStage(ranks, config, objects, parameters)
             misplaced = None if planned is None else planned.census.misplaced
             dropped_in = None if planned is None else planned.plan.dropped.rows_in
-            notes += dense.prepare(checkpoint, misplaced, features, dropped_in=dropped_in)
+            is_pruned = None if planned is None else find_pruned(planned.plan.checkpoint, planned.plan.pruning)
+            by_table = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+            notes += dense.prepare(
+                checkpoint, misplaced, features, dropped_in=dropped_in, is_pruned=is_pruned, casts=by_table
+            )
+            dense_state = dense_state or dense.parameters
 
     with contextlib.ExitStack() as held:
         given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
@@ -128,17 +145,23 @@ def export_located(
         tables: tuple[TableEntry, ...] = ()
         receipts: list[Receipt] = []
         shares: list[Share] = []
+        casts: Counts = {}
         reused = 0
         with reporter.stage("transfer"):
             if planned is None:
                 ranks.gather("trace the dense arch", trace)
             else:
-                receipts, shares, reused = transfer(
+                receipts, shares, reused, casts = transfer(
                     ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
                 )
         if planned is not None:
             with reporter.stage("check"):
-                tables = check(ranks, planned, target)
+                if config.on_unfit == "error":
+                    plan = planned.plan
+                    ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
+                tables = add_casts(planned.plan, check(ranks, planned, target), casts)
+                if planned.plan.checkpoint.memory is not None:
+                    compare_live(ranks, planned, target)
 
         def write_rest() -> list[FileEntry]:
             small = {name: (Path(scratch) / name).read_bytes() for name in local_tree(Path(scratch))}
@@ -158,7 +181,7 @@ def export_located(
             small_files = ranks.on_rank_0("write the small files", write_rest)
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
+                written = None if planned is None else open_written(ranks, target, planned.plan)
                 dense.score(written, target)
 
         def commit() -> Manifest:
@@ -183,6 +206,8 @@ def export_located(
             )
             manifest = seal(manifest)
             refuse_changed_files(source, state)
+            if checkpoint is not None:
+                refuse_changed_payload(checkpoint)
             refuse_if_lost()
             ranks.refuse_orphans()
             publish(target, manifest)
@@ -227,6 +252,17 @@ def read_confs(
     return fg_conf, mc_conf, features
 
 
+def note_renamed(fg_conf: dict[str, Any] | None, checkpoint: Checkpoint | None) -> list[str]:
+    """Return what is to be told of tables whose names in fg.json are not those in the package."""
+    if fg_conf is None or checkpoint is None:
+        return []
+    renamed = [f"{t.source_name} is {t.name}" for t in checkpoint.tables if t.source_name is not None]
+    if not renamed:
+        return []
+    more = f" and {len(renamed) - 3} more" if len(renamed) > 3 else ""
+    return [f"fg.json names tables as the trainer does, the package otherwise: {', '.join(renamed[:3])}{more}"]
+
+
 def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, Any] | None) -> list[str]:
     """Refuse what an export into its own checkpoint could only do by rewriting a file of it; return notes. Rank 0."""
     advice = "export_dir is ckpt_dir, whose files are left as they are. Remove it, or give another export_dir"
@@ -256,32 +292,60 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
-def open_source(ranks: Ranks, config: ExportConfig, source: Directory) -> Checkpoint | None:
-    """Open the checkpoint; None for a dense-only export of a directory without sparse files."""
-    if not config.need_export_sparse:
-        names = ranks.on_rank_0("list the checkpoint", lambda: list_names(source))
-        is_dcp = ranks.on_rank_0("look for the format", lambda: detect_format(source, asked=config.format)) == DCP
-        if INDEX not in names and TENSORKEY not in names and not is_dcp:
+def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, model: Any) -> Checkpoint | None:
+    """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables."""
+    if source is None:
+        from dist_export.dense.plain_copy import find_arch  # a copy of files needs no torch
+        from dist_export.live.source import open_live
+
+        name = config.sparse_model_name
+
+        def look() -> Any:
+            if model is None:
+                raise ConfigError("format is live, but there is no model whose tables could be exported; set model")
+            return find_arch(model, name, "sparse_model_name")
+
+        sparse_arch = ranks.run("look into the model", look)
+        if not config.need_export_sparse:
             return None
-    return open_checkpoint(ranks, source, asked=config.format)
+        return choose_tables(ranks, open_live(ranks, sparse_arch, sparse_model_name=name), config)
+    settings = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
+    if not config.need_export_sparse:
+
+        def look_for_tables() -> bool:
+            return holds_tables(source, detect_format(source, asked=config.format), **settings)
+
+        if not ranks.on_rank_0("look for tables", look_for_tables):
+            return None
+    return open_tables(ranks, source, config)
 
 
-def list_names(source: Directory) -> list[str]:
-    """Return the names of the source's files."""
-    try:
-        return source.names()
-    except OSError as error:
-        raise CheckpointError(f"{source.url} cannot be read: {error.strerror or error}") from error
+def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Checkpoint | None) -> DenseParameters | None:
+    """Return the dense parameters of the checkpoint, which are still to be read; None for a model in memory."""
+    if source is None:
+        return None
+    found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
+    return open_dense(source, found, tables=config.tables, optimizer_slots=config.optimizer_slots)
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the last dimension of each table's embedding."""
-    return {
-        table.name: (slot.inner_shape or (1,))[-1]
+    """Return the last dimension of each table's embedding, by the name that the trainer has for the table.
+
+    Tables that are parameters of a model stand there by the module's own name too (``user`` for ``ebc.embedding_bags.
+    user.weight``), unless several have it: a feature names its table so.
+    """
+    dims = {
+        table.name_in_source: (slot.inner_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT
     }
+    by_module: dict[str, list[str]] = {}
+    for table in checkpoint.tables:
+        if not table.has_ids:
+            name = table.name_in_source
+            by_module.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(name)
+    return {module: dims[names[0]] for module, names in by_module.items() if len(names) == 1} | dims
 
 
 def transfer(
@@ -293,7 +357,7 @@ def transfer(
     beside: Any,
     in_place: bool,
     digest: str,
-) -> tuple[list[Receipt], list[Share], int]:
+) -> tuple[list[Receipt], list[Share], int, Counts]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(
         ranks,
@@ -327,7 +391,7 @@ def transfer(
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise
-        return receipts, shares, job.num_reused
+        return receipts, shares, job.num_reused, job.casts
     finally:
         job.close()
 
@@ -351,6 +415,13 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
         return entries
 
     return ranks.run("account for the rows", account)
+
+
+def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:
+    """Compare some rows of the model in memory with the written ones. All ranks. CommitError where one differs."""
+    from dist_export.live.compare import compare_rows
+
+    ranks.gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
 
 
 @contextlib.contextmanager
@@ -393,8 +464,8 @@ def _describe(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=config.ckpt_dir,
-            format="none" if checkpoint is None else checkpoint.format,
+            path=config.ckpt_dir or "",
+            format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),
             num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
@@ -402,6 +473,7 @@ def _describe(
             step=msgspec.UNSET if located.step is None else located.step,
         ),
         tables=tables,
+        left_out_tables=describe_left_out(checkpoint),
         dense_tensors=kept,
         dropped_dense_tensors=dropped,
         files=(),

@@ -11,15 +11,15 @@ from dist_export import registries
 from dist_export.config import ExportConfig
 from dist_export.manifest import Manifest
 from dist_export.places import HOW
-from dist_export.runs import find_checkpoint
+from dist_export.runs import FoundCheckpoint, find_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Locations:
     """What the two settings stand for; the same on all ranks."""
 
-    ckpt_dir: str
-    """The checkpoint's own directory."""
+    ckpt_dir: str | None
+    """The checkpoint's own directory; None for a model in memory."""
     export_dir: str
     source_uri: str
     """The registry's version that ``ckpt_dir`` is; empty for a path."""
@@ -41,8 +41,11 @@ def locate(config: ExportConfig) -> Locations:
         ConfigError: a URI that no registry resolves.
         CheckpointError: no complete checkpoint, or none of the step.
     """
-    resolved = registries.resolve(config.ckpt_dir, config.registry_options)
-    found = find_checkpoint(config, resolved.directory)
+    if config.ckpt_dir is None:  # a model in memory
+        resolved, found = registries.Resolved("", ""), FoundCheckpoint(None, None, ())
+    else:
+        resolved = registries.resolve(config.ckpt_dir, config.registry_options)
+        found = find_checkpoint(config, resolved.directory)
     register, export_dir = config.register or "", config.export_dir
     target = registries.find_registry(config.export_dir, config.registry_options)
     if target is not None:
@@ -70,7 +73,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     dense = manifest.dense
     package = registries.Registered(
         directory=directory,
-        source=locations.source_uri or locations.ckpt_dir,
+        source=locations.source_uri or locations.ckpt_dir or "",
         digest=manifest.digest,
         inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
@@ -79,7 +82,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     return registries.register(locations.register, config.registry_options, package)
 
 
-def _key_of(config: ExportConfig, ckpt_dir: str) -> str:
+def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
     """Return a name for the package of this checkpoint and these settings."""
     settings = {name: value for name, value in vars(config).items() if name not in {*HOW, "ckpt_dir"}}
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode([ckpt_dir, config.num_shards, settings], order="deterministic"))

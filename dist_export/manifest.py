@@ -46,6 +46,21 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The training step, where the checkpoint was one of a run's."""
 
 
+class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a slot's values lost when they were cast, over the rows that the package has."""
+
+    source_dtype: str
+    """Of the checkpoint."""
+    values: Count
+    """That were cast."""
+    max_abs_error: float
+    mean_abs_error: float
+    """Over the values that fit."""
+    nans: Count = 0
+    out_of_range: Count = 0
+    """Values that do not fit and were clamped; of NaN only int8 has none, and holds 0."""
+
+
 class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One slot of a table that was kept, or dropped with ``reason``."""
 
@@ -57,6 +72,13 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: Count
     """Of a kept slot in the shards, of a dropped one in the source."""
     reason: str = ""
+    encoding: str | msgspec.UnsetType = msgspec.UNSET
+    """``int8_rowwise`` where each row is ``dim`` bytes (uint8), then scale and bias (little-endian float32): a value is
+    ``byte * scale + bias``. Left out where rows are plain values of ``dtype``."""
+    dim: Count | msgspec.UnsetType = msgspec.UNSET
+    """The values of one row, with an encoding; ``shape`` is in bytes then."""
+    cast: CastEntry | msgspec.UnsetType = msgspec.UNSET
+    """Where ``dtype`` is not that of the checkpoint."""
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -79,13 +101,14 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_in: Count
     rows_out: Count
     rows_dropped: dict[str, Count]
-    """Reason -> rows: ``duplicate`` where another row of the same id was kept. A reason that dropped none is not listed."""
+    """Reason -> rows: ``duplicate`` where another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
+    ``allow_list`` where a rule left them behind. A reason that dropped none is not listed."""
     misplaced: Count
     """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
     repaired: Count = 0
     """Of these, rows that are in the right slice now; the rest was dropped."""
     duplicates: Count = 0
-    """Rows of the source beyond one for each id."""
+    """Rows of the source, but those that rules left behind, beyond one for each id."""
     id_sum: str
     """Sum of the mixed ids modulo 2**64, in hexadecimal."""
     kept: tuple[SlotEntry, ...]
@@ -93,6 +116,19 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[PartEntry, ...]
     is_hashed: bool | msgspec.UnsetType = msgspec.UNSET
     """False where rows go by number: the table has no ids here. Left out, and true, for hash tables."""
+    source_name: str | msgspec.UnsetType = msgspec.UNSET
+    """The table's name in the source, where it is another one."""
+    default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
+    """What serving is to take for an id that the table has not, where that was said: ``zeros``, or the values of a row."""
+
+
+class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A table of the source that the settings left out."""
+
+    name: str
+    rows: Count
+    reason: str
+    """``drop_tables`` or ``select_tables``."""
 
 
 class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +213,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_shards: Count
     source: SourceEntry
     tables: tuple[TableEntry, ...]
+    left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     dense_tensors: tuple[DenseTensorEntry, ...]
     dropped_dense_tensors: tuple[DenseTensorEntry, ...]
     files: tuple[FileEntry, ...]
@@ -241,7 +278,8 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
 
 def _digest_of(manifest: Manifest) -> str:
     """Return :func:`compute_digest` of a manifest, without making plain values of it: structs are sorted too."""
-    return compute_digest({name: getattr(manifest, name) for name in manifest.__struct_fields__})
+    values = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    return compute_digest({name: value for name, value in values.items() if value is not msgspec.UNSET})
 
 
 def _check_paths(manifest: Manifest, where: str) -> None:

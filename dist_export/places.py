@@ -18,14 +18,15 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
-from dist_export.storage import Directory
+from dist_export.storage import Directory, open_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
     """The directories of an export; the same on all ranks."""
 
-    source: Directory
+    source: Directory | None
+    """None where the source is the model in memory."""
     final: Directory
     """export_dir."""
     target: Directory
@@ -62,7 +63,7 @@ def place_of(config: ExportConfig) -> str:
 def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
     """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks."""
     source, final = ranks.run("check the places", lambda: _check_places(ranks, config, export_dir))
-    in_place = source.is_same(final)
+    in_place = source is not None and source.is_same(final)
 
     def look() -> bool:
         """Return whether there is an old package that is to be replaced."""
@@ -87,15 +88,17 @@ def _next_to(final: Directory) -> Directory:
     return Directory(replace.beside(final.path, "next"))
 
 
-def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
-    source = Directory(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
+def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory | None, Directory]:
+    source = None
+    if config.ckpt_dir is not None:
+        source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
     final = Directory(export_dir, config.storage_options)
-    for directory in (source, final):
+    for directory in (source, final) if source is not None else (final,):
         if ranks.world_size > 1 and not directory.is_shared:
             raise ConfigError(
                 f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
             )
-    is_same = source.is_same(final)
+    is_same = source is not None and source.is_same(final)
     if is_same and config.filter_sparse_opt and config.need_export_sparse:
         raise ConfigError(
             f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
@@ -247,7 +250,9 @@ def _begin(places: Places, config: ExportConfig) -> None:
     if places.is_replacing:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
     is_committed = not places.is_replacing and final.exists(MANIFEST)
-    if config.on_existing == "restart" and not places.in_place and not is_committed:
+    # of a model in memory nothing tells whether it is still the one that an unfinished export saw
+    is_new = config.on_existing == "restart" or places.source is None
+    if is_new and not places.in_place and not is_committed:
         remove_attempt(target)
 
 

@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.checkpoint.formats import describe_format
+from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
-from dist_export.exporter import open_source, read_confs
+from dist_export.errors import ConfigError
+from dist_export.exporter import note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects
 from dist_export.places import open_places, place_of
+from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
-from dist_export.source import PlannedSparse, plan_sparse
+from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
@@ -27,28 +31,41 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
+    if config.is_live:
+        raise ConfigError(
+            "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
+            "plan could look at. The export itself refuses what is wrong before it writes anything"
+        )
     located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
     config = located.apply(config)
     places = open_places(ranks, config, place_of(config))
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
-    checkpoint = open_source(ranks, config, places.source)
-    _, _, features = read_confs(config, objects, checkpoint)
+    checkpoint = open_source(ranks, config, places.source, None)
+    fg_conf, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,
         "source": config.ckpt_dir,
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],
+        "left_out_tables": [],
         "ranks": [],
         "dense_tensors": {"kept": [], "dropped": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
-        "notes": [*located.notes, *(checkpoint.warnings if checkpoint is not None else ()), *features.notes],
+        "notes": [
+            *located.notes,
+            *(checkpoint.warnings if checkpoint is not None else ()),
+            *features.notes,
+            *note_renamed(fg_conf, checkpoint),
+        ],
     }
     if not config.need_export_sparse or checkpoint is None:
         return report
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
+    report["notes"] += note_numbered_tables(plan)
+    report["notes"] += note_unreadable(checkpoint, plan.selection)
     if places.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
     if places.in_place:
@@ -57,6 +74,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         )
     report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
     report["tables"] = _tables(planned)
+    report["left_out_tables"] = [
+        {"name": table.name, "rows": table.rows, "reason": table.reason} for table in plan.checkpoint.left_out
+    ]
     report["dense_tensors"] = {
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
@@ -82,15 +102,27 @@ def render_report(report: dict[str, Any]) -> list[str]:
         f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
     ]
     if report["format"]:
-        lines.append(f"  source: {report['format']} checkpoint")
+        lines.append(f"  source: {report['format']} checkpoint{describe_format(report['format'])}")
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
         dropped = "".join(f", {rows:,} dropped ({reason})" for reason, rows in table["rows_dropped"].items())
-        lines.append(f"  table {table['name']}: {table['rows']:,} rows{repaired}{dropped}")
+        by = "" if table["is_hashed"] else " by number"
+        was = f" ({table['source_name']} in the source)" if table["source_name"] != table["name"] else ""
+        lines.append(f"  table {table['name']}{was}: {table['rows']:,} rows{by}{repaired}{dropped}")
+        if table["default_row"] is not None:
+            lines.append(f"    for ids that it lacks: {_say_row(table['default_row'])}")
         for slot in table["slots"]:
             fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
+            if "written" in slot:
+                less = slot["bytes"] - slot["written_bytes"]
+                change = f"saves {amount(less)}" if less >= 0 else f"takes {amount(-less)} more"
+                fate += f", {slot['dtype']} -> {slot['written']}, {amount(slot['written_bytes'])} ({change})"
             lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
+    lines += [
+        f"  table {table['name']}: left out, {table['rows']:,} rows ({table['reason']})"
+        for table in report["left_out_tables"]
+    ]
     for what, names in report["dense_tensors"].items():
         if names:
             lines.append(f"  dense tensors {what}: {', '.join(names)}")
@@ -106,13 +138,20 @@ def render_report(report: dict[str, Any]) -> list[str]:
     return lines + [f"  note: {note}" for note in report["notes"]]
 
 
+def _say_row(row: tuple[float, ...] | str) -> str:
+    if isinstance(row, str):
+        return row
+    told = ", ".join(f"{value:g}" for value in row[:8])
+    return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
+
+
 def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
     plan = planned.plan
     tables = []
     for number, table in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(number)
         rows = int(plan.checkpoint.parts.rows[parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=planned.census.pruned)
         misplaced = int(planned.census.misplaced[parts].sum())
         kept = plan.slots_of(number)
         blocks = plan.blocks_of(number, kept[0].column)
@@ -120,6 +159,9 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
         tables.append(
             {
                 "name": table.name,
+                "is_hashed": table.is_hashed,
+                "source_name": table.name_in_source,
+                "default_row": table.default_row,
                 "rows": rows,
                 "rows_out": rows - dropped.rows,
                 "rows_dropped": dropped.rows_by_reason,
@@ -130,12 +172,21 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                 "slots": [
                     {
                         "name": slot.name,
-                        "dtype": DTYPES[slot.dtype].torch,
-                        "bytes": rows * slot.row_bytes,
+                        "dtype": DTYPES[table.slots[slot.column].dtype].torch,
+                        "bytes": table.slots[slot.column].num_bytes(rows),
                         "reason": reason,
+                        **_describe_cast(table.slots[slot.column], slot, rows - dropped.rows),
                     }
                     for slot, reason in sorted(slots, key=lambda item: item[0].column)
                 ],
             }
         )
     return tables
+
+
+def _describe_cast(stored: SlotMeta, slot: SlotMeta, rows: int) -> dict[str, Any]:
+    """Return what a slot is written as, where that is not how it is stored."""
+    cast = cast_of(stored, slot)
+    if cast is None:
+        return {}
+    return {"written": cast.name, "written_bytes": rows * slot.row_bytes}

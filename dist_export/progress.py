@@ -10,13 +10,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dist_export.activity import in_stage
+from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
+from dist_export.errors import printable
 from dist_export.events import Events
-from dist_export.manifest import Manifest
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
 from dist_export.transfer.engine import Share
 
 logger = logging.getLogger(__name__)
@@ -131,16 +135,23 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
     dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
     lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
-    if manifest.source.format != "none":
-        lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}")
+    if manifest.source.format == "live":
+        lines.append("  source   the live model, in memory")
+    elif manifest.source.format != "none":
+        told_by = describe_format(manifest.source.format)
+        lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
     if manifest.mode != "dense_only":
         rows = sum(table.rows_out for table in manifest.tables)
         seconds = max((share.seconds for share in shares), default=0.0)
         moved = sum(share.num_bytes for share in shares)
         speed = f", {amount(round(moved / seconds))}/s" if seconds else ""
         where = f"{count(rows, 'row')} in {count(manifest.num_shards, 'shard')}"
-        lines.append(f"  tables   {len(manifest.tables)}, {where} ({manifest.mode}{speed})")
+        by_number = sum(table.is_hashed is False for table in manifest.tables)
+        named = f" ({by_number} by row number)" if by_number else ""
+        lines.append(f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})")
         lines.append(f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}")
+        lines += _views(manifest)
+        lines += _casts(manifest)
         for reason, behind in _rows_dropped(manifest).items():
             lines.append(f"  dropped  {count(behind, 'row')} ({reason})")
         misplaced = sum(table.misplaced for table in manifest.tables)
@@ -184,6 +195,46 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     timed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in manifest.run.get("seconds", {}).items())
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]
+    return lines
+
+
+def _views(manifest: Manifest) -> list[str]:
+    """Return what was left out and renamed."""
+    lines = []
+    left_out = manifest.left_out_tables or ()
+    if left_out:
+        rows = sum(table.rows for table in left_out)
+        told = _few([table.name for table in left_out])
+        lines.append(f"  left out {count(len(left_out), 'table')}, {count(rows, 'row')}: {told}")
+    renamed = [f"{table.source_name} -> {table.name}" for table in manifest.tables if table.source_name]
+    return lines + ([f"  renamed  {_few(renamed)}"] if renamed else [])
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return printable(", ".join(names[:3])) + more
+
+
+def _casts(manifest: Manifest) -> list[str]:
+    """Return a line for each kind of cast: how many tables, what it saved, and the largest error with its table."""
+    kinds: dict[tuple[str, str], list[tuple[TableEntry, SlotEntry, CastEntry]]] = {}
+    for table in manifest.tables:
+        for slot in table.kept:
+            if slot.cast is not msgspec.UNSET:
+                written = slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+                kinds.setdefault((slot.cast.source_dtype, written), []).append((table, slot, slot.cast))
+    lines = []
+    for (source, written), its in sorted(kinds.items()):
+        before = sum(cast.values for _, _, cast in its) * DTYPES[CODE_BY_TORCH[source]].itemsize
+        saved = before - sum(slot.num_bytes for _, slot, _ in its)
+        worst = max(its, key=lambda item: item[2].max_abs_error)
+        unfit = sum(cast.nans + cast.out_of_range for _, _, cast in its)
+        clamped = f", {unfit:,} values clamped" if unfit else ""
+        change = f"saves {amount(saved)}" if saved >= 0 else f"takes {amount(-saved)} more"
+        lines.append(
+            f"  cast     {count(len(its), 'table')} {source} -> {written}, {change}; largest error "
+            f"{worst[2].max_abs_error:.3g} ({worst[0].name}){clamped}"
+        )
     return lines
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dist_export.checkpoint.formats import detect_format, open_reader
 from dist_export.config import ExportConfig
 from dist_export.errors import CheckpointError
-from dist_export.storage import Directory
+from dist_export.storage import Directory, open_place
 
 LIST = "checkpoint"
 """RecIS's list of finished checkpoints."""
@@ -24,8 +24,8 @@ _SHOWN = 6
 class FoundCheckpoint(NamedTuple):
     """The checkpoint that is meant."""
 
-    directory: str
-    """Path or URL."""
+    directory: str | None
+    """Path or URL; None for a model in memory."""
     step: int | None
     """None where ``ckpt_dir`` is a checkpoint itself."""
     notes: tuple[str, ...]
@@ -38,7 +38,7 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
     Raises:
         CheckpointError: no checkpoint of that step, or none that is complete.
     """
-    directory = Directory(url, config.storage_options, follow_links=config.follow_links)
+    directory = open_place(url, config.storage_options, follow_links=config.follow_links)
     try:
         names = set(directory.names())
         children = _list_children(directory)
@@ -74,7 +74,7 @@ def _is_checkpoint(directory: Directory) -> bool:
 
 def _list_children(directory: Directory) -> list[tuple[int, str]]:
     """Return (step, name) of the directories that look like checkpoints of a run."""
-    found = ((_CHILD.fullmatch(name), name) for name in directory.folder_names())
+    found = ((_CHILD.fullmatch(name), name) for name in directory.folders())
     return [(int(match[1]), name) for match, name in found if match is not None]
 
 
@@ -102,7 +102,7 @@ def _why_incomplete(config: ExportConfig, directory: Directory, name: str) -> st
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
     child = Directory(directory.describe(name), config.storage_options, follow_links=config.follow_links)
     try:
-        reader = open_reader(child, asked=config.format)
+        reader = open_reader(child, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots)
         reader.read_headers(range(len(reader.files)))
     except (CheckpointError, OSError) as error:
         return str(error)

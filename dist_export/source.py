@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dist_export.checkpoint.formats import AUTO, open_reader
-from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.dcp import METADATA_FILES
+from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
+from dist_export.id_lists import read_id_list
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
+from dist_export.plan.casts import cast_slots
 from dist_export.plan.census import (
     Census,
     UniqueTask,
     count_numbered_rows,
+    deal_unique_tasks,
     merge_censuses,
     plan_unique_tasks,
     share_parts,
 )
 from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
+from dist_export.plan.prune import IdList, Pruning, plan_pruning
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
+from dist_export.plan.tables import TableSettings, view_tables
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
+from dist_export.row_rules import ALLOW_LIST, parse_rules
 from dist_export.storage import Directory
 from dist_export.threads import keep_freed_memory, run_threads
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
 
 _DEFAULT_THREADS = 4
+
+_LISTS_SHARE = 4
+"""All lists of ids together may take this part of ``max_memory``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -43,16 +57,59 @@ class PlannedSparse:
     limits: Limits
 
 
-def open_checkpoint(ranks: Ranks, directory: Directory, *, asked: str = AUTO) -> Checkpoint:
+def open_checkpoint(
+    ranks: Ranks,
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
-    ``asked`` is the format, or ``auto``.
+    Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
-    reader = ranks.run("open the checkpoint", lambda: open_reader(directory, asked=asked))
+    return _read_metadata(
+        ranks, lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots)
+    )
+
+
+def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
+    """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
+
+    CheckpointError, on all ranks, where they do not make whole tables.
+    """
+    if all(table.is_hashed for table in plan.checkpoint.tables):
+        return open_checkpoint(ranks, directory, asked=RECIS)
+    return _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+
+
+def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
+    reader = ranks.run("open the checkpoint", open_it)
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
     return ranks.run("match headers and indexes", lambda: reader.assemble(shares))
+
+
+def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Checkpoint:
+    """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks."""
+    checkpoint = open_checkpoint(
+        ranks, directory, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots
+    )
+    return choose_tables(ranks, checkpoint, config)
+
+
+def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+    """Return the source as what follows sees it. All ranks."""
+    asked = TableSettings(
+        select=config.select_tables,
+        drop=config.drop_tables,
+        rename=config.rename_tables,
+        as_hash=config.as_hash,
+        default_row=config.default_row,
+    )
+    return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
 
 
 def choose(
@@ -72,6 +129,7 @@ def choose(
         drop_slots=tuple(config.drop_slots),
         keep_slots=tuple(config.keep_slots),
     )
+    selection = cast_slots(checkpoint, selection, config.dtypes)
     num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=world_size)
     return selection, plan_targets(checkpoint, num_shards), num_shards
 
@@ -91,7 +149,8 @@ def plan_sparse(
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
-    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config))
+    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * limits.threads)
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
 
@@ -99,12 +158,16 @@ def plan_sparse(
     repeated = RepeatedIds(checkpoint, most=None if config.on_duplicate == "error" else limits.dropped_rows)
 
     def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated)
+        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated, pruning=pruning)
 
     counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
     census = merge_censuses([*counts, numbered])
-    tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)[ranks.rank :: ranks.world_size]
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
+    tasks = ranks.run(
+        "share out the search for repeated ids",
+        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
+    )
 
     def search(share: list[UniqueTask]) -> None:
         check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
@@ -117,13 +180,14 @@ def plan_sparse(
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
-        dropped = drop_repeats(
-            checkpoint, find_repeated_rows(ranks, checkpoint, repeated, limits), keep=config.on_duplicate
-        )
+        found = find_repeated_rows(ranks, checkpoint, repeated, limits, pruning)
+        dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
         if config.filter_sparse_opt:
-            return plan_shards(checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped)
+            return plan_shards(
+                checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning
+            )
         return plan_copy(checkpoint, selection)
 
     plan = ranks.run("lay out the shards", lay_out)
@@ -132,10 +196,29 @@ def plan_sparse(
     return PlannedSparse(plan=plan, census=census, limits=limits)
 
 
-def look_at_small_files(source: Directory) -> dict[str, str]:
-    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0."""
+def note_numbered_tables(plan: SparsePlan) -> list[str]:
+    """Return a note on tables whose rows go by number, which RecIS's own loader does not read; nothing without such tables."""
+    names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
+    if not names:
+        return []
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = f"{len(names)} tables have their rows" if len(names) > 1 else "1 table has its rows"
+    note = (
+        f"{what} by number ({told}): servers that read TorchEasyRec's layout find them, RecIS's own loader does not; for a "
+        "server that knows hash tables alone set as_hash"
+    )
+    return [note]
+
+
+def look_at_small_files(source: Directory | None) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0.
+
+    For a model in memory it is a word that no other export has: what one export wrote is never taken for another's.
+    """
+    if source is None:
+        return {"live": uuid.uuid4().hex}
     found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE):
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
         try:
             stat = source.stat(name)
         except FileNotFoundError:
@@ -147,8 +230,10 @@ def look_at_small_files(source: Directory) -> dict[str, str]:
     return found
 
 
-def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
+def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:
     """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    if source is None:
+        return
     now = look_at_small_files(source)
     changed = sorted(name for name in state if state[name] != now.get(name))
     if changed:
@@ -158,13 +243,53 @@ def refuse_changed_files(source: Directory, state: dict[str, str]) -> None:
         )
 
 
-def limits_of(config: ExportConfig) -> Limits:
-    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most."""
+def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
+    """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
+    lists: dict[str, IdList] = {}
+    room = config.max_memory_bytes // _LISTS_SHARE
+    rules = parse_rules(config.prune)
+    for place, rule in enumerate(rules):
+        if rule.path and rule.path not in lists:
+            setting = f"prune[{place}].{'allow' if rule.reason == ALLOW_LIST else 'deny'}"
+            ids = read_id_list(rule.path, most_bytes=room, setting=setting)
+            if not len(ids) and rule.reason == ALLOW_LIST:
+                raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be left behind")
+            lists[rule.path] = IdList(ids)
+            room -= ids.nbytes
+    return plan_pruning(checkpoint, rules, lists)
+
+
+def refuse_changed_payload(checkpoint: Checkpoint) -> None:
+    """Compare the payload files with what they were when their headers were read. ExportError. Rank 0.
+
+    RecIS writes its indexes anew with each save; other formats have nothing small that tells of one.
+    """
+    is_looked_at = checkpoint.format != RECIS and checkpoint.memory is None
+    for file in checkpoint.files if is_looked_at else ():
+        try:
+            found = checkpoint.directory.stat(file.name)
+        except OSError as error:
+            what = error.strerror or str(error)
+        else:
+            if (found.size, found.version) == (file.size, file.version):
+                continue
+            what = "changed"
+        raise ExportError(
+            f"{checkpoint.directory.describe(file.name)}: {what} while it was being exported, so the package would mix two "
+            "checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
+        )
+
+
+def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
+    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
+
+    ``taken``: bytes of ``max_memory`` that are held all the while.
+    """
     threads = config.threads
     if threads is None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
-    return Limits(config.max_memory_bytes, threads)
+    return Limits(config.max_memory_bytes - taken, threads)
 
 
 def _refuse_different(digests: list[str], source: str) -> None:

@@ -60,7 +60,9 @@ class Directory:
         storage_options: dict[str, Any] | None = None,
         *,
         follow_links: bool = False,
+        is_file: bool = False,
     ) -> None:
+        """With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there."""
         self.url = os.fspath(url)
         self.storage_options = storage_options
         self._follow_links = follow_links
@@ -73,11 +75,19 @@ class Directory:
             raise ConfigError(f"{self.url}: no file system for this URL: {first_line(error)}") from error
         self.is_local: bool = isinstance(self.fs, LocalFileSystem)
         self.path = os.path.abspath(path) if self.is_local else path.rstrip("/")
+        self._only: str | None = None
+        if is_file:
+            self.path, _, self._only = self.path.rpartition("/")
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes see what is written here. ``memory://`` lives in one process."""
         return "memory" not in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of a file."""
+        return self._only is not None
 
     def join(self, name: str) -> str:
         """Return the path of ``name`` on this directory's file system."""
@@ -86,8 +96,8 @@ class Directory:
     def find(self, name: str) -> str:
         """Return the local path of a file that is to be read. OSError where a link leads out of the directory."""
         path = self.join(name)
-        if self._follow_links or not self._has_link(name):
-            return path
+        if self._follow_links or name == self._only or not self._has_link(name):
+            return path  # what the user names may be a link, as the directory itself may be
         found, root = os.path.realpath(path), os.path.realpath(self.path)
         if os.path.commonpath([found, root]) != root:
             raise OSError(
@@ -104,13 +114,15 @@ class Directory:
 
     def describe(self, name: str) -> str:
         """Return ``name`` with the URL as the user gave it, for messages."""
-        return f"{self.url.rstrip('/')}/{name}"
+        return self.url if name == self._only else f"{self.url.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:
         """Return the names of all files directly in the directory, sorted; empty where there is no directory.
 
         A loop of links counts as a file: opening it tells what is wrong.
         """
+        if self._only is not None:
+            return [self._only]
         try:
             if self.is_local:  # fsspec takes a symbolic link to a file for no file
                 with os.scandir(self.path) as found:
@@ -121,8 +133,10 @@ class Directory:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file")
 
-    def folder_names(self) -> list[str]:
+    def folders(self) -> list[str]:
         """Return the names of all directories directly in the directory, sorted; empty where there is no directory."""
+        if self._only is not None:
+            return []
         try:
             if self.is_local:
                 with os.scandir(self.path) as found:
@@ -133,12 +147,18 @@ class Directory:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
 
+    def folder(self, name: str) -> Directory:
+        """Return a directory within this one, for listing; what is read is opened by its path from here."""
+        return Directory(self.describe(name), self.storage_options, follow_links=self._follow_links)
+
     def exists(self, name: str = "") -> bool:
         """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
 
         Not by ``fs.exists``, for which an error is an absence: a package that cannot be looked at would be overwritten.
         """
         path = self.join(name) if name else self.path
+        if self._hides(name):
+            return False
         try:
             if self.is_local:
                 os.stat(path)
@@ -155,6 +175,8 @@ class Directory:
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
+        if self._hides(name):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         if self.is_local:
             found = os.stat(self.find(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
@@ -164,6 +186,9 @@ class Directory:
             (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
         )
         return FileStat(int(info["size"]), version)
+
+    def _hides(self, name: str) -> bool:
+        return self._only is not None and name not in ("", self._only)
 
     def read(self, name: str) -> bytes:
         """Return a whole (small) file. OSError for one that is no regular file, or larger than any index can be."""
@@ -292,6 +317,15 @@ class Directory:
         if any(len(os.fsencode(part)) > longest for part in Path(self.path).parts):
             return f"a name in it is longer than the {longest} bytes that the file system takes"
         return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+
+
+def open_place(
+    url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None, *, follow_links: bool = False
+) -> Directory:
+    """Return the directory at ``url``; where a file is there, the directory that it lies in, as if that held it alone."""
+    directory = Directory(url, storage_options, follow_links=follow_links)
+    is_file = os.path.isfile(directory.path) if directory.is_local else directory.fs.isfile(directory.path)
+    return Directory(url, storage_options, follow_links=follow_links, is_file=True) if is_file else directory
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:

@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
 # From nothing to scores: train a small DeepFM on 2 ranks, export its checkpoint on 2 ranks, serve from the package alone.
-# usage: scripts/demo.sh [WORK_DIR]     default: demo_run/ in the repository; what an earlier demo left there is removed
+# usage: scripts/demo.sh [--torchrec] [WORK_DIR]
+#   --torchrec  tables and checkpoint as torchrec has them (DCP, rows by number, row-wise shards) in place of RecIS's
+#   WORK_DIR    default: demo_run/, or demo_run_torchrec/, in the repository; what an earlier demo left there is removed
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-work=${1:-$root/demo_run}
+name=demo_run config=scripts/demo/export.yaml trainer=scripts.demo.train
+serve=()
+if [[ ${1:-} == --torchrec ]]; then
+  shift
+  name=demo_run_torchrec config=scripts/demo/torchrec.yaml trainer=scripts.demo.train_torchrec
+  serve=(--fg scripts/demo/fg.json --mc scripts/demo/mc.json --tables 'sparse_arch.ebc.embedding_bags.{}.weight')
+fi
+work=${1:-$root/$name}
 [[ $work == /* ]] || work=$PWD/$work
 cd "$root" # relative paths in export.yaml start here
 
@@ -23,12 +32,11 @@ if [[ ! -f $data ]]; then
 fi
 
 on_2_ranks=(torchrun --standalone --nproc-per-node 2 -m)
-config=scripts/demo/export.yaml
 step() { printf '\n=== %s (%d s)\n' "$1" "$SECONDS"; }
 SECONDS=0
 
 step "1/5 train on 2 ranks"
-"${on_2_ranks[@]}" scripts.demo.train --config "$config" --out "$work"
+"${on_2_ranks[@]}" "$trainer" --config "$config" --out "$work"
 
 step "2/5 export on 2 ranks"
 checkpoint=$work/checkpoints/$(tail -n 1 "$work/checkpoints/checkpoint")
@@ -41,6 +49,6 @@ step "4/5 verify the package"
 python -m dist_export verify "$work/package"
 
 step "5/5 score three users from the package alone"
-python -m scripts.demo.score "$work/package" "$work/requests.json"
+python -m scripts.demo.score "$work/package" "$work/requests.json" ${serve[@]+"${serve[@]}"}
 
 printf '\n=== done in %d s: %s\n' "$SECONDS" "$work"

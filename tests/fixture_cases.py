@@ -18,3 +18,11 @@ CASES = (
     "fullckpt/ckpt_3",
 )
 NUM_SHARDS = (1, 2, 3, 4, 8, "source")
+
+TORCHREC_CASES: dict[str, list[str]] = {
+    "row_wise": [],
+    "column_wise": [],
+    "dtensor_adam": ["t_*.weight"],
+    "hostile_lossy_adam": [],
+}
+"""DCP checkpoints, each with the ``tables`` that it needs."""

@@ -7,21 +7,27 @@ below one directory; both are read as one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from dist_export.checkpoint.dcp_items import locate_item
+import xxhash
+
+from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.readers import OpenReaders
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.readers import OpenReaders, RangeReader
 from dist_export.storage import Directory
 
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
 """What torchrec's embedding collections call the module that holds their tables."""
 _MODEL, _OPTIMIZER = "model", "optimizer"
 """TorchEasyRec's two directories."""
+METADATA_FILES = (METADATA, f"{_MODEL}/{METADATA}", f"{_OPTIMIZER}/{METADATA}")
+"""All that a DCP checkpoint may have."""
 _SHOWN = 8
 
 
@@ -55,6 +61,10 @@ class DcpCheckpoint:
     directory: Directory
     files: dict[str, int]
     """Payload file -> size in bytes."""
+    versions: dict[str, str]
+    """Payload file -> what changes when its content does."""
+    metadata: dict[str, bytes]
+    """Metadata file -> digest of its content."""
     tables: tuple[DcpTable, ...]
     dense: tuple[tuple[str, TensorMeta], ...]
     """(name within the model, tensor) of what is neither a table nor optimizer state."""
@@ -87,6 +97,8 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
     if not found:
         raise CheckpointError(f"{directory.url}: no {METADATA} and no {_MODEL}/{METADATA}; this is no DCP checkpoint")
     files: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    digests: dict[str, bytes] = {}
     tensors: dict[str, TensorMeta] = {}
     objects: list[str] = []
     names: dict[str, str] = {}
@@ -96,23 +108,64 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
 
         def size_of(name: str, folder: str = folder) -> int | None:
             try:
-                files[folder + name] = directory.stat(folder + name).size
+                found = directory.stat(folder + name)
             except FileNotFoundError:
                 return None
-            return files[folder + name]
+            files[folder + name], versions[folder + name] = found.size, found.version
+            return found.size
 
         where = directory.describe(path)
         try:
-            metadata = decode_metadata(directory.read(path), where=where, file_sizes=size_of)
+            raw = directory.read(path)
+            digests[path] = xxhash.xxh3_128_digest(raw)
+            metadata = decode_metadata(raw, where=where, file_sizes=size_of)
         except OSError as error:
             raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+        paths = [path for path in metadata.paths.values() if len(path) > 2 and "state" not in path[:-1]]
+        roots = {path[:-1] for path in paths if "." in str(path[-1])}
         for name, tensor in metadata.tensors.items():
             key = prefix + name
             chunks = tuple(chunk._replace(file=folder + chunk.file) for chunk in tensor.chunks)
             tensors[key] = tensor._replace(name=key, chunks=chunks)
-            names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()))
+            names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
         objects += [prefix + name for name in metadata.objects]
-    return _classify(directory, files, tensors, names, tuple(objects), tables, optimizer_slots)
+    found_tables, dense, other = _classify(directory, tensors, names, tuple(objects), tables, optimizer_slots)
+    return DcpCheckpoint(
+        directory=directory,
+        files=dict(sorted(files.items())),
+        versions=versions,
+        metadata=digests,
+        tables=found_tables,
+        dense=dense,
+        other_state=other,
+        objects=tuple(objects),
+    )
+
+
+class ChunkFinder:
+    """Finds chunks of tensors in the files of one checkpoint."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._items = ItemFinder()
+
+    def locate(self, reader: RangeReader, tensor: TensorMeta, chunk: Chunk) -> Item:
+        """Find a chunk of a tensor in ``reader``, its open file.
+
+        Raises:
+            CheckpointError: the item is compressed or encrypted, or is not what the metadata says of it.
+        """
+        where = f"{self._directory.describe(chunk.file)}: {tensor.name!r} at {list(chunk.offsets)}"
+        if chunk.is_transformed:
+            raise CheckpointError(
+                f"{where} is compressed or encrypted (transform_descriptors); save the checkpoint without extensions"
+            )
+        try:
+            return self._items.locate(
+                reader, chunk.begin, chunk.num_bytes, shape=chunk.sizes, dtype=tensor.dtype, where=where
+            )
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
 
 
 def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
@@ -124,33 +177,24 @@ def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
     numbers = {name: number for number, name in enumerate(checkpoint.files)}
     order = list(checkpoint.files)
     strided = {table.name: 0 for table in checkpoint.tables}
+    finder = ChunkFinder(checkpoint.directory)
     with OpenReaders(lambda number: checkpoint.directory.open_reader(order[number])) as readers:
         for table in checkpoint.tables:
             for chunk in table.weight.chunks:
-                where = f"{checkpoint.directory.describe(chunk.file)}: {table.weight.name!r} at {list(chunk.offsets)}"
-                if chunk.is_transformed:
-                    raise CheckpointError(
-                        f"{where} is compressed or encrypted (transform_descriptors); save the checkpoint without "
-                        "extensions"
-                    )
-                item = locate_item(
-                    readers[numbers[chunk.file]],
-                    chunk.begin,
-                    chunk.num_bytes,
-                    shape=chunk.sizes,
-                    dtype=table.weight.dtype,
-                    where=where,
-                )
+                item = finder.locate(readers[numbers[chunk.file]], table.weight, chunk)
                 itemsize = DTYPES[CODE_BY_TORCH[table.weight.dtype]].itemsize
                 strided[table.name] += item.strides != (chunk.sizes[1] * itemsize, itemsize)
     return strided
 
 
-def _name_in_model(name: str, path: tuple[object, ...]) -> str:
-    """Return a tensor's name without the key that the model's state_dict was saved under."""
-    if len(path) == 2 and name == f"{path[0]}.{path[1]}":
-        return str(path[1])
-    return name
+def _name_in_model(name: str, path: tuple[object, ...], roots: set[tuple[object, ...]]) -> str:
+    """Return a tensor's name without the keys that the model's state_dict was saved under.
+
+    ``roots`` are longer paths of keys that a state_dict was saved under, as ``app.model`` of an application's own state:
+    the names in one have dots, which keys of nested dicts have not.
+    """
+    is_below = len(path) == 2 or (len(path) > 2 and path[:-1] in roots)
+    return str(path[-1]) if is_below and name == ".".join(map(str, path)) else name
 
 
 def describe_sharding(tensor: TensorMeta) -> str:
@@ -165,13 +209,13 @@ def describe_sharding(tensor: TensorMeta) -> str:
 
 def _classify(
     directory: Directory,
-    files: dict[str, int],
     tensors: dict[str, TensorMeta],
     names: dict[str, str],
     objects: tuple[str, ...],
     tables: Sequence[str],
     optimizer_slots: Sequence[str],
-) -> DcpCheckpoint:
+) -> tuple[tuple[DcpTable, ...], tuple[tuple[str, TensorMeta], ...], tuple[str, ...]]:
+    """Return ``tables``, ``dense`` and ``other_state`` of a :class:`DcpCheckpoint`."""
     roots = _optimizer_roots([*tensors, *objects])
     known = {*tensors, *names.values()}
     state: dict[str, str] = {}
@@ -198,13 +242,6 @@ def _classify(
             weights.append(name)
         else:
             (weights if _is_collection(name, tensor) else dense).append(name)
-    if unmatched:
-        setting, pattern = min(unmatched)
-        matrices = [names[name] for name in dense if len(tensors[name].shape) == 2]
-        raise CheckpointError(
-            f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
-            f"{_listed(matrices)}"
-        )
     for name in weights:
         if tensors[name].dtype not in CODE_BY_TORCH:
             raise CheckpointError(
@@ -223,22 +260,26 @@ def _classify(
         shape, whole = tensors[name].shape, tensors[weight].shape
         fits = shape in (whole, whole[:1], (whole[0], 1))
         slots[weight].append(DcpSlot(name=slot, tensor=tensors[name], fits=fits))
-    return DcpCheckpoint(
-        directory=directory,
-        files=dict(sorted(files.items())),
-        tables=tuple(
-            DcpTable(
-                name=final[name],
-                weight=tensors[name],
-                slots=tuple(sorted(slots[name], key=lambda slot: slot.name)),
-                sharding=describe_sharding(tensors[name]),
-            )
-            for name in sorted(weights, key=final.__getitem__)
-        ),
-        dense=tuple((final[name], tensors[name]) for name in dense),
-        other_state=tuple(other),
-        objects=objects,
+        for pattern in optimizer_slots:  # as the plan has them
+            if fnmatchcase(slot, pattern) or fnmatchcase(f"{final[weight]}.{slot}", pattern):
+                unmatched.discard(("optimizer_slots", pattern))
+    if unmatched:
+        setting, pattern = min(unmatched)
+        matrices = [names[name] for name in dense if len(tensors[name].shape) == 2]
+        raise CheckpointError(
+            f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
+            f"{_listed(matrices)}"
+        )
+    found_tables = tuple(
+        DcpTable(
+            name=final[name],
+            weight=tensors[name],
+            slots=_name_once(slots[name]),
+            sharding=describe_sharding(tensors[name]),
+        )
+        for name in sorted(weights, key=final.__getitem__)
     )
+    return found_tables, tuple((final[name], tensors[name]) for name in dense), tuple(other)
 
 
 def _optimizer_roots(names: Iterable[str]) -> set[tuple[str, ...]]:
@@ -305,6 +346,13 @@ def _unique_names(kept: list[str], names: dict[str, str]) -> dict[str, str]:
     """Return the names within the model; the full ones where two models in one checkpoint have the same."""
     found = {name: names[name] for name in kept}
     return found if len(set(found.values())) == len(found) else {name: name for name in kept}
+
+
+def _name_once(slots: list[DcpSlot]) -> tuple[DcpSlot, ...]:
+    """Order a table's slots by name; of those whose name another one has, or stands for something else, take the tensor's."""
+    counts = Counter([slot.name for slot in slots] + [ID_SLOT, EMBEDDING_SLOT])
+    once = [slot if counts[slot.name] == 1 else replace(slot, name=slot.tensor.name) for slot in slots]
+    return tuple(sorted(once, key=lambda slot: slot.name))
 
 
 def _spans(chunk: Chunk, tensor: TensorMeta, dim: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,7 +192,7 @@ def _build(document: Any, where: str, file_sizes: Callable[[str], int | None]) -
         for chunk in meta.chunks:
             offsets, chunk_sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
             chunks.append(Chunk(offsets, chunk_sizes, *find(name, offsets)))
-        _check_cover(name, shape, chunks, where)
+        check_cover(name, shape, chunks, where)
         tensors[name] = TensorMeta(name, shape, str(meta.properties.dtype.name), tuple(chunks))
     planned = getattr(document, "planner_data", None)
     paths = {}
@@ -218,8 +218,8 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return found
 
 
-def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk], where: str) -> None:
-    """Refuse chunks that leave a gap, overlap, or reach out of the tensor."""
+def check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[Any], where: str) -> None:
+    """Refuse chunks (with ``offsets`` and ``sizes`` first) that leave a gap, overlap, or reach out of the tensor."""
     for offsets, sizes, *_ in chunks:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise CheckpointError(f"{where}: {name!r} has shape {list(shape)}, but a chunk of shape {list(sizes)}")

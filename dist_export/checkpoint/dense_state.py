@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
 from typing import IO, Any
 
-from dist_export.checkpoint.state_archive import check_state_archive, is_zip
+from dist_export.checkpoint.state_archive import check_state_archive, is_zip, say_refusal
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.layout.strict_json import is_text
 from dist_export.storage import Directory
 
-_REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
 _MAX_REPEATED_BYTES = 1 << 30
 """An expanded tensor repeats what its storage holds, up to this size; more is no parameter but a trap."""
 
@@ -82,11 +80,8 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
-        # torch begins with the advice to load it without this protection
-        found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
-        reason = found[0] if found else type(error).__name__
         raise CheckpointError(
-            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {reason}"
+            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {say_refusal(error)}"
         ) from None
 
 

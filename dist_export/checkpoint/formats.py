@@ -2,57 +2,201 @@
 
 from __future__ import annotations
 
-from dist_export.checkpoint.dcp import find_metadata
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from dist_export.checkpoint import safetensors, torch_save
+from dist_export.checkpoint.dcp import find_metadata, read_dcp
+from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dcp_metadata import METADATA
+from dist_export.checkpoint.dcp_reader import DcpReader
+from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
+from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
+from dist_export.checkpoint.plain import Patterns, PlainDense, read_all, sort_facts
+from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
-from dist_export.errors import CheckpointError
+from dist_export.checkpoint.safetensors import SafetensorsReader, find_safetensors_files
+from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
+from dist_export.errors import CheckpointError, ConfigError
 from dist_export.layout.recis import INDEX, TENSORKEY
 from dist_export.storage import Directory
 
 RECIS = "recis"
 DCP = "dcp"
+SAFETENSORS = "safetensors"
+TORCH = "torch"
+DYNAMICEMB = "dynamicemb"
 AUTO = "auto"
 
-LOOKED_FOR = f"{INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP)"
+LOOKED_FOR = (
+    f"{INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP), *_emb_keys.rank_* (DynamicEmb), "
+    "*.safetensors (safetensors), *.pt, *.pth, *.ckpt or *.bin of torch.save (torch)"
+)
 """For messages."""
+
+INDEX_FILES = (safetensors.INDEX_JSON, torch_save.INDEX_JSON)
+"""Small files of plain checkpoints, beside those that hold tensors."""
 
 
 def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
-    """Return ``asked``, or with ``auto`` what the directory looks like: ``recis``, ``dcp``, None where it is neither.
+    """Return ``asked``, or with ``auto`` what the directory looks like; None where it is nothing that is known.
+
+    Files of ``torch.save`` and safetensors files stand beside ``index`` in RecIS's checkpoints, and the former beside DCP's
+    ``.metadata``: there they do not count.
 
     Raises:
-        CheckpointError: it looks like both, or cannot be looked at.
+        CheckpointError: it looks like several formats, or cannot be looked at.
     """
     if asked != AUTO:
         return asked
     try:
-        names = set(directory.names())
-        is_recis = not names.isdisjoint((INDEX, TENSORKEY))
-        is_dcp = METADATA in names or (not is_recis and bool(find_metadata(directory)))
+        found = _list_candidates(directory)
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
-    if is_recis and is_dcp:
-        raise CheckpointError(
-            f"{directory.url} holds a RecIS checkpoint and a DCP checkpoint; say which one with format: recis or format: dcp"
-        )
-    return RECIS if is_recis else DCP if is_dcp else None
+    if len(found) > 1:
+        what = " and ".join(FORMATS[name].kind for name in found)
+        which = " or ".join(f"format: {name}" for name in found)
+        raise CheckpointError(f"{directory.url} holds {what}; say which one with {which}")
+    return found[0] if found else None
 
 
-def open_reader(directory: Directory, *, asked: str = AUTO) -> RecisReader:
+def _list_candidates(directory: Directory) -> list[str]:
+    names = set(directory.names())
+    is_recis = not names.isdisjoint((INDEX, TENSORKEY))
+    found = [RECIS] if is_recis else []
+    if METADATA in names or (not is_recis and find_metadata(directory)):
+        found.append(DCP)
+    if is_recis:
+        return found
+    if find_dumps(directory):
+        found.append(DYNAMICEMB)
+    plain = find_safetensors_files(directory)
+    is_recis_cut = not plain and any(name.endswith(safetensors.SUFFIX) for name in names)
+    if plain:
+        found.append(SAFETENSORS)
+    if DCP not in found and not is_recis_cut and (torch_save.INDEX_JSON in names or find_torch_files(directory)):
+        found.append(TORCH)
+    return found
+
+
+def open_reader(
+    directory: Directory, *, asked: str = AUTO, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+) -> CheckpointReader[Any]:
     """Open the checkpoint for an export.
 
+    Args:
+        asked: the format; with ``auto`` the files tell.
+        tables: patterns of tensors that are tables, for formats that do not say which are.
+        optimizer_slots: patterns of tensors that are optimizer state, which is sought among the tensors of such formats.
+
     Raises:
-        CheckpointError: no format is recognised, the checkpoint is not complete, or its format cannot be exported.
+        CheckpointError: no format is recognised, or the checkpoint is not complete.
+        ConfigError: ``tables`` for a format that says which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
-    if found == DCP:
-        raise CheckpointError(
-            f"{directory.url} is a DCP checkpoint (torch.distributed.checkpoint). `dist_export inspect` shows what it "
-            "holds; the export reads RecIS checkpoints alone. Nothing was written"
-        )
     if found is None and (names := directory.names()):
         raise CheckpointError(
             f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; looked for {LOOKED_FOR}. Both "
             "are written last, so this is no checkpoint of these formats or its save did not finish"
         )
+    return FORMATS[found or RECIS].open(directory, tables, optimizer_slots)
+
+
+def open_dense(
+    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+) -> DenseParameters:
+    """Return the dense parameters of a checkpoint of the format ``found``; nothing is read yet.
+
+    Settings as those of :func:`open_reader`.
+    """
+    return FORMATS[found or RECIS].dense(directory, tables, optimizer_slots)
+
+
+def holds_tables(
+    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+) -> bool:
+    """Whether a checkpoint of the format ``found`` has any table, for an export that can do without.
+
+    Raises:
+        CheckpointError: it cannot be looked at, or a pattern matches nothing.
+    """
+    if found == DCP:
+        return bool(read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots).tables)
+    if found in _PLAIN:
+        patterns = Patterns(tuple(tables), tuple(optimizer_slots))
+        return bool(sort_facts(directory, read_all(_PLAIN[found](directory, patterns)), patterns).tables)
+    if found == DYNAMICEMB:
+        return True
+    try:
+        return not set(directory.names()).isdisjoint((INDEX, TENSORKEY))
+    except OSError as error:
+        raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
+
+
+def describe_format(name: str) -> str:
+    """Return what a format is recognised by, for people, to be put behind its name."""
+    return f" (recognised by {FORMATS[name].told_by})" if name in FORMATS else ""
+
+
+class Format(NamedTuple):
+    """What is to be known of a format. The functions take the directory, ``tables`` and ``optimizer_slots``."""
+
+    kind: str
+    """What a checkpoint of it is called, for people."""
+    told_by: str
+    """The files that it is recognised by, for people."""
+    open: Callable[[Directory, Sequence[str], Sequence[str]], CheckpointReader[Any]]
+    dense: Callable[[Directory, Sequence[str], Sequence[str]], DenseParameters]
+
+
+def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+    _refuse_tables(directory, tables, RECIS)
     return RecisReader(directory)
+
+
+def _open_dynamicemb(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+    _refuse_tables(directory, tables, DYNAMICEMB)
+    return DynamicEmbReader(directory)
+
+
+def _refuse_tables(directory: Directory, tables: Sequence[str], found: str) -> None:
+    if tables:
+        raise ConfigError(
+            f"tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
+            "take tables out"
+        )
+
+
+def _plain(name: str, kind: str, told_by: str) -> Format:
+    make = _PLAIN[name]
+
+    def open_it(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> CheckpointReader[Any]:
+        return make(directory, Patterns(tuple(tables), tuple(slots)))
+
+    def dense(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> DenseParameters:
+        return PlainDense(directory, make, Patterns(tuple(tables), tuple(slots)))
+
+    return Format(kind, told_by, open_it, dense)
+
+
+_PLAIN: dict[str | None, type[SafetensorsReader | TorchReader]] = {
+    SAFETENSORS: SafetensorsReader,
+    TORCH: TorchReader,
+}
+
+FORMATS: dict[str, Format] = {
+    RECIS: Format(
+        "a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, *_: RecisDense(directory)
+    ),
+    DCP: Format(
+        "a DCP checkpoint",
+        f"{METADATA}, or model/{METADATA}",
+        lambda directory, tables, slots: DcpReader(directory, tables=tables, optimizer_slots=slots),
+        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots),
+    ),
+    SAFETENSORS: _plain(SAFETENSORS, "a safetensors checkpoint", f"*{safetensors.SUFFIX}"),
+    TORCH: _plain(TORCH, "a checkpoint of torch.save", "*.pt, *.pth, *.ckpt or *.bin"),
+    DYNAMICEMB: Format(
+        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, *_: NoDense(directory)
+    ),
+}

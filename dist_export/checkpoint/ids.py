@@ -13,6 +13,8 @@ from dist_export.readers import OpenReaders
 
 def open_sources(checkpoint: Checkpoint) -> OpenReaders:
     """Return the checkpoint's payload files by number, opened when asked for. One for each thread."""
+    if checkpoint.memory is not None:
+        return OpenReaders(checkpoint.memory.open)
     return OpenReaders(lambda number: checkpoint.directory.open_reader(checkpoint.files[number].name))
 
 

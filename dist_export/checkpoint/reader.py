@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 
+from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import Slice
+from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
 Share = TypeVar("Share")
@@ -133,6 +136,19 @@ class SlotMeta:
     row_bytes: int
     column: int
     """Of ``Blocks``."""
+    is_optimizer: bool = False
+    """Whether the source says that this is optimizer state; in RecIS's files the names alone tell."""
+    stored_shape: tuple[int, ...] | None = None
+    """The whole shape of what does not go with the rows of its table, so that it cannot be kept; None for all else."""
+
+    def num_bytes(self, rows: int) -> int:
+        """Return the size in bytes of the slot in a table of so many rows."""
+        if self.stored_shape is None:
+            return rows * self.row_bytes
+        return math.prod(self.stored_shape) * DTYPES[self.dtype].itemsize
+
+    encoding: str = ""
+    """How a row is packed where it is not plain values, as ``layout.encodings`` names it; only of slots as written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +163,42 @@ class TableMeta:
     has_ids: bool = True
     """Whether the source stores ids; else the id of a row is its number, and its slice one of rows: ``size`` is their number.
     With ``is_hashed`` the numbers are written as ids, and slices are those of hash tables."""
+    source_name: str | None = None
+    """The name in the source, where the package gives the table another one."""
+    default_row: tuple[float, ...] | str | None = None
+    """What serving takes for an id that it does not find, for the package to say; ``zeros``, or the values of a row."""
+
+    @property
+    def name_in_source(self) -> str:
+        """The name that the trainer knows the table by; settings name tables so."""
+        return self.name if self.source_name is None else self.source_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOutTable:
+    """A table of the source that the settings leave out."""
+
+    name: str
+    rows: int
+    reason: str
+    """The setting."""
+
+
+class Memory(Protocol):
+    """Payload that lies in the memory of the ranks: the "files" are tensors, and a rank reads those that it holds."""
+
+    rank: int
+    """This rank."""
+    world_size: int
+    """The ranks that hold the tensors; the same that export."""
+    owner: np.ndarray
+    """int64, by file: the rank that moves its rows; the same on all ranks."""
+
+    def holds(self, number: int) -> bool:
+        """Whether this rank can read a file, be it that it owns it or that it has a replica."""
+
+    def open(self, number: int) -> RangeReader:
+        """Return a reader of a file that this rank holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +220,12 @@ class Checkpoint:
     """Small files that go over unchanged when the payload files do."""
     warnings: tuple[str, ...]
     strips: Strips = field(default_factory=no_strips)
+    optimizer_patterns: frozenset[str] = frozenset()
+    """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
+    left_out: tuple[LeftOutTable, ...] = ()
+    """Tables of the source that are not in ``tables``, in its order."""
+    memory: Memory | None = None
+    """Where the payload is no file; None for all that was saved."""
 
     @property
     def num_bytes(self) -> int:

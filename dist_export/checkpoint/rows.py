@@ -6,6 +6,7 @@ import numpy as np
 
 from dist_export.checkpoint.ids import open_sources
 from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint
+from dist_export.errors import CheckpointError
 from dist_export.layout.recis import ID_SLOT
 from dist_export.readers import RangeReader
 
@@ -36,11 +37,50 @@ class RowReader:
         """Return an open file of the checkpoint."""
         return self._sources[number]
 
-    def read_into(self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int) -> None:
+    def held_pieces(self, part: int, column: int) -> list[tuple[int, int]] | None:
+        """Return the bytes (begin, end) of each row of a slot that this rank holds; None where it is whole rows.
+
+        Rows are cut only where columns of them lie in the memory of several ranks.
+        """
+        checkpoint, memory = self._checkpoint, self._checkpoint.memory
+        if memory is None or int(checkpoint.blocks.file[part, column]) != IN_STRIPS:
+            return None
+        strips = checkpoint.strips
+        places = strips.of(part, column)
+        held = [place for place in places if memory.owner[strips.file[place]] == memory.rank]
+        if len(held) == len(places):
+            return None
+        pieces: list[tuple[int, int]] = []
+        for place in held:
+            begin = int(strips.first_byte[place])
+            end = begin + int(strips.width[place])
+            if pieces and pieces[-1][1] == begin:
+                begin = pieces.pop()[0]
+            pieces.append((begin, end))
+        return pieces
+
+    def is_held(self, part: int, column: int) -> bool:
+        """Whether this rank can read the rows of a slot of a part: always, but where others have them in their memory."""
+        checkpoint, memory = self._checkpoint, self._checkpoint.memory
+        if memory is None:
+            return True
+        file = int(checkpoint.blocks.file[part, column])
+        if file == IN_STRIPS:
+            return all(memory.holds(int(checkpoint.strips.file[place])) for place in checkpoint.strips.of(part, column))
+        return file < 0 or memory.holds(file)
+
+    def read_into(
+        self, rows: np.ndarray, part: int, column: int, first_row: int, num_rows: int, *, held_only: bool = False
+    ) -> None:
         """Fill ``rows`` (uint8, (num_rows * row_bytes,), contiguous) with rows of one slot from ``first_row`` of the part on.
 
+        Args:
+            held_only: of rows whose columns lie in the memory of several ranks, fill :meth:`held_pieces` alone; the other
+                bytes stay as they are.
+
         Raises:
-            CheckpointError: a file ends before them.
+            CheckpointError: columns are in the memory of other ranks.
+            TransferError: a file ends before them.
         """
         checkpoint = self._checkpoint
         slot = checkpoint.tables[checkpoint.parts.table[part]].slots[column]
@@ -49,14 +89,22 @@ class RowReader:
             first = checkpoint.parts.first_row_of(part) + first_row
             rows.view(np.int64)[:] = np.arange(first, first + num_rows)
         elif file == IN_STRIPS:
-            self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row)
+            self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row, held_only=held_only)
         else:
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 
-    def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int) -> None:
-        strips = self._checkpoint.strips
+    def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int, *, held_only: bool) -> None:
+        strips, memory = self._checkpoint.strips, self._checkpoint.memory
         for strip in strips.of(part, column):
+            if memory is not None and not memory.holds(int(strips.file[strip])):
+                if held_only:
+                    continue
+                table = self._checkpoint.tables[self._checkpoint.parts.table[part]].name
+                raise CheckpointError(
+                    f"table {table!r}: columns of its rows are in the memory of other ranks, so no rank can look at whole "
+                    "rows; leave this table's rows as they are, or save a checkpoint and export that"
+                )
             width, stride, begin = (int(c[strip]) for c in (strips.width, strips.row_stride, strips.first_byte))
             if not width or not len(rows):
                 continue

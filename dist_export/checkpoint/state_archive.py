@@ -8,16 +8,18 @@ into its neighbour, and a small member may unpack to any size. So each is held a
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from dist_export.errors import CheckpointError
 
 _MAX_PICKLE_BYTES = 256 << 20
 """The names, shapes and positions of two million tensors."""
 _LOCAL_HEADER_BYTES = 30
+_REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
 
 _ITEMSIZES = {
     **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
@@ -31,14 +33,33 @@ _STORAGES["torch.storage UntypedStorage"] = 1
 """Storage class, as pickle names it -> bytes of an element."""
 
 
+class StateArchive(NamedTuple):
+    """What a zip of ``torch.save`` says of itself, checked."""
+
+    pickled: bytes
+    """The content of its ``data.pkl``."""
+    storages: tuple[tuple[int, int], ...]
+    """(position in the file, size in bytes) of each storage that the pickle asks for, in its order."""
+    is_big_endian: bool
+    """Whether torch would turn the bytes of each element around."""
+
+
 def is_zip(file: IO[bytes]) -> bool:
     """Whether the file begins as a zip. What ``torch.save`` wrote before torch 1.6 is none."""
     file.seek(0)
     return file.read(4) == b"PK\x03\x04"
 
 
-def check_state_archive(file: IO[bytes], *, where: str) -> None:
+def say_refusal(error: Exception) -> str:
+    """Return in one line why ``torch.load`` refused a file, without its advice to load it unprotected."""
+    found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
+    return found[0] if found else type(error).__name__
+
+
+def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
     """Refuse a zip that ``torch.save`` did not write, or that torch would read beyond or unpack. Reads no payload.
+
+    Returns what it says of itself.
 
     Args:
         file: seekable; left anywhere.
@@ -56,7 +77,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
         raise CheckpointError(f"{where} is truncated, or no file of torch.save; save or copy it again")
     try:
         with zipfile.ZipFile(file) as archive:
-            sizes = _check_members(file, archive, where)
+            sizes, starts = _check_members(file, archive, where)
             roots = {name.split("/", 1)[0] for name in sizes}
             pickled = f"{next(iter(roots))}/data.pkl" if len(roots) == 1 else ""
             if pickled not in sizes:
@@ -66,6 +87,8 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
                 if num_bytes > _MAX_PICKLE_BYTES and not name.startswith(f"{root}data/"):
                     raise CheckpointError(f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs")
             raw = archive.read(pickled)
+            order = f"{root}byteorder"
+            is_big_endian = order in sizes and archive.read(order) == b"big"
     except (
         zipfile.BadZipFile,
         EOFError,
@@ -76,6 +99,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
         struct.error,
     ) as error:
         raise CheckpointError(f"{where} is a damaged zip: {error}; save or copy it again") from None
+    storages = []
     for key, num_bytes in _claimed_storages(raw, where):
         member = f"{root}data/{key}"
         if sizes.get(member) != num_bytes:
@@ -84,11 +108,14 @@ def check_state_archive(file: IO[bytes], *, where: str) -> None:
                 f"{where}: a tensor lies in {num_bytes:,} bytes of {member!r}, which {has}; it is damaged, or made to "
                 "deceive"
             )
+        storages.append((starts[member], num_bytes))
+    return StateArchive(raw, tuple(storages), is_big_endian)
 
 
-def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> dict[str, int]:
-    """Return the size of each member by name."""
+def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the size of each member by name, and the position of its content."""
     sizes: dict[str, int] = {}
+    starts: dict[str, int] = {}
     seen: set[str] = set()
     end = 0
     for entry in sorted(archive.infolist(), key=lambda info: info.header_offset):
@@ -105,12 +132,13 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> dic
         file.seek(entry.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-        end = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes + entry.file_size
+        starts[name] = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+        end = starts[name] + entry.file_size
         sizes[name] = entry.file_size
         seen.add(name.casefold())
     if end > archive.start_dir:
         raise CheckpointError(f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive")
-    return sizes
+    return sizes, starts
 
 
 def _claimed_storages(raw: bytes, where: str) -> Iterator[tuple[str, int]]:

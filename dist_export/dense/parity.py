@@ -88,8 +88,14 @@ def refuse_other_rows(before: SampleRows, now: SampleRows, target: Directory) ->
     """Compare what the sample found in the checkpoint with what it finds in the written shards. Every rank, its own.
 
     Raises:
-        ParityError: an id is there in one and not in the other, or has another row.
+        ParityError: an id is there in one and not in the other, or has another row; a table is gone.
     """
+    lost = sorted(set(now.unknown_tables) - set(before.unknown_tables))
+    if lost:
+        raise ParityError(
+            f"{lost[0]} found its rows in the checkpoint, but {target.url} has no table of it. No manifest was written, so "
+            "there is no package; run the export again"
+        )
     for table, rows in sorted(before.rows.items()):
         found = now.rows.get(table, {})
         for number, digest in sorted(rows.items()):

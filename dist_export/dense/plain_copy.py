@@ -62,6 +62,23 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def find_arch(model: Any, name: str, setting: str) -> nn.Module:
+    """Return a submodule by its path, through wrappers. ModelError where ``setting`` names none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    module: nn.Module = model
+    for element in name.split(".") if name else []:
+        module = unwrap(module)
+        child = getattr(module, element, None)
+        if not isinstance(child, nn.Module):
+            children = ", ".join(child_name for child_name, _ in module.named_children()) or "none"
+            raise ModelError(
+                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children})"
+            )
+        module = child
+    return module
+
+
 def is_lazy(tensor: torch.Tensor) -> bool:
     """Whether a lazy module has not seen its first input yet, so that this parameter has no shape."""
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.guard import load_program
-from dist_export.checkpoint.dense_state import load_dense_state
+from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -22,14 +22,14 @@ from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
-from dist_export.dense.plain_copy import copy_dense_arch, move_to, unwrap
+from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.dense.state import load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
-from dist_export.layout.recis import DENSE_STATE
+from dist_export.layout.encodings import RowCast
 from dist_export.manifest import DenseEntry, ParityEntry
 from dist_export.objects import Objects
 from dist_export.storage import Directory
@@ -38,21 +38,29 @@ from dist_export.storage import Directory
 class DenseStage:
     """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, objects: Objects, source: Directory) -> None:
+    def __init__(
+        self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters | None
+    ) -> None:
+        """``parameters`` are those of the checkpoint; None takes the values that are in the dense arch."""
         self._ranks = ranks
         self._config = config
         self._objects = objects
-        self._source = source
+        self._parameters = parameters
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
         self._used: tuple[str, ...] = ()
         """Names of the inputs that the program takes."""
         self._looked_up = SampleRows()
+        self._model_names: dict[str, str] = {}
+        """Name of a table in the package -> in the model, where the two differ."""
+        self._casts: Mapping[str, RowCast] = {}
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
+        self.parameters: list[tuple[str, str, tuple[int, ...]]] = []
+        """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters. Rank 0."""
 
     def prepare(
         self,
@@ -61,10 +69,13 @@ class DenseStage:
         features: Features,
         *,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+        is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
+        casts: Mapping[str, RowCast] | None = None,
     ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
 
-        ``misplaced`` and ``dropped_in`` are as :class:`~dist_export.dense.rows.RowFinder` takes them.
+        ``misplaced``, ``dropped_in``, ``is_pruned`` and ``casts`` are as :class:`~dist_export.dense.rows.RowFinder` takes
+        them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
@@ -76,7 +87,11 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
-        finder = None if checkpoint is None else RowFinder(checkpoint, misplaced, dropped_in)
+        self._casts = casts or {}
+        finder = None
+        if checkpoint is not None:
+            names = self._names_of(checkpoint)
+            finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
         inputs, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
@@ -91,10 +106,20 @@ class DenseStage:
             missing.update(rank_missing)
         self.counts = {"asked": dict(sorted(asked.items())), "missing": dict(sorted(missing.items()))}
         if finder is None:
-            notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
+            if self._parameters is not None:
+                notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
+        elif finder.feeds and finder.table_names() and not asked and not rows.unknown_tables:
+            notes.append(
+                "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
+                "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"
+            )
         notes += [
             f"{name} is no table of the checkpoint: the sample used the model's own rows"
             for name in rows.unknown_tables
+        ]
+        notes += [
+            f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
+            for name in rows.sharded_tables
         ]
         notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, inputs, features))
         return notes
@@ -148,7 +173,14 @@ class DenseStage:
             assert self._sparse_arch is not None
             sparse_arch = self._sparse_arch
             # the check has proven that each id lies in the slice of its part
-            finder = RowFinder(written, np.zeros(len(written.parts), np.int64))
+            finder = RowFinder(
+                written,
+                np.zeros(len(written.parts), np.int64),
+                names=self._model_names,
+                casts=self._casts,
+                is_written=True,
+                only=self._is_own_row if self._parameters is None else None,
+            )
             inputs, rows = ranks.run(
                 "score the sample from the shards",
                 lambda: self._run_again(sparse_arch, finder),
@@ -204,9 +236,11 @@ class DenseStage:
 
     def _find_arches(self) -> tuple[nn.Module, nn.Module]:
         model = self._objects.model
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-        return tuple(_find(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+        return tuple(find_arch(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+
+    def _names_of(self, checkpoint: Checkpoint) -> dict[str, str]:
+        self._model_names = {t.name: t.source_name for t in checkpoint.tables if t.source_name is not None}
+        return self._model_names
 
     def _names(self) -> list[tuple[str, str]]:
         return [
@@ -214,13 +248,26 @@ class DenseStage:
             ("dense_model_name", self._config.dense_model_name),
         ]
 
+    def _is_own_row(self, table: str, ids: np.ndarray) -> np.ndarray:
+        """Whether this rank's own table holds these ids (bool), as far as the sample has asked for them."""
+        found = self._looked_up.rows.get(table, {})
+        return np.array([found.get(number) is not None for number in ids.tolist()], bool)
+
     def _load(self, copied: nn.Module) -> tuple[str, ...]:
+        if self._parameters is None:  # the copy has the values that training left
+            prefix = f"{self._config.dense_model_name}." if self._config.dense_model_name else ""
+            self.parameters = [
+                (prefix + name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+                for name, value in copied.state_dict().items()
+                if isinstance(value, torch.Tensor)
+            ]
+            return ()
         return load_dense_parameters(
             copied,
-            load_dense_state(self._source),
+            self._parameters.load(),
             dense_model_name=self._config.dense_model_name,
             allow_missing=self._config.allow_missing_dense,
-            where=self._source.describe(DENSE_STATE),
+            where=self._parameters.where,
         )
 
     def _take(self) -> bool:
@@ -254,18 +301,3 @@ def _refuse_lacking(batches: list[bool]) -> None:
             f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
             "needs one. Give the dataset at least one batch a rank"
         )
-
-
-def _find(model: nn.Module, name: str, setting: str) -> nn.Module:
-    """Return a submodule by its path, through wrappers."""
-    module = model
-    for element in name.split(".") if name else []:
-        module = unwrap(module)
-        child = getattr(module, element, None)
-        if not isinstance(child, nn.Module):
-            children = ", ".join(child_name for child_name, _ in module.named_children()) or "none"
-            raise ModelError(
-                f"{setting} is {name!r}, but {type(module).__name__} has no module {element!r} (it has {children})"
-            )
-        module = child
-    return module

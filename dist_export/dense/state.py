@@ -39,7 +39,7 @@ def load_dense_parameters(
     prefix = _plain_key(dense_model_name)
     expected = _by_plain_key(dense_arch.state_dict(), what="the dense arch")
     start = f"{prefix}." if prefix else ""
-    under_prefix = {name: value for name, value in state.items() if _plain_key(name).startswith(start)}
+    under_prefix = {name: state[name] for name in state if _plain_key(name).startswith(start)}
     if not under_prefix and expected:
         seen = ", ".join(sorted({name.split(".")[0] for name in state})) or "nothing"
         raise ModelError(

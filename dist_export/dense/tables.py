@@ -2,7 +2,8 @@
 
 A pre-hook on each table inserts, just before a lookup, the rows of the ids that it is about to look up. A table is a
 module with the surface of RecIS's HashTable (``ids()``, ``insert(ids, embeddings)``, ``forward(ids)``), or an
-``nn.Embedding`` or ``nn.EmbeddingBag``, which the checkpoint knows by its path within the model.
+``nn.Embedding`` or ``nn.EmbeddingBag``, which the checkpoint knows by its path within the model, or by that of its weight:
+so do the tables of an ``EmbeddingBagCollection`` that is not sharded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from dist_export.layout.recis import CHILD_BITS
 
 _ID_MASK = (1 << CHILD_BITS) - 1
 _RUN_IDS = 1 << 20
+_WEIGHT = ".weight"
+"""Ends the name of a parameter, which is what trainers but RecIS call a table."""
 
 
 class SampleRows:
@@ -35,6 +38,8 @@ class SampleRows:
         self.asked: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
         self.unknown_tables: list[str] = []
+        self.sharded_tables: list[str] = []
+        """Tables that rows cannot be put into, of a model that is exported from memory: it has used its own."""
         self.rows: dict[str, dict[int, str | None]] = {}
         """Table -> id -> xxh3-64 of its row in hexadecimal, None for an id that the table has not."""
 
@@ -62,13 +67,15 @@ def checkpoint_rows(
     surface has no way to take them out.
 
     Raises:
-        ModelError: a hash table that the checkpoint does not have, or with rows of another width.
+        ModelError: a hash table that the checkpoint does not have, or with rows of another width; an embedding whose path
+            fits several tables.
     """
     undo: list[Callable[[], None]] = []
     handles = []
     try:
+        names = _TableNames(finder, sparse_model_name)
         for module, paths in _modules_with_paths(sparse_arch):
-            feed = _make_feed(module, [_join(sparse_model_name, path) for path in paths], finder, counts, undo)
+            feed = _make_feed(module, paths, names, finder, counts, undo)
             if feed is not None:
                 handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
         yield
@@ -89,18 +96,60 @@ def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     return list(found.values())
 
 
+class _TableNames:
+    """Finds the table of a module by its path or that of its weight, whatever wrappers put into it.
+
+    Paths count from the model or, where the checkpoint is of the sparse arch alone, from that.
+    """
+
+    def __init__(self, finder: RowFinder, prefix: str) -> None:
+        self._finder = finder
+        self._prefix = prefix
+        self._by_path: dict[str, list[str]] = {}
+        for name in finder.table_names():
+            path = _plain(name)
+            for known in {path, path.removesuffix(_WEIGHT)}:
+                self._by_path.setdefault(known, []).append(name)
+        begin = f"{_plain(prefix)}."
+        self._has_prefix = bool(prefix) and any(path.startswith(begin) for path in self._by_path)
+
+    def join(self, path: str) -> str:
+        """Return the path within the model."""
+        return ".".join(element for element in (self._prefix, path) if element)
+
+    def find(self, path: str) -> str | None:
+        """Return the table of a path within the sparse arch, None where there is none. ModelError where there are several."""
+        for full in [self.join(path)] if self._has_prefix else [self.join(path), path]:
+            exact = [name for name in (full, full + _WEIGHT) if self._finder.has_table(name)]
+            found = exact or self._by_path.get(_plain(full), [])
+            if len(found) > 1:
+                raise ModelError(
+                    f"the model's table {full} may be {' or '.join(map(repr, found[:3]))} of the checkpoint; leave one of them "
+                    "out of the checkpoint, or rename the module"
+                )
+            if found and self._finder.has_table(found[0]):  # which raises where the settings leave it out
+                return found[0]
+        return None
+
+
 def _make_feed(
-    module: nn.Module, paths: list[str], finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
+    module: nn.Module,
+    paths: list[str],
+    names: _TableNames,
+    finder: RowFinder,
+    counts: SampleRows,
+    undo: list[Callable[[], None]],
 ) -> _Feed | None:
     if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
-        return _HashFeed(module, paths[0], finder, counts, undo)
+        return _HashFeed(module, names.join(paths[0]), finder, counts, undo)
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return None
-    plain = {_plain(name): name for name in finder.table_names()}
-    names = [path if finder.has_table(path) else plain.get(_plain(path)) for path in paths]
-    name = next((name for name in names if name is not None), None)
+    name = next((name for name in map(names.find, paths) if name is not None), None)
     if name is None:
-        counts.unknown_tables.append(_plain(paths[0]))
+        counts.unknown_tables.append(_plain(names.join(paths[0])))
+        return None
+    if finder.is_live and hasattr(module.weight, "device_mesh"):
+        counts.sharded_tables.append(name)
         return None
     return _WeightFeed(module, name, finder, counts, undo)
 
@@ -135,12 +184,12 @@ class _Feed:
         raise NotImplementedError
 
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Return the ids of the table that the checkpoint holds, and their rows in the checkpoint's dtype."""
+        """Return the ids of the table that the checkpoint holds, and their rows in its dtype, cast there and back."""
         has_row, rows = self._finder.find(table, ids)
-        self._counts.count(table, ids, has_row, rows)
+        self._counts.count(self._finder.written_name(table), ids, has_row, rows)
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
-        found = torch.from_numpy(rows[has_row].reshape(-1)).view(dtype)
+        found = torch.from_numpy(self._finder.decode(table, rows[has_row]).reshape(-1)).view(dtype)
         return ids[has_row], found.reshape(-1, *slot.inner_shape)
 
 
@@ -179,7 +228,7 @@ class _HashFeed(_Feed):
             self._insert(self._children[child], held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
 
     def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
-        if not len(held):
+        if not len(held) or not self._finder.feeds:
             return
         module: Any = self._module
         live = module.ids()
@@ -248,11 +297,8 @@ class _WeightFeed(_Feed):
             weight[asked] = before
 
         self._undo.append(put_back)
-        weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
-
-
-def _join(prefix: str, path: str) -> str:
-    return ".".join(element for element in (prefix, path) if element)
+        if self._finder.feeds:
+            weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
 
 
 def _plain(path: str) -> str:

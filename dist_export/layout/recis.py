@@ -5,6 +5,7 @@ Source: RecIS's C++ writer and reader (1.0 to 1.2) and the checkpoints that they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -154,6 +155,8 @@ class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=
     hashmap_key_dtype: str | msgspec.UnsetType = msgspec.UNSET
     hashmap_value: str | msgspec.UnsetType = msgspec.UNSET
     is_hashmap: bool | msgspec.UnsetType = msgspec.UNSET
+    memory: int | msgspec.UnsetType = msgspec.UNSET
+    """Bytes; of TorchEasyRec's entries, which RecIS's do not have."""
     name: str | msgspec.UnsetType = msgspec.UNSET
     shape: tuple[int, ...]
 
@@ -171,6 +174,7 @@ def embedding_entry(key: str, id_key: str | None, code: int, shape: tuple[int, .
         hashmap_key_dtype=msgspec.UNSET if id_key is None else "int64",
         hashmap_value=msgspec.UNSET if id_key is None else key,
         is_hashmap=id_key is not None,
+        memory=math.prod(shape) * DTYPES[code].itemsize if id_key is None else msgspec.UNSET,
         name=key,
         shape=shape,
     )

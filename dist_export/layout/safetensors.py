@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,7 +22,7 @@ from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
 from dist_export.layout.numbering import Numbering
 from dist_export.layout.strict_json import decode_canonical, decode_object, show
 
-__all__ = ["Header", "decode_header", "decode_object", "encode_header", "header_length"]
+__all__ = ["Header", "decode_foreign_header", "decode_header", "decode_object", "encode_header", "header_length"]
 
 MAX_HEADER_BYTES = 1 << 30
 """A header longer than this is taken for an attack. A block costs about 120 bytes: this is nine million blocks."""
@@ -36,6 +37,17 @@ _MAX_FAST_WIDTH = 1 << 40
 """Rows of more elements than this are looked at one by one, in integers of any length."""
 
 _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
+
+_BYTES_BY_NAME = {name: DTYPES[code].itemsize for name, code in CODE_BY_NAME.items()}
+
+FOREIGN_DTYPES: dict[str, tuple[str, int]] = {
+    **{dtype.name: (dtype.torch, dtype.itemsize) for dtype in DTYPES},
+    **{f"U{8 * size}": (f"uint{8 * size}", size) for size in (2, 4, 8)},
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "C64": ("complex64", 8),
+}
+"""What other writers' files hold: safetensors name -> torch name, bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -113,6 +125,39 @@ def decode_header(raw: bytes, *, path: str, file_size: int) -> Header:
     return _decode_slowly(raw, path=path, file_size=file_size)
 
 
+class ForeignEntry(NamedTuple):
+    """One tensor of a file that RecIS did not write."""
+
+    name: str
+    dtype: str
+    """Torch's name."""
+    shape: tuple[int, ...]
+    begin: int
+    """Absolute position in the file, in bytes."""
+
+
+def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tuple[ForeignEntry, ...], dict[str, str]]:
+    """Decode and check the header of a file of any writer: more dtypes than RecIS has, and ``__metadata__``.
+
+    Returns its tensors in header order, and the metadata. CheckpointError as :func:`decode_header`.
+    """
+    document = decode_object(raw, what=f"{path}: header")
+    metadata = document.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise CheckpointError(f"{path}: __metadata__ is {show(metadata)}; expected texts by name")
+    sizes = {name: size for name, (_, size) in FOREIGN_DTYPES.items()}
+    entries = _decode_entries(document, sizes, data_start=8 + len(raw), file_size=file_size, path=path)
+    offsets = np.array([entry.data_offsets for entry in entries.values()], np.int64).reshape(-1, 2)
+    _check_tiling(tuple(entries), offsets[:, 0], offsets[:, 1], data_size=file_size - 8 - len(raw), path=path)
+    found = tuple(
+        ForeignEntry(name, FOREIGN_DTYPES[entry.dtype][0], entry.shape, 8 + len(raw) + entry.data_offsets[0])
+        for name, entry in entries.items()
+    )
+    return found, metadata or {}
+
+
 def encode_header(entries: Iterable[tuple[str, int, tuple[int, ...], int]]) -> bytes:
     """Return the length prefix and header of a file whose blocks lie one behind the other.
 
@@ -185,36 +230,46 @@ def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
     """Decode one entry after the other: any order and spelling, and a message for whatever is wrong."""
     document = decode_object(raw, what=f"{path}: header")
     metadata = document.pop("__metadata__", None)
-    entries: dict[str, _Entry] = {}
     data_start = 8 + len(raw)
-    data_size = file_size - data_start
+    entries = _decode_entries(document, _BYTES_BY_NAME, data_start=data_start, file_size=file_size, path=path)
+    header = _build(entries, data_start=data_start, has_metadata=metadata is not None)
+    assert header is not None, path
+    begins, ends = header.begins - data_start, header.ends - data_start
+    _check_tiling(header.keys, begins, ends, data_size=file_size - data_start, path=path)
+    return header
+
+
+def _decode_entries(
+    document: dict[str, Any], itemsizes: Mapping[str, int], *, data_start: int, file_size: int, path: str
+) -> dict[str, _Entry]:
+    """Decode entries one by one, each as long as dtype and shape say and within the file."""
+    entries: dict[str, _Entry] = {}
     for key, value in document.items():
-        entry = entries[key] = _decode_entry(value, where=f"{path}: {key!r}")
+        entry = entries[key] = _decode_entry(value, itemsizes, where=f"{path}: {key!r}")
         begin, end = entry.data_offsets
-        num_bytes = math.prod(entry.shape) * DTYPES[CODE_BY_NAME[entry.dtype]].itemsize
+        num_bytes = math.prod(entry.shape) * itemsizes[entry.dtype]
         if end - begin != num_bytes:
             raise CheckpointError(
                 f"{path}: {key!r} is {entry.dtype} {list(entry.shape)}, {num_bytes:,} bytes, but its data_offsets span "
                 f"{end - begin:,}"
             )
-        if end > data_size:
+        if data_start + end > file_size:
             raise CheckpointError(
                 f"{path}: {key!r} ends at byte {data_start + end:,}, but the file has {file_size:,} bytes; "
                 "it is truncated, so save or copy it again"
             )
-    header = _build(entries, data_start=data_start, has_metadata=metadata is not None)
-    assert header is not None, path
-    _check_tiling(header, data_start=data_start, data_size=data_size, path=path)
-    return header
+    return entries
 
 
-def _decode_entry(entry: object, *, where: str) -> _Entry:
+def _decode_entry(entry: object, itemsizes: Mapping[str, int], *, where: str) -> _Entry:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} should be an object with dtype, shape and data_offsets")
     dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in CODE_BY_NAME:
-        known = " ".join(known.name for known in DTYPES)
-        raise CheckpointError(f"{where} has dtype {show(dtype)}; a RecIS checkpoint holds {known}")
+    if not isinstance(dtype, str) or dtype not in itemsizes:
+        if itemsizes is _BYTES_BY_NAME:
+            known = " ".join(known.name for known in DTYPES)
+            raise CheckpointError(f"{where} has dtype {show(dtype)}; a RecIS checkpoint holds {known}")
+        raise CheckpointError(f"{where} has dtype {show(dtype)}; known are {' '.join(itemsizes)}")
     shape = _sizes(entry.get("shape"))
     if shape is None:
         raise CheckpointError(
@@ -237,15 +292,14 @@ def _sizes(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _check_tiling(header: Header, *, data_start: int, data_size: int, path: str) -> None:
-    begins, ends = header.begins - data_start, header.ends - data_start
+def _check_tiling(keys: tuple[str, ...], begins: np.ndarray, ends: np.ndarray, *, data_size: int, path: str) -> None:
     order = np.lexsort((ends, begins))
     previous_end = np.concatenate(([0], ends[order][:-1])) if len(order) else np.zeros(0, np.int64)
     wrong = np.flatnonzero(begins[order] != previous_end)
     if len(wrong):
         row = int(order[wrong[0]])
         kind = "overlaps the block before it" if begins[row] < previous_end[wrong[0]] else "leaves a hole before it"
-        raise CheckpointError(f"{path}: {header.keys[row]!r} {kind}")
+        raise CheckpointError(f"{path}: {keys[row]!r} {kind}")
     end = int(ends.max()) if len(order) else 0
     if end != data_size:
         raise CheckpointError(

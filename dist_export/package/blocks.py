@@ -12,12 +12,14 @@ from itertools import repeat
 
 import numpy as np
 
-from dist_export.errors import CheckpointError, PackageError
+from dist_export.errors import PackageError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import Indexes, decode_indexes, split_internal, split_stem
 from dist_export.layout.numbering import Numbering
 from dist_export.layout.recis import DENSE_SUFFIX, INDEX, TENSORKEY, Slice, encode_index, format_slice, parse_slice
 from dist_export.layout.safetensors import Header
+from dist_export.package.index_files import decodable, decode_both, read_small, without
+from dist_export.package.numbered import NumberedBlocks
 from dist_export.package.report import Report
 from dist_export.package.shards import read_header
 from dist_export.storage import Directory
@@ -70,6 +72,8 @@ class Blocks:
     """int32: a place in ``slices``; -1 where ``stem`` is negative."""
     slices: np.ndarray
     """int64 (n, 3): begin, end and size."""
+    is_numbered: np.ndarray
+    """bool: of a table whose rows go by number. The manifest names it, and no index does."""
 
     def __len__(self) -> int:
         return len(self.place)
@@ -114,74 +118,52 @@ class Blocks:
         return found
 
 
-def read_blocks(directory: Directory, shards: Sequence[str], unreadable: frozenset[str], report: Report) -> Blocks:
+def read_blocks(
+    directory: Directory,
+    shards: Sequence[str],
+    unreadable: frozenset[str],
+    report: Report,
+    *,
+    numbered: NumberedBlocks | None = None,
+) -> Blocks:
     """Read indexes and headers; what is wrong with them or between them goes to ``report``.
 
     Args:
+        directory: what is checked.
         shards: files to go by where ``index`` does not tell.
         unreadable: files that something is already known to be wrong with; they are left alone.
+        report: takes in what is found.
+        numbered: blocks of tables whose rows go by number, as the manifest has them; by default there are none.
     """
-    raw_index = None if INDEX in unreadable else _read_small(directory, INDEX, report)
-    raw_tensorkey = None if TENSORKEY in unreadable else _read_small(directory, TENSORKEY, report)
-    reader = _Reader(directory, unreadable, report)
-    indexes = None if raw_index is None or raw_tensorkey is None else _decode_both(raw_index, raw_tensorkey)
+    numbered = numbered or NumberedBlocks()
+    raw_index = None if INDEX in unreadable else read_small(directory, INDEX, report, numbered)
+    raw_tensorkey = None if TENSORKEY in unreadable else read_small(directory, TENSORKEY, report, numbered)
+    reader = _Reader(directory, unreadable, report, numbered)
+    indexes = None if raw_index is None or raw_tensorkey is None else decode_both(raw_index, raw_tensorkey)
     if indexes is not None:
         del raw_index, raw_tensorkey
         return reader.match(indexes, has_index=True, has_tensorkey=True)
     if raw_index is not None:
-        raw_index = _decodable(INDEX, (raw_index, b"{}"), report)
+        raw_index = decodable(INDEX, (raw_index, b"{}"), report)
     if raw_tensorkey is not None:
-        raw_tensorkey = _decodable(TENSORKEY, (encode_index({}), raw_tensorkey), report)
+        raw_tensorkey = decodable(TENSORKEY, (encode_index({}), raw_tensorkey), report)
     stand_in = encode_index(reader.index_by_headers(shards)) if raw_index is None else raw_index
     indexes = decode_indexes(stand_in, raw_tensorkey or b"{}", where="")
     return reader.match(indexes, has_index=raw_index is not None, has_tensorkey=raw_tensorkey is not None)
 
 
-def _decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
-    """Decode both files at once; None where one of them is damaged, so that each is to be looked at by itself."""
-    try:
-        return decode_indexes(raw_index, raw_tensorkey, where="")
-    except CheckpointError:
-        return None
-
-
-def _read_small(directory: Directory, name: str, report: Report) -> bytes | None:
-    try:
-        return directory.read_text(name)
-    except FileNotFoundError:
-        hint = (
-            "; RecIS's Exporter leaves it out when it copies, and a save that did not finish has none"
-            if name == INDEX
-            else ""
-        )
-        report.add(name, name, f"is missing; RecIS's loader cannot open the directory without it{hint}")
-    except OSError as error:
-        report.add(name, name, f"cannot be read: {error.strerror or error}")
-    return None
-
-
-def _decodable(name: str, raws: tuple[bytes, bytes], report: Report) -> bytes | None:
-    """Return the one of the two that is of the file ``name``, if it can be decoded beside the empty other one."""
-    try:
-        decode_indexes(*raws, where="")
-    except CheckpointError as error:
-        report.add(name, name, _without(f"/{name}", str(error)))
-        return None
-    return raws[name != INDEX]
-
-
-def _without(path: str, message: str) -> str:
-    """Return a reader's message without the path that it begins with."""
-    return message.removeprefix(path).removeprefix(":").strip()
-
-
 class _Reader:
     """Reads headers one file after the other and matches them with the names of the index."""
 
-    def __init__(self, directory: Directory, unreadable: frozenset[str], report: Report) -> None:
+    def __init__(
+        self, directory: Directory, unreadable: frozenset[str], report: Report, numbered: NumberedBlocks
+    ) -> None:
         self._directory = directory
         self._unreadable = unreadable
         self._report = report
+        self._numbered = numbered
+        self._unstated: set[str] = set()
+        self._elsewhere: list[tuple[str, int]] = []
         self._is_whole = True
         self._kept: dict[str, Header] = {}
 
@@ -197,6 +179,10 @@ class _Reader:
 
     def match(self, indexes: Indexes, *, has_index: bool, has_tensorkey: bool) -> Blocks:
         """Return the columns of all blocks."""
+        if self._numbered:
+            indexes, self._is_numbered = self._numbered.add_to(indexes, self._report, is_read=has_index)
+        else:
+            self._is_numbered = np.zeros(len(indexes.keys), bool)
         self._indexes = indexes
         self._has_index = has_index
         self._extra: Numbering[str] = Numbering()
@@ -254,6 +240,7 @@ class _Reader:
             tables=tuple(tables),
             slice=slice_of_text[text],
             slices=np.array(list(slices), np.int64).reshape(-1, 3),
+            is_numbered=np.append(self._is_numbered, np.zeros(len(self._extra), bool))[place],
         )
 
     def _headers(self, names: Sequence[str]) -> Iterator[tuple[str, Header]]:
@@ -282,7 +269,7 @@ class _Reader:
         try:
             return read_header(self._directory, name)
         except PackageError as error:
-            message = _without(self._directory.describe(name), str(error))
+            message = without(self._directory.describe(name), str(error))
             return "is missing; index names it" if message == "is missing" else message
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
@@ -307,7 +294,9 @@ class _Reader:
             key = header.keys[row]
             known = indexes.place_of_key.get(key)
             if known is not None:
-                if self._has_index:  # without one, that it stands twice has been told
+                if self._is_numbered[known]:  # the manifest's tables are compared with what was found where
+                    self._elsewhere.append((name, known))
+                elif self._has_index:  # without one, that it stands twice has been told
                     self._report.add(
                         name, INDEX, f"holds {key!r}, but index says that it is in {indexes.files[indexes.file[known]]}"
                     )
@@ -323,7 +312,10 @@ class _Reader:
                 self._bare[known] = key
                 place[row] = known
                 continue
-            self._report.add(name, INDEX, f"holds {key!r}, but index does not name it; RecIS's loader loses it")
+            if self._numbered and key not in indexes.strays and not self._numbered.is_hashed(key):
+                self._unstated.add(key)  # told where the manifest's tables are compared
+            else:
+                self._report.add(name, INDEX, f"holds {key!r}, but index does not name it; RecIS's loader loses it")
             place[row] = len(indexes.keys) + self._extra[key]
         return place
 
@@ -338,6 +330,9 @@ class _Reader:
         times = np.bincount(place, minlength=num_named)
         is_known = place < num_named
         is_stray = (times[place] > 1) & is_known
+        for name, known in self._elsewhere:
+            if times[known] > 1:
+                self._report.add(name, "manifest", f"holds {self._indexes.keys[known]!r}, which another file holds too")
         if is_stray.any():
             is_stray[is_known] &= file[is_known] != self._indexes.file[place[is_known]]
             kept = ~is_stray
@@ -346,7 +341,7 @@ class _Reader:
 
     def _tell_of_missing(self, row_of_place: np.ndarray, is_read: np.ndarray) -> None:
         indexes = self._indexes
-        absent = np.flatnonzero(row_of_place[: len(indexes.keys)] < 0)
+        absent = np.flatnonzero((row_of_place[: len(indexes.keys)] < 0) & ~self._is_numbered)
         for place in absent[is_read[indexes.file[absent]]].tolist():
             self._report.add(
                 INDEX, INDEX, f"{indexes.keys[place]!r} should be in {indexes.files[indexes.file[place]]}, but is not"
@@ -379,6 +374,8 @@ class _Reader:
                 stem[row], text[row] = stems[before], texts[behind]
                 continue
             stem[row] = -2
+            if key in self._unstated:
+                continue
             self._is_whole = False
             if has_tensorkey:
                 self._report.add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_export.checkpoint.dense_state import load_dense_state
-from dist_export.layout.recis import DENSE_STATE, DENSE_SUFFIX, Slice, format_slice
+from dist_export.layout.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.manifest import MANIFEST, DenseEntry
 from dist_export.package.blocks import Blocks
 from dist_export.package.dense_check import check_dense
@@ -70,9 +70,16 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
     if report.count() == before and blocks.is_whole:
         total = int(blocks.rows[survey.id_rows].sum())
         all_there = "all there, unique" if survey.manifest is not None else "unique"
-        report.checked.append(
-            f"{len(blocks.tables)} tables, {total:,} rows: {all_there}, each in the slice of its shard"
-        )
+        by_number = np.flatnonzero(blocks.is_numbered & blocks.is_slot(EMBEDDING_SLOT))
+        num_numbered = len(np.unique(blocks.table[by_number]))
+        if num_numbered < len(blocks.tables) or not num_numbered:
+            report.checked.append(
+                f"{len(blocks.tables) - num_numbered} tables, {total:,} rows: {all_there}, each in the slice of its shard"
+            )
+        if num_numbered and not report.count():
+            report.checked.append(
+                f"{num_numbered} tables by row number, {int(blocks.rows[by_number].sum()):,} rows: all there, in order"
+            )
 
 
 def _compare_sums(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_export.checkpoint.formats import AUTO, DCP, LOOKED_FOR, detect_format
+import msgspec
+
+from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, LOOKED_FOR, SAFETENSORS, TORCH, detect_format
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
-from dist_export.manifest import MANIFEST, TensorEntry
+from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
+from dist_export.package.describe_source import describe_source, render_source
+from dist_export.package.numbered import is_numbered
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
-from dist_export.storage import Directory
+from dist_export.storage import Directory, open_place
+
+_MAX_NAME_WIDTH = 64
+"""Of the column of tables; a longer name moves the rest of its own line alone."""
 
 
 def describe(
@@ -29,24 +36,28 @@ def describe(
     """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
 
     Args:
-        path: a directory, or an fsspec URL of one.
+        path: a directory or a file of a checkpoint, or an fsspec URL of one.
         storage_options: for its file system.
         follow_links: whether files may be links that lead out of the directory.
         asked: the format of a checkpoint; with ``auto`` its files tell.
-        tables: of a DCP checkpoint, patterns of tensors that are tables.
-        optimizer_slots: of a DCP checkpoint, patterns of tensors that are optimizer state.
+        tables: of a checkpoint that does not say it: patterns of tensors that are tables.
+        optimizer_slots: of such a checkpoint: patterns of tensors that are optimizer state.
 
     Raises:
         CheckpointError: nothing of these is there, or it cannot be read.
-        ConfigError: patterns for what is no DCP checkpoint.
+        ConfigError: patterns for what says itself what its tables are.
     """
-    directory = Directory(path, storage_options, follow_links=follow_links)
+    directory = open_place(path, storage_options, follow_links=follow_links)
     is_package = asked == AUTO and directory.exists(MANIFEST)
     found = None if is_package else detect_format(directory, asked=asked)
     if found == DCP:
         return describe_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
+    if found in (SAFETENSORS, TORCH, DYNAMICEMB):
+        return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
     if tables or optimizer_slots:
-        raise ConfigError(f"{path} is no DCP checkpoint; --tables and --optimizer_slots are for those alone")
+        raise ConfigError(
+            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
+        )
     if is_package:
         return _describe_package(directory)
     if not directory.exists(INDEX):
@@ -64,15 +75,18 @@ def render(found: dict[str, Any]) -> list[str]:
     lines += [
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
     ]
+    width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
     if found["tables"]:
-        lines.append(f"  {'table':<24} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
+        lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
     for table in found["tables"]:
         shape = "x".join(map(str, table["shape"])) or "1"
         lines.append(
-            f"  {table['name']:<24} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
-            f"{table['bytes']:>15,}  {', '.join(table['slots'])}"
+            f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
+            f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
-    lines += render_dcp(found)
+        if cast := table.get("cast"):
+            lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
+    lines += render_dcp(found) + render_source(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
     for what in ("inputs", "outputs"):
@@ -80,6 +94,13 @@ def render(found: dict[str, Any]) -> list[str]:
             shape = ", ".join(map(str, tensor["shape"]))
             lines.append(f"  {what[:-1]:<10} {tensor['name']} {tensor['dtype']} ({shape})")
     return lines
+
+
+def render_errors(cast: dict[str, Any]) -> str:
+    """Return what the values of a table lost when they were cast, for people."""
+    unfit = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
+    told = "".join(f", {number:,} {what} (clamped)" for number, what in unfit if number)
+    return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
 
 
 def _describe_package(directory: Directory) -> dict[str, Any]:
@@ -92,7 +113,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "kind": "package",
         "path": directory.url,
         "mode": manifest.mode,
-        "source": f"{manifest.source.path} ({manifest.source.format})",
+        "source": f"{manifest.source.path} ({manifest.source.format})".lstrip(),
         "shards": manifest.num_shards,
         "files": len(manifest.files),
         "bytes": manifest.num_bytes,
@@ -100,9 +121,11 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "tables": [
             {
                 "name": table.name,
+                "is_hashed": not is_numbered(table),
                 "rows": table.rows_out,
-                "shape": next((list(slot.shape) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
-                "dtype": next((slot.dtype for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
+                "shape": next((_shape_of(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
+                "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
+                "cast": next((_describe_cast(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), None),
                 "parts": len(table.parts),
                 "bytes": sum(slot.num_bytes for slot in table.kept),
                 "slots": [slot.name for slot in table.kept],
@@ -118,6 +141,19 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
     }
+
+
+def _shape_of(slot: SlotEntry) -> list[int]:
+    """Return the shape of a row's values."""
+    return list(slot.shape) if slot.dim is msgspec.UNSET else [slot.dim]
+
+
+def _name_dtype(slot: SlotEntry) -> str:
+    return slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+
+
+def _describe_cast(slot: SlotEntry) -> dict[str, Any] | None:
+    return None if slot.cast is msgspec.UNSET else msgspec.to_builtins(slot.cast)
 
 
 def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:

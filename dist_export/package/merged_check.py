@@ -127,6 +127,8 @@ class _Comparison:
             return embedding_entry(key, key.replace(_EMBEDDING, ".id", 1), int(blocks.dtype[row]), blocks.shape(row))
         if not self._is_embedding[row]:
             return None
+        if blocks.is_numbered[row]:
+            return embedding_entry(key, None, int(blocks.dtype[row]), blocks.shape(row))
         ids = self._parts.id_row[self._parts.part[row]]
         return embedding_entry(key, blocks.key(ids) if ids >= 0 else "", int(blocks.dtype[row]), blocks.shape(row))
 
@@ -146,7 +148,9 @@ class _Comparison:
             wanted: dict[str, Any] = {"dense": False, "dtype": dtype.name, "shape": list(blocks.shape(row))}
         else:
             wanted = _plain(expected) or {}
-            if not wanted.get("hashmap_key"):  # that the part has no ids, or those of two parts, has been said
+            if blocks.is_numbered[row] and found.get("is_hashmap") is False:
+                wanted["hashmap_key"] = None
+            elif not wanted.get("hashmap_key"):  # that the part has no ids, or those of two parts, has been said
                 wanted.pop("hashmap_key", None)
         if not self._is_ours and found.get("dtype") == "":  # RecIS's name for bool
             wanted.pop("dtype")

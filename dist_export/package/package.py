@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, Dtype
+from dist_export.layout.encodings import F64, INT8_ROWWISE, TAIL_BYTES, U8, RowCast, decode_int8, widen_bfloat16
 from dist_export.layout.indexes import Indexes
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, PartEntry, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _RUN_ROWS = 1 << 20
+
+
+def is_sound_encoding(slot: SlotEntry) -> bool:
+    """Whether a slot's encoding is one that is known here, and its rows can be of that."""
+    return (
+        slot.encoding == INT8_ROWWISE
+        and slot.dtype == DTYPES[U8].torch
+        and slot.dim is not msgspec.UNSET
+        and slot.shape == (slot.dim + TAIL_BYTES,)
+    )
 
 
 class Package:
@@ -54,6 +67,9 @@ class Package:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids, read from the shards without loading the table.
 
+        Of a table whose rows go by number an id is the number of a row, from 0 up, and only rows that were asked for are
+        read; of a hash table the columns of ids are too.
+
         Args:
             table: its name.
             ids: int64, any shape ``(...)``, repetitions allowed.
@@ -61,8 +77,9 @@ class Package:
             raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
 
         Returns:
-            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, widened to float32), zeros
-            for ids that the table does not hold; and which ids it holds, bool of shape ``(...)``.
+            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, and rows of int8 with scale and
+            bias as float32); for ids that the table does not hold the table's ``default_row``, zeros where the manifest
+            has none and for other slots; and which ids it holds, bool of shape ``(...)``.
         """
         entry = self.table(table)
         kept = next((found for found in entry.kept if found.name == slot), None)
@@ -73,6 +90,12 @@ class Package:
                 f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown dtype {kept.dtype!r}"
             )
         dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        if encoding and not is_sound_encoding(kept):
+            raise PackageError(
+                f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown encoding {encoding!r} of "
+                f"{kept.dtype} {list(kept.shape)}"
+            )
         asked = np.asarray(ids)
         if asked.dtype.kind not in "iu" and asked.size:  # a float column would be cut to other ids without a word
             raise TypeError(f"ids are integers, found {asked.dtype}")
@@ -89,7 +112,10 @@ class Package:
                 "manifest, do not fit into memory; ask for fewer ids"
             ) from None
         has_row = np.zeros(len(unique), bool)
-        for part in entry.parts:
+        if entry.is_hashed is False:
+            for part in entry.parts:
+                self._read_rows(table, part, slot, unique, has_row, rows)
+        for part in entry.parts if entry.is_hashed is not False else ():
             part_slice = parse_slice(part.slice)
             if part_slice is None:
                 raise PackageError(
@@ -100,13 +126,36 @@ class Package:
                 raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            rows[~has_row] = self._encode_default(entry, dtype, row_bytes, encoding)
         shape = asked.shape
         if raw:
             return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
         values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
+        if encoding:
+            values = decode_int8(rows)
         if kept.dtype == "bfloat16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values[inverse].reshape(*shape, *kept.shape), has_row[inverse].reshape(shape)
+            values = widen_bfloat16(values)
+        return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
+
+    def _encode_default(self, entry: TableEntry, dtype: Dtype, row_bytes: int, encoding: str) -> np.ndarray:
+        """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
+        values = np.array(entry.default_row, np.float64)
+        if encoding:
+            cast = RowCast(F64, U8, encoding, len(values))
+            stored = cast.encode(values.view(np.uint8).reshape(1, -1))[0]
+        elif dtype.torch == "bfloat16":  # rounded to the nearest, of two that are as near to the even one
+            bits = values.astype(np.float32).view(np.uint32)
+            stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+        else:
+            stored = values.astype(dtype.numpy)
+        if stored.nbytes != row_bytes:
+            raise PackageError(
+                f"{self.directory.url}: the default row of table {entry.name!r} has {len(values):,} values, which is no row of "
+                "it"
+            )
+        row: np.ndarray = stored.view(np.uint8)
+        return row
 
     def load_program(self) -> ExportedProgram:
         """Return the traced dense arch; its archive is looked into before anything is unpickled.
@@ -133,6 +182,30 @@ class Package:
         if place is None:
             raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
         return self._indexes.files[int(self._indexes.file[place])]
+
+    def _read_rows(
+        self, table: str, part: PartEntry, slot: str, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Read the rows of a part whose numbers (sorted) were asked for, neighbours in one call."""
+        if not isinstance(part.first_row, int) or slot not in part.keys:
+            raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
+        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
+        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
+        if begin == end:
+            return
+        header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]
+        place = header.keys.index(key) if key in header.keys else -1
+        num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
+        if int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+            raise PackageError(f"{self.directory.describe(part.file)}: {key!r} is not what the manifest says of it")
+        has_row[begin:end] = True
+        if not row_bytes:
+            return
+        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
+        with self.directory.open_reader(part.file) as reader:
+            for first, last in itertools.pairwise(edges):
+                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
+                reader.read_into(rows[first:last].reshape(-1).data, offset)
 
     def _find(
         self,

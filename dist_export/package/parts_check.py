@@ -23,7 +23,7 @@ class FoundParts:
     """The parts of all tables: parallel columns, ordered by table and slice."""
 
     part: np.ndarray
-    """int64 by row of the blocks: the part of a sparse block, -1 for others."""
+    """int64 by row of the blocks: the part of a hash table's block, -1 for others."""
     id_row: np.ndarray
     """int64: the row of the part's id block; -1 where there is none, or the blocks of two parts cannot be told apart."""
     table: np.ndarray
@@ -33,12 +33,14 @@ class FoundParts:
 
 
 def check_parts(blocks: Blocks, report: Report, *, must_cover: bool) -> FoundParts:
-    """Check kinds, lengths, names and slices of all sparse blocks.
+    """Check kinds, lengths, names and slices of all blocks of hash tables.
 
     Args:
+        blocks: all blocks, those of tables whose rows go by number too; these have neither ids nor slices of ids.
+        report: takes in what is found.
         must_cover: whether slices that leave a gap are wrong; a checkpoint may leave out a part without rows.
     """
-    rows = np.flatnonzero(blocks.stem >= 0)
+    rows = np.flatnonzero((blocks.stem >= 0) & ~blocks.is_numbered)
     num_slices = max(len(blocks.slices), 1)
     by_value = np.lexsort(blocks.slices.T[::-1]) if len(blocks.slices) else np.zeros(0, np.int64)
     rank = np.empty(len(by_value), np.int64)

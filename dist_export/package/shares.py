@@ -38,6 +38,8 @@ class Work:
     value_bytes: np.ndarray = field(default_factory=_no_numbers)
     value_dtype: np.ndarray = field(default_factory=_no_numbers)
     """int64: where the floats are that should be finite, and their dtype as a place in ``DTYPES``."""
+    value_width: np.ndarray = field(default_factory=_no_numbers)
+    """int64: the bytes of a row of ``int8_rowwise``, of which scale and bias should be finite; 0 for plain floats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import numpy as np
 
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.blocks import Blocks
+from dist_export.package.numbered import check_ranges, is_numbered
+from dist_export.package.package import is_sound_encoding
 from dist_export.package.report import Report
 
 _CHECK = "manifest"
@@ -23,7 +28,6 @@ def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
             continue
         names.add(table.name)
         comparison.check_table(table)
-        _check_account(table, report)
     comparison.check_dense(manifest.dense_tensors)
     if blocks.is_whole:
         comparison.check_nothing_left()
@@ -45,7 +49,9 @@ class _Comparison:
     def check_table(self, table: TableEntry) -> None:
         report, blocks = self._report, self._blocks
         slots = {slot.name: slot for slot in table.kept}
-        for needed in (ID_SLOT, EMBEDDING_SLOT):
+        before = report.count()
+        by_number = is_numbered(table)
+        for needed in (EMBEDDING_SLOT,) if by_number else (ID_SLOT, EMBEDDING_SLOT):
             if needed not in slots:
                 report.add(MANIFEST, _CHECK, f"table {table.name!r} keeps no {needed}")
         if len(slots) < len(table.kept):
@@ -53,7 +59,7 @@ class _Comparison:
         for part in table.parts:
             # in a copy, a part without rows may lack slots that others have
             if part.keys.keys() != slots.keys() and (
-                part.rows or ID_SLOT not in part.keys or not part.keys.keys() <= slots.keys()
+                by_number or part.rows or ID_SLOT not in part.keys or not part.keys.keys() <= slots.keys()
             ):
                 report.add(MANIFEST, _CHECK, f"table {table.name!r} has a part with slots {sorted(part.keys)}")
         number = len(table.parts)
@@ -62,6 +68,11 @@ class _Comparison:
         file = np.fromiter((self._file.get(part.file, -1) for part in table.parts), np.int64, number)
         part_slice = np.fromiter((self._find_slice(part.slice) for part in table.parts), np.int64, number)
         for slot in slots.values():
+            if slot.encoding is not msgspec.UNSET and not is_sound_encoding(slot):
+                what = f"{slot.encoding!r} of {slot.dtype} {list(slot.shape)}"
+                report.add(
+                    MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
+                )
             keys = [part.keys.get(slot.name) for part in table.parts]
             has_key = np.array([key is not None for key in keys], bool)
             row = blocks.find((key or "" for key in keys), number)
@@ -72,18 +83,23 @@ class _Comparison:
             place = np.flatnonzero(has_key & (row >= 0) & (blocks.stem[row] != -2 if len(blocks) else False))
             row = row[place]
             self._is_claimed[row] = True
-            is_ids = slot.name == ID_SLOT  # in a copy, the other blocks of a part may lie in other files than its ids
+            # in a copy, the other blocks of a part may lie in other files than its ids
+            is_here = slot.name == ID_SLOT or by_number
             is_wrong = (
                 (blocks.table[row] != self._table.get(table.name, -2))
                 | (self._slot_of(row) != slot.name)
-                | (blocks.slice[row] != part_slice[place])
-                | ((blocks.file[row] != file[place]) & is_ids)
+                | ((blocks.slice[row] != part_slice[place]) & (not by_number))  # the headers tell of no rows' numbers
+                | ((blocks.file[row] != file[place]) & is_here)
+                | (blocks.is_numbered[row] != by_number)
                 | (blocks.dtype[row] != CODE_BY_TORCH.get(slot.dtype, -1))
                 | (blocks.rows[row] != rows[place])
                 | (blocks.inner[row] != self._inner.get(slot.shape, -1))
             )
             for wrong in np.flatnonzero(is_wrong).tolist():
                 self._tell(table, slot, int(place[wrong]), int(row[wrong]))
+        _check_account(table, report)
+        if by_number and report.count() == before:
+            check_ranges(table, report)
 
     def check_dense(self, tensors: tuple[DenseTensorEntry, ...]) -> None:
         blocks, report = self._blocks, self._report
@@ -124,11 +140,16 @@ class _Comparison:
         name = blocks.stems[blocks.stem[row]] if blocks.stem[row] >= 0 else ("", "")
         found_slice = tuple(blocks.slice_of(row)) if blocks.stem[row] >= 0 else ()
         stated_slice = parse_slice(part.slice)
-        file = part.file if slot.name == ID_SLOT else blocks.file_of(row)
+        by_number = is_numbered(table)
+        file = part.file if slot.name == ID_SLOT or by_number else blocks.file_of(row)
         pairs = [
             ("table", table.name, name[0]),
             ("slot", slot.name, name[1]),
-            ("slice", part.slice if stated_slice is None else tuple(stated_slice), found_slice),
+            (
+                "slice",
+                found_slice if by_number else part.slice if stated_slice is None else tuple(stated_slice),
+                found_slice,
+            ),
             ("file", file, blocks.file_of(row)),
             ("dtype", slot.dtype, blocks.torch_dtype(row)),
             ("shape", (part.rows, *slot.shape), blocks.shape(row)),
@@ -162,6 +183,10 @@ def _check_account(entry: TableEntry, report: Report) -> None:
             f"the account of table {entry.name!r} contradicts itself: {entry.misplaced:,} rows misplaced, {entry.repaired:,} "
             f"repaired, {entry.duplicates:,} duplicates, dropped {entry.rows_dropped}",
         )
+    row = entry.default_row
+    width = next((math.prod(slot.shape) for slot in entry.kept if slot.name == EMBEDDING_SLOT), -1)
+    if row != "zeros" and not isinstance(row, msgspec.UnsetType) and (isinstance(row, str) or len(row) != width):
+        report.add(MANIFEST, _CHECK, f"the default row of table {entry.name!r} is no row of it")
     in_parts = sum(part.rows for part in entry.parts)
     if in_parts != entry.rows_out:
         report.add(

@@ -11,6 +11,7 @@ import numpy as np
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError
 from dist_export.layout.dtypes import I64
+from dist_export.layout.encodings import U8
 from dist_export.layout.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.blocks import Blocks, read_blocks
@@ -24,7 +25,8 @@ from dist_export.package.listing import (
     list_files,
 )
 from dist_export.package.merged_check import DenseState, check_merged
-from dist_export.package.package import Package
+from dist_export.package.numbered import list_numbered
+from dist_export.package.package import Package, is_sound_encoding
 from dist_export.package.parts_check import FoundParts, check_parts, check_prefixes
 from dist_export.package.report import Report
 from dist_export.package.shares import Work
@@ -123,7 +125,8 @@ class Survey:
         report, directory, manifest = self.report, self.directory, self.manifest
         listed = set() if manifest is None else {entry.path for entry in manifest.files}
         shards = [name for name in listing.shards() if manifest is None or name in listed]
-        blocks = self.blocks = read_blocks(directory, shards, self.bad, report)
+        numbered = None if manifest is None else list_numbered(manifest)
+        blocks = self.blocks = read_blocks(directory, shards, self.bad, report, numbered=numbered)
         is_new = manifest is not None and manifest.mode == "filter"
         if manifest is None:
             check_recis_files(listing, blocks.files if blocks.has_index else tuple(shards), report)
@@ -131,7 +134,7 @@ class Survey:
                 self._note_mixed(shards)
         else:
             check_package_files(listing, manifest, blocks.files, report)
-            for name in (INDEX, TENSORKEY, MERGED):
+            for name in (INDEX, TENSORKEY, MERGED) if numbered is None or numbered.needs_index else (MERGED,):
                 if name not in listed:
                     report.add(MANIFEST, "manifest", f"does not name {name}, so nothing vouches for it")
             for name in blocks.files:
@@ -158,9 +161,8 @@ class Survey:
                 f"{len(blocks.files)} shards, {len(blocks):,} blocks: headers, index, tensorkey.json and merged manifest agree"
             )
         if manifest is not None and not report.count():
-            report.checked.append(
-                f"{len(blocks.files)} shards: headers, index, tensorkey.json and merged manifest agree"
-            )
+            what = "headers, index, tensorkey.json" if numbered is None or numbered.needs_index else "headers"
+            report.checked.append(f"{len(blocks.files)} shards: {what} and merged manifest agree")
         return parts
 
     def _note_mixed(self, shards: list[str]) -> None:
@@ -190,9 +192,17 @@ class Survey:
         if blocks is None or parts is None:
             return Work(digest_files=to_hash)
         is_flat = np.array([not shape for shape in blocks.inner_shapes] + [False], bool)[blocks.inner]
-        is_id = (blocks.stem >= 0) & blocks.is_slot(ID_SLOT) & (blocks.dtype == I64) & is_flat & (blocks.rows >= 0)
+        is_id = (
+            (blocks.stem >= 0)
+            & ~blocks.is_numbered
+            & blocks.is_slot(ID_SLOT)
+            & (blocks.dtype == I64)
+            & is_flat
+            & (blocks.rows >= 0)
+        )
         self.id_rows = ids = np.flatnonzero(is_id)
-        is_float = np.isin(blocks.dtype, list(BITS)) & (blocks.end > blocks.begin)
+        widths = self._row_widths(blocks)
+        is_float = (np.isin(blocks.dtype, list(BITS)) | (widths > 0)) & (blocks.end > blocks.begin)
         self.value_rows = values = np.flatnonzero(is_float & self.is_finite_asked)
         return Work(
             digest_files=to_hash,
@@ -207,7 +217,20 @@ class Survey:
             value_offset=blocks.begin[values],
             value_bytes=(blocks.end - blocks.begin)[values],
             value_dtype=blocks.dtype[values].astype(np.int64),
+            value_width=widths[values],
         )
+
+    def _row_widths(self, blocks: Blocks) -> np.ndarray:
+        """Return for each block the bytes of a row where its rows have scale and bias (int64), else 0."""
+        widths = np.zeros(len(blocks), np.int64)
+        stems = {name: number for number, name in enumerate(blocks.stems)}
+        for table in self.manifest.tables if self.manifest is not None else ():
+            for slot in table.kept:
+                if is_sound_encoding(slot):
+                    its = blocks.stem == stems.get((table.name, slot.name), -3)
+                    its &= (blocks.dtype == U8) & (blocks.inner == _place_of(blocks, slot.shape))
+                    widths[its] = slot.shape[0]
+        return widths
 
     def guard(self, what: str, check: Callable[[], Any]) -> Any:
         """Return what a check returns; whatever a damaged directory makes it raise is a finding."""
@@ -218,3 +241,7 @@ class Survey:
             known = isinstance(error, DistExportError)
             self.report.add(what, "guard", first if known else f"cannot be checked: {type(error).__name__}: {first}")
             return None
+
+
+def _place_of(blocks: Blocks, shape: tuple[int, ...]) -> int:
+    return blocks.inner_shapes.index(shape) if shape in blocks.inner_shapes else -2

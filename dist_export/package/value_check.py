@@ -8,6 +8,7 @@ import numpy as np
 
 from dist_export.errors import DistExportError
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import F32, TAIL_BYTES
 from dist_export.package.shares import Work, cut
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
@@ -61,6 +62,9 @@ def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
     columns = (column[chosen].tolist() for column in cut_values(work))
     with OpenReaders(lambda number: directory.open_reader(work.shards[number])) as readers:
         for block, begin, size in zip(*columns, strict=True):
+            if work.value_width[block]:
+                found += _scan_tails(readers, work, block, begin, size)
+                continue
             unsigned, exponent = BITS[int(work.value_dtype[block])]
             itemsize = np.dtype(unsigned).itemsize
             try:
@@ -75,6 +79,29 @@ def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
                 text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
                 found.append(Odd(block, 0, 0, 0, text))
     return _add(found)
+
+
+def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: int) -> list[Odd]:
+    """Look at scale and bias of the rows of ``int8_rowwise`` that begin in these bytes of a block."""
+    width = int(work.value_width[block])
+    found: list[Odd] = []
+    step = max(1, _BUFFER_BYTES // width)
+    last = -(-(begin + size) // width)
+    try:
+        for first in range(-(-begin // width), last, step):
+            rows = np.empty((min(step, last - first), width), np.uint8)
+            readers[int(work.value_file[block])].read_into(
+                rows.reshape(-1).data, int(work.value_offset[block]) + first * width
+            )
+            unsigned, exponent = BITS[F32]
+            tails = np.ascontiguousarray(rows[:, width - TAIL_BYTES :]).reshape(-1).view(unsigned)
+            odd = _look(tails, exponent, block, 0)
+            if odd is not None:
+                found.append(odd._replace(first=(first + odd.first // 2) * width))
+    except (DistExportError, OSError) as error:
+        text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        found.append(Odd(block, 0, 0, 0, text))
+    return found
 
 
 def add_odd(shares: list[list[Odd]]) -> list[Odd]:

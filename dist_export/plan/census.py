@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import Checkpoint
-from dist_export.errors import CheckpointError
+from dist_export.checkpoint.reader import Checkpoint, Memory
+from dist_export.errors import CheckpointError, PlanError
 from dist_export.plan.targets import Targets
+from dist_export.row_rules import REASONS
 
 GRANULE_ROWS = 1 << 20
 """Rows are counted in granules of this many, so that several ranks can gather from one part."""
@@ -35,6 +36,30 @@ class Census:
     """int64: rows whose id lies outside the slice that the part claims."""
     id_sum: np.ndarray
     """uint64: the sum of the mixed ids, modulo 2**64; equal before and after wherever the rows went."""
+    pruned: PrunedRows | None = None
+    """What the rules of ``prune`` leave behind; None where there are none. Such rows are not in ``rows``, but in
+    ``misplaced`` and ``id_sum``, which are of all rows of the source."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PrunedRows:
+    """Counts of the rows that rules leave behind, as columns parallel to ``Census.counted``."""
+
+    rows: np.ndarray
+    """int64, (n, reasons): by place in ``row_rules.REASONS``."""
+    misplaced: np.ndarray
+    """int64: of these, rows outside the slice of their part."""
+    id_sum: np.ndarray
+    """uint64: the sum of their mixed ids, modulo 2**64."""
+
+
+def prune_none(num_parts: int) -> PrunedRows:
+    """Return the counts of parts of which nothing is left behind."""
+    return PrunedRows(
+        rows=np.zeros((num_parts, len(REASONS)), np.int64),
+        misplaced=np.zeros(num_parts, np.int64),
+        id_sum=np.zeros(num_parts, np.uint64),
+    )
 
 
 class UniqueTask(NamedTuple):
@@ -62,6 +87,18 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
         counted=counted[order],
         misplaced=np.concatenate([share.misplaced for share in shares])[order],
         id_sum=np.concatenate([share.id_sum for share in shares])[order],
+        pruned=_merge_pruned(shares, order),
+    )
+
+
+def _merge_pruned(shares: Sequence[Census], order: np.ndarray) -> PrunedRows | None:
+    if all(share.pruned is None for share in shares):
+        return None
+    found = [share.pruned or prune_none(len(share.counted)) for share in shares]
+    return PrunedRows(
+        rows=np.concatenate([its.rows for its in found])[order],
+        misplaced=np.concatenate([its.misplaced for its in found])[order],
+        id_sum=np.concatenate([its.id_sum for its in found])[order],
     )
 
 
@@ -106,6 +143,8 @@ def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | 
 
     ``among`` (int64) are the parts to deal out; by default those of all tables whose rows go by id.
     """
+    if checkpoint.memory is not None:
+        return _share_by_owner(checkpoint, checkpoint.memory, num_shares, among)
     parts, blocks = checkpoint.parts, checkpoint.blocks
     order = np.lexsort((blocks.offset[:, 0], blocks.file[:, 0])) if len(parts) else np.zeros(0, np.int64)
     if among is not None:
@@ -117,6 +156,61 @@ def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | 
     share = np.minimum(middles * num_shares / max(int(costs.sum()), 1), num_shares - 1).astype(np.int64)
     edges = np.searchsorted(share, np.arange(num_shares + 1))
     return [np.sort(order[first:last]).tolist() for first, last in itertools.pairwise(edges.tolist())]
+
+
+def _share_by_owner(
+    checkpoint: Checkpoint, memory: Memory, num_shares: int, among: np.ndarray | None
+) -> list[list[int]]:
+    """Deal parts that lie in memory out to the threads of the ranks that hold them: nobody else can count them."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    threads = num_shares // memory.world_size
+    dealt = [0] * num_shares
+    is_hashed = np.array([table.is_hashed for table in checkpoint.tables], bool)
+    parts = np.flatnonzero(is_hashed[checkpoint.parts.table]) if among is None else np.sort(among)
+    for part in parts.tolist():
+        owner = int(memory.owner[_id_file(checkpoint, part)])
+        its = range(owner * threads, (owner + 1) * threads)
+        least = min(its, key=dealt.__getitem__)
+        shares[least].append(part)
+        dealt[least] += int(checkpoint.parts.rows[part]) + 1
+    return shares
+
+
+def _id_file(checkpoint: Checkpoint, part: int) -> int:
+    """Return the file that tells a part's ids; where none are stored, that of its first rows."""
+    files = checkpoint.blocks.file[part]
+    stored = files[files >= 0]
+    if len(stored):
+        return int(stored[0])
+    return int(checkpoint.strips.file[checkpoint.strips.of(part, 1)[0]])
+
+
+def deal_unique_tasks(
+    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], rank: int, world_size: int
+) -> list[UniqueTask]:
+    """Return the tasks of one rank: every n-th, or in memory those whose ids it holds.
+
+    Raises:
+        PlanError: ids of one table that several ranks hold in memory would have to be compared with each other.
+    """
+    memory = checkpoint.memory
+    if memory is None:
+        return list(tasks[rank::world_size])
+    mine = []
+    for task in tasks:
+        owners = sorted({int(memory.owner[_id_file(checkpoint, part)]) for part in task.parts})
+        if len(owners) > 1:
+            claims = [checkpoint.parts.slice_of(part) for part in task.parts[:2]]
+            raise PlanError(
+                f"table {checkpoint.tables[task.table].name!r} lies in the memory of ranks {', '.join(map(str, owners))}, and "
+                "some rows are outside the slice of their rank, or the slices overlap (the first two are "
+                f"{' and '.join(f'{c.begin}:{c.end} of {c.size}' for c in claims)}), so an id may stand on two of them. A "
+                "table states its slice as RecIS's Slice in the attribute slice; without one each rank counts as the "
+                "holder of its even share. Save a checkpoint and export that"
+            )
+        if owners == [rank]:
+            mine.append(task)
+    return mine
 
 
 def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) -> list[UniqueTask]:

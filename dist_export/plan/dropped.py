@@ -2,6 +2,7 @@
 
 Whoever finds rows to leave behind names part, row, id and reason. All else follows from these: the counts by target
 that the layout leaves out, the sums that the check before the commit proves, and the row numbers that a gather skips.
+Rows that rules leave behind (``plan/prune.py``) may be most of a table: they are counted by the census, and listed nowhere.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dist_export import row_rules
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.layout.recis import mix, places_of
-from dist_export.plan.census import Census, leave_out
+from dist_export.plan.census import Census, PrunedRows, leave_out
 from dist_export.plan.targets import Targets
 
 DUPLICATE = "duplicate"
@@ -98,15 +100,26 @@ def count_kept(checkpoint: Checkpoint, targets: tuple[Targets, ...], census: Cen
     return leave_out(census, part=dropped.part, row=dropped.row, target=owners, where=where)
 
 
-def account_for(checkpoint: Checkpoint, dropped: DroppedRows, table: int) -> DroppedAccount:
-    """Return the account of the dropped rows of one table."""
+def account_for(
+    checkpoint: Checkpoint, dropped: DroppedRows, table: int, *, pruned: PrunedRows | None
+) -> DroppedAccount:
+    """Return the account of the dropped rows of one table: those that are listed, and those of the whole census' rules."""
     mine = _slice_of(checkpoint, dropped, table)
     part, ids = dropped.part[mine], dropped.id[mine]
     counts = np.bincount(dropped.reason[mine], minlength=len(REASONS)).tolist()
-    return DroppedAccount(
+    account = DroppedAccount(
         rows_by_reason={reason: rows for reason, rows in zip(REASONS, counts, strict=True) if rows},
         misplaced=int(np.count_nonzero(~_is_inside(checkpoint, part, ids))),
         id_sum=int(mix(ids).sum(dtype=np.uint64)),
+    )
+    if pruned is None:
+        return account
+    its = checkpoint.parts.of_table(table)
+    rows = zip(row_rules.REASONS, pruned.rows[its].sum(axis=0).tolist(), strict=True)
+    return DroppedAccount(
+        rows_by_reason=account.rows_by_reason | {reason: count for reason, count in rows if count},
+        misplaced=account.misplaced + int(pruned.misplaced[its].sum()),
+        id_sum=(account.id_sum + int(pruned.id_sum[its].sum(dtype=np.uint64))) % (1 << 64),
     )
 
 

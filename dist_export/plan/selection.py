@@ -74,10 +74,12 @@ def select(
     tensor's name. ``id`` and ``embedding`` always stay and match no pattern.
 
     Raises:
-        PlanError: a pattern matches nothing, or one thing is named both to keep and to drop.
+        PlanError: a pattern matches nothing, one thing is named both to keep and to drop, or what is to be kept does not
+            go with the rows of its table.
     """
     settings = {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
     unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
+    unmatched.difference_update(("optimizer_slots", pattern) for pattern in checkpoint.optimizer_patterns)
 
     def matches(setting: str, names: tuple[str, ...]) -> bool:
         hits = [pattern for pattern in settings[setting] if any(fnmatchcase(name, pattern) for name in names)]
@@ -94,7 +96,7 @@ def select(
 
     kept: list[tuple[SlotMeta, ...]] = []
     dropped: list[tuple[tuple[SlotMeta, str], ...]] = []
-    for table in checkpoint.tables:
+    for number, table in enumerate(checkpoint.tables):
         stays: list[SlotMeta] = []
         goes: list[tuple[SlotMeta, str]] = []
         for slot in table.slots:
@@ -102,8 +104,14 @@ def select(
                 if slot.name == EMBEDDING_SLOT or table.is_hashed:
                     stays.append(slot)
                 continue
-            names = (slot.name, f"{table.name}.{slot.name}")
-            reason = reason_to_drop(names, is_known=slot.name in OPTIMIZER_SLOTS)
+            names = (slot.name, f"{table.name_in_source}.{slot.name}")
+            reason = reason_to_drop(names, is_known=slot.is_optimizer or slot.name in OPTIMIZER_SLOTS)
+            if reason is None and slot.stored_shape is not None:
+                rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
+                raise PlanError(
+                    f"{names[-1]!r} has shape {list(slot.stored_shape)}, which does not go with the {rows:,} rows of its "
+                    "table: the save lost a part of it, or laid it out by shard. Take it out of keep_slots"
+                )
             if reason is None:
                 stays.append(slot)
             else:

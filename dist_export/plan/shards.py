@@ -20,6 +20,7 @@ from dist_export.layout.recis import DENSE_SUFFIX, key_stem, row_key_stem, shard
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
 from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
+from dist_export.plan.prune import Pruning
 from dist_export.plan.selection import Selection
 from dist_export.plan.targets import Targets
 
@@ -52,7 +53,8 @@ class Gather(NamedTuple):
     They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
 
     ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``.
+    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``, or is what
+    ``SparsePlan.pruning`` leaves behind.
     """
 
     part: int
@@ -109,6 +111,8 @@ class SparsePlan:
     dropped: DroppedRows
     """Rows that no shard gets; none in a copy."""
     digest: str
+    pruning: Pruning | None = None
+    """Rules that tell of further rows that no shard gets; None where there are none."""
 
     @property
     def num_bytes(self) -> int:
@@ -118,6 +122,12 @@ class SparsePlan:
     def slots_of(self, table: int) -> tuple[SlotMeta, ...]:
         """Return the slots of a table that are kept."""
         return self.selection.kept[table]
+
+    def has_casts(self, gather: Gather) -> bool:
+        """Whether rows of a gather are written in another dtype than they are stored in."""
+        table = int(self.checkpoint.parts.table[gather.part])
+        stored = self.checkpoint.tables[table].slots
+        return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
 
     @functools.cached_property
     def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
@@ -141,14 +151,17 @@ def plan_shards(
     *,
     num_shards: int | None,
     dropped: DroppedRows | None = None,
+    pruning: Pruning | None = None,
 ) -> SparsePlan:
     """Lay out the output shards: one file a shard, tables in source order, dense tensors in shard 0.
 
     Args:
-        census: of all rows of the source.
-        dropped: rows that are left behind; by default none.
+        census: of all rows of the source, but those that ``pruning`` leaves behind.
+        dropped: further rows that are left behind; by default none.
+        pruning: the rules that the census has followed; by default none.
         num_shards: as :func:`~dist_export.plan.targets.resolve_num_shards` gives it; None for the source's slices.
     """
+    _refuse_changed_pieces(checkpoint, selection)
     count = num_shards or max((len(target.slices) for target in targets), default=1)
     dropped = dropped or drop_nothing()
     census = count_kept(checkpoint, targets, census, dropped)
@@ -182,6 +195,7 @@ def plan_shards(
         gathers=(),
         dropped=dropped,
         digest="",
+        pruning=pruning or None,
     )
     segments, gathers = _route(plan, census)
     segments += [
@@ -189,6 +203,24 @@ def plan_shards(
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
     return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
+
+
+def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
+    """Refuse to write rows otherwise than they are where no rank has whole rows, but columns of them in its memory."""
+    strips, memory = checkpoint.strips, checkpoint.memory
+    if memory is None or not len(strips.part):
+        return
+    owner = memory.owner[strips.file]
+    is_next = (strips.part[1:] == strips.part[:-1]) & (strips.column[1:] == strips.column[:-1])
+    for place in np.flatnonzero(is_next & (owner[1:] != owner[:-1])).tolist():
+        table = int(checkpoint.parts.table[strips.part[place]])
+        stored = checkpoint.tables[table].slots[strips.column[place]]
+        if any(slot.column == stored.column and slot != stored for slot in selection.kept[table]):
+            raise PlanError(
+                f"table {checkpoint.tables[table].name!r}: columns of its rows are in the memory of several ranks, so they "
+                "can only be written as they are. Leave the table out of what is to change, or save a checkpoint and export "
+                "that"
+            )
 
 
 def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
@@ -365,7 +397,7 @@ def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gat
 
 def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
     """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
-    if slot != checkpoint.tables[table].slots[slot.column]:
+    if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
         return np.zeros(len(part), bool)
     is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
     return is_copied
@@ -420,4 +452,6 @@ def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> S
             digest.update(np.ascontiguousarray(column).tobytes())
     for name in ("part", "row", "id", "reason"):
         digest.update(np.ascontiguousarray(getattr(plan.dropped, name)).tobytes())
+    if plan.pruning:
+        digest.update(plan.pruning.digest())
     return replace(plan, copies=copies, gathers=gathers, digest=f"xxh3:{digest.hexdigest()}")

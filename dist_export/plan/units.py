@@ -7,12 +7,14 @@ gathered rows fall into are hashed afterwards, from the file, in units of their 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint, Memory
 from dist_export.digests import CHUNK_BYTES
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.shards import Gather, SparsePlan
 
 UNIT_BYTES = 256 << 20
 """The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
@@ -35,10 +37,17 @@ class Unit(NamedTuple):
     is_hashed: bool
     num_bytes: int
     """Bytes moved, or read back: the work that the unit is."""
+    owner: int = -1
+    """The rank that holds the rows of a gather in its memory, and so runs it; -1 for what any rank may run."""
 
 
-def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple[list[Unit], list[Unit]]:
-    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``."""
+def plan_units(
+    plan: SparsePlan, *, skip: frozenset[int] = frozenset(), counted: Collection[int] = ()
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
+
+    Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
+    """
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
@@ -52,23 +61,47 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
                 writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
-    return writing + _group_gathers(plan, skip), hashing
+    if plan.checkpoint.memory is None:
+        return writing + _group_gathers(plan, skip, counted, -1, range(len(plan.gathers))), hashing
+    by_owner: dict[int, list[int]] = {}
+    for number, gather in enumerate(plan.gathers):
+        for owner in _owners_of(plan.checkpoint, plan.checkpoint.memory, gather):
+            by_owner.setdefault(owner, []).append(number)
+    owned = [unit for owner in sorted(by_owner) for unit in _group_gathers(plan, skip, counted, owner, by_owner[owner])]
+    return writing + owned, hashing
 
 
-def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:
+def _owners_of(checkpoint: Checkpoint, memory: Memory, gather: Gather) -> set[int]:
+    """Return the ranks that hold the rows of a gather; of column shards there are several, and each moves its columns."""
+    files = []
+    for column in gather.columns:
+        file = int(checkpoint.blocks.file[gather.part, column])
+        files += [file] if file >= 0 else []
+        if file == IN_STRIPS:
+            files += checkpoint.strips.file[checkpoint.strips.of(gather.part, column)].tolist()
+    return {int(memory.owner[file]) for file in files}
+
+
+def _group_gathers(
+    plan: SparsePlan, skip: frozenset[int], counted: Collection[int], owner: int, numbers: Sequence[int]
+) -> list[Unit]:
     """Put neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
     units: list[Unit] = []
     last_table = -1
-    for number, gather in enumerate(plan.gathers):
+    for number in numbers:
+        gather = plan.gathers[number]
         table = int(plan.checkpoint.parts.table[gather.part])
-        if skip.issuperset(plan.blocks.file[plan.blocks_of(table, gather.columns[0])[gather.targets]].tolist()):
+        targets = plan.blocks_of(table, gather.columns[0])[gather.targets]
+        is_counted = number in counted or not plan.has_casts(gather)
+        if is_counted and skip.issuperset(plan.blocks.file[targets].tolist()):
             last_table = -1
             continue
         num_bytes = gather.num_kept * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
-        if table == last_table and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+        is_next = table == last_table and units[-1].end == number
+        if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
             units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
         else:
-            units.append(Unit("gather", -1, number, number + 1, False, num_bytes))
+            units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner))
         last_table = table
     return units
 

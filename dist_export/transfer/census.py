@@ -9,12 +9,15 @@ import numpy as np
 from dist_export import id_columns
 from dist_export.checkpoint.ids import open_sources, read_id_runs, read_ids
 from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.rows import RowReader
 from dist_export.id_columns import IdRun
 from dist_export.layout.recis import is_place_in, mix, places_of
-from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask
+from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask, prune_none
+from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.targets import Targets
 from dist_export.repeats import HeldIds, has_repeats
 from dist_export.transfer.duplicates import RepeatedIds
+from dist_export.transfer.pruning import PruneReader
 
 
 def take_census(
@@ -24,6 +27,7 @@ def take_census(
     *,
     held_ids: int,
     repeated: RepeatedIds | None = None,
+    pruning: Pruning | None = None,
 ) -> Census:
     """Count a share of the parts; each rank has its own share and issues no collective.
 
@@ -31,14 +35,18 @@ def take_census(
         held_ids: the most ids (8 bytes each) to hold at once in search of repeats; larger parts are left to
             :func:`check_unique`.
         repeated: takes in ids that stand twice; by default the first one is an error.
+        pruning: rules that leave rows behind, which are counted apart; of slots only those that rules look at are read.
 
     Raises:
         CheckpointError: an id stands twice in one part, or in parts that were read together, and that is an error.
     """
     numbers = np.array(parts, np.int64)
-    counter = _Counter(checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None))
-    if len(numbers):  # a checkpoint without tables has no column of ids
-        with open_sources(checkpoint) as readers:
+    with open_sources(checkpoint) as readers, RowReader(checkpoint) as rows:
+        prune = PruneReader(checkpoint, pruning, rows) if pruning else None
+        counter = _Counter(
+            checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None), prune
+        )
+        if len(numbers):  # a checkpoint without tables has no column of ids
             for run in read_id_runs(checkpoint, readers, numbers):
                 counter.count(run)
     return counter.census()
@@ -52,6 +60,10 @@ def check_unique(
         _search(checkpoint, task, held_ids, repeated or RepeatedIds(checkpoint, most=None))
 
 
+_COUNTED = 0
+"""Stands for no object's id."""
+
+
 class _Counter:
     """Takes in runs of ids and adds them up."""
 
@@ -62,8 +74,11 @@ class _Counter:
         parts: np.ndarray,
         held_ids: int,
         repeated: RepeatedIds,
+        prune: PruneReader | None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._prune = prune
+        self._pruned = None if prune is None else prune_none(len(parts))
         self._repeated = repeated
         self._targets = targets
         self._parts = parts
@@ -89,19 +104,26 @@ class _Counter:
             counted=self._parts,
             misplaced=self._misplaced,
             id_sum=self._id_sum,
+            pruned=self._pruned,
         )
 
     def count(self, run: IdRun) -> None:
         """Take in the next run."""
         if len(run.blocks) == 1:
             self._count_piece(run)
+            self._search_piece(run)
             return
         # tables whose slices are the same are counted together, however many they are
         parts = self._parts[run.blocks]
         rows = self._checkpoint.parts.rows[parts]
         tables = self._checkpoint.parts.table[parts]
         kinds = np.array([id(self._targets[table]) for table in tables.tolist()])
-        for kind in np.unique(kinds).tolist():
+        if self._prune is not None:
+            for block in np.flatnonzero(self._prune.has_rules[tables]).tolist():
+                its = run.ids[run.starts[block] : run.starts[block] + rows[block]]
+                self._count_piece(IdRun(its, run.blocks[block : block + 1], np.zeros(1, np.int64), 0))
+                kinds[block] = _COUNTED
+        for kind in set(kinds.tolist()) - {_COUNTED}:
             chosen = np.flatnonzero(kinds == kind)
             is_chosen = np.repeat(kinds == kind, rows)
             ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
@@ -111,6 +133,23 @@ class _Counter:
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
                 self._repeated.add(np.sort(run.ids[table_of_row == table]), its_parts)
+
+    def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
+        """Return the ids of a piece of one block that rules keep; the others are counted apart."""
+        part = int(self._parts[row])
+        if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
+            return ids
+        codes = self._prune.reasons(part, first_row, ids)
+        gone = ids[codes != KEPT]
+        if not len(gone):
+            return ids
+        assert self._pruned is not None
+        self._pruned.rows[row] += np.bincount(codes, minlength=1 + self._pruned.rows.shape[1])[1:]
+        is_inside = is_place_in(places_of(gone, target.size), self._checkpoint.parts.slice_of(part))
+        self._pruned.misplaced[row] += np.count_nonzero(~is_inside)
+        self._pruned.id_sum[row : row + 1] += mix(gone).sum(dtype=np.uint64)
+        kept: np.ndarray = ids[codes == KEPT]
+        return kept
 
     def _count_piece(self, run: IdRun) -> None:
         """Count one block, or a piece of it; most often all its ids are where they should be and have one target."""
@@ -128,15 +167,25 @@ class _Counter:
         self._id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
         if run.first_row % GRANULE_ROWS == 0:
             self._counts = np.zeros(len(target.slices), np.int64)
+        kept = self._leave_out_pruned(row, run.first_row, ids, target)
+        if len(kept) < len(ids):
+            places = places_of(kept, target.size)
         owner = target.single_owner(lowest, highest, own=own)
         if owner is None:
             self._counts += np.bincount(target.owners_of(places, own=own), minlength=len(self._counts))
         else:
-            self._counts[owner] += len(ids)
+            self._counts[owner] += len(kept)
         if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
             present = np.flatnonzero(self._counts)
             granule = np.full_like(present, run.first_row // GRANULE_ROWS)
             self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
+
+    def _search_piece(self, run: IdRun) -> None:
+        """Search one block, or hold a piece of it, for ids that stand twice, whether rules keep their rows or not."""
+        row = int(run.blocks[0])
+        part = int(self._parts[row])
+        num_rows = int(self._checkpoint.parts.rows[part])
+        ids, last_row = run.ids, run.first_row + len(run.ids)
         if last_row == len(ids) == num_rows:
             if has_repeats(ids):
                 self._repeated.add(np.sort(ids), (part,))

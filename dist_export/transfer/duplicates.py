@@ -12,13 +12,16 @@ import numpy as np
 
 from dist_export.checkpoint.ids import open_sources
 from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.rows import RowReader
 from dist_export.collective import Ranks
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import mix
 from dist_export.plan.census import share_parts
 from dist_export.plan.limits import DROPPED_ROW_BYTES, Limits
+from dist_export.plan.prune import Pruning
 from dist_export.threads import run_threads
+from dist_export.transfer.pruning import PruneReader
 
 _EXCHANGED_ROWS = 1 << 16
 """All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""
@@ -79,8 +82,16 @@ class RepeatedIds:
         )
 
 
-def find_repeated_rows(ranks: Ranks, checkpoint: Checkpoint, repeated: RepeatedIds, limits: Limits) -> np.ndarray:
+def find_repeated_rows(
+    ranks: Ranks,
+    checkpoint: Checkpoint,
+    repeated: RepeatedIds,
+    limits: Limits,
+    pruning: Pruning | None = None,
+) -> np.ndarray:
     """Return part, row and id (int64 (3, n)) of all rows whose id was met twice, in any order. All ranks.
+
+    Rows that rules leave behind are not among them, so that what is kept of an id is a row that the rules keep.
 
     Raises:
         PlanError: the rows beyond one of each id are more than ``limits.dropped_rows``.
@@ -102,7 +113,9 @@ def find_repeated_rows(ranks: Ranks, checkpoint: Checkpoint, repeated: RepeatedI
 
     def look() -> np.ndarray:
         room = most + ids.shape[1]
-        found = run_threads(lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most), mine)
+        found = run_threads(
+            lambda share: _locate(checkpoint, np.array(share, np.int64), sieves, room, most, pruning), mine
+        )
         return np.concatenate([np.zeros((3, 0), np.int64), *(piece for pieces in found for piece in pieces)], axis=1)
 
     def check_rows(count: int) -> None:
@@ -125,7 +138,12 @@ def too_many(checkpoint: Checkpoint, tables: Sequence[int], most: int, needed: i
 
 
 def _locate(
-    checkpoint: Checkpoint, parts: np.ndarray, sieves: dict[int, _Sieve], room: int, most: int
+    checkpoint: Checkpoint,
+    parts: np.ndarray,
+    sieves: dict[int, _Sieve],
+    room: int,
+    most: int,
+    pruning: Pruning | None,
 ) -> list[np.ndarray]:
     """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts that the sieve of their table holds.
 
@@ -134,18 +152,29 @@ def _locate(
     found: list[np.ndarray] = []
     count = 0
     file, offset = checkpoint.blocks.file[parts, 0], checkpoint.blocks.offset[parts, 0]
-    with open_sources(checkpoint) as readers:
+    with open_sources(checkpoint) as readers, RowReader(checkpoint) as slots:
+        prune = PruneReader(checkpoint, pruning, slots) if pruning else None
         for run in read_runs(readers, file, offset, checkpoint.parts.rows[parts]):
             rows = _find_in_run(run, checkpoint.parts.table[parts[run.blocks]], sieves)
             if not len(rows):
                 continue
             block = np.searchsorted(run.starts, rows, side="right") - 1
             its_part = parts[run.blocks[block]]
-            found.append(np.stack([its_part, run.first_row + rows - run.starts[block], run.ids[rows]]))
-            count += len(rows)
+            its = np.stack([its_part, run.first_row + rows - run.starts[block], run.ids[rows]])
+            if prune is not None:
+                its = _without_pruned(its, prune)
+            found.append(its)
+            count += its.shape[1]
             if count > room:
                 raise too_many(checkpoint, [int(checkpoint.parts.table[its_part[0]])], most, None)
     return found
+
+
+def _without_pruned(found: np.ndarray, prune: PruneReader) -> np.ndarray:
+    """Return the rows (int64 (3, n), ordered by part) that rules keep."""
+    edges = np.flatnonzero(np.diff(found[0], prepend=-1))
+    gone = [prune.is_pruned(int(its[0, 0]), its[1], its[2]) for its in np.split(found, edges[1:], axis=1)]
+    return found[:, ~np.concatenate(gone)]
 
 
 def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> np.ndarray:

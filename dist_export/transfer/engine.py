@@ -18,11 +18,12 @@ from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
 from dist_export.plan.limits import Limits
 from dist_export.plan.shards import SparsePlan
-from dist_export.plan.units import Unit, plan_hash_units, plan_units
+from dist_export.plan.units import UNIT_BYTES, Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
 from dist_export.storage import Directory
 from dist_export.threads import run_threads
+from dist_export.transfer.convert import Counts, read_counts, write_counts
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
 from dist_export.transfer.units import UnitRunner
@@ -95,6 +96,10 @@ class Transfer:
         """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
         self._reserved: list[str] = []
         self._share = Share(ranks.rank)
+        self._counts: Counts = {}
+        """What rows lost that this rank has cast; on rank 0 also what an interrupted run had counted."""
+        self.casts: Counts = {}
+        """What all rows of all ranks lost by their casts. After ``finish``."""
 
     @property
     def num_bytes(self) -> int:
@@ -114,7 +119,10 @@ class Transfer:
         def look() -> dict[int, str]:
             open_queues(ranks, "reuse", threads)
             open_queues(ranks, "write", threads)
-            return self._read_receipts() if ranks.rank == 0 and not self._in_place else {}
+            if ranks.rank or self._in_place:
+                return {}
+            self._counts = read_counts(self._target, plan)
+            return self._read_receipts()
 
         candidates = ranks.gather("look for an interrupted export", look)[0]
         if self._in_place:
@@ -134,7 +142,8 @@ class Transfer:
             found = _chunks_of_files(_join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
             self._reused = {number: digest for number, digest in candidates.items() if whole[number] == digest}
-        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused))
+        counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
+        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), counted=counted)
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
                 self._pieces.setdefault(unit.number, []).append(unit.begin)
@@ -177,6 +186,8 @@ class Transfer:
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
         digests = {number: self._root(chunks) for number, chunks in _chunks_of_files(found).items()} | self._reused
+        for counts in ranks.gather("count what the casts lost", lambda: self._counts):
+            self.casts |= counts
         receipts = [self._receipt(number, digests[number]) for number in range(len(plan.files))]
         return receipts, ranks.gather("count the work", lambda: self._share)
 
@@ -236,6 +247,7 @@ class Transfer:
         """Run units as they come; return the digests, and what was done."""
         digests: ChunkDigests = {}
         pending: ChunkDigests = {}
+        uncounted = 0
         done = Share(self._ranks.rank)
         for unit, is_others in taken:
             if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
@@ -245,11 +257,23 @@ class Transfer:
                 digests[unit.number, unit.begin] = chunks
                 if unit.number in self._pieces:
                     pending[unit.number, unit.begin] = chunks
+            uncounted += unit.num_bytes if runner.counts else 0
+            if uncounted >= UNIT_BYTES:
+                self._keep_counts(runner.counts)
+                uncounted = 0
             if is_counted:
                 done = done.plus(Share(done.rank, 1, int(is_others), unit.num_bytes))
                 self._count_bytes(unit.num_bytes)
         self._hand_in(pending, outputs)
+        self._keep_counts(runner.counts)
         return digests, done
+
+    def _keep_counts(self, counts: Counts) -> None:
+        """Take over what the rows of whole gathers lost, here and for a rerun."""
+        if counts:
+            write_counts(self._target, self._plan, counts)
+            self._counts.update(counts)  # a gather is run by one thread
+            counts.clear()
 
     def _hand_in(self, pending: ChunkDigests, outputs: StagedFiles) -> None:
         """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
@@ -283,6 +307,8 @@ class Transfer:
     def _refuse_changed_source(self) -> None:
         """Compare this rank's share of the source files with what they were when their headers were read."""
         checkpoint = self._plan.checkpoint
+        if checkpoint.memory is not None:
+            return  # training stands still while it exports
         for file in checkpoint.files[self._ranks.rank :: self._ranks.world_size]:
             found = checkpoint.directory.stat(file.name)
             if (found.size, found.version) != (file.size, file.version):

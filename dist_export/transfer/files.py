@@ -72,6 +72,27 @@ class StagedFiles:
         finally:
             ACTIVITY.end()
 
+    def write_columns(self, number: int, rows: memoryview, offset: int, row_bytes: int, begin: int, end: int) -> None:
+        """Write bytes ``begin`` to ``end`` of each row alone, for rows of ``row_bytes`` that go to byte ``offset``.
+
+        In a call for each row, not through a mapping: of that a network file system may write back whole pages, and so what
+        another machine has written between.
+        """
+        fd = self._fd(number)
+        self._is_dirty.add(number)
+        ACTIVITY.begin(self._plan.files[number].name)
+        first = 0
+        try:
+            for first in range(begin, len(rows), row_bytes):
+                piece = rows[first : first - begin + end]
+                written = os.pwrite(fd, piece, offset + first)
+                while written < len(piece):
+                    written += refuse_zero(os.pwrite(fd, piece[written:], offset + first + written))
+        except OSError as error:
+            raise self._failure(number, f"byte {offset + first:,} cannot be written", error) from error
+        finally:
+            ACTIVITY.end()
+
     def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
         """Copy a range of a local file into output ``number`` without its bytes coming here; return how many went over.
 

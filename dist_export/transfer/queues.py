@@ -31,6 +31,13 @@ def take_units(
         worker: the number of this thread among those of all ranks.
         threads: of each rank.
     """
+    own = [unit for unit in units if unit.owner == ranks.rank]  # in this rank's memory, so nobody else can run them
+    while own and not ranks.has_failure():
+        place = ranks.claim(f"{phase}/own/{ranks.rank}", len(own))
+        if place is None:
+            break
+        yield own[place], False
+    units = [unit for unit in units if unit.owner < 0]
     queues = assign(units, ranks.world_size * threads)
     names = [f"{phase}/{number}" for number in range(len(queues))]
     while not ranks.has_failure():

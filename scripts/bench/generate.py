@@ -107,6 +107,17 @@ class Source:
         return ((mixed << np.uint64(16)) | low).view(np.int64)
 
 
+def count_denied(source: Source) -> int:
+    """Return the rows of each table that :func:`list_denied` names."""
+    return sum(source.rows_of(shard) // 2 for shard in range(source.shards))
+
+
+def list_denied(source: Source) -> np.ndarray:
+    """Return the ids (int64) of the first half of each part."""
+    parts = [(table, shard) for table in range(source.tables) for shard in range(source.shards)]
+    return np.concatenate([source.ids_of(table, shard, 0, source.rows_of(shard) // 2) for table, shard in parts])
+
+
 class Block(NamedTuple):
     """One tensor of one data file."""
 
@@ -136,7 +147,8 @@ def file_name(source: Source, shard: int, writer: int) -> str:
 def generate(directory: Path, source: Source) -> Path:
     """Write the checkpoint, durably, and return its directory. Needs some MB of memory whatever the size."""
     directory.mkdir(parents=True)
-    pool = np.random.default_rng(7).integers(0, 256, _RANDOM_BYTES, np.uint8)
+    # such values as embeddings have, so that they can be cast
+    pool = (np.random.default_rng(7).standard_normal(_RANDOM_BYTES // 4, np.float32) * np.float32(0.05)).view(np.uint8)
     for shard in range(source.shards):
         for writer in range(source.files_per_shard):
             blocks = list(blocks_of(source, shard, writer))

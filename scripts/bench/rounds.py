@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.generate import Source, generate
+import numpy as np
+
+from scripts.bench.generate import Source, count_denied, generate, list_denied
 from scripts.bench.judge import judge_numbered, judge_package
 from scripts.bench.processes import ContenderError, Started, combine, run_once
 
@@ -32,6 +34,8 @@ class Contender:
     """Where it is another one than the case's."""
     needs: str = ""
     """The kind that turns the source into what this contender reads, beforehand."""
+    has_norm_rule: bool = False
+    """Whether it also looks at the norm of each row, in a case that leaves rows behind."""
 
     @property
     def num_writers(self) -> int:
@@ -52,11 +56,16 @@ class Case:
     """The label of the contender that the others are compared with."""
     has_ids: bool = True
     """False where rows go by number: then embeddings alone are kept."""
+    is_pruned: bool = False
+    """Whether half of the rows of each part are left behind, by a list of their ids."""
 
     @property
     def kept_bytes(self) -> int:
         """What every contender has to write, headers not counted."""
-        return self.source.kept_bytes - (0 if self.has_ids else 8 * self.source.tables * self.source.rows)
+        whole = self.source.kept_bytes - (0 if self.has_ids else 8 * self.source.tables * self.source.rows)
+        if not self.is_pruned:
+            return whole
+        return whole * (self.source.rows - count_denied(self.source)) // self.source.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +113,7 @@ class _Runner:
         self._home = place.directory / "case"
         self._target = self._home / "out"
         self._limit = self._home / "limit"
+        self._deny = self._home / "deny.npy"
         self._inputs: dict[tuple[Source, str], Path] = {}
         self._turn = itertools.count()
 
@@ -119,6 +129,8 @@ class _Runner:
                 job = {"kind": needs, "source": str(self._inputs[source, ""]), "target": str(made), "settings": {}}
                 run_once(needs, job, scratch=self._scratch())
                 self._inputs[source, needs] = made
+        if self._case.is_pruned:
+            np.save(self._deny, list_denied(self._case.source))
 
     def warm_up(self) -> None:
         """Run each contender once, look at what it wrote, and keep an export's files as what the limit copies."""
@@ -158,8 +170,13 @@ class _Runner:
             if written < needed:
                 raise ContenderError(f"{contender.label}: wrote {written:,} of {needed:,} bytes")
             return
-        judge = judge_package if self._case.has_ids else judge_numbered
-        judge(self._target, source, self._inputs[source, ""], label=contender.label)
+        if not self._case.has_ids:
+            judge_numbered(self._target, source, self._inputs[source, ""], label=contender.label)
+        else:
+            num_denied = count_denied(source) if self._case.is_pruned else 0
+            judge_package(
+                self._target, source, self._inputs[source, ""], label=contender.label, rows=source.rows - num_denied
+            )
         if self._case.has_limit and not self._limit.exists():
             self._limit.mkdir()
             for path in self._target.glob("*.safetensors"):
@@ -183,9 +200,20 @@ class _Runner:
             "kind": contender.kind,
             "source": str(self._inputs[self._source_of(contender), contender.needs]),
             "target": str(self._target),
-            "settings": {**self._settings, "threads": contender.threads, **contender.settings},
+            "settings": {
+                **self._settings,
+                "threads": contender.threads,
+                **self._rules(contender),
+                **contender.settings,
+            },
             "touch": self._touch,
         }
+
+    def _rules(self, contender: Contender) -> dict[str, Any]:
+        if not self._case.is_pruned:
+            return {}
+        rules: list[dict[str, Any]] = [{"tables": "*", "deny": str(self._deny)}]
+        return {"prune": rules + ([{"tables": "*", "norm_at_most": 0}] if contender.has_norm_rule else [])}
 
     @property
     def _touch(self) -> int:

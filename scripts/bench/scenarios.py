@@ -163,6 +163,50 @@ def _run_change(bench: Bench, name: str, *, shards: int, num_shards: int, withou
         )
 
 
+def run_cast(bench: Bench) -> None:
+    """The filter's work with rows in another dtype, beside the plain copy of the kept bytes. Not on disk."""
+    if "dtype" not in bench.known:
+        bench.note("This version of dist_export has no setting dtype: cast is left out.")
+        return
+    for dim in DIMS:
+        casts = (
+            Contender(label=f"1 rank, {dtype}", settings={"dtype": {"*": dtype}})
+            for dtype in ("float16", "bfloat16", "int8")
+        )
+        bench.run(
+            Case(
+                name=f"cast 2 -> 2, dim {dim}",
+                source=Source.of_size(bench.kept_bytes, dim=dim),
+                num_shards=2,
+                contenders=(*bench.exports((1,), without_digests=False), *casts),
+                reference=REFERENCE,
+            )
+        )
+
+
+def run_prune(bench: Bench) -> None:
+    """Half of the rows stay behind, by a list of ids; and also with a rule that looks at every row's norm. Not on disk."""
+    if "prune" not in bench.known:
+        bench.note("This version of dist_export leaves no rows behind.")
+        return
+    bench.run(
+        Case(
+            name="prune 2 -> 2, dim 64, half of the rows",
+            source=Source.of_size(2 * bench.kept_bytes, dim=64),
+            num_shards=2,
+            contenders=tuple(
+                Contender(
+                    label=f"{ranks} rank{'s' if ranks > 1 else ''}, {label}", ranks=ranks, has_norm_rule=has_norm_rule
+                )
+                for ranks in (1, 2)
+                for label, has_norm_rule in (("digests", False), ("digests, norms", True))
+            ),
+            reference=REFERENCE,
+            is_pruned=True,
+        )
+    )
+
+
 def run_giant(bench: Bench) -> None:
     """One giant table on 1, 2 and 4 ranks, into 1 file and into 4; the trainer had 4. Not on disk."""
     source = Source.of_size(bench.kept_bytes, dim=64, tables=1, shards=4)

@@ -1,6 +1,8 @@
 """Score the requests of three users from the package alone, next to what the training model said.
 
 usage: python -m scripts.demo.score demo_run/package demo_run/requests.json
+       python -m scripts.demo.score demo_run_torchrec/package demo_run_torchrec/requests.json --fg scripts/demo/fg.json
+           --mc scripts/demo/mc.json --tables 'sparse_arch.ebc.embedding_bags.{}.weight'
 
 This is the work of a serving process: raw features -> ids (the feature generator), ids -> rows (the package's tables),
 rows -> blocks (pooling), blocks -> outputs (the exported program). No code of the model is imported.
@@ -26,10 +28,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("requests", type=Path)
+    parser.add_argument("--fg", type=Path, help="by default that of the package")
+    parser.add_argument("--mc", type=Path, help="by default that of the package")
+    parser.add_argument("--tables", default="{}", help="how a table that fg names is called in the package")
     args = parser.parse_args()
 
     requests = json.loads(args.requests.read_text())
-    scores = score(args.package, requests)
+    fg = json.loads((args.fg or args.package / "fg.json").read_text())
+    blocks = json.loads((args.mc or args.package / "fx_user_model" / "input_columns.json").read_text())
+    scores = score(args.package, requests, fg=fg, blocks=blocks, tables=args.tables)
     differences = {
         name: np.abs(column - [request["scores"][name] for request in requests]) for name, column in scores.items()
     }
@@ -40,17 +47,16 @@ def main() -> int:
     return 0 if is_same else 1
 
 
-def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def score(
+    directory: Path, examples: list[dict[str, Any]], *, fg: dict[str, Any], blocks: dict[str, list[str]], tables: str
+) -> dict[str, np.ndarray]:
     """Return output name -> scores (B,) of raw examples."""
     package = open_package(directory)
-    fg = json.loads((directory / "fg.json").read_text())
-    blocks = json.loads((directory / "fx_user_model" / "input_columns.json").read_text())
-
     features = generate_features(fg, examples)
     for entry in fg["features"]:
         if entry["gen_val_type"] == "lookup":
             name = entry["feature_name"]
-            features[name] = pool_rows(package, entry["shared_name"], features[name])
+            features[name] = pool_rows(package, tables.format(entry["shared_name"]), features[name])
     inputs = {
         block: torch.from_numpy(np.concatenate([features[name] for name in names], axis=1))
         for block, names in blocks.items()
@@ -63,9 +69,13 @@ def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarr
 
 
 def pool_rows(package: Any, table: str, ids: np.ndarray) -> np.ndarray:
-    """Return the mean (B, dim) over each bag of ids (B, L); an id without a row counts as zeros."""
+    """Return the mean (B, dim) over each bag of ids (B, L); an id without a row counts as zeros.
+
+    Where rows go by number, an id's row is the id modulo the table's rows.
+    """
     is_id = ids != PAD
-    rows, is_found = package.lookup(table, ids[is_id])
+    entry = package.table(table)
+    rows, is_found = package.lookup(table, ids[is_id] % entry.rows_out if entry.is_hashed is False else ids[is_id])
     bags = np.zeros((*ids.shape, rows.shape[1]), np.float32)
     bags[is_id] = np.where(is_found[:, None], rows, 0)
     return bags.sum(axis=1) / is_id.sum(axis=1, keepdims=True, dtype=np.float32).clip(min=1)

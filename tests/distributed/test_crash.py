@@ -29,12 +29,18 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         "--threads",
         "1",
     )
-    for name, of in (("expected", arguments), ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:]))):
+    cast = (*arguments, "--dtype", '{"t": int8, "u": float16}')
+    for name, of in (
+        ("expected", arguments),
+        ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:])),
+        ("cast", cast),
+    ):
         command = [sys.executable, "-m", "dist_export", *of, "--export_dir", str(folder / name)]
         subprocess.run(command, cwd=crash.TESTS, env=crash.environment(), check=True, capture_output=True)
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),
+        "cast": Setup(folder / "ckpt", cast, folder / "cast"),
     }
 
 
@@ -53,6 +59,9 @@ KILLS = [
     ("new", Kill(2, "reserve space for the shards", rank=0, victims="launcher"), False),
     ("new", Kill(2, "written manifest.json", rank=0, victims="all"), True),
     ("replace", Kill(2, "commit", rank=0, victims="everything"), False),
+    ("cast", Kill(1, "publish model-000002-of-000004.safetensors"), False),
+    ("cast", Kill(1, "write .dist_export/casts-0.json"), False),
+    ("cast", Kill(2, "check the shards", rank=1, victims="rank"), False),
 ]
 
 

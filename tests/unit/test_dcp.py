@@ -18,9 +18,8 @@ import tiny_model
 import torch
 from dcp_writer import change_metadata, make_state, save
 
-import dist_export
 from dist_export.checkpoint.dcp import DcpCheckpoint, locate_tables, read_dcp
-from dist_export.checkpoint.dcp_items import locate_item
+from dist_export.checkpoint.dcp_items import ItemFinder
 from dist_export.checkpoint.dcp_metadata import TensorMeta
 from dist_export.checkpoint.formats import detect_format
 from dist_export.cli import main
@@ -41,7 +40,7 @@ def values_of(checkpoint: DcpCheckpoint, tensor: TensorMeta) -> np.ndarray:
     whole = np.zeros(tensor.shape, dtype)
     for chunk in tensor.chunks:
         with checkpoint.directory.open_reader(chunk.file) as reader:
-            item = locate_item(
+            item = ItemFinder().locate(
                 reader, chunk.begin, chunk.num_bytes, shape=chunk.sizes, dtype=tensor.dtype, where=chunk.file
             )
         raw = (Path(checkpoint.directory.path) / chunk.file).read_bytes()
@@ -134,6 +133,17 @@ def test_two_models_with_the_same_names_keep_their_full_names(tmp_path: Path) ->
     assert [table.name for table in checkpoint.tables] == [
         f"{root}.ebc.embedding_bags.user.weight" for root in ("ema", "model")
     ]
+
+
+def test_the_state_of_an_application_is_looked_into(tmp_path: Path) -> None:
+    """A model and its optimizer below one key, as torch's own tutorial saves them."""
+    checkpoint = read(save(tmp_path / "ckpt", {"app": make_state()}))
+    (table,) = checkpoint.tables
+    assert table.name == "ebc.embedding_bags.user.weight"
+    assert [(slot.name, slot.fits) for slot in table.slots] == [("momentum1", True)]
+    assert [name for name, _ in checkpoint.dense] == ["mlp.weight"]
+    nested = read(save(tmp_path / "nested", {"net": {"first": {"weight": torch.ones(2)}}}))
+    assert [name for name, _ in nested.dense] == ["net.first.weight"]
 
 
 def test_two_directories_are_read_as_one(tmp_path: Path) -> None:
@@ -277,7 +287,7 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = ["--export_dir", str(tmp_path / "out")]
     for command in ("export", "plan"):
         assert main([command, "--ckpt_dir", str(path), *out]) == 2
-        assert "is a DCP checkpoint (torch.distributed.checkpoint)" in capsys.readouterr().err
+        assert "it is a DCP checkpoint, whose files serving does not read" in capsys.readouterr().err
     assert main(["export", "--ckpt_dir", str(path), "--format", "recis", *out]) == 2
     assert "no index and no tensorkey.json among its" in capsys.readouterr().err
     recis = tiny_model.write_tiny_checkpoint(tmp_path / "recis")
@@ -289,6 +299,8 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"source   recis checkpoint {recis}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is no DCP checkpoint"):
         describe(str(recis), tables=["x"])
+    assert main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--tables", "[x]"]) == 2
+    assert "is a RecIS checkpoint, which says so itself" in capsys.readouterr().err
     shutil.copy(path / ".metadata", recis / ".metadata")
     assert main(["export", "--ckpt_dir", str(recis), *out, "--overwrite", "true"]) == 2
     assert "a RecIS checkpoint and a DCP checkpoint" in capsys.readouterr().err
@@ -296,13 +308,6 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "other" / "weights.bin").write_bytes(b"x")
     assert main(["export", "--ckpt_dir", str(tmp_path / "other"), "--export_dir", str(tmp_path / "third")]) == 2
     assert "looked for index and tensorkey.json (RecIS), .metadata or model/.metadata (DCP)" in capsys.readouterr().err
-
-
-def test_a_dense_only_export_of_a_dcp_checkpoint_says_why_not(tmp_path: Path) -> None:
-    path = save(tmp_path / "ckpt", make_state())
-    settings = {"ckpt_dir": str(path), "export_dir": str(tmp_path / "out"), "need_export_sparse": False}
-    with pytest.raises(CheckpointError, match="is a DCP checkpoint"):
-        dist_export.export({**settings, "model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"})
 
 
 def test_inspect_shows_a_dcp_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from dist_export.plan import shards as plan_shards_module
 from dist_export.plan import units as plan_units_module
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DroppedRows, account_for, count_kept, drop_nothing
+from dist_export.plan.prune import IdList, Pruning, TableRule, reasons_of
 from dist_export.plan.selection import Selection
 from dist_export.plan.shards import SparsePlan, plan_shards
 from dist_export.plan.targets import plan_targets
@@ -34,7 +35,7 @@ FLOAT, LONG = CODE_BY_TORCH["float32"], CODE_BY_TORCH["int64"]
 def cases(draw: st.DrawFn) -> SimpleNamespace:
     """A checkpoint as metadata, the ids and dropped rows of each part, and how to export it."""
     size = draw(st.sampled_from([1, 7, 16, 65536]))
-    tables, parts, ids, dropped = [], [], [], []
+    tables, parts, ids, dropped, denied, pruned = [], [], [], [], [], []
     for table in range(draw(st.integers(1, 3))):
         num_slots = draw(st.integers(2, 4))
         inner = [
@@ -52,17 +53,22 @@ def cases(draw: st.DrawFn) -> SimpleNamespace:
             for column in range(num_slots)
         )
         tables.append(TableMeta(name=f"t{table}", slots=slots))
+        denied.append(draw(st.sets(st.integers(-40, 40), max_size=20)))
         edges = st.tuples(st.integers(0, size), st.integers(0, size)).map(sorted)
         for begin, end in sorted(draw(st.lists(edges, min_size=1, max_size=4))):
             one_part = draw(st.lists(st.integers(-40, 40), max_size=12))  # in or out of the slice, unique or not
             parts.append((table, begin, end, size, len(one_part)))
             ids.append(np.array(one_part, np.int64))
-            dropped.append(sorted(draw(st.sets(st.integers(0, len(one_part) - 1)))) if one_part else [])
+            pruned.append([row for row, one_id in enumerate(one_part) if one_id in denied[table]])
+            listed = draw(st.sets(st.integers(0, len(one_part) - 1))) if one_part else set()
+            dropped.append(sorted(listed - set(pruned[-1])))
     return SimpleNamespace(
         tables=tuple(tables),
         parts=parts,
         ids=ids,
         dropped=dropped,
+        denied=denied,
+        pruned=pruned,
         has_dense=draw(st.booleans()),
         num_shards=draw(st.one_of(st.none(), st.integers(1, min(size, 5)))),
         workers=draw(st.integers(1, 6)) * draw(st.integers(1, 4)),
@@ -114,6 +120,12 @@ def owner_of(one_id: int, own: tuple[int, int, int], slices: Any) -> int:
     return (mine or holders)[0]
 
 
+def rules_of(case: SimpleNamespace) -> Pruning:
+    """A deny list for each table, where it has one."""
+    lists = [IdList(np.array(sorted(ids), np.int64)) for ids in case.denied]
+    return Pruning(rules=tuple((TableRule("deny_list", None, 0, its),) if len(its) else () for its in lists))
+
+
 def build_plan(case: SimpleNamespace) -> tuple[SparsePlan, dict[tuple[int, int], int]]:
     """Return the plan, and the target of each row that is kept."""
     checkpoint = build_checkpoint(case)
@@ -122,6 +134,8 @@ def build_plan(case: SimpleNamespace) -> tuple[SparsePlan, dict[tuple[int, int],
     home: dict[tuple[int, int], int] = {}
     for part, (table, begin, end, size, _) in enumerate(case.parts):
         for row, one_id in enumerate(case.ids[part].tolist()):
+            if row in case.pruned[part]:
+                continue
             target = owner_of(one_id, (begin, end, size), targets[table].slices)
             run = (part, row // case.granule, target)
             counts[run] = counts.get(run, 0) + 1
@@ -152,7 +166,15 @@ def build_plan(case: SimpleNamespace) -> tuple[SparsePlan, dict[tuple[int, int],
         kept_dense=checkpoint.dense,
         dropped_dense=(),
     )
-    plan = plan_shards(checkpoint, selection, targets, census, num_shards=case.num_shards, dropped=dropped)
+    plan = plan_shards(
+        checkpoint,
+        selection,
+        targets,
+        census,
+        num_shards=case.num_shards,
+        dropped=dropped,
+        pruning=rules_of(case),
+    )
     return plan, home
 
 
@@ -183,6 +205,9 @@ def lay_bytes(plan: SparsePlan, case: SimpleNamespace) -> list[np.ndarray]:
         table = int(plan.checkpoint.parts.table[gather.part])
         next_row = dict(zip(gather.targets.tolist(), gather.first_target_rows.tolist(), strict=True))
         dropped = set(plan.dropped.rows_in(gather.part, gather.first_row, gather.num_rows).tolist())
+        its_ids = case.ids[gather.part][gather.first_row : gather.first_row + gather.num_rows]
+        rules = plan.pruning.rules[table] if plan.pruning else ()
+        dropped |= set(np.flatnonzero(reasons_of(rules, its_ids, {})).tolist())
         _, begin, end, size, _ = case.parts[gather.part]
         for number in range(gather.num_rows):
             row = gather.first_row + number
@@ -294,7 +319,8 @@ def test_a_part_is_gathered_only_where_its_rows_part_ways_or_some_are_dropped(ca
     for part, dropped in enumerate(case.dropped):
         targets = {target for (its_part, _), target in home.items() if its_part == part}
         is_gathered = any(gather.part == part for gather in plan.gathers)
-        assert is_gathered == (len(targets) > 1 or (bool(targets) and bool(dropped)))
+        is_cut = bool(dropped) or bool(case.pruned[part])
+        assert is_gathered == (len(targets) > 1 or (bool(targets) and is_cut))
 
 
 @PROPERTY
@@ -305,7 +331,7 @@ def test_the_account_of_dropped_rows_adds_up(case: SimpleNamespace) -> None:
         cut(patch, case)
         plan, home = build_plan(case)
     for table in range(len(case.tables)):
-        account = account_for(plan.checkpoint, plan.dropped, table)
+        account = account_for(plan.checkpoint, plan.dropped, table, pruned=None)
         mine = [
             (int(case.ids[part][row]), case.parts[part][1:4])
             for part, rows in enumerate(case.dropped)
@@ -327,17 +353,29 @@ def test_the_digest_tells_apart_which_rows_are_dropped(case: SimpleNamespace, da
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, case)
         plan, _ = build_plan(case)
-        full = [part for part, ids in enumerate(case.ids) if len(ids)]
+        full = [part for part, ids in enumerate(case.ids) if len(ids) > len(case.pruned[part])]
         if not full:
             return
         part = data.draw(st.sampled_from(full))
-        row = data.draw(st.integers(0, len(case.ids[part]) - 1))
+        row = data.draw(st.sampled_from(sorted(set(range(len(case.ids[part]))) - set(case.pruned[part]))))
         dropped = set(case.dropped[part]) ^ {row}
         if data.draw(st.booleans()) and case.dropped[part]:  # as many rows, others
             dropped -= {data.draw(st.sampled_from(case.dropped[part]))}
         case.dropped[part], before = sorted(dropped), case.dropped[part]
         other, _ = build_plan(case)
     assert (other.digest == plan.digest) == (case.dropped[part] == before)
+
+
+@PROPERTY
+@given(cases())
+def test_the_digest_tells_apart_the_rules(case: SimpleNamespace) -> None:
+    """Also where they leave the same rows behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, case)
+        plan, _ = build_plan(case)
+        case.denied[0] ^= {1000}
+        other, _ = build_plan(case)
+    assert plan.digest != other.digest
 
 
 def test_without_dropped_rows_the_census_is_left_alone() -> None:

@@ -76,6 +76,32 @@ def test_the_manifest_has_the_figures(checkpoint: Path, tmp_path: Path) -> None:
     assert {table: len(found) for table, found in rows.items()} == {"user_emb": 5, "item_emb": 5}
 
 
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_the_sample_sees_rows_as_they_are_written(dtype, num_shards, checkpoint, tmp_path, monkeypatch) -> None:
+    """The model gets the rows cast there and back, so its scores are those of serving; a row that differs is found."""
+    seen = {}
+    real = tiny_model.LookalikeTable.insert
+
+    def insert(self, ids, embeddings):
+        seen.setdefault(self._name, []).append((ids.tolist(), embeddings.clone()))
+        real(self, ids, embeddings)
+
+    monkeypatch.setattr(tiny_model.LookalikeTable, "insert", insert)
+    manifest = export(checkpoint, tmp_path / "out", num_shards=num_shards, dtype={"*": dtype})
+    assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
+    package = dist_export.open_package(tmp_path / "out")
+    for table, calls in seen.items():
+        for ids, rows in calls:
+            assert rows.dtype == torch.float32
+            expected = package.lookup(table, np.array(ids))[0].astype(np.float32)
+            assert rows.numpy().tobytes() == expected.tobytes()
+    assert verify(str(tmp_path / "out")).findings == []
+    after_check(monkeypatch, change_embeddings)
+    with pytest.raises(ParityError, match="has another row in the shards"):
+        export(checkpoint, tmp_path / "other", num_shards=num_shards, dtype={"*": dtype})
+
+
 COPY = {"filter_sparse_opt": False, "num_shards": None}
 
 

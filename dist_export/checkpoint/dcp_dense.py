@@ -1,0 +1,75 @@
+"""The dense parameters of a DCP checkpoint: the tensors that are neither tables nor optimizer state, put together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
+from dist_export.checkpoint.dcp_items import Item
+from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.errors import CheckpointError, TransferError
+from dist_export.readers import RangeReader
+from dist_export.storage import Directory
+
+
+class DcpDense:
+    """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    def __init__(
+        self, directory: Directory, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+    ) -> None:
+        """Read nothing yet. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`."""
+        self.where = directory.url
+        self._directory = directory
+        self._finder = ChunkFinder(directory)
+        self._tables, self._optimizer_slots = tables, optimizer_slots
+
+    @functools.cached_property
+    def _found(self) -> DcpCheckpoint:
+        return read_dcp(self._directory, tables=self._tables, optimizer_slots=self._optimizer_slots)
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return what the metadata says of them."""
+        return [(name, tensor.dtype, tensor.shape) for name, tensor in self._found.dense]
+
+    def load(self) -> dict[str, Any]:
+        """Read them, each from all of its chunks; nothing else is read, and nothing is unpickled but strides and places."""
+        return {name: self._read(tensor) for name, tensor in self._found.dense}
+
+    def _read(self, tensor: TensorMeta) -> Any:
+        import torch
+
+        dtype = getattr(torch, tensor.dtype)
+        pieces = []
+        for chunk in tensor.chunks:
+            if not math.prod(chunk.sizes):
+                continue
+            try:
+                with self._directory.open_reader(chunk.file) as reader:
+                    item = self._finder.locate(reader, tensor, chunk)
+                    found = _read_chunk(reader, item, chunk, dtype)
+            except TransferError as error:
+                raise CheckpointError(str(error)) from None
+            except OSError as error:
+                where = self._directory.describe(chunk.file)
+                raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+            pieces.append((chunk, found))
+        whole = torch.empty(tensor.shape, dtype=dtype)  # as large as what was found
+        for chunk, found in pieces:
+            corner = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[corner] = found
+        return whole
+
+
+def _read_chunk(reader: RangeReader, item: Item, chunk: Chunk, dtype: Any) -> Any:
+    """Return a chunk as a tensor over the bytes from its first element to its last."""
+    import torch
+
+    size = sum((n - 1) * stride for n, stride in zip(chunk.sizes, item.strides, strict=True)) + dtype.itemsize
+    raw = bytearray(size)
+    reader.read_into(memoryview(raw), item.offset)
+    strides = tuple(stride // dtype.itemsize for stride in item.strides)
+    return torch.frombuffer(raw, dtype=dtype).as_strided(chunk.sizes, strides)

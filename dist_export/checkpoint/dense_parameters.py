@@ -1,0 +1,47 @@
+"""What an export asks of the dense parameters of a checkpoint; every format answers in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
+from dist_export.layout.recis import DENSE_STATE
+from dist_export.storage import Directory
+
+
+class DenseParameters(Protocol):
+    """The dense parameters of one checkpoint. Cheap to build, on any rank; rank 0 alone asks for them."""
+
+    where: str
+    """Where they lie, for messages."""
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (name within the model, torch dtype name, shape) of each, without reading payload; empty for none.
+
+        Raises:
+            CheckpointError: what holds them cannot be read, or the checkpoint is not complete.
+        """
+
+    def load(self) -> Mapping[str, Any]:
+        """Return name within the model -> CPU tensor.
+
+        Raises:
+            CheckpointError: there are none, or they cannot be read.
+        """
+
+
+class RecisDense:
+    """``model.pt``, beside the shards of a RecIS checkpoint. See :class:`DenseParameters`."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.where = directory.describe(DENSE_STATE)
+        self._directory = directory
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return what ``model.pt`` holds; nothing where there is none."""
+        return describe_dense_state(self._directory) or []
+
+    def load(self) -> Mapping[str, Any]:
+        """Return what ``model.pt`` holds."""
+        return load_dense_state(self._directory)

@@ -1,0 +1,265 @@
+"""Reader of DynamicEmb dumps: raw files of keys, values, scores and optimizer state, one of each for a rank and table.
+
+Source: ``DynamicEmbDump`` of NVIDIA's recsys-examples (corelib/dynamicemb, ``dump_load.py`` and, in its second version,
+``batched_dynamicemb_tables.py``), and TorchEasyRec, which keeps a dump in ``dynamicemb/`` of its checkpoints. Below the
+dump's directory is one for each embedding collection, called as its path in the model, with files named
+``<table>_emb_<what>.rank_<r>.world_size_<w>``: int64 keys, float32 values (n, dim), int64 scores (where rows are not evicted
+by age), float32 optimizer state (n, k), which the first version calls ``<table>_opt_values``. Nothing else tells n or dim. A
+row is on rank ``key mod w``, or elsewhere in newer versions; loaders sort that out, and so does an export, by key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from dist_export.checkpoint.plain import stat_files
+from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.errors import CheckpointError
+from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES, I64
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.storage import Directory
+
+FOLDER = "dynamicemb"
+"""What TorchEasyRec calls the dump in its checkpoints."""
+SCORE_SLOT = "score"
+OPTIMIZER_SLOT = "opt_values"
+_SIZE = 65536
+"""Of the slices that rows are sorted into, as RecIS has it. Every part may hold any of them."""
+_KEYS = re.compile(r"(.+)_emb_keys\.rank_(\d{1,9})\.world_size_(\d{1,9})", re.DOTALL)
+_FILE = re.compile(r"(.+)\.rank_(\d{1,9})\.world_size_(\d{1,9})", re.DOTALL)
+_F32 = CODE_BY_NAME["F32"]
+
+
+class _Files(NamedTuple):
+    """The files of one table, by rank."""
+
+    name: str
+    world_size: int
+    keys: list[str]
+    values: list[str]
+    scores: list[str]
+    """Empty where the dump has none; also ``opt_values``."""
+    opt_values: list[str]
+
+
+class DynamicEmbReader:
+    """Reads one dump. See :class:`~dist_export.checkpoint.reader.CheckpointReader`; there are no headers."""
+
+    def __init__(self, directory: Directory) -> None:
+        """Find the files. CheckpointError where there is none, or those of a rank are missing."""
+        self.directory = directory
+        folders = find_dumps(directory)
+        if not folders:
+            raise CheckpointError(
+                f"{directory.url}: no <table>_emb_keys.rank_<r>.world_size_<w> in it, in its directories or in {FOLDER}/; "
+                "ckpt_dir must be the path that DynamicEmbDump was given"
+            )
+        self._warnings: list[str] = []
+        found = [(folder, table) for folder in folders for table in self._list_tables(folder)]
+        names = [table.name for _, table in found]
+        # in two collections of one model a table may have the same name
+        self._tables = [
+            table._replace(name=table.name if names.count(table.name) == 1 else f"{_module(folder)}.{table.name}")
+            for folder, table in found
+        ]
+        self._tables.sort(key=lambda table: table.name)
+        every = [name for table in self._tables for names in table[2:] for name in names]
+        self.files: tuple[SourceFile, ...] = stat_files(directory, sorted(every))
+        self._sizes = {file.name: file.size for file in self.files}
+
+    def read_headers(self, files: range) -> tuple[SourceFile, ...]:
+        """Return the files as this rank sees them: names and sizes are all that they say without being read."""
+        return self.files[files.start : files.stop]
+
+    def assemble(self, shares: Sequence[tuple[SourceFile, ...]]) -> Checkpoint:
+        """Tell rows and dimensions by the sizes of the files. CheckpointError where these do not fit each other."""
+        if tuple(file for share in shares for file in share) != self.files:
+            raise CheckpointError(
+                f"{self.directory.url} is not the same on all ranks; it must be one shared directory whose files no longer "
+                "change"
+            )
+        number = {file.name: place for place, file in enumerate(self.files)}
+        tables: list[TableMeta] = []
+        rows: list[np.ndarray] = []
+        placed: list[list[list[str]]] = []
+        warnings = list(self._warnings)
+        for table in self._tables:
+            counted = np.array([self._count(name, 8, "keys") for name in table.keys], np.int64)
+            if not counted.any():
+                warnings.append(f"table {table.name!r} has no row, so its dimension is not told; it is left out")
+                continue
+            slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
+            columns = [table.keys]
+            for names, slot, code in (
+                (table.values, EMBEDDING_SLOT, _F32),
+                (table.scores, SCORE_SLOT, I64),
+                (table.opt_values, OPTIMIZER_SLOT, _F32),
+            ):
+                if names:
+                    slots.append(self._measure(names, counted, slot, code, len(slots)))
+                    columns.append(names)
+            tables.append(TableMeta(name=table.name, slots=tuple(slots)))
+            rows.append(counted)
+            placed.append(columns)
+        if not tables:
+            raise CheckpointError(f"{self.directory.url}: no table of the dump has a row")
+        parts = np.concatenate(rows)
+        of_table = np.repeat(np.arange(len(rows)), [len(its) for its in rows]).astype(np.int64)
+        width = max(len(table.slots) for table in tables)
+        file = np.full((len(parts), width), ABSENT, np.int32)
+        key = np.full((len(parts), width), "", object)
+        first = 0
+        for its in placed:
+            for column, names in enumerate(its):
+                for rank, name in enumerate(names):
+                    file[first + rank, column], key[first + rank, column] = number[name], name
+            first += len(its[0])
+        zeros = np.zeros(len(parts), np.int64)
+        sizes = np.full(len(parts), _SIZE, np.int64)
+        return Checkpoint(
+            format="dynamicemb",
+            directory=self.directory,
+            files=self.files,
+            tables=tuple(tables),
+            parts=Parts(table=of_table, begin=zeros, end=sizes, size=sizes, rows=parts),
+            blocks=Blocks(file=file, offset=np.zeros((len(parts), width), np.int64), key=key),
+            dense=(),
+            fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(repr(self.files).encode('utf-8', 'surrogatepass'))}",
+            copy_hindrances=("a dump is raw files, which RecIS and serving cannot read",),
+            verbatim={},
+            warnings=tuple(warnings),
+        )
+
+    def _list_tables(self, folder: str) -> Iterator[_Files]:
+        prefix = f"{folder}/" if folder else ""
+        names = (self.directory.folder(folder) if folder else self.directory).names()
+        ranks: dict[str, set[tuple[int, int]]] = {}
+        for name in names:
+            if (found := _KEYS.fullmatch(name)) is not None:
+                ranks.setdefault(found[1], set()).add((int(found[2]), int(found[3])))
+        others = {found[1] for name in names if (found := _FILE.fullmatch(name)) is not None}
+        states = {stem for stem in others if stem.endswith("_opt_values")}
+        # the first version has no _emb before _opt_values, and a table may be called "x_emb"
+        is_first = all(stem.removesuffix("_opt_values") in ranks for stem in states)
+        known: set[str] = set()
+        for table, its in ranks.items():
+            sizes = {world_size for _, world_size in its}
+            where = self.directory.describe(f"{prefix}{table}_emb_keys.rank_*")
+            if len(sizes) > 1:
+                raise CheckpointError(
+                    f"{where}: files of dumps on {' and '.join(map(str, sorted(sizes)))} ranks; they cannot be told apart. "
+                    "Dump into an empty directory"
+                )
+            (world_size,) = sizes
+            if len(its) != world_size or any(rank >= world_size for rank, _ in its):
+                missing = next(rank for rank in range(world_size) if (rank, world_size) not in its)
+                raise CheckpointError(
+                    f"{where}: that of rank {missing} of {world_size} is missing; the dump did not finish, or was copied in part"
+                )
+            state = f"{table}_opt_values" if is_first else f"{table}_emb_opt_values"
+            stems = {
+                "keys": f"{table}_emb_keys",
+                "values": f"{table}_emb_values",
+                "scores": f"{table}_emb_scores",
+                "opt_values": state,
+            }
+            files = {
+                what: self._all_ranks(prefix, names, stem, world_size, is_needed=what in ("keys", "values"))
+                for what, stem in stems.items()
+            }
+            known.update(stems.values())
+            yield _Files(table, world_size, **files)
+        strays = sorted(others - known)
+        if strays:
+            self._warnings.append(
+                f"{self.directory.describe(folder)}: {len(strays)} kinds of files are of no table and stay behind, first "
+                f"{strays[0]}"
+            )
+
+    def _all_ranks(
+        self, prefix: str, names: Sequence[str], stem: str, world_size: int, *, is_needed: bool
+    ) -> list[str]:
+        expected = [f"{stem}.rank_{rank}.world_size_{world_size}" for rank in range(world_size)]
+        there = set(names).intersection(expected)
+        if not there and not is_needed:
+            return []
+        absent = [name for name in expected if name not in there]
+        if absent:
+            raise CheckpointError(
+                f"{self.directory.describe(prefix + absent[0])} is missing; the dump did not finish, or was copied in part"
+            )
+        return [prefix + name for name in expected]
+
+    def _count(self, name: str, row_bytes: int, what: str) -> int:
+        size = self._sizes[name]
+        if size % row_bytes:
+            raise CheckpointError(
+                f"{self.directory.describe(name)} has {size:,} bytes, no multiple of {row_bytes} for {what}; it is cut short"
+            )
+        return size // row_bytes
+
+    def _measure(self, names: Sequence[str], rows: np.ndarray, slot: str, code: int, column: int) -> SlotMeta:
+        """Return the slot whose rows are as wide as the sizes of its files say."""
+        itemsize = DTYPES[code].itemsize
+        longest = int(np.argmax(rows))
+        wide = self._count(names[longest], itemsize, slot) / int(rows[longest])
+        width = max(1, round(wide)) if slot != SCORE_SLOT else 1
+        for name, count in zip(names, rows.tolist(), strict=True):
+            size = self._count(name, itemsize, slot) * itemsize
+            if size != count * width * itemsize:
+                raise CheckpointError(
+                    f"{self.directory.describe(name)} has {size:,} bytes, but there are {count:,} keys, and {width} "
+                    f"{DTYPES[code].torch} for each of them make {count * width * itemsize:,}; the files are not of one dump"
+                )
+        return SlotMeta(
+            name=slot,
+            dtype=code,
+            inner_shape=() if slot == SCORE_SLOT else (width,),
+            row_bytes=width * itemsize,
+            column=column,
+            is_optimizer=slot == OPTIMIZER_SLOT,
+        )
+
+
+class NoDense:
+    """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.where = directory.url
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return nothing."""
+        return []
+
+    def load(self) -> Mapping[str, Any]:
+        """Say that there is nothing to load."""
+        raise CheckpointError(
+            f"{self.where} is a DynamicEmb dump, which has tables alone, and the dense arch needs its parameters. Leave "
+            "`model` out of the config for an export of the tables"
+        )
+
+
+def find_dumps(directory: Directory) -> list[str]:
+    """Return the directories with files of a dump, relative to ``directory``: itself (empty), those in it or in dynamicemb/."""
+    found = [""] if _has_keys(directory) else []
+    for folder in directory.folders():
+        if folder == FOLDER:
+            inner = directory.folder(folder)
+            found += [folder] if _has_keys(inner) else []
+            found += [f"{folder}/{name}" for name in inner.folders() if _has_keys(inner.folder(name))]
+        elif not folder.startswith(".") and _has_keys(directory.folder(folder)):
+            found.append(folder)
+    return found
+
+
+def _has_keys(directory: Directory) -> bool:
+    return any(map(_KEYS.fullmatch, directory.names()))
+
+
+def _module(folder: str) -> str:
+    return folder.rpartition("/")[2] or "dump"

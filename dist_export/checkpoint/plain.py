@@ -1,0 +1,193 @@
+"""What the readers of plain tensors have in common: from located tensors to a checkpoint, and to dense parameters."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
+
+from dist_export.checkpoint.reader import Checkpoint, SourceFile
+from dist_export.checkpoint.tensors import (
+    Sorted,
+    StoredTensor,
+    build_numbered,
+    listed,
+    say_no_tables,
+    sort_tensors,
+)
+from dist_export.errors import CheckpointError
+from dist_export.readers import OpenReaders
+from dist_export.storage import Directory
+
+if TYPE_CHECKING:
+    import torch
+
+_COPY = "its tables lie in files that RecIS and serving cannot read"
+
+
+class PlainFacts(NamedTuple):
+    """All that the files of a plain checkpoint say."""
+
+    tensors: tuple[StoredTensor, ...]
+    notes: tuple[str, ...]
+
+
+class Patterns(NamedTuple):
+    """What the settings say of tensors whose names do not tell what they are."""
+
+    tables: tuple[str, ...] = ()
+    optimizer_slots: tuple[str, ...] = ()
+
+
+def sort_facts(directory: Directory, facts: PlainFacts, patterns: Patterns) -> Sorted:
+    """Tell tables, state and dense parameters apart. CheckpointError for patterns that cannot be meant."""
+    return sort_tensors(
+        facts.tensors, where=directory.url, tables=patterns.tables, optimizer_slots=patterns.optimizer_slots
+    )
+
+
+def make_checkpoint(
+    directory: Directory, files: tuple[SourceFile, ...], facts: PlainFacts, patterns: Patterns, *, kind: str
+) -> Checkpoint:
+    """Build the metadata of a checkpoint of format ``kind``.
+
+    Raises:
+        CheckpointError: a pattern that cannot be meant, or no tensor is a table.
+    """
+    found = sort_facts(directory, facts, patterns)
+    if not found.tables:
+        raise CheckpointError(say_no_tables(found, directory.url))
+    tables, parts, blocks, strips = build_numbered(found.tables)
+    warnings = list(facts.notes)
+    if found.other_state:
+        warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
+    return Checkpoint(
+        format=kind,
+        directory=directory,
+        files=files,
+        tables=tables,
+        parts=parts,
+        blocks=blocks,
+        dense=(),
+        fingerprint=_fingerprint(files, facts),
+        copy_hindrances=(_COPY,),
+        verbatim={},
+        warnings=tuple(warnings),
+        strips=strips,
+        optimizer_patterns=frozenset(patterns.optimizer_slots),
+    )
+
+
+class PlainDense:
+    """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    def __init__(self, directory: Directory, make: Callable[[Directory, Patterns], Any], patterns: Patterns) -> None:
+        """Read nothing yet. ``make`` opens the reader of the format."""
+        self.where = directory.url
+        self._directory = directory
+        self._make = make
+        self._patterns = patterns
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return what the headers say of all that is neither a table nor optimizer state."""
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self._read()[1]]
+
+    def load(self) -> Mapping[str, Any]:
+        """Return them, each read, or mapped where the directory is local, when asked for."""
+        return _Parameters(self._directory, *self._read())
+
+    def _read(self) -> tuple[tuple[SourceFile, ...], tuple[StoredTensor, ...]]:
+        reader = self._make(self._directory, self._patterns)
+        if len(reader.files) == 1:
+            self.where = self._directory.describe(reader.files[0].name)
+        return reader.files, sort_facts(self._directory, read_all(reader), self._patterns).dense
+
+
+class _Parameters(Mapping[str, Any]):
+    """Tensors by name, on the CPU."""
+
+    def __init__(self, directory: Directory, files: tuple[SourceFile, ...], dense: Sequence[StoredTensor]) -> None:
+        self._directory = directory
+        self._files = files
+        self._tensors = {tensor.name: tensor for tensor in dense}
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        tensor = self._tensors[name]
+        dtype = getattr(torch, tensor.dtype)
+        try:
+            pieces = [self._load(piece, dtype) for piece in tensor.pieces]
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+        if len(pieces) == 1:
+            return pieces[0]
+        whole = torch.empty(tensor.shape, dtype=dtype)
+        for piece, value in zip(tensor.pieces, pieces, strict=True):
+            whole[tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))] = value
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _load(self, piece: Any, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        if not math.prod(piece.sizes):
+            return torch.empty(piece.sizes, dtype=dtype)
+        itemsize = dtype.itemsize
+        count = (
+            sum((size - 1) * stride // itemsize for size, stride in zip(piece.sizes, piece.strides, strict=True)) + 1
+        )
+        strides = [stride // itemsize for stride in piece.strides]
+        name = self._files[piece.file].name
+        if self._directory.is_local and piece.offset % itemsize == 0:
+            if piece.file not in self._mapped:
+                with self._directory.open_reader(name) as reader:
+                    self._mapped[piece.file] = mmap.mmap(reader.fd, 0, access=mmap.ACCESS_COPY)
+            flat = torch.frombuffer(self._mapped[piece.file], dtype=dtype, count=count, offset=piece.offset)
+        else:
+            buffer = bytearray(count * itemsize)
+            with self._directory.open_reader(name) as reader:
+                reader.read_into(memoryview(buffer), piece.offset)
+            flat = torch.frombuffer(buffer, dtype=dtype)
+        return flat.as_strided(piece.sizes, strides)
+
+
+def read_all(reader: Any) -> PlainFacts:
+    """Return the facts of a reader of this room that one process reads alone."""
+    facts: PlainFacts = reader.join([reader.read_headers(range(len(reader.files)))])
+    return facts
+
+
+def stat_files(directory: Directory, names: Sequence[str]) -> tuple[SourceFile, ...]:
+    """Return the files with size and version. CheckpointError where one cannot be looked at."""
+    files = []
+    for name in names:
+        try:
+            found = directory.stat(name)
+        except OSError as error:
+            raise CheckpointError(f"{directory.describe(name)} cannot be read: {error.strerror or error}") from None
+        files.append(SourceFile(name=name, size=found.size, version=found.version))
+    return tuple(files)
+
+
+def open_files(directory: Directory, files: tuple[SourceFile, ...]) -> OpenReaders:
+    """Return the files by number, opened when asked for."""
+    return OpenReaders(lambda number: directory.open_reader(files[number].name), max_open=4)
+
+
+def _fingerprint(files: tuple[SourceFile, ...], facts: PlainFacts) -> str:
+    hasher = xxhash.xxh3_128()
+    for file in files:
+        hasher.update(repr((file.name, file.size, file.version)).encode())
+    for tensor in facts.tensors:
+        hasher.update(repr(tuple(tensor)).encode("utf-8", "surrogatepass"))
+    return f"xxh3:{hasher.hexdigest()}"

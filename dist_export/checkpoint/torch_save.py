@@ -1,0 +1,87 @@
+"""Reader of what ``torch.save`` wrote: one file, or several with ``pytorch_model.bin.index.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dist_export.checkpoint.plain import Patterns, PlainFacts, make_checkpoint, open_files, stat_files
+from dist_export.checkpoint.reader import Checkpoint, SourceFile
+from dist_export.checkpoint.tensors import join_pieces
+from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_torch_file
+from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
+from dist_export.errors import CheckpointError
+from dist_export.storage import Directory
+
+INDEX_JSON = "pytorch_model.bin.index.json"
+SUFFIXES = (".pt", ".pth", ".ckpt")
+"""Of files that torch wrote, as a rule; ``.bin`` can be anything, and is looked into."""
+
+
+class TorchShare(NamedTuple):
+    """What one rank read."""
+
+    files: tuple[TorchFile, ...]
+
+
+class TorchReader:
+    """Reads one checkpoint of ``torch.save``. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
+
+    def __init__(self, directory: Directory, patterns: Patterns = Patterns()) -> None:  # noqa: B008 -- immutable
+        """Find the files. CheckpointError where there is none, or it cannot be told which one counts."""
+        self.directory = directory
+        self._patterns = patterns
+        self._weight_map = read_weight_map(directory, INDEX_JSON) if directory.exists(INDEX_JSON) else None
+        names = sorted(set(self._weight_map.values())) if self._weight_map is not None else find_torch_files(directory)
+        if not names:
+            raise CheckpointError(
+                f"{directory.url}: no file of torch.save among its {len(directory.names())} files; looked for "
+                f"{INDEX_JSON} and *.pt, *.pth, *.ckpt, *.bin"
+            )
+        if self._weight_map is None and len(names) > 1:
+            raise CheckpointError(
+                f"{directory.url} holds several files of torch.save ({', '.join(names[:4])}); give the one that is meant as "
+                f"ckpt_dir, such as {directory.describe(names[0])}"
+            )
+        self.files: tuple[SourceFile, ...] = stat_files(directory, names)
+
+    def read_headers(self, files: range) -> TorchShare:
+        """Find the tensors in these files."""
+        try:
+            with open_files(self.directory, self.files) as readers:
+                found = [read_torch_file(readers[number], self.files[number].size, number) for number in files]
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from None
+        return TorchShare(tuple(found))
+
+    def join(self, shares: Sequence[TorchShare]) -> PlainFacts:
+        """Put together what all files hold. CheckpointError where a name stands twice, or the index says otherwise."""
+        found = [file for share in shares for file in share.files]
+        if self._weight_map is not None:
+            held = ((tensor.name, self.files[tensor.piece.file].name) for file in found for tensor in file.tensors)
+            match_weight_map(self._weight_map, held, where=self.directory.describe(INDEX_JSON))
+        paths = [self.directory.describe(file.name) for file in self.files]
+        pieces = ((name, dtype, piece.sizes, piece) for file in found for name, dtype, piece in file.tensors)
+        tensors = join_pieces(pieces, where=self.directory.url, paths=paths)
+        return PlainFacts(tensors, tuple(note for file in found for note in file.notes))
+
+    def assemble(self, shares: Sequence[TorchShare]) -> Checkpoint:
+        """Build the metadata from what all files hold."""
+        return make_checkpoint(self.directory, self.files, self.join(shares), self._patterns, kind="torch")
+
+
+def find_torch_files(directory: Directory) -> list[str]:
+    """Return the files that ``torch.save`` wrote, by name; by how they begin those called ``.bin``, and one that was named."""
+
+    def is_one(name: str) -> bool:
+        is_doubtful = name.endswith(".bin") or directory.is_file
+        return name.endswith(SUFFIXES) or (is_doubtful and is_torch_file(_head(directory, name)))
+
+    return list(filter(is_one, directory.names()))
+
+
+def _head(directory: Directory, name: str) -> bytes:
+    head = bytearray(min(directory.stat(name).size, 16))
+    with directory.open_reader(name) as reader:
+        reader.read_into(memoryview(head), 0)
+    return bytes(head)

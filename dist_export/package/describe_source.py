@@ -1,0 +1,60 @@
+"""``inspect`` of a plain checkpoint or a DynamicEmb dump: tables and dense parameters, from headers and sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dist_export.checkpoint.formats import FORMATS, holds_tables, open_dense, open_reader
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.storage import Directory
+
+_NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
+
+
+def describe_source(
+    directory: Directory, *, asked: str, tables: Sequence[str], optimizer_slots: Sequence[str]
+) -> dict[str, Any]:
+    """Return what an export would read, as plain values. CheckpointError where it could not read it."""
+    settings = {"tables": tables, "optimizer_slots": optimizer_slots}
+    reader = open_reader(directory, asked=asked, **settings)
+    found: Checkpoint | None = None
+    if holds_tables(directory, asked, **settings):
+        found = reader.assemble([reader.read_headers(range(len(reader.files)))])
+    dense = open_dense(directory, asked, **settings).describe()
+    return {
+        "kind": FORMATS[asked].kind.partition(" ")[2],
+        "path": directory.url,
+        "files": len(reader.files),
+        "bytes": sum(file.size for file in reader.files),
+        "tables": [_describe_table(found, number) for number in range(len(found.tables))] if found else [],
+        "dense_tensors": [],
+        "parameters": [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in dense],
+        "warnings": list(found.warnings) if found else [_NO_TABLES],
+        "dense": None,
+    }
+
+
+def render_source(found: dict[str, Any]) -> list[str]:
+    """Return line by line what only such a source has; nothing for anything else."""
+    lines = [f"  dense      {t['name']} {t['dtype']} {t['shape']}" for t in found.get("parameters", [])]
+    return lines + [f"  note       {warning}" for warning in found.get("warnings", [])]
+
+
+def _describe_table(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
+    table = checkpoint.tables[number]
+    embedding = next(slot for slot in table.slots if slot.name == EMBEDDING_SLOT)
+    parts = checkpoint.parts.of_table(number)
+    rows = int(checkpoint.parts.rows[parts].sum())
+    stored = [slot for slot in table.slots if slot.name != ID_SLOT or table.has_ids]
+    return {
+        "name": table.name,
+        "rows": rows,
+        "shape": list(embedding.inner_shape),
+        "dtype": DTYPES[embedding.dtype].torch,
+        "parts": len(parts),
+        "bytes": sum(slot.num_bytes(rows) for slot in stored),
+        "slots": [slot.name for slot in stored],
+    }

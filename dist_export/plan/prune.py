@@ -1,0 +1,248 @@
+"""Which rows the rules of ``prune`` leave behind: a rule looks at a row's id or at one of its slots. Pure.
+
+No list of these rows is ever made: the census evaluates the rules once, whoever moves rows evaluates them again on the same
+bytes. So all arithmetic here has one order, whatever the number of rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
+from dist_export.errors import PlanError
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.recis import EMBEDDING_SLOT, mix
+from dist_export.plan.tables import no_match
+from dist_export.row_rules import ALLOW_LIST, DENY_LIST, NORM, REASONS, SLOT_VALUE, RowRule
+
+KEPT = 0
+"""The code of a row that no rule applies to; else 1 + the place of the reason in ``REASONS``."""
+
+_BIT = (1 << np.arange(8)).astype(np.uint8)
+_PIECE_IDS = 1 << 16
+
+_BLOCK_IDS = 256
+"""The first of each so many ids of a list stay in a core's cache."""
+
+
+class IdList:
+    """Finds ids that are in a list. Any thread."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        """``ids``: int64, sorted, each once."""
+        self._ids = ids
+        self.digest = xxhash.xxh3_128_digest(ids.data)
+        self._heads = ids[::_BLOCK_IDS].copy()
+        bits = len(ids).bit_length() + 3  # 8 to 16 for each id, so that of 8 others at most one passes
+        self._shift = np.uint64(64 - bits)
+        self._sieve = np.zeros(1 << (bits - 3), np.uint8)
+        for first in range(0, len(ids), _PIECE_IDS):
+            byte, bit = self._place_of(ids[first : first + _PIECE_IDS])
+            np.bitwise_or.at(self._sieve, byte, bit)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return int(self._ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        """Return which int64 ids are in the list (bool)."""
+        byte, bit = self._place_of(ids)
+        found: np.ndarray = (self._sieve[byte] & bit) != 0
+        candidates = np.flatnonzero(found)
+        found[candidates] = self._holds(ids[candidates])
+        return found
+
+    def _place_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the byte of the sieve (int64) and the bit in it (uint8) that an id sets."""
+        hashed = mix(ids) >> self._shift
+        return (hashed >> np.uint64(3)).view(np.int64), _BIT[(hashed & np.uint64(7)).view(np.int64)]
+
+    def _holds(self, ids: np.ndarray) -> np.ndarray:
+        """Search, step by step for all at once: what one id waits for from memory the others wait for at the same time."""
+        if not len(ids):
+            return np.zeros(0, bool)
+        last = len(self._ids) - 1
+        place = np.maximum(np.searchsorted(self._heads, ids, side="right") - 1, 0) * _BLOCK_IDS
+        step = _BLOCK_IDS // 2
+        while step:
+            probe = np.minimum(place + step, last)
+            place = np.where(self._ids[probe] <= ids, probe, place)
+            step //= 2
+        found: np.ndarray = self._ids[place] == ids
+        return found
+
+
+class TableRule(NamedTuple):
+    """One rule as it applies to one table."""
+
+    reason: str
+    slot: SlotMeta | None
+    """The slot that it looks at; None for the ids."""
+    limit: int | float
+    ids: IdList | None
+
+    def applies(self, ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Return which rows go (bool, (n,)). Comparisons with NaN are false, so such rows stay.
+
+        Args:
+            ids: int64 (n,).
+            rows: slot column -> uint8 (n * row_bytes,), of the slots that rules look at.
+        """
+        if self.slot is None:
+            assert self.ids is not None
+            is_listed = self.ids.contains(ids)
+            return ~is_listed if self.reason == ALLOW_LIST else is_listed
+        values = _values_of(rows[self.slot.column], self.slot, len(ids))
+        return _is_below(values[:, 0], self.limit) if self.reason == SLOT_VALUE else _is_short(values, self.limit)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Pruning:
+    """The rules of each table, in the order in which they are tried; the first that applies gives the reason."""
+
+    rules: tuple[tuple[TableRule, ...], ...]
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(self.rules)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the lists of ids take in memory."""
+        lists = {id(rule.ids): rule.ids for rules in self.rules for rule in rules if rule.ids is not None}
+        return sum(its.num_bytes for its in lists.values())
+
+    def columns_of(self, table: int) -> tuple[int, ...]:
+        """Return the slots that the rules of a table look at."""
+        return tuple(sorted({rule.slot.column for rule in self.rules[table] if rule.slot is not None}))
+
+    def digest(self) -> bytes:
+        """Return a digest of all that decides, the listed ids included."""
+        hasher = xxhash.xxh3_128()
+        for table, rules in enumerate(self.rules):
+            for rule in rules:
+                column = -1 if rule.slot is None else rule.slot.column
+                hasher.update(f"{table} {rule.reason} {column} {rule.limit!r}\0".encode())
+                hasher.update(b"" if rule.ids is None else rule.ids.digest)
+        return hasher.digest()
+
+
+def prune_nothing(checkpoint: Checkpoint) -> Pruning:
+    """Return what most exports have."""
+    return Pruning(rules=tuple(() for _ in checkpoint.tables))
+
+
+def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mapping[str, IdList]) -> Pruning:
+    """Say which rules apply to which table.
+
+    Args:
+        checkpoint: the tables that are exported.
+        rules: as the settings have them, in order.
+        lists: path -> its ids, of the files that rules name.
+
+    Raises:
+        PlanError: a pattern that matches no table, a table without the slot or with several values a row in it, or one whose
+            rows go by number.
+    """
+    names = [table.name_in_source for table in checkpoint.tables]
+    found: list[list[TableRule]] = [[] for _ in names]
+    for place, rule in enumerate(rules):
+        setting = f"prune[{place}]"
+        for pattern in rule.tables:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise no_match(f"{setting}.tables", pattern, names)
+        for number, name in enumerate(names):
+            if any(fnmatchcase(name, pattern) for pattern in rule.tables):
+                found[number].append(_apply_to_table(rule, checkpoint, number, setting, lists))
+    return Pruning(rules=tuple(map(tuple, found)))
+
+
+def reasons_of(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return why each row is left behind (uint8, (n,)): 0 for one that is kept, else 1 + a place in ``REASONS``.
+
+    Arguments are as :meth:`TableRule.applies` takes them.
+    """
+    codes = np.zeros(len(ids), np.uint8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rule in rules:
+            codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + REASONS.index(rule.reason)
+    return codes
+
+
+def _apply_to_table(
+    rule: RowRule, checkpoint: Checkpoint, number: int, setting: str, lists: Mapping[str, IdList]
+) -> TableRule:
+    table = checkpoint.tables[number]
+    name = table.name_in_source
+    if not table.is_hashed:
+        raise PlanError(
+            f"{setting}: the rows of table {name!r} go by number, so none can be left behind; name the table in as_hash, "
+            "which writes the numbers as ids"
+        )
+    if rule.reason in (DENY_LIST, ALLOW_LIST):
+        return TableRule(rule.reason, None, 0, lists[rule.path])
+    slot = _find_slot(rule.slot if rule.reason == SLOT_VALUE else EMBEDDING_SLOT, table, checkpoint, setting)
+    if rule.reason == NORM:
+        return TableRule(NORM, slot, float(rule.limit), None)
+    if math.prod(slot.inner_shape) != 1:
+        raise PlanError(
+            f"{setting}: slot {rule.slot!r} of table {name!r} has rows of {list(slot.inner_shape)}; a rule compares slots of "
+            "one value a row"
+        )
+    is_float = DTYPES[slot.dtype].torch.startswith(("float", "bfloat"))
+    return TableRule(SLOT_VALUE, slot, float(rule.limit) if is_float else math.ceil(rule.limit), None)
+
+
+def _find_slot(name: str, table: TableMeta, checkpoint: Checkpoint, setting: str) -> SlotMeta:
+    found = next((slot for slot in table.slots if slot.name == name), None)
+    if found is None:
+        having = [t.name_in_source for t in checkpoint.tables if any(slot.name == name for slot in t.slots)]
+        raise PlanError(
+            f"{setting}: table {table.name_in_source!r} has no slot {name!r}; tables that have it: "
+            f"{', '.join(having) or 'none'}. Let tables match those alone"
+        )
+    return found
+
+
+def _values_of(rows: np.ndarray, slot: SlotMeta, num_rows: int) -> np.ndarray:
+    """Return the values of rows of a slot, of shape (num_rows, width), in a dtype that numpy can compare."""
+    dtype = DTYPES[slot.dtype]
+    values: np.ndarray = rows.view(dtype.numpy).reshape(num_rows, math.prod(slot.inner_shape))
+    if dtype.torch == "bfloat16":
+        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def _is_below(values: np.ndarray, limit: float) -> np.ndarray:
+    below: np.ndarray
+    if values.dtype.kind == "f":
+        below = values.astype(np.float64) < limit
+    elif not -(1 << 63) <= limit < 1 << 63:
+        below = np.full(len(values), limit > 0)
+    else:
+        below = values.astype(np.int64) < np.int64(limit)
+    return below
+
+
+def _is_short(values: np.ndarray, limit: float) -> np.ndarray:
+    """Return which rows have an L2 norm of at most ``limit``."""
+    if limit == 0:  # also of values whose squares are too small for a number
+        is_zero: np.ndarray = np.logical_not((values != 0).any(axis=1))
+        return is_zero
+    sums = np.zeros(len(values), np.float64)
+    # value by value: numpy's own sums depend on how many rows there are at a time
+    for column in np.asarray(values.T, np.float64, order="C"):
+        sums += column * column
+    short: np.ndarray = np.less_equal(np.sqrt(sums), limit)
+    return short

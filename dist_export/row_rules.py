@@ -1,0 +1,94 @@
+"""The rules of ``prune``: which rows are left behind, as the settings say it. Checked before anything is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_export.errors import ConfigError
+
+SLOT_VALUE = "slot_value"
+NORM = "norm"
+DENY_LIST = "deny_list"
+ALLOW_LIST = "allow_list"
+
+REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST)
+"""Why a row was left behind, as the account of rows names it."""
+
+_KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")
+_FORMS = "{tables, slot, below}, {tables, norm_at_most}, {tables, deny} or {tables, allow}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRule:
+    """One rule. A row that it applies to is left behind with all its slots."""
+
+    tables: tuple[str, ...]
+    """Patterns of tables, by their names in the checkpoint."""
+    reason: str
+    slot: str = ""
+    """``slot_value``: the slot to look at, one number a row."""
+    limit: int | float = 0
+    """``slot_value``: rows below it go; ``norm``: rows whose embedding has an L2 norm of at most this. NaN is kept."""
+    path: str = ""
+    """``deny_list``, ``allow_list``: the file of ids. Rows with one of these go, or those without."""
+
+
+def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[RowRule, ...]:
+    """Read the setting ``prune``, in its order.
+
+    Raises:
+        ConfigError: a rule that is none; it names the rule by its place and the key.
+    """
+    if not isinstance(rules, (list, tuple)):
+        raise ConfigError(f"prune is {rules!r}; expected a list of rules such as {_FORMS}")
+    return tuple(_parse(rule, f"prune[{place}]") for place, rule in enumerate(rules))
+
+
+def _parse(rule: Mapping[str, Any], where: str) -> RowRule:
+    if not isinstance(rule, Mapping):
+        raise ConfigError(f"{where} is {rule!r}; expected a mapping such as {_FORMS}")
+    unknown = next((key for key in rule if key not in _KEYS), None)
+    if unknown is not None:
+        raise ConfigError(f"{where}: {unknown!r} is no key of a rule; a rule is {_FORMS}")
+    tables = _patterns(rule.get("tables"), where)
+    given = {key for key in rule if key != "tables"}
+    if given == {"slot", "below"}:
+        slot = _text(rule, "slot", where)
+        if slot == "id":
+            raise ConfigError(f"{where}.slot is 'id'; ids are kept or left behind by lists, with deny or allow")
+        return RowRule(tables=tables, reason=SLOT_VALUE, slot=slot, limit=_number(rule, "below", where))
+    if given == {"norm_at_most"}:
+        limit = _number(rule, "norm_at_most", where)
+        if limit < 0:
+            raise ConfigError(f"{where}.norm_at_most is {limit}; no norm is below 0, so give 0 or more")
+        return RowRule(tables=tables, reason=NORM, limit=limit)
+    if given == {"deny"}:
+        return RowRule(tables=tables, reason=DENY_LIST, path=_text(rule, "deny", where))
+    if given == {"allow"}:
+        return RowRule(tables=tables, reason=ALLOW_LIST, path=_text(rule, "allow", where))
+    told = ", ".join(sorted(given)) or "nothing beside tables"
+    raise ConfigError(f"{where} has {told}; a rule is one of {_FORMS}")
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise ConfigError(f'{where}.tables is {value!r}; give a pattern of tables, such as "user_*", or a list of them')
+    return tuple(patterns)
+
+
+def _text(rule: Mapping[str, Any], key: str, where: str) -> str:
+    value = rule[key]
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}.{key} is {value!r}; give text")
+    return value
+
+
+def _number(rule: Mapping[str, Any], key: str, where: str) -> int | float:
+    value = rule[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{where}.{key} is {value!r}; give a finite number")
+    return value

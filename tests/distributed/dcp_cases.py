@@ -1,0 +1,38 @@
+"""Export every DCP fixture for every number of shards, in one job; started by torchrun, or alone. usage: FIXTURES OUT THREADS"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from fixture_cases import TORCHREC_CASES
+
+import dist_export
+
+NUM_SHARDS = (1, 2, 3, 4, "source")
+
+
+def main(fixtures: Path, out: Path, threads: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")  # one group for all exports, as inside a training job
+    for case, tables in TORCHREC_CASES.items():
+        for num_shards in NUM_SHARDS:
+            dist_export.export(
+                {
+                    "ckpt_dir": str(fixtures / case),
+                    "export_dir": str(out / case / str(num_shards)),
+                    "filter_sparse_opt": True,
+                    "num_shards": num_shards,
+                    "tables": tables,
+                    "keep_slots": ["exp_avg"] if case == "dtensor_adam" else [],
+                    "threads": threads,
+                }
+            )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
