@@ -17,7 +17,7 @@ from dist_export.collective import Ranks
 from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
 from dist_export.plan.limits import Limits
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.units import UNIT_BYTES, Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
