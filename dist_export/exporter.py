@@ -265,13 +265,22 @@ def find_dense(config: ExportConfig, source: Directory, checkpoint: Checkpoint |
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the last dimension of each table's embedding."""
-    return {
+    """Return the last dimension of each table's embedding.
+
+    Tables that are parameters of a model stand there by the module's own name too (``user`` for ``ebc.embedding_bags.
+    user.weight``), unless several have it: a feature names its table so.
+    """
+    dims = {
         table.name: (slot.inner_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT
     }
+    by_module: dict[str, list[str]] = {}
+    for table in checkpoint.tables:
+        if not table.has_ids:
+            by_module.setdefault(table.name.removesuffix(".weight").rpartition(".")[2], []).append(table.name)
+    return {module: dims[names[0]] for module, names in by_module.items() if len(names) == 1} | dims
 
 
 def transfer(

@@ -121,11 +121,13 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
             metadata = decode_metadata(raw, where=where, file_sizes=size_of)
         except OSError as error:
             raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
+        paths = [path for path in metadata.paths.values() if len(path) > 2 and "state" not in path[:-1]]
+        roots = {path[:-1] for path in paths if "." in str(path[-1])}
         for name, tensor in metadata.tensors.items():
             key = prefix + name
             chunks = tuple(chunk._replace(file=folder + chunk.file) for chunk in tensor.chunks)
             tensors[key] = tensor._replace(name=key, chunks=chunks)
-            names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()))
+            names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
         objects += [prefix + name for name in metadata.objects]
     found_tables, dense, other = _classify(directory, tensors, names, tuple(objects), tables, optimizer_slots)
     return DcpCheckpoint(
@@ -185,11 +187,14 @@ def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
     return strided
 
 
-def _name_in_model(name: str, path: tuple[object, ...]) -> str:
-    """Return a tensor's name without the key that the model's state_dict was saved under."""
-    if len(path) == 2 and name == f"{path[0]}.{path[1]}":
-        return str(path[1])
-    return name
+def _name_in_model(name: str, path: tuple[object, ...], roots: set[tuple[object, ...]]) -> str:
+    """Return a tensor's name without the keys that the model's state_dict was saved under.
+
+    ``roots`` are longer paths of keys that a state_dict was saved under, as ``app.model`` of an application's own state:
+    the names in one have dots, which keys of nested dicts have not.
+    """
+    is_below = len(path) == 2 or (len(path) > 2 and path[:-1] in roots)
+    return str(path[-1]) if is_below and name == ".".join(map(str, path)) else name
 
 
 def describe_sharding(tensor: TensorMeta) -> str:

@@ -135,6 +135,17 @@ def test_two_models_with_the_same_names_keep_their_full_names(tmp_path: Path) ->
     ]
 
 
+def test_the_state_of_an_application_is_looked_into(tmp_path: Path) -> None:
+    """A model and its optimizer below one key, as torch's own tutorial saves them."""
+    checkpoint = read(save(tmp_path / "ckpt", {"app": make_state()}))
+    (table,) = checkpoint.tables
+    assert table.name == "ebc.embedding_bags.user.weight"
+    assert [(slot.name, slot.fits) for slot in table.slots] == [("momentum1", True)]
+    assert [name for name, _ in checkpoint.dense] == ["mlp.weight"]
+    nested = read(save(tmp_path / "nested", {"net": {"first": {"weight": torch.ones(2)}}}))
+    assert [name for name, _ in nested.dense] == ["net.first.weight"]
+
+
 def test_two_directories_are_read_as_one(tmp_path: Path) -> None:
     """TorchEasyRec keeps the model and its optimizer apart."""
     state = make_state()

@@ -302,6 +302,26 @@ def test_dense_parameters_are_put_together_from_their_chunks(tmp_path: Path) -> 
     assert same(dense.load(), expected)
 
 
+def test_features_name_tables_of_a_model_by_their_module(tmp_path: Path) -> None:
+    """``user`` is ``ebc.embedding_bags.user.weight``; its width is compared."""
+    save(tmp_path / "ckpt", make_state())
+    feature = {
+        "feature_name": "user_id",
+        "feature_type": "id_feature",
+        "value_type": "String",
+        "gen_key_type": "hash",
+        "gen_val_type": "lookup",
+        "hash_bucket_size": 10,
+        "embedding_dimension": 4,
+        "shared_name": "user",
+    }
+    export(tmp_path / "ckpt", tmp_path / "out", fg_conf_or_path={"features": [feature]})
+    assert (tmp_path / "out" / "fg.json").exists()
+    for change in ({"embedding_dimension": 8}, {"shared_name": "item"}):
+        with pytest.raises(ConfigError, match=r"table '?(user|item)'?"):
+            export(tmp_path / "ckpt", tmp_path / "other", fg_conf_or_path={"features": [feature | change]})
+
+
 def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path: Path) -> None:
     """An export of the dense arch alone needs no table, and takes every parameter from where its chunks lie."""
     torch.manual_seed(1)

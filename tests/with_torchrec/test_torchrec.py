@@ -16,7 +16,8 @@ import dist_export
 from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.storage import Directory
 
-SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8)}
+SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8), "t_copied": (21, 4)}
+SEQUENCE = "ec.embeddings.t_sequence.weight"
 REQUIRED = "DIST_EXPORT_REQUIRE_TORCHREC"
 pytestmark = [
     pytest.mark.distributed,
@@ -49,11 +50,11 @@ def put_together(ranks: list[Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_sharding_of_torchrec_exports(world_size: int, tmp_path: Path) -> None:
-    """Rows, columns, whole tables, rows of one host: weights, the state that goes with rows, and dense parameters."""
+    """Rows, columns, whole tables, rows of one host, copies: weights, the state that goes with rows, and dense parameters."""
     found = run_ranks(save_on_rank, world_size, tmp_path / "store", str(tmp_path / "ckpt"), timeout=240)
     truth = put_together(found)
-    tables = {f"ebc.embedding_bags.{name}.weight": name for name in SIZES}
-    kept = [f"{table}.momentum1" for table, name in tables.items() if name != "t_columns"]
+    tables = {f"ebc.embedding_bags.{name}.weight": name for name in SIZES} | {SEQUENCE: "t_sequence"}
+    kept = [f"{table}.momentum1" for table, name in tables.items() if name not in ("t_columns", "t_copied")]
     for num_shards in (1, 2, 4, "source"):
         package = tmp_path / str(num_shards)
         dist_export.export(

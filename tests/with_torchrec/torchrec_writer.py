@@ -9,13 +9,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+)
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
+    data_parallel,
     row_wise,
     table_row_wise,
     table_wise,
@@ -28,6 +36,8 @@ Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], torch.Tens
 """Name -> (shape of the whole, [(offsets, values)])."""
 
 KERNEL = EmbeddingComputeKernel.FUSED.value
+SEQUENCE = "t_sequence"
+"""A table of the collection that gives every row of a list."""
 
 
 class Model(nn.Module):
@@ -40,11 +50,17 @@ class Model(nn.Module):
             ],
             device=torch.device("cpu"),
         )
+        self.ec = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(name=SEQUENCE, embedding_dim=4, num_embeddings=29, feature_names=[f"f_{SEQUENCE}"])
+            ],
+            device=torch.device("cpu"),
+        )
         self.mlp = nn.Linear(sum(dim for _, dim in sizes.values()), 1)
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
         found: torch.Tensor = self.mlp(self.ebc(features).values())
-        return found
+        return found.sum() + self.ec(features)[f"f_{SEQUENCE}"].values().sum()
 
 
 def train_and_save(rank: int, path: str, sizes: dict[str, tuple[int, int]]) -> Pieces:
@@ -55,32 +71,42 @@ def train_and_save(rank: int, path: str, sizes: dict[str, tuple[int, int]]) -> P
     world_size = dist.get_world_size()
     torch.manual_seed(3)
     model = Model(sizes)
-    apply_optimizer_in_backward(RowWiseAdagrad, model.ebc.parameters(), {"lr": 0.1})
+    fused = [parameter for name, parameter in model.named_parameters() if "t_" in name and "t_copied" not in name]
+    apply_optimizer_in_backward(RowWiseAdagrad, fused, {"lr": 0.1})
     by_table = {
-        "t_rows": row_wise(compute_kernel=KERNEL),
+        "t_rows": row_wise(),
         "t_columns": column_wise(ranks=list(range(world_size))),
         "t_whole": table_wise(rank=world_size - 1),
         "t_table_rows": table_row_wise(host_index=0),
+        "t_copied": data_parallel(),
     }
-    sharder = EmbeddingBagCollectionSharder()
-    plan = construct_module_sharding_plan(
-        model.ebc, by_table, sharder=sharder, local_size=world_size, world_size=world_size, device_type="cpu"
-    )
-    for sharding in plan.values():
-        sharding.compute_kernel = KERNEL  # on the CPU it is not found by itself
+    sharders = {"ebc": EmbeddingBagCollectionSharder(), "ec": EmbeddingCollectionSharder()}
+    plans = {}
+    for name, generators in {"ebc": by_table, "ec": {SEQUENCE: row_wise()}}.items():
+        plans[name] = construct_module_sharding_plan(
+            model.get_submodule(name),
+            generators,
+            sharder=sharders[name],
+            local_size=world_size,
+            world_size=world_size,
+            device_type="cpu",
+        )
+        for table, sharding in plans[name].items():
+            if table != "t_copied":
+                sharding.compute_kernel = KERNEL  # on the CPU it is not found by itself
     sharded = DistributedModelParallel(
         module=model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=torch.device("cpu"),
-        plan=ShardingPlan({"ebc": plan}),
-        sharders=[sharder],
+        plan=ShardingPlan(plans),
+        sharders=list(sharders.values()),
     )
     torch.manual_seed(10 + rank)
-    keys = [f"f_{name}" for name in sizes]
+    keys = [*(f"f_{name}" for name in sizes), f"f_{SEQUENCE}"]
     for _ in range(2):
-        values = torch.cat([torch.randint(rows, (6,)) for rows, _ in sizes.values()])
+        values = torch.cat([torch.randint(rows, (6,)) for rows in (*(rows for rows, _ in sizes.values()), 29)])
         features = KeyedJaggedTensor(keys=keys, values=values, lengths=torch.full((len(keys) * 3,), 2))
-        sharded(features).sum().backward()
+        sharded(features).backward()
     state: dict[str, Any] = {
         "model": sharded.state_dict(),
         "fused_optimizer": sharded.fused_optimizer.state_dict(),
