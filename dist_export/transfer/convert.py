@@ -91,7 +91,8 @@ def read_counts(target: Directory, plan: SparsePlan) -> Counts:
     return found
 
 
-_PREFIX = "casts-"
+_PREFIX = "losses-"
+"""Behind the marker of a commit, in the order of names: it is to be the last that is cleared away."""
 
 
 class _Note(msgspec.Struct, frozen=True, kw_only=True):
