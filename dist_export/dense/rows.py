@@ -39,14 +39,9 @@ class RowFinder:
         self._dropped_in = dropped_in
 
     @property
-    def feeds(self) -> bool:
-        """Whether rows are to be put into the model: not those that are read out of it."""
-        return self._checkpoint.memory is None
-
-    @property
     def is_live(self) -> bool:
         """Whether the model's own tables are what is exported."""
-        return not self.feeds or self._only is not None
+        return self._checkpoint.memory is not None or self._only is not None
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table."""
@@ -62,26 +57,34 @@ class RowFinder:
         assert number is not None
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
+    def _find_allowed(
+        self, table: str, ids: np.ndarray, only: Callable[[str, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        allowed = only(table, ids)
+        self._only = None
+        try:
+            found, its = self.find(table, ids[allowed])
+        finally:
+            self._only = only
+        has_row = np.zeros(len(ids), bool)
+        rows = np.zeros((len(ids), its.shape[1]), np.uint8)
+        has_row[allowed], rows[allowed] = found, its
+        return has_row, rows
+
     def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, row_bytes); zeros if absent).
 
         Args:
             ids: int64, sorted, without duplicates.
         """
+        if self._only is not None and len(ids):
+            return self._find_allowed(table, ids, self._only)
         checkpoint = self._checkpoint
         number = checkpoint.table_index(table)
         assert number is not None
         slot = self.embedding_of(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
-        if self._only is not None and len(ids):
-            allowed, only = self._only(table, ids), self._only
-            self._only = None
-            try:
-                has_row[allowed], rows[allowed] = self.find(table, ids[allowed])
-            finally:
-                self._only = only
-            return has_row, rows
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
