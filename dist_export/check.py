@@ -13,7 +13,7 @@ from dist_export.layout.recis import Slice, is_in_slice, mix, places_of
 from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import account_for
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
 

@@ -48,7 +48,7 @@ from dist_export.manifest import (
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DUPLICATE, account_for
-from dist_export.plan.shards import OutputBlocks, SparsePlan
+from dist_export.plan.sparse_plan import OutputBlocks, SparsePlan
 from dist_export.storage import Directory
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]

@@ -12,7 +12,7 @@ from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.exporter import note_renamed, open_source, read_confs
+from dist_export.inputs import note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects

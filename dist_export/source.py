@@ -33,7 +33,8 @@ from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
 from dist_export.plan.prune import IdList, Pruning, plan_pruning
 from dist_export.plan.selection import Selection, select, select_all
-from dist_export.plan.shards import SparsePlan, plan_copy, plan_shards
+from dist_export.plan.shards import plan_copy, plan_shards
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.tables import TableSettings, view_tables
 from dist_export.plan.targets import Targets, plan_targets, resolve_num_shards
 from dist_export.row_rules import ALLOW_LIST, parse_rules

@@ -6,11 +6,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 name=demo_run config=scripts/demo/export.yaml trainer=scripts.demo.train
-serve=()
 if [[ ${1:-} == --torchrec ]]; then
   shift
   name=demo_run_torchrec config=scripts/demo/torchrec.yaml trainer=scripts.demo.train_torchrec
-  serve=(--fg scripts/demo/fg.json --mc scripts/demo/mc.json --tables 'sparse_arch.ebc.embedding_bags.{}.weight')
 fi
 work=${1:-$root/$name}
 [[ $work == /* ]] || work=$PWD/$work
@@ -49,6 +47,6 @@ step "4/5 verify the package"
 python -m dist_export verify "$work/package"
 
 step "5/5 score three users from the package alone"
-python -m scripts.demo.score "$work/package" "$work/requests.json" ${serve[@]+"${serve[@]}"}
+python -m scripts.demo.score "$work/package" "$work/requests.json"
 
 printf '\n=== done in %d s: %s\n' "$SECONDS" "$work"

@@ -61,14 +61,9 @@ class RowFinder:
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
 
     @property
-    def feeds(self) -> bool:
-        """Whether rows are to be put into the model: not those that are read out of it."""
-        return self._checkpoint.memory is None
-
-    @property
     def is_live(self) -> bool:
         """Whether the model's own tables are what is exported."""
-        return not self.feeds or self._only is not None
+        return self._checkpoint.memory is not None or self._only is not None
 
     def _find_by_number(
         self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
@@ -77,6 +72,8 @@ class RowFinder:
         parts = self._checkpoint.parts
         with RowReader(self._checkpoint) as reader:
             for part in parts.of_table(table):
+                if not reader.is_held(part, slot.column):
+                    continue  # in the memory of another rank
                 first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
                 places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
                 if self._dropped_in is not None and len(places):
@@ -123,6 +120,20 @@ class RowFinder:
         number = self._numbers[table]
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
+    def _find_allowed(
+        self, table: str, ids: np.ndarray, only: Callable[[str, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        allowed = only(table, ids)
+        self._only = None
+        try:
+            found, its = self.find(table, ids[allowed])
+        finally:
+            self._only = only
+        has_row = np.zeros(len(ids), bool)
+        rows = np.zeros((len(ids), its.shape[1]), np.uint8)
+        has_row[allowed], rows[allowed] = found, its
+        return has_row, rows
+
     def find(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the ids the table holds (bool, (n,)) and their rows (uint8, (n, bytes); zeros if absent).
 
@@ -131,19 +142,13 @@ class RowFinder:
         Args:
             ids: int64, sorted, without duplicates.
         """
+        if self._only is not None and len(ids):
+            return self._find_allowed(table, ids, self._only)
         checkpoint = self._checkpoint
         number = self._numbers[table]
         slot = self._stored_embedding(table)
         has_row = np.zeros(len(ids), bool)
         rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
-        if self._only is not None and len(ids):
-            allowed, only = self._only(table, ids), self._only
-            self._only = None
-            try:
-                has_row[allowed], rows[allowed] = self.find(table, ids[allowed])
-            finally:
-                self._only = only
-            return has_row, rows
         if not checkpoint.tables[number].is_hashed:
             self._find_by_number(number, slot, ids, has_row, rows)
             return has_row, self._encode(table, rows)

@@ -108,7 +108,7 @@ class DenseStage:
         if finder is None:
             if self._parameters is not None:
                 notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
-        elif finder.feeds and finder.table_names() and not asked and not rows.unknown_tables:
+        elif finder.table_names() and not rows.sharded_tables and not asked and not rows.unknown_tables:
             notes.append(
                 "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
                 "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"

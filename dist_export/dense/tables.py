@@ -228,7 +228,7 @@ class _HashFeed(_Feed):
             self._insert(self._children[child], held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
 
     def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
-        if not len(held) or not self._finder.feeds:
+        if not len(held):
             return
         module: Any = self._module
         live = module.ids()
@@ -297,8 +297,7 @@ class _WeightFeed(_Feed):
             weight[asked] = before
 
         self._undo.append(put_back)
-        if self._finder.feeds:
-            weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
+        weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
 
 
 def _plain(path: str) -> str:

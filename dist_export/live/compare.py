@@ -11,7 +11,7 @@ import numpy as np
 from dist_export.checkpoint.rows import RowReader
 from dist_export.errors import CommitError
 from dist_export.layout.recis import EMBEDDING_SLOT
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
 

@@ -57,7 +57,7 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
     Raises:
         PlanError: a pattern that matches no table, or rows that cannot be cast.
     """
-    names = [table.name for table in checkpoint.tables]
+    names = [table.name_in_source for table in checkpoint.tables]
     for pattern, _ in dtypes:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise PlanError(
@@ -65,7 +65,7 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
             )
     kept = []
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
-        asked = next((dtype for pattern, dtype in dtypes if fnmatchcase(table.name, pattern)), None)
+        asked = next((dtype for pattern, dtype in dtypes if fnmatchcase(table.name_in_source, pattern)), None)
         kept.append(
             slots
             if asked in (None, SOURCE)

@@ -198,9 +198,10 @@ def deal_unique_tasks(
         return list(tasks[rank::world_size])
     mine = []
     for task in tasks:
-        owners = sorted({int(memory.owner[_id_file(checkpoint, part)]) for part in task.parts})
+        parts = [part for part in task.parts if checkpoint.parts.rows[part]]
+        owners = sorted({int(memory.owner[_id_file(checkpoint, part)]) for part in parts})
         if len(owners) > 1:
-            claims = [checkpoint.parts.slice_of(part) for part in task.parts[:2]]
+            claims = [checkpoint.parts.slice_of(part) for part in parts[:2]]
             raise PlanError(
                 f"table {checkpoint.tables[task.table].name!r} lies in the memory of ranks {', '.join(map(str, owners))}, and "
                 "some rows are outside the slice of their rank, or the slices overlap (the first two are "
@@ -209,7 +210,7 @@ def deal_unique_tasks(
                 "holder of its even share. Save a checkpoint and export that"
             )
         if owners == [rank]:
-            mine.append(task)
+            mine.append(task._replace(parts=tuple(parts)))
     return mine
 
 

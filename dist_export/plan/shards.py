@@ -1,146 +1,24 @@
-"""The second stage of planning: every header, offset and segment of the output, from headers and the census. Pure.
-
-A part whose rows all go to one target is moved as byte ranges, whatever its slice says; only parts whose rows part ways
-and parts that leave rows behind are gathered row by row. Merging shards is thus always copying.
-"""
+"""The second stage of planning: every header, offset and segment of the output, from headers and the census. Pure."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import PlanError
 from dist_export.layout.recis import DENSE_SUFFIX, key_stem, row_key_stem, shard_name
 from dist_export.layout.safetensors import encode_header
-from dist_export.plan.census import GRANULE_ROWS, Census, count_rows_by_target
+from dist_export.plan.census import Census, count_rows_by_target
 from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
 from dist_export.plan.prune import Pruning
+from dist_export.plan.routes import join_ranges, route
 from dist_export.plan.selection import Selection
+from dist_export.plan.sparse_plan import Copies, Gather, OutputBlocks, OutputFile, SparsePlan
 from dist_export.plan.targets import Targets
-
-
-class OutputFile(NamedTuple):
-    """One shard file to be written: ``header`` (may be empty), then the payload."""
-
-    name: str
-    num_bytes: int
-    header: bytes
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Copies:
-    """Byte ranges that go over unchanged, as parallel int64 columns, ordered by file and place there."""
-
-    file: np.ndarray
-    offset: np.ndarray
-    source_file: np.ndarray
-    source_offset: np.ndarray
-    num_bytes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-
-class Gather(NamedTuple):
-    """Rows ``first_row`` to ``first_row + num_rows`` of a part that are moved row by row.
-
-    They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
-
-    ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``, or is what
-    ``SparsePlan.pruning`` leaves behind.
-    """
-
-    part: int
-    first_row: int
-    num_rows: int
-    targets: np.ndarray
-    counts: np.ndarray
-    first_target_rows: np.ndarray
-    columns: tuple[int, ...]
-    """The slots that are moved so, as in ``SlotMeta.column``; the others of these rows go over as byte ranges."""
-
-    @property
-    def num_kept(self) -> int:
-        """The rows that are moved."""
-        return int(self.counts.sum())
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class OutputBlocks:
-    """The blocks of all tables in the output, as parallel columns; all int64 but ``key``."""
-
-    key: tuple[str, ...]
-    file: np.ndarray
-    table: np.ndarray
-    column: np.ndarray
-    """The slot, as in ``SlotMeta.column``; 0 is the ids."""
-    target: np.ndarray
-    """The part within its table, counted from 0."""
-    begin: np.ndarray
-    end: np.ndarray
-    size: np.ndarray
-    """The slice of ids that the part holds."""
-    rows: np.ndarray
-    offset: np.ndarray
-    """Absolute position in the file, in bytes."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SparsePlan:
-    """All that the ranks will write. The same on every rank, whatever their number."""
-
-    checkpoint: Checkpoint
-    selection: Selection
-    targets: tuple[Targets, ...]
-    """Of each table; empty in a copy."""
-    num_shards: int
-    is_copy: bool
-    files: tuple[OutputFile, ...]
-    blocks: OutputBlocks
-    dense_files: tuple[tuple[str, int], ...]
-    """(key, file) of each dense tensor among the sparse files of the output."""
-    copies: Copies
-    gathers: tuple[Gather, ...]
-    dropped: DroppedRows
-    """Rows that no shard gets; none in a copy."""
-    digest: str
-    pruning: Pruning | None = None
-    """Rules that tell of further rows that no shard gets; None where there are none."""
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all output files."""
-        return sum(file.num_bytes for file in self.files)
-
-    def slots_of(self, table: int) -> tuple[SlotMeta, ...]:
-        """Return the slots of a table that are kept."""
-        return self.selection.kept[table]
-
-    def has_casts(self, gather: Gather) -> bool:
-        """Whether rows of a gather are written in another dtype than they are stored in."""
-        table = int(self.checkpoint.parts.table[gather.part])
-        stored = self.checkpoint.tables[table].slots
-        return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
-
-    @functools.cached_property
-    def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
-        """For each (table, slot column), where the block of each target stands in ``blocks``."""
-        order = np.lexsort((self.blocks.target, self.blocks.column, self.blocks.table))
-        kinds = np.stack([self.blocks.table[order], self.blocks.column[order]], axis=1)
-        starts = np.flatnonzero(np.any(np.diff(kinds, axis=0, prepend=-1) != 0, axis=1))
-        pieces = np.split(order, starts[1:])
-        return {(int(kinds[start, 0]), int(kinds[start, 1])): rows for start, rows in zip(starts, pieces, strict=True)}
-
-    def blocks_of(self, table: int, column: int) -> np.ndarray:
-        """Return the places in ``blocks`` of one slot of a table, by target."""
-        return self._rows_of_blocks[table, column]
 
 
 def plan_shards(
@@ -191,18 +69,18 @@ def plan_shards(
         files=tuple(files),
         blocks=blocks,
         dense_files=tuple((tensor.name + DENSE_SUFFIX, 0) for tensor in selection.kept_dense),
-        copies=_join([]),
+        copies=join_ranges([]),
         gathers=(),
         dropped=dropped,
         digest="",
         pruning=pruning or None,
     )
-    segments, gathers = _route(plan, census)
+    segments, gathers = route(plan, census)
     segments += [
         np.array([[0], [offset], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)
     ]
-    return _seal(plan, copies=_join(segments), gathers=tuple(gathers))
+    return _seal(plan, copies=join_ranges(segments), gathers=tuple(gathers))
 
 
 def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
@@ -326,115 +204,6 @@ def _refuse_one_key_twice(keys: Sequence[str]) -> None:
                 "drop one of the slots with drop_slots"
             )
         seen.add(key)
-
-
-def _route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
-    """Say for every run of a census of kept rows where they go: byte ranges (5, n) and gathers."""
-    parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
-    segments: list[np.ndarray] = []
-    gathers: list[Gather] = []
-    table_of_run = parts.table[census.part] if len(census.part) else np.zeros(0, np.int64)
-    for table in range(len(plan.checkpoint.tables)):
-        first, last = np.searchsorted(table_of_run, [table, table + 1])
-        part, granule, target, rows = (
-            column[first:last] for column in (census.part, census.granule, census.target, census.rows)
-        )
-        if not len(part):
-            continue
-        base = _rows_before(target, rows)
-        starts = np.flatnonzero(np.diff(part, prepend=-1))
-        is_kept_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
-        is_ordered = not plan.checkpoint.tables[table].is_hashed  # then each run is of rows that are neighbours
-        if is_ordered:
-            is_range = np.repeat(is_kept_whole, np.diff(np.append(starts, len(part))))
-            ranges, split = np.flatnonzero(is_range), np.flatnonzero(~is_range)
-        else:
-            is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
-            is_whole &= is_kept_whole
-            ranges = starts[is_whole]
-            split = np.flatnonzero(np.repeat(~is_whole, np.diff(np.append(starts, len(part)))))
-        # where a range begins in its part, and its rows: of a whole part all, though these may stand in several runs
-        begin = _rows_before(part, rows)[ranges]
-        num_rows = rows[ranges] if is_ordered else parts.rows[part[ranges]]
-        by_rows: dict[int, list[int]] = {}
-        for slot in plan.slots_of(table):
-            is_plain = _is_copied(plan.checkpoint, table, slot, part[ranges])
-            chosen = ranges[is_plain]
-            block = plan.blocks_of(table, slot.column)[target[chosen]]
-            segments.append(
-                np.stack(
-                    [
-                        plan.blocks.file[block],
-                        plan.blocks.offset[block] + base[chosen] * slot.row_bytes,
-                        source.file[part[chosen], slot.column],
-                        source.offset[part[chosen], slot.column] + begin[is_plain] * slot.row_bytes,
-                        num_rows[is_plain] * slot.row_bytes,
-                    ]
-                )
-            )
-            for number in np.unique(part[ranges[~is_plain]]).tolist():
-                by_rows.setdefault(number, []).append(slot.column)
-        every = [slot.column for slot in plan.slots_of(table)]
-        by_rows |= dict.fromkeys(np.unique(part[split]).tolist(), every)
-        moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
-        edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
-        for runs in np.split(moved, edges[1:]) if len(moved) else []:
-            first_row = int(granule[runs[0]]) * GRANULE_ROWS
-            number = int(part[runs[0]])
-            gathers.append(
-                Gather(
-                    part=number,
-                    first_row=first_row,
-                    num_rows=min(GRANULE_ROWS, int(parts.rows[number]) - first_row),
-                    targets=target[runs],
-                    counts=rows[runs],
-                    first_target_rows=base[runs],
-                    columns=tuple(by_rows[number]),
-                )
-            )
-    return segments, gathers
-
-
-def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
-    """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
-    if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
-        return np.zeros(len(part), bool)
-    is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
-    return is_copied
-
-
-def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return for each run, in order, the rows that earlier runs have put into the same target."""
-    order = np.argsort(target, kind="stable")
-    sums = np.cumsum(rows[order]) - rows[order]
-    first_of_target = np.flatnonzero(np.diff(target[order], prepend=-1))
-    lengths = np.diff(np.append(first_of_target, len(order)))
-    before = np.empty_like(rows)
-    before[order] = sums - np.repeat(sums[first_of_target], lengths)
-    return before
-
-
-def _join(segments: Sequence[np.ndarray]) -> Copies:
-    """Order byte ranges by place in the output and join those that are neighbours on both sides."""
-    columns = np.concatenate([np.zeros((5, 0), np.int64), *segments], axis=1)
-    columns = columns[:, columns[4] > 0]
-    columns = columns[:, np.lexsort((columns[1], columns[0]))]
-    file, offset, source_file, source_offset, num_bytes = columns
-    is_first = np.ones(len(file), bool)
-    is_first[1:] = (
-        (file[1:] != file[:-1])
-        | (source_file[1:] != source_file[:-1])
-        | (offset[1:] != offset[:-1] + num_bytes[:-1])
-        | (source_offset[1:] != source_offset[:-1] + num_bytes[:-1])
-    )
-    starts = np.flatnonzero(is_first)
-    return Copies(
-        file=file[starts],
-        offset=offset[starts],
-        source_file=source_file[starts],
-        source_offset=source_offset[starts],
-        num_bytes=np.add.reduceat(num_bytes, starts) if len(starts) else num_bytes,
-    )
 
 
 def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> SparsePlan:

@@ -151,8 +151,9 @@ def _compile(pattern: str) -> Callable[[str], re.Match[str] | None]:
         elif part == "?":
             pieces.append("(.)")
         elif len(part) > 1:
-            body = part[1:-1].replace("\\", r"\\").replace("[", r"\[")
-            pieces.append(f"[^{body[1:]}]" if body.startswith("!") else f"[{body}]")
+            is_negated = part[1] == "!"
+            body = re.sub(r"([\\\[\]^&~|])", r"\\\1", part[1 + is_negated : -1])
+            pieces.append(f"[{'^' * is_negated}{body}]")
         else:
             pieces.append(re.escape(part))
     try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint, Memory
 from dist_export.digests import CHUNK_BYTES
-from dist_export.plan.shards import Gather, SparsePlan
+from dist_export.plan.sparse_plan import Gather, SparsePlan
 
 UNIT_BYTES = 256 << 20
 """The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""

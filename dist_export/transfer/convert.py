@@ -16,7 +16,7 @@ from dist_export.errors import TransferError
 from dist_export.layout.encodings import RowCast
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.limits import cast_rows
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.storage import WORK_DIRECTORY, Directory
 
 Counts = dict[int, CastCount]
@@ -91,7 +91,8 @@ def read_counts(target: Directory, plan: SparsePlan) -> Counts:
     return found
 
 
-_PREFIX = "casts-"
+_PREFIX = "losses-"
+"""Behind the marker of a commit, in the order of names: it is to be the last that is cleared away."""
 
 
 class _Note(msgspec.Struct, frozen=True, kw_only=True):

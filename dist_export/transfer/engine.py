@@ -16,8 +16,9 @@ from dist_export.attempt import Receipt, is_partial, read_receipt, write_receipt
 from dist_export.collective import Ranks
 from dist_export.digests import NONE, algorithm_of, root_digest
 from dist_export.errors import TransferError
+from dist_export.plan.casts import casts_by_table
 from dist_export.plan.limits import Limits
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.units import UNIT_BYTES, Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.staging import Staging
@@ -121,7 +122,8 @@ class Transfer:
             open_queues(ranks, "write", threads)
             if ranks.rank or self._in_place:
                 return {}
-            self._counts = read_counts(self._target, plan)
+            if casts_by_table(plan.checkpoint, plan.selection):
+                self._counts = read_counts(self._target, plan)
             return self._read_receipts()
 
         candidates = ranks.gather("look for an interrupted export", look)[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, refuse_zero
 from dist_export.errors import TransferError
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.readers import RangeReader
 from dist_export.staging import Staging
 

@@ -15,7 +15,7 @@ from dist_export.layout.recis import places_of
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.limits import Limits, cast_rows
 from dist_export.plan.prune import KEPT
-from dist_export.plan.shards import Gather, SparsePlan
+from dist_export.plan.sparse_plan import Gather, SparsePlan
 from dist_export.plan.units import Unit
 from dist_export.readers import OpenReaders
 from dist_export.transfer.convert import Counts, convert

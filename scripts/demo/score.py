@@ -1,8 +1,6 @@
 """Score the requests of three users from the package alone, next to what the training model said.
 
 usage: python -m scripts.demo.score demo_run/package demo_run/requests.json
-       python -m scripts.demo.score demo_run_torchrec/package demo_run_torchrec/requests.json --fg scripts/demo/fg.json
-           --mc scripts/demo/mc.json --tables 'sparse_arch.ebc.embedding_bags.{}.weight'
 
 This is the work of a serving process: raw features -> ids (the feature generator), ids -> rows (the package's tables),
 rows -> blocks (pooling), blocks -> outputs (the exported program). No code of the model is imported.
@@ -28,15 +26,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("requests", type=Path)
-    parser.add_argument("--fg", type=Path, help="by default that of the package")
-    parser.add_argument("--mc", type=Path, help="by default that of the package")
-    parser.add_argument("--tables", default="{}", help="how a table that fg names is called in the package")
     args = parser.parse_args()
 
     requests = json.loads(args.requests.read_text())
-    fg = json.loads((args.fg or args.package / "fg.json").read_text())
-    blocks = json.loads((args.mc or args.package / "fx_user_model" / "input_columns.json").read_text())
-    scores = score(args.package, requests, fg=fg, blocks=blocks, tables=args.tables)
+    scores = score(args.package, requests)
     differences = {
         name: np.abs(column - [request["scores"][name] for request in requests]) for name, column in scores.items()
     }
@@ -47,16 +40,17 @@ def main() -> int:
     return 0 if is_same else 1
 
 
-def score(
-    directory: Path, examples: list[dict[str, Any]], *, fg: dict[str, Any], blocks: dict[str, list[str]], tables: str
-) -> dict[str, np.ndarray]:
+def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Return output name -> scores (B,) of raw examples."""
     package = open_package(directory)
+    fg = json.loads((directory / "fg.json").read_text())
+    blocks = json.loads((directory / "fx_user_model" / "input_columns.json").read_text())
+
     features = generate_features(fg, examples)
     for entry in fg["features"]:
         if entry["gen_val_type"] == "lookup":
             name = entry["feature_name"]
-            features[name] = pool_rows(package, tables.format(entry["shared_name"]), features[name])
+            features[name] = pool_rows(package, find_table(package, entry["shared_name"]), features[name])
     inputs = {
         block: torch.from_numpy(np.concatenate([features[name] for name in names], axis=1))
         for block, names in blocks.items()
@@ -68,14 +62,20 @@ def score(
     return {name: output.detach().numpy()[:, 0] for name, output in zip(names, outputs, strict=True)}
 
 
-def pool_rows(package: Any, table: str, ids: np.ndarray) -> np.ndarray:
+def find_table(package: Any, name: str) -> Any:
+    """Return the manifest's entry of the table that fg names: in full, or by the module of which it is the weight."""
+    return next(
+        entry for entry in package.manifest.tables if entry.name == name or entry.name.endswith(f".{name}.weight")
+    )
+
+
+def pool_rows(package: Any, table: Any, ids: np.ndarray) -> np.ndarray:
     """Return the mean (B, dim) over each bag of ids (B, L); an id without a row counts as zeros.
 
     Where rows go by number, an id's row is the id modulo the table's rows.
     """
     is_id = ids != PAD
-    entry = package.table(table)
-    rows, is_found = package.lookup(table, ids[is_id] % entry.rows_out if entry.is_hashed is False else ids[is_id])
+    rows, is_found = package.lookup(table.name, ids[is_id] % table.rows_out if table.is_hashed is False else ids[is_id])
     bags = np.zeros((*ids.shape, rows.shape[1]), np.float32)
     bags[is_id] = np.where(is_found[:, None], rows, 0)
     return bags.sum(axis=1) / is_id.sum(axis=1, keepdims=True, dtype=np.float32).clip(min=1)

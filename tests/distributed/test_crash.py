@@ -60,7 +60,7 @@ KILLS = [
     ("new", Kill(2, "written manifest.json", rank=0, victims="all"), True),
     ("replace", Kill(2, "commit", rank=0, victims="everything"), False),
     ("cast", Kill(1, "publish model-000002-of-000004.safetensors"), False),
-    ("cast", Kill(1, "write .dist_export/casts-0.json"), False),
+    ("cast", Kill(1, "write .dist_export/losses-0.json"), False),
     ("cast", Kill(2, "check the shards", rank=1, victims="rank"), False),
 ]
 

@@ -17,10 +17,10 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import join
 from dist_export.config import ExportConfig
 from dist_export.plan import census as plan_census
-from dist_export.plan import shards as plan_shards
+from dist_export.plan import routes as plan_routes
 from dist_export.plan import units as plan_units
 from dist_export.plan.limits import Limits
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.units import assign
 from dist_export.readers import OpenReaders
 from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
@@ -117,7 +117,7 @@ def shrink(monkeypatch: Any, *, chunk: int = 64, unit: int = 128, granule: int =
     monkeypatch.setattr(plan_units, "UNIT_BYTES", unit)
     monkeypatch.setattr(transfer_units, "_BUFFER_BYTES", buffer)
     monkeypatch.setattr(Limits, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
-    for module in (plan_census, plan_shards, transfer_census):
+    for module in (plan_census, plan_routes, transfer_census):
         monkeypatch.setattr(module, "GRANULE_ROWS", granule)
     monkeypatch.setattr(id_columns, "RUN_ROWS", granule)
 

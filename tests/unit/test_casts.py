@@ -384,7 +384,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
             export(tmp_path / "in", tmp_path / "out", **asked)
     for number in lost:
         (tmp_path / "out" / f"model-{number:06d}-of-000002.safetensors").unlink()
-    notes = sorted((tmp_path / "out" / ".dist_export").glob("casts-*"))
+    notes = sorted((tmp_path / "out" / ".dist_export").glob("losses-*"))
     assert notes
     for note in notes:
         if kept == "cut short":

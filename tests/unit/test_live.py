@@ -22,13 +22,13 @@ import dist_export
 from dist_export.checkpoint.rows import RowReader
 from dist_export.cli import main
 from dist_export.config import ExportConfig
-from dist_export.errors import CheckpointError, CommitError, ConfigError, ModelError
+from dist_export.errors import CheckpointError, CommitError, ConfigError, ModelError, PlanError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.live import memory
 from dist_export.live.memory import HeldTensors, LookedUpRows, TensorRows
 from dist_export.live.source import assemble
 from dist_export.live.tables import LiveShard, find_live_tables, key_of
-from dist_export.plan.census import share_parts
+from dist_export.plan.census import UniqueTask, deal_unique_tasks, share_parts
 
 F32 = CODE_BY_TORCH["float32"]
 
@@ -495,3 +495,30 @@ def test_the_dense_arch_alone_leaves_memory(tmp_path: Path) -> None:
     assert manifest.source.format == "live"
     assert manifest.tables == ()
     assert not list((tmp_path / "out").glob("model-*"))
+
+
+def test_ids_are_searched_where_they_are() -> None:
+    """A table that one rank alone has rows of may have any slices; of one on several ranks the slices must prove all."""
+    whole = (0, 65536, 65536)
+    cases = {
+        "one rank": (torch.arange(3), torch.zeros(0, dtype=torch.int64)),
+        "two ranks": (torch.arange(3), torch.arange(5, 7)),
+    }
+    for name, ids in cases.items():
+        tables = [
+            find_live_tables(
+                Tables(t=LiveTable("t", its, torch.ones(len(its), 2), whole)).sparse_arch,
+                sparse_model_name="",
+                rank=rank,
+                world_size=2,
+            )
+            for rank, its in enumerate(ids)
+        ]
+        checkpoint = assemble([found.shards for found in tables], tables[0].sources, 0)
+        tasks = [UniqueTask(0, (0, 1), 0, 0)]
+        if name == "one rank":
+            assert deal_unique_tasks(checkpoint, tasks, 0, 2) == [UniqueTask(0, (0,), 0, 0)]
+            assert deal_unique_tasks(checkpoint, tasks, 1, 2) == []
+        else:
+            with pytest.raises(PlanError, match="memory of ranks 0, 1, and some rows"):
+                deal_unique_tasks(checkpoint, tasks, 0, 2)

@@ -17,13 +17,14 @@ from dist_export.checkpoint.reader import Blocks, Checkpoint, DenseTensor, Parts
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.layout.safetensors import decode_header
 from dist_export.plan import census as plan_census
-from dist_export.plan import shards as plan_shards_module
+from dist_export.plan import routes as plan_routes
 from dist_export.plan import units as plan_units_module
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DroppedRows, account_for, count_kept, drop_nothing
 from dist_export.plan.prune import IdList, Pruning, TableRule, reasons_of
 from dist_export.plan.selection import Selection
-from dist_export.plan.shards import SparsePlan, plan_shards
+from dist_export.plan.shards import plan_shards
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.targets import plan_targets
 from dist_export.plan.units import assign, plan_units
 
@@ -227,7 +228,7 @@ def lay_bytes(plan: SparsePlan, case: SimpleNamespace) -> list[np.ndarray]:
 
 
 def cut(patch: pytest.MonkeyPatch, case: SimpleNamespace) -> None:
-    for module in (plan_census, plan_shards_module):
+    for module in (plan_census, plan_routes):
         patch.setattr(module, "GRANULE_ROWS", case.granule)
     patch.setattr(plan_units_module, "CHUNK_BYTES", case.chunk)
     patch.setattr(plan_units_module, "UNIT_BYTES", case.unit * case.chunk)

@@ -23,7 +23,7 @@ from sparse_cases import run, shrink
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import join
 from dist_export.config import ExportConfig
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.source import open_checkpoint, plan_sparse
 from dist_export.storage import Directory
 

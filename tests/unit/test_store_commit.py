@@ -68,12 +68,13 @@ def empty():
 
 
 @pytest.mark.usefixtures("empty")
-def test_killed_at_each_request(source: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"dtype": {"t": "int8", "u": "float16"}}], ids=["as it is", "cast"])
+def test_killed_at_each_request(source: Path, more: dict[str, object], monkeypatch) -> None:
     monkeypatch.setattr(claims, "LEASE_SECS", 0.05)
     monkeypatch.setattr(claims, "RENEW_SECS", 0.02)
     monkeypatch.setattr(claims.Lease, "_keep", lambda _: None)  # requests of another thread would blur the count
     killer = Killer(monkeypatch)
-    export(source)
+    digest = export(source, **more).digest
     expected, total = objects(), killer.count
     assert total > 12
     committed = 0
@@ -81,17 +82,18 @@ def test_killed_at_each_request(source: Path, monkeypatch) -> None:
         MemoryFileSystem.store.clear()
         killer.count, killer.limit = 0, limit
         with pytest.raises(Killed):
-            export(source)
+            export(source, **more)
         killer.limit = 1 << 30
         fs = MemoryFileSystem()
         if fs.exists("/store_commit/out/manifest.json"):
             assert verify(OUT).findings == []
             committed += 1
         whole = [name for name in fs.find("/store_commit/out") if name.endswith(".safetensors")]
-        done = export(source)
+        done = export(source, **more)
         assert done.run["reused_shards"] in (0, len(whole)) or not committed
         assert verify(OUT).findings == []
         assert objects() == expected, f"after request {limit}"
+        assert done.digest == digest
     assert 0 < committed < total / 2
 
 

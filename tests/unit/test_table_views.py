@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
 import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numbered_cases import numbered_tables, write_numbered
 from recis_writer import Raw, make_tables, split_table, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, export, open_source
@@ -14,7 +17,7 @@ from sparse_cases import assert_exact, content, export, open_source
 import dist_export
 from dist_export.errors import ConfigError, ModelError, PlanError
 from dist_export.package.verify import verify
-from dist_export.plan.tables import TableSettings, view_tables
+from dist_export.plan.tables import TableSettings, _compile, view_tables
 from dist_export.plan_report import make_report, render_report
 
 
@@ -60,6 +63,16 @@ def test_what_is_left_is_written_as_if_the_rest_had_never_been(tmp_path, source)
     export(tmp_path / "less", tmp_path / "expected", num_shards=2)
     export(source, tmp_path / "out", num_shards=2, drop_tables=["user_b"])
     assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.text("ab-]*?[!^.", max_size=7), st.lists(st.text("ab-]^!.", max_size=5), min_size=1, max_size=8))
+def test_a_pattern_for_new_names_matches_what_any_other_pattern_matches(pattern, names):
+    try:
+        matches = _compile(pattern)
+    except PlanError:  # such as [b-a], which matches nothing
+        return
+    assert [matches(name) is not None for name in names] == [fnmatchcase(name, pattern) for name in names]
 
 
 def test_two_tables_may_swap_their_names(tmp_path, source, truth):

@@ -131,6 +131,8 @@ def find_table(
     """Let the model's modules look for their tables among these names."""
 
     class Names:
+        is_live = False
+
         """As much of a RowFinder as that takes."""
 
         def table_names(self) -> list[str]:

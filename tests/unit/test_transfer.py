@@ -277,7 +277,7 @@ def test_no_room_of_the_transfer_knows_torch():
         "transfer.files",
         "transfer.units",
         "transfer.census",
-        "plan.shards",
+        "plan.routes",
         "checkpoint.recis",
     )
     assert not any("torch" in vars(sys.modules[f"dist_export.{name}"]) for name in names)
