@@ -1,6 +1,7 @@
-"""Print the address by which other machines reach this one, and its network interface. usage: find_address.py MACHINE_0
+"""Print the address by which other machines reach this one, and its network interface.
 
-It is the address that this machine itself would use towards machine 0. Nothing is sent. IPv4, Linux.
+usage: find_address.py MACHINE_0. It is the address that this machine itself would use towards machine 0. Nothing is sent.
+IPv4, Linux.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def running(folder: Path, *, kill_wait: int = 30) -> Iterator[Cluster]:
             with open(folder / f"{command[0]}{len(daemons)}.out.log", "wb") as log:
                 daemons.append(subprocess.Popen([path, *command[1:]], env=cluster.environment, stdout=log, stderr=log))
             if command[0] == "munged":
-                _wait_for(lambda: (folder / "munge.socket").exists(), cluster)
+                _wait_for((folder / "munge.socket").exists, cluster)
         _wait_for(lambda: _idle_nodes(cluster) == 2, cluster)
         yield cluster
     finally:
