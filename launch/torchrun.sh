@@ -54,6 +54,7 @@ fi
 unset NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT
 unset PET_NNODES PET_NODE_RANK PET_NPROC_PER_NODE PET_MASTER_ADDR PET_MASTER_PORT
 unset RANK WORLD_SIZE # of the operator: those of a machine, not of a rank
+ulimit -Sn "$(ulimit -Hn)" # gloo joins every rank with every other, twice: two sockets for each
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun would, without a warning
 
 # exec: SIGTERM then reaches torchrun once. Sent to this script and sent on by it, as where a scheduler signals all
