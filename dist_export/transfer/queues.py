@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,32 +35,46 @@ def take_units(
         worker: the number of this thread among those of all ranks.
         threads: of each rank.
     """
-    queues = assign(units, ranks.world_size * threads)
-    names = [f"{phase}/{number}" for number in range(len(queues))]
+    dealt = _deal(units, ranks.world_size * threads)
+    queues, firsts, lengths = dealt.queues, dealt.firsts, dealt.lengths
     while not ranks.has_failure():
-        place = ranks.claim(names[worker], len(queues[worker]))
+        place = ranks.claim(f"{phase}/{worker}", len(queues[worker]))
         if place is None:
             break
         yield units[queues[worker][place]], False
-    bytes_until = np.concatenate([[0], np.cumsum([unit.num_bytes + 1 for unit in units])])
-    lengths = np.array([len(queue) for queue in queues], np.int64)
-    firsts = np.cumsum(lengths) - lengths  # queues are runs of neighbours, see assign
     looks = _places_to_look_at(worker, len(queues))
     seen = next(looks)
     while not ranks.has_failure():
-        taken = np.array(ranks.taken([names[number] for number in seen.tolist()]), np.int64)
+        taken = np.array(ranks.taken([f"{phase}/{number}" for number in seen.tolist()]), np.int64)
         front = firsts[seen] + np.minimum(taken[:, 0], lengths[seen])
         back = np.maximum(firsts[seen] + lengths[seen] - taken[:, 1], front)
-        left = bytes_until[back] - bytes_until[front]
+        left = dealt.bytes_until[back] - dealt.bytes_until[front]
         if not left.any():
             seen = next(looks, seen[:0])
             if not len(seen):
                 return
             continue
         victim = int(seen[left.argmax()])
-        place = ranks.claim(names[victim], len(queues[victim]), from_end=True)
+        place = ranks.claim(f"{phase}/{victim}", len(queues[victim]), from_end=True)
         if place is not None:
             yield units[queues[victim][place]], victim // threads != ranks.rank
+
+
+class _Dealt(NamedTuple):
+    """The units by worker: queues are runs of neighbours, see assign."""
+
+    queues: list[list[int]]
+    firsts: np.ndarray
+    lengths: np.ndarray
+    bytes_until: np.ndarray
+    """Of the units before each, and a byte for each so that an empty one counts."""
+
+
+def _deal(units: list[Unit], num_workers: int) -> _Dealt:
+    queues = assign(units, num_workers)
+    lengths = np.array([len(queue) for queue in queues], np.int64)
+    bytes_until = np.concatenate([[0], np.cumsum([unit.num_bytes + 1 for unit in units])])
+    return _Dealt(queues, np.cumsum(lengths) - lengths, lengths, bytes_until)
 
 
 def _places_to_look_at(worker: int, num_queues: int) -> Iterator[np.ndarray]:

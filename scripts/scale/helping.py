@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 from dist_export.collective import Ranks
-from dist_export.plan.units import UNIT_BYTES, Unit, assign
+from dist_export.plan.units import UNIT_BYTES, Unit
 from dist_export.transfer import queues
 from scripts.scale import logical
 
@@ -51,10 +51,10 @@ def measure(num_workers: int, units_each: int = 8) -> Helping:
     ]
     for ranks in all_ranks:
         queues.open_queues(ranks, "write", 1)
-    dealt = assign(units, num_workers)
+    dealt = queues._deal(units, num_workers)  # noqa: SLF001 -- the same for all, and each would compute it
     done: Counter[int] = Counter()
     helped, last = 0, 0.0
-    with mock.patch.object(queues, "assign", return_value=dealt):  # the same for all, and each would compute it
+    with mock.patch.object(queues, "_deal", return_value=dealt):
         takers = [
             queues.take_units(ranks, "write", units, worker=number, threads=1) for number, ranks in enumerate(all_ranks)
         ]
@@ -78,7 +78,7 @@ def measure(num_workers: int, units_each: int = 8) -> Helping:
         num_units=len(units),
         helped=helped,
         makespan=last / ideal,
-        alone=max(len(queue) / speed for queue, speed in zip(dealt, speeds, strict=True)) / ideal,
+        alone=max(len(queue) / speed for queue, speed in zip(dealt.queues, speeds, strict=True)) / ideal,
         calls=store.calls,
         keys=store.keys_read,
         num_bytes=store.num_bytes,
