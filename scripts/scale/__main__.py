@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -55,13 +56,18 @@ def print_balance(world_size: int) -> bool:
             f"{world_size:,} ranks, {num_parts:,} parts a table: {found.num_units:,} units, {found.ideal / GIB:.2f} GiB a rank, "
             f"most {found.largest / found.ideal - 1:+.2%}, least {found.smallest / found.ideal - 1:+.2%}, "
             f"largest unit {found.largest_unit / found.ideal:.2%}; rows to count off by {found.ids_off:.1%}; "
-            f"planned in {found.seconds:.0f} s; "
+            f"planned in {found.seconds:.0f} s, this process at {peak_bytes() / GIB:.1f} GiB; "
             f"digests of a rank {found.gathered_digests:,} B, all receipts {found.receipt_bytes:,} B"
             f"{'' if found.is_even else '  UNEVEN'}",
             flush=True,
         )
         is_even &= found.is_even
     return is_even
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def print_control(world_size: int) -> None:

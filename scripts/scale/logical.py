@@ -194,7 +194,9 @@ def run(world_size: int, work: Callable[[Ranks], T]) -> tuple[list[T], Gathers, 
             gathers.abort()
 
     old = threading.stack_size(1 << 20), sys.getswitchinterval()
-    sys.setswitchinterval(0.05)  # they wait for each other anyway
+    sys.setswitchinterval(
+        1.0
+    )  # they wait for each other anyway, and each that waits for the interpreter asks for it so often
     try:
         with _replaced():
             threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(world_size)]
