@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -90,8 +91,8 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
     cluster: slurm.Cluster, tmp_path: Path
 ) -> None:
     """SLURM sends SIGTERM to ranks and launchers, and the launchers send it on: twice to each rank."""
-    job = Job(cluster, tmp_path, "--time=1", "--signal=TERM@30", num_shards=40)
-    found = cluster.wait(job.submit(**SLOW))
+    job = Job(cluster, tmp_path, "--time=2", "--signal=TERM@70", num_shards=40)
+    found = cluster.wait(job.submit(**{**SLOW, "SLOW_SECS": "6"}))
     log = job.log.read_text()
     assert found["JobState"] == "FAILED", f"it ended by itself, before the time was up: {found}{log}"
     assert len(job.own_lines()) == 1, log
@@ -122,3 +123,20 @@ def test_scancel_stops_it_within_killwait(cluster: slurm.Cluster, tmp_path: Path
     assert [path for path in job.out.iterdir() if path.name.endswith(".partial")] == [], (
         "no rank was killed in its work"
     )
+
+
+def test_a_killed_rank_ends_the_job_on_all_nodes(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    """Without --kill-on-bad-exit: the other node's torchrun would let its ranks run on."""
+    job, mark = Job(cluster, tmp_path), tmp_path / "mark"
+    number = job.submit(ENTRY=crash.SCRIPT, PAUSE_AT="unit", PAUSE_RANK="3", PAUSE_MARK=str(mark))
+    deadline = time.monotonic() + 90
+    while not mark.exists():
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.1)
+    time.sleep(1.5)  # its next sign of life says where it is
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+    found = cluster.wait(number)
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "1:0")
+    (line,) = job.own_lines()
+    assert "rank 3 of 4" in line
+    assert "died in 'write shards'" in line
