@@ -42,7 +42,7 @@ if ((nnodes == 1)); then
 else
   [[ -n $master ]] || fail "NNODES is $nnodes, so MASTER_ADDR must say where machine 0 is reached"
   if [[ -z ${LOCAL_ADDR:-} || -z ${GLOO_SOCKET_IFNAME:-} ]]; then
-    found=$("$python" "$here/find_address.py" "$master")
+    found=$("$python" "$here/find_address.py" "$master" "$node_rank")
     LOCAL_ADDR=${LOCAL_ADDR:-${found% *}}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${found#* }}
   fi

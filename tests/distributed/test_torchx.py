@@ -51,6 +51,21 @@ def test_torchx_exports_on_two_replicas(tmp_path: Path) -> None:
     assert len([name for name in os.listdir(out) if name.startswith("model-")]) == 3
 
 
+def test_the_request_to_kubernetes(tmp_path: Path) -> None:
+    """It renders without a cluster; machine 0 is told localhost by TorchX, the others its name."""
+    done = run(
+        "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=default",
+        *component(Path("/config/export.yaml"), "-j", "2x4", "--image", "example.com/dist_export:0.1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "apiVersion: batch.volcano.sh/v1alpha1" in done.stdout
+    assert done.stdout.count("image: example.com/dist_export:0.1") == 2
+    assert done.stdout.count('MASTER_ADDR="${TORCHX_RANK0_HOST:-localhost}"') == 1
+    assert done.stdout.count('MASTER_ADDR="${VC_EXPORT_0_HOSTS:-localhost}"') == 1
+    for name, value in (("NNODES", "2"), ("NPROC_PER_NODE", "4"), ("NODE_RANK", "0"), ("NODE_RANK", "1")):
+        assert f"- name: {name}\n            value: '{value}'" in done.stdout, name
+
+
 def test_a_mistake_fails_the_app(tmp_path: Path) -> None:
     config = tmp_path / "export.yaml"
     config.write_text(f"ckpt_dir: {tmp_path / 'nowhere'}\nexport_dir: {tmp_path / 'out'}\n")

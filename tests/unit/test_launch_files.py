@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,27 @@ def test_torchrun_script_takes_the_counts_of_kubeflows_operators(tmp_path: Path)
 def test_torchrun_script_on_one_machine(tmp_path: Path) -> None:
     done = torchrun_script(PYTHON=echo(tmp_path), NPROC_PER_NODE="auto", MAX_RESTARTS="2")
     assert "[--nproc-per-node][auto][--max-restarts][2][--standalone][-m][dist_export]" in done.stdout
+
+
+def test_the_address_that_others_reach() -> None:
+    """localhost is good where all are on this machine; of machine 0 others may have to know better."""
+
+    def find(*arguments: str) -> list[str]:
+        command = [sys.executable, str(LAUNCH / "find_address.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert find("localhost", "1") == ["127.0.0.1", "lo"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            expected = "127.0.0.1"
+        else:
+            expected = probe.getsockname()[0]
+    address, interface = find("localhost", "0")
+    assert address == expected
+    assert interface in os.listdir("/sys/class/net")
+    assert find(address, "0") == [address, interface]
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch"])
