@@ -236,7 +236,13 @@ def _fail(error: DistExportError) -> int:
 
 
 def _tell(error: DistExportError, *, rank: int) -> None:
-    print(f"dist_export: {error}" if rank == 0 else f"dist_export: rank {rank}: {error}", file=sys.stderr, flush=True)
+    is_remade = error.exit_code == 2 and "TORCHELASTIC_RUN_ID" in os.environ
+    note = " (exit code 2, of which torchrun makes 1)" if is_remade else ""
+    print(
+        f"dist_export: {error}{note}" if rank == 0 else f"dist_export: rank {rank}: {error}{note}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,9 @@ _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 the shell that did it."""
 
 _FROM_END = 1 << 32
+
+_SMALL_BYTES = 1024
+"""Up to here a result of rank 0 travels with the gather that tells how the step went."""
 
 _sequence = itertools.count()
 """Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
@@ -160,8 +164,36 @@ class Ranks:
         return [outcome[0] for outcome in outcomes]
 
     def on_rank_0(self, step: str, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`gather` does."""
-        return cast("T", self.gather(step, work if self.rank == 0 else _nothing)[0])
+        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`gather` does.
+
+        A gather gives every rank as much room as the largest result takes, for each rank: what is not small is broadcast.
+        """
+        kept: list[T] = []
+
+        def keep() -> bytes | None:
+            kept.append(work())
+            if self.world_size == 1:
+                return None
+            told = pickle.dumps(kept[0])
+            return told if len(told) <= _SMALL_BYTES else None
+
+        told = self.gather(step, keep if self.rank == 0 else _nothing)[0]
+        if self.rank > 0 and told is not None:
+            return cast("T", pickle.loads(told))  # noqa: S301 -- of this job's rank 0, as all that the ranks exchange
+        if self.world_size > 1 and told is None:
+            self._broadcast(step, kept)
+        return kept[0]
+
+    def _broadcast(self, step: str, kept: list[Any]) -> None:
+        """Put what rank 0 has in ``kept`` into that of the others. All ranks."""
+        import torch.distributed as dist
+
+        outcomes = kept if self.rank == 0 else [None]
+        try:
+            dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(step, error) from error
+        kept[:] = outcomes
 
     def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
         """Run ``work`` on every rank and return this rank's own result, which need not travel. All ranks."""

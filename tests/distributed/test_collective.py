@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,27 @@ def share_a_failure(rank: int) -> None:
 
 def test_every_rank_learns_which_rank_failed(tmp_path: Path) -> None:
     run_ranks(share_a_failure, 3, tmp_path / "store")
+
+
+def hear_of_rank_0(rank: int) -> None:
+    """Small results travel with the gather, large ones by broadcast, and what cannot travel is rank 0's failure."""
+
+    def build(size: int) -> bytes:
+        assert rank == 0, "no other rank does the work"
+        return b"x" * size
+
+    with join(timeout_secs=30) as ranks:
+        for size in (0, 10, 3_000_000):
+            assert ranks.on_rank_0("build", lambda size=size: build(size)) == b"x" * size
+        assert ranks.on_rank_0("tell nothing", lambda: None) is None
+        with pytest.raises((StepFailedError, AttributeError, TypeError, pickle.PicklingError)) as caught:
+            ranks.on_rank_0("tell what cannot be told", lambda: lambda: None)
+        assert rank == 0 or isinstance(caught.value, StepFailedError)
+        assert ranks.on_rank_0("go on", lambda: rank) == 0, "the ranks are still in step"
+
+
+def test_what_rank_0_tells_reaches_all(tmp_path: Path) -> None:
+    run_ranks(hear_of_rank_0, 3, tmp_path / "store")
 
 
 def share_a_mistake(_: int) -> None:
