@@ -85,7 +85,7 @@ class Exporter:
                 **settings,
             }
         )
-        if model is not None and dataset is None and not self.config.is_live:
+        if model is not None and dataset is None and not (self.config.is_live and need_export_sparse):
             raise ConfigError("dataset is None; the dense arch is traced with one batch of it")
         if model is None and not need_export_sparse:
             raise ConfigError("need_export_sparse is False and model is None: nothing would be exported")

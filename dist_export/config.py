@@ -178,6 +178,9 @@ class ExportConfig:
             raise ConfigError(
                 f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
             )
+        for name in ("tables", "optimizer_slots"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
         if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
             object.__setattr__(self, "filter_sparse_opt", True)
 

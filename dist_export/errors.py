@@ -46,6 +46,10 @@ class CheckpointError(UserError):
     """The source checkpoint is missing, truncated or contradicts itself."""
 
 
+class UnaskedError(CheckpointError):
+    """The checkpoint may be whole, but does not tell what is asked of it: a pattern finds nothing, a format is not said."""
+
+
 class PlanError(UserError):
     """The settings ask for something that this checkpoint cannot give."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,9 @@ _BATCH_ROWS = 1 << 16
 _ID_BYTES = 8
 
 
-def read_id_list(path: str, *, most_bytes: int, setting: str) -> np.ndarray:
+def read_id_list(
+    path: str, *, most_bytes: int, setting: str, storage_options: dict[str, Any] | None = None
+) -> np.ndarray:
     """Return the ids of a file (int64, sorted, each once). Any rank, for itself.
 
     What the file is its first bytes tell. Unsigned 64-bit numbers become the signed ones of the same bits, as in RecIS.
@@ -32,6 +35,7 @@ def read_id_list(path: str, *, most_bytes: int, setting: str) -> np.ndarray:
         path: a local file, or an fsspec URL of one.
         most_bytes: what the list may take, 8 bytes an id; as much again is held while it is read.
         setting: what names the file, for messages.
+        storage_options: for the file system of a URL.
 
     Raises:
         ConfigError: the file cannot be read, or holds anything else than ids.
@@ -41,7 +45,9 @@ def read_id_list(path: str, *, most_bytes: int, setting: str) -> np.ndarray:
     scheme, is_url, rest = path.partition("://")
     folder, name = os.path.split(rest if is_url else path)
     folder = f"{scheme}://{folder}" if is_url else folder
-    directory = Directory(folder or ".", follow_links=True)  # the user has named this very file
+    directory = Directory(
+        folder or ".", storage_options if is_url else None, follow_links=True
+    )  # the user has named this very file
     try:
         size = directory.stat(name).size
         reader = directory.open_reader(name)

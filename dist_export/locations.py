@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
 import msgspec
@@ -11,7 +12,9 @@ from dist_export import registries
 from dist_export.config import ExportConfig
 from dist_export.manifest import Manifest
 from dist_export.places import HOW
+from dist_export.row_rules import parse_rules
 from dist_export.runs import FoundCheckpoint, find_checkpoint
+from dist_export.storage import Directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +82,29 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
         versions=manifest.versions,
     )
-    return registries.register(locations.register, config.registry_options, package)
+    again = "Run the same export again, which only registers it"
+    if locations.ckpt_dir is None:  # the model may have changed since
+        again = f"Register it by hand: another export of the model in memory would not be the same (digest {manifest.digest})"
+    return registries.register(locations.register, config.registry_options, package, advice=again)
 
 
 def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
-    """Return a name for the package of this checkpoint and these settings."""
-    settings = {name: value for name, value in vars(config).items() if name not in {*HOW, "ckpt_dir"}}
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([ckpt_dir, config.num_shards, settings], order="deterministic"))
+    """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has."""
+    if ckpt_dir is None:
+        return uuid.uuid4().hex[:16]
+    settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
+    lists = [_version_of(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    # not with sorted keys: the order of patterns counts
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([ckpt_dir, config.num_shards, settings, lists]))
+
+
+def _version_of(path: str, config: ExportConfig) -> str:
+    """Return what tells one content of a list from another; empty where it cannot be looked at, as whoever reads it tells."""
+    folder, _, name = path.rpartition("/")
+    try:
+        found = Directory(folder or ".", config.storage_options if "://" in path else None, follow_links=True).stat(
+            name
+        )
+    except OSError:
+        return ""
+    return f"{found.size} {found.version}"

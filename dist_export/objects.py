@@ -30,7 +30,7 @@ def build_objects(config: ExportConfig) -> Objects:
     Raises:
         ConfigError: a module or callable that is not there, arguments that it does not take, a model without a dataset.
     """
-    if config.model is not None and config.dataset is None and not config.is_live:
+    if config.model is not None and config.dataset is None and not (config.is_live and config.need_export_sparse):
         raise ConfigError("model is set but dataset is not; the dense arch is traced with one batch of it")
     if config.model is None and not config.need_export_sparse:
         raise ConfigError("need_export_sparse is false and there is no model: nothing would be exported")

@@ -126,8 +126,8 @@ def require(uri: str, options: Mapping[str, Any]) -> Registry:
     return registry
 
 
-def register(uri: str, options: Mapping[str, Any], package: Registered) -> str:
-    """Register a committed package and return the URI of its version. One rank.
+def register(uri: str, options: Mapping[str, Any], package: Registered, *, advice: str) -> str:
+    """Register a committed package and return the URI of its version; ``advice`` says what to do if that fails. One rank.
 
     Raises:
         ExportError: the registry does not take it; the package is committed all the same.
@@ -137,5 +137,5 @@ def register(uri: str, options: Mapping[str, Any], package: Registered) -> str:
     except Exception as error:
         raise ExportError(
             f"the package {package.directory} is whole and committed, but could not be registered as {uri}: "
-            f"{first_line(error)}. Run the same export again, which only registers it"
+            f"{first_line(error)}. {advice}"
         ) from error

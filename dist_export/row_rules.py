@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +87,9 @@ def _text(rule: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _number(rule: Mapping[str, Any], key: str, where: str) -> int | float:
-    value = rule[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    value: Any = rule[key]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not -1e308 < value < 1e308:  # also of an integer that no float can be
         raise ConfigError(f"{where}.{key} is {value!r}; give a finite number")
-    return value
+    number: int | float = value
+    return number

@@ -7,17 +7,27 @@ newest, written when all ranks have saved. Trainers on DCP leave ``step-<n>``, H
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dist_export.checkpoint.formats import detect_format, open_reader
+from dist_export.checkpoint.formats import (
+    AUTO,
+    DCP,
+    DYNAMICEMB,
+    RECIS,
+    detect_format,
+    holds_tables,
+    list_candidates,
+    open_dense,
+    open_reader,
+)
 from dist_export.config import ExportConfig
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.storage import Directory, open_place
 
 LIST = "checkpoint"
 """RecIS's list of finished checkpoints."""
 
-_CHILD = re.compile(r"(?:[A-Za-z]+[A-Za-z_]*[_-])?(\d{1,18})")
+_CHILD = re.compile(r"(?:[A-Za-z]+[A-Za-z_.]*[_-])?(\d{1,18})")
 _SHOWN = 6
 
 
@@ -36,13 +46,13 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
     """Return the checkpoint that ``url`` and ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
 
     Raises:
-        CheckpointError: no checkpoint of that step, or none that is complete.
+        CheckpointError: no checkpoint of that step, or none that is complete; a newest one that the settings do not fit.
     """
     directory = open_place(url, config.storage_options, follow_links=config.follow_links)
     try:
         names = set(directory.names())
         children = _list_children(directory)
-        is_checkpoint = not children or _is_checkpoint(directory)
+        is_checkpoint = not children or (config.step is None and _is_checkpoint(directory, config.format))
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if is_checkpoint:
@@ -68,8 +78,13 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
     raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
 
 
-def _is_checkpoint(directory: Directory) -> bool:
-    return detect_format(directory) is not None
+def _is_checkpoint(directory: Directory, asked: str) -> bool:
+    """Whether a directory that has children like a run's is a checkpoint itself.
+
+    Trainers leave loose tensors in a run's directory, such as the best metric or a last save: these count only where asked for.
+    """
+    found = list_candidates(directory)
+    return asked in found or (asked == AUTO and not {RECIS, DCP, DYNAMICEMB}.isdisjoint(found))
 
 
 def _list_children(directory: Directory) -> list[tuple[int, str]]:
@@ -101,9 +116,19 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
 def _why_incomplete(config: ExportConfig, directory: Directory, name: str) -> str | None:
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
     child = Directory(directory.describe(name), config.storage_options, follow_links=config.follow_links)
+    settings: dict[str, Any] = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     try:
-        reader = open_reader(child, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots)
+        if not config.need_export_sparse:
+            found = detect_format(child, asked=config.format)
+            if not holds_tables(child, found, **settings):
+                open_dense(child, found, **settings).describe()
+                return None
+        reader = open_reader(child, asked=config.format, **settings)
         reader.read_headers(range(len(reader.files)))
+    except (
+        UnaskedError
+    ):  # an older one may fit the settings, and would be exported in the place of the one that is meant
+        raise
     except (CheckpointError, OSError) as error:
         return str(error)
     return None

@@ -19,7 +19,7 @@ from dist_export.config import ExportConfig
 from dist_export.errors import ExportError, PlanError
 from dist_export.id_lists import read_id_list
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
-from dist_export.plan.casts import cast_slots
+from dist_export.plan.casts import cast_slots, check_defaults
 from dist_export.plan.census import (
     Census,
     UniqueTask,
@@ -131,6 +131,7 @@ def choose(
         keep_slots=tuple(config.keep_slots),
     )
     selection = cast_slots(checkpoint, selection, config.dtypes)
+    check_defaults(checkpoint, selection)
     num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=world_size)
     return selection, plan_targets(checkpoint, num_shards), num_shards
 
@@ -252,7 +253,7 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
     for place, rule in enumerate(rules):
         if rule.path and rule.path not in lists:
             setting = f"prune[{place}].{'allow' if rule.reason == ALLOW_LIST else 'deny'}"
-            ids = read_id_list(rule.path, most_bytes=room, setting=setting)
+            ids = read_id_list(rule.path, most_bytes=room, setting=setting, storage_options=config.storage_options)
             if not len(ids) and rule.reason == ALLOW_LIST:
                 raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be left behind")
             lists[rule.path] = IdList(ids)

@@ -16,7 +16,7 @@ import xxhash
 
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.readers import OpenReaders, RangeReader
@@ -266,7 +266,7 @@ def _classify(
     if unmatched:
         setting, pattern = min(unmatched)
         matrices = [names[name] for name in dense if len(tensors[name].shape) == 2]
-        raise CheckpointError(
+        raise UnaskedError(
             f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
             f"{_listed(matrices)}"
         )

@@ -18,6 +18,7 @@ import xxhash
 
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable, read_dcp
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.checkpoint.dynamicemb import find_dumps
 from dist_export.checkpoint.reader import (
     ABSENT,
     IN_STRIPS,
@@ -29,7 +30,7 @@ from dist_export.checkpoint.reader import (
     Strips,
     TableMeta,
 )
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, I64
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.readers import OpenReaders
@@ -78,7 +79,7 @@ class DcpReader:
         self.directory = directory
         self._found = read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
         if not self._found.tables:
-            raise CheckpointError(_no_tables(self._found))
+            raise UnaskedError(_no_tables(self._found))
         self._optimizer_slots = frozenset(optimizer_slots)
         self.files: tuple[SourceFile, ...] = tuple(
             SourceFile(name=name, size=size, version=self._found.versions[name])
@@ -142,7 +143,7 @@ class DcpReader:
             fingerprint=self._fingerprint(items),
             copy_hindrances=("it is a DCP checkpoint, whose files serving does not read",),
             verbatim={},
-            warnings=tuple(_list_left_out(self._found.tables)),
+            warnings=(*_list_left_out(self._found.tables), *_note_dump(self.directory)),
             strips=strips,
             optimizer_patterns=self._optimizer_slots,
         )
@@ -283,6 +284,14 @@ def _list_left_out(tables: Sequence[DcpTable]) -> Iterable[str]:
         for slot in table.slots:
             if slot.tensor.dtype not in CODE_BY_TORCH:
                 yield f"{slot.tensor.name} is of {slot.tensor.dtype}, which no package can hold; it stays behind"
+
+
+def _note_dump(directory: Directory) -> Iterable[str]:
+    if find_dumps(directory):
+        yield (
+            f"{directory.url} also holds a DynamicEmb dump, whose tables are not exported with these; export it by itself with "
+            "format: dynamicemb"
+        )
 
 
 def _no_tables(found: DcpCheckpoint) -> str:

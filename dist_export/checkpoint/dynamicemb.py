@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from dist_export.checkpoint.dcp import find_metadata
 from dist_export.checkpoint.plain import stat_files
 from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.errors import CheckpointError
@@ -88,6 +89,11 @@ class DynamicEmbReader:
         rows: list[np.ndarray] = []
         placed: list[list[list[str]]] = []
         warnings = list(self._warnings)
+        if find_metadata(self.directory):
+            warnings.append(
+                f"{self.directory.url} also holds a DCP checkpoint, whose tables are not exported with these; export it "
+                "by itself with format: dcp"
+            )
         for table in self._tables:
             counted = np.array([self._count(name, 8, "keys") for name in table.keys], np.int64)
             if not counted.any():

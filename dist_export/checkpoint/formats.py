@@ -17,7 +17,7 @@ from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.checkpoint.safetensors import SafetensorsReader, find_safetensors_files
 from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
-from dist_export.errors import CheckpointError, ConfigError
+from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.layout.recis import INDEX, TENSORKEY
 from dist_export.storage import Directory
 
@@ -50,17 +50,18 @@ def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
     if asked != AUTO:
         return asked
     try:
-        found = _list_candidates(directory)
+        found = list_candidates(directory)
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if len(found) > 1:
         what = " and ".join(FORMATS[name].kind for name in found)
         which = " or ".join(f"format: {name}" for name in found)
-        raise CheckpointError(f"{directory.url} holds {what}; say which one with {which}")
+        raise UnaskedError(f"{directory.url} holds {what}; say which one with {which}")
     return found[0] if found else None
 
 
-def _list_candidates(directory: Directory) -> list[str]:
+def list_candidates(directory: Directory) -> list[str]:
+    """Return the formats that a directory looks like. OSError where it cannot be looked at."""
     names = set(directory.names())
     is_recis = not names.isdisjoint((INDEX, TENSORKEY))
     found = [RECIS] if is_recis else []
@@ -74,7 +75,9 @@ def _list_candidates(directory: Directory) -> list[str]:
     is_recis_cut = not plain and any(name.endswith(safetensors.SUFFIX) for name in names)
     if plain:
         found.append(SAFETENSORS)
-    if DCP not in found and not is_recis_cut and (torch_save.INDEX_JSON in names or find_torch_files(directory)):
+    # beside safetensors files lie what trainers keep for themselves: training_args.bin, optimizer.pt
+    has_torch = torch_save.INDEX_JSON in names or (not plain and bool(find_torch_files(directory)))
+    if DCP not in found and not is_recis_cut and has_torch:
         found.append(TORCH)
     return found
 

@@ -18,7 +18,7 @@ from dist_export.checkpoint.tensors import (
     say_no_tables,
     sort_tensors,
 )
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
 
@@ -59,7 +59,7 @@ def make_checkpoint(
     """
     found = sort_facts(directory, facts, patterns)
     if not found.tables:
-        raise CheckpointError(say_no_tables(found, directory.url))
+        raise UnaskedError(say_no_tables(found, directory.url))
     tables, parts, blocks, strips = build_numbered(found.tables)
     warnings = list(facts.notes)
     if found.other_state:

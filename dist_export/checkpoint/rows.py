@@ -91,6 +91,7 @@ class RowReader:
         elif file == IN_STRIPS:
             self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row, held_only=held_only)
         else:
+            assert file >= 0, f"part {part} has no rows of slot {slot.name}"
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from dist_export.checkpoint.dcp_metadata import check_cover
 from dist_export.checkpoint.reader import ABSENT, IN_STRIPS, Blocks, Parts, SlotMeta, Strips, TableMeta
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, I64
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
@@ -129,7 +129,7 @@ def sort_tensors(
     if unmatched:
         setting, pattern = min(unmatched)
         matrices = [tensor.name for tensor in dense if len(tensor.shape) == 2]
-        raise CheckpointError(
+        raise UnaskedError(
             f"{where}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: {listed(matrices)}"
         )
     return Sorted(

@@ -6,6 +6,7 @@ Columns of ids are scanned and rows read one by one; where rows go by number, an
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -58,6 +59,8 @@ class RowFinder:
         names = names or {}
         self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
         """By the names that the model has, as all methods take and give them but ``written_name``."""
+        self.left_behind: Counter[str] = Counter()
+        """Ids that were asked for, and that rules leave behind, by table."""
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
 
     @property
@@ -169,7 +172,9 @@ class RowFinder:
                         is_wanted[self._dropped_in(part, first, len(held))] = False
                     wanted = np.flatnonzero(is_wanted)
                     if self._is_pruned is not None and len(wanted):
-                        wanted = wanted[~self._is_pruned(part, first + wanted, held[wanted])]
+                        is_left = self._is_pruned(part, first + wanted, held[wanted])
+                        self.left_behind[table] += int(np.count_nonzero(is_left))
+                        wanted = wanted[~is_left]
                     for row in wanted.tolist():
                         place = int(places[row])
                         has_row[place] = True

@@ -117,6 +117,14 @@ class DenseStage:
             f"{name} is no table of the checkpoint: the sample used the model's own rows"
             for name in rows.unknown_tables
         ]
+        left = ranks.gather(
+            "count ids that are left behind", lambda: 0 if finder is None else sum(finder.left_behind.values())
+        )
+        if sum(left):
+            notes.append(
+                f"{sum(left):,} ids that the sample looked up are left behind by prune: a model that has rows of its own for "
+                "them used these, where serving finds none"
+            )
         notes += [
             f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
             for name in rows.sharded_tables
@@ -250,7 +258,8 @@ class DenseStage:
 
     def _is_own_row(self, table: str, ids: np.ndarray) -> np.ndarray:
         """Whether this rank's own table holds these ids (bool), as far as the sample has asked for them."""
-        found = self._looked_up.rows.get(table, {})
+        written = {model: name for name, model in self._model_names.items()}.get(table, table)
+        found = self._looked_up.rows.get(written, {})
         return np.array([found.get(number) is not None for number in ids.tolist()], bool)
 
     def _load(self, copied: nn.Module) -> tuple[str, ...]:

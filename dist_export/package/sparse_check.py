@@ -184,7 +184,12 @@ def _check_account(entry: TableEntry, report: Report) -> None:
             f"repaired, {entry.duplicates:,} duplicates, dropped {entry.rows_dropped}",
         )
     row = entry.default_row
-    width = next((math.prod(slot.shape) for slot in entry.kept if slot.name == EMBEDDING_SLOT), -1)
+    widths = (
+        math.prod(slot.shape) if isinstance(slot.dim, msgspec.UnsetType) else slot.dim
+        for slot in entry.kept
+        if slot.name == EMBEDDING_SLOT
+    )
+    width = next(widths, -1)
     if row != "zeros" and not isinstance(row, msgspec.UnsetType) and (isinstance(row, str) or len(row) != width):
         report.add(MANIFEST, _CHECK, f"the default row of table {entry.name!r} is no row of it")
     in_parts = sum(part.rows for part in entry.parts)

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import numpy as np
+
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
 from dist_export.errors import PlanError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.layout.encodings import BF16, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
+from dist_export.layout.encodings import BF16, F64, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
 from dist_export.layout.recis import EMBEDDING_SLOT
 from dist_export.plan.selection import Selection
 
@@ -81,6 +83,23 @@ def cast_of(stored: SlotMeta, written: SlotMeta) -> RowCast | None:
     return RowCast(stored.dtype, written.dtype, written.encoding, math.prod(stored.inner_shape))
 
 
+def check_defaults(checkpoint: Checkpoint, selection: Selection) -> None:
+    """Refuse default rows that the dtype in which their table is written cannot hold. PlanError."""
+    for table, cast in casts_by_table(checkpoint, selection).items():
+        default = next(t.default_row for t in checkpoint.tables if t.name == table)
+        if default is None or isinstance(default, str):
+            continue
+        rows = np.array([default], np.float64).view(np.uint8)
+        outcome = RowCast(F64, cast.target, cast.encoding, cast.dim).encode_into(
+            np.empty((1, cast.target_bytes), np.uint8), rows
+        )
+        if outcome.out_of_range:
+            raise PlanError(
+                f"default_row: a value for table {table!r} does not fit {cast.name}, in which the table is written "
+                f"({cast.range_text})"
+            )
+
+
 def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, RowCast]:
     """Return the casts of all tables that have one, by the table's name."""
     found = {}
@@ -93,11 +112,16 @@ def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, Ro
 
 
 def note_unreadable(checkpoint: Checkpoint, selection: Selection) -> list[str]:
-    """Return a note where rows get a dtype that RecIS's loader has no embeddings of: it reads F64, F32, F16 and I8."""
+    """Return a note where rows have a dtype that RecIS's loader has no embeddings of: it reads F64, F32, F16 and I8.
+
+    Tables whose rows go by number are not for it anyway.
+    """
     names: dict[str, list[str]] = {}
-    for table, cast in casts_by_table(checkpoint, selection).items():
-        if cast.target in (BF16, U8):
-            names.setdefault(cast.name, []).append(table)
+    for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
+        for slot in slots:
+            if slot.name == EMBEDDING_SLOT and slot.dtype in (BF16, U8) and (table.is_hashed or slot.encoding):
+                what = "int8" if slot.encoding else DTYPES[slot.dtype].torch
+                names.setdefault(what, []).append(table.name)
     return [
         f"{_join(tables)}: written as {what}, of which RecIS's loader reads no embeddings; the package is for a server that does"
         for what, tables in sorted(names.items())

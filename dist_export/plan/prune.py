@@ -195,6 +195,11 @@ def _apply_to_table(
     slot = _find_slot(rule.slot if rule.reason == SLOT_VALUE else EMBEDDING_SLOT, table, checkpoint, setting)
     if rule.reason == NORM:
         return TableRule(NORM, slot, float(rule.limit), None)
+    if slot.stored_shape is not None:
+        raise PlanError(
+            f"{setting}: slot {rule.slot!r} of table {name!r} has shape {list(slot.stored_shape)}, which does not go with the "
+            "rows of its table, so no rule can go by it"
+        )
     if math.prod(slot.inner_shape) != 1:
         raise PlanError(
             f"{setting}: slot {rule.slot!r} of table {name!r} has rows of {list(slot.inner_shape)}; a rule compares slots of "
