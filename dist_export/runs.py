@@ -52,7 +52,7 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
     try:
         names = set(directory.names())
         children = _list_children(directory)
-        is_checkpoint = not children or (config.step is None and _is_checkpoint(directory, config.format))
+        is_checkpoint = not children or _is_checkpoint(directory, config)
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if is_checkpoint:
@@ -78,13 +78,15 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
     raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
 
 
-def _is_checkpoint(directory: Directory, asked: str) -> bool:
+def _is_checkpoint(directory: Directory, config: ExportConfig) -> bool:
     """Whether a directory that has children like a run's is a checkpoint itself.
 
     Trainers leave loose tensors in a run's directory, such as the best metric or a last save: these count only where asked for.
     """
     found = list_candidates(directory)
-    return asked in found or (asked == AUTO and not {RECIS, DCP, DYNAMICEMB}.isdisjoint(found))
+    if config.format not in (AUTO, RECIS, DCP):
+        return config.step is None and config.format in found
+    return not {RECIS, DCP, DYNAMICEMB}.isdisjoint(found)
 
 
 def _list_children(directory: Directory) -> list[tuple[int, str]]:

@@ -76,7 +76,8 @@ def list_candidates(directory: Directory) -> list[str]:
     if plain:
         found.append(SAFETENSORS)
     # beside safetensors files lie what trainers keep for themselves: training_args.bin, optimizer.pt
-    has_torch = torch_save.INDEX_JSON in names or (not plain and bool(find_torch_files(directory)))
+    has_torch = not names.isdisjoint((torch_save.INDEX_JSON, "pytorch_model.bin"))
+    has_torch |= not plain and bool(find_torch_files(directory))
     if DCP not in found and not is_recis_cut and has_torch:
         found.append(TORCH)
     return found

@@ -15,6 +15,7 @@ from test_torchrec_shape import PREFIX
 
 import dist_export
 from dist_export import cli
+from dist_export.errors import ConfigError, PlanError
 from dist_export.package.verify import verify
 
 
@@ -151,3 +152,89 @@ def test_a_model_of_hash_tables_scores_what_is_left(tmp_path: Path) -> None:
     assert sum(manifest.tables[1].rows_dropped.values()) + sum(manifest.tables[0].rows_dropped.values()) > 0
     assert set(manifest.parity.from_files.max_ulp.values()) == {0}
     assert verify(str(tmp_path / "out")).findings == []
+
+
+def test_a_default_row_of_a_quantised_table_is_given_and_verified(tmp_path: Path) -> None:
+    write_torchrec(tmp_path / "ckpt", by=0)
+    settings = {"ckpt_dir": str(tmp_path / "ckpt"), "filter_sparse_opt": True, "dtype": {"*": "int8"}}
+    dist_export.export({**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*": [1, 2, 3, 4]}})
+    assert verify(str(tmp_path / "out")).findings == []
+    rows, has_row = dist_export.open_package(tmp_path / "out").lookup(f"{PREFIX}t_item.weight", [10**6])
+    assert not has_row.any()
+    np.testing.assert_allclose(rows[0], [1, 2, 3, 4], atol=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e6), ("bfloat16", 3.4028e38), ("int8", 3e38)])
+def test_a_default_row_must_fit_what_is_written(tmp_path: Path, dtype: str, value: float) -> None:
+    write_torchrec(tmp_path / "ckpt", by=0)
+    settings = {"ckpt_dir": str(tmp_path / "ckpt"), "filter_sparse_opt": True, "dtype": {"*": dtype}}
+    with pytest.raises(PlanError, match=rf"default_row: .* does not fit {dtype}"):
+        dist_export.export(
+            {**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*t_item*": [value, 0, 0, 0]}}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_rule_goes_by_a_slot_that_does_not_fit_its_table(tmp_path: Path) -> None:
+    name, weight = "m.embedding_bags.u.weight", torch.randn(10, 4)
+    tensors = {
+        name: (weight, [((0, 0), weight)]),
+        f"opt.state.{name}.momentum1": (torch.ones(7), [((0,), torch.ones(7))]),
+    }
+    write_chunks(tmp_path / "ckpt", tensors)
+    with pytest.raises(PlanError, match=r"slot 'momentum1' .* has shape \[7\], which does not go with the rows"):
+        dist_export.export(
+            {
+                "ckpt_dir": str(tmp_path / "ckpt"),
+                "export_dir": str(tmp_path / "out"),
+                "filter_sparse_opt": True,
+                "as_hash": ["*"],
+                "prune": [{"tables": "*", "slot": "momentum1", "below": 2}],
+            }
+        )
+
+
+def test_a_live_model_with_new_names_is_scored(tmp_path: Path) -> None:
+    manifest = dist_export.Exporter(
+        torchrec_shape.build_trained(),
+        "sparse_arch",
+        "dense_arch",
+        torchrec_shape.build_dataset(),
+        None,
+        tmp_path / "out",
+        rename_tables={"*.embedding_bags.*.weight": "{1}"},
+        dtype={"*": "int8"},
+    ).export()
+    assert {table.name for table in manifest.tables} == {"t_user", "t_item"}
+    assert set(manifest.parity.from_files.max_ulp.values()) == {0}
+
+
+def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> None:
+    tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+    manifest = dist_export.export(
+        {
+            "ckpt_dir": str(tmp_path / "ckpt"),
+            "export_dir": str(tmp_path / "out"),
+            "prune": [{"tables": "*", "norm_at_most": 100}],
+            **settings,
+        }
+    )
+    assert any("ids that the sample looked up are left behind by prune" in note for note in manifest.notes)
+
+
+def test_a_live_model_says_what_its_tables_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tables is for checkpoints, but format is live"):
+        dist_export.ExportConfig(export_dir=str(tmp_path), format="live", tables=["x"])
+    with pytest.raises(ConfigError, match="dataset is None"):
+        dist_export.Exporter(
+            torchrec_shape.build_trained(), "sparse_arch", "dense_arch", None, None, tmp_path, need_export_sparse=False
+        )
+
+
+def test_rows_of_bfloat16_that_become_a_hash_table_are_told(tmp_path: Path) -> None:
+    weight = torch.randn(10, 4).bfloat16()
+    write_chunks(tmp_path / "ckpt", {"m.embedding_bags.u.weight": (weight, [((0, 0), weight)])})
+    settings = {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    manifest = dist_export.export({**settings, "as_hash": ["*"]})
+    assert any("bfloat16, of which RecIS's loader reads no embeddings" in note for note in manifest.notes)

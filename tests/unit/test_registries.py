@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import tiny_model
+import torchrec_shape
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import cli, registries
+from dist_export import cli, locations, registries
 from dist_export.errors import ConfigError, ExportError
 from dist_export.mlflow_registry import MlflowRegistry
 from dist_export.package.verify import verify
@@ -142,6 +143,44 @@ def test_a_package_that_could_not_be_registered_is_whole_and_a_rerun_registers_i
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")} == before
     assert client.get_model_version(name, "1").tags["dist_export.digest"] == manifest.digest
     assert not (tmp_path / "out" / ".dist_export").exists()
+
+
+def test_a_live_model_that_could_not_be_registered_is_not_exported_again(
+    client: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MlflowRegistry, "register", lambda *_: (_ for _ in ()).throw(ConnectionError("gone away")))
+    exporter = dist_export.Exporter(
+        torchrec_shape.build_trained(),
+        "sparse_arch",
+        "dense_arch",
+        None,
+        None,
+        tmp_path / "out",
+        register=f"models:/{name}",
+    )
+    with pytest.raises(ExportError, match=r"could not be registered .*Register it by hand"):
+        exporter.export()
+
+
+def test_packages_of_a_live_model_never_share_a_place(client: Any, name: str, tmp_path: Path) -> None:
+    settings = {"registry_options": {"location": str(tmp_path)}}
+    places = {
+        dist_export.Exporter(
+            torchrec_shape.build_trained(), "sparse_arch", "dense_arch", None, None, f"models:/{name}", **settings
+        ).export()
+        and client.get_model_version(name, str(version)).source
+        for version in (1, 2)
+    }
+    assert len(places) == 2
+
+
+def test_the_order_of_patterns_makes_another_package() -> None:
+    first = {"a*": "float16", "*": "int8"}
+    keys = {
+        locations._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), "c")
+        for d in (first, dict(reversed(first.items())))
+    }
+    assert len(keys) == 2
 
 
 def test_a_package_is_registered_once(client: Any, name: str, database: str, tmp_path: Path) -> None:

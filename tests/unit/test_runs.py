@@ -7,7 +7,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
+from dcp_writer import write_chunks
 from recis_writer import make_tables, write_checkpoint
+from safetensors.torch import save_file
 
 import dist_export
 from dist_export.config import ExportConfig
@@ -76,12 +79,43 @@ def test_a_checkpoint_is_itself_whatever_lies_below_it(run: Path) -> None:
         find(run / "ckpt_20", step=20)
 
 
-@pytest.mark.parametrize("name", ["step-{}", "step_{}", "checkpoint-{}", "global_step_{}", "{}"])
+@pytest.mark.parametrize("name", ["step-{}", "step_{}", "checkpoint-{}", "global_step_{}", "model.ckpt-{}", "{}"])
 def test_names_of_other_trainers(tmp_path: Path, name: str) -> None:
     for step in (9, 10):
         write_checkpoint(tmp_path / "run" / name.format(step), make_tables({"t": 3}, num_parts=1))
     (tmp_path / "run" / "logs-x").mkdir()
     assert find(tmp_path / "run").step == 10
+
+
+@pytest.mark.parametrize("step", [None, 20])
+def test_loose_tensors_beside_the_checkpoints_are_no_checkpoint(run: Path, step: int | None) -> None:
+    torch.save({"a": torch.ones(2)}, run / "best_metric.pt")
+    assert find(run, step=step).step == (step or 100)
+
+
+def test_what_a_trainer_keeps_beside_safetensors_is_no_other_checkpoint(tmp_path: Path) -> None:
+    for place in ("run/checkpoint-5", "run/checkpoint-9", "run"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        save_file({"m.embedding_bags.u.weight": torch.randn(6, 4)}, tmp_path / place / "model.safetensors")
+        torch.save({"lr": 1.0}, tmp_path / place / "training_args.bin")
+    assert find(tmp_path / "run").step == 9
+    assert find(tmp_path / "run", format="safetensors").step is None  # the last save, asked for
+    assert find(tmp_path / "run", format="safetensors", step=5).step == 5
+
+
+def test_a_newest_one_that_the_settings_do_not_fit_is_an_error_and_no_older_one_is_taken(tmp_path: Path) -> None:
+    for step, name in ((1, "old"), (2, "new")):
+        weight = torch.randn(5, 4)
+        write_chunks(tmp_path / "run" / f"step-{step}", {f"m.{name}.weight": (weight, [((0, 0), weight)])})
+    with pytest.raises(CheckpointError, match=r"step-2: tables: the pattern '\*old\*' matches no tensor"):
+        find(tmp_path / "run", tables=["*old*"])
+
+
+def test_a_run_without_tables_is_found_for_its_dense_arch(tmp_path: Path) -> None:
+    for step in (1, 2):
+        weight = torch.randn(5, 4)
+        write_chunks(tmp_path / "run" / f"step-{step}", {"dense_arch.w": (weight, [((0, 0), weight)])})
+    assert find(tmp_path / "run", need_export_sparse=False, model="a:b").step == 2
 
 
 def test_one_step_under_two_names_must_be_said(run: Path) -> None:
