@@ -67,7 +67,10 @@ def run(capsys: Any, tmp_path: Path, *arguments: object) -> Outcome:
     captured = capsys.readouterr()
     for line in captured.out.split("\n") + captured.err.split("\n"):
         assert line.isprintable(), line
-    assert list(scratch.iterdir()) == []
+    left = [
+        path for path in scratch.iterdir() if not path.name.startswith("torchinductor")
+    ]  # torch's, on its first import
+    assert left == []
     return Outcome(code, captured.out, [line for line in captured.err.splitlines() if not _LOG.match(line)])
 
 
