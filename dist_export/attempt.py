@@ -103,7 +103,7 @@ def remove_strays(target: Directory, planned: set[str]) -> None:
 
 
 def _list_receipted(target: Directory) -> list[str]:
-    receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
+    receipts = target.child(WORK_DIRECTORY).names()
     shards = [name.removesuffix(".json") for name in receipts if name.endswith(f"{_SHARD_SUFFIX}.json")]
     return [shard for shard in shards if is_plain_name(shard)]
 

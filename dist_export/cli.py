@@ -199,7 +199,7 @@ def _configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("torch", "fsspec", "asyncio"):
+    for noisy in ("torch", "fsspec", "asyncio", "s3fs", "aiobotocore", "botocore", "aiohttp", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
-from dist_export.digests import missing_package
+from dist_export.digests import XXH3, missing_package
 from dist_export.errors import ConfigError
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
@@ -55,8 +55,9 @@ class ExportConfig:
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
     on_duplicate: Literal["error", "first", "last"] = "error"
     """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
-    digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
-    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
+    digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
+    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
+    xxh3, and of bytes that the export itself has read: an S3 store then copies nothing on its own"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
     threads: int | None = None
@@ -109,6 +110,8 @@ class ExportConfig:
     """Whose limits the feature generator configuration must keep besides RecIS's own"""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for the file system of ckpt_dir and export_dir (fsspec)"""
+    target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
+    """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
     timeout: float = 1800.0
     """Seconds without any progress after which a rank counts as hung, and the export ends"""
 
@@ -132,6 +135,16 @@ class ExportConfig:
         self._check_dense()
 
     @property
+    def digest_algorithm(self) -> str:
+        """The algorithm of ``digest``, or ``none``."""
+        return XXH3 if self.digest == "require" else self.digest
+
+    @property
+    def options_of_target(self) -> dict[str, Any]:
+        """The options for the file system of ``export_dir``."""
+        return self.storage_options if self.target_storage_options is None else self.target_storage_options
+
+    @property
     def max_memory_bytes(self) -> int:
         """``max_memory`` in bytes."""
         return parse_bytes(self.max_memory, setting="max_memory")
@@ -141,7 +154,7 @@ class ExportConfig:
             raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
-        package = missing_package(self.digest)
+        package = missing_package(self.digest_algorithm)
         if package is not None:
             raise ConfigError(
                 f"digest is {self.digest}, which needs the package {package}: pip install 'dist_export[{package}]'"

@@ -28,6 +28,7 @@ from dist_export.commit import (
     render_indexes,
     write_small_files,
 )
+from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
 from dist_export.errors import CheckpointError, CommitError, ConfigError
@@ -124,7 +125,7 @@ def run_export(
                 ranks.gather("trace the dense arch", trace)
             else:
                 receipts, shares, reused = transfer(
-                    ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
+                    ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest_algorithm
                 )
         if planned is not None:
             with reporter.stage("check"):
@@ -142,7 +143,7 @@ def run_export(
             if not in_place:
                 note_small_files(target, list(small))
                 remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
-            return write_small_files(target, small, digest=config.digest, keep=keep)
+            return write_small_files(target, small, digest=config.digest_algorithm, keep=keep)
 
         with reporter.stage("write"):
             small_files = ranks.on_rank_0("write the small files", write_rest)
@@ -377,7 +378,7 @@ def _describe(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=config.ckpt_dir,
+            path=conceal(config.ckpt_dir),
             format="none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),

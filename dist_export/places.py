@@ -89,7 +89,7 @@ def _next_to(final: Directory) -> Directory:
 
 def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory, Directory]:
     source = Directory(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
-    final = Directory(export_dir, config.storage_options)
+    final = Directory(export_dir, config.options_of_target)
     for directory in (source, final):
         if ranks.world_size > 1 and not directory.is_shared:
             raise ConfigError(
@@ -98,12 +98,12 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
     is_same = source.is_same(final)
     if is_same and config.filter_sparse_opt and config.need_export_sparse:
         raise ConfigError(
-            f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
+            f"export_dir is ckpt_dir ({source.url}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"
         )
     if is_same and config.follow_links:
         raise ConfigError(
-            f"export_dir is ckpt_dir ({config.ckpt_dir}), and a package holds its files itself: links that lead out of it "
+            f"export_dir is ckpt_dir ({source.url}), and a package holds its files itself: links that lead out of it "
             "cannot be followed. Give another export_dir"
         )
     if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
@@ -271,6 +271,7 @@ _HOW = (
     "max_memory",
     "threads",
     "storage_options",
+    "target_storage_options",
     "timeout",
     "overwrite",
     "on_existing",

@@ -33,7 +33,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     _, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,
-        "source": config.ckpt_dir,
+        "source": places.source.url,
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],

@@ -114,7 +114,8 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
 
 def _read_pieces(reader: RangeReader, begin: int, end: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(end - begin, 1))))
-    for offset in range(begin, end, len(buffer)):
-        piece = buffer[: min(len(buffer), end - offset)]
-        reader.read_into(piece, offset)
-        yield piece
+    with reader.ahead(begin, end - begin) as stream:
+        for offset in range(begin, end, len(buffer)):
+            piece = buffer[: min(len(buffer), end - offset)]
+            stream.read_into(piece)
+            yield piece

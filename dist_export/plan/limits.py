@@ -11,6 +11,8 @@ _WRITE_BYTES = 128 << 10
 
 _MIN_GATHER_BYTES = 1 << 20
 
+_MOST_WINDOW_BYTES = 8 << 20
+
 DROPPED_ROW_BYTES = 512
 """Of ``max_memory`` for each row that is left behind. It is held in 25 bytes, but before that all rows of its id are
 exchanged between the ranks and ordered, which takes several times as much, beside what the search took."""
@@ -45,6 +47,11 @@ class Limits:
     def dropped_rows(self) -> int:
         """The most rows that may be left behind: each rank knows all of them."""
         return self.max_memory // DROPPED_ROW_BYTES
+
+    @property
+    def window_bytes(self) -> int:
+        """Of what a thread reads ahead from a store it holds two such windows."""
+        return min(_MOST_WINDOW_BYTES, max(1 << 20, self._per_thread // 8))
 
     def gather_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return the rows that a gather takes in at once, of which each target gets a share in one write.

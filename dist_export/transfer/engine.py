@@ -283,8 +283,10 @@ class Transfer:
     def _refuse_changed_source(self) -> None:
         """Compare this rank's share of the source files with what they were when their headers were read."""
         checkpoint = self._plan.checkpoint
-        for file in checkpoint.files[self._ranks.rank :: self._ranks.world_size]:
-            found = checkpoint.directory.stat(file.name)
+        mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
+        stats = checkpoint.directory.stat_many([file.name for file in mine])
+        for file in mine:
+            found = stats[file.name]
             if (found.size, found.version) != (file.size, file.version):
                 raise TransferError(
                     f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "

@@ -94,20 +94,23 @@ class UnitRunner:
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
             if not is_hashed and source.fd >= 0:
                 begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
-            while begin < end:
-                size = min(end - begin, _BUFFER_BYTES)
-                piece = self._buffer[:size]
-                source.read_into(piece, begin + shift)
-                self._outputs.write(unit.number, piece, begin)
-                yield piece
-                begin += size
+            with source.ahead(begin + shift, end - begin, window_bytes=self._limits.window_bytes) as stream:
+                while begin < end:
+                    size = min(end - begin, _BUFFER_BYTES)
+                    piece = self._buffer[:size]
+                    stream.read_into(piece)
+                    self._outputs.write(unit.number, piece, begin)
+                    yield piece
+                    begin += size
 
     def _read_back(self, unit: Unit) -> Iterator[memoryview]:
         reader = self._written[unit.number]
-        for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
-            piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
-            reader.read_into(piece, begin)
-            yield piece
+        window_bytes = self._limits.window_bytes
+        with reader.ahead(unit.begin, unit.end - unit.begin, window_bytes=window_bytes) as stream:
+            for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
+                piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
+                stream.read_into(piece)
+                yield piece
 
     def _gather(self, gathers: Sequence[Gather]) -> None:
         """Read each block once, in chunks; order a chunk's rows by target and write each target's share in one call.
