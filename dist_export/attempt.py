@@ -9,7 +9,7 @@ import msgspec
 from dist_export import replace
 from dist_export.errors import PackageError
 from dist_export.layout.recis import is_plain_name
-from dist_export.manifest import MANIFEST, decode_manifest
+from dist_export.manifest import MANIFEST, PartDigest, decode_manifest
 from dist_export.storage import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     num_bytes: int
     digest: str
+    parts: tuple[PartDigest, ...] = ()
+    """Of a file that an S3 store has copied parts of: their sizes and digests, as in the manifest."""
+    stored: str = ""
+    """The checksum that an S3 store keeps of the whole file: with it a shard need not be read again."""
 
 
 def write_receipt(target: Directory, receipt: Receipt) -> None:

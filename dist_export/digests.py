@@ -20,6 +20,8 @@ CHUNK_BYTES = 64 << 20
 
 XXH3 = "xxh3"
 NONE = "none"
+SHA256_PARTS = "sha256-parts"
+"""Of files that an S3 store puts together: the sha256 over those of the parts, whose boundaries are written down."""
 ALGORITHMS = (XXH3, "sha256", "blake3", NONE)
 
 _EXTRA = {"blake3": "blake3"}
@@ -88,6 +90,11 @@ def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
     if room < CHUNK_BYTES or not digests:
         digests.append(hasher.digest())
     return digests
+
+
+def digest_of_parts(sha256s: Iterable[bytes]) -> str:
+    """Return the digest of a file from the SHA-256 of each of its parts."""
+    return f"{SHA256_PARTS}:{hashlib.sha256(b''.join(sha256s)).hexdigest()}"
 
 
 def root_digest(chunk_digests: Iterable[bytes], algorithm: str = XXH3) -> str:

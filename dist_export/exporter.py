@@ -36,8 +36,18 @@ from dist_export.layout.recis import EMBEDDING_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
-from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
+from dist_export.places import (
+    claim,
+    commit_places,
+    find_committed,
+    identify_export,
+    may_copy_within,
+    open_places,
+    place_of,
+    settle,
+)
 from dist_export.progress import Reporter, summarize
+from dist_export.retries import TRAFFIC
 from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
@@ -65,6 +75,7 @@ def run_export(
         StepFailedError: either, where another rank had it or several had.
     """
     started = time.time()
+    traffic = TRAFFIC.snapshot()
     reporter = Reporter(ranks, is_shown=is_shown)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     places = open_places(ranks, config, export_dir)
@@ -125,7 +136,14 @@ def run_export(
                 ranks.gather("trace the dense arch", trace)
             else:
                 receipts, shares, reused = transfer(
-                    ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest_algorithm
+                    ranks,
+                    planned,
+                    target,
+                    reporter,
+                    beside=trace,
+                    in_place=in_place,
+                    digest=config.digest_algorithm,
+                    may_copy=may_copy_within(places, config),
                 )
         if planned is not None:
             with reporter.stage("check"):
@@ -152,9 +170,17 @@ def run_export(
                 written = None if planned is None else open_checkpoint(ranks, target, asked=RECIS)
                 dense.score(written, target)
 
+        exchanged = None
+        if source.s3 is not None or target.s3 is not None:
+            counts = ranks.gather("count the requests", lambda: TRAFFIC.since(traffic))
+            exchanged = {name: sum(its[name] for its in counts) for name in TRAFFIC.NAMES}
+
         def commit() -> Manifest:
             manifest = _describe(config, checkpoint, planned, tables, in_place=in_place)
-            files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
+            files = [
+                FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
+                for r in receipts
+            ]
             files += small_files
             manifest = msgspec.structs.replace(
                 manifest,
@@ -170,6 +196,7 @@ def run_export(
                     "reused_shards": reused,
                     "left_alone": [] if in_place else list_strangers(target, {file.path for file in files}),
                     "identity": identity,
+                    **({} if exchanged is None else {"store": exchanged}),
                 },
             )
             manifest = seal(manifest)
@@ -279,6 +306,7 @@ def transfer(
     beside: Any,
     in_place: bool,
     digest: str,
+    may_copy: bool,
 ) -> tuple[list[Receipt], list[Share], int]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(
@@ -288,6 +316,7 @@ def transfer(
         limits=planned.limits,
         digest=digest,
         in_place=in_place,
+        may_copy=may_copy,
         count_bytes=reporter.count_bytes,
     )
     try:

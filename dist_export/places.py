@@ -83,6 +83,14 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
     return Places(source=source, final=final, target=_next_to(final) if is_replacing else final, in_place=in_place)
 
 
+def may_copy_within(places: Places, config: ExportConfig) -> bool:
+    """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
+
+    It is one store where both are reached with the same options.
+    """
+    return places.target.s3 is not None and places.source.fs == places.target.fs and config.digest != "require"
+
+
 def _next_to(final: Directory) -> Directory:
     return Directory(replace.beside(final.path, "next"))
 

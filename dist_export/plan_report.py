@@ -10,11 +10,13 @@ import numpy as np
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.exporter import open_source, read_confs
+from dist_export.id_columns import ID_BYTES
 from dist_export.layout.dtypes import DTYPES
 from dist_export.objects import Objects, build_objects
-from dist_export.places import open_places, place_of
+from dist_export.places import Places, may_copy_within, open_places, place_of
 from dist_export.plan.dropped import DUPLICATE, account_for
-from dist_export.plan.units import assign, plan_units
+from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
+from dist_export.plan.units import assign, plan_part_units, plan_units
 from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, plan_sparse
 
@@ -58,7 +60,15 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
-    writing, _ = plan_units(plan)
+    parts = {}
+    may_copy = may_copy_within(places, config)
+    if places.target.s3 is not None and not places.in_place:
+        parts = plan_parts(plan, part_bytes=planned.limits.part_bytes, may_copy=may_copy)
+    if places.source.s3 is not None or places.target.s3 is not None:
+        report["store"] = _store(planned, places, parts)
+    remote = {number: its for number, its in parts.items() if its.has_remote}
+    writing, _ = plan_units(plan, skip=frozenset(remote))
+    writing += plan_part_units(remote)
     threads = planned.limits.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
@@ -94,6 +104,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
     threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
+    if "store" in report:
+        lines.append(f"  {_say_store(report['store'], sum(file['bytes'] for file in report['files']))}")
     lines += [
         f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}{threads}"
         for share in report["ranks"]
@@ -101,6 +113,34 @@ def render_report(report: dict[str, Any]) -> list[str]:
     if report["dense"]:
         lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not look at it)")
     return lines + [f"  note: {note}" for note in report["notes"]]
+
+
+def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) -> dict[str, int]:
+    """Return the bytes that go through the export, in each direction, and those that the store copies itself."""
+    plan = planned.plan
+    read, sent = count_client_bytes(plan, parts)
+    checkpoint = plan.checkpoint
+    ids = sum(
+        int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum()) * ID_BYTES
+        for number, table in enumerate(checkpoint.tables)
+        if table.has_ids
+    )
+    is_s3 = [places.source.s3 is not None, places.target.s3 is not None]
+    return {
+        "downloaded": read if is_s3[0] else 0,
+        "uploaded": sent if is_s3[1] else 0,
+        "copied": plan.num_bytes - sent if is_s3[1] else 0,
+        "ids": ids * sum(is_s3),
+    }
+
+
+def _say_store(store: dict[str, int], num_bytes: int) -> str:
+    def share(name: str) -> str:
+        return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%} of the shards)"
+
+    ids = f"{amount(store['ids'])} of ids are read for the census and the check"
+    within = f"{amount(store['copied'])} copied within it" if store["copied"] else "all through the export"
+    return f"store: {share('downloaded')} downloaded, {share('uploaded')} uploaded, {within}; {ids}"
 
 
 def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:

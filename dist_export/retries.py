@@ -106,7 +106,7 @@ def with_retries(call: Callable[[bool], T], where: str) -> T:
             level = logging.DEBUG if number < 4 else logging.INFO  # a hiccup is no news, a store that is away is
             logger.log(level, "%s: %s; trying again (%d)", where, _say(error), number)
             # all ranks meet a store's trouble at one moment, and must not all come back at one moment
-            time.sleep(pause * random.uniform(0.5, 1.0))
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- nothing secret hangs on it
             pause = min(pause * 2, LONGEST_SECS)
 
 

@@ -7,17 +7,18 @@ and their limits: Amazon's S3 API reference; the same parts of it are served by 
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dist_export.retries import TRAFFIC, with_retries
 
-MIN_PART_BYTES = 5 << 20
-"""Of every part of an upload but the last."""
-MAX_PART_BYTES = 5 << 30
 MAX_PARTS = 10_000
+
+_FILE_PART_BYTES = 8 << 20
 
 _PROTOCOLS = ("s3", "s3a")
 _MOST_CONNECTIONS = 64
@@ -44,7 +45,7 @@ def adapt_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options for fsspec; those of S3 without botocore's retries and without listings that are remembered."""
     if protocol not in _PROTOCOLS:
         return dict(options)
-    config = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": _MOST_CONNECTIONS}
+    config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": _MOST_CONNECTIONS}
     config |= dict(options.get("config_kwargs") or {})
     config["retries"] = {"total_max_attempts": 1}
     return {**options, "config_kwargs": config, "use_listings_cache": False}
@@ -67,7 +68,10 @@ class S3:
 
     def _call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         bucket, _, key = path.partition("/")
-        return dict(with_retries(lambda _: self._fs.call_s3(method, Bucket=bucket, Key=key, **more), path))
+        return self._ask(method, path, Bucket=bucket, Key=key, **more)
+
+    def _ask(self, method: str, where: str, **arguments: Any) -> dict[str, Any]:
+        return dict(with_retries(lambda _: self._fs.call_s3(method, **arguments), where))
 
     def head(self, path: str) -> Found:
         """Return size and ETag."""
@@ -83,9 +87,7 @@ class S3:
         bucket, _, prefix = f"{folder}/".partition("/")
         more: dict[str, Any] = {} if is_deep else {"Delimiter": "/"}
         while True:
-            page = with_retries(
-                lambda _, more=more: self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more), folder
-            )
+            page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=prefix, **more)
             for entry in page.get("Contents") or ():
                 name = entry["Key"][len(prefix) :]
                 if name and not name.endswith("/"):  # consoles make empty objects that stand for folders
@@ -97,16 +99,14 @@ class S3:
     def has_any(self, folder: str) -> bool:
         """Whether there is an object in ``folder`` or below it."""
         bucket, _, prefix = f"{folder}/".partition("/")
-        page = with_retries(
-            lambda _: self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1), folder
-        )
+        page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=prefix, MaxKeys=1)
         return bool(page.get("Contents"))
 
     def why_no_bucket(self, path: str) -> str | None:
         """Return why nothing can be written below ``path``, where its bucket is the reason; None otherwise."""
         bucket = path.partition("/")[0]
         try:
-            with_retries(lambda _: self._fs.call_s3("head_bucket", Bucket=bucket), bucket)
+            self._ask("head_bucket", bucket, Bucket=bucket)
         except FileNotFoundError:
             return f"there is no bucket {bucket!r}"
         except PermissionError:
@@ -195,7 +195,7 @@ class S3:
         keys = [{"Key": prefix + name} for name, _ in self.objects(folder, is_deep=True)]
         for first in range(0, len(keys), _DELETED_AT_ONCE):
             some = {"Objects": keys[first : first + _DELETED_AT_ONCE], "Quiet": True}
-            with_retries(lambda _, some=some: self._fs.call_s3("delete_objects", Bucket=bucket, Delete=some), folder)
+            self._ask("delete_objects", folder, Bucket=bucket, Delete=some)
 
     # ---- uploads in parts ----
 
@@ -204,10 +204,7 @@ class S3:
         bucket, _, prefix = f"{folder}/".partition("/")
         more: dict[str, Any] = {}
         while True:
-            page = with_retries(
-                lambda _, more=more: self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more),
-                folder,
-            )
+            page = self._ask("list_multipart_uploads", folder, Bucket=bucket, Prefix=prefix, **more)
             for entry in page.get("Uploads") or ():
                 name = entry["Key"][len(prefix) :]
                 if name and "/" not in name:
@@ -298,6 +295,32 @@ class S3:
         """Give an upload up; its parts go. Nothing where there is no such upload."""
         with contextlib.suppress(FileNotFoundError):
             self._call("abort_multipart_upload", path, UploadId=upload)
+
+
+def put_file(s3: S3, local: str, path: str, *, note_progress: Callable[[], None]) -> None:
+    """Put a local file up in parts, two at a time; on an error nothing of it stays."""
+    size = os.path.getsize(local)
+    part_bytes = _FILE_PART_BYTES
+    while -(-size // part_bytes) > MAX_PARTS:
+        part_bytes *= 2
+    with open(local, "rb") as file:
+        if size <= part_bytes:
+            s3.put(path, file.read())
+            return
+        upload = s3.begin_upload(path)
+
+        def send(number: int) -> UploadedPart:
+            part = s3.upload_part(path, upload, number + 1, os.pread(file.fileno(), part_bytes, number * part_bytes))
+            note_progress()
+            return part
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="upload") as pool:
+                parts = list(pool.map(send, range(-(-size // part_bytes))))
+            s3.complete_upload(path, upload, parts)
+        except BaseException:
+            s3.abort_upload(path, upload)
+            raise
 
 
 def composite_checksum(sha256s: Sequence[bytes]) -> str:

@@ -53,6 +53,11 @@ class Limits:
         """Of what a thread reads ahead from a store it holds two such windows."""
         return min(_MOST_WINDOW_BYTES, max(1 << 20, self._per_thread // 8))
 
+    @property
+    def part_bytes(self) -> int:
+        """Of the parts in which a shard is sent to S3: a thread holds one of them."""
+        return 16 << 20 if self._per_thread >= 64 << 20 else 8 << 20
+
     def gather_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return the rows that a gather takes in at once, of which each target gets a share in one write.
 

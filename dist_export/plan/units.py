@@ -7,11 +7,13 @@ gathered rows fall into are hashed afterwards, from the file, in units of their 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.digests import CHUNK_BYTES
+from dist_export.plan.parts import FileParts
 from dist_export.plan.shards import SparsePlan
 
 UNIT_BYTES = 256 << 20
@@ -23,6 +25,7 @@ class Unit(NamedTuple):
 
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
     ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
+    ``remote``: let the store copy bytes ``begin`` to ``end``, one part of an upload, into output ``number``.
     ``hash``: read the same range of output ``number`` back and return the chunk digests.
 
     A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
@@ -53,6 +56,15 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
     return writing + _group_gathers(plan, skip), hashing
+
+
+def plan_part_units(files: Mapping[int, FileParts]) -> list[Unit]:
+    """Return a unit for each part of files that the store copies parts of."""
+    return [
+        Unit("remote" if part.is_remote else "copy", number, part.begin, part.end, True, part.end - part.begin)
+        for number in sorted(files)
+        for part in files[number].parts
+    ]
 
 
 def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:

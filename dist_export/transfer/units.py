@@ -15,6 +15,7 @@ from dist_export.plan.shards import Gather, SparsePlan
 from dist_export.plan.units import Unit
 from dist_export.readers import OpenReaders
 from dist_export.transfer.files import StagedFiles
+from dist_export.transfer.uploads import PartWriter
 
 _BUFFER_BYTES = 1 << 20
 """Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
@@ -26,7 +27,7 @@ class UnitRunner:
     def __init__(
         self,
         plan: SparsePlan,
-        outputs: StagedFiles,
+        outputs: StagedFiles | PartWriter,
         written: OpenReaders,
         *,
         limits: Limits,
@@ -61,6 +62,10 @@ class UnitRunner:
         """Do the work of a unit and return the digests of its chunks, none for one that is not hashed."""
         if unit.kind == "gather":
             self._gather(self._plan.gathers[unit.begin : unit.end])
+            return []
+        if unit.kind == "remote":
+            assert isinstance(self._outputs, PartWriter)
+            self._outputs.copy_part(unit.number, unit.begin)
             return []
         is_hashed = unit.is_hashed and self._digest != NONE
         if unit.kind == "hash" and not is_hashed:
