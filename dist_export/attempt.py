@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 MARKER = f"{WORK_DIRECTORY}/committing"
 """Written right before the manifest: where both are, a commit was cut off in its clean-up."""
 
+UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
+"""The uploads to an S3 store that are under way; without it a rerun gives them up instead of going on with them."""
+
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
 _SHARD_SUFFIX = ".safetensors"
 
@@ -76,6 +79,7 @@ def remove_attempt(target: Directory) -> None:
     for shard in _list_receipted(target):
         target.remove(_receipt_name(shard))
     target.remove(_SMALL_FILES)
+    target.remove(UPLOADS)
 
 
 def is_partial(name: str) -> bool:

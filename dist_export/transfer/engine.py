@@ -195,6 +195,8 @@ class Transfer:
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
+        if self._uploads is not None:
+            ranks.on_rank_0("look for uploads that are left", self._uploads.sweep)
         written = {n: self._receipt(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
         receipts = [written[number] for number in range(len(plan.files))]
         return receipts, ranks.gather("count the work", lambda: self._share)

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import re
 from collections.abc import Sequence
 
 import msgspec
 
 from dist_export.activity import ACTIVITY
+from dist_export.attempt import UPLOADS
 from dist_export.disk import naming_any
 from dist_export.errors import TransferError
 from dist_export.plan.parts import FileParts, Part
 from dist_export.plan.shards import SparsePlan
 from dist_export.readers import RangeReader
 from dist_export.s3 import S3, UploadedPart, composite_checksum, is_refused
-from dist_export.storage import WORK_DIRECTORY, Directory
+from dist_export.storage import Directory
 from dist_export.transfer.files import StagedFiles
 
-_RECORD = f"{WORK_DIRECTORY}/uploads.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _REQUESTS_AT_ONCE = 8
 
 
@@ -71,13 +73,15 @@ class Uploads:
         return number in self.parts and self.parts[number].has_remote
 
     def begin(self, numbers: Sequence[int]) -> dict[int, Begun]:
-        """Find or begin the uploads of these files, and give up all others in the directory. Rank 0."""
+        """Find or begin the uploads of these files, and give up those of other shards in the directory. Rank 0."""
         layout = self._layout()
         noted = self._read_record()
         names = {self.plan.files[number].name: number for number in numbers if self.parts[number].parts}
         usable = noted.uploads if noted is not None and noted.layout == layout else {}
+        ours = {*names, *(noted.uploads if noted is not None else ())}
         with naming_any(self._target.url):
-            found = list(self._s3.list_uploads(self._target.path))
+            listed = list(self._s3.list_uploads(self._target.path))
+        found = [(name, upload) for name, upload in listed if name in ours or _SHARD.fullmatch(name)]
         with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
 
             def settle(entry: tuple[str, str]) -> tuple[int, Begun] | None:
@@ -100,7 +104,7 @@ class Uploads:
 
             begun.update(pool.map(start, [number for number in names.values() if number not in begun]))
         uploads = {self.plan.files[number].name: its.upload for number, its in begun.items()}
-        self._target.write(_RECORD, msgspec.json.encode(_Record(layout, uploads)))
+        self._target.write(UPLOADS, msgspec.json.encode(_Record(layout, uploads)))
         return begun
 
     def join(self, begun: dict[int, Begun]) -> None:
@@ -115,7 +119,7 @@ class Uploads:
 
     def _read_record(self) -> _Record | None:
         try:
-            return msgspec.json.decode(self._target.read(_RECORD), type=_Record)
+            return msgspec.json.decode(self._target.read(UPLOADS), type=_Record)
         except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
@@ -187,10 +191,13 @@ class Uploads:
             else:  # no bytes are no part
                 self._s3.put(self._path(number), b"")
 
-    def give_up(self) -> None:
-        """Give all uploads up; nothing where they were completed. Rank 0, where an export must leave nothing behind."""
-        for number, begun in self._begun.items():
-            self._s3.abort_upload(self._path(number), begun.upload)
+    def sweep(self) -> None:
+        """Give up what is left once all files are there: an upload whose beginning was asked for twice. Rank 0."""
+        names = {file.name for file in self.plan.files}
+        with naming_any(self._target.url):
+            for name, upload in list(self._s3.list_uploads(self._target.path)):
+                if name in names:
+                    self._s3.abort_upload(self._target.join(name), upload)
 
     def checksum(self, parts: Sequence[UploadedPart]) -> str:
         """Return the checksum that the store will keep of the object; empty where not all parts have one."""
