@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dist_export.errors import ConfigError, DistExportError, StepFailedError, printable
+from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -32,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if "://" not in str(error.filename):  # what is no store's answer is a bug, and keeps its traceback
+            raise
+        return _fail(UserError(f"{error.filename}: {error.strerror}"))
 
 
 def _export(argv: list[str]) -> int:

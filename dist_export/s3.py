@@ -10,6 +10,7 @@ import base64
 import concurrent.futures
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -71,7 +72,13 @@ class S3:
         return self._ask(method, path, Bucket=bucket, Key=key, **more)
 
     def _ask(self, method: str, where: str, **arguments: Any) -> dict[str, Any]:
-        return dict(with_retries(lambda _: self._fs.call_s3(method, **arguments), where))
+        return dict(with_retries(lambda _: self._try(method, **arguments), where))
+
+    def _try(self, method: str, **arguments: Any) -> dict[str, Any]:
+        body = arguments.pop("Body", None)
+        if body is not None:
+            arguments["Body"] = io.BytesIO(body)  # a new one each time; aiohttp is slow with bytes, and says so
+        return dict(self._fs.call_s3(method, **arguments))
 
     def head(self, path: str) -> Found:
         """Return size and ETag."""
@@ -158,15 +165,16 @@ class S3:
     def put_if(self, path: str, data: bytes, *, etag: str | None) -> str | None:
         """Write an object only if there is none (``etag`` None) or only over the one with this ETag; return the new ETag.
 
-        None where the condition does not hold. A try whose answer was lost has the condition fail for the next one: so
-        what is there is compared, and ``data`` must not be what another process would write.
+        None where the condition does not hold. A try whose answer was lost has the condition fail for the next one (also
+        aiohttp tries once more where a connection that was kept open has been cut): so what is there is compared, and
+        ``data`` must not be what another process would write.
         """
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         bucket, _, key = path.partition("/")
 
-        def ask(is_again: bool) -> str | None:
+        def ask(_: bool) -> str | None:
             try:
-                found = self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+                found = self._try("put_object", Bucket=bucket, Key=key, Body=data, **condition)
             except FileNotFoundError:
                 if etag is None:
                     raise
@@ -174,7 +182,7 @@ class S3:
             except OSError as error:
                 if not is_refused(error):
                     raise
-                return self._etag_if_same(path, data) if is_again else None
+                return self._etag_if_same(path, data)
             TRAFFIC.add(uploaded=len(data))
             return str(found["ETag"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +26,13 @@ def find_weed() -> str | None:
     """Return the program, which pip puts beside the interpreter; None where it is not installed."""
     beside = Path(sys.executable).parent / "weed"
     return str(beside) if beside.exists() else shutil.which("weed")
+
+
+def why_not_here() -> str | None:
+    """Return what is missing for a server and a client; None where both are installed."""
+    if importlib.util.find_spec("s3fs") is None or find_weed() is None:
+        return "no S3 server here: pip install 'dist_export[s3-server]'"
+    return None
 
 
 class S3Server:
