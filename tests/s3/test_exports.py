@@ -224,7 +224,9 @@ def test_a_source_that_changes_is_not_copied(large: Path, store: Store, monkeypa
         real(self, begun)
 
     monkeypatch.setattr(uploads.Uploads, "join", change)
-    with pytest.raises(TransferError, match="model-000000-of-000004.safetensors: changed while it was being exported"):
+    with pytest.raises(
+        TransferError, match=r"model-000000-of-000004\.safetensors: changed while it was being exported"
+    ):
         store.export(remote, store.url("out"))
     assert "manifest.json" not in store.files("out")
 

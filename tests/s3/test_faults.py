@@ -1,4 +1,4 @@
-"""A store in trouble: requests that are refused, cut or answered to nobody, a server that dies, and credentials in what is told."""
+"""A store in trouble: requests refused, cut or answered to nobody, a server that dies; and credentials in what is told."""
 
 from __future__ import annotations
 
