@@ -54,6 +54,21 @@ class RowReader:
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 
+    def read_each_into(self, rows: np.ndarray, part: int, column: int, numbers: np.ndarray) -> None:
+        """Fill ``rows`` (uint8, (n, row_bytes)) with single rows of one slot of a part, by number (int64, (n,)).
+
+        A store is asked for many at once. CheckpointError where a file ends before one of them.
+        """
+        checkpoint = self._checkpoint
+        slot = checkpoint.tables[checkpoint.parts.table[part]].slots[column]
+        file = int(checkpoint.blocks.file[part, column])
+        if file < 0:
+            for place, number in enumerate(numbers.tolist()):
+                self.read_into(rows[place], part, column, number, 1)
+            return
+        begins = (int(checkpoint.blocks.offset[part, column]) + numbers * slot.row_bytes).tolist()
+        self._sources[file].read_many([(rows[place].data, begin) for place, begin in enumerate(begins)])
+
     def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int) -> None:
         strips = self._checkpoint.strips
         for strip in strips.of(part, column):

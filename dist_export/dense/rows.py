@@ -72,10 +72,11 @@ class RowFinder:
                     is_wanted = ids[places] == held
                     if self._dropped_in is not None:
                         is_wanted[self._dropped_in(part, first, len(held))] = False
-                    for row in np.flatnonzero(is_wanted).tolist():
-                        place = int(places[row])
-                        has_row[place] = True
-                        if slot.row_bytes:
-                            reader.read_into(rows[place], part, slot.column, first + row, 1)
+                    wanted = np.flatnonzero(is_wanted)
+                    has_row[places[wanted]] = True
+                    if slot.row_bytes and len(wanted):
+                        found = np.empty((len(wanted), slot.row_bytes), np.uint8)
+                        reader.read_each_into(found, part, slot.column, first + wanted)
+                        rows[places[wanted]] = found
                     first += len(held)
         return has_row, rows
