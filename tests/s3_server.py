@@ -21,6 +21,14 @@ BUCKET = "bucket"
 _GRPC_OFFSET = 10_000  # SeaweedFS opens each of its ports plus this one too
 _START_SECS = 60.0
 
+_UNTIL_ORPHANED = """
+parent=$1; shift
+"$@" & server=$!
+while kill -0 $parent && kill -0 $server; do sleep 1; done
+kill -9 $server
+"""
+"""Ends the server also where whoever started it is killed and can end nothing any more."""
+
 
 def find_weed() -> str | None:
     """Return the program, which pip puts beside the interpreter; None where it is not installed."""
@@ -90,7 +98,7 @@ class S3Server:
         """Start it and wait until it answers with the bucket."""
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self._command,
+                ["sh", "-c", _UNTIL_ORPHANED, "s3_server", str(os.getpid()), *self._command],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -83,7 +83,7 @@ def _run_case(bench: Bench, name: str, source: Source, server: Any, root: str) -
         return 0, sum(tensor.numel() * 4 for tensor in rows.values())
 
     contenders: dict[str, Callable[[str], tuple[int, int]]] = {
-        "ours, copied by the store": lambda out: export(out),
+        "ours, copied by the store": export,
         "ours, digest: require": lambda out: export(out, digest="require"),
         "download, filter, upload": download,
         "peer: DCP's writer (no reading)": write_with_dcp,
