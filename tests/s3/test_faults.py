@@ -211,3 +211,12 @@ def test_an_export_to_a_bucket_that_is_not_there(store: Store, tmp_path: Path) -
     with pytest.raises(DistExportError, match="there is no bucket 'nowhere'"):
         store.export(small, "s3://nowhere/out")
     assert files_of(small)
+
+
+def test_a_target_with_options_of_its_own_gets_all_bytes_from_the_export(store: Store, tmp_path: Path) -> None:
+    """What one set of credentials may read, another may not: so the store is not asked to copy from one to the other."""
+    source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
+    own = {**store.options, "default_fill_cache": False}
+    manifest = store.export(source, store.url("out"), target_storage_options=own)
+    assert manifest.run["store"]["copied"] == 0
+    assert verify(store.url("out"), store.options).findings == []
