@@ -181,7 +181,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
-        raise ConfigError(f"--storage_options is {arguments.storage_options!r}; expected a YAML mapping")
+        raise ConfigError("--storage_options is something else; expected a YAML mapping such as '{anon: true}'")
     return options
 
 

@@ -242,7 +242,7 @@ class S3:
                 return parts
             more = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
-    def upload_part(self, path: str, upload: str, number: int, data: bytes | bytearray) -> UploadedPart:
+    def upload_part(self, path: str, upload: str, number: int, data: bytes) -> UploadedPart:
         """Send a part; the store compares it with its SHA-256."""
         sha256 = hashlib.sha256(data).digest()
         found = self._call(

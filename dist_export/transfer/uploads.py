@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 
@@ -123,7 +124,7 @@ class Uploads:
         except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
-    def send(self, number: int, place: int, data: bytearray) -> UploadedPart:
+    def send(self, number: int, place: int, data: bytes) -> UploadedPart:
         """Send the part at ``place`` of a file, unless the store has just these bytes already."""
         begun = self._begun[number]
         there = begun.there.get(place + 1)
@@ -221,7 +222,8 @@ class PartWriter:
         self._places: dict[int, dict[int, int]] = {}
         """Of each file: first byte of a part -> where it stands among the parts."""
         self._current: tuple[int, int] | None = None
-        self._buffer = bytearray()
+        self._buffer = io.BytesIO()
+        """The part so far. Its value, and what the store's library reads it from, are the same memory."""
         self._sent: dict[int, list[UploadedPart]] = {}
 
     def write(self, number: int, view: memoryview, offset: int) -> None:
@@ -235,13 +237,13 @@ class PartWriter:
             place = self._current[1]
             part = self._part(number, place)
             assert self._current[0] == number
-            assert offset == part.begin + len(self._buffer)
+            assert offset == part.begin + self._buffer.tell()
             count = min(len(view), part.end - offset)
-            self._buffer += view[:count]
+            self._buffer.write(view[:count])
             view, offset = view[count:], offset + count
             if offset == part.end:
-                self._keep(number, self._uploads.send(number, place, self._buffer))
-                self._buffer, self._current = bytearray(), None
+                data, self._buffer, self._current = self._buffer.getvalue(), io.BytesIO(), None
+                self._keep(number, self._uploads.send(number, place, data))
 
     def copy_part(self, number: int, begin: int) -> None:
         """Let the store copy the part that begins at byte ``begin``."""
