@@ -30,7 +30,7 @@ class Store:
 
     def put_tree(self, folder: Path, name: str) -> str:
         """Put a local directory up; return its URL."""
-        for file in sorted(folder.iterdir()):
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
             self.fs.put_file(str(file), f"{self.root}/{name}/{file.name}")
         return self.url(name)
 

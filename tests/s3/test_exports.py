@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from fixture_cases import CASES
 from s3_cases import MIB, Store, export_on_rank, files_of, without_manifest, write_large, write_small
 from s3_server import S3Server
 
@@ -64,6 +65,17 @@ def test_the_same_bytes_wherever_they_come_from_and_go_to(
         assert without_manifest(store.files(name)) == expected, name
         assert verify(store.url(name), store.options).findings == []
         assert store.uploads(name) == []
+
+
+@pytest.mark.fixtures
+@pytest.mark.parametrize("case", CASES)
+def test_reference_checkpoints(case: str, recis_fixtures: Path, store: Store, tmp_path: Path) -> None:
+    """What RecIS's own code wrote, within a store and on a disk."""
+    settings = {"filter_sparse_opt": True, "num_shards": 3}
+    dist_export.export({"ckpt_dir": str(recis_fixtures / case), "export_dir": str(tmp_path / "local"), **settings})
+    store.export(store.put_tree(recis_fixtures / case, "ckpt"), store.url("out"), **settings)
+    assert without_manifest(store.files("out")) == without_manifest(files_of(tmp_path / "local"))
+    assert verify(store.url("out"), store.options).findings == []
 
 
 @pytest.mark.parametrize("filter_sparse_opt", [True, False])
