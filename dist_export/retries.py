@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 SPAN_SECS = 60.0
 """How long a request is tried for: a server that is started anew answers after 10 to 20 seconds."""
+LEAST_RETRIES = 2
+"""Also where a single try has taken longer than that: a large copy whose answer did not come."""
 FIRST_SECS = 0.2
 LONGEST_SECS = 5.0
 
@@ -99,7 +101,7 @@ def with_retries(call: Callable[[bool], T], where: str) -> T:
         try:
             return call(number > 0)
         except Exception as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
+            if not is_transient(error) or (number >= LEAST_RETRIES and time.monotonic() + pause > deadline):
                 raise
             TRAFFIC.add(retries=1)
             number += 1

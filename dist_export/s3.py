@@ -46,7 +46,7 @@ def adapt_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options for fsspec; those of S3 without botocore's retries and without listings that are remembered."""
     if protocol not in _PROTOCOLS:
         return dict(options)
-    config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": _MOST_CONNECTIONS}
+    config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 120, "max_pool_connections": _MOST_CONNECTIONS}
     config |= dict(options.get("config_kwargs") or {})
     config["retries"] = {"total_max_attempts": 1}
     return {**options, "config_kwargs": config, "use_listings_cache": False}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MIN_PART_BYTES = 5 << 20
 MAX_PARTS = 10_000
 
-_REMOTE_BYTES = 512 << 20
+_REMOTE_BYTES = 256 << 20
 """Of one copy within the store: several at a time are faster than a long one, which may have 5 GiB."""
 _MOST_GRID_BYTES = 64 << 20
 """A part may not reach over the end of a unit of work, which is a run of chunks of so many bytes."""

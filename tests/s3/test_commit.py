@@ -56,7 +56,7 @@ def test_killed_at_many_requests(store: Store, tmp_path: Path, monkeypatch) -> N
     store.export(source, store.url("expected"), threads=1)
     expected, total = without_manifest(store.files("expected")), state["count"]
     committed = 0
-    for limit in (0, 1, *range(2, total, 6), total - 2, total - 1):
+    for limit in (0, 1, *range(2, total, 9), total - 2, total - 1):
         name = f"out{limit}"
         state.update(count=0, limit=limit)
         with pytest.raises(Killed):

@@ -17,6 +17,7 @@ import dist_export
 from dist_export.config_file import load_config
 from dist_export.digests import digest_of_parts
 from dist_export.errors import CommitError, ConfigError, TransferError
+from dist_export.package.describe import describe
 from dist_export.package.verify import verify
 from dist_export.plan_report import make_report, render_report
 from dist_export.retries import TRAFFIC
@@ -299,3 +300,12 @@ def test_opening_takes_few_requests(large: Path, store: Store) -> None:
     reader = open_reader(Directory(remote, store.options), asked="recis")
     reader.assemble([reader.read_headers(range(len(reader.files)))])
     assert TRAFFIC.since(before)["requests"] <= 2 * len(reader.files) + 10
+
+
+def test_a_package_is_described_from_its_manifest(large: Path, store: Store) -> None:
+    store.export(large, store.url("out"))
+    before = TRAFFIC.snapshot()
+    assert len(describe(store.url("out"), store.options)["tables"]) == 3
+    moved = TRAFFIC.since(before)
+    assert moved["downloaded"] < 20_000
+    assert moved["requests"] < 10

@@ -78,6 +78,20 @@ def test_pauses_grow_and_span_a_restart(monkeypatch) -> None:
     assert moved["retries"] == len(clock.pauses)
 
 
+def test_a_try_that_takes_for_ever_is_not_the_only_one(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    tries = []
+
+    def hang(_: bool) -> None:
+        tries.append(clock.now)
+        clock.now += 120
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        with_retries(hang, "somewhere")
+    assert len(tries) == 3
+
+
 def test_what_does_not_pass_is_not_tried_again(monkeypatch) -> None:
     clock = Clock(monkeypatch)
 
