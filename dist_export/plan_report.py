@@ -16,7 +16,7 @@ from dist_export.objects import Objects, build_objects
 from dist_export.places import Places, may_copy_within, open_places, place_of
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
-from dist_export.plan.units import assign, plan_part_units, plan_units
+from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, plan_sparse
 
@@ -66,9 +66,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         parts = plan_parts(plan, part_bytes=planned.limits.part_bytes, may_copy=may_copy)
     if places.source.s3 is not None or places.target.s3 is not None:
         report["store"] = _store(planned, places, parts)
-    remote = {number: its for number, its in parts.items() if its.has_remote}
-    writing, _ = plan_units(plan, skip=frozenset(remote))
-    writing += plan_part_units(remote)
+    writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
     threads = planned.limits.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]

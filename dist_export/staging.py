@@ -106,11 +106,12 @@ class Staging:
                 "space there and run the export again"
             )
 
-    def create(self, name: str, num_bytes: int) -> None:
+    def create(self, name: str, num_bytes: int, *, has_holes: bool = False) -> None:
         """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
 
         Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
-        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there).
+        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there), and where the file
+        ``has_holes`` that are not filled.
 
         Raises:
             TransferError: no space.
@@ -120,7 +121,7 @@ class Staging:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         ACTIVITY.begin(path)
         try:
-            if self._is_in_memory:
+            if self._is_in_memory or has_holes:
                 os.ftruncate(fd, num_bytes)
             elif num_bytes:
                 reserve(fd, num_bytes)

@@ -52,10 +52,14 @@ class FileParts:
     parts: tuple[Part, ...]
     has_remote: bool
     """Whether the store copies any of them; then each part has a digest of its own."""
+    is_built: bool = False
+    """Whether gathered rows fall into it: then what is sent from here is put together on a disk first."""
 
 
 def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int, FileParts]:
-    """Return the parts of each output file that no gathered row falls into; the others are built on a disk first.
+    """Return the parts of each output file, but for those that are built on a disk as a whole before they go up.
+
+    Those are files that gathered rows fall into and of which the store can copy nothing.
 
     Args:
         plan: of the export.
@@ -68,14 +72,15 @@ def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int
     gathered = _files_with_gathers(plan)
     found = {}
     for number, file in enumerate(plan.files):
-        if number in gathered:
-            continue
         parts = _cut_remote(plan, number, part_bytes) if may_copy else None
+        if parts is None and number in gathered:
+            continue
         if parts is None:
             grid = _grid_bytes(file.num_bytes, part_bytes, file.name)
             starts = range(0, file.num_bytes, grid)
             parts = [Part(begin, min(begin + grid, file.num_bytes)) for begin in starts]
-        found[number] = FileParts(tuple(parts), any(part.is_remote for part in parts))
+        has_remote = any(part.is_remote for part in parts)
+        found[number] = FileParts(tuple(parts), has_remote, is_built=number in gathered)
     return found
 
 

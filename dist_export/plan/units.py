@@ -26,6 +26,7 @@ class Unit(NamedTuple):
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
     ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
     ``remote``: let the store copy bytes ``begin`` to ``end``, one part of an upload, into output ``number``.
+    ``send``: send bytes ``begin`` to ``end`` of output ``number``, one part of an upload, from where they were built.
     ``hash``: read the same range of output ``number`` back and return the chunk digests.
 
     A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
@@ -40,14 +41,20 @@ class Unit(NamedTuple):
     """Bytes moved, or read back: the work that the unit is."""
 
 
-def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple[list[Unit], list[Unit]]:
-    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``."""
+def plan_units(
+    plan: SparsePlan, *, skip: frozenset[int] = frozenset(), by_parts: Mapping[int, FileParts] | None = None
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
+
+    Files in ``by_parts``, which the store copies parts of, have a unit for each part.
+    """
+    by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
     for number, file in enumerate(plan.files):
-        if number in skip:
+        if number in skip or number in by_parts:
             continue
         for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
             num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
@@ -55,16 +62,23 @@ def plan_units(plan: SparsePlan, *, skip: frozenset[int] = frozenset()) -> tuple
                 writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
-    return writing + _group_gathers(plan, skip), hashing
+    sent, built = _plan_part_units(by_parts, copied)
+    return writing + sent + _group_gathers(plan, skip), hashing + built
 
 
-def plan_part_units(files: Mapping[int, FileParts]) -> list[Unit]:
-    """Return a unit for each part of files that the store copies parts of."""
-    return [
-        Unit("remote" if part.is_remote else "copy", number, part.begin, part.end, True, part.end - part.begin)
-        for number in sorted(files)
-        for part in files[number].parts
-    ]
+def _plan_part_units(files: Mapping[int, FileParts], copied: _CopiedBytes) -> tuple[list[Unit], list[Unit]]:
+    writing: list[Unit] = []
+    sending: list[Unit] = []
+    for number in sorted(files):
+        for begin, end, source, _ in files[number].parts:
+            if source >= 0:
+                writing.append(Unit("remote", number, begin, end, True, end - begin))
+            elif not files[number].is_built:
+                writing.append(Unit("copy", number, begin, end, True, end - begin))
+            else:  # what is copied into it now; it goes up when the gathered rows are there too
+                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end)))
+                sending.append(Unit("send", number, begin, end, True, end - begin))
+    return writing, sending
 
 
 def _group_gathers(plan: SparsePlan, skip: frozenset[int]) -> list[Unit]:

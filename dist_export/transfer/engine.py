@@ -22,7 +22,7 @@ from dist_export.manifest import PartDigest
 from dist_export.plan.limits import Limits
 from dist_export.plan.parts import plan_parts
 from dist_export.plan.shards import SparsePlan
-from dist_export.plan.units import Unit, plan_hash_units, plan_part_units, plan_units
+from dist_export.plan.units import Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
 from dist_export.s3 import UploadedPart
 from dist_export.staging import Staging
@@ -145,8 +145,7 @@ class Transfer:
             self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
         self._reused |= vouched
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
-        self._writing, self._hashing = plan_units(plan, skip=frozenset({*self._reused, *remote}))
-        self._writing += plan_part_units({n: parts for n, parts in remote.items() if n not in self._reused})
+        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), by_parts=remote)
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
                 self._pieces.setdefault(unit.number, []).append(unit.begin)
@@ -155,7 +154,7 @@ class Transfer:
         new = [n for n in range(len(plan.files)) if n not in self._reused]
         if self._uploads is not None:
             self._uploads.join(ranks.on_rank_0("begin the uploads", functools.partial(self._begin_uploads, new)))
-            new = [number for number in new if number not in self._uploads]
+            new = [number for number in new if self._uploads.is_built(number)]
         if not self._target.is_local and ranks.world_size > 1:
             shared = ranks.on_rank_0("make a temporary directory", lambda: self._staging.share() if new else "")
             ranks.run("see the temporary directory", lambda: self._staging.join(shared if ranks.rank else ""))
@@ -163,10 +162,11 @@ class Transfer:
         def reserve() -> None:
             if not new:
                 return
-            self._staging.check_room(sum(plan.files[number].num_bytes for number in new))
+            self._staging.check_room(sum(plan.files[number].num_bytes for number in new if number not in remote))
             for number in new[ranks.rank :: ranks.world_size]:
                 self._reserved.append(plan.files[number].name)
-                self._staging.create(plan.files[number].name, plan.files[number].num_bytes)
+                has_holes = number in remote  # what the store copies is never written here
+                self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
 
         ranks.gather("reserve space for the shards", reserve)
 

@@ -67,6 +67,13 @@ class UnitRunner:
             assert isinstance(self._outputs, PartWriter)
             self._outputs.copy_part(unit.number, unit.begin)
             return []
+        if unit.kind == "send":
+            assert isinstance(self._outputs, PartWriter)
+            begin = unit.begin
+            for piece in self._read_back(unit):
+                self._outputs.send(unit.number, piece, begin)
+                begin += len(piece)
+            return []
         is_hashed = unit.is_hashed and self._digest != NONE
         if unit.kind == "hash" and not is_hashed:
             return []

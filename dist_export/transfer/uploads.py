@@ -73,6 +73,10 @@ class Uploads:
         """Whether the store copies parts of this file."""
         return number in self.parts and self.parts[number].has_remote
 
+    def is_built(self, number: int) -> bool:
+        """Whether this file, or what of it is sent from here, is put together on a disk first."""
+        return number not in self.parts or self.parts[number].is_built
+
     def begin(self, numbers: Sequence[int]) -> dict[int, Begun]:
         """Find or begin the uploads of these files, and give up those of other shards in the directory. Rank 0."""
         layout = self._layout()
@@ -228,9 +232,13 @@ class PartWriter:
 
     def write(self, number: int, view: memoryview, offset: int) -> None:
         """Take in bytes of output ``number`` from byte ``offset`` on."""
-        if number not in self._uploads:
+        if self._uploads.is_built(number):
             self._staged.write(number, view, offset)
-            return
+        else:
+            self.send(number, view, offset)
+
+    def send(self, number: int, view: memoryview, offset: int) -> None:
+        """Take in bytes that go up as a part when its last one is there."""
         while view:
             if self._current is None:
                 self._current = number, self._place(number, offset)
@@ -251,7 +259,7 @@ class PartWriter:
 
     def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
         """Copy inside the kernel what can be, and return how many bytes that was."""
-        if number in self._uploads:
+        if not self._uploads.is_built(number):
             return 0
         return self._staged.copy(number, offset, source, source_offset, num_bytes)
 

@@ -122,6 +122,21 @@ def test_long_runs_are_copied_by_the_store(large: Path, store: Store, tmp_path: 
     assert verify(store.url("out"), store.options).findings == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_parts_ways_is_built_and_the_rest_is_copied(ranks: int, large: Path, store: Store, tmp_path: Path) -> None:
+    """Four parts become three shards: the first and the last part stay whole, the rows of the two others are gathered."""
+    remote = store.put_tree(large, "ckpt")
+    store.export(remote, tmp_path / "local", num_shards=3)
+    settings = store.settings(remote, store.url("out"), num_shards=3)
+    report = make_report(load_config(settings), world_size=ranks)
+    runs = [export_on_rank(0, settings)] if ranks == 1 else run_ranks(export_on_rank, 2, tmp_path / "store", settings)
+    assert runs[0]["store"]["copied"] == report["store"]["copied"] > 10 * MIB
+    assert report["gathered_rows"] > 50_000
+    assert without_manifest(store.files("out")) == without_manifest(files_of(tmp_path / "local"))
+    assert verify(store.url("out"), store.options).findings == []
+    assert store.uploads("out") == []
+
+
 def test_two_ranks_share_the_parts(large: Path, store: Store, tmp_path: Path) -> None:
     remote = store.put_tree(large, "ckpt")
     store.export(remote, store.url("one"))
