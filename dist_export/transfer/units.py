@@ -213,7 +213,8 @@ class _Chunk:
         self._plan = plan
         widest = max(slot.row_bytes for slot in plan.slots_of(self.table))
         num_targets = len(plan.targets[self.table].slices)
-        self._capacity = limits.gather_rows(widest, num_targets)
+        from_store = plan.checkpoint.directory.s3 is not None
+        self._capacity = limits.gather_rows(widest, num_targets, from_store=from_store)
         self.pieces: list[_Piece] = []
         self.num_rows = 0
         """The rows in ``pieces``."""

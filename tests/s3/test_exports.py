@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 from fixture_cases import CASES
-from s3_cases import MIB, Store, export_on_rank, files_of, without_manifest, write_large, write_small
+from s3_cases import MIB, Store, export_and_die, export_on_rank, files_of, without_manifest, write_large, write_small
 from s3_server import S3Server
 
 import dist_export
+from dist_export import claims
 from dist_export.config_file import load_config
 from dist_export.digests import digest_of_parts
 from dist_export.errors import CommitError, ConfigError, TransferError
@@ -143,6 +144,22 @@ def test_two_ranks_share_the_parts(large: Path, store: Store, tmp_path: Path) ->
     runs = run_ranks(export_on_rank, 2, tmp_path / "store", store.settings(remote, store.url("two")))
     assert without_manifest(store.files("two")) == without_manifest(store.files("one"))
     assert runs[0]["store"]["copied"] > 20 * MIB
+
+
+def test_a_rank_that_is_killed(large: Path, store: Store, tmp_path: Path, monkeypatch) -> None:
+    """The other rank ends too, nothing is committed, and a rerun goes on to the same package."""
+    monkeypatch.setattr(claims, "LEASE_SECS", 1.0)
+    monkeypatch.setattr(claims, "RENEW_SECS", 0.2)
+    remote = store.put_tree(large, "ckpt")
+    store.export(remote, store.url("expected"))
+    settings = store.settings(remote, store.url("out"), threads=1)
+    with pytest.raises(AssertionError, match="rank 1: ended: -9"):
+        run_ranks(export_and_die, 2, tmp_path / "store", settings, may_end=(0,))
+    assert "manifest.json" not in store.files("out")
+    assert store.uploads("out")
+    store.export(remote, store.url("out"))
+    assert without_manifest(store.files("out")) == without_manifest(store.files("expected"))
+    assert store.uploads("out") == []
 
 
 def test_a_copy_that_rots_is_found(large: Path, store: Store) -> None:
