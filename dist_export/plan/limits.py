@@ -58,14 +58,18 @@ class Limits:
         """Of the parts in which a shard is sent to S3: a thread holds one of them."""
         return 16 << 20 if self._per_thread >= 64 << 20 else 8 << 20
 
-    def gather_rows(self, row_bytes: int, num_targets: int, *, from_store: bool = False) -> int:
+    def gather_rows(self, row_bytes: int, num_targets: int) -> int:
         """Return the rows that a gather takes in at once, of which each target gets a share in one write.
 
-        Few targets need no more than a cache holds; many need longer chunks for their writes to stay long, and a store
-        takes as long to begin with a short range as with a long one.
+        Few targets need no more than a cache holds; many need longer chunks for their writes to stay long.
         """
-        least = _MOST_WINDOW_BYTES if from_store else _MIN_GATHER_BYTES
-        wanted = max(least, num_targets * _WRITE_BYTES)
+        return self._gather_rows(row_bytes, max(_MIN_GATHER_BYTES, num_targets * _WRITE_BYTES))
+
+    def gather_rows_of_store(self, row_bytes: int, num_targets: int) -> int:
+        """Return the same for a source on a store, which takes as long to begin with a short range as with a long one."""
+        return self._gather_rows(row_bytes, max(_MOST_WINDOW_BYTES, num_targets * _WRITE_BYTES))
+
+    def _gather_rows(self, row_bytes: int, wanted: int) -> int:
         # a row is held twice, as read and in its new place; its id, owner and place in the order take 18 bytes more
         most = self._per_thread // 2 // (2 * row_bytes + 24)
         return max(1, min(wanted // max(row_bytes, 8), most))

@@ -213,8 +213,9 @@ class _Chunk:
         self._plan = plan
         widest = max(slot.row_bytes for slot in plan.slots_of(self.table))
         num_targets = len(plan.targets[self.table].slices)
-        from_store = plan.checkpoint.directory.s3 is not None
-        self._capacity = limits.gather_rows(widest, num_targets, from_store=from_store)
+        is_on_store = plan.checkpoint.directory.s3 is not None
+        count_rows = limits.gather_rows_of_store if is_on_store else limits.gather_rows
+        self._capacity = count_rows(widest, num_targets)
         self.pieces: list[_Piece] = []
         self.num_rows = 0
         """The rows in ``pieces``."""
