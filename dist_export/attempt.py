@@ -9,13 +9,16 @@ import msgspec
 from dist_export import replace
 from dist_export.errors import PackageError
 from dist_export.layout.recis import is_plain_name
-from dist_export.manifest import MANIFEST, decode_manifest
+from dist_export.manifest import MANIFEST, PartDigest, decode_manifest
 from dist_export.storage import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
 
 logger = logging.getLogger(__name__)
 
 MARKER = f"{WORK_DIRECTORY}/committing"
 """Written right before the manifest: where both are, a commit was cut off in its clean-up."""
+
+UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
+"""The uploads to an S3 store that are under way; without it a rerun gives them up instead of going on with them."""
 
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
 _SHARD_SUFFIX = ".safetensors"
@@ -28,6 +31,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     num_bytes: int
     digest: str
+    parts: tuple[PartDigest, ...] = ()
+    """Of a file that an S3 store has copied parts of: their sizes and digests, as in the manifest."""
+    stored: str = ""
+    """The checksum that an S3 store keeps of the whole file: with it a shard need not be read again."""
 
 
 def write_receipt(target: Directory, receipt: Receipt) -> None:
@@ -72,6 +79,7 @@ def remove_attempt(target: Directory) -> None:
     for shard in _list_receipted(target):
         target.remove(_receipt_name(shard))
     target.remove(_SMALL_FILES)
+    target.remove(UPLOADS)
 
 
 def is_partial(name: str) -> bool:
@@ -103,7 +111,7 @@ def remove_strays(target: Directory, planned: set[str]) -> None:
 
 
 def _list_receipted(target: Directory) -> list[str]:
-    receipts = Directory(target.describe(WORK_DIRECTORY), target.storage_options).names()
+    receipts = target.child(WORK_DIRECTORY).names()
     shards = [name.removesuffix(".json") for name in receipts if name.endswith(f"{_SHARD_SUFFIX}.json")]
     return [shard for shard in shards if is_plain_name(shard)]
 

@@ -127,8 +127,8 @@ class _Holder(msgspec.Struct, frozen=True):
 class Lease:
     """A claim on a directory of an object store: an object that is created only if absent, and renewed. Rank 0.
 
-    A lease that nobody renews for :data:`LEASE_SECS` is over. Of several that want it then, one wins: whoever first
-    creates the object that is named after the old lease's token.
+    A lease that nobody renews for :data:`LEASE_SECS` is over. Of several that want it then, one wins: on S3 whoever first
+    replaces the object as it was read, elsewhere whoever first creates the object that is named after the old lease's token.
     """
 
     def __init__(
@@ -144,6 +144,9 @@ class Lease:
         self._renew_secs = RENEW_SECS if renew_secs is None else renew_secs
         self._holder = _Holder(uuid.uuid4().hex, str(identify()), _job(), 0)
         self._garbage: list[str] = []
+        self._version: str | None = None
+        """On S3: of the lease as this export wrote it last; it is renewed only if it is still that."""
+        self._found_version: str | None = None
         self._acquire()
         self._is_over = threading.Event()
         self._lost = ""
@@ -153,7 +156,7 @@ class Lease:
     def _acquire(self) -> None:
         deadline = time.monotonic() + self._lease_secs
         last: _Holder | None = None
-        while not _create(self._directory, _LEASE, msgspec.json.encode(self._holder)):
+        while not self._create():
             found = self._read()
             if found is None:
                 continue  # it was given back between the two looks
@@ -178,7 +181,22 @@ class Lease:
             last = found
             time.sleep(min(self._renew_secs / 2, 1.0))
 
+    def _create(self) -> bool:
+        if self._directory.s3 is None:
+            return _create(self._directory, _LEASE, msgspec.json.encode(self._holder))
+        return self._replace(None)
+
+    def _replace(self, version: str | None) -> bool:
+        """Write the lease on S3 over the one of ``version``, None for none; return whether it was that."""
+        content = msgspec.json.encode(self._holder)
+        written = self._directory.write_if(_LEASE, content, version=version)
+        if written is not None:
+            self._version = written
+        return written is not None
+
     def _take_over(self, old: _Holder) -> bool:
+        if self._directory.s3 is not None:
+            return self._replace(self._found_version)
         token = old.token
         while not _create(self._directory, heir := f"{_LEASE}-{token}", self._holder.token.encode()):
             # somebody was first; if it never wrote the lease, it died in between, and its own heir is looked for
@@ -193,6 +211,8 @@ class Lease:
 
     def _read(self) -> _Holder | None:
         try:
+            if self._directory.s3 is not None:  # the version before the content: a newer content is not replaced then
+                self._found_version = self._directory.stat(_LEASE).version
             return msgspec.json.decode(self._directory.read(_LEASE), type=_Holder)
         except FileNotFoundError:
             return None
@@ -215,7 +235,11 @@ class Lease:
             self._lost = "it is gone" if found is None else f"{found.who} has it"
             return False
         self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
-        self._directory.write(_LEASE, msgspec.json.encode(self._holder))
+        if self._directory.s3 is None:
+            self._directory.write(_LEASE, msgspec.json.encode(self._holder))
+        elif not self._replace(self._version):
+            self._lost = "another export has replaced it"
+            return False
         return True
 
     def refuse_if_lost(self) -> None:

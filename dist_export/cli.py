@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dist_export.errors import ConfigError, DistExportError, StepFailedError, printable
+from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -32,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if "://" not in str(error.filename):  # what is no store's answer is a bug, and keeps its traceback
+            raise
+        return _fail(UserError(f"{error.filename}: {error.strerror}"))
 
 
 def _export(argv: list[str]) -> int:
@@ -187,7 +191,7 @@ def _options(arguments: argparse.Namespace, name: str = "storage_options") -> di
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
-        raise ConfigError(f"--{name} is {getattr(arguments, name)!r}; expected a YAML mapping")
+        raise ConfigError(f"--{name} is something else; expected a YAML mapping such as '{{anon: true}}'")
     return options
 
 
@@ -210,7 +214,7 @@ def _configure_logging() -> None:
     handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(stage)s%(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(_name_stage)
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("torch", "fsspec", "asyncio"):
+    for noisy in ("torch", "fsspec", "asyncio", "s3fs", "aiobotocore", "botocore", "aiohttp", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -236,9 +236,20 @@ def write_small_files(
 
 
 def publish(target: Directory, manifest: Manifest) -> None:
-    """Write the manifest: from here on ``target`` is a package."""
+    """Write the manifest: from here on ``target`` is a package.
+
+    Raises:
+        CommitError: on S3, where it is written only if there is none: another export was faster.
+    """
     begin_commit(target)
-    target.write(MANIFEST, encode_manifest(manifest))
+    content = encode_manifest(manifest)
+    if target.s3 is None:
+        target.write(MANIFEST, content)
+    elif target.write_if(MANIFEST, content, version=None) is None:
+        raise CommitError(
+            f"{target.describe(MANIFEST)} is there already: another export has committed a package there, and this one "
+            "was not. Look which of the two you want, and give another export_dir"
+        )
 
 
 def list_versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args
 
-from dist_export.digests import missing_package
+from dist_export.digests import XXH3, missing_package
 from dist_export.errors import ConfigError
 from dist_export.row_rules import parse_rules
 
@@ -84,8 +84,9 @@ class ExportConfig:
     """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
-    digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
-    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
+    digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
+    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
+    xxh3, and of bytes that the export itself has read: an S3 store then copies nothing on its own"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
     threads: int | None = None
@@ -142,6 +143,8 @@ class ExportConfig:
     """What happened as JSON lines, into this file; true takes <export_dir>.events.jsonl"""
     metrics: str | None = None
     """File for the figures of the export as Prometheus text, for a collector that reads files"""
+    target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
+    """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
     timeout: float = 1800.0
     """Seconds without any progress after which a rank counts as hung, and the export ends"""
 
@@ -185,6 +188,16 @@ class ExportConfig:
             object.__setattr__(self, "filter_sparse_opt", True)
 
     @property
+    def digest_algorithm(self) -> str:
+        """The algorithm of ``digest``, or ``none``."""
+        return XXH3 if self.digest == "require" else self.digest
+
+    @property
+    def options_of_target(self) -> dict[str, Any]:
+        """The options for the file system of ``export_dir``."""
+        return self.storage_options if self.target_storage_options is None else self.target_storage_options
+
+    @property
     def max_memory_bytes(self) -> int:
         """``max_memory`` in bytes."""
         return parse_bytes(self.max_memory, setting="max_memory")
@@ -200,7 +213,7 @@ class ExportConfig:
             raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
-        package = missing_package(self.digest)
+        package = missing_package(self.digest_algorithm)
         if package is not None:
             raise ConfigError(
                 f"digest is {self.digest}, which needs the package {package}: pip install 'dist_export[{package}]'"

@@ -20,12 +20,15 @@ from dist_export.strict_yaml import load_yaml
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
+_SECRET = ("storage_options", "target_storage_options", "registry_options")
+"""Settings whose values no message shows."""
+
+
 _OPAQUE = (
     "model_args",
     "dataset_args",
     "fg_args",
-    "storage_options",
-    "registry_options",
+    *_SECRET,
     "fg_conf_or_path",
     "mc_conf_or_path",
     "prune",
@@ -183,7 +186,8 @@ def _translate(error: Exception) -> ConfigError:
         return ConfigError(" ".join(text.split()))
     value = re.search(r"Given value: (.*)", text)
     name = key[1]
-    found = f" is {value[1].strip()!r}" if value else " has the wrong type"
+    is_shown = value is not None and name.split(".", maxsplit=1)[0] not in _SECRET
+    found = f" is {value[1].strip()!r}" if value is not None and is_shown else " has the wrong type"
     hint = " (quote a pattern that begins with *)" if _expected(name).startswith("a list") else ""
     return ConfigError(f"{name}{found}; expected {_expected(name)}{hint}")
 

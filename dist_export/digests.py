@@ -19,8 +19,11 @@ CHUNK_BYTES = 64 << 20
 """A file's digest is built from the digests of its chunks of this size."""
 
 XXH3 = "xxh3"
+SHA256 = "sha256"
 NONE = "none"
-ALGORITHMS = (XXH3, "sha256", "blake3", NONE)
+SHA256_PARTS = "sha256-parts"
+"""Of files that an S3 store puts together: the sha256 over those of the parts, whose boundaries are written down."""
+ALGORITHMS = (XXH3, SHA256, "blake3", NONE)
 
 _EXTRA = {"blake3": "blake3"}
 """Algorithms that need a package of their own, and the extra that installs it."""
@@ -50,7 +53,7 @@ def start_hash(algorithm: str) -> Callable[[], Hasher]:
     """
     if algorithm == XXH3:
         return xxhash.xxh3_128
-    if algorithm == "sha256":
+    if algorithm == SHA256:
         return hashlib.sha256
     if algorithm == "blake3":
         try:
@@ -88,6 +91,19 @@ def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
     if room < CHUNK_BYTES or not digests:
         digests.append(hasher.digest())
     return digests
+
+
+def hash_whole(pieces: Iterable[memoryview], algorithm: str) -> bytes:
+    """Return the digest of bytes that come in pieces, not cut into chunks."""
+    hasher = start_hash(algorithm)()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.digest()
+
+
+def digest_of_parts(sha256s: Iterable[bytes]) -> str:
+    """Return the digest of a file from the SHA-256 of each of its parts."""
+    return f"{SHA256_PARTS}:{hashlib.sha256(b''.join(sha256s)).hexdigest()}"
 
 
 def root_digest(chunk_digests: Iterable[bytes], algorithm: str = XXH3) -> str:

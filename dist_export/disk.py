@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 
+from dist_export.concealed import conceal
 from dist_export.errors import DistExportError
 
 _NUMBERS = {
@@ -100,13 +101,13 @@ def naming_any(where: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error says, in a line, without its file."""
-    return getattr(error, "strerror", None) or first_line(error)
+    """Return what an error says, in a line, without its file and without credentials."""
+    return conceal(getattr(error, "strerror", None) or first_line(error))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its type where there is none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of an error's text, without credentials; its type where there is none."""
+    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def reserve(fd: int, num_bytes: int) -> None:

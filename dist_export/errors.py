@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dist_export.concealed import conceal
+
 _MAX_LINE = 4_000
 """A foreign name may be as long as its file. What was expected and what to do stand at the end, so the middle goes."""
 
@@ -10,8 +12,9 @@ def printable(text: str) -> str:
     """Return ``text`` as one line that a terminal may be given: what is not printable becomes an escape, as in ``repr``.
 
     Names in checkpoints and packages are other people's: they may hold line breaks, terminal escape codes, marks that
-    turn the direction of writing, or half a surrogate pair, which cannot be written out at all.
+    turn the direction of writing, or half a surrogate pair, which cannot be written out at all. Credentials go, too.
     """
+    text = conceal(text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

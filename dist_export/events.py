@@ -27,7 +27,7 @@ class Events:
         """Write nothing yet. ``step``: of the training run, where one is known."""
         self._rank = rank
         self._url = _place_of(config, export_dir)
-        self._options = config.storage_options
+        self._options = config.options_of_target
         self._step = step
         self._lines: list[dict[str, Any]] = []
         self._is_told = False

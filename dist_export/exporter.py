@@ -28,6 +28,7 @@ from dist_export.commit import (
     render_indexes,
     write_small_files,
 )
+from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.errors import CommitError
 from dist_export.inputs import FG, encode_fg, find_dense, look_at_source, note_renamed, open_source, read_confs
@@ -35,9 +36,19 @@ from dist_export.layout.recis import MERGED
 from dist_export.locations import Locations, register_package
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
-from dist_export.places import claim, commit_places, find_committed, identify_export, open_places, place_of, settle
+from dist_export.places import (
+    claim,
+    commit_places,
+    find_committed,
+    identify_export,
+    may_copy_within,
+    open_places,
+    place_of,
+    settle,
+)
 from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.progress import Reporter, summarize
+from dist_export.retries import TRAFFIC
 from dist_export.source import (
     PlannedSparse,
     look_at_small_files,
@@ -69,6 +80,7 @@ def export_located(
         StepFailedError: either, where another rank had it or several had.
     """
     started = time.time()
+    traffic = TRAFFIC.snapshot()
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     places = open_places(ranks, config, export_dir)
     source, target, in_place = places.source, places.target, places.in_place
@@ -145,7 +157,14 @@ def export_located(
                 ranks.gather("trace the dense arch", trace)
             else:
                 receipts, shares, reused, casts = transfer(
-                    ranks, planned, target, reporter, beside=trace, in_place=in_place, digest=config.digest
+                    ranks,
+                    planned,
+                    target,
+                    reporter,
+                    beside=trace,
+                    in_place=in_place,
+                    digest=config.digest_algorithm,
+                    may_copy=may_copy_within(places, config),
                 )
         if planned is not None:
             with reporter.stage("check"):
@@ -168,7 +187,7 @@ def export_located(
             if not in_place:
                 note_small_files(target, list(small))
                 remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
-            return write_small_files(target, small, digest=config.digest, keep=keep)
+            return write_small_files(target, small, digest=config.digest_algorithm, keep=keep)
 
         with reporter.stage("write"):
             small_files = ranks.on_rank_0("write the small files", write_rest)
@@ -177,9 +196,17 @@ def export_located(
                 written = None if planned is None else open_written(ranks, target, planned.plan)
                 dense.score(written, target)
 
+        exchanged = None
+        if (source is not None and source.s3 is not None) or target.s3 is not None:
+            counts = ranks.gather("count the requests", lambda: TRAFFIC.since(traffic))
+            exchanged = {name: sum(its[name] for its in counts) for name in TRAFFIC.NAMES}
+
         def commit() -> Manifest:
             manifest = _describe(config, checkpoint, planned, tables, located, in_place=in_place)
-            files = [FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest) for r in receipts]
+            files = [
+                FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
+                for r in receipts
+            ]
             files += small_files
             manifest = msgspec.structs.replace(
                 manifest,
@@ -195,6 +222,7 @@ def export_located(
                     "reused_shards": reused,
                     "left_alone": [] if in_place else list_strangers(target, {file.path for file in files}),
                     "identity": identity,
+                    **({} if exchanged is None else {"store": exchanged}),
                 },
             )
             manifest = seal(manifest)
@@ -238,6 +266,7 @@ def transfer(
     beside: Any,
     in_place: bool,
     digest: str,
+    may_copy: bool,
 ) -> tuple[list[Receipt], list[Share], int, Counts]:
     """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
     job = Transfer(
@@ -247,6 +276,7 @@ def transfer(
         limits=planned.limits,
         digest=digest,
         in_place=in_place,
+        may_copy=may_copy,
         count_bytes=reporter.count_bytes,
     )
     try:
@@ -345,7 +375,7 @@ def _describe(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=config.ckpt_dir or "",
+            path=conceal(config.ckpt_dir or ""),
             format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -51,10 +53,11 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
         starts = np.cumsum(rows[blocks]) - rows[blocks]
         number, begin, total = file[blocks], offset[blocks], int(rows[blocks].sum())
         if len(blocks) == 1:
-            for first in range(0, total, RUN_ROWS):
-                ids = buffer[: min(RUN_ROWS, total - first)]
-                readers[int(number[0])].read_into(ids.data.cast("B"), int(begin[0]) + first * ID_BYTES)
-                yield IdRun(ids, blocks, starts, first)
+            with readers[int(number[0])].ahead(int(begin[0]), total * ID_BYTES) as stream:
+                for first in range(0, total, RUN_ROWS):
+                    ids = buffer[: min(RUN_ROWS, total - first)]
+                    stream.read_into(ids.data.cast("B"))
+                    yield IdRun(ids, blocks, starts, first)
             continue
         ids = buffer[:total]
         is_first = np.ones(len(blocks), bool)
@@ -65,8 +68,9 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
             number[heads].tolist(), begin[heads].tolist(), starts[heads].tolist(), stops.tolist(), strict=True
         )
         view = ids.data.cast("B")
-        for its_file, position, start, stop in extents:
-            readers[its_file].read_into(view[start * ID_BYTES : stop * ID_BYTES], position)
+        for its_file, of_file in itertools.groupby(extents, key=operator.itemgetter(0)):
+            ranges = [(view[start * ID_BYTES : stop * ID_BYTES], position) for _, position, start, stop in of_file]
+            readers[its_file].read_many(ranges)
         yield IdRun(ids, blocks, starts, 0)
 
 

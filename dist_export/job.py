@@ -33,7 +33,7 @@ def run_export(
         if ranks.rank == 0:
             events.add("failed", error=f"{type(error).__name__}: {error}")
             if config.metrics:
-                write_metrics(config.metrics, config.storage_options, failure_of(export_dir))
+                write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))
         raise
     others = ranks.gather("collect the events", events.lines)
     if ranks.rank == 0:
@@ -47,5 +47,5 @@ def run_export(
                 rows={table.name: table.rows_out for table in manifest.tables},
                 rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
             )
-            write_metrics(config.metrics, config.storage_options, samples)
+            write_metrics(config.metrics, config.options_of_target, samples)
     return manifest, summary

@@ -140,6 +140,14 @@ class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class PartDigest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A part of a file that was put together within an S3 store."""
+
+    num_bytes: Count
+    sha256: str
+    """In hexadecimal, as the store has computed it."""
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One file of the package."""
 
@@ -148,7 +156,10 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: Count
     digest: str
     """``<algorithm>:<hex>``: the algorithm (xxh3 is xxh3-128, sha256, blake3) over the digests that it gives for the
-    file's chunks of 64 MiB, one behind the other. Empty for a shard that was exported without a digest."""
+    file's chunks of 64 MiB, one behind the other. Empty for a shard that was exported without a digest.
+    ``sha256-parts:<hex>`` is the sha256 over those of ``parts``, one behind the other."""
+    parts: tuple[PartDigest, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of a file that an S3 store has copied parts of by itself: its parts in order."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):

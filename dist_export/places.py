@@ -84,6 +84,15 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
     return Places(source=source, final=final, target=_next_to(final) if is_replacing else final, in_place=in_place)
 
 
+def may_copy_within(places: Places, config: ExportConfig) -> bool:
+    """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
+
+    It is one store where both are reached with the same options.
+    """
+    is_one_store = places.source is not None and places.source.fs == places.target.fs
+    return places.target.s3 is not None and is_one_store and config.digest != "require"
+
+
 def _next_to(final: Directory) -> Directory:
     return Directory(replace.beside(final.path, "next"))
 
@@ -92,21 +101,22 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
     source = None
     if config.ckpt_dir is not None:
         source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
-    final = Directory(export_dir, config.storage_options)
+    final = Directory(export_dir, config.options_of_target)
     for directory in (source, final) if source is not None else (final,):
         if ranks.world_size > 1 and not directory.is_shared:
             raise ConfigError(
                 f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
             )
     is_same = source is not None and source.is_same(final)
+    where = "" if source is None else source.url
     if is_same and config.filter_sparse_opt and config.need_export_sparse:
         raise ConfigError(
-            f"export_dir is ckpt_dir ({config.ckpt_dir}); filter_sparse_opt would replace the training checkpoint by one "
+            f"export_dir is ckpt_dir ({where}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"
         )
     if is_same and config.follow_links:
         raise ConfigError(
-            f"export_dir is ckpt_dir ({config.ckpt_dir}), and a package holds its files itself: links that lead out of it "
+            f"export_dir is ckpt_dir ({where}), and a package holds its files itself: links that lead out of it "
             "cannot be followed. Give another export_dir"
         )
     if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
@@ -276,6 +286,7 @@ HOW = (
     "max_memory",
     "threads",
     "storage_options",
+    "target_storage_options",
     "timeout",
     "overwrite",
     "on_existing",

@@ -12,13 +12,15 @@ from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
+from dist_export.id_columns import ID_BYTES
 from dist_export.inputs import note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects
-from dist_export.places import open_places, place_of
+from dist_export.places import Places, may_copy_within, open_places, place_of
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
+from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
@@ -39,13 +41,15 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
     config = located.apply(config)
     places = open_places(ranks, config, place_of(config))
+    source = places.source
+    assert source is not None  # a live model was refused
     fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
     objects = build_objects(fg_only) if fg_only is not None else Objects()
     checkpoint = open_source(ranks, config, places.source, None)
     fg_conf, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,
-        "source": config.ckpt_dir,
+        "source": source.url,
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],
@@ -81,7 +85,13 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
-    writing, _ = plan_units(plan)
+    parts = {}
+    may_copy = may_copy_within(places, config)
+    if places.target.s3 is not None and not places.in_place:
+        parts = plan_parts(plan, part_bytes=planned.limits.part_bytes, may_copy=may_copy)
+    if source.s3 is not None or places.target.s3 is not None:
+        report["store"] = _store(planned, places, parts)
+    writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
     threads = planned.limits.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
@@ -129,6 +139,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
     threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
+    if "store" in report:
+        lines.append(f"  {_say_store(report['store'], sum(file['bytes'] for file in report['files']))}")
     lines += [
         f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}{threads}"
         for share in report["ranks"]
@@ -143,6 +155,34 @@ def _say_row(row: tuple[float, ...] | str) -> str:
         return row
     told = ", ".join(f"{value:g}" for value in row[:8])
     return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
+
+
+def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) -> dict[str, int]:
+    """Return the bytes that go through the export, in each direction, and those that the store copies itself."""
+    plan = planned.plan
+    read, sent = count_client_bytes(plan, parts)
+    checkpoint = plan.checkpoint
+    ids = sum(
+        int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum()) * ID_BYTES
+        for number, table in enumerate(checkpoint.tables)
+        if table.has_ids
+    )
+    is_s3 = [places.source is not None and places.source.s3 is not None, places.target.s3 is not None]
+    return {
+        "downloaded": read if is_s3[0] else 0,
+        "uploaded": sent if is_s3[1] else 0,
+        "copied": plan.num_bytes - sent if is_s3[1] else 0,
+        "ids": ids * sum(is_s3),
+    }
+
+
+def _say_store(store: dict[str, int], num_bytes: int) -> str:
+    def share(name: str) -> str:
+        return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%} of the shards)"
+
+    ids = f"{amount(store['ids'])} of ids are read for the census and the check"
+    within = f"{amount(store['copied'])} copied within it" if store["copied"] else "all through the export"
+    return f"store: {share('downloaded')} downloaded, {share('uploaded')} uploaded, {within}; {ids}"
 
 
 def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:

@@ -159,6 +159,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
             repaired = sum(table.repaired for table in manifest.tables)
             rest = "" if repaired == misplaced else f", {misplaced - repaired:,} more were dropped"
             lines.append(f"  repaired {repaired:,} rows lay in another shard's slice and were moved to their own{rest}")
+        if store := manifest.run.get("store"):
+            lines.append(f"  store    {_say_traffic(store, manifest)}")
         if left := manifest.run.get("left_alone"):
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             lines.append(f"  left     {', '.join(left[:3])}{more}: in export_dir, but not of this package")
@@ -236,6 +238,18 @@ def _casts(manifest: Manifest) -> list[str]:
             f"{worst[2].max_abs_error:.3g} ({worst[0].name}){clamped}"
         )
     return lines
+
+
+def _say_traffic(store: dict[str, int], manifest: Manifest) -> str:
+    """Return what all ranks have exchanged with S3: the id columns, read for the census and the check, included."""
+    shards = sum(file.num_bytes for file in manifest.files if file.path.endswith(".safetensors"))
+    figures = [
+        f"{amount(store[name])} {name}" + (f" ({store[name] / shards:.1%} of the shards)" if shards else "")
+        for name in ("downloaded", "uploaded")
+    ]
+    within = f"{amount(store['copied'])} copied within the store" if store["copied"] else "all through the export"
+    asked = f"{count(store['requests'], 'request')}, {store['retries']:,} tried again"
+    return f"{figures[0]}, {figures[1]}, {within}; {asked}"
 
 
 def _rows_dropped(manifest: Manifest) -> dict[str, int]:

@@ -73,7 +73,7 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
             else _why_incomplete(config, directory, name)
         )
         if why is None:
-            return FoundCheckpoint(directory.describe(name), step, tuple(notes))
+            return FoundCheckpoint(directory.locate(name), step, tuple(notes))
         notes.append(f"{directory.describe(name)} is passed over: {why}")
     raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
 
@@ -103,7 +103,7 @@ def _read_list(directory: Directory) -> set[str]:
 def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> FoundCheckpoint:
     names = [name for number, name in children if number == step]
     if len(names) == 1:
-        return FoundCheckpoint(directory.describe(names[0]), step, ())
+        return FoundCheckpoint(directory.locate(names[0]), step, ())
     if names:
         raise CheckpointError(
             f"{directory.url}: step {step} is that of {', '.join(names)}; give one of these as ckpt_dir"
@@ -117,7 +117,7 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
 
 def _why_incomplete(config: ExportConfig, directory: Directory, name: str) -> str | None:
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
-    child = Directory(directory.describe(name), config.storage_options, follow_links=config.follow_links)
+    child = directory.child(name)
     settings: dict[str, Any] = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     try:
         if not config.need_export_sparse:

@@ -15,7 +15,10 @@ from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, is_in_memory, naming_any, reserve, sync_directory
 from dist_export.errors import TransferError
 from dist_export.readers import RangeReader
+from dist_export.s3 import put_file
 from dist_export.storage import PARTIAL_SUFFIX, Directory
+
+_PREFIX = "dist_export-"
 
 
 class _Progress(fsspec.Callback):  # type: ignore[misc]
@@ -32,20 +35,45 @@ class _Progress(fsspec.Callback):  # type: ignore[misc]
         ACTIVITY.done += 1
 
 
+def _note_progress() -> None:
+    ACTIVITY.done += 1
+
+
 class Staging:
     """Where output files are built before they get their final names. Every process builds its own for one target.
 
     On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
-    stores it grows in a local temporary directory and is put up whole.
+    stores it grows in a local temporary directory, which the ranks share, and is put up whole.
     """
 
     def __init__(self, target: Directory) -> None:
         self._target = target
+        self._is_guest = False
 
     @functools.cached_property
     def _temporary(self) -> str | None:
         """The local directory for another store's files; made when first asked for, in a step that may fail."""
-        return None if self._target.is_local else tempfile.mkdtemp(prefix="dist_export-")
+        return None if self._target.is_local else tempfile.mkdtemp(prefix=_PREFIX)
+
+    def share(self) -> str:
+        """Return the local directory for another store's files, empty where there is none. Rank 0."""
+        return self._temporary or ""
+
+    def join(self, folder: str) -> None:
+        """Build files in the directory that rank 0 shares. Every other rank.
+
+        Raises:
+            TransferError: it is on another machine.
+        """
+        if not folder:
+            return
+        if not os.path.isdir(folder):
+            raise TransferError(
+                f"{folder} is not here: rows of this export part ways, so shards are put together on a disk before they go "
+                f"to {self._target.url}, and all ranks must see that disk. Set TMPDIR to a directory that all machines share"
+            )
+        self.__dict__["_temporary"] = folder  # the cached property's place
+        self._is_guest = True
 
     def path(self, name: str) -> str:
         """Return the local path under which ``name`` is being built."""
@@ -78,11 +106,12 @@ class Staging:
                 "space there and run the export again"
             )
 
-    def create(self, name: str, num_bytes: int) -> None:
+    def create(self, name: str, num_bytes: int, *, has_holes: bool = False) -> None:
         """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
 
         Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
-        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there).
+        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there), and where the file
+        ``has_holes`` that are not filled.
 
         Raises:
             TransferError: no space.
@@ -92,7 +121,7 @@ class Staging:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         ACTIVITY.begin(path)
         try:
-            if self._is_in_memory:
+            if self._is_in_memory or has_holes:
                 os.ftruncate(fd, num_bytes)
             elif num_bytes:
                 reserve(fd, num_bytes)
@@ -120,7 +149,12 @@ class Staging:
                 sync_directory(self._target.path)
             else:
                 with naming_any(self._target.describe(name)):
-                    self._target.fs.put_file(self.path(name), self._target.join(name), callback=_Progress())
+                    if self._target.s3 is None:
+                        self._target.fs.put_file(self.path(name), self._target.join(name), callback=_Progress())
+                    else:
+                        put_file(
+                            self._target.s3, self.path(name), self._target.join(name), note_progress=_note_progress
+                        )
                 os.unlink(self.path(name))
         finally:
             ACTIVITY.end()
@@ -128,5 +162,5 @@ class Staging:
     def close(self) -> None:
         """Remove the local staging directory, if there is one."""
         temporary = self.__dict__.get("_temporary")
-        if temporary is not None:
+        if temporary is not None and not self._is_guest:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +18,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from dist_export import s3
 from dist_export.activity import ACTIVITY
+from dist_export.concealed import conceal, note_secrets
 from dist_export.digests import XXH3, digest_pieces
 from dist_export.disk import (
     first_line,
@@ -32,11 +34,27 @@ from dist_export.errors import ConfigError, TransferError
 from dist_export.readers import RangeReader
 
 _MAX_SMALL_BYTES = 4 << 30
+_FEW_FILES = 8
+"""So many are asked for one by one: the directory may hold thousands of others."""
 
 PARTIAL_SUFFIX = ".partial"
 
 WORK_DIRECTORY = ".dist_export"
 """In the target, while an export is not committed: its lock, and a receipt for each shard that is whole."""
+
+
+_PACKAGES = {
+    "s3": "dist_export[s3]",
+    "s3a": "dist_export[s3]",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "oss": "ossfs",
+    "hdfs": "pyarrow",
+}
+"""What pip installs for a protocol whose fsspec package is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +81,25 @@ class Directory:
         is_file: bool = False,
     ) -> None:
         """With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there."""
-        self.url = os.fspath(url)
+        given = os.fspath(url)
+        note_secrets(storage_options)
+        self.url = conceal(given)
+        """As it was given, without credentials."""
+        self._given = given
         self.storage_options = storage_options
         self._follow_links = follow_links
-        if "::" in self.url:
+        if "::" in given:
             # an alias could hide that the target is the source, whose files would then be overwritten
             raise ConfigError(f"{self.url}: chained URLs are not taken; give the URL of the store itself")
+        protocol = given.partition("://")[0] if "://" in given else "file"
         try:
-            self.fs, path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
+            self.fs, path = fsspec.core.url_to_fs(given, **s3.adapt_options(protocol, storage_options or {}))
+        except ImportError as error:
+            package = _PACKAGES.get(protocol)
+            advice = f"pip install '{package}'" if package else "install the fsspec package of this store"
+            raise ConfigError(
+                f"{self.url}: the package that {protocol}:// needs is missing ({first_line(error)}): {advice}"
+            ) from error
         except Exception as error:  # options go to a store's own code, which may raise anything
             raise ConfigError(f"{self.url}: no file system for this URL: {first_line(error)}") from error
         self.is_local: bool = isinstance(self.fs, LocalFileSystem)
@@ -78,6 +107,8 @@ class Directory:
         self._only: str | None = None
         if is_file:
             self.path, _, self._only = self.path.rpartition("/")
+        self.s3 = s3.connect(self.fs)
+        """The store's own requests, where it speaks S3."""
 
     @property
     def is_shared(self) -> bool:
@@ -88,6 +119,14 @@ class Directory:
     def is_file(self) -> bool:
         """Whether the URL is that of a file."""
         return self._only is not None
+
+    def child(self, name: str) -> Directory:
+        """Return the directory ``name`` in this one."""
+        return Directory(self.locate(name), self.storage_options, follow_links=self._follow_links)
+
+    def locate(self, name: str) -> str:
+        """Return the URL of ``name`` as it can be opened: with what was given, credentials included. Not for messages."""
+        return f"{self._given.rstrip('/')}/{name}"
 
     def join(self, name: str) -> str:
         """Return the path of ``name`` on this directory's file system."""
@@ -128,6 +167,8 @@ class Directory:
                 with os.scandir(self.path) as found:
                     return sorted(entry.name for entry in found if _may_be_file(entry))
             with naming_any(self.url):
+                if self.s3 is not None:
+                    return [name for name, _ in self.s3.objects(self.path)]
                 entries = self.fs.ls(self.path, detail=True)
         except (FileNotFoundError, ValueError):  # the latter: a path with a zero byte
             return []
@@ -147,10 +188,6 @@ class Directory:
             return []
         return sorted(PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory")
 
-    def folder(self, name: str) -> Directory:
-        """Return a directory within this one, for listing; what is read is opened by its path from here."""
-        return Directory(self.describe(name), self.storage_options, follow_links=self._follow_links)
-
     def exists(self, name: str = "") -> bool:
         """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
 
@@ -164,6 +201,8 @@ class Directory:
                 os.stat(path)
             else:
                 with naming_any(self.describe(name)):
+                    if self.s3 is not None:
+                        return self._exists_on_s3(name)
                     self.fs.info(path)
         except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a path with a zero byte
             return False
@@ -173,6 +212,31 @@ class Directory:
             raise
         return True
 
+    def _exists_on_s3(self, name: str) -> bool:
+        assert self.s3 is not None
+        if not name:
+            return self.s3.has_any(self.path)
+        try:
+            self.s3.head(self.join(name))
+        except FileNotFoundError:
+            return self.s3.has_any(self.join(name))
+        return True
+
+    def stat_many(self, names: Iterable[str]) -> dict[str, FileStat]:
+        """Return size and version of files directly in the directory. FileNotFoundError where one is missing.
+
+        On S3 it takes a request for each thousand files that are there, not one for each file.
+        """
+        wanted = list(names)
+        if self.s3 is None or len(wanted) < _FEW_FILES:
+            return {name: self.stat(name) for name in wanted}
+        with naming_any(self.url):
+            found = {name: FileStat(*stat) for name, stat in self.s3.objects(self.path)}
+        missing = next((name for name in wanted if name not in found), None)
+        if missing is not None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(missing))
+        return {name: found[name] for name in wanted}
+
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
         if self._hides(name):
@@ -181,6 +245,8 @@ class Directory:
             found = os.stat(self.find(name))
             return FileStat(found.st_size, str(found.st_mtime_ns))
         with naming_any(self.describe(name)):
+            if self.s3 is not None:
+                return FileStat(*self.s3.head(self.join(name)))
             info = self.fs.info(self.join(name))
         version = next(
             (str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), ""
@@ -198,7 +264,8 @@ class Directory:
                 data = file.read(size)
         else:
             with naming_any(self.describe(name)):
-                data = self.fs.cat_file(self.join(name))
+                path = self.join(name)
+                data = self.fs.cat_file(path) if self.s3 is None else self.s3.get(path)
         if len(data) != size:
             raise OSError(errno.EIO, "changes while it is being read", self.describe(name))
         return data
@@ -231,6 +298,8 @@ class Directory:
         if self.is_local:
             make_directories(self.path)
             return
+        if self.s3 is not None:  # a prefix is there once an object has it, and to make a bucket is not ours
+            return
         with naming_any(self.url):
             self.fs.makedirs(self.path, exist_ok=True)
 
@@ -250,7 +319,25 @@ class Directory:
         finally:
             ACTIVITY.end()
 
+    def write_if(self, name: str, data: bytes, *, version: str | None) -> str | None:
+        """Write an object on S3 only if there is none (``version`` None), or only over the one of this version.
+
+        Returns the new version, None where the condition does not hold. ``data`` must be this process's own: where the
+        answer to a first try is lost, an object with the same content counts as written.
+        """
+        assert self.s3 is not None
+        where = self.describe(name)
+        ACTIVITY.begin(where)
+        try:
+            with naming_any(where):
+                return self.s3.put_if(self.join(name), data, etag=version)
+        finally:
+            ACTIVITY.end()
+
     def _put(self, name: str, data: bytes) -> None:
+        if self.s3 is not None:
+            self.s3.put(self.join(name), data)  # whole or not at all: there is nothing to take back
+            return
         try:
             self.fs.pipe_file(self.join(name), data)  # atomic on object stores
         except Exception as error:
@@ -288,11 +375,17 @@ class Directory:
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
+            if self.s3 is not None:
+                self.s3.delete(self.join(name))
+                return
             self.fs.rm_file(self.join(name))
 
     def remove_tree(self, name: str) -> None:
         """Remove a directory with all that is in it, if it is there."""
         with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
+            if self.s3 is not None:
+                self.s3.delete_tree(self.join(name))
+                return
             shutil.rmtree(self.join(name)) if self.is_local else self.fs.rm(self.join(name), recursive=True)
 
     def is_same(self, other: Directory) -> bool:
@@ -307,7 +400,8 @@ class Directory:
     def why_not_writable(self) -> str | None:
         """Return why no file could be made here, as far as can be seen without writing; None where it can."""
         if not self.is_local:
-            return None
+            with naming_any(self.url):
+                return None if self.s3 is None else self.s3.why_no_bucket(self.path)
         nearest = Path(self.path)
         while not os.path.lexists(nearest) and nearest.parent != nearest:
             nearest = nearest.parent
@@ -344,10 +438,10 @@ def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
     """Yield a file's content from begin to end, over one reused buffer of 1 MiB."""
     size = directory.stat(name).size
     buffer = memoryview(bytearray(min(1 << 20, max(size, 1))))
-    with directory.open_reader(name) as reader:
+    with directory.open_reader(name) as reader, reader.ahead(0, size) as stream:
         for offset in range(0, size, len(buffer)):
             piece = buffer[: min(len(buffer), size - offset)]
-            reader.read_into(piece, offset)
+            stream.read_into(piece)
             yield piece
 
 

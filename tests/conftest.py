@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from fault_cases import Bench
+    from s3_server import S3Server
 
 FIXTURES = "DIST_EXPORT_FIXTURES"
 REQUIRED = "DIST_EXPORT_REQUIRE_FIXTURES"
@@ -59,3 +60,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench = Bench(folder, shim)
     yield bench
     bench.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on loopback; where it is not installed the test skips, or fails if it must run."""
+    from s3_server import S3Server, why_not_here
+
+    reason = why_not_here()
+    if reason is not None:
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{reason} (${REQUIRED} asks for it)")
+        pytest.skip(reason)
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.kill()

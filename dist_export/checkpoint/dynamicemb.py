@@ -143,7 +143,7 @@ class DynamicEmbReader:
 
     def _list_tables(self, folder: str) -> Iterator[_Files]:
         prefix = f"{folder}/" if folder else ""
-        names = (self.directory.folder(folder) if folder else self.directory).names()
+        names = (self.directory.child(folder) if folder else self.directory).names()
         ranks: dict[str, set[tuple[int, int]]] = {}
         for name in names:
             if (found := _KEYS.fullmatch(name)) is not None:
@@ -255,10 +255,10 @@ def find_dumps(directory: Directory) -> list[str]:
     found = [""] if _has_keys(directory) else []
     for folder in directory.folders():
         if folder == FOLDER:
-            inner = directory.folder(folder)
+            inner = directory.child(folder)
             found += [folder] if _has_keys(inner) else []
-            found += [f"{folder}/{name}" for name in inner.folders() if _has_keys(inner.folder(name))]
-        elif not folder.startswith(".") and _has_keys(directory.folder(folder)):
+            found += [f"{folder}/{name}" for name in inner.folders() if _has_keys(inner.child(name))]
+        elif not folder.startswith(".") and _has_keys(directory.child(folder)):
             found.append(folder)
     return found
 

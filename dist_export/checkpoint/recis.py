@@ -71,7 +71,7 @@ class RecisReader:
             raise CheckpointError(
                 f"{directory.describe(absent[0])} is missing; {INDEX} names it ({len(absent)} missing)"
             )
-        self.files: tuple[SourceFile, ...] = tuple(self._stat(name) for name in self._index.files)
+        self.files: tuple[SourceFile, ...] = tuple(_stat_files(directory, self._index.files))
         order = np.argsort(self._index.file, kind="stable").astype(np.int32)
         starts = np.searchsorted(self._index.file[order], np.arange(1, len(self.files)))
         self._places_by_file = np.split(order, starts)
@@ -149,10 +149,6 @@ class RecisReader:
             prefix = bytearray(min(8, file.size))  # header_length says that fewer are too few
             reader.read_into(memoryview(prefix), 0)
             return reader.read_text(8, header_length(bytes(prefix), path=where, file_size=file.size))
-
-    def _stat(self, name: str) -> SourceFile:
-        found = _reading(self.directory.describe(name), partial(self.directory.stat, name))
-        return SourceFile(name=name, size=found.size, version=found.version)
 
     def _index_digest(self) -> bytes:
         return bytes(xxhash.xxh3_128_digest(self._raw[INDEX]))
@@ -236,6 +232,15 @@ def _reading(where: str, read: Callable[[], T]) -> T:
         return read()
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def _stat_files(directory: Directory, names: Sequence[str]) -> Iterator[SourceFile]:
+    if directory.s3 is None:
+        stats = {name: _reading(directory.describe(name), partial(directory.stat, name)) for name in names}
+    else:
+        stats = _reading(directory.url, partial(directory.stat_many, names))
+    for name in names:
+        yield SourceFile(name=name, size=stats[name].size, version=stats[name].version)
 
 
 def _list_bystanders(names: set[str], indexed: set[str]) -> Iterable[str]:

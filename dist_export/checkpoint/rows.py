@@ -95,6 +95,22 @@ class RowReader:
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 
+    def read_each_into(self, rows: np.ndarray, part: int, column: int, numbers: np.ndarray) -> None:
+        """Fill ``rows`` (uint8, (n, row_bytes)) with single rows of one slot of a part, by number (int64, (n,)).
+
+        A store is asked for many at once. CheckpointError where a file ends before one of them.
+        """
+        checkpoint = self._checkpoint
+        slot = checkpoint.tables[checkpoint.parts.table[part]].slots[column]
+        file = int(checkpoint.blocks.file[part, column])
+        has_no_ids = slot.name == ID_SLOT and not checkpoint.tables[checkpoint.parts.table[part]].has_ids
+        if file < 0 or has_no_ids:
+            for place, number in enumerate(numbers.tolist()):
+                self.read_into(rows[place], part, column, number, 1)
+            return
+        begins = (int(checkpoint.blocks.offset[part, column]) + numbers * slot.row_bytes).tolist()
+        self._sources[file].read_many([(rows[place].data, begin) for place, begin in enumerate(begins)])
+
     def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int, *, held_only: bool) -> None:
         strips, memory = self._checkpoint.strips, self._checkpoint.memory
         for strip in strips.of(part, column):

@@ -175,11 +175,11 @@ class RowFinder:
                         is_left = self._is_pruned(part, first + wanted, held[wanted])
                         self.left_behind[table] += int(np.count_nonzero(is_left))
                         wanted = wanted[~is_left]
-                    for row in wanted.tolist():
-                        place = int(places[row])
-                        has_row[place] = True
-                        if slot.row_bytes:
-                            reader.read_into(rows[place], part, slot.column, first + row, 1)
+                    has_row[places[wanted]] = True
+                    if slot.row_bytes and len(wanted):
+                        found = np.empty((len(wanted), slot.row_bytes), np.uint8)
+                        reader.read_each_into(found, part, slot.column, first + wanted)
+                        rows[places[wanted]] = found
                     first += len(held)
         return has_row, self._encode(table, rows)
 

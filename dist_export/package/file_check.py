@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from dist_export import digests
-from dist_export.digests import algorithm_of, hash_chunks, root_digest
+from dist_export.digests import (
+    SHA256,
+    SHA256_PARTS,
+    algorithm_of,
+    digest_of_parts,
+    hash_chunks,
+    hash_whole,
+    root_digest,
+)
 from dist_export.errors import DistExportError
-from dist_export.manifest import MANIFEST, Manifest
+from dist_export.manifest import MANIFEST, FileEntry, Manifest
 from dist_export.package.listing import Listing
 from dist_export.package.report import Report
 from dist_export.package.shares import Work, cut
@@ -56,15 +65,47 @@ def check_sizes(
             bad.add(entry.path)
             report.add(entry.path, "size", f"has {size:,} bytes, the manifest says {entry.num_bytes:,}")
             continue
-        to_hash[entry.path] = (entry.path, size, entry.digest)
+        digest = entry.digest
+        if algorithm_of(digest) == SHA256_PARTS and (fault := _fault_of_parts(entry)):
+            report.add(entry.path, "digest", f"{fault} in the manifest, so its digest cannot be compared")
+            digest = ""
+        to_hash[entry.path] = (entry.path, size, digest)
     return tuple(to_hash.values()), frozenset(bad)
 
 
+def _fault_of_parts(entry: FileEntry) -> str:
+    if entry.parts is msgspec.UNSET or sum(part.num_bytes for part in entry.parts) != entry.num_bytes:
+        return "its parts do not add up"
+    try:
+        digest = digest_of_parts(bytes.fromhex(part.sha256) for part in entry.parts)
+    except ValueError:
+        return "its parts have no digests"
+    return "" if digest == entry.digest else "its parts do not belong to its digest"
+
+
+def find_parts(
+    manifest: Manifest, to_hash: tuple[tuple[str, int, str], ...]
+) -> dict[int, tuple[tuple[int, bytes], ...]]:
+    """Return bytes and SHA-256 of each part of files that were put together within a store, by their place in ``to_hash``."""
+    parts = {entry.path: entry.parts for entry in manifest.files if entry.parts is not msgspec.UNSET}
+    return {
+        place: tuple((part.num_bytes, bytes.fromhex(part.sha256)) for part in parts[path])
+        for place, (path, _, digest) in enumerate(to_hash)
+        if algorithm_of(digest) == SHA256_PARTS
+    }
+
+
 def cut_files(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return file, first byte and bytes (int64) of each chunk of the files that are to be hashed."""
-    return cut(
-        np.array([size if digest else 0 for _, size, digest in work.digest_files], np.int64), digests.CHUNK_BYTES
-    )
+    """Return file, first byte and bytes (int64) of each chunk, or part, of the files that are to be hashed."""
+    files = enumerate(work.digest_files)
+    sizes = [size if digest and place not in work.digest_parts else 0 for place, (_, size, digest) in files]
+    columns = [np.stack(cut(np.array(sizes, np.int64), digests.CHUNK_BYTES))]
+    for place, parts in work.digest_parts.items():
+        num_bytes = np.array([size for size, _ in parts], np.int64)
+        columns.append(np.stack([np.full_like(num_bytes, place), np.cumsum(num_bytes) - num_bytes, num_bytes]))
+    file, first, size = np.concatenate(columns, axis=1)
+    is_needed = (size > 0) | ~np.isin(file, list(work.digest_parts))
+    return file[is_needed], first[is_needed], size[is_needed]
 
 
 def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDigests]:
@@ -80,6 +121,14 @@ def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDig
         where = int(numbers[0]), begin // digests.CHUNK_BYTES
         try:
             with directory.open_reader(path) as reader:
+                if int(numbers[0]) in work.digest_parts:
+                    ends = (begins + sizes).tolist()
+                    hashed = [
+                        hash_whole(_read_pieces(reader, *edges), SHA256)
+                        for edges in zip(begins.tolist(), ends, strict=True)
+                    ]
+                    found.append(ChunkDigests(int(numbers[0]), begin, tuple(hashed)))
+                    continue
                 pieces = _read_pieces(reader, begin, begin + int(sizes.sum()))
                 found.append(ChunkDigests(*where, tuple(hash_chunks(pieces, algorithm_of(digest)))))
         except DistExportError as error:
@@ -104,6 +153,9 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
         if error:
             report.add(path, "digest", f"its digest cannot be taken: {error}")
             continue
+        if number in work.digest_parts:
+            _compare_parts(path, work.digest_parts[number], [d for part in parts for d in part.digests], report)
+            continue
         digest = root_digest((d for part in parts for d in part.digests), algorithm_of(stated))
         if digest != stated:
             report.add(path, "digest", f"its content is not what was written (digest {digest}, not {stated})")
@@ -112,9 +164,20 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
     report.checked.insert(0, f"{len(work.digest_files)} files, {num_bytes:,} bytes: sizes and digests{but}")
 
 
+def _compare_parts(path: str, stated: tuple[tuple[int, bytes], ...], found: list[bytes], report: Report) -> None:
+    begin = 0
+    for (num_bytes, expected), digest in zip(stated, found, strict=True):
+        if digest != expected:
+            where, digests_of = f"bytes {begin:,} to {begin + num_bytes:,}", f"{digest.hex()}, not {expected.hex()}"
+            report.add(path, "digest", f"{where} are not what was written (sha256 {digests_of})")
+            return
+        begin += num_bytes
+
+
 def _read_pieces(reader: RangeReader, begin: int, end: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(end - begin, 1))))
-    for offset in range(begin, end, len(buffer)):
-        piece = buffer[: min(len(buffer), end - offset)]
-        reader.read_into(piece, offset)
-        yield piece
+    with reader.ahead(begin, end - begin) as stream:
+        for offset in range(begin, end, len(buffer)):
+            piece = buffer[: min(len(buffer), end - offset)]
+            stream.read_into(piece)
+            yield piece

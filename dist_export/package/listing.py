@@ -38,6 +38,9 @@ def list_files(directory: Directory, *, is_deep: bool) -> Listing:
     if not directory.is_local:
         if not is_deep:
             return Listing(tuple(directory.names()), {})
+        if directory.s3 is not None:
+            found = [path for path, _ in directory.s3.objects(directory.path, is_deep=True)]
+            return Listing(tuple(path for path in found if not path.startswith(f"{WORK_DIRECTORY}/")), {})
         root = directory.path.strip("/")
         paths = (path.strip("/") for path in directory.fs.find(directory.path))
         return Listing(tuple(sorted(path.removeprefix(f"{root}/") for path in paths)), {})

@@ -237,11 +237,14 @@ class Package:
                 ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
                 reader.read_into(ids.data.cast("B"), id_begin + first * 8)
                 places = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
-                for row in np.flatnonzero(sought[places] == ids).tolist():
-                    target = int(wanted[places[row]])
-                    has_row[target] = True
-                    if row_bytes:
-                        slot_reader.read_into(rows[target].data, slot_begin + (first + row) * row_bytes)
+                found = np.flatnonzero(sought[places] == ids)
+                targets = wanted[places[found]]
+                has_row[targets] = True
+                if row_bytes:
+                    begins = (slot_begin + (first + found) * row_bytes).tolist()
+                    slot_reader.read_many(
+                        [(rows[target].data, begin) for target, begin in zip(targets.tolist(), begins, strict=True)]
+                    )
 
 
 def _reading(where: str, read: Callable[[], bytes]) -> bytes:

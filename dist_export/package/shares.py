@@ -23,6 +23,8 @@ class Work:
 
     digest_files: tuple[tuple[str, int, str], ...] = ()
     """Path, bytes and digest of the files whose digest is to be compared."""
+    digest_parts: dict[int, tuple[tuple[int, bytes], ...]] = field(default_factory=dict)
+    """Bytes and SHA-256 of each part of those of them that were put together within an S3 store, by place above."""
     shards: tuple[str, ...] = ()
     id_file: np.ndarray = field(default_factory=_no_numbers)
     id_offset: np.ndarray = field(default_factory=_no_numbers)

@@ -15,7 +15,7 @@ from dist_export.layout.encodings import U8
 from dist_export.layout.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.blocks import Blocks, read_blocks
-from dist_export.package.file_check import check_sizes
+from dist_export.package.file_check import check_sizes, find_parts
 from dist_export.package.listing import (
     SHARD,
     Listing,
@@ -189,8 +189,9 @@ class Survey:
 
     def _plan(self, to_hash: tuple[tuple[str, int, str], ...], parts: FoundParts | None) -> Work:
         blocks = self.blocks
+        in_parts = {} if self.manifest is None else find_parts(self.manifest, to_hash)
         if blocks is None or parts is None:
-            return Work(digest_files=to_hash)
+            return Work(digest_files=to_hash, digest_parts=in_parts)
         is_flat = np.array([not shape for shape in blocks.inner_shapes] + [False], bool)[blocks.inner]
         is_id = (
             (blocks.stem >= 0)
@@ -206,6 +207,7 @@ class Survey:
         self.value_rows = values = np.flatnonzero(is_float & self.is_finite_asked)
         return Work(
             digest_files=to_hash,
+            digest_parts=in_parts,
             shards=blocks.files,
             id_file=blocks.file[ids].astype(np.int64),
             id_offset=blocks.begin[ids],

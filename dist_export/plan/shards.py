@@ -14,6 +14,7 @@ from dist_export.layout.recis import DENSE_SUFFIX, key_stem, row_key_stem, shard
 from dist_export.layout.safetensors import encode_header
 from dist_export.plan.census import Census, count_rows_by_target
 from dist_export.plan.dropped import DroppedRows, count_kept, drop_nothing
+from dist_export.plan.parts import find_large
 from dist_export.plan.prune import Pruning
 from dist_export.plan.routes import join_ranges, route
 from dist_export.plan.selection import Selection
@@ -31,7 +32,7 @@ def plan_shards(
     dropped: DroppedRows | None = None,
     pruning: Pruning | None = None,
 ) -> SparsePlan:
-    """Lay out the output shards: one file a shard, tables in source order, dense tensors in shard 0.
+    """Lay out the output shards: one file a shard, tables in source order but small runs first, dense tensors in shard 0.
 
     Args:
         census: of all rows of the source, but those that ``pruning`` leaves behind.
@@ -50,7 +51,8 @@ def plan_shards(
     _refuse_one_key_twice([*blocks.key, *(entry[0] for entry in dense)])
     files: list[OutputFile] = []
     dense_offsets: list[int] = []
-    for shard, mine in enumerate(_split_by_shard(blocks, count)):
+    is_large = find_large(checkpoint, selection.kept, census, [len(target.slices) for target in targets])
+    for shard, mine in enumerate(_split_by_shard(blocks, count, is_large)):
         entries = _list_entries(selection, blocks, mine) + (dense if shard == 0 else [])
         header = encode_header(entries)
         edges = np.cumsum([len(header), *(entry[3] for entry in entries)], dtype=np.int64)
@@ -187,9 +189,9 @@ def _list_entries(
     return entries
 
 
-def _split_by_shard(blocks: OutputBlocks, count: int) -> list[np.ndarray]:
-    """Return for each shard its blocks (int64), in the order of tables and slots."""
-    order = np.argsort(blocks.target, kind="stable")
+def _split_by_shard(blocks: OutputBlocks, count: int, is_large: np.ndarray) -> list[np.ndarray]:
+    """Return for each shard its blocks (int64): those without a long run first, else in the order of tables and slots."""
+    order = np.lexsort((is_large, blocks.target))
     return np.split(order, np.searchsorted(blocks.target[order], np.arange(1, count)))
 
 

@@ -7,13 +7,14 @@ gathered rows fall into are hashed afterwards, from the file, in units of their 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint, Memory
 from dist_export.digests import CHUNK_BYTES
+from dist_export.plan.parts import FileParts
 from dist_export.plan.sparse_plan import Gather, SparsePlan
 
 UNIT_BYTES = 256 << 20
@@ -25,6 +26,8 @@ class Unit(NamedTuple):
 
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
     ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
+    ``remote``: let the store copy bytes ``begin`` to ``end``, one part of an upload, into output ``number``.
+    ``send``: send bytes ``begin`` to ``end`` of output ``number``, one part of an upload, from where they were built.
     ``hash``: read the same range of output ``number`` back and return the chunk digests.
 
     A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
@@ -42,18 +45,24 @@ class Unit(NamedTuple):
 
 
 def plan_units(
-    plan: SparsePlan, *, skip: frozenset[int] = frozenset(), counted: Collection[int] = ()
+    plan: SparsePlan,
+    *,
+    skip: frozenset[int] = frozenset(),
+    counted: Collection[int] = (),
+    by_parts: Mapping[int, FileParts] | None = None,
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
 
     Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
+    Files in ``by_parts``, which the store copies parts of, have a unit for each part.
     """
+    by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
     writing: list[Unit] = []
     hashing: list[Unit] = []
     for number, file in enumerate(plan.files):
-        if number in skip:
+        if number in skip or number in by_parts:
             continue
         for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
             num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
@@ -61,6 +70,9 @@ def plan_units(
                 writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
             if is_gathered:
                 hashing.append(Unit("hash", number, begin, end, True, end - begin))
+    sent, built = _plan_part_units(by_parts, copied)
+    writing += sent
+    hashing += built
     if plan.checkpoint.memory is None:
         return writing + _group_gathers(plan, skip, counted, -1, range(len(plan.gathers))), hashing
     by_owner: dict[int, list[int]] = {}
@@ -69,6 +81,21 @@ def plan_units(
             by_owner.setdefault(owner, []).append(number)
     owned = [unit for owner in sorted(by_owner) for unit in _group_gathers(plan, skip, counted, owner, by_owner[owner])]
     return writing + owned, hashing
+
+
+def _plan_part_units(files: Mapping[int, FileParts], copied: _CopiedBytes) -> tuple[list[Unit], list[Unit]]:
+    writing: list[Unit] = []
+    sending: list[Unit] = []
+    for number in sorted(files):
+        for begin, end, source, _ in files[number].parts:
+            if source >= 0:
+                writing.append(Unit("remote", number, begin, end, True, end - begin))
+            elif not files[number].is_built:
+                writing.append(Unit("copy", number, begin, end, True, end - begin))
+            else:  # what is copied into it now; it goes up when the gathered rows are there too
+                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end)))
+                sending.append(Unit("send", number, begin, end, True, end - begin))
+    return writing, sending
 
 
 def _owners_of(checkpoint: Checkpoint, memory: Memory, gather: Gather) -> set[int]:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from dist_export.attempt import Receipt, is_partial, read_receipt, write_receipt
 from dist_export.collective import Ranks
-from dist_export.digests import NONE, algorithm_of, root_digest
+from dist_export.digests import NONE, SHA256_PARTS, algorithm_of, digest_of_parts, root_digest
 from dist_export.errors import TransferError
+from dist_export.manifest import PartDigest
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.limits import Limits
+from dist_export.plan.parts import plan_parts
 from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.units import UNIT_BYTES, Unit, plan_hash_units, plan_units
 from dist_export.readers import OpenReaders, RangeReader, share_descriptors
+from dist_export.s3 import UploadedPart
 from dist_export.staging import Staging
 from dist_export.storage import Directory
 from dist_export.threads import run_threads
@@ -28,6 +33,7 @@ from dist_export.transfer.convert import Counts, read_counts, write_counts
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
 from dist_export.transfer.units import UnitRunner
+from dist_export.transfer.uploads import Begun, PartWriter, Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +74,7 @@ class Transfer:
         limits: Limits,
         digest: str,
         in_place: bool,
+        may_copy: bool = False,
         count_bytes: Callable[[int], None],
     ) -> None:
         """Nothing is touched before ``prepare``.
@@ -79,6 +86,7 @@ class Transfer:
             limits: threads of each rank and what they may hold; the same on all ranks.
             digest: algorithm of the shards' digests, or ``none``.
             in_place: the files are there already and are only hashed.
+            may_copy: on S3, whether the store copies byte ranges by itself.
             count_bytes: called with the bytes of each finished unit, for a progress display.
         """
         self._ranks = ranks
@@ -89,8 +97,9 @@ class Transfer:
         self._in_place = in_place
         self._count_bytes = count_bytes
         self._staging = Staging(target)
+        self._uploads = _plan_uploads(plan, target, limits, may_copy=may_copy, digest=digest) if not in_place else None
         self._digests: ChunkDigests = {}
-        self._reused: dict[int, str] = {}
+        self._reused: dict[int, Receipt] = {}
         self._writing: list[Unit] = []
         self._hashing: list[Unit] = []
         self._pieces: dict[int, list[int]] = {}
@@ -117,16 +126,16 @@ class Transfer:
         ranks, plan = self._ranks, self._plan
         threads = self._limits.threads
 
-        def look() -> dict[int, str]:
+        def look() -> tuple[dict[int, Receipt], dict[int, Receipt]]:
             open_queues(ranks, "reuse", threads)
             open_queues(ranks, "write", threads)
             if ranks.rank or self._in_place:
-                return {}
+                return {}, {}
             if casts_by_table(plan.checkpoint, plan.selection):
                 self._counts = read_counts(self._target, plan)
             return self._read_receipts()
 
-        candidates = ranks.gather("look for an interrupted export", look)[0]
+        candidates, vouched = ranks.gather("look for an interrupted export", look)[0]
         if self._in_place:
             self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
             return
@@ -143,22 +152,32 @@ class Transfer:
             shares = ranks.gather("verify shards of an interrupted export", hash_again)
             found = _chunks_of_files(_join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
-            self._reused = {number: digest for number, digest in candidates.items() if whole[number] == digest}
+            self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
+        self._reused |= vouched
         counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
-        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), counted=counted)
+        remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
+        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), counted=counted, by_parts=remote)
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
                 self._pieces.setdefault(unit.number, []).append(unit.begin)
         for begins in self._pieces.values():
             begins.sort()
-        mine = [n for n in range(ranks.rank, len(plan.files), ranks.world_size) if n not in self._reused]
+        new = [n for n in range(len(plan.files)) if n not in self._reused]
+        if self._uploads is not None:
+            self._uploads.join(ranks.on_rank_0("begin the uploads", functools.partial(self._begin_uploads, new)))
+            new = [number for number in new if self._uploads.is_built(number)]
+        if not self._target.is_local and ranks.world_size > 1:
+            shared = ranks.on_rank_0("make a temporary directory", lambda: self._staging.share() if new else "")
+            ranks.run("see the temporary directory", lambda: self._staging.join(shared if ranks.rank else ""))
 
         def reserve() -> None:
-            left = sum(file.num_bytes for number, file in enumerate(plan.files) if number not in self._reused)
-            self._staging.check_room(left)
-            for number in mine:
+            if not new:
+                return
+            self._staging.check_room(sum(plan.files[number].num_bytes for number in new if number not in remote))
+            for number in new[ranks.rank :: ranks.world_size]:
                 self._reserved.append(plan.files[number].name)
-                self._staging.create(plan.files[number].name, plan.files[number].num_bytes)
+                has_holes = number in remote  # what the store copies is never written here
+                self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
 
         ranks.gather("reserve space for the shards", reserve)
 
@@ -187,10 +206,12 @@ class Transfer:
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= _join_digests(ranks.gather("hash shards", hash_shards))
         ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
-        digests = {number: self._root(chunks) for number, chunks in _chunks_of_files(found).items()} | self._reused
         for counts in ranks.gather("count what the casts lost", lambda: self._counts):
             self.casts |= counts
-        receipts = [self._receipt(number, digests[number]) for number in range(len(plan.files))]
+        if self._uploads is not None:
+            ranks.on_rank_0("look for uploads that are left", self._uploads.sweep)
+        written = {n: self._receipt(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
+        receipts = [written[number] for number in range(len(plan.files))]
         return receipts, ranks.gather("count the work", lambda: self._share)
 
     def close(self) -> None:
@@ -213,7 +234,8 @@ class Transfer:
         max_open = share_descriptors(threads)
 
         def work(worker: int) -> tuple[ChunkDigests, Share]:
-            outputs = StagedFiles(self._plan, self._staging, max_open=max_open)
+            staged = StagedFiles(self._plan, self._staging, max_open=max_open)
+            outputs = staged if self._uploads is None else PartWriter(staged, self._uploads)
             written = OpenReaders(open_written, max_open=max_open)
             runner = UnitRunner(
                 self._plan, outputs, written, limits=self._limits, digest=self._digest, skip=self._reused
@@ -242,7 +264,7 @@ class Transfer:
         self,
         taken: Iterator[tuple[Unit, bool]],
         runner: UnitRunner,
-        outputs: StagedFiles,
+        outputs: StagedFiles | PartWriter,
         *,
         is_counted: bool,
     ) -> tuple[ChunkDigests, Share]:
@@ -250,11 +272,17 @@ class Transfer:
         digests: ChunkDigests = {}
         pending: ChunkDigests = {}
         uncounted = 0
+        parts: list[UploadedPart] = []
         done = Share(self._ranks.rank)
         for unit, is_others in taken:
             if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
-                self._hand_in(pending, outputs)
+                self._hand_in(pending, parts, outputs)
             chunks = runner.run(unit)
+            if isinstance(outputs, PartWriter):
+                sent = outputs.take_parts(unit.number)
+                parts += sent
+                if self._has_remote(unit.number):  # such a unit is one part
+                    chunks = [part.sha256 for part in sent]
             if unit.is_hashed:
                 digests[unit.number, unit.begin] = chunks
                 if unit.number in self._pieces:
@@ -266,7 +294,7 @@ class Transfer:
             if is_counted:
                 done = done.plus(Share(done.rank, 1, int(is_others), unit.num_bytes))
                 self._count_bytes(unit.num_bytes)
-        self._hand_in(pending, outputs)
+        self._hand_in(pending, parts, outputs)
         self._keep_counts(runner.counts)
         return digests, done
 
@@ -277,7 +305,7 @@ class Transfer:
             self._counts.update(counts)  # a gather is run by one thread
             counts.clear()
 
-    def _hand_in(self, pending: ChunkDigests, outputs: StagedFiles) -> None:
+    def _hand_in(self, pending: ChunkDigests, parts: list[UploadedPart], outputs: StagedFiles | PartWriter) -> None:
         """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
 
         Pieces of one file are handed in together, for each time costs a sync.
@@ -287,41 +315,74 @@ class Transfer:
         ranks = self._ranks
         number = next(iter(pending))[0]
         outputs.sync(number)
-        for (_, begin), chunks in pending.items():
-            ranks.put(f"piece/{number}/{begin}", b"".join(chunks))
+        for place, ((_, begin), chunks) in enumerate(pending.items()):
+            ranks.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(_Piece(chunks, [] if place else parts)))
         begins = self._pieces[number]
         if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
-            receipt = self._receipt(number, self._root([ranks.take(f"piece/{number}/{begin}") for begin in begins]))
+            pieces = [msgspec.msgpack.decode(ranks.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins]
+            sent = sorted(part for piece in pieces for part in piece.parts)
+            receipt = self._receipt(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
             # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
             # left under that name goes first: without a digest the receipt would vouch for it.
             self._target.remove(receipt.name)
             write_receipt(self._target, receipt)
-            self._staging.publish(receipt.name)
+            if self._uploads is not None and number in self._uploads:
+                self._uploads.complete(number, sent)
+            else:
+                self._staging.publish(receipt.name)
         pending.clear()
+        parts.clear()
 
-    def _root(self, chunks: list[bytes]) -> str:
-        return "" if self._digest == NONE else root_digest(chunks, self._digest)
+    def _has_remote(self, number: int) -> bool:
+        return self._uploads is not None and self._uploads.has_remote(number)
 
-    def _receipt(self, number: int, digest: str) -> Receipt:
+    def _begin_uploads(self, numbers: list[int]) -> dict[int, Begun]:
+        assert self._uploads is not None
+        return self._uploads.begin([number for number in numbers if number in self._uploads])
+
+    def _receipt(self, number: int, chunks: list[bytes], sent: Sequence[UploadedPart] = ()) -> Receipt:
+        """Return what vouches for a file: ``chunks`` are the digests of its chunks, or of its parts where the store copies."""
         file = self._plan.files[number]
-        return Receipt(plan=self._plan.digest, name=file.name, num_bytes=file.num_bytes, digest=digest)
+        digest = ""
+        parts: tuple[PartDigest, ...] = ()
+        if self._digest != NONE and self._has_remote(number):
+            assert self._uploads is not None
+            sizes = [part.end - part.begin for part in self._uploads.parts[number].parts]
+            digest = digest_of_parts(chunks)
+            parts = tuple(PartDigest(num_bytes=n, sha256=c.hex()) for n, c in zip(sizes, chunks, strict=True))
+        elif self._digest != NONE:
+            digest = root_digest(chunks, self._digest)
+        stored = "" if self._uploads is None else self._uploads.checksum(sent)
+        return Receipt(
+            plan=self._plan.digest,
+            name=file.name,
+            num_bytes=file.num_bytes,
+            digest=digest,
+            parts=parts,
+            stored=stored,
+        )
 
     def _refuse_changed_source(self) -> None:
         """Compare this rank's share of the source files with what they were when their headers were read."""
         checkpoint = self._plan.checkpoint
         if checkpoint.memory is not None:
             return  # training stands still while it exports
-        for file in checkpoint.files[self._ranks.rank :: self._ranks.world_size]:
-            found = checkpoint.directory.stat(file.name)
+        mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
+        stats = checkpoint.directory.stat_many([file.name for file in mine])
+        for file in mine:
+            found = stats[file.name]
             if (found.size, found.version) != (file.size, file.version):
                 raise TransferError(
                     f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
                     "mix two checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
                 )
 
-    def _read_receipts(self) -> dict[int, str]:
-        """Return the digests of shards that a receipt of this very plan vouches for; remove half-written files."""
-        found = {}
+    def _read_receipts(self) -> tuple[dict[int, Receipt], dict[int, Receipt]]:
+        """Return the receipts of this very plan whose shards are there; remove half-written files.
+
+        The second are those whose shard an S3 store vouches for, by the checksum that it keeps; the others are to be read.
+        """
+        found, vouched = {}, {}
         self._target.make()
         for name in self._target.names():
             if is_partial(name):
@@ -331,16 +392,41 @@ class Transfer:
             if receipt is None or not self._target.exists(file.name):
                 continue
             size = self._target.stat(file.name).size
-            is_hashed_alike = algorithm_of(receipt.digest) == self._digest
-            if receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes and is_hashed_alike:
-                found[number] = receipt.digest
-        return found
+            expected = SHA256_PARTS if self._has_remote(number) and self._digest != NONE else self._digest
+            is_hashed_alike = algorithm_of(receipt.digest) == expected
+            if not (
+                receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes and is_hashed_alike
+            ):
+                continue
+            s3 = self._target.s3
+            if s3 is not None and receipt.stored:
+                if s3.checksum(self._target.join(file.name)) == receipt.stored:
+                    vouched[number] = receipt
+            elif expected != SHA256_PARTS:
+                found[number] = receipt
+        return found, vouched
 
     def _open_staged(self, number: int) -> RangeReader:
         return self._staging.open_reader(self._plan.files[number].name)
 
     def _open_final(self, number: int) -> RangeReader:
         return self._target.open_reader(self._plan.files[number].name)
+
+
+class _Piece(NamedTuple):
+    """What a thread hands in of a file: digests, and the parts that it has uploaded."""
+
+    chunks: list[bytes]
+    parts: list[UploadedPart]
+
+
+def _plan_uploads(
+    plan: SparsePlan, target: Directory, limits: Limits, *, may_copy: bool, digest: str
+) -> Uploads | None:
+    if target.s3 is None:
+        return None
+    parts = plan_parts(plan, part_bytes=limits.part_bytes, may_copy=may_copy)
+    return Uploads(plan, target, parts, needs_sha256=digest != NONE)
 
 
 def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:

@@ -21,6 +21,7 @@ from dist_export.readers import OpenReaders
 from dist_export.transfer.convert import Counts, convert
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.pruning import PruneReader
+from dist_export.transfer.uploads import PartWriter
 
 _BUFFER_BYTES = 1 << 20
 """Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
@@ -32,7 +33,7 @@ class UnitRunner:
     def __init__(
         self,
         plan: SparsePlan,
-        outputs: StagedFiles,
+        outputs: StagedFiles | PartWriter,
         written: OpenReaders,
         *,
         limits: Limits,
@@ -71,6 +72,17 @@ class UnitRunner:
         if unit.kind == "gather":
             self._gather(range(unit.begin, unit.end))
             return []
+        if unit.kind == "remote":
+            assert isinstance(self._outputs, PartWriter)
+            self._outputs.copy_part(unit.number, unit.begin)
+            return []
+        if unit.kind == "send":
+            assert isinstance(self._outputs, PartWriter)
+            begin = unit.begin
+            for piece in self._read_back(unit):
+                self._outputs.send(unit.number, piece, begin)
+                begin += len(piece)
+            return []
         is_hashed = unit.is_hashed and self._digest != NONE
         if unit.kind == "hash" and not is_hashed:
             return []
@@ -103,20 +115,23 @@ class UnitRunner:
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
             if not is_hashed and source.fd >= 0:
                 begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
-            while begin < end:
-                size = min(end - begin, _BUFFER_BYTES)
-                piece = self._buffer[:size]
-                source.read_into(piece, begin + shift)
-                self._outputs.write(unit.number, piece, begin)
-                yield piece
-                begin += size
+            with source.ahead(begin + shift, end - begin, window_bytes=self._limits.window_bytes) as stream:
+                while begin < end:
+                    size = min(end - begin, _BUFFER_BYTES)
+                    piece = self._buffer[:size]
+                    stream.read_into(piece)
+                    self._outputs.write(unit.number, piece, begin)
+                    yield piece
+                    begin += size
 
     def _read_back(self, unit: Unit) -> Iterator[memoryview]:
         reader = self._written[unit.number]
-        for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
-            piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
-            reader.read_into(piece, begin)
-            yield piece
+        window_bytes = self._limits.window_bytes
+        with reader.ahead(unit.begin, unit.end - unit.begin, window_bytes=window_bytes) as stream:
+            for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
+                piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
+                stream.read_into(piece)
+                yield piece
 
     def _gather(self, numbers: range) -> None:
         """Read each block once, in chunks; order a chunk's rows by target and write each target's share in one call.
@@ -277,8 +292,10 @@ class _Chunk:
         self.casts = {slot.column: cast for slot in slots if (cast := cast_of(stored[slot.column], slot)) is not None}
         widest = max(max(slot.row_bytes, stored[slot.column].row_bytes) for slot in slots)
         num_targets = len(plan.targets[self.table].slices)
+        is_on_store = plan.checkpoint.directory.s3 is not None
+        count_rows = limits.gather_rows_of_store if is_on_store else limits.gather_rows
         self._step = max((cast_rows(cast.dim) for cast in self.casts.values()), default=1)
-        self._capacity = max(1, limits.gather_rows(widest, num_targets) // self._step) * self._step
+        self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
         self.pieces: list[_Piece] = []
         self.num_rows = 0
         """The rows in ``pieces``."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import command, scaling, scenarios
+from scripts.bench import command, s3, scaling, scenarios
 from scripts.bench.processes import ROOT
 from scripts.bench.report import HOW_TO_READ, describe_machine, write_json
 from scripts.bench.rounds import Place
@@ -30,6 +30,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "growth": scaling.run_growth,
     "metadata": scaling.run_metadata,
     "command": command.run_command,
+    "s3": s3.run_s3,
 }
 ON_DISK = ("filter", "reshard")
 """A copy and a gather; at dim 64 alone, for a disk takes its time."""

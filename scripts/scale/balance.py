@@ -11,7 +11,7 @@ import numpy as np
 from dist_export.attempt import Receipt
 from dist_export.digests import CHUNK_BYTES
 from dist_export.plan.census import share_parts
-from dist_export.plan.shards import SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.units import Unit, assign, plan_units
 from scripts.scale import fleet
 

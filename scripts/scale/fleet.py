@@ -13,7 +13,8 @@ from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import split_evenly
 from dist_export.plan.census import GRANULE_ROWS, Census
 from dist_export.plan.selection import select
-from dist_export.plan.shards import SparsePlan, plan_shards
+from dist_export.plan.shards import plan_shards
+from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.plan.targets import Targets, plan_targets
 from dist_export.storage import Directory
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dist_export import id_columns
 from dist_export.id_columns import read_runs
+from dist_export.readers import Stream
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -25,6 +26,15 @@ class Memory:
                 memory.reads.append((number, offset, len(view)))
                 values = np.arange(len(view) // 8) + offset // 8 + 10_000 * number
                 view[:] = values.astype(np.int64).tobytes()
+
+            def read_many(self, ranges):
+                for view, offset in ranges:
+                    self.read_into(view, offset)
+
+            def ahead(self, offset, num_bytes):
+                return Stream(self, offset, num_bytes, window_bytes=1)
+
+            is_ranged = False
 
         return Reader()
 

@@ -1,0 +1,92 @@
+"""Credentials in options and URLs: what a message says of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dist_export import concealed
+from dist_export.concealed import conceal, note_secrets
+from dist_export.config_file import load_config
+from dist_export.errors import ConfigError
+from dist_export.storage import Directory
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch) -> None:
+    monkeypatch.setattr(concealed, "_secrets", set())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"secret": "hush-hush"},
+        {"client_kwargs": {"aws_secret_access_key": "hush-hush"}},
+        {"credentials": {"any": {"thing": ["hush-hush"]}}},
+        {"connection_string": "hush-hush"},
+        {"sas_token": "hush-hush"},
+    ],
+)
+def test_values_under_telling_keys(options: dict) -> None:
+    note_secrets(options)
+    assert conceal("it says hush-hush twice: hush-hush") == "it says *** twice: ***"
+    assert str(ConfigError("hush-hush")) == "***"
+
+
+def test_other_values_stay() -> None:
+    note_secrets(
+        {"anon": True, "endpoint_url": "http://here:9000", "key": "short", "client_kwargs": {"region": "north-1"}}
+    )
+    assert conceal("http://here:9000 short north-1") == "http://here:9000 short north-1"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("hdfs://me:pass@host/x", "hdfs://***@host/x"),
+        ("https://host/x?sv=1&sig=abc%3D&se=2", "https://host/x?sv=1&sig=***&se=2"),
+        ("s3://bucket/key=1/x", "s3://bucket/key=1/x"),
+        ("/plain/me@here", "/plain/me@here"),
+    ],
+)
+def test_urls(url: str, shown: str) -> None:
+    assert conceal(f"{url} is not there") == f"{shown} is not there"
+
+
+def test_a_directory_is_opened_as_given_and_shown_without() -> None:
+    directory = Directory("memory://me:secret@x/out")
+    assert directory.url == "memory://***@x/out"
+    assert "secret" in directory.child("y").path
+
+
+def test_options_of_the_wrong_type_are_not_quoted() -> None:
+    for name in ("storage_options", "target_storage_options"):
+        with pytest.raises(ConfigError, match=name) as caught:
+            load_config({"ckpt_dir": "a", "export_dir": "b", name: "hush-hush"})
+        assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "advice"),
+    [
+        ("s3://b/x", "s3fs", "pip install 'dist_export[s3]'"),
+        ("gs://b/x", "gcsfs", "pip install 'gcsfs'"),
+        ("az://b/x", "adlfs", "pip install 'adlfs'"),
+        ("oss://b/x", "ossfs", "pip install 'ossfs'"),
+    ],
+)
+def test_a_missing_package_is_named(url: str, module: str, advice: str) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\nfrom dist_export.storage import Directory\nDirectory({url!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"{url}: the package that {url.partition(':')[0]}:// needs is missing" in done.stderr
+    assert advice in done.stderr
+
+
+def test_source_and_target_may_have_options_of_their_own() -> None:
+    config = load_config({"ckpt_dir": "a", "export_dir": "b", "storage_options": {"x": 1}})
+    assert config.options_of_target == {"x": 1}
+    assert config.with_changes(target_storage_options={}).options_of_target == {}
