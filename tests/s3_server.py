@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,12 +48,10 @@ class S3Server:
     """One server with one bucket. ``kill`` and ``start`` may be called again and again; the data stay."""
 
     def __init__(self, folder: Path, *, address: str = "127.0.0.1") -> None:
-        weed = find_weed()
-        assert weed is not None
         self.folder = folder
         self.address = address
+        self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
-        self.ports = _free_ports(address, 4)
         credentials = [{"accessKey": KEY, "secretKey": SECRET}]
         identity = {
             "name": "tests",
@@ -60,12 +59,28 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        for is_last in (False, False, True):
+            self.ports = _free_ports(address, 4)
+            try:
+                self.start()
+            except RuntimeError:  # another server may have taken one of the ports at the same moment
+                if is_last:
+                    raise
+                shutil.rmtree(folder / "data")
+                (folder / "data").mkdir()
+            else:
+                return
+
+    def _command(self) -> list[str]:
+        weed = find_weed()
+        assert weed is not None
+        folder = self.folder
         master, volume, filer, s3 = self.ports
-        self._command = [
+        return [
             weed,
             "server",
             f"-dir={folder / 'data'}",
-            f"-ip={address}",
+            f"-ip={self.address}",
             f"-master.port={master}",
             f"-volume.port={volume}",
             f"-filer.port={filer}",
@@ -79,8 +94,6 @@ class S3Server:
             "-master.volumeSizeLimitMB=256",
             "-volume.max=0",
         ]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
 
     @property
     def endpoint(self) -> str:
@@ -98,7 +111,7 @@ class S3Server:
         """Start it and wait until it answers with the bucket."""
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                ["sh", "-c", _UNTIL_ORPHANED, "s3_server", str(os.getpid()), *self._command],
+                ["sh", "-c", _UNTIL_ORPHANED, "s3_server", str(os.getpid()), *self._command()],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -140,7 +153,8 @@ def _free_ports(address: str, count: int) -> list[int]:
     """Return ports that are free, and of which those above by the offset are free too."""
     found: list[int] = []
     with contextlib.ExitStack() as held:
-        for port in range(20_000 + os.getpid() % 10_000, 50_000):
+        # below the ports that the system gives to outgoing connections
+        for port in random.sample(range(12_000, 22_000), 1000):
             try:
                 for number in (port, port + _GRPC_OFFSET):
                     held.enter_context(socket.socket()).bind((address, number))
