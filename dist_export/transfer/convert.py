@@ -78,7 +78,7 @@ def write_counts(target: Directory, plan: SparsePlan, counts: Counts) -> None:
 def read_counts(target: Directory, plan: SparsePlan) -> Counts:
     """Return what an interrupted export of this very plan kept."""
     found: Counts = {}
-    kept = Directory(target.describe(WORK_DIRECTORY), target.storage_options)
+    kept = target.child(WORK_DIRECTORY)
     for name in kept.names():
         if not name.startswith(_PREFIX):
             continue
