@@ -217,6 +217,7 @@ class MemoryReader(RangeReader):
         self.where = file.name
         self._fd = -1
         self._file = None
+        self._s3 = None
 
     def _read_into(self, view: memoryview, offset: int) -> None:
         if offset + len(view) > self._run.num_bytes:

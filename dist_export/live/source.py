@@ -48,6 +48,7 @@ class ModelPlace(Directory):
         self.url = "the live model"
         self.is_local = False
         self.path = ""
+        self.s3 = None
 
     def describe(self, name: str) -> str:
         """Return what a message calls a "file"."""
