@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from dist_export.config import ExportConfig
-from dist_export.exporter import run_export
+from dist_export.job import run_export
 from dist_export.objects import Objects
 from dist_export.package.verify import verify
 from dist_export.processes import identify
