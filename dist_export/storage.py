@@ -181,7 +181,7 @@ class Directory:
         try:
             if self.is_local:
                 with os.scandir(self.path) as found:
-                    return sorted(entry.name for entry in found if entry.is_dir())
+                    return sorted(entry.name for entry in found if _is_folder(entry))
             with naming_any(self.url):
                 entries = self.fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -420,6 +420,13 @@ def open_place(
     directory = Directory(url, storage_options, follow_links=follow_links)
     is_file = os.path.isfile(directory.path) if directory.is_local else directory.fs.isfile(directory.path)
     return Directory(url, storage_options, follow_links=follow_links, is_file=True) if is_file else directory
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:
