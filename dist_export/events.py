@@ -89,8 +89,9 @@ def samples_of(
     num_bytes: int,
     rows: Mapping[str, int],
     rank_bytes: Mapping[int, int],
+    store: Mapping[str, int],
 ) -> list[tuple[str, Mapping[str, str], float]]:
-    """Return the figures of an export that succeeded."""
+    """Return the figures of an export that succeeded; ``store`` is what all ranks exchanged with an object store."""
     package = {"package": export_dir}
     samples: list[tuple[str, Mapping[str, str], float]] = [
         ("dist_export_success", package, 1.0),
@@ -102,6 +103,7 @@ def samples_of(
     samples += [
         ("dist_export_moved_bytes", {**package, "rank": str(rank)}, float(value)) for rank, value in rank_bytes.items()
     ]
+    samples += [(f"dist_export_store_{name}", package, float(value)) for name, value in store.items()]
     return samples
 
 

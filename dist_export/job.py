@@ -45,6 +45,7 @@ def run_export(
                 seconds=reporter.seconds,
                 num_bytes=manifest.num_bytes,
                 rows={table.name: table.rows_out for table in manifest.tables},
+                store=manifest.run.get("store") or {},
                 rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
             )
             write_metrics(config.metrics, config.options_of_target, samples)

@@ -21,6 +21,7 @@ from dist_export.errors import printable
 from dist_export.events import Events
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
+from dist_export.retries import TRAFFIC
 from dist_export.transfer.engine import Share
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Reporter:
         """
         self._ranks = ranks
         self._events = events
+        self._traffic = TRAFFIC.snapshot()
         self._is_shown = is_shown and ranks.rank == 0
         self.seconds: dict[str, float] = {}
         self.shares: Sequence[Share] = ()
@@ -69,6 +71,7 @@ class Reporter:
         if mine is not None:
             self._events.add(
                 "moved",
+                retries=TRAFFIC.since(self._traffic)["retries"],
                 bytes=mine.num_bytes,
                 units=mine.num_units,
                 helped=mine.num_helped,

@@ -39,6 +39,8 @@ def test_events_stand_beside_the_package(settings: dict[str, object], tmp_path: 
     assert stages == ["read", "plan", "transfer", "check", "write", "commit"]
     assert all(event["step"] == 70 and event["rank"] == 0 for event in events)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(event["time"])) for event in events)
+    (moved,) = [event for event in events if event["event"] == "moved"]
+    assert (moved["retries"], moved["bytes"] > 0, moved["seconds"] >= 0) == (0, True, True)
     tables = {event["table"]: event["rows"] for event in events if event["event"] == "table"}
     assert tables == {table.name: table.rows_out for table in manifest.tables}
     assert not (tmp_path / "out" / "events.jsonl").exists()

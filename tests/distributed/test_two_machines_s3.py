@@ -1,0 +1,110 @@
+"""Two machines with two ranks each, from a checkpoint on S3 to a package on S3; the server runs on the first of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import crash
+import machines
+import pytest
+import s3_server
+import yaml
+from needed import lack
+from recis_writer import make_tables, write_checkpoint
+from test_two_machines import exporting, ranks_of
+
+pytestmark = [pytest.mark.distributed, pytest.mark.s3]
+
+PROBE = """
+import sys; sys.path.insert(0, {tests!r})
+import s3fs, s3_server
+fs = s3fs.S3FileSystem(**{options!r})
+if not fs.exists(s3_server.BUCKET):
+    fs.mkdir(s3_server.BUCKET)
+fs.pipe_file(s3_server.BUCKET + "/.probe", b"x")
+{then}
+"""
+
+
+class FarServer(s3_server.S3Server):
+    """A server in the network namespace of a machine, which alone can reach it, and the other machine over the link."""
+
+    def __init__(self, folder: Path, machine: machines.Machine) -> None:
+        self._machine = machine
+        super().__init__(folder, address=machine.address)
+
+    def _command(self) -> list[str]:
+        return ["ip", "netns", "exec", self._machine.namespace, *super()._command()]
+
+    def _answers(self) -> bool:
+        return self.ask("", timeout=20).returncode == 0
+
+    def ask(self, then: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a line of Python on that machine, with ``fs`` for the store."""
+        script = PROBE.format(tests=str(Path(s3_server.__file__).parent), options=self.options(), then=then)
+        command = ["ip", "netns", "exec", self._machine.namespace, sys.executable, "-W", "ignore", "-c", script]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 1, "", "timed out")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[machines.Pair]:
+    with machines.joined() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def server(pair: machines.Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarServer]:
+    if (why := s3_server.why_not_here()) is not None:
+        lack(why)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3_server, "_free_ports", lambda *_: [12_001, 12_002, 12_003, 12_004])  # nobody else is there
+        server = FarServer(tmp_path_factory.mktemp("s3"), pair.machines[0])
+    yield server
+    server.kill()
+
+
+def test_two_machines_export_from_s3_to_s3_and_a_rerun_resumes(
+    pair: machines.Pair, server: FarServer, tmp_path: Path
+) -> None:
+    """One rank is killed in mid export, on the machine without the store; the same command again ends it."""
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 500, "u": 300}, 8))
+    put = server.ask(f"fs.put({str(tmp_path / 'ckpt')!r} + '/', 'bucket/ckpt/', recursive=True)")
+    assert put.returncode == 0, put.stderr
+    config = tmp_path / "export.yaml"
+    settings = {"ckpt_dir": "s3://bucket/ckpt", "export_dir": "s3://bucket/out", "storage_options": server.options()}
+    config.write_text(yaml.safe_dump({**settings, "filter_sparse_opt": True, "num_shards": 3, "threads": 1}))
+    arguments = ["--config", str(config)]
+
+    mark = tmp_path / "mark"
+    pause = {"ENTRY": crash.SCRIPT, "PAUSE_AT": "unit", "PAUSE_RANK": "3", "PAUSE_MARK": str(mark)}
+    with exporting(pair, config, arguments, **pause) as agents:
+        assert crash.wait_for_mark(mark, agents), [agent.communicate() for agent in agents]
+        victims = ranks_of(config)
+        assert victims
+        os.kill(victims[-1], signal.SIGKILL)
+        said = [agent.communicate(timeout=90)[1] for agent in agents]
+        assert all(agent.returncode for agent in agents), said
+    there = server.ask("print(fs.exists('bucket/out/manifest.json'))")
+    assert there.stdout.strip() == "False", there
+
+    with exporting(pair, config, arguments) as agents:
+        said = [agent.communicate(timeout=150) for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum(text.count("package: ") for text, _ in said) == 1, "one rank speaks"
+    options = json.dumps(server.options())
+    verified = server.ask(
+        "from dist_export.cli import main; "
+        f"sys.exit(main(['verify', 's3://bucket/out', '--storage_options', {options!r}]))"
+    )
+    assert verified.returncode == 0, verified.stderr
+    found = server.ask("import json; print(json.loads(fs.cat_file('bucket/out/manifest.json'))['run']['world_size'])")
+    assert found.stdout.strip() == "4"
