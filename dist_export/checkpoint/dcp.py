@@ -16,6 +16,7 @@ import xxhash
 
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
+from dist_export.checkpoint.row_layout import fits_table
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
@@ -258,7 +259,7 @@ def _classify(
             continue
         weight, slot = found
         shape, whole = tensors[name].shape, tensors[weight].shape
-        fits = shape in (whole, whole[:1], (whole[0], 1))
+        fits = fits_table(shape, whole)
         slots[weight].append(DcpSlot(name=slot, tensor=tensors[name], fits=fits))
         for pattern in optimizer_slots:  # as the plan has them
             if fnmatchcase(slot, pattern) or fnmatchcase(f"{final[weight]}.{slot}", pattern):

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
+from dist_export.checkpoint.row_layout import StoredTensor, build_numbered
 from dist_export.checkpoint.tensors import (
     Sorted,
-    StoredTensor,
-    build_numbered,
     listed,
     say_no_tables,
     sort_tensors,
@@ -60,7 +59,7 @@ def make_checkpoint(
     found = sort_facts(directory, facts, patterns)
     if not found.tables:
         raise UnaskedError(say_no_tables(found, directory.url))
-    tables, parts, blocks, strips = build_numbered(found.tables)
+    tables, parts, blocks, strips = build_numbered(found.tables, where=directory.url)
     warnings = list(facts.notes)
     if found.other_state:
         warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")

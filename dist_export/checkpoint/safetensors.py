@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from dist_export.checkpoint.plain import Patterns, PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.tensors import Piece, join_pieces
+from dist_export.checkpoint.row_layout import Piece
+from dist_export.checkpoint.tensors import join_pieces
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
 from dist_export.errors import CheckpointError
 from dist_export.layout.safetensors import FOREIGN_DTYPES, decode_foreign_header, header_length

@@ -1,4 +1,4 @@
-"""Tensors that are known by name and place: which are tables, their slots and dense parameters, and tables as parts. Pure.
+"""Tensors that are known by name and place: which are tables, their slots and dense parameters. Pure.
 
 For formats that hold tensors and say nothing of tables. A table is a matrix below torchrec's embedding collections, or one
 that the setting ``tables`` names. Its rows go by number.
@@ -6,19 +6,15 @@ that the setting ``tables`` names. Its rows go by number.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
-
-import numpy as np
 
 from dist_export.checkpoint.dcp_metadata import check_cover
-from dist_export.checkpoint.reader import ABSENT, IN_STRIPS, Blocks, Parts, SlotMeta, Strips, TableMeta
+from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
 from dist_export.errors import CheckpointError, UnaskedError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, I64
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
@@ -26,36 +22,6 @@ _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
 _SHOWN = 8
 _MAX_COLUMNS = 1 << 16
 """Of a table. A row that lies column by column costs a strip for each."""
-
-
-class Piece(NamedTuple):
-    """A rectangle of a tensor, and where it lies."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: int
-    """Number of the file."""
-    offset: int
-    """Absolute position of its first element, in bytes."""
-    strides: tuple[int, ...]
-    """In bytes."""
-
-
-class StoredTensor(NamedTuple):
-    """One tensor; its pieces cover it once."""
-
-    name: str
-    dtype: str
-    """Torch's name."""
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-
-class TensorTable(NamedTuple):
-    """A table, whose rows go by number, and its optimizer slots by name."""
-
-    weight: StoredTensor
-    slots: tuple[tuple[str, StoredTensor], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +100,8 @@ def sort_tensors(
         )
     return Sorted(
         tables=tuple(
-            TensorTable(weight, _name_once(slots[weight.name])) for weight in sorted(weights, key=lambda w: w.name)
+            TensorTable(weight.name, weight, _name_once(slots[weight.name]))
+            for weight in sorted(weights, key=lambda w: w.name)
         ),
         dense=tuple(dense),
         other_state=tuple(sorted(other)),
@@ -202,111 +169,6 @@ def join_pieces(
     return tuple(tensors)
 
 
-def build_numbered(tables: Sequence[TensorTable]) -> tuple[tuple[TableMeta, ...], Parts, Blocks, Strips]:
-    """Make tables of tensors: a part for each range of rows that the pieces have in common.
-
-    Rows that do not lie one behind the other come as strips: those of columns that were cut, of transposed and of padded
-    tensors.
-    """
-    metas: list[TableMeta] = []
-    parts: list[tuple[int, int, int, int, int, int]] = []
-    placed: list[dict[int, tuple[int, int]]] = []
-    keys: list[dict[int, str]] = []
-    strips: list[tuple[int, ...]] = []
-    for number, table in enumerate(tables):
-        named = [(EMBEDDING_SLOT, table.weight), *table.slots]
-        slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
-        slots += [
-            _describe_slot(name, tensor, column, fits=_fits(tensor, table.weight))
-            for column, (name, tensor) in enumerate(named, 1)
-        ]
-        columns = {slot.column: named[slot.column - 1][1] for slot in slots[1:] if slot.stored_shape is None}
-        metas.append(TableMeta(name=table.weight.name, slots=tuple(slots), is_hashed=False, has_ids=False))
-        rows = table.weight.shape[0]
-        edges = {0, rows, *(edge for tensor in columns.values() for edge in _row_edges(tensor))}
-        for begin, end in itertools.pairwise(sorted(edges)) if rows else [(0, 0)]:
-            part = len(parts)
-            parts.append((number, begin, end, max(rows, 1), end - begin, begin))
-            placed.append({})
-            keys.append({})
-            for column, tensor in columns.items():
-                keys[part][column] = tensor.name
-                found = _place_rows(tensor, begin, end)
-                if len(found) == 1 and found[0][:2] == (0, slots[column].row_bytes) and found[0][2] == found[0][1]:
-                    placed[part][column] = found[0][3:]
-                else:
-                    placed[part][column] = (IN_STRIPS, 0)
-                    strips += [(part, column, *strip) for strip in found]
-    width = max((len(meta.slots) for meta in metas), default=2)
-    file = np.full((len(parts), width), ABSENT, np.int32)
-    offset = np.zeros((len(parts), width), np.int64)
-    key = np.full((len(parts), width), "", object)
-    for part, (at, its_keys) in enumerate(zip(placed, keys, strict=True)):
-        for column, (number, position) in at.items():
-            file[part, column], offset[part, column], key[part, column] = number, position, its_keys[column]
-        key[part, 0] = its_keys[1]
-    part_columns = np.array(parts, np.int64).reshape(-1, 6).T.copy()
-    strip_columns = np.array(sorted(strips), np.int64).reshape(-1, 7).T.copy()
-    return (
-        tuple(metas),
-        Parts(**dict(zip(("table", "begin", "end", "size", "rows", "first_row"), part_columns, strict=True))),
-        Blocks(file=file, offset=offset, key=key),
-        Strips(
-            **dict(
-                zip(
-                    ("part", "column", "first_byte", "width", "row_stride", "file", "offset"),
-                    strip_columns,
-                    strict=True,
-                )
-            )
-        ),
-    )
-
-
-def _describe_slot(name: str, tensor: StoredTensor, column: int, *, fits: bool) -> SlotMeta:
-    code = CODE_BY_TORCH[tensor.dtype]
-    inner = tensor.shape[1:] if fits else ()
-    return SlotMeta(
-        name=name,
-        dtype=code,
-        inner_shape=inner,
-        row_bytes=(inner[0] if inner else 1) * DTYPES[code].itemsize,
-        column=column,
-        is_optimizer=column > 1,
-        stored_shape=None if fits else tensor.shape,
-    )
-
-
-def _row_edges(tensor: StoredTensor) -> Iterable[int]:
-    for piece in tensor.pieces:
-        if all(piece.sizes):
-            yield piece.offsets[0]
-            yield piece.offsets[0] + piece.sizes[0]
-
-
-def _place_rows(tensor: StoredTensor, begin: int, end: int) -> list[tuple[int, int, int, int, int]]:
-    """Return where the rows of a part lie: (first byte, width, row stride, file, offset), by first byte."""
-    itemsize = DTYPES[CODE_BY_TORCH[tensor.dtype]].itemsize
-    found = []
-    for piece in tensor.pieces:
-        first, rows = piece.offsets[0], piece.sizes[0]
-        if not all(piece.sizes) or first >= end or first + rows <= begin:
-            continue
-        left, columns = (piece.offsets[1], piece.sizes[1]) if len(piece.sizes) > 1 else (0, 1)
-        row_stride = piece.strides[0]
-        column_stride = piece.strides[1] if columns > 1 else itemsize
-        at = piece.offset + (begin - first) * row_stride
-        if column_stride == itemsize:
-            width = columns * itemsize
-            found.append((left * itemsize, width, width if rows == 1 else row_stride, piece.file, at))
-        else:
-            found += [
-                ((left + column) * itemsize, itemsize, row_stride, piece.file, at + column * column_stride)
-                for column in range(columns)
-            ]
-    return sorted(found)
-
-
 def _refuse_no_table(tensor: StoredTensor, where: str) -> None:
     what = f"{where}: the table {tensor.name!r} has shape {list(tensor.shape)}"
     if len(tensor.shape) != 2 or not tensor.shape[1]:
@@ -348,9 +210,3 @@ def _slot_of(weight: StoredTensor, tail: str) -> str | None:
     steps = slot.split(".")
     slot = ".".join(steps[1:] if len(steps) > 1 and steps[:1] == table else steps)
     return slot if mark and slot else None
-
-
-def _fits(tensor: StoredTensor, weight: StoredTensor) -> bool:
-    """Whether optimizer state has a value for each row of its table."""
-    rows = weight.shape[0]
-    return tensor.shape in (weight.shape, (rows,), (rows, 1))

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
-from dist_export.checkpoint.tensors import Piece
 from dist_export.errors import CheckpointError
 from dist_export.layout.strict_json import is_text
 from dist_export.readers import RangeReader
