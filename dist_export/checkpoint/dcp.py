@@ -17,19 +17,17 @@ import xxhash
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.row_layout import fits_table
+from dist_export.checkpoint.tensors import is_in_collection, listed
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.readers import OpenReaders, RangeReader
 from dist_export.storage import Directory
 
-_COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
-"""What torchrec's embedding collections call the module that holds their tables."""
 _MODEL, _OPTIMIZER = "model", "optimizer"
 """TorchEasyRec's two directories."""
 METADATA_FILES = (METADATA, f"{_MODEL}/{METADATA}", f"{_OPTIMIZER}/{METADATA}")
 """All that a DCP checkpoint may have."""
-_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +240,7 @@ def _classify(
                 )
             weights.append(name)
         else:
-            (weights if _is_collection(name, tensor) else dense).append(name)
+            (weights if is_in_collection(name, tensor.shape) else dense).append(name)
     for name in weights:
         if tensors[name].dtype not in CODE_BY_TORCH:
             raise CheckpointError(
@@ -269,7 +267,7 @@ def _classify(
         matrices = [names[name] for name in dense if len(tensors[name].shape) == 2]
         raise UnaskedError(
             f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
-            f"{_listed(matrices)}"
+            f"{listed(matrices)}"
         )
     found_tables = tuple(
         DcpTable(
@@ -307,12 +305,6 @@ def _state_tail(name: str, roots: set[tuple[str, ...]], known: set[str]) -> str 
         ):
             return ".".join(behind)
     return None
-
-
-def _is_collection(name: str, tensor: TensorMeta) -> bool:
-    steps = name.split(".")
-    is_weight = len(steps) >= 3 and steps[-1] == "weight" and steps[-3] in _COLLECTIONS
-    return is_weight and len(tensor.shape) == 2
 
 
 class _Owners:
@@ -358,8 +350,3 @@ def _name_once(slots: list[DcpSlot]) -> tuple[DcpSlot, ...]:
 
 def _spans(chunk: Chunk, tensor: TensorMeta, dim: int) -> bool:
     return chunk.sizes[dim] == tensor.shape[dim]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + more

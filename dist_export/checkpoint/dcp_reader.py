@@ -20,12 +20,12 @@ from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.dynamicemb import find_dumps
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
+from dist_export.checkpoint.tensors import listed
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
 
-_SHOWN = 8
 """Of a checkpoint, at 56 bytes each: the columns of transposed pieces, or somebody's joke."""
 
 
@@ -164,9 +164,8 @@ def _note_dump(directory: Directory) -> Iterable[str]:
 
 def _no_tables(found: DcpCheckpoint) -> str:
     matrices = [f"{name} {list(tensor.shape)}" for name, tensor in found.dense if len(tensor.shape) == 2]
-    more = f" and {len(matrices) - _SHOWN} more" if len(matrices) > _SHOWN else ""
     return (
         f"{found.directory.url}: no tensor of this DCP checkpoint is a table, for no matrix lies below embedding_bags or "
         "embeddings; name those that are with tables: [patterns], or set need_export_sparse: false. "
-        f"Its matrices: {', '.join(matrices[:_SHOWN]) or 'none'}{more}"
+        f"Its matrices: {listed(matrices)}"
     )

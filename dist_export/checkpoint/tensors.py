@@ -76,7 +76,7 @@ def sort_tensors(
         tail = _state_tail(tensor.name, names)
         if is_state or tail is not None:
             state.append((tail or tensor.name, tensor))
-        elif is_asked or _is_collection(tensor):
+        elif is_asked or is_in_collection(tensor.name, tensor.shape):
             weights.append(tensor)
         else:
             dense.append(tensor)
@@ -188,9 +188,10 @@ def _refuse_no_table(tensor: StoredTensor, where: str) -> None:
             reach = max(reach, stride * (size - 1) + reach) if size > 1 else reach
 
 
-def _is_collection(tensor: StoredTensor) -> bool:
-    steps = tensor.name.split(".")
-    return len(tensor.shape) == 2 and len(steps) >= 3 and steps[-1] == "weight" and steps[-3] in _COLLECTIONS
+def is_in_collection(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a table of one of torchrec's embedding collections, by its name."""
+    steps = name.split(".")
+    return len(shape) == 2 and len(steps) >= 3 and steps[-1] == "weight" and steps[-3] in _COLLECTIONS
 
 
 def _state_tail(name: str, names: set[str]) -> str | None:
