@@ -4,7 +4,8 @@ The environment says where: ``PAUSE_AT`` is the name of a place, or ``number:<n>
 ``PAUSE_RANK`` is the rank, ``PAUSE_MARK`` a file that is made on arrival and holds the process id. The other ranks go on.
 With ``PAUSE_SECS`` it waits so long and goes on. Places are the steps of the export by name, ``unit`` (each unit of work),
 ``write <file>`` and ``written <file>`` around small files, ``publish <shard>`` and ``published <shard>``, ``exchange``,
-``clean up`` and ``end``. The ranks other than ``PAUSE_RANK`` take ``SLOW_SECS`` for each unit, so that it gets its share.
+``clean up`` and ``end``. The ranks other than ``PAUSE_RANK`` take ``SLOW_SECS`` for each unit, so that it gets its share; where
+it is to stop at a ``unit``, they begin none before it has arrived, or they might have done all of its units for it.
 ``STEP_LOG`` is a file that gets all of them, with their numbers.
 """
 
@@ -76,6 +77,8 @@ def patch() -> None:
     def run(self, unit):
         arrive("unit")
         if os.environ.get("RANK", "0") != RANK:
+            while AT == "unit" and not os.path.exists(MARK):
+                time.sleep(0.01)
             time.sleep(float(os.environ.get("SLOW_SECS", "0")))
         return real_run(self, unit)
 
