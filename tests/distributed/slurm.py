@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ SchedulerParameters=sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait={kill_wait}
+FirstJobId={first_job}
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -90,7 +92,7 @@ def running(folder: Path, *, kill_wait: int = 30) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    conf = CONF.format(folder=folder, host=host, ports=_free_ports(3), kill_wait=kill_wait)
+    conf = CONF.format(folder=folder, host=host, ports=_free_ports(3), kill_wait=kill_wait, first_job=_first_job())
     (folder / "slurm.conf").write_text(conf)
     cluster = Cluster(folder)
     daemons: list[subprocess.Popen[bytes]] = []
@@ -129,6 +131,12 @@ def running(folder: Path, *, kill_wait: int = 30) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _first_job() -> int:
+    """Return where this cluster counts jobs from: launch/slurm.sbatch makes ports of the numbers, and workers share the host."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return 1 + worker % 9 * 1000 + random.randrange(900)
 
 
 def _idle_nodes(cluster: Cluster) -> int:
