@@ -43,37 +43,27 @@ class Staging:
     """Where output files are built before they get their final names. Every process builds its own for one target.
 
     On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
-    stores it grows in a local temporary directory, which the ranks share, and is put up whole.
+    stores it grows in a local temporary directory, which ranks share that see the same disk, and is put up whole.
     """
 
     def __init__(self, target: Directory) -> None:
         self._target = target
-        self._is_guest = False
+        self._made = ""
 
     @functools.cached_property
     def _temporary(self) -> str | None:
         """The local directory for another store's files; made when first asked for, in a step that may fail."""
-        return None if self._target.is_local else tempfile.mkdtemp(prefix=_PREFIX)
+        return None if self._target.is_local else self.make()
 
-    def share(self) -> str:
-        """Return the local directory for another store's files, empty where there is none. Rank 0."""
-        return self._temporary or ""
+    def make(self) -> str:
+        """Make a local directory for another store's files, which :meth:`close` removes, and return it."""
+        if not self._made:
+            self._made = tempfile.mkdtemp(prefix=_PREFIX)
+        return self._made
 
     def join(self, folder: str) -> None:
-        """Build files in the directory that rank 0 shares. Every other rank.
-
-        Raises:
-            TransferError: it is on another machine.
-        """
-        if not folder:
-            return
-        if not os.path.isdir(folder):
-            raise TransferError(
-                f"{folder} is not here: rows of this export part ways, so shards are put together on a disk before they go "
-                f"to {self._target.url}, and all ranks must see that disk. Set TMPDIR to a directory that all machines share"
-            )
+        """Build files in a directory that this or another rank has made."""
         self.__dict__["_temporary"] = folder  # the cached property's place
-        self._is_guest = True
 
     def path(self, name: str) -> str:
         """Return the local path under which ``name`` is being built."""
@@ -160,7 +150,6 @@ class Staging:
             ACTIVITY.end()
 
     def close(self) -> None:
-        """Remove the local staging directory, if there is one."""
-        temporary = self.__dict__.get("_temporary")
-        if temporary is not None and not self._is_guest:
-            shutil.rmtree(temporary, ignore_errors=True)
+        """Remove the local directory that this process has made, if there is one."""
+        if self._made:
+            shutil.rmtree(self._made, ignore_errors=True)

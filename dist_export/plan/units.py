@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint, Memory
 from dist_export.digests import CHUNK_BYTES
+from dist_export.plan.homes import files_of, owners_of
 from dist_export.plan.parts import FileParts
-from dist_export.plan.sparse_plan import Gather, SparsePlan
+from dist_export.plan.sparse_plan import SparsePlan
 
 UNIT_BYTES = 256 << 20
 """The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
@@ -42,6 +42,8 @@ class Unit(NamedTuple):
     """Bytes moved, or read back: the work that the unit is."""
     owner: int = -1
     """The rank that holds the rows of a gather in its memory, and so runs it; -1 for what any rank may run."""
+    disk: int = -1
+    """The disk on which the output is built, so that only ranks that see it may run this; -1 where all ranks see it."""
 
 
 def plan_units(
@@ -50,12 +52,15 @@ def plan_units(
     skip: frozenset[int] = frozenset(),
     counted: Collection[int] = (),
     by_parts: Mapping[int, FileParts] | None = None,
+    homes: Mapping[int, int] | None = None,
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
 
     Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
-    Files in ``by_parts``, which the store copies parts of, have a unit for each part.
+    Files in ``by_parts``, which the store copies parts of, have a unit for each part. ``homes`` is on which disk a file is built,
+    where the ranks share none (:func:`~dist_export.plan.homes.find_homes`).
     """
+    homes = homes or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
@@ -67,23 +72,35 @@ def plan_units(
         for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
             num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
             if num_bytes or not is_gathered:
-                writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes))
+                writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=homes.get(number, -1)))
             if is_gathered:
-                hashing.append(Unit("hash", number, begin, end, True, end - begin))
-    sent, built = _plan_part_units(by_parts, copied)
+                hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=homes.get(number, -1)))
+    sent, built = _plan_part_units(by_parts, copied, homes)
     writing += sent
     hashing += built
-    if plan.checkpoint.memory is None:
-        return writing + _group_gathers(plan, skip, counted, -1, range(len(plan.gathers))), hashing
-    by_owner: dict[int, list[int]] = {}
-    for number, gather in enumerate(plan.gathers):
-        for owner in _owners_of(plan.checkpoint, plan.checkpoint.memory, gather):
-            by_owner.setdefault(owner, []).append(number)
-    owned = [unit for owner in sorted(by_owner) for unit in _group_gathers(plan, skip, counted, owner, by_owner[owner])]
-    return writing + owned, hashing
+    gathers = _Gathers(plan, skip, counted, homes)
+    if plan.checkpoint.memory is not None:
+        by_owner: dict[int, list[int]] = {}
+        for number, gather in enumerate(plan.gathers):
+            for owner in owners_of(plan, gather):
+                by_owner.setdefault(owner, []).append(number)
+        for owner in sorted(by_owner):
+            writing += gathers.group(by_owner[owner], owner=owner)
+    elif homes:
+        by_disk: dict[int, list[int]] = {}
+        for number, gather in enumerate(plan.gathers):
+            for disk in {homes[file] for file in files_of(plan, gather).tolist() if file in homes} or {-1}:
+                by_disk.setdefault(disk, []).append(number)
+        for disk in sorted(by_disk):
+            writing += gathers.group(by_disk[disk], disk=disk)
+    else:
+        writing += gathers.group(range(len(plan.gathers)))
+    return writing, hashing
 
 
-def _plan_part_units(files: Mapping[int, FileParts], copied: _CopiedBytes) -> tuple[list[Unit], list[Unit]]:
+def _plan_part_units(
+    files: Mapping[int, FileParts], copied: _CopiedBytes, homes: Mapping[int, int]
+) -> tuple[list[Unit], list[Unit]]:
     writing: list[Unit] = []
     sending: list[Unit] = []
     for number in sorted(files):
@@ -93,44 +110,46 @@ def _plan_part_units(files: Mapping[int, FileParts], copied: _CopiedBytes) -> tu
             elif not files[number].is_built:
                 writing.append(Unit("copy", number, begin, end, True, end - begin))
             else:  # what is copied into it now; it goes up when the gathered rows are there too
-                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end)))
-                sending.append(Unit("send", number, begin, end, True, end - begin))
+                disk = homes.get(number, -1)
+                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end), disk=disk))
+                sending.append(Unit("send", number, begin, end, True, end - begin, disk=disk))
     return writing, sending
 
 
-def _owners_of(checkpoint: Checkpoint, memory: Memory, gather: Gather) -> set[int]:
-    """Return the ranks that hold the rows of a gather; of column shards there are several, and each moves its columns."""
-    files = []
-    for column in gather.columns:
-        file = int(checkpoint.blocks.file[gather.part, column])
-        files += [file] if file >= 0 else []
-        if file == IN_STRIPS:
-            files += checkpoint.strips.file[checkpoint.strips.of(gather.part, column)].tolist()
-    return {int(memory.owner[file]) for file in files}
+class _Gathers:
+    """Puts neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
 
+    def __init__(
+        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], homes: Mapping[int, int]
+    ) -> None:
+        self._plan = plan
+        self._skip = np.array(sorted(skip), np.int64)
+        self._counted = counted
+        self._home = np.full(len(plan.files), -1, np.int64)
+        self._home[list(homes)] = list(homes.values())
 
-def _group_gathers(
-    plan: SparsePlan, skip: frozenset[int], counted: Collection[int], owner: int, numbers: Sequence[int]
-) -> list[Unit]:
-    """Put neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
-    units: list[Unit] = []
-    last_table = -1
-    for number in numbers:
-        gather = plan.gathers[number]
-        table = int(plan.checkpoint.parts.table[gather.part])
-        targets = plan.blocks_of(table, gather.columns[0])[gather.targets]
-        is_counted = number in counted or not plan.has_casts(gather)
-        if is_counted and skip.issuperset(plan.blocks.file[targets].tolist()):
-            last_table = -1
-            continue
-        num_bytes = gather.num_kept * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
-        is_next = table == last_table and units[-1].end == number
-        if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
-            units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
-        else:
-            units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner))
-        last_table = table
-    return units
+    def group(self, numbers: Sequence[int], *, owner: int = -1, disk: int = -1) -> list[Unit]:
+        """Return units of those of the gathers ``numbers`` that have something to do; what goes to other disks counts nothing."""
+        plan = self._plan
+        units: list[Unit] = []
+        last_table = -1
+        for number in numbers:
+            gather = plan.gathers[number]
+            table = int(plan.checkpoint.parts.table[gather.part])
+            files = files_of(plan, gather)
+            is_counted = number in self._counted or not plan.has_casts(gather)
+            if is_counted and np.isin(files, self._skip).all():
+                last_table = -1
+                continue
+            num_rows = gather.num_kept if disk < 0 else int(gather.counts[self._home[files] == disk].sum())
+            num_bytes = num_rows * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
+            is_next = table == last_table and units[-1].end == number
+            if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+                units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
+            else:
+                units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner, disk))
+            last_table = table
+        return units
 
 
 def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from dist_export.attempt import Receipt, is_partial, read_receipt, write_receipt
+from dist_export.attempt import Receipt, write_receipt
 from dist_export.collective import Ranks
-from dist_export.digests import NONE, SHA256_PARTS, algorithm_of, digest_of_parts, root_digest
+from dist_export.digests import NONE, root_digest
 from dist_export.errors import TransferError
-from dist_export.manifest import PartDigest
 from dist_export.plan.casts import casts_by_table
+from dist_export.plan.homes import find_homes
 from dist_export.plan.limits import Limits
 from dist_export.plan.parts import plan_parts
 from dist_export.plan.sparse_plan import SparsePlan
@@ -30,8 +30,10 @@ from dist_export.staging import Staging
 from dist_export.storage import Directory
 from dist_export.threads import run_threads
 from dist_export.transfer.convert import Counts, read_counts, write_counts
+from dist_export.transfer.disks import share_disks
 from dist_export.transfer.files import StagedFiles
 from dist_export.transfer.queues import open_queues, take_units
+from dist_export.transfer.receipts import Receipts
 from dist_export.transfer.units import UnitRunner
 from dist_export.transfer.uploads import Begun, PartWriter, Uploads
 
@@ -98,6 +100,7 @@ class Transfer:
         self._count_bytes = count_bytes
         self._staging = Staging(target)
         self._uploads = _plan_uploads(plan, target, limits, may_copy=may_copy, digest=digest) if not in_place else None
+        self._receipts = Receipts(plan, target, self._uploads, digest=digest)
         self._digests: ChunkDigests = {}
         self._reused: dict[int, Receipt] = {}
         self._writing: list[Unit] = []
@@ -105,6 +108,12 @@ class Transfer:
         self._pieces: dict[int, list[int]] = {}
         """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
         self._reserved: list[str] = []
+        self._disk_of_rank: Sequence[int] = ()
+        """Which ranks see a common disk, where files are built on several of them."""
+        self._homes: dict[int, int] = {}
+        """On which of them each such file is built."""
+        self._elsewhere: frozenset[int] = frozenset()
+        """Those of them that are not built on this rank's disk."""
         self._share = Share(ranks.rank)
         self._counts: Counts = {}
         """What rows lost that this rank has cast; on rank 0 also what an interrupted run had counted."""
@@ -133,7 +142,7 @@ class Transfer:
                 return {}, {}
             if casts_by_table(plan.checkpoint, plan.selection):
                 self._counts = read_counts(self._target, plan)
-            return self._read_receipts()
+            return self._receipts.find()
 
         candidates, vouched = ranks.gather("look for an interrupted export", look)[0]
         if self._in_place:
@@ -156,30 +165,46 @@ class Transfer:
         self._reused |= vouched
         counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
-        self._writing, self._hashing = plan_units(plan, skip=frozenset(self._reused), counted=counted, by_parts=remote)
+        new = [n for n in range(len(plan.files)) if n not in self._reused]
+        built = [n for n in new if self._uploads is None or self._uploads.is_built(n)]
+        if built and not self._target.is_local and ranks.world_size > 1:
+            self._share_disks(built)
+        self._writing, self._hashing = plan_units(
+            plan, skip=frozenset(self._reused), counted=counted, by_parts=remote, homes=self._homes
+        )
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
                 self._pieces.setdefault(unit.number, []).append(unit.begin)
         for begins in self._pieces.values():
             begins.sort()
-        new = [n for n in range(len(plan.files)) if n not in self._reused]
         if self._uploads is not None:
             self._uploads.join(ranks.on_rank_0("begin the uploads", functools.partial(self._begin_uploads, new)))
-            new = [number for number in new if self._uploads.is_built(number)]
-        if not self._target.is_local and ranks.world_size > 1:
-            shared = ranks.on_rank_0("make a temporary directory", lambda: self._staging.share() if new else "")
-            ranks.run("see the temporary directory", lambda: self._staging.join(shared if ranks.rank else ""))
 
         def reserve() -> None:
-            if not new:
+            if self._disk_of_rank:
+                open_queues(ranks, "write/disk", threads)
+            here = [number for number in built if number not in self._elsewhere]
+            if not here:
                 return
-            self._staging.check_room(sum(plan.files[number].num_bytes for number in new if number not in remote))
-            for number in new[ranks.rank :: ranks.world_size]:
+            self._staging.check_room(sum(plan.files[number].num_bytes for number in here if number not in remote))
+            disks = self._disk_of_rank or [0] * ranks.world_size
+            neighbours = [rank for rank, disk in enumerate(disks) if disk == disks[ranks.rank]]
+            for number in here[neighbours.index(ranks.rank) :: len(neighbours)]:
                 self._reserved.append(plan.files[number].name)
                 has_holes = number in remote  # what the store copies is never written here
                 self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
 
         ranks.gather("reserve space for the shards", reserve)
+
+    def _share_disks(self, built: list[int]) -> None:
+        """Find out on which disks files are built. All ranks."""
+        ranks, disk_of_rank = self._ranks, share_disks(self._ranks, self._staging)
+        if len(set(disk_of_rank)) == 1:
+            return
+        self._disk_of_rank = disk_of_rank
+        self._homes = ranks.run("deal shards out to disks", lambda: find_homes(self._plan, built, disk_of_rank))
+        mine = disk_of_rank[ranks.rank]
+        self._elsewhere = frozenset(number for number, disk in self._homes.items() if disk != mine)
 
     def write(self) -> None:
         """Copy and gather: own units first, then those of whoever is behind. Any thread; no collective."""
@@ -195,6 +220,8 @@ class Transfer:
 
         def finish_writing() -> ChunkDigests:
             open_queues(ranks, "hash", self._limits.threads)
+            if self._disk_of_rank:
+                open_queues(ranks, "hash/disk", self._limits.threads)
             wait_for_write()
             ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
             return self._digests
@@ -210,7 +237,7 @@ class Transfer:
             self.casts |= counts
         if self._uploads is not None:
             ranks.on_rank_0("look for uploads that are left", self._uploads.sweep)
-        written = {n: self._receipt(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
+        written = {n: self._receipts.make(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
         receipts = [written[number] for number in range(len(plan.files))]
         return receipts, ranks.gather("count the work", lambda: self._share)
 
@@ -238,9 +265,15 @@ class Transfer:
             outputs = staged if self._uploads is None else PartWriter(staged, self._uploads)
             written = OpenReaders(open_written, max_open=max_open)
             runner = UnitRunner(
-                self._plan, outputs, written, limits=self._limits, digest=self._digest, skip=self._reused
+                self._plan,
+                outputs,
+                written,
+                limits=self._limits,
+                digest=self._digest,
+                skip=self._elsewhere.union(self._reused),
             )
-            taken = take_units(self._ranks, phase, units, worker=worker, threads=threads)
+            disks = self._disk_of_rank if any(unit.disk >= 0 for unit in units) else ()
+            taken = take_units(self._ranks, phase, units, worker=worker, threads=threads, disk_of_rank=disks)
             is_whole = False
             try:
                 done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
@@ -321,7 +354,7 @@ class Transfer:
         if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
             pieces = [msgspec.msgpack.decode(ranks.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins]
             sent = sorted(part for piece in pieces for part in piece.parts)
-            receipt = self._receipt(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
+            receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
             # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
             # left under that name goes first: without a digest the receipt would vouch for it.
             self._target.remove(receipt.name)
@@ -340,28 +373,6 @@ class Transfer:
         assert self._uploads is not None
         return self._uploads.begin([number for number in numbers if number in self._uploads])
 
-    def _receipt(self, number: int, chunks: list[bytes], sent: Sequence[UploadedPart] = ()) -> Receipt:
-        """Return what vouches for a file: ``chunks`` are the digests of its chunks, or of its parts where the store copies."""
-        file = self._plan.files[number]
-        digest = ""
-        parts: tuple[PartDigest, ...] = ()
-        if self._digest != NONE and self._has_remote(number):
-            assert self._uploads is not None
-            sizes = [part.end - part.begin for part in self._uploads.parts[number].parts]
-            digest = digest_of_parts(chunks)
-            parts = tuple(PartDigest(num_bytes=n, sha256=c.hex()) for n, c in zip(sizes, chunks, strict=True))
-        elif self._digest != NONE:
-            digest = root_digest(chunks, self._digest)
-        stored = "" if self._uploads is None else self._uploads.checksum(sent)
-        return Receipt(
-            plan=self._plan.digest,
-            name=file.name,
-            num_bytes=file.num_bytes,
-            digest=digest,
-            parts=parts,
-            stored=stored,
-        )
-
     def _refuse_changed_source(self) -> None:
         """Compare this rank's share of the source files with what they were when their headers were read."""
         checkpoint = self._plan.checkpoint
@@ -376,35 +387,6 @@ class Transfer:
                     f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
                     "mix two checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
                 )
-
-    def _read_receipts(self) -> tuple[dict[int, Receipt], dict[int, Receipt]]:
-        """Return the receipts of this very plan whose shards are there; remove half-written files.
-
-        The second are those whose shard an S3 store vouches for, by the checksum that it keeps; the others are to be read.
-        """
-        found, vouched = {}, {}
-        self._target.make()
-        for name in self._target.names():
-            if is_partial(name):
-                self._target.remove(name)
-        for number, file in enumerate(self._plan.files):
-            receipt = read_receipt(self._target, file.name)
-            if receipt is None or not self._target.exists(file.name):
-                continue
-            size = self._target.stat(file.name).size
-            expected = SHA256_PARTS if self._has_remote(number) and self._digest != NONE else self._digest
-            is_hashed_alike = algorithm_of(receipt.digest) == expected
-            if not (
-                receipt.plan == self._plan.digest and receipt.num_bytes == size == file.num_bytes and is_hashed_alike
-            ):
-                continue
-            s3 = self._target.s3
-            if s3 is not None and receipt.stored:
-                if s3.checksum(self._target.join(file.name)) == receipt.stored:
-                    vouched[number] = receipt
-            elif expected != SHA256_PARTS:
-                found[number] = receipt
-        return found, vouched
 
     def _open_staged(self, number: int) -> RangeReader:
         return self._staging.open_reader(self._plan.files[number].name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +15,16 @@ IN_SIGHT, LOOKS = 256, 2
 
 
 def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
-    """Make the queues of this rank's threads known. All ranks, in a step before the phase begins."""
+    """Make the queues of this rank's threads known. All ranks, in a step before the phase begins.
+
+    Units that are bound to a disk have queues of their own, those of ``<phase>/disk``.
+    """
     for worker in range(ranks.rank * threads, (ranks.rank + 1) * threads):
         ranks.open_queue(f"{phase}/{worker}")
 
 
 def take_units(
-    ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int
+    ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int, disk_of_rank: Sequence[int] = ()
 ) -> Iterator[tuple[Unit, bool]]:
     """Yield units that nobody else gets, each with whether it was another rank's; stop early once a rank has failed.
 
@@ -34,6 +37,7 @@ def take_units(
         units: the same list on every rank.
         worker: the number of this thread among those of all ranks.
         threads: of each rank.
+        disk_of_rank: the disk that each rank sees, where units are bound to one: those are taken first.
     """
     own = [unit for unit in units if unit.owner == ranks.rank]  # in this rank's memory, so nobody else can run them
     while own and not ranks.has_failure():
@@ -42,17 +46,32 @@ def take_units(
             break
         yield own[place], False
     units = [unit for unit in units if unit.owner < 0]
-    dealt = _deal(units, ranks.world_size * threads)
+    everybody = range(ranks.world_size * threads)
+    if disk_of_rank:
+        disk = disk_of_rank[ranks.rank]
+        neighbours = [number for number in everybody if disk_of_rank[number // threads] == disk]
+        bound = [unit for unit in units if unit.disk == disk]
+        yield from _take(ranks, f"{phase}/disk", bound, neighbours, worker=worker, threads=threads)
+    common = [unit for unit in units if unit.disk < 0]
+    yield from _take(ranks, phase, common, everybody, worker=worker, threads=threads)
+
+
+def _take(
+    ranks: Ranks, phase: str, units: list[Unit], workers: Sequence[int], *, worker: int, threads: int
+) -> Iterator[tuple[Unit, bool]]:
+    """Yield units that these ``workers`` share, of whom ``worker`` is one."""
+    mine = workers.index(worker)
+    dealt = _deal(units, len(workers))
     queues, firsts, lengths = dealt.queues, dealt.firsts, dealt.lengths
     while not ranks.has_failure():
-        place = ranks.claim(f"{phase}/{worker}", len(queues[worker]))
+        place = ranks.claim(f"{phase}/{worker}", len(queues[mine]))
         if place is None:
             break
-        yield units[queues[worker][place]], False
-    looks = _places_to_look_at(worker, len(queues))
+        yield units[queues[mine][place]], False
+    looks = _places_to_look_at(mine, len(queues))
     seen = next(looks)
     while not ranks.has_failure():
-        taken = np.array(ranks.taken([f"{phase}/{number}" for number in seen.tolist()]), np.int64)
+        taken = np.array(ranks.taken([f"{phase}/{workers[number]}" for number in seen.tolist()]), np.int64)
         front = firsts[seen] + np.minimum(taken[:, 0], lengths[seen])
         back = np.maximum(firsts[seen] + lengths[seen] - taken[:, 1], front)
         left = dealt.bytes_until[back] - dealt.bytes_until[front]
@@ -62,9 +81,9 @@ def take_units(
                 return
             continue
         victim = int(seen[left.argmax()])
-        place = ranks.claim(f"{phase}/{victim}", len(queues[victim]), from_end=True)
+        place = ranks.claim(f"{phase}/{workers[victim]}", len(queues[victim]), from_end=True)
         if place is not None:
-            yield units[queues[victim][place]], victim // threads != ranks.rank
+            yield units[queues[victim][place]], workers[victim] // threads != ranks.rank
 
 
 class _Dealt(NamedTuple):

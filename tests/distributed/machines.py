@@ -1,6 +1,7 @@
 """Two machines on one: network namespaces joined by a veth pair, with process ids and host names of their own.
 
-A rank of one sees no process of the other, only its network; directories are shared, as by a network file system.
+A rank of one sees no process of the other, only its network; directories are shared, as by a network file system, but for the one
+that ``OWN_DISK`` in the environment of a command names: there each command finds an empty disk of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Machine:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """Start a command there."""
-        inside = f'echo machine{self.number} >/proc/sys/kernel/hostname && exec "$@"'
+        own_disk = '{ [ -z "$OWN_DISK" ] || mount -t tmpfs none "$OWN_DISK"; }'
+        inside = f'echo machine{self.number} >/proc/sys/kernel/hostname && {own_disk} && exec "$@"'
         return subprocess.Popen(
             [
                 *("ip", "netns", "exec", self.namespace),

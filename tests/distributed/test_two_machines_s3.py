@@ -1,4 +1,7 @@
-"""Two machines with two ranks each, from a checkpoint on S3 to a package on S3; the server runs on the first of them."""
+"""Two machines with two ranks each, from a checkpoint on S3 to a package on S3; the server runs on the first of them.
+
+They share no disk, so each builds the shards of its own that gathered rows fall into.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ import yaml
 from needed import lack
 from recis_writer import make_tables, write_checkpoint
 from test_two_machines import exporting, ranks_of
+
+import dist_export
 
 pytestmark = [pytest.mark.distributed, pytest.mark.s3]
 
@@ -84,9 +89,11 @@ def test_two_machines_export_from_s3_to_s3_and_a_rerun_resumes(
     config.write_text(yaml.safe_dump({**settings, "filter_sparse_opt": True, "num_shards": 3, "threads": 1}))
     arguments = ["--config", str(config)]
 
-    mark = tmp_path / "mark"
+    own, mark = tmp_path / "own", tmp_path / "mark"
+    own.mkdir()
+    disk = {"OWN_DISK": str(own), "TMPDIR": str(own)}
     pause = {"ENTRY": crash.SCRIPT, "PAUSE_AT": "unit", "PAUSE_RANK": "3", "PAUSE_MARK": str(mark)}
-    with exporting(pair, config, arguments, **pause) as agents:
+    with exporting(pair, config, arguments, **disk, **pause) as agents:
         assert crash.wait_for_mark(mark, agents), [agent.communicate() for agent in agents]
         victims = ranks_of(config)
         assert victims
@@ -96,7 +103,7 @@ def test_two_machines_export_from_s3_to_s3_and_a_rerun_resumes(
     there = server.ask("print(fs.exists('bucket/out/manifest.json'))")
     assert there.stdout.strip() == "False", there
 
-    with exporting(pair, config, arguments) as agents:
+    with exporting(pair, config, arguments, **disk) as agents:
         said = [agent.communicate(timeout=150) for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum(text.count("package: ") for text, _ in said) == 1, "one rank speaks"
@@ -108,3 +115,10 @@ def test_two_machines_export_from_s3_to_s3_and_a_rerun_resumes(
     assert verified.returncode == 0, verified.stderr
     found = server.ask("import json; print(json.loads(fs.cat_file('bucket/out/manifest.json'))['run']['world_size'])")
     assert found.stdout.strip() == "4"
+
+    near = {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "alone")}
+    dist_export.export({**near, "filter_sparse_opt": True, "num_shards": 3})
+    folder = tmp_path / "far"
+    assert server.ask(f"fs.get('bucket/out', {str(folder)!r}, recursive=True)").returncode == 0
+    for shard in sorted((tmp_path / "alone").glob("*.safetensors")):
+        assert (folder / shard.name).read_bytes() == shard.read_bytes(), "the same bytes as of one rank and one disk"
