@@ -117,8 +117,13 @@ def _list_receipted(target: Directory) -> list[str]:
 
 
 def list_strangers(target: Directory, named: set[str]) -> list[str]:
-    """Return the files directly in ``target`` that are neither the package's nor an attempt's: they are left alone."""
-    return [name for name in target.names() if name not in named and name != MANIFEST and not is_partial(name)]
+    """Return what lies in ``target`` and is neither the package's nor an attempt's: it is left alone.
+
+    Files, and directories with a slash at the end: an export into the parent of other exports is most likely a slip.
+    """
+    known = {path.partition("/")[0] for path in named} | {MANIFEST, WORK_DIRECTORY}
+    files = [name for name in target.names() if name not in known and not is_partial(name)]
+    return files + [f"{name}/" for name in target.folders() if name not in known]
 
 
 def begin_commit(target: Directory) -> None:

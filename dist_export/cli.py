@@ -19,6 +19,11 @@ _COMMANDS = ("plan", "inspect", "verify", "export")
 
 def main(argv: Sequence[str]) -> int:
     """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source."""
+    if list(argv) == ["--version"]:
+        from dist_export.__version__ import VERSION
+
+        print(f"dist_export {VERSION}")
+        return 0
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
     _configure_logging()
     run = {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command]

@@ -215,9 +215,7 @@ class ExportConfig:
             raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
         package = missing_package(self.digest_algorithm)
         if package is not None:
-            raise ConfigError(
-                f"digest is {self.digest}, which needs the package {package}: pip install 'dist_export[{package}]'"
-            )
+            raise ConfigError(f"digest is {self.digest}, which needs the package {package}: pip install {package}")
 
     def _check_sparse(self) -> None:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]

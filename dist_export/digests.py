@@ -59,7 +59,7 @@ def start_hash(algorithm: str) -> Callable[[], Hasher]:
         try:
             import blake3
         except ImportError:
-            raise PackageError("digests by blake3 need its package: pip install 'dist_export[blake3]'") from None
+            raise PackageError("digests by blake3 need its package: pip install blake3") from None
         return cast("Callable[[], Hasher]", blake3.blake3)
     raise PackageError(f"{algorithm!r} is no digest algorithm known here; {', '.join(ALGORITHMS[:-1])} are")
 

@@ -119,7 +119,7 @@ def _read_parquet(directory: Directory, name: str, room: _Room) -> np.ndarray:
         import pyarrow.parquet as pq
     except ImportError:
         raise ConfigError(
-            f"{room.where} is a parquet file, which needs the package pyarrow: pip install 'dist_export[parquet]'"
+            f"{room.where} is a parquet file, which needs the package pyarrow: pip install pyarrow"
         ) from None
     with directory.fs.open(directory.join(name), "rb") as stream:
         try:

@@ -117,7 +117,8 @@ class MlflowRegistry:
         try:
             from mlflow import MlflowClient
         except ImportError as error:
-            raise ConfigError(f"models:/ URIs need MLflow: pip install 'dist_export[mlflow]' ({error})") from None
+            packages = "mlflow-skinny sqlalchemy alembic"  # the extra [mlflow]
+            raise ConfigError(f"models:/ URIs need MLflow: pip install {packages} ({error})") from None
         return MlflowClient(registry_uri=self._registry_uri)
 
     def _latest(self, client: MlflowClient, name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.amounts import amount, count
 from dist_export.checkpoint.formats import describe_format
 from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
@@ -22,7 +23,6 @@ from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.units import assign, plan_units
-from dist_export.progress import amount, count
 from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
 
 

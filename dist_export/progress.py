@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dist_export.activity import in_stage
+from dist_export.amounts import amount, count
 from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
 from dist_export.errors import printable
@@ -114,23 +115,6 @@ class Reporter:
             done = self._ranks.add(COUNTER, 0)
             speed = amount(round(done / (time.perf_counter() - started)))
             logger.info("shards: %s of %s, %s/s", amount(done), amount(total_bytes), speed)
-
-
-def amount(num_bytes: int) -> str:
-    """Return a number of bytes for people."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    size = float(num_bytes)
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:.1f} TB"
-
-
-def count(number: int, what: str) -> str:
-    """Return ``1 shard``, ``2 shards``."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:

@@ -44,8 +44,8 @@ WORK_DIRECTORY = ".dist_export"
 
 
 _PACKAGES = {
-    "s3": "dist_export[s3]",
-    "s3a": "dist_export[s3]",
+    "s3": "s3fs (the extra [s3] of dist_export)",
+    "s3a": "s3fs (the extra [s3] of dist_export)",
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "az": "adlfs",
@@ -96,7 +96,7 @@ class Directory:
             self.fs, path = fsspec.core.url_to_fs(given, **s3.adapt_options(protocol, storage_options or {}))
         except ImportError as error:
             package = _PACKAGES.get(protocol)
-            advice = f"pip install '{package}'" if package else "install the fsspec package of this store"
+            advice = f"pip install {package}" if package else "install the fsspec package of this store"
             raise ConfigError(
                 f"{self.url}: the package that {protocol}:// needs is missing ({first_line(error)}): {advice}"
             ) from error

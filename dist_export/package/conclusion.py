@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dist_export.amounts import count as say
 from dist_export.checkpoint.dense_state import load_dense_state
 from dist_export.layout.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.manifest import MANIFEST, DenseEntry
@@ -73,13 +74,11 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
         by_number = np.flatnonzero(blocks.is_numbered & blocks.is_slot(EMBEDDING_SLOT))
         num_numbered = len(np.unique(blocks.table[by_number]))
         if num_numbered < len(blocks.tables) or not num_numbered:
-            report.checked.append(
-                f"{len(blocks.tables) - num_numbered} tables, {total:,} rows: {all_there}, each in the slice of its shard"
-            )
+            tables_and_rows = f"{say(len(blocks.tables) - num_numbered, 'table')}, {say(total, 'row')}"
+            report.checked.append(f"{tables_and_rows}: {all_there}, each in the slice of its shard")
         if num_numbered and not report.count():
-            report.checked.append(
-                f"{num_numbered} tables by row number, {int(blocks.rows[by_number].sum()):,} rows: all there, in order"
-            )
+            rows_by_number = say(int(blocks.rows[by_number].sum()), "row")
+            report.checked.append(f"{say(num_numbered, 'table')} by row number, {rows_by_number}: all there, in order")
 
 
 def _compare_sums(

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from dist_export import digests
+from dist_export.amounts import count
 from dist_export.digests import (
     SHA256,
     SHA256_PARTS,
@@ -161,7 +162,9 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
             report.add(path, "digest", f"its content is not what was written (digest {digest}, not {stated})")
     bare = sum(not stated for _, _, stated in work.digest_files)
     but = f" (sizes alone of {bare}, which were exported without a digest)" if bare else ""
-    report.checked.insert(0, f"{len(work.digest_files)} files, {num_bytes:,} bytes: sizes and digests{but}")
+    report.checked.insert(
+        0, f"{count(len(work.digest_files), 'file')}, {count(num_bytes, 'byte')}: sizes and digests{but}"
+    )
 
 
 def _compare_parts(path: str, stated: tuple[tuple[int, bytes], ...], found: list[bytes], report: Report) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.amounts import count
 from dist_export.checkpoint.dense_state import describe_dense_state
 from dist_export.errors import CheckpointError, DistExportError, PackageError, UserError
 from dist_export.layout.dtypes import I64
@@ -157,12 +158,11 @@ class Survey:
         if manifest is not None:
             check_tables(manifest, blocks, report)
         elif blocks.is_whole and not report.count():
-            report.checked.append(
-                f"{len(blocks.files)} shards, {len(blocks):,} blocks: headers, index, tensorkey.json and merged manifest agree"
-            )
+            what = f"{count(len(blocks.files), 'shard')}, {count(len(blocks), 'block')}"
+            report.checked.append(f"{what}: headers, index, tensorkey.json and merged manifest agree")
         if manifest is not None and not report.count():
             what = "headers, index, tensorkey.json" if numbered is None or numbered.needs_index else "headers"
-            report.checked.append(f"{len(blocks.files)} shards: {what} and merged manifest agree")
+            report.checked.append(f"{count(len(blocks.files), 'shard')}: {what} and merged manifest agree")
         return parts
 
     def _note_mixed(self, shards: list[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from recis_writer import make_tables, write_checkpoint
 
+import dist_export
 from dist_export.cli import main
 
 
@@ -29,6 +30,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("dist_export: ")]
+
+
+def test_it_tells_its_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dist_export {dist_export.__version__}\n"
 
 
 def test_export_then_inspect_then_verify(checkpoint: Path, tmp_path: Path, capsys) -> None:

@@ -242,7 +242,7 @@ def test_plan_and_summary_tell_too(written: Path, tmp_path: Path) -> None:
 def test_verify_says_what_it_looked_at(written: Path) -> None:
     report = verify(str(written / "mixed"), finite=True)
     assert report.findings == []
-    assert any(line.startswith("1 tables, 30 rows") for line in report.checked)
+    assert any(line.startswith("1 table, 30 rows") for line in report.checked)
     assert "2 tables by row number, 14 rows: all there, in order" in report.checked
     report = verify(str(written / "bare"))
     assert report.findings == []

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from dist_export import progress
+from dist_export.amounts import amount
 from dist_export.collective import join
-from dist_export.progress import Reporter, amount
+from dist_export.progress import Reporter
 
 
 @pytest.mark.parametrize(

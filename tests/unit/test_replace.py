@@ -269,6 +269,7 @@ def test_an_unfinished_export_is_resumed_begun_anew_or_refused(source: Path, tmp
     out = tmp_path / "out"
     interrupt(source, out, monkeypatch)
     (out / "notes.txt").write_text("a user's own file")
+    (out / "ckpt_9").mkdir()
     before = content(out)
     with pytest.raises(ConfigError, match=r"holds an unfinished export \(\d files, such as .*on_existing is error"):
         export(source, out, on_existing="error")
@@ -279,7 +280,7 @@ def test_an_unfinished_export_is_resumed_begun_anew_or_refused(source: Path, tmp
     interrupt(source, again, monkeypatch)
     assert export(source, again, on_existing="restart").run["reused_shards"] == 0
     assert (out / "notes.txt").read_text() == "a user's own file"
-    assert dist_export.open_package(out).manifest.run["left_alone"] == ["notes.txt"]
+    assert dist_export.open_package(out).manifest.run["left_alone"] == ["notes.txt", "ckpt_9/"]
 
 
 def test_on_existing_error_takes_a_new_directory(source: Path, tmp_path: Path) -> None:

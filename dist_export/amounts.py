@@ -1,0 +1,20 @@
+"""Numbers for people."""
+
+from __future__ import annotations
+
+
+def amount(num_bytes: int) -> str:
+    """Return a number of bytes for people."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    size = float(num_bytes)
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
+
+
+def count(number: int, what: str) -> str:
+    """Return ``1 shard``, ``2 shards``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
