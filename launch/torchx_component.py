@@ -3,6 +3,9 @@
 Further settings of the export come after ``--``: ``... --config export.yaml -- --export_dir /serving/today``. TorchX 0.7.
 """
 
+# TorchX reads the types of the signature as they stand, and knows Optional, List and Dict
+from typing import Dict, List, Optional  # noqa: UP035
+
 from torchx import specs
 from torchx.specs import macros
 
@@ -18,6 +21,8 @@ def export(
     memMB: int = 8192,  # noqa: N803 -- TorchX's name
     port: int = 29400,
     max_restarts: int = 0,
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
 ) -> specs.AppDef:
     """Export a checkpoint with j machines and ranks.
 
@@ -32,6 +37,8 @@ def export(
         memMB: memory of a machine in MB: ranks times (max_memory and 500 MB for the interpreter with torch)
         port: a free port of machine 0
         max_restarts: so often torchrun starts all ranks anew before it gives up
+        mounts: volumes as in TorchX's own dist.ddp: type=volume,src=CLAIM,dst=/path[,readonly],type=...
+        env: further variables of the ranks, such as AWS_REGION=us-east-1,AWS_PROFILE=serving
     """
     words = j.split("x")
     if len(words) != 2 or not all(word.isdigit() and int(word) > 0 for word in words):
@@ -49,6 +56,7 @@ def export(
                 args=["-c", start, launcher, "--config", config, *settings],
                 num_replicas=nodes,
                 env={
+                    **(env or {}),
                     "NNODES": str(nodes),
                     "NODE_RANK": macros.replica_id,
                     "NPROC_PER_NODE": str(ranks),
@@ -59,6 +67,7 @@ def export(
                 },
                 resource=specs.Resource(cpu=cpu, gpu=0, memMB=memMB),
                 port_map={"c10d": port},
+                mounts=specs.parse_mounts(mounts or []),
             )
         ],
     )

@@ -55,14 +55,26 @@ def test_the_request_to_kubernetes(tmp_path: Path) -> None:
     """It renders without a cluster; machine 0 is told localhost by TorchX, the others its name."""
     done = run(
         "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=default",
-        *component(Path("/config/export.yaml"), "-j", "2x4", "--image", "example.com/dist_export:0.1"),
+        *component(Path("/data/export.yaml"), "-j", "2x4", "--image", "example.com/dist_export:0.1"),
+        *("--env", "ZONE=7", "--mounts"),
+        "type=volume,src=training,dst=/data,readonly,type=volume,src=serving,dst=/serving",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "apiVersion: batch.volcano.sh/v1alpha1" in done.stdout
     assert done.stdout.count("image: example.com/dist_export:0.1") == 2
     assert done.stdout.count('MASTER_ADDR="${TORCHX_RANK0_HOST:-localhost}"') == 1
     assert done.stdout.count('MASTER_ADDR="${VC_EXPORT_0_HOSTS:-localhost}"') == 1
-    for name, value in (("NNODES", "2"), ("NPROC_PER_NODE", "4"), ("NODE_RANK", "0"), ("NODE_RANK", "1")):
+    for claim, path in (("training", "/data"), ("serving", "/serving")):
+        assert done.stdout.count(f"claimName: {claim}") == 2
+        assert done.stdout.count(f"mountPath: {path}") == 2
+    assert done.stdout.count("readOnly: true") == 2, "the source, on both machines"
+    for name, value in (
+        ("ZONE", "7"),
+        ("NNODES", "2"),
+        ("NPROC_PER_NODE", "4"),
+        ("NODE_RANK", "0"),
+        ("NODE_RANK", "1"),
+    ):
         assert f"- name: {name}\n            value: '{value}'" in done.stdout, name
 
 
