@@ -113,8 +113,10 @@ def _inspect(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
-    formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb")
-    parser.add_argument("--format", choices=formats, default="auto", help="default: as its files tell")
+    formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb")
+    parser.add_argument(
+        "--format", choices=formats, default="auto", help="default: as its files tell, of DCP and a dump both"
+    )
     for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
         text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)

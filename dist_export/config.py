@@ -44,8 +44,9 @@ class ExportConfig:
     """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
     registry_options: dict[str, Any] = field(default_factory=dict)
     """Options for the registry of ckpt_dir, export_dir or register"""
-    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "live"] = "auto"
-    """Format of the checkpoint; auto goes by its files. dcp: of torch.distributed.checkpoint; live: the model in memory"""
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb", "live"] = "auto"
+    """Format of the checkpoint; auto goes by its files, and takes a DCP checkpoint and the DynamicEmb dump beside it together,
+    as dcp+dynamicemb does; dcp (torch.distributed.checkpoint) or dynamicemb takes that one alone. live: the model in memory"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
     on_existing: Literal["resume", "restart", "error"] = "resume"

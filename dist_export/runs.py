@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dist_export.checkpoint.formats import (
     AUTO,
     DCP,
+    DCP_AND_DUMP,
     DYNAMICEMB,
     RECIS,
     detect_format,
@@ -84,7 +85,7 @@ def _is_checkpoint(directory: Directory, config: ExportConfig) -> bool:
     Trainers leave loose tensors in a run's directory, such as the best metric or a last save: these count only where asked for.
     """
     found = list_candidates(directory)
-    if config.format not in (AUTO, RECIS, DCP):
+    if config.format not in (AUTO, RECIS, DCP, DCP_AND_DUMP):
         return config.step is None and config.format in found
     return not {RECIS, DCP, DYNAMICEMB}.isdisjoint(found)
 

@@ -71,6 +71,8 @@ class DcpCheckpoint:
     """Optimizer state that belongs to no table."""
     objects: tuple[str, ...]
     """What is no tensor, such as a step or a learning rate."""
+    unmatched_slots: frozenset[str] = frozenset()
+    """Patterns of ``optimizer_slots`` that match nothing here; only where more tables than these may have the slots."""
 
 
 def find_metadata(directory: Directory) -> tuple[str, ...]:
@@ -82,12 +84,19 @@ def find_metadata(directory: Directory) -> tuple[str, ...]:
     return tuple(f"{part}/{METADATA}" for part in (_MODEL, _OPTIMIZER) if directory.exists(f"{part}/{METADATA}"))
 
 
-def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()) -> DcpCheckpoint:
+def read_dcp(
+    directory: Directory,
+    *,
+    tables: Sequence[str] = (),
+    optimizer_slots: Sequence[str] = (),
+    has_more_slots: bool = False,
+) -> DcpCheckpoint:
     """Read the metadata, check that the checkpoint is complete, and tell tables, state and dense parameters apart.
 
     Args:
         tables: patterns of further tensors that are tables, beside those of torchrec's embedding collections.
         optimizer_slots: patterns of further tensors that are optimizer state, beside ``<root>.state.<parameter>.<slot>``.
+        has_more_slots: whether ``optimizer_slots`` may name slots of other tables than these.
 
     Raises:
         CheckpointError: the metadata is no such file, what it names is not all there, or a pattern matches nothing.
@@ -128,7 +137,9 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
             tensors[key] = tensor._replace(name=key, chunks=chunks)
             names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
         objects += [prefix + name for name in metadata.objects]
-    found_tables, dense, other = _classify(directory, tensors, names, tuple(objects), tables, optimizer_slots)
+    found_tables, dense, other, unmatched = _classify(
+        directory, tensors, names, tuple(objects), tables, optimizer_slots, has_more_slots=has_more_slots
+    )
     return DcpCheckpoint(
         directory=directory,
         files=dict(sorted(files.items())),
@@ -138,6 +149,7 @@ def read_dcp(directory: Directory, *, tables: Sequence[str] = (), optimizer_slot
         dense=dense,
         other_state=other,
         objects=tuple(objects),
+        unmatched_slots=unmatched,
     )
 
 
@@ -213,8 +225,10 @@ def _classify(
     objects: tuple[str, ...],
     tables: Sequence[str],
     optimizer_slots: Sequence[str],
-) -> tuple[tuple[DcpTable, ...], tuple[tuple[str, TensorMeta], ...], tuple[str, ...]]:
-    """Return ``tables``, ``dense`` and ``other_state`` of a :class:`DcpCheckpoint`."""
+    *,
+    has_more_slots: bool,
+) -> tuple[tuple[DcpTable, ...], tuple[tuple[str, TensorMeta], ...], tuple[str, ...], frozenset[str]]:
+    """Return ``tables``, ``dense``, ``other_state`` and ``unmatched_slots`` of a :class:`DcpCheckpoint`."""
     roots = _optimizer_roots([*tensors, *objects])
     known = {*tensors, *names.values()}
     state: dict[str, str] = {}
@@ -262,6 +276,8 @@ def _classify(
         for pattern in optimizer_slots:  # as the plan has them
             if fnmatchcase(slot, pattern) or fnmatchcase(f"{final[weight]}.{slot}", pattern):
                 unmatched.discard(("optimizer_slots", pattern))
+    elsewhere = frozenset(p for setting, p in unmatched if setting == "optimizer_slots" and has_more_slots)
+    unmatched -= {("optimizer_slots", pattern) for pattern in elsewhere}
     if unmatched:
         setting, pattern = min(unmatched)
         matrices = [names[name] for name in dense if len(tensors[name].shape) == 2]
@@ -278,7 +294,7 @@ def _classify(
         )
         for name in sorted(weights, key=final.__getitem__)
     )
-    return found_tables, tuple((final[name], tensors[name]) for name in dense), tuple(other)
+    return found_tables, tuple((final[name], tensors[name]) for name in dense), tuple(other), elsewhere
 
 
 def _optimizer_roots(names: Iterable[str]) -> set[tuple[str, ...]]:

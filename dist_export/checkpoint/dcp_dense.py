@@ -19,17 +19,28 @@ class DcpDense:
     """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
 
     def __init__(
-        self, directory: Directory, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+        self,
+        directory: Directory,
+        *,
+        tables: Sequence[str] = (),
+        optimizer_slots: Sequence[str] = (),
+        has_more_slots: bool = False,
     ) -> None:
         """Read nothing yet. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`."""
         self.where = directory.url
         self._directory = directory
         self._finder = ChunkFinder(directory)
         self._tables, self._optimizer_slots = tables, optimizer_slots
+        self._has_more_slots = has_more_slots
 
     @functools.cached_property
     def _found(self) -> DcpCheckpoint:
-        return read_dcp(self._directory, tables=self._tables, optimizer_slots=self._optimizer_slots)
+        return read_dcp(
+            self._directory,
+            tables=self._tables,
+            optimizer_slots=self._optimizer_slots,
+            has_more_slots=self._has_more_slots,
+        )
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what the metadata says of them."""

@@ -15,18 +15,16 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable, read_dcp
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
-from dist_export.checkpoint.dynamicemb import find_dumps
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
+from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.checkpoint.tensors import listed
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
-
-"""Of a checkpoint, at 56 bytes each: the columns of transposed pieces, or somebody's joke."""
 
 
 class ItemShare(NamedTuple):
@@ -43,18 +41,28 @@ class DcpReader:
     """Reads one DCP checkpoint. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
 
     def __init__(
-        self, directory: Directory, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+        self,
+        directory: Directory,
+        *,
+        tables: Sequence[str] = (),
+        optimizer_slots: Sequence[str] = (),
+        with_dump: bool = False,
     ) -> None:
-        """Read the metadata. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`.
+        """Read the metadata. Arguments as those of :func:`~dist_export.checkpoint.stand_ins.read_beside`.
 
         Raises:
-            CheckpointError: the checkpoint is not complete, or no tensor of it is a table.
+            CheckpointError: the checkpoint is not complete, or, where the dump beside it is not exported with it, no tensor
+                of it is a table.
         """
         self.directory = directory
-        self._found = read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
-        if not self._found.tables:
+        beside = read_beside(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=with_dump)
+        self._found = beside.checkpoint
+        self._notes = list(beside.notes)
+        if not self._found.tables and not with_dump:
             raise UnaskedError(_no_tables(self._found))
-        self._optimizer_slots = frozenset(optimizer_slots)
+        if not self._found.tables and not beside.stand_ins:
+            self._notes.append(_no_tables(self._found))
+        self._optimizer_slots = frozenset(optimizer_slots) - self._found.unmatched_slots
         self.files: tuple[SourceFile, ...] = tuple(
             SourceFile(name=name, size=size, version=self._found.versions[name])
             for name, size in self._found.files.items()
@@ -125,7 +133,7 @@ class DcpReader:
             fingerprint=self._fingerprint(items),
             copy_hindrances=("it is a DCP checkpoint, whose files serving does not read",),
             verbatim={},
-            warnings=(*_list_left_out(self._found.tables), *_note_dump(self.directory)),
+            warnings=(*_list_left_out(self._found.tables), *self._notes),
             strips=strips,
             optimizer_patterns=self._optimizer_slots,
         )
@@ -152,14 +160,6 @@ def _list_left_out(tables: Sequence[DcpTable]) -> Iterable[str]:
         for slot in table.slots:
             if slot.tensor.dtype not in CODE_BY_TORCH:
                 yield f"{slot.tensor.name} is of {slot.tensor.dtype}, which no package can hold; it stays behind"
-
-
-def _note_dump(directory: Directory) -> Iterable[str]:
-    if find_dumps(directory):
-        yield (
-            f"{directory.url} also holds a DynamicEmb dump, whose tables are not exported with these; export it by itself with "
-            "format: dynamicemb"
-        )
 
 
 def _no_tables(found: DcpCheckpoint) -> str:

@@ -48,12 +48,31 @@ class _Files(NamedTuple):
     opt_values: list[str]
 
 
+class DumpedTable(NamedTuple):
+    """A table of a dump, as far as names of files tell."""
+
+    table: str
+    folder: str
+    """Of its files, relative to the checkpoint."""
+    world_sizes: frozenset[int]
+    """Of the ranks that wrote it; several where files of several dumps lie there."""
+
+    @property
+    def pattern(self) -> str:
+        """The files of its keys, for messages."""
+        return f"{self.folder}/{self.table}_emb_keys.rank_*".lstrip("/")
+
+
 class DynamicEmbReader:
     """Reads one dump. See :class:`~dist_export.checkpoint.reader.CheckpointReader`; there are no headers."""
 
-    def __init__(self, directory: Directory) -> None:
-        """Find the files. CheckpointError where there is none, or those of a rank are missing."""
+    def __init__(self, directory: Directory, *, with_dcp: bool = False) -> None:
+        """Find the files. CheckpointError where there is none, or those of a rank are missing.
+
+        ``with_dcp``: whether the DCP checkpoint beside it is exported with it; then no table need have a row.
+        """
         self.directory = directory
+        self._with_dcp = with_dcp
         folders = find_dumps(directory)
         if not folders:
             raise CheckpointError(
@@ -89,10 +108,10 @@ class DynamicEmbReader:
         rows: list[np.ndarray] = []
         placed: list[list[list[str]]] = []
         warnings = list(self._warnings)
-        if find_metadata(self.directory):
+        if not self._with_dcp and find_metadata(self.directory):
             warnings.append(
-                f"{self.directory.url} also holds a DCP checkpoint, whose tables are not exported with these; export it "
-                "by itself with format: dcp"
+                f"{self.directory.url} also holds a DCP checkpoint, which stays behind, for format is dynamicemb; format: "
+                "auto takes both"
             )
         for table in self._tables:
             counted = np.array([self._count(name, 8, "keys") for name in table.keys], np.int64)
@@ -112,11 +131,11 @@ class DynamicEmbReader:
             tables.append(TableMeta(name=table.name, slots=tuple(slots)))
             rows.append(counted)
             placed.append(columns)
-        if not tables:
+        if not tables and not self._with_dcp:
             raise CheckpointError(f"{self.directory.url}: no table of the dump has a row")
-        parts = np.concatenate(rows)
-        of_table = np.repeat(np.arange(len(rows)), [len(its) for its in rows]).astype(np.int64)
-        width = max(len(table.slots) for table in tables)
+        parts = np.concatenate([np.zeros(0, np.int64), *rows])
+        of_table = np.repeat(np.arange(len(rows)), np.array([len(its) for its in rows], np.int64))
+        width = max((len(table.slots) for table in tables), default=2)
         file = np.full((len(parts), width), ABSENT, np.int32)
         key = np.full((len(parts), width), "", object)
         first = 0
@@ -261,6 +280,16 @@ def find_dumps(directory: Directory) -> list[str]:
         elif not folder.startswith(".") and _has_keys(directory.child(folder)):
             found.append(folder)
     return found
+
+
+def list_dumped(directory: Directory) -> tuple[DumpedTable, ...]:
+    """Return the tables of the dumps in ``directory``, whole or not, also those without a row; empty where there is none."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for folder in find_dumps(directory):
+        for name in (directory.child(folder) if folder else directory).names():
+            if (match := _KEYS.fullmatch(name)) is not None:
+                found.setdefault((folder, match[1]), set()).add(int(match[3]))
+    return tuple(DumpedTable(table, folder, frozenset(sizes)) for (folder, table), sizes in found.items())
 
 
 def _has_keys(directory: Directory) -> bool:

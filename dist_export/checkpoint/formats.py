@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint import safetensors, torch_save
-from dist_export.checkpoint.dcp import find_metadata, read_dcp
+from dist_export.checkpoint.dcp import find_metadata
 from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dcp_metadata import METADATA
 from dist_export.checkpoint.dcp_reader import DcpReader
 from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
+from dist_export.checkpoint.joined import JoinedReader
 from dist_export.checkpoint.plain import Patterns, PlainDense, read_all, sort_facts
 from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.checkpoint.safetensors import SafetensorsReader, find_safetensors_files
+from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
 from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.layout.recis import INDEX, TENSORKEY
@@ -26,6 +28,8 @@ DCP = "dcp"
 SAFETENSORS = "safetensors"
 TORCH = "torch"
 DYNAMICEMB = "dynamicemb"
+DCP_AND_DUMP = "dcp+dynamicemb"
+"""What TorchEasyRec saves of a model that has tables of both kinds."""
 AUTO = "auto"
 
 LOOKED_FOR = (
@@ -42,7 +46,8 @@ def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
     """Return ``asked``, or with ``auto`` what the directory looks like; None where it is nothing that is known.
 
     Files of ``torch.save`` and safetensors files stand beside ``index`` in RecIS's checkpoints, and the former beside DCP's
-    ``.metadata``: there they do not count.
+    ``.metadata``: there they do not count. A DCP checkpoint and a DynamicEmb dump in one directory are of one save, and a
+    format together; asked for by name, each is exported alone.
 
     Raises:
         CheckpointError: it looks like several formats, or cannot be looked at.
@@ -53,9 +58,12 @@ def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
         found = list_candidates(directory)
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
+    if set(found) == {DCP, DYNAMICEMB}:
+        return DCP_AND_DUMP
     if len(found) > 1:
         what = " and ".join(FORMATS[name].kind for name in found)
-        which = " or ".join(f"format: {name}" for name in found)
+        together = [DCP_AND_DUMP] if {DCP, DYNAMICEMB} <= set(found) else []
+        which = " or ".join(f"format: {name}" for name in [*found, *together])
         raise UnaskedError(f"{directory.url} holds {what}; say which one with {which}")
     return found[0] if found else None
 
@@ -125,11 +133,11 @@ def holds_tables(
         CheckpointError: it cannot be looked at, or a pattern matches nothing.
     """
     if found == DCP:
-        return bool(read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots).tables)
+        return bool(read_beside(directory, tables=tables, optimizer_slots=optimizer_slots).checkpoint.tables)
     if found in _PLAIN:
         patterns = Patterns(tuple(tables), tuple(optimizer_slots))
         return bool(sort_facts(directory, read_all(_PLAIN[found](directory, patterns)), patterns).tables)
-    if found == DYNAMICEMB:
+    if found in (DYNAMICEMB, DCP_AND_DUMP):
         return True
     try:
         return not set(directory.names()).isdisjoint((INDEX, TENSORKEY))
@@ -161,6 +169,13 @@ def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -
 def _open_dynamicemb(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
     _refuse_tables(directory, tables, DYNAMICEMB)
     return DynamicEmbReader(directory)
+
+
+def _open_dcp_and_dump(
+    directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]
+) -> CheckpointReader[Any]:
+    dcp = DcpReader(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=True)
+    return JoinedReader(dcp, DynamicEmbReader(directory, with_dcp=True), kind=DCP_AND_DUMP)
 
 
 def _refuse_tables(directory: Directory, tables: Sequence[str], found: str) -> None:
@@ -202,5 +217,11 @@ FORMATS: dict[str, Format] = {
     TORCH: _plain(TORCH, "a checkpoint of torch.save", "*.pt, *.pth, *.ckpt or *.bin"),
     DYNAMICEMB: Format(
         "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, *_: NoDense(directory)
+    ),
+    DCP_AND_DUMP: Format(
+        "a DCP checkpoint with a DynamicEmb dump",
+        f"{METADATA}, or model/{METADATA}, and *_emb_keys.rank_*",
+        _open_dcp_and_dump,
+        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots, has_more_slots=True),
     ),
 }

@@ -20,6 +20,7 @@ from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
 _ID = SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)
 _MAX_STRIPS = 1 << 22
+"""Of a checkpoint, at 56 bytes each: the columns of transposed pieces, or somebody's joke."""
 
 
 class Piece(NamedTuple):

@@ -190,8 +190,15 @@ def _refuse_no_table(tensor: StoredTensor, where: str) -> None:
 
 def is_in_collection(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a table of one of torchrec's embedding collections, by its name."""
+    return len(shape) == 2 and split_collection(name) is not None
+
+
+def split_collection(name: str) -> tuple[str, str] | None:
+    """Return (path of the embedding collection, table) of the name of a weight; None where it is that of no collection."""
     steps = name.split(".")
-    return len(shape) == 2 and len(steps) >= 3 and steps[-1] == "weight" and steps[-3] in _COLLECTIONS
+    if len(steps) < 3 or steps[-1] != "weight" or steps[-3] not in _COLLECTIONS:
+        return None
+    return ".".join(steps[:-3]), steps[-2]
 
 
 def _state_tail(name: str, names: set[str]) -> str | None:

@@ -7,7 +7,16 @@ from typing import Any
 
 import msgspec
 
-from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, LOOKED_FOR, SAFETENSORS, TORCH, detect_format
+from dist_export.checkpoint.formats import (
+    AUTO,
+    DCP,
+    DCP_AND_DUMP,
+    DYNAMICEMB,
+    LOOKED_FOR,
+    SAFETENSORS,
+    TORCH,
+    detect_format,
+)
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
@@ -50,8 +59,8 @@ def describe(
     directory = open_place(path, storage_options, follow_links=follow_links)
     is_package = asked == AUTO and directory.exists(MANIFEST)
     found = None if is_package else detect_format(directory, asked=asked)
-    if found == DCP:
-        return describe_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
+    if found in (DCP, DCP_AND_DUMP):
+        return describe_dcp(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
         return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
     if tables or optimizer_slots:

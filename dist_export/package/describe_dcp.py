@@ -1,4 +1,4 @@
-"""``inspect`` of a DCP checkpoint: tables and how they were shared out, optimizer slots, dense parameters."""
+"""``inspect`` of a DCP checkpoint: tables and how they were shared out, optimizer slots, dense parameters; the dump beside it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dist_export.checkpoint.dcp import DcpTable, locate_tables, read_dcp
+from dist_export.checkpoint.dcp import DcpTable, locate_tables
+from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_reader
+from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.package.describe_source import describe_tables
 from dist_export.storage import Directory
 
 
-def describe_dcp(directory: Directory, *, tables: Sequence[str], optimizer_slots: Sequence[str]) -> dict[str, Any]:
+def describe_dcp(
+    directory: Directory, *, asked: str, tables: Sequence[str], optimizer_slots: Sequence[str]
+) -> dict[str, Any]:
     """Return what the checkpoint holds as plain values, once it is known to be complete and its tables are found.
 
-    Reads the metadata and the head of each item that is a piece of a table, no payload. CheckpointError for a checkpoint
-    that could not be read.
+    Reads the metadata and the head of each item that is a piece of a table, no payload; of a dump, sizes of files.
+
+    Args:
+        asked: its format, that of DCP alone or that with a dump.
+
+    Raises:
+        CheckpointError: a checkpoint that could not be exported.
     """
-    found = read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
+    with_dump = asked == DCP_AND_DUMP
+    beside = read_beside(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=with_dump)
+    found = beside.checkpoint
     strided = locate_tables(found)
-    return {
-        "kind": "DCP checkpoint",
+    described = {
+        "kind": FORMATS[DCP].kind.partition(" ")[2],
         "path": directory.url,
         "files": len(found.files),
         "bytes": sum(found.files.values()),
@@ -31,7 +43,26 @@ def describe_dcp(directory: Directory, *, tables: Sequence[str], optimizer_slots
         ],
         "other_optimizer_state": list(found.other_state),
         "objects": list(found.objects),
+        "stand_ins": list(beside.stand_ins),
+        "warnings": list(beside.notes),
         "dense": None,
+    }
+    return _add_dump(described, directory, tables, optimizer_slots) if with_dump else described
+
+
+def _add_dump(
+    described: dict[str, Any], directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]
+) -> dict[str, Any]:
+    """Return what both hold: the tables of the dump as the export joins them to those that are described."""
+    reader = open_reader(directory, asked=DCP_AND_DUMP, tables=tables, optimizer_slots=optimizer_slots)
+    joined = reader.assemble([reader.read_headers(range(len(reader.files)))])
+    dumped = [table for table, meta in zip(describe_tables(joined), joined.tables, strict=True) if meta.is_hashed]
+    return described | {
+        "kind": FORMATS[DCP_AND_DUMP].kind.partition(" ")[2],
+        "files": len(joined.files),
+        "bytes": joined.num_bytes,
+        "tables": [table | {"is_hashed": False} for table in described["tables"]] + dumped,
+        "warnings": list(joined.warnings),
     }
 
 
@@ -40,7 +71,7 @@ def render_dcp(found: dict[str, Any]) -> list[str]:
     if "dense_parameters" not in found:
         return []
     lines = []
-    for table in found["tables"]:
+    for table in (its for its in found["tables"] if "sharding" in its):
         more = f", {table['strided_pieces']} of them not row after row" if table["strided_pieces"] else ""
         lines.append(f"  {table['name']} is shared out {table['sharding']}{more}")
         lines += [
@@ -55,6 +86,8 @@ def render_dcp(found: dict[str, Any]) -> list[str]:
         )
     for tensor in found["dense_parameters"]:
         lines.append(f"  dense      {tensor['name']} {tensor['dtype']} {tensor['shape']}")
+    if found["stand_ins"]:
+        lines.append(f"  left out   {', '.join(found['stand_ins'])}: they stand in for tables of the dump")
     lines.append(f"  other      {len(found['other_optimizer_state'])} tensors of optimizer state that is of no table")
     return lines
 

@@ -29,7 +29,7 @@ def describe_source(
         "path": directory.url,
         "files": len(reader.files),
         "bytes": sum(file.size for file in reader.files),
-        "tables": [_describe_table(found, number) for number in range(len(found.tables))] if found else [],
+        "tables": describe_tables(found) if found else [],
         "dense_tensors": [],
         "parameters": [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in dense],
         "warnings": list(found.warnings) if found else [_NO_TABLES],
@@ -41,6 +41,11 @@ def render_source(found: dict[str, Any]) -> list[str]:
     """Return line by line what only such a source has; nothing for anything else."""
     lines = [f"  dense      {t['name']} {t['dtype']} {t['shape']}" for t in found.get("parameters", [])]
     return lines + [f"  note       {warning}" for warning in found.get("warnings", [])]
+
+
+def describe_tables(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the tables of a checkpoint as plain values."""
+    return [_describe_table(checkpoint, number) for number in range(len(checkpoint.tables))]
 
 
 def _describe_table(checkpoint: Checkpoint, number: int) -> dict[str, Any]:

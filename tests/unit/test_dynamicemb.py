@@ -197,15 +197,15 @@ def test_a_dump_that_is_not_whole_is_one_line(case: str, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dump_within_another_checkpoint_is_told(tmp_path: Path) -> None:
-    """TorchEasyRec's checkpoints hold both; which one is meant must be said."""
+def test_a_dump_may_be_taken_out_of_another_checkpoint(tmp_path: Path) -> None:
+    """TorchEasyRec's checkpoints hold both. Asked for by name the dump is exported alone, whatever lies beside it."""
     write(tmp_path / "in" / "dynamicemb")
     (tmp_path / "in" / "model").mkdir()
     (tmp_path / "in" / "model" / ".metadata").write_bytes(b"x")
-    with pytest.raises(
-        CheckpointError,
-        match="a DCP checkpoint and a DynamicEmb dump; say which one with format: dcp or format: dynamicemb",
-    ):
+    with pytest.raises(CheckpointError, match=r"model/\.metadata is damaged"):
         export(tmp_path / "in", tmp_path / "out")
-    export(tmp_path / "in", tmp_path / "out", format="dynamicemb")
+    manifest = export(tmp_path / "in", tmp_path / "out", format="dynamicemb")
     assert_exact(tmp_path / "out", TRUTH, slots=KEPT)
+    assert (
+        "a DCP checkpoint, which stays behind, for format is dynamicemb; format: auto takes both" in manifest.notes[0]
+    )
