@@ -140,9 +140,9 @@ class ExportConfig:
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for the file system of ckpt_dir and export_dir (fsspec)"""
     events: Union[bool, str] = False  # noqa: UP007
-    """What happened as JSON lines, into this file; true takes <export_dir>.events.jsonl"""
+    """What happened as JSON lines, added to this file or fsspec URL; true takes <export_dir>.events.jsonl"""
     metrics: str | None = None
-    """File for the figures of the export as Prometheus text, for a collector that reads files"""
+    """File or fsspec URL for the figures of the export as Prometheus text, for a collector that reads files"""
     target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
     """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
     timeout: float = 1800.0
