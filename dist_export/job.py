@@ -21,7 +21,8 @@ def run_export(
     Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint.
     """
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
+    needs_dense = objects.model is not None and objects.dataset is not None
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense))
     config = located.apply(config)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
@@ -44,8 +45,8 @@ def run_export(
         events.add("committed", bytes=manifest.num_bytes, digest=manifest.digest)
         if config.metrics:
             samples = samples_of(
-                export_dir=export_dir,
                 manifest,
+                export_dir=export_dir,
                 seconds=reporter.seconds,
                 rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
             )

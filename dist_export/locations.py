@@ -27,7 +27,7 @@ class Locations:
     source_uri: str
     """The registry's version that ``ckpt_dir`` is; empty for a path."""
     step: int | None
-    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself."""
+    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
     register: str
     """The registry's URI under which the package becomes a new version; empty for none."""
     notes: tuple[str, ...]
@@ -37,10 +37,12 @@ class Locations:
         return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
 
 
-def locate(config: ExportConfig) -> Locations:
+def locate(config: ExportConfig, *, needs_dense: bool) -> Locations:
     """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
 
     Raises:
+    ``needs_dense``: a dense arch is exported too.
+
         ConfigError: a URI that no registry resolves.
         CheckpointError: no complete checkpoint, or none of the step.
     """
@@ -48,7 +50,7 @@ def locate(config: ExportConfig) -> Locations:
         resolved, found = registries.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = registries.resolve(config.ckpt_dir, config.registry_options)
-        found = find_checkpoint(config, resolved.directory)
+        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense)
     register, export_dir = config.register or "", config.export_dir
     target = registries.find_registry(config.export_dir, config.registry_options)
     if target is not None:
@@ -57,7 +59,7 @@ def locate(config: ExportConfig) -> Locations:
     elif register:
         registries.require(register, config.registry_options)
     notes = list(found.notes)
-    if found.step is not None:
+    if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
     return Locations(
         ckpt_dir=found.directory,
