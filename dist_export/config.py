@@ -43,7 +43,7 @@ class ExportConfig:
     register: str | None = None
     """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
     registry_options: dict[str, Any] = field(default_factory=dict)
-    """Options for the registry of ckpt_dir, export_dir or register"""
+    """Options for the registries of ckpt_dir, export_dir and register; under a scheme, as models: {...}, for that one alone"""
     format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "live"] = "auto"
     """Format of the checkpoint; auto goes by its files. dcp: of torch.distributed.checkpoint; live: the model in memory"""
     overwrite: bool = False
