@@ -177,7 +177,9 @@ def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     parser.add_argument("path", help="directory, file of a checkpoint, fsspec URL, or a registry's URI")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--storage_options", default="{}", help="options for the file system, as YAML")
-    parser.add_argument("--registry_options", default="{}", help="options for the registry of a URI, as YAML")
+    parser.add_argument(
+        "--registry_options", default="{}", help="options for the registry of a URI, as YAML; under its scheme or not"
+    )
     return parser.parse_args(argv)
 
 

@@ -43,7 +43,7 @@ class ExportConfig:
     register: str | None = None
     """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
     registry_options: dict[str, Any] = field(default_factory=dict)
-    """Options for the registry of ckpt_dir, export_dir or register"""
+    """Options for the registries of ckpt_dir, export_dir and register; under a scheme, as models: {...}, for that one alone"""
     format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb", "live"] = "auto"
     """Format of the checkpoint; auto goes by its files, and takes a DCP checkpoint and the DynamicEmb dump beside it together,
     as dcp+dynamicemb does; dcp (torch.distributed.checkpoint) or dynamicemb takes that one alone. live: the model in memory"""
@@ -141,9 +141,9 @@ class ExportConfig:
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for the file system of ckpt_dir and export_dir (fsspec)"""
     events: Union[bool, str] = False  # noqa: UP007
-    """What happened as JSON lines, into this file; true takes <export_dir>.events.jsonl"""
+    """What happened as JSON lines, added to this file or fsspec URL; true takes <export_dir>.events.jsonl"""
     metrics: str | None = None
-    """File for the figures of the export as Prometheus text, for a collector that reads files"""
+    """File or fsspec URL for the figures of the export as Prometheus text, for a collector that reads files"""
     target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
     """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
     timeout: float = 1800.0

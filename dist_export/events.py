@@ -1,7 +1,7 @@
 """What an export did, for machines: JSON lines as it goes on, and Prometheus text at its end. Written by rank 0.
 
-An event has ``time`` (UTC, RFC 3339), ``event`` and ``rank``, and by need ``stage``, ``step`` (of the training run), ``bytes``,
-``seconds``, ``retries``, ``error``. Source of the text format: Prometheus, "Text-based format", version 0.0.4.
+An event has ``time`` (UTC, RFC 3339), ``event``, ``rank``, ``attempt``, ``step`` (of the training run) where there is one, and
+what :data:`EVENTS` says. Source of the text format: Prometheus, "Text-based format", version 0.0.4.
 """
 
 from __future__ import annotations
@@ -15,9 +15,42 @@ import msgspec
 
 from dist_export.config import ExportConfig
 from dist_export.disk import first_line
+from dist_export.manifest import Manifest
 from dist_export.storage import Directory
 
 logger = logging.getLogger(__name__)
+
+EVENTS = {
+    "started": "source, export_dir, world_size",
+    "stage": "stage, seconds",
+    "moved": "bytes, units, helped, seconds, retries",
+    "table": "table, rows, dropped, bytes",
+    "registered": "uri",
+    "committed": "bytes, digest",
+    "failed": "error, exit_code",
+}
+"""The fields of each event."""
+
+METRICS = {
+    "dist_export_success": "Whether the last attempt that got to work succeeded: 1 or 0.",
+    "dist_export_finished_timestamp_seconds": "When the last attempt that got to work ended, in Unix time.",
+    "dist_export_package_bytes": "Size of all files of the package.",
+    "dist_export_stage_seconds": "Duration of a stage on rank 0.",
+    "dist_export_rows": "Rows of a table in the package.",
+    "dist_export_dropped_rows": "Rows of a table that were left behind, by reason.",
+    "dist_export_moved_bytes": "Bytes of shards that a rank wrote.",
+    "dist_export_store_requests": "Requests of all ranks to an S3 store.",
+    "dist_export_store_retries": "Requests to an S3 store that were tried again.",
+    "dist_export_store_downloaded_bytes": "Bytes that all ranks read from an S3 store.",
+    "dist_export_store_uploaded_bytes": "Bytes that all ranks wrote to an S3 store.",
+    "dist_export_store_copied_bytes": "Bytes that an S3 store copied on its own.",
+}
+"""What each figure says. All are gauges: each export sets them anew, and nothing adds up over exports."""
+
+_IN_BYTES = ("downloaded", "uploaded", "copied")
+
+Sample = tuple[str, Mapping[str, str], float]
+"""Name, labels, value."""
 
 
 class Events:
@@ -31,9 +64,11 @@ class Events:
         self._step = step
         self._lines: list[dict[str, Any]] = []
         self._is_told = False
+        self._before: bytes | None = None
+        """What earlier attempts left in the file; None until it has been read."""
 
     def add(self, event: str, **fields: Any) -> None:
-        """Take down what has happened."""
+        """Take down what has happened, one of :data:`EVENTS`."""
         step = {} if self._step is None else {"step": self._step}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._lines.append({"time": stamp, "event": event, "rank": self._rank, **step, **fields})
@@ -55,24 +90,28 @@ class Events:
         if not self._url:
             return
         folder, _, name = self._url.rpartition("/")
-        data = b"".join(msgspec.json.encode(line) + b"\n" for line in self._lines)
         try:
-            Directory(folder or ".", self._options).write(name, data)
+            # a link there is the user's own choice; it is replaced by the file, as every file that is written whole
+            directory = Directory(folder or ".", self._options, follow_links=True)
+            if self._before is None:
+                self._before = directory.read(name) if directory.exists(name) else b""
+            begin = self._before + (b"\n" if self._before and not self._before.endswith(b"\n") else b"")
+            attempt = {"attempt": begin.count(b'"event":"started"') + 1}
+            directory.write(name, begin + b"".join(msgspec.json.encode(line | attempt) + b"\n" for line in self._lines))
         except Exception as error:  # noqa: BLE001 -- a store's own code may raise anything
             if not self._is_told:
                 logger.warning("events cannot be written to %s: %s", self._url, first_line(error))
             self._is_told = True
 
 
-def write_metrics(
-    url: str, options: Mapping[str, Any], samples: Iterable[tuple[str, Mapping[str, str], float]]
-) -> None:
-    """Write samples (name, labels, value) as Prometheus text. Rank 0. A failure is told, and does not fail the export."""
+def write_metrics(url: str, options: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+    """Write samples as Prometheus text. Rank 0. A failure is told, and does not fail the export."""
     lines: list[str] = []
+    last = None
     for name, labels, value in sorted(samples, key=lambda sample: sample[0]):
-        head = f"# TYPE {name} gauge"
-        if head not in lines:
-            lines.append(head)
+        if name != last:
+            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} gauge"]
+        last = name
         inner = ",".join(f'{label}="{_escape(text)}"' for label, text in labels.items())
         lines.append(f"{name}{{{inner}}} {value:.17g}" if inner else f"{name} {value:.17g}")
     folder, _, file = url.rpartition("/")
@@ -83,31 +122,33 @@ def write_metrics(
 
 
 def samples_of(
-    *,
-    export_dir: str,
-    seconds: Mapping[str, float],
-    num_bytes: int,
-    rows: Mapping[str, int],
-    rank_bytes: Mapping[int, int],
-    store: Mapping[str, int],
-) -> list[tuple[str, Mapping[str, str], float]]:
-    """Return the figures of an export that succeeded; ``store`` is what all ranks exchanged with an object store."""
+    manifest: Manifest, *, export_dir: str, seconds: Mapping[str, float], rank_bytes: Mapping[int, int]
+) -> list[Sample]:
+    """Return the figures of an export that succeeded."""
     package = {"package": export_dir}
-    samples: list[tuple[str, Mapping[str, str], float]] = [
+    samples: list[Sample] = [
         ("dist_export_success", package, 1.0),
         ("dist_export_finished_timestamp_seconds", package, time.time()),
-        ("dist_export_package_bytes", package, float(num_bytes)),
+        ("dist_export_package_bytes", package, float(manifest.num_bytes)),
     ]
     samples += [("dist_export_stage_seconds", {**package, "stage": name}, value) for name, value in seconds.items()]
-    samples += [("dist_export_rows", {**package, "table": name}, float(value)) for name, value in rows.items()]
+    for table in manifest.tables:
+        labels = {**package, "table": table.name}
+        samples.append(("dist_export_rows", labels, float(table.rows_out)))
+        samples += [
+            ("dist_export_dropped_rows", {**labels, "reason": reason}, float(rows))
+            for reason, rows in table.rows_dropped.items()
+        ]
     samples += [
         ("dist_export_moved_bytes", {**package, "rank": str(rank)}, float(value)) for rank, value in rank_bytes.items()
     ]
-    samples += [(f"dist_export_store_{name}", package, float(value)) for name, value in store.items()]
+    for name, value in (manifest.run.get("store") or {}).items():
+        unit = "_bytes" if name in _IN_BYTES else ""
+        samples.append((f"dist_export_store_{name}{unit}", package, float(value)))
     return samples
 
 
-def failure_of(export_dir: str) -> list[tuple[str, Mapping[str, str], float]]:
+def failure_of(export_dir: str) -> list[Sample]:
     """Return the figures of an export that failed."""
     package = {"package": export_dir}
     return [

@@ -131,7 +131,9 @@ def export_located(
         refuse_if_lost = claim(ranks, places, config, held.callback)
 
         def register(manifest: Manifest) -> None:
-            registered.append(register_package(config, located, manifest, export_dir))
+            if uri := register_package(config, located, manifest, export_dir):
+                registered.append(uri)
+                reporter.note_registered(uri)
 
         committed = ranks.on_rank_0(
             "look for a committed package", lambda: find_committed(places, identity, and_then=register)
@@ -245,7 +247,7 @@ def export_located(
 
 
 def _tell_version(registered: list[str]) -> list[str]:
-    return [f"  version  {uri}" for uri in registered if uri]
+    return [f"  version  {uri}" for uri in registered]
 
 
 def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

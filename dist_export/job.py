@@ -21,18 +21,22 @@ def run_export(
     Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint.
     """
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
+    needs_dense = objects.model is not None and objects.dataset is not None
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense))
     config = located.apply(config)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
-    events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
+    if ranks.rank == 0:  # one for each attempt, by which they are counted
+        events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
         manifest, summary = export_located(ranks, config, objects, located, reporter)
     except BaseException as error:
         if ranks.rank == 0:
-            events.add("failed", error=f"{type(error).__name__}: {error}")
-            if config.metrics:
+            exit_code = getattr(error, "exit_code", 1)
+            events.add("failed", error=f"{type(error).__name__}: {error}", exit_code=exit_code)
+            # what is refused (2) has changed nothing: the figures of the package that may be there still hold
+            if config.metrics and exit_code != 2:
                 write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))
         raise
     others = ranks.gather("collect the events", events.lines)
@@ -41,11 +45,9 @@ def run_export(
         events.add("committed", bytes=manifest.num_bytes, digest=manifest.digest)
         if config.metrics:
             samples = samples_of(
+                manifest,
                 export_dir=export_dir,
                 seconds=reporter.seconds,
-                num_bytes=manifest.num_bytes,
-                rows={table.name: table.rows_out for table in manifest.tables},
-                store=manifest.run.get("store") or {},
                 rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
             )
             write_metrics(config.metrics, config.options_of_target, samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import xxhash
@@ -27,7 +28,7 @@ class Locations:
     source_uri: str
     """The registry's version that ``ckpt_dir`` is; empty for a path."""
     step: int | None
-    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself."""
+    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
     register: str
     """The registry's URI under which the package becomes a new version; empty for none."""
     notes: tuple[str, ...]
@@ -37,8 +38,10 @@ class Locations:
         return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
 
 
-def locate(config: ExportConfig) -> Locations:
+def locate(config: ExportConfig, *, needs_dense: bool) -> Locations:
     """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
+
+    ``needs_dense``: a dense arch is exported too.
 
     Raises:
         ConfigError: a URI that no registry resolves.
@@ -48,16 +51,16 @@ def locate(config: ExportConfig) -> Locations:
         resolved, found = registries.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = registries.resolve(config.ckpt_dir, config.registry_options)
-        found = find_checkpoint(config, resolved.directory)
+        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense)
     register, export_dir = config.register or "", config.export_dir
     target = registries.find_registry(config.export_dir, config.registry_options)
     if target is not None:
         register = register or config.export_dir
-        export_dir = target.place(config.export_dir, key=_key_of(config, found.directory))
-    elif register:
+        export_dir = registries.place(target, config.export_dir, key=_key_of(config, found.directory))
+    if register:
         registries.require(register, config.registry_options)
     notes = list(found.notes)
-    if found.step is not None:
+    if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
     return Locations(
         ckpt_dir=found.directory,
@@ -75,8 +78,8 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
         return ""
     dense = manifest.dense
     package = registries.Registered(
-        directory=directory,
-        source=locations.source_uri or locations.ckpt_dir or "",
+        directory=_absolute(directory, config.options_of_target),
+        source=locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options),
         digest=manifest.digest,
         inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
@@ -88,6 +91,12 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     return registries.register(locations.register, config.registry_options, package, advice=again)
 
 
+def _absolute(url: str, options: dict[str, Any]) -> str:
+    """Return a local path from the root on, for whoever reads it elsewhere; a store's URL, and an empty one, as it is."""
+    directory = Directory(url, options) if url else None
+    return directory.path if directory is not None and directory.is_local else url
+
+
 def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
     """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has."""
     if ckpt_dir is None:
@@ -95,7 +104,8 @@ def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
     settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
     lists = [_version_of(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
     # not with sorted keys: the order of patterns counts
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([ckpt_dir, config.num_shards, settings, lists]))
+    source = _absolute(ckpt_dir, config.storage_options)
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([source, config.num_shards, settings, lists]))
 
 
 def _version_of(path: str, config: ExportConfig) -> str:

@@ -38,7 +38,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
             "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
             "plan could look at. The export itself refuses what is wrong before it writes anything"
         )
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config))
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=config.model is not None))
     config = located.apply(config)
     places = open_places(ranks, config, place_of(config))
     source = places.source

@@ -82,6 +82,11 @@ class Reporter:
             kept = sum(slot.num_bytes for slot in table.kept)
             self._events.add("table", table=table.name, rows=table.rows_out, dropped=table.rows_dropped, bytes=kept)
 
+    def note_registered(self, uri: str) -> None:
+        """Take down the package's new version in a registry. Rank 0."""
+        if self._events is not None:
+            self._events.add("registered", uri=uri)
+
     def count_bytes(self, num_bytes: int) -> None:
         """Add to the bytes of all ranks. Any rank, any thread."""
         self._ranks.add(COUNTER, num_bytes)

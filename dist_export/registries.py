@@ -6,19 +6,31 @@ A registry is found by the entry point group ``dist_export.registries``, under t
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from dist_export.concealed import note_secrets
 from dist_export.disk import first_line
-from dist_export.errors import ConfigError, ExportError
+from dist_export.errors import ConfigError, DistExportError, ExportError
+from dist_export.storage import STORES, known_protocols
+
+T = TypeVar("T")
 
 GROUP = "dist_export.registries"
 MOS = "mos"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
+_ROOTED = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:/")
+_LOCAL = ("file", "local")
+"""Protocols that fsspec takes with one slash too."""
+
+_CLOSE = 0.75
+"""Likeness from which a scheme counts as another one misspelt."""
+
 _MOS = re.compile(r"model\.[\w-]+\.\w[^:]*")
 
 
@@ -35,8 +47,9 @@ class Registered(NamedTuple):
     """What a registry is told of a committed package. Nothing is uploaded: the registry refers to ``directory``."""
 
     directory: str
+    """An absolute path, or an fsspec URL."""
     source: str
-    """The checkpoint, as a URI where it came from a registry."""
+    """The checkpoint: a URI where it came from a registry, else as ``directory``; empty for a model in memory."""
     digest: str
     """Of the manifest."""
     inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
@@ -47,7 +60,13 @@ class Registered(NamedTuple):
 
 
 class Registry(Protocol):
-    """What an entry point gives, called with ``registry_options`` as keywords. Called on rank 0 alone."""
+    """What an entry point gives, called with its ``registry_options`` as keywords. Called on rank 0 alone.
+
+    ConfigError is for what the user can mend. Anything else that is raised is told in one line, with its type.
+
+    It may have a method ``check(uri)`` besides, which is called before anything is written, and raises ConfigError where no
+    new version can be made under ``uri``.
+    """
 
     def resolve(self, uri: str) -> Resolved:
         """Return the directory that a URI in ``ckpt_dir`` means. ConfigError where the registry has no such thing."""
@@ -66,7 +85,8 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
     """Return the registry that a URI belongs to; None for a path or an fsspec URL.
 
     Raises:
-        ConfigError: a Mos URI without a resolver, a package that is missing, options that the registry does not take.
+        ConfigError: a Mos URI without a resolver, a scheme that nothing here knows, a package that is missing, options that
+            the registry does not take.
     """
     scheme = scheme_of(uri)
     if scheme is None:
@@ -74,6 +94,7 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
     found = [entry for entry in importlib.metadata.entry_points(group=GROUP) if entry.name == scheme]
     if not found:
         if scheme != MOS:
+            _refuse_unknown(uri, scheme)
             return None
         raise ConfigError(
             f"{uri} is a model of Alibaba's Mos, for which no resolver is installed. Write a class with resolve, place and "
@@ -85,13 +106,33 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
             f"{uri}: {len(found)} installed packages have a resolver for {scheme!r} ({', '.join(e.value for e in found)}); "
             "remove all but one"
         )
+    note_secrets(options)
     try:
-        registry: Registry = found[0].load()(**options)
+        registry: Registry = found[0].load()(**options_of(scheme, options))
     except ConfigError:
         raise
     except Exception as error:  # a resolver is anybody's code
-        raise ConfigError(f"{uri}: the resolver {found[0].value} cannot be used: {first_line(error)}") from error
+        raise ConfigError(
+            f"{uri}: the resolver {found[0].value} cannot be used: {_say(error)}. Options that only one registry takes stand "
+            f"under its scheme: registry_options: {{{scheme}: {{...}}}}"
+        ) from error
     return registry
+
+
+def options_of(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for the registry of one scheme.
+
+    A mapping under the scheme of a resolver that is there is for that one alone; whatever else there is, is for all.
+    """
+    schemes = list_schemes()
+    own = {key: value for key, value in options.items() if key in schemes and isinstance(value, Mapping)}
+    common = {key: value for key, value in options.items() if key not in own}
+    return common | dict(own.get(scheme, {}))
+
+
+def list_schemes() -> list[str]:
+    """Return the schemes for which there is a resolver."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
 
 
 def scheme_of(uri: str) -> str | None:
@@ -104,25 +145,46 @@ def scheme_of(uri: str) -> str | None:
     return None if match is None else match[1].lower()
 
 
+def _refuse_unknown(uri: str, scheme: str) -> None:
+    """Refuse what would become a local directory with the name of a scheme: a slip in one."""
+    if _ROOTED.match(uri) is None:
+        return
+    protocols, schemes = known_protocols(), list_schemes()
+    if scheme in protocols:
+        if "://" in uri or scheme in _LOCAL:
+            return
+        raise ConfigError(f"{uri}: a store's URL has two slashes: {scheme}:/{uri.partition(':')[2]}")
+    close = difflib.get_close_matches(scheme, [*schemes, *sorted(protocols)], n=1, cutoff=_CLOSE)
+    hint = f"; did you mean {close[0]}:?" if close else "."
+    advice = "" if "://" in uri else f". A directory of this name is written ./{uri}"
+    raise ConfigError(
+        f"{uri}: no file system and no registry is called {scheme}, nor is this a path that is there{hint} Known are the "
+        f"registries {', '.join(schemes) or '(none)'} and the stores {', '.join(STORES)} and others of fsspec{advice}"
+    )
+
+
 def resolve(uri: str, options: Mapping[str, Any]) -> Resolved:
     """Return what a URI means; a path or an fsspec URL means itself. One rank. ConfigError as the registry says."""
     registry = find_registry(uri, options)
     if registry is None:
         return Resolved(uri, uri)
-    try:
-        return registry.resolve(uri)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{uri} cannot be resolved: {first_line(error)}") from error
+    return _asking(f"{uri} cannot be resolved", lambda: registry.resolve(uri))
+
+
+def place(registry: Registry, uri: str, *, key: str) -> str:
+    """Return where the package of a new version goes. One rank. ConfigError as the registry says."""
+    return _asking(f"{uri}: its registry has no place for a package", lambda: registry.place(uri, key=key))
 
 
 def require(uri: str, options: Mapping[str, Any]) -> Registry:
-    """Return the registry of a URI that must have one. ConfigError."""
+    """Return the registry of a URI under which a new version can be made, as far as it can tell by now. ConfigError."""
     registry = find_registry(uri, options)
     if registry is None:
-        names = sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
-        raise ConfigError(f"{uri} is no URI of a registry; there are resolvers for {', '.join(names) or 'none'}")
+        names = ", ".join(list_schemes()) or "none"
+        raise ConfigError(f"{uri} is no URI of a registry; there are resolvers for {names}")
+    check = getattr(registry, "check", None)  # resolvers need not have it
+    if check is not None:
+        _asking(f"{uri}: its registry makes no version there", lambda: check(uri))
     return registry
 
 
@@ -137,5 +199,19 @@ def register(uri: str, options: Mapping[str, Any], package: Registered, *, advic
     except Exception as error:
         raise ExportError(
             f"the package {package.directory} is whole and committed, but could not be registered as {uri}: "
-            f"{first_line(error)}. {advice}"
+            f"{_say(error)}. {advice}"
         ) from error
+
+
+def _asking(what: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except ConfigError:
+        raise
+    except Exception as error:  # a resolver is anybody's code
+        raise ConfigError(f"{what}: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    """Return what an error says, with its type where the text is not meant to be read without: a KeyError's is a key."""
+    return first_line(error) if isinstance(error, DistExportError) else f"{type(error).__name__}: {first_line(error)}"

@@ -23,6 +23,7 @@ from dist_export.checkpoint.formats import (
 )
 from dist_export.config import ExportConfig
 from dist_export.errors import CheckpointError, UnaskedError
+from dist_export.layout.recis import DENSE_STATE, INDEX
 from dist_export.storage import Directory, open_place
 
 LIST = "checkpoint"
@@ -38,13 +39,15 @@ class FoundCheckpoint(NamedTuple):
     directory: str | None
     """Path or URL; None for a model in memory."""
     step: int | None
-    """None where ``ckpt_dir`` is a checkpoint itself."""
+    """None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
     notes: tuple[str, ...]
-    """Newer ones that were passed over, each with the reason."""
+    """Newer ones that were passed over, each with the reason, and what the one that is taken lacks."""
 
 
-def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
+def find_checkpoint(config: ExportConfig, url: str, *, needs_dense: bool = False) -> FoundCheckpoint:
     """Return the checkpoint that ``url`` and ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
+
+    Of a run the latest is meant that has all that the export reads; with ``needs_dense`` the dense parameters too.
 
     Raises:
         CheckpointError: no checkpoint of that step, or none that is complete; a newest one that the settings do not fit.
@@ -58,22 +61,21 @@ def find_checkpoint(config: ExportConfig, url: str) -> FoundCheckpoint:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
     if is_checkpoint:
         if config.step is not None:
-            raise CheckpointError(
-                f"step is {config.step}, but ckpt_dir {directory.url} is no run: it has no children such as ckpt_<step>. "
-                "Give the directory above it, or leave step out"
-            )
-        return FoundCheckpoint(url, None, ())
+            _refuse_other_step(directory, config.step)
+        return FoundCheckpoint(url, config.step, ())
     listed = _read_list(directory) if LIST in names else None
     if config.step is not None:
         return _pick(directory, children, config.step)
     notes: list[str] = []
-    for step, name in sorted(children, reverse=True):
+    by_age = sorted(children, reverse=True)
+    for place, (step, name) in enumerate(by_age):
         why = (
             f"{LIST} does not list it, so its save did not finish"
             if listed is not None and name not in listed
-            else _why_incomplete(config, directory, name)
+            else _why_incomplete(config, directory, name, needs_dense=needs_dense)
         )
         if why is None:
+            notes += _note_no_dense(directory, name, by_age[place + 1 :][:1])
             return FoundCheckpoint(directory.locate(name), step, tuple(notes))
         notes.append(f"{directory.describe(name)} is passed over: {why}")
     raise CheckpointError(f"{directory.url}: none of its {len(children)} checkpoints is complete; {notes[0]}")
@@ -101,6 +103,34 @@ def _read_list(directory: Directory) -> set[str]:
     return {line.strip() for line in lines if line.strip()}
 
 
+def _refuse_other_step(directory: Directory, step: int) -> None:
+    """Refuse a step that is not that of the checkpoint ``ckpt_dir``, as far as its own name tells."""
+    named = _CHILD.fullmatch(directory.path.rpartition("/")[2])
+    if named is None:
+        raise CheckpointError(
+            f"step is {step}, but ckpt_dir {directory.url} is no run: it has no children such as ckpt_<step>. "
+            "Give the directory above it, or leave step out"
+        )
+    if int(named[1]) != step:
+        raise CheckpointError(
+            f"step is {step}, but ckpt_dir {directory.url} is by its name the checkpoint of step {int(named[1])}. "
+            "Give the directory above it, or leave step out"
+        )
+
+
+def _note_no_dense(directory: Directory, name: str, before: list[tuple[int, str]]) -> list[str]:
+    """Return a note where a RecIS checkpoint has no ``model.pt`` though the one ``before`` it has: the save may be cut off."""
+    child = directory.child(name)
+    if INDEX not in child.names() or child.exists(DENSE_STATE):
+        return []
+    return [
+        f"{child.describe(DENSE_STATE)} is missing, which {older} has: the tables are exported without dense parameters; "
+        f"step: {step} takes the checkpoint before"
+        for step, older in before
+        if directory.child(older).exists(DENSE_STATE)
+    ]
+
+
 def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> FoundCheckpoint:
     names = [name for number, name in children if number == step]
     if len(names) == 1:
@@ -116,22 +146,21 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
     )
 
 
-def _why_incomplete(config: ExportConfig, directory: Directory, name: str) -> str | None:
+def _why_incomplete(config: ExportConfig, directory: Directory, name: str, *, needs_dense: bool) -> str | None:
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
     child = directory.child(name)
     settings: dict[str, Any] = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     try:
-        if not config.need_export_sparse:
-            found = detect_format(child, asked=config.format)
-            if not holds_tables(child, found, **settings):
-                open_dense(child, found, **settings).describe()
-                return None
-        reader = open_reader(child, asked=config.format, **settings)
-        reader.read_headers(range(len(reader.files)))
-    except (
-        UnaskedError
-    ):  # an older one may fit the settings, and would be exported in the place of the one that is meant
-        raise
+        found = detect_format(child, asked=config.format)
+        if config.need_export_sparse or holds_tables(child, found, **settings):
+            reader = open_reader(child, asked=config.format, **settings)
+            reader.read_headers(range(len(reader.files)))
+        # an export of the tables alone reads these too, for the merged manifest: what is cut short would stop it
+        open_dense(child, found, **settings).describe()
+        if needs_dense and found in (RECIS, None) and not child.exists(DENSE_STATE):
+            return f"{child.describe(DENSE_STATE)} is missing, and the dense arch needs its parameters"
+    except UnaskedError:
+        raise  # an older one may fit the settings, and would be exported in the place of the one that is meant
     except (CheckpointError, OSError) as error:
         return str(error)
     return None

@@ -56,6 +56,14 @@ _PACKAGES = {
 }
 """What pip installs for a protocol whose fsspec package is missing."""
 
+STORES = tuple(sorted({"file", "memory", *_PACKAGES}))
+"""Protocols of stores, for messages; fsspec has more."""
+
+
+def known_protocols() -> set[str]:
+    """Return the protocols of all fsspec URLs that could be opened, those whose package is missing included."""
+    return {*fsspec.available_protocols(), *fsspec.registry}
+
 
 @dataclass(frozen=True, slots=True)
 class FileStat:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from dist_export import registries
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, Dtype
@@ -254,11 +255,17 @@ def _reading(where: str, read: Callable[[], bytes]) -> bytes:
         raise PackageError(f"{where} cannot be read: {error.strerror or error}") from None
 
 
-def open_package(path: str | os.PathLike[str], *, storage_options: dict[str, Any] | None = None) -> Package:
-    """Open the package at ``path``, a directory or an fsspec URL.
+def open_package(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: dict[str, Any] | None = None,
+    registry_options: dict[str, Any] | None = None,
+) -> Package:
+    """Open the package at ``path``: a directory, an fsspec URL, or a model registry's URI such as ``models:/ctr_serving/3``.
 
     Raises:
-        UserError: there is no such directory.
+        UserError: there is no such directory, or no such version.
         PackageError: no manifest, so no package; or one that is damaged or of a later schema.
     """
-    return Package(Directory(path, storage_options))
+    found = registries.resolve(os.fspath(path), registry_options or {})
+    return Package(Directory(found.directory, storage_options))

@@ -53,6 +53,20 @@ def test_two_ranks_export_a_model_that_serves_its_rows(tmp_path: Path) -> None:
     assert set(read_back(target)) == {"user_emb", "item_emb"}
 
 
+def test_events_of_all_ranks_belong_to_their_attempt(tmp_path: Path) -> None:
+    """A refused rerun of two ranks is one more attempt, and leaves the figures of the package as they were."""
+    source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    told = ["--filter_sparse_opt=true", "--events=true", f"--metrics={tmp_path / 'm.prom'}"]
+    assert export(2, source, tmp_path / "out", *told).returncode == 0
+    figures = (tmp_path / "m.prom").read_text()
+    assert export(2, source, tmp_path / "out", *told).returncode == 1
+    assert (tmp_path / "m.prom").read_text() == figures
+    events = [json.loads(line) for line in (tmp_path / "out.events.jsonl").read_text().splitlines()]
+    assert {event["rank"] for event in events if event["event"] == "moved"} == {0, 1}
+    ends = [(e["attempt"], e["event"]) for e in events if e["event"] in ("started", "committed", "failed")]
+    assert ends == [(1, "started"), (1, "committed"), (2, "started"), (2, "failed")]
+
+
 def test_a_shared_mistake_is_told_once(tmp_path: Path) -> None:
     """Every rank meets the same fault; rank 0 says it in one line, and nothing is written."""
     done = export(2, tmp_path / "nowhere", tmp_path / "out")

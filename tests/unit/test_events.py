@@ -6,13 +6,17 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import pytest
 import tiny_model
 
 import dist_export
 from dist_export import cli
 from dist_export.errors import ConfigError, ExportError
+from dist_export.events import EVENTS, METRICS, samples_of
+from dist_export.retries import TRAFFIC
 from dist_export.transfer.units import UnitRunner
 
 SAMPLE = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? \S+')
@@ -35,6 +39,9 @@ def test_events_stand_beside_the_package(settings: dict[str, object], tmp_path: 
     events = read(tmp_path / "out.events.jsonl")
     assert (events[0]["event"], events[-1]["event"]) == ("started", "committed")
     assert events[-1]["bytes"] == manifest.num_bytes
+    for event in events:
+        fields = ", ".join(event.keys() - {"time", "event", "rank", "attempt", "step"})
+        assert set(fields.split(", ")) == set(EVENTS[event["event"]].split(", ")), event
     stages = [event["stage"] for event in events if event["event"] == "stage"]
     assert stages == ["read", "plan", "transfer", "check", "write", "commit"]
     assert all(event["step"] == 70 and event["rank"] == 0 for event in events)
@@ -52,9 +59,65 @@ def test_metrics_are_prometheus_text(settings: dict[str, object], tmp_path: Path
     samples = [line for line in lines if not line.startswith("#")]
     assert all(SAMPLE.fullmatch(line) for line in samples), samples
     names = [line.split("{")[0] for line in samples]
-    assert [line.split()[2] for line in lines if line.startswith("# TYPE")] == sorted(set(names))
+    for head in ("# HELP", "# TYPE"):
+        assert [line.split()[2] for line in lines if line.startswith(head)] == sorted(set(names))
     assert f'dist_export_success{{package="{tmp_path}/out"}} 1' in samples
     assert f'dist_export_package_bytes{{package="{tmp_path}/out"}} {manifest.num_bytes}' in samples
+
+
+def test_rows_left_behind_are_told_by_reason(settings: dict[str, object], tmp_path: Path) -> None:
+    rules = {"prune": [{"tables": "*", "norm_at_most": 1e9}]}
+    manifest = dist_export.export({**settings, **rules, "metrics": str(tmp_path / "m.prom")})
+    table = manifest.tables[0]
+    sample = f'dist_export_dropped_rows{{package="{tmp_path}/out",table="{table.name}",reason="norm"}} {table.rows_in}'
+    assert sample in (tmp_path / "m.prom").read_text().splitlines()
+
+
+def test_figures_of_a_store_have_units() -> None:
+    manifest = SimpleNamespace(num_bytes=1, tables=(), run={"store": dict.fromkeys(TRAFFIC.NAMES, 3)})
+    names = {name for name, *_ in samples_of(manifest, export_dir="s3://b/x", seconds={}, rank_bytes={})}
+    assert {name for name in METRICS if "_store_" in name} == {name for name in names if "_store_" in name}
+    assert names <= METRICS.keys()
+
+
+def test_a_refused_rerun_loses_nothing(settings: dict[str, object], tmp_path: Path) -> None:
+    told = {"events": True, "metrics": str(tmp_path / "m.prom")}
+    dist_export.export({**settings, **told})
+    figures = (tmp_path / "m.prom").read_text()
+    first = (tmp_path / "out.events.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a committed package"):
+        dist_export.export({**settings, **told})
+    assert (tmp_path / "m.prom").read_text() == figures
+    assert (tmp_path / "out.events.jsonl").read_bytes().startswith(first)
+    events = read(tmp_path / "out.events.jsonl")
+    assert [(event["attempt"], event["event"]) for event in events if event["event"] != "stage"][-3:] == [
+        (1, "committed"),
+        (2, "started"),
+        (2, "failed"),
+    ]
+    assert events[-1]["exit_code"] == 2
+
+
+def test_what_is_in_the_file_of_events_stays(settings: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("not ours")
+    dist_export.export({**settings, "events": str(tmp_path / "log.txt")})
+    assert (tmp_path / "log.txt").read_text().startswith('not ours\n{"time":')
+
+
+def test_events_and_metrics_go_to_any_store(settings: dict[str, object]) -> None:
+    dist_export.export({**settings, "events": "memory://told/e.jsonl", "metrics": "memory://told/m.prom"})
+    store = fsspec.filesystem("memory")
+    assert b'"event":"committed"' in store.cat_file("/told/e.jsonl")
+    assert b"# HELP dist_export_success " in store.cat_file("/told/m.prom")
+
+
+def test_every_event_and_metric_is_documented_and_none_besides() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text.partition("## What machines see")[2], re.MULTILINE)
+    documented = {name: fields for name, fields in rows if not name.startswith("dist_export_")}
+    names = {name: ", ".join(re.findall(r"`(\w+)`", fields)) for name, fields in documented.items()}
+    assert names == EVENTS
+    assert [name for name, _ in rows if name.startswith("dist_export_")] == list(METRICS)
 
 
 def test_a_failed_export_is_told_too(

@@ -118,8 +118,84 @@ def test_from_a_version_to_a_new_version(client: Any, name: str, checkpoint: Pat
     assert all(column["shape"][0] == -1 for column in signature["inputs"])
     assert made.tags["dist_export.outputs"] == ",".join(entry.name for entry in manifest.dense.outputs)
     assert cli.main(["verify", f"models:/{name}_serving/1"]) == 0
+    assert dist_export.open_package(f"models:/{name}_serving/1").manifest.digest == manifest.digest
     with pytest.raises(ConfigError, match="holds a committed package"):
         dist_export.export(config)  # the same checkpoint with the same settings is the same package
+
+
+@pytest.mark.parametrize("is_placed", [False, True])
+def test_relative_paths_are_registered_from_the_root_on(
+    client: Any, name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_placed: bool
+) -> None:
+    """Whoever reads the registry has another working directory."""
+    monkeypatch.chdir(tmp_path)
+    place = {"export_dir": f"models:/{name}", "registry_options": {"location": "packages"}}
+    config = place if is_placed else {"export_dir": "out/m1", "register": f"models:/{name}"}
+    dist_export.export({"ckpt_dir": "ckpt", "filter_sparse_opt": True, "events": "events.jsonl", **config})
+    told = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
+    assert [event["uri"] for event in told if event["event"] == "registered"] == [f"models:/{name}/1"]
+    made = client.get_model_version(name, "1")
+    assert Path(made.source).is_relative_to(tmp_path / ("packages" if is_placed else "out/m1"))
+    assert made.tags["dist_export.source"] == str(checkpoint)
+    monkeypatch.chdir("/")
+    assert verify(registries.resolve(f"models:/{name}/1", {}).directory).findings == []
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("ctr/5", "give the name alone: models:/ctr"),
+        ("ctr@champion", "give the name alone"),
+        ("", "is no URI of MLflow"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["register", "export_dir"])
+def test_where_no_version_can_be_made_is_refused_before_the_export(
+    client: Any, checkpoint: Path, tmp_path: Path, setting: str, end: str, message: str
+) -> None:
+    config = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    options = {"registry_options": {"location": str(tmp_path / "out")}}
+    with pytest.raises(ConfigError, match=message):
+        dist_export.export({**config, **options, setting: f"models:/{end}"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_registry_without_an_address_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"sqlite:///{tmp_path}/mlflow.db.*MLFLOW_REGISTRY_URI.*registry_uri: ADDRESS"
+    ):
+        dist_export.open_package("models:/ctr/1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_database_of_the_registry_gets_none_for_runs_beside_it(
+    tmp_path: Path, database: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.search_registered_models()  # so that it is there
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"not found; the registry asked is {database}, as registry_options say"):
+        dist_export.open_package("models:/nobody/1", registry_options={"registry_uri": database})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+
+    def refuse(*_: object) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr("dist_export.mlflow_registry._import_client", lambda: refuse)
+    with pytest.raises(ConfigError, match=r"ConnectionError: nobody answers; .*https://\*\*\*@mlflow.example/"):
+        dist_export.open_package(
+            "models:/ctr/1", registry_options={"registry_uri": "https://me:hunter22@mlflow.example/"}
+        )
 
 
 def test_a_package_that_could_not_be_registered_is_whole_and_a_rerun_registers_it_alone(
@@ -234,14 +310,120 @@ class ToyMos:
         return f"{uri}/version={Path(package.directory).name}"
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, scheme: str, resolver: type) -> None:
     """As if a package with this entry point were installed."""
     real = importlib.metadata.entry_points
-    entry = SimpleNamespace(name="mos", value="test_registries:ToyMos", load=lambda: ToyMos)
+    entry = SimpleNamespace(name=scheme, value=f"test_registries:{resolver.__name__}", load=lambda: resolver)
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda **given: [*real(**given), *([entry] if given else [])]
     )
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "mos", ToyMos)
+
+
+def read_documented_resolver() -> type:
+    """Return the class that docs/registries.md shows."""
+    text = (Path(__file__).parents[2] / "docs" / "registries.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    return names["Shelf"]
+
+
+def test_the_documented_resolver_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, "shelf", read_documented_resolver())
+    write_checkpoint(tmp_path / "shelf" / "ctr" / "3", make_tables({"t": 3}, num_parts=1))
+    monkeypatch.chdir(tmp_path)
+    settings = ["--filter_sparse_opt=true", "--registry_options={shelf: {root: shelf}}", "--export_dir=shelf:/serving"]
+    assert cli.main([*settings, "--ckpt_dir=shelf:/ctr/4"]) == 2
+    assert "shelf:/ctr/4: the shelf shelf has no such version" in capsys.readouterr().err
+    assert cli.main([*settings, "--ckpt_dir=shelf:/ctr/3"]) == 0
+    uri, directory, digest = (tmp_path / "shelf" / "versions.txt").read_text().split()
+    assert Path(directory).parent == tmp_path / "shelf" / "serving"
+    package = dist_export.open_package(uri, registry_options={"root": "shelf"})
+    assert (package.manifest.digest, package.manifest.source.uri) == (digest, "shelf:/ctr/3")
+
+
+def test_each_registry_gets_the_options_under_its_scheme(
+    client: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one registry to another, each with an option that the other does not take."""
+    install(monkeypatch, "shelf", read_documented_resolver())
+    write_checkpoint(tmp_path / "ctr" / "3", make_tables({"t": 3}, num_parts=1))
+    config = {"ckpt_dir": "shelf:/ctr/3", "export_dir": f"models:/{name}", "filter_sparse_opt": True}
+    options = {"shelf": {"root": str(tmp_path)}, "models": {"location": str(tmp_path / "packages")}}
+    dist_export.export({**config, "registry_options": options})
+    assert Path(client.get_model_version(name, "1").source).parent == tmp_path / "packages" / name
+    with pytest.raises(ConfigError, match=r"unexpected keyword .*'root'.*registry_options: \{models: \{...\}\}"):
+        dist_export.export({**config, "registry_options": {"root": str(tmp_path), "models": options["models"]}})
+
+
+class Faulty:
+    """A resolver with a bug."""
+
+    def resolve(self, uri: str) -> Resolved:
+        return {}[uri.rpartition("/")[2]]
+
+    def place(self, uri: str, *, key: str) -> str:
+        return {}["place"]
+
+    def check(self, uri: str) -> None:
+        return {}["check"]
+
+    register = place
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("ckpt_dir", "faulty:/ctr/3 cannot be resolved: KeyError: '3'"),
+        ("export_dir", "faulty:/ctr/3: its registry has no place for a package: KeyError: 'place'"),
+        ("register", "faulty:/ctr/3: its registry makes no version there: KeyError: 'check'"),
+    ],
+)
+def test_what_a_resolver_raises_is_told_with_its_type(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    install(monkeypatch, "faulty", Faulty)
+    config = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    with pytest.raises(ConfigError) as caught:
+        dist_export.export({**config, setting: "faulty:/ctr/3"})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (
+            "model:/ctr",
+            "no registry is called model,.*did you mean models:\\?.*registries models and the stores .*s3, ",
+        ),
+        ("runs:/abc/model", "no registry is called runs,"),
+        ("nope://bucket/x", "no registry is called nope,"),
+        ("s3:/bucket/x", "a store's URL has two slashes: s3://bucket/x$"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["ckpt_dir", "export_dir", "register"])
+def test_a_slip_in_a_scheme_is_no_directory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, uri: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {"ckpt_dir": str(checkpoint), "export_dir": "out", "filter_sparse_opt": True}
+    with pytest.raises(ConfigError, match=message):
+        dist_export.export({**config, setting: uri})
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_a_directory_may_be_called_like_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("./model:/ctr", "file:/tmp/ctr", "memory://ctr"):
+        assert registries.find_registry(path, {}) is None
+    (tmp_path / "model:" / "ctr").mkdir(parents=True)
+    assert registries.find_registry("model:/ctr", {}) is None
 
 
 def test_a_resolver_of_ones_own(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

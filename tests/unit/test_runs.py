@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
+import tiny_model
 import torch
 from dcp_writer import write_chunks
 from recis_writer import make_tables, write_checkpoint
@@ -14,7 +16,9 @@ from safetensors.torch import save_file
 
 import dist_export
 from dist_export.config import ExportConfig
+from dist_export.config_file import load_config
 from dist_export.errors import CheckpointError
+from dist_export.plan_report import make_report
 from dist_export.runs import find_checkpoint
 
 
@@ -27,8 +31,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def find(run: Path, **settings: object):
-    return find_checkpoint(ExportConfig(ckpt_dir=str(run), export_dir="out", **settings), str(run))
+def find(run: Path, *, needs_dense: bool = False, **settings: object):
+    config = ExportConfig(ckpt_dir=str(run), export_dir="out", **settings)
+    return find_checkpoint(config, str(run), needs_dense=needs_dense)
 
 
 def test_the_latest_is_by_number_not_by_name(run: Path) -> None:
@@ -65,6 +70,47 @@ def test_an_incomplete_latest_one_is_passed_over_and_named(run: Path, damage: st
     assert "ckpt_100 is passed over" in found.notes[0]
 
 
+@pytest.mark.parametrize("needs_dense", [False, True])
+def test_dense_parameters_that_cannot_be_read_stop_every_export_and_so_are_passed_over(
+    run: Path, needs_dense: bool
+) -> None:
+    for step in (20, 100):
+        torch.save({"w": torch.ones(2)}, run / f"ckpt_{step}" / "model.pt")
+    cut = run / "ckpt_100" / "model.pt"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    found = find(run, needs_dense=needs_dense)
+    assert found.step == 20
+    assert re.search("ckpt_100 is passed over: .*model.pt is truncated", found.notes[0])
+
+
+def test_dense_parameters_that_are_missing_count_where_they_are_needed(run: Path) -> None:
+    torch.save({"w": torch.ones(2)}, run / "ckpt_20" / "model.pt")
+    needed = find(run, needs_dense=True)
+    assert needed.step == 20
+    assert "ckpt_100/model.pt is missing, and the dense arch needs its parameters" in needed.notes[0]
+    (note,) = find(run).notes
+    assert find(run).step == 100
+    assert "ckpt_100/model.pt is missing, which ckpt_20 has" in note
+    assert "step: 20 takes the checkpoint before" in note
+
+
+def test_an_export_of_the_tables_alone_says_so_of_a_run_cut_short(run: Path, tmp_path: Path) -> None:
+    (run / "ckpt_100" / "model.pt").write_bytes(b"PK")
+    manifest = dist_export.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a")})
+    assert manifest.source.step == 20
+    assert any("ckpt_100 is passed over" in note for note in manifest.notes)
+
+
+def test_a_run_cut_short_gives_its_dense_arch_from_the_save_before(tmp_path: Path) -> None:
+    for step in (5, 9):
+        tiny_model.write_tiny_checkpoint(tmp_path / "run" / f"ckpt_{step}")
+    (tmp_path / "run" / "ckpt_9" / "model.pt").unlink()
+    settings = {"ckpt_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "out")}
+    dense = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    assert make_report(load_config({**settings, **dense}), world_size=1)["source"].endswith("ckpt_5")
+    assert dist_export.export({**settings, **dense}).source.step == 5
+
+
 def test_none_complete_is_an_error_that_says_why(run: Path) -> None:
     for child in run.glob("ckpt_*"):
         (child / "index").unlink()
@@ -75,8 +121,11 @@ def test_none_complete_is_an_error_that_says_why(run: Path) -> None:
 def test_a_checkpoint_is_itself_whatever_lies_below_it(run: Path) -> None:
     (run / "ckpt_20" / "extra_1").mkdir()
     assert find(run / "ckpt_20").directory == str(run / "ckpt_20")
-    with pytest.raises(CheckpointError, match="step is 20, but ckpt_dir"):
-        find(run / "ckpt_20", step=20)
+    assert find(run / "ckpt_20", step=20)[:2] == (str(run / "ckpt_20"), 20)
+    with pytest.raises(CheckpointError, match=r"step is 21, but ckpt_dir .*/ckpt_20 is by its name .* of step 20"):
+        find(run / "ckpt_20", step=21)
+    with pytest.raises(CheckpointError, match=r"step is 20, but ckpt_dir .* is no run"):
+        find((run / "ckpt_20").rename(run / "best"), step=20)
 
 
 @pytest.mark.parametrize("name", ["step-{}", "step_{}", "checkpoint-{}", "global_step_{}", "model.ckpt-{}", "{}"])
