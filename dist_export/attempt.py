@@ -65,10 +65,15 @@ def _receipt_name(shard: str) -> str:
 
 
 def list_attempt(target: Directory) -> list[str]:
-    """Return the files that an uncommitted export left in ``target``: shards, partial ones, small files."""
+    """Return what an uncommitted export left in ``target``: shards, partial ones, small files, the record of uploads.
+
+    Of an export to S3 that record is all that tells of it until its first shard is whole, for parts are no objects.
+    """
     there = target.names()
-    shards = _list_receipted(target)
+    work = target.child(WORK_DIRECTORY).names()
+    shards = _receipted(work)
     left = [name for name in there if name in shards or is_partial(name)]
+    left += [UPLOADS] if UPLOADS.removeprefix(f"{WORK_DIRECTORY}/") in work else []
     return sorted({*left, *(name for name in _read_small_files(target) if target.exists(name))})
 
 
@@ -79,7 +84,6 @@ def remove_attempt(target: Directory) -> None:
     for shard in _list_receipted(target):
         target.remove(_receipt_name(shard))
     target.remove(_SMALL_FILES)
-    target.remove(UPLOADS)
 
 
 def is_partial(name: str) -> bool:
@@ -111,8 +115,12 @@ def remove_strays(target: Directory, planned: set[str]) -> None:
 
 
 def _list_receipted(target: Directory) -> list[str]:
-    receipts = target.child(WORK_DIRECTORY).names()
-    shards = [name.removesuffix(".json") for name in receipts if name.endswith(f"{_SHARD_SUFFIX}.json")]
+    return _receipted(target.child(WORK_DIRECTORY).names())
+
+
+def _receipted(work: list[str]) -> list[str]:
+    """Return the shards whose receipts are among the names of the work directory's files."""
+    shards = [name.removesuffix(".json") for name in work if name.endswith(f"{_SHARD_SUFFIX}.json")]
     return [shard for shard in shards if is_plain_name(shard)]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
 
@@ -109,9 +108,10 @@ def _plan(argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
+    from dist_export.config_file import build_path_parser, parse_path
     from dist_export.package.describe import describe, render
 
-    parser = argparse.ArgumentParser(prog="dist_export inspect", description="Show a checkpoint or a package.")
+    parser = build_path_parser("dist_export inspect", "Show a checkpoint or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
     formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb")
     parser.add_argument(
@@ -120,10 +120,10 @@ def _inspect(argv: list[str]) -> int:
     for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
         text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
-    arguments = _parse_path(parser, argv)
+    arguments = parse_path(parser, argv)
     found = describe(
         _resolve(arguments),
-        _options(arguments),
+        arguments.storage_options,
         follow_links=arguments.follow_links,
         asked=arguments.format,
         tables=arguments.tables,
@@ -136,28 +136,28 @@ def _inspect(argv: list[str]) -> int:
 def _verify(argv: list[str]) -> int:
     from dist_export.collective import join
     from dist_export.config import ExportConfig, parse_bytes
+    from dist_export.config_file import build_path_parser, parse_path
     from dist_export.package.verify import verify
 
-    parser = argparse.ArgumentParser(
-        prog="dist_export verify",
-        description="Check a package, or a directory that RecIS wrote: exit 0 sound, 1 unsound, 2 neither of the two. "
-        "Under torchrun the ranks share the work.",
+    parser = build_path_parser(
+        "dist_export verify",
+        "Check a package, or a directory that RecIS wrote: exit 0 sound, 1 unsound, 2 neither of the two, or none that can be "
+        "read. Under torchrun the ranks share the work.",
     )
     parser.add_argument("--finite", action="store_true", help="also read all float values, to find NaN and infinities")
-    parser.add_argument("--max_memory", default=ExportConfig.max_memory, help="of each rank; default %(default)s")
-    parser.add_argument("--threads", type=int, default=None, help="of each rank; default its cores, 4 at most")
+    parser.add_argument("--max_memory", default=ExportConfig.max_memory, help="of each rank")
+    parser.add_argument("--threads", type=int, default=None, help="of each rank; null: its cores, 4 at most")
     parser.add_argument("--timeout", type=float, default=ExportConfig.timeout, help="seconds to wait for another rank")
-    arguments = _parse_path(parser, argv)
+    arguments = parse_path(parser, argv)
     max_memory = parse_bytes(arguments.max_memory, setting="max_memory")
     if not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"--timeout is {arguments.timeout}; give seconds above 0")
-    options = _options(arguments)
     ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
     try:
         path = ranks.on_rank_0("find the package", lambda: _resolve(arguments))
         report = verify(
             path,
-            options,
+            arguments.storage_options,
             finite=arguments.finite,
             max_memory=max_memory,
             threads=arguments.threads,
@@ -173,41 +173,19 @@ def _verify(argv: list[str]) -> int:
     return 1 if report.count() else 0
 
 
-def _parse_path(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    parser.add_argument("path", help="directory, file of a checkpoint, fsspec URL, or a registry's URI")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--storage_options", default="{}", help="options for the file system, as YAML")
-    parser.add_argument(
-        "--registry_options", default="{}", help="options for the registry of a URI, as YAML; under its scheme or not"
-    )
-    return parser.parse_args(argv)
-
-
-def _resolve(arguments: argparse.Namespace) -> str:
+def _resolve(arguments: Any) -> str:
     """Return the directory that the path means: itself, or what a registry says."""
     from dist_export import registries
 
-    return registries.resolve(arguments.path, _options(arguments, "registry_options")).directory
-
-
-def _options(arguments: argparse.Namespace, name: str = "storage_options") -> dict[str, object]:
-    import yaml
-
-    from dist_export.strict_yaml import load_yaml
-
-    try:
-        options = load_yaml(getattr(arguments, name))
-    except yaml.YAMLError:
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(f"--{name} is something else; expected a YAML mapping such as '{{anon: true}}'")
-    return options
+    return registries.resolve(arguments.path, arguments.registry_options).directory
 
 
 def _print_text(parser: ArgumentParser, argv: list[str]) -> None:
     """Let the parser print help or the config, and exit."""
+    from dist_export.config_file import join_nested
+
     try:
-        parser.parse_args(argv)
+        parser.parse_args(join_nested(argv))
     except (ValueError, TypeError) as error:  # it has exited unless an argument is wrong
         raise ConfigError(" ".join(str(error).split())) from None
 

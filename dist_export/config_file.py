@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import types
@@ -34,6 +35,15 @@ _OPAQUE = (
     "prune",
 )
 
+_NESTED = ("model_args", "dataset_args", "fg_args", *_SECRET)
+"""Mappings whose keys may be given one by one, with dots."""
+
+_EXAMPLES = {
+    "registry_options": '{"registry_uri": "http://HOST:PORT"}',
+    "storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
+    "target_storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
+}
+
 _USAGE = """\
 dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)
        dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
@@ -49,6 +59,72 @@ def build_parser(prog: str = "dist_export", *, has_help: bool = False) -> Argume
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     parser.add_class_arguments(ExportConfig)
     return parser
+
+
+def build_path_parser(prog: str, description: str) -> ArgumentParser:
+    """Return the parser of a command that looks at one path, to which the command adds its own options."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("path", help="directory, file of a checkpoint, fsspec URL, or a registry's URI")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    for name, what in (
+        ("storage_options", "the file system"),
+        ("registry_options", "the registry of a URI, under its scheme or not"),
+    ):
+        text = f"options for {what}, as YAML, or one by one: --{name}.key value"
+        parser.add_argument(f"--{name}", type=dict[str, Any], default={}, help=text)
+    return parser
+
+
+def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
+    """Parse the arguments of such a command, options as an export takes them. ConfigError for unknown or wrong ones."""
+    for option, text in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = option.removeprefix("--").partition("=")
+        if option.startswith("--") and name in _EXAMPLES and not _is_mapping(value if equals else text):
+            raise ConfigError(f"--{name} is something else; expected {_expected(name)}")
+    try:
+        return parser.parse_args(join_nested(argv))
+    except (ArgumentError, ValueError, TypeError) as error:
+        if "are required: path" in str(error):
+            raise ConfigError(f"which path? Usage: {parser.prog} PATH [--key value ...]") from None
+        raise _translate(error) from None
+
+
+def join_nested(argv: Sequence[str]) -> list[str]:
+    """Make one argument of those that lie two levels and more below one setting: of several the parser keeps the last alone.
+
+    ``--storage_options.client_kwargs.a 1 --storage_options.client_kwargs.b 2`` becomes
+    ``--storage_options.client_kwargs={"a": 1, "b": 2}``.
+    """
+    joined: list[str] = []
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        path = option.removeprefix("--").split(".")
+        if not option.startswith("--") or path[0] not in _NESTED or len(path) < 3:
+            joined.append(argument)
+            continue
+        text = value if equals else next(arguments, "")
+        name = ".".join(path[:2])
+        if name not in found:
+            found[name] = len(joined), {}
+            joined.append("")
+        place, inner = found[name]
+        try:
+            for key in path[2:-1]:
+                inner = inner.setdefault(key, {})
+            inner[path[-1]] = load_yaml(text)
+        except (yaml.YAMLError, AttributeError, TypeError):
+            raise ConfigError(f"{option.removeprefix('--')} is no YAML, or lies below a value") from None
+        joined[place] = f"--{name}={json.dumps(found[name][1], default=str)}"
+    return joined
+
+
+def _is_mapping(text: str) -> bool:
+    try:
+        return isinstance(load_yaml(text), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> ExportConfig:
@@ -92,7 +168,7 @@ def _parse(
         # defaults are taken as they are, so the file's settings are checked on their own first
         checked = vars(parser.parse_object({"export_dir": "", **typed}))
         parser.set_defaults({name: checked[name] for name in typed})
-        parsed = parser.parse_args(list(argv))
+        parsed = parser.parse_args(join_nested(argv))
     except (ArgumentError, ValueError, TypeError) as error:
         raise _translate(error) from None
     values: dict[str, Any] = {}
@@ -193,6 +269,8 @@ def _translate(error: Exception) -> ConfigError:
 
 
 def _expected(name: str) -> str:
+    if name in _EXAMPLES:
+        return f"a YAML mapping such as '{_EXAMPLES[name]}'"
     field = _FIELDS.get(name.split(".", maxsplit=1)[0])
     if field is None:
         return "another type"

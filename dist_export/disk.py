@@ -81,7 +81,7 @@ def naming(where: str) -> Iterator[None]:
             raise
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
         is_path = isinstance(error, (FileNotFoundError, FileExistsError))  # stores give them the path for a text
-        reason = os.strerror(number) if is_path else reason_of(error)
+        reason = os.strerror(number) if is_path else reason_of(error).removesuffix(".")  # a sentence goes on behind it
         raise OSError(number, reason, where) from error  # of the same class: Python takes it from the number
 
 

@@ -62,7 +62,17 @@ def place_of(config: ExportConfig) -> str:
 
 def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
     """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks."""
-    source, final = ranks.run("check the places", lambda: _check_places(ranks, config, export_dir))
+
+    def check() -> tuple[Directory | None, Directory]:
+        try:
+            return _check_places(ranks, config, export_dir)
+        except OSError as error:
+            if "://" not in str(error.filename):
+                raise
+            # a store that is not reached, or lets nobody in, is mended in the settings
+            raise ConfigError(f"{error.filename} cannot be looked at: {error.strerror}. Nothing was written") from error
+
+    source, final = ranks.run("check the places", check)
     in_place = source is not None and source.is_same(final)
 
     def look() -> bool:
@@ -159,7 +169,7 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, sh
         if not config.overwrite:
             raise ConfigError(
                 f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other "
-                "settings. Set overwrite: true to replace it, or give another export_dir"
+                f"settings. {_say_way_out(final)}"
             )
         _refuse_package(final, config, in_place=places.in_place)
         return True
@@ -187,9 +197,7 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
-        raise ConfigError(
-            f"{there}. Set overwrite: true to replace it, give another export_dir, or remove the old package first"
-        )
+        raise ConfigError(f"{there}. {_say_way_out(final)}, or remove the old package first")
     if in_place:
         raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
     if not final.is_local:
@@ -199,6 +207,13 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         )
     if (reason := replace.why_not_replaceable(final.path)) is not None:
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
+
+
+def _say_way_out(final: Directory) -> str:
+    """Return what can be done about a package that is in the way: on a store ``overwrite`` would only be refused."""
+    if not final.is_local:
+        return "On this store a package cannot be replaced in one step: give another export_dir"
+    return "Set overwrite: true to replace it, or give another export_dir"
 
 
 def _refuse_attempt(directory: Directory) -> None:
@@ -254,8 +269,7 @@ def _begin(places: Places, config: ExportConfig) -> None:
     final, target = places.final, places.target
     if final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final):
         raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. Give another "
-            "export_dir, or run this again with overwrite: true"
+            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {_say_way_out(final)}"
         )
     if places.is_replacing:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
@@ -316,7 +330,7 @@ def find_committed(
     if manifest.run.get("identity") != identity:
         raise ConfigError(
             f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other settings. "
-            "Set overwrite: true to replace it, or give another export_dir"
+            f"{_say_way_out(final)}"
         )
     and_then(manifest)
     finish_commit(final)

@@ -23,6 +23,7 @@ from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.units import assign, plan_units
+from dist_export.progress import say_figures
 from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
 
 
@@ -178,11 +179,14 @@ def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) 
 
 def _say_store(store: dict[str, int], num_bytes: int) -> str:
     def share(name: str) -> str:
-        return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%} of the shards)"
+        return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%})" if store[name] else ""
 
-    ids = f"{amount(store['ids'])} of ids are read for the census and the check"
-    within = f"{amount(store['copied'])} copied within it" if store["copied"] else "all through the export"
-    return f"store: {share('downloaded')} downloaded, {share('uploaded')} uploaded, {within}; {ids}"
+    is_within = bool(store["downloaded"] and store["uploaded"])
+    figures = say_figures(share("downloaded"), share("uploaded"), share("copied"), is_within=is_within)
+    return (
+        f"store: of the shards' {amount(num_bytes)}: {figures}; besides, {amount(store['ids'])} of ids are read for the census "
+        "and the check, and headers, indexes and receipts, which only the summary counts"
+    )
 
 
 def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:

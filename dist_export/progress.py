@@ -152,7 +152,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
             rest = "" if repaired == misplaced else f", {misplaced - repaired:,} more were dropped"
             lines.append(f"  repaired {repaired:,} rows lay in another shard's slice and were moved to their own{rest}")
         if store := manifest.run.get("store"):
-            lines.append(f"  store    {_say_traffic(store, manifest)}")
+            lines.append(f"  store    {_say_traffic(store, manifest.source.path)}")
         if left := manifest.run.get("left_alone"):
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             lines.append(f"  left     {', '.join(left[:3])}{more}: in export_dir, but not of this package")
@@ -232,16 +232,26 @@ def _casts(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _say_traffic(store: dict[str, int], manifest: Manifest) -> str:
-    """Return what all ranks have exchanged with S3: the id columns, read for the census and the check, included."""
-    shards = sum(file.num_bytes for file in manifest.files if file.path.endswith(".safetensors"))
-    figures = [
-        f"{amount(store[name])} {name}" + (f" ({store[name] / shards:.1%} of the shards)" if shards else "")
-        for name in ("downloaded", "uploaded")
-    ]
-    within = f"{amount(store['copied'])} copied within the store" if store["copied"] else "all through the export"
+def _say_traffic(store: dict[str, int], source: str) -> str:
+    """Return what all ranks have exchanged with S3, all of it: other than the plan's figures these are not of shards alone."""
+    figures = say_figures(
+        *(amount(store[name]) if store[name] else "" for name in ("downloaded", "uploaded", "copied")),
+        is_within=bool(store["uploaded"]) and source.startswith(("s3://", "s3a://")),
+    )
     asked = f"{count(store['requests'], 'request')}, {store['retries']:,} tried again"
-    return f"{figures[0]}, {figures[1]}, {within}; {asked}"
+    return f"{figures}: all of it, ids, headers, indexes and receipts too; {asked}"
+
+
+def say_figures(downloaded: str, uploaded: str, copied: str, *, is_within: bool) -> str:
+    """Return what went to and fro between an export and a store; empty texts are left out.
+
+    Args:
+        is_within: whether source and target both lie on a store, so that it could have copied bytes itself.
+    """
+    figures = [f"{text} {name}" for text, name in ((downloaded, "downloaded"), (uploaded, "uploaded")) if text]
+    if copied or is_within:
+        figures.append(f"{copied or 'nothing'} copied within the store")
+    return ", ".join(figures)
 
 
 def _rows_dropped(manifest: Manifest) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,9 @@ LEAST_RETRIES = 2
 """Also where a single try has taken longer than that: a large copy whose answer did not come."""
 FIRST_SECS = 0.2
 LONGEST_SECS = 5.0
+
+_TOLD_FROM = 4
+"""The number of the first new try that is told: some two seconds after the first one."""
 
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = (
@@ -87,12 +91,14 @@ class Traffic:
 TRAFFIC = Traffic()
 
 
-def with_retries(call: Callable[[bool], T], where: str) -> T:
+def with_retries(call: Callable[[bool], T], where: str, *, is_known: bool = True) -> T:
     """Return what ``call`` returns, tried again for :data:`SPAN_SECS` with growing pauses while its errors are transient.
 
     Args:
         call: makes the request; told whether an earlier try may have reached the store.
         where: the object, for the log.
+        is_known: whether this store has ever answered; else a host that the name service does not know is taken for a
+            mistake, after :data:`LEAST_RETRIES`.
     """
     deadline = time.monotonic() + SPAN_SECS
     pause, number = FIRST_SECS, 0
@@ -101,12 +107,15 @@ def with_retries(call: Callable[[bool], T], where: str) -> T:
         try:
             return call(number > 0)
         except Exception as error:
-            if not is_transient(error) or (number >= LEAST_RETRIES and time.monotonic() + pause > deadline):
+            is_over = time.monotonic() + pause > deadline or (not is_known and is_unknown_host(error))
+            if not is_transient(error) or (number >= LEAST_RETRIES and is_over):
                 raise
             TRAFFIC.add(retries=1)
             number += 1
-            level = logging.DEBUG if number < 4 else logging.INFO  # a hiccup is no news, a store that is away is
-            logger.log(level, "%s: %s; trying again (%d)", where, _say(error), number)
+            # a hiccup is no news; of a store that is away also hears who calls open_package and has set no logging up
+            level = logging.DEBUG if number < _TOLD_FROM else logging.WARNING if number == _TOLD_FROM else logging.INFO
+            left = max(0.0, deadline - time.monotonic())
+            logger.log(level, "%s: %s; trying again (%d) for %.0f s at most", where, _say(error), number, left)
             # all ranks meet a store's trouble at one moment, and must not all come back at one moment
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- nothing secret hangs on it
             pause = min(pause * 2, LONGEST_SECS)
@@ -125,6 +134,21 @@ def is_transient(error: BaseException) -> bool:
         if any(kind.__name__ in _TRANSIENT_NAMES for kind in type(cause).__mro__):
             return True
     return False
+
+
+def why_unreachable(error: BaseException) -> str | None:
+    """Return why no server was reached at all, for its address is wrong or it is away; None where one was."""
+    causes = list(_causes(error))
+    if not any(type(cause).__name__ == "EndpointConnectionError" for cause in causes):
+        return None
+    system = next((cause for cause in reversed(causes) if isinstance(cause, OSError)), error)
+    return system.strerror or _say(system) if isinstance(system, OSError) else _say(system)
+
+
+def is_unknown_host(error: BaseException) -> bool:
+    """Whether the name service said that there is no such host; not where it did not answer itself."""
+    unknown = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+    return any(isinstance(cause, socket.gaierror) and cause.errno in unknown for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from dist_export.retries import TRAFFIC, with_retries
+from dist_export.errors import UserError
+from dist_export.retries import TRAFFIC, why_unreachable, with_retries
+
+T = TypeVar("T")
 
 MAX_PARTS = 10_000
 
@@ -24,6 +28,9 @@ _FILE_PART_BYTES = 8 << 20
 _PROTOCOLS = ("s3", "s3a")
 _MOST_CONNECTIONS = 64
 _DELETED_AT_ONCE = 1000
+
+_ANSWERED: set[str] = set()
+"""File systems, by fsspec's token of their options, whose store has answered this process once."""
 
 
 class Found(NamedTuple):
@@ -72,7 +79,35 @@ class S3:
         return self._ask(method, path, Bucket=bucket, Key=key, **more)
 
     def _ask(self, method: str, where: str, **arguments: Any) -> dict[str, Any]:
-        return dict(with_retries(lambda _: self._try(method, **arguments), where))
+        return dict(self._ask_again(lambda _: self._try(method, **arguments), where))
+
+    def _ask_again(self, call: Callable[[bool], T], where: str) -> T:
+        """Do as :func:`with_retries`, and tell of an address that leads nowhere, or of a name that is none.
+
+        Raises:
+            UserError: what the library refuses to ask for, such as a bucket of no possible name.
+        """
+        token = str(getattr(self._fs, "_fs_token", id(self._fs)))
+        try:
+            found = with_retries(call, where, is_known=token in _ANSWERED)
+        except Exception as error:
+            if type(error).__name__ == "ParamValidationError":  # botocore's; what is wrong stands in its second line
+                reason = " ".join(str(error).split()).removeprefix("Parameter validation failed: ")
+                # no ValueError, which says of a path that nothing can be there
+                raise UserError(f"s3://{where}: {reason}") from error
+            reached = why_unreachable(error)
+            if reached is None:
+                _ANSWERED.add(token)
+                raise
+            client = getattr(self._fs, "_s3", None)
+            endpoint = getattr(getattr(client, "meta", None), "endpoint_url", "its endpoint")
+            raise OSError(
+                errno.EHOSTUNREACH,
+                f"no server is reached at {endpoint} ({reached}); say where the store is with client_kwargs.endpoint_url in "
+                "storage_options, or with AWS_ENDPOINT_URL",
+            ) from error
+        _ANSWERED.add(token)
+        return found
 
     def _try(self, method: str, **arguments: Any) -> dict[str, Any]:
         body = arguments.pop("Body", None)
@@ -82,7 +117,11 @@ class S3:
 
     def head(self, path: str) -> Found:
         """Return size and ETag."""
-        found = self._call("head_object", path)
+        try:
+            found = self._call("head_object", path)
+        except PermissionError:
+            self.get(path, 0, 1)  # a HEAD is answered without a word; a GET is refused with the store's reason
+            raise
         return Found(int(found["ContentLength"]), str(found["ETag"]))
 
     def checksum(self, path: str) -> str:
@@ -110,14 +149,14 @@ class S3:
         return bool(page.get("Contents"))
 
     def why_no_bucket(self, path: str) -> str | None:
-        """Return why nothing can be written below ``path``, where its bucket is the reason; None otherwise."""
+        """Return why nothing is and nothing can be below ``path``, where its bucket is the reason; None otherwise."""
         bucket = path.partition("/")[0]
         try:
             self._ask("head_bucket", bucket, Bucket=bucket)
         except FileNotFoundError:
             return f"there is no bucket {bucket!r}"
         except PermissionError:
-            return None  # it may be written to all the same
+            return None  # it may be used all the same
         return None
 
     def get(self, path: str, begin: int = 0, end: int | None = None) -> bytes:
@@ -125,7 +164,7 @@ class S3:
         if end is not None and end <= begin:
             return b""
         given = {} if begin == 0 and end is None else {"start": begin, "end": end}
-        data = bytes(with_retries(lambda _: self._fs.cat_file(path, **given), path))
+        data = bytes(self._ask_again(lambda _: self._fs.cat_file(path, **given), path))
         TRAFFIC.add(downloaded=len(data))
         return data
 
@@ -153,7 +192,7 @@ class S3:
                 raise next(iter(failed.values()))
 
         if missing:
-            with_retries(ask, path)
+            self._ask_again(ask, path)
         return [b"" if data is None else data for data in found]
 
     def put(self, path: str, data: bytes) -> str:
@@ -186,7 +225,7 @@ class S3:
             TRAFFIC.add(uploaded=len(data))
             return str(found["ETag"])
 
-        return with_retries(ask, path)
+        return self._ask_again(ask, path)
 
     def _etag_if_same(self, path: str, data: bytes) -> str | None:
         found = self.head(path)
@@ -297,7 +336,7 @@ class S3:
                 if not is_again or self.head(path).size != size:
                     raise
 
-        with_retries(ask, path)
+        self._ask_again(ask, path)
 
     def abort_upload(self, path: str, upload: str) -> None:
         """Give an upload up; its parts go. Nothing where there is no such upload."""

@@ -36,6 +36,7 @@ from dist_export.readers import RangeReader
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
 """So many are asked for one by one: the directory may hold thousands of others."""
+_SHOWN_FOLDERS = 6
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -117,6 +118,8 @@ class Directory:
             self.path, _, self._only = self.path.rpartition("/")
         self.s3 = s3.connect(self.fs)
         """The store's own requests, where it speaks S3."""
+        if self.s3 is not None and not self.path.partition("/")[0]:
+            raise ConfigError(f"{self.url}: names no bucket; expected {protocol}://BUCKET/PREFIX")
 
     @property
     def is_shared(self) -> bool:
@@ -395,6 +398,27 @@ class Directory:
                 self.s3.delete_tree(self.join(name))
                 return
             shutil.rmtree(self.join(name)) if self.is_local else self.fs.rm(self.join(name), recursive=True)
+
+    def say_missing(self) -> str:
+        """Return what to say of a directory that holds nothing: that it is not there, or its bucket is not, or it is empty.
+
+        OSError where the system does not tell.
+        """
+        if self.exists():
+            return "holds no files"
+        reason = None
+        if self.s3 is not None:
+            with naming_any(self.url):
+                reason = self.s3.why_no_bucket(self.path)
+        return reason or "does not exist"
+
+    def tell_folders(self) -> str:
+        """Return a sentence for an error about what is not here: it may lie in a directory here. Empty where there is none."""
+        folders = self.folders()
+        if len(folders) < 2:
+            return f". It holds the directory {folders[0]}: give that" if folders else ""
+        more = f" and {len(folders) - _SHOWN_FOLDERS} more" if len(folders) > _SHOWN_FOLDERS else ""
+        return f". It holds the directories {', '.join(folders[:_SHOWN_FOLDERS])}{more}: give one of them"
 
     def is_same(self, other: Directory) -> bool:
         """Whether both are one directory, symbolic links and different spellings included."""

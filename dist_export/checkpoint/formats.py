@@ -106,12 +106,32 @@ def open_reader(
         ConfigError: ``tables`` for a format that says which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
-    if found is None and (names := directory.names()):
-        raise CheckpointError(
-            f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; looked for {LOOKED_FOR}. Both "
+    if found is None:
+        raise CheckpointError(explain_nothing(directory))
+    return FORMATS[found].open(directory, tables, optimizer_slots)
+
+
+def explain_nothing(directory: Directory, *, besides: str = "") -> str:
+    """Return what to say of a directory that looks like no format: what is there, and what was looked for.
+
+    Args:
+        besides: what else was looked for.
+
+    Raises:
+        CheckpointError: it cannot be looked at.
+    """
+    looked_for = f"looked for {besides}{LOOKED_FOR}"
+    try:
+        names = directory.names()
+        if not names:
+            return f"{directory.url}: {directory.say_missing()}; {looked_for}{directory.tell_folders()}"
+        return (
+            f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; {looked_for}. Both "
             "are written last, so this is no checkpoint of these formats or its save did not finish"
+            f"{directory.tell_folders()}"
         )
-    return FORMATS[found or RECIS].open(directory, tables, optimizer_slots)
+    except OSError as error:
+        raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
 
 def open_dense(

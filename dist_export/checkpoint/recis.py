@@ -48,22 +48,28 @@ class HeaderShare(NamedTuple):
     """Of the index whose places the columns count in."""
 
 
+def list_finished(directory: Directory) -> set[str]:
+    """Return the names of a checkpoint's files. CheckpointError where there are none, or an index is not among them."""
+    names = set(_reading(directory.url, directory.names))
+    if not names:
+        what = _reading(directory.url, lambda: f"{directory.say_missing()}; looked for {INDEX} and {TENSORKEY} (RecIS)")
+        raise CheckpointError(f"{directory.url}: {what}{_reading(directory.url, directory.tell_folders)}")
+    missing = [name for name in (INDEX, TENSORKEY) if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{directory.url}: no {' and no '.join(missing)} among its {len(names)} files; RecIS writes them last, "
+            "so this is no RecIS checkpoint or its save did not finish"
+        )
+    return names
+
+
 class RecisReader:
     """Reads one RecIS checkpoint directory. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
 
     def __init__(self, directory: Directory) -> None:
         """Read the indexes. CheckpointError where the directory, an index or a file that an index names is missing."""
         self.directory = directory
-        names = set(_reading(directory.url, directory.names))
-        if not names:
-            what = "holds no files" if directory.exists() else "does not exist"
-            raise CheckpointError(f"{directory.url}: {what}; ckpt_dir must be a RecIS checkpoint (.../ckpt_<step>)")
-        missing = [name for name in (INDEX, TENSORKEY) if name not in names]
-        if missing:
-            raise CheckpointError(
-                f"{directory.url}: no {' and no '.join(missing)} among its {len(names)} files; RecIS writes them last, "
-                "so this is no RecIS checkpoint or its save did not finish"
-            )
+        names = list_finished(directory)
         self._raw = {name: self._read(name) for name in (INDEX, TENSORKEY)}
         self._index = decode_indexes(self._raw[INDEX], self._raw[TENSORKEY], where=directory.url.rstrip("/"))
         absent = [name for name in self._index.files if name not in names]

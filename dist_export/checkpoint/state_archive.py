@@ -77,6 +77,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
         raise CheckpointError(f"{where} is truncated, or no file of torch.save; save or copy it again")
     try:
         with zipfile.ZipFile(file) as archive:
+            _refuse_numpy(archive, where)
             sizes, starts = _check_members(file, archive, where)
             roots = {name.split("/", 1)[0] for name in sizes}
             pickled = f"{next(iter(roots))}/data.pkl" if len(roots) == 1 else ""
@@ -110,6 +111,16 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
             )
         storages.append((starts[member], num_bytes))
     return StateArchive(raw, tuple(storages), is_big_endian)
+
+
+def _refuse_numpy(archive: zipfile.ZipFile, where: str) -> None:
+    """Say of an archive that ``numpy.savez`` wrote, packed or not, what it is: it cannot be saved again as something else."""
+    names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(
+            f"{where} is an archive of numpy (.npz) with {len(names)} arrays, no file of torch.save; arrays are no checkpoint of "
+            "any format that is read here, so give the checkpoint itself"
+        )
 
 
 def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tuple[dict[str, int], dict[str, int]]:

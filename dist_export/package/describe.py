@@ -12,15 +12,16 @@ from dist_export.checkpoint.formats import (
     DCP,
     DCP_AND_DUMP,
     DYNAMICEMB,
-    LOOKED_FOR,
     SAFETENSORS,
     TORCH,
     detect_format,
+    explain_nothing,
 )
+from dist_export.checkpoint.recis import list_finished
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
-from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT, INDEX
+from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
 from dist_export.package.describe_source import describe_source, render_source
@@ -69,9 +70,9 @@ def describe(
         )
     if is_package:
         return _describe_package(directory)
-    if not directory.exists(INDEX):
-        what = "is no package and no RecIS checkpoint" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; looked for {MANIFEST}, {LOOKED_FOR}")
+    if found is None:
+        raise CheckpointError(explain_nothing(directory, besides=f"{MANIFEST} (package), "))
+    list_finished(directory)
     try:
         return _describe_checkpoint(directory)
     except PackageError as error:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dist_export.disk import naming_any
 from dist_export.layout.recis import MERGED
 from dist_export.manifest import MANIFEST, Manifest
 from dist_export.package.report import Report
@@ -39,7 +40,8 @@ def list_files(directory: Directory, *, is_deep: bool) -> Listing:
         if not is_deep:
             return Listing(tuple(directory.names()), {})
         if directory.s3 is not None:
-            found = [path for path, _ in directory.s3.objects(directory.path, is_deep=True)]
+            with naming_any(directory.url):
+                found = [path for path, _ in directory.s3.objects(directory.path, is_deep=True)]
             return Listing(tuple(path for path in found if not path.startswith(f"{WORK_DIRECTORY}/")), {})
         root = directory.path.strip("/")
         paths = (path.strip("/") for path in directory.fs.find(directory.path))

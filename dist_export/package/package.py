@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,16 +43,18 @@ class Package:
     """A committed package. ``manifest`` describes it; nothing else is read until asked for."""
 
     def __init__(self, directory: Directory) -> None:
-        if not directory.exists():
-            raise UserError(f"{directory.url} does not exist")
-        if not directory.exists(MANIFEST):
-            raise PackageError(
-                f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; "
-                "run the export again"
-            )
-        self.directory = directory
         where = directory.describe(MANIFEST)
-        self.manifest: Manifest = decode_manifest(_reading(where, lambda: directory.read_text(MANIFEST)), where=where)
+        with _telling(where):
+            if not directory.exists():
+                raise UserError(f"{directory.url}: {directory.say_missing()}")
+            if not directory.exists(MANIFEST):
+                raise PackageError(
+                    f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; "
+                    "run the export again"
+                )
+            content = directory.read_text(MANIFEST)
+        self.directory = directory
+        self.manifest: Manifest = decode_manifest(content, where=where)
         self._headers: dict[str, Header] = {}
         self._indexes: Indexes | None = None
 
@@ -167,7 +170,9 @@ class Package:
         if self.manifest.dense is None:
             raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
         name = self.manifest.dense.program
-        return load_program(_reading(self.directory.describe(name), lambda: self.directory.read(name)))
+        with _telling(self.directory.describe(name)):
+            content = self.directory.read(name)
+        return load_program(content)
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file, read once."""
@@ -203,7 +208,8 @@ class Package:
         if not row_bytes:
             return
         edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
-        with self.directory.open_reader(part.file) as reader:
+        where = self.directory.describe(part.file)
+        with _telling(where), self.directory.open_reader(part.file) as reader:
             for first, last in itertools.pairwise(edges):
                 offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
                 reader.read_into(rows[first:last].reshape(-1).data, offset)
@@ -233,7 +239,11 @@ class Package:
         slot_begin = int(slot_header.begins[slot_place])
         row_bytes = rows.shape[1]
         sought = unique[wanted]
-        with self.directory.open_reader(file) as reader, self.directory.open_reader(slot_file) as slot_reader:
+        with (
+            _telling(self.directory.describe(file)),
+            self.directory.open_reader(file) as reader,
+            self.directory.open_reader(slot_file) as slot_reader,
+        ):
             for first in range(0, num_rows, _RUN_ROWS):
                 ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
                 reader.read_into(ids.data.cast("B"), id_begin + first * 8)
@@ -248,11 +258,13 @@ class Package:
                     )
 
 
-def _reading(where: str, read: Callable[[], bytes]) -> bytes:
+@contextlib.contextmanager
+def _telling(where: str) -> Iterator[None]:
+    """Let what a disk or a store does not give be a PackageError."""
     try:
-        return read()
+        yield
     except OSError as error:
-        raise PackageError(f"{where} cannot be read: {error.strerror or error}") from None
+        raise PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}") from error
 
 
 def open_package(
@@ -265,7 +277,7 @@ def open_package(
 
     Raises:
         UserError: there is no such directory, or no such version.
-        PackageError: no manifest, so no package; or one that is damaged or of a later schema.
+        PackageError: no manifest, so no package; one that is damaged or of a later schema; or none that can be read.
     """
     found = registries.resolve(os.fspath(path), registry_options or {})
     return Package(Directory(found.directory, storage_options))

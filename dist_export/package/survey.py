@@ -72,12 +72,21 @@ class Survey:
         return None if self.package is None else self.package.manifest
 
     def take(self) -> Work | None:
-        """Read and compare all metadata; return what is to be read of the payload, None where nothing is."""
-        self._recognize()
+        """Read and compare all metadata; return what is to be read of the payload, None where nothing is.
+
+        Raises:
+            UserError: it cannot be looked at, or is nothing that can be checked.
+        """
         report, directory = self.report, self.directory
-        if report.kind == "interrupted export":
-            return None
-        listing = list_files(directory, is_deep=report.kind == "package")
+        try:
+            self._recognize()
+            if report.kind == "interrupted export":
+                return None
+            listing = list_files(directory, is_deep=report.kind == "package")
+        except OSError as error:  # a store that is not reached or lets nobody in is no unsound package
+            raise UserError(
+                f"{error.filename or directory.url} cannot be read: {error.strerror or error}. Nothing was checked"
+            ) from error
         check_listing(listing, report)
         to_hash: tuple[tuple[str, int, str], ...] = ()
         self.bad = frozenset(path for path in listing.files if listing.leads_out(path))
@@ -114,11 +123,12 @@ class Survey:
             report.kind = "RecIS directory"
             report.note(MANIFEST, "manifest", "is not there, so this is no package; checked as a directory of RecIS")
         elif not directory.exists():
-            raise UserError(f"{directory.url} does not exist")
+            raise UserError(f"{directory.url}: {directory.say_missing()}")
         else:
+            advice = directory.tell_folders() or ". Give the directory that holds them"
             raise UserError(
                 f"{directory.url} is no package and nothing that RecIS wrote; looked for {MANIFEST}, {INDEX}, {TENSORKEY} and "
-                "model-*-of-*.safetensors. Give the directory that holds them"
+                f"model-*-of-*.safetensors{advice}"
             )
 
     def _compare(self, listing: Listing) -> FoundParts:

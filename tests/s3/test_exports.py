@@ -109,7 +109,7 @@ def test_long_runs_are_copied_by_the_store(large: Path, store: Store, tmp_path: 
     assert moved["uploaded"] < planned["store"]["uploaded"] + 20_000
     assert moved["downloaded"] < planned["store"]["downloaded"] + 2 * id_bytes + 10 * 65536
     assert manifest.run["store"]["copied"] == moved["copied"]
-    assert any("copied within it" in line for line in render_report(planned))
+    assert any("copied within the store" in line for line in render_report(planned))
     for file in shards:
         data = memoryview(written[file.path])
         begin, sha256s = 0, []
@@ -195,8 +195,30 @@ def test_digest_decides_who_copies(digest: str, large: Path, store: Store) -> No
     assert shard.parts is msgspec.UNSET
     assert (copied == 0, shard.digest.partition(":")[0]) == ((True, "xxh3") if digest == "require" else (False, ""))
     if digest == "require":
-        assert any("all through the export" in line for line in dist_export_summary(manifest))
+        assert any("nothing copied within the store" in line for line in dist_export_summary(manifest))
     assert verify(store.url("out"), store.options).findings == []
+
+
+def test_what_is_said_of_bytes_fits_the_way_they_went(small: Path, store: Store, tmp_path: Path) -> None:
+    """The plan speaks of the shards' bytes, the summary of all that was exchanged, and neither of a way that is none."""
+    remote = store.put_tree(small, "ckpt")
+    for source, target, ways in (
+        (remote, tmp_path / "local", ["downloaded"]),
+        (small, store.url("up"), ["uploaded"]),
+        (remote, store.url("within"), ["downloaded", "uploaded", "copied within the store"]),
+    ):
+        report = render_report(make_report(load_config(store.settings(source, target)), world_size=1))
+        summary = dist_export_summary(store.export(source, target))
+        (plan,) = [line for line in report if "store: " in line]
+        (done,) = [line for line in summary if "  store " in line]
+        said = [way for way in ("downloaded", "uploaded", "copied within the store") if way in plan]
+        assert said == ways
+        assert [way for way in ways if way in done] == ways
+        assert ("copied" in done) is ("copied within the store" in ways)
+        assert "of the shards' " in plan
+        assert "which only the summary counts" in plan
+        assert "all of it, ids, headers, indexes and receipts too" in done
+        assert "%" not in done
 
 
 def dist_export_summary(manifest: dist_export.Manifest) -> list[str]:

@@ -143,13 +143,13 @@ def test_what_plan_says_is_what_export_writes(checkpoint: Path, tmp_path: Path, 
         ([], 2, "nothing to do"),
         (["stray"], 2, "stray"),
         (["inspect", "{tmp}/none"], 2, "does not exist"),
-        (["inspect", "{tmp}"], 2, "no package and no RecIS checkpoint"),
+        (["inspect", "{tmp}"], 2, "looked for manifest.json (package), index and tensorkey.json (RecIS)"),
         (["verify", "{tmp}/none"], 2, "does not exist"),
         (["verify", "{tmp}"], 2, "is no package and nothing that RecIS wrote"),
         (["verify", "{ckpt}", "--threads", "0"], 2, "give a number from 1 up"),
         (["verify", "{ckpt}", "--max_memory", "1MiB"], 2, "raise max_memory or lower threads"),
         (["verify", "{ckpt}", "--max_memory", "much"], 2, "give bytes"),
-        (["verify", "{ckpt}", "--timeout", "nan"], 2, "give seconds above 0"),
+        (["verify", "{ckpt}", "--timeout", "0"], 2, "give seconds above 0"),
         (["inspect", "{ckpt}", "--storage_options", "[1"], 2, "--storage_options"),
     ],
 )
@@ -173,6 +173,42 @@ def test_arguments_that_the_model_does_not_take_are_named(checkpoint: Path, tmp_
     code, _, errors = run(capsys, *arguments, "--model", "tiny_model:build_model", "--model_args.depth", 3)
     assert code == 2
     assert "model_args do not fit tiny_model:build_model" in errors
+
+
+def test_a_run_and_an_unfinished_save_are_called_so(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    """What is no checkpoint for a reason that can be seen is told with the reason, as an export tells it."""
+    for step in (100, 200):
+        (tmp_path / "run" / f"ckpt_{step}").mkdir(parents=True)
+    for command in ("inspect", "verify"):
+        code, _, errors = run(capsys, command, tmp_path / "run")
+        assert code == 2
+        assert errors.rstrip().endswith("It holds the directories ckpt_100, ckpt_200: give one of them")
+    (checkpoint / "index").unlink()
+    for command in (["inspect", checkpoint], ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out"]):
+        code, _, errors = run(capsys, *command)
+        assert code == 2
+        assert "no index among its" in errors
+        assert "its save did not finish" in errors
+
+
+def test_options_deep_in_a_mapping_are_all_kept(checkpoint: Path, tmp_path: Path) -> None:
+    """Given one by one, for every command; the parser alone would keep the last one of each mapping."""
+    from dist_export.config_file import build_parser, build_path_parser, parse_path, parse_settings
+
+    options = ["--storage_options.key", "K", "--storage_options.client_kwargs.endpoint_url=http://h:1"]
+    options += ["--storage_options.client_kwargs.config.a", "{x: 1}", "--storage_options.client_kwargs.config.b", "no"]
+    expected = {"key": "K", "client_kwargs": {"endpoint_url": "http://h:1", "config": {"a": {"x": 1}, "b": False}}}
+    settings = parse_settings(build_parser(), ["--ckpt_dir", str(checkpoint), "--export_dir", str(tmp_path), *options])
+    assert settings.storage_options == expected
+    assert parse_path(build_path_parser("verify", ""), [str(checkpoint), *options]).storage_options == expected
+
+
+def test_a_value_has_nothing_below_it(checkpoint: Path, capsys) -> None:
+    options = ["--storage_options.a.b", "1", "--storage_options.a.b.c", "s3cr3t"]
+    code, _, errors = run(capsys, "inspect", checkpoint, *options)
+    assert code == 2
+    assert "storage_options.a.b.c is no YAML, or lies below a value" in errors
+    assert "s3cr3t" not in errors
 
 
 def test_a_committed_package_is_not_overwritten(checkpoint: Path, tmp_path: Path, capsys) -> None:

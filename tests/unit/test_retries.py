@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 
 import pytest
 
@@ -101,6 +102,28 @@ def test_what_does_not_pass_is_not_tried_again(monkeypatch) -> None:
     with pytest.raises(FileNotFoundError):
         with_retries(fail, "somewhere")
     assert clock.pauses == []
+
+
+@pytest.mark.parametrize(
+    ("number", "is_known", "is_short"),
+    [
+        (socket.EAI_NONAME, False, True),
+        (socket.EAI_NONAME, True, False),  # a name service may lose a name for a moment
+        (socket.EAI_AGAIN, False, False),  # it does not answer itself
+    ],
+)
+def test_a_host_that_nobody_knows(number: int, is_known: bool, is_short: bool, monkeypatch) -> None:
+    """It is a mistake, and no minute is waited, only where the store has never answered and the name service has."""
+    clock = Clock(monkeypatch)
+
+    def fail(_: bool) -> None:
+        raise ConnectionError from socket.gaierror(number, "no")
+
+    with pytest.raises(ConnectionError):
+        with_retries(fail, "somewhere", is_known=is_known)
+    assert len(clock.pauses) >= retries.LEAST_RETRIES
+    assert (clock.now < 2) is is_short
+    assert (clock.now > 20) is not is_short
 
 
 def test_a_request_learns_that_it_was_made_before(monkeypatch) -> None:

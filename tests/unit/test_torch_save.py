@@ -418,3 +418,12 @@ def test_several_files_without_an_index(names: tuple[str, ...], tmp_path: Path) 
     ):
         export(tmp_path / "in", tmp_path / "out", tables=TABLES)
     export(tmp_path / "in" / names[0], tmp_path / "out", tables=TABLES)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_of_numpy_is_called_so(save, tmp_path: Path) -> None:
+    """Packed or not; it is no damaged file of ``torch.save`` that saving again would mend."""
+    save(tmp_path / "t.npz", ids=np.arange(3), rows=np.ones((3, 2)))
+    with pytest.raises(CheckpointError, match=r"t\.npz is an archive of numpy \(\.npz\) with 2 arrays") as caught:
+        export(tmp_path / "t.npz", tmp_path / "out")
+    assert "save it again" not in str(caught.value)
