@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,11 +78,17 @@ def open_checkpoint(
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
     """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
 
+    Default rows are those of the plan: they stand in the manifest, which is still to be written.
+
     CheckpointError, on all ranks, where they do not make whole tables.
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
-        return open_checkpoint(ranks, directory, asked=RECIS)
-    return _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+        written = open_checkpoint(ranks, directory, asked=RECIS)
+    else:
+        written = _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+    defaults = {table.name: table.default_row for table in plan.checkpoint.tables}
+    tables = tuple(replace(table, default_row=defaults.get(table.name)) for table in written.tables)
+    return replace(written, tables=tables)
 
 
 def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
