@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.amounts import count, few
 from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
@@ -236,6 +237,24 @@ def look_at_small_files(source: Directory | None) -> dict[str, str]:
         else:
             found[name] = f"{stat.size} {stat.version}"
     return found
+
+
+def list_dense_left(dense_state: Sequence[tuple[str, str, tuple[int, ...]]], plan: SparsePlan) -> list[str]:
+    """Return the dense parameters of the checkpoint that no file of a package of tables alone holds."""
+    in_shards = {tensor.name for tensor in plan.selection.kept_dense}
+    return [name for name, _, _ in dense_state if name not in in_shards]
+
+
+def note_dense_left(names: Sequence[str]) -> list[str]:
+    """Return what is to be told of :func:`list_dense_left`."""
+    if not names:
+        return []
+    note = (
+        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
+        "tables alone are exported. The merged manifest lists them, as RecIS's does; with model and dataset they are in the "
+        "exported program"
+    )
+    return [note]
 
 
 def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:

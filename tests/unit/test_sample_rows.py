@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_model
 import torch
 import torchrec_shape
 from dcp_writer import save
+from recis_writer import write_checkpoint
 from sparse_cases import export
 from torch import nn
 
 import dist_export
 from dist_export.cli import main
+from dist_export.config import ExportConfig
 from dist_export.errors import ModelError
 from dist_export.layout.dtypes import CODE_BY_NAME
 from dist_export.layout.encodings import encode_values
 from dist_export.package.verify import verify
+from dist_export.plan_report import make_report, render_report
 from dist_export.progress import summarize
 
 PREFIX = "sparse_arch.ebc.embedding_bags."
@@ -284,3 +289,38 @@ def test_a_row_of_numbers_is_encoded_as_it_is_stored(dtype: str, encoding: str) 
     sizes = {"F32": 12, "F16": 6, "BF16": 6, "I64": 24, "U8": 11}
     assert row.dtype == np.uint8
     assert row.shape == (sizes[dtype],)
+
+
+# ---- tables alone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["dcp", "recis"])
+def test_tables_alone_say_which_dense_tensors_stay_behind(source: str, tmp_path: Path) -> None:
+    ckpt = tmp_path / "ckpt"
+    dense = tiny_model.trained_dense_state()
+    if source == "dcp":
+        write_trained(ckpt)
+    else:
+        write_checkpoint(ckpt, tiny_model.tables(), model_state=dense)
+    manifest = export(ckpt, tmp_path / "out")
+    merged = json.loads((tmp_path / "out" / "torch_rank_weights_embs_table_multi_shard.json").read_text())
+    names = [name for name in merged if name.startswith("dense_arch.")]
+    assert len(names) == len(dense)
+    note = next(note for note in manifest.notes if "no file of the package holds their values" in note)
+    assert note.startswith(
+        f"{len(names)} dense tensors of the checkpoint ({', '.join(names[:3])} and {len(names) - 3} more)"
+    )
+    assert note in summary_of(manifest)
+    config = {"ckpt_dir": str(ckpt), "export_dir": str(tmp_path / "planned"), "filter_sparse_opt": True}
+    report = make_report(ExportConfig(**config), world_size=1)
+    assert report["dense_tensors"]["in_no_file"] == names
+    assert note in report["notes"]
+    assert f"dense tensors in no file: {', '.join(names)}" in "\n".join(render_report(report))
+
+
+def test_with_a_model_they_are_in_the_program(tmp_path: Path) -> None:
+    ckpt = write_trained(tmp_path / "ckpt")
+    manifest = export(ckpt, tmp_path / "out", **SETTINGS)
+    assert not any("no file of the package" in note for note in manifest.notes)
+    config = {"ckpt_dir": str(ckpt), "export_dir": str(tmp_path / "planned"), "filter_sparse_opt": True, **SETTINGS}
+    assert make_report(ExportConfig(**config), world_size=1)["dense_tensors"]["in_no_file"] == []
