@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from dist_export.errors import printable
+
 
 def amount(num_bytes: int) -> str:
     """Return a number of bytes for people."""
@@ -13,6 +17,12 @@ def amount(num_bytes: int) -> str:
         if size < 999.95:
             return f"{size:.1f} {unit}"
     return f"{size / 1000:.1f} TB"
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return printable(", ".join(names[:3])) + more
 
 
 def count(number: int, what: str) -> str:

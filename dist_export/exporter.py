@@ -51,7 +51,9 @@ from dist_export.progress import Reporter, summarize
 from dist_export.retries import TRAFFIC
 from dist_export.source import (
     PlannedSparse,
+    list_dense_left,
     look_at_small_files,
+    note_dense_left,
     note_numbered_tables,
     open_written,
     plan_sparse,
@@ -106,6 +108,8 @@ def export_located(
             planned = plan_sparse(ranks, checkpoint, config, world_size=ranks.world_size)
             notes += note_numbered_tables(planned.plan)
             notes += note_unreadable(checkpoint, planned.plan.selection)
+            if not in_place and (objects.model is None or objects.dataset is None):
+                notes += note_dense_left(list_dense_left(dense_state, planned.plan))
 
     dense = None
     if objects.model is not None and objects.dataset is not None:

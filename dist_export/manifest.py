@@ -189,13 +189,14 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The sample batch, scored by the written program on rows of the written shards, against the model on the checkpoint's.
 
-    The largest differences by output.
+    Where ``reads_rows`` is false, on what the model's sparse arch gave without any row of theirs. The largest differences
+    by output.
     """
 
     rows: Count
     """Of the batch."""
     reads_rows: bool
-    """False where the package has no tables: then only the program comes from files."""
+    """Whether any row of the sample was read from the written shards; else only the program comes from files."""
     max_abs: dict[str, float]
     max_rel: dict[str, float]
     max_ulp: dict[str, int]

@@ -14,7 +14,7 @@ from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.id_columns import ID_BYTES
-from dist_export.inputs import note_renamed, open_source, read_confs
+from dist_export.inputs import find_dense, note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects
@@ -24,7 +24,7 @@ from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import say_figures
-from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
+from dist_export.source import PlannedSparse, list_dense_left, note_dense_left, note_numbered_tables, plan_sparse
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "tables": [],
         "left_out_tables": [],
         "ranks": [],
-        "dense_tensors": {"kept": [], "dropped": []},
+        "dense_tensors": {"kept": [], "dropped": [], "in_no_file": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
         "notes": [
             *located.notes,
@@ -82,10 +82,15 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report["left_out_tables"] = [
         {"name": table.name, "rows": table.rows, "reason": table.reason} for table in plan.checkpoint.left_out
     ]
-    report["dense_tensors"] = {
+    report["dense_tensors"] |= {
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
+    if not places.in_place and (config.model is None or config.dataset is None):
+        parameters = find_dense(config, source, checkpoint)
+        assert parameters is not None  # a live model was refused
+        report["dense_tensors"]["in_no_file"] = left = list_dense_left(parameters.describe(), plan)
+        report["notes"] += note_dense_left(left)
     parts = {}
     may_copy = may_copy_within(places, config)
     if places.target.s3 is not None and not places.in_place:
@@ -136,7 +141,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
     ]
     for what, names in report["dense_tensors"].items():
         if names:
-            lines.append(f"  dense tensors {what}: {', '.join(names)}")
+            lines.append(f"  dense tensors {what.replace('_', ' ')}: {', '.join(names)}")
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
     threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""

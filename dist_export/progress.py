@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dist_export.activity import in_stage
-from dist_export.amounts import amount, count
+from dist_export.amounts import amount, count, few
 from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
-from dist_export.errors import printable
 from dist_export.events import Events
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
@@ -172,15 +171,16 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         sizes = ", ".join(map(str, manifest.parity.batch_sizes))
         lines.append(f"  parity   largest difference {worst:.2g} at batch sizes {sizes}")
         if (files := manifest.parity.from_files) is not None:
-            what = "rows and program" if files.reads_rows else "the program"
+            what = "rows and program as written"
+            if not files.reads_rows:  # it may be the model's own rows, or a model without tables
+                what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
-            lines.append(
-                f"  scores   of {count(files.rows, 'row')} with {what} as written: largest difference {figures}"
-            )
+            lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
     sample = manifest.run.get("sample") or {}
     if sample.get("asked"):
-        missing = sum(sample["missing"].values())
-        lines.append(f"  sample   {sum(sample['asked'].values()):,} ids looked up, {missing:,} not in the checkpoint")
+        asked, missing, pruned = (sum(sample.get(name, {}).values()) for name in ("asked", "missing", "left_behind"))
+        apart = f", {pruned:,} left behind by prune" if pruned else ""
+        lines.append(f"  sample   {count(asked, 'id')} looked up, {missing:,} not in the checkpoint{apart}")
     for share in shares:
         idle = " (it was tracing)" if share.num_units == 0 and share.rank == 0 and manifest.dense is not None else ""
         helped = f" ({share.num_helped:,} of other ranks)" if share.num_helped else ""
@@ -198,15 +198,10 @@ def _views(manifest: Manifest) -> list[str]:
     left_out = manifest.left_out_tables or ()
     if left_out:
         rows = sum(table.rows for table in left_out)
-        told = _few([table.name for table in left_out])
+        told = few([table.name for table in left_out])
         lines.append(f"  left out {count(len(left_out), 'table')}, {count(rows, 'row')}: {told}")
     renamed = [f"{table.source_name} -> {table.name}" for table in manifest.tables if table.source_name]
-    return lines + ([f"  renamed  {_few(renamed)}"] if renamed else [])
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return printable(", ".join(names[:3])) + more
+    return lines + ([f"  renamed  {few(renamed)}"] if renamed else [])
 
 
 def _casts(manifest: Manifest) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from dist_export.amounts import count, few
 from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
@@ -78,11 +79,17 @@ def open_checkpoint(
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
     """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
 
+    Default rows are those of the plan: they stand in the manifest, which is still to be written.
+
     CheckpointError, on all ranks, where they do not make whole tables.
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
-        return open_checkpoint(ranks, directory, asked=RECIS)
-    return _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+        written = open_checkpoint(ranks, directory, asked=RECIS)
+    else:
+        written = _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+    defaults = {table.name: table.default_row for table in plan.checkpoint.tables}
+    tables = tuple(replace(table, default_row=defaults.get(table.name)) for table in written.tables)
+    return replace(written, tables=tables)
 
 
 def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
@@ -230,6 +237,24 @@ def look_at_small_files(source: Directory | None) -> dict[str, str]:
         else:
             found[name] = f"{stat.size} {stat.version}"
     return found
+
+
+def list_dense_left(dense_state: Sequence[tuple[str, str, tuple[int, ...]]], plan: SparsePlan) -> list[str]:
+    """Return the dense parameters of the checkpoint that no file of a package of tables alone holds."""
+    in_shards = {tensor.name for tensor in plan.selection.kept_dense}
+    return [name for name, _, _ in dense_state if name not in in_shards]
+
+
+def note_dense_left(names: Sequence[str]) -> list[str]:
+    """Return what is to be told of :func:`list_dense_left`."""
+    if not names:
+        return []
+    note = (
+        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
+        "tables alone are exported. The merged manifest lists them, as RecIS's does; with model and dataset they are in the "
+        "exported program"
+    )
+    return [note]
 
 
 def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:

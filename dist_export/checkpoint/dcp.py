@@ -137,8 +137,11 @@ def read_dcp(
             tensors[key] = tensor._replace(name=key, chunks=chunks)
             names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
         objects += [prefix + name for name in metadata.objects]
+    optimizers = _optimizer_roots([*tensors, *objects])
+    if f"{_OPTIMIZER}/{METADATA}" in found:
+        optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
     found_tables, dense, other, unmatched = _classify(
-        directory, tensors, names, tuple(objects), tables, optimizer_slots, has_more_slots=has_more_slots
+        directory, tensors, names, optimizers, tables, optimizer_slots, has_more_slots=has_more_slots
     )
     return DcpCheckpoint(
         directory=directory,
@@ -222,14 +225,13 @@ def _classify(
     directory: Directory,
     tensors: dict[str, TensorMeta],
     names: dict[str, str],
-    objects: tuple[str, ...],
+    roots: set[tuple[str, ...]],
     tables: Sequence[str],
     optimizer_slots: Sequence[str],
     *,
     has_more_slots: bool,
 ) -> tuple[tuple[DcpTable, ...], tuple[tuple[str, TensorMeta], ...], tuple[str, ...], frozenset[str]]:
     """Return ``tables``, ``dense``, ``other_state`` and ``unmatched_slots`` of a :class:`DcpCheckpoint`."""
-    roots = _optimizer_roots([*tensors, *objects])
     known = {*tensors, *names.values()}
     state: dict[str, str] = {}
     weights: list[str] = []

@@ -124,14 +124,16 @@ def score_from_files(
     """Compare the written program on inputs from the written shards with the model on the checkpoint's rows. Rank 0.
 
     Args:
-        inputs: what the sparse arch gave with the rows of the written shards, cut like the sample.
-        reads_rows: whether they come from shards; without tables in the package they are the sample's own.
+        inputs: what the sparse arch gave with the rows of the written shards, cut like the sample; without tables in the
+            package those of the sample itself.
+        reads_rows: whether any row came from the shards.
 
     Raises:
         ParityError: an output differs in count, shape, dtype or value.
     """
     found = _run(partial(program.module(), **inputs), "the written program fails on rows of the written shards", sample)
     from_where = "the written program on rows of the written shards" if reads_rows else "the written program"
+    on_rows = " on the checkpoint's rows" if reads_rows else ""
     figures: dict[str, Difference] = {}
     if len(found) != len(sample.outputs):
         raise ParityError(
@@ -145,7 +147,7 @@ def score_from_files(
         worst = figures[name] = compare(eager, written, atol=atol, rtol=rtol)
         if not worst.is_close:
             raise ParityError(
-                f"output {name!r}: {from_where} differs from the model on the checkpoint's rows by up to {worst.max_abs:.3g} "
+                f"output {name!r}: {from_where} differs from the model{on_rows} by up to {worst.max_abs:.3g} "
                 f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row} of the sample), allowed is atol "
                 f"{atol:g} + rtol {rtol:g} * |value|. No manifest was written"
             )

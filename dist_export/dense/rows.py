@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta
 from dist_export.checkpoint.rows import RowReader
 from dist_export.errors import ModelError
-from dist_export.layout.encodings import RowCast
+from dist_export.layout.encodings import RowCast, encode_values
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
@@ -33,6 +33,7 @@ class RowFinder:
         casts: Mapping[str, RowCast] | None = None,
         is_written: bool = False,
         only: Callable[[str, np.ndarray], np.ndarray] | None = None,
+        sharded: Collection[str] = (),
     ) -> None:
         """Look at ids only when asked.
 
@@ -48,7 +49,10 @@ class RowFinder:
             is_written: whether the rows of ``checkpoint`` are those that were cast; else they are to be.
             only: (table, ids) -> which of the ids (bool) may be found: for a model that is exported from memory those that
                 this rank's table holds itself, for another could not be taken out of it again.
+            sharded: tables of such a model that took no rows in the first run, whatever they look like in the second: FSDP
+                leaves the weights of its outermost module whole after a forward.
         """
+        self.sharded = sharded
         self._casts = casts or {}
         self._is_written = is_written
         self._only = only
@@ -60,7 +64,7 @@ class RowFinder:
         self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
         """By the names that the model has, as all methods take and give them but ``written_name``."""
         self.left_behind: Counter[str] = Counter()
-        """Ids that were asked for, and that rules leave behind, by table."""
+        """Ids that were asked for, and that rules leave behind, by the table's name in ``checkpoint``."""
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
 
     @property
@@ -114,6 +118,24 @@ class RowFinder:
         shape = (cast.dim,) if cast.encoding else slot.inner_shape
         return dataclasses.replace(slot, dtype=cast.source, inner_shape=shape, row_bytes=cast.source_bytes)
 
+    def default_row(self, table: str) -> np.ndarray:
+        """Return what serving gives for an id that the table lacks: a row (uint8, (bytes,)) like those of :meth:`find`."""
+        slot, cast = self._stored_embedding(table), self._cast_of(table)
+        default = self._checkpoint.tables[self._numbers[table]].default_row
+        if default is None or isinstance(default, str):
+            return np.zeros(slot.row_bytes if cast is None else cast.target_bytes, np.uint8)
+        return (
+            encode_values(default, slot.dtype) if cast is None else encode_values(default, cast.target, cast.encoding)
+        )
+
+    def rows_by_number(self, table: str) -> int | None:
+        """Return how many rows a table has whose source stores no ids, so that its rows are those of a module; else None."""
+        number = self._numbers[table]
+        if self._checkpoint.tables[number].has_ids:
+            return None
+        parts = self._checkpoint.parts
+        return int(parts.rows[parts.of_table(number)].sum())
+
     def decode(self, table: str, rows: np.ndarray) -> np.ndarray:
         """Return rows of :meth:`find` (uint8, (n, bytes)) as the model takes them: those of ``embedding_of``."""
         cast = self._cast_of(table)
@@ -155,6 +177,7 @@ class RowFinder:
         if not checkpoint.tables[number].is_hashed:
             self._find_by_number(number, slot, ids, has_row, rows)
             return has_row, self._encode(table, rows)
+        is_pruned = np.zeros(len(ids), bool)
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
@@ -173,7 +196,7 @@ class RowFinder:
                     wanted = np.flatnonzero(is_wanted)
                     if self._is_pruned is not None and len(wanted):
                         is_left = self._is_pruned(part, first + wanted, held[wanted])
-                        self.left_behind[table] += int(np.count_nonzero(is_left))
+                        is_pruned[places[wanted[is_left]]] = True
                         wanted = wanted[~is_left]
                     has_row[places[wanted]] = True
                     if slot.row_bytes and len(wanted):
@@ -181,6 +204,8 @@ class RowFinder:
                         reader.read_each_into(found, part, slot.column, first + wanted)
                         rows[places[wanted]] = found
                     first += len(held)
+        # of an id that stands twice, one row may stay where rules leave the other behind
+        self.left_behind[checkpoint.tables[number].name] += int(np.count_nonzero(is_pruned & ~has_row))
         return has_row, self._encode(table, rows)
 
     def _cast_of(self, table: str) -> RowCast | None:

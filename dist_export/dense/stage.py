@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dist_export.amounts import count, few
 from dist_export.archive.guard import load_program
 from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.reader import Checkpoint
@@ -98,13 +99,33 @@ class DenseStage:
             may_block=True,
         )
         self._looked_up = rows
-        counted = ranks.gather("count the ids of the sample", lambda: (dict(rows.asked), dict(rows.missing)))
+        counted = ranks.gather(
+            "count the ids of the sample",
+            lambda: (
+                dict(rows.asked),
+                dict(rows.missing),
+                dict(rows.left_behind),
+                rows.left_to_model,
+                rows.knows_a_table,
+            ),
+        )
         asked: Counter[str] = Counter()
         missing: Counter[str] = Counter()
-        for rank_asked, rank_missing in counted:
+        left_behind: Counter[str] = Counter()
+        for rank_asked, rank_missing, rank_left, *_ in counted:
             asked.update(rank_asked)
             missing.update(rank_missing)
-        self.counts = {"asked": dict(sorted(asked.items())), "missing": dict(sorted(missing.items()))}
+            left_behind.update(rank_left)
+        self.counts = {
+            "asked": dict(sorted(asked.items())),
+            "missing": dict(sorted(missing.items())),
+            "left_behind": dict(sorted(left_behind.items())),
+        }
+        if finder is not None and config.need_export_sparse:
+            tables, is_any_known = finder.table_names(), any(its[-1] for its in counted)
+            ranks.run(
+                "match the model's tables", lambda: self._refuse_foreign_tables(tables, is_any_known=is_any_known)
+            )
         if finder is None:
             if self._parameters is not None:
                 notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
@@ -117,13 +138,26 @@ class DenseStage:
             f"{name} is no table of the checkpoint: the sample used the model's own rows"
             for name in rows.unknown_tables
         ]
-        left = ranks.gather(
-            "count ids that are left behind", lambda: 0 if finder is None else sum(finder.left_behind.values())
-        )
-        if sum(left):
+        notes += [
+            f"table {name!r} has {count(num_rows, 'row')} in the checkpoint, the model's {num_own:,}: "
+            + (
+                f"of ids from {num_rows:,} on the package has no row, and lookups give its default_row or zeros"
+                if num_own > num_rows
+                else f"it cannot look up rows from {num_own:,} on, which are exported all the same"
+            )
+            for name, num_rows, num_own in rows.other_sizes
+        ]
+        if left := left_behind.total():
+            to_model = sum(its[-2] for its in counted)
             notes.append(
-                f"{sum(left):,} ids that the sample looked up are left behind by prune: a model that has rows of its own for "
-                "them used these, where serving finds none"
+                f"{count(left, 'id')} that the sample looked up are left behind by prune: "
+                + (
+                    ""
+                    if to_model == left
+                    else "the sample has what serving gives for them, the table's default_row or zeros"
+                )
+                + ("; " if 0 < to_model < left else "")
+                + (f"{to_model:,} are of tables that were left with what they give themselves" if to_model else "")
             )
         notes += [
             f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
@@ -176,7 +210,8 @@ class DenseStage:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
         ranks = self._ranks
-        inputs: dict[str, torch.Tensor] = {}
+        inputs: dict[str, torch.Tensor] | None = None
+        reads_rows = False
         if written is not None:
             assert self._sparse_arch is not None
             sparse_arch = self._sparse_arch
@@ -188,6 +223,7 @@ class DenseStage:
                 casts=self._casts,
                 is_written=True,
                 only=self._is_own_row if self._parameters is None else None,
+                sharded=self._looked_up.sharded_tables,
             )
             inputs, rows = ranks.run(
                 "score the sample from the shards",
@@ -195,8 +231,9 @@ class DenseStage:
                 may_block=True,
             )
             ranks.run("compare the rows of the sample", lambda: refuse_other_rows(self._looked_up, rows, target))
+            reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
         self._data = self._sparse_arch = None
-        ranks.on_rank_0("compare the scores", lambda: self._compare(inputs, target, reads_rows=written is not None))
+        ranks.on_rank_0("compare the scores", lambda: self._compare(inputs, target, reads_rows=reads_rows))
 
     def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[dict[str, torch.Tensor], SampleRows]:
         name = self._config.sparse_model_name
@@ -208,17 +245,18 @@ class DenseStage:
                 "was written"
             ) from error
 
-    def _compare(self, inputs: dict[str, torch.Tensor], target: Directory, *, reads_rows: bool) -> None:
+    def _compare(self, inputs: dict[str, torch.Tensor] | None, target: Directory, *, reads_rows: bool) -> None:
+        """Compare scores of ``inputs``, which the sparse arch gave when it ran again; None where it did not."""
         assert self._sample is not None
         assert self.entry is not None
         assert self.parity is not None
         sample, config = self._sample, self._config
-        if reads_rows:
+        if inputs is None:
+            inputs = sample.inputs
+        else:
             check_input_names(inputs)
             device = next(iter(sample.inputs.values())).device
             inputs = cut_sample(inputs, device=device, max_batch_size=config.max_batch_size)
-        else:
-            inputs = sample.inputs
         lacking = [name for name in self._used if name not in inputs]
         if lacking:
             raise ParityError(
@@ -241,6 +279,19 @@ class DenseStage:
         if not callable(getattr(optimizer, "zero_grad", None)):
             raise ModelError(f"dense_optimizer is a {type(optimizer).__name__} without zero_grad()")
         optimizer.zero_grad()
+
+    def _refuse_foreign_tables(self, names: Sequence[str], *, is_any_known: bool) -> None:
+        """Raise ModelError where this rank has tables, and none of any rank's is one of the checkpoint's (``names``)."""
+        unknown = self._looked_up.unknown_tables
+        if is_any_known or not unknown:
+            return
+        raise ModelError(
+            f"none of the model's tables ({few(unknown)}) is one of the checkpoint's ({few(names) or 'which has none'}), so its "
+            "scores would say nothing of the rows that are exported. A table goes by the path of its module or weight within "
+            f"the model, or within sparse_model_name ({self._config.sparse_model_name!r}); no setting maps names to others "
+            "(rename_tables gives those in the package). Nothing was written. Give a model whose modules are called as in the "
+            "checkpoint; without model the tables alone are exported"
+        )
 
     def _find_arches(self) -> tuple[nn.Module, nn.Module]:
         model = self._objects.model

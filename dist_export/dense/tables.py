@@ -37,16 +37,32 @@ class SampleRows:
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
+        """Ids that the checkpoint has no row of; those that rules leave behind are counted apart."""
+        self.left_behind: Counter[str] = Counter()
+        self.left_to_model = 0
+        """Of these, ids for which the model was left with what it has itself, for the default row was not put in."""
+        self.knows_a_table = False
+        """Whether a table of the sparse arch, or a parameter that may be one, is a table of the checkpoint."""
         self.unknown_tables: list[str] = []
         self.sharded_tables: list[str] = []
         """Tables that rows cannot be put into, of a model that is exported from memory: it has used its own."""
         self.rows: dict[str, dict[int, str | None]] = {}
         """Table -> id -> xxh3-64 of its row in hexadecimal, None for an id that the table has not."""
+        self.other_sizes: list[tuple[str, int, int]] = []
+        """Tables by number that have another number of rows in the model: table, rows in the checkpoint, in the model."""
 
-    def count(self, table: str, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+    @property
+    def num_found(self) -> int:
+        """How many rows came from the checkpoint."""
+        return self.asked.total() - self.missing.total() - self.left_behind.total()
+
+    def count(
+        self, table: str, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray, *, num_left_behind: int = 0
+    ) -> None:
         """Take in a lookup of ``ids`` (int64, (n,)), its answer (bool, (n,)) and the rows (uint8, (n, row_bytes))."""
         self.asked[table] += len(ids)
-        self.missing[table] += int(np.count_nonzero(~has_row))
+        self.missing[table] += int(np.count_nonzero(~has_row)) - num_left_behind
+        self.left_behind[table] += num_left_behind
         found = self.rows.setdefault(table, {})
         for number, is_there, row in zip(ids.tolist(), has_row.tolist(), rows, strict=True):
             found[number] = hash_row(row) if is_there else None
@@ -74,10 +90,19 @@ def checkpoint_rows(
     handles = []
     try:
         names = _TableNames(finder, sparse_model_name)
-        for module, paths in _modules_with_paths(sparse_arch):
+        modules = _modules_with_paths(sparse_arch)
+        uses = Counter(
+            id(module.weight) for module, _ in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        )
+        for module, paths in modules:
             feed = _make_feed(module, paths, names, finder, counts, undo)
             if feed is not None:
+                if isinstance(feed, _WeightFeed) and finder.is_live and uses[id(module.weight)] > 1:
+                    feed.puts_default = False  # it would be read as the row of the other table that has this weight
                 handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
+        counts.knows_a_table = bool(handles or counts.sharded_tables) or any(
+            names.has(name) for name, _ in sparse_arch.named_parameters()
+        )
         yield
     finally:
         for handle in handles:
@@ -117,6 +142,11 @@ class _TableNames:
         """Return the path within the model."""
         return ".".join(element for element in (self._prefix, path) if element)
 
+    def has(self, path: str) -> bool:
+        """Whether a path within the sparse arch may be that of a table."""
+        paths = [self.join(path)] if self._has_prefix else [self.join(path), path]
+        return any(_plain(full) in self._by_path for full in paths)
+
     def find(self, path: str) -> str | None:
         """Return the table of a path within the sparse arch, None where there is none. ModelError where there are several."""
         for full in [self.join(path)] if self._has_prefix else [self.join(path), path]:
@@ -148,7 +178,7 @@ def _make_feed(
     if name is None:
         counts.unknown_tables.append(_plain(names.join(paths[0])))
         return None
-    if finder.is_live and hasattr(module.weight, "device_mesh"):
+    if finder.is_live and (name in finder.sharded or hasattr(module.weight, "device_mesh")):
         counts.sharded_tables.append(name)
         return None
     return _WeightFeed(module, name, finder, counts, undo)
@@ -156,6 +186,9 @@ def _make_feed(
 
 class _Feed:
     """What both kinds of table share: which ids were fed already, and how to put rows back."""
+
+    puts_default = False
+    """Whether ids that the checkpoint lacks get the table's default row, as in serving."""
 
     def __init__(
         self, module: nn.Module, finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
@@ -186,11 +219,17 @@ class _Feed:
     def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Return the ids of the table that the checkpoint holds, and their rows in its dtype, cast there and back."""
         has_row, rows = self._finder.find(table, ids)
-        self._counts.count(self._finder.written_name(table), ids, has_row, rows)
+        written = self._finder.written_name(table)
+        num_left_behind = self._finder.left_behind.pop(written, 0)
+        self._counts.count(written, ids, has_row, rows, num_left_behind=num_left_behind)
+        self._counts.left_to_model += 0 if self.puts_default else num_left_behind
+        return ids[has_row], self.values_of(table, rows[has_row])
+
+    def values_of(self, table: str, rows: np.ndarray) -> torch.Tensor:
+        """Return rows as they are written (uint8, (n, bytes)) in the checkpoint's dtype."""
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
-        found = torch.from_numpy(self._finder.decode(table, rows[has_row]).reshape(-1)).view(dtype)
-        return ids[has_row], found.reshape(-1, *slot.inner_shape)
+        return torch.from_numpy(self._finder.decode(table, rows).reshape(-1)).view(dtype).reshape(-1, *slot.inner_shape)
 
 
 class _HashFeed(_Feed):
@@ -263,6 +302,8 @@ class _HashFeed(_Feed):
 class _WeightFeed(_Feed):
     """Feeds an ``nn.Embedding`` or ``nn.EmbeddingBag``: an id is a row of its weight."""
 
+    puts_default = True
+
     def __init__(
         self,
         module: nn.Embedding | nn.EmbeddingBag,
@@ -284,6 +325,9 @@ class _WeightFeed(_Feed):
                 f"table {table!r} is sharded by FSDP or as a DTensor, so rows cannot be put into it for the sample; keep "
                 "embedding tables out of fully_shard"
             )
+        num_rows = finder.rows_by_number(table)
+        if num_rows is not None and num_rows != module.num_embeddings:
+            counts.other_sizes.append((table, num_rows, module.num_embeddings))
 
     def feed(self, ids: np.ndarray) -> None:
         weight: torch.Tensor = self._module.weight.detach()  # type: ignore[operator]
@@ -297,6 +341,8 @@ class _WeightFeed(_Feed):
             weight[asked] = before
 
         self._undo.append(put_back)
+        if self.puts_default:
+            weight[asked] = self.values_of(self._table, self._finder.default_row(self._table)[None]).to(weight)
         weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
 
 

@@ -10,6 +10,7 @@ With ``range = max - min`` of the row, in float32 throughout: ``scale = range / 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,6 +114,20 @@ class RowCast:
             with np.errstate(over="ignore"):
                 back = values.astype(DTYPES[self.source].numpy)
         return np.ascontiguousarray(back).view(np.uint8).reshape(len(rows), self.source_bytes)
+
+
+def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np.ndarray:
+    """Return one row of numbers as it is stored (uint8, (row_bytes,)); ``dtype`` is an index into DTYPES."""
+    numbers = np.array(values, np.float64)
+    if encoding:
+        return RowCast(F64, U8, encoding, len(numbers)).encode(numbers.view(np.uint8).reshape(1, -1)).reshape(-1)
+    if dtype == BF16:  # rounded to the nearest, of two that are as near to the even one
+        bits = numbers.astype(np.float32).view(np.uint32)
+        stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    else:
+        stored = numbers.astype(DTYPES[dtype].numpy)
+    row: np.ndarray = stored.view(np.uint8)
+    return row
 
 
 def decode_int8(rows: np.ndarray) -> np.ndarray:

@@ -176,18 +176,24 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
     if where not in {file.path for file in package.manifest.files}:
         return  # written before packages had it
     before = len(findings)
-    total = 0
+    total = there = 0
     for table, rows in _read_json(package.directory, where).items():
         ids = np.array([row["id"] for row in rows], np.int64)
         found, has_row = package.lookup(table, ids, slot=EMBEDDING_SLOT, raw=True)
         total += len(ids)
+        there += int(np.count_nonzero(has_row))
         for place, row in enumerate(rows):
             digest = xxhash.xxh3_64_hexdigest(found[place].tobytes()) if has_row[place] else None
             if digest != row["row"]:
                 findings.append(f"{where}: table {table!r} no longer has the row of id {row['id']} that was scored")
                 break  # one is enough to know the table
-    if len(findings) == before:
+    if len(findings) > before:
+        return
+    if there:
         checked.append(f"sample: the rows of its {total:,} ids are those that were scored")
+    else:
+        asked = f"the package has none of its {total:,} ids" if total else "it looked up no id of the package"
+        checked.append(f"sample: {asked}, so there was no row to compare")
 
 
 def _read_json(directory: Directory, name: str) -> Any:

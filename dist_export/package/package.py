@@ -14,8 +14,8 @@ import numpy as np
 from dist_export import registries
 from dist_export.archive.guard import load_program
 from dist_export.errors import PackageError, UserError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, Dtype
-from dist_export.layout.encodings import F64, INT8_ROWWISE, TAIL_BYTES, U8, RowCast, decode_int8, widen_bfloat16
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.layout.indexes import Indexes
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
@@ -131,7 +131,7 @@ class Package:
             if len(wanted) and part.rows:
                 self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
         if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
-            rows[~has_row] = self._encode_default(entry, dtype, row_bytes, encoding)
+            rows[~has_row] = self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
         shape = asked.shape
         if raw:
             return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
@@ -142,23 +142,15 @@ class Package:
             values = widen_bfloat16(values)
         return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
 
-    def _encode_default(self, entry: TableEntry, dtype: Dtype, row_bytes: int, encoding: str) -> np.ndarray:
+    def _encode_default(self, entry: TableEntry, dtype: int, row_bytes: int, encoding: str) -> np.ndarray:
         """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
-        values = np.array(entry.default_row, np.float64)
-        if encoding:
-            cast = RowCast(F64, U8, encoding, len(values))
-            stored = cast.encode(values.view(np.uint8).reshape(1, -1))[0]
-        elif dtype.torch == "bfloat16":  # rounded to the nearest, of two that are as near to the even one
-            bits = values.astype(np.float32).view(np.uint32)
-            stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-        else:
-            stored = values.astype(dtype.numpy)
-        if stored.nbytes != row_bytes:
+        assert not isinstance(entry.default_row, (msgspec.UnsetType, str))
+        row = encode_values(entry.default_row, dtype, encoding)
+        if row.nbytes != row_bytes:
             raise PackageError(
-                f"{self.directory.url}: the default row of table {entry.name!r} has {len(values):,} values, which is no row of "
-                "it"
+                f"{self.directory.url}: the default row of table {entry.name!r} has {len(entry.default_row):,} values, which "
+                "is no row of it"
             )
-        row: np.ndarray = stored.view(np.uint8)
         return row
 
     def load_program(self) -> ExportedProgram:

@@ -22,6 +22,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dist_export
 from dist_export.errors import DistExportError
+from dist_export.package.verify import verify
+from dist_export.progress import summarize
 
 pytestmark = pytest.mark.distributed
 
@@ -265,6 +267,41 @@ def test_a_whole_model_leaves_memory_with_its_dense_arch(tmp_path: Path) -> None
     rows = read_rows(tmp_path / "out")
     assert np.array_equal(rows["sparse_arch.city.weight"], bytes_of(city_rows()))
     assert np.array_equal(rows["sparse_arch.price.weight"], bytes_of(city_rows() + 1))
+
+
+def export_sharded(rank: int, out: Path) -> dict[str, Any]:
+    """Both tables under ``fully_shard``, so that the sample takes no row of the files."""
+    del rank
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Mixed()
+    model.sparse_arch = Sharding()
+    fully_shard(model.sparse_arch.city, mesh=mesh)
+    batch = {"city": torch.arange(5)}
+    manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export()
+    assert manifest.parity is not None
+    return {"parity": manifest.parity.from_files, "notes": manifest.notes, "summary": summarize(manifest, [], "out")}
+
+
+class Sharding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.city = embedding(city_rows())
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = self.city(batch["city"])
+        return {"user": rows, "city": rows + 1, "price": rows * 2}
+
+
+def test_a_model_whose_tables_are_all_sharded_claims_no_written_rows(tmp_path: Path) -> None:
+    found = run_ranks(export_sharded, 2, tmp_path / "store", tmp_path / "out")[0]
+    assert not found["parity"].reads_rows
+    assert "sharded in memory" in " ".join(found["notes"])
+    summary = "\n".join(found["summary"])
+    assert "with the program as written, no row from the shards: largest difference" in summary
+    report = verify(str(tmp_path / "out"))
+    assert not report.findings
+    assert "sample: it looked up no id of the package, so there was no row to compare" in report.checked
+    assert np.array_equal(read_rows(tmp_path / "out")["sparse_arch.city.weight"], bytes_of(city_rows()))
 
 
 # ---- what is refused ----

@@ -31,7 +31,9 @@ def test_an_embedding_is_known_by_its_path(wrap, make_finder) -> None:
     weight = (sparse.user.module if isinstance(sparse.user, nn.DataParallel) else sparse.user).weight
     finder = make_finder(tower__sparse__user=table_of([3, 5, 9], num_parts=1))
     found, counts = run(sparse, torch.tensor([[3, 5], [5, 0]]), finder, name="tower.sparse")
-    expected = torch.cat([rows(3, 5, 5), torch.full((1, 2), -1.0)]).reshape(2, 2, 2)
+    expected = torch.cat([rows(3, 5, 5), torch.zeros(1, 2)]).reshape(
+        2, 2, 2
+    )  # 0 is not there: zeros, as a lookup gives
     assert torch.equal(found, expected)
     assert counts.asked == {"tower.sparse.user": 3}
     assert counts.missing == {"tower.sparse.user": 1}

@@ -380,7 +380,7 @@ def test_the_sample_passes_over_what_is_left_behind(tmp_path, tables):
 
 
 def test_an_export_with_a_model_is_scored_without_them(tmp_path):
-    """The sample asks for rows that are left behind: missing both before and after."""
+    """The sample asks for rows that are left behind: they are there neither before nor after."""
     tables = tiny_model.tables()
     source = write_checkpoint(tmp_path / "in", tables, model_state=tiny_model.trained_dense_state())
     model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
@@ -390,8 +390,10 @@ def test_an_export_with_a_model_is_scored_without_them(tmp_path):
     manifest = export(
         source, tmp_path / "out", prune=[{"tables": "user_emb", "deny": str(tmp_path / "deny.npy")}], **model
     )
-    asked, missing = manifest.run["sample"]["asked"], manifest.run["sample"]["missing"]
-    assert missing["user_emb"] == asked["user_emb"] > plain.run["sample"]["missing"]["user_emb"]
+    sample = manifest.run["sample"]
+    assert sample["left_behind"] == {"user_emb": sample["asked"]["user_emb"], "item_emb": 0}
+    assert sample["missing"] == plain.run["sample"]["missing"]
+    assert not any(plain.run["sample"]["left_behind"].values())
     assert max(manifest.parity.from_files.max_abs.values()) <= 1e-6
     assert verify(str(tmp_path / "out")).findings == []
 
