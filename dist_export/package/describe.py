@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, LOOKED_FOR, SAFETENSORS, TORCH, detect_format
+from dist_export.checkpoint.formats import AUTO, DCP, DYNAMICEMB, SAFETENSORS, TORCH, detect_format, find_nothing
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
@@ -54,15 +54,14 @@ def describe(
         return describe_dcp(directory, tables=tables, optimizer_slots=optimizer_slots)
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
         return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
+    if not is_package and (found is None or not directory.exists(INDEX)):
+        raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
     if tables or optimizer_slots:
         raise ConfigError(
             f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
         )
     if is_package:
         return _describe_package(directory)
-    if not directory.exists(INDEX):
-        what = "is no package and no RecIS checkpoint" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; looked for {MANIFEST}, {LOOKED_FOR}")
     try:
         return _describe_checkpoint(directory)
     except PackageError as error:
