@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dist_export.amounts import count
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.errors import PlanError
 from dist_export.plan.census import PrunedRows
@@ -27,9 +28,10 @@ def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows 
     """Refuse to leave nothing of a table that has rows. PlanError names the first such table and what each rule took."""
     emptied = _find_emptied(checkpoint, pruning, pruned)
     if emptied:
+        others = f", nor of {count(len(emptied) - 1, 'other table')}" if len(emptied) > 1 else ""
         raise PlanError(
-            f"{emptied[0]}{f' ({len(emptied) - 1} more tables likewise)' if len(emptied) > 1 else ''}, so serving would find "
-            "no row in it. Nothing was written. Mend the rule, leave the table out with drop_tables, or set on_emptied: allow"
+            f"{emptied[0]}{others}, so serving would find no row in it. Nothing was written. Mend the rule, leave the table out "
+            "with drop_tables, or set on_emptied: allow"
         )
 
 
@@ -38,7 +40,8 @@ def note_rules(checkpoint: Checkpoint, pruning: Pruning | None, pruned: PrunedRo
     if pruning is None or pruned is None:
         return []
     emptied = _find_emptied(checkpoint, pruning, pruned)
-    more = [f"the rules of prune leave nothing of {len(emptied) - _SHOWN} more tables"] if len(emptied) > _SHOWN else []
+    others = count(len(emptied) - _SHOWN, "other table")
+    more = [f"the rules of prune leave nothing of {others}"] if len(emptied) > _SHOWN else []
     rows = count_by_rule(checkpoint, pruning, pruned).sum(axis=0).tolist()
     return [*emptied[:_SHOWN], *more] + [
         f"prune[{place}].deny: no row of its tables has an id of {rule.path}, or an earlier rule took those that have one"
@@ -57,7 +60,7 @@ def _find_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows |
         rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
         if rows and int(counts[number].sum()) == rows:
             by_rule = enumerate(counts[number].tolist())
-            took = ", ".join(f"prune[{place}] took {count:,}" for place, count in by_rule if count)
+            took = ", ".join(f"prune[{place}] took {taken:,}" for place, taken in by_rule if taken)
             told.append(
                 f"the rules of prune leave none of the {rows:,} rows of table {table.name_in_source!r} ({took})"
             )
