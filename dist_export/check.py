@@ -99,7 +99,7 @@ def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, Tabl
     totals = []
     for table, meta in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(table)
-        dropped = account_for(plan.checkpoint, plan.dropped, table, pruned=census.pruned)
+        dropped = account_for(plan.checkpoint, plan.dropped, table, pruned=census.pruned, pruning=plan.pruning)
         expected = TableAccount(
             int(plan.checkpoint.parts.rows[parts].sum()) - dropped.rows,
             _add(int(census.id_sum[parts].sum(dtype=np.uint64)), -dropped.id_sum),

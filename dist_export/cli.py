@@ -13,7 +13,7 @@ from dist_export.errors import ConfigError, DistExportError, StepFailedError, Us
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-_COMMANDS = ("plan", "inspect", "verify", "export")
+_COMMANDS = ("export", "plan", "inspect", "verify")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +23,12 @@ def main(argv: Sequence[str]) -> int:
 
         print(f"dist_export {VERSION}")
         return 0
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        return _fail(
+            ConfigError(
+                f"{argv[0]!r} is no command; the commands are {', '.join(_COMMANDS)}, and --config FILE exports"
+            )
+        )
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
     _configure_logging()
     run = {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command]

@@ -14,6 +14,7 @@ from dist_export.__version__ import VERSION
 from dist_export.attempt import begin_commit
 from dist_export.check import TableAccount
 from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
+from dist_export.concealed import conceal
 from dist_export.digests import NONE, XXH3, digest_bytes
 from dist_export.errors import CommitError
 from dist_export.layout.dtypes import DTYPES
@@ -41,6 +42,7 @@ from dist_export.manifest import (
     LeftOutEntry,
     Manifest,
     PartEntry,
+    PruneEntry,
     SlotEntry,
     TableEntry,
     encode_manifest,
@@ -48,7 +50,10 @@ from dist_export.manifest import (
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DUPLICATE, account_for
+from dist_export.plan.prune import IdList
+from dist_export.plan.prune_counts import count_by_rule
 from dist_export.plan.sparse_plan import OutputBlocks, SparsePlan
+from dist_export.row_rules import DENY_LIST, NORM, RowRule
 from dist_export.storage import Directory
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
@@ -133,7 +138,7 @@ def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAc
         its_parts = parts.of_table(number)
         rows_in, rows_out = int(parts.rows[its_parts].sum()), accounts[number].rows
         misplaced = int(census.misplaced[its_parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=census.pruned)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=census.pruned, pruning=plan.pruning)
         entries.append(
             TableEntry(
                 name=table.name,
@@ -160,6 +165,27 @@ def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...]
     if checkpoint is None or not checkpoint.left_out:
         return msgspec.UNSET
     return tuple(LeftOutEntry(name=t.name, rows=t.rows, reason=t.reason) for t in checkpoint.left_out)
+
+
+def describe_rules(plan: SparsePlan, census: Census) -> tuple[PruneEntry, ...] | msgspec.UnsetType:
+    """Return the manifest's entries of the rules that left rows behind."""
+    if plan.pruning is None or census.pruned is None:
+        return msgspec.UNSET
+    rows = count_by_rule(plan.checkpoint, plan.pruning, census.pruned).sum(axis=0).tolist()
+    lists = {rule.place: rule.ids for rules in plan.pruning.rules for rule in rules}
+    return tuple(_describe_rule(rule, lists[place], rows[place]) for place, rule in enumerate(plan.pruning.asked))
+
+
+def _describe_rule(rule: RowRule, ids: IdList | None, rows: int) -> PruneEntry:
+    entry = PruneEntry(tables=rule.tables, reason=rule.reason, rows=rows)
+    if ids is not None:
+        path = conceal(rule.path)
+        named = {"deny": path} if rule.reason == DENY_LIST else {"allow": path}
+        return msgspec.structs.replace(entry, **named, ids=len(ids), ids_digest=f"xxh3:{ids.digest.hex()}")
+    limit = rule.limit if abs(rule.limit) < 1 << 63 else float(rule.limit)  # JSON readers know no larger integers
+    if rule.reason == NORM:
+        return msgspec.structs.replace(entry, norm_at_most=limit)
+    return msgspec.structs.replace(entry, slot=rule.slot, below=limit)
 
 
 def add_casts(

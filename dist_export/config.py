@@ -85,6 +85,8 @@ class ExportConfig:
     """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
+    on_emptied: Literal["error", "allow"] = "error"
+    """A table with rows of which the rules of prune leave none: error, or allow, which exports it empty"""
     digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
     """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
     xxh3, and of bytes that the export itself has read: an S3 store then copies nothing on its own"""
@@ -244,6 +246,10 @@ class ExportConfig:
             if dtype not in get_args(CastDtype):
                 known = ", ".join(get_args(CastDtype))
                 raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
+        if self.on_emptied != "error" and not self.prune:
+            raise ConfigError(
+                "on_emptied says what becomes of tables that prune leaves nothing of, but prune has no rule"
+            )
         if self.on_unfit != "error" and not self.dtypes:
             raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
 

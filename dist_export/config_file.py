@@ -45,7 +45,7 @@ _EXAMPLES = {
 }
 
 _USAGE = """\
-dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks)
+dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks); also dist_export export
        dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
        dist_export inspect PATH                           show a checkpoint or a package
        dist_export verify PATH                            check a package"""
@@ -186,7 +186,8 @@ def _parse(
     needed = ("export_dir",) if values.get("format") == "live" else ("ckpt_dir", "export_dir")
     missing = [name for name in needed if name not in values]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value")
+        live = " (format: live exports the model in memory, without ckpt_dir)" if "ckpt_dir" in missing else ""
+        raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value{live}")
     return ExportConfig(**values), {name: value for name, value in vars(parsed).items() if name not in _FIELDS}
 
 
@@ -260,11 +261,13 @@ def _translate(error: Exception) -> ConfigError:
     key = re.search(r'[Kk]ey "([^"]+)"', text)
     if key is None:
         return ConfigError(" ".join(text.split()))
-    value = re.search(r"Given value: (.*)", text)
+    value = re.search(r"Given value: (.*)", text) or re.search(r"Got value: (.*)", text)
     name = key[1]
     is_shown = value is not None and name.split(".", maxsplit=1)[0] not in _SECRET
     found = f" is {value[1].strip()!r}" if value is not None and is_shown else " has the wrong type"
-    hint = " (quote a pattern that begins with *)" if _expected(name).startswith("a list") else ""
+    hint = ""
+    if _expected(name).startswith("a list"):
+        hint = f""", such as ["a", "*_b"]; on the command line --{name} '["*_b"]'"""
     return ConfigError(f"{name}{found}; expected {_expected(name)}{hint}")
 
 

@@ -22,6 +22,7 @@ from dist_export.commit import (
     add_casts,
     describe_dense_tensors,
     describe_left_out,
+    describe_rules,
     describe_tables,
     list_versions,
     publish,
@@ -47,6 +48,7 @@ from dist_export.places import (
     settle,
 )
 from dist_export.plan.casts import casts_by_table, note_unreadable
+from dist_export.plan.prune_counts import note_rules
 from dist_export.progress import Reporter, summarize
 from dist_export.retries import TRAFFIC
 from dist_export.source import (
@@ -110,6 +112,7 @@ def export_located(
             notes += note_unreadable(checkpoint, planned.plan.selection)
             if not in_place and (objects.model is None or objects.dataset is None):
                 notes += note_dense_left(list_dense_left(dense_state, planned.plan))
+            notes += note_rules(checkpoint, planned.plan.pruning, planned.census.pruned)
 
     dense = None
     if objects.model is not None and objects.dataset is not None:
@@ -391,6 +394,7 @@ def _describe(
         ),
         tables=tables,
         left_out_tables=describe_left_out(checkpoint),
+        prune=msgspec.UNSET if planned is None else describe_rules(planned.plan, planned.census),
         dense_tensors=kept,
         dropped_dense_tensors=dropped,
         files=(),

@@ -11,6 +11,7 @@ from dist_export.manifest import Manifest
 from dist_export.objects import Objects
 from dist_export.places import place_of
 from dist_export.progress import Reporter
+from dist_export.same_settings import digest_settings, refuse_different_settings
 
 
 def run_export(
@@ -19,12 +20,17 @@ def run_export(
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
-    run that lead to no checkpoint.
+    run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
     """
+    given = config
     needs_dense = objects.model is not None and objects.dataset is not None
     located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense))
     config = located.apply(config)
-    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
+    answers = ranks.gather(
+        "choose the place", lambda: (place_of(config) if ranks.rank == 0 else "", digest_settings(given))
+    )
+    export_dir = answers[0][0]
+    refuse_different_settings(ranks, given, [digest for _, digest in answers])
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
     if ranks.rank == 0:  # one for each attempt, by which they are counted

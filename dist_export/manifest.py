@@ -131,6 +131,25 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
     """``drop_tables`` or ``select_tables``."""
 
 
+class PruneEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One rule of ``prune``, as the settings have it, and what it did."""
+
+    tables: tuple[str, ...]
+    reason: str
+    """Under which ``rows_dropped`` counts what it took."""
+    slot: str | msgspec.UnsetType = msgspec.UNSET
+    below: int | float | msgspec.UnsetType = msgspec.UNSET
+    norm_at_most: int | float | msgspec.UnsetType = msgspec.UNSET
+    deny: str | msgspec.UnsetType = msgspec.UNSET
+    allow: str | msgspec.UnsetType = msgspec.UNSET
+    ids: Count | msgspec.UnsetType = msgspec.UNSET
+    """In the list."""
+    ids_digest: str | msgspec.UnsetType = msgspec.UNSET
+    """``xxh3:<hex>``: xxh3-128 over the list's ids as little-endian int64, in order and each once."""
+    rows: Count
+    """That it took, of those that earlier rules had left."""
+
+
 class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A dense tensor among the sparse files; ``reason`` where it was dropped."""
 
@@ -226,6 +245,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceEntry
     tables: tuple[TableEntry, ...]
     left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    prune: tuple[PruneEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """In the order in which the rules were tried; left out where there are none."""
     dense_tensors: tuple[DenseTensorEntry, ...]
     dropped_dense_tensors: tuple[DenseTensorEntry, ...]
     files: tuple[FileEntry, ...]

@@ -22,6 +22,7 @@ from dist_export.places import Places, may_copy_within, open_places, place_of
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
+from dist_export.plan.prune_counts import note_rules
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import say_figures
 from dist_export.source import PlannedSparse, list_dense_left, note_dense_left, note_numbered_tables, plan_sparse
@@ -71,6 +72,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     plan = planned.plan
     report["notes"] += note_numbered_tables(plan)
     report["notes"] += note_unreadable(checkpoint, plan.selection)
+    report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
     if places.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
     if places.in_place:
@@ -200,7 +202,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
     for number, table in enumerate(plan.checkpoint.tables):
         parts = plan.checkpoint.parts.of_table(number)
         rows = int(plan.checkpoint.parts.rows[parts].sum())
-        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=planned.census.pruned)
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=planned.census.pruned, pruning=plan.pruning)
         misplaced = int(planned.census.misplaced[parts].sum())
         kept = plan.slots_of(number)
         blocks = plan.blocks_of(number, kept[0].column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,11 @@ REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST)
 
 _KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")
 _FORMS = "{tables, slot, below}, {tables, norm_at_most}, {tables, deny} or {tables, allow}"
+
+
+_EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+", re.ASCII)
+"""``1e-7``: a number in JSON and YAML 1.2, but text in YAML 1.1, which wants a dot. Not told apart where YAML is read, for
+PyYAML writes a password that looks so without quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +94,8 @@ def _text(rule: Mapping[str, Any], key: str, where: str) -> str:
 
 def _number(rule: Mapping[str, Any], key: str, where: str) -> int | float:
     value: Any = rule[key]
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not -1e308 < value < 1e308:  # also of an integer that no float can be
         raise ConfigError(f"{where}.{key} is {value!r}; give a finite number")

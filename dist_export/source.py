@@ -33,6 +33,7 @@ from dist_export.plan.census import (
 from dist_export.plan.dropped import drop_nothing, drop_repeats
 from dist_export.plan.limits import Limits
 from dist_export.plan.prune import IdList, Pruning, plan_pruning
+from dist_export.plan.prune_counts import refuse_emptied
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shards import plan_copy, plan_shards
 from dist_export.plan.sparse_plan import SparsePlan
@@ -153,7 +154,7 @@ def plan_sparse(
     """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
 
     Raises:
-        PlanError: settings that this checkpoint cannot meet.
+        PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
         CheckpointError: an id that stands twice in a table, where ``on_duplicate`` is ``error``.
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
@@ -193,6 +194,8 @@ def plan_sparse(
         dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
+        if config.on_emptied == "error":
+            refuse_emptied(checkpoint, pruning, census.pruned)
         if config.filter_sparse_opt:
             return plan_shards(
                 checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning

@@ -370,7 +370,7 @@ class Watchdog:
     def _stop_cleanly(self) -> None:
         self._is_stopping = True
         if not self._has_failure():  # else the main threads know already, and what they say goes first
-            self._request_stop(f"stopped by SIGTERM in {self.doing}. {self._tail()}")
+            self._request_stop(f"stopped by SIGTERM, which came in {self.doing}. {self._tail()}")
 
     # ---- the end ----
 

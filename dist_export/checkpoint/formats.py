@@ -45,16 +45,18 @@ INDEX_FILES = (safetensors.INDEX_JSON, torch_save.INDEX_JSON)
 def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
     """Return ``asked``, or with ``auto`` what the directory looks like; None where it is nothing that is known.
 
-    Files of ``torch.save`` and safetensors files stand beside ``index`` in RecIS's checkpoints, and the former beside DCP's
-    ``.metadata``: there they do not count. A DCP checkpoint and a DynamicEmb dump in one directory are of one save, and a
-    format together; asked for by name, each is exported alone.
+    Files of ``torch.save`` and safetensors files stand beside ``index`` in RecIS's checkpoints: there they do not count. Beside
+    other formats the former count where they hold a model. A DCP checkpoint and a DynamicEmb dump in one directory are of one
+    save, and a format together; asked for by name, each is exported alone.
 
     Raises:
-        CheckpointError: it looks like several formats, or cannot be looked at.
+        CheckpointError: it looks like several formats, cannot be looked at, or is not there although ``asked`` for.
     """
-    if asked != AUTO:
-        return asked
     try:
+        if asked != AUTO:
+            if not directory.exists():
+                raise find_nothing(directory, asked=asked)
+            return asked
         found = list_candidates(directory)
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
@@ -83,12 +85,31 @@ def list_candidates(directory: Directory) -> list[str]:
     is_recis_cut = not plain and any(name.endswith(safetensors.SUFFIX) for name in names)
     if plain:
         found.append(SAFETENSORS)
-    # beside safetensors files lie what trainers keep for themselves: training_args.bin, optimizer.pt
+    if is_recis_cut:
+        return found
     has_torch = not names.isdisjoint((torch_save.INDEX_JSON, "pytorch_model.bin"))
-    has_torch |= not plain and bool(find_torch_files(directory))
-    if DCP not in found and not is_recis_cut and has_torch:
+    if not has_torch and (files := find_torch_files(directory)):
+        # beside other formats lies what trainers keep for themselves: training_args.bin, optimizer.pt, meta.pt
+        has_torch = not found or torch_save.holds_model(directory, files)
+    if has_torch:
         found.append(TORCH)
     return found
+
+
+def find_nothing(directory: Directory, *, asked: str = AUTO, also: str = "") -> CheckpointError:
+    """Return the error for a place that is no checkpoint, which lists what was looked for; ``also`` goes before that list.
+
+    OSError where it cannot be looked at.
+    """
+    names = directory.names()
+    what = f"no checkpoint that is known among its {len(names)} files" if names else directory.say_missing()
+    looked_for = LOOKED_FOR if asked == AUTO else FORMATS[asked].told_by
+    unfinished = (
+        ". A save that did not finish lacks what is written last: index, tensorkey.json, .metadata" if names else ""
+    )
+    return CheckpointError(
+        f"{directory.url}: {what}; looked for {also}{looked_for}{unfinished}{directory.tell_folders()}"
+    )
 
 
 def open_reader(
@@ -107,31 +128,8 @@ def open_reader(
     """
     found = detect_format(directory, asked=asked)
     if found is None:
-        raise CheckpointError(explain_nothing(directory))
+        raise find_nothing(directory)
     return FORMATS[found].open(directory, tables, optimizer_slots)
-
-
-def explain_nothing(directory: Directory, *, besides: str = "") -> str:
-    """Return what to say of a directory that looks like no format: what is there, and what was looked for.
-
-    Args:
-        besides: what else was looked for.
-
-    Raises:
-        CheckpointError: it cannot be looked at.
-    """
-    looked_for = f"looked for {besides}{LOOKED_FOR}"
-    try:
-        names = directory.names()
-        if not names:
-            return f"{directory.url}: {directory.say_missing()}; {looked_for}{directory.tell_folders()}"
-        return (
-            f"{directory.url}: no {INDEX} and no {TENSORKEY} among its {len(names)} files; {looked_for}. Both "
-            "are written last, so this is no checkpoint of these formats or its save did not finish"
-            f"{directory.tell_folders()}"
-        )
-    except OSError as error:
-        raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
 
 def open_dense(
@@ -150,7 +148,7 @@ def holds_tables(
     """Whether a checkpoint of the format ``found`` has any table, for an export that can do without.
 
     Raises:
-        CheckpointError: it cannot be looked at, or a pattern matches nothing.
+        CheckpointError: it is not there, cannot be looked at, or a pattern matches nothing.
     """
     if found == DCP:
         return bool(read_beside(directory, tables=tables, optimizer_slots=optimizer_slots).checkpoint.tables)
@@ -160,7 +158,10 @@ def holds_tables(
     if found in (DYNAMICEMB, DCP_AND_DUMP):
         return True
     try:
-        return not set(directory.names()).isdisjoint((INDEX, TENSORKEY))
+        names = directory.names()
+        if not names:
+            raise find_nothing(directory)
+        return not set(names).isdisjoint((INDEX, TENSORKEY))
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
@@ -182,13 +183,15 @@ class Format(NamedTuple):
 
 
 def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
-    _refuse_tables(directory, tables, RECIS)
+    if directory.exists(INDEX):  # else it is none, which the reader tells
+        _refuse_tables(directory, tables, RECIS)
     return RecisReader(directory)
 
 
 def _open_dynamicemb(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+    reader = DynamicEmbReader(directory)
     _refuse_tables(directory, tables, DYNAMICEMB)
-    return DynamicEmbReader(directory)
+    return reader
 
 
 def _open_dcp_and_dump(

@@ -19,7 +19,8 @@ from dist_export.errors import CheckpointError
 _MAX_PICKLE_BYTES = 256 << 20
 """The names, shapes and positions of two million tensors."""
 _LOCAL_HEADER_BYTES = 30
-_REASON = re.compile(r"WeightsUnpickler error: .*|Trying to load unsupported .*")
+_REASON = re.compile(r"WeightsUnpickler error: .*?(?=\. Please use|$)|Trying to load unsupported .*", re.MULTILINE)
+"""Behind it torch advises Python calls, which nobody can make from the command line."""
 
 _ITEMSIZES = {
     **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),

@@ -80,6 +80,23 @@ def find_torch_files(directory: Directory) -> list[str]:
     return list(filter(is_one, directory.names()))
 
 
+def holds_model(directory: Directory, names: Sequence[str]) -> bool:
+    """Whether one of these files holds a model: a matrix that is no optimizer state. Reads no payload.
+
+    What trainers keep for themselves beside a checkpoint of another format (arguments, optimizer, random state) holds none,
+    whatever it is called; nor does what cannot be read. OSError where a file cannot be looked at.
+    """
+    for name in names:
+        with directory.open_reader(name) as reader:
+            try:
+                found = read_torch_file(reader, directory.stat(name).size, 0).tensors
+            except CheckpointError:
+                continue
+        if any(len(tensor.piece.sizes) > 1 and "state" not in tensor.name.split(".") for tensor in found):
+            return True
+    return False
+
+
 def _head(directory: Directory, name: str) -> bytes:
     head = bytearray(min(directory.stat(name).size, 16))
     with directory.open_reader(name) as reader:

@@ -15,7 +15,7 @@ from dist_export.checkpoint.formats import (
     SAFETENSORS,
     TORCH,
     detect_format,
-    explain_nothing,
+    find_nothing,
 )
 from dist_export.checkpoint.recis import list_finished
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
@@ -64,14 +64,14 @@ def describe(
         return describe_dcp(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
         return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
+    if not is_package and found is None:
+        raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
     if tables or optimizer_slots:
         raise ConfigError(
             f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
         )
     if is_package:
         return _describe_package(directory)
-    if found is None:
-        raise CheckpointError(explain_nothing(directory, besides=f"{MANIFEST} (package), "))
     list_finished(directory)
     try:
         return _describe_checkpoint(directory)

@@ -12,7 +12,6 @@ import numpy as np
 from dist_export.checkpoint.reader import Checkpoint, Memory
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.plan.targets import Targets
-from dist_export.row_rules import REASONS
 
 GRANULE_ROWS = 1 << 20
 """Rows are counted in granules of this many, so that several ranks can gather from one part."""
@@ -46,17 +45,17 @@ class PrunedRows:
     """Counts of the rows that rules leave behind, as columns parallel to ``Census.counted``."""
 
     rows: np.ndarray
-    """int64, (n, reasons): by place in ``row_rules.REASONS``."""
+    """int64, (n, rules): by place among the rules of the part's table."""
     misplaced: np.ndarray
     """int64: of these, rows outside the slice of their part."""
     id_sum: np.ndarray
     """uint64: the sum of their mixed ids, modulo 2**64."""
 
 
-def prune_none(num_parts: int) -> PrunedRows:
-    """Return the counts of parts of which nothing is left behind."""
+def prune_none(num_parts: int, most_rules: int) -> PrunedRows:
+    """Return the counts of parts of which nothing is left behind; no table has more than ``most_rules``."""
     return PrunedRows(
-        rows=np.zeros((num_parts, len(REASONS)), np.int64),
+        rows=np.zeros((num_parts, most_rules), np.int64),
         misplaced=np.zeros(num_parts, np.int64),
         id_sum=np.zeros(num_parts, np.uint64),
     )
@@ -92,9 +91,10 @@ def merge_censuses(shares: Sequence[Census]) -> Census:
 
 
 def _merge_pruned(shares: Sequence[Census], order: np.ndarray) -> PrunedRows | None:
-    if all(share.pruned is None for share in shares):
+    most_rules = max((share.pruned.rows.shape[1] for share in shares if share.pruned is not None), default=None)
+    if most_rules is None:
         return None
-    found = [share.pruned or prune_none(len(share.counted)) for share in shares]
+    found = [share.pruned or prune_none(len(share.counted), most_rules) for share in shares]
     return PrunedRows(
         rows=np.concatenate([its.rows for its in found])[order],
         misplaced=np.concatenate([its.misplaced for its in found])[order],

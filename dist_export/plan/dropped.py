@@ -16,6 +16,7 @@ from dist_export import row_rules
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.layout.recis import mix, places_of
 from dist_export.plan.census import Census, PrunedRows, leave_out
+from dist_export.plan.prune import Pruning
 from dist_export.plan.targets import Targets
 
 DUPLICATE = "duplicate"
@@ -101,9 +102,17 @@ def count_kept(checkpoint: Checkpoint, targets: tuple[Targets, ...], census: Cen
 
 
 def account_for(
-    checkpoint: Checkpoint, dropped: DroppedRows, table: int, *, pruned: PrunedRows | None
+    checkpoint: Checkpoint,
+    dropped: DroppedRows,
+    table: int,
+    *,
+    pruned: PrunedRows | None,
+    pruning: Pruning | None = None,
 ) -> DroppedAccount:
-    """Return the account of the dropped rows of one table: those that are listed, and those of the whole census' rules."""
+    """Return the account of the dropped rows of one table: those that are listed, and those of the whole census' rules.
+
+    With ``pruned`` go the rules that it counts, ``pruning``.
+    """
     mine = _slice_of(checkpoint, dropped, table)
     part, ids = dropped.part[mine], dropped.id[mine]
     counts = np.bincount(dropped.reason[mine], minlength=len(REASONS)).tolist()
@@ -114,10 +123,13 @@ def account_for(
     )
     if pruned is None:
         return account
+    assert pruning is not None
     its = checkpoint.parts.of_table(table)
-    rows = zip(row_rules.REASONS, pruned.rows[its].sum(axis=0).tolist(), strict=True)
+    rows = dict.fromkeys(row_rules.REASONS, 0)
+    for rule, count in zip(pruning.rules[table], pruned.rows[its].sum(axis=0).tolist(), strict=False):
+        rows[rule.reason] += count
     return DroppedAccount(
-        rows_by_reason=account.rows_by_reason | {reason: count for reason, count in rows if count},
+        rows_by_reason=account.rows_by_reason | {reason: count for reason, count in rows.items() if count},
         misplaced=account.misplaced + int(pruned.misplaced[its].sum()),
         id_sum=(account.id_sum + int(pruned.id_sum[its].sum(dtype=np.uint64))) % (1 << 64),
     )

@@ -20,10 +20,10 @@ from dist_export.errors import PlanError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, mix
 from dist_export.plan.tables import no_match
-from dist_export.row_rules import ALLOW_LIST, DENY_LIST, NORM, REASONS, SLOT_VALUE, RowRule
+from dist_export.row_rules import ALLOW_LIST, DENY_LIST, NORM, SLOT_VALUE, RowRule
 
 KEPT = 0
-"""The code of a row that no rule applies to; else 1 + the place of the reason in ``REASONS``."""
+"""The code of a row that no rule applies to; else 1 + the place of the rule among those of its table."""
 
 _BIT = (1 << np.arange(8)).astype(np.uint8)
 _PIECE_IDS = 1 << 16
@@ -91,6 +91,8 @@ class TableRule(NamedTuple):
     """The slot that it looks at; None for the ids."""
     limit: int | float
     ids: IdList | None
+    place: int = 0
+    """In the setting ``prune``."""
 
     def applies(self, ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
         """Return which rows go (bool, (n,)). Comparisons with NaN are false, so such rows stay.
@@ -112,10 +114,17 @@ class Pruning:
     """The rules of each table, in the order in which they are tried; the first that applies gives the reason."""
 
     rules: tuple[tuple[TableRule, ...], ...]
+    asked: tuple[RowRule, ...] = ()
+    """As the settings have them."""
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return any(self.rules)
+
+    @property
+    def most_rules(self) -> int:
+        """Of any one table."""
+        return max(map(len, self.rules), default=0)
 
     @property
     def num_bytes(self) -> int:
@@ -164,25 +173,26 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
                 raise no_match(f"{setting}.tables", pattern, names)
         for number, name in enumerate(names):
             if any(fnmatchcase(name, pattern) for pattern in rule.tables):
-                found[number].append(_apply_to_table(rule, checkpoint, number, setting, lists))
-    return Pruning(rules=tuple(map(tuple, found)))
+                found[number].append(_apply_to_table(rule, checkpoint, number, place, lists))
+    return Pruning(rules=tuple(map(tuple, found)), asked=tuple(rules))
 
 
-def reasons_of(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Return why each row is left behind (uint8, (n,)): 0 for one that is kept, else 1 + a place in ``REASONS``.
+def match_rules(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return which rule leaves each row behind (uint16, (n,)): 0 for one that is kept, else 1 + a place in ``rules``.
 
     Arguments are as :meth:`TableRule.applies` takes them.
     """
-    codes = np.zeros(len(ids), np.uint8)
+    codes = np.zeros(len(ids), np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
-        for rule in rules:
-            codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + REASONS.index(rule.reason)
+        for place, rule in enumerate(rules):
+            codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + place
     return codes
 
 
 def _apply_to_table(
-    rule: RowRule, checkpoint: Checkpoint, number: int, setting: str, lists: Mapping[str, IdList]
+    rule: RowRule, checkpoint: Checkpoint, number: int, place: int, lists: Mapping[str, IdList]
 ) -> TableRule:
+    setting = f"prune[{place}]"
     table = checkpoint.tables[number]
     name = table.name_in_source
     if not table.is_hashed:
@@ -191,10 +201,10 @@ def _apply_to_table(
             "which writes the numbers as ids"
         )
     if rule.reason in (DENY_LIST, ALLOW_LIST):
-        return TableRule(rule.reason, None, 0, lists[rule.path])
+        return TableRule(rule.reason, None, 0, lists[rule.path], place)
     slot = _find_slot(rule.slot if rule.reason == SLOT_VALUE else EMBEDDING_SLOT, table, checkpoint, setting)
     if rule.reason == NORM:
-        return TableRule(NORM, slot, float(rule.limit), None)
+        return TableRule(NORM, slot, float(rule.limit), None, place)
     if slot.stored_shape is not None:
         raise PlanError(
             f"{setting}: slot {rule.slot!r} of table {name!r} has shape {list(slot.stored_shape)}, which does not go with the "
@@ -206,7 +216,7 @@ def _apply_to_table(
             "one value a row"
         )
     is_float = DTYPES[slot.dtype].torch.startswith(("float", "bfloat"))
-    return TableRule(SLOT_VALUE, slot, float(rule.limit) if is_float else math.ceil(rule.limit), None)
+    return TableRule(SLOT_VALUE, slot, float(rule.limit) if is_float else math.ceil(rule.limit), None, place)
 
 
 def _find_slot(name: str, table: TableMeta, checkpoint: Checkpoint, setting: str) -> SlotMeta:

@@ -12,7 +12,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.rows import RowReader
 from dist_export.id_columns import IdRun
 from dist_export.layout.recis import is_place_in, mix, places_of
-from dist_export.plan.census import GRANULE_ROWS, Census, UniqueTask, prune_none
+from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.targets import Targets
 from dist_export.repeats import HeldIds, has_repeats
@@ -43,8 +43,9 @@ def take_census(
     numbers = np.array(parts, np.int64)
     with open_sources(checkpoint) as readers, RowReader(checkpoint) as rows:
         prune = PruneReader(checkpoint, pruning, rows) if pruning else None
+        pruned = prune_none(len(numbers), pruning.most_rules) if pruning else None
         counter = _Counter(
-            checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None), prune
+            checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None), prune, pruned
         )
         if len(numbers):  # a checkpoint without tables has no column of ids
             for run in read_id_runs(checkpoint, readers, numbers):
@@ -75,10 +76,11 @@ class _Counter:
         held_ids: int,
         repeated: RepeatedIds,
         prune: PruneReader | None,
+        pruned: PrunedRows | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._prune = prune
-        self._pruned = None if prune is None else prune_none(len(parts))
+        self._pruned = pruned
         self._repeated = repeated
         self._targets = targets
         self._parts = parts
@@ -139,7 +141,7 @@ class _Counter:
         part = int(self._parts[row])
         if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
             return ids
-        codes = self._prune.reasons(part, first_row, ids)
+        codes = self._prune.rules(part, first_row, ids)
         gone = ids[codes != KEPT]
         if not len(gone):
             return ids

@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.rows import RowReader
-from dist_export.plan.prune import KEPT, Pruning, reasons_of
+from dist_export.plan.prune import KEPT, Pruning, match_rules
 
 _PIECE_BYTES = 256 << 10
 """Of a slot that is looked at: as numbers of 64 bits it takes some times as much, and is to stay near the core."""
@@ -27,15 +27,15 @@ class PruneReader:
         self.has_rules = np.array([bool(rules) for rules in pruning.rules], bool)
         """By table."""
 
-    def reasons(self, part: int, first_row: int, ids: np.ndarray) -> np.ndarray:
-        """Return why each of the rows from ``first_row`` on is left behind (uint8), as ``plan.prune.reasons_of``.
+    def rules(self, part: int, first_row: int, ids: np.ndarray) -> np.ndarray:
+        """Return which rule leaves each of the rows from ``first_row`` on behind (uint16), as ``plan.prune.match_rules``.
 
         ``ids`` (int64) are those of the rows.
         """
         table = int(self._checkpoint.parts.table[part])
         slots = [self._checkpoint.tables[table].slots[column] for column in self._pruning.columns_of(table)]
         step = max(1, _PIECE_BYTES // max([1, *(slot.row_bytes for slot in slots)])) if slots else len(ids)
-        found = np.empty(len(ids), np.uint8)
+        found = np.empty(len(ids), np.uint16)
         for first in range(0, len(ids), step):
             its = ids[first : first + step]
             rows = {}
@@ -43,7 +43,7 @@ class PruneReader:
                 rows[slot.column] = np.empty(len(its) * slot.row_bytes, np.uint8)
                 if slot.row_bytes:
                     self._reader.read_into(rows[slot.column], part, slot.column, first_row + first, len(its))
-            found[first : first + step] = reasons_of(self._pruning.rules[table], its, rows)
+            found[first : first + step] = match_rules(self._pruning.rules[table], its, rows)
         return found
 
     def is_pruned(self, part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -51,9 +51,9 @@ class PruneReader:
         if not self.has_rules[self._checkpoint.parts.table[part]]:
             return np.zeros(len(rows), bool)
         codes = [
-            self.reasons(part, row, ids[place : place + 1])[0] for place, row in enumerate(np.asarray(rows).tolist())
+            self.rules(part, row, ids[place : place + 1])[0] for place, row in enumerate(np.asarray(rows).tolist())
         ]
-        found: np.ndarray = np.array(codes, np.uint8) != KEPT
+        found: np.ndarray = np.array(codes, np.uint16) != KEPT
         return found
 
 

@@ -215,7 +215,7 @@ class UnitRunner:
         found, begin = np.empty(len(ids), bool), 0
         for part, first_row, num_rows, *_ in chunk.pieces:
             end = begin + num_rows
-            found[begin:end] = self._prune.reasons(part, first_row, ids[begin:end]) != KEPT
+            found[begin:end] = self._prune.rules(part, first_row, ids[begin:end]) != KEPT
             begin = end
         return found
 

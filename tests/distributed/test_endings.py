@@ -241,7 +241,7 @@ def test_sigterm_stops_cleanly_and_the_rerun_goes_on(whom: str, tmp_path: Path) 
         else:
             os.kill(job.paused, signal.SIGTERM)
         (line,) = job.end()
-        assert "stopped by SIGTERM in 'write shards'" in line
+        assert "stopped by SIGTERM, which came in 'write shards'" in line
         assert "Run the same command again to go on" in line
         assert job.agents[0].returncode
         names = os.listdir(job.out)
@@ -265,7 +265,7 @@ def test_one_process_is_stopped_by_sigterm_too(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("dist_export: ")]
-    assert "stopped by SIGTERM in 'write shards'" in line
+    assert "stopped by SIGTERM, which came in 'write shards'" in line
     shards = sorted(name for name in os.listdir(out) if name.startswith("model"))
     assert len(shards) in (2, 3), "the unit that was under way is finished, the next one is not begun"
 

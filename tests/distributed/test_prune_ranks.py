@@ -39,6 +39,7 @@ def settings(sources: str, target: str, case: str, num_shards: int) -> dict[str,
         "num_shards": num_shards,
         "on_duplicate": "last",
         "prune": rules_of(sources, case),
+        "on_emptied": "allow",
         "threads": 2,
     }
 

@@ -96,7 +96,9 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
     log = job.log.read_text()
     assert found["JobState"] == "FAILED", f"it ended by itself, before the time was up: {found}{log}"
     assert len(job.own_lines()) == 1, log
-    assert re.search(r"stopped by SIGTERM in '[^']+'.*Run the same command again to go on", job.own_lines()[0])
+    assert re.search(
+        r"stopped by SIGTERM, which came in '[^']+'.*Run the same command again to go on", job.own_lines()[0]
+    )
     assert "/dist_export/" not in log, "no traceback of ours"
     before = {path.name: path.stat().st_ino for path in job.out.glob("*.safetensors")}
     assert before, log

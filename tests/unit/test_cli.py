@@ -141,9 +141,9 @@ def test_what_plan_says_is_what_export_writes(checkpoint: Path, tmp_path: Path, 
         ),
         (["--config", "{tmp}/none.yaml"], 2, "No such file"),
         ([], 2, "nothing to do"),
-        (["stray"], 2, "stray"),
+        (["stray"], 2, "'stray' is no command; the commands are export, plan, inspect, verify"),
         (["inspect", "{tmp}/none"], 2, "does not exist"),
-        (["inspect", "{tmp}"], 2, "looked for manifest.json (package), index and tensorkey.json (RecIS)"),
+        (["inspect", "{tmp}"], 2, "holds no files; looked for manifest.json (package), index"),
         (["verify", "{tmp}/none"], 2, "does not exist"),
         (["verify", "{tmp}"], 2, "is no package and nothing that RecIS wrote"),
         (["verify", "{ckpt}", "--threads", "0"], 2, "give a number from 1 up"),
@@ -274,3 +274,36 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     monkeypatch.setattr(dist_export.collective, "join", join)
     main(["--config", str(file), *arguments])
     assert seen == [expected]
+
+
+@pytest.mark.parametrize("command", ["export", "plan", "inspect"])
+@pytest.mark.parametrize("tables", [[], ["--tables", "x"]])
+@pytest.mark.parametrize("format_", ["auto", "dcp", "safetensors", "torch", "dynamicemb", "recis"])
+def test_a_place_without_a_checkpoint_is_told_with_what_was_looked_for(
+    command: str, tables: list[str], format_: str, tmp_path: Path, capsys
+) -> None:
+    """Whatever else is asked of it: it is no checkpoint of any format."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    expected = {
+        "nope/sd.pt": "nope/sd.pt: does not exist; looked for ",
+        "empty": "empty: holds no files; looked for ",
+        "other": "other: no checkpoint that is known among its 1 files; looked for ",
+    }
+    asked = [*tables] if command == "inspect" else [*(f"[{each}]" if each == "x" else each for each in tables)]
+    for name, said in expected.items():
+        place = str(tmp_path / name)
+        arguments = [place] if command == "inspect" else ["--ckpt_dir", place, "--export_dir", str(tmp_path / "out")]
+        if command != "inspect":
+            arguments += ["--filter_sparse_opt", "true"]
+        code, _, errors = run(capsys, command, *arguments, "--format", format_, *asked)
+        assert code == 2
+        (line,) = own_lines(errors)
+        if format_ == "auto":
+            assert said in line
+            assert "*.safetensors (safetensors)" in line
+        elif name.startswith("nope"):
+            assert said in line
+        else:
+            assert "says so itself" not in line

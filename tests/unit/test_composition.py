@@ -217,6 +217,7 @@ def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> N
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
             "prune": [{"tables": "*", "norm_at_most": 100}],
+            "on_emptied": "allow",
             **settings,
         }
     )

@@ -11,6 +11,7 @@ import yaml
 from dist_export.config import ExportConfig
 from dist_export.config_file import build_parser, load_config, parse_settings
 from dist_export.errors import ConfigError
+from dist_export.row_rules import parse_rules
 
 PLACES = {"ckpt_dir": "a", "export_dir": "b"}
 YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"
@@ -23,6 +24,10 @@ YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"
         ({"num_shards": 0, "filter_sparse_opt": True}, "num_shards is 0"),
         ({"num_shards": 4}, "set filter_sparse_opt: true"),
         ({"num_shards": "source"}, "set filter_sparse_opt: true"),
+        (
+            {"filter_sparse_opt": True, "on_emptied": "allow"},
+            "on_emptied says what becomes of .* but prune has no rule",
+        ),
         ({"drop_slots": ["x"]}, "drop_slots needs new shards.*filter_sparse_opt: true"),
         ({"optimizer_slots": ["x"]}, "set filter_sparse_opt: true"),
         ({"keep_slots": ["x"]}, "set filter_sparse_opt: true"),
@@ -174,6 +179,44 @@ def test_what_the_users_own_code_takes_keeps_its_types(tmp_path: Path) -> None:
     assert config.storage_options == {"a": "b"}, "a whole mapping takes the place of the file's"
 
 
+@pytest.mark.parametrize("text", ["1e-7", "1E-7", "0.1e-6", "+0.1e-6", "10.e-8"])
+def test_numbers_without_a_dot_before_the_exponent_are_numbers_in_every_setting(tmp_path: Path, text: str) -> None:
+    """To YAML 1.1 they are text."""
+    file = tmp_path / "export.yaml"
+    file.write_text(
+        yaml.safe_dump(PLACES | {"filter_sparse_opt": True})
+        + f"atol: {text}\nrtol: {text}\ntimeout: {text}\ndefault_row: {{a: [{text}]}}\n"
+        + f"prune: [{{tables: a, slot: s, below: {text}}}, {{tables: a, norm_at_most: {text}}}]\n"
+    )
+    rules = f"[{{tables: a, slot: s, below: {text}}}, {{tables: a, norm_at_most: {text}}}]"
+    on_the_command_line = parse_settings(build_parser(), ["--config", str(file), "--prune", rules])
+    for config in (load_config(file), on_the_command_line):
+        assert (config.atol, config.rtol, config.timeout, config.default_row) == (1e-7, 1e-7, 1e-7, {"a": [1e-7]})
+        assert [rule.limit for rule in parse_rules(config.prune)] == [1e-7, 1e-7]
+
+
+def test_what_a_setting_may_be_is_said_with_what_it_is() -> None:
+    for arguments, said in (
+        (["--on_unfit", "clampp"], "on_unfit is 'clampp'; expected error or clamp"),
+        (["--atol", "small"], "atol is 'small'; expected a number"),
+        (
+            ["--tables", "*_emb.weight"],
+            "tables is '*_emb.weight'; expected a list [text, ...], such as",
+        ),
+        (
+            ["--tables", "*_emb.weight"],
+            """on the command line --tables '["*_b"]'""",
+        ),
+        (["--storage_options", "hunter2"], "storage_options has the wrong type; expected a mapping"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_settings(build_parser(), ["--ckpt_dir", "a", "--export_dir", "b", *arguments])
+        assert said in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"ckpt_dir must be set.* \(format: live exports the model in memory"):
+        load_config({"export_dir": "b"})
+
+
 def test_a_key_left_empty_means_its_default(tmp_path: Path) -> None:
     file = tmp_path / "export.yaml"
     file.write_text(
@@ -218,7 +261,7 @@ def test_memory_as_people_write_it(text, expected):
         ("max_memory", 5, "max_memory is 5; give 64MiB or more"),
         ("threads", 0, "threads is 0; give a number from 1 to 64, or null"),
         ("threads", 65, "threads is 65"),
-        ("digest", "md5", "digest has the wrong type; expected xxh3 or sha256 or blake3 or none"),
+        ("digest", "md5", "digest is 'md5'; expected xxh3 or sha256 or blake3 or none"),
     ],
 )
 def test_the_engines_settings_are_checked_when_the_config_is_built(setting, value, said):

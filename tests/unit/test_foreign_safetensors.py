@@ -6,10 +6,12 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hostile_cases import assert_refused, edit_header, edit_header_text, edit_json, run, swap
 from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
 from safetensors.torch import save_file
@@ -265,3 +267,48 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     assert detect_format(open_place(shard.parent)) == "recis"
     with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take tables out"):
         export(shard.parent, tmp_path / "other", tables=TABLES)
+
+
+def helpers() -> dict[str, Any]:
+    """What trainers keep beside a model: none of it is one."""
+    linear = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(linear.parameters())
+    linear(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return {
+        "training_args.bin": SimpleNamespace(lr=0.1),
+        "optimizer.pt": optimizer.state_dict(),
+        "scheduler.pt": {"base_lrs": [0.1]},
+        "rng_state_0.pth": {"cpu": torch.get_rng_state()},
+        "meta.pt": {"epoch": 3, "optimizer_states": [optimizer.state_dict()]},
+        "named.pt": {"state": {"a.weight": {"exp_avg": torch.ones(4, 4)}}, "param_groups": []},
+        "damaged.pt": None,
+    }
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "dcp", "dynamicemb"])
+def test_a_model_of_torch_save_beside_another_format_is_an_error_and_a_trainers_own_files_are_none(
+    tmp_path: Path, kind: str
+) -> None:
+    if kind == "safetensors":
+        save_several(tmp_path, make_model())
+    elif kind == "dcp":
+        dcp.save({"model": make_model()}, checkpoint_id=str(tmp_path), no_dist=True)
+    else:
+        (tmp_path / "t_emb_keys.rank_0.world_size_1").write_bytes(b"")
+    for name, value in helpers().items():
+        torch.save(value, tmp_path / name) if value is not None else (tmp_path / name).write_bytes(b"PK\x03\x04")
+    assert detect_format(open_place(tmp_path)) == kind
+    torch.save({"epoch": 3, "state_dict": make_model()}, tmp_path / "last_one.pt")
+    with pytest.raises(
+        CheckpointError, match=rf"and a checkpoint of torch\.save; say which one .*format: {kind} or format: torch"
+    ):
+        detect_format(open_place(tmp_path))
+    assert detect_format(open_place(tmp_path), asked=kind) == kind
+
+
+def test_a_model_of_torch_save_beside_a_recis_checkpoint_is_its_dense_part(tmp_path: Path) -> None:
+    for name in ("index", "tensorkey.json"):
+        (tmp_path / name).write_text("{}")
+    torch.save(make_model(), tmp_path / "model.pt")
+    assert detect_format(open_place(tmp_path)) == "recis"

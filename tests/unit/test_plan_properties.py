@@ -21,7 +21,7 @@ from dist_export.plan import routes as plan_routes
 from dist_export.plan import units as plan_units_module
 from dist_export.plan.census import Census
 from dist_export.plan.dropped import DroppedRows, account_for, count_kept, drop_nothing
-from dist_export.plan.prune import IdList, Pruning, TableRule, reasons_of
+from dist_export.plan.prune import IdList, Pruning, TableRule, match_rules
 from dist_export.plan.selection import Selection
 from dist_export.plan.shards import plan_shards
 from dist_export.plan.sparse_plan import SparsePlan
@@ -208,7 +208,7 @@ def lay_bytes(plan: SparsePlan, case: SimpleNamespace) -> list[np.ndarray]:
         dropped = set(plan.dropped.rows_in(gather.part, gather.first_row, gather.num_rows).tolist())
         its_ids = case.ids[gather.part][gather.first_row : gather.first_row + gather.num_rows]
         rules = plan.pruning.rules[table] if plan.pruning else ()
-        dropped |= set(np.flatnonzero(reasons_of(rules, its_ids, {})).tolist())
+        dropped |= set(np.flatnonzero(match_rules(rules, its_ids, {})).tolist())
         _, begin, end, size, _ = case.parts[gather.part]
         for number in range(gather.num_rows):
             row = gather.first_row + number

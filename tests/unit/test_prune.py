@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_cases import numbered_tables, write_numbered
@@ -19,8 +21,10 @@ from sparse_cases import assert_exact, content, export, open_source, plan, recor
 
 import dist_export
 from dist_export import source as source_room
+from dist_export.cli import main
 from dist_export.dense.rows import RowFinder
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
+from dist_export.manifest import compute_digest
 from dist_export.package.verify import verify
 from dist_export.plan.limits import Limits
 from dist_export.transfer import pruning as pruning_room
@@ -148,9 +152,26 @@ def test_rules_that_leave_nothing_behind_change_no_file(tmp_path, tables):
 
 
 def test_a_table_of_which_nothing_is_left(tmp_path, tables):
+    """A mistyped limit, or a list that goes with other ids, is an error; who means it gets a note."""
     write_checkpoint(tmp_path / "in", tables)
-    rules = [{"tables": "item", "slot": "step_filter", "below": 1000}]
-    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules)
+    rules = [
+        {"tables": "item", "slot": "step_filter", "below": 10},
+        {"tables": "*", "slot": "step_filter", "below": -1},
+        {"tables": "item", "slot": "step_filter", "below": 1000},
+    ]
+    with pytest.raises(PlanError) as caught:
+        export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules)
+    found = re.fullmatch(
+        r"the rules of prune leave none of the 90 rows of table 'item' \(prune\[0\] took (\d+), prune\[2\] took (\d+)\), so "
+        r"serving would find no row in it\. Nothing was written\. .* or set on_emptied: allow",
+        str(caught.value),
+    )
+    assert found is not None
+    assert int(found[1]) + int(found[2]) == 90
+    assert not (tmp_path / "out").exists()
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules, on_emptied="allow")
+    assert [note for note in manifest.notes if "prune" in note] == [str(caught.value).partition(", so serving")[0]]
+    assert [rule.rows for rule in manifest.prune] == [int(found[1]), 0, int(found[2])]
     assert len(read_back(tmp_path / "out")["item"]["id"]) == 0
     assert manifest.tables[2].rows_dropped == {"slot_value": 90}
     assert verify(str(tmp_path / "out")).findings == []
@@ -323,14 +344,14 @@ def test_a_list_that_changed_is_another_export(tmp_path, tables):
 
 def test_a_gather_that_leaves_other_rows_behind_than_the_census_counted_is_found(tmp_path, monkeypatch, tables):
     write_checkpoint(tmp_path / "in", tables)
-    original = PruneReader.reasons
+    original = PruneReader.rules
 
-    def reasons(self, part, first_row, ids):
+    def rules(self, part, first_row, ids):
         codes = original(self, part, first_row, ids)
         return np.roll(codes, 1) if monkeypatch_is_on else codes
 
     monkeypatch_is_on = False
-    monkeypatch.setattr(PruneReader, "reasons", reasons)
+    monkeypatch.setattr(PruneReader, "rules", rules)
     transfer = dist_export.exporter.transfer
 
     def spoilt(*args, **settings):
@@ -388,7 +409,11 @@ def test_an_export_with_a_model_is_scored_without_them(tmp_path):
     truth = truth_of(tables)["user_emb"]
     np.save(tmp_path / "deny.npy", truth["id"])
     manifest = export(
-        source, tmp_path / "out", prune=[{"tables": "user_emb", "deny": str(tmp_path / "deny.npy")}], **model
+        source,
+        tmp_path / "out",
+        prune=[{"tables": "user_emb", "deny": str(tmp_path / "deny.npy")}],
+        on_emptied="allow",
+        **model,
     )
     sample = manifest.run["sample"]
     assert sample["left_behind"] == {"user_emb": sample["asked"]["user_emb"], "item_emb": 0}
@@ -451,6 +476,7 @@ def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, g
             source,
             target,
             prune=[{"tables": "t", **rule_of[kind]} for kind in kinds],
+            on_emptied="allow",
             on_duplicate=keep,
             num_shards=num_shards,
             threads=threads,
@@ -486,6 +512,59 @@ def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, g
     assert entry.rows_dropped == expected
     assert (entry.misplaced, entry.repaired) == (strangers, model.repaired)
     assert report.findings == []
+
+
+def test_a_table_that_was_empty_before_is_no_error(tmp_path):
+    write_checkpoint(tmp_path / "in", with_filter(make_tables({"item": 20, "new": 0}, 2)))
+    manifest = export(tmp_path / "in", tmp_path / "out", prune=[{"tables": "*", "norm_at_most": 0}])
+    assert manifest.tables[0].rows_out > 0
+    assert (manifest.tables[1].rows_in, manifest.tables[1].rows_out) == (0, 0)
+    assert not [note for note in manifest.notes if "prune" in note]
+
+
+def test_the_manifest_has_the_rules_and_lists_that_no_row_matched_are_told(tmp_path, tables, capsys):
+    write_checkpoint(tmp_path / "in", tables)
+    ids = truth_of(tables)["item"]["id"]
+    (tmp_path / "some.txt").write_text("\n".join(map(str, [*ids[:3].tolist(), ids[0]])))
+    (tmp_path / "none.txt").write_text("123456789\n")
+    lists = {name: str(tmp_path / f"{name}.txt") for name in ("some", "none")}
+    rules = [
+        {"tables": ["item"], "deny": lists["some"]},
+        {"tables": "it*", "deny": lists["none"]},
+        {"tables": "item", "deny": lists["some"]},
+        {"tables": "item", "slot": "step_filter", "below": 0.5},
+        {"tables": "item", "norm_at_most": 0},
+    ]
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules)
+    document = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    digest = "xxh3:" + xxhash.xxh3_128_hexdigest(np.sort(ids[:3]).tobytes())
+    other = "xxh3:" + xxhash.xxh3_128_hexdigest(np.array([123456789], np.int64).tobytes())
+    some = {"reason": "deny_list", "deny": lists["some"], "ids": 3, "ids_digest": digest}
+    assert document["prune"][:3] == [
+        {"tables": ["item"], **some, "rows": 3},
+        {"tables": ["it*"], **some, "deny": lists["none"], "ids": 1, "ids_digest": other, "rows": 0},
+        {"tables": ["item"], **some, "rows": 0},
+    ]
+    assert document["prune"][3]["slot"] == "step_filter"
+    assert document["prune"][3]["below"] == 0.5
+    assert document["prune"][4]["norm_at_most"] == 0
+    assert manifest.tables[2].rows_dropped.get("deny_list") == 3
+    document["prune"][3]["below"] = 0.6
+    assert compute_digest(document) != manifest.digest
+    told = [
+        f"prune[{place}].deny: no row of its tables has an id of {lists[name]}"
+        for place, name in ((1, "none"), (2, "some"))
+    ]
+    assert [note.partition(",")[0] for note in manifest.notes if "prune" in note] == told
+    config = {
+        "ckpt_dir": str(tmp_path / "in"),
+        "export_dir": str(tmp_path / "new"),
+        "filter_sparse_opt": True,
+        "prune": rules,
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    assert main(["plan", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert all(note in capsys.readouterr().out for note in told[:1])
 
 
 def test_lists_are_read_once(tmp_path, tables, monkeypatch):

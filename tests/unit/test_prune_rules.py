@@ -10,8 +10,8 @@ from dist_export.checkpoint.reader import SlotMeta
 from dist_export.errors import ConfigError, PlanError
 from dist_export.id_lists import read_id_list
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.plan.prune import IdList, TableRule, reasons_of
-from dist_export.row_rules import REASONS, parse_rules
+from dist_export.plan.prune import IdList, TableRule, match_rules
+from dist_export.row_rules import parse_rules
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -37,7 +37,7 @@ def below(values, dtype: str, limit) -> list[bool]:
     rule = parse_rules([{"tables": "t", "slot": "s", "below": limit}])[0]
     checkpoint = type("C", (), {"tables": (table_meta(slot_of(dtype, 1)),)})()
     compiled = prune.plan_pruning(checkpoint, [rule], {}).rules[0]
-    codes = reasons_of(compiled, np.arange(len(values)), {1: bytes_of(values, dtype)})
+    codes = match_rules(compiled, np.arange(len(values)), {1: bytes_of(values, dtype)})
     return (codes > 0).tolist()
 
 
@@ -72,7 +72,7 @@ def test_a_value_below_the_limit_goes_and_nan_stays(dtype, values, limit, gone):
 def norms(rows, limit, dtype="float32") -> list[bool]:
     rows = np.array(rows)
     rule = TableRule("norm", slot_of(dtype, rows.shape[1]), float(limit), None)
-    return (reasons_of([rule], np.arange(len(rows)), {1: bytes_of(rows, dtype)}) > 0).tolist()
+    return (match_rules([rule], np.arange(len(rows)), {1: bytes_of(rows, dtype)}) > 0).tolist()
 
 
 def test_a_norm_of_nothing_is_of_zeros_alone():
@@ -121,8 +121,8 @@ def test_the_first_rule_that_applies_gives_the_reason():
         TableRule("norm", slot_of("float32", 1), 0.0, None),
         TableRule("allow_list", None, 0, IdList(np.array([1, 3, 4]))),
     ]
-    codes = reasons_of(rules, np.array([1, 3, 5, 4, 0]), {1: bytes_of([0, 0, 0, 1, 1], "float32")})
-    assert [REASONS[code - 1] if code else "" for code in codes.tolist()] == [
+    codes = match_rules(rules, np.array([1, 3, 5, 4, 0]), {1: bytes_of([0, 0, 0, 1, 1], "float32")})
+    assert [rules[code - 1].reason if code else "" for code in codes.tolist()] == [
         "deny_list",
         "norm",
         "norm",

@@ -38,7 +38,7 @@ def test_no_checkpoint(tmp_path):
     (tmp_path / "in").mkdir()
     refuses(tmp_path, "holds no files")
     (tmp_path / "in" / "file").write_text("")
-    refuses(tmp_path, "no index and no tensorkey.json")
+    refuses(tmp_path, "no checkpoint that is known among its 1 files")
 
 
 @pytest.mark.parametrize(

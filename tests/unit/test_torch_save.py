@@ -359,7 +359,10 @@ HOSTILE = {
         "is in the format of torch before 1.6; expected its zip format: load it with torch.load and write it again",
     ),
     "code": (lambda p: pack(p, {"a": Evil()}), "cannot be read (torch.load with weights_only=True)"),
-    "a module": (lambda p: torch.save(torch.nn.Linear(2, 2), p), "cannot be read (torch.load with weights_only=True)"),
+    "a module": (
+        lambda p: torch.save(torch.nn.Linear(2, 2), p),
+        "not an allowed global by default. Save the state_dict alone",
+    ),
     "a tensor": (lambda p: torch.save(torch.ones(2, 2), p), "expected a state_dict or a dict that has one"),
     "a list": (lambda p: torch.save([1], p), "holds a list, expected a state_dict"),
     "deep": (lambda p: torch.save(nested(60), p), "is nested too deeply, or without end"),

@@ -341,7 +341,7 @@ def test_sigterm_becomes_a_clean_stop_and_may_come_twice() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert len(dog.stops) == 1
     assert dog.stops[0].startswith(
-        "stopped by SIGTERM in 'write shards'. Nothing was written. Run the same command again"
+        "stopped by SIGTERM, which came in 'write shards'. Nothing was written. Run the same command again"
     )
     assert "did not stop by itself" in dog.text()
     dog.dog.stop()
