@@ -207,7 +207,7 @@ def test_what_a_setting_may_be_is_said_with_what_it_is() -> None:
             ["--tables", "*_emb.weight"],
             """on the command line --tables '["*_b"]'""",
         ),
-        (["--storage_options", "hunter2"], "storage_options has the wrong type; expected a mapping"),
+        (["--storage_options", "hunter2"], "storage_options has the wrong type; expected a YAML mapping such as"),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_settings(build_parser(), ["--ckpt_dir", "a", "--export_dir", "b", *arguments])
