@@ -152,7 +152,7 @@ def _verify(argv: list[str]) -> int:
     )
     parser.add_argument("--finite", action="store_true", help="also read all float values, to find NaN and infinities")
     parser.add_argument("--max_memory", default=ExportConfig.max_memory, help="of each rank")
-    parser.add_argument("--threads", type=int, default=None, help="of each rank; null: its cores, 4 at most")
+    parser.add_argument("--threads", type=int | None, default=None, help="of each rank; null: its cores, 4 at most")
     parser.add_argument("--timeout", type=float, default=ExportConfig.timeout, help="seconds to wait for another rank")
     arguments = parse_path(parser, argv)
     max_memory = parse_bytes(arguments.max_memory, setting="max_memory")

@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    get_loader,
+    set_parsing_settings,
+)
 
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
@@ -37,6 +43,9 @@ _OPAQUE = (
 
 _NESTED = ("model_args", "dataset_args", "fg_args", *_SECRET)
 """Mappings whose keys may be given one by one, with dots."""
+_LEVELS = 2
+"""So deep the parser itself puts keys that are given one by one together."""
+_load_yaml = get_loader("yaml")
 
 _EXAMPLES = {
     "registry_options": '{"registry_uri": "http://HOST:PORT"}',
@@ -77,7 +86,7 @@ def build_path_parser(prog: str, description: str) -> ArgumentParser:
 
 def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
     """Parse the arguments of such a command, options as an export takes them. ConfigError for unknown or wrong ones."""
-    for option, text in zip(argv, [*argv[1:], ""], strict=True):
+    for option, text in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = option.removeprefix("--").partition("=")
         if option.startswith("--") and name in _EXAMPLES and not _is_mapping(value if equals else text):
             raise ConfigError(f"--{name} is something else; expected {_expected(name)}")
@@ -90,34 +99,61 @@ def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
 
 
 def join_nested(argv: Sequence[str]) -> list[str]:
-    """Make one argument of those that lie two levels and more below one setting: of several the parser keeps the last alone.
+    """Make one argument of those of a setting of which any lies two levels deep: of several the parser keeps the last alone.
 
     ``--storage_options.client_kwargs.a 1 --storage_options.client_kwargs.b 2`` becomes
-    ``--storage_options.client_kwargs={"a": 1, "b": 2}``.
+    ``--storage_options={"client_kwargs": {"a": 1, "b": 2}}``. Later ones are laid over earlier ones, key by key.
     """
+    deep = {path[0] for path in map(_path_of, argv) if len(path) > _LEVELS and path[0] in _NESTED}
     joined: list[str] = []
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
-    arguments = iter(argv)
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        path = option.removeprefix("--").split(".")
-        if not option.startswith("--") or path[0] not in _NESTED or len(path) < 3:
+    places: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, text = argument.partition("=")
+        name, *keys = _path_of(argument) or [""]
+        if name not in deep:
             joined.append(argument)
             continue
-        text = value if equals else next(arguments, "")
-        name = ".".join(path[:2])
-        if name not in found:
-            found[name] = len(joined), {}
-            joined.append("")
-        place, inner = found[name]
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{option} needs a value")
+            text = rest.pop(0)
         try:
-            for key in path[2:-1]:
-                inner = inner.setdefault(key, {})
-            inner[path[-1]] = load_yaml(text)
-        except (yaml.YAMLError, AttributeError, TypeError):
-            raise ConfigError(f"{option.removeprefix('--')} is no YAML, or lies below a value") from None
-        joined[place] = f"--{name}={json.dumps(found[name][1], default=str)}"
+            value = _load_yaml(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{option.removeprefix('--')} is no YAML") from None
+        if not keys and not isinstance(value, Mapping):
+            raise ConfigError(f"--{name} is something else; expected {_expected(name)}")
+        above: Any = values.get(name, {})
+        for key in keys[:-1]:
+            above = above.get(key, {})
+            if not isinstance(above, Mapping):
+                raise ConfigError(f"{option.removeprefix('--')} lies below a value")
+        for key in reversed(keys):
+            value = {key: value}
+        values[name] = lay_over(values.get(name, {}), value) if keys else value
+        if name not in places:
+            places[name] = len(joined)
+            joined.append("")
+    for name, place in places.items():
+        joined[place] = f"--{name}={json.dumps(values[name], default=str)}"
     return joined
+
+
+def lay_over(given: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with what ``value`` says in its place, key by key, also of the mappings within both."""
+    found = dict(given)
+    for key, its in value.items():
+        old = found.get(key)
+        found[key] = lay_over(old, its) if isinstance(old, Mapping) and isinstance(its, Mapping) else its
+    return found
+
+
+def _path_of(argument: str) -> list[str]:
+    """Return the steps of an option's name, none of what is no option."""
+    return argument.partition("=")[0].removeprefix("--").split(".") if argument.startswith("--") else []
 
 
 def _is_mapping(text: str) -> bool:
@@ -180,7 +216,7 @@ def _parse(
             argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in argv
         ):
             given = opaque[name]
-            value = {**given, **(value or {})} if isinstance(given, Mapping) else [*given, *(value or [])]
+            value = lay_over(given, value or {}) if isinstance(given, Mapping) else [*given, *(value or [])]
         if value is not None:
             values[name] = value
     needed = ("export_dir",) if values.get("format") == "live" else ("ckpt_dir", "export_dir")

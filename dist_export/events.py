@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.disk import first_line
 from dist_export.manifest import Manifest
@@ -71,7 +72,8 @@ class Events:
         """Take down what has happened, one of :data:`EVENTS`."""
         step = {} if self._step is None else {"step": self._step}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._lines.append({"time": stamp, "event": event, "rank": self._rank, **step, **fields})
+        told = {name: conceal(value) if isinstance(value, str) else value for name, value in fields.items()}
+        self._lines.append({"time": stamp, "event": event, "rank": self._rank, **step, **told})
         if self._rank == 0:
             self._write()
 
@@ -125,7 +127,7 @@ def samples_of(
     manifest: Manifest, *, export_dir: str, seconds: Mapping[str, float], rank_bytes: Mapping[int, int]
 ) -> list[Sample]:
     """Return the figures of an export that succeeded."""
-    package = {"package": export_dir}
+    package = {"package": conceal(export_dir)}
     samples: list[Sample] = [
         ("dist_export_success", package, 1.0),
         ("dist_export_finished_timestamp_seconds", package, time.time()),
@@ -150,7 +152,7 @@ def samples_of(
 
 def failure_of(export_dir: str) -> list[Sample]:
     """Return the figures of an export that failed."""
-    package = {"package": export_dir}
+    package = {"package": conceal(export_dir)}
     return [
         ("dist_export_success", package, 0.0),
         ("dist_export_finished_timestamp_seconds", package, time.time()),

@@ -22,15 +22,12 @@ def run_export(
     Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
     """
-    given = config
+    digests = ranks.gather("compare the settings", lambda: digest_settings(config))
+    refuse_different_settings(ranks, config, digests)
     needs_dense = objects.model is not None and objects.dataset is not None
     located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense))
     config = located.apply(config)
-    answers = ranks.gather(
-        "choose the place", lambda: (place_of(config) if ranks.rank == 0 else "", digest_settings(given))
-    )
-    export_dir = answers[0][0]
-    refuse_different_settings(ranks, given, [digest for _, digest in answers])
+    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
     if ranks.rank == 0:  # one for each attempt, by which they are counted
@@ -41,8 +38,8 @@ def run_export(
         if ranks.rank == 0:
             exit_code = getattr(error, "exit_code", 1)
             events.add("failed", error=f"{type(error).__name__}: {error}", exit_code=exit_code)
-            # what is refused (2) has changed nothing: the figures of the package that may be there still hold
-            if config.metrics and exit_code != 2:
+            # what is refused (2) before the transfer has changed nothing: the figures of the package that may be there hold
+            if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
                 write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))
         raise
     others = ranks.gather("collect the events", events.lines)

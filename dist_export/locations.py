@@ -10,7 +10,9 @@ import msgspec
 import xxhash
 
 from dist_export import registries
+from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
+from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
 from dist_export.places import HOW
 from dist_export.row_rules import parse_rules
@@ -59,6 +61,11 @@ def locate(config: ExportConfig, *, needs_dense: bool) -> Locations:
         export_dir = registries.place(target, config.export_dir, key=_key_of(config, found.directory))
     if register:
         registries.require(register, config.registry_options)
+        if conceal(export_dir) != export_dir:
+            raise ConfigError(
+                f"export_dir {conceal(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
+                "them into target_storage_options"
+            )
     notes = list(found.notes)
     if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
@@ -79,7 +86,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     dense = manifest.dense
     package = registries.Registered(
         directory=_absolute(directory, config.options_of_target),
-        source=locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options),
+        source=conceal(locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options)),
         digest=manifest.digest,
         inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),

@@ -82,7 +82,7 @@ class MlflowRegistry:
         self.check(uri)
         name, *_ = _parse(uri)
         location = self._location
-        if location is None:
+        if location is None and self._has_database():
             with self._asking(uri) as client:
                 model = _find_model(client, name)
             location = None if model is None else model.tags.get(_LOCATION_TAG)
@@ -157,9 +157,14 @@ class MlflowRegistry:
 
     def _refuse_empty(self, uri: str) -> None:
         """Refuse a file of SQLite that is not there: MLflow would make an empty one, in the working directory by default."""
-        file = self._address().partition("?")[0].removeprefix("sqlite:///")
-        if self._address().startswith("sqlite:///") and not os.path.exists(unquote(file)):
+        if not self._has_database():
             raise ConfigError(f"{uri}: the registry's database is not there; {self._where()}")
+
+    def _has_database(self) -> bool:
+        """Whether the registry is none in a file of SQLite, or that file is there."""
+        address = self._address()
+        file = unquote(address.partition("?")[0].removeprefix("sqlite:///"))
+        return not address.startswith("sqlite:///") or os.path.exists(file)
 
     def _latest(self, client: MlflowClient, name: str) -> Any:
         versions = client.search_model_versions(f"name='{name}'")

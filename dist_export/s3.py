@@ -97,15 +97,17 @@ class S3:
                 raise UserError(f"s3://{where}: {reason}") from error
             reached = why_unreachable(error)
             if reached is None:
-                _ANSWERED.add(token)
+                if isinstance(error, OSError) or getattr(error, "response", None):
+                    _ANSWERED.add(token)  # what is neither came of no request, such as credentials that are not found
                 raise
             client = getattr(self._fs, "_s3", None)
             endpoint = getattr(getattr(client, "meta", None), "endpoint_url", "its endpoint")
-            raise OSError(
-                errno.EHOSTUNREACH,
-                f"no server is reached at {endpoint} ({reached}); say where the store is with client_kwargs.endpoint_url in "
-                "storage_options, or with AWS_ENDPOINT_URL",
-            ) from error
+            advice = (
+                "it has answered before"
+                if token in _ANSWERED
+                else "say where the store is with client_kwargs.endpoint_url in storage_options, or with AWS_ENDPOINT_URL"
+            )
+            raise OSError(errno.EHOSTUNREACH, f"no server is reached at {endpoint} ({reached}); {advice}") from error
         _ANSWERED.add(token)
         return found
 

@@ -58,6 +58,11 @@ class DcpReader:
         beside = read_beside(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=with_dump)
         self._found = beside.checkpoint
         self._notes = list(beside.notes)
+        if not self._found.tables and not with_dump and beside.stand_ins:
+            raise CheckpointError(
+                f"{directory.url}: all tables of this DCP checkpoint stand in for those of the DynamicEmb dump beside it "
+                f"({listed(list(beside.stand_ins))}); format: auto takes both"
+            )
         if not self._found.tables and not with_dump:
             raise UnaskedError(_no_tables(self._found))
         if not self._found.tables and not beside.stand_ins:

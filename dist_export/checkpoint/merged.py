@@ -141,7 +141,8 @@ class _Comparison:
         place, is_bare = self._headers.place, self._headers.is_bare
         for row in np.flatnonzero(~is_listed[place]).tolist():
             key = self._keys[place[row]]
-            if _EMBEDDING not in key:
+            # RecIS lists every block of a table whose name holds ".embedding", as torchrec's do; we list its embeddings alone
+            if not key.rpartition("/part_")[0].endswith(_EMBEDDING):
                 continue
             key = key.removesuffix(DENSE_SUFFIX) if is_bare[row] else key
             if "^" not in key and not is_named(key) and not is_named(key + DENSE_SUFFIX):

@@ -148,17 +148,13 @@ class DenseStage:
             for name, num_rows, num_own in rows.other_sizes
         ]
         if left := left_behind.total():
+            # how many they are depends on how the dataset is shared out, and stands in the manifest's run
             to_model = sum(its[-2] for its in counted)
-            notes.append(
-                f"{count(left, 'id')} that the sample looked up are left behind by prune: "
-                + (
-                    ""
-                    if to_model == left
-                    else "the sample has what serving gives for them, the table's default_row or zeros"
-                )
-                + ("; " if 0 < to_model < left else "")
-                + (f"{to_model:,} are of tables that were left with what they give themselves" if to_model else "")
+            told = (
+                [] if to_model == left else ["the sample has the table's default_row or zeros for them, as serving has"]
             )
+            told += ["tables that take no rows were left with what they give themselves"] if to_model else []
+            notes.append(f"ids that the sample looked up are left behind by prune: {'; '.join(told)}")
         notes += [
             f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
             for name in rows.sharded_tables

@@ -107,7 +107,7 @@ def account_for(
     table: int,
     *,
     pruned: PrunedRows | None,
-    pruning: Pruning | None = None,
+    pruning: Pruning | None,
 ) -> DroppedAccount:
     """Return the account of the dropped rows of one table: those that are listed, and those of the whole census' rules.
 
@@ -126,7 +126,8 @@ def account_for(
     assert pruning is not None
     its = checkpoint.parts.of_table(table)
     rows = dict.fromkeys(row_rules.REASONS, 0)
-    for rule, count in zip(pruning.rules[table], pruned.rows[its].sum(axis=0).tolist(), strict=False):
+    rules = pruning.rules[table]  # of other tables there may be more
+    for rule, count in zip(rules, pruned.rows[its].sum(axis=0)[: len(rules)].tolist(), strict=True):
         rows[rule.reason] += count
     return DroppedAccount(
         rows_by_reason=account.rows_by_reason | {reason: count for reason, count in rows.items() if count},

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dist_export.checkpoint.reader import IN_STRIPS
-from dist_export.errors import PlanError
+from dist_export.errors import TransferError
 from dist_export.plan.sparse_plan import Gather, SparsePlan
 
 
@@ -26,7 +26,7 @@ def find_homes(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[
         disk_of_rank: for each rank the number of the disk that it sees, from 0 on.
 
     Raises:
-        PlanError: a file gets rows from the memory of ranks that share no disk.
+        TransferError: a file gets rows from the memory of ranks that share no disk.
     """
     num_disks = max(disk_of_rank) + 1
     sizes = np.array([plan.files[number].num_bytes + 1 for number in numbers], np.int64)
@@ -66,7 +66,7 @@ def _homes_of_memory(plan: SparsePlan, numbers: frozenset[int], disk_of_rank: Se
         disks = {disk_of_rank[owner] for owner in owners_of(plan, gather)}
         for number in numbers.intersection(files_of(plan, gather).tolist()):
             if len(disks | {homes.get(number, min(disks))}) > 1:
-                raise PlanError(
+                raise TransferError(
                     f"{plan.files[number].name} gets rows from the memory of ranks on several machines, and is put together on "
                     "a disk before it goes to its store: set TMPDIR to a directory that all machines share, or save a "
                     "checkpoint and export that"

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torchrec_shape
+from dcp_writer import save
 from ranks import run_ranks
 from recis_writer import read_back, truth_of, write_checkpoint
 from row_model import truth_of_model
@@ -126,6 +128,27 @@ def test_two_ranks_give_the_same_bytes(sources: Path, one_rank: Path, tmp_path: 
             assert json.loads(found.read_bytes())["digest"] == json.loads(expected.read_bytes())["digest"], path
         else:
             assert found.read_bytes() == expected.read_bytes(), path
+
+
+def export_with_a_model(_: int, ckpt: str, deny: str, out: str) -> None:
+    dist_export.export({
+        "ckpt_dir": ckpt, "export_dir": out, "filter_sparse_opt": True, "num_shards": 2, "as_hash": ["*"],
+        "model": "torchrec_shape:build_model", "dataset": "torchrec_shape:build_dataset",
+        "prune": [{"tables": "*t_user*", "deny": deny}],
+    })  # fmt: skip
+
+
+def test_the_manifest_of_a_scored_sample_knows_no_ranks(tmp_path: Path) -> None:
+    """How many of its ids were left behind is told for all ranks together, and so in ``run`` alone."""
+    ckpt = save(tmp_path / "ckpt", {"model": torchrec_shape.build_trained().state_dict()})
+    deny = tmp_path / "deny.npy"
+    np.save(deny, np.arange(0, 1000, 2))
+    export_with_a_model(0, str(ckpt), str(deny), str(tmp_path / "out1"))
+    run_ranks(export_with_a_model, 2, tmp_path / "store", str(ckpt), str(deny), str(tmp_path / "out2"))
+    one, two = (dist_export.open_package(tmp_path / name).manifest for name in ("out1", "out2"))
+    assert sum(one.run["sample"]["left_behind"].values()) < sum(two.run["sample"]["left_behind"].values())
+    assert one.notes == two.notes
+    assert one.digest == two.digest
 
 
 def export_with_a_list_of_its_own(rank: int, sources: str, out: str) -> str:

@@ -36,15 +36,20 @@ def test_the_setting_that_differs_is_named_with_its_values_and_ranks(tmp_path: P
         {**base, "threads": rank + 1, "storage_options": {"auto_mkdir": bool(rank)}, "dataset_args": {"rank": rank}}
         for rank in range(3)
     ]
+    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    live = {**base, **model, "ckpt_dir": None, "format": "live"}
     rounds = [
         [base, {**base, "num_shards": 3}, base],
         [base, other, other],
         [{**base, "dtype": {"a*": "int8", "*": "float16"}}, base, {**base, "dtype": {"*": "float16", "a*": "int8"}}],
+        [{**base, **model}, live, live],
         own,
     ]
     told = run_ranks(export_all, 3, tmp_path / "store", rounds)
     assert told[0] == told[1] == told[2], "every rank ends alike"
-    shards, places, order, machines = told[0]
+    shards, places, order, sources, machines = told[0]
+    assert sources[0] == 2
+    assert 'format is "auto" (rank 0), "live" (rank 1, 2)' in sources[1]
     assert shards[0] == 2
     assert shards[1] == (
         "the ranks were started with different settings: num_shards is 2 (rank 0, 2), 3 (rank 1). Nothing was written. Start "

@@ -203,11 +203,39 @@ def test_options_deep_in_a_mapping_are_all_kept(checkpoint: Path, tmp_path: Path
     assert parse_path(build_path_parser("verify", ""), [str(checkpoint), *options]).storage_options == expected
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_path_that_is_not_given_is_asked_for(command: str, capsys) -> None:
+    code, _, errors = run(capsys, command)
+    assert code == 2
+    assert f"which path? Usage: dist_export {command} PATH" in errors
+
+
+def test_options_on_the_command_line_are_laid_over_those_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    """Key by key, however deep; and an option that is given whole stays, but for what is said after it."""
+    from dist_export.config_file import build_parser, parse_settings
+
+    config = tmp_path / "export.yaml"
+    config.write_text("storage_options: {client_kwargs: {endpoint_url: 'http://a:1', region_name: eu}}\n")
+    given = ["--config", str(config), "--ckpt_dir", str(checkpoint), "--export_dir", str(tmp_path)]
+    found = parse_settings(build_parser(), [*given, "--storage_options.client_kwargs.region_name", "us"])
+    assert found.storage_options == {"client_kwargs": {"endpoint_url": "http://a:1", "region_name": "us"}}
+    whole = ["--storage_options", "{client_kwargs: {b: 2}}", "--storage_options.client_kwargs.a", "1e-7"]
+    assert parse_settings(build_parser(), [*given, *whole]).storage_options == {"client_kwargs": {"a": 1e-7, "b": 2}}
+
+
+@pytest.mark.parametrize("after", [[], ["--overwrite", "true"]])
+def test_an_option_without_its_value_is_told(after: list[str], checkpoint: Path, tmp_path: Path, capsys) -> None:
+    places = ("--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out")
+    code, _, errors = run(capsys, *places, "--storage_options.client_kwargs.endpoint_url", *after)
+    assert code == 2
+    assert "--storage_options.client_kwargs.endpoint_url needs a value" in errors
+
+
 def test_a_value_has_nothing_below_it(checkpoint: Path, capsys) -> None:
     options = ["--storage_options.a.b", "1", "--storage_options.a.b.c", "s3cr3t"]
     code, _, errors = run(capsys, "inspect", checkpoint, *options)
     assert code == 2
-    assert "storage_options.a.b.c is no YAML, or lies below a value" in errors
+    assert "storage_options.a.b.c lies below a value" in errors
     assert "s3cr3t" not in errors
 
 

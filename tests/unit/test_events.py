@@ -14,8 +14,9 @@ import tiny_model
 
 import dist_export
 from dist_export import cli
+from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError, ExportError
-from dist_export.events import EVENTS, METRICS, samples_of
+from dist_export.events import EVENTS, METRICS, Events, failure_of, samples_of
 from dist_export.retries import TRAFFIC
 from dist_export.transfer.units import UnitRunner
 
@@ -32,6 +33,15 @@ def settings(tmp_path: Path) -> dict[str, object]:
 
 def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_credentials_in_a_url_are_in_no_event_and_no_metric() -> None:
+    config = ExportConfig(ckpt_dir="sftp://me:hunter22@host/x", export_dir="memory://events_secret/out", events=True)
+    events = Events(config, config.export_dir, rank=0, step=None)
+    events.add("started", source=config.ckpt_dir, export_dir=config.export_dir, world_size=1)
+    assert events.lines()[0]["source"] == "sftp://***@host/x"
+    ((_, labels, _), *_) = failure_of("sftp://me:hunter22@host/out")
+    assert labels == {"package": "sftp://***@host/out"}
 
 
 def test_events_stand_beside_the_package(settings: dict[str, object], tmp_path: Path) -> None:

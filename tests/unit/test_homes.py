@@ -12,7 +12,7 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import plan, run, shrink
 from test_queues import ranks_of
 
-from dist_export.errors import PlanError
+from dist_export.errors import TransferError
 from dist_export.plan.homes import find_homes
 from dist_export.plan.limits import Limits
 from dist_export.plan.sparse_plan import SparsePlan
@@ -95,7 +95,7 @@ def test_rows_in_memory_are_built_at_their_owner(split: SparsePlan, monkeypatch:
     owner = np.arange(len(split.checkpoint.files)) % 3
     object.__setattr__(split.checkpoint, "memory", SimpleNamespace(owner=owner))
     assert set(find_homes(split, range(8), [0, 0, 0, 1]).values()) == {0}
-    with pytest.raises(PlanError, match=r"memory of ranks on several machines.*TMPDIR"):
+    with pytest.raises(TransferError, match=r"memory of ranks on several machines.*TMPDIR"):
         find_homes(split, range(8), [0, 1, 1])
 
 

@@ -160,6 +160,23 @@ def test_where_no_version_can_be_made_is_refused_before_the_export(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_with_credentials_in_its_url_is_not_registered(client: Any, checkpoint: Path) -> None:
+    place = {"export_dir": "memory://me:hunter22@registered/out", "register": "models:/ctr"}
+    with pytest.raises(ConfigError, match=r"memory://\*\*\*@registered/out has credentials in its URL") as caught:
+        dist_export.export({"ckpt_dir": str(checkpoint), "filter_sparse_opt": True, **place})
+    assert "hunter22" not in str(caught.value)
+
+
+def test_a_place_is_asked_for_without_making_a_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="where do its packages go"):
+        dist_export.export({"ckpt_dir": "x", "export_dir": "models:/ctr"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_registry_without_an_address_is_named_and_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
