@@ -58,5 +58,5 @@ def test_what_cannot_be_asked_is_told_once(tmp_path: Path) -> None:
     done = run(2, tmp_path / "nowhere")
     assert "exitcode  : 2" in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dist_export: ")]
-    assert "nowhere does not exist" in line
+    assert "nowhere: does not exist" in line
     assert done.stdout == ""

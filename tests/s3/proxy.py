@@ -71,6 +71,9 @@ class Proxy:
                     self._answer(answer.status, headers, data[: len(data) // 2], length=str(len(data)))
                     self._reset()
                     return
+                if fault == HALF:  # there is no half of nothing
+                    with outer._lock:
+                        outer.faults -= 1
                 self._answer(answer.status, headers, data, length=length)
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
