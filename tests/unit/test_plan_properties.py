@@ -332,7 +332,7 @@ def test_the_account_of_dropped_rows_adds_up(case: SimpleNamespace) -> None:
         cut(patch, case)
         plan, home = build_plan(case)
     for table in range(len(case.tables)):
-        account = account_for(plan.checkpoint, plan.dropped, table, pruned=None)
+        account = account_for(plan.checkpoint, plan.dropped, table, pruned=None, pruning=None)
         mine = [
             (int(case.ids[part][row]), case.parts[part][1:4])
             for part, rows in enumerate(case.dropped)
