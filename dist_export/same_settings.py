@@ -18,8 +18,6 @@ MAY_DIFFER = frozenset(
         "storage_options",
         "target_storage_options",
         "registry_options",
-        "threads",
-        "max_memory",
         "timeout",
         "device",
         "model_args",
@@ -29,7 +27,7 @@ MAY_DIFFER = frozenset(
         "metrics",
     }
 )
-"""What may be a machine's own: its credentials, cores, memory and device, what its ranks' model and data are made of, and where
+"""What may be a machine's own: its credentials and device, what its ranks' model and data are made of, and where
 it leaves figures. None of it shapes the package, but through objects that are the caller's."""
 
 _SHOWN_RANKS = 4

@@ -10,7 +10,7 @@ from dist_export.checkpoint.dcp import DcpTable, locate_tables
 from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_reader
 from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.package.describe_source import describe_tables
+from dist_export.package.describe_source import NO_TABLES, describe_tables
 from dist_export.storage import Directory
 
 
@@ -80,10 +80,8 @@ def render_dcp(found: dict[str, Any]) -> list[str]:
             for slot in table["slot_shapes"]
             if not slot["fits"]
         ]
-    if not found["tables"]:
-        lines.append(
-            "  no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
-        )
+    if not found["tables"] and not found["stand_ins"]:
+        lines.append(f"  {NO_TABLES}")
     for tensor in found["dense_parameters"]:
         lines.append(f"  dense      {tensor['name']} {tensor['dtype']} {tensor['shape']}")
     if found["stand_ins"]:

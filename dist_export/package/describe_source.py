@@ -11,7 +11,7 @@ from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.storage import Directory
 
-_NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
+NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
 
 
 def describe_source(
@@ -32,7 +32,7 @@ def describe_source(
         "tables": describe_tables(found) if found else [],
         "dense_tensors": [],
         "parameters": [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in dense],
-        "warnings": list(found.warnings) if found else [_NO_TABLES],
+        "warnings": list(found.warnings) if found else [NO_TABLES],
         "dense": None,
     }
 

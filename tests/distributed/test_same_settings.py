@@ -33,7 +33,7 @@ def test_the_setting_that_differs_is_named_with_its_values_and_ranks(tmp_path: P
     base = {"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True, "num_shards": 2}
     other = {**base, "export_dir": str(tmp_path / "other"), "num_shards": 3}
     own = [
-        {**base, "threads": rank + 1, "storage_options": {"auto_mkdir": bool(rank)}, "dataset_args": {"rank": rank}}
+        {**base, "timeout": 60 + rank, "storage_options": {"auto_mkdir": bool(rank)}, "dataset_args": {"rank": rank}}
         for rank in range(3)
     ]
     model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
@@ -43,11 +43,15 @@ def test_the_setting_that_differs_is_named_with_its_values_and_ranks(tmp_path: P
         [base, other, other],
         [{**base, "dtype": {"a*": "int8", "*": "float16"}}, base, {**base, "dtype": {"*": "float16", "a*": "int8"}}],
         [{**base, **model}, live, live],
+        [base, {**base, "threads": 3}, {**base, "max_memory": "1GiB"}],
         own,
     ]
     told = run_ranks(export_all, 3, tmp_path / "store", rounds)
     assert told[0] == told[1] == told[2], "every rank ends alike"
-    shards, places, order, sources, machines = told[0]
+    shards, places, order, sources, limits, machines = told[0]
+    assert limits[0] == 2, "those of rank 0 would be all ranks', and the others' passed over in silence"
+    assert "max_memory is " in limits[1]
+    assert "threads is null (rank 0, 2), 3 (rank 1)" in limits[1]
     assert sources[0] == 2
     assert 'format is "auto" (rank 0), "live" (rank 1, 2)' in sources[1]
     assert shards[0] == 2
