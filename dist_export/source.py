@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
-from dist_export.errors import ExportError, PlanError
+from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
 from dist_export.id_lists import read_id_list
 from dist_export.layout.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
 from dist_export.plan.casts import cast_slots, check_defaults
@@ -45,6 +46,7 @@ from dist_export.threads import keep_freed_memory, run_threads
 from dist_export.transfer.census import check_unique, take_census
 from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
 
+T = TypeVar("T")
 _DEFAULT_THREADS = 4
 
 _LISTS_SHARE = 4
@@ -82,23 +84,37 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
 
     Default rows are those of the plan: they stand in the manifest, which is still to be written.
 
-    CheckpointError, on all ranks, where they do not make whole tables.
+    Raises:
+        CommitError: they do not make whole tables. A failed export, where a source that does not is the user's mistake.
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
-        written = open_checkpoint(ranks, directory, asked=RECIS)
+        written = _read_metadata(ranks, lambda: open_reader(directory, asked=RECIS), is_written=True)
     else:
-        written = _read_metadata(ranks, lambda: PackageReader(directory, [file.name for file in plan.files]))
+        files = [file.name for file in plan.files]
+        written = _read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)
     defaults = {table.name: table.default_row for table in plan.checkpoint.tables}
     tables = tuple(replace(table, default_row=defaults.get(table.name)) for table in written.tables)
     return replace(written, tables=tables)
 
 
-def _read_metadata(ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]]) -> Checkpoint:
-    reader = ranks.run("open the checkpoint", open_it)
+def _read_metadata(
+    ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]], *, is_written: bool = False
+) -> Checkpoint:
+    def judged(work: Callable[[], T]) -> Callable[[], T]:
+        return functools.partial(_blame_export, work) if is_written else work
+
+    reader = ranks.run("open the checkpoint", judged(open_it))
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
-    shares = ranks.gather("read the headers", lambda: reader.read_headers(mine))
-    return ranks.run("match headers and indexes", lambda: reader.assemble(shares))
+    shares = ranks.gather("read the headers", judged(lambda: reader.read_headers(mine)))
+    return ranks.run("match headers and indexes", judged(lambda: reader.assemble(shares)))
+
+
+def _blame_export(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except CheckpointError as error:
+        raise CommitError(f"{error}. No manifest was written, so there is no package; run the export again") from error
 
 
 def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Checkpoint:

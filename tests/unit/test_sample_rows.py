@@ -18,11 +18,13 @@ from sparse_cases import export
 from torch import nn
 
 import dist_export
+from dist_export import exporter
 from dist_export.cli import main
 from dist_export.config import ExportConfig
-from dist_export.errors import ModelError
+from dist_export.errors import CommitError, ModelError
 from dist_export.layout.dtypes import CODE_BY_NAME
 from dist_export.layout.encodings import encode_values
+from dist_export.layout.recis import MERGED
 from dist_export.package.verify import verify
 from dist_export.plan_report import make_report, render_report
 from dist_export.progress import summarize
@@ -89,6 +91,24 @@ def test_the_dense_arch_alone_needs_no_table_of_the_checkpoint(tmp_path: Path) -
     manifest = export(ckpt, tmp_path / "out", tables=["t_*"], **settings)
     assert sum("is no table of the checkpoint" in note for note in manifest.notes) == 2
     assert "with the program as written: " in summary_of(manifest)
+
+
+@pytest.mark.parametrize("as_hash", [[], ["*"]])
+def test_shards_that_do_not_read_back_are_a_failed_export(as_hash: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """And no mistake of the user's, though a source like that would be one."""
+    real = exporter.open_written
+
+    def damage(ranks: Any, target: Any, plan: Any) -> Any:
+        target.write(MERGED, b"{")
+        return real(ranks, target, plan)
+
+    monkeypatch.setattr(exporter, "open_written", damage)
+    with pytest.raises(
+        CommitError, match=r"torch_rank_weights_embs_table_multi_shard.*No manifest was written"
+    ) as caught:
+        export(write_trained(tmp_path / "ckpt"), tmp_path / "out", as_hash=as_hash, **SETTINGS)
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_one_table_that_matches_is_enough_and_the_other_is_told(tmp_path: Path) -> None:
