@@ -114,6 +114,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
+    from dist_export.checkpoint.tensor_settings import TensorSettings
     from dist_export.config_file import build_path_parser, parse_path
     from dist_export.package.describe import describe, render
 
@@ -132,8 +133,7 @@ def _inspect(argv: list[str]) -> int:
         arguments.storage_options,
         follow_links=arguments.follow_links,
         asked=arguments.format,
-        tables=arguments.tables,
-        optimizer_slots=arguments.optimizer_slots,
+        settings=TensorSettings(tuple(arguments.tables), tuple(arguments.optimizer_slots)),
     )
     _print_json(found) if arguments.json else _print_lines(render(found))
     return 0

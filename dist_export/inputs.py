@@ -16,7 +16,7 @@ from dist_export.errors import ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, MERGED
 from dist_export.layout.safetensors import decode_object
 from dist_export.objects import Objects
-from dist_export.source import choose_tables, open_tables
+from dist_export.source import choose_tables, open_tables, tensor_settings_of
 from dist_export.storage import WORK_DIRECTORY, Directory
 
 FG = "fg.json"
@@ -95,11 +95,10 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, mo
         if not config.need_export_sparse:
             return None
         return choose_tables(ranks, open_live(ranks, sparse_arch, sparse_model_name=name), config)
-    settings = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
     if not config.need_export_sparse:
 
         def look_for_tables() -> bool:
-            return holds_tables(source, detect_format(source, asked=config.format), **settings)
+            return holds_tables(source, detect_format(source, asked=config.format), tensor_settings_of(config))
 
         if not ranks.on_rank_0("look for tables", look_for_tables):
             return None
@@ -111,7 +110,7 @@ def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Check
     if source is None:
         return None
     found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
-    return open_dense(source, found, tables=config.tables, optimizer_slots=config.optimizer_slots)
+    return open_dense(source, found, tensor_settings_of(config))
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -7,7 +7,7 @@ newest, written when all ranks have saved. Trainers on DCP leave ``step-<n>``, H
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dist_export.checkpoint.formats import (
     AUTO,
@@ -24,6 +24,7 @@ from dist_export.checkpoint.formats import (
 from dist_export.config import ExportConfig
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.recis import DENSE_STATE, INDEX
+from dist_export.source import tensor_settings_of
 from dist_export.storage import Directory, open_place
 
 LIST = "checkpoint"
@@ -149,14 +150,14 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
 def _why_incomplete(config: ExportConfig, directory: Directory, name: str, *, needs_dense: bool) -> str | None:
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
     child = directory.child(name)
-    settings: dict[str, Any] = {"tables": config.tables, "optimizer_slots": config.optimizer_slots}
+    settings = tensor_settings_of(config)
     try:
         found = detect_format(child, asked=config.format)
-        if config.need_export_sparse or holds_tables(child, found, **settings):
-            reader = open_reader(child, asked=config.format, **settings)
+        if config.need_export_sparse or holds_tables(child, found, settings):
+            reader = open_reader(child, asked=config.format, settings=settings)
             reader.read_headers(range(len(reader.files)))
         # an export of the tables alone reads these too, for the merged manifest: what is cut short would stop it
-        open_dense(child, found, **settings).describe()
+        open_dense(child, found, settings).describe()
         if needs_dense and found in (RECIS, None) and not child.exists(DENSE_STATE):
             return f"{child.describe(DENSE_STATE)} is missing, and the dense arch needs its parameters"
     except UnaskedError:

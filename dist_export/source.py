@@ -16,6 +16,7 @@ from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
@@ -67,16 +68,18 @@ def open_checkpoint(
     directory: Directory,
     *,
     asked: str = AUTO,
-    tables: Sequence[str] = (),
-    optimizer_slots: Sequence[str] = (),
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
 ) -> Checkpoint:
     """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
 
     Arguments as those of :func:`~dist_export.checkpoint.formats.open_reader`.
     """
-    return _read_metadata(
-        ranks, lambda: open_reader(directory, asked=asked, tables=tables, optimizer_slots=optimizer_slots)
-    )
+    return _read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
+
+
+def tensor_settings_of(config: ExportConfig) -> TensorSettings:
+    """Return what the settings say of the tensors of a checkpoint."""
+    return TensorSettings(tables=tuple(config.tables), optimizer_slots=tuple(config.optimizer_slots))
 
 
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
@@ -119,9 +122,7 @@ def _blame_export(work: Callable[[], T]) -> T:
 
 def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Checkpoint:
     """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks."""
-    checkpoint = open_checkpoint(
-        ranks, directory, asked=config.format, tables=config.tables, optimizer_slots=config.optimizer_slots
-    )
+    checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config))
     return choose_tables(ranks, checkpoint, config)
 
 

@@ -17,6 +17,7 @@ import xxhash
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.row_layout import fits_table
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import is_in_collection, listed
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
@@ -86,16 +87,15 @@ def find_metadata(directory: Directory) -> tuple[str, ...]:
 
 def read_dcp(
     directory: Directory,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
     *,
-    tables: Sequence[str] = (),
-    optimizer_slots: Sequence[str] = (),
     has_more_slots: bool = False,
 ) -> DcpCheckpoint:
     """Read the metadata, check that the checkpoint is complete, and tell tables, state and dense parameters apart.
 
     Args:
-        tables: patterns of further tensors that are tables, beside those of torchrec's embedding collections.
-        optimizer_slots: patterns of further tensors that are optimizer state, beside ``<root>.state.<parameter>.<slot>``.
+        directory: the checkpoint.
+        settings: what they say of its tensors.
         has_more_slots: whether ``optimizer_slots`` may name slots of other tables than these.
 
     Raises:
@@ -141,7 +141,7 @@ def read_dcp(
     if f"{_OPTIMIZER}/{METADATA}" in found:
         optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
     found_tables, dense, other, unmatched = _classify(
-        directory, tensors, names, optimizers, tables, optimizer_slots, has_more_slots=has_more_slots
+        directory, tensors, names, optimizers, settings, has_more_slots=has_more_slots
     )
     return DcpCheckpoint(
         directory=directory,
@@ -226,12 +226,12 @@ def _classify(
     tensors: dict[str, TensorMeta],
     names: dict[str, str],
     roots: set[tuple[str, ...]],
-    tables: Sequence[str],
-    optimizer_slots: Sequence[str],
+    settings: TensorSettings,
     *,
     has_more_slots: bool,
 ) -> tuple[tuple[DcpTable, ...], tuple[tuple[str, TensorMeta], ...], tuple[str, ...], frozenset[str]]:
     """Return ``tables``, ``dense``, ``other_state`` and ``unmatched_slots`` of a :class:`DcpCheckpoint`."""
+    tables, optimizer_slots = settings.tables, settings.optimizer_slots
     known = {*tensors, *names.values()}
     state: dict[str, str] = {}
     weights: list[str] = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
 from dist_export.checkpoint.dcp_items import Item
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, TransferError
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
@@ -21,26 +21,20 @@ class DcpDense:
     def __init__(
         self,
         directory: Directory,
+        settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
         *,
-        tables: Sequence[str] = (),
-        optimizer_slots: Sequence[str] = (),
         has_more_slots: bool = False,
     ) -> None:
         """Read nothing yet. Arguments as those of :func:`~dist_export.checkpoint.dcp.read_dcp`."""
         self.where = directory.url
         self._directory = directory
         self._finder = ChunkFinder(directory)
-        self._tables, self._optimizer_slots = tables, optimizer_slots
+        self._settings = settings
         self._has_more_slots = has_more_slots
 
     @functools.cached_property
     def _found(self) -> DcpCheckpoint:
-        return read_dcp(
-            self._directory,
-            tables=self._tables,
-            optimizer_slots=self._optimizer_slots,
-            has_more_slots=self._has_more_slots,
-        )
+        return read_dcp(self._directory, self._settings, has_more_slots=self._has_more_slots)
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what the metadata says of them."""

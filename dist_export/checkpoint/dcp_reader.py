@@ -20,6 +20,7 @@ from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
 from dist_export.checkpoint.stand_ins import read_beside
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import listed
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH
@@ -43,9 +44,8 @@ class DcpReader:
     def __init__(
         self,
         directory: Directory,
+        settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
         *,
-        tables: Sequence[str] = (),
-        optimizer_slots: Sequence[str] = (),
         with_dump: bool = False,
     ) -> None:
         """Read the metadata. Arguments as those of :func:`~dist_export.checkpoint.stand_ins.read_beside`.
@@ -55,7 +55,7 @@ class DcpReader:
                 of it is a table.
         """
         self.directory = directory
-        beside = read_beside(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=with_dump)
+        beside = read_beside(directory, settings, with_dump=with_dump)
         self._found = beside.checkpoint
         self._notes = list(beside.notes)
         if not self._found.tables and not with_dump and beside.stand_ins:
@@ -67,7 +67,7 @@ class DcpReader:
             raise UnaskedError(_no_tables(self._found))
         if not self._found.tables and not beside.stand_ins:
             self._notes.append(_no_tables(self._found))
-        self._optimizer_slots = frozenset(optimizer_slots) - self._found.unmatched_slots
+        self._optimizer_slots = frozenset(settings.optimizer_slots) - self._found.unmatched_slots
         self.files: tuple[SourceFile, ...] = tuple(
             SourceFile(name=name, size=size, version=self._found.versions[name])
             for name, size in self._found.files.items()

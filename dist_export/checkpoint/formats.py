@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint import safetensors, torch_save
@@ -13,11 +13,12 @@ from dist_export.checkpoint.dcp_reader import DcpReader
 from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
 from dist_export.checkpoint.joined import JoinedReader
-from dist_export.checkpoint.plain import Patterns, PlainDense, read_all, sort_facts
+from dist_export.checkpoint.plain import PlainDense, read_all, sort_facts
 from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
 from dist_export.checkpoint.safetensors import SafetensorsReader, find_safetensors_files
 from dist_export.checkpoint.stand_ins import read_beside
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
 from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.layout.recis import INDEX, TENSORKEY
@@ -113,37 +114,44 @@ def find_nothing(directory: Directory, *, asked: str = AUTO, also: str = "") -> 
 
 
 def open_reader(
-    directory: Directory, *, asked: str = AUTO, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
 ) -> CheckpointReader[Any]:
     """Open the checkpoint for an export.
 
     Args:
+        directory: the checkpoint.
         asked: the format; with ``auto`` the files tell.
-        tables: patterns of tensors that are tables, for formats that do not say which are.
-        optimizer_slots: patterns of tensors that are optimizer state, which is sought among the tensors of such formats.
+        settings: what they say of the tensors of formats that do not say it themselves.
 
     Raises:
         CheckpointError: no format is recognised, or the checkpoint is not complete.
-        ConfigError: ``tables`` for a format that says which tensors are tables.
+        ConfigError: ``tables`` for a format that says itself which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
     if found is None:
         raise find_nothing(directory)
-    return FORMATS[found].open(directory, tables, optimizer_slots)
+    return FORMATS[found].open(directory, settings)
 
 
 def open_dense(
-    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+    directory: Directory,
+    found: str | None,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
 ) -> DenseParameters:
     """Return the dense parameters of a checkpoint of the format ``found``; nothing is read yet.
 
     Settings as those of :func:`open_reader`.
     """
-    return FORMATS[found or RECIS].dense(directory, tables, optimizer_slots)
+    return FORMATS[found or RECIS].dense(directory, settings)
 
 
 def holds_tables(
-    directory: Directory, found: str | None, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = ()
+    directory: Directory,
+    found: str | None,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
 ) -> bool:
     """Whether a checkpoint of the format ``found`` has any table, for an export that can do without.
 
@@ -151,10 +159,9 @@ def holds_tables(
         CheckpointError: it is not there, cannot be looked at, or a pattern matches nothing.
     """
     if found == DCP:
-        return bool(read_beside(directory, tables=tables, optimizer_slots=optimizer_slots).checkpoint.tables)
+        return bool(read_beside(directory, settings).checkpoint.tables)
     if found in _PLAIN:
-        patterns = Patterns(tuple(tables), tuple(optimizer_slots))
-        return bool(sort_facts(directory, read_all(_PLAIN[found](directory, patterns)), patterns).tables)
+        return bool(sort_facts(directory, read_all(_PLAIN[found](directory, settings)), settings).tables)
     if found in (DYNAMICEMB, DCP_AND_DUMP):
         return True
     try:
@@ -172,37 +179,35 @@ def describe_format(name: str) -> str:
 
 
 class Format(NamedTuple):
-    """What is to be known of a format. The functions take the directory, ``tables`` and ``optimizer_slots``."""
+    """What is to be known of a format. The functions take the directory and what the settings say of its tensors."""
 
     kind: str
     """What a checkpoint of it is called, for people."""
     told_by: str
     """The files that it is recognised by, for people."""
-    open: Callable[[Directory, Sequence[str], Sequence[str]], CheckpointReader[Any]]
-    dense: Callable[[Directory, Sequence[str], Sequence[str]], DenseParameters]
+    open: Callable[[Directory, TensorSettings], CheckpointReader[Any]]
+    dense: Callable[[Directory, TensorSettings], DenseParameters]
 
 
-def _open_recis(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
     if directory.exists(INDEX):  # else it is none, which the reader tells
-        _refuse_tables(directory, tables, RECIS)
+        _refuse_settings(directory, settings, RECIS)
     return RecisReader(directory)
 
 
-def _open_dynamicemb(directory: Directory, tables: Sequence[str], _: Sequence[str]) -> CheckpointReader[Any]:
+def _open_dynamicemb(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
     reader = DynamicEmbReader(directory)
-    _refuse_tables(directory, tables, DYNAMICEMB)
+    _refuse_settings(directory, settings, DYNAMICEMB)
     return reader
 
 
-def _open_dcp_and_dump(
-    directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]
-) -> CheckpointReader[Any]:
-    dcp = DcpReader(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=True)
+def _open_dcp_and_dump(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
+    dcp = DcpReader(directory, settings, with_dump=True)
     return JoinedReader(dcp, DynamicEmbReader(directory, with_dcp=True), kind=DCP_AND_DUMP)
 
 
-def _refuse_tables(directory: Directory, tables: Sequence[str], found: str) -> None:
-    if tables:
+def _refuse_settings(directory: Directory, settings: TensorSettings, found: str) -> None:
+    if settings.tables:
         raise ConfigError(
             f"tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
             "take tables out"
@@ -212,13 +217,10 @@ def _refuse_tables(directory: Directory, tables: Sequence[str], found: str) -> N
 def _plain(name: str, kind: str, told_by: str) -> Format:
     make = _PLAIN[name]
 
-    def open_it(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> CheckpointReader[Any]:
-        return make(directory, Patterns(tuple(tables), tuple(slots)))
+    def dense(directory: Directory, settings: TensorSettings) -> DenseParameters:
+        return PlainDense(directory, make, settings)
 
-    def dense(directory: Directory, tables: Sequence[str], slots: Sequence[str]) -> DenseParameters:
-        return PlainDense(directory, make, Patterns(tuple(tables), tuple(slots)))
-
-    return Format(kind, told_by, open_it, dense)
+    return Format(kind, told_by, make, dense)
 
 
 _PLAIN: dict[str | None, type[SafetensorsReader | TorchReader]] = {
@@ -228,23 +230,23 @@ _PLAIN: dict[str | None, type[SafetensorsReader | TorchReader]] = {
 
 FORMATS: dict[str, Format] = {
     RECIS: Format(
-        "a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, *_: RecisDense(directory)
+        "a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, _: RecisDense(directory)
     ),
     DCP: Format(
         "a DCP checkpoint",
         f"{METADATA}, or model/{METADATA}",
-        lambda directory, tables, slots: DcpReader(directory, tables=tables, optimizer_slots=slots),
-        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots),
+        DcpReader,
+        DcpDense,
     ),
     SAFETENSORS: _plain(SAFETENSORS, "a safetensors checkpoint", f"*{safetensors.SUFFIX}"),
     TORCH: _plain(TORCH, "a checkpoint of torch.save", "*.pt, *.pth, *.ckpt or *.bin"),
     DYNAMICEMB: Format(
-        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, *_: NoDense(directory)
+        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, _: NoDense(directory)
     ),
     DCP_AND_DUMP: Format(
         "a DCP checkpoint with a DynamicEmb dump",
         f"{METADATA}, or model/{METADATA}, and *_emb_keys.rank_*",
         _open_dcp_and_dump,
-        lambda directory, tables, slots: DcpDense(directory, tables=tables, optimizer_slots=slots, has_more_slots=True),
+        lambda directory, settings: DcpDense(directory, settings, has_more_slots=True),
     ),
 }

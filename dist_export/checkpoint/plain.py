@@ -11,6 +11,7 @@ import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import StoredTensor, build_numbered
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import (
     Sorted,
     listed,
@@ -34,29 +35,22 @@ class PlainFacts(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Patterns(NamedTuple):
-    """What the settings say of tensors whose names do not tell what they are."""
-
-    tables: tuple[str, ...] = ()
-    optimizer_slots: tuple[str, ...] = ()
-
-
-def sort_facts(directory: Directory, facts: PlainFacts, patterns: Patterns) -> Sorted:
+def sort_facts(directory: Directory, facts: PlainFacts, settings: TensorSettings) -> Sorted:
     """Tell tables, state and dense parameters apart. CheckpointError for patterns that cannot be meant."""
     return sort_tensors(
-        facts.tensors, where=directory.url, tables=patterns.tables, optimizer_slots=patterns.optimizer_slots
+        facts.tensors, where=directory.url, tables=settings.tables, optimizer_slots=settings.optimizer_slots
     )
 
 
 def make_checkpoint(
-    directory: Directory, files: tuple[SourceFile, ...], facts: PlainFacts, patterns: Patterns, *, kind: str
+    directory: Directory, files: tuple[SourceFile, ...], facts: PlainFacts, settings: TensorSettings, *, kind: str
 ) -> Checkpoint:
     """Build the metadata of a checkpoint of format ``kind``.
 
     Raises:
         CheckpointError: a pattern that cannot be meant, or no tensor is a table.
     """
-    found = sort_facts(directory, facts, patterns)
+    found = sort_facts(directory, facts, settings)
     if not found.tables:
         raise UnaskedError(say_no_tables(found, directory.url))
     tables, parts, blocks, strips = build_numbered(found.tables, where=directory.url)
@@ -76,19 +70,21 @@ def make_checkpoint(
         verbatim={},
         warnings=tuple(warnings),
         strips=strips,
-        optimizer_patterns=frozenset(patterns.optimizer_slots),
+        optimizer_patterns=frozenset(settings.optimizer_slots),
     )
 
 
 class PlainDense:
     """See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
 
-    def __init__(self, directory: Directory, make: Callable[[Directory, Patterns], Any], patterns: Patterns) -> None:
+    def __init__(
+        self, directory: Directory, make: Callable[[Directory, TensorSettings], Any], settings: TensorSettings
+    ) -> None:
         """Read nothing yet. ``make`` opens the reader of the format."""
         self.where = directory.url
         self._directory = directory
         self._make = make
-        self._patterns = patterns
+        self._settings = settings
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what the headers say of all that is neither a table nor optimizer state."""
@@ -99,10 +95,10 @@ class PlainDense:
         return _Parameters(self._directory, *self._read())
 
     def _read(self) -> tuple[tuple[SourceFile, ...], tuple[StoredTensor, ...]]:
-        reader = self._make(self._directory, self._patterns)
+        reader = self._make(self._directory, self._settings)
         if len(reader.files) == 1:
             self.where = self._directory.describe(reader.files[0].name)
-        return reader.files, sort_facts(self._directory, read_all(reader), self._patterns).dense
+        return reader.files, sort_facts(self._directory, read_all(reader), self._settings).dense
 
 
 class _Parameters(Mapping[str, Any]):

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_export.checkpoint.plain import Patterns, PlainFacts, make_checkpoint, open_files, stat_files
+from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import join_pieces
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
 from dist_export.errors import CheckpointError
@@ -50,10 +51,14 @@ class SafetensorsShare(NamedTuple):
 class SafetensorsReader:
     """Reads one safetensors checkpoint. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
 
-    def __init__(self, directory: Directory, patterns: Patterns = Patterns()) -> None:  # noqa: B008 -- immutable
+    def __init__(
+        self,
+        directory: Directory,
+        settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+    ) -> None:
         """Find the files. CheckpointError where there is none, or the index names one that is missing."""
         self.directory = directory
-        self._patterns = patterns
+        self._settings = settings
         self._notes: tuple[str, ...] = ()
         self._weight_map = read_weight_map(directory, INDEX_JSON) if directory.exists(INDEX_JSON) else None
         there = [name for name in directory.names() if name.endswith(SUFFIX)]
@@ -104,7 +109,7 @@ class SafetensorsReader:
 
     def assemble(self, shares: Sequence[SafetensorsShare]) -> Checkpoint:
         """Build the metadata from the headers of all files."""
-        return make_checkpoint(self.directory, self.files, self.join(shares), self._patterns, kind="safetensors")
+        return make_checkpoint(self.directory, self.files, self.join(shares), self._settings, kind="safetensors")
 
 
 def find_safetensors_files(directory: Directory) -> list[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dist_export.checkpoint.dcp import DcpCheckpoint, DcpTable, read_dcp
 from dist_export.checkpoint.dynamicemb import DumpedTable, list_dumped
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import listed, split_collection
 from dist_export.errors import CheckpointError
 from dist_export.storage import Directory
@@ -35,18 +36,22 @@ class DcpBeside(NamedTuple):
 
 
 def read_beside(
-    directory: Directory, *, tables: Sequence[str] = (), optimizer_slots: Sequence[str] = (), with_dump: bool = False
+    directory: Directory,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+    *,
+    with_dump: bool = False,
 ) -> DcpBeside:
     """Read what a DCP checkpoint says of itself, and leave out what only stands in for a table of a dump beside it.
 
     Args:
-        tables: as :func:`~dist_export.checkpoint.dcp.read_dcp` has it, and ``optimizer_slots``.
+        directory: both of them.
+        settings: what they say of the tensors of the DCP checkpoint.
         with_dump: whether the dump is exported with it. A pattern of ``optimizer_slots`` may name slots of the dump then.
 
     Raises:
         CheckpointError: as ``read_dcp``; with the dump also a table that both hold, and one that the dump lacks.
     """
-    found = read_dcp(directory, tables=tables, optimizer_slots=optimizer_slots, has_more_slots=with_dump)
+    found = read_dcp(directory, settings, has_more_slots=with_dump)
     dumped = list_dumped(directory)
     stand_ins = find_stand_ins(found.tables, dumped)
     notes: tuple[str, ...] = ()

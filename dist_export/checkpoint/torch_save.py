@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_export.checkpoint.plain import Patterns, PlainFacts, make_checkpoint, open_files, stat_files
+from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import join_pieces
 from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_torch_file
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
@@ -27,10 +28,14 @@ class TorchShare(NamedTuple):
 class TorchReader:
     """Reads one checkpoint of ``torch.save``. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
 
-    def __init__(self, directory: Directory, patterns: Patterns = Patterns()) -> None:  # noqa: B008 -- immutable
+    def __init__(
+        self,
+        directory: Directory,
+        settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+    ) -> None:
         """Find the files. CheckpointError where there is none, or it cannot be told which one counts."""
         self.directory = directory
-        self._patterns = patterns
+        self._settings = settings
         self._weight_map = read_weight_map(directory, INDEX_JSON) if directory.exists(INDEX_JSON) else None
         names = sorted(set(self._weight_map.values())) if self._weight_map is not None else find_torch_files(directory)
         if not names:
@@ -67,7 +72,7 @@ class TorchReader:
 
     def assemble(self, shares: Sequence[TorchShare]) -> Checkpoint:
         """Build the metadata from what all files hold."""
-        return make_checkpoint(self.directory, self.files, self.join(shares), self._patterns, kind="torch")
+        return make_checkpoint(self.directory, self.files, self.join(shares), self._settings, kind="torch")
 
 
 def find_torch_files(directory: Directory) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from dist_export.checkpoint.formats import (
     find_nothing,
 )
 from dist_export.checkpoint.recis import list_finished
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.indexes import split_internal, split_stem
@@ -40,8 +40,7 @@ def describe(
     *,
     follow_links: bool = False,
     asked: str = AUTO,
-    tables: Sequence[str] = (),
-    optimizer_slots: Sequence[str] = (),
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
 ) -> dict[str, Any]:
     """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
 
@@ -50,8 +49,7 @@ def describe(
         storage_options: for its file system.
         follow_links: whether files may be links that lead out of the directory.
         asked: the format of a checkpoint; with ``auto`` its files tell.
-        tables: of a checkpoint that does not say it: patterns of tensors that are tables.
-        optimizer_slots: of such a checkpoint: patterns of tensors that are optimizer state.
+        settings: of a checkpoint that does not say it: what its tensors are.
 
     Raises:
         CheckpointError: nothing of these is there, or it cannot be read.
@@ -61,12 +59,12 @@ def describe(
     is_package = asked == AUTO and directory.exists(MANIFEST)
     found = None if is_package else detect_format(directory, asked=asked)
     if found in (DCP, DCP_AND_DUMP):
-        return describe_dcp(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
+        return describe_dcp(directory, asked=found, settings=settings)
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
-        return describe_source(directory, asked=found, tables=tables, optimizer_slots=optimizer_slots)
+        return describe_source(directory, asked=found, settings=settings)
     if not is_package and found is None:
         raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
-    if tables or optimizer_slots:
+    if settings.tables or settings.optimizer_slots:
         raise ConfigError(
             f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
         )

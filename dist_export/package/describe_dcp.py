@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from dist_export.checkpoint.dcp import DcpTable, locate_tables
 from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_reader
 from dist_export.checkpoint.stand_ins import read_beside
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.package.describe_source import NO_TABLES, describe_tables
 from dist_export.storage import Directory
 
 
-def describe_dcp(
-    directory: Directory, *, asked: str, tables: Sequence[str], optimizer_slots: Sequence[str]
-) -> dict[str, Any]:
+def describe_dcp(directory: Directory, *, asked: str, settings: TensorSettings) -> dict[str, Any]:
     """Return what the checkpoint holds as plain values, once it is known to be complete and its tables are found.
 
     Reads the metadata and the head of each item that is a piece of a table, no payload; of a dump, sizes of files.
@@ -28,7 +26,7 @@ def describe_dcp(
         CheckpointError: a checkpoint that could not be exported.
     """
     with_dump = asked == DCP_AND_DUMP
-    beside = read_beside(directory, tables=tables, optimizer_slots=optimizer_slots, with_dump=with_dump)
+    beside = read_beside(directory, settings, with_dump=with_dump)
     found = beside.checkpoint
     strided = locate_tables(found)
     described = {
@@ -47,14 +45,12 @@ def describe_dcp(
         "warnings": list(beside.notes),
         "dense": None,
     }
-    return _add_dump(described, directory, tables, optimizer_slots) if with_dump else described
+    return _add_dump(described, directory, settings) if with_dump else described
 
 
-def _add_dump(
-    described: dict[str, Any], directory: Directory, tables: Sequence[str], optimizer_slots: Sequence[str]
-) -> dict[str, Any]:
+def _add_dump(described: dict[str, Any], directory: Directory, settings: TensorSettings) -> dict[str, Any]:
     """Return what both hold: the tables of the dump as the export joins them to those that are described."""
-    reader = open_reader(directory, asked=DCP_AND_DUMP, tables=tables, optimizer_slots=optimizer_slots)
+    reader = open_reader(directory, asked=DCP_AND_DUMP, settings=settings)
     joined = reader.assemble([reader.read_headers(range(len(reader.files)))])
     dumped = [table for table, meta in zip(describe_tables(joined), joined.tables, strict=True) if meta.is_hashed]
     return described | {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from dist_export.checkpoint.formats import FORMATS, holds_tables, open_dense, open_reader
 from dist_export.checkpoint.reader import Checkpoint
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.storage import Directory
@@ -14,16 +14,13 @@ from dist_export.storage import Directory
 NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
 
 
-def describe_source(
-    directory: Directory, *, asked: str, tables: Sequence[str], optimizer_slots: Sequence[str]
-) -> dict[str, Any]:
+def describe_source(directory: Directory, *, asked: str, settings: TensorSettings) -> dict[str, Any]:
     """Return what an export would read, as plain values. CheckpointError where it could not read it."""
-    settings = {"tables": tables, "optimizer_slots": optimizer_slots}
-    reader = open_reader(directory, asked=asked, **settings)
+    reader = open_reader(directory, asked=asked, settings=settings)
     found: Checkpoint | None = None
-    if holds_tables(directory, asked, **settings):
+    if holds_tables(directory, asked, settings):
         found = reader.assemble([reader.read_headers(range(len(reader.files)))])
-    dense = open_dense(directory, asked, **settings).describe()
+    dense = open_dense(directory, asked, settings).describe()
     return {
         "kind": FORMATS[asked].kind.partition(" ")[2],
         "path": directory.url,

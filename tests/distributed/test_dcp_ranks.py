@@ -21,6 +21,7 @@ from torch import nn
 
 import dist_export
 from dist_export.checkpoint.dcp_dense import DcpDense
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.storage import Directory
 
 pytestmark = pytest.mark.distributed
@@ -116,7 +117,7 @@ def test_tables_and_dense_parameters_that_torch_shared_out(world_size: int, tmp_
         assert torch.equal(found.pop(("user.weight", "exp_avg")), expected["user.weight"] + 1)
         for (table, _), rows in found.items():
             assert torch.equal(rows, expected[table]), table
-    dense = DcpDense(Directory(tmp_path / "ckpt"), tables=tables).load()
+    dense = DcpDense(Directory(tmp_path / "ckpt"), TensorSettings(tuple(tables))).load()
     assert set(dense) == {"mlp.weight", "mlp.bias"}
     for name, values in dense.items():
         assert torch.equal(values, expected[name])

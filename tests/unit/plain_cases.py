@@ -12,6 +12,7 @@ from package_reader import read_row_tables
 
 from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.formats import detect_format, open_dense
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.storage import open_place
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
@@ -36,7 +37,7 @@ TABLES = ["*item.weight"]
 def dense_of(place: Any, tables: Sequence[str] = ()) -> DenseParameters:
     """Return the dense parameters of what is at a path or URL."""
     directory = open_place(place)
-    return open_dense(directory, detect_format(directory), tables=tables)
+    return open_dense(directory, detect_format(directory), TensorSettings(tuple(tables)))
 
 
 def read_numbered(target: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from dist_export.checkpoint.dcp import DcpCheckpoint, locate_tables, read_dcp
 from dist_export.checkpoint.dcp_items import ItemFinder
 from dist_export.checkpoint.dcp_metadata import TensorMeta
 from dist_export.checkpoint.formats import detect_format
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
 from dist_export.package.describe import describe, render
@@ -31,7 +32,7 @@ WEIGHT = "model.ebc.embedding_bags.user.weight"
 
 
 def read(path: Path, **settings: Any) -> DcpCheckpoint:
-    return read_dcp(Directory(str(path)), **settings)
+    return read_dcp(Directory(str(path)), TensorSettings(**{name: tuple(its) for name, its in settings.items()}))
 
 
 def values_of(checkpoint: DcpCheckpoint, tensor: TensorMeta) -> np.ndarray:
@@ -298,7 +299,7 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["export", "--ckpt_dir", str(recis), *out]) == 0
     assert f"source   recis checkpoint {recis}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is no DCP checkpoint"):
-        describe(str(recis), tables=["x"])
+        describe(str(recis), settings=TensorSettings(("x",)))
     assert main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--tables", "[x]"]) == 2
     assert "is a RecIS checkpoint, which says so itself" in capsys.readouterr().err
     shutil.copy(path / ".metadata", recis / ".metadata")

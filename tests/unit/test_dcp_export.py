@@ -20,6 +20,7 @@ import dist_export
 from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dcp_reader import DcpReader
 from dist_export.checkpoint.reader import IN_STRIPS
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.source import look_at_small_files
@@ -273,7 +274,7 @@ def test_ranks_that_read_other_metadata_do_not_agree(tmp_path: Path) -> None:
     first = DcpReader(Directory(tmp_path))
     share = first.read_headers(range(len(first.files)))
     change_metadata(tmp_path, lambda m: setattr(m, "planner_data", None))
-    second = DcpReader(Directory(tmp_path), tables=[])
+    second = DcpReader(Directory(tmp_path))
     with pytest.raises(CheckpointError, match=r"\.metadata is not the same on all ranks"):
         second.assemble([share])
 
@@ -350,7 +351,7 @@ def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path
 @pytest.mark.parametrize("case", TORCHREC_CASES)
 def test_dense_parameters_of_real_checkpoints(case: str, torchrec_fixtures: Path) -> None:
     golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)
-    dense = DcpDense(Directory(torchrec_fixtures / case), tables=TORCHREC_CASES[case])
+    dense = DcpDense(Directory(torchrec_fixtures / case), TensorSettings(tuple(TORCHREC_CASES[case])))
     assert same(dense.load(), {name: values for name, values in golden.items() if name.startswith("mlp.")})
 
 
