@@ -111,7 +111,9 @@ class ExportConfig:
     dataset_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for dataset"""
     allow_missing_dense: list[str] = field(default_factory=list)
-    """Patterns of dense parameters that model.pt may lack; the model's own values are exported"""
+    """Patterns of dense parameters that the checkpoint may lack; the model's own values are exported"""
+    allow_unexpected_dense: list[str] = field(default_factory=list)
+    """Patterns of dense parameters that the dense arch may lack; they are left out, as RecIS leaves them"""
     export_folder_name: str = "fx_user_model"
     """Folder of the dense arch within the package"""
     export_model_name: str = "user_model"

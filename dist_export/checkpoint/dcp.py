@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 import xxhash
 
+from dist_export.checkpoint.dcp_extra import Leaf, find_leaves
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.row_layout import fits_table
@@ -72,6 +73,8 @@ class DcpCheckpoint:
     """Optimizer state that belongs to no table."""
     objects: tuple[str, ...]
     """What is no tensor, such as a step or a learning rate."""
+    extra_states: dict[str, tuple[Leaf, ...]]
+    """Name within the model of each module's extra state -> its leaves."""
     unmatched_slots: frozenset[str] = frozenset()
     """Patterns of ``optimizer_slots`` that match nothing here; only where more tables than these may have the slots."""
 
@@ -110,6 +113,7 @@ def read_dcp(
     tensors: dict[str, TensorMeta] = {}
     objects: list[str] = []
     names: dict[str, str] = {}
+    extra: dict[str, list[Leaf]] = {}
     for path in found:
         folder = path.removesuffix(METADATA)
         prefix = "" if folder != f"{_OPTIMIZER}/" else f"{_OPTIMIZER}."
@@ -137,6 +141,9 @@ def read_dcp(
             tensors[key] = tensor._replace(name=key, chunks=chunks)
             names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
         objects += [prefix + name for name in metadata.objects]
+        if not prefix:
+            for within, leaf in find_leaves(metadata, folder, tensors):
+                extra.setdefault(_name_in_model(".".join(map(str, within)), within, roots), []).append(leaf)
     optimizers = _optimizer_roots([*tensors, *objects])
     if f"{_OPTIMIZER}/{METADATA}" in found:
         optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
@@ -152,6 +159,7 @@ def read_dcp(
         dense=dense,
         other_state=other,
         objects=tuple(objects),
+        extra_states={name: tuple(leaves) for name, leaves in extra.items()},
         unmatched_slots=unmatched,
     )
 

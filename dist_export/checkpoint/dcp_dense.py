@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
-from dist_export.checkpoint.dcp_items import Item
+from dist_export.checkpoint.dcp_extra import Leaf
+from dist_export.checkpoint.dcp_items import Item, open_range
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.checkpoint.extra_state import UnreadableError, UntakenState, load_object, rebuild
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, TransferError
+from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
@@ -41,8 +45,35 @@ class DcpDense:
         return [(name, tensor.dtype, tensor.shape) for name, tensor in self._found.dense]
 
     def load(self) -> dict[str, Any]:
-        """Read them, each from all of its chunks; nothing else is read, and nothing is unpickled but strides and places."""
-        return {name: self._read(tensor) for name, tensor in self._found.dense}
+        """Read them, each from all of its chunks, and the extra state of modules, which DCP took apart."""
+        extra = self._found.extra_states
+        leaves = {leaf.key for parts in extra.values() for leaf in parts}
+        tensors = {name: self._read(tensor) for name, tensor in self._found.dense if tensor.name not in leaves}
+        return tensors | {name: self._rebuild(parts) for name, parts in extra.items()}
+
+    def _rebuild(self, leaves: Sequence[Leaf]) -> Any:
+        """Return the extra state that these are the leaves of."""
+        paths = [leaf.path for leaf in leaves if leaf.path is not None]
+        if len(paths) < len(leaves):
+            return UntakenState("it was taken apart, and .metadata has no planner_data to put it together by")
+        try:
+            return rebuild(zip(paths, map(self._read_leaf, leaves), strict=True))
+        except (ValueError, UnreadableError) as error:
+            return UntakenState(str(error))
+
+    def _read_leaf(self, leaf: Leaf) -> Any:
+        if isinstance(leaf.item, TensorMeta):
+            if leaf.item.dtype not in CODE_BY_TORCH:
+                raise UnreadableError(f"{leaf.key} is of {leaf.item.dtype}")
+            return self._read(leaf.item)
+        where = f"{self._directory.describe(leaf.item.file)}: {leaf.key!r}"
+        if leaf.item.is_transformed:
+            raise UnreadableError(f"{leaf.key} is compressed or encrypted")
+        try:
+            with self._directory.open_reader(leaf.item.file) as reader:
+                return load_object(open_range(reader, leaf.item.begin, leaf.item.num_bytes), where=where)
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
 
     def _read(self, tensor: TensorMeta) -> Any:
         import torch

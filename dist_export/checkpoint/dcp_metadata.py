@@ -64,8 +64,8 @@ class DcpMetadata(NamedTuple):
     """What a checkpoint says of itself."""
 
     tensors: dict[str, TensorMeta]
-    objects: tuple[str, ...]
-    """Names of what is no tensor."""
+    objects: dict[str, Chunk]
+    """Name -> where it is (no offsets, no sizes), of what is no tensor: an item of ``torch.save``."""
     paths: dict[str, tuple[Any, ...]]
     """Name -> path of keys in the nested state_dict that was saved, where it is told."""
 
@@ -180,12 +180,11 @@ def _build(document: Any, where: str, file_sizes: Callable[[str], int | None]) -
         return file, begin, num_bytes, bool(getattr(info, "transform_descriptors", None))
 
     tensors: dict[str, TensorMeta] = {}
-    objects: list[str] = []
+    objects: dict[str, Chunk] = {}
     for key, meta in document.state_dict_metadata.items():
         name = _name(key)
         if type(meta).__name__ == "BytesStorageMetadata":
-            find(name, None)
-            objects.append(name)
+            objects[name] = Chunk((), (), *find(name, None))
             continue
         shape = _numbers(meta.size)
         chunks = []
@@ -198,7 +197,7 @@ def _build(document: Any, where: str, file_sizes: Callable[[str], int | None]) -
     paths = {}
     if isinstance(planned, dict):
         paths = {key: path for key, path in planned.items() if isinstance(key, str) and isinstance(path, tuple)}
-    return DcpMetadata(tensors, tuple(objects), paths)
+    return DcpMetadata(tensors, objects, paths)
 
 
 def _name(value: Any) -> str:

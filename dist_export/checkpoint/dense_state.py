@@ -7,6 +7,7 @@ import io
 import warnings
 from typing import IO, Any
 
+from dist_export.checkpoint.extra_state import load_without_foreign_state
 from dist_export.checkpoint.state_archive import check_state_archive, is_zip, say_refusal
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
@@ -72,17 +73,25 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
     is_mapped = is_zip(file)  # torch's older format cannot be mapped
     if is_mapped:
         check_state_archive(file, where=where)
-    file.seek(0)
-    try:
+
+    def load() -> Any:
+        file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns, on several lines, of what it refuses or reads all the same
             if path is None or not is_mapped:
                 return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    try:
+        return load()
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
+        refusal = say_refusal(error)
+    state = load_without_foreign_state(load, file, refusal) if is_mapped else None
+    if state is None:
         raise CheckpointError(
-            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {say_refusal(error)}"
-        ) from None
+            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {refusal}"
+        )
+    return state
 
 
 def _refuse_repeated(state: dict[str, Any], where: str) -> None:

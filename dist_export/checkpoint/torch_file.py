@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.extra_state import Inert
 from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
 from dist_export.errors import CheckpointError
@@ -32,17 +33,7 @@ _HARMLESS = (
     *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath"),
     *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
 )
-"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made: see ``_Inert``."""
-
-
-class _Inert:
-    """Stands for an object that is of no interest, whatever it would be made of."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made: see ``Inert``."""
 
 
 class Located(NamedTuple):
@@ -118,7 +109,7 @@ def _load_without_payload(reader: RangeReader, size: int) -> Any:
     if check_state_archive(file, where=where).is_big_endian:
         raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
     file.seek(0)
-    stand_ins: list[Any] = [(_Inert, name) for name in _HARMLESS]
+    stand_ins: list[Any] = [(Inert, name) for name in _HARMLESS]
     try:
         with warnings.catch_warnings(), FakeTensorMode(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")

@@ -323,6 +323,7 @@ class DenseStage:
             self._parameters.load(),
             dense_model_name=self._config.dense_model_name,
             allow_missing=self._config.allow_missing_dense,
+            allow_unexpected=self._config.allow_unexpected_dense,
             where=self._parameters.where,
         )
 

@@ -175,6 +175,43 @@ def test_missing_parameters_that_are_allowed_are_the_models_own(checkpoint: Path
     assert torch.equal(program.state_dict["dense_arch.out.bias"], model.dense_arch.out.bias)
 
 
+def test_parameters_that_the_dense_arch_lacks_are_left_out_where_they_are_allowed(checkpoint: Path) -> None:
+    state = tiny_model.trained_dense_state() | {"dense_arch.aux.weight": torch.ones(3)}
+    torch.save(state, checkpoint / "model.pt")
+    with pytest.raises(ModelError, match=r"unexpected under 'dense_arch\.': aux\.weight"):
+        run(checkpoint)
+    manifest = run(checkpoint, allow_unexpected_dense=["aux.*"])
+    assert any("aux.weight" in note for note in manifest.notes)
+
+
+def test_the_program_has_the_extra_state_of_the_checkpoint(checkpoint: Path) -> None:
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = 1.0
+
+        def get_extra_state(self) -> dict[str, float]:
+            return {"by": self.by}
+
+        def set_extra_state(self, state: dict[str, float]) -> None:
+            self.by = state["by"]
+
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits * self.by
+
+    model = tiny_model.build_model()
+    model.dense_arch.out = torch.nn.Sequential(model.dense_arch.out, Scale())
+    state = {name.replace("out.", "out.0."): value for name, value in tiny_model.trained_dense_state().items()}
+    scores = {}
+    for by in (1.0, 3.0):
+        torch.save(state | {"dense_arch.out.1._extra_state": {"by": by}}, checkpoint / "model.pt")
+        run(checkpoint, model, overwrite=True)
+        program = load_program(checkpoint.parent / "out" / "fx_user_model" / "exported_model.pt").module()
+        rows = {name: torch.ones(2, n) for name, n in (("user", 4), ("item", 4), ("price", 1))}
+        scores[by] = program(**rows)
+    assert not any(map(torch.equal, scores[1.0], scores[3.0]))
+
+
 def test_the_dense_arch_alone_from_a_checkpoint_without_tables(tmp_path: Path) -> None:
     (tmp_path / "ckpt").mkdir()
     torch.save(tiny_model.trained_dense_state(), tmp_path / "ckpt" / "model.pt")

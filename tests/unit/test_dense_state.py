@@ -167,3 +167,34 @@ def test_lazy_parameters_take_the_shape_of_the_checkpoint() -> None:
 
 def test_a_dense_arch_without_parameters_needs_none() -> None:
     assert load(nn.ReLU(), {"sparse.x": torch.ones(1)}) == ()
+
+
+def test_unexpected_keys_are_left_out_where_they_are_allowed() -> None:
+    net = make_net()
+    state = state_for(net) | {"dense_arch.head.weight": torch.ones(1), "dense_arch.gone": torch.ones(1)}
+    (note,) = load_dense_parameters(
+        net,
+        state,
+        dense_model_name="dense_arch",
+        allow_missing=(),
+        allow_unexpected=["head.*", "go*"],
+        where="model.pt",
+    )
+    assert "head.weight, gone" in note
+    assert (net["mlp"].weight == 7).all()
+    with pytest.raises(ModelError, match=r"unexpected under 'dense_arch.': gone \(allow_unexpected_dense"):
+        load_dense_parameters(
+            net, state, dense_model_name="dense_arch", allow_missing=(), allow_unexpected=["head.*"], where="model.pt"
+        )
+
+
+def test_a_pattern_of_unexpected_keys_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"allow_unexpected_dense: the pattern 'typo' matches no parameter"):
+        load_dense_parameters(
+            make_net(),
+            state_for(make_net()),
+            dense_model_name="dense_arch",
+            allow_missing=(),
+            allow_unexpected=["typo"],
+            where="model.pt",
+        )
