@@ -13,7 +13,7 @@ from torch import nn
 from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.extra_state import rebuild
-from dist_export.checkpoint.plain import Patterns, PlainDense
+from dist_export.checkpoint.plain import PlainDense
 from dist_export.checkpoint.torch_save import TorchReader
 from dist_export.dense.state import load_dense_parameters
 from dist_export.errors import ModelError
@@ -60,7 +60,7 @@ def write(kind: str, path: Path, state: dict[str, Any]) -> DenseParameters:
         return RecisDense(Directory(str(path)))
     if kind == "torch":
         torch.save({"state_dict": state, "epoch": 3}, path / "ck.pt")
-        return PlainDense(Directory(str(path)), TorchReader, Patterns())
+        return PlainDense(Directory(str(path)), TorchReader)
     save(path, {"model": state} if kind == "dcp below a key" else state)
     return DcpDense(Directory(str(path)))
 
