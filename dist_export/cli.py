@@ -127,6 +127,8 @@ def _inspect(argv: list[str]) -> int:
     for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
         text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
+    text = "of a DynamicEmb dump: dimensions of tables by pattern, as YAML such as '{user: 16}'"
+    parser.add_argument("--dynamicemb_dims", type=dict[str, int], default={}, help=text)
     arguments = parse_path(parser, argv)
     found = describe(
         _resolve(arguments),
@@ -134,6 +136,7 @@ def _inspect(argv: list[str]) -> int:
         follow_links=arguments.follow_links,
         asked=arguments.format,
         settings=TensorSettings(tuple(arguments.tables), tuple(arguments.optimizer_slots)),
+        dynamicemb_dims=arguments.dynamicemb_dims,
     )
     _print_json(found) if arguments.json else _print_lines(render(found))
     return 0

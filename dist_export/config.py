@@ -83,6 +83,8 @@ class ExportConfig:
     """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
     default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
     """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
+    dynamicemb_dims: dict[str, int] = field(default_factory=dict)
+    """Dimensions of the tables of a DynamicEmb dump, by pattern: its files do not state them, so that they are compared"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     on_emptied: Literal["error", "allow"] = "error"
@@ -186,7 +188,7 @@ class ExportConfig:
             raise ConfigError(
                 f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
             )
-        for name in ("tables", "optimizer_slots"):
+        for name in ("tables", "optimizer_slots", "dynamicemb_dims"):
             if getattr(self, name):
                 raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
         if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
@@ -230,7 +232,7 @@ class ExportConfig:
         asked += [name for name in views if getattr(self, name)]
         asked += ["dtype"] if self.dtypes else []
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
-        unused += ["default_row"] if self.default_row else []
+        unused += [name for name in ("default_row", "dynamicemb_dims") if getattr(self, name)]
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
         if self.tables and not self.need_export_sparse and self.model is None:
@@ -241,6 +243,9 @@ class ExportConfig:
                 "set filter_sparse_opt: true"
             )
         parse_rules(self.prune)
+        for pattern, dim in self.dynamicemb_dims.items():
+            if dim < 1:
+                raise ConfigError(f"dynamicemb_dims.{pattern} is {dim}; a row has 1 value or more")
         for pattern, values in self.default_row.items():
             if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
                 raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")

@@ -102,7 +102,15 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, mo
 
         if not ranks.on_rank_0("look for tables", look_for_tables):
             return None
-    return open_tables(ranks, source, config)
+
+    def find_dims() -> dict[str, frozenset[int]]:
+        if model is None:
+            return {}
+        from dist_export.dense.model_dims import find_model_dims
+
+        return find_model_dims(model, sparse_model_name=config.sparse_model_name)
+
+    return open_tables(ranks, source, config, find_dims)
 
 
 def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Checkpoint | None) -> DenseParameters | None:

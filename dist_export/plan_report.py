@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dist_export.amounts import amount, count
+from dist_export.checkpoint.dump_widths import render_width
 from dist_export.checkpoint.formats import describe_format
 from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
@@ -128,6 +129,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
         by = "" if table["is_hashed"] else " by number"
         was = f" ({table['source_name']} in the source)" if table["source_name"] != table["name"] else ""
         lines.append(f"  table {table['name']}{was}: {table['rows']:,} rows{by}{repaired}{dropped}")
+        lines += render_width(table)
         if table["default_row"] is not None:
             lines.append(f"    for ids that it lacks: {_say_row(table['default_row'])}")
         for slot in table["slots"]:
@@ -213,6 +215,7 @@ def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
                 "is_hashed": table.is_hashed,
                 "source_name": table.name_in_source,
                 "default_row": table.default_row,
+                "width_confirmed_by": table.width_confirmed_by,
                 "rows": rows,
                 "rows_out": rows - dropped.rows,
                 "rows_dropped": dropped.rows_by_reason,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dist_export.amounts import count, few
 from dist_export.checkpoint.dcp import METADATA_FILES
+from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
@@ -120,10 +121,23 @@ def _blame_export(work: Callable[[], T]) -> T:
         raise CommitError(f"{error}. No manifest was written, so there is no package; run the export again") from error
 
 
-def open_tables(ranks: Ranks, directory: Directory, config: ExportConfig) -> Checkpoint:
-    """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks."""
+def open_tables(
+    ranks: Ranks,
+    directory: Directory,
+    config: ExportConfig,
+    find_model_dims: Callable[[], Mapping[str, Collection[int]]] = dict,
+) -> Checkpoint:
+    """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks.
+
+    ``find_model_dims`` returns the dimensions of the model's tables by name, where there is a model.
+    """
     checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config))
-    return choose_tables(ranks, checkpoint, config)
+    chosen = choose_tables(ranks, checkpoint, config)
+    if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
+        return chosen  # the source states all dimensions
+    return ranks.run(
+        "compare the dimensions", lambda: confirm_widths(chosen, config.dynamicemb_dims, find_model_dims())
+    )
 
 
 def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:

@@ -4,25 +4,29 @@ Source: ``DynamicEmbDump`` of NVIDIA's recsys-examples (corelib/dynamicemb, ``du
 ``batched_dynamicemb_tables.py``), and TorchEasyRec, which keeps a dump in ``dynamicemb/`` of its checkpoints. Below the
 dump's directory is one for each embedding collection, called as its path in the model, with files named
 ``<table>_emb_<what>.rank_<r>.world_size_<w>``: int64 keys, float32 values (n, dim), int64 scores (where rows are not evicted
-by age), float32 optimizer state (n, k), which the first version calls ``<table>_opt_values``. Nothing else tells n or dim. A
-row is on rank ``key mod w``, or elsewhere in newer versions; loaders sort that out, and so does an export, by key.
+by age, or two a key), float32 optimizer state (n, k), which the first version calls ``<table>_opt_values``. Nothing else tells
+n or dim: ``dump_widths.py`` judges what the sizes of files say. A row is on rank ``key mod w``, or elsewhere in newer versions;
+loaders sort that out, and so does an export, by key.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from dist_export.checkpoint.dcp import find_metadata
+from dist_export.checkpoint.dump_widths import Stated, find_score_words, find_width, read_stated
 from dist_export.checkpoint.plain import stat_files
 from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES, I64
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.layout.strict_json import decode_object
 from dist_export.storage import Directory
 
 FOLDER = "dynamicemb"
@@ -41,6 +45,8 @@ class _Files(NamedTuple):
 
     name: str
     world_size: int
+    stated: Stated
+    """What its json files state."""
     keys: list[str]
     values: list[str]
     scores: list[str]
@@ -88,7 +94,7 @@ class DynamicEmbReader:
             for folder, table in found
         ]
         self._tables.sort(key=lambda table: table.name)
-        every = [name for table in self._tables for names in table[2:] for name in names]
+        every = [name for table in self._tables for names in table[3:] for name in names]
         self.files: tuple[SourceFile, ...] = stat_files(directory, sorted(every))
         self._sizes = {file.name: file.size for file in self.files}
 
@@ -118,17 +124,8 @@ class DynamicEmbReader:
             if not counted.any():
                 warnings.append(f"table {table.name!r} has no row, so its dimension is not told; it is left out")
                 continue
-            slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
-            columns = [table.keys]
-            for names, slot, code in (
-                (table.values, EMBEDDING_SLOT, _F32),
-                (table.scores, SCORE_SLOT, I64),
-                (table.opt_values, OPTIMIZER_SLOT, _F32),
-            ):
-                if names:
-                    slots.append(self._measure(names, counted, slot, code, len(slots)))
-                    columns.append(names)
-            tables.append(TableMeta(name=table.name, slots=tuple(slots)))
+            described, columns = self._describe(table, counted)
+            tables.append(described)
             rows.append(counted)
             placed.append(columns)
         if not tables and not self._with_dcp:
@@ -198,13 +195,28 @@ class DynamicEmbReader:
                 for what, stem in stems.items()
             }
             known.update(stems.values())
-            yield _Files(table, world_size, **files)
+            yield _Files(table, world_size, self._read_stated(prefix, names, table, ranks), **files)
         strays = sorted(others - known)
         if strays:
             self._warnings.append(
                 f"{self.directory.describe(folder)}: {len(strays)} kinds of files are of no table and stay behind, first "
                 f"{strays[0]}"
             )
+
+    def _read_stated(self, prefix: str, names: Sequence[str], table: str, tables: Iterable[str]) -> Stated:
+        """Return what json files state of a table: those called as the table, and ``<table>_<what>.json``."""
+        longer = tuple(f"{other}_" for other in tables if other.startswith(f"{table}_"))
+        documents = []
+        for name in sorted(names):
+            stem = name.removesuffix(".json")
+            if stem == name or not f"{stem}_".startswith(f"{table}_") or f"{stem}_".startswith(longer):
+                continue
+            where = self.directory.describe(prefix + name)
+            try:
+                documents.append((name, decode_object(self.directory.read_text(prefix + name), what=where)))
+            except OSError as error:
+                raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+        return read_stated(documents)
 
     def _all_ranks(
         self, prefix: str, names: Sequence[str], stem: str, world_size: int, *, is_needed: bool
@@ -228,27 +240,60 @@ class DynamicEmbReader:
             )
         return size // row_bytes
 
-    def _measure(self, names: Sequence[str], rows: np.ndarray, slot: str, code: int, column: int) -> SlotMeta:
-        """Return the slot whose rows are as wide as the sizes of its files say."""
-        itemsize = DTYPES[code].itemsize
+    def _describe(self, table: _Files, rows: np.ndarray) -> tuple[TableMeta, list[list[str]]]:
+        """Return a table with ``rows`` keys on each rank, and the files of each of its slots."""
+        stated = table.stated
+        state = self._row_bytes(table.opt_values, rows, OPTIMIZER_SLOT, 4)
+        width = find_width(
+            self._row_bytes(table.values, rows, EMBEDDING_SLOT, 2), state // 4 if state else None, stated
+        )
+        words = self._row_bytes(table.scores, rows, SCORE_SLOT, 8) // 8
+        wrong_scores = find_score_words(words, stated) if table.scores else ""
+        slots = [SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)]
+        columns = [table.keys]
+        for names, slot, code, shape in (
+            (table.values, EMBEDDING_SLOT, width.dtype, (width.dim,)),
+            (table.scores, SCORE_SLOT, I64, () if words == 1 else (words,)),
+            (table.opt_values if state else [], OPTIMIZER_SLOT, _F32, (state // 4,)),
+        ):
+            if names:
+                slots.append(
+                    SlotMeta(
+                        name=slot,
+                        dtype=code,
+                        inner_shape=shape,
+                        row_bytes=math.prod(shape) * DTYPES[code].itemsize,
+                        column=len(slots),
+                        is_optimizer=slot == OPTIMIZER_SLOT,
+                    )
+                )
+                columns.append(names)
+        meta = TableMeta(
+            name=table.name,
+            slots=tuple(slots),
+            width_confirmed_by=width.confirmed_by,
+            contradiction=width.contradiction or wrong_scores,
+        )
+        return meta, columns
+
+    def _row_bytes(self, names: Sequence[str], rows: np.ndarray, slot: str, itemsize: int) -> int:
+        """Return the bytes that each key has in the files of a slot; 0 where all of these are empty, or there are none."""
+        if not names:
+            return 0
         longest = int(np.argmax(rows))
-        wide = self._count(names[longest], itemsize, slot) / int(rows[longest])
-        width = max(1, round(wide)) if slot != SCORE_SLOT else 1
+        count, size = int(rows[longest]), self._sizes[names[longest]]
+        row_bytes = max(round(size / count / itemsize), 1) * itemsize
+        # an optimizer without state leaves empty files
+        if slot == OPTIMIZER_SLOT and not any(self._sizes[name] for name in names):
+            return 0
         for name, count in zip(names, rows.tolist(), strict=True):
             size = self._count(name, itemsize, slot) * itemsize
-            if size != count * width * itemsize:
+            if size != count * row_bytes:
                 raise CheckpointError(
-                    f"{self.directory.describe(name)} has {size:,} bytes, but there are {count:,} keys, and {width} "
-                    f"{DTYPES[code].torch} for each of them make {count * width * itemsize:,}; the files are not of one dump"
+                    f"{self.directory.describe(name)} has {size:,} bytes, but there are {count:,} keys, and {row_bytes:,} bytes "
+                    f"for each of them make {count * row_bytes:,}; the files are not of one dump"
                 )
-        return SlotMeta(
-            name=slot,
-            dtype=code,
-            inner_shape=() if slot == SCORE_SLOT else (width,),
-            row_bytes=width * itemsize,
-            column=column,
-            is_optimizer=slot == OPTIMIZER_SLOT,
-        )
+        return row_bytes
 
 
 class NoDense:

@@ -167,6 +167,10 @@ class TableMeta:
     """The name in the source, where the package gives the table another one."""
     default_row: tuple[float, ...] | str | None = None
     """What serving takes for an id that it does not find, for the package to say; ``zeros``, or the values of a row."""
+    width_confirmed_by: tuple[str, ...] | None = None
+    """What agrees with the width of the rows, of a source that does not state it; None where the source states it."""
+    contradiction: str = ""
+    """Of such a table: why its rows cannot be what they seem, so that it cannot be exported; empty where nothing tells."""
 
     @property
     def name_in_source(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from dist_export.checkpoint.dump_widths import render_width
 from dist_export.checkpoint.formats import (
     AUTO,
     DCP,
@@ -41,6 +43,7 @@ def describe(
     follow_links: bool = False,
     asked: str = AUTO,
     settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+    dynamicemb_dims: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
 
@@ -50,6 +53,7 @@ def describe(
         follow_links: whether files may be links that lead out of the directory.
         asked: the format of a checkpoint; with ``auto`` its files tell.
         settings: of a checkpoint that does not say it: what its tensors are.
+        dynamicemb_dims: of a DynamicEmb dump: pattern of tables -> dimension.
 
     Raises:
         CheckpointError: nothing of these is there, or it cannot be read.
@@ -58,10 +62,13 @@ def describe(
     directory = open_place(path, storage_options, follow_links=follow_links)
     is_package = asked == AUTO and directory.exists(MANIFEST)
     found = None if is_package else detect_format(directory, asked=asked)
+    dims = dynamicemb_dims or {}
+    if dims and found not in (DYNAMICEMB, DCP_AND_DUMP):
+        raise ConfigError(f"{path} is no DynamicEmb dump; --dynamicemb_dims is for those")
     if found in (DCP, DCP_AND_DUMP):
-        return describe_dcp(directory, asked=found, settings=settings)
+        return describe_dcp(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
-        return describe_source(directory, asked=found, settings=settings)
+        return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if not is_package and found is None:
         raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
     if settings.tables or settings.optimizer_slots:
@@ -92,6 +99,7 @@ def render(found: dict[str, Any]) -> list[str]:
             f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
+        lines += render_width(table)
         if cast := table.get("cast"):
             lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
     lines += render_dcp(found) + render_source(found)

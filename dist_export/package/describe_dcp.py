@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dist_export.checkpoint.dcp import DcpTable, locate_tables
+from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_reader
 from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -14,7 +16,9 @@ from dist_export.package.describe_source import NO_TABLES, describe_tables
 from dist_export.storage import Directory
 
 
-def describe_dcp(directory: Directory, *, asked: str, settings: TensorSettings) -> dict[str, Any]:
+def describe_dcp(
+    directory: Directory, *, asked: str, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
+) -> dict[str, Any]:
     """Return what the checkpoint holds as plain values, once it is known to be complete and its tables are found.
 
     Reads the metadata and the head of each item that is a piece of a table, no payload; of a dump, sizes of files.
@@ -45,13 +49,16 @@ def describe_dcp(directory: Directory, *, asked: str, settings: TensorSettings) 
         "warnings": list(beside.notes),
         "dense": None,
     }
-    return _add_dump(described, directory, settings) if with_dump else described
+    return _add_dump(described, directory, settings, dynamicemb_dims) if with_dump else described
 
 
-def _add_dump(described: dict[str, Any], directory: Directory, settings: TensorSettings) -> dict[str, Any]:
+def _add_dump(
+    described: dict[str, Any], directory: Directory, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
+) -> dict[str, Any]:
     """Return what both hold: the tables of the dump as the export joins them to those that are described."""
     reader = open_reader(directory, asked=DCP_AND_DUMP, settings=settings)
     joined = reader.assemble([reader.read_headers(range(len(reader.files)))])
+    joined = confirm_widths(joined, dynamicemb_dims, {})
     dumped = [table for table, meta in zip(describe_tables(joined), joined.tables, strict=True) if meta.is_hashed]
     return described | {
         "kind": FORMATS[DCP_AND_DUMP].kind.partition(" ")[2],

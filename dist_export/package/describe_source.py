@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import FORMATS, holds_tables, open_dense, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -14,12 +16,15 @@ from dist_export.storage import Directory
 NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
 
 
-def describe_source(directory: Directory, *, asked: str, settings: TensorSettings) -> dict[str, Any]:
+def describe_source(
+    directory: Directory, *, asked: str, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
+) -> dict[str, Any]:
     """Return what an export would read, as plain values. CheckpointError where it could not read it."""
     reader = open_reader(directory, asked=asked, settings=settings)
     found: Checkpoint | None = None
     if holds_tables(directory, asked, settings):
         found = reader.assemble([reader.read_headers(range(len(reader.files)))])
+        found = confirm_widths(found, dynamicemb_dims, {})
     dense = open_dense(directory, asked, settings).describe()
     return {
         "kind": FORMATS[asked].kind.partition(" ")[2],
@@ -51,6 +56,7 @@ def _describe_table(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
     parts = checkpoint.parts.of_table(number)
     rows = int(checkpoint.parts.rows[parts].sum())
     stored = [slot for slot in table.slots if slot.name != ID_SLOT or table.has_ids]
+    confirmed = table.width_confirmed_by
     return {
         "name": table.name,
         "rows": rows,
@@ -59,4 +65,5 @@ def _describe_table(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
         "parts": len(parts),
         "bytes": sum(slot.num_bytes(rows) for slot in stored),
         "slots": [slot.name for slot in stored],
+        **({} if confirmed is None else {"width_confirmed_by": list(confirmed)}),
     }

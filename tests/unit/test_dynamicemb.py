@@ -163,7 +163,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "scores missing": (remove("user_emb_scores.rank_0.world_size_3"), "user_emb_scores.rank_0.world_size_3 is missing"),
     "keys cut": (resize("user_emb_keys.rank_0.world_size_3", -3), "no multiple of 8 for keys; it is cut short"),
     "values cut": (resize("user_emb_values.rank_0.world_size_3", -4), "the files are not of one dump"),
-    "values odd": (resize("user_emb_values.rank_1.world_size_3", 2), "no multiple of 4 for embedding; it is cut short"),
+    "values odd": (resize("user_emb_values.rank_1.world_size_3", 2), "the files are not of one dump"),
     "values of another dim": (resize("user_emb_values.rank_1.world_size_3", 320), "the files are not of one dump"),
     "a key too few": (resize("user_emb_keys.rank_0.world_size_3", -8), "the files are not of one dump"),
     "scores cut": (resize("user_emb_scores.rank_2.world_size_3", -8), "the files are not of one dump"),
