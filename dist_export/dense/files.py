@@ -57,7 +57,7 @@ def write_dense_folder(
     _write_json(folder / "inputs_dict_lite.json", lite)
     _write_json(
         folder / "inputs_dict.json",
-        {name: {**entry, "values": inputs[name].tolist()} for name, entry in lite.items()},
+        {name: {**entry, "values": _to_lists(inputs[name])} for name, entry in lite.items()},
     )
     _write(folder / "inputs_dict.pkl", _pickled(inputs))
     base = outputs[0] if sample.is_single else tuple(outputs)
@@ -121,6 +121,11 @@ def _pickled(value: Any) -> bytes:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _to_lists(values: torch.Tensor) -> Any:
+    """Return the values for JSON, which has no complex numbers: each is then a list of its real and imaginary part."""
+    return (torch.view_as_real(values) if values.is_complex() else values).tolist()
 
 
 def _write_json(path: Path, value: Any) -> None:

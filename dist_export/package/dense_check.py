@@ -151,7 +151,10 @@ def _to_tensor(entry: dict[str, Any]) -> torch.Tensor:
     import torch
 
     dtype = getattr(torch, re.sub(r"^torch\.", "", entry["dtype"]))
-    return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+    if not dtype.is_complex:
+        return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+    parts = torch.tensor(entry["values"], dtype=dtype.to_real()).reshape(*entry["shape"], 2)
+    return torch.view_as_complex(parts)
 
 
 def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -159,6 +162,8 @@ def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
     return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
 
 

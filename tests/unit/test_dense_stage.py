@@ -13,6 +13,7 @@ from torch import nn
 import dist_export
 from dist_export.archive.guard import load_program
 from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
+from dist_export.package.verify import verify
 
 
 @pytest.fixture
@@ -210,6 +211,25 @@ def test_the_program_has_the_extra_state_of_the_checkpoint(checkpoint: Path) -> 
         rows = {name: torch.ones(2, n) for name, n in (("user", 4), ("item", 4), ("price", 1))}
         scores[by] = program(**rows)
     assert not any(map(torch.equal, scores[1.0], scores[3.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_inputs_and_outputs_are_exported_and_verified(checkpoint: Path, dtype: torch.dtype) -> None:
+    def sparse(blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**blocks, "phase": torch.complex(blocks["user"], blocks["item"]).to(dtype)}
+
+    model = model_with(sparse=sparse)
+    plain = type(model.dense_arch).forward
+
+    class WithPhase(type(model.dense_arch)):
+        def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {**plain(self, blocks), "turned": blocks["phase"] * (2 - 1j)}
+
+    model.dense_arch.__class__ = WithPhase
+    manifest = run(checkpoint, model)
+    assert {entry.name: entry.dtype for entry in manifest.dense.inputs}["phase"] == str(dtype).removeprefix("torch.")
+    assert manifest.parity.from_files.max_abs["turned"] == 0
+    assert not verify(str(checkpoint.parent / "out")).findings
 
 
 def test_the_dense_arch_alone_from_a_checkpoint_without_tables(tmp_path: Path) -> None:
