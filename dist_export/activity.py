@@ -33,13 +33,13 @@ class Activity:
 
 ACTIVITY = Activity()
 
-_STAGES: list[str] = []
+_STAGES: list[tuple[str, float]] = []
 
 
 @contextlib.contextmanager
 def in_stage(name: str) -> Iterator[None]:
     """Say which stage of the export the main thread is in while the block runs."""
-    _STAGES.append(name)
+    _STAGES.append((name, time.monotonic()))
     try:
         yield
     finally:
@@ -48,4 +48,9 @@ def in_stage(name: str) -> Iterator[None]:
 
 def current_stage() -> str:
     """Return the stage that the main thread is in, empty between stages."""
-    return _STAGES[-1] if _STAGES else ""
+    return current_stage_since()[0]
+
+
+def current_stage_since() -> tuple[str, float]:
+    """Return that stage and when it began, on the clock of ``time.monotonic``."""
+    return next(iter(_STAGES[-1:]), ("", time.monotonic()))

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from dist_export.collective import join
+from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.config_file import load_config
+from dist_export.display import show_lines
 from dist_export.errors import ConfigError
 from dist_export.job import run_export
 from dist_export.manifest import Manifest
@@ -91,8 +92,12 @@ class Exporter:
             raise ConfigError("need_export_sparse is False and model is None: nothing would be exported")
         self._objects = Objects(model, dataset, dense_optimizer, fg)
 
-    def export(self) -> Manifest:
+    def export(self, *, progress: bool | None = None) -> Manifest:
         """Export; return the manifest of the committed package. All ranks.
+
+        Args:
+            progress: whether rank 0 shows the progress and the closing summary, in one line on a terminal and through
+                the logger ``dist_export`` elsewhere; None takes the setting of that name, which is true by default.
 
         Raises:
             UserError: for what the caller can mend; nothing was written. In one process.
@@ -100,19 +105,29 @@ class Exporter:
             StepFailedError: either of them on any of several ranks, with the text of each; its ``exit_code`` is 2 or 1.
         """
         with join(timeout_secs=self.config.timeout) as ranks:
-            return run_export(ranks, self.config, self._objects)[0]
+            return _export(ranks, self.config, self._objects, progress)
 
 
-def export(config: ExportConfig | Mapping[str, Any] | str | os.PathLike[str]) -> Manifest:
+def export(
+    config: ExportConfig | Mapping[str, Any] | str | os.PathLike[str], *, progress: bool | None = None
+) -> Manifest:
     """Export as the command line does, from a config object, a mapping, or the path of a YAML file. All ranks.
 
-    Returns the manifest of the committed package; raises as :meth:`Exporter.export`.
+    Returns the manifest of the committed package; shows the progress and raises as :meth:`Exporter.export`.
     """
     # a config that was built by hand has not had its types checked
     settings = load_config(vars(config) if isinstance(config, ExportConfig) else config)
     with join(timeout_secs=settings.timeout) as ranks:
         objects = ranks.run("build the model and the dataset", lambda: build_objects(settings), may_block=True)
-        return run_export(ranks, settings, objects)[0]
+        return _export(ranks, settings, objects, progress)
+
+
+def _export(ranks: Ranks, config: ExportConfig, objects: Objects, progress: bool | None) -> Manifest:
+    is_shown = config.progress if progress is None else progress
+    manifest, summary = run_export(ranks, config, objects, is_shown=is_shown)
+    if is_shown and ranks.rank == 0:
+        show_lines(summary)
+    return manifest
 
 
 def _plain(conf_or_path: Any) -> Any:

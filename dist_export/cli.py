@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
+from dist_export.screen import SCREEN
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -67,7 +68,7 @@ def _export(argv: list[str]) -> int:
 
         config = ranks.run("read the settings", lambda: parse_settings(parser, argv))
         objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
-        return run_export(ranks, config, objects, is_shown=True)[1]
+        return run_export(ranks, config, objects, is_shown=config.progress)[1]
 
     from dist_export.collective import join
 
@@ -238,11 +239,8 @@ def _fail(error: DistExportError) -> int:
 def _tell(error: DistExportError, *, rank: int) -> None:
     is_remade = error.exit_code == 2 and "TORCHELASTIC_RUN_ID" in os.environ
     note = " (exit code 2, of which torchrun makes 1)" if is_remade else ""
-    print(
-        f"dist_export: {error}{note}" if rank == 0 else f"dist_export: rank {rank}: {error}{note}",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = "" if rank == 0 else f"rank {rank}: "
+    print(f"{SCREEN.prefix()}dist_export: {where}{error}{note}", file=sys.stderr, flush=True)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

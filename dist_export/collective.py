@@ -88,6 +88,11 @@ class Ranks:
         """Start the watchdog, which ends this process when the export cannot go on. Main thread of any rank."""
         self._watchdog.start(catches_sigterm=catches_sigterm)
 
+    @property
+    def step(self) -> str:
+        """The step that this rank is in. Any thread."""
+        return self._watchdog.step
+
     def note_on_disk(self, text: str) -> None:
         """Say what is on disk from now on, for the message of whatever ends the export. Any rank."""
         self._watchdog.on_disk = text

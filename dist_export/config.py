@@ -152,6 +152,8 @@ class ExportConfig:
     """File or fsspec URL for the figures of the export as Prometheus text, for a collector that reads files"""
     target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
     """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
+    progress: bool = True
+    """Show the progress of the export; from Python the closing summary, too"""
     timeout: float = 1800.0
     """Seconds without any progress after which a rank counts as hung, and the export ends"""
 

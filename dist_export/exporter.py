@@ -225,7 +225,9 @@ def export_located(
                 notes=tuple(notes),
                 run={
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                    "export_dir": conceal(export_dir),
                     "world_size": ranks.world_size,
+                    "ranks": [share._asdict() for share in shares],
                     "seconds": {name: round(seconds, 3) for name, seconds in reporter.seconds.items()},
                     "sample": None if dense is None else dense.counts,
                     "reused_shards": reused,
@@ -292,7 +294,7 @@ def transfer(
         job.prepare()
         with (
             concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
-            reporter.transferring(planned.plan.num_bytes),
+            reporter.transferring(job.reused_bytes + job.num_bytes, reused_bytes=job.reused_bytes),
         ):
             written = pool.submit(job.write)
 

@@ -14,10 +14,10 @@ from dist_export.progress import Reporter
 from dist_export.same_settings import digest_settings, refuse_different_settings
 
 
-def run_export(
-    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool = False
-) -> tuple[Manifest, list[str]]:
+def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
+
+    ``is_shown``: progress is shown while it lasts.
 
     Raises as :func:`~dist_export.exporter.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -33,7 +33,8 @@ def run_export(
     if ranks.rank == 0:  # one for each attempt, by which they are counted
         events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
-        manifest, summary = export_located(ranks, config, objects, located, reporter)
+        with reporter.showing():
+            manifest, summary = export_located(ranks, config, objects, located, reporter)
     except BaseException as error:
         if ranks.rank == 0:
             exit_code = getattr(error, "exit_code", 1)

@@ -257,13 +257,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """xxh3-128 over the manifest's JSON without ``digest`` and ``run``."""
     run: dict[str, Any] = {}
-    """What varies from run to run: times, durations, world_size, the ids that the sample batches asked for. Not in the
-    digest."""
+    """What varies from run to run: times, durations, export_dir, world_size and what each rank moved, the ids that the sample
+    batches asked for. Not in the digest."""
 
     @property
     def num_bytes(self) -> int:
         """The size of all files but the manifest itself."""
         return sum(file.num_bytes for file in self.files)
+
+    def __str__(self) -> str:
+        """Return the closing summary of the export."""
+        from dist_export.progress import summarize_again  # serving reads manifests without all that an export imports
+
+        return "\n".join(summarize_again(self))
 
 
 def compute_digest(document: dict[str, Any]) -> str:

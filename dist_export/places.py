@@ -309,6 +309,7 @@ HOW = (
     "registry_options",
     "events",
     "metrics",
+    "progress",
 )
 """Settings that do not shape the package, or do so through the plan."""
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from dist_export.activity import in_stage
+from dist_export.activity import current_stage_since, in_stage
 from dist_export.amounts import amount, count, few
 from dist_export.checkpoint.formats import describe_format
 from dist_export.collective import Ranks
+from dist_export.display import Display, Moment, Speedometer, open_display
+from dist_export.errors import ExportError, printable
 from dist_export.events import Events
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
@@ -26,26 +25,26 @@ from dist_export.transfer.engine import Share
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_SECS = 5.0
-_POLL_SECS = 0.2
 COUNTER = "bytes"
 
 
 class Reporter:
-    """Times stages on every rank, and shows them on rank 0 if it is to show anything."""
+    """Times stages on every rank, and has them shown on rank 0 if it is to show anything."""
 
     def __init__(self, ranks: Ranks, *, is_shown: bool, events: Events | None = None) -> None:
         """Show nothing yet.
 
         Args:
             ranks: the ranks of the export.
-            is_shown: whether this export belongs to the command line; called as a function it only logs.
+            is_shown: whether progress is shown; else only the ends of stages are logged.
             events: where stages and results are taken down too.
         """
         self._ranks = ranks
         self._events = events
         self._traffic = TRAFFIC.snapshot()
-        self._is_shown = is_shown and ranks.rank == 0
+        self._is_shown = is_shown
+        self._reused_bytes = 0
+        self._total_bytes = 0
         self.seconds: dict[str, float] = {}
         self.shares: Sequence[Share] = ()
         """What each rank moved, once it is known."""
@@ -91,34 +90,58 @@ class Reporter:
         self._ranks.add(COUNTER, num_bytes)
 
     @contextlib.contextmanager
-    def transferring(self, total_bytes: int) -> Iterator[None]:
-        """Show the bytes of all ranks while the block runs: a bar on a terminal, else a line every few seconds."""
-        if not self._is_shown or not total_bytes:
-            yield
-            return
-        stop = threading.Event()
-        show = self._show_bar if sys.stderr.isatty() else self._log_lines
-        thread = threading.Thread(target=show, args=(stop, total_bytes), name="progress", daemon=True)
-        thread.start()
+    def transferring(self, total_bytes: int, *, reused_bytes: int = 0) -> Iterator[None]:
+        """Show the bytes of all ranks while the block runs.
+
+        Args:
+            total_bytes: all that the package's shards take.
+            reused_bytes: of these, what an interrupted export has left; they are done from the start.
+        """
+        self._reused_bytes, self._total_bytes = reused_bytes, total_bytes
         try:
             yield
         finally:
-            stop.set()
-            thread.join()
+            self._total_bytes = 0
 
-    def _show_bar(self, stop: threading.Event, total_bytes: int) -> None:
-        columns = (TextColumn("shards"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("shards", total=total_bytes)
-            while not stop.wait(_POLL_SECS):
-                bar.update(task, completed=self._ranks.add(COUNTER, 0))
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show what the export does while the block runs: in one line of a terminal, else in lines of the logger. All ranks."""
+        if not self._is_shown:
+            yield
+            return
+        with open_display(rank=self._ranks.rank, world_size=self._ranks.world_size) as display:
+            if display is None:
+                yield
+                return
+            stop = threading.Event()
+            thread = threading.Thread(target=self._show, args=(display, stop), name="progress", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                thread.join()
 
-    def _log_lines(self, stop: threading.Event, total_bytes: int) -> None:
-        started = time.perf_counter()
-        while not stop.wait(_LOG_EVERY_SECS):
-            done = self._ranks.add(COUNTER, 0)
-            speed = amount(round(done / (time.perf_counter() - started)))
-            logger.info("shards: %s of %s, %s/s", amount(done), amount(total_bytes), speed)
+    def _show(self, display: Display, stop: threading.Event) -> None:
+        speedometer = Speedometer()
+        while not stop.wait(display.wait_secs):
+            stage, since = current_stage_since()
+            if not stage:
+                continue
+            now = time.monotonic()
+            moment = Moment(stage, self._ranks.step, now - since)
+            if total := self._total_bytes:
+                try:
+                    moved = self._ranks.add(COUNTER, 0)
+                except ExportError:  # the other ranks are gone, of which the main thread tells
+                    return
+                moment = moment._replace(
+                    done=self._reused_bytes + moved, total=total, speed=speedometer.measure(now, moved)
+                )
+            try:
+                display.show(moment)
+            except OSError:  # the terminal is gone, and the export goes on without it
+                return
 
 
 def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:
@@ -190,6 +213,17 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     lines.append(f"  times    {timed}")
     lines += [f"  note     {note}" for note in manifest.notes]
     return lines
+
+
+def summarize_again(manifest: Manifest) -> list[str]:
+    """Return the closing summary from the manifest alone, each line printable. ``run`` may hold anything: no digest covers it."""
+    try:
+        shares = [Share(**share) for share in manifest.run.get("ranks", [])]
+        lines = summarize(manifest, shares, manifest.run.get("export_dir", manifest.digest))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        lines = summarize(msgspec.structs.replace(manifest, run={}), [], manifest.digest)
+        lines.append("  run      what it says of the export cannot be read")
+    return [printable(line) for line in lines]
 
 
 def _views(manifest: Manifest) -> list[str]:

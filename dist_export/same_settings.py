@@ -25,6 +25,7 @@ MAY_DIFFER = frozenset(
         "fg_args",
         "events",
         "metrics",
+        "progress",
     }
 )
 """What may be a machine's own: its credentials and device, what its ranks' model and data are made of, and where

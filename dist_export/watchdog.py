@@ -23,6 +23,7 @@ import msgspec
 
 from dist_export.activity import ACTIVITY
 from dist_export.processes import Identity, identify
+from dist_export.screen import SCREEN
 from dist_export.sigterm import SigtermPipe
 
 BEAT_SECS = 1.0
@@ -396,9 +397,8 @@ class Watchdog:
 
 def _finish(text: str | None, wait_secs: float) -> None:
     """End the process at once: the main thread may be where no exception reaches it."""
-    if text is not None:
-        with contextlib.suppress(OSError):  # whoever read it is gone too
-            os.write(2, text.encode())
+    with contextlib.suppress(OSError):  # whoever read it is gone too
+        os.write(2, (SCREEN.close() + (text or "")).encode())
     time.sleep(wait_secs)
     os._exit(1)
 

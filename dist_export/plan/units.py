@@ -44,6 +44,13 @@ class Unit(NamedTuple):
     """The rank that holds the rows of a gather in its memory, and so runs it; -1 for what any rank may run."""
     disk: int = -1
     """The disk on which the output is built, so that only ranks that see it may run this; -1 where all ranks see it."""
+    reused_bytes: int = 0
+    """Of ``num_bytes``, those of files that are whole already: they are read, for the rows beside them, and not written."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """The bytes that this adds to what is there."""
+        return self.num_bytes - self.reused_bytes
 
 
 def plan_units(
@@ -141,13 +148,16 @@ class _Gathers:
             if is_counted and np.isin(files, self._skip).all():
                 last_table = -1
                 continue
-            num_rows = gather.num_kept if disk < 0 else int(gather.counts[self._home[files] == disk].sum())
-            num_bytes = num_rows * sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
+            row_bytes = sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
+            rows = gather.counts if disk < 0 else np.where(self._home[files] == disk, gather.counts, 0)
+            num_bytes = row_bytes * int(rows.sum())
+            reused_bytes = row_bytes * int(rows[np.isin(files, self._skip)].sum())
             is_next = table == last_table and units[-1].end == number
             if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
-                units[-1] = units[-1]._replace(end=number + 1, num_bytes=units[-1].num_bytes + num_bytes)
+                num_bytes, reused_bytes = num_bytes + units[-1].num_bytes, reused_bytes + units[-1].reused_bytes
+                units[-1] = units[-1]._replace(end=number + 1, num_bytes=num_bytes, reused_bytes=reused_bytes)
             else:
-                units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner, disk))
+                units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner, disk, reused_bytes))
             last_table = table
         return units
 

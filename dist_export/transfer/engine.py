@@ -123,12 +123,17 @@ class Transfer:
     @property
     def num_bytes(self) -> int:
         """The bytes that all ranks are to move, or to hash where nothing is moved. After ``prepare``."""
-        return sum(unit.num_bytes for unit in (self._hashing if self._in_place else self._writing))
+        return sum(unit.moved_bytes for unit in (self._hashing if self._in_place else self._writing))
 
     @property
     def num_reused(self) -> int:
         """How many shards of an interrupted run were still whole. The same on every rank after ``prepare``."""
         return len(self._reused)
+
+    @property
+    def reused_bytes(self) -> int:
+        """The bytes of these shards, which nobody moves again."""
+        return sum(self._plan.files[number].num_bytes for number in self._reused)
 
     def prepare(self) -> None:
         """Find shards of an interrupted run that are whole, clear away the rest, reserve space. All ranks."""
@@ -325,8 +330,8 @@ class Transfer:
                 self._keep_counts(runner.counts)
                 uncounted = 0
             if is_counted:
-                done = done.plus(Share(done.rank, 1, int(is_others), unit.num_bytes))
-                self._count_bytes(unit.num_bytes)
+                done = done.plus(Share(done.rank, 1, int(is_others), unit.moved_bytes))
+                self._count_bytes(unit.moved_bytes)
         self._hand_in(pending, parts, outputs)
         self._keep_counts(runner.counts)
         return digests, done
