@@ -216,14 +216,24 @@ class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of the batch."""
     reads_rows: bool
     """Whether any row of the sample was read from the written shards; else only the program comes from files."""
+    reference: str = ""
+    """What the program was compared with: as :attr:`ParityEntry.reference`, or ``copy``, the plain copy of the dense arch on
+    rows as serving gets them, where settings change a row of the batch (cast, prune, duplicates)."""
     max_abs: dict[str, float]
     max_rel: dict[str, float]
     max_ulp: dict[str, int]
 
 
 class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The written program against the eager dense arch: the largest differences over all batch sizes, by output."""
+    """The written program against the model: the largest differences over all batch sizes, by output.
 
+    At the size of the whole batch it is compared with the caller's own model on the checkpoint's own rows, at the other sizes
+    with a plain copy of the dense arch.
+    """
+
+    reference: str = ""
+    """``model``: what the caller's dense arch returned within ``model(batch)``; ``arches``: what
+    ``dense_arch(sparse_arch(batch))`` gave, where the model did not run as a whole."""
     batch_sizes: tuple[int, ...]
     atol: float
     rtol: float

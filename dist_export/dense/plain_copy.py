@@ -221,12 +221,19 @@ def _is_foreign(hook: Any) -> bool:
     return str(getattr(getattr(hook, "__func__", hook), "__module__", "")).startswith(_FOREIGN)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that the user wrote: FSDP2's ``fully_shard`` puts a subclass of its own in front of it."""
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` has made this module its own."""
     try:
         from torch.distributed.fsdp import FSDPModule
     except ImportError:  # before torch 2.6 under another path; there is no FSDP2 module then
+        return False
+    return isinstance(module, FSDPModule)
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the user wrote: FSDP2's ``fully_shard`` puts a subclass of its own in front of it."""
+    if not is_fully_sharded(module):
         return type(module)
-    if isinstance(module, FSDPModule):
-        return cast("type[nn.Module]", next(k for k in type(module).__mro__[1:] if not issubclass(k, FSDPModule)))
-    return type(module)
+    from torch.distributed.fsdp import FSDPModule
+
+    return cast("type[nn.Module]", next(k for k in type(module).__mro__[1:] if not issubclass(k, FSDPModule)))

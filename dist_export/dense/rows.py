@@ -5,9 +5,11 @@ Columns of ids are scanned and rows read one by one; where rows go by number, an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +21,42 @@ from dist_export.layout.encodings import RowCast, encode_values
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
+class _Found(NamedTuple):
+    """What one table holds of some ids. Rows are as the checkpoint has them (uint8, (n, bytes)), zeros where there are none."""
+
+    ids: np.ndarray
+    """int64, sorted, without duplicates."""
+    has_row: np.ndarray
+    rows: np.ndarray
+    """The source's own: nothing is left out. Of an id with several rows, the last."""
+    is_kept: np.ndarray
+    kept: np.ndarray
+    """The rows that are exported: no dropped duplicate, no pruned row."""
+    is_pruned: np.ndarray
+    """Whether rules leave a row of this id behind."""
+
+    @classmethod
+    def nothing(cls, ids: np.ndarray, row_bytes: int) -> _Found:
+        """Return the answer of a table that has none of these ids; it is filled in."""
+        rows = np.zeros((2, len(ids), row_bytes), np.uint8)
+        flags = np.zeros((3, len(ids)), bool)
+        return cls(ids, flags[0], rows[0], flags[1], rows[1], flags[2])
+
+    def join(self, other: _Found) -> _Found:
+        """Return both answers in one; they share no id."""
+        order = np.argsort(np.concatenate([self.ids, other.ids]), kind="stable")
+        return _Found(*(np.concatenate(pair)[order] for pair in zip(self, other, strict=True)))
+
+    def of(self, ids: np.ndarray) -> _Found:
+        """Return the answer for some of the ids (sorted, without duplicates)."""
+        return _Found(*(column[np.searchsorted(self.ids, ids)] for column in self))
+
+
 class RowFinder:
-    """Looks rows of a checkpoint up by id. Any rank, for itself; no collective."""
+    """Looks rows of a checkpoint up by id. Any rank, for itself; no collective.
+
+    What was found is kept, so that a table is scanned once for an id, whoever asks for it, and with :meth:`unmodified` too.
+    """
 
     def __init__(
         self,
@@ -66,32 +102,20 @@ class RowFinder:
         self.left_behind: Counter[str] = Counter()
         """Ids that were asked for, and that rules leave behind, by the table's name in ``checkpoint``."""
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
+        self._found: dict[int, _Found] = {}
+        """Table -> what is known of it already."""
+        self._is_unmodified = False
+
+    def unmodified(self) -> RowFinder:
+        """Return what finds the source's own rows: without cast, prune or the choice among duplicates. It shares the scans."""
+        view = copy.copy(self)
+        vars(view).update(_casts={}, left_behind=Counter(), _is_unmodified=True)
+        return view
 
     @property
     def is_live(self) -> bool:
         """Whether the model's own tables are what is exported."""
         return self._checkpoint.memory is not None or self._only is not None
-
-    def _find_by_number(
-        self, table: int, slot: SlotMeta, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
-        parts = self._checkpoint.parts
-        with RowReader(self._checkpoint) as reader:
-            for part in parts.of_table(table):
-                if not reader.is_held(part, slot.column):
-                    continue  # in the memory of another rank
-                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
-                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
-                if self._dropped_in is not None and len(places):
-                    dropped = self._dropped_in(part, 0, num_rows) + first_row
-                    places = places[~np.isin(ids[places], dropped)]
-                has_row[places] = True
-                if not len(places) or not slot.row_bytes:
-                    continue
-                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
-                    wanted = rows[run[0] : run[-1] + 1].reshape(-1)
-                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
@@ -169,15 +193,51 @@ class RowFinder:
         """
         if self._only is not None and len(ids):
             return self._find_allowed(table, ids, self._only)
-        checkpoint = self._checkpoint
         number = self._numbers[table]
-        slot = self._stored_embedding(table)
-        has_row = np.zeros(len(ids), bool)
-        rows = np.zeros((len(ids), slot.row_bytes), np.uint8)
-        if not checkpoint.tables[number].is_hashed:
-            self._find_by_number(number, slot, ids, has_row, rows)
-            return has_row, self._encode(table, rows)
-        is_pruned = np.zeros(len(ids), bool)
+        known = self._found.get(number)
+        new = ids if known is None else np.setdiff1d(ids, known.ids, assume_unique=True)
+        if known is None or len(new):
+            found = self._scan(number, self._stored_embedding(table), new)
+            known = self._found[number] = found if known is None else known.join(found)
+        answer = known.of(ids)
+        if self._is_unmodified:
+            return answer.has_row, answer.rows
+        # of an id that stands twice, one row may stay where rules leave the other behind
+        left = int(np.count_nonzero(answer.is_pruned & ~answer.is_kept))
+        self.left_behind[self._checkpoint.tables[number].name] += left
+        return answer.is_kept, self._encode(table, answer.kept)
+
+    def _scan(self, number: int, slot: SlotMeta, ids: np.ndarray) -> _Found:
+        found = _Found.nothing(ids, slot.row_bytes)
+        if self._checkpoint.tables[number].is_hashed:
+            self._scan_ids(number, slot, found)
+        else:
+            self._find_by_number(number, slot, found)
+        return found
+
+    def _find_by_number(self, table: int, slot: SlotMeta, found: _Found) -> None:
+        """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
+        parts, ids = self._checkpoint.parts, found.ids
+        with RowReader(self._checkpoint) as reader:
+            for part in parts.of_table(table):
+                if not reader.is_held(part, slot.column):
+                    continue  # in the memory of another rank
+                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
+                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
+                found.has_row[places] = found.is_kept[places] = True
+                if self._dropped_in is not None and len(places):
+                    dropped = self._dropped_in(part, 0, num_rows) + first_row
+                    found.is_kept[places[np.isin(ids[places], dropped)]] = False
+                if not len(places) or not slot.row_bytes:
+                    continue
+                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
+                    wanted = found.rows[run[0] : run[-1] + 1].reshape(-1)
+                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
+        found.kept[found.is_kept] = found.rows[found.is_kept]
+
+    def _scan_ids(self, number: int, slot: SlotMeta, found: _Found) -> None:
+        """Fill in the rows of a hash table: its columns of ids are scanned."""
+        checkpoint, ids = self._checkpoint, found.ids
         for part in checkpoint.parts.of_table(number):
             may_hold = self._misplaced is None or self._misplaced[part] > 0
             if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
@@ -190,23 +250,36 @@ class RowFinder:
                     continue  # in the memory of another rank, whose table this rank's model does not ask
                 for held in read_ids(checkpoint, part):
                     places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
-                    is_wanted = ids[places] == held
-                    if self._dropped_in is not None:
-                        is_wanted[self._dropped_in(part, first, len(held))] = False
-                    wanted = np.flatnonzero(is_wanted)
-                    if self._is_pruned is not None and len(wanted):
-                        is_left = self._is_pruned(part, first + wanted, held[wanted])
-                        is_pruned[places[wanted[is_left]]] = True
-                        wanted = wanted[~is_left]
-                    has_row[places[wanted]] = True
-                    if slot.row_bytes and len(wanted):
-                        found = np.empty((len(wanted), slot.row_bytes), np.uint8)
-                        reader.read_each_into(found, part, slot.column, first + wanted)
-                        rows[places[wanted]] = found
+                    wanted = np.flatnonzero(ids[places] == held)
+                    if len(wanted):
+                        self._fill(found, reader, slot, part, first, held, wanted, places[wanted])
                     first += len(held)
-        # of an id that stands twice, one row may stay where rules leave the other behind
-        self.left_behind[checkpoint.tables[number].name] += int(np.count_nonzero(is_pruned & ~has_row))
-        return has_row, self._encode(table, rows)
+
+    def _fill(
+        self,
+        found: _Found,
+        reader: RowReader,
+        slot: SlotMeta,
+        part: int,
+        first: int,
+        held: np.ndarray,
+        wanted: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """Take in the rows ``first + wanted`` of a part, whose ids ``held[wanted]`` are those at ``places``."""
+        is_kept = np.ones(len(wanted), bool)
+        if self._dropped_in is not None:
+            is_kept &= ~np.isin(wanted, self._dropped_in(part, first, len(held)))
+        if self._is_pruned is not None and is_kept.any():
+            is_left = self._is_pruned(part, first + wanted[is_kept], held[wanted[is_kept]])
+            found.is_pruned[places[is_kept][is_left]] = True
+            is_kept[is_kept] = ~is_left
+        rows = np.zeros((len(wanted), slot.row_bytes), np.uint8)
+        if slot.row_bytes:
+            reader.read_each_into(rows, part, slot.column, first + wanted)
+        # of an id that stands several times in one run, numpy takes the last, as the runs themselves do
+        found.has_row[places], found.rows[places] = True, rows
+        found.is_kept[places[is_kept]], found.kept[places[is_kept]] = True, rows[is_kept]
 
     def _cast_of(self, table: str) -> RowCast | None:
         return self._casts.get(self.written_name(table))

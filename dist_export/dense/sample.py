@@ -69,13 +69,13 @@ def run_sparse_arch(
     counts = SampleRows()
     # a sparse arch may empty the dict that it is given or write into its tensors; the batch is needed once more, and the
     # dataset may yield that very dict again
-    data = _copy_containers(data)
+    data = copy_containers(data)
     rows = (
         contextlib.nullcontext()
         if finder is None
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
-    with _eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
+    with eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
         try:
             output = sparse_arch(data)
         except DistExportError:
@@ -126,20 +126,21 @@ def cut_sample(
     return cut
 
 
-def _copy_containers(data: Any) -> Any:
+def copy_containers(data: Any) -> Any:
     """Copy dicts, lists and tensors, all the way down; other objects are shared."""
     if isinstance(data, dict):
         copied = copy.copy(data)
         for key, value in data.items():
-            copied[key] = _copy_containers(value)
+            copied[key] = copy_containers(value)
         return copied
     if type(data) in (list, tuple):
-        return type(data)(_copy_containers(item) for item in data)
+        return type(data)(copy_containers(item) for item in data)
     return data.detach().clone() if type(data) is torch.Tensor else data
 
 
 @contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put all modules into eval mode within this block, and back into their own afterwards."""
     training = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from dist_export.amounts import count, few
 from dist_export.archive.guard import load_program
@@ -24,6 +25,8 @@ from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
+from dist_export.dense.reference import Reference, ReferenceRunner
+from dist_export.dense.reference_check import ReferenceFigures, check_reference, refuse_other_inputs
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.dense.state import load_dense_parameters
@@ -56,6 +59,8 @@ class DenseStage:
         self._model_names: dict[str, str] = {}
         """Name of a table in the package -> in the model, where the two differ."""
         self._casts: Mapping[str, RowCast] = {}
+        self._reference: Reference | None = None
+        """What the caller's own model gave for the batch, on this rank."""
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
@@ -160,7 +165,23 @@ class DenseStage:
             for name in rows.sharded_tables
         ]
         notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, inputs, features))
+        notes += self._run_reference(sparse_arch, dense_arch, finder)
         return notes
+
+    def _run_reference(self, sparse_arch: nn.Module, dense_arch: nn.Module, finder: RowFinder | None) -> list[str]:
+        """Run the caller's own model on the batch, with the checkpoint's own rows and dense parameters. All ranks."""
+        ranks, config = self._ranks, self._config
+        runner = ReferenceRunner(
+            ranks,
+            self._objects.model,
+            sparse_arch,
+            dense_arch,
+            sparse_model_name=config.sparse_model_name,
+            dense_model_name=config.dense_model_name,
+        )
+        with runner.dense_values(None if self._parameters is None else self._parameters.load):
+            self._reference = runner.run(self._data, None if finder is None else finder.unmodified())
+        return ranks.on_rank_0("look at the reference", self._look_at_reference)
 
     def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
         """Trace, write into ``folder``, load what was written and compare. Rank 0; issues no collective."""
@@ -190,6 +211,39 @@ class DenseStage:
             traced.inputs,
             load_program(folder / PROGRAM),
             shapes=[output.shape for output in self.entry.outputs],
+            atol=config.atol,
+            rtol=config.rtol,
+            max_batch_size=config.max_batch_size,
+        )
+        self._check_reference(load_program(folder / PROGRAM))
+
+    def _check_reference(self, program: ExportedProgram) -> None:
+        """Compare the program with the caller's own model, and add the figures to ``parity``. Rank 0."""
+        reference, parity = self._reference, self.parity
+        assert reference is not None
+        assert parity is not None
+        figures = self._compare_with_reference(program, reference.blocks)
+        sizes = parity.batch_sizes if figures.rows in parity.batch_sizes else (*parity.batch_sizes, figures.rows)
+        worst = figures.outputs
+        self.parity = msgspec.structs.replace(
+            parity,
+            reference=reference.kind,
+            batch_sizes=sizes,
+            max_abs={n: max(value, worst[n].max_abs) if n in worst else value for n, value in parity.max_abs.items()},
+            max_rel={n: max(value, worst[n].max_rel) if n in worst else value for n, value in parity.max_rel.items()},
+            max_ulp={n: max(value, worst[n].max_ulp) if n in worst else value for n, value in parity.max_ulp.items()},
+        )
+
+    def _compare_with_reference(self, program: ExportedProgram, blocks: Mapping[str, Any]) -> ReferenceFigures:
+        config = self._config
+        assert self._sample is not None
+        assert self._reference is not None
+        return check_reference(
+            self._sample,
+            self._used,
+            program,
+            self._reference,
+            blocks=blocks,
             atol=config.atol,
             rtol=config.rtol,
             max_batch_size=config.max_batch_size,
@@ -267,6 +321,15 @@ class DenseStage:
             rtol=config.rtol,
         )
         self.parity = msgspec.structs.replace(self.parity, from_files=found)
+
+    def _look_at_reference(self) -> list[str]:
+        """Return notes on the reference. Rank 0. ModelError where the model gives the dense arch what serving cannot give."""
+        assert self._sample is not None
+        assert self._reference is not None
+        refuse_other_inputs(self._sample, self._reference, atol=self._config.atol, rtol=self._config.rtol)
+        reason = self._reference.reason
+        told = "the scores are compared with dense_arch(sparse_arch(batch)), so what forward does between the two is not checked"
+        return [f"{reason}: {told}"] if reason else []
 
     def _clear_gradients(self) -> None:
         optimizer = self._objects.dense_optimizer

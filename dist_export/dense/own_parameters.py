@@ -1,0 +1,133 @@
+"""Give the caller's own dense arch the checkpoint's values for a while, whatever shards it, and put its own back.
+
+This is the reference's way to the dense parameters. It shares nothing with the plain copy that is exported, except what was
+read from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, is_fully_sharded, is_lazy
+
+_MOST_BYTES = 64 << 20
+"""A buffer that is larger is not copied in order to put it back."""
+
+
+@contextlib.contextmanager
+def state_put_back(module: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers and extra state of ``module`` back when the block ends, bit for bit. Any rank, for itself."""
+    reshard(module)
+    kept = _keep([own for child in module.modules() for own in (child._parameters, child._buffers)])  # noqa: SLF001
+    extra = [(child, copy.deepcopy(child.get_extra_state())) for child in module.modules() if _has_extra_state(child)]
+    try:
+        yield
+    finally:
+        reshard(module)
+        _put_back(kept)
+        for child, state in extra:
+            child.set_extra_state(state)
+
+
+@contextlib.contextmanager
+def buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """Put the buffers of ``module`` back when the block ends: a forward may count or cache. Any rank, for itself."""
+    owners = [child._buffers for child in module.modules()]  # noqa: SLF001 -- the very places that a forward fills anew
+    kept = _keep(owners, most_bytes=_MOST_BYTES)
+    try:
+        yield
+    finally:
+        _put_back(kept)
+
+
+def _keep(
+    owners: Sequence[dict[str, Any]], *, most_bytes: int | None = None
+) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
+    kept = []
+    for owner in owners:
+        for name, tensor in owner.items():
+            if tensor is None or is_lazy(tensor):
+                continue
+            local = local_part(tensor)
+            if most_bytes is None or local.numel() * local.element_size() <= most_bytes:
+                kept.append((owner, name, tensor, local.clone()))
+    return kept
+
+
+def _put_back(kept: Sequence[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]) -> None:
+    for owner, name, tensor, values in kept:
+        local_part(tensor).copy_(values)
+        owner[name] = tensor
+
+
+def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name: str) -> None:
+    """Write the values of ``state`` into the dense arch itself. All ranks: FSDP of version 1 gathers its parameters for it.
+
+    Names are compared without the path elements of wrappers. What ``state`` lacks stays; what does not fit was refused when
+    the copy was loaded.
+    """
+    begin = f"{_plain(dense_model_name)}." if dense_model_name else ""
+    values = {_plain(name)[len(begin) :]: value for name, value in state.items() if _plain(name).startswith(begin)}
+    is_flat = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in tensors):
+        names = {_plain(name): name for name in module.state_dict()}
+        module.load_state_dict({names[key]: value for key, value in values.items() if key in names}, strict=False)
+        return
+    whole: Any = FullyShardedDataParallel.summon_full_params(module, writeback=True) if is_flat else None
+    with contextlib.nullcontext() if whole is None else whole, torch.no_grad():
+        pairs = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        for name, tensor in pairs:
+            if isinstance(value := values.get(_plain(name)), torch.Tensor):
+                local_part(tensor).copy_(_share_of(value, tensor))
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP drop the whole parameters that a forward has left, which would hide what is written into its shards."""
+    for child in module.modules():
+        if isinstance(child, FullyShardedDataParallel):
+            handle = getattr(child, "_handle", None)
+            if handle is not None and handle.uses_sharded_strategy:
+                handle.reshard(True)  # free the whole parameter
+        elif is_fully_sharded(child):
+            cast("Any", child).reshard()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's values, in the tensor's own memory and apart from autograd's count of changes."""
+    local = tensor.detach()
+    return (local.to_local() if hasattr(local, "to_local") else local).data
+
+
+def _share_of(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's share of the whole ``value``, sharded as ``tensor`` is. Nothing is sent."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    here = local_part(tensor)
+    everywhere = DTensor.from_local(
+        value.to(here.device),
+        mesh,
+        [Replicate()] * mesh.ndim,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+    return everywhere.redistribute(mesh, tensor.placements).to_local()  # type: ignore[attr-defined]
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _plain(name: str) -> str:
+    return ".".join(element for element in name.split(".") if element not in WRAPPER_ELEMENTS)

@@ -1,0 +1,224 @@
+"""Compare the written program with what the caller's own model gave for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from dist_export.amounts import few
+from dist_export.dense.blame import blame, said
+from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.reference import MODEL, Reference, copy_nested
+from dist_export.differences import Difference, compare
+from dist_export.errors import ModelError, ParityError
+
+_ROUNDINGS = 8
+"""How many roundings of a lower precision two runs may be apart, where autocast or FSDP computes in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFigures:
+    """How far the program is from the reference."""
+
+    rows: int
+    """Of the batch that was compared."""
+    outputs: dict[str, Difference]
+    notes: list[str] = field(default_factory=list)
+
+
+def check_reference(
+    sample: DenseSample,
+    names: Sequence[str],
+    program: ExportedProgram,
+    reference: Reference,
+    *,
+    blocks: Mapping[str, Any],
+    atol: float,
+    rtol: float,
+    max_batch_size: int,
+) -> ReferenceFigures:
+    """Run the program on a whole batch and compare each output with the reference. Rank 0.
+
+    The batch is neither cut nor repeated, except that the program takes ``max_batch_size`` rows at most.
+
+    Args:
+        names: the inputs that the program takes.
+        blocks: what the sparse arch gave for the batch, by name, whole.
+
+    Raises:
+        ParityError: an input is not there; the program fails; an output differs in count, shape, dtype or value.
+    """
+    lacking = [name for name in names if not isinstance(blocks.get(name), torch.Tensor)]
+    if lacking:
+        raise ParityError(
+            f"the sparse arch gives no {lacking[0]!r} when the whole model runs. No manifest was written, so there is no package"
+        )
+    rows = blocks[names[0]].shape[0]
+    device = sample.inputs[names[0]].device
+    inputs = {name: blocks[name].detach()[:max_batch_size] for name in names}
+    found = _run(program, inputs, device, sample)
+    try:
+        return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size)
+    except ParityError:
+        own = inputs[names[0]].device
+        if own == device:
+            raise
+    # two devices round differently: what the model computed elsewhere is compared with the program there
+    found = _run(_move(program, own), inputs, own, sample)
+    return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size)
+
+
+def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: float, rtol: float) -> None:
+    """Refuse a model whose forward gives the dense arch what serving cannot give. Rank 0, before anything is written.
+
+    Serving feeds what the sparse arch returns. What forward does to it in between matters where it changes an output.
+
+    Raises:
+        ModelError: it does; it names the inputs.
+    """
+    why = describe_other_inputs(reference)
+    if not why:
+        return
+    device = next(iter(sample.inputs.values())).device
+    blocks = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in copy_nested(reference.blocks).items()
+    }
+    rows = next(value.shape[0] for value in blocks.values() if isinstance(value, torch.Tensor))
+    try:
+        with exporting(sample.dense_arch), torch.no_grad():
+            found = sample.flatten(sample.dense_arch(blocks))
+        _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=rows)
+    except ParityError as error:
+        raise ModelError(
+            f"in model(batch), {why}. Serving feeds what the sparse arch returns, so its scores would be others: "
+            f"{str(error).split('. No manifest')[0]}. Nothing was written. Do this within the sparse or the dense arch"
+        ) from None
+    except Exception:  # noqa: BLE001 -- the comparison of the written program decides
+        return
+
+
+def describe_other_inputs(reference: Reference) -> str:
+    """Return how the dense arch's inputs in the model differ from what the sparse arch returned; empty where they do not."""
+    values = [*reference.args, *reference.kwargs.values()]
+    given = next((value for value in values if isinstance(value, Mapping)), None)
+    if given is None:
+        return f"the dense arch is called with {few([type(value).__name__ for value in values]) or 'nothing'}"
+    told = []
+    if more := [name for name in given if name not in reference.blocks]:
+        told.append(f"the dense arch gets {few([repr(name) for name in more])}, which the sparse arch does not return")
+    if less := [name for name in reference.blocks if name not in given]:
+        told.append(f"the dense arch does not get {few([repr(name) for name in less])}")
+    same = [name for name in given if name in reference.blocks]
+    if changed := [name for name in same if not _is_equal(given[name], reference.blocks[name])]:
+        told.append(f"{few([repr(name) for name in changed])} is changed between the sparse arch and the dense arch")
+    if same != [name for name in reference.blocks if name in given]:
+        told.append("the blocks are put into another order between the sparse arch and the dense arch")
+    named = [name for name, value in reference.kwargs.items() if value is not given]
+    if len(values) > 1:
+        what = few([repr(name) for name in named]) or f"{len(values) - 1} more"
+        told.append(f"the dense arch is called with further arguments ({what})")
+    return "; ".join(told)
+
+
+def _run(
+    program: ExportedProgram, inputs: Mapping[str, torch.Tensor], device: torch.device, sample: DenseSample
+) -> list[Any]:
+    call: Callable[[], Any] = partial(
+        program.module(), **{name: tensor.to(device).contiguous().clone() for name, tensor in inputs.items()}
+    )
+    try:
+        with exporting(sample.dense_arch), torch.no_grad():
+            return sample.flatten(call())
+    except Exception as error:
+        raise ParityError(
+            f"the written program fails on the whole batch: {said(error)}{blame(error)}. No manifest was written"
+        ) from error
+
+
+def _move(program: ExportedProgram, device: torch.device) -> ExportedProgram:
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(program, device)
+
+
+def _compare(
+    sample: DenseSample,
+    found: Sequence[Any],
+    reference: Reference,
+    rows: int,
+    *,
+    atol: float,
+    rtol: float,
+    limit: int,
+) -> ReferenceFigures:
+    model = "the dense arch in model(batch)" if reference.kind == MODEL else "dense_arch(sparse_arch(batch))"
+    try:
+        expected = sample.flatten(reference.output)
+    except (LookupError, TypeError, ValueError):
+        expected = []
+    if len(expected) != len(found) or not all(isinstance(value, torch.Tensor) for value in expected):
+        raise ParityError(
+            f"{model} returns {_describe(reference.output)}, the written program {few(list(sample.output_names))}. "
+            "No manifest was written"
+        )
+    figures = ReferenceFigures(min(rows, limit), {})
+    for name, eager, written in zip(sample.output_names, expected, found, strict=True):
+        if rows > limit and not (eager.dim() and eager.shape[0] == rows):
+            figures.notes.append(
+                f"output {name!r} has no row for each of the batch, which has more rows than max_batch_size ({rows:,}): it was "
+                "compared with the plain copy of the dense arch alone"
+            )
+            continue
+        worst = _compare_output(name, eager[:limit] if rows > limit else eager, written, reference, model, atol, rtol)
+        figures.outputs[name] = worst
+    return figures
+
+
+def _compare_output(
+    name: str, eager: torch.Tensor, written: torch.Tensor, reference: Reference, model: str, atol: float, rtol: float
+) -> Difference:
+    precision = reference.precision
+    if eager.dtype != written.dtype and eager.is_floating_point() and written.is_floating_point():
+        low = [dtype for dtype in (precision, eager.dtype) if dtype is not None]
+        precision = max(low, key=lambda dtype: torch.finfo(dtype).eps)
+        written = written.to(eager.dtype)
+    if eager.shape != written.shape or eager.dtype != written.dtype:
+        raise ParityError(
+            f"output {name!r}: {model} gives {eager.dtype} {list(eager.shape)}, the written program {written.dtype} "
+            f"{list(written.shape)}. No manifest was written"
+        )
+    if precision is not None and eager.is_floating_point():
+        slack = _ROUNDINGS * torch.finfo(precision).eps
+        largest = float(eager.double().nan_to_num(0, 0, 0).abs().max()) if eager.numel() else 0.0
+        atol, rtol = max(atol, slack * largest), max(rtol, slack)
+    worst = compare(eager, written, atol=atol, rtol=rtol)
+    if not worst.is_close:
+        why = describe_other_inputs(reference)
+        raise ParityError(
+            f"output {name!r}: the written program differs from {model} by up to {worst.max_abs:.3g} (relative "
+            f"{worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is atol {atol:g} + rtol {rtol:g} * "
+            f"|value|{f'; in the model, {why}' if why else ''}. No manifest was written, so there is no package"
+        )
+    return worst
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return type(one) is type(other) and (isinstance(one, (tuple, list)) or bool(one == other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(torch.equal(one.cpu().nan_to_num(), other.cpu().nan_to_num()))
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return few([str(key) for key in output]) or "an empty dict"
+    if isinstance(output, (tuple, list)):
+        return f"{len(output)} values"
+    return f"a {type(output).__name__}"
