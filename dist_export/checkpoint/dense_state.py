@@ -9,9 +9,11 @@ from typing import IO, Any
 
 from dist_export.checkpoint.extra_state import load_without_foreign_state
 from dist_export.checkpoint.state_archive import check_state_archive, is_zip, say_refusal
+from dist_export.checkpoint.torch_pickle import load_archive
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import DENSE_STATE
 from dist_export.layout.strict_json import is_text
+from dist_export.pickle_machine import PickleError
 from dist_export.storage import Directory
 
 _MAX_REPEATED_BYTES = 1 << 30
@@ -70,9 +72,13 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
     """Return what ``torch.load`` makes of the file, which is also at the local ``path``, if there is one."""
     import torch
 
+    refused = f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True)"
     is_mapped = is_zip(file)  # torch's older format cannot be mapped
     if is_mapped:
-        check_state_archive(file, where=where)
+        try:
+            load_archive(check_state_archive(file, where=where), is_any_known=True)
+        except PickleError as error:
+            raise CheckpointError(f"{refused}: {error}") from None
 
     def load() -> Any:
         file.seek(0)
@@ -88,9 +94,7 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
         refusal = say_refusal(error)
     state = load_without_foreign_state(load, file, refusal) if is_mapped else None
     if state is None:
-        raise CheckpointError(
-            f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True): {refusal}"
-        )
+        raise CheckpointError(f"{refused}: {refusal}")
     return state
 
 

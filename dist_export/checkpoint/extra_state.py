@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, NamedTuple
 
 from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
+from dist_export.checkpoint.torch_pickle import load_archive
+from dist_export.errors import CheckpointError
 
 _SUFFIX = "_extra_state"
 
@@ -100,12 +102,14 @@ def load_object(file: IO[bytes], *, where: str) -> Any:
     """
     import torch
 
-    check_state_archive(file, where=where)
-    file.seek(0)
     try:
+        load_archive(check_state_archive(file, where=where), is_any_known=True)
+        file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
         raise UnreadableError(f"torch.load with weights_only=True does not read it: {say_refusal(error)}") from None
 

@@ -1,18 +1,17 @@
-"""A look at ``model.pt`` before torch maps it: whether the zip is one that ``torch.save`` wrote, and holds what it says.
+"""What a zip of ``torch.save`` holds, and where: told by the zip itself, whoever packed it.
 
-``torch.load(weights_only=True)`` runs no code of a file, but with ``mmap`` it takes positions and lengths on trust: a
-member that was packed again comes out as the packed bytes, a storage that claims more bytes than its member has goes on
-into its neighbour, and a small member may unpack to any size. So each is held against the zip's directory first.
+Torch takes positions and lengths on trust: a member that was compressed comes out as the packed bytes, a storage that
+claims more bytes than its member has goes on into its neighbour, and where torch *computes* positions it goes by the order
+and padding that its own writer has. So members are looked up here: in the zip's directory, and in their own headers, which
+must agree. Any layout is read in which each member is stored as it is. Source: PKWARE's APPNOTE 6.3.
 """
 
 from __future__ import annotations
 
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from dist_export.errors import CheckpointError
 
@@ -22,16 +21,11 @@ _LOCAL_HEADER_BYTES = 30
 _REASON = re.compile(r"WeightsUnpickler error: .*?(?=\. Please use|$)|Trying to load unsupported .*", re.MULTILINE)
 """Behind it torch advises Python calls, which nobody can make from the command line."""
 
-_ITEMSIZES = {
-    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
-    **dict.fromkeys(("Float", "Int", "QInt32"), 4),
-    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
-    **dict.fromkeys(("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
-    "ComplexDouble": 16,
-}
-_STORAGES = {f"torch {name}Storage": itemsize for name, itemsize in _ITEMSIZES.items()}
-_STORAGES["torch.storage UntypedStorage"] = 1
-"""Storage class, as pickle names it -> bytes of an element."""
+_END = struct.Struct("<4s4H2LH")
+"""The record that a zip ends with, its comment apart."""
+_MAX_COMMENT_BYTES = 0xFFFF
+_IN_ZIP64 = 0xFFFFFFFF
+_IS_UTF8 = 0x800
 
 
 class StateArchive(NamedTuple):
@@ -39,8 +33,10 @@ class StateArchive(NamedTuple):
 
     pickled: bytes
     """The content of its ``data.pkl``."""
-    storages: tuple[tuple[int, int], ...]
-    """(position in the file, size in bytes) of each storage that the pickle asks for, in its order."""
+    root: str
+    """The folder that all members are in, with a slash."""
+    storages: dict[str, tuple[int, int]]
+    """Key of a storage -> (position in the file, size in bytes). The pickle need not ask for each."""
     is_big_endian: bool
     """Whether torch would turn the bytes of each element around."""
 
@@ -58,27 +54,22 @@ def say_refusal(error: Exception) -> str:
 
 
 def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
-    """Refuse a zip that ``torch.save`` did not write, or that torch would read beyond or unpack. Reads no payload.
-
-    Returns what it says of itself.
+    """Find the members of a zip that ``torch.save`` wrote, or that holds what it wrote. Reads no payload.
 
     Args:
         file: seekable; left anywhere.
         where: for messages.
 
     Raises:
-        CheckpointError: it is cut short, a member is packed, overlaps another one or has its name, or a storage is not
-            as long as the pickle says.
+        CheckpointError: it is cut short, or no such zip; a member is packed, overlaps another one, has its name, or is
+            called otherwise by its own header; the bytes of its elements are in an unknown order.
     """
-    size = file.seek(0, 2)
-    file.seek(max(size - 22, 0))
-    end = file.read()
-    # zipfile looks further up for a directory, torch does too, and they need not find the same one
-    if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-        raise CheckpointError(f"{where} is truncated, or no file of torch.save; save or copy it again")
+    directory = _find_directory(file, where)
     try:
         with zipfile.ZipFile(file) as archive:
             _refuse_numpy(archive, where)
+            if archive.start_dir != directory:  # there are bytes before the zip, or two directories in it
+                raise CheckpointError(f"{where} does not begin where its zip says; save or copy it again")
             sizes, starts = _check_members(file, archive, where)
             roots = {name.split("/", 1)[0] for name in sizes}
             pickled = f"{next(iter(roots))}/data.pkl" if len(roots) == 1 else ""
@@ -89,8 +80,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
                 if num_bytes > _MAX_PICKLE_BYTES and not name.startswith(f"{root}data/"):
                     raise CheckpointError(f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs")
             raw = archive.read(pickled)
-            order = f"{root}byteorder"
-            is_big_endian = order in sizes and archive.read(order) == b"big"
+            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in sizes else b"little"
     except (
         zipfile.BadZipFile,
         EOFError,
@@ -101,17 +91,45 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
         struct.error,
     ) as error:
         raise CheckpointError(f"{where} is a damaged zip: {error}; save or copy it again") from None
-    storages = []
-    for key, num_bytes in _claimed_storages(raw, where):
-        member = f"{root}data/{key}"
-        if sizes.get(member) != num_bytes:
-            has = f"has {sizes[member]:,}" if member in sizes else "is not there"
-            raise CheckpointError(
-                f"{where}: a tensor lies in {num_bytes:,} bytes of {member!r}, which {has}; it is damaged, or made to "
-                "deceive"
-            )
-        storages.append((starts[member], num_bytes))
-    return StateArchive(raw, tuple(storages), is_big_endian)
+    if order not in (b"little", b"big"):
+        raise CheckpointError(f"{where}: its bytes are in the order {order[:20]!r}; expected b'little' or b'big'")
+    data = f"{root}data/"
+    storages = {name.removeprefix(data): (starts[name], sizes[name]) for name in sizes if name.startswith(data)}
+    return StateArchive(raw, root, storages, order == b"big")
+
+
+def _find_directory(file: IO[bytes], where: str) -> int:
+    """Return where the zip's directory begins, as its last record says. That must end with the file, with its comment.
+
+    zipfile and torch both look further up for such a record, and need not find the same one.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(size - _END.size - 2, 0))  # as a rule there is no comment, and then no more is read
+    tail = file.read()
+    if len(tail) < _END.size or not tail[-_END.size :].startswith(b"PK\x05\x06"):
+        file.seek(max(size - _END.size - _MAX_COMMENT_BYTES, 0))
+        tail = file.read()
+    place = tail.rfind(b"PK\x05\x06")
+    if place >= 0 and len(tail) - place >= _END.size:
+        found = _END.unpack_from(tail, place)
+        if place + _END.size + found[-1] == len(tail):
+            end = size - len(tail) + place
+            begin: int = _read_zip64(file, end) if found[6] == _IN_ZIP64 else found[6]
+            if begin < end:
+                return begin
+    raise CheckpointError(f"{where} is truncated, or no file of torch.save; save or copy it again")
+
+
+def _read_zip64(file: IO[bytes], end: int) -> int:
+    """Return where the directory begins where the last record, at ``end``, has no room for that; beyond it where nothing says."""
+    file.seek(max(end - 20, 0))
+    locator = file.read(20)
+    if len(locator) == 20 and locator.startswith(b"PK\x06\x07"):
+        file.seek(min(int(struct.unpack("<Q", locator[8:16])[0]), end))
+        record = file.read(56)
+        if len(record) == 56 and record.startswith(b"PK\x06\x06"):
+            return int(struct.unpack("<Q", record[48:56])[0])
+    return end
 
 
 def _refuse_numpy(archive: zipfile.ZipFile, where: str) -> None:
@@ -144,6 +162,9 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tup
         file.seek(entry.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+        expected = name.encode("utf-8" if entry.flag_bits & _IS_UTF8 else "cp437")
+        if not header.startswith(b"PK\x03\x04") or file.read(name_bytes) != expected:
+            raise CheckpointError(f"{where}: {name!r} is not where the zip's directory says; save or copy it again")
         starts[name] = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         end = starts[name] + entry.file_size
         sizes[name] = entry.file_size
@@ -151,82 +172,3 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tup
     if end > archive.start_dir:
         raise CheckpointError(f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive")
     return sizes, starts
-
-
-def _claimed_storages(raw: bytes, where: str) -> Iterator[tuple[str, int]]:
-    """Yield (key, number of bytes) of each storage that the pickle asks for. Runs nothing: follows the stack alone."""
-    try:
-        claims = list(_persistent_ids(raw))
-    except Exception as error:  # noqa: BLE001 -- pickletools raises anything on a broken pickle
-        raise CheckpointError(f"{where} holds a broken pickle: {error}") from None
-    for claim in claims:
-        match claim:
-            case ("storage", _Global(name), str(key), str(), int(numel)) if name in _STORAGES:
-                yield key, numel * _STORAGES[name]
-            case _:
-                raise CheckpointError(f"{where} asks for what is no storage of a tensor; it is no file of torch.save")
-
-
-class _Global:
-    __match_args__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-_MARK = object()
-
-
-def _persistent_ids(raw: bytes) -> Iterator[Any]:
-    """Yield what stands on the stack at each BINPERSID, as far as it is made of texts, numbers, names and tuples."""
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(raw):
-        name = opcode.name
-        if name == "BINPERSID":
-            yield stack.pop()
-            stack.append(None)
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "GLOBAL":
-            stack.append(_Global(argument))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_Global(f"{module} {attribute}"))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name == "TUPLE":
-            stack.append(tuple(_pop_to_mark(stack)))
-        elif pickletools.markobject in opcode.stack_before:
-            _pop_to_mark(stack)
-            for _ in range(opcode.stack_before.index(pickletools.markobject)):
-                stack.pop()
-            stack.extend([None] * len(opcode.stack_after))
-        elif not opcode.stack_before and len(opcode.stack_after) == 1:
-            stack.append(argument)  # a text, a number, or None for whatever else is pushed
-        else:
-            for _ in opcode.stack_before:
-                stack.pop()
-            stack.extend([None] * len(opcode.stack_after))
-
-
-def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    place = len(stack) - 1
-    while stack[place] is not _MARK:
-        place -= 1
-        if place < 0:
-            raise IndexError("no mark on the stack")
-    found = stack[place + 1 :]
-    del stack[place:]
-    return found

@@ -6,34 +6,26 @@ as ``state_dict``; optimizer state is known by its two members ``state`` and ``p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item, open_range
-from dist_export.checkpoint.extra_state import Inert
 from dist_export.checkpoint.row_layout import Piece
-from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
+from dist_export.checkpoint.state_archive import StateArchive, check_state_archive
+from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
 from dist_export.errors import CheckpointError
 from dist_export.layout.strict_json import is_text
+from dist_export.pickle_machine import PickleError
 from dist_export.readers import RangeReader
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
 
 _MAX_DEPTH = 32
-_MAX_MEMBERS = 10_000_000
+_MAX_NAME = 4_096
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
-
-
-_HARMLESS = (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath"),
-    *(f"datetime.{name}" for name in ("datetime", "date", "timedelta")),
-)
-"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made: see ``Inert``."""
 
 
 class Located(NamedTuple):
@@ -72,11 +64,12 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         raise CheckpointError(
             f"{where} {what}; expected its zip format: load it with torch.load and write it again with torch.save"
         )
-    root = _load_without_payload(reader, size)
+    root, archive = _load_without_payload(reader, size)
     if not isinstance(root, Mapping):
         raise CheckpointError(f"{where} holds a {type(root).__name__}, expected a state_dict or a dict that has one")
-    model, notes = _find_model(root, where)
-    members = _Members(where)
+    most = len(archive.pickled)  # each member takes a byte at least, where it does not lie in several places
+    model, notes = _find_model(root, where, most)
+    members = _Members(where, most)
     tensors: list[Located] = []
     seen: set[str] = set()
     left_out: list[str] = []
@@ -84,14 +77,12 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         if name in seen:
             raise CheckpointError(f"{where} holds two tensors called {name!r}; rename one of them")
         seen.add(name)
-        reason = _why_not(tensor)
-        if reason:
-            left_out.append(f"{name} ({reason})")
+        if tensor.reason:
+            left_out.append(f"{name} ({tensor.reason})")
             continue
-        item = _place_of(tensor, size, where=f"{where}: {name!r}")
-        shape = tuple(map(int, tensor.shape))
-        piece = Piece((0,) * len(shape), shape, number, item.offset, item.strides)
-        tensors.append(Located(name, str(tensor.dtype).removeprefix("torch."), piece))
+        item = _place_of(tensor, archive)
+        piece = Piece((0,) * len(tensor.shape), tensor.shape, number, item.offset, item.strides)
+        tensors.append(Located(name, tensor.dtype, piece))
     if members.numbered:
         notes.append(f"optimizer state by number ({', '.join(members.numbered)}) belongs to no table and is not read")
     if left_out:
@@ -99,41 +90,27 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes))
 
 
-def _load_without_payload(reader: RangeReader, size: int) -> Any:
-    """Return what the file holds, with tensors that know no more than their place."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def _load_without_payload(reader: RangeReader, size: int) -> tuple[Any, StateArchive]:
+    """Return what the file holds, with tensors that know no more than their place, and what the zip says."""
     where = reader.where
-    file = open_range(reader, 0, size)
-    if check_state_archive(file, where=where).is_big_endian:
+    archive = check_state_archive(open_range(reader, 0, size), where=where)
+    if archive.is_big_endian:
         raise CheckpointError(f"{where} was written on a machine of big-endian bytes; save it again on another one")
-    file.seek(0)
-    stand_ins: list[Any] = [(Inert, name) for name in _HARMLESS]
     try:
-        with warnings.catch_warnings(), FakeTensorMode(), torch.serialization.safe_globals(stand_ins):
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 -- a damaged pickle can make torch's reader raise anything
+        return load_archive(archive), archive
+    except PickleError as error:
         raise CheckpointError(
-            f"{where} cannot be read (torch.load with weights_only=True): {say_refusal(error)}. Save the state_dict alone"
+            f"{where} cannot be read (torch.load with weights_only=True): {error}. Save the state_dict alone"
         ) from None
 
 
-def _place_of(tensor: Any, size: int, *, where: str) -> Item:
-    itemsize = tensor.element_size()
-    storage = tensor.untyped_storage()
-    first = int(tensor.storage_offset())
-    last = first + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and (last + 1) * itemsize > storage.nbytes():
-        raise CheckpointError(f"{where} reaches beyond the {storage.nbytes():,} bytes that are stored of it")
-    offset = int(getattr(storage, "_checkpoint_offset", None) or 0)
-    if tensor.numel() and not 0 < offset <= size - storage.nbytes():
-        raise CheckpointError(f"{where}: torch.load does not tell where its {storage.nbytes():,} bytes lie")
-    return Item(offset + first * itemsize, tuple(int(stride) * itemsize for stride in tensor.stride()))
+def _place_of(tensor: PickledTensor, archive: StateArchive) -> Item:
+    itemsize = itemsize_of(tensor.dtype)
+    begin = archive.storages[tensor.storage.key][0] if tensor.storage is not None else 0
+    return Item(begin + tensor.first * itemsize, tuple(stride * itemsize for stride in tensor.strides))
 
 
-def _find_model(root: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+def _find_model(root: Mapping[Any, Any], where: str, most: int) -> tuple[dict[str, Any], list[str]]:
     """Return what holds the parameters and named optimizer state, by the begin of their names, and notes."""
     keys = [
         key for key in MODEL_KEYS if isinstance(root.get(key), Mapping) and root[key] and not _is_optimizer(root[key])
@@ -142,7 +119,7 @@ def _find_model(root: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], li
         return {"": root}, []
     states = {key: value for key, value in root.items() if isinstance(key, str) and _is_optimizer(value)}
     others = {str(key): value for key, value in root.items() if key != keys[0] and key not in states}
-    beside = [key for key, value in others.items() if any(True for _ in _Members(where).walk({key: value}))]
+    beside = [key for key, value in others.items() if any(True for _ in _Members(where, most).walk({key: value}))]
     notes = [f"the model is what {keys[0]!r} holds; left out: {', '.join(beside)}"] if beside else []
     return {"": root[keys[0]], **states}, notes
 
@@ -151,53 +128,42 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("state"), Mapping) and "param_groups" in value
 
 
-def _why_not(tensor: Any) -> str:
-    """Return why a tensor is none whose bytes could be taken; empty where they can."""
-    import torch
-
-    if tensor.layout != torch.strided:
-        return str(tensor.layout).removeprefix("torch.")
-    if tensor.is_quantized:
-        return "quantized"
-    if hasattr(tensor, "_local_tensor"):
-        return "a DTensor, of which the file holds one shard"
-    return "conjugated" if tensor.is_conj() or tensor.is_neg() else ""
-
-
 class _Members:
-    """Walks through nested dicts and lists."""
+    """Walks through nested dicts and lists. What lies in many places is walked through as often, up to a limit."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, most: int) -> None:
         self._where = where
-        self._left = _MAX_MEMBERS
+        self._left = most
         self.numbered: list[str] = []
         """Optimizers whose state goes by number."""
 
-    def walk(self, roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    def walk(self, roots: Mapping[str, Any]) -> Iterator[tuple[str, PickledTensor]]:
         for prefix, value in roots.items():
             yield from self._walk(prefix, value, _MAX_DEPTH)
 
-    def _walk(self, path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-        import torch
-
+    def _walk(self, path: str, value: Any, depth: int) -> Iterator[tuple[str, PickledTensor]]:
         self._left -= 1
         if not depth or self._left < 0:
             raise CheckpointError(f"{self._where}: what {path!r:.200} holds is nested too deeply, or without end")
-        if isinstance(value, torch.Tensor):
+        tensor = as_tensor(value)
+        if tensor is not None:
             if not path or not is_text(path):
                 raise CheckpointError(
                     f"{self._where} holds a tensor called {path!r}; a table or parameter needs a name"
                 )
-            yield path, value
+            yield path, tensor
         elif _is_optimizer(value):
             if all(isinstance(key, str) for key in value["state"]):
-                yield from self._walk(f"{path}.state".lstrip("."), dict(value["state"]), depth - 1)
+                yield from self._walk(f"{path}.state".lstrip("."), value["state"], depth - 1)
             else:
                 self.numbered.append(path or "the file itself")
-        elif isinstance(value, Mapping):
-            for key, member in value.items():
-                if isinstance(key, (str, int)):
-                    yield from self._walk(f"{path}.{key}" if path else str(key), member, depth - 1)
-        elif isinstance(value, (list, tuple)) and type(value) is not torch.Size:
-            for place, member in enumerate(value):
-                yield from self._walk(f"{path}.{place}", member, depth - 1)
+        elif type(value) in (dict, list, tuple):
+            for key, member in value.items() if type(value) is dict else enumerate(value):
+                if isinstance(key, (str, int)) and not isinstance(member, (str, int, float, type(None))):
+                    yield from self._walk(self._join(path, key), member, depth - 1)
+
+    def _join(self, path: str, key: str | int) -> str:
+        joined = f"{path}.{key}" if path else str(key)
+        if len(joined) > _MAX_NAME:
+            raise CheckpointError(f"{self._where} holds a name of more than {_MAX_NAME:,} characters: {joined!r:.200}")
+        return joined

@@ -1,0 +1,368 @@
+"""A pickle read without running any of it, and without more memory or time than its length warrants.
+
+Python's own reader builds whatever a pickle describes: a few bytes make it hash a key of 2^60 parts, or reserve gigabytes
+for an index that nothing uses. This one knows protocols 2 to 5 as they are written today (source: the opcodes that
+``pickletools`` of the standard library documents). Every step costs a bounded amount: numbers, texts and containers become
+what they are, each name becomes what the caller's ``find`` gives for it, and a call is made of that alone. Nothing is
+imported, no key is hashed whose hash was not bounded first, and sets are not built at all.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what Python itself reads names of protocol 2 with
+from collections.abc import Callable
+from typing import Any
+
+_MAX_ARGUMENTS = 64
+_MAX_NAME = 1_000
+_MAX_KEY = 1 << 16
+"""Of a text, in characters. Two long texts that are equal are compared to their ends, each time one is a key."""
+_MAX_KEY_PARTS = 64
+_MAX_KEY_TEXT = 4_096
+"""Of a tuple that is a key: its parts, and the characters in them."""
+_MAX_COLLISIONS = 16
+"""Different keys of one hash. Numbers and tuples of one hash are easily made, and looking up one compares it with all."""
+_HASH_BITS = 61
+"""Python's hash of a smaller whole number is that number."""
+_MAX_INT_BYTES = 64
+
+_U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
+
+
+class PickleError(ValueError):
+    """The pickle is damaged, or says what nothing that is read here says. The text is the middle of a sentence."""
+
+
+class Global:
+    """What a pickle names: a class or a function, which only stands here."""
+
+    __slots__ = ("make", "name")
+
+    def __init__(self, name: str, make: Callable[..., Any] | None = None) -> None:
+        """``make`` is called, with the pickle's own arguments, where the pickle makes an object of the name."""
+        self.name = name
+        self.make = make
+
+
+class Record:
+    """An object of a class that only its name is known of."""
+
+    __slots__ = ("arguments", "kind", "state")
+
+    def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
+        self.kind = kind
+        self.arguments = arguments
+        self.state: Any = None
+        """What it was restored from; a reference to it, so that no copy is made."""
+
+
+def recorded(name: str) -> Global:
+    """Return a name whose objects are records."""
+    return Global(name, lambda *arguments: Record(name, arguments))
+
+
+class Machine:
+    """Reads one pickle, from ``start`` on in ``raw``. After it, ``end`` is the position behind it."""
+
+    def __init__(
+        self,
+        raw: bytes | mmap.mmap,
+        find: Callable[[str, str], Any],
+        persistent: Callable[[Any], Any] | None = None,
+        *,
+        start: int = 0,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            find: what a name (module, name) stands for: a :class:`Global`, or any value. PickleError where it is refused.
+            persistent: what a reference out of the pickle (its id, of any kind) stands for. None refuses all.
+        """
+        self.raw = raw
+        self.start = start
+        self.end = start
+        self._find = find
+        self._persistent = persistent
+        self._found: dict[tuple[str, str], Any] = {}
+        self._allowance = 8 * len(raw) + (1 << 16)
+        self._collisions: dict[int, list[Any]] = {}
+        self._protocol = 0
+
+    def load(self) -> Any:
+        """Return what the pickle describes. It may be nested without bounds, and one container may lie in many places.
+
+        Raises:
+            PickleError: it is damaged, cut short, of another protocol, or names, calls or hashes what it may not.
+        """
+        try:
+            return self._load()
+        except (IndexError, struct.error):
+            raise PickleError("is cut short or damaged") from None
+
+    def charge(self, amount: int) -> None:
+        """Count ``amount`` members or bytes that a call copies. PickleError where more are copied than the pickle is long."""
+        self._allowance -= amount
+        if self._allowance < 0:
+            raise PickleError("copies the same content again and again; it is made to take for ever")
+
+    def check_key(self, key: Any) -> None:
+        """Refuse a key whose hash or comparison could take for ever. PickleError."""
+        kind = type(key)
+        if kind is str or kind is bytes:
+            if len(key) > _MAX_KEY:
+                raise PickleError(f"has a key of {len(key):,} characters")
+        elif kind is int:
+            if key.bit_length() >= _HASH_BITS:
+                self._count_collisions(key)
+        elif kind is tuple:
+            _measure_key(key)
+            self._count_collisions(key)
+        elif kind not in (bool, float, type(None), Record, Global):
+            raise PickleError(f"has a key that is a {kind.__name__}")
+
+    def _count_collisions(self, key: Any) -> None:
+        same = self._collisions.setdefault(hash(key), [])
+        if key not in same:
+            same.append(key)
+            if len(same) > _MAX_COLLISIONS:
+                raise PickleError("has keys of one hash; they are made to take for ever")
+
+    def _load(self) -> Any:
+        raw, size = self.raw, len(self.raw)
+        memo: list[Any] = []
+        self._memo = memo
+        stack: list[Any] = []
+        self._below: list[list[Any]] = []
+        at = self._read_protocol()
+        while True:
+            opcode = raw[at]
+            at += 1
+            if opcode == 0x94:  # MEMOIZE
+                memo.append(stack[-1])
+            elif opcode == 0x68:  # BINGET
+                stack.append(memo[raw[at]])
+                at += 1
+            elif opcode == 0x6A:  # LONG_BINGET
+                stack.append(memo[_U32.unpack_from(raw, at)[0]])
+                at += 4
+            elif opcode == 0x4B:  # BININT1
+                stack.append(raw[at])
+                at += 1
+            elif opcode == 0x4D:  # BININT2
+                stack.append(_U16.unpack_from(raw, at)[0])
+                at += 2
+            elif opcode == 0x28:  # MARK
+                self._below.append(stack)
+                stack = []
+            elif opcode == 0x52 or opcode == 0x81:  # REDUCE, NEWOBJ  # noqa: PLR1714 -- a set is slower, a million times
+                arguments = stack.pop()
+                stack[-1] = self._call(stack[-1], arguments)
+            elif opcode == 0x62:  # BUILD
+                state = stack.pop()
+                restored = stack[-1]
+                if type(restored) is Record and restored.state is None:
+                    restored.state = state
+                elif type(restored) is not dict:  # an OrderedDict's own attributes are of no interest
+                    raise PickleError(f"restores a {type(restored).__name__}, or one object twice")
+            elif opcode == 0x7D:  # EMPTY_DICT
+                stack.append({})
+            elif opcode == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif opcode == 0x75:  # SETITEMS
+                items = stack
+                stack = self._below.pop()
+                self._set_items(stack[-1], items)
+            elif opcode == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif opcode == 0x86:  # TUPLE2
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif opcode == 0x87:  # TUPLE3
+                third, second = stack.pop(), stack.pop()
+                stack[-1] = (stack[-1], second, third)
+            elif opcode == 0x72 or opcode == 0x71:  # LONG_BINPUT, BINPUT  # noqa: PLR1714 -- as above
+                place = raw[at] if opcode == 0x71 else _U32.unpack_from(raw, at)[0]
+                at += 1 if opcode == 0x71 else 4
+                self._put(place, stack[-1])
+            elif opcode == 0x2E:  # STOP
+                self.end = at
+                return stack.pop()
+            elif opcode in _READ:
+                length, read = _READ[opcode]
+                count = length.unpack_from(raw, at)[0] if isinstance(length, struct.Struct) else length
+                at += length.size if isinstance(length, struct.Struct) else 0
+                if count > size - at:
+                    raise PickleError("is cut short or damaged")
+                stack.append(read(raw[at : at + count]))
+                at += count
+            elif opcode == 0x63:  # GLOBAL
+                ends = raw.find(b"\n", at), raw.find(b"\n", raw.find(b"\n", at) + 1)
+                if not at <= ends[0] < ends[1]:
+                    raise PickleError("is cut short or damaged")
+                stack.append(self._name(_text(raw[at : ends[0]]), _text(raw[ends[0] + 1 : ends[1]])))
+                at = ends[1] + 1
+            elif opcode == 0x95:  # FRAME
+                if _U64.unpack_from(raw, at)[0] > size - at - 8:
+                    raise PickleError("is cut short or damaged")
+                at += 8
+            else:
+                stack = self._rare(opcode, stack)
+
+    def _read_protocol(self) -> int:
+        head = self.raw[self.start : self.start + 2]
+        if len(head) < 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
+            raise PickleError("is no pickle of protocol 2 to 5")
+        self._protocol = head[1]
+        return self.start + 2
+
+    def _put(self, place: int, value: Any) -> None:
+        if place == len(self._memo):
+            self._memo.append(value)
+        elif place < len(self._memo):
+            self._memo[place] = value
+        else:  # Python's reader would make room for all that are left out
+            raise PickleError(f"numbers what it repeats {place:,} after {len(self._memo):,}")
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if type(function) is not Global or function.make is None or type(arguments) is not tuple:
+            name = function.name if type(function) is Global else type(function).__name__
+            raise PickleError(f"calls {name}, which is nothing that it may call")
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise PickleError(f"calls {function.name} with {len(arguments):,} arguments")
+        return function.make(*arguments)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if len(items) % 2 or type(target) not in (dict, Record):
+            raise PickleError("is cut short or damaged")
+        for place in range(0, len(items), 2):
+            key = items[place]
+            if type(key) is not str or len(key) > _MAX_KEY:
+                self.check_key(key)
+            if type(target) is dict:  # what is set in an object of another class is of no interest
+                target[key] = items[place + 1]
+
+    def _name(self, module: Any, name: Any) -> Any:
+        if type(module) is not str or type(name) is not str or max(len(module), len(name)) > _MAX_NAME:
+            raise PickleError("computes the name of what it calls")
+        if self._protocol < 3:
+            if (module, name) in NAME_MAPPING:
+                module, name = NAME_MAPPING[module, name]
+            else:
+                module = IMPORT_MAPPING.get(module, module)
+        key = (module, name)
+        if key not in self._found:
+            self._found[key] = self._find(module, name)
+        return self._found[key]
+
+    def _rare(self, opcode: int, stack: list[Any]) -> list[Any]:
+        """Do what a rare opcode says; return the stack that goes on."""
+        if opcode in _PUSHED:
+            stack.append(_PUSHED[opcode]())
+        elif opcode == 0x32:  # DUP
+            stack.append(stack[-1])
+        elif opcode == 0x30:  # POP, which takes a mark where that is on top
+            if not stack:
+                return self._below.pop()
+            stack.pop()
+        elif opcode == 0x61:  # APPEND
+            item = stack.pop()
+            self._extend(stack[-1], [item])
+        elif opcode == 0x73:  # SETITEM
+            value, key = stack.pop(), stack.pop()
+            self._set_items(stack[-1], [key, value])
+        elif opcode == 0x93:  # STACK_GLOBAL
+            name, module = stack.pop(), stack.pop()
+            stack.append(self._name(module, name))
+        elif opcode == 0x51:  # BINPERSID
+            if self._persistent is None:
+                raise PickleError("refers to something outside of itself")
+            stack[-1] = self._persistent(stack[-1])
+        elif opcode == 0x92:  # NEWOBJ_EX
+            names, arguments = stack.pop(), stack.pop()
+            if names != {}:
+                raise PickleError("makes an object of named arguments")
+            stack[-1] = self._call(stack[-1], arguments)
+        else:
+            return self._close(opcode, stack)
+        return stack
+
+    def _close(self, opcode: int, items: list[Any]) -> list[Any]:
+        """Do what an opcode says that takes all ``items`` down to the last mark; return the stack below it."""
+        if opcode not in _CLOSING:
+            raise PickleError(f"has the opcode {opcode:#04x}, which no such file has")
+        stack = self._below.pop()
+        if opcode == 0x74:  # TUPLE
+            stack.append(tuple(items))
+        elif opcode == 0x65:  # APPENDS
+            self._extend(stack[-1], items)
+        elif opcode == 0x90:  # ADDITEMS, whose target is a set
+            self._extend(stack[-1], [])
+        elif opcode == 0x91:  # FROZENSET
+            stack.append(Record("frozenset"))
+        return stack  # POP_MARK, else
+
+    def _extend(self, target: Any, items: list[Any]) -> None:
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is not Record:  # as for items of a dict
+            raise PickleError(f"appends to a {type(target).__name__}")
+
+
+def _measure_key(key: tuple[Any, ...]) -> None:
+    """Refuse a tuple with many parts, counted as often as they are in it, or with long ones."""
+    waiting: list[Any] = [key]
+    parts = length = 0
+    while waiting:
+        part = waiting.pop()
+        parts += 1
+        if type(part) is tuple:
+            waiting.extend(part[: _MAX_KEY_PARTS + 1])
+        elif type(part) in (str, bytes):
+            length += len(part)
+        elif type(part) not in (int, bool, float, type(None), Global):
+            raise PickleError(f"has a key with a {type(part).__name__} in it")
+        if parts > _MAX_KEY_PARTS or length > _MAX_KEY_TEXT:
+            raise PickleError("has a key of too many parts")
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise PickleError("has a text that is none") from None
+
+
+def _integer(raw: bytes) -> int:
+    if len(raw) > _MAX_INT_BYTES:
+        raise PickleError(f"has a whole number of {len(raw):,} bytes")
+    return int.from_bytes(raw, "little", signed=True)
+
+
+_U8 = struct.Struct("B")
+_READ: dict[int, tuple[struct.Struct | int, Callable[[bytes], Any]]] = {
+    0x8C: (_U8, _text),  # SHORT_BINUNICODE
+    0x58: (_U32, _text),  # BINUNICODE
+    0x8D: (_U64, _text),  # BINUNICODE8
+    0x55: (_U8, _text),  # SHORT_BINSTRING
+    0x54: (_U32, _text),  # BINSTRING
+    0x43: (_U8, bytes),  # SHORT_BINBYTES
+    0x42: (_U32, bytes),  # BINBYTES
+    0x8E: (_U64, bytes),  # BINBYTES8
+    0x96: (_U64, bytes),  # BYTEARRAY8
+    0x4A: (4, lambda raw: _I32.unpack(raw)[0]),  # BININT
+    0x47: (8, lambda raw: _F64.unpack(raw)[0]),  # BINFLOAT
+    0x8A: (_U8, _integer),  # LONG1
+    0x8B: (_U32, _integer),  # LONG4
+}
+"""Opcode -> (bytes that follow, or how their number is written; what is made of them)."""
+
+_PUSHED: dict[int, Callable[[], Any]] = {
+    0x5D: list,
+    0x8F: lambda: Record("set"),
+    0x4E: lambda: None,
+    0x88: lambda: True,
+    0x89: lambda: False,
+}
+_CLOSING = b"te1\x90\x91"
