@@ -14,7 +14,8 @@ from dist_export.checkpoint.state_archive import check_state_archive, say_refusa
 from dist_export.checkpoint.torch_pickle import load_archive
 from dist_export.errors import CheckpointError
 
-_SUFFIX = "_extra_state"
+EXTRA_STATE = "_extra_state"
+"""Last element of the name that a state_dict has it under."""
 
 
 class UntakenState(NamedTuple):
@@ -39,7 +40,7 @@ class Inert:
 
 def is_extra_state(name: str) -> bool:
     """Whether a state_dict has the extra state of a module under this name."""
-    return name.rpartition(".")[2] == _SUFFIX
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def find_extra_state(path: Sequence[Any]) -> int:

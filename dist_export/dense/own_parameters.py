@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, is_fully_sharded, is_lazy
 
 _MOST_BYTES = 64 << 20
@@ -74,7 +75,8 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
     the copy was loaded.
     """
     begin = f"{_plain(dense_model_name)}." if dense_model_name else ""
-    values = {_plain(name)[len(begin) :]: value for name, value in state.items() if _plain(name).startswith(begin)}
+    under = {_plain(name)[len(begin) :]: value for name, value in state.items() if _plain(name).startswith(begin)}
+    values = {key: value for key, value in under.items() if not isinstance(value, UntakenState)}
     is_flat = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in tensors):
@@ -87,6 +89,10 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
         for name, tensor in pairs:
             if isinstance(value := values.get(_plain(name)), torch.Tensor):
                 local_part(tensor).copy_(_share_of(value, tensor))
+    for name, child in module.named_modules():
+        key = _plain(f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE)
+        if _has_extra_state(child) and key in values:
+            cast("Any", child).set_extra_state(values[key])
 
 
 def reshard(module: nn.Module) -> None:

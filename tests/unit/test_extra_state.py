@@ -15,6 +15,7 @@ from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.extra_state import rebuild
 from dist_export.checkpoint.plain import PlainDense
 from dist_export.checkpoint.torch_save import TorchReader
+from dist_export.dense.own_parameters import put_values
 from dist_export.dense.state import load_dense_parameters
 from dist_export.errors import ModelError
 from dist_export.storage import Directory
@@ -187,3 +188,13 @@ def test_a_dict_that_was_one_value_stays_closed() -> None:
     with pytest.raises(ValueError):
         rebuild([((), {"a": 1}), (("b",), 2)])
     assert rebuild([(("x",), {"0": 1})]) == {"x": {"0": 1}}
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken"])
+def test_the_reference_has_the_extra_state_that_the_program_has(taken: bool, tmp_path: Path) -> None:
+    trained = nn.ModuleDict({"norm": Scaled(4 if taken else Foreign())})
+    parameters = write("recis", tmp_path / "ck", state_of(trained))
+    own = nn.ModuleDict({"norm": Scaled("own")})
+    put_values(own, parameters.load(), dense_model_name="dense_arch")
+    assert own["norm"].state == (4 if taken else "own")
+    assert torch.equal(own["norm"].linear.weight, trained["norm"].linear.weight)
