@@ -203,6 +203,10 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """In the order in which the program returns them."""
     dropped_inputs: tuple[str, ...]
     max_batch_size: Count
+    input_order: tuple[str, ...] = ()
+    """Inputs, dropped ones too, in the order of the sparse arch's mapping, in which the dense arch got them."""
+    constants: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """Entries of that mapping that are no tensors, as Python writes them: they are constants of the program."""
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):

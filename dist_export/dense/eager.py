@@ -12,21 +12,31 @@ import torch
 from torch import nn
 
 from dist_export.dense.blame import blame, said
+from dist_export.dense.blocks import Blocks
 from dist_export.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
 class DenseSample:
-    """The dense arch in eval mode, its inputs (sorted, on its device) and what it gives for them."""
+    """The dense arch in eval mode, its blocks (on its device) and what it gives for them."""
 
     dense_arch: nn.Module
-    inputs: dict[str, torch.Tensor]
+    blocks: Blocks
     outputs: tuple[torch.Tensor, ...]
     output_names: tuple[str, ...]
     output_keys: tuple[Any, ...] | None
     """Where the dense arch returns a dict: its keys, in the order of the outputs."""
     is_single: bool
     """The dense arch returns a bare Tensor, and so does the program."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors of the blocks, sorted by name, as the program takes them; the dense arch gets them by :meth:`call`."""
+        return dict(sorted(self.blocks.tensors.items()))
+
+    def call(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Run the dense arch on these tensors, given in the mapping, order and constants that the sparse arch gave."""
+        return self.dense_arch(self.blocks.fill(tensors))
 
     def flatten(self, output: Any) -> list[Any]:
         """Return what the dense arch returned as a list in the order of ``output_names``."""
@@ -37,9 +47,7 @@ class DenseSample:
         return list(output)
 
 
-def run_dense_arch(
-    dense_arch: nn.Module, inputs: dict[str, torch.Tensor], *, export_outputs: Sequence[str] | None
-) -> DenseSample:
+def run_dense_arch(dense_arch: nn.Module, blocks: Blocks, *, export_outputs: Sequence[str] | None) -> DenseSample:
     """Run the dense arch eagerly and name its outputs. Rank 0.
 
     It runs twice: what the first run sets up (lazy modules, caches) is not taken for state that every run changes.
@@ -48,9 +56,9 @@ def run_dense_arch(
         ModelError: it fails on the sample; it changes its buffers or parameters with every run; it returns anything
             but a Tensor, a tuple or list of Tensors, or a dict of them; the names do not fit.
     """
-    _run(dense_arch, inputs)
+    run_eagerly(dense_arch, blocks)
     before = {name: tensor.detach().clone() for name, tensor in _state_of(dense_arch)}
-    output = _run(dense_arch, inputs)
+    output = run_eagerly(dense_arch, blocks)
     changed = [name for name, tensor in _state_of(dense_arch) if name in before and not _is_same(before[name], tensor)]
     if changed:
         raise ModelError(
@@ -67,7 +75,7 @@ def run_dense_arch(
                 "Tensor, a tuple or list of Tensors, or a dict of them"
             )
     names, order = _name_outputs(len(values), keys, export_outputs)
-    sample = DenseSample(dense_arch, inputs, (), names, order, isinstance(output, torch.Tensor))
+    sample = DenseSample(dense_arch, blocks, (), names, order, isinstance(output, torch.Tensor))
     return replace(sample, outputs=tuple(tensor.detach().clone() for tensor in sample.flatten(output)))
 
 
@@ -110,10 +118,11 @@ def _can_mark(module: nn.Module) -> bool:
     return hasattr(module, "exported") and not (callable(module.exported) or isinstance(module.exported, torch.Tensor))
 
 
-def _run(dense_arch: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
+def run_eagerly(dense_arch: nn.Module, blocks: Blocks) -> Any:
+    """Run the dense arch on fresh tensors, as it is traced. ModelError where it fails."""
     with exporting(dense_arch), torch.no_grad():
         try:
-            return dense_arch({name: tensor.clone() for name, tensor in inputs.items()})
+            return dense_arch(blocks.fill({name: tensor.clone() for name, tensor in blocks.tensors.items()}))
         except Exception as error:
             raise ModelError(f"the dense arch fails on the sample batch: {said(error)}{blame(error)}") from error
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from dist_export.archive.fx_folder import graph_text, write_fx_folder
@@ -99,6 +100,8 @@ def describe_dense(
         ),
         dropped_inputs=traced.dropped,
         max_batch_size=max_batch_size,
+        input_order=tuple(sample.blocks.tensors),
+        constants=dict(sorted(sample.blocks.constants.items())) or msgspec.UNSET,
     )
 
 

@@ -50,7 +50,7 @@ def check_parity(
     for size in sizes:
         place = f"at batch size {size}"
         all_rows, used_rows = _resized(sample.inputs, size), _resized(inputs, size)
-        expected = _run(partial(sample.dense_arch, all_rows), f"the dense arch itself fails {place}", sample)
+        expected = _run(partial(sample.call, all_rows), f"the dense arch itself fails {place}", sample)
         found = _run(partial(runner, **used_rows), f"the written program fails {place}", sample)
         if len(expected) != len(found):
             raise ParityError(

@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 
 from dist_export.amounts import few
 from dist_export.dense.blame import blame, said
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
-from dist_export.dense.reference import MODEL, Reference, copy_nested
+from dist_export.dense.reference import MODEL, Reference
 from dist_export.differences import Difference, compare
 from dist_export.errors import ModelError, ParityError
 
@@ -48,19 +49,20 @@ def check_reference(
 
     Args:
         names: the inputs that the program takes.
-        blocks: what the sparse arch gave for the batch, by name, whole.
+        blocks: what the sparse arch gave for the batch, whole: its mapping, in which entries may be nested.
 
     Raises:
         ParityError: an input is not there; the program fails; an output differs in count, shape, dtype or value.
     """
-    lacking = [name for name in names if not isinstance(blocks.get(name), torch.Tensor)]
+    tensors = read_blocks(blocks).tensors
+    lacking = [name for name in names if name not in tensors]
     if lacking:
         raise ParityError(
             f"the sparse arch gives no {lacking[0]!r} when the whole model runs. No manifest was written, so there is no package"
         )
-    rows = blocks[names[0]].shape[0]
+    rows = tensors[names[0]].shape[0]
     device = sample.inputs[names[0]].device
-    inputs = {name: blocks[name].detach()[:max_batch_size] for name in names}
+    inputs = {name: tensors[name].detach()[:max_batch_size] for name in names}
     found = _run(program, inputs, device, sample)
     try:
         return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size)
@@ -85,14 +87,12 @@ def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: floa
     if not why:
         return
     device = next(iter(sample.inputs.values())).device
-    blocks = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in copy_nested(reference.blocks).items()
-    }
-    rows = next(value.shape[0] for value in blocks.values() if isinstance(value, torch.Tensor))
+    blocks = read_blocks(reference.blocks)
+    tensors = {name: value.to(device, copy=True) for name, value in blocks.tensors.items()}
+    rows = next(iter(tensors.values())).shape[0]
     try:
         with exporting(sample.dense_arch), torch.no_grad():
-            found = sample.flatten(sample.dense_arch(blocks))
+            found = sample.flatten(sample.call(tensors))
         _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=rows)
     except ParityError as error:
         raise ModelError(
@@ -209,8 +209,12 @@ def _compare_output(
 
 
 def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return list(one) == list(other) and all(_is_equal(one[name], other[name]) for name in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
-        return type(one) is type(other) and (isinstance(one, (tuple, list)) or bool(one == other))
+        return type(one) is type(other) and bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(torch.equal(one.cpu().nan_to_num(), other.cpu().nan_to_num()))

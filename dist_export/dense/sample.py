@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.blame import blame, said
+from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.tables import SampleRows, checkpoint_rows
@@ -33,16 +34,30 @@ class Batch:
     is_there: bool
 
 
+class Batches:
+    """The batches of a dataset, one after the other. Every rank for itself."""
+
+    def __init__(self, dataset: Any) -> None:
+        try:
+            self._iterator = iter(dataset)
+        except TypeError:
+            raise ModelError(f"dataset is a {type(dataset).__name__}, which cannot be iterated over") from None
+
+    def take(self) -> Batch:
+        """Take the next batch. :func:`take_batch` says what counts as one."""
+        return _next_batch(self._iterator)
+
+
 def take_batch(dataset: Any) -> Batch:
     """Take the first batch. Every rank for itself.
 
     A 2-tuple that begins with a bool, an int or a one-element tensor is RecIS's ``(stop_flag, data)``; a set flag means
     that there is no data.
     """
-    try:
-        iterator = iter(dataset)
-    except TypeError:
-        raise ModelError(f"dataset is a {type(dataset).__name__}, which cannot be iterated over") from None
+    return Batches(dataset).take()
+
+
+def _next_batch(iterator: Iterator[Any]) -> Batch:
     try:
         item = next(iterator)
     except StopIteration:
@@ -57,14 +72,14 @@ def take_batch(dataset: Any) -> Batch:
 
 def run_sparse_arch(
     sparse_arch: nn.Module, data: Any, *, sparse_model_name: str, finder: RowFinder | None
-) -> tuple[dict[str, torch.Tensor], SampleRows]:
-    """Put one batch through the sparse arch and return the dense inputs. All ranks at once: it may be collective.
+) -> tuple[Blocks, SampleRows]:
+    """Put one batch through the sparse arch and return what the dense arch gets. All ranks at once: it may be collective.
 
     Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode and
     rows are put back afterwards.
 
     Raises:
-        ModelError: it returns anything but a dict of tensors, or a tuple that begins with one.
+        ModelError: it returns anything but a mapping of blocks, or a tuple that begins with one.
     """
     counts = SampleRows()
     # a sparse arch may empty the dict that it is given or write into its tensors; the batch is needed once more, and the
@@ -104,13 +119,12 @@ def is_argument_name(name: object) -> bool:
     return unicodedata.normalize("NFKC", name) == name  # Python reads another spelling as this one
 
 
-def cut_sample(
-    inputs: Mapping[str, torch.Tensor], *, device: torch.device, max_batch_size: int
-) -> dict[str, torch.Tensor]:
-    """Return the inputs sorted by name, cut to 128 rows at most and repeated to 2 where there is 1, on ``device``.
+def cut_sample(blocks: Blocks, *, device: torch.device, max_batch_size: int) -> Blocks:
+    """Return the blocks with their tensors cut to 128 rows at most and repeated to 2 where there is 1, on ``device``.
 
     torch.export takes a batch of 1 for a constant. ModelError where the first dimensions differ or are 0.
     """
+    inputs = blocks.tensors
     sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in inputs.items()}
     if len(set(sizes.values())) != 1 or None in sizes.values():
         told = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(inputs.items()))
@@ -119,11 +133,12 @@ def cut_sample(
     if not num_rows:
         raise ModelError("the sample batch has no rows; let the dataset yield at least one")
     cut = {}
-    for name in sorted(inputs):
-        rows = inputs[name].detach()[: min(SAMPLE_ROWS, max_batch_size)]
-        rows = rows.repeat(2, *[1] * (rows.dim() - 1)) if num_rows == 1 else rows
+    for name, tensor in inputs.items():
+        rows = tensor.detach()[: min(SAMPLE_ROWS, max_batch_size)]
+        if num_rows == 1:
+            rows = torch.cat([rows, rows])
         cut[name] = rows.to(device).contiguous().clone()
-    return cut
+    return blocks.with_tensors(cut)
 
 
 def copy_containers(data: Any) -> Any:
@@ -150,7 +165,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _dense_inputs(output: Any) -> dict[str, torch.Tensor]:
+def _dense_inputs(output: Any) -> Blocks:
     first = output[0] if isinstance(output, (tuple, list)) and len(output) else output
     if isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(item, Mapping) for item in first):
         raise ModelError(
@@ -162,12 +177,7 @@ def _dense_inputs(output: Any) -> dict[str, torch.Tensor]:
             f"the sparse arch returns {_kind(output)}; expected a dict of block name -> tensor, or a tuple whose first item "
             "is that dict"
         )
-    for name, value in first.items():
-        if not isinstance(value, torch.Tensor):
-            raise ModelError(f"the sparse arch gives {name!r} as {type(value).__name__}; every dense input is a tensor")
-        if value.layout != torch.strided or value.is_nested:
-            raise ModelError(f"the sparse arch gives {name!r} as a sparse or nested tensor; give a dense one")
-    return dict(first)
+    return read_blocks(first)
 
 
 def _kind(value: Any) -> str:

@@ -20,6 +20,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.dense.blame import said
+from dist_export.dense.blocks import Blocks, Outline
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
@@ -28,7 +29,8 @@ from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.dense.reference_check import ReferenceFigures, check_reference, refuse_other_inputs
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
+from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
+from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.dense.state import load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
@@ -50,6 +52,7 @@ class DenseStage:
         self._config = config
         self._objects = objects
         self._parameters = parameters
+        self._batches: Batches | None = None
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
@@ -98,7 +101,7 @@ class DenseStage:
         if checkpoint is not None:
             names = self._names_of(checkpoint)
             finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
-        inputs, rows = ranks.run(
+        blocks, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
             may_block=True,
@@ -164,7 +167,12 @@ class DenseStage:
             f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
             for name in rows.sharded_tables
         ]
-        notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, inputs, features))
+        assert self._batches is not None
+        outlines = gather_outlines(
+            ranks, sparse_arch, blocks, self._data, self._batches, sparse_model_name=config.sparse_model_name
+        )
+        notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, blocks, features))
+        ranks.on_rank_0("compare the order of the blocks", lambda: self._compare_orders(outlines))
         notes += self._run_reference(sparse_arch, dense_arch, finder)
         return notes
 
@@ -260,7 +268,7 @@ class DenseStage:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
         ranks = self._ranks
-        inputs: dict[str, torch.Tensor] | None = None
+        blocks: Blocks | None = None
         reads_rows = False
         if written is not None:
             assert self._sparse_arch is not None
@@ -275,7 +283,7 @@ class DenseStage:
                 only=self._is_own_row if self._parameters is None else None,
                 sharded=self._looked_up.sharded_tables,
             )
-            inputs, rows = ranks.run(
+            blocks, rows = ranks.run(
                 "score the sample from the shards",
                 lambda: self._run_again(sparse_arch, finder),
                 may_block=True,
@@ -283,9 +291,9 @@ class DenseStage:
             ranks.run("compare the rows of the sample", lambda: refuse_other_rows(self._looked_up, rows, target))
             reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
         self._data = self._sparse_arch = None
-        ranks.on_rank_0("compare the scores", lambda: self._compare(inputs, target, reads_rows=reads_rows))
+        ranks.on_rank_0("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
 
-    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[dict[str, torch.Tensor], SampleRows]:
+    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[Blocks, SampleRows]:
         name = self._config.sparse_model_name
         try:
             return run_sparse_arch(sparse_arch, self._data, sparse_model_name=name, finder=finder)
@@ -295,18 +303,17 @@ class DenseStage:
                 "was written"
             ) from error
 
-    def _compare(self, inputs: dict[str, torch.Tensor] | None, target: Directory, *, reads_rows: bool) -> None:
-        """Compare scores of ``inputs``, which the sparse arch gave when it ran again; None where it did not."""
+    def _compare(self, blocks: Blocks | None, target: Directory, *, reads_rows: bool) -> None:
+        """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not."""
         assert self._sample is not None
         assert self.entry is not None
         assert self.parity is not None
         sample, config = self._sample, self._config
-        if inputs is None:
-            inputs = sample.inputs
-        else:
-            check_input_names(inputs)
-            device = next(iter(sample.inputs.values())).device
-            inputs = cut_sample(inputs, device=device, max_batch_size=config.max_batch_size)
+        inputs = sample.inputs
+        if blocks is not None:
+            check_input_names(blocks.tensors)
+            device = next(iter(inputs.values())).device
+            inputs = cut_sample(blocks, device=device, max_batch_size=config.max_batch_size).tensors
         lacking = [name for name in self._used if name not in inputs]
         if lacking:
             raise ParityError(
@@ -391,18 +398,24 @@ class DenseStage:
         )
 
     def _take(self) -> bool:
-        batch = take_batch(self._objects.dataset)
+        self._batches = self._batches or Batches(self._objects.dataset)
+        batch = self._batches.take()
         self._data = batch.data
         return batch.is_there
 
-    def _run(self, copied: nn.Module, inputs: dict[str, torch.Tensor], features: Features) -> list[str]:
-        check_input_names(inputs)
+    def _compare_orders(self, outlines: list[list[Outline]]) -> None:
+        assert self._sample is not None
+        refuse_other_orders(self._sample, outlines, atol=self._config.atol, rtol=self._config.rtol)
+
+    def _run(self, copied: nn.Module, blocks: Blocks, features: Features) -> list[str]:
+        check_input_names(blocks.tensors)
         device = self._device_of(copied)
-        cut = cut_sample(inputs, device=device, max_batch_size=self._config.max_batch_size)
-        check_dynamic_dims(cut, self._config.dynamic_dims)
+        cut = cut_sample(blocks, device=device, max_batch_size=self._config.max_batch_size)
+        check_dynamic_dims(cut.tensors, self._config.dynamic_dims)
         move_to(copied, device)
-        self._sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
-        return list(check_inputs(features, {name: tuple(tensor.shape) for name, tensor in cut.items()}))
+        self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+        shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
+        return [*blocks.notes, *_note_constants(blocks), *check_inputs(features, shapes)]
 
     def _device_of(self, copied: nn.Module) -> torch.device:
         tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
@@ -412,6 +425,14 @@ class DenseStage:
         except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
             raise ConfigError(f"device is {self._config.device!r}: {said(error)}") from None
         return device
+
+
+def _note_constants(blocks: Blocks) -> list[str]:
+    if not blocks.constants:
+        return []
+    told = ", ".join(f"{place} = {value[:40]}" for place, value in list(blocks.constants.items())[:5])
+    more = f" and {len(blocks.constants) - 5:,} more" if len(blocks.constants) > 5 else ""
+    return [f"the sparse arch gives entries that are no tensors; they are constants of the program: {told}{more}"]
 
 
 def _refuse_lacking(batches: list[bool]) -> None:

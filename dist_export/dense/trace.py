@@ -101,7 +101,7 @@ def _in_words(size: str, names: Mapping[str, str]) -> str:
 
 
 class _Keyworded(nn.Module):
-    """Calls the dense arch with a dict. Subclasses have a ``forward`` with the inputs as explicit keywords."""
+    """Calls the dense arch with its blocks. Subclasses have a ``forward`` with the inputs as explicit keywords."""
 
     def __init__(self, sample: DenseSample, names: list[str], dynamic_dims: Mapping[str, Mapping[int, str]]) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Keyworded(nn.Module):
 
     def call(self, inputs: dict[str, torch.Tensor]) -> Any:
         stand_ins = {name: self._zeros(name, inputs) for name in self._dropped}
-        output = self.dense_arch({name: (inputs | stand_ins)[name] for name in self._sample.inputs})
+        output = self._sample.call(inputs | stand_ins)
         return output if self._sample.is_single else tuple(self._sample.flatten(output))
 
     def _zeros(self, name: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

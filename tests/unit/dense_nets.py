@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.trace import trace_dense
 
@@ -29,7 +30,7 @@ def some_inputs(num_rows: int = 5, **shapes: tuple[int, ...]) -> dict[str, torch
 def trace(net, inputs=None, *, dims=None, max_batch_size=204800, outputs=None):
     net = (net if isinstance(net, nn.Module) else Net(net)).eval()
     inputs = inputs or some_inputs()
-    sample = run_dense_arch(net, inputs, export_outputs=outputs)
+    sample = run_dense_arch(net, read_blocks(inputs), export_outputs=outputs)
     return trace_dense(sample, max_batch_size=max_batch_size, dynamic_dims=dims or {})
 
 

@@ -73,8 +73,8 @@ def open_finder(folder, tables, misplaced=None) -> RowFinder:
 
 
 def run(sparse: nn.Module, data, finder: RowFinder, name: str = "sparse"):
-    inputs, counts = run_sparse_arch(sparse, data, sparse_model_name=name, finder=finder)
-    return inputs["x"], counts
+    blocks, counts = run_sparse_arch(sparse, data, sparse_model_name=name, finder=finder)
+    return blocks.tensors["x"], counts
 
 
 def rows(*ids: int, dim: int = 2) -> torch.Tensor:

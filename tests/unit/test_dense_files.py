@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.guard import check_archive, load_program
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.trace import trace_dense
@@ -59,7 +60,7 @@ def write(folder: Path, archive_format: str = "pt2", net: nn.Module | None = Non
     inputs = {name: torch.randn(6, *shape) for name, shape in INPUTS.items()}
     inputs["ids"] = torch.randint(0, 3, (6, 2))
     inputs["half"] = inputs["half"].half()
-    sample = run_dense_arch(net, inputs, export_outputs=None)
+    sample = run_dense_arch(net, read_blocks(inputs), export_outputs=None)
     traced = trace_dense(sample, max_batch_size=1000, dynamic_dims=DIMS)
     write_dense_folder(
         folder,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from dense_nets import Net, some_inputs
 
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.trace import trace_dense
 from dist_export.errors import ModelError
 
 
 def outputs_of(fn, outputs=None):
-    sample = run_dense_arch(Net(fn).eval(), some_inputs(), export_outputs=outputs)
+    sample = run_dense_arch(Net(fn).eval(), read_blocks(some_inputs()), export_outputs=outputs)
     return sample, trace_dense(sample, max_batch_size=100, dynamic_dims={}).program.module()(**some_inputs())
 
 

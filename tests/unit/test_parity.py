@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.parity import check_parity
 from dist_export.dense.trace import output_shapes, trace_dense
@@ -36,7 +37,7 @@ class Drifting(nn.Module):
 def compare(net, inputs=None, *, atol=1e-6, rtol=1e-5, max_batch_size=204800, after=None):
     net = (net if isinstance(net, nn.Module) else Net(net)).eval()
     inputs = inputs or {"x": torch.arange(1.0, 16.0).reshape(5, 3)}
-    sample = run_dense_arch(net, inputs, export_outputs=None)
+    sample = run_dense_arch(net, read_blocks(inputs), export_outputs=None)
     traced = trace_dense(sample, max_batch_size=max_batch_size, dynamic_dims={})
     if after is not None:
         after(net)

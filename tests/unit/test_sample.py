@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.sample import check_input_names, cut_sample, run_sparse_arch, take_batch
 from dist_export.errors import ModelError
 
@@ -100,7 +101,7 @@ class Arch(nn.Module):
 
 
 def run(fn, data=DATA):
-    return run_sparse_arch(Arch(fn), data, sparse_model_name="sparse", finder=None)[0]
+    return run_sparse_arch(Arch(fn), data, sparse_model_name="sparse", finder=None)[0].tensors
 
 
 @pytest.mark.parametrize(
@@ -204,10 +205,10 @@ def test_other_names_are_fine(name) -> None:
     check_input_names({name: torch.ones(1)})
 
 
-def test_samples_are_sorted_cut_and_detached() -> None:
+def test_samples_are_cut_and_detached_in_their_order() -> None:
     inputs = {"b": torch.randn(200, 3, requires_grad=True), "a": torch.arange(400).reshape(2, 200).t()}
-    cut = cut_sample(inputs, device=CPU, max_batch_size=1000)
-    assert list(cut) == ["a", "b"]
+    cut = cut_sample(read_blocks(inputs), device=CPU, max_batch_size=1000).tensors
+    assert list(cut) == ["b", "a"]
     assert cut["a"].shape == (128, 2)
     assert cut["a"].is_contiguous()
     assert torch.equal(cut["b"], inputs["b"][:128])
@@ -216,14 +217,14 @@ def test_samples_are_sorted_cut_and_detached() -> None:
 
 
 def test_one_row_is_repeated_to_two() -> None:
-    cut = cut_sample(
-        {"a": torch.ones(1), "b": torch.ones(1, 2, 3), "c": torch.ones(1, 0)}, device=CPU, max_batch_size=9
-    )
+    blocks = read_blocks({"a": torch.ones(1), "b": torch.ones(1, 2, 3), "c": torch.ones(1, 0)})
+    cut = cut_sample(blocks, device=CPU, max_batch_size=9).tensors
     assert [tuple(tensor.shape) for tensor in cut.values()] == [(2,), (2, 2, 3), (2, 0)]
 
 
 def test_a_sample_is_never_larger_than_serving_may_send() -> None:
-    assert cut_sample({"a": torch.ones(100)}, device=CPU, max_batch_size=7)["a"].shape == (7,)
+    blocks = read_blocks({"a": torch.ones(100)})
+    assert cut_sample(blocks, device=CPU, max_batch_size=7).tensors["a"].shape == (7,)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +233,9 @@ def test_a_sample_is_never_larger_than_serving_may_send() -> None:
 )
 def test_first_dimensions_must_agree(inputs) -> None:
     with pytest.raises(ModelError, match=r"first dimension of every dense input is the batch.*found a \["):
-        cut_sample(inputs, device=CPU, max_batch_size=9)
+        cut_sample(read_blocks(inputs), device=CPU, max_batch_size=9)
 
 
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ModelError, match="no rows"):
-        cut_sample({"a": torch.ones(0, 3)}, device=CPU, max_batch_size=9)
+        cut_sample(read_blocks({"a": torch.ones(0, 3)}), device=CPU, max_batch_size=9)
