@@ -161,3 +161,44 @@ def test_an_order_that_differs_from_batch_to_batch_is_refused_where_it_matters(t
         export(tmp_path, fn)
     by_name = tiny_model.DenseArch()
     assert export(tmp_path, fn, dense=by_name)[0].dense.input_order == ("user", "price", "item")
+
+
+class Named(dict):
+    """A mapping with a way of its own to its entries."""
+
+    def both(self) -> list[torch.Tensor]:
+        return [self["user"], self["item"]]
+
+
+class TakesNested(tiny_model.DenseArch):
+    def forward(self, blocks):
+        price, again = blocks["seq"]
+        x = torch.cat([*blocks.both(), price], dim=-1)
+        return {"ctr": torch.sigmoid(self.out(self.hidden(x))) * again * blocks["more"]["k"]}
+
+
+class WithForward(Model):
+    def forward(self, batch):
+        return self.dense_arch(self.sparse_arch(batch))
+
+
+@pytest.mark.parametrize("kind", [Model, WithForward])
+def test_nested_entries_of_a_mapping_of_its_own_kind_are_exported_whole(kind, tmp_path: Path) -> None:
+    def fn(blocks, _):
+        seq = (blocks["price"], blocks["price"] + 1)
+        return Named(seq=seq, user=blocks["user"], more={"k": 2.0}, item=blocks["item"])
+
+    torch.manual_seed(7)
+    checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    manifest = dist_export.Exporter(
+        kind(fn, TakesNested()),
+        "sparse_arch",
+        "dense_arch",
+        [BATCH],
+        checkpoint,
+        tmp_path / "out",
+        filter_sparse_opt=True,
+    ).export()
+    assert manifest.dense.input_order == ("seq_0", "seq_1", "user", "item")
+    assert manifest.dense.constants == {"more['k']": "2.0"}
+    assert manifest.parity.reference == ("model" if kind is WithForward else "arches")
