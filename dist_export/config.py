@@ -58,7 +58,7 @@ class ExportConfig:
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
     tables: list[str] = field(default_factory=list)
-    """Patterns of tensors that are tables, for checkpoints that do not say so, as of a model with plain nn.Embedding"""
+    """Patterns of further tensors that are tables, for checkpoints that do not say so; with model its embeddings are tables"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
     drop_slots: list[str] = field(default_factory=list)

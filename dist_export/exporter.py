@@ -15,6 +15,7 @@ import msgspec
 
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
+from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
@@ -72,11 +73,16 @@ logger = logging.getLogger(__name__)
 
 
 def export_located(
-    ranks: Ranks, config: ExportConfig, objects: Objects, located: Locations, reporter: Reporter
+    ranks: Ranks,
+    config: ExportConfig,
+    objects: Objects,
+    located: Locations,
+    reporter: Reporter,
+    weights: ModelWeights | None,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
-    ``config`` has the paths that ``located`` found.
+    ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -93,14 +99,14 @@ def export_located(
     state = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
 
     with reporter.stage("read"):
-        checkpoint = open_source(ranks, config, source, objects.model)
+        checkpoint = open_source(ranks, config, source, model=objects.model, weights=weights)
         notes += checkpoint.warnings if checkpoint is not None else ()
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if in_place:
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
-        parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint))
+        parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint, weights))
         dense_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
 
     planned: PlannedSparse | None = None

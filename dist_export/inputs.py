@@ -8,6 +8,7 @@ import msgspec
 
 from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.formats import detect_format, holds_tables, open_dense
+from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -78,8 +79,38 @@ def encode_fg(fg_conf: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(fg_conf), indent=4)
 
 
-def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, model: Any) -> Checkpoint | None:
-    """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables."""
+def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWeights | None:
+    """Return what the model says of the tensors of its checkpoint; None without either. All ranks, each with its model.
+
+    Raises:
+        ModelError: on all ranks, where the model has no such arches.
+    """
+    if model is None or config.is_live:
+        return None
+    from dist_export.dense.model_tables import find_weights  # a copy of files needs no torch
+
+    found = ranks.gather(
+        "look for the model's tables",
+        lambda: find_weights(
+            model, sparse_model_name=config.sparse_model_name, dense_model_name=config.dense_model_name
+        ),
+        may_block=True,
+    )
+    return merge_weights(found)
+
+
+def open_source(
+    ranks: Ranks,
+    config: ExportConfig,
+    source: Directory | None,
+    model: Any = None,
+    *,
+    weights: ModelWeights | None = None,
+) -> Checkpoint | None:
+    """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables.
+
+    ``weights`` are what the model of a checkpoint says.
+    """
     if source is None:
         from dist_export.dense.plain_copy import find_arch  # a copy of files needs no torch
         from dist_export.live.source import open_live
@@ -98,7 +129,7 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, mo
     if not config.need_export_sparse:
 
         def look_for_tables() -> bool:
-            return holds_tables(source, detect_format(source, asked=config.format), tensor_settings_of(config))
+            return holds_tables(source, detect_format(source, asked=config.format), tensor_settings_of(config, weights))
 
         if not ranks.on_rank_0("look for tables", look_for_tables):
             return None
@@ -110,15 +141,20 @@ def open_source(ranks: Ranks, config: ExportConfig, source: Directory | None, mo
 
         return find_model_dims(model, sparse_model_name=config.sparse_model_name)
 
-    return open_tables(ranks, source, config, find_dims)
+    return open_tables(ranks, source, config, find_dims, weights)
 
 
-def find_dense(config: ExportConfig, source: Directory | None, checkpoint: Checkpoint | None) -> DenseParameters | None:
+def find_dense(
+    config: ExportConfig,
+    source: Directory | None,
+    checkpoint: Checkpoint | None,
+    weights: ModelWeights | None = None,
+) -> DenseParameters | None:
     """Return the dense parameters of the checkpoint, which are still to be read; None for a model in memory."""
     if source is None:
         return None
     found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
-    return open_dense(source, found, tensor_settings_of(config))
+    return open_dense(source, found, tensor_settings_of(config, weights))
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -6,6 +6,7 @@ from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.events import Events, failure_of, samples_of, write_metrics
 from dist_export.exporter import export_located
+from dist_export.inputs import look_for_weights
 from dist_export.locations import locate
 from dist_export.manifest import Manifest
 from dist_export.objects import Objects
@@ -25,7 +26,8 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
     digests = ranks.gather("compare the settings", lambda: digest_settings(config))
     refuse_different_settings(ranks, config, digests)
     needs_dense = objects.model is not None and objects.dataset is not None
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense))
+    weights = look_for_weights(ranks, config, objects.model)
+    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights))
     config = located.apply(config)
     export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
@@ -34,7 +36,7 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
         events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
         with reporter.showing():
-            manifest, summary = export_located(ranks, config, objects, located, reporter)
+            manifest, summary = export_located(ranks, config, objects, located, reporter, weights)
     except BaseException as error:
         if ranks.rank == 0:
             exit_code = getattr(error, "exit_code", 1)

@@ -10,6 +10,7 @@ import msgspec
 import xxhash
 
 from dist_export import registries
+from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
@@ -40,10 +41,10 @@ class Locations:
         return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
 
 
-def locate(config: ExportConfig, *, needs_dense: bool) -> Locations:
+def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None) -> Locations:
     """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
 
-    ``needs_dense``: a dense arch is exported too.
+    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors.
 
     Raises:
         ConfigError: a URI that no registry resolves.
@@ -53,7 +54,7 @@ def locate(config: ExportConfig, *, needs_dense: bool) -> Locations:
         resolved, found = registries.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = registries.resolve(config.ckpt_dir, config.registry_options)
-        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense)
+        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     register, export_dir = config.register or "", config.export_dir
     target = registries.find_registry(config.export_dir, config.registry_options)
     if target is not None:

@@ -15,7 +15,7 @@ from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.id_columns import ID_BYTES
-from dist_export.inputs import find_dense, note_renamed, open_source, read_confs
+from dist_export.inputs import find_dense, look_for_weights, note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
 from dist_export.objects import Objects, build_objects
@@ -41,14 +41,18 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
             "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
             "plan could look at. The export itself refuses what is wrong before it writes anything"
         )
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=config.model is not None))
+    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
+    built = config if config.model is not None else fg_only
+    objects = Objects() if built is None else build_objects(built)
+    weights = look_for_weights(ranks, config, objects.model)
+    located = ranks.on_rank_0(
+        "find the checkpoint", lambda: locate(config, needs_dense=config.model is not None, weights=weights)
+    )
     config = located.apply(config)
     places = open_places(ranks, config, place_of(config))
     source = places.source
     assert source is not None  # a live model was refused
-    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
-    objects = build_objects(fg_only) if fg_only is not None else Objects()
-    checkpoint = open_source(ranks, config, places.source, None)
+    checkpoint = open_source(ranks, config, places.source, model=objects.model, weights=weights)
     fg_conf, _, features = read_confs(config, objects, checkpoint)
     report: dict[str, Any] = {
         "export_dir": places.final.url,
@@ -90,7 +94,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
     if not places.in_place and (config.model is None or config.dataset is None):
-        parameters = find_dense(config, source, checkpoint)
+        parameters = find_dense(config, source, checkpoint, weights)
         assert parameters is not None  # a live model was refused
         report["dense_tensors"]["in_no_file"] = left = list_dense_left(parameters.describe(), plan)
         report["notes"] += note_dense_left(left)

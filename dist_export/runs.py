@@ -21,6 +21,7 @@ from dist_export.checkpoint.formats import (
     open_dense,
     open_reader,
 )
+from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config import ExportConfig
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.recis import DENSE_STATE, INDEX
@@ -45,7 +46,9 @@ class FoundCheckpoint(NamedTuple):
     """Newer ones that were passed over, each with the reason, and what the one that is taken lacks."""
 
 
-def find_checkpoint(config: ExportConfig, url: str, *, needs_dense: bool = False) -> FoundCheckpoint:
+def find_checkpoint(
+    config: ExportConfig, url: str, *, needs_dense: bool = False, weights: ModelWeights | None = None
+) -> FoundCheckpoint:
     """Return the checkpoint that ``url`` and ``step`` mean. One rank; reads the headers of a run's checkpoints alone.
 
     Of a run the latest is meant that has all that the export reads; with ``needs_dense`` the dense parameters too.
@@ -73,7 +76,7 @@ def find_checkpoint(config: ExportConfig, url: str, *, needs_dense: bool = False
         why = (
             f"{LIST} does not list it, so its save did not finish"
             if listed is not None and name not in listed
-            else _why_incomplete(config, directory, name, needs_dense=needs_dense)
+            else _why_incomplete(config, directory, name, needs_dense=needs_dense, weights=weights)
         )
         if why is None:
             notes += _note_no_dense(directory, name, by_age[place + 1 :][:1])
@@ -147,10 +150,12 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
     )
 
 
-def _why_incomplete(config: ExportConfig, directory: Directory, name: str, *, needs_dense: bool) -> str | None:
+def _why_incomplete(
+    config: ExportConfig, directory: Directory, name: str, *, needs_dense: bool, weights: ModelWeights | None
+) -> str | None:
     """Return why a checkpoint cannot be exported as far as indexes and headers tell, None where it can."""
     child = directory.child(name)
-    settings = tensor_settings_of(config)
+    settings = tensor_settings_of(config, weights)
     try:
         found = detect_format(child, asked=config.format)
         if config.need_export_sparse or holds_tables(child, found, settings):

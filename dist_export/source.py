@@ -15,6 +15,7 @@ from dist_export.amounts import count, few
 from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -78,9 +79,9 @@ def open_checkpoint(
     return _read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
 
 
-def tensor_settings_of(config: ExportConfig) -> TensorSettings:
-    """Return what the settings say of the tensors of a checkpoint."""
-    return TensorSettings(tables=tuple(config.tables), optimizer_slots=tuple(config.optimizer_slots))
+def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
+    """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
+    return TensorSettings(tables=tuple(config.tables), optimizer_slots=tuple(config.optimizer_slots), weights=weights)
 
 
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
@@ -126,12 +127,14 @@ def open_tables(
     directory: Directory,
     config: ExportConfig,
     find_model_dims: Callable[[], Mapping[str, Collection[int]]] = dict,
+    weights: ModelWeights | None = None,
 ) -> Checkpoint:
     """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks.
 
-    ``find_model_dims`` returns the dimensions of the model's tables by name, where there is a model.
+    ``find_model_dims`` returns the dimensions of the model's tables by name, where there is a model, and
+    ``weights`` are what it says of the checkpoint's tensors.
     """
-    checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config))
+    checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config, weights))
     chosen = choose_tables(ranks, checkpoint, config)
     if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
         return chosen  # the source states all dimensions

@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, DcpSlot, DcpTable
+from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.checkpoint.dcp_tensors import DcpSlot, DcpTable
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
 from dist_export.checkpoint.stand_ins import read_beside
@@ -57,7 +58,7 @@ class DcpReader:
         self.directory = directory
         beside = read_beside(directory, settings, with_dump=with_dump)
         self._found = beside.checkpoint
-        self._notes = list(beside.notes)
+        self._notes = [*beside.notes, *self._found.notes]
         if not self._found.tables and not with_dump and beside.stand_ins:
             raise CheckpointError(
                 f"{directory.url}: all tables of this DCP checkpoint stand in for those of the DynamicEmb dump beside it "

@@ -38,7 +38,11 @@ class PlainFacts(NamedTuple):
 def sort_facts(directory: Directory, facts: PlainFacts, settings: TensorSettings) -> Sorted:
     """Tell tables, state and dense parameters apart. CheckpointError for patterns that cannot be meant."""
     return sort_tensors(
-        facts.tensors, where=directory.url, tables=settings.tables, optimizer_slots=settings.optimizer_slots
+        facts.tensors,
+        where=directory.url,
+        tables=settings.tables,
+        optimizer_slots=settings.optimizer_slots,
+        weights=settings.weights,
     )
 
 
@@ -54,7 +58,7 @@ def make_checkpoint(
     if not found.tables:
         raise UnaskedError(say_no_tables(found, directory.url))
     tables, parts, blocks, strips = build_numbered(found.tables, where=directory.url)
-    warnings = list(facts.notes)
+    warnings = [*facts.notes, *found.notes]
     if found.other_state:
         warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
     return Checkpoint(

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, DcpTable, read_dcp
+from dist_export.checkpoint.dcp import DcpCheckpoint, read_dcp
+from dist_export.checkpoint.dcp_tensors import DcpTable
 from dist_export.checkpoint.dynamicemb import DumpedTable, list_dumped
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import listed, split_collection

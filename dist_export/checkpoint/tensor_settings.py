@@ -1,14 +1,18 @@
-"""What the settings say of the tensors of a checkpoint whose names do not tell what they are."""
+"""What the settings and the model say of the tensors of a checkpoint whose names do not tell what they are."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from dist_export.checkpoint.model_weights import ModelWeights
 
 
 class TensorSettings(NamedTuple):
     """For formats that hold tensors and say nothing of tables. All readers of one checkpoint get the same ones."""
 
     tables: tuple[str, ...] = ()
-    """Patterns of tensors that are tables, besides those of torchrec's embedding collections."""
+    """Patterns of tensors that are tables, besides those that are known without."""
     optimizer_slots: tuple[str, ...] = ()
     """Patterns of tensors that are optimizer state, besides ``<root>.state.<parameter>.<slot>``."""
+    weights: ModelWeights | None = None
+    """What the model says of them, where one is exported."""

@@ -1,7 +1,7 @@
 """Tensors that are known by name and place: which are tables, their slots and dense parameters. Pure.
 
-For formats that hold tensors and say nothing of tables. A table is a matrix below torchrec's embedding collections, or one
-that the setting ``tables`` names. Its rows go by number.
+For formats that hold tensors and say nothing of tables. A table is a weight that the model looks rows up in; without a model a
+matrix below torchrec's embedding collections; and in either case one that the setting ``tables`` names. Its rows go by number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from dist_export.checkpoint.dcp_metadata import check_cover
+from dist_export.checkpoint.doubtful import note_left
+from dist_export.checkpoint.model_weights import ModelWeights, Roles
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
@@ -33,6 +35,8 @@ class Sorted:
     """In the order of the checkpoint."""
     other_state: tuple[str, ...]
     """Optimizer state of no table: never read."""
+    notes: tuple[str, ...] = ()
+    """On tensors that may be taken for something else than they are, for people."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -46,6 +50,7 @@ def sort_tensors(
     where: str,
     tables: Sequence[str] = (),
     optimizer_slots: Sequence[str] = (),
+    weights: ModelWeights | None = None,
 ) -> Sorted:
     """Tell tables, optimizer state and dense parameters apart.
 
@@ -54,11 +59,13 @@ def sort_tensors(
         where: the checkpoint, for messages.
         tables: patterns of further tensors that are tables.
         optimizer_slots: patterns of further tensors that are optimizer state, beside ``<root>.state.<parameter>.<slot>``.
+        weights: what the model says of the tensors, where one is exported.
 
     Raises:
         CheckpointError: a pattern matches nothing, or what it names cannot be a table.
     """
-    names = {tensor.name for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    names = set(by_name)
     settings = {"tables": tables, "optimizer_slots": optimizer_slots}
     unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
 
@@ -67,30 +74,38 @@ def sort_tensors(
         unmatched.difference_update((setting, pattern) for pattern in hits)
         return bool(hits)
 
-    weights: list[StoredTensor] = []
+    roles = Roles() if weights is None else weights.sort(names)
+    found: list[StoredTensor] = []
     dense: list[StoredTensor] = []
     state: list[tuple[str, StoredTensor]] = []
+    kept_dense: list[str] = []
     for tensor in tensors:
         is_asked = matches("tables", tensor.name)
         is_state = matches("optimizer_slots", tensor.name)
         tail = _state_tail(tensor.name, names)
         if is_state or tail is not None:
             state.append((tail or tensor.name, tensor))
-        elif is_asked or is_in_collection(tensor.name, tensor.shape):
-            weights.append(tensor)
+        elif roles.is_table(
+            tensor.name, is_asked=is_asked, is_in_collection=is_in_collection(tensor.name, tensor.shape)
+        ):
+            found.append(tensor)
+            dense += [tensor] if tensor.name in roles.both else []
         else:
             dense.append(tensor)
-    for tensor in weights:
+            kept_dense += [tensor.name] if is_asked else []
+    for aliases, its in ((roles.table_aliases, found), (roles.dense_aliases, dense)):
+        its += [by_name[source]._replace(name=alias) for alias, source in aliases]
+    for tensor in found:
         _refuse_no_table(tensor, where)
-    slots: dict[str, list[tuple[str, StoredTensor]]] = {tensor.name: [] for tensor in weights}
-    other: list[str] = []
+    slots: dict[str, list[tuple[str, StoredTensor]]] = {tensor.name: [] for tensor in found}
+    other: list[tuple[str, StoredTensor]] = []
     for tail, tensor in state:
-        found = next(((weight, slot) for weight in weights if (slot := _slot_of(weight, tail))), None)
-        if found is None or tensor.dtype not in CODE_BY_TORCH:
-            other.append(tensor.name)
+        owner = next(((weight, slot) for weight in found if (slot := _slot_of(weight, tail))), None)
+        if owner is None or tensor.dtype not in CODE_BY_TORCH:
+            other.append((tail, tensor))
         else:
-            slots[found[0].name].append((found[1], tensor))
-            for name in (found[1], f"{found[0].name}.{found[1]}"):  # as the plan has them
+            slots[owner[0].name].append((owner[1], tensor))
+            for name in (owner[1], f"{owner[0].name}.{owner[1]}"):  # as the plan has them
                 matches("optimizer_slots", name)
     if unmatched:
         setting, pattern = min(unmatched)
@@ -98,13 +113,20 @@ def sort_tensors(
         raise UnaskedError(
             f"{where}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: {listed(matrices)}"
         )
+    left = [tensor for tensor in dense if tensor.name not in roles.taken]
     return Sorted(
         tables=tuple(
             TensorTable(weight.name, weight, _name_once(slots[weight.name]))
-            for weight in sorted(weights, key=lambda w: w.name)
+            for weight in sorted(found, key=lambda w: w.name)
         ),
         dense=tuple(dense),
-        other_state=tuple(sorted(other)),
+        other_state=tuple(sorted(tensor.name for _, tensor in other)),
+        notes=note_left(
+            [(tensor.name, tensor.shape) for tensor in left],
+            [(tail, tensor.shape) for tail, tensor in other],
+            kept_dense=kept_dense,
+            weights=weights,
+        ),
     )
 
 

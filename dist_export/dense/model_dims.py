@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from dist_export.dense.plain_copy import WRAPPER_ELEMENTS
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 
 _CONFIGS = ("embedding_bag_configs", "embedding_configs")
 """Methods of torchrec's collections, sharded or not, that return one config a table."""

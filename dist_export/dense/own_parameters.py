@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
-from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, is_fully_sharded, is_lazy
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.dense.plain_copy import is_fully_sharded, is_lazy
 
 _MOST_BYTES = 64 << 20
 """A buffer that is larger is not copied in order to put it back."""

@@ -20,9 +20,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.errors import ModelError
 
-WRAPPER_ELEMENTS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
-"""Path elements that DDP, ``torch.compile`` and FSDP put into parameter names."""
-
 _FOREIGN = ("torch.distributed", "torch.nn.parallel")
 """Where hooks come from that would gather, scatter or synchronize what the copy holds whole."""
 

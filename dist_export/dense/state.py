@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dist_export.checkpoint.extra_state import UntakenState, is_extra_state
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.blame import said
-from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, is_lazy
+from dist_export.dense.plain_copy import is_lazy
 from dist_export.errors import ModelError
 
 _SHOWN = 200

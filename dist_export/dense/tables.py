@@ -18,8 +18,9 @@ import torch
 import xxhash
 from torch import nn
 
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.blame import said
-from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, unwrap
+from dist_export.dense.plain_copy import unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.errors import ModelError
 from dist_export.layout.dtypes import DTYPES

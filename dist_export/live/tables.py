@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.blame import said
-from dist_export.dense.plain_copy import WRAPPER_ELEMENTS, unwrap
+from dist_export.dense.plain_copy import unwrap
 from dist_export.errors import CheckpointError, ModelError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.layout.recis import CHILD_BITS, Slice, split_evenly

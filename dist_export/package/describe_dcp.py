@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dist_export.checkpoint.dcp import DcpTable, locate_tables
+from dist_export.checkpoint.dcp import locate_tables
+from dist_export.checkpoint.dcp_tensors import DcpTable
 from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_reader
 from dist_export.checkpoint.stand_ins import read_beside

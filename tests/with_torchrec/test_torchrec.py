@@ -14,6 +14,7 @@ from ranks import run_ranks
 
 import dist_export
 from dist_export.checkpoint.dcp_dense import DcpDense
+from dist_export.checkpoint.model_weights import merge_weights
 from dist_export.storage import Directory
 
 SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8), "t_copied": (21, 4)}
@@ -34,6 +35,19 @@ def save_on_rank(rank: int, path: str) -> Any:
     from torchrec_writer import train_and_save
 
     return train_and_save(rank, path, SIZES)
+
+
+def find_on_rank(rank: int) -> Any:
+    from torchrec_writer import find_sharded
+
+    return find_sharded(rank, SIZES)
+
+
+def test_a_sharded_model_tells_its_tables(tmp_path: Path) -> None:
+    """Each of them, whatever rank holds it: all ranks come to the same names."""
+    found = run_ranks(find_on_rank, 2, tmp_path / "store", timeout=240)
+    tables = {f"ebc.embedding_bags.{name}.weight" for name in SIZES} | {SEQUENCE}
+    assert merge_weights(found).tables == tables
 
 
 def put_together(ranks: list[Any]) -> dict[str, torch.Tensor]:

@@ -32,6 +32,9 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from dist_export.checkpoint.model_weights import ModelWeights
+from dist_export.dense.model_tables import find_weights
+
 Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], torch.Tensor]]]]
 """Name -> (shape of the whole, [(offsets, values)])."""
 
@@ -63,11 +66,8 @@ class Model(nn.Module):
         return found.sum() + self.ec(features)[f"f_{SEQUENCE}"].values().sum()
 
 
-def train_and_save(rank: int, path: str, sizes: dict[str, tuple[int, int]]) -> Pieces:
-    """Save to ``path`` a model with tables of these (rows, dim), which are named as ``by_table`` below.
-
-    Return what this rank holds of the weights, and of optimizer state as ``<weight>|<slot>``.
-    """
+def shard_model(sizes: dict[str, tuple[int, int]]) -> DistributedModelParallel:
+    """Shard a model with tables of these (rows, dim), which are named as ``by_table`` below, over all ranks."""
     world_size = dist.get_world_size()
     torch.manual_seed(3)
     model = Model(sizes)
@@ -94,13 +94,26 @@ def train_and_save(rank: int, path: str, sizes: dict[str, tuple[int, int]]) -> P
         for table, sharding in plans[name].items():
             if table != "t_copied":
                 sharding.compute_kernel = KERNEL  # on the CPU it is not found by itself
-    sharded = DistributedModelParallel(
+    return DistributedModelParallel(
         module=model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=torch.device("cpu"),
         plan=ShardingPlan(plans),
         sharders=list(sharders.values()),
     )
+
+
+def find_sharded(_: int, sizes: dict[str, tuple[int, int]]) -> ModelWeights:
+    """Return what this rank's sharded model says of its tables."""
+    return find_weights(shard_model(sizes), sparse_model_name="", dense_model_name="mlp")
+
+
+def train_and_save(rank: int, path: str, sizes: dict[str, tuple[int, int]]) -> Pieces:
+    """Save to ``path`` a model of :func:`shard_model`.
+
+    Return what this rank holds of the weights, and of optimizer state as ``<weight>|<slot>``.
+    """
+    sharded = shard_model(sizes)
     torch.manual_seed(10 + rank)
     keys = [*(f"f_{name}" for name in sizes), f"f_{SEQUENCE}"]
     for _ in range(2):

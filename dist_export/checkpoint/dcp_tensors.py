@@ -1,0 +1,259 @@
+"""Tell tables, optimizer state and dense parameters of a DCP checkpoint apart, by names and shapes. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
+from dist_export.checkpoint.doubtful import note_left
+from dist_export.checkpoint.model_weights import Roles
+from dist_export.checkpoint.row_layout import fits_table
+from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.checkpoint.tensors import is_in_collection, listed
+from dist_export.errors import CheckpointError, UnaskedError
+from dist_export.layout.dtypes import CODE_BY_TORCH
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.storage import Directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DcpSlot:
+    """Optimizer state of one table."""
+
+    name: str
+    tensor: TensorMeta
+    fits: bool
+    """Whether it has a value for each row of the table: else what was saved is not the whole of it, or is laid out otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DcpTable:
+    """One table, whose rows go by number."""
+
+    name: str
+    """Within the model."""
+    weight: TensorMeta
+    """Of shape (rows, dim)."""
+    slots: tuple[DcpSlot, ...]
+    sharding: str
+    """How its rows and columns were shared out, for people."""
+
+
+class SortedDcp(NamedTuple):
+    """What the tensors of a checkpoint are; as :class:`~dist_export.checkpoint.dcp.DcpCheckpoint` has it."""
+
+    tables: tuple[DcpTable, ...]
+    dense: tuple[tuple[str, TensorMeta], ...]
+    other_state: tuple[str, ...]
+    notes: tuple[str, ...]
+    unmatched_slots: frozenset[str]
+
+
+def sort_dcp(
+    directory: Directory,
+    tensors: dict[str, TensorMeta],
+    names: dict[str, str],
+    roots: set[tuple[str, ...]],
+    settings: TensorSettings,
+    *,
+    has_more_slots: bool,
+) -> SortedDcp:
+    """Say which tensors are tables, state of these, and dense parameters.
+
+    Args:
+        directory: the checkpoint, for messages.
+        tensors: by name.
+        names: name -> that within the model.
+        roots: what optimizers were saved under.
+        settings: what they say of the tensors.
+        has_more_slots: as :func:`~dist_export.checkpoint.dcp.read_dcp` has it.
+
+    Raises:
+        CheckpointError: a pattern matches nothing, or what it names cannot be a table.
+    """
+    kinds = _tell_apart(directory, tensors, names, roots, settings)
+    final = _unique_names([*kinds.tables, *kinds.dense], names)
+    only_dense = [name for name in kinds.dense if name not in kinds.tables]
+    owner = _Owners({name: final[name] for name in kinds.tables}, {n for d in only_dense for n in (d, final[d])})
+    slots: dict[str, list[DcpSlot]] = {name: [] for name in kinds.tables}
+    other: list[str] = []
+    unmatched = kinds.unmatched
+    for name, tail in kinds.state.items():
+        owned = owner.find(tail)
+        if owned is None:
+            other.append(name)
+            continue
+        weight, slot = owned
+        fits = fits_table(tensors[name].shape, tensors[weight].shape)
+        slots[weight].append(DcpSlot(name=slot, tensor=tensors[name], fits=fits))
+        spellings = (slot, f"{final[weight]}.{slot}")  # as the plan has them
+        unmatched = {it for it in unmatched if it[0] == "tables" or not _matches(it[1], spellings)}
+    elsewhere = frozenset(p for setting, p in unmatched if setting == "optimizer_slots" and has_more_slots)
+    unmatched -= {("optimizer_slots", pattern) for pattern in elsewhere}
+    if unmatched:
+        setting, pattern = min(unmatched)
+        matrices = [names[name] for name in kinds.dense if len(tensors[name].shape) == 2]
+        raise UnaskedError(
+            f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
+            f"{listed(matrices)}"
+        )
+    held = {names[name]: tensor for name, tensor in tensors.items()}
+    found = [(final[name], tensors[name], _name_once(slots[name])) for name in kinds.tables]
+    found += [(alias, held[source]._replace(name=alias), ()) for alias, source in kinds.roles.table_aliases]
+    left = [name for name in kinds.dense if names[name] not in kinds.roles.taken]
+    return SortedDcp(
+        tables=tuple(
+            DcpTable(name=name, weight=weight, slots=its, sharding=describe_sharding(weight))
+            for name, weight, its in sorted(found, key=lambda table: table[0])
+        ),
+        dense=(
+            *((final[name], tensors[name]) for name in kinds.dense),
+            *((alias, held[source]) for alias, source in kinds.roles.dense_aliases),
+        ),
+        other_state=tuple(other),
+        notes=note_left(
+            [(names[name], tensors[name].shape) for name in left],
+            [(kinds.state[name], tensors[name].shape) for name in other],
+            kept_dense=kinds.kept_dense,
+            weights=settings.weights,
+        ),
+        unmatched_slots=elsewhere,
+    )
+
+
+class _Kinds(NamedTuple):
+    """Names of tensors by what they are."""
+
+    tables: list[str]
+    dense: list[str]
+    """With tables that the program needs too."""
+    state: dict[str, str]
+    """Optimizer state -> what stands behind ``state``."""
+    kept_dense: list[str]
+    """Of ``dense``, the names within the model of what a pattern of ``tables`` matches."""
+    roles: Roles
+    unmatched: set[tuple[str, str]]
+    """(setting, pattern) of those that match nothing."""
+
+
+def _tell_apart(
+    directory: Directory,
+    tensors: dict[str, TensorMeta],
+    names: dict[str, str],
+    roots: set[tuple[str, ...]],
+    settings: TensorSettings,
+) -> _Kinds:
+    tables, optimizer_slots, weights = settings.tables, settings.optimizer_slots, settings.weights
+    known = {*tensors, *names.values()}
+    unmatched = {("tables", pattern) for pattern in tables} | {("optimizer_slots", p) for p in optimizer_slots}
+    roles = Roles() if weights is None else weights.sort(names.values())
+    found = _Kinds([], [], {}, [], roles, unmatched)
+
+    def matches(setting: str, patterns: Sequence[str], name: str) -> bool:
+        hits = [p for p in patterns if _matches(p, (name, names[name]))]
+        unmatched.difference_update((setting, p) for p in hits)
+        return bool(hits)
+
+    for name, tensor in tensors.items():
+        tail = _state_tail(name, roots, known)
+        if matches("optimizer_slots", optimizer_slots, name) or tail is not None:
+            found.state[name] = tail if tail is not None else name.partition(".state.")[2] or name
+            continue
+        is_asked, is_in = matches("tables", tables, name), is_in_collection(name, tensor.shape)
+        if roles.is_table(names[name], is_asked=is_asked, is_in_collection=is_in):
+            _refuse_no_table(directory, name, tensor)
+            found.tables.append(name)
+            found.dense.extend([name] if names[name] in roles.both else [])
+        else:
+            found.dense.append(name)
+            found.kept_dense.extend([names[name]] if is_asked else [])
+    return found
+
+
+def _matches(pattern: str, spellings: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in spellings)
+
+
+def _refuse_no_table(directory: Directory, name: str, tensor: TensorMeta) -> None:
+    if len(tensor.shape) != 2:
+        raise CheckpointError(
+            f"{directory.url}: tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
+        )
+    if tensor.dtype not in CODE_BY_TORCH:
+        raise CheckpointError(f"{directory.url}: table {name!r} is of {tensor.dtype}, which no package can hold")
+
+
+def describe_sharding(tensor: TensorMeta) -> str:
+    """Return how a matrix was shared out over ranks, for people."""
+    solid = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]
+    if len(solid) <= 1:
+        return "in one piece"
+    full = [all(_spans(chunk, tensor, dim) for chunk in solid) for dim in (0, 1)]
+    how = "by rows" if full[1] else "by columns" if full[0] else "by rows and columns"
+    return f"{how}, {len(solid)} pieces"
+
+
+def _state_tail(name: str, roots: set[tuple[str, ...]], known: set[str]) -> str | None:
+    """Return what stands behind ``state``, for optimizer state; None for anything else.
+
+    It is optimizer state under a root that also has ``param_groups``, and where the name of another tensor stands behind
+    ``state``: torchrec's fused optimizers have groups, but nothing in them that would be saved.
+    """
+    steps = name.split(".")
+    for place, step in enumerate(steps[:-1]):
+        behind = steps[place + 1 :]
+        if step == "state" and (
+            tuple(steps[:place]) in roots or any(".".join(behind[:n]) in known for n in range(1, len(behind)))
+        ):
+            return ".".join(behind)
+    return None
+
+
+class _Owners:
+    """Finds the table that optimizer state belongs to: its name is that of the table, or ends it, then the slot's."""
+
+    def __init__(self, weights: dict[str, str], dense: set[str]) -> None:
+        self._dense = dense
+        self._weights: dict[str, set[str]] = {}
+        for name, within in weights.items():
+            for spelling in (name, within):
+                steps = spelling.split(".")
+                for first in range(max(1, len(steps) - 1)):
+                    self._weights.setdefault(".".join(steps[first:]), set()).add(name)
+
+    def find(self, tail: str) -> tuple[str, str] | None:
+        """Return the weight and the slot's name; None where no table, or none alone, has the name."""
+        steps = tail.split(".")
+        for length in range(len(steps) - 1, 0, -1):
+            name = ".".join(steps[:length])
+            found = self._weights.get(name, set())
+            if name in self._dense:
+                return None
+            if len(found) == 1:
+                weight = next(iter(found))
+                slot = steps[length:]
+                table = weight.split(".")[-2:-1]  # torchrec names the table once more
+                return weight, ".".join(slot[1:] if len(slot) > 1 and slot[:1] == table else slot)
+        return None
+
+
+def _unique_names(kept: list[str], names: dict[str, str]) -> dict[str, str]:
+    """Return the names within the model; the full ones where two models in one checkpoint have the same."""
+    found = {name: names[name] for name in kept}
+    return found if len(set(found.values())) == len(found) else {name: name for name in kept}
+
+
+def _name_once(slots: list[DcpSlot]) -> tuple[DcpSlot, ...]:
+    """Order a table's slots by name; of those whose name another one has, or stands for something else, take the tensor's."""
+    counts = Counter([slot.name for slot in slots] + [ID_SLOT, EMBEDDING_SLOT])
+    once = [slot if counts[slot.name] == 1 else replace(slot, name=slot.tensor.name) for slot in slots]
+    return tuple(sorted(once, key=lambda slot: slot.name))
+
+
+def _spans(chunk: Chunk, tensor: TensorMeta, dim: int) -> bool:
+    return chunk.sizes[dim] == tensor.shape[dim]

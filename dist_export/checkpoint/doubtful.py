@@ -1,0 +1,88 @@
+"""Tensors that are no table of the package and may be taken for one: each is named, for nothing is left out in silence. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from dist_export.amounts import count, few
+from dist_export.checkpoint.model_weights import ModelWeights
+
+MANY_ROWS = 4096
+"""A matrix of more rows is looked at twice: few layers are so wide, and most tables are longer."""
+
+Shape = tuple[int, ...]
+
+
+def note_left(
+    left: Sequence[tuple[str, Shape]],
+    states: Iterable[tuple[str, Shape]],
+    *,
+    kept_dense: Sequence[str],
+    weights: ModelWeights | None,
+) -> tuple[str, ...]:
+    """Return what is to be told of tensors that are no table: a warning for each that looks like one, and what the model says.
+
+    Args:
+        left: (name, shape) of what is neither a table nor, with a model, in the program.
+        states: (tail, shape) of optimizer state of no table; a tail names the parameter, then the slot.
+        kept_dense: names that a pattern of ``tables`` matches and the program keeps.
+        weights: what the model says, where there is one.
+    """
+    unused = [] if weights is None else _note_unused([name for name, _ in left], weights)
+    return (*_note_kept_dense(kept_dense), *unused, *_note_doubtful(dict(left), states))
+
+
+def _note_doubtful(shapes: dict[str, Shape], states: Iterable[tuple[str, Shape]]) -> list[str]:
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    by_row = {
+        name
+        for tail, shape in states
+        if len(shape) == 1 or shape[1:] == (1,)
+        for name in _names_in(tail)
+        if _is_by_row(shape, matrices.get(name, ()))
+    }
+    return [
+        f"{name!r} of shape {list(shape)} is in no table, though it {_why(shape, is_by_row=name in by_row)}: if rows of it are "
+        f'looked up, they are in no file. To export it as a table say tables: ["{name}"]'
+        for name, shape in matrices.items()
+        if shape[0] > MANY_ROWS or name in by_row
+    ]
+
+
+def _note_unused(names: Sequence[str], weights: ModelWeights) -> list[str]:
+    """Return a note on what is neither a table nor within the dense arch of the model; nothing where there is none."""
+    if not names:
+        return []
+    elsewhere = [name for name in names if name in weights.elsewhere]
+    tables = f"; weights of embeddings among them: {few(elsewhere)}" if elsewhere else ""
+    note = (
+        f"{count(len(names), 'tensor')} of the checkpoint ({few(names)}) left out: neither a table that "
+        f"{weights.sparse_name or 'the model'} looks up nor within {weights.dense_name or 'the model'}{tables}"
+    )
+    return [note]
+
+
+def _note_kept_dense(names: Sequence[str]) -> list[str]:
+    """Return a note on what a pattern of ``tables`` matches and the program keeps; nothing where there is none."""
+    if not names:
+        return []
+    return [f"tables matches {few(names)}, which stay in the program: they are within the dense arch"]
+
+
+def _names_in(tail: str) -> Iterator[str]:
+    """Yield all names that a tail may have in it: runs of its steps, but for the last, which is of the slot."""
+    steps = tail.split(".")
+    for first in range(len(steps) - 1):
+        for last in range(first + 1, len(steps)):
+            yield ".".join(steps[first:last])
+
+
+def _is_by_row(state: Shape, weight: Shape) -> bool:
+    """Whether optimizer state has one value for each row of a matrix of several columns."""
+    return len(weight) == 2 and state != weight and state in ((weight[0],), (weight[0], 1)) and math.prod(weight) > 0
+
+
+def _why(shape: Shape, *, is_by_row: bool) -> str:
+    rows = f"has {shape[0]:,} rows" if shape[0] > MANY_ROWS else ""
+    return " and ".join(filter(None, (rows, "has optimizer state of one value a row" if is_by_row else "")))
