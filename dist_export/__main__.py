@@ -7,9 +7,13 @@ import sys
 
 def run() -> None:
     """Run the command line and exit with its code."""
-    from dist_export.cli import main
+    try:
+        from dist_export.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:  # before it could be told from an error, or after
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
+from dist_export.interrupts import EXIT_CODE as INTERRUPTED
+from dist_export.interrupts import INTERRUPTS
 from dist_export.screen import SCREEN
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ _COMMANDS = ("export", "plan", "inspect", "verify")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source."""
+    """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source, 130 Ctrl-C."""
     if list(argv) == ["--version"]:
         from dist_export.__version__ import VERSION
 
@@ -32,14 +34,26 @@ def main(argv: Sequence[str]) -> int:
         )
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
     _configure_logging()
-    run = {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command]
+    with INTERRUPTS:
+        try:
+            code = _run(command, list(rest))
+        except KeyboardInterrupt:
+            _tell_interrupt(INTERRUPTS.describe() if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+            return INTERRUPTED
+        except Exception as error:
+            if not INTERRUPTS.has_come:
+                raise
+            _tell_interrupt(f"{INTERRUPTS.describe()} ({type(error).__name__})")  # what code of the model made of it
+            return INTERRUPTED
+        return INTERRUPTED if code and INTERRUPTS.has_come else code
+
+
+def _run(command: str, argv: list[str]) -> int:
+    """Return the exit code of a command, where it failed for a reason that is told in one line."""
     try:
-        return run(list(rest))
+        return {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command](argv)
     except DistExportError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("dist_export: interrupted. Run the same command again to go on", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -78,8 +92,12 @@ def _export(argv: list[str]) -> int:
     except ConfigError:
         timeout_secs = ExportConfig.timeout
     ranks = join(timeout_secs=timeout_secs, is_own_process=True)
+    INTERRUPTS.describe = ranks.describe_interrupt
     try:
         summary = work()
+    except KeyboardInterrupt:
+        _tell_interrupt(ranks.leave_interrupted())
+        return INTERRUPTED
     except DistExportError as error:
         failure = error
         is_shared = isinstance(error, StepFailedError) or ranks.world_size == 1
@@ -163,6 +181,7 @@ def _verify(argv: list[str]) -> int:
     if not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"--timeout is {arguments.timeout}; give seconds above 0")
     ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
+    INTERRUPTS.describe = ranks.describe_interrupt
     try:
         path = ranks.on_rank_0("find the package", lambda: _resolve(arguments))
         report = verify(
@@ -174,6 +193,9 @@ def _verify(argv: list[str]) -> int:
             ranks=ranks,
         )
         ranks.tell_once(lambda: _print_json(report.as_json()) if arguments.json else _print_lines(report.render()))
+    except KeyboardInterrupt:
+        _tell_interrupt(ranks.leave_interrupted())
+        return INTERRUPTED
     except DistExportError as error:
         failure = error
         ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
@@ -241,6 +263,12 @@ def _tell(error: DistExportError, *, rank: int) -> None:
     note = " (exit code 2, of which torchrun makes 1)" if is_remade else ""
     where = "" if rank == 0 else f"rank {rank}: "
     print(f"{SCREEN.prefix()}dist_export: {where}{error}{note}", file=sys.stderr, flush=True)
+
+
+def _tell_interrupt(text: str) -> None:
+    """Say why this process ends; nothing where another one does."""
+    if text:
+        print(f"{SCREEN.prefix()}dist_export: {text}", file=sys.stderr, flush=True)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

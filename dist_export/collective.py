@@ -15,9 +15,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from dist_export.disk import first_line
 from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.processes import PARENT
-from dist_export.rendezvous import agree_on_start
+from dist_export.rendezvous import agree_on_start, connect_anew
 from dist_export.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ _ARRIVAL_SECS = 5.0
 
 _NO_LIMIT = timedelta(days=30)
 """A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
-
-_STORE_TIMEOUT = timedelta(seconds=5)
 
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 """Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
@@ -96,6 +96,16 @@ class Ranks:
     def note_on_disk(self, text: str) -> None:
         """Say what is on disk from now on, for the message of whatever ends the export. Any rank."""
         self._watchdog.on_disk = text
+
+    def describe_interrupt(self) -> str:
+        """Return what to say of a SIGINT, as one line. Any thread."""
+        return self._watchdog.describe_interrupt()
+
+    def leave_interrupted(self) -> str:
+        """Have the other ranks end too; return what this one is to tell, nothing where another one tells it. Any rank."""
+        text = self.describe_interrupt()
+        self.announce_failure()
+        return text if self._watchdog.fail("interrupted", exit_code=INTERRUPTED) else ""
 
     def request_stop(self, reason: str) -> None:
         """Make this rank fail with ``reason`` where its next work would begin, and so all ranks. Any thread."""
@@ -308,7 +318,7 @@ class Ranks:
     def _lost(self, step: str, error: RuntimeError) -> ExportError:
         """Wait for the watchdog, which finds out who is dead and ends this process; return the error for when it does not."""
         self._watchdog.wait_for_end()
-        return ExportError(f"lost contact with another rank during '{step}': {_first_line(error)}")
+        return ExportError(f"lost contact with another rank during '{step}': {first_line(error)}")
 
     def tell_once(self, tell: Callable[[], None]) -> None:
         """Run ``tell`` on rank 0 while the other ranks wait for it, at most ten seconds. All ranks that get there.
@@ -412,7 +422,7 @@ def _join(timeout_secs: float) -> Ranks:
             _start_group(timeout)
         except (ValueError, RuntimeError, TimeoutError) as error:
             raise ConfigError(
-                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {_first_line(error)}. Start them with "
+                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {first_line(error)}. Start them with "
                 "torchrun, or unset WORLD_SIZE to export with one rank"
             ) from error
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
@@ -425,7 +435,7 @@ def _join(timeout_secs: float) -> Ranks:
         group,
         owns_default_group=owns,
         timeout_secs=timeout_secs,
-        watched_store=_connect_anew(store, f"{prefix}/watchdog"),
+        watched_store=connect_anew(store, f"{prefix}/watchdog"),
     )
 
 
@@ -451,25 +461,6 @@ def _start_group(timeout: timedelta) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _connect_anew(store: Any, prefix: str) -> Any:
-    """Return a connection of one's own to the same store, which calls of other threads do not hold up."""
-    import torch._C._distributed_c10d as torch_store
-
-    if hasattr(store, "clone"):  # torch 2.9
-        own = store.clone()
-    else:
-        own = store
-        while isinstance(own, torch_store.PrefixStore):
-            own = own.underlying_store
-        if isinstance(own, torch_store.TCPStore):
-            own = torch_store.TCPStore(own.host, own.port, None, False, _STORE_TIMEOUT)
-        elif isinstance(own, torch_store.FileStore):
-            own = torch_store.FileStore(getattr(own, "path"))  # noqa: B009 -- the stubs lack it
-        prefix = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}"
-    own.set_timeout(_STORE_TIMEOUT)
-    return torch_store.PrefixStore(prefix, own)
-
-
 def _is_initialized() -> bool:
     import sys
 
@@ -485,12 +476,7 @@ def _describe(error: Exception, on_disk: str) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'I/O'}: {error.strerror or error}. {on_disk}. Mend that and run the export again", 1
-    return f"{type(error).__name__}: {_first_line(error)}", 1
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}", 1
 
 
 def _ignore(_: str) -> None:

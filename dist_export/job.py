@@ -7,6 +7,7 @@ from dist_export.config import ExportConfig
 from dist_export.events import Events, failure_of, samples_of, write_metrics
 from dist_export.exporter import export_located
 from dist_export.inputs import look_for_weights
+from dist_export.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.locations import locate
 from dist_export.manifest import Manifest
 from dist_export.objects import Objects
@@ -39,8 +40,8 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
             manifest, summary = export_located(ranks, config, objects, located, reporter, weights)
     except BaseException as error:
         if ranks.rank == 0:
-            exit_code = getattr(error, "exit_code", 1)
-            events.add("failed", error=f"{type(error).__name__}: {error}", exit_code=exit_code)
+            exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+            events.add("failed", error=f"{type(error).__name__}: {error}".removesuffix(": "), exit_code=exit_code)
             # what is refused (2) before the transfer has changed nothing: the figures of the package that may be there hold
             if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
                 write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))

@@ -6,12 +6,18 @@ machines its agents count restarts differently. Ranks that were started anew wou
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
+from datetime import timedelta
+from typing import Any
 
-from dist_export.watchdog import Store
+from dist_export.signs_of_life import Store
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5
+
+_STORE_SECS = 5
+"""What a call of the watchdog on the job's store may take."""
 
 _RANKS_A_SECOND = 20_000
 """So often the store is asked by all ranks together, once the first pauses are over."""
@@ -60,3 +66,22 @@ def _ask(store: Store, word: str, rank: int) -> str | None:
     store.set(f"{name}/said/{rank}", word)
     is_heard = store.check([f"{name}/heard/{rank}"]) and store.get(f"{name}/heard/{rank}").decode() == word
     return name if is_heard else None
+
+
+def connect_anew(store: Any, prefix: str) -> Any:
+    """Return a connection of one's own to the same store, which calls of other threads do not hold up."""
+    import torch._C._distributed_c10d as torch_store
+
+    if hasattr(store, "clone"):  # torch 2.9
+        own = store.clone()
+    else:
+        own = store
+        while isinstance(own, torch_store.PrefixStore):
+            own = own.underlying_store
+        if isinstance(own, torch_store.TCPStore):
+            own = torch_store.TCPStore(own.host, own.port, None, False, timedelta(seconds=_STORE_SECS))
+        elif isinstance(own, torch_store.FileStore):
+            own = torch_store.FileStore(getattr(own, "path"))  # noqa: B009 -- the stubs lack it
+        prefix = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}"
+    own.set_timeout(timedelta(seconds=_STORE_SECS))
+    return torch_store.PrefixStore(prefix, own)

@@ -19,7 +19,11 @@ class SigtermPipe:
     def wait(self, secs: float) -> bool:
         """Wait for so long at most; return whether SIGTERM has arrived."""
         ready, _, _ = select.select([self._reader], [], [], secs)
-        return bool(ready) and signal.SIGTERM in os.read(self._reader, 64)
+        numbers = os.read(self._reader, 64) if ready else b""
+        others = numbers.replace(b"\0", b"").replace(bytes([signal.SIGTERM]), b"")
+        if others and self._wakeup >= 0:
+            os.write(self._wakeup, others)  # to whoever waits for them
+        return signal.SIGTERM in numbers
 
     def wake(self) -> None:
         """End a wait."""

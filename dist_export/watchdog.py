@@ -17,13 +17,15 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import msgspec
 
 from dist_export.activity import ACTIVITY
+from dist_export.disk import first_line
+from dist_export.interrupts import INTERRUPTS, end_children
 from dist_export.processes import Identity, identify
 from dist_export.screen import SCREEN
+from dist_export.signs_of_life import Beat, End, Store, encode
 from dist_export.sigterm import SigtermPipe
 
 BEAT_SECS = 1.0
@@ -40,41 +42,6 @@ _END = "end"
 _ADVICE = "Run the same command again to go on"
 
 
-class Store(Protocol):
-    """What is asked of the job's store. Every call may raise RuntimeError when it is gone."""
-
-    def set(self, key: str, value: str) -> Any:
-        """Set a key."""
-
-    def get(self, key: str) -> bytes:
-        """Return a key's value, of one that is known to be there."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Return whether all keys are there."""
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Set a key if it has the expected value, or none and ``expected`` is empty; return what it has then."""
-
-
-class Beat(msgspec.Struct, frozen=True):
-    """A rank's sign of life."""
-
-    number: int
-    doing: str
-    """Step and file."""
-    has_left: bool = False
-
-
-class End(msgspec.Struct, frozen=True):
-    """Why the export is over, as the first rank to find out recorded it."""
-
-    text: str
-    host: str
-    rank: int
-    is_raised: bool = False
-    """Whether that rank raised an error, of which ranks that poll for it hear by themselves."""
-
-
 class Watchdog:
     """Build on every rank of an export, start, stop. The attributes may be set from any thread."""
 
@@ -88,7 +55,7 @@ class Watchdog:
         launcher: int | None,
         request_stop: Callable[[str], None],
         has_failure: Callable[[], bool],
-        finish: Callable[[str | None, float], None] | None = None,
+        finish: Callable[[str | None, float, int], None] | None = None,
     ) -> None:
         """Nothing runs before :meth:`start`.
 
@@ -100,7 +67,8 @@ class Watchdog:
             launcher: process id of the launcher without which this process must not go on; None where there is none.
             request_stop: makes the main thread stop at the next step, with the reason as its error.
             has_failure: whether a rank has announced a failure, which the main threads are about to tell.
-            finish: ends the process, after telling what it gets, if anything, and waiting for some seconds; for tests.
+            finish: ends the process, after telling what it gets, if anything, and waiting for some seconds, with an exit
+                code; for tests.
         """
         self.step = "start"
         self.is_busy = False
@@ -142,9 +110,9 @@ class Watchdog:
             self._sigterm = SigtermPipe()
         loops = [("guard", self._run_guard)]
         if self._store is not None:
-            self._store.set(f"who/{self._rank}", _encode(self._me))
+            self._store.set(f"who/{self._rank}", encode(self._me))
             # at once: a rank that dies before its first beat must be missed too
-            self._store.set(f"beat/{self._rank}", _encode(Beat(-1, self.doing)))
+            self._store.set(f"beat/{self._rank}", encode(Beat(-1, self.doing)))
             loops.append(("beat", self._run_beat))
         for name, loop in loops:
             thread = threading.Thread(target=loop, name=f"watchdog-{name}", daemon=True)
@@ -192,12 +160,23 @@ class Watchdog:
             f"this rank was in {self.doing}"
         )
 
-    def fail(self, text: str) -> None:
-        """Record, for ranks that wait where no exception reaches them, why this rank leaves. It tells ``text`` itself."""
+    def describe_interrupt(self) -> str:
+        """Return what to say of a SIGINT."""
+        return f"interrupted in {self.doing}. {self._tail()}"
+
+    def fail(self, text: str, *, exit_code: int = 1) -> bool:
+        """Record, for ranks that wait where no exception reaches them, why this rank leaves. It tells ``text`` itself.
+
+        Returns whether it is the first to leave, of those that share this rank's machine if the store is gone.
+        """
         self.stop()
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # without the store there is nobody left to hear it
-                self._store.compare_set(_END, "", _encode(End(text, self._me.host, self._rank, is_raised=True)))
+        if self._store is None:
+            return True
+        end = End(text, self._me.host, self._rank, is_raised=True, exit_code=exit_code)
+        try:
+            return msgspec.json.decode(self._store.compare_set(_END, "", encode(end)), type=End) == end
+        except RuntimeError:  # without the store there is nobody left to hear it
+            return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def wait_for_end(self) -> None:
         """Wait as long as it takes to find out which rank is dead, which ends this process. Returns if none is."""
@@ -224,6 +203,8 @@ class Watchdog:
             if self._is_asked_to_stop and self._store is None and not self._is_stopping:
                 self._stop_cleanly()
             self._stopping_secs += passed if self._is_stopping else 0.0
+            if INTERRUPTS.has_come:
+                continue  # this process ends for that reason, and within seconds
             if self.is_orphan:
                 self._end(self.orphan_text())
             elif self._store is not None and silent > SILENT_SECS:
@@ -263,14 +244,14 @@ class Watchdog:
                 self._beat(self._store)
                 self._cycles += 1
                 self._wait_for_beat(self._store)
-            self._store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing, has_left=True)))
+            self._store.set(f"beat/{self._rank}", encode(Beat(self._cycles, self.doing, has_left=True)))
         except RuntimeError as error:  # torch's errors of its store
-            if not self._is_over.is_set():
+            if not self._is_over.is_set() and not INTERRUPTS.has_come:
                 time.sleep(TICK_SECS)  # where the launcher hosts it, guard knows better
                 self._leave_without_store(
                     self._why
                     or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
-                    f"hosts it ({_first_line(error)}); this rank was in {self.doing}"
+                    f"hosts it ({first_line(error)}); this rank was in {self.doing}"
                 )
 
     def _wait_for_beat(self, store: Store) -> None:
@@ -279,7 +260,7 @@ class Watchdog:
         while not self._wake.wait(STEP_SECS) and time.monotonic() < until:
             if self.step != told:
                 told = self.step
-                store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
+                store.set(f"beat/{self._rank}", encode(Beat(self._cycles, self.doing)))
         self._wake.clear()
 
     def _beat(self, store: Store) -> None:
@@ -287,7 +268,9 @@ class Watchdog:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local and self._first_here is None and store.check([f"who/{self._rank - local}"]):
             self._first_here = msgspec.json.decode(store.get(f"who/{self._rank - local}"), type=Identity)
-        store.set(f"beat/{self._rank}", _encode(Beat(self._cycles, self.doing)))
+        store.set(f"beat/{self._rank}", encode(Beat(self._cycles, self.doing)))
+        if INTERRUPTS.has_come:
+            return
         if store.check([_END]) and not (self.hears and msgspec.json.decode(store.get(_END), type=End).is_raised):
             self._follow(store)
         elif self._why:
@@ -342,7 +325,7 @@ class Watchdog:
     def _record(self, store: Store, why: str) -> None:
         """Leave the reason for all ranks, unless one is there already, and end."""
         end = End(why, self._me.host, self._rank)
-        kept = msgspec.json.decode(store.compare_set(_END, "", _encode(end)), type=End)
+        kept = msgspec.json.decode(store.compare_set(_END, "", encode(end)), type=End)
         if kept == end:
             self._leave(self._tell(why))
         else:
@@ -352,7 +335,7 @@ class Watchdog:
         """End as another rank has recorded; on another machine than its own, one rank says it there too."""
         end = msgspec.json.decode(store.get(_END), type=End)
         is_elsewhere = end.host != self._me.host and os.environ.get("LOCAL_RANK", "0") == "0"
-        self._leave(self._tell(end.text) if is_elsewhere else None)
+        self._leave(self._tell(end.text) if is_elsewhere else None, exit_code=end.exit_code)
 
     def _find_out_why_to_stop(self, store: Store) -> None:
         """SIGTERM comes from a scheduler, or from torchrun because a rank died: the rank that died goes first."""
@@ -390,22 +373,15 @@ class Watchdog:
             return
         self._leave(self._tell(why), 4 * TICK_SECS)  # until the others here have seen that their first rank runs
 
-    def _leave(self, text: str | None, wait_secs: float = 0.0) -> None:
-        self._finish(text, wait_secs)
+    def _leave(self, text: str | None, wait_secs: float = 0.0, *, exit_code: int = 1) -> None:
+        self._finish(text, wait_secs, exit_code)
         self._is_over.set()
 
 
-def _finish(text: str | None, wait_secs: float) -> None:
+def _finish(text: str | None, wait_secs: float, exit_code: int) -> None:
     """End the process at once: the main thread may be where no exception reaches it."""
     with contextlib.suppress(OSError):  # whoever read it is gone too
         os.write(2, (SCREEN.close() + (text or "")).encode())
+    end_children()
     time.sleep(wait_secs)
-    os._exit(1)
-
-
-def _encode(value: msgspec.Struct) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    os._exit(exit_code)

@@ -18,7 +18,8 @@ from dist_export.objects import Objects
 from dist_export.package.verify import verify
 from dist_export.processes import identify
 from dist_export.rendezvous import agree_on_start
-from dist_export.watchdog import Beat, Watchdog
+from dist_export.signs_of_life import Beat
+from dist_export.watchdog import Watchdog
 from scripts.scale import logical
 
 ROOT = Path(__file__).resolve().parents[2]

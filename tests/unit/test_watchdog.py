@@ -16,7 +16,8 @@ import pytest
 from dist_export import watchdog
 from dist_export.activity import Activity
 from dist_export.processes import Identity, identify
-from dist_export.watchdog import Beat, End, Watchdog
+from dist_export.signs_of_life import Beat, End
+from dist_export.watchdog import Watchdog
 
 
 class FakeStore:
@@ -83,7 +84,8 @@ class Dog:
             finish=self._finish,
         )
 
-    def _finish(self, text: str | None, _: float) -> None:
+    def _finish(self, text: str | None, _: float, exit_code: int) -> None:
+        self.exit_code = exit_code
         self.told.append(text)
         self.ended.set()
 
