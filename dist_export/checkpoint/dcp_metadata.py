@@ -1,40 +1,53 @@
 """``.metadata`` of a ``torch.distributed.checkpoint`` directory: read without torch, and held against itself.
 
 Source: torch 2.13's ``checkpoint/metadata.py`` and ``filesystem.py``, and the checkpoints that they write. The file is a
-pickle; only the names that DCP itself puts there are admitted, and each becomes a class that lives for one read, so that
-nothing in the file reaches torch or another read. That it is there does not prove that the save was finished.
+pickle; only the names that DCP itself puts there are admitted, and none of them is more than a name here. One object may
+lie in many places of a pickle, so what is made of it is counted too. That it is there does not prove that the save was
+finished.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
-from collections.abc import Callable, Sequence
+import re
+import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import CODE_BY_TORCH
+from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
 
 METADATA = ".metadata"
 
-_OF_METADATA = (
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "MetadataIndex",
-    "StorageMeta",
-)
-_DTYPES = frozenset(CODE_BY_TORCH) | {
-    f"{kind}{bits}" for kind, sizes in {"uint": (16, 32, 64), "complex": (32, 64, 128)}.items() for bits in sizes
+_MODULE = "torch.distributed.checkpoint"
+_CLASSES = {
+    *(
+        (f"{_MODULE}.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+            *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        )
+    ),
+    (f"{_MODULE}.filesystem", "_StorageInfo"),
 }
+_IGNORED = {
+    (f"{_MODULE}.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+"""What describes memory formats, layouts, and where the checkpoint was written."""
+_DTYPE = re.compile(r"bool|(q?u?int|float|bfloat|complex|bits)\d+\w*")
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
-_MAX_CELLS = 1 << 24
-"""Of the grid that a tensor's chunks are laid out on."""
+_MAX_NAME = 4_096
+_MAX_STEPS = 64
+"""Of a name, between its dots."""
+_MAX_PATH = 63
+_MAX_CELLS = 1 << 26
+"""Of the grids that the chunks of all tensors together are laid out on, where they are not cut along one dimension alone."""
+_CHUNK_COST, _NUMBER_COST = 16, 8
+"""What a chunk counts for, and each of its dimensions, against 8 for each byte of the file: an honest one takes 100 bytes."""
 
 
 class Chunk(NamedTuple):
@@ -81,94 +94,93 @@ def decode_metadata(raw: bytes, *, where: str, file_sizes: Callable[[str], int |
     Raises:
         CheckpointError: it is no such file, asks for a name that DCP does not use, or the checkpoint is not complete.
     """
-    document = _unpickle(raw, where)
+    machine = Machine(raw, lambda module, name: _find(module, name, where))
     try:
-        return _build(document, where, file_sizes)
-    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{where} is no metadata of torch.distributed.checkpoint: {error}") from None
-
-
-class _Record:
-    """Stands for one of DCP's own classes."""
-
-    def __init__(self, *arguments: Any, **fields: Any) -> None:
-        self.arguments = arguments
-        self.__dict__.update(fields)
-
-
-def _unpickle(raw: bytes, where: str) -> Any:
-    def text_of(*steps: str) -> str:
-        return "/".join(str(step) for step in steps)
-
-    def anything(*_: Any) -> None:
-        return None
-
-    kinds = {name: type(name, (_Record,), {}) for name in (*_OF_METADATA, "_StorageInfo")}
-    properties = type("TensorProperties", (_Record,), {"__setstate__": _set_properties})
-
-    def size_of(sizes: Any = ()) -> tuple[Any, ...]:
-        return tuple(sizes)
-
-    admitted: dict[tuple[str, str], Any] = {
-        **{("torch.distributed.checkpoint.metadata", name): kinds[name] for name in _OF_METADATA},
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"): properties,
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): anything,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): kinds["_StorageInfo"],
-        ("torch.serialization", "_get_layout"): anything,
-        ("torch", "Size"): size_of,
-        **{(module, "PosixPath"): text_of for module in ("pathlib", "pathlib._local")},
-        **{("torch", name): _DtypeName(name) for name in _DTYPES},
-    }
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            found = admitted.get((module, name))
-            if found is None:
-                raise CheckpointError(
-                    f"{where} asks for {module}.{name}, which torch.distributed.checkpoint does not use for it; "
-                    "it may be made to run code, and is not read"
-                )
-            return found
-
-    try:
-        return Unpickler(io.BytesIO(raw)).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- a damaged pickle can raise anything
+        document = machine.load()
+    except PickleError as error:
         raise CheckpointError(f"{where} is damaged, it is no pickle that can be read: {error}") from None
+    try:
+        return _Builder(machine, document, where, file_sizes).build()
+    except PickleError as error:
+        raise CheckpointError(f"{where} is no metadata of {_MODULE}: {error}") from None
 
 
-class _DtypeName:
-    def __init__(self, name: str) -> None:
-        self.name = name
+def _find(module: str, name: str, where: str) -> Global:
+    """Return what stands for a name that DCP uses. CheckpointError for any other."""
+    if (module, name) in _CLASSES or (module, name) in _IGNORED:
+        return recorded(name)
+    if (module, name) == ("torch", "Size"):
+        return Global(name, lambda *arguments: _numbers(*arguments[:1] or ((),)))
+    if module == "torch" and _DTYPE.fullmatch(name):
+        return Global(name)
+    raise CheckpointError(
+        f"{where} asks for {module}.{name}, which {_MODULE} does not use for it; it may be made to run code, and is not read"
+    )
 
 
-def _set_properties(self: Any, state: Any) -> None:
-    # torch pickles these as a tuple that begins with the dtype
-    self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
+class _Builder:
+    """Makes metadata of what the pickle holds, which may be anything."""
 
+    def __init__(self, machine: Machine, document: Any, where: str, file_sizes: Callable[[str], int | None]) -> None:
+        self._machine = machine
+        self._document = document
+        self._where = where
+        self._file_sizes = file_sizes
+        self._sizes: dict[str, int | None] = {}
+        self._cells = 0
 
-def _build(document: Any, where: str, file_sizes: Callable[[str], int | None]) -> DcpMetadata:
-    entries: dict[tuple[str, tuple[int, ...] | None], Any] = {}
-    for index, info in document.storage_data.items():
-        raw_offset = getattr(index, "offset", None)  # left out of the pickle where it is None
-        offset = None if raw_offset is None else _numbers(raw_offset)
-        entries[_name(index.fqn), offset] = info
-    sizes: dict[str, int | None] = {}
+    def build(self) -> DcpMetadata:
+        described, stored = _fields(self._document, "Metadata", "state_dict_metadata", "storage_data")
+        if type(described) is not dict or type(stored) is not dict:
+            raise PickleError("its state_dict_metadata and storage_data are no dicts")
+        entries = {}
+        for index, info in stored.items():
+            fqn, offset = _fields(index, "MetadataIndex", "fqn", "?offset")  # left out of the pickle where it is None
+            entries[_name(fqn), None if offset is None else _packed(_numbers(offset))] = info
+        tensors: dict[str, TensorMeta] = {}
+        objects: dict[str, Chunk] = {}
+        for key, meta in described.items():
+            name = _name(key)
+            self._machine.charge(_CHUNK_COST)
+            if type(meta) is Record and meta.kind == "BytesStorageMetadata":
+                objects[name] = Chunk((), (), *self._place(entries.get((name, None)), name, None))
+            else:
+                tensors[name] = self._tensor(name, meta, entries)
+        return DcpMetadata(tensors, objects, self._paths())
 
-    def find(name: str, offset: tuple[int, ...] | None) -> tuple[str, int, int, bool]:
-        info = entries.get((name, offset))
+    def _tensor(self, name: str, meta: Any, entries: dict[tuple[str, bytes | None], Any]) -> TensorMeta:
+        size, listed, properties = _fields(meta, "TensorStorageMetadata", "size", "chunks", "properties")
+        shape = _numbers(size)
+        if type(listed) is not list:
+            raise PickleError(f"the chunks of {name!r} are no list")
+        chunks = []
+        cost = _CHUNK_COST + _NUMBER_COST * len(shape)
+        for chunk in listed:
+            self._machine.charge(cost)
+            offsets, sizes = map(_numbers, _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes"))
+            info = entries.get((name, _packed(offsets)))
+            chunks.append(Chunk(offsets, sizes, *self._place(info, name, offsets)))
+        self._cells += check_cover(name, shape, chunks, self._where)
+        if self._cells > _MAX_CELLS:
+            raise CheckpointError(f"{self._where}: its tensors are cut into {self._cells:,} pieces, which nobody does")
+        return TensorMeta(name, shape, _dtype_of(properties), tuple(chunks))
+
+    def _place(self, info: Any, name: str, offset: tuple[int, ...] | None) -> tuple[str, int, int, bool]:
+        """Return the file, the range in it, and whether that was transformed."""
+        where = self._where
         at = "" if offset is None else f" at {list(offset)}"
         if info is None:
             raise CheckpointError(
                 f"{where}: no file holds {name!r}{at}; the save did not finish. Take an earlier checkpoint"
             )
-        file, begin, num_bytes = info.relative_path, info.offset, info.length
-        if not isinstance(file, str) or file.startswith("/") or not _is_plain(file):
-            raise CheckpointError(f"{where}: {name!r}{at} lies in {file!r}, which is no file of the checkpoint")
-        if file not in sizes:
-            sizes[file] = file_sizes(file)
-        size = sizes[file]
+        fields = ("relative_path", "offset", "length", "?transform_descriptors")
+        file, begin, num_bytes, transforms = _fields(info, "_StorageInfo", *fields)
+        if file not in self._sizes if type(file) is str else True:
+            if type(file) is not str or len(file) > _MAX_NAME or file.startswith("/") or not _is_plain(file):
+                shown = f"{file!r:.200}" if type(file) is str else f"a {type(file).__name__}"
+                raise CheckpointError(f"{where}: {name!r}{at} lies in {shown}, which is no file of the checkpoint")
+            self._sizes[file] = self._file_sizes(file)
+        size = self._sizes[file]
         if size is None:
             raise CheckpointError(f"{where}: {file} is missing, which holds {name!r}{at}; the save did not finish")
         begin, num_bytes = _numbers((begin, num_bytes))
@@ -177,32 +189,56 @@ def _build(document: Any, where: str, file_sizes: Callable[[str], int | None]) -
                 f"{where}: {name!r}{at} ends at byte {begin + num_bytes:,} of {file}, which has {size:,}; the file is "
                 "cut short, or the save did not finish"
             )
-        return file, begin, num_bytes, bool(getattr(info, "transform_descriptors", None))
+        return file, begin, num_bytes, bool(transforms)
 
-    tensors: dict[str, TensorMeta] = {}
-    objects: dict[str, Chunk] = {}
-    for key, meta in document.state_dict_metadata.items():
-        name = _name(key)
-        if type(meta).__name__ == "BytesStorageMetadata":
-            objects[name] = Chunk((), (), *find(name, None))
-            continue
-        shape = _numbers(meta.size)
-        chunks = []
-        for chunk in meta.chunks:
-            offsets, chunk_sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
-            chunks.append(Chunk(offsets, chunk_sizes, *find(name, offsets)))
-        check_cover(name, shape, chunks, where)
-        tensors[name] = TensorMeta(name, shape, str(meta.properties.dtype.name), tuple(chunks))
-    planned = getattr(document, "planner_data", None)
-    paths = {}
-    if isinstance(planned, dict):
-        paths = {key: path for key, path in planned.items() if isinstance(key, str) and isinstance(path, tuple)}
-    return DcpMetadata(tensors, objects, paths)
+    def _paths(self) -> dict[str, tuple[Any, ...]]:
+        (planned,) = _fields(self._document, "Metadata", "?planner_data")
+        paths = {}
+        for name, path in planned.items() if type(planned) is dict else ():
+            if type(name) is str and type(path) is tuple:
+                if len(path) > _MAX_PATH or not all(type(step) in (str, int) for step in path):
+                    raise PickleError(f"the path of {name!r:.200} is none")
+                if any(type(step) is int for step in path) or sum(map(len, path)) > _MAX_NAME:
+                    self._machine.check_key(path)
+                    self._machine.check_key(path[:-1])
+                paths[name] = path
+        return paths
+
+
+def _fields(record: Any, kind: str, *names: str) -> list[Any]:
+    """Return fields of an object of a class. Those marked with ? may be missing, and are None then."""
+    state = record.state if type(record) is Record and record.kind == kind else None
+    if type(state) is tuple and len(state) == 2 and state[0] is None:
+        state = state[1]  # of a class with slots
+    if type(state) is not dict:
+        raise PickleError(
+            f"it has a {record.kind if type(record) is Record else type(record).__name__}, expected a {kind}"
+        )
+    found = []
+    for name in names:
+        if name[0] == "?":
+            found.append(state.get(name[1:]))
+        elif name in state:
+            found.append(state[name])
+        else:
+            raise PickleError(f"a {kind} in it has no {name}")
+    return found
+
+
+def _dtype_of(properties: Any) -> str:
+    state = properties.state if type(properties) is Record else None
+    # torch pickles these as a tuple that begins with the dtype
+    dtype = state.get("dtype") if type(state) is dict else state[0] if type(state) is tuple and state else None
+    if type(dtype) is not Global or not _DTYPE.fullmatch(dtype.name):
+        raise PickleError("a tensor in it has no dtype")
+    return dtype.name
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a name is {type(value).__name__}")
+    if type(value) is not str:
+        raise PickleError(f"a name in it is a {type(value).__name__}")
+    if len(value) > _MAX_NAME or value.count(".") >= _MAX_STEPS:
+        raise PickleError(f"it has the name {value[:100]!r}..., of {len(value):,} characters")
     return value
 
 
@@ -211,46 +247,15 @@ def _is_plain(file: str) -> bool:
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
-    found = tuple(values)
-    if len(found) > _MAX_DIMS or not all(type(value) is int and 0 <= value < _MAX_SIZE for value in found):
-        raise ValueError(f"{found!r:.200} are no sizes or positions")
-    return found
+    if type(values) not in (tuple, list) or len(values) > _MAX_DIMS:
+        raise PickleError(f"a {type(values).__name__} in it holds no sizes or positions")
+    for value in values:
+        if type(value) is not int or not 0 <= value < _MAX_SIZE:
+            shown = value if type(value) is int else f"a {type(value).__name__}"
+            raise PickleError(f"sizes or positions in it have {shown}, so they are no sizes or positions")
+    return tuple(values)
 
 
-def check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[Any], where: str) -> None:
-    """Refuse chunks (with ``offsets`` and ``sizes`` first) that leave a gap, overlap, or reach out of the tensor."""
-    for offsets, sizes, *_ in chunks:
-        if len(offsets) != len(shape) or len(sizes) != len(shape):
-            raise CheckpointError(f"{where}: {name!r} has shape {list(shape)}, but a chunk of shape {list(sizes)}")
-        if any(o + s > whole for o, s, whole in zip(offsets, sizes, shape, strict=True)):
-            raise CheckpointError(
-                f"{where}: {name!r} has shape {list(shape)}, but a chunk of {list(sizes)} at {list(offsets)}"
-            )
-    solid = [chunk for chunk in chunks if math.prod(chunk.sizes)]
-    if not math.prod(shape):
-        return
-    edges = [
-        np.unique([0, whole, *(c.offsets[d] for c in solid), *(c.offsets[d] + c.sizes[d] for c in solid)])
-        for d, whole in enumerate(shape)
-    ]
-    cells = [len(edge) - 1 for edge in edges]
-    if math.prod(cells) > _MAX_CELLS:
-        raise CheckpointError(f"{where}: {name!r} is cut into {math.prod(cells):,} pieces, which nobody does")
-    count = np.zeros(cells, np.uint8)
-    for chunk in solid:
-        where_to = tuple(
-            slice(*np.searchsorted(edge, [o, o + s]).tolist())
-            for edge, o, s in zip(edges, chunk.offsets, chunk.sizes, strict=True)
-        )
-        held = count[where_to]
-        if np.any(held):
-            raise CheckpointError(
-                f"{where}: chunks of {name!r} overlap at {list(chunk.offsets)}; it cannot be told which one counts"
-            )
-        count[where_to] = 1
-    if not count.all():
-        first = np.argwhere(count == 0)[0] if count.ndim else []
-        gap = [int(edge[cell]) for edge, cell in zip(edges, first, strict=True)]
-        raise CheckpointError(
-            f"{where}: the chunks of {name!r} leave a gap at {gap}; the save did not finish. Take an earlier checkpoint"
-        )
+def _packed(numbers: tuple[int, ...]) -> bytes:
+    """Return numbers as a key. Tuples of numbers that have one hash are easily made; of bytes they are not."""
+    return struct.pack(f"<{len(numbers)}q", *numbers)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from dist_export.checkpoint.dcp_metadata import check_cover
+from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.checkpoint.doubtful import note_left
 from dist_export.checkpoint.model_weights import ModelWeights, Roles
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
@@ -22,6 +22,8 @@ from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
 """What torchrec's embedding collections call the module that holds their tables."""
 _SHOWN = 8
+_MAX_STEPS = 64
+"""Of a name of optimizer state. All that could be another tensor's name in it is looked up, so more would take for ever."""
 _MAX_COLUMNS = 1 << 16
 """Of a table. A row that lies column by column costs a strip for each."""
 
@@ -226,7 +228,7 @@ def split_collection(name: str) -> tuple[str, str] | None:
 def _state_tail(name: str, names: set[str]) -> str | None:
     """Return what stands behind ``state``, where that begins with another tensor's name; None for anything else."""
     steps = name.split(".")
-    for place, step in enumerate(steps[:-1]):
+    for place, step in enumerate(steps[:-1] if len(steps) <= _MAX_STEPS else ()):
         behind = steps[place + 1 :]
         if step == "state" and any(".".join(behind[:count]) in names for count in range(1, len(behind))):
             return ".".join(behind)

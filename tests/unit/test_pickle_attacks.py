@@ -1,0 +1,191 @@
+"""Pickles that would take gigabytes or for ever take little memory; what is legal is read as Python reads it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pickle_attacks
+import pytest
+import torch
+from hostile_cases import limited_memory
+
+from dist_export.checkpoint.dcp_metadata import decode_metadata
+from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
+
+MEMORY = 256 << 20
+TESTS = Path(__file__).resolve().parent
+
+CHILD = """
+import sys
+import pickle_attacks
+from hostile_cases import limited_memory
+from test_pickle_attacks import MEMORY, READERS
+read = READERS[sys.argv[1]]
+for name, make in getattr(pickle_attacks, sys.argv[2]).items():
+    raw = make()
+    print(name, len(raw), flush=True)
+    with limited_memory(MEMORY):
+        read(raw)
+print("done")
+"""
+
+
+def read_metadata(raw: bytes) -> None:
+    from dist_export.checkpoint.dcp import read_dcp
+    from dist_export.errors import CheckpointError
+    from dist_export.storage import Directory
+
+    folder = Path(os.environ["FOLDER"])
+    (folder / ".metadata").write_bytes(raw)
+    (folder / "f").write_bytes(bytes(64))
+    try:
+        read_dcp(Directory(folder))
+    except CheckpointError as error:
+        assert str(error).isprintable()
+
+
+def read_pickle(raw: bytes) -> None:
+    try:
+        Machine(raw, lambda _, name: recorded(name)).load()
+    except PickleError as error:
+        assert str(error).isprintable()
+
+
+READERS = {"read_metadata": read_metadata, "read_pickle": read_pickle}
+
+
+@pytest.mark.parametrize(("reader", "attacks"), [("read_metadata", "METADATA"), ("read_pickle", "ANYWHERE")])
+def test_no_pickle_takes_much_memory_or_for_ever(reader: str, attacks: str, tmp_path: Path) -> None:
+    """In a process of its own, because a hash of 2^60 steps cannot be interrupted."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parents[1])])
+    env = os.environ | {"PYTHONPATH": paths, "FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, reader, attacks],
+        check=False,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stdout[-200:] + child.stderr[-2000:]
+    assert child.stdout.splitlines()[-1] == "done"
+    assert len(child.stdout.splitlines()) == len(getattr(pickle_attacks, attacks)) + 1
+
+
+def load(raw: bytes, **names: Any) -> Any:
+    return Machine(raw, lambda module, name: names.get(name, Global(f"{module}.{name}"))).load()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_are_what_python_makes_of_them(protocol: int) -> None:
+    shared = ["x", 1]
+    value = {
+        "numbers": [0, 1, 255, 256, 65_535, 65_536, -1, 1 << 31, -(1 << 40), 1 << 200, -(1 << 63), 2.5, float("inf")],
+        "texts": ["", "é", "x" * 300, "\ud800", "\U0001f600" * 3],
+        "others": [None, True, False, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, {"a": {}}],
+        "shared": [shared, shared],
+        1: "a number", (1, "a"): "a tuple", None: 0, 2.5: 1, 1 << 70: 2,
+        "many": list(range(3_000)),
+        "long": {f"key {n}": (n, str(n)) for n in range(3_000)},
+    }  # fmt: skip
+    if protocol > 2:
+        value[b"k"] = 3
+        value["bytes"] = [b"", b"abc", b"\xff" * 300]
+    raw = pickle.dumps(value, protocol)
+    found = load(raw)
+    assert found == value
+    assert list(found) == list(value)
+    assert found["shared"][0] is found["shared"][1]
+    assert [type(key) for key in found] == [type(key) for key in value]
+
+
+def test_a_tuple_in_itself_is_read() -> None:
+    """Pickle writes it with POP: the only thing that does."""
+    inner: list[Any] = []
+    value = (inner, 1)
+    inner.append(value)
+    found = load(pickle.dumps(value, 4))
+    assert found[0][0] is found
+
+
+def test_objects_are_records_of_what_they_were_made_of() -> None:
+    import argparse
+
+    raw = pickle.dumps([argparse.Namespace(a=1, b=[2])] * 2, 4)
+    one, other = load(raw, Namespace=recorded("Namespace"))
+    assert one is other
+    assert type(one) is Record
+    assert (one.kind, one.state) == ("Namespace", {"a": 1, "b": [2]})
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"0", "cut short or damaged"),  # POP of nothing
+        (b"N(0N", None),  # POP of a mark
+        (b"(N0a", "cut short or damaged"),  # beyond a mark
+        (b"N(ta", "appends to a NoneType"),
+        (b"}(Nu", "cut short or damaged"),
+        (b"]Nb", "restores a list"),
+        (b"NN\x81", "calls NoneType"),
+        (b"h\x00", "cut short or damaged"),
+        (b"j\x00\x00\x00", "cut short or damaged"),
+        (b"X\x01\x00\x00\x00\xff", "a text that is none"),
+        (b"NQ", "refers to something outside"),
+        (b"S'x'\n", "opcode 0x53"),
+        (b"\x82\x01", "opcode 0x82"),
+        (b"cos\nsystem", "cut short or damaged"),
+        (b"}]Ns", "a key that is a list"),
+        (b"}N]\x86Ns", "a key with a list in it"),
+        (b"NNN\x93", "computes the name"),
+    ],
+)
+def test_a_broken_pickle_says_why(body: bytes, said: str | None) -> None:
+    raw = pickle_attacks.whole(body)
+    if said is None:
+        assert load(raw) is None
+        return
+    with pytest.raises(PickleError, match=said):
+        load(raw)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80", b"N.", b"\x80\x01N.", b"\x80\x06N.", b"garbage", b"\x80\x04N"])
+def test_what_is_no_pickle_is_refused(raw: bytes) -> None:
+    with pytest.raises(PickleError):
+        load(raw)
+
+
+def test_a_bug_in_what_stands_for_a_name_stays_a_bug() -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("a bug of ours")
+
+    with pytest.raises(TypeError, match="a bug of ours"):
+        load(pickle.dumps(pickle_attacks.fill, 4).replace(b"\x93", b"\x93)R"), fill=Global("x", broken))
+
+
+@pytest.mark.fixtures
+def test_metadata_of_real_checkpoints_is_what_torch_reads(torchrec_fixtures: Path) -> None:
+    files = sorted(torchrec_fixtures.glob("*/.metadata"))
+    assert files
+    for file in files:
+        raw = file.read_bytes()
+        with limited_memory(MEMORY):
+            found = decode_metadata(raw, where="x", file_sizes=lambda _: 1 << 40)
+        expected = pickle.loads(raw)
+        tensors = {k: v for k, v in expected.state_dict_metadata.items() if hasattr(v, "chunks")}
+        assert {name: (t.shape, t.dtype) for name, t in found.tensors.items()} == {
+            name: (tuple(t.size), str(t.properties.dtype).removeprefix("torch.")) for name, t in tensors.items()
+        }
+        assert set(found.objects) == set(expected.state_dict_metadata) - set(tensors)
+        assert found.paths == expected.planner_data
+        places = {(index.fqn, index.offset): info for index, info in expected.storage_data.items()}
+        for name, tensor in found.tensors.items():
+            assert [c.sizes for c in tensor.chunks] == [tuple(c.sizes) for c in tensors[name].chunks]
+            for chunk in tensor.chunks:
+                info = places[name, torch.Size(chunk.offsets)]
+                assert (chunk.file, chunk.begin, chunk.num_bytes) == (info.relative_path, info.offset, info.length)
