@@ -136,8 +136,9 @@ def _inspect(argv: list[str]) -> int:
     from dist_export.checkpoint.tensor_settings import TensorSettings
     from dist_export.config_file import build_path_parser, parse_path
     from dist_export.package.describe import describe, render
+    from dist_export.run_listing import describe_run, render_run
 
-    parser = build_path_parser("dist_export inspect", "Show a checkpoint or a package.")
+    parser = build_path_parser("dist_export inspect", "Show a checkpoint, the checkpoints of a run, or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
     formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb")
     parser.add_argument(
@@ -149,14 +150,17 @@ def _inspect(argv: list[str]) -> int:
     text = "of a DynamicEmb dump: dimensions of tables by pattern, as YAML such as '{user: 16}'"
     parser.add_argument("--dynamicemb_dims", type=dict[str, int], default={}, help=text)
     arguments = parse_path(parser, argv)
-    found = describe(
-        _resolve(arguments),
-        arguments.storage_options,
-        follow_links=arguments.follow_links,
-        asked=arguments.format,
-        settings=TensorSettings(tuple(arguments.tables), tuple(arguments.optimizer_slots)),
-        dynamicemb_dims=arguments.dynamicemb_dims,
-    )
+    path = _resolve(arguments)
+    options = {
+        "follow_links": arguments.follow_links,
+        "asked": arguments.format,
+        "settings": TensorSettings(tuple(arguments.tables), tuple(arguments.optimizer_slots)),
+    }
+    run = describe_run(path, arguments.storage_options, **options)
+    if run is not None:
+        _print_json(run) if arguments.json else _print_lines(render_run(run))
+        return 0
+    found = describe(path, arguments.storage_options, **options, dynamicemb_dims=arguments.dynamicemb_dims)
     _print_json(found) if arguments.json else _print_lines(render(found))
     return 0
 

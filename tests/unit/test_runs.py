@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,10 +16,12 @@ from recis_writer import make_tables, write_checkpoint
 from safetensors.torch import save_file
 
 import dist_export
+from dist_export.cli import main
 from dist_export.config import ExportConfig
 from dist_export.config_file import load_config
 from dist_export.errors import CheckpointError
 from dist_export.plan_report import make_report
+from dist_export.run_listing import describe_run
 from dist_export.runs import find_checkpoint
 
 
@@ -191,3 +194,76 @@ def test_a_whole_fixture_run(recis_fixtures: Path, tmp_path: Path) -> None:
         {"ckpt_dir": str(recis_fixtures / "fullckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     )
     assert manifest.source.step == 3
+
+
+# ---- inspect ----
+
+
+def inspect(capsys, *arguments: object) -> str:
+    assert main(["inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_inspect_lists_a_run_and_marks_what_is_complete(run: Path, capsys) -> None:
+    next((run / "ckpt_20").glob("*.safetensors")).unlink()
+    write_checkpoint(run / "ckpt_300", make_tables({"t": 10}, num_parts=2))
+    (run / "ckpt_5" / "model.pt").write_bytes(b"PK cut short")
+    (run / "best").mkdir()
+    lines = inspect(capsys, run).splitlines()
+    assert lines[0] == f"training run: {run}"
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "  step 300  ckpt_300  incomplete",
+        "  step 100  ckpt_100  complete, the latest",
+        "  step  20  ckpt_20   incomplete",
+        "  step   5  ckpt_5    incomplete",
+    ]
+    assert "checkpoint does not list it" in lines[1]
+    assert "model.pt is missing, and the dense arch needs" in lines[2]
+    assert "is missing; index names it" in lines[3]
+    assert "model.pt" in lines[4]
+    found = json.loads(inspect(capsys, run, "--json"))
+    assert (found["kind"], found["latest"]) == ("training run", "ckpt_100")
+    assert [(each["step"], each["is_complete"]) for each in found["checkpoints"]] == [
+        (300, False),
+        (100, True),
+        (20, False),
+        (5, False),
+    ]
+
+
+@pytest.mark.parametrize("damage", ["none", "no index", "no shard", "cut short", "not listed"])
+def test_what_inspect_calls_the_latest_is_what_an_export_takes(run: Path, damage: str) -> None:
+    latest = run / "ckpt_100"
+    shard = next(latest.glob("*.safetensors"))
+    if damage == "no index":
+        (latest / "index").unlink()
+    elif damage == "no shard":
+        shard.unlink()
+    elif damage == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "not listed":
+        (run / "checkpoint").write_text("ckpt_5\nckpt_20\n")
+    found = describe_run(str(run))
+    assert found is not None
+    assert run / str(found["latest"]) == Path(find(run).directory)
+    assert found["latest"] == ("ckpt_100" if damage == "none" else "ckpt_20")
+
+
+def test_inspect_lists_a_run_of_other_formats_with_patterns(tmp_path: Path, capsys) -> None:
+    state = {"emb.weight": torch.randn(8, 4), "out.weight": torch.randn(2, 2)}
+    for step in (1, 2):
+        write_chunks(tmp_path / f"step-{step}", {name: (value, [((0, 0), value)]) for name, value in state.items()})
+    (tmp_path / "step-3").mkdir()
+    assert [line.split(":")[0].split()[2:] for line in inspect(capsys, tmp_path).splitlines()[1:]] == [
+        ["step-3", "incomplete"],
+        ["step-2", "complete,", "the", "latest"],
+        ["step-1", "complete"],
+    ]
+    lines = inspect(capsys, tmp_path, "--tables", "nothing*").splitlines()
+    assert "step-2  unclear: " in lines[2]
+    assert "nothing*" in lines[2]
+
+
+def test_inspect_of_a_checkpoint_with_numbered_directories_shows_the_checkpoint(run: Path, capsys) -> None:
+    (run / "ckpt_5" / "ckpt_1").mkdir()
+    assert inspect(capsys, run / "ckpt_5").startswith("RecIS checkpoint: ")
