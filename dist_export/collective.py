@@ -93,9 +93,12 @@ class Ranks:
         """The step that this rank is in. Any thread."""
         return self._watchdog.step
 
-    def note_on_disk(self, text: str) -> None:
-        """Say what is on disk from now on, for the message of whatever ends the export. Any rank."""
-        self._watchdog.on_disk = text
+    def note_on_disk(self, say: Callable[[], str]) -> None:
+        """Say from now on by ``say`` what is on disk, in the message of whatever ends the export. Any rank.
+
+        It is called when the message is made, from any thread; it must neither raise nor hang.
+        """
+        self._watchdog.say_on_disk = say
 
     def describe_interrupt(self) -> str:
         """Return what to say of a SIGINT, as one line. Any thread."""
@@ -115,12 +118,12 @@ class Ranks:
     def refuse_to_go_on(self) -> None:
         """Raise ExportError if this rank was asked to stop, for what ends early then. Any rank."""
         if self._stop:
-            raise ExportError(self._stop)
+            raise ExportError(f"{self._stop}. {self._watchdog.tail()}")
 
     def refuse_orphans(self) -> None:
         """Raise ExportError if the launcher of this rank is gone: nobody waits for what it does. Any rank."""
         if self._watchdog.is_orphan:
-            raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.on_disk}. Run the export again")
+            raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.say_on_disk()}. Run the export again")
 
     def gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
         """Run ``work`` on every rank and return the results in rank order. All ranks.
@@ -149,7 +152,7 @@ class Ranks:
         finally:
             self._watchdog.pause()
         if raised is not None:
-            failure = _describe(raised, self._watchdog.on_disk)
+            failure = _describe(raised, self._watchdog.say_on_disk)
             self.announce_failure()
         if self.world_size == 1:
             if isinstance(raised, OSError):
@@ -166,7 +169,7 @@ class Ranks:
             dist.all_gather_object(outcomes, (result, failure), group=self._group)
         except RuntimeError as error:
             if raised is not None:
-                self._watchdog.fail(_describe(raised, self._watchdog.on_disk)[0])
+                self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
                 raise raised from None
             raise self._lost(step, error) from error
         failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
@@ -471,11 +474,14 @@ def _is_initialized() -> bool:
     return bool(dist.is_available() and dist.is_initialized())
 
 
-def _describe(error: Exception, on_disk: str) -> tuple[str, int]:
+def _describe(error: Exception, say_on_disk: Callable[[], str]) -> tuple[str, int]:
     if isinstance(error, DistExportError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename or 'I/O'}: {error.strerror or error}. {on_disk}. Mend that and run the export again", 1
+        return (
+            f"{error.filename or 'I/O'}: {error.strerror or error}. {say_on_disk()}. Mend that and run the export again",
+            1,
+        )
     return f"{type(error).__name__}: {first_line(error)}", 1
 
 

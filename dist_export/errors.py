@@ -69,6 +69,14 @@ class TransferError(ExportError):
     """A shard could not be written as planned."""
 
 
+class EndedError(TransferError):
+    """A file ends before bytes that were to be read. ``fact`` is that alone, for whom its advice is not meant."""
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(f"{fact}; {advice}")
+        self.fact = fact
+
+
 class TraceError(ExportError):
     """``torch.export`` refused the dense arch, or what it wrote cannot be loaded."""
 

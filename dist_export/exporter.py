@@ -38,6 +38,7 @@ from dist_export.layout.recis import MERGED
 from dist_export.locations import Locations, register_package
 from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
 from dist_export.objects import Objects
+from dist_export.on_disk import OnDisk
 from dist_export.places import (
     claim,
     commit_places,
@@ -68,6 +69,7 @@ from dist_export.threads import run_threads
 from dist_export.transfer.convert import Counts, refuse_unfit
 from dist_export.transfer.engine import Share, Transfer
 from dist_export.transfer.pruning import find_pruned
+from dist_export.written import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +156,7 @@ def export_located(
         if committed is not None:
             summary = [f"package: {export_dir}", "  was committed by an attempt before this one"]
             return committed, summary + _tell_version(registered)
-        ranks.note_on_disk(places.on_disk)
+        ranks.note_on_disk(OnDisk(places.final, places.target))
         scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
         def trace() -> None:
@@ -181,8 +183,15 @@ def export_located(
                     digest=config.digest_algorithm,
                     may_copy=may_copy_within(places, config),
                 )
+        written: Written = {}
+
+        def note(sizes: dict[str, int]) -> None:
+            written.update(note_written(target, sizes))
+
         if planned is not None:
             with reporter.stage("check"):
+                sizes = {receipt.name: receipt.num_bytes for receipt in receipts}
+                ranks.on_rank_0("look at the shards", lambda: note(sizes))  # what comes later was not checked
                 if config.on_unfit == "error":
                     plan = planned.plan
                     ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
@@ -206,10 +215,11 @@ def export_located(
 
         with reporter.stage("write"):
             small_files = ranks.on_rank_0("write the small files", write_rest)
+            ranks.on_rank_0("look at the small files", lambda: note({f.path: f.num_bytes for f in small_files}))
         if dense is not None:
             with reporter.stage("score"):
-                written = None if planned is None else open_written(ranks, target, planned.plan)
-                dense.score(written, target)
+                as_served = None if planned is None else open_written(ranks, target, planned.plan)
+                dense.score(as_served, target)
 
         exchanged = None
         if (source is not None and source.s3 is not None) or target.s3 is not None:
@@ -248,11 +258,10 @@ def export_located(
                 refuse_changed_payload(checkpoint)
             refuse_if_lost()
             ranks.refuse_orphans()
+            refuse_vanished(target, written, in_place=in_place)
             publish(target, manifest)
-            ranks.note_on_disk(f"{places.target.url} holds the committed package")
             for name in commit_places(places, and_then=lambda: register(manifest)):
                 logger.info("%s was not part of the old package, and was kept", name)
-            ranks.note_on_disk(f"{export_dir} holds the committed package")
             return manifest
 
         with reporter.stage("commit"):

@@ -39,19 +39,6 @@ class Places:
         """Whether an old package stays readable in ``final`` until the new one takes its place."""
         return self.target is not self.final
 
-    @property
-    def on_disk(self) -> str:
-        """What is there while the export runs, for messages."""
-        if self.is_replacing:
-            return (
-                f"{self.final.url} still holds the old package; shards that are whole are kept in {self.target.url} for "
-                "the next run"
-            )
-        return (
-            f"No manifest was written, so {self.final.url} is no package; shards that are whole are kept there for the "
-            "next run"
-        )
-
 
 def place_of(config: ExportConfig) -> str:
     """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""

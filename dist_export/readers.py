@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_export.activity import ACTIVITY
 from dist_export.disk import close_quietly, naming_any
-from dist_export.errors import TransferError
+from dist_export.errors import EndedError
 
 if TYPE_CHECKING:
     from dist_export.storage import Directory
@@ -28,6 +28,8 @@ _REQUESTS_AT_ONCE = 16
 _NEAR_BYTES = 64 << 10
 """A gap that is read along, for another request would take longer."""
 _MAX_OPEN = 256
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Non-blocking, for a pipe under a file's name would let the open wait for ever."""
 _OTHER_DESCRIPTORS = 200
 """Left for sockets, libraries and the caller's own files."""
 
@@ -39,10 +41,12 @@ class RangeReader:
     behind it, so that a header takes one request; others by seeking.
     """
 
-    def __init__(self, directory: Directory, name: str) -> None:
+    def __init__(self, directory: Directory, name: str, *, fd: int = -1, etag: str = "") -> None:
+        """Open the file, or take over ``fd``, a descriptor of it. ``etag``: of an object of S3, the only one that is read."""
         self._name = name
         self.where = directory.describe(name)
-        self._fd = -1
+        self._fd = fd
+        self._etag = etag
         self._file: Any = None
         self._s3 = directory.s3
         self._path = ""
@@ -51,8 +55,8 @@ class RangeReader:
         if self._s3 is not None:
             self._path = directory.join(name)  # that it is there, the first read tells
         elif directory.is_local:
-            # non-blocking, for a pipe under this name would let the open wait for ever
-            self._fd = os.open(directory.find(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if fd < 0:
+                self._fd = os.open(directory.find(name), OPEN_FLAGS)
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 self.close()
                 raise OSError(errno.EINVAL, "is no regular file", self.where)
@@ -66,7 +70,7 @@ class RangeReader:
         return self._fd
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from byte ``offset`` on. TransferError where the file ends before that."""
+        """Fill ``view`` from byte ``offset`` on. EndedError where the file ends before that."""
         ACTIVITY.begin(self.where)
         try:
             self._read_into(view, offset)
@@ -74,7 +78,7 @@ class RangeReader:
             ACTIVITY.end()
 
     def read_many(self, ranges: Sequence[tuple[memoryview, int]]) -> None:
-        """Fill several views, each from its byte on, in any order. TransferError where the file ends before one's end.
+        """Fill several views, each from its byte on, in any order. EndedError where the file ends before one's end.
 
         Of an object of S3, ranges that nearly touch are read as one, and several are asked for at once.
         """
@@ -86,7 +90,7 @@ class RangeReader:
         try:
             with naming_any(self.where):
                 for group in _group_ranges(ranges):
-                    found = self._s3.get_ranges(self._path, [(begin, end) for begin, end, _ in group])
+                    found = self._s3.get_ranges(self._path, [(begin, end) for begin, end, _ in group], etag=self._etag)
                     for (begin, _, members), data in zip(group, found, strict=True):
                         for number in members:
                             view, offset = ranges[number]
@@ -106,11 +110,11 @@ class RangeReader:
         return Stream(self, offset, num_bytes, window_bytes=window_bytes)
 
     def fetch(self, begin: int, end: int) -> bytes:
-        """Return a range of an object of S3, its pieces asked for at once. TransferError where the object ends before."""
+        """Return a range of an object of S3, its pieces asked for at once. EndedError where the object ends before."""
         assert self._s3 is not None
         pieces = [(first, min(first + _REQUEST_BYTES, end)) for first in range(begin, end, _REQUEST_BYTES)]
         with naming_any(self.where):
-            found = self._s3.get_ranges(self._path, pieces)
+            found = self._s3.get_ranges(self._path, pieces, etag=self._etag)
         data = found[0] if len(found) == 1 else b"".join(found)
         if len(data) < end - begin:
             raise self._ended(begin + len(data), end - begin - len(data))
@@ -126,7 +130,7 @@ class RangeReader:
         end = offset + len(view)
         if offset < _HEAD_BYTES and end <= _HEAD_BYTES and not self._head and len(view):
             with naming_any(self.where):
-                self._head = self._s3.get(self._path, 0, _HEAD_BYTES)
+                self._head = self._s3.get(self._path, 0, _HEAD_BYTES, etag=self._etag)
         done = self._head[offset:end]
         if done:
             view[: len(done)] = done
@@ -135,10 +139,10 @@ class RangeReader:
                 raise self._ended(max(len(self._head), offset), end - max(len(self._head), offset))
             view[len(done) :] = self.fetch(offset + len(done), end)
 
-    def _ended(self, position: int, num_missing: int) -> TransferError:
-        return TransferError(
-            f"{self.where}: ended at byte {position:,}, {num_missing:,} bytes before the end of "
-            "a planned read; it shrank while it was being read. Run the export again on a finished checkpoint."
+    def _ended(self, position: int, num_missing: int) -> EndedError:
+        return EndedError(
+            f"{self.where}: ended at byte {position:,}, {num_missing:,} bytes before the end of a planned read",
+            "it shrank while it was being read. Run the export again on a finished checkpoint.",
         )
 
     def _read_into(self, view: memoryview, offset: int) -> None:
@@ -170,7 +174,7 @@ class RangeReader:
 
         Raises:
             OSError: a zero byte.
-            TransferError: the file ends before that.
+            EndedError: the file ends before that.
         """
         pieces = []
         for first in range(0, length, _PIECE_BYTES):
@@ -219,7 +223,7 @@ class Stream:
             self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
     def read_into(self, view: memoryview) -> None:
-        """Fill ``view`` with the next bytes. TransferError where the file ends before that."""
+        """Fill ``view`` with the next bytes. EndedError where the file ends before that."""
         assert self._position + len(view) <= self._end
         if not self._reader.is_ranged:
             self._reader.read_into(view, self._position)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dist_export.errors import UserError
 from dist_export.retries import TRAFFIC, why_unreachable, with_retries
+from dist_export.s3_conditions import get_matching, is_refused
 
 T = TypeVar("T")
 
@@ -161,27 +162,39 @@ class S3:
             return None  # it may be used all the same
         return None
 
-    def get(self, path: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Return bytes ``begin`` to ``end`` of an object, fewer where it ends before."""
+    def get(self, path: str, begin: int = 0, end: int | None = None, *, etag: str = "") -> bytes:
+        """Return bytes ``begin`` to ``end`` of an object, fewer where it ends before.
+
+        With ``etag`` only of the object that has this ETag: OSError(ESTALE) where another one is there now.
+        """
         if end is not None and end <= begin:
             return b""
+        if etag:
+            assert end is not None
+            return self.get_ranges(path, [(begin, end)], etag=etag)[0]
         given = {} if begin == 0 and end is None else {"start": begin, "end": end}
         data = bytes(self._ask_again(lambda _: self._fs.cat_file(path, **given), path))
         TRAFFIC.add(downloaded=len(data))
         return data
 
-    def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return several ranges (first byte, byte after the last), asked for at once; only those that failed are asked again."""
+    def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, etag: str = "") -> list[bytes]:
+        """Return several ranges (first byte, byte after the last), asked for at once; only those that failed are asked again.
+
+        ``etag`` as in :meth:`get`.
+        """
         found: list[bytes | None] = [None] * len(ranges)
         missing = [place for place, (begin, end) in enumerate(ranges) if end > begin]
-        if len(missing) == 1:
+        if len(missing) == 1 and not etag:
             found[missing[0]] = self.get(path, *ranges[missing[0]])
             missing = []
 
         def ask(_: bool) -> None:
-            starts, ends = zip(*(ranges[place] for place in missing), strict=True)
             TRAFFIC.add(requests=len(missing) - 1)
-            outcomes = self._fs.cat_ranges([path] * len(missing), list(starts), list(ends), on_error="return")
+            if etag:
+                outcomes = get_matching(self._fs, path, [ranges[place] for place in missing], etag)
+            else:
+                starts, ends = zip(*(ranges[place] for place in missing), strict=True)
+                outcomes = self._fs.cat_ranges([path] * len(missing), list(starts), list(ends), on_error="return")
             failed = {}
             for place, outcome in zip(tuple(missing), outcomes, strict=True):
                 if isinstance(outcome, BaseException):
@@ -193,8 +206,13 @@ class S3:
             if failed:
                 raise next(iter(failed.values()))
 
-        if missing:
-            self._ask_again(ask, path)
+        try:
+            if missing:
+                self._ask_again(ask, path)
+        except OSError as error:
+            if not etag or not is_refused(error):
+                raise
+            raise OSError(errno.ESTALE, "is another object than the one that was opened") from error
         return [b"" if data is None else data for data in found]
 
     def put(self, path: str, data: bytes) -> str:
@@ -380,19 +398,3 @@ def composite_checksum(sha256s: Sequence[bytes]) -> str:
 
 def _bare(etag: str) -> str:
     return str(etag).strip('"')
-
-
-def is_refused(error: BaseException) -> bool:
-    """Whether a request was answered with: its condition does not hold."""
-    cause = error.__cause__
-    response = getattr(cause, "response", None) or getattr(error, "response", None)
-    if isinstance(error, FileExistsError):
-        return True
-    if not isinstance(response, dict):
-        return False
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    # 409: another request to the same key won while this one was under way
-    return status == 412 or response.get("Error", {}).get("Code") in (
-        "PreconditionFailed",
-        "ConditionalRequestConflict",
-    )

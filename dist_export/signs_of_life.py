@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from dist_export.processes import Identity
+
 
 class Store(Protocol):
     """What is asked of the job's store. Every call may raise RuntimeError when it is gone."""
@@ -46,3 +48,11 @@ class End(msgspec.Struct, frozen=True):
 def encode(value: msgspec.Struct) -> str:
     """Return a record as the store keeps it."""
     return msgspec.json.encode(value).decode()
+
+
+def has_ended(store: Store, rank: int, me: Identity) -> bool:
+    """Whether a rank has left, is known to be dead, or has never arrived. RuntimeError where the store is gone."""
+    if not store.check([f"who/{rank}", f"beat/{rank}"]):
+        return True
+    identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
+    return msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat).has_left or identity.is_alive(me) is False

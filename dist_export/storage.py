@@ -72,6 +72,8 @@ class FileStat:
 
     size: int
     version: str
+    inode: int = 0
+    """Of a local file."""
 
 
 class Directory:
@@ -125,6 +127,11 @@ class Directory:
     def is_shared(self) -> bool:
         """Whether other processes see what is written here. ``memory://`` lives in one process."""
         return "memory" not in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    @property
+    def follows_links(self) -> bool:
+        """Whether links that lead out of the directory are read."""
+        return self._follow_links
 
     @property
     def is_file(self) -> bool:
@@ -239,14 +246,24 @@ class Directory:
         On S3 it takes a request for each thousand files that are there, not one for each file.
         """
         wanted = list(names)
-        if self.s3 is None or len(wanted) < _FEW_FILES:
-            return {name: self.stat(name) for name in wanted}
-        with naming_any(self.url):
-            found = {name: FileStat(*stat) for name, stat in self.s3.objects(self.path)}
+        found = self.find_many(wanted)
         missing = next((name for name in wanted if name not in found), None)
         if missing is not None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(missing))
-        return {name: found[name] for name in wanted}
+        return found
+
+    def find_many(self, names: Iterable[str]) -> dict[str, FileStat]:
+        """Return what :meth:`stat_many` does, without those that are missing."""
+        wanted = list(names)
+        found: dict[str, FileStat] = {}
+        if self.s3 is None or len(wanted) < _FEW_FILES:
+            for name in wanted:
+                with contextlib.suppress(FileNotFoundError):
+                    found[name] = self.stat(name)
+            return found
+        with naming_any(self.url):
+            listed = dict(self.s3.objects(self.path))
+        return {name: FileStat(*listed[name]) for name in wanted if name in listed}
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError where there is none."""
@@ -254,7 +271,7 @@ class Directory:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         if self.is_local:
             found = os.stat(self.find(name))
-            return FileStat(found.st_size, str(found.st_mtime_ns))
+            return FileStat(found.st_size, str(found.st_mtime_ns), found.st_ino)
         with naming_any(self.describe(name)):
             if self.s3 is not None:
                 return FileStat(*self.s3.head(self.join(name)))

@@ -25,7 +25,7 @@ from dist_export.disk import first_line
 from dist_export.interrupts import INTERRUPTS, end_children
 from dist_export.processes import Identity, identify
 from dist_export.screen import SCREEN
-from dist_export.signs_of_life import Beat, End, Store, encode
+from dist_export.signs_of_life import Beat, End, Store, encode, has_ended
 from dist_export.sigterm import SigtermPipe
 
 BEAT_SECS = 1.0
@@ -75,7 +75,8 @@ class Watchdog:
         """Whether this rank is at work: waiting for others is no hang of its own."""
         self.hears = False
         """Whether the main thread polls for failures of other ranks by itself, and then tells them."""
-        self.on_disk = "Nothing was written"
+        self.say_on_disk: Callable[[], str] = lambda: "Nothing was written"
+        """Says what is on disk, when a message is made: another rank may have committed since."""
         self.moves = 0
         """Grows with all progress that is not a call on a file."""
         self._rank = rank
@@ -162,7 +163,7 @@ class Watchdog:
 
     def describe_interrupt(self) -> str:
         """Return what to say of a SIGINT."""
-        return f"interrupted in {self.doing}. {self._tail()}"
+        return f"interrupted in {self.doing}. {self.tail()}"
 
     def fail(self, text: str, *, exit_code: int = 1) -> bool:
         """Record, for ranks that wait where no exception reaches them, why this rank leaves. It tells ``text`` itself.
@@ -327,9 +328,22 @@ class Watchdog:
         end = End(why, self._me.host, self._rank)
         kept = msgspec.json.decode(store.compare_set(_END, "", encode(end)), type=End)
         if kept == end:
+            self._let_rank_0_end(store)
             self._leave(self._tell(why))
         else:
             self._follow(store)
+
+    def _let_rank_0_end(self, store: Store) -> None:
+        """Wait until rank 0, which commits, has seen that the export is over: what is on disk is settled then.
+
+        Where SIGTERM is not caught there is no time for it: the launcher ends this rank as soon as another one has ended.
+        """
+        deadline = time.monotonic() + 2 * BEAT_SECS
+        with contextlib.suppress(RuntimeError):  # rank 0 may host the store
+            while self._rank and self._sigterm is not None and time.monotonic() < deadline:
+                if has_ended(store, 0, self._me):
+                    return
+                time.sleep(STEP_SECS)
 
     def _follow(self, store: Store) -> None:
         """End as another rank has recorded; on another machine than its own, one rank says it there too."""
@@ -354,15 +368,16 @@ class Watchdog:
     def _stop_cleanly(self) -> None:
         self._is_stopping = True
         if not self._has_failure():  # else the main threads know already, and what they say goes first
-            self._request_stop(f"stopped by SIGTERM, which came in {self.doing}. {self._tail()}")
+            self._request_stop(f"stopped by SIGTERM, which came in {self.doing}")
 
     # ---- the end ----
 
     def _tell(self, why: str) -> str:
-        return f"dist_export: {why}. {self._tail()}\n"
+        return f"dist_export: {why}. {self.tail()}\n"
 
-    def _tail(self) -> str:
-        return f"{self.on_disk}. {_ADVICE}"
+    def tail(self) -> str:
+        """Return how every message of an end ends: what is on disk now, and what to do."""
+        return f"{self.say_on_disk()}. {_ADVICE}"
 
     def _leave_without_store(self, why: str) -> None:
         """End where nobody can be asked who tells it: on each machine its first rank does, if it still runs."""

@@ -14,7 +14,7 @@ from dist_export.errors import DistExportError, PackageError
 from dist_export.layout.recis import EMBEDDING_SLOT
 from dist_export.manifest import SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
 from dist_export.package.package import Package
-from dist_export.storage import Directory
+from dist_export.package.shards import Files
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,10 @@ def check_dense(
     Needs neither the model's code nor the job; of the folder's Python code nothing is imported. ``looks_up_rows``: whether
     the tables are sound so far, so that the sample's rows can be looked up in them.
     """
-    folder = package.directory
+    folder = package.files
     try:
         program = package.load_program()
-    except (DistExportError, FileNotFoundError) as error:
+    except DistExportError as error:
         findings.append(f"{entry.program}: {_first_line(error)}")
         return
     try:
@@ -42,9 +42,6 @@ def check_dense(
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
     except DistExportError as error:
         findings.append(str(error))
-        return
-    except FileNotFoundError as error:
-        findings.append(f"{entry.folder}: {error.filename} is missing")
         return
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         findings.append(f"{entry.folder}: the sample cannot be read: {type(error).__name__}: {_first_line(error)}")
@@ -101,7 +98,7 @@ def _compare(
 
 
 def _read_sample(
-    folder: Directory, entry: DenseEntry, findings: list[str]
+    folder: Files, entry: DenseEntry, findings: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
     from dist_export.archive.sample_pickle import read_sample_pickle
@@ -138,7 +135,7 @@ def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findi
         findings.append(f"{where}: {names}, the manifest says {[tensor.name for tensor in stated]}")
 
 
-def _read_outputs(folder: Directory, where: str) -> tuple[torch.Tensor, ...]:
+def _read_outputs(folder: Files, where: str) -> tuple[torch.Tensor, ...]:
     from dist_export.archive.sample_pickle import read_sample_pickle
 
     found = read_sample_pickle(folder.read(where), where=where)
@@ -182,7 +179,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
         return  # written before packages had it
     before = len(findings)
     total = there = 0
-    for table, rows in _read_json(package.directory, where).items():
+    for table, rows in _read_json(package.files, where).items():
         ids = np.array([row["id"] for row in rows], np.int64)
         found, has_row = package.lookup(table, ids, slot=EMBEDDING_SLOT, raw=True)
         total += len(ids)
@@ -201,7 +198,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
         checked.append(f"sample: {asked}, so there was no row to compare")
 
 
-def _read_json(directory: Directory, name: str) -> Any:
+def _read_json(directory: Files, name: str) -> Any:
     try:
         return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
     except (ValueError, RecursionError) as error:

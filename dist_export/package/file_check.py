@@ -23,6 +23,7 @@ from dist_export.errors import DistExportError
 from dist_export.manifest import MANIFEST, FileEntry, Manifest
 from dist_export.package.listing import Listing
 from dist_export.package.report import Report
+from dist_export.package.shards import fact_of
 from dist_export.package.shares import Work, cut
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
@@ -133,7 +134,7 @@ def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDig
                 pieces = _read_pieces(reader, begin, begin + int(sizes.sum()))
                 found.append(ChunkDigests(*where, tuple(hash_chunks(pieces, algorithm_of(digest)))))
         except DistExportError as error:
-            found.append(ChunkDigests(*where, (), str(error)))
+            found.append(ChunkDigests(*where, (), fact_of(error)))
         except OSError as error:
             found.append(ChunkDigests(*where, (), error.strerror or str(error)))
     return found

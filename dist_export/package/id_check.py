@@ -15,6 +15,7 @@ from dist_export import id_columns
 from dist_export.errors import DistExportError
 from dist_export.id_columns import IdRun, read_runs
 from dist_export.layout.recis import Slice, is_in_slice, mix, places_of
+from dist_export.package.shards import fact_of
 from dist_export.package.shares import Work, cut
 from dist_export.readers import OpenReaders
 from dist_export.repeats import HeldIds, has_repeats
@@ -276,9 +277,9 @@ def _open(directory: Directory, work: Work) -> OpenReaders:
     return OpenReaders(lambda number: directory.open_reader(work.shards[number]))
 
 
-def _name_error(error: Exception, work: Work) -> tuple[str, str]:
+def _name_error(error: DistExportError | OSError, work: Work) -> tuple[str, str]:
     """Return the file that an error is of, as well as it tells, and the error in one line."""
-    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
     where = str(getattr(error, "filename", "") or text)
     file = next((name for name in work.shards if f"/{name}" in where), "shards")
     return file, f"cannot be read: {text}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,13 +11,14 @@ import numpy as np
 
 from dist_export import registries
 from dist_export.archive.guard import load_program
-from dist_export.errors import PackageError, UserError
+from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.layout.encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.layout.indexes import Indexes
-from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, is_in_slice, parse_slice
+from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, TENSORKEY, is_in_slice, parse_slice
 from dist_export.layout.safetensors import Header
 from dist_export.manifest import MANIFEST, Manifest, PartEntry, SlotEntry, TableEntry, decode_manifest
+from dist_export.package.opened import OpenedFiles
 from dist_export.package.shards import read_header, read_indexes
 from dist_export.storage import Directory
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _RUN_ROWS = 1 << 20
+_TRIES = 10
+"""To open a package that is replaced at this very moment."""
 
 
 def is_sound_encoding(slot: SlotEntry) -> bool:
@@ -40,23 +41,37 @@ def is_sound_encoding(slot: SlotEntry) -> bool:
 
 
 class Package:
-    """A committed package. ``manifest`` describes it; nothing else is read until asked for."""
+    """A committed package. ``manifest`` describes it; nothing else is read until asked for.
+
+    It stays the package that it was when it was opened, whatever is put in its place, or says by a PackageError that it was
+    replaced. Any thread may read it.
+    """
 
     def __init__(self, directory: Directory) -> None:
-        where = directory.describe(MANIFEST)
-        with _telling(where):
-            if not directory.exists():
-                raise UserError(f"{directory.url}: {directory.say_missing()}")
-            if not directory.exists(MANIFEST):
-                raise PackageError(
-                    f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; "
-                    "run the export again"
-                )
-            content = directory.read_text(MANIFEST)
+        """Open it. Errors as :func:`open_package`."""
         self.directory = directory
-        self.manifest: Manifest = decode_manifest(content, where=where)
+        self.files, self.manifest = _open(directory)
         self._headers: dict[str, Header] = {}
         self._indexes: Indexes | None = None
+
+    def hold(self) -> None:
+        """Open on a disk what lookups and :meth:`load_program` read, as far as descriptors go.
+
+        What is open can be read on when the package is replaced and removed.
+        """
+        dense = self.manifest.dense
+        shards = (part.file for table in self.manifest.tables for part in table.parts)
+        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *shards])
+
+    def close(self) -> None:
+        """Close all files. They are closed as well when nobody refers to the package any more."""
+        self.files.close()
+
+    def __enter__(self) -> Package:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def table(self, name: str) -> TableEntry:
         """Return a table's entry in the manifest. PackageError where there is no such table."""
@@ -162,20 +177,18 @@ class Package:
         if self.manifest.dense is None:
             raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
         name = self.manifest.dense.program
-        with _telling(self.directory.describe(name)):
-            content = self.directory.read(name)
-        return load_program(content)
+        return load_program(self.files.read(name))
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file, read once."""
         if name not in self._headers:
-            self._headers[name] = read_header(self.directory, name)
+            self._headers[name] = read_header(self.files, name)
         return self._headers[name]
 
     def _file_of(self, key: str) -> str:
         """Return the file that ``index`` gives for a block."""
         if self._indexes is None:
-            self._indexes = read_indexes(self.directory)
+            self._indexes = read_indexes(self.files)
         place = self._indexes.place_of_key.get(key)
         if place is None:
             raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
@@ -200,8 +213,7 @@ class Package:
         if not row_bytes:
             return
         edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
-        where = self.directory.describe(part.file)
-        with _telling(where), self.directory.open_reader(part.file) as reader:
+        with self.files.open_reader(part.file) as reader:
             for first, last in itertools.pairwise(edges):
                 offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
                 reader.read_into(rows[first:last].reshape(-1).data, offset)
@@ -231,11 +243,7 @@ class Package:
         slot_begin = int(slot_header.begins[slot_place])
         row_bytes = rows.shape[1]
         sought = unique[wanted]
-        with (
-            _telling(self.directory.describe(file)),
-            self.directory.open_reader(file) as reader,
-            self.directory.open_reader(slot_file) as slot_reader,
-        ):
+        with self.files.open_reader(file) as reader, self.files.open_reader(slot_file) as slot_reader:
             for first in range(0, num_rows, _RUN_ROWS):
                 ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
                 reader.read_into(ids.data.cast("B"), id_begin + first * 8)
@@ -250,13 +258,40 @@ class Package:
                     )
 
 
-@contextlib.contextmanager
-def _telling(where: str) -> Iterator[None]:
-    """Let what a disk or a store does not give be a PackageError."""
+def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
+    """Return the files of a package, and its manifest: both of one package, also while another one takes its place."""
+    for is_last in (*[False] * (_TRIES - 1), True):
+        files: OpenedFiles | None = None
+        try:
+            files = OpenedFiles(directory)
+            manifest = decode_manifest(files.anchor(MANIFEST), where=directory.describe(MANIFEST))
+            paths = [entry.path for entry in manifest.files]
+            paths += [part.file for table in manifest.tables for part in table.parts]
+            if files.note(paths):
+                return files, manifest
+        except (OSError, PackageError) as error:
+            # the package may have been replaced at this moment, and what was opened is being removed
+            if files is None or is_last or files.is_current():
+                raise _refusal(directory, error) from error
+        files.close()
+    raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
+
+
+def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportError:
+    """Return what to say of a directory that cannot be opened as a package."""
+    if isinstance(error, PackageError):
+        return error
     try:
-        yield
-    except OSError as error:
-        raise PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not directory.exists():
+            return UserError(f"{directory.url}: {directory.say_missing()}")
+        if isinstance(error, FileNotFoundError) and not directory.exists(MANIFEST):
+            return PackageError(
+                f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; run the export again"
+            )
+    except OSError as second:
+        error = second
+    where = directory.describe(MANIFEST)
+    return PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}")
 
 
 def open_package(
@@ -272,4 +307,6 @@ def open_package(
         PackageError: no manifest, so no package; one that is damaged or of a later schema; or none that can be read.
     """
     found = registries.resolve(os.fspath(path), registry_options or {})
-    return Package(Directory(found.directory, storage_options))
+    package = Package(Directory(found.directory, storage_options))
+    package.hold()
+    return package

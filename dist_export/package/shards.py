@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from dist_export.errors import CheckpointError, PackageError
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from dist_export.errors import CheckpointError, DistExportError, EndedError, PackageError
 from dist_export.layout.indexes import Indexes, decode_indexes
 from dist_export.layout.recis import INDEX, TENSORKEY
 from dist_export.layout.safetensors import Header, decode_header, header_length
-from dist_export.storage import Directory
+from dist_export.readers import RangeReader
+from dist_export.storage import FileStat
 
 
-def read_header(directory: Directory, name: str) -> Header:
+class Files(Protocol):
+    """What is asked of a directory, or of the files of a package that is open."""
+
+    url: str
+
+    def describe(self, name: str) -> str:
+        """Return ``name`` with the directory's URL, for messages."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def stat(self, name: str) -> FileStat:
+        """Return size and version of a file."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+
+    def read_text(self, name: str) -> bytes:
+        """Return a whole text file."""
+
+    def open_reader(self, name: str) -> AbstractContextManager[RangeReader]:
+        """Open a file for ranged reads."""
+
+
+def fact_of(error: DistExportError) -> str:
+    """Return what an error says, without the advice that is for exports alone."""
+    return error.fact if isinstance(error, EndedError) else str(error)
+
+
+def read_header(directory: Files, name: str) -> Header:
     """Read and check the header of one shard file. PackageError where it is missing, truncated or untrue."""
     where = directory.describe(name)
     try:
@@ -23,11 +56,11 @@ def read_header(directory: Directory, name: str) -> Header:
         raise PackageError(f"{where} is missing") from None
     except OSError as error:
         raise PackageError(f"{where} cannot be read: {error.strerror or error}") from None
-    except CheckpointError as error:
-        raise PackageError(str(error)) from None
+    except (CheckpointError, EndedError) as error:
+        raise PackageError(fact_of(error)) from None
 
 
-def read_indexes(directory: Directory) -> Indexes:
+def read_indexes(directory: Files) -> Indexes:
     """Read ``index`` and ``tensorkey.json``. PackageError where one is missing or not what RecIS's loader takes."""
     missing = [name for name in (INDEX, TENSORKEY) if not directory.exists(name)]
     if missing:
@@ -39,8 +72,10 @@ def read_indexes(directory: Directory) -> Indexes:
         raise PackageError(str(error)) from None
 
 
-def _read(directory: Directory, name: str) -> bytes:
+def _read(directory: Files, name: str) -> bytes:
     try:
         return directory.read_text(name)
     except OSError as error:
         raise PackageError(f"{directory.describe(name)} cannot be read: {error.strerror or error}") from None
+    except EndedError as error:
+        raise PackageError(error.fact) from None

@@ -49,6 +49,9 @@ _DAMAGE = (
 """What a damaged directory may make a check raise."""
 
 
+CHANGED = "was replaced or changed while it was being checked, so nothing can be said of it"
+
+
 class Survey:
     """What rank 0 knows of the directory: its metadata before the payload is read, and the report."""
 
@@ -70,6 +73,11 @@ class Survey:
     def manifest(self) -> Manifest | None:
         """The manifest; None where there is none that can be read."""
         return None if self.package is None else self.package.manifest
+
+    def refuse_replaced(self) -> None:
+        """Refuse a package that was not the same all the while: what was found is of neither. UserError. At the end."""
+        if self.package is not None and not self.package.files.is_current():
+            raise UserError(f"{self.directory.url}: {CHANGED}; run verify again")
 
     def take(self) -> Work | None:
         """Read and compare all metadata; return what is to be read of the payload, None where nothing is.

@@ -9,6 +9,7 @@ import numpy as np
 from dist_export.errors import DistExportError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.encodings import F32, TAIL_BYTES
+from dist_export.package.shards import fact_of
 from dist_export.package.shares import Work, cut
 from dist_export.readers import OpenReaders
 from dist_export.storage import Directory
@@ -76,7 +77,7 @@ def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
                     if odd is not None:
                         found.append(odd)
             except (DistExportError, OSError) as error:
-                text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+                text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
                 found.append(Odd(block, 0, 0, 0, text))
     return _add(found)
 
@@ -99,7 +100,7 @@ def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: 
             if odd is not None:
                 found.append(odd._replace(first=(first + odd.first // 2) * width))
     except (DistExportError, OSError) as error:
-        text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
         found.append(Odd(block, 0, 0, 0, text))
     return found
 

@@ -11,6 +11,8 @@ import os
 from typing import Any
 
 from dist_export.collective import Ranks, alone
+from dist_export.disk import reason_of
+from dist_export.errors import EndedError, UserError
 from dist_export.package.conclusion import conclude
 from dist_export.package.file_check import ChunkDigests, compare_digests, cut_files, hash_share
 from dist_export.package.id_check import (
@@ -27,7 +29,7 @@ from dist_export.package.id_check import (
 )
 from dist_export.package.report import Report
 from dist_export.package.shares import DEFAULT_MEMORY, Bounds, share_out
-from dist_export.package.survey import Survey
+from dist_export.package.survey import CHANGED, Survey
 from dist_export.package.value_check import Odd, add_odd, cut_values, scan_share
 from dist_export.storage import Directory
 from dist_export.threads import keep_freed_memory, run_threads
@@ -53,7 +55,8 @@ def verify(
         ranks: who shares the work; by default this process alone.
 
     Raises:
-        UserError: there is no such directory, or nothing in it that could be checked; a setting that cannot be.
+        UserError: there is no such directory, or nothing in it that could be checked; a setting that cannot be; a package
+            that was replaced or changed meanwhile.
         StepFailedError: the same, on several ranks.
     """
     ranks = alone() if ranks is None else ranks
@@ -87,7 +90,10 @@ def verify(
     dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
 
     def look(share: list[UniqueTask]) -> list[Repeats]:
-        return search(directory, work, share, held_ids=bounds.held_ids)
+        try:
+            return search(directory, work, share, held_ids=bounds.held_ids)
+        except (EndedError, OSError) as error:  # all of it has been read once
+            raise UserError(f"{survey.directory.url}: {CHANGED} ({reason_of(error)}); run verify again") from error
 
     searched = ranks.gather("search for ids that stand twice", lambda: run_threads(look, dealt))
     repeats = [repeat for repeat in counts.repeats if is_proven[repeat.table]]
@@ -97,6 +103,7 @@ def verify(
         if survey.manifest is not None:
             compare_digests(work, [chunk for chunks, _, _ in found for chunk in chunks], survey.report)
         conclude(survey, counts, repeats, add_odd([odd for _, _, odd in found]))
+        survey.refuse_replaced()
         return survey.report
 
     return ranks.on_rank_0("put the findings together", finish)

@@ -22,7 +22,8 @@ from dist_export.errors import TransferError
 from dist_export.plan.parts import FileParts, Part
 from dist_export.plan.sparse_plan import SparsePlan
 from dist_export.readers import RangeReader
-from dist_export.s3 import S3, UploadedPart, composite_checksum, is_refused
+from dist_export.s3 import S3, UploadedPart, composite_checksum
+from dist_export.s3_conditions import is_refused
 from dist_export.storage import Directory
 from dist_export.transfer.files import StagedFiles
 

@@ -251,6 +251,21 @@ def test_sigterm_stops_cleanly_and_the_rerun_goes_on(whom: str, tmp_path: Path) 
         job.run_again()
 
 
+@pytest.mark.parametrize("how", ["kill", "sigterm"])
+def test_what_is_said_after_the_commit_is_true(how: str, tmp_path: Path) -> None:
+    """The manifest is there: the package is whole, whether or not its clean-up is done."""
+    pause = {"environment": {"PAUSE_SECS": "2"}} if how == "sigterm" else {}
+    with Job(tmp_path, at="written manifest.json", rank=0, more=pause).wait() as job:
+        os.kill(job.paused, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        (line,) = job.end()
+        why = "died in 'commit'" if how == "kill" else "stopped by SIGTERM, which came in 'commit'"
+        assert why in line
+        assert f"{job.out} holds the committed package. Run the same command again" in line
+        assert "No manifest" not in line
+        if how == "kill":
+            job.run_again()
+
+
 def test_one_process_is_stopped_by_sigterm_too(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 500, "u": 300}, 4))
     out, mark = tmp_path / "out", tmp_path / "mark"

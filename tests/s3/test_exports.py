@@ -17,8 +17,9 @@ import dist_export
 from dist_export import claims
 from dist_export.config_file import load_config
 from dist_export.digests import digest_of_parts
-from dist_export.errors import CommitError, ConfigError, TransferError
+from dist_export.errors import CommitError, ConfigError, PackageError, TransferError
 from dist_export.package.describe import describe
+from dist_export.package.package import open_package
 from dist_export.package.verify import verify
 from dist_export.plan_report import make_report, render_report
 from dist_export.retries import TRAFFIC
@@ -363,3 +364,26 @@ def test_a_package_is_described_from_its_manifest(large: Path, store: Store) -> 
     moved = TRAFFIC.since(before)
     assert moved["downloaded"] < 20_000
     assert moved["requests"] < 10
+
+
+@pytest.mark.parametrize("num_shards", [2, 12])
+def test_an_open_package_takes_no_other_object_for_its_own(num_shards: int, small: Path, store: Store) -> None:
+    """Each read asks for the object that was there at the opening, by ``If-Match``; of many files the store lists them."""
+    store.export(small, store.url("out"), num_shards=num_shards)
+    package = open_package(store.url("out"), storage_options=store.options)
+    table = package.manifest.tables[0].name
+    ids = np.arange(2000)
+    before, has_row = package.lookup(table, ids)
+    assert has_row.any()
+    shard = f"{store.root}/out/{package.manifest.tables[0].parts[0].file}"
+    content = store.fs.cat_file(shard)
+    store.fs.pipe_file(shard, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        PackageError, match=r"has changed since the package was opened, so it was replaced; open it again"
+    ):
+        package.lookup(table, ids)
+    store.fs.pipe_file(shard, content)
+    assert np.array_equal(package.lookup(table, ids)[0], before), "the ETag is the content's"
+    store.fs.rm_file(shard)
+    with pytest.raises(PackageError, match=r"is gone since the package was opened, so it was replaced; open it again"):
+        package.lookup(table, ids)

@@ -1,0 +1,360 @@
+"""The files of one package as they were when it was opened: whatever happens to its directory, these are read, or none.
+
+A package on a disk is replaced by exchanging directories. So its directory is held by descriptor, under which its files
+stay until they are removed; a file that was opened before that is read even then. On a store every read is of the object
+that was there at the opening (``If-Match``). What was put under a file's name since then is never taken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import stat
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from dist_export.disk import close_quietly
+from dist_export.errors import DistExportError, EndedError, PackageError
+from dist_export.readers import OPEN_FLAGS, RangeReader
+from dist_export.storage import Directory, FileStat
+
+_MAX_HELD = 256
+"""Descriptors of a package's files that are kept."""
+_MAX_SMALL_BYTES = 4 << 30
+_FEW_FILES = 8
+"""So many objects are asked for one by one; of more the store lists what lies beside them."""
+
+
+class _State(NamedTuple):
+    """What tells a file from another one under its name, and from itself after a change."""
+
+    size: int
+    version: tuple[int | str, ...]
+    """Device, inode and time of modification on a disk, a store's version elsewhere."""
+    changed: int = 0
+    """Time of the last change of the inode, which nobody can set back; of links to it, too."""
+    links: int = 0
+
+    def is_same(self, now: _State) -> bool:
+        """Whether a file that is in the state ``now`` has the content that it had in this one."""
+        # removing or linking it changes its inode, and not its content
+        is_kept = self.changed == now.changed or self.links != now.links
+        return self.size == now.size and self.version == now.version and is_kept
+
+
+class _Held:
+    """A file that is open, and for how many lookups at this moment."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self.reader = reader
+        self.uses = 0
+
+
+class OpenedFiles:
+    """The files of a package. Any thread. Whatever is wrong with one is a PackageError.
+
+    It reads as a :class:`~dist_export.storage.Directory` does, as far as a package is read.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        """Hold the directory. OSError where there is none, or none that can be looked at."""
+        self.url = directory.url
+        self._directory = directory
+        self._known: dict[str, _State | None] = {}
+        """Of each file that was looked at; None where it was missing then."""
+        self._anchor = ""
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._lock = threading.Lock()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._last_fd = soft // 2
+        """Descriptors above it are the caller's own: the lowest free one is always given out."""
+        self._folder = -1
+        if directory.is_local:
+            self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, _close_all, self._folder, self._held)
+
+    # ---- at the opening ----
+
+    def anchor(self, name: str) -> bytes:
+        """Return the content of the file by which the package is known. OSError where it cannot be read."""
+        self._anchor = name
+        self._known[name] = self._find(name)
+        if self._known[name] is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
+        return self.read_text(name)
+
+    def note(self, names: Iterable[str]) -> bool:
+        """Note the state of files, for all later reads to be of these; return whether they are those of the anchor.
+
+        Of stores other than S3 that is done at a file's first read: it may take a request for each.
+        """
+        if self._directory.is_local or self._directory.s3 is not None:
+            self._known |= self._find_all([name for name in names if name not in self._known])
+        is_whole = all(known is not None for known in self._known.values()) or self._is_in_place()
+        return is_whole and self._is_anchored()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Open files on a disk now, as many as may be held: they can be read even when they are removed."""
+        if self._folder < 0:
+            return
+        for name in list(dict.fromkeys(names))[:_MAX_HELD]:
+            with contextlib.suppress(OSError, PackageError):  # whoever reads it tells
+                held = self._take(name)
+                self._give_back(name, held)
+                if held.reader.fd >= self._last_fd:
+                    return
+
+    # ---- reads ----
+
+    def describe(self, name: str) -> str:
+        """Return ``name`` with the URL as the user gave it, for messages."""
+        return self._directory.describe(name)
+
+    def exists(self, name: str) -> bool:
+        """Whether the package had such a file when it was opened."""
+        with self._telling(name):
+            return self._get_state(name) is not None
+
+    def stat(self, name: str) -> FileStat:
+        """Return the size that a file had, and its version."""
+        with self._telling(name):
+            known = self._require(name)
+        return FileStat(known.size, str(known.version))
+
+    def read(self, name: str) -> bytes:
+        """Return a whole (small) file."""
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            if reader.is_ranged:
+                return reader.fetch(0, size)
+            data = bytearray(size)
+            reader.read_into(memoryview(data), 0)
+            return bytes(data)
+
+    def read_text(self, name: str) -> bytes:
+        """Return a whole text file, such as JSON. A zero byte is damage."""
+        if self._folder < 0:  # a store has no sparse files, and answers one request sooner than many
+            data = self.read(name)
+            if 0 in data:
+                raise PackageError(f"{self.describe(name)} holds a zero byte where text should be: it is damaged")
+            return data
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            return reader.read_text(0, size)
+
+    @contextlib.contextmanager
+    def open_reader(self, name: str) -> Iterator[RangeReader]:
+        """Open a file for ranged reads, and look afterwards whether it was the package's all the while."""
+        held: _Held | None = None
+        with self._telling(name):
+            try:
+                held = self._take(name)
+                yield held.reader
+            except (OSError, DistExportError):
+                if held is not None:
+                    self._refuse_changed(name, held)  # else what came of a change would be told in its place
+                raise
+            else:
+                self._refuse_changed(name, held)
+            finally:
+                if held is not None:
+                    self._give_back(name, held)
+
+    def is_current(self) -> bool:
+        """Whether all files that were noted are still there as they were, and what is under the package's path is it."""
+        try:
+            if not (self._is_in_place() and self._is_anchored()):
+                return False
+            found = self._find_all(self._known)
+        except OSError:
+            return False
+        return all(name in found and _is_same(known, found[name]) for name, known in self._known.items())
+
+    def close(self) -> None:
+        """Let go of the directory and of all files."""
+        self._close()
+
+    # ---- within ----
+
+    def _small_size(self, name: str) -> int:
+        size = self.stat(name).size
+        if size > _MAX_SMALL_BYTES:
+            raise PackageError(
+                f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be"
+            )
+        return size
+
+    def _get_state(self, name: str) -> _State | None:
+        if name not in self._known:
+            found = self._find(name)
+            if not self._is_anchored():
+                raise OSError(errno.ESTALE, "is another package's")
+            self._known[name] = found
+        return self._known[name]
+
+    def _require(self, name: str) -> _State:
+        known = self._get_state(name)
+        if known is None:
+            raise PackageError(f"{self.describe(name)} is missing")
+        return known
+
+    def _is_anchored(self) -> bool:
+        return _is_same(self._known[self._anchor], self._find(self._anchor))
+
+    def _is_in_place(self) -> bool:
+        """Whether the directory that is held is still the one under the package's path."""
+        if self._folder < 0:
+            return True
+        try:
+            return os.path.samestat(os.stat(self._directory.path), os.fstat(self._folder))
+        except FileNotFoundError:
+            return False
+
+    def _find(self, name: str) -> _State | None:
+        try:
+            return self._look(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _find_all(self, names: Iterable[str]) -> dict[str, _State | None]:
+        """Return the states of files, None for those that are missing; without those that cannot be looked at."""
+        wanted, s3 = list(names), self._directory.s3
+        found: dict[str, _State | None] = {}
+        if s3 is None or len(wanted) <= _FEW_FILES:
+            for name in wanted:
+                with contextlib.suppress(OSError):  # whoever reads it tells
+                    found[name] = self._find(name)
+            return found
+        by_folder: dict[str, list[str]] = {}
+        for name in wanted:
+            by_folder.setdefault(os.path.dirname(name), []).append(name)
+        for folder, its in by_folder.items():
+            listed = dict(s3.objects(self._directory.join(folder) if folder else self._directory.path))
+            for name in its:
+                stat_found = listed.get(os.path.basename(name))
+                found[name] = None if stat_found is None else _State(stat_found.size, (stat_found.etag,))
+        return found
+
+    def _look(self, name: str) -> _State:
+        if self._folder < 0:
+            found = self._directory.stat(name)
+            return _State(found.size, (found.version,))
+        return _state_of(os.stat(name, dir_fd=self._folder))
+
+    def _take(self, name: str) -> _Held:
+        """Return a file that is open, and is the one that was noted. OSError; ESTALE where it is another one."""
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None:
+                self._held.move_to_end(name)
+                held.uses += 1
+                return held
+        known = self._require(name)
+        if self._folder < 0:
+            etag = str(known.version[0]) if self._directory.s3 is not None else ""
+            return _Held(RangeReader(self._directory, name, etag=etag))
+        fd = self._open(name)
+        if not known.is_same(_state_of(os.fstat(fd))):
+            close_quietly(fd)
+            raise OSError(errno.ESTALE, "has changed")
+        return self._keep(name, RangeReader(self._directory, name, fd=fd))
+
+    def _keep(self, name: str, reader: RangeReader) -> _Held:
+        with self._lock:
+            held = self._held.get(name)
+            if held is None:
+                held = self._held[name] = _Held(reader)
+            else:  # another thread was faster
+                reader.close()
+            held.uses += 1
+            self._shrink(_MAX_HELD if held.reader.fd < self._last_fd else len(self._held) - 1)
+        return held
+
+    def _shrink(self, most: int) -> None:
+        """Close files that nobody reads at this moment, those first that were not read for longest. With the lock."""
+        for name in [name for name, held in self._held.items() if not held.uses]:
+            if len(self._held) <= most:
+                return
+            self._held.pop(name).reader.close()
+
+    def _give_back(self, name: str, held: _Held) -> None:
+        with self._lock:
+            held.uses -= 1
+            if held.uses <= 0 and self._held.get(name) is not held:
+                held.reader.close()
+
+    def _open(self, name: str) -> int:
+        try:
+            fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._shrink(0)
+            fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
+        try:
+            self._refuse_link_out(name, fd)
+        except OSError:
+            close_quietly(fd)
+            raise
+        return fd
+
+    def _refuse_link_out(self, name: str, fd: int) -> None:
+        """Refuse a link that leads out of the directory, as :meth:`Directory.find` does."""
+        steps = name.split("/")
+        paths = ("/".join(steps[:length]) for length in range(1, len(steps) + 1))
+        if self._directory.follows_links or not any(map(self._is_link, paths)):
+            return
+        found, folder = (os.readlink(f"/proc/self/fd/{number}") for number in (fd, self._folder))
+        if os.path.commonpath([found, folder]) != folder:
+            raise OSError(
+                errno.EPERM, f"is a link that leads out of the directory, to {found}; put the file itself there (cp -L)"
+            )
+
+    def _is_link(self, path: str) -> bool:
+        return stat.S_ISLNK(os.stat(path, dir_fd=self._folder, follow_symlinks=False).st_mode)
+
+    def _refuse_changed(self, name: str, held: _Held) -> None:
+        """Refuse what was read of a file that was changed meanwhile. S3 has done so with each answer."""
+        if self._directory.s3 is not None:
+            return
+        known = self._known[name]
+        now = self._find(name) if self._folder < 0 else _state_of(os.fstat(held.reader.fd))
+        if not _is_same(known, now):
+            raise OSError(errno.ESTALE, "has changed")
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """Let what a disk or a store does not give be a PackageError."""
+        try:
+            yield
+        except EndedError as error:
+            raise PackageError(f"{error.fact}: it is damaged") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                raise PackageError(f"{self.describe(name)} cannot be read: {error.strerror or error}") from error
+            what = "has changed" if error.errno == errno.ESTALE else "is gone"
+            raise PackageError(
+                f"{self.describe(name)} {what} since the package was opened, so it was replaced; open it again"
+            ) from error
+
+
+def _state_of(found: os.stat_result) -> _State:
+    version = (found.st_dev, found.st_ino, found.st_mtime_ns)
+    return _State(found.st_size, version, found.st_ctime_ns, found.st_nlink)
+
+
+def _is_same(before: _State | None, now: _State | None) -> bool:
+    return before is now is None or (before is not None and now is not None and before.is_same(now))
+
+
+def _close_all(folder: int, held: OrderedDict[str, _Held]) -> None:
+    while held:
+        held.popitem()[1].reader.close()
+    if folder >= 0:
+        close_quietly(folder)

@@ -1,0 +1,46 @@
+"""Requests to an S3 store that hold under a condition alone, and how the answer is known that it does not hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec.asyn
+
+
+def get_matching(fs: Any, path: str, ranges: Sequence[tuple[int, int]], etag: str) -> list[Any]:
+    """Return ranges (first byte, byte after the last) of the object that has this ETag, asked for at once.
+
+    Each outcome is bytes, or the exception of that request. s3fs's own methods take no conditions.
+    """
+    bucket, _, key = path.partition("/")
+
+    async def get(begin: int, end: int) -> bytes:
+        asked = {"Range": f"bytes={begin}-{end - 1}", "IfMatch": etag}
+        found = await fs._call_s3("get_object", Bucket=bucket, Key=key, **asked)  # noqa: SLF001 -- call_s3 within the loop
+        try:
+            return bytes(await found["Body"].read())
+        finally:
+            found["Body"].close()
+
+    async def get_all() -> list[Any]:
+        return await asyncio.gather(*(get(*edges) for edges in ranges), return_exceptions=True)
+
+    return list(fsspec.asyn.sync(fs.loop, get_all))
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a request was answered with: its condition does not hold."""
+    cause = error.__cause__
+    response = getattr(cause, "response", None) or getattr(error, "response", None)
+    if isinstance(error, FileExistsError):
+        return True
+    if not isinstance(response, dict):
+        return False
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    # 409: another request to the same key won while this one was under way
+    return status == 412 or response.get("Error", {}).get("Code") in (
+        "PreconditionFailed",
+        "ConditionalRequestConflict",
+    )

@@ -1,0 +1,314 @@
+"""An open package stays the one that it was, or says that it was replaced, whatever happens to its directory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from recis_writer import PartSpec, make_tables, write_checkpoint
+
+import dist_export
+from dist_export.errors import PackageError, UserError
+from dist_export.manifest import MANIFEST
+from dist_export.package import opened
+from dist_export.package.package import Package
+from dist_export.package.verify import verify
+from dist_export.storage import Directory
+
+IDS = np.arange(40)
+SHARD = "model-000000-of-000004.safetensors"
+
+
+def write_source(folder: Path, value: float) -> Path:
+    """A checkpoint whose rows all hold one value: a lookup that mixes two packages shows both."""
+    rows = np.full((len(IDS), 4), value, np.float32)
+    write_checkpoint(folder, {"t": [PartSpec(IDS, {"embedding": rows}, (0, 65536, 65536))]})
+    return folder
+
+
+def export(source: Path, out: Path | str, **more: object) -> None:
+    settings = {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 4, **more}
+    dist_export.export(settings)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    export(write_source(tmp_path / "ckpt-1", 1.0), tmp_path / "out")
+    write_source(tmp_path / "ckpt-2", 2.0)
+    return tmp_path / "out"
+
+
+def values_of(package: Package) -> set[float]:
+    rows, has_row = package.lookup("t", IDS)
+    assert has_row.all()
+    return set(rows.ravel().tolist())
+
+
+def open_bare(out: Path | str) -> Package:
+    """Open without holding files, as a package of more than can be held is open."""
+    return Package(Directory(str(out)))
+
+
+def test_a_package_that_was_replaced_is_read_on(out: Path, tmp_path: Path) -> None:
+    package = dist_export.open_package(out)
+    export(tmp_path / "ckpt-2", out, overwrite=True)
+    assert values_of(package) == {1.0}
+    assert values_of(dist_export.open_package(out)) == {2.0}
+
+
+def test_files_that_were_not_open_yet_say_that_they_were_replaced(out: Path, tmp_path: Path) -> None:
+    package = open_bare(out)
+    export(tmp_path / "ckpt-2", out, overwrite=True)
+    with pytest.raises(PackageError, match=r"is gone since the package was opened, so it was replaced; open it again"):
+        package.lookup("t", IDS)
+
+
+def overwrite_in_place(file: Path) -> None:
+    """Another content of the same size in the same inode, with the time set back."""
+    before = file.stat()
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def put_another(file: Path) -> None:
+    copy = file.with_suffix(".copy")
+    shutil.copy2(file, copy)
+    os.replace(copy, file)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 8)
+
+
+@pytest.mark.parametrize("change", [overwrite_in_place, put_another, cut, os.unlink])
+def test_a_file_that_changes_is_found_before_its_first_read(change: Callable[[Path], None], out: Path) -> None:
+    package = open_bare(out)
+    change(out / SHARD)
+    with pytest.raises(
+        PackageError, match=r"(is gone|has changed) since the package was opened.*replaced; open it again"
+    ):
+        package.lookup("t", IDS)
+
+
+@pytest.mark.parametrize("change", [overwrite_in_place, cut])
+def test_a_file_that_is_open_and_changes_is_found(change: Callable[[Path], None], out: Path) -> None:
+    package = dist_export.open_package(out)
+    assert values_of(package) == {1.0}
+    change(out / SHARD)
+    with pytest.raises(PackageError, match=r"has changed since the package was opened.*replaced; open it again"):
+        package.lookup("t", IDS)
+
+
+@pytest.mark.parametrize("change", [put_another, os.unlink])
+def test_a_file_that_is_open_is_read_on_when_its_name_goes(change: Callable[[Path], None], out: Path) -> None:
+    package = dist_export.open_package(out)
+    change(out / SHARD)
+    assert values_of(package) == {1.0}
+
+
+def test_what_is_changed_while_it_is_read_is_no_answer(out: Path, monkeypatch) -> None:
+    """Between two reads of one lookup: the rows may be of both."""
+    package = dist_export.open_package(out)
+    values_of(package)
+    real = os.preadv
+
+    def read(fd, buffers, offset):
+        count = real(fd, buffers, offset)
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(SHARD):
+            monkeypatch.setattr(os, "preadv", real)
+            overwrite_in_place(out / SHARD)
+        return count
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(PackageError, match=r"has changed since the package was opened"):
+        package.lookup("t", IDS)
+
+
+def test_a_writer_in_a_loop_and_readers_all_along(out: Path, tmp_path: Path) -> None:
+    """Each lookup gives the rows of one package, the one that is open, or says that it was replaced."""
+    stop = threading.Event()
+    wrong: list[object] = []
+    counts = {"answers": 0, "replaced": 0}
+
+    def look_up(open_it: Callable[[Path], Package]) -> None:
+        while not stop.is_set():
+            try:
+                with open_it(out) as package:
+                    first = values_of(package)
+                    for _ in range(20):
+                        found = values_of(package)
+                        if len(found) > 1 or found != first:
+                            wrong.append((first, found))
+                        counts["answers"] += 1
+            except PackageError as error:
+                counts["replaced"] += 1
+                if "replaced" not in str(error):
+                    wrong.append(error)
+            except BaseException as error:
+                wrong.append(error)
+
+    readers = [threading.Thread(target=look_up, args=(how,)) for how in (dist_export.open_package, open_bare)]
+    for reader in readers:
+        reader.start()
+    try:
+        for turn in range(12):
+            export(tmp_path / f"ckpt-{2 - turn % 2}", out, overwrite=True)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert wrong == []
+    assert counts["answers"] > 0
+
+
+def test_threads_share_a_package_with_few_descriptors(out: Path, monkeypatch) -> None:
+    monkeypatch.setattr(opened, "_MAX_HELD", 1)
+    package = dist_export.open_package(out)
+    found: list[object] = []
+
+    def look_up() -> None:
+        for _ in range(50):
+            try:
+                found.append(values_of(package))
+            except BaseException as error:
+                found.append(error)
+
+    threads = [threading.Thread(target=look_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [{1.0}] * 200
+    assert len([fd for fd in open_files() if ".safetensors" in fd]) <= 1
+
+
+def open_files() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.lexists(f"/proc/self/fd/{fd}"):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
+
+
+def test_descriptors_are_given_back(out: Path) -> None:
+    package = dist_export.open_package(out)
+    assert len([file for file in open_files() if file.startswith(str(out))]) == 8, (
+        "directory, manifest, shards, indexes"
+    )
+    package.close()
+    assert not [file for file in open_files() if file.startswith(str(out))]
+    package = dist_export.open_package(out)
+    del package
+    gc.collect()
+    assert not [file for file in open_files() if file.startswith(str(out))]
+
+
+def test_a_package_that_is_replaced_while_it_is_opened_is_one_or_the_other(
+    out: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Its directory is found, and then another one is there: the manifest would be of none, or of the other."""
+    real = opened.OpenedFiles.anchor
+    exports = [tmp_path / "ckpt-2", tmp_path / "ckpt-1"]
+
+    def replace_and_read(self, name):
+        if exports:
+            export(exports.pop(0), out, overwrite=True)
+        return real(self, name)
+
+    monkeypatch.setattr(opened.OpenedFiles, "anchor", replace_and_read)
+    package = dist_export.open_package(out)
+    assert exports == []
+    assert values_of(package) == {1.0}
+
+
+def test_a_shard_that_was_missing_at_the_opening_is_called_missing(out: Path) -> None:
+    (out / SHARD).unlink()
+    package = dist_export.open_package(out)
+    with pytest.raises(PackageError, match=rf"{SHARD} is missing$"):
+        package.lookup("t", IDS)
+
+
+def test_a_file_that_ends_too_early_is_the_packages_error_without_an_exporters_advice(out: Path, monkeypatch) -> None:
+    """Where the disk gives less than it says that it has."""
+    package = dist_export.open_package(out)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(PackageError, match=r"ended at byte \d+, .* before the end of a planned read") as caught:
+        package.lookup("t", IDS)
+    assert "xport" not in str(caught.value).replace(str(out), "")
+
+
+def test_links_that_lead_out_are_refused_and_others_read(out: Path, tmp_path: Path) -> None:
+    (out / SHARD).rename(tmp_path / "elsewhere")
+    (out / SHARD).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PackageError, match=r"is a link that leads out of the directory, to .*elsewhere"):
+        dist_export.open_package(out).lookup("t", IDS)
+    (tmp_path / "elsewhere").rename(out / "real")
+    (out / SHARD).unlink()
+    (out / SHARD).symlink_to("real")
+    assert values_of(dist_export.open_package(out)) == {1.0}
+
+
+def test_verify_says_nothing_of_a_package_that_was_replaced_meanwhile(out: Path, tmp_path: Path, monkeypatch) -> None:
+    from dist_export.package import verify as module
+
+    real = module.conclude
+
+    def replace(*arguments):
+        export(tmp_path / "ckpt-2", out, overwrite=True)
+        real(*arguments)
+
+    monkeypatch.setattr(module, "conclude", replace)
+    with pytest.raises(UserError, match=r"was replaced or changed while it was being checked.*run verify again"):
+        verify(str(out))
+    monkeypatch.undo()
+    assert verify(str(out)).findings == []
+
+
+OUT = "memory://opened/out"
+
+
+def test_on_a_store_another_object_is_not_taken_for_the_packages(tmp_path: Path) -> None:
+    MemoryFileSystem.store.clear()
+    export(write_source(tmp_path / "ckpt-1", 1.0), OUT)
+    package = dist_export.open_package(OUT)
+    assert values_of(package) == {1.0}
+    unread = dist_export.open_package(OUT)
+    MemoryFileSystem().rm("/opened/out", recursive=True)
+    with pytest.raises(PackageError, match=r"is gone since the package was opened, so it was replaced; open it again"):
+        package.lookup("t", IDS)
+    export(write_source(tmp_path / "ckpt-2", 2.0), OUT)
+    for old in (package, unread):
+        with pytest.raises(PackageError, match=r"has changed since the package was opened.*open it again"):
+            old.lookup("t", IDS)
+    assert values_of(dist_export.open_package(OUT)) == {2.0}
+    MemoryFileSystem.store.clear()
+
+
+def test_the_manifest_alone_is_read_at_the_opening(out: Path, monkeypatch) -> None:
+    """Of the shards only their states are looked at: a package of terabytes opens at once."""
+    read: list[str] = []
+    real = os.preadv
+
+    def note(fd, buffers, offset):
+        read.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", note)
+    dist_export.open_package(out)
+    assert set(read) == {MANIFEST}
+
+
+def test_tables_of_several_parts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 60, "u": 30}, 3))
+    export(tmp_path / "ckpt", tmp_path / "many")
+    package = dist_export.open_package(tmp_path / "many")
+    shutil.rmtree(tmp_path / "many")
+    assert package.lookup("u", [1])[0].shape[0] == 1
