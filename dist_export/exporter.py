@@ -119,7 +119,7 @@ def export_located(
             notes += note_numbered_tables(planned.plan)
             notes += note_unreadable(checkpoint, planned.plan.selection)
             if not in_place and (objects.model is None or objects.dataset is None):
-                notes += note_dense_left(list_dense_left(dense_state, planned.plan))
+                notes += note_dense_left(list_dense_left(dense_state, planned.plan), checkpoint)
             notes += note_rules(checkpoint, planned.plan.pruning, planned.census.pruned)
 
     dense = None

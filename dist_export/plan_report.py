@@ -97,7 +97,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         parameters = find_dense(config, source, checkpoint, weights)
         assert parameters is not None  # a live model was refused
         report["dense_tensors"]["in_no_file"] = left = list_dense_left(parameters.describe(), plan)
-        report["notes"] += note_dense_left(left)
+        report["notes"] += note_dense_left(left, checkpoint)
     parts = {}
     may_copy = may_copy_within(places, config)
     if places.target.s3 is not None and not places.in_place:

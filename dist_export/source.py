@@ -243,17 +243,13 @@ def plan_sparse(
 
 
 def note_numbered_tables(plan: SparsePlan) -> list[str]:
-    """Return a note on tables whose rows go by number, which RecIS's own loader does not read; nothing without such tables."""
+    """Return a note on row-indexed tables, which not every server reads; nothing without such tables."""
     names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
     if not names:
         return []
     told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    what = f"{len(names)} tables have their rows" if len(names) > 1 else "1 table has its rows"
-    note = (
-        f"{what} by number ({told}): servers that read TorchEasyRec's layout find them, RecIS's own loader does not; for a "
-        "server that knows hash tables alone set as_hash"
-    )
-    return [note]
+    what = f"{len(names)} tables are row-indexed" if len(names) > 1 else "1 table is row-indexed"
+    return [f"{what} ({told}); for a server that reads hash tables alone set as_hash"]
 
 
 def look_at_small_files(source: Directory | None) -> dict[str, str]:
@@ -282,14 +278,14 @@ def list_dense_left(dense_state: Sequence[tuple[str, str, tuple[int, ...]]], pla
     return [name for name, _, _ in dense_state if name not in in_shards]
 
 
-def note_dense_left(names: Sequence[str]) -> list[str]:
+def note_dense_left(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:
     """Return what is to be told of :func:`list_dense_left`."""
     if not names:
         return []
+    listed = "The merged manifest lists them, as RecIS's does; with" if checkpoint.is_of_recis else "With"
     note = (
         f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
-        "tables alone are exported. The merged manifest lists them, as RecIS's does; with model and dataset they are in the "
-        "exported program"
+        f"tables alone are exported. {listed} model and dataset they are in the exported program"
     )
     return [note]
 

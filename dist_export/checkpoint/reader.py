@@ -236,6 +236,12 @@ class Checkpoint:
         """The size of all payload files."""
         return sum(file.size for file in self.files)
 
+    @property
+    def is_of_recis(self) -> bool:
+        """Whether RecIS holds these tables, on disk or in memory; what is to be told of it concerns nobody else."""
+        is_live = self.memory is not None and any(table.has_ids for table in self.tables)
+        return self.format == "recis" or is_live
+
     def table_index(self, name: str) -> int | None:
         """Return the place of a table, None where there is no such table."""
         return next((i for i, table in enumerate(self.tables) if table.name == name), None)

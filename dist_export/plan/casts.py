@@ -114,12 +114,13 @@ def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, Ro
 def note_unreadable(checkpoint: Checkpoint, selection: Selection) -> list[str]:
     """Return a note where rows have a dtype that RecIS's loader has no embeddings of: it reads F64, F32, F16 and I8.
 
-    Tables whose rows go by number are not for it anyway.
+    Of what does not come from RecIS, only tables that as_hash makes RecIS's are for that loader.
     """
     names: dict[str, list[str]] = {}
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
         for slot in slots:
-            if slot.name == EMBEDDING_SLOT and slot.dtype in (BF16, U8) and (table.is_hashed or slot.encoding):
+            is_read = table.is_hashed and (checkpoint.is_of_recis or not table.has_ids)
+            if is_read and slot.name == EMBEDDING_SLOT and slot.dtype in (BF16, U8):
                 what = "int8" if slot.encoding else DTYPES[slot.dtype].torch
                 names.setdefault(what, []).append(table.name)
     return [

@@ -17,6 +17,7 @@ import dist_export
 from dist_export import cli
 from dist_export.errors import ConfigError, PlanError
 from dist_export.package.verify import verify
+from dist_export.plan_report import make_report
 
 
 def write_torchrec(folder: Path, *, by: int) -> dict[str, np.ndarray]:
@@ -242,3 +243,31 @@ def test_rows_of_bfloat16_that_become_a_hash_table_are_told(tmp_path: Path) -> N
     settings = {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     manifest = dist_export.export({**settings, "as_hash": ["*"]})
     assert any("bfloat16, of which RecIS's loader reads no embeddings" in note for note in manifest.notes)
+
+
+def test_what_is_to_be_told_of_one_format_is_told_to_its_users_alone(tmp_path: Path) -> None:
+    """A note about RecIS is for those whose tables RecIS holds, or is to hold."""
+    weight, bias = torch.randn(10, 4), torch.randn(4)
+    state = {"m.embedding_bags.u.weight": (weight, [((0, 0), weight)]), "m.out.bias": (bias, [((0,), bias)])}
+    write_chunks(tmp_path / "dcp", state)
+    tables = make_tables({"a": 20}, 2, dim=16)
+    write_checkpoint(tmp_path / "recis", tables, model_state={"dense_arch.w": bias})
+
+    def notes_of(source: str, dtype: str) -> str:
+        out = tmp_path / f"{source}_{dtype}"
+        settings = {"ckpt_dir": str(tmp_path / source), "export_dir": str(out), "filter_sparse_opt": True}
+        config = dist_export.ExportConfig(**settings, dtype={"*": dtype})
+        planned = make_report(config, world_size=1)["notes"]
+        manifest = dist_export.export(config)
+        assert list(manifest.notes) == planned
+        return "\n".join(manifest.notes)
+
+    for dtype in ("bfloat16", "int8"):
+        notes = notes_of("dcp", dtype)
+        assert "1 table is row-indexed (m.embedding_bags.u.weight)" in notes
+        assert "1 dense tensor of the checkpoint (m.out.bias)" in notes
+        assert not any(name in notes for name in ("RecIS", "TorchEasyRec", "DynamicEmb", "torchrec")), notes
+        notes = notes_of("recis", dtype)
+        assert f"a: written as {dtype}, of which RecIS's loader reads no embeddings" in notes
+        assert "as RecIS's does" in notes
+        assert "row-indexed" not in notes
