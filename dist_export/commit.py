@@ -52,6 +52,7 @@ from dist_export.plan.census import Census
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.prune import IdList
 from dist_export.plan.prune_counts import count_by_rule
+from dist_export.plan.selection import BY_TRAINER
 from dist_export.plan.sparse_plan import OutputBlocks, SparsePlan
 from dist_export.row_rules import DENY_LIST, NORM, RowRule
 from dist_export.storage import Directory
@@ -236,12 +237,18 @@ def add_casts(
 
 
 def describe_dense_tensors(
-    plan: SparsePlan,
+    plan: SparsePlan, trainer_state: DenseMeta = ()
 ) -> tuple[tuple[DenseTensorEntry, ...], tuple[DenseTensorEntry, ...]]:
-    """Return the manifest's entries of the dense tensors among the sparse files: kept, dropped."""
+    """Return the manifest's entries of the dense tensors among the sparse files: kept, dropped; ``trainer_state`` is too."""
     return (
         tuple(_describe_dense(tensor) for tensor in plan.selection.kept_dense),
-        tuple(_describe_dense(tensor, reason) for tensor, reason in plan.selection.dropped_dense),
+        (
+            *(_describe_dense(tensor, reason) for tensor, reason in plan.selection.dropped_dense),
+            *(
+                DenseTensorEntry(name=name, dtype=dtype, shape=shape, reason=BY_TRAINER)
+                for name, dtype, shape in trainer_state
+            ),
+        ),
     )
 
 

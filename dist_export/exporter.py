@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from dist_export.account import account_export, fates_by_entry
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.model_weights import ModelWeights
@@ -51,6 +52,7 @@ from dist_export.places import (
 )
 from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.plan.prune_counts import note_rules
+from dist_export.plan.selection import is_trainer_state
 from dist_export.progress import Reporter, summarize
 from dist_export.retries import TRAFFIC
 from dist_export.source import (
@@ -109,7 +111,9 @@ def export_located(
             notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
         parameters = ranks.run("look for dense parameters", lambda: find_dense(config, source, checkpoint, weights))
-        dense_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
+        held_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
+        trainer_state = [it for it in held_state if config.filter_sparse_opt and is_trainer_state(it[0])]
+        dense_state = [it for it in held_state if it not in trainer_state]
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -227,7 +231,15 @@ def export_located(
             exchanged = {name: sum(its[name] for its in counts) for name in TRAFFIC.NAMES}
 
         def commit() -> Manifest:
-            manifest = _describe(config, checkpoint, planned, tables, located, in_place=in_place)
+            manifest = _describe(config, checkpoint, planned, tables, located, trainer_state, in_place=in_place)
+            account = account_export(
+                config,
+                checkpoint,
+                planned,
+                fates_by_entry(tables),
+                dense_state=held_state or dense_state,
+                taken=None if dense is None else dense.taken,
+            )
             files = [
                 FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
                 for r in receipts
@@ -236,6 +248,7 @@ def export_located(
             manifest = msgspec.structs.replace(
                 manifest,
                 files=tuple(files),
+                account=account,
                 dense=None if dense is None else dense.entry,
                 parity=None if dense is None else dense.parity,
                 notes=tuple(notes),
@@ -391,10 +404,11 @@ def _describe(
     planned: PlannedSparse | None,
     tables: tuple[TableEntry, ...],
     located: Locations,
+    trainer_state: DenseMeta,
     *,
     in_place: bool,
 ) -> Manifest:
-    kept, dropped = ((), ()) if planned is None else describe_dense_tensors(planned.plan)
+    kept, dropped = ((), ()) if planned is None else describe_dense_tensors(planned.plan, trainer_state)
     copy = "in_place" if in_place else "copy"
     mode = "dense_only" if planned is None else "filter" if config.filter_sparse_opt else copy
     return Manifest(

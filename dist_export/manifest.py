@@ -248,6 +248,41 @@ class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     from_files: FilesParityEntry | None = None
 
 
+class AccountTensor(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A tensor of the source in no table of the package, and what became of it."""
+
+    name: str
+    dtype: str
+    """torch's name; empty where it is not known."""
+    shape: Shape
+    num_bytes: Count
+    fate: str
+    """``in_program``, ``dropped`` or ``left_out``."""
+    reason: str = ""
+
+
+class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of each tensor and byte of the source's payload: the four parts add up to ``num_bytes``."""
+
+    tensors: Count
+    num_bytes: Count
+    """Of all tensors, as dtypes and shapes say."""
+    exported: Count
+    """In the shards; where rows are cast to a wider dtype, the bytes that they had in the source."""
+    in_program: Count
+    dropped: dict[str, Count]
+    """Reason -> bytes: those of slots and dense tensors, those of ``rows_dropped``, and ``cast``: what a narrower dtype saves."""
+    left_out: dict[str, Count]
+    """Reason -> bytes: a setting, ``no_model``, ``not_in_model``, or a phrase."""
+    others: tuple[AccountTensor, ...]
+    """All that is in no table, by name."""
+
+    @property
+    def total(self) -> int:
+        """What the four parts add up to."""
+        return self.exported + self.in_program + sum(self.dropped.values()) + sum(self.left_out.values())
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The whole package."""
 
@@ -259,6 +294,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceEntry
     tables: tuple[TableEntry, ...]
     left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    account: AccountEntry | msgspec.UnsetType = msgspec.UNSET
+    """Left out where the source does not tell what it holds besides tables."""
     prune: tuple[PruneEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """In the order in which the rules were tried; left out where there are none."""
     dense_tensors: tuple[DenseTensorEntry, ...]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from fnmatch import fnmatchcase
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from dist_export.account import DenseMeta, account_export, fates_by_plan, say_account
 from dist_export.amounts import amount, count
 from dist_export.checkpoint.dump_widths import render_width
 from dist_export.checkpoint.formats import describe_format
+from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
 from dist_export.checkpoint.reader import SlotMeta
 from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
@@ -18,12 +22,14 @@ from dist_export.id_columns import ID_BYTES
 from dist_export.inputs import find_dense, look_for_weights, note_renamed, open_source, read_confs
 from dist_export.layout.dtypes import DTYPES
 from dist_export.locations import locate
+from dist_export.manifest import AccountEntry
 from dist_export.objects import Objects, build_objects
 from dist_export.places import Places, may_copy_within, open_places, place_of
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.prune_counts import note_rules
+from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.units import assign, plan_units
 from dist_export.progress import say_figures
 from dist_export.source import PlannedSparse, list_dense_left, note_dense_left, note_numbered_tables, plan_sparse
@@ -93,10 +99,14 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
+    found = find_dense(config, source, checkpoint, weights)
+    assert found is not None  # a live model was refused
+    parameters = found.describe()
+    trainer_state = [name for name, *_ in parameters if config.filter_sparse_opt and is_trainer_state(name)]
+    report["dense_tensors"]["dropped"] += trainer_state
     if not places.in_place and (config.model is None or config.dataset is None):
-        parameters = find_dense(config, source, checkpoint, weights)
-        assert parameters is not None  # a live model was refused
-        report["dense_tensors"]["in_no_file"] = left = list_dense_left(parameters.describe(), plan)
+        left = [it for it in list_dense_left(parameters, plan) if it not in trainer_state]
+        report["dense_tensors"]["in_no_file"] = left
         report["notes"] += note_dense_left(left, checkpoint)
     parts = {}
     may_copy = may_copy_within(places, config)
@@ -113,6 +123,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
         for rank, mine in enumerate(by_rank)
     ]
+    report["account"] = _account(config, planned, parameters, weights)
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
     return report
@@ -150,6 +161,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     for what, names in report["dense_tensors"].items():
         if names:
             lines.append(f"  dense tensors {what.replace('_', ' ')}: {', '.join(names)}")
+    if report.get("account"):
+        lines.append(f"  account: {say_account(msgspec.convert(report['account'], AccountEntry))}")
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
     threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
@@ -162,6 +175,22 @@ def render_report(report: dict[str, Any]) -> list[str]:
     if report["dense"]:
         lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not look at it)")
     return lines + [f"  note: {note}" for note in report["notes"]]
+
+
+def _account(
+    config: ExportConfig, planned: PlannedSparse, dense_state: DenseMeta, weights: ModelWeights | None
+) -> dict[str, Any] | None:
+    """Return the account of what an export would do with the source's payload; None where the source does not tell it."""
+    taken = None
+    if weights is not None and config.dataset is not None:
+        below = [name for name, *_ in dense_state if is_below(plain_name(name), weights.dense_name)]
+        keys = {name: plain_name(name).removeprefix(f"{weights.dense_name}.") for name in below}
+        # those that the dense arch has all the same are known when it is loaded
+        taken = [name for name in below if not any(fnmatchcase(keys[name], p) for p in config.allow_unexpected_dense)]
+    account = account_export(
+        config, planned.plan.checkpoint, planned, fates_by_plan(planned), dense_state=dense_state, taken=taken
+    )
+    return None if account is msgspec.UNSET else msgspec.json.decode(msgspec.json.encode(account))
 
 
 def _say_row(row: tuple[float, ...] | str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from dist_export.account import say_account
 from dist_export.activity import current_stage_since, in_stage
 from dist_export.amounts import amount, count, few
 from dist_export.checkpoint.formats import describe_format
@@ -180,6 +181,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
             lines.append(f"  left     {', '.join(left[:3])}{more}: in export_dir, but not of this package")
         if reused := manifest.run.get("reused_shards"):
             lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
+    if manifest.account is not msgspec.UNSET:
+        lines.append(f"  account  {say_account(manifest.account)}")
     if manifest.dropped_dense_tensors:
         names = ", ".join(tensor.name for tensor in manifest.dropped_dense_tensors)
         lines.append(f"  dropped  dense tensors {names}")

@@ -15,6 +15,7 @@ from dist_export.checkpoint.dcp_extra import Leaf, find_leaves
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.dcp_tensors import DcpTable, sort_dcp
+from dist_export.checkpoint.payload import OtherTensor, count_payload
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
@@ -47,6 +48,13 @@ class DcpCheckpoint:
     """What is no tensor, such as a step or a learning rate."""
     extra_states: dict[str, tuple[Leaf, ...]]
     """Name within the model of each module's extra state -> its leaves."""
+    num_tensors: int
+    num_bytes: int
+    """Of all tensors, as dtypes and shapes say."""
+    others: tuple[OtherTensor, ...] = ()
+    """What is in no table: dense parameters, and optimizer state of no table."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(name, tensor) of tables and dense parameters that the checkpoint holds under another name."""
     notes: tuple[str, ...] = ()
     """On tensors that may be taken for something else than they are, for people."""
     unmatched_slots: frozenset[str] = frozenset()
@@ -121,6 +129,7 @@ def read_dcp(
     optimizers = _optimizer_roots([*tensors, *objects])
     if f"{_OPTIMIZER}/{METADATA}" in found:
         optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
+    counted = count_payload((tensor.dtype, tensor.shape) for tensor in tensors.values())
     kinds = sort_dcp(directory, tensors, names, optimizers, settings, has_more_slots=has_more_slots)
     return DcpCheckpoint(
         directory=directory,
@@ -129,6 +138,8 @@ def read_dcp(
         metadata=digests,
         objects=tuple(objects),
         extra_states={name: tuple(leaves) for name, leaves in extra.items()},
+        num_tensors=counted[0],
+        num_bytes=counted[1],
         **kinds._asdict(),
     )
 

@@ -18,6 +18,7 @@ import xxhash
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.dcp_tensors import DcpSlot, DcpTable
+from dist_export.checkpoint.payload import STATE, Payload, other_tensor
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
 from dist_export.checkpoint.stand_ins import read_beside
@@ -142,6 +143,21 @@ class DcpReader:
             warnings=(*_list_left_out(self._found.tables), *self._notes),
             strips=strips,
             optimizer_patterns=self._optimizer_slots,
+            payload=self._list_payload(),
+        )
+
+    def _list_payload(self) -> Payload:
+        unheld = tuple(
+            other_tensor(slot.tensor.name, slot.tensor.dtype, slot.tensor.shape, STATE)
+            for table in self._found.tables
+            for slot in table.slots
+            if slot.tensor.dtype not in CODE_BY_TORCH
+        )
+        return Payload(
+            tensors=self._found.num_tensors,
+            num_bytes=self._found.num_bytes,
+            others=(*self._found.others, *unheld),
+            aliases=self._found.aliases,
         )
 
     def _digest(self) -> bytes:

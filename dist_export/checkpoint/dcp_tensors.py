@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.doubtful import note_left
 from dist_export.checkpoint.model_weights import Roles
+from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import fits_table
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import is_in_collection, listed
@@ -50,6 +51,8 @@ class SortedDcp(NamedTuple):
     tables: tuple[DcpTable, ...]
     dense: tuple[tuple[str, TensorMeta], ...]
     other_state: tuple[str, ...]
+    others: tuple[OtherTensor, ...]
+    aliases: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     unmatched_slots: frozenset[str]
 
@@ -116,6 +119,13 @@ def sort_dcp(
             *((alias, held[source]) for alias, source in kinds.roles.dense_aliases),
         ),
         other_state=tuple(other),
+        others=tuple(
+            other_tensor(final.get(name, name), tensors[name].dtype, tensors[name].shape, kind)
+            for kind, its in ((DENSE, kinds.dense), (STATE, other))
+            for name in its
+            if kind == STATE or names[name] not in kinds.roles.exported
+        ),
+        aliases=(*kinds.roles.table_aliases, *kinds.roles.dense_aliases),
         notes=note_left(
             [(names[name], tensors[name].shape) for name in left],
             [(kinds.state[name], tensors[name].shape) for name in other],

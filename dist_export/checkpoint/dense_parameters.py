@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
-from dist_export.layout.recis import DENSE_STATE
+from dist_export.layout.recis import DENSE_STATE, FILTER_STEP
 from dist_export.storage import Directory
 
 
@@ -43,5 +43,6 @@ class RecisDense:
         return describe_dense_state(self._directory) or []
 
     def load(self) -> Mapping[str, Any]:
-        """Return what ``model.pt`` holds."""
-        return load_dense_state(self._directory)
+        """Return what ``model.pt`` holds, but for counters that only training reads."""
+        state = load_dense_state(self._directory)
+        return {name: value for name, value in state.items() if not name.endswith(FILTER_STEP)}

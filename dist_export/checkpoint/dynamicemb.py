@@ -21,6 +21,7 @@ import xxhash
 
 from dist_export.checkpoint.dcp import find_metadata
 from dist_export.checkpoint.dump_widths import Stated, find_score_words, find_width, read_stated
+from dist_export.checkpoint.payload import OtherTensor, Payload
 from dist_export.checkpoint.plain import stat_files
 from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.errors import CheckpointError
@@ -155,6 +156,27 @@ class DynamicEmbReader:
             copy_hindrances=("a dump is raw files, which RecIS and serving cannot read",),
             verbatim={},
             warnings=tuple(warnings),
+            payload=self._list_payload({table.name for table in tables}),
+        )
+
+    def _list_payload(self, known: set[str]) -> Payload:
+        """Return all files as tensors, a kind of files of a table each; those of tables without a row are in no table."""
+        kinds = [
+            (table.name, [name for name in names if self._sizes[name]])
+            for table in self._tables
+            for names in table[3:]
+            if names
+        ]
+        others = tuple(
+            OtherTensor(name.rpartition(".rank_")[0], "", (), self._sizes[name], "of a table without a row")
+            for table, names in kinds
+            if table not in known
+            for name in names
+        )
+        return Payload(
+            tensors=sum(table in known for table, _ in kinds) + len(others),
+            num_bytes=sum(file.size for file in self.files),
+            others=others,
         )
 
     def _list_tables(self, folder: str) -> Iterator[_Files]:

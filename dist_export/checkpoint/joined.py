@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from dist_export.checkpoint.payload import join_payloads
 from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, CheckpointReader, Parts, SourceFile, Strips
 from dist_export.errors import CheckpointError
 
@@ -85,6 +86,7 @@ def join_checkpoints(first: Checkpoint, second: Checkpoint, *, kind: str) -> Che
         strips=Strips(**{name: np.concatenate(columns) for name, columns in strips.items()}),
         optimizer_patterns=first.optimizer_patterns | second.optimizer_patterns,
         left_out=(*first.left_out, *second.left_out),
+        payload=join_payloads(first.payload, second.payload),
     )
 
 

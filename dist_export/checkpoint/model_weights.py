@@ -82,6 +82,11 @@ class Roles(NamedTuple):
     """(parameter, tensor): the same for the dense arch."""
 
     @property
+    def exported(self) -> frozenset[str]:
+        """Tensors that are tables by what the model says, under whatever name."""
+        return self.tables | frozenset(source for _, source in self.table_aliases)
+
+    @property
     def taken(self) -> frozenset[str]:
         """Tensors, also under further names of theirs, that are a table or in the program by what the model says."""
         aliases = [name for pair in (*self.table_aliases, *self.dense_aliases) for name in pair]

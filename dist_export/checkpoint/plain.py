@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from dist_export.checkpoint.payload import OtherTensor, Payload, count_payload
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import StoredTensor, build_numbered
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -33,6 +34,8 @@ class PlainFacts(NamedTuple):
 
     tensors: tuple[StoredTensor, ...]
     notes: tuple[str, ...]
+    rest: tuple[OtherTensor, ...] = ()
+    """What else the files hold, and nobody reads."""
 
 
 def sort_facts(directory: Directory, facts: PlainFacts, settings: TensorSettings) -> Sorted:
@@ -75,6 +78,17 @@ def make_checkpoint(
         warnings=tuple(warnings),
         strips=strips,
         optimizer_patterns=frozenset(settings.optimizer_slots),
+        payload=_list_payload(facts, found),
+    )
+
+
+def _list_payload(facts: PlainFacts, found: Sorted) -> Payload:
+    tensors, num_bytes = count_payload((tensor.dtype, tensor.shape) for tensor in facts.tensors)
+    return Payload(
+        tensors=tensors + len(facts.rest),
+        num_bytes=num_bytes + sum(tensor.num_bytes for tensor in facts.rest),
+        others=(*found.others, *facts.rest),
+        aliases=found.aliases,
     )
 
 

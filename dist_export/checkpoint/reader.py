@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from dist_export.checkpoint.payload import Payload
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import Slice
 from dist_export.readers import RangeReader
@@ -172,6 +173,10 @@ class TableMeta:
     contradiction: str = ""
     """Of such a table: why its rows cannot be what they seem, so that it cannot be exported; empty where nothing tells."""
 
+    def stored_slots(self) -> tuple[SlotMeta, ...]:
+        """Return the slots that the source stores: numbers that are written as ids are in none of its tensors."""
+        return self.slots if self.has_ids else self.slots[1:]
+
     @property
     def name_in_source(self) -> str:
         """The name that the trainer knows the table by; settings name tables so."""
@@ -186,6 +191,9 @@ class LeftOutTable:
     rows: int
     reason: str
     """The setting."""
+    tensors: int = 0
+    """Its slots, as far as they are stored."""
+    num_bytes: int = 0
 
 
 class Memory(Protocol):
@@ -230,6 +238,8 @@ class Checkpoint:
     """Tables of the source that are not in ``tables``, in its order."""
     memory: Memory | None = None
     """Where the payload is no file; None for all that was saved."""
+    payload: Payload | None = None
+    """All tensors of the source, tables that are left out too; None where nobody accounts for them."""
 
     @property
     def num_bytes(self) -> int:

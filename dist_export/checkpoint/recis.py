@@ -22,6 +22,7 @@ from dist_export.checkpoint.columns import HeaderColumns, join_columns, to_colum
 from dist_export.checkpoint.matching import match_blocks
 from dist_export.checkpoint.merged import check_merged
 from dist_export.checkpoint.parts import build_parts
+from dist_export.checkpoint.payload import Payload
 from dist_export.checkpoint.reader import Checkpoint, Parts, SourceFile, TableMeta
 from dist_export.errors import CheckpointError
 from dist_export.layout.indexes import decode_indexes
@@ -107,6 +108,10 @@ class RecisReader:
         matched = match_blocks(headers, self._index, where=where, tensorkey=self.directory.describe(TENSORKEY))
         tables, parts, blocks = build_parts(matched.sparse)
         dense, bare = matched.dense, matched.bare
+        payload = Payload(
+            tensors=len(np.unique(matched.sparse.kind)) + len(dense),
+            num_bytes=int((headers.end - headers.begin).sum()),
+        )
         del matched  # its columns, as long as all headers together, are of no more use
         if self._has_merged:
             self._raw[MERGED] = self._read(MERGED)
@@ -132,6 +137,7 @@ class RecisReader:
             ),
             verbatim=_Unchanged(self.directory, {name: self._raw[name] for name in (INDEX, TENSORKEY)}),
             warnings=(*self._warnings, *_list_lookalikes(tables)),
+            payload=payload,
         )
 
     def _read(self, name: str) -> bytes:

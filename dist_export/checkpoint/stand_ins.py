@@ -15,10 +15,13 @@ from typing import NamedTuple
 from dist_export.checkpoint.dcp import DcpCheckpoint, read_dcp
 from dist_export.checkpoint.dcp_tensors import DcpTable
 from dist_export.checkpoint.dynamicemb import DumpedTable, list_dumped
+from dist_export.checkpoint.payload import other_tensor
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import listed, split_collection
 from dist_export.errors import CheckpointError
 from dist_export.storage import Directory
+
+STAND_IN = "stands for a table of the dump"
 
 _MODEL = "model"
 """What DynamicEmbDump calls the model itself."""
@@ -61,7 +64,14 @@ def read_beside(
     else:
         notes = tuple(_note_behind(directory, found.tables, dumped, stand_ins))
     kept = tuple(table for table in found.tables if table.name not in stand_ins)
-    return DcpBeside(replace(found, tables=kept), tuple(sorted(stand_ins)), notes)
+    behind = tuple(
+        other_tensor(tensor.name, tensor.dtype, tensor.shape, STAND_IN)
+        for table in found.tables
+        if table.name in stand_ins
+        for tensor in (table.weight, *(slot.tensor for slot in table.slots))
+    )
+    kept_found = replace(found, tables=kept, others=(*found.others, *behind))
+    return DcpBeside(kept_found, tuple(sorted(stand_ins)), notes)
 
 
 def find_stand_ins(tables: Sequence[DcpTable], dumped: Sequence[DumpedTable]) -> frozenset[str]:

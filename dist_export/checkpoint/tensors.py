@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.checkpoint.doubtful import note_left
 from dist_export.checkpoint.model_weights import ModelWeights, Roles
+from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
@@ -37,6 +38,10 @@ class Sorted:
     """In the order of the checkpoint."""
     other_state: tuple[str, ...]
     """Optimizer state of no table: never read."""
+    others: tuple[OtherTensor, ...] = ()
+    """What is in no table: dense parameters, and optimizer state of no table."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(name, tensor) of tables and dense parameters that the checkpoint holds under another name."""
     notes: tuple[str, ...] = ()
     """On tensors that may be taken for something else than they are, for people."""
 
@@ -95,6 +100,7 @@ def sort_tensors(
         else:
             dense.append(tensor)
             kept_dense += [tensor.name] if is_asked else []
+    alone = [tensor for tensor in dense if tensor.name not in roles.exported]
     for aliases, its in ((roles.table_aliases, found), (roles.dense_aliases, dense)):
         its += [by_name[source]._replace(name=alias) for alias, source in aliases]
     for tensor in found:
@@ -123,6 +129,12 @@ def sort_tensors(
         ),
         dense=tuple(dense),
         other_state=tuple(sorted(tensor.name for _, tensor in other)),
+        others=tuple(
+            other_tensor(tensor.name, tensor.dtype, tensor.shape, kind)
+            for kind, its in ((DENSE, alone), (STATE, [tensor for _, tensor in other]))
+            for tensor in its
+        ),
+        aliases=(*roles.table_aliases, *roles.dense_aliases),
         notes=note_left(
             [(tensor.name, tensor.shape) for tensor in left],
             [(tail, tensor.shape) for tail, tensor in other],

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.payload import STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.state_archive import StateArchive, check_state_archive
 from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
@@ -20,6 +21,8 @@ from dist_export.readers import RangeReader
 
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
+
+NOT_OF_MODEL = "not of the model"
 
 _MAX_DEPTH = 32
 _MAX_NAME = 4_096
@@ -43,6 +46,8 @@ class TorchFile(NamedTuple):
     tensors: tuple[Located, ...]
     notes: tuple[str, ...]
     """What is left out, each a sentence."""
+    rest: tuple[OtherTensor, ...] = ()
+    """Tensors that are not read: what is no plain tensor, is not of the model, or is optimizer state by number."""
 
 
 def is_torch_file(head: bytes) -> bool:
@@ -68,26 +73,47 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     if not isinstance(root, Mapping):
         raise CheckpointError(f"{where} holds a {type(root).__name__}, expected a state_dict or a dict that has one")
     most = len(archive.pickled)  # each member takes a byte at least, where it does not lie in several places
-    model, notes = _find_model(root, where, most)
+    model, beside, notes = _find_model(root, where, most)
     members = _Members(where, most)
     tensors: list[Located] = []
     seen: set[str] = set()
     left_out: list[str] = []
+    rest: list[OtherTensor] = []
     for name, tensor in members.walk(model):
         if name in seen:
             raise CheckpointError(f"{where} holds two tensors called {name!r}; rename one of them")
         seen.add(name)
         if tensor.reason:
             left_out.append(f"{name} ({tensor.reason})")
+            rest.append(other_tensor(name, tensor.dtype, tensor.shape, tensor.reason))
             continue
         item = _place_of(tensor, archive)
         piece = Piece((0,) * len(tensor.shape), tensor.shape, number, item.offset, item.strides)
         tensors.append(Located(name, tensor.dtype, piece))
+    rest += [tensor for its in beside.values() for tensor in its]
+    rest += _list_numbered(members, where, most)
     if members.numbered:
-        notes.append(f"optimizer state by number ({', '.join(members.numbered)}) belongs to no table and is not read")
+        told = ", ".join(path or "the file itself" for path in members.numbered)
+        notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
     if left_out:
         notes.append(f"no plain tensors, and left out: {', '.join(left_out)}")
-    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes))
+    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), tuple(rest))
+
+
+def _list_beside(key: str, value: Any, where: str, most: int) -> list[OtherTensor]:
+    """Return what lies beside the model under a key."""
+    members = _Members(where, most)
+    found = [
+        other_tensor(name, tensor.dtype, tensor.shape, NOT_OF_MODEL) for name, tensor in members.walk({key: value})
+    ]
+    return [*found, *_list_numbered(members, where, most)]
+
+
+def _list_numbered(members: _Members, where: str, most: int) -> list[OtherTensor]:
+    """Return the tensors of optimizers whose state goes by number."""
+    states = {f"{path}.state".lstrip("."): state for path, state in members.numbered.items()}
+    found = _Members(where, most, is_all=True).walk(states)
+    return [other_tensor(name, tensor.dtype, tensor.shape, STATE) for name, tensor in found]
 
 
 def _load_without_payload(reader: RangeReader, size: int) -> tuple[Any, StateArchive]:
@@ -110,18 +136,21 @@ def _place_of(tensor: PickledTensor, archive: StateArchive) -> Item:
     return Item(begin + tensor.first * itemsize, tuple(stride * itemsize for stride in tensor.strides))
 
 
-def _find_model(root: Mapping[Any, Any], where: str, most: int) -> tuple[dict[str, Any], list[str]]:
-    """Return what holds the parameters and named optimizer state, by the begin of their names, and notes."""
+def _find_model(
+    root: Mapping[Any, Any], where: str, most: int
+) -> tuple[dict[str, Any], dict[str, list[OtherTensor]], list[str]]:
+    """Return what holds the parameters and named optimizer state, by the begin of their names; what else does; and notes."""
     keys = [
         key for key in MODEL_KEYS if isinstance(root.get(key), Mapping) and root[key] and not _is_optimizer(root[key])
     ]
     if len(keys) != 1:
-        return {"": root}, []
+        return {"": root}, {}, []
     states = {key: value for key, value in root.items() if isinstance(key, str) and _is_optimizer(value)}
     others = {str(key): value for key, value in root.items() if key != keys[0] and key not in states}
-    beside = [key for key, value in others.items() if any(True for _ in _Members(where, most).walk({key: value}))]
-    notes = [f"the model is what {keys[0]!r} holds; left out: {', '.join(beside)}"] if beside else []
-    return {"": root[keys[0]], **states}, notes
+    beside = {key: _list_beside(key, value, where, most) for key, value in others.items()}
+    told = [key for key, its in beside.items() if any(tensor.kind == NOT_OF_MODEL for tensor in its)]
+    notes = [f"the model is what {keys[0]!r} holds; left out: {', '.join(told)}"] if told else []
+    return {"": root[keys[0]], **states}, beside, notes
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -131,11 +160,13 @@ def _is_optimizer(value: Any) -> bool:
 class _Members:
     """Walks through nested dicts and lists. What lies in many places is walked through as often, up to a limit."""
 
-    def __init__(self, where: str, most: int) -> None:
+    def __init__(self, where: str, most: int, *, is_all: bool = False) -> None:
+        """``is_all``: tensors are listed whatever they are of; else optimizer state by number is put apart."""
         self._where = where
         self._left = most
-        self.numbered: list[str] = []
-        """Optimizers whose state goes by number."""
+        self._is_all = is_all
+        self.numbered: dict[str, Any] = {}
+        """Path of an optimizer -> its state, where that goes by number."""
 
     def walk(self, roots: Mapping[str, Any]) -> Iterator[tuple[str, PickledTensor]]:
         for prefix, value in roots.items():
@@ -147,16 +178,16 @@ class _Members:
             raise CheckpointError(f"{self._where}: what {path!r:.200} holds is nested too deeply, or without end")
         tensor = as_tensor(value)
         if tensor is not None:
-            if not path or not is_text(path):
+            if not self._is_all and (not path or not is_text(path)):
                 raise CheckpointError(
                     f"{self._where} holds a tensor called {path!r}; a table or parameter needs a name"
                 )
             yield path, tensor
-        elif _is_optimizer(value):
+        elif _is_optimizer(value) and not self._is_all:
             if all(isinstance(key, str) for key in value["state"]):
                 yield from self._walk(f"{path}.state".lstrip("."), value["state"], depth - 1)
             else:
-                self.numbered.append(path or "the file itself")
+                self.numbered[path] = value["state"]
         elif type(value) in (dict, list, tuple):
             for key, member in value.items() if type(value) is dict else enumerate(value):
                 if isinstance(key, (str, int)) and not isinstance(member, (str, int, float, type(None))):

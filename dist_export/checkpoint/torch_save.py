@@ -68,7 +68,11 @@ class TorchReader:
         paths = [self.directory.describe(file.name) for file in self.files]
         pieces = ((name, dtype, piece.sizes, piece) for file in found for name, dtype, piece in file.tensors)
         tensors = join_pieces(pieces, where=self.directory.url, paths=paths)
-        return PlainFacts(tensors, tuple(note for file in found for note in file.notes))
+        return PlainFacts(
+            tensors,
+            tuple(note for file in found for note in file.notes),
+            tuple(tensor for file in found for tensor in file.rest),
+        )
 
     def assemble(self, shares: Sequence[TorchShare]) -> Checkpoint:
         """Build the metadata from what all files hold."""

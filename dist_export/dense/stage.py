@@ -31,7 +31,7 @@ from dist_export.dense.reference_check import ReferenceFigures, check_reference,
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
-from dist_export.dense.state import load_dense_parameters
+from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
@@ -70,6 +70,8 @@ class DenseStage:
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
         self.parameters: list[tuple[str, str, tuple[int, ...]]] = []
         """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters. Rank 0."""
+        self.taken: frozenset[str] = frozenset()
+        """Names of the checkpoint's tensors, or of the model's parameters, that the program holds. Rank 0."""
 
     def prepare(
         self,
@@ -387,10 +389,13 @@ class DenseStage:
                 for name, value in copied.state_dict().items()
                 if isinstance(value, torch.Tensor)
             ]
+            self.taken = frozenset(name for name, _, _ in self.parameters)
             return ()
+        state = self._parameters.load()
+        self.taken = list_taken(copied, state, dense_model_name=self._config.dense_model_name)
         return load_dense_parameters(
             copied,
-            self._parameters.load(),
+            state,
             dense_model_name=self._config.dense_model_name,
             allow_missing=self._config.allow_missing_dense,
             allow_unexpected=self._config.allow_unexpected_dense,

@@ -74,6 +74,13 @@ def load_dense_parameters(
     return tuple(notes)
 
 
+def list_taken(dense_arch: nn.Module, names: Iterable[str], *, dense_model_name: str) -> frozenset[str]:
+    """Return those of a checkpoint's names that the dense arch has a parameter, a buffer or extra state for. Rank 0."""
+    prefix = _plain_key(dense_model_name)
+    expected = {f"{prefix}.{_plain_key(key)}" if prefix else _plain_key(key) for key in dense_arch.state_dict()}
+    return frozenset(name for name in names if _plain_key(name) in expected)
+
+
 class _Refused(NamedTuple):
     """Keys that stand on one side alone."""
 

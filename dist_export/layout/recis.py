@@ -17,6 +17,8 @@ from dist_export.layout.dtypes import DTYPES
 INDEX = "index"
 TENSORKEY = "tensorkey.json"
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
+FILTER_STEP = "@filter_global_step"
+"""Ends the name of the step of RecIS's filter hook in ``model.pt``: ``<child>@filter_global_step``, int64, shape [1]."""
 DENSE_STATE = "model.pt"
 DENSE_SUFFIX = "^ "
 """Ends the key of every dense tensor among the sparse files: a caret and one space."""

@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 
 from dist_export.activity import ACTIVITY
+from dist_export.checkpoint.payload import Payload
 from dist_export.checkpoint.reader import (
     ABSENT,
     IN_STRIPS,
@@ -203,6 +204,10 @@ class _Builder:
             verbatim={},
             warnings=(),
             strips=strips,
+            payload=Payload(
+                tensors=sum(len(table.stored_slots()) for table in self._tables),
+                num_bytes=sum(file.num_bytes for file in self._files),
+            ),
             memory=ModelMemory(rank, world_size, np.array(self._owners, np.int64), self._files, sources),
         )
 

@@ -29,6 +29,10 @@ def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
         names.add(table.name)
         comparison.check_table(table)
     comparison.check_dense(manifest.dense_tensors)
+    account = manifest.account
+    if not isinstance(account, msgspec.UnsetType) and account.total != account.num_bytes:
+        parts = f"{account.total:,} bytes by what became of them, {account.num_bytes:,} in all"
+        report.add(MANIFEST, "account", f"the account of the source's payload does not add up: {parts}")
     if blocks.is_whole:
         comparison.check_nothing_left()
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
 from dist_export.errors import PlanError
-from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.layout.recis import EMBEDDING_SLOT, FILTER_STEP, ID_SLOT
 
 OPTIMIZER_SLOTS = frozenset(
     {
@@ -36,6 +36,7 @@ _BY_TABLE = "sparse_row_wise_adagrad_"
 
 BY_OPTIMIZER = "optimizer"
 BY_PATTERN = "drop_slots"
+BY_TRAINER = "trainer_state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,8 @@ def select(
             raise PlanError(f"{names[-1]!r} is named both by keep_slots and by drop_slots; take it out of one of them")
         if is_kept:
             return None
+        if not is_dropped and is_trainer_state(names[0]):
+            return BY_TRAINER
         return BY_PATTERN if is_dropped else BY_OPTIMIZER if is_optimizer or is_known else None
 
     kept: list[tuple[SlotMeta, ...]] = []
@@ -135,6 +138,11 @@ def select(
         kept_dense=tuple(tensor for tensor, reason in dense if reason is None),
         dropped_dense=tuple((tensor, reason) for tensor, reason in dense if reason is not None),
     )
+
+
+def is_trainer_state(name: str) -> bool:
+    """Whether a dense tensor of RecIS is a counter that only training reads."""
+    return name.endswith(FILTER_STEP)
 
 
 def _is_optimizer_dense(name: str) -> bool:

@@ -253,8 +253,15 @@ def _take_tables(
                 name=checkpoint.tables[number].name,
                 rows=int(parts.rows[parts.of_table(number)].sum()),
                 reason=reason,
+                **_count_stored(checkpoint, number),
             )
             for number, reason in enumerate(reasons)
             if reason is not None
         ),
     )
+
+
+def _count_stored(checkpoint: Checkpoint, number: int) -> dict[str, int]:
+    rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
+    stored = checkpoint.tables[number].stored_slots()
+    return {"tensors": len(stored), "num_bytes": sum(slot.num_bytes(rows) for slot in stored)}

@@ -196,6 +196,8 @@ SPARSE_BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], set[tu
     ("a slot that is not kept", change_table(kept=()), (), {(MANIFEST, "manifest"), (A, "manifest"), (B, "manifest")},
      "keeps no id"),
     ("rows that its parts do not have", change_table(rows_out=59, rows_in=59), (), {(MANIFEST, "account")}, "its rows_out is 59"),
+    ("bytes that nothing became of", edit(lambda m: {"account": msgspec.structs.replace(m.account, exported=1)}), (),
+     {(MANIFEST, "account")}, "payload does not add up"),
     ("another sum of ids", change_table(id_sum="0" * 16), (), {(A, "id_sum")}, "not those that were exported"),
     ("an index that is not vouched for", edit(lambda m: {"files": tuple(f for f in m.files if f.path != INDEX)}), (),
      {(MANIFEST, "manifest")}, "does not name index"),
