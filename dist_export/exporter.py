@@ -251,7 +251,7 @@ def export_located(
                 account=account,
                 dense=None if dense is None else dense.entry,
                 parity=None if dense is None else dense.parity,
-                notes=tuple(notes),
+                notes=(*notes, *(() if dense is None else dense.notes)),
                 run={
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "export_dir": conceal(export_dir),

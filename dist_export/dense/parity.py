@@ -154,6 +154,7 @@ def score_from_files(
     return FilesParityEntry(
         rows=next(iter(sample.inputs.values())).shape[0],
         reads_rows=reads_rows,
+        reference="copy",
         max_abs={name: worst.max_abs for name, worst in figures.items()},
         max_rel={name: worst.max_rel for name, worst in figures.items()},
         max_ulp={name: worst.max_ulp for name, worst in figures.items()},

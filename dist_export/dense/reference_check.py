@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch.export import ExportedProgram
 
@@ -17,6 +18,9 @@ from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import MODEL, Reference
 from dist_export.differences import Difference, compare
 from dist_export.errors import ModelError, ParityError
+from dist_export.manifest import FilesParityEntry, ParityEntry
+
+_NO_PACKAGE = "No manifest was written, so there is no package"
 
 _ROUNDINGS = 8
 """How many roundings of a lower precision two runs may be apart, where autocast or FSDP computes in it."""
@@ -31,6 +35,30 @@ class ReferenceFigures:
     outputs: dict[str, Difference]
     notes: list[str] = field(default_factory=list)
 
+    def of_files(self, *, kind: str, reads_rows: bool) -> FilesParityEntry:
+        """Return the figures of the program on rows of the written shards, for the manifest."""
+        return FilesParityEntry(
+            rows=self.rows,
+            reads_rows=reads_rows,
+            reference=kind,
+            max_abs={name: worst.max_abs for name, worst in self.outputs.items()},
+            max_rel={name: worst.max_rel for name, worst in self.outputs.items()},
+            max_ulp={name: worst.max_ulp for name, worst in self.outputs.items()},
+        )
+
+    def merge_into(self, parity: ParityEntry, kind: str) -> ParityEntry:
+        """Return ``parity`` with these figures, where they are larger, and with the size of the batch."""
+        sizes = parity.batch_sizes if self.rows in parity.batch_sizes else (*parity.batch_sizes, self.rows)
+        mine = self.of_files(kind=kind, reads_rows=False)
+        return msgspec.structs.replace(
+            parity,
+            reference=kind,
+            batch_sizes=sizes,
+            max_abs={name: max(value, mine.max_abs.get(name, 0.0)) for name, value in parity.max_abs.items()},
+            max_rel={name: max(value, mine.max_rel.get(name, 0.0)) for name, value in parity.max_rel.items()},
+            max_ulp={name: max(value, mine.max_ulp.get(name, 0)) for name, value in parity.max_ulp.items()},
+        )
+
 
 def check_reference(
     sample: DenseSample,
@@ -38,10 +66,11 @@ def check_reference(
     program: ExportedProgram,
     reference: Reference,
     *,
-    blocks: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
     atol: float,
     rtol: float,
     max_batch_size: int,
+    what: str = "the written program",
 ) -> ReferenceFigures:
     """Run the program on a whole batch and compare each output with the reference. Rank 0.
 
@@ -49,12 +78,12 @@ def check_reference(
 
     Args:
         names: the inputs that the program takes.
-        blocks: what the sparse arch gave for the batch, whole: its mapping, in which entries may be nested.
+        tensors: what the sparse arch gave for the batch, whole, by the names of the program's arguments.
+        what: the program and its inputs, for messages.
 
     Raises:
         ParityError: an input is not there; the program fails; an output differs in count, shape, dtype or value.
     """
-    tensors = read_blocks(blocks).tensors
     lacking = [name for name in names if name not in tensors]
     if lacking:
         raise ParityError(
@@ -65,14 +94,14 @@ def check_reference(
     inputs = {name: tensors[name].detach()[:max_batch_size] for name in names}
     found = _run(program, inputs, device, sample)
     try:
-        return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size)
+        return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size, what=what)
     except ParityError:
         own = inputs[names[0]].device
         if own == device:
             raise
     # two devices round differently: what the model computed elsewhere is compared with the program there
     found = _run(_move(program, own), inputs, own, sample)
-    return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size)
+    return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size, what=what)
 
 
 def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: float, rtol: float) -> None:
@@ -93,7 +122,7 @@ def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: floa
     try:
         with exporting(sample.dense_arch), torch.no_grad():
             found = sample.flatten(sample.call(tensors))
-        _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=rows)
+        _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=rows, what="it")
     except ParityError as error:
         raise ModelError(
             f"in model(batch), {why}. Serving feeds what the sparse arch returns, so its scores would be others: "
@@ -101,6 +130,26 @@ def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: floa
         ) from None
     except Exception:  # noqa: BLE001 -- the comparison of the written program decides
         return
+
+
+def refuse_other_sample(sample: DenseSample, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a sample whose rows are not the first of the batch, each once, or twice where there is one. Rank 0.
+
+    Args:
+        tensors: what the sparse arch gave for the batch in the caller's model, with the same rows of the tables.
+
+    Raises:
+        ParityError: an input of the sample has other values.
+    """
+    for name, cut in sample.inputs.items():
+        whole = tensors.get(name)
+        if whole is None:
+            continue  # a program that takes it is refused
+        first = [number % whole.shape[0] for number in range(cut.shape[0])]
+        if not _is_equal(cut, whole[first].to(cut.device)):
+            raise ParityError(
+                f"the sample's input {name!r} is not what the sparse arch gives for the batch within the model. {_NO_PACKAGE}"
+            )
 
 
 def describe_other_inputs(reference: Reference) -> str:
@@ -156,6 +205,7 @@ def _compare(
     atol: float,
     rtol: float,
     limit: int,
+    what: str,
 ) -> ReferenceFigures:
     model = "the dense arch in model(batch)" if reference.kind == MODEL else "dense_arch(sparse_arch(batch))"
     try:
@@ -164,7 +214,7 @@ def _compare(
         expected = []
     if len(expected) != len(found) or not all(isinstance(value, torch.Tensor) for value in expected):
         raise ParityError(
-            f"{model} returns {_describe(reference.output)}, the written program {few(list(sample.output_names))}. "
+            f"{model} returns {_describe(reference.output)}, {what} {few(list(sample.output_names))}. "
             "No manifest was written"
         )
     figures = ReferenceFigures(min(rows, limit), {})
@@ -175,14 +225,20 @@ def _compare(
                 "compared with the plain copy of the dense arch alone"
             )
             continue
-        worst = _compare_output(name, eager[:limit] if rows > limit else eager, written, reference, model, atol, rtol)
-        figures.outputs[name] = worst
+        cut = eager[:limit] if rows > limit else eager
+        figures.outputs[name] = _compare_output(name, cut, written, reference, (what, model), (atol, rtol))
     return figures
 
 
 def _compare_output(
-    name: str, eager: torch.Tensor, written: torch.Tensor, reference: Reference, model: str, atol: float, rtol: float
+    name: str,
+    eager: torch.Tensor,
+    written: torch.Tensor,
+    reference: Reference,
+    sides: tuple[str, str],
+    tolerances: tuple[float, float],
 ) -> Difference:
+    (what, model), (atol, rtol) = sides, tolerances
     precision = reference.precision
     if eager.dtype != written.dtype and eager.is_floating_point() and written.is_floating_point():
         low = [dtype for dtype in (precision, eager.dtype) if dtype is not None]
@@ -190,7 +246,7 @@ def _compare_output(
         written = written.to(eager.dtype)
     if eager.shape != written.shape or eager.dtype != written.dtype:
         raise ParityError(
-            f"output {name!r}: {model} gives {eager.dtype} {list(eager.shape)}, the written program {written.dtype} "
+            f"output {name!r}: {model} gives {eager.dtype} {list(eager.shape)}, {what} {written.dtype} "
             f"{list(written.shape)}. No manifest was written"
         )
     if precision is not None and eager.is_floating_point():
@@ -201,7 +257,7 @@ def _compare_output(
     if not worst.is_close:
         why = describe_other_inputs(reference)
         raise ParityError(
-            f"output {name!r}: the written program differs from {model} by up to {worst.max_abs:.3g} (relative "
+            f"output {name!r}: {what} differs from {model} by up to {worst.max_abs:.3g} (relative "
             f"{worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is atol {atol:g} + rtol {rtol:g} * "
             f"|value|{f'; in the model, {why}' if why else ''}. No manifest was written, so there is no package"
         )

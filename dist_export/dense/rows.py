@@ -21,7 +21,7 @@ from dist_export.layout.encodings import RowCast, encode_values
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
 
 
-class _Found(NamedTuple):
+class FoundRows(NamedTuple):
     """What one table holds of some ids. Rows are as the checkpoint has them (uint8, (n, bytes)), zeros where there are none."""
 
     ids: np.ndarray
@@ -36,20 +36,20 @@ class _Found(NamedTuple):
     """Whether rules leave a row of this id behind."""
 
     @classmethod
-    def nothing(cls, ids: np.ndarray, row_bytes: int) -> _Found:
+    def nothing(cls, ids: np.ndarray, row_bytes: int) -> FoundRows:
         """Return the answer of a table that has none of these ids; it is filled in."""
         rows = np.zeros((2, len(ids), row_bytes), np.uint8)
         flags = np.zeros((3, len(ids)), bool)
         return cls(ids, flags[0], rows[0], flags[1], rows[1], flags[2])
 
-    def join(self, other: _Found) -> _Found:
+    def join(self, other: FoundRows) -> FoundRows:
         """Return both answers in one; they share no id."""
         order = np.argsort(np.concatenate([self.ids, other.ids]), kind="stable")
-        return _Found(*(np.concatenate(pair)[order] for pair in zip(self, other, strict=True)))
+        return FoundRows(*(np.concatenate(pair)[order] for pair in zip(self, other, strict=True)))
 
-    def of(self, ids: np.ndarray) -> _Found:
+    def of(self, ids: np.ndarray) -> FoundRows:
         """Return the answer for some of the ids (sorted, without duplicates)."""
-        return _Found(*(column[np.searchsorted(self.ids, ids)] for column in self))
+        return FoundRows(*(column[np.searchsorted(self.ids, ids)] for column in self))
 
 
 class RowFinder:
@@ -102,7 +102,7 @@ class RowFinder:
         self.left_behind: Counter[str] = Counter()
         """Ids that were asked for, and that rules leave behind, by the table's name in ``checkpoint``."""
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
-        self._found: dict[int, _Found] = {}
+        self._found: dict[int, FoundRows] = {}
         """Table -> what is known of it already."""
         self._is_unmodified = False
 
@@ -116,6 +116,27 @@ class RowFinder:
     def is_live(self) -> bool:
         """Whether the model's own tables are what is exported."""
         return self._checkpoint.memory is not None or self._only is not None
+
+    def looked_up(self) -> list[str]:
+        """Return the tables of which any id was looked up."""
+        return [table for table, number in self._numbers.items() if number in self._found]
+
+    def known(self, table: str) -> FoundRows | None:
+        """Return all that was found of a table so far, None where nothing was looked up."""
+        return self._found.get(self._numbers[table])
+
+    def changes_rows(self) -> bool:
+        """Whether settings change what any lookup so far gives: by a cast, a rule of prune, a choice among duplicates."""
+        source = self.unmodified()
+        for table in self.looked_up():
+            found = self._found[self._numbers[table]]
+            if (found.has_row != found.is_kept).any():
+                return True
+            rows = [self._encode(table, found.kept), self.default_row(table)[None]]
+            own = [found.rows, source.default_row(table)[None]]
+            if any((self.decode(table, cast) != plain).any() for cast, plain in zip(rows, own, strict=True)):
+                return True
+        return False
 
     def has_table(self, table: str) -> bool:
         """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
@@ -136,7 +157,7 @@ class RowFinder:
 
     def embedding_of(self, table: str) -> SlotMeta:
         """Return dtype and shape of a table's embedding rows, as the checkpoint has them before any cast."""
-        slot, cast = self._stored_embedding(table), self._cast_of(table)
+        slot, cast = self.stored_embedding(table), self._cast_of(table)
         if cast is None or not self._is_written:
             return slot
         shape = (cast.dim,) if cast.encoding else slot.inner_shape
@@ -144,7 +165,7 @@ class RowFinder:
 
     def default_row(self, table: str) -> np.ndarray:
         """Return what serving gives for an id that the table lacks: a row (uint8, (bytes,)) like those of :meth:`find`."""
-        slot, cast = self._stored_embedding(table), self._cast_of(table)
+        slot, cast = self.stored_embedding(table), self._cast_of(table)
         default = self._checkpoint.tables[self._numbers[table]].default_row
         if default is None or isinstance(default, str):
             return np.zeros(slot.row_bytes if cast is None else cast.target_bytes, np.uint8)
@@ -165,7 +186,8 @@ class RowFinder:
         cast = self._cast_of(table)
         return rows if cast is None else cast.decode(rows)
 
-    def _stored_embedding(self, table: str) -> SlotMeta:
+    def stored_embedding(self, table: str) -> SlotMeta:
+        """Return dtype and shape of a table's embedding rows as this checkpoint stores them."""
         number = self._numbers[table]
         return next(slot for slot in self._checkpoint.tables[number].slots if slot.name == EMBEDDING_SLOT)
 
@@ -197,7 +219,7 @@ class RowFinder:
         known = self._found.get(number)
         new = ids if known is None else np.setdiff1d(ids, known.ids, assume_unique=True)
         if known is None or len(new):
-            found = self._scan(number, self._stored_embedding(table), new)
+            found = self._scan(number, self.stored_embedding(table), new)
             known = self._found[number] = found if known is None else known.join(found)
         answer = known.of(ids)
         if self._is_unmodified:
@@ -207,15 +229,15 @@ class RowFinder:
         self.left_behind[self._checkpoint.tables[number].name] += left
         return answer.is_kept, self._encode(table, answer.kept)
 
-    def _scan(self, number: int, slot: SlotMeta, ids: np.ndarray) -> _Found:
-        found = _Found.nothing(ids, slot.row_bytes)
+    def _scan(self, number: int, slot: SlotMeta, ids: np.ndarray) -> FoundRows:
+        found = FoundRows.nothing(ids, slot.row_bytes)
         if self._checkpoint.tables[number].is_hashed:
             self._scan_ids(number, slot, found)
         else:
             self._find_by_number(number, slot, found)
         return found
 
-    def _find_by_number(self, table: int, slot: SlotMeta, found: _Found) -> None:
+    def _find_by_number(self, table: int, slot: SlotMeta, found: FoundRows) -> None:
         """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
         parts, ids = self._checkpoint.parts, found.ids
         with RowReader(self._checkpoint) as reader:
@@ -235,7 +257,7 @@ class RowFinder:
                     reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
         found.kept[found.is_kept] = found.rows[found.is_kept]
 
-    def _scan_ids(self, number: int, slot: SlotMeta, found: _Found) -> None:
+    def _scan_ids(self, number: int, slot: SlotMeta, found: FoundRows) -> None:
         """Fill in the rows of a hash table: its columns of ids are scanned."""
         checkpoint, ids = self._checkpoint, found.ids
         for part in checkpoint.parts.of_table(number):
@@ -257,7 +279,7 @@ class RowFinder:
 
     def _fill(
         self,
-        found: _Found,
+        found: FoundRows,
         reader: RowReader,
         slot: SlotMeta,
         part: int,

@@ -20,14 +20,20 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.dense.blame import said
-from dist_export.dense.blocks import Blocks, Outline
+from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
-from dist_export.dense.reference_check import ReferenceFigures, check_reference, refuse_other_inputs
+from dist_export.dense.reference_check import (
+    ReferenceFigures,
+    check_reference,
+    refuse_other_inputs,
+    refuse_other_sample,
+)
+from dist_export.dense.row_check import check_names, check_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
@@ -64,6 +70,12 @@ class DenseStage:
         self._casts: Mapping[str, RowCast] = {}
         self._reference: Reference | None = None
         """What the caller's own model gave for the batch, on this rank."""
+        self._finder: RowFinder | None = None
+        """Of the checkpoint; it knows all that the sample has looked up."""
+        self._changes_rows = False
+        """Whether settings change a row that the sample of any rank looked up."""
+        self.notes: list[str] = []
+        """What turned up after :meth:`prepare`. Rank 0."""
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
         self.counts: dict[str, dict[str, int]] = {}
@@ -103,6 +115,7 @@ class DenseStage:
         if checkpoint is not None:
             names = self._names_of(checkpoint)
             finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
+        self._finder = finder
         blocks, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
@@ -191,6 +204,8 @@ class DenseStage:
         )
         with runner.dense_values(None if self._parameters is None else self._parameters.load):
             self._reference = runner.run(self._data, None if finder is None else finder.unmodified())
+        if finder is not None:
+            self._changes_rows = any(ranks.gather("look for changed rows", finder.changes_rows))
         return ranks.on_rank_0("look at the reference", self._look_at_reference)
 
     def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
@@ -230,21 +245,19 @@ class DenseStage:
     def _check_reference(self, program: ExportedProgram) -> None:
         """Compare the program with the caller's own model, and add the figures to ``parity``. Rank 0."""
         reference, parity = self._reference, self.parity
+        assert self._sample is not None
         assert reference is not None
         assert parity is not None
-        figures = self._compare_with_reference(program, reference.blocks)
-        sizes = parity.batch_sizes if figures.rows in parity.batch_sizes else (*parity.batch_sizes, figures.rows)
-        worst = figures.outputs
-        self.parity = msgspec.structs.replace(
-            parity,
-            reference=reference.kind,
-            batch_sizes=sizes,
-            max_abs={n: max(value, worst[n].max_abs) if n in worst else value for n, value in parity.max_abs.items()},
-            max_rel={n: max(value, worst[n].max_rel) if n in worst else value for n, value in parity.max_rel.items()},
-            max_ulp={n: max(value, worst[n].max_ulp) if n in worst else value for n, value in parity.max_ulp.items()},
-        )
+        tensors = read_blocks(reference.blocks).tensors
+        if not self._changes_rows:
+            refuse_other_sample(self._sample, tensors)
+        figures = self._compare_with_reference(program, tensors)
+        self.notes += figures.notes
+        self.parity = figures.merge_into(parity, reference.kind)
 
-    def _compare_with_reference(self, program: ExportedProgram, blocks: Mapping[str, Any]) -> ReferenceFigures:
+    def _compare_with_reference(
+        self, program: ExportedProgram, tensors: Mapping[str, torch.Tensor], what: str = "the written program"
+    ) -> ReferenceFigures:
         config = self._config
         assert self._sample is not None
         assert self._reference is not None
@@ -253,7 +266,8 @@ class DenseStage:
             self._used,
             program,
             self._reference,
-            blocks=blocks,
+            tensors=tensors,
+            what=what,
             atol=config.atol,
             rtol=config.rtol,
             max_batch_size=config.max_batch_size,
@@ -290,10 +304,17 @@ class DenseStage:
                 lambda: self._run_again(sparse_arch, finder),
                 may_block=True,
             )
-            ranks.run("compare the rows of the sample", lambda: refuse_other_rows(self._looked_up, rows, target))
+            ranks.run("compare the rows of the sample", lambda: self._compare_rows(rows, finder, target))
             reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
         self._data = self._sparse_arch = None
         ranks.on_rank_0("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
+
+    def _compare_rows(self, rows: SampleRows, finder: RowFinder, target: Directory) -> None:
+        refuse_other_rows(self._looked_up, rows, target)
+        if self._finder is not None:
+            names = {name: self._finder.written_name(name) for name in self._finder.looked_up()}
+            check_names(names, self._config.rename_tables)
+            check_rows(self._finder, finder)
 
     def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[Blocks, SampleRows]:
         name = self._config.sparse_model_name
@@ -306,29 +327,41 @@ class DenseStage:
             ) from error
 
     def _compare(self, blocks: Blocks | None, target: Directory, *, reads_rows: bool) -> None:
-        """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not."""
+        """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not.
+
+        Where settings have changed a row of the batch, the model's own scores are others: what was written is compared with
+        the plain copy on the rows as serving gets them then.
+        """
         assert self._sample is not None
+        assert self._reference is not None
         assert self.entry is not None
         assert self.parity is not None
         sample, config = self._sample, self._config
-        inputs = sample.inputs
-        if blocks is not None:
-            check_input_names(blocks.tensors)
-            device = next(iter(inputs.values())).device
-            inputs = cut_sample(blocks, device=device, max_batch_size=config.max_batch_size).tensors
-        lacking = [name for name in self._used if name not in inputs]
+        program = load_program(target.read(self.entry.program))
+        tensors = read_blocks(self._reference.blocks).tensors if blocks is None else blocks.tensors
+        lacking = [name for name in self._used if name not in tensors]
         if lacking:
             raise ParityError(
                 f"the sparse arch no longer gives {lacking[0]!r} when it runs on the sample again. No manifest was written"
             )
-        found = score_from_files(
-            sample,
-            {name: inputs[name].clone() for name in self._used},
-            load_program(target.read(self.entry.program)),
-            reads_rows=reads_rows,
-            atol=config.atol,
-            rtol=config.rtol,
-        )
+        if not self._changes_rows:
+            what = "the written program" + (" on rows of the written shards" if reads_rows else "")
+            figures = self._compare_with_reference(program, tensors, what)
+            found = figures.of_files(kind=self._reference.kind, reads_rows=reads_rows)
+        else:
+            inputs = sample.inputs
+            if blocks is not None:
+                check_input_names(tensors)
+                device = next(iter(inputs.values())).device
+                inputs = cut_sample(blocks, device=device, max_batch_size=config.max_batch_size).tensors
+            found = score_from_files(
+                sample,
+                {name: inputs[name].clone() for name in self._used},
+                program,
+                reads_rows=reads_rows,
+                atol=config.atol,
+                rtol=config.rtol,
+            )
         self.parity = msgspec.structs.replace(self.parity, from_files=found)
 
     def _look_at_reference(self) -> list[str]:
