@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dist_export.archive.guard_content import UnsafeContentError, check_attribute_name, check_pickle, check_program
+from dist_export.checkpoint.torch_pickle import Storage, load_pickled
 from dist_export.errors import PackageError
+from dist_export.pickle_machine import PickleError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -266,8 +268,17 @@ def _check_torch_pickle(content: bytes, label: str, name: str) -> None:
         raise _refusal(label, name, "not the layout of torch.save")
     try:
         check_pickle(members[pickles[0]])
+        load_pickled(members[pickles[0]], lambda storage: _check_storage(storage, members, root), is_any_known=True)
     except UnsafeContentError as error:
         raise _refusal(label, name, str(error)) from error
+    except PickleError as error:
+        raise _refusal(label, name, f"a pickle that {error}") from error
+
+
+def _check_storage(storage: Storage, members: dict[str, bytes], root: str) -> None:
+    content = members.get(f"{root}/data/{storage.key}")
+    if content is None or len(content) != storage.num_bytes:
+        raise PickleError(f"has a storage of {storage.num_bytes:,} bytes that the archive does not hold")
 
 
 def _repack_pt2(members: dict[str, bytes]) -> io.BytesIO:

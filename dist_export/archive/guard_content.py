@@ -9,6 +9,7 @@ import ast
 import json
 import pickletools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -76,14 +77,10 @@ def check_pickle(data: bytes) -> None:
     Raises:
         UnsafeContentError: An opcode or a global is not on the list, or the pickle is broken.
     """
-    try:
-        opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(data)]
-    except Exception as error:
-        raise UnsafeContentError(f"a broken pickle ({error})") from error
     memo: dict[Any, str | None] = {}
     # The strings on top of the stack, as far as that is known: STACK_GLOBAL takes its two names from there.
     top: list[str | None] = []
-    for opcode, argument in opcodes:
+    for opcode, argument in _opcodes_of(data):
         if not _OPCODES.fullmatch(opcode):
             raise UnsafeContentError(f"a pickle with the opcode {opcode}")
         if opcode == "GLOBAL":
@@ -96,11 +93,20 @@ def check_pickle(data: bytes) -> None:
         if opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if argument is None else argument] = top[-1] if top else None
         elif opcode in ("BINGET", "LONG_BINGET"):
-            top.append(memo.get(argument))
+            top = [*top[-1:], memo.get(argument)]
         elif opcode in ("BINUNICODE", "SHORT_BINUNICODE"):
-            top.append(str(argument))
+            top = [*top[-1:], str(argument)]
         elif opcode != "FRAME":
             top = [None]
+
+
+def _opcodes_of(data: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the opcodes of a pickle with what stands behind each, one at a time."""
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            yield opcode.name, argument
+    except Exception as error:  # pickletools raises anything on a broken pickle
+        raise UnsafeContentError(f"a broken pickle ({error})") from error
 
 
 def _check_global(name: str) -> None:

@@ -1,23 +1,40 @@
 """Read the pickles of sample tensors in a dense folder without running what a pickle may say.
 
 They are what ``pickle`` makes of tensors: ``torch._utils._rebuild_tensor_v2`` over ``torch.storage._load_from_bytes``.
-Only these names are known here, and both are replaced: storages are loaded as weights only, and sizes are compared with
-what the storage holds before a tensor is made of it.
+Only these names are known here, and neither is called: a tensor is made of what is left at the end, once its sizes were
+compared with what its storage holds.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
-from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from dist_export.errors import PackageError
+from dist_export.checkpoint.legacy_pickle import load_legacy
+from dist_export.checkpoint.state_archive import check_state_archive
+from dist_export.checkpoint.torch_pickle import Storage, load_archive
+from dist_export.errors import CheckpointError, PackageError
+from dist_export.pickle_machine import Global, Machine, PickleError
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
+
+_MAX_TENSORS = 10_000
+
+
+class _Saved(NamedTuple):
+    """A storage, as the bytes of a file of ``torch.save``."""
+
+    raw: bytes
+
+
+class _Tensor(NamedTuple):
+    saved: _Saved
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def read_sample_pickle(raw: bytes, *, where: str) -> Tensors:
@@ -27,49 +44,91 @@ def read_sample_pickle(raw: bytes, *, where: str) -> Tensors:
         PackageError: it is cut short, names anything else, or holds anything else.
     """
     try:
-        found = _Unpickler(io.BytesIO(raw)).load()
-    except PackageError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- a broken pickle raises whatever its opcodes come to
+        found = Machine(raw, _find).load()
+        values = list(found.values() if type(found) is dict else found if type(found) is tuple else [found])
+        is_named = type(found) is not dict or all(type(name) is str for name in found)
+        if not is_named or not all(type(value) is _Tensor for value in values):
+            raise PackageError(f"{where} holds a {_describe(found)} that is not of tensors alone")
+        made = _make_all(values)
+    except (PickleError, CheckpointError) as error:
+        raise PackageError(f"{where} is no pickle of sample tensors: {str(error)[:200]}") from None
+    if type(found) is dict:
+        return dict(zip(found, made, strict=True))
+    return tuple(made) if type(found) is tuple else made[0]
+
+
+def _describe(found: Any) -> str:
+    return "value" if type(found) in (_Saved, _Tensor, Global) else type(found).__name__
+
+
+def _find(module: str, name: str) -> Global:
+    known = {
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+        ("torch.storage", "_load_from_bytes"): _saved,
+        ("collections", "OrderedDict"): _empty_dict,
+    }
+    if (module, name) not in known:
+        raise PickleError(f"it names {module[:100]!r}, {name[:100]!r}, which no sample needs; it was not run")
+    return Global(name, known[module, name])
+
+
+def _empty_dict(*arguments: Any) -> dict[Any, Any]:
+    if arguments:
+        raise PickleError("an OrderedDict in it is made of something")
+    return {}
+
+
+def _saved(*arguments: Any) -> _Saved:
+    if len(arguments) != 1 or type(arguments[0]) is not bytes:
+        raise PickleError("a storage is made of something else than bytes")
+    return _Saved(arguments[0])
+
+
+def _rebuild(*arguments: Any) -> _Tensor:
+    match arguments:
+        case (_Saved() as saved, int(offset), tuple(sizes), tuple(strides), *_) if len(sizes) == len(strides) <= 64:
+            numbers = (offset, *sizes, *strides)
+            if all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
+                return _Tensor(saved, offset, sizes, strides)
+    raise PickleError("a tensor has impossible sizes")
+
+
+def _make_all(tensors: list[_Tensor]) -> list[torch.Tensor]:
+    if len(tensors) > _MAX_TENSORS:
+        raise PickleError(f"it holds {len(tensors):,} tensors")
+    storages: dict[int, Any] = {}
+    return [_make(tensor, storages) for tensor in tensors]
+
+
+def _make(tensor: _Tensor, storages: dict[int, Any]) -> torch.Tensor:
+    if id(tensor.saved.raw) not in storages:
+        storages[id(tensor.saved.raw)] = _load_storage(tensor.saved.raw)
+    flat = storages[id(tensor.saved.raw)]
+    if math.prod(tensor.sizes) > len(flat):  # also one that is spread over few values: a sample is written in full
+        raise PickleError(f"a tensor of {math.prod(tensor.sizes):,} values over a storage of {len(flat):,}")
+    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.sizes, tensor.strides, strict=True))
+    if math.prod(tensor.sizes) and last >= len(flat):
+        raise PickleError(f"a tensor reaches beyond the {len(flat):,} values of its storage")
+    return torch.as_strided(flat, tensor.sizes, tensor.strides, tensor.offset if math.prod(tensor.sizes) else 0)
+
+
+def _load_storage(raw: bytes) -> torch.Tensor:
+    """Return the values of a storage (shape [n]), once what the pickle in it says was compared with what it holds."""
+    is_zip = raw.startswith(b"PK")
+    held = load_archive(check_state_archive(io.BytesIO(raw), where="a storage")) if is_zip else load_legacy(raw)
+    if type(held) is not Storage:
+        raise PickleError(f"a storage is a {type(held).__name__}")
+    try:
+        storage = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        OSError,
+    ) as error:  # what torch says of damage
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PackageError(f"{where} is no pickle of sample tensors: {first[:200]}") from None
-    values = found.values() if isinstance(found, dict) else found if isinstance(found, tuple) else (found,)
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        raise PackageError(f"{where} holds a {type(found).__name__} that is not of tensors alone")
-    return found  # type: ignore[no-any-return]
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-            ("torch.storage", "_load_from_bytes"): _load_storage,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(
-                f"it names {module[:100]!r}, {name[:100]!r}, which no sample needs; it was not run"
-            )
-        return known[module, name]
-
-    def persistent_load(self, _: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside of itself")
-
-
-def _load_storage(raw: bytes) -> Any:
-    storage = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise pickle.UnpicklingError(f"a storage is a {type(storage).__name__}")
-    return storage
-
-
-def _rebuild(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> torch.Tensor:
-    numbers = (offset, *size, *stride)
-    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor has impossible sizes")
-    empty = torch.empty(0, dtype=storage.dtype)
+        raise PickleError(f"a storage cannot be loaded: {first}") from None
     bare = storage._untyped_storage  # noqa: SLF001 -- torch has deprecated all that is public of a typed one
-    held = bare.nbytes() // empty.element_size()
-    if math.prod(size) > held:  # also one that is spread over few values: a sample is written in full
-        raise pickle.UnpicklingError(f"a tensor of {math.prod(size):,} values over a storage of {held:,}")
-    return empty.set_(bare, offset, size, stride)  # torch compares this with the storage
+    return torch.empty(0, dtype=storage.dtype).set_(bare)

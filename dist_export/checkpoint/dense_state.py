@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import warnings
 from typing import IO, Any
 
 from dist_export.checkpoint.extra_state import load_without_foreign_state
+from dist_export.checkpoint.legacy_pickle import load_legacy
 from dist_export.checkpoint.state_archive import check_state_archive, is_zip, say_refusal
 from dist_export.checkpoint.torch_pickle import load_archive
 from dist_export.errors import CheckpointError
@@ -74,11 +76,13 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
 
     refused = f"{where} cannot be read as a state_dict of tensors (torch.load with weights_only=True)"
     is_mapped = is_zip(file)  # torch's older format cannot be mapped
-    if is_mapped:
-        try:
+    try:  # torch makes whatever a pickle describes
+        if is_mapped:
             load_archive(check_state_archive(file, where=where), is_any_known=True)
-        except PickleError as error:
-            raise CheckpointError(f"{refused}: {error}") from None
+        else:
+            _check_legacy(file)
+    except PickleError as error:
+        raise CheckpointError(f"{refused}: {error}") from None
 
     def load() -> Any:
         file.seek(0)
@@ -96,6 +100,16 @@ def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
     if state is None:
         raise CheckpointError(f"{refused}: {refusal}")
     return state
+
+
+def _check_legacy(file: IO[bytes]) -> None:
+    if isinstance(file, io.BytesIO):
+        load_legacy(file.getvalue())
+    elif file.seek(0, 2):
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+            load_legacy(raw)
+    else:
+        raise PickleError("it is empty")
 
 
 def _refuse_repeated(state: dict[str, Any], where: str) -> None:

@@ -188,7 +188,10 @@ class _Names:
 
     def refer(self, reference: Any) -> Storage:
         match reference:
-            case ("storage", Global() as kind, str(key), _, int(numel)):
+            case ("storage", Global() as kind, str(key), _, int(numel), *more) if more in (
+                [],
+                [None],
+            ):  # older ones have None
                 dtype = _STORAGES.get(kind.name.rpartition(".")[2].removesuffix("Storage"))
                 if dtype is not None:
                     storage = Storage(key, dtype, numel * itemsize_of(dtype))
@@ -216,8 +219,9 @@ class _Names:
     def _set(self, *arguments: Any) -> Record:
         match arguments:
             case () | (list() | tuple(),):
-                for member in arguments[0] if arguments else ():
-                    self.machine.charge(1)
+                members = arguments[0] if arguments else ()
+                self.machine.charge(4 * len(members))  # each is hashed
+                for member in members:
                     self.machine.check_key(member)
                 return Record("set")
         raise PickleError("makes a set of what is no list")

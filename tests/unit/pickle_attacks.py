@@ -128,7 +128,7 @@ def named(value: bytes, **more: bytes) -> bytes:
     return whole(metadata(b"}" + text("t") + value + b"s", **more))
 
 
-ANYWHERE: dict[str, Callable[[], bytes]] = {
+FEW_BYTES: dict[str, Callable[[], bytes]] = {
     "a key of 2^60 parts": lambda: whole(b"}" + doubling(b"\x86") + b"Ns"),
     "a member of a set of 2^60 parts": lambda: whole(b"\x8f(" + doubling(b"\x86") + b"\x90", 4),
     "a frozen set of sets of 2^60 parts": lambda: whole(b"(" + doubling(b"\x86") + b"\x91", 4),
@@ -139,6 +139,11 @@ ANYWHERE: dict[str, Callable[[], bytes]] = {
     "bytes of a terabyte": lambda: whole(b"\x8e" + struct.pack("<Q", 1 << 40), 4),
     "a bytearray of a terabyte": lambda: whole(b"\x96" + struct.pack("<Q", 1 << 40), 5),
     "a text of a terabyte": lambda: whole(b"\x8d" + struct.pack("<Q", 1 << 40), 4),
+}
+"""For every reader of pickles."""
+
+ANYWHERE: dict[str, Callable[[], bytes]] = {
+    **FEW_BYTES,
     "a number of a megabyte, as key again and again": lambda: whole(
         b"\x8b" + struct.pack("<i", SIZE // 2) + b"\x01" * (SIZE // 2) + b"q\x000}(" + b"h\x00N" * (SIZE // 8) + b"u"
     ),
@@ -169,10 +174,10 @@ ANYWHERE: dict[str, Callable[[], bytes]] = {
         b"h\x00h\x00\x93", text(b"x" * (SIZE // 2)) + b"q\x000"
     ),
 }  # fmt: skip
-"""For every reader of pickles."""
+"""The same, and a megabyte of what is small but many: for what they all read with."""
 
 METADATA: dict[str, Callable[[], bytes]] = {
-    **ANYWHERE,
+    **FEW_BYTES,
     "sizes of 2^60 parts": lambda: named(tensor(doubling(b"\x86"), b"]")),
     "a list of sizes, copied again and again": lambda: repeat(
         b"h\x01h\x00R0", b"](" + b"N" * (SIZE // 2) + b"e\x85q\x000" + name(b"torch", "Size") + b"q\x010"
@@ -209,3 +214,120 @@ METADATA: dict[str, Callable[[], bytes]] = {
     ),
 }  # fmt: skip
 """For the metadata of DCP."""
+
+
+STORAGE = b"(" + text("storage") + name(b"torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ"  # of 16 bytes
+UTILS = b"torch._utils"
+
+
+def view(
+    *sizes: int, strides: tuple[int, ...], function: str = "_rebuild_tensor_v2", storage: bytes = STORAGE
+) -> bytes:
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    return (
+        name(UTILS, function) + b"(" + storage + b"K\0" + numbers(sizes) + numbers(strides) + b"\x89"
+        + name(b"collections", "OrderedDict") + b")RtR"
+    )  # fmt: skip
+
+
+def call(module: bytes, function: str, *arguments: bytes) -> bytes:
+    return name(module, function) + b"(" + b"".join(arguments) + b"tR"
+
+
+def holding(value: bytes) -> bytes:
+    return whole(b"}" + text("t") + value + b"s")
+
+
+EXPANDED = view(1 << 40, strides=(0,))
+FLOAT16 = name(b"torch", "float16")
+TORCH: dict[str, Callable[[], bytes]] = {
+    **FEW_BYTES,
+    "a bytearray of a number": lambda: holding(call(b"builtins", "bytearray", number(1 << 40))),
+    "a tensor of a size": lambda: holding(call(b"torch", "FloatTensor", number(1 << 40))),
+    "a new tensor of a size": lambda: holding(name(b"torch", "Tensor") + number(1 << 40) + b"\x85\x81"),
+    "an odd codec": lambda: holding(call(b"_codecs", "encode", text("x" * 400_000), text("punycode"))),
+    "one text encoded again and again": lambda: repeat(
+        b"h\x01h\x00R0",
+        text("x" * (SIZE // 2)) + text("latin1") + b"\x86q\x000" + name(b"_codecs", "encode") + b"q\x010",
+    ),
+    "one list made a set again and again": lambda: repeat(
+        b"h\x01h\x00R0", b"](" + b"N" * (SIZE // 2) + b"e\x85q\x000" + name(b"builtins", "set") + b"q\x010"
+    ),
+    "a set of tuples of 2^60 parts": lambda: holding(call(b"builtins", "set", b"]" + doubling(b"\x86") + b"a")),
+    "a cast of an expanded tensor": lambda: holding(
+        call(UTILS, "_rebuild_device_tensor_from_cpu_tensor", EXPANDED, FLOAT16, text("cpu"), b"\x89")
+    ),
+    "a quantized tensor of a terabyte": lambda: holding(
+        name(UTILS, "_rebuild_qtensor") + b"(" + STORAGE + b"K\0" + number(1 << 40) + b"\x85K\0\x85"
+        + b"(" + name(b"torch", "per_tensor_affine") + b"K\1K\0t\x89" + name(b"collections", "OrderedDict") + b")RtR"
+    ),
+    "a sparse tensor of expanded ones": lambda: holding(
+        call(
+            UTILS, "_rebuild_sparse_tensor", call(b"torch.serialization", "_get_layout", text("torch.sparse_coo")),
+            b"(" + EXPANDED + EXPANDED + number(1 << 40) + b"\x85t",
+        )
+    ),
+    "a nested tensor of expanded ones": lambda: holding(
+        call(UTILS, "_rebuild_nested_tensor", EXPANDED, EXPANDED, EXPANDED, EXPANDED)
+    ),
+    "a tensor that is set to a size": lambda: holding(
+        view(4, strides=(1,)) + b"(" + STORAGE + b"K\0" + number(1 << 40) + b"\x85K\1\x85tb"
+    ),
+    "a tensor beyond its storage": lambda: holding(view(1 << 40, strides=(1,))),
+    "a call within a call": lambda: holding(
+        call(b"torch._tensor", "_rebuild_from_type_v2", name(b"torch", "FloatTensor"), name(b"torch", "Tensor"),
+             number(1 << 40) + b"\x85", b"}")
+    ),
+    "lists in lists, many times over": lambda: holding(
+        b"]q\x000" + b"".join(b"](" + b"h%c" % n * 9 + b"eq%c" % (n + 1) + b"0" for n in range(40)) + b"h\x28"
+    ),
+    "one tensor under many names": lambda: whole(
+        view(4, strides=(1,)) + b"q\x000}(" + fill((text(f"{n:x}") + b"h\x00" for n in itertools.count()), room=SIZE - 400)
+        + b"u"
+    ),
+    "one long name above many tensors": lambda: whole(
+        view(4, strides=(1,)) + b"q\x000}(" + text("x" * 60_000) + b"}("
+        + fill((text(f"{n:x}") + b"h\x00" for n in itertools.count()), room=SIZE - 70_000) + b"uu"
+    ),
+    "names of many steps": lambda: whole(
+        view(4, strides=(1,)) + b"q\x000}("
+        + fill((text(f"{n:x}" + ".state" * 600) + b"h\x00" for n in itertools.count()), room=SIZE - 400) + b"u"
+    ),
+}  # fmt: skip
+"""For what torch.save writes, with one storage, ``0``, of 16 bytes."""
+
+SAMPLES: dict[str, Callable[[], bytes]] = {
+    **FEW_BYTES,
+    "a storage that claims a terabyte": lambda: whole(
+        view(4, strides=(1,), storage=call(b"torch.storage", "_load_from_bytes", b"B" + legacy(1 << 40))), 4
+    ),
+    "a memo in a storage": lambda: whole(
+        view(4, strides=(1,), storage=call(b"torch.storage", "_load_from_bytes", b"B" + sized(whole(b"Nr\xff\xff\xff\xff")))),
+        4,
+    ),
+    "one storage for many tensors": lambda: repeat(
+        b"h\x01h\x00R",
+        b"(" + call(b"torch.storage", "_load_from_bytes", b"B" + legacy(4)) + b"K\0K\4\x85K\1\x85\x89}tq\x000"
+        + name(UTILS, "_rebuild_tensor_v2") + b"q\x010(",
+        end=b"t",
+    ),
+    "one storage loaded again and again": lambda: repeat(
+        b"h\x01h\x00R",
+        b"B" + sized(bytes(SIZE // 2)) + b"\x85q\x000" + name(b"torch.storage", "_load_from_bytes") + b"q\x010(",
+        end=b"t",
+    ),
+}  # fmt: skip
+"""For the sample of a package."""
+
+
+def sized(raw: bytes) -> bytes:
+    return struct.pack("<I", len(raw)) + raw
+
+
+def legacy(numel: int) -> bytes:
+    """A storage of four numbers in the older format that says it has this many, with the length before it."""
+    content = b"(" + text("storage") + name(b"torch", "FloatStorage") + text("0") + text("cpu") + number(numel) + b"NtQ"
+    pickles = [number(0x1950A86A20F9469CFC6C), b"M\xe9\x03", b"}", content, b"]" + text("0") + b"a"]
+    return sized(b"".join(map(whole, pickles)) + struct.pack("<q", 4) + bytes(16))

@@ -13,6 +13,7 @@ import pickle_attacks
 import pytest
 import torch
 from hostile_cases import limited_memory
+from zip_layouts import write_zip
 
 from dist_export.checkpoint.dcp_metadata import decode_metadata
 from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
@@ -22,13 +23,14 @@ TESTS = Path(__file__).resolve().parent
 
 CHILD = """
 import sys
+import time
 import pickle_attacks
 from hostile_cases import limited_memory
 from test_pickle_attacks import MEMORY, READERS
 read = READERS[sys.argv[1]]
 for name, make in getattr(pickle_attacks, sys.argv[2]).items():
     raw = make()
-    print(name, len(raw), flush=True)
+    print(name, len(raw), round(time.process_time(), 1), flush=True)
     with limited_memory(MEMORY):
         read(raw)
 print("done")
@@ -56,10 +58,94 @@ def read_pickle(raw: bytes) -> None:
         assert str(error).isprintable()
 
 
-READERS = {"read_metadata": read_metadata, "read_pickle": read_pickle}
+def pack(raw: bytes) -> bytes:
+    return write_zip([("data.pkl", raw), ("byteorder", b"little"), ("data/0", bytes(16)), ("version", b"3")])
 
 
-@pytest.mark.parametrize(("reader", "attacks"), [("read_metadata", "METADATA"), ("read_pickle", "ANYWHERE")])
+def read_torch(raw: bytes) -> None:
+    """As a checkpoint, as the dense parameters of RecIS, and as an item of DCP."""
+    from dist_export.checkpoint.dcp_items import ItemFinder
+    from dist_export.checkpoint.dense_state import load_dense_state
+    from dist_export.checkpoint.torch_save import TorchReader
+    from dist_export.errors import CheckpointError
+    from dist_export.storage import Directory
+
+    folder = Path(os.environ["FOLDER"])
+    packed = pack(raw)
+    (folder / "model.pt").write_bytes(packed)
+    directory = Directory(folder)
+
+    def read_checkpoint() -> None:
+        reader = TorchReader(directory)
+        reader.assemble([reader.read_headers(range(len(reader.files)))])
+
+    def read_item() -> None:
+        with directory.open_reader("model.pt") as reader:
+            ItemFinder().locate(reader, 0, len(packed), shape=(4,), dtype="float32", where="f")
+
+    for read in (read_checkpoint, lambda: load_dense_state(directory), read_item):
+        try:
+            read()
+        except CheckpointError as error:
+            assert str(error).isprintable()
+
+
+def read_legacy(raw: bytes) -> None:
+    from dist_export.checkpoint.dense_state import load_dense_state
+    from dist_export.errors import CheckpointError
+    from dist_export.storage import Directory
+
+    folder = Path(os.environ["FOLDER"])
+    begin = [pickle_attacks.number(0x1950A86A20F9469CFC6C), b"M\xe9\x03", b"}"]
+    (folder / "model.pt").write_bytes(b"".join(map(pickle_attacks.whole, begin)) + raw + pickle.dumps([], 2))
+    try:
+        load_dense_state(Directory(folder))
+    except CheckpointError as error:
+        assert str(error).isprintable()
+
+
+def read_sample(raw: bytes) -> None:
+    from dist_export.archive.sample_pickle import read_sample_pickle
+    from dist_export.errors import PackageError
+
+    try:
+        read_sample_pickle(raw, where="x")
+    except PackageError as error:
+        assert str(error).isprintable()
+
+
+def read_program(raw: bytes) -> None:
+    """As the weights in an exported program."""
+    from dist_export.archive import guard
+    from dist_export.errors import PackageError
+
+    try:
+        guard._check_torch_pickle(pack(raw), "x", "weights.pt")
+    except PackageError as error:
+        assert str(error).isprintable()
+
+
+READERS = {
+    "read_torch": read_torch,
+    "read_legacy": read_legacy,
+    "read_sample": read_sample,
+    "read_program": read_program,
+    "read_metadata": read_metadata,
+    "read_pickle": read_pickle,
+}
+
+
+@pytest.mark.parametrize(
+    ("reader", "attacks"),
+    [
+        ("read_metadata", "METADATA"),
+        ("read_pickle", "ANYWHERE"),
+        ("read_torch", "TORCH"),
+        ("read_legacy", "TORCH"),
+        ("read_sample", "SAMPLES"),
+        ("read_program", "TORCH"),
+    ],
+)
 def test_no_pickle_takes_much_memory_or_for_ever(reader: str, attacks: str, tmp_path: Path) -> None:
     """In a process of its own, because a hash of 2^60 steps cannot be interrupted."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parents[1])])
