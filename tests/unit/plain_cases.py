@@ -56,7 +56,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors are alike bit for bit."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    bits = (tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor for tensor in (left, right))
+    bits = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right))
     return torch.equal(*bits)
 
 
