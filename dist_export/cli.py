@@ -147,6 +147,8 @@ def _inspect(argv: list[str]) -> int:
     for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
         text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
+    text = "of a checkpoint with several states, such as a model and its EMA, the path of the one to show; default: the model's"
+    parser.add_argument("--state_root", default=None, metavar="PATH", help=text)
     text = "of a DynamicEmb dump: dimensions of tables by pattern, as YAML such as '{user: 16}'"
     parser.add_argument("--dynamicemb_dims", type=dict[str, int], default={}, help=text)
     arguments = parse_path(parser, argv)
@@ -154,7 +156,9 @@ def _inspect(argv: list[str]) -> int:
     options = {
         "follow_links": arguments.follow_links,
         "asked": arguments.format,
-        "settings": TensorSettings(tuple(arguments.tables), tuple(arguments.optimizer_slots)),
+        "settings": TensorSettings(
+            tuple(arguments.tables), tuple(arguments.optimizer_slots), state_root=arguments.state_root
+        ),
     }
     run = describe_run(path, arguments.storage_options, **options)
     if run is not None:

@@ -61,6 +61,9 @@ class ExportConfig:
     """Patterns of further tensors that are tables, for checkpoints that do not say so; with model its embeddings are tables"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
+    state_root: str | None = None
+    """Of several states in the checkpoint, such as a model and its EMA, the path of the one to export; null takes the
+    model's; . takes all under their full names"""
     drop_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors to drop, such as step_filter"""
     keep_slots: list[str] = field(default_factory=list)
@@ -166,6 +169,10 @@ class ExportConfig:
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
             if re.search("[\0\ud800-\udfff]", getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; a path is UTF-8 without zero bytes")
+        if self.state_root is not None and not self.state_root.strip():
+            raise ConfigError(
+                f"state_root is {self.state_root!r}; give a path such as ema, or null for the model's state"
+            )
         if self.step is not None and self.step < 0:
             raise ConfigError(f"step is {self.step}; training steps count from 0")
         if isinstance(self.num_shards, int) and (isinstance(self.num_shards, bool) or self.num_shards < 1):
@@ -190,7 +197,7 @@ class ExportConfig:
             raise ConfigError(
                 f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
             )
-        for name in ("tables", "optimizer_slots", "dynamicemb_dims"):
+        for name in ("tables", "optimizer_slots", "state_root", "dynamicemb_dims"):
             if getattr(self, name):
                 raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
         if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way

@@ -114,6 +114,8 @@ def export_located(
         held_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
         trainer_state = [it for it in held_state if config.filter_sparse_opt and is_trainer_state(it[0])]
         dense_state = [it for it in held_state if it not in trainer_state]
+        if checkpoint is None and parameters is not None:  # else the tables' reader has told
+            notes += ranks.on_rank_0("look at the state", lambda: list(parameters.notes))
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:

@@ -81,7 +81,13 @@ def open_checkpoint(
 
 def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
     """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
-    return TensorSettings(tables=tuple(config.tables), optimizer_slots=tuple(config.optimizer_slots), weights=weights)
+    return TensorSettings(
+        tables=tuple(config.tables),
+        optimizer_slots=tuple(config.optimizer_slots),
+        weights=weights,
+        state_root=config.state_root,
+        model_paths=(config.sparse_model_name, config.dense_model_name),
+    )
 
 
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:

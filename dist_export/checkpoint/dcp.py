@@ -6,18 +6,21 @@ below one directory; both are read as one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
 from dist_export.checkpoint.dcp_extra import Leaf, find_leaves
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
 from dist_export.checkpoint.dcp_metadata import METADATA, Chunk, TensorMeta, decode_metadata
-from dist_export.checkpoint.dcp_tensors import DcpTable, sort_dcp
+from dist_export.checkpoint.dcp_tensors import DcpTable, optimizer_roots, say_objects, sort_dcp, state_tail
 from dist_export.checkpoint.payload import OtherTensor, count_payload
+from dist_export.checkpoint.states import Member, choose_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.errors import CheckpointError
+from dist_export.checkpoint.tensors import PatternMatches, Skipped
+from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.readers import OpenReaders, RangeReader
 from dist_export.storage import Directory
@@ -52,11 +55,15 @@ class DcpCheckpoint:
     num_bytes: int
     """Of all tensors, as dtypes and shapes say."""
     others: tuple[OtherTensor, ...] = ()
-    """What is in no table: dense parameters, and optimizer state of no table."""
+    """What is in no table: dense parameters, optimizer state of no table, and what is not read."""
     aliases: tuple[tuple[str, str], ...] = ()
     """(name, tensor) of tables and dense parameters that the checkpoint holds under another name."""
+    skipped: tuple[Skipped, ...] = ()
+    """What would be dense, and cannot be read."""
+    left_out: tuple[Skipped, ...] = ()
+    """Tensors of other states than the model's."""
     notes: tuple[str, ...] = ()
-    """On tensors that may be taken for something else than they are, for people."""
+    """What was chosen, and what is skipped, each a sentence."""
     unmatched_slots: frozenset[str] = frozenset()
     """Patterns of ``optimizer_slots`` that match nothing here; only where more tables than these may have the slots."""
 
@@ -86,62 +93,94 @@ def read_dcp(
     Raises:
         CheckpointError: the metadata is no such file, what it names is not all there, or a pattern matches nothing.
     """
-    found = find_metadata(directory)
-    if not found:
+    found = _read_all_metadata(directory)
+    tensors, extra = found.tensors, found.extra_states
+    optimizers = optimizer_roots([*tensors, *found.objects])
+    if f"{_OPTIMIZER}/{METADATA}" in found.digests:
+        optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
+    members = [Member(name, found.paths[name] or (name,), tensor.shape) for name, tensor in tensors.items()]
+    members += [Member(name, path, ()) for path in extra if (name := ".".join(path)) not in tensors]
+    patterns = PatternMatches(settings)
+
+    def find_optimizer(spellings: Mapping[str, set[str]]) -> set[str]:
+        known = {spelling for its in spellings.values() for spelling in its}
+        is_asked = {name: patterns.match("optimizer_slots", *its) for name, its in spellings.items()}
+        return {name for name in spellings if is_asked[name] or state_tail(name, optimizers, known) is not None}
+
+    objects = say_objects(found.objects)
+    if objects and not tensors and not has_more_slots:
+        raise UnaskedError(f"{directory.url}: this DCP checkpoint has no tensor{objects}")
+    state = choose_state(members, settings, where=directory.url, find_optimizer=find_optimizer)
+    kinds = sort_dcp(
+        directory.url, tensors, state, optimizers, settings, patterns, objects=objects, has_more_slots=has_more_slots
+    )
+    counted = count_payload((tensor.dtype, tensor.shape) for tensor in tensors.values())
+    return DcpCheckpoint(
+        directory=directory,
+        files=dict(sorted(found.files.items())),
+        versions=found.versions,
+        metadata=found.digests,
+        objects=tuple(found.objects),
+        extra_states={
+            state.names[name]: tuple(leaves)
+            for path, leaves in extra.items()
+            if (name := ".".join(path)) in state.names
+        },
+        num_tensors=counted[0],
+        num_bytes=counted[1],
+        **kinds._asdict(),
+    )
+
+
+class _AllMetadata(NamedTuple):
+    """What the metadata files say together; names are full ones."""
+
+    digests: dict[str, bytes]
+    files: dict[str, int]
+    versions: dict[str, str]
+    tensors: dict[str, TensorMeta]
+    paths: dict[str, tuple[str, ...]]
+    """Of each tensor, the keys that lead to it; none where they are not told."""
+    objects: dict[str, int]
+    """Name -> size in bytes of what is no tensor."""
+    extra_states: dict[tuple[str, ...], list[Leaf]]
+    """Keys that lead to the extra state of a module -> its leaves."""
+
+
+def _read_all_metadata(directory: Directory) -> _AllMetadata:
+    paths = find_metadata(directory)
+    if not paths:
         raise CheckpointError(f"{directory.url}: no {METADATA} and no {_MODEL}/{METADATA}; this is no DCP checkpoint")
-    files: dict[str, int] = {}
-    versions: dict[str, str] = {}
-    digests: dict[str, bytes] = {}
-    tensors: dict[str, TensorMeta] = {}
-    objects: list[str] = []
-    names: dict[str, str] = {}
-    extra: dict[str, list[Leaf]] = {}
-    for path in found:
+    found = _AllMetadata({}, {}, {}, {}, {}, {}, {})
+    for path in paths:
         folder = path.removesuffix(METADATA)
         prefix = "" if folder != f"{_OPTIMIZER}/" else f"{_OPTIMIZER}."
 
         def size_of(name: str, folder: str = folder) -> int | None:
             try:
-                found = directory.stat(folder + name)
+                stat = directory.stat(folder + name)
             except FileNotFoundError:
                 return None
-            files[folder + name], versions[folder + name] = found.size, found.version
-            return found.size
+            found.files[folder + name], found.versions[folder + name] = stat.size, stat.version
+            return stat.size
 
         where = directory.describe(path)
         try:
             raw = directory.read(path)
-            digests[path] = xxhash.xxh3_128_digest(raw)
+            found.digests[path] = xxhash.xxh3_128_digest(raw)
             metadata = decode_metadata(raw, where=where, file_sizes=size_of)
         except OSError as error:
             raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
-        paths = [path for path in metadata.paths.values() if len(path) > 2 and "state" not in path[:-1]]
-        roots = {path[:-1] for path in paths if "." in str(path[-1])}
         for name, tensor in metadata.tensors.items():
             key = prefix + name
             chunks = tuple(chunk._replace(file=folder + chunk.file) for chunk in tensor.chunks)
-            tensors[key] = tensor._replace(name=key, chunks=chunks)
-            names[key] = key if prefix else _name_in_model(name, metadata.paths.get(name, ()), roots)
-        objects += [prefix + name for name in metadata.objects]
+            found.tensors[key] = tensor._replace(name=key, chunks=chunks)
+            found.paths[key] = () if prefix else tuple(map(str, metadata.paths.get(name, ())))
+        found.objects.update((prefix + name, its.num_bytes) for name, its in metadata.objects.items())
         if not prefix:
-            for within, leaf in find_leaves(metadata, folder, tensors):
-                extra.setdefault(_name_in_model(".".join(map(str, within)), within, roots), []).append(leaf)
-    optimizers = _optimizer_roots([*tensors, *objects])
-    if f"{_OPTIMIZER}/{METADATA}" in found:
-        optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
-    counted = count_payload((tensor.dtype, tensor.shape) for tensor in tensors.values())
-    kinds = sort_dcp(directory, tensors, names, optimizers, settings, has_more_slots=has_more_slots)
-    return DcpCheckpoint(
-        directory=directory,
-        files=dict(sorted(files.items())),
-        versions=versions,
-        metadata=digests,
-        objects=tuple(objects),
-        extra_states={name: tuple(leaves) for name, leaves in extra.items()},
-        num_tensors=counted[0],
-        num_bytes=counted[1],
-        **kinds._asdict(),
-    )
+            for within, leaf in find_leaves(metadata, folder, found.tensors):
+                found.extra_states.setdefault(tuple(map(str, within)), []).append(leaf)
+    return found
 
 
 class ChunkFinder:
@@ -187,23 +226,3 @@ def locate_tables(checkpoint: DcpCheckpoint) -> dict[str, int]:
                 itemsize = DTYPES[CODE_BY_TORCH[table.weight.dtype]].itemsize
                 strided[table.name] += item.strides != (chunk.sizes[1] * itemsize, itemsize)
     return strided
-
-
-def _name_in_model(name: str, path: tuple[object, ...], roots: set[tuple[object, ...]]) -> str:
-    """Return a tensor's name without the keys that the model's state_dict was saved under.
-
-    ``roots`` are longer paths of keys that a state_dict was saved under, as ``app.model`` of an application's own state:
-    the names in one have dots, which keys of nested dicts have not.
-    """
-    is_below = len(path) == 2 or (len(path) > 2 and path[:-1] in roots)
-    return str(path[-1]) if is_below and name == ".".join(map(str, path)) else name
-
-
-def _optimizer_roots(names: Iterable[str]) -> set[tuple[str, ...]]:
-    """Return what stands before ``param_groups``: the roots that optimizers were saved under."""
-    roots: set[tuple[str, ...]] = set()
-    for name in names:
-        steps = name.split(".")
-        if "param_groups" in steps:
-            roots.add(tuple(steps[: steps.index("param_groups")]))
-    return roots

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint, read_dcp
 from dist_export.checkpoint.dcp_extra import Leaf
-from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.dcp_items import Item, NotPlainError, open_range
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.extra_state import UnreadableError, UntakenState, load_object, rebuild
 from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.checkpoint.tensors import Skipped
 from dist_export.errors import CheckpointError, TransferError
 from dist_export.layout.dtypes import CODE_BY_TORCH
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class _Parameters(Mapping[str, Any]):
+    """Values by name, each read when it is asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Any:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 class DcpDense:
@@ -44,12 +65,47 @@ class DcpDense:
         """Return what the metadata says of them."""
         return [(name, tensor.dtype, tensor.shape) for name, tensor in self._found.dense]
 
-    def load(self) -> dict[str, Any]:
-        """Read them, each from all of its chunks, and the extra state of modules, which DCP took apart."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen, and what is skipped."""
+        return self._found.notes
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What would be dense, and cannot be read."""
+        return self._found.skipped
+
+    @property
+    def left_out(self) -> tuple[Skipped, ...]:
+        """Tensors of other states than the model's."""
+        return self._found.left_out
+
+    def load(self) -> Mapping[str, Any]:
+        """Return them, each read from all of its chunks when asked for; of what is skipped, why.
+
+        The extra state of modules, which DCP took apart, is among them.
+        """
         extra = self._found.extra_states
         leaves = {leaf.key for parts in extra.values() for leaf in parts}
-        tensors = {name: self._read(tensor) for name, tensor in self._found.dense if tensor.name not in leaves}
-        return tensors | {name: self._rebuild(parts) for name, parts in extra.items()}
+        tensors = {name: tensor for name, tensor in self._found.dense if tensor.name not in leaves}
+        skipped = {its.name: UntakenState(f"it is {its.reason}") for its in self._found.skipped}
+        readers: dict[str, Callable[[], Any]] = {
+            **{name: functools.partial(self._read_known, tensor) for name, tensor in tensors.items()},
+            **{name: functools.partial(_same, its) for name, its in skipped.items()},
+            **{name: functools.partial(self._rebuild, parts) for name, parts in extra.items()},
+        }
+        return _Parameters(readers)
+
+    def _read_known(self, tensor: TensorMeta) -> Any:
+        """Return a tensor; why not, where torch does not know its dtype or its values are not in its storage."""
+        import torch
+
+        if getattr(torch, tensor.dtype, None) is None:
+            return UntakenState(f"it is of dtype {tensor.dtype}, which torch {torch.__version__} does not have")
+        try:
+            return self._read(tensor)
+        except NotPlainError as error:
+            return UntakenState(str(error))
 
     def _rebuild(self, leaves: Sequence[Leaf]) -> Any:
         """Return the extra state that these are the leaves of."""

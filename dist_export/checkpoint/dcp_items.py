@@ -24,6 +24,10 @@ _MAX_REPEATED_BYTES = 1 << 30
 """An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
 
 
+class NotPlainError(CheckpointError):
+    """An item is a tensor, but none whose values lie in its storage as they are."""
+
+
 class Item(NamedTuple):
     """A tensor within a file."""
 
@@ -137,7 +141,7 @@ def decode_item(pickled: bytes, where: str) -> PickledTensor:
     if found is None:
         raise CheckpointError(f"{where} is a {type(value).__name__}, expected a strided tensor")
     if found.reason in ("negated", "conjugated"):
-        raise CheckpointError(f"{where} is stored negated or conjugated; save it again as it is meant")
+        raise NotPlainError(f"{where} is stored negated or conjugated; save it again as it is meant")
     if found.reason:
-        raise CheckpointError(f"{where} is no strided tensor ({found.reason}), and cannot be read")
+        raise NotPlainError(f"{where} is no strided tensor ({found.reason}), and cannot be read")
     return found

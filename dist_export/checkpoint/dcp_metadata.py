@@ -8,13 +8,13 @@ finished.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.errors import CheckpointError
+from dist_export.layout.dtypes import is_torch_dtype
 from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
 
 METADATA = ".metadata"
@@ -37,7 +37,6 @@ _IGNORED = {
     ("pathlib._local", "PosixPath"),
 }
 """What describes memory formats, layouts, and where the checkpoint was written."""
-_DTYPE = re.compile(r"bool|(q?u?int|float|bfloat|complex|bits)\d+\w*")
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
 _MAX_NAME = 4_096
@@ -111,7 +110,7 @@ def _find(module: str, name: str, where: str) -> Global:
         return recorded(name)
     if (module, name) == ("torch", "Size"):
         return Global(name, lambda *arguments: _numbers(*arguments[:1] or ((),)))
-    if module == "torch" and _DTYPE.fullmatch(name):
+    if module == "torch" and is_torch_dtype(name):
         return Global(name)
     raise CheckpointError(
         f"{where} asks for {module}.{name}, which {_MODULE} does not use for it; it may be made to run code, and is not read"
@@ -229,7 +228,7 @@ def _dtype_of(properties: Any) -> str:
     state = properties.state if type(properties) is Record else None
     # torch pickles these as a tuple that begins with the dtype
     dtype = state.get("dtype") if type(state) is dict else state[0] if type(state) is tuple and state else None
-    if type(dtype) is not Global or not _DTYPE.fullmatch(dtype.name):
+    if type(dtype) is not Global or not is_torch_dtype(dtype.name):
         raise PickleError("a tensor in it has no dtype")
     return dtype.name
 

@@ -59,7 +59,7 @@ class DcpReader:
         self.directory = directory
         beside = read_beside(directory, settings, with_dump=with_dump)
         self._found = beside.checkpoint
-        self._notes = [*beside.notes, *self._found.notes]
+        self._notes = list(beside.notes)
         if not self._found.tables and not with_dump and beside.stand_ins:
             raise CheckpointError(
                 f"{directory.url}: all tables of this DCP checkpoint stand in for those of the DynamicEmb dump beside it "
@@ -140,7 +140,7 @@ class DcpReader:
             fingerprint=self._fingerprint(items),
             copy_hindrances=("it is a DCP checkpoint, whose files serving does not read",),
             verbatim={},
-            warnings=(*_list_left_out(self._found.tables), *self._notes),
+            warnings=(*self._found.notes, *_list_left_out(self._found.tables), *self._notes),
             strips=strips,
             optimizer_patterns=self._optimizer_slots,
             payload=self._list_payload(),

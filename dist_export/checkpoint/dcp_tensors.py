@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
@@ -14,12 +14,15 @@ from dist_export.checkpoint.doubtful import note_left
 from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import fits_table
+from dist_export.checkpoint.states import MODEL_KEYS, State, say_left_out
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.checkpoint.tensors import is_in_collection, listed
+from dist_export.checkpoint.tensors import PatternMatches, Skipped, is_in_collection, list_others, listed, note_skipped
 from dist_export.errors import CheckpointError, UnaskedError
-from dist_export.layout.dtypes import CODE_BY_TORCH
+from dist_export.layout.dtypes import CODE_BY_TORCH, explain_unread
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
-from dist_export.storage import Directory
+
+_LARGE_BYTES = 1 << 16
+"""An object of this size may be a whole state_dict: steps and learning rates take a kilobyte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,39 +56,45 @@ class SortedDcp(NamedTuple):
     other_state: tuple[str, ...]
     others: tuple[OtherTensor, ...]
     aliases: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
+    left_out: tuple[Skipped, ...]
     notes: tuple[str, ...]
     unmatched_slots: frozenset[str]
 
 
 def sort_dcp(
-    directory: Directory,
-    tensors: dict[str, TensorMeta],
-    names: dict[str, str],
-    roots: set[tuple[str, ...]],
+    where: str,
+    tensors: Mapping[str, TensorMeta],
+    state: State,
+    optimizers: set[tuple[str, ...]],
     settings: TensorSettings,
+    patterns: PatternMatches,
     *,
+    objects: str,
     has_more_slots: bool,
 ) -> SortedDcp:
     """Say which tensors are tables, state of these, and dense parameters.
 
     Args:
-        directory: the checkpoint, for messages.
-        tensors: by name.
-        names: name -> that within the model.
-        roots: what optimizers were saved under.
+        where: the checkpoint, for messages.
+        tensors: by full name.
+        state: which of them are read, and their names within the model.
+        optimizers: what optimizers were saved under.
         settings: what they say of the tensors.
+        patterns: those of the settings, of which those that match something are ticked off.
+        objects: what to add to an error where tensors are missed.
         has_more_slots: as :func:`~dist_export.checkpoint.dcp.read_dcp` has it.
 
     Raises:
         CheckpointError: a pattern matches nothing, or what it names cannot be a table.
     """
-    kinds = _tell_apart(directory, tensors, names, roots, settings)
+    kinds = _tell_apart(where, tensors, state, optimizers, settings, patterns)
+    names = state.names
     final = _unique_names([*kinds.tables, *kinds.dense], names)
     only_dense = [name for name in kinds.dense if name not in kinds.tables]
     owner = _Owners({name: final[name] for name in kinds.tables}, {n for d in only_dense for n in (d, final[d])})
     slots: dict[str, list[DcpSlot]] = {name: [] for name in kinds.tables}
     other: list[str] = []
-    unmatched = kinds.unmatched
     for name, tail in kinds.state.items():
         owned = owner.find(tail)
         if owned is None:
@@ -94,21 +103,20 @@ def sort_dcp(
         weight, slot = owned
         fits = fits_table(tensors[name].shape, tensors[weight].shape)
         slots[weight].append(DcpSlot(name=slot, tensor=tensors[name], fits=fits))
-        spellings = (slot, f"{final[weight]}.{slot}")  # as the plan has them
-        unmatched = {it for it in unmatched if it[0] == "tables" or not _matches(it[1], spellings)}
-    elsewhere = frozenset(p for setting, p in unmatched if setting == "optimizer_slots" and has_more_slots)
-    unmatched -= {("optimizer_slots", pattern) for pattern in elsewhere}
-    if unmatched:
-        setting, pattern = min(unmatched)
-        matrices = [names[name] for name in kinds.dense if len(tensors[name].shape) == 2]
-        raise UnaskedError(
-            f"{directory.url}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: "
-            f"{listed(matrices)}"
-        )
-    held = {names[name]: tensor for name, tensor in tensors.items()}
+        patterns.match("optimizer_slots", slot, f"{final[weight]}.{slot}")  # as the plan has them
+    elsewhere = patterns.pop_slots() if has_more_slots else frozenset()
+    _refuse_unmatched(where, patterns, state, [name for name in kinds.dense if len(tensors[name].shape) == 2], objects)
+    held = {within: tensors[name] for name, within in names.items() if name in tensors}
     found = [(final[name], tensors[name], _name_once(slots[name])) for name in kinds.tables]
-    found += [(alias, held[source]._replace(name=alias), ()) for alias, source in kinds.roles.table_aliases]
+    for alias, source in kinds.roles.table_aliases:
+        _refuse_no_table(where, alias, held[source])
+        found.append((alias, held[source]._replace(name=alias), ()))
     left = [name for name in kinds.dense if names[name] not in kinds.roles.taken]
+    left_out = tuple(
+        Skipped(name, tensors[name].dtype, tensors[name].shape, say_left_out(settings))
+        for name in state.left_out
+        if name in tensors
+    )
     return SortedDcp(
         tables=tuple(
             DcpTable(name=name, weight=weight, slots=its, sharding=describe_sharding(weight))
@@ -116,7 +124,11 @@ def sort_dcp(
         ),
         dense=(
             *((final[name], tensors[name]) for name in kinds.dense),
-            *((alias, held[source]) for alias, source in kinds.roles.dense_aliases),
+            *(
+                (alias, held[source])
+                for alias, source in kinds.roles.dense_aliases
+                if not explain_unread(held[source].dtype)
+            ),
         ),
         other_state=tuple(other),
         others=tuple(
@@ -124,13 +136,20 @@ def sort_dcp(
             for kind, its in ((DENSE, kinds.dense), (STATE, other))
             for name in its
             if kind == STATE or names[name] not in kinds.roles.exported
-        ),
+        )
+        + list_others([*kinds.skipped, *left_out]),
         aliases=(*kinds.roles.table_aliases, *kinds.roles.dense_aliases),
-        notes=note_left(
-            [(names[name], tensors[name].shape) for name in left],
-            [(kinds.state[name], tensors[name].shape) for name in other],
-            kept_dense=kinds.kept_dense,
-            weights=settings.weights,
+        skipped=tuple(kinds.skipped),
+        left_out=left_out,
+        notes=(
+            *state.notes,
+            *note_skipped(kinds.skipped, where),
+            *note_left(
+                [(names[name], tensors[name].shape) for name in left],
+                [(kinds.state[name], tensors[name].shape) for name in other],
+                kept_dense=kinds.kept_dense,
+                weights=settings.weights,
+            ),
         ),
         unmatched_slots=elsewhere,
     )
@@ -146,56 +165,72 @@ class _Kinds(NamedTuple):
     """Optimizer state -> what stands behind ``state``."""
     kept_dense: list[str]
     """Of ``dense``, the names within the model of what a pattern of ``tables`` matches."""
+    skipped: list[Skipped]
     roles: Roles
-    unmatched: set[tuple[str, str]]
-    """(setting, pattern) of those that match nothing."""
 
 
 def _tell_apart(
-    directory: Directory,
-    tensors: dict[str, TensorMeta],
-    names: dict[str, str],
-    roots: set[tuple[str, ...]],
+    where: str,
+    tensors: Mapping[str, TensorMeta],
+    state: State,
+    optimizers: set[tuple[str, ...]],
     settings: TensorSettings,
+    patterns: PatternMatches,
 ) -> _Kinds:
-    tables, optimizer_slots, weights = settings.tables, settings.optimizer_slots, settings.weights
-    known = {*tensors, *names.values()}
-    unmatched = {("tables", pattern) for pattern in tables} | {("optimizer_slots", p) for p in optimizer_slots}
-    roles = Roles() if weights is None else weights.sort(names.values())
-    found = _Kinds([], [], {}, [], roles, unmatched)
-
-    def matches(setting: str, patterns: Sequence[str], name: str) -> bool:
-        hits = [p for p in patterns if _matches(p, (name, names[name]))]
-        unmatched.difference_update((setting, p) for p in hits)
-        return bool(hits)
-
+    roles = Roles() if settings.weights is None else settings.weights.sort(state.names.values())
+    found = _Kinds([], [], {}, [], [], roles)
     for name, tensor in tensors.items():
-        tail = _state_tail(name, roots, known)
-        if matches("optimizer_slots", optimizer_slots, name) or tail is not None:
+        if name in state.optimizer:
+            tail = state_tail(name, optimizers, state.known)
             found.state[name] = tail if tail is not None else name.partition(".state.")[2] or name
             continue
-        is_asked, is_in = matches("tables", tables, name), is_in_collection(name, tensor.shape)
-        if roles.is_table(names[name], is_asked=is_asked, is_in_collection=is_in):
-            _refuse_no_table(directory, name, tensor)
+        if name not in state.names:
+            continue
+        within = state.names[name]
+        is_asked, is_in = patterns.match("tables", name, within), is_in_collection(within, tensor.shape)
+        reason = explain_unread(tensor.dtype)
+        if roles.is_table(within, is_asked=is_asked, is_in_collection=is_in):
+            _refuse_no_table(where, name, tensor)
             found.tables.append(name)
-            found.dense.extend([name] if names[name] in roles.both else [])
+            found.dense.extend([name] if within in roles.both else [])
+        elif reason:
+            found.skipped.append(Skipped(within, tensor.dtype, tensor.shape, reason))
         else:
             found.dense.append(name)
-            found.kept_dense.extend([names[name]] if is_asked else [])
+            found.kept_dense.extend([within] if is_asked else [])
     return found
 
 
-def _matches(pattern: str, spellings: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in spellings)
+def _refuse_unmatched(where: str, patterns: PatternMatches, state: State, matrices: list[str], objects: str) -> None:
+    if missed := patterns.first_unmatched():
+        setting, pattern = missed
+        raise UnaskedError(
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}; its matrices besides "
+            f"tables: {listed([state.names[name] for name in matrices])}{objects}"
+        )
 
 
-def _refuse_no_table(directory: Directory, name: str, tensor: TensorMeta) -> None:
+def say_objects(sizes: Mapping[str, int]) -> str:
+    """Return what to add to an error where tensors are missed: the objects that may hold them; empty where none may."""
+    large = {
+        name: size for name, size in sizes.items() if size >= _LARGE_BYTES or name.rpartition(".")[2] in MODEL_KEYS
+    }
+    if not large:
+        return ""
+    told = listed([f"{name!r} ({size:,} bytes)" for name, size in large.items()])
+    return (
+        f"; it holds objects in one piece: {told}. A state_dict in one piece was saved with flatten_state_dict=False; save it "
+        "with flatten_state_dict=True, which is the default of dcp.save"
+    )
+
+
+def _refuse_no_table(where: str, name: str, tensor: TensorMeta) -> None:
     if len(tensor.shape) != 2:
         raise CheckpointError(
-            f"{directory.url}: tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
+            f"{where}: tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
         )
     if tensor.dtype not in CODE_BY_TORCH:
-        raise CheckpointError(f"{directory.url}: table {name!r} is of {tensor.dtype}, which no package can hold")
+        raise CheckpointError(f"{where}: table {name!r} is of {tensor.dtype}, which no package can hold")
 
 
 def describe_sharding(tensor: TensorMeta) -> str:
@@ -208,7 +243,17 @@ def describe_sharding(tensor: TensorMeta) -> str:
     return f"{how}, {len(solid)} pieces"
 
 
-def _state_tail(name: str, roots: set[tuple[str, ...]], known: set[str]) -> str | None:
+def optimizer_roots(names: Iterable[str]) -> set[tuple[str, ...]]:
+    """Return what stands before ``param_groups``: the roots that optimizers were saved under."""
+    roots: set[tuple[str, ...]] = set()
+    for name in names:
+        steps = name.split(".")
+        if "param_groups" in steps:
+            roots.add(tuple(steps[: steps.index("param_groups")]))
+    return roots
+
+
+def state_tail(name: str, roots: set[tuple[str, ...]], known: AbstractSet[str]) -> str | None:
     """Return what stands behind ``state``, for optimizer state; None for anything else.
 
     It is optimizer state under a root that also has ``param_groups``, and where the name of another tensor stands behind

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
+from dist_export.checkpoint.tensors import Skipped
 from dist_export.layout.recis import DENSE_STATE, FILTER_STEP
 from dist_export.storage import Directory
 
@@ -23,8 +24,20 @@ class DenseParameters(Protocol):
             CheckpointError: what holds them cannot be read, or the checkpoint is not complete.
         """
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of how they were found, each a sentence; readers of tables tell the same."""
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What would be among them, and cannot be read."""
+
+    @property
+    def left_out(self) -> tuple[Skipped, ...]:
+        """Tensors of other states of the checkpoint."""
+
     def load(self) -> Mapping[str, Any]:
-        """Return name within the model -> CPU tensor.
+        """Return name within the model -> CPU tensor, or ``UntakenState`` of what is there and cannot be read.
 
         Raises:
             CheckpointError: there are none, or they cannot be read.
@@ -33,6 +46,10 @@ class DenseParameters(Protocol):
 
 class RecisDense:
     """``model.pt``, beside the shards of a RecIS checkpoint. See :class:`DenseParameters`."""
+
+    notes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
 
     def __init__(self, directory: Directory) -> None:
         self.where = directory.describe(DENSE_STATE)

@@ -24,6 +24,7 @@ from dist_export.checkpoint.dump_widths import Stated, find_score_words, find_wi
 from dist_export.checkpoint.payload import OtherTensor, Payload
 from dist_export.checkpoint.plain import stat_files
 from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.checkpoint.tensors import Skipped
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES, I64
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
@@ -320,6 +321,10 @@ class DynamicEmbReader:
 
 class NoDense:
     """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    notes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
 
     def __init__(self, directory: Directory) -> None:
         self.where = directory.url

@@ -128,7 +128,7 @@ def open_reader(
 
     Raises:
         CheckpointError: no format is recognised, or the checkpoint is not complete.
-        ConfigError: ``tables`` for a format that says itself which tensors are tables.
+        ConfigError: ``tables`` or ``state_root`` for a format that says itself which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
     if found is None:
@@ -211,6 +211,11 @@ def _refuse_settings(directory: Directory, settings: TensorSettings, found: str)
         raise ConfigError(
             f"tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
             "take tables out"
+        )
+    if settings.state_root is not None:
+        raise ConfigError(
+            f"state_root names one of several states, but {directory.url} is {FORMATS[found].kind}, which holds one model; "
+            "take state_root out"
         )
 
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.payload import OtherTensor, Payload, count_payload
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.row_layout import StoredTensor, build_numbered
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import (
+    Skipped,
     Sorted,
+    Unread,
     listed,
     say_no_tables,
     sort_tensors,
@@ -36,17 +39,13 @@ class PlainFacts(NamedTuple):
     notes: tuple[str, ...]
     rest: tuple[OtherTensor, ...] = ()
     """What else the files hold, and nobody reads."""
+    unread: Unread = Unread()
+    """What the files say of the tensors besides."""
 
 
 def sort_facts(directory: Directory, facts: PlainFacts, settings: TensorSettings) -> Sorted:
     """Tell tables, state and dense parameters apart. CheckpointError for patterns that cannot be meant."""
-    return sort_tensors(
-        facts.tensors,
-        where=directory.url,
-        tables=settings.tables,
-        optimizer_slots=settings.optimizer_slots,
-        weights=settings.weights,
-    )
+    return sort_tensors(facts.tensors, settings, where=directory.url, unread=facts.unread)
 
 
 def make_checkpoint(
@@ -106,33 +105,52 @@ class PlainDense:
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what the headers say of all that is neither a table nor optimizer state."""
-        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self._read()[1]]
+        return [(tensor.name, tensor.dtype, tensor.shape) for tensor in self._read()[1].dense]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen, and what is skipped."""
+        return self._read()[1].notes
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What would be dense, and cannot be read."""
+        return self._read()[1].skipped
+
+    @property
+    def left_out(self) -> tuple[Skipped, ...]:
+        """Tensors of other states than the model's."""
+        return self._read()[1].left_out
 
     def load(self) -> Mapping[str, Any]:
-        """Return them, each read, or mapped where the directory is local, when asked for."""
+        """Return them, each read, or mapped where the directory is local, when asked for; and why others are not read."""
         return _Parameters(self._directory, *self._read())
 
-    def _read(self) -> tuple[tuple[SourceFile, ...], tuple[StoredTensor, ...]]:
+    def _read(self) -> tuple[tuple[SourceFile, ...], Sorted]:
         reader = self._make(self._directory, self._settings)
         if len(reader.files) == 1:
             self.where = self._directory.describe(reader.files[0].name)
-        return reader.files, sort_facts(self._directory, read_all(reader), self._settings).dense
+        return reader.files, sort_facts(self._directory, read_all(reader), self._settings)
 
 
 class _Parameters(Mapping[str, Any]):
-    """Tensors by name, on the CPU."""
+    """Tensors by name, on the CPU; of one that is not read, why."""
 
-    def __init__(self, directory: Directory, files: tuple[SourceFile, ...], dense: Sequence[StoredTensor]) -> None:
+    def __init__(self, directory: Directory, files: tuple[SourceFile, ...], found: Sorted) -> None:
         self._directory = directory
         self._files = files
-        self._tensors = {tensor.name: tensor for tensor in dense}
+        self._tensors = {its.name: its for its in found.dense} | {its.name: its for its in found.skipped}
         self._mapped: dict[int, mmap.mmap] = {}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor | UntakenState:
         import torch
 
         tensor = self._tensors[name]
-        dtype = getattr(torch, tensor.dtype)
+        if isinstance(tensor, Skipped):
+            return UntakenState(f"it is {tensor.reason}")
+        dtype = getattr(torch, tensor.dtype, None)
+        if dtype is None:
+            return UntakenState(f"it is of dtype {tensor.dtype}, which torch {torch.__version__} does not have")
         try:
             pieces = [self._load(piece, dtype) for piece in tensor.pieces]
         except OSError as error:

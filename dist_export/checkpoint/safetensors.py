@@ -18,7 +18,8 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import join_pieces
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
 from dist_export.errors import CheckpointError
-from dist_export.layout.safetensors import FOREIGN_DTYPES, decode_foreign_header, header_length
+from dist_export.layout.dtypes import ITEMSIZES
+from dist_export.layout.safetensors import decode_foreign_header, header_length
 from dist_export.layout.strict_json import decode_object, is_text, show
 from dist_export.storage import Directory
 
@@ -29,7 +30,6 @@ _SHARDING = "DCP_SHARDING_INFO"
 _RECIS_SHARD = re.compile(r"model-\d{6}-of-\d{6}\.safetensors")
 """Other writers have five digits."""
 _NO_SHAPE = "they do not say how many rows there are, so a last shard that is missing would not be seen"
-_ITEMSIZES = dict(FOREIGN_DTYPES.values())
 
 
 class Entry(NamedTuple):
@@ -124,12 +124,12 @@ def _read_entries(raw: bytes, size: int, number: int, where: str) -> list[Entry]
     if _SHARDING in metadata:
         offsets = decode_object(metadata[_SHARDING], what=f"{where}: {_SHARDING}")
     entries = []
-    for name, dtype, shape, begin in found:
+    for name, dtype, shape, begin, _ in found:
         if not name or not is_text(name):
             raise CheckpointError(f"{where} holds a tensor called {name!r}; a table or parameter needs a name")
         first = (0,) * len(shape) if offsets is None else _offsets_of(offsets.get(name), shape, f"{where}: {name!r}")
         strides = []
-        stride = _ITEMSIZES[dtype]
+        stride = ITEMSIZES.get(dtype, 0)  # where it is not read, only the shape counts
         for length in reversed(shape):
             strides.append(stride)
             stride *= max(length, 1)

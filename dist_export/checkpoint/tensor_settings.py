@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from dist_export.checkpoint.model_weights import ModelWeights
 
+WHOLE = "."
+"""A ``state_root`` that is none: the whole checkpoint is one state, and names stay as they are."""
+
 
 class TensorSettings(NamedTuple):
     """For formats that hold tensors and say nothing of tables. All readers of one checkpoint get the same ones."""
@@ -16,3 +19,7 @@ class TensorSettings(NamedTuple):
     """Patterns of tensors that are optimizer state, besides ``<root>.state.<parameter>.<slot>``."""
     weights: ModelWeights | None = None
     """What the model says of them, where one is exported."""
+    state_root: str | None = None
+    """Dotted path of the state to read, of several in one checkpoint; None takes the model's, ``WHOLE`` all of them."""
+    model_paths: tuple[str, ...] = ()
+    """Paths within the model that the export asks for, such as ``sparse_arch``: they tell how names begin."""

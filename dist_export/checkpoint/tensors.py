@@ -7,17 +7,22 @@ matrix below torchrec's embedding collections; and in either case one that the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import NamedTuple
 
 from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.checkpoint.doubtful import note_left
-from dist_export.checkpoint.model_weights import ModelWeights, Roles
+from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
+from dist_export.checkpoint.states import Member, State, choose_state, say_left_out
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, UnaskedError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, explain_unread
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
 _COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
@@ -27,6 +32,26 @@ _MAX_STEPS = 64
 """Of a name of optimizer state. All that could be another tensor's name in it is looked up, so more would take for ever."""
 _MAX_COLUMNS = 1 << 16
 """Of a table. A row that lies column by column costs a strip for each."""
+
+
+class Skipped(NamedTuple):
+    """A tensor that is not read."""
+
+    name: str
+    """Within the model; the full name of one of another state."""
+    dtype: str
+    shape: tuple[int, ...]
+    reason: str
+    """What the tensor is, or where it lies, that it is not read."""
+
+
+class Unread(NamedTuple):
+    """What the files say of tensors besides name, dtype and shape."""
+
+    paths: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Full name -> keys of the nested dicts that lead to the tensor; of flat files nothing."""
+    reasons: Mapping[str, str] = MappingProxyType({})
+    """Full name -> why its values cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +67,12 @@ class Sorted:
     """What is in no table: dense parameters, and optimizer state of no table."""
     aliases: tuple[tuple[str, str], ...] = ()
     """(name, tensor) of tables and dense parameters that the checkpoint holds under another name."""
+    skipped: tuple[Skipped, ...] = ()
+    """What would be dense, and cannot be read. In the order of the checkpoint."""
+    left_out: tuple[Skipped, ...] = ()
+    """Tensors of other states than the model's. In the order of the checkpoint."""
     notes: tuple[str, ...] = ()
-    """On tensors that may be taken for something else than they are, for people."""
+    """What was chosen, and what is skipped, each a sentence."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -53,95 +82,183 @@ class Sorted:
 
 def sort_tensors(
     tensors: Sequence[StoredTensor],
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
     *,
     where: str,
-    tables: Sequence[str] = (),
-    optimizer_slots: Sequence[str] = (),
-    weights: ModelWeights | None = None,
+    unread: Unread = Unread(),  # noqa: B008 -- immutable
 ) -> Sorted:
     """Tell tables, optimizer state and dense parameters apart.
 
     Args:
         tensors: of different names.
+        settings: what they say of the tensors.
         where: the checkpoint, for messages.
-        tables: patterns of further tensors that are tables.
-        optimizer_slots: patterns of further tensors that are optimizer state, beside ``<root>.state.<parameter>.<slot>``.
-        weights: what the model says of the tensors, where one is exported.
+        unread: what else the files say.
 
     Raises:
-        CheckpointError: a pattern matches nothing, or what it names cannot be a table.
+        CheckpointError: a pattern matches nothing, or what it names cannot be a table, or cannot be read.
     """
-    by_name = {tensor.name: tensor for tensor in tensors}
-    names = set(by_name)
-    settings = {"tables": tables, "optimizer_slots": optimizer_slots}
-    unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
+    patterns = PatternMatches(settings)
 
-    def matches(setting: str, name: str) -> bool:
-        hits = [pattern for pattern in settings[setting] if fnmatchcase(name, pattern)]
-        unmatched.difference_update((setting, pattern) for pattern in hits)
-        return bool(hits)
+    def find_optimizer(spellings: Mapping[str, set[str]]) -> set[str]:
+        known = {spelling for its in spellings.values() for spelling in its}
+        is_asked = {name: patterns.match("optimizer_slots", *its) for name, its in spellings.items()}
+        return {name for name in spellings if is_asked[name] or state_tail(name, known) is not None}
 
-    roles = Roles() if weights is None else weights.sort(names)
-    found: list[StoredTensor] = []
-    dense: list[StoredTensor] = []
+    members = [Member(its.name, unread.paths.get(its.name, (its.name,)), its.shape) for its in tensors]
+    chosen = choose_state(members, settings, where=where, find_optimizer=find_optimizer, leaves_rest=True)
     state: list[tuple[str, StoredTensor]] = []
-    kept_dense: list[str] = []
     for tensor in tensors:
-        is_asked = matches("tables", tensor.name)
-        is_state = matches("optimizer_slots", tensor.name)
-        tail = _state_tail(tensor.name, names)
-        if is_state or tail is not None:
-            state.append((tail or tensor.name, tensor))
-        elif roles.is_table(
-            tensor.name, is_asked=is_asked, is_in_collection=is_in_collection(tensor.name, tensor.shape)
-        ):
-            found.append(tensor)
-            dense += [tensor] if tensor.name in roles.both else []
+        if tensor.name in chosen.optimizer:
+            patterns.match("tables", tensor.name)
+            state.append((state_tail(tensor.name, chosen.known) or tensor.name, tensor))
+    kinds = _tell_apart(tensors, chosen, settings, patterns, where=where, reasons=unread.reasons)
+    tables, other = _join_slots(kinds.weights, state, patterns, unread.reasons)
+    if missed := patterns.first_unmatched():
+        setting, pattern = missed
+        matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
+        raise UnaskedError(
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}; its matrices besides "
+            f"tables: {listed(matrices)}"
+        )
+    doubtful = note_left(
+        [(tensor.name, tensor.shape) for tensor in kinds.dense if tensor.name not in kinds.roles.taken],
+        [(tail, tensor.shape) for tail, tensor in other],
+        kept_dense=kinds.kept_dense,
+        weights=settings.weights,
+    )
+    left_out = tuple(
+        Skipped(tensor.name, tensor.dtype, tensor.shape, say_left_out(settings))
+        for tensor in tensors
+        if tensor.name in chosen.left_out
+    )
+    roles, own = kinds.roles, set(chosen.names.values())  # aliases are no tensors of their own
+    alone = [tensor for tensor in kinds.dense if tensor.name in own and tensor.name not in roles.exported]
+    return Sorted(
+        tables=tables,
+        dense=tuple(kinds.dense),
+        other_state=tuple(sorted(tensor.name for _, tensor in other)),
+        skipped=tuple(kinds.skipped),
+        left_out=left_out,
+        others=(
+            *(other_tensor(its.name, its.dtype, its.shape, DENSE) for its in alone),
+            *(other_tensor(its.name, its.dtype, its.shape, STATE) for _, its in other),
+            *list_others([*(its for its in kinds.skipped if its.name in own), *left_out]),
+        ),
+        aliases=(*roles.table_aliases, *roles.dense_aliases),
+        notes=(*chosen.notes, *note_skipped(kinds.skipped, where), *doubtful),
+    )
+
+
+class _Kinds(NamedTuple):
+    """Tensors of the state that is read, under their names within the model."""
+
+    weights: list[StoredTensor]
+    dense: list[StoredTensor]
+    """With tables that the program needs too."""
+    skipped: list[Skipped]
+    kept_dense: list[str]
+    """Names of what a pattern of ``tables`` matches and the program keeps."""
+    roles: Roles
+
+
+def _tell_apart(
+    tensors: Sequence[StoredTensor],
+    chosen: State,
+    settings: TensorSettings,
+    patterns: PatternMatches,
+    *,
+    where: str,
+    reasons: Mapping[str, str],
+) -> _Kinds:
+    roles = Roles() if settings.weights is None else settings.weights.sort(chosen.names.values())
+    found = _Kinds([], [], [], [], roles)
+    aliases: dict[str, list[tuple[str, bool]]] = {}
+    for is_table, pairs in ((True, roles.table_aliases), (False, roles.dense_aliases)):
+        for alias, source in pairs:
+            aliases.setdefault(source, []).append((alias, is_table))
+
+    def add(tensor: StoredTensor, reason: str, *, is_table: bool) -> None:
+        if is_table:
+            _refuse_no_table(tensor, reason, where)
+            found.weights.append(tensor)
+        elif reason:
+            found.skipped.append(Skipped(tensor.name, tensor.dtype, tensor.shape, reason))
         else:
-            dense.append(tensor)
-            kept_dense += [tensor.name] if is_asked else []
-    alone = [tensor for tensor in dense if tensor.name not in roles.exported]
-    for aliases, its in ((roles.table_aliases, found), (roles.dense_aliases, dense)):
-        its += [by_name[source]._replace(name=alias) for alias, source in aliases]
-    for tensor in found:
-        _refuse_no_table(tensor, where)
-    slots: dict[str, list[tuple[str, StoredTensor]]] = {tensor.name: [] for tensor in found}
+            found.dense.append(tensor)
+
+    for tensor in tensors:
+        if tensor.name not in chosen.names:
+            continue
+        within = tensor._replace(name=chosen.names[tensor.name])
+        is_asked = patterns.match("tables", tensor.name, within.name)
+        is_in = is_in_collection(within.name, within.shape)
+        is_table = roles.is_table(within.name, is_asked=is_asked, is_in_collection=is_in)
+        reason = reasons.get(tensor.name) or explain_unread(within.dtype)
+        add(within, reason, is_table=is_table)
+        found.dense.extend([within] if is_table and within.name in roles.both else [])
+        found.kept_dense.extend([within.name] if is_asked and not is_table else [])
+        for alias, is_aliased_table in aliases.get(within.name, ()):
+            add(within._replace(name=alias), reason, is_table=is_aliased_table)
+    return found
+
+
+def _join_slots(
+    weights: Sequence[StoredTensor],
+    state: Sequence[tuple[str, StoredTensor]],
+    patterns: PatternMatches,
+    reasons: Mapping[str, str],
+) -> tuple[tuple[TensorTable, ...], list[tuple[str, StoredTensor]]]:
+    """Return the tables with their slots, in the order of names, and the optimizer state (tail, tensor) that is of none."""
+    slots: dict[str, list[tuple[str, StoredTensor]]] = {tensor.name: [] for tensor in weights}
     other: list[tuple[str, StoredTensor]] = []
     for tail, tensor in state:
-        owner = next(((weight, slot) for weight in found if (slot := _slot_of(weight, tail))), None)
-        if owner is None or tensor.dtype not in CODE_BY_TORCH:
+        owner = next(((weight, slot) for weight in weights if (slot := _slot_of(weight, tail))), None)
+        if owner is None or tensor.dtype not in CODE_BY_TORCH or tensor.name in reasons:
             other.append((tail, tensor))
         else:
             slots[owner[0].name].append((owner[1], tensor))
-            for name in (owner[1], f"{owner[0].name}.{owner[1]}"):  # as the plan has them
-                matches("optimizer_slots", name)
-    if unmatched:
-        setting, pattern = min(unmatched)
-        matrices = [tensor.name for tensor in dense if len(tensor.shape) == 2]
-        raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor; its matrices besides tables: {listed(matrices)}"
-        )
-    left = [tensor for tensor in dense if tensor.name not in roles.taken]
-    return Sorted(
-        tables=tuple(
-            TensorTable(weight.name, weight, _name_once(slots[weight.name]))
-            for weight in sorted(found, key=lambda w: w.name)
-        ),
-        dense=tuple(dense),
-        other_state=tuple(sorted(tensor.name for _, tensor in other)),
-        others=tuple(
-            other_tensor(tensor.name, tensor.dtype, tensor.shape, kind)
-            for kind, its in ((DENSE, alone), (STATE, [tensor for _, tensor in other]))
-            for tensor in its
-        ),
-        aliases=(*roles.table_aliases, *roles.dense_aliases),
-        notes=note_left(
-            [(tensor.name, tensor.shape) for tensor in left],
-            [(tail, tensor.shape) for tail, tensor in other],
-            kept_dense=kept_dense,
-            weights=weights,
-        ),
-    )
+            patterns.match("optimizer_slots", owner[1], f"{owner[0].name}.{owner[1]}")  # as the plan has them
+    ordered = sorted(weights, key=lambda weight: weight.name)
+    return tuple(TensorTable(weight.name, weight, _name_once(slots[weight.name])) for weight in ordered), other
+
+
+class PatternMatches:
+    """Patterns of the settings, and which of them matched something."""
+
+    def __init__(self, settings: TensorSettings) -> None:
+        self._patterns = {"tables": settings.tables, "optimizer_slots": settings.optimizer_slots}
+        self.unmatched = {(setting, pattern) for setting, its in self._patterns.items() for pattern in its}
+        """(setting, pattern) of those that have matched nothing so far."""
+
+    def match(self, setting: str, *names: str) -> bool:
+        """Whether a pattern of the setting matches one of these names of a tensor."""
+        hits = [p for p in self._patterns[setting] if any(fnmatchcase(name, p) for name in names)]
+        self.unmatched.difference_update((setting, pattern) for pattern in hits)
+        return bool(hits)
+
+    def pop_slots(self) -> frozenset[str]:
+        """Return the patterns of ``optimizer_slots`` that matched nothing, and no longer count them."""
+        slots = frozenset(pattern for setting, pattern in self.unmatched if setting == "optimizer_slots")
+        self.unmatched -= {("optimizer_slots", pattern) for pattern in slots}
+        return slots
+
+    def first_unmatched(self) -> tuple[str, str] | None:
+        """Return setting and pattern of one that matched nothing, None where all did."""
+        return min(self.unmatched, default=None)
+
+
+def list_others(skipped: Iterable[Skipped]) -> tuple[OtherTensor, ...]:
+    """Return tensors that are not read as the account has them."""
+    return tuple(other_tensor(its.name, its.dtype, its.shape, its.reason) for its in skipped)
+
+
+def note_skipped(skipped: Sequence[Skipped], where: str) -> list[str]:
+    """Return a sentence for each reason why tensors are not read."""
+    by_reason: dict[str, list[str]] = {}
+    for tensor in skipped:
+        by_reason.setdefault(tensor.reason, []).append(tensor.name)
+    return [f"{where}: not read: {listed(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def _name_once(slots: list[tuple[str, StoredTensor]]) -> tuple[tuple[str, StoredTensor], ...]:
@@ -205,7 +322,10 @@ def join_pieces(
     return tuple(tensors)
 
 
-def _refuse_no_table(tensor: StoredTensor, where: str) -> None:
+def _refuse_no_table(tensor: StoredTensor, reason: str, where: str) -> None:
+    """Refuse a tensor that the settings or its name make a table, and that can be none; ``reason``: why it is not read."""
+    if reason:
+        raise CheckpointError(f"{where}: the table {tensor.name!r} cannot be exported: it is {reason}")
     what = f"{where}: the table {tensor.name!r} has shape {list(tensor.shape)}"
     if len(tensor.shape) != 2 or not tensor.shape[1]:
         raise CheckpointError(f"{what}; a table has rows and columns")
@@ -237,7 +357,7 @@ def split_collection(name: str) -> tuple[str, str] | None:
     return ".".join(steps[:-3]), steps[-2]
 
 
-def _state_tail(name: str, names: set[str]) -> str | None:
+def state_tail(name: str, names: AbstractSet[str]) -> str | None:
     """Return what stands behind ``state``, where that begins with another tensor's name; None for anything else."""
     steps = name.split(".")
     for place, step in enumerate(steps[:-1] if len(steps) <= _MAX_STEPS else ()):

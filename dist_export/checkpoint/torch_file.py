@@ -19,11 +19,6 @@ from dist_export.layout.strict_json import is_text
 from dist_export.pickle_machine import PickleError
 from dist_export.readers import RangeReader
 
-MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
-
-NOT_OF_MODEL = "not of the model"
-
 _MAX_DEPTH = 32
 _MAX_NAME = 4_096
 _ZIP = b"PK\x03\x04"
@@ -38,6 +33,11 @@ class Located(NamedTuple):
     dtype: str
     """Torch's name."""
     piece: Piece
+    """Of no place where the tensor cannot be read."""
+    path: tuple[str, ...]
+    """The keys that lead to it."""
+    reason: str
+    """Why it cannot be read; empty where it can."""
 
 
 class TorchFile(NamedTuple):
@@ -70,50 +70,45 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
             f"{where} {what}; expected its zip format: load it with torch.load and write it again with torch.save"
         )
     root, archive = _load_without_payload(reader, size)
-    if not isinstance(root, Mapping):
-        raise CheckpointError(f"{where} holds a {type(root).__name__}, expected a state_dict or a dict that has one")
+    if not isinstance(root, Mapping) and not _is_list_of_states(root):
+        raise CheckpointError(f"{where} holds {_say_kind(root)}, expected a state_dict or a dict that has one")
     most = len(archive.pickled)  # each member takes a byte at least, where it does not lie in several places
-    model, beside, notes = _find_model(root, where, most)
     members = _Members(where, most)
     tensors: list[Located] = []
     seen: set[str] = set()
-    left_out: list[str] = []
-    rest: list[OtherTensor] = []
-    for name, tensor in members.walk(model):
+    for path, tensor in members.walk(root):
+        name = ".".join(path)
         if name in seen:
             raise CheckpointError(f"{where} holds two tensors called {name!r}; rename one of them")
         seen.add(name)
-        if tensor.reason:
-            left_out.append(f"{name} ({tensor.reason})")
-            rest.append(other_tensor(name, tensor.dtype, tensor.shape, tensor.reason))
-            continue
-        item = _place_of(tensor, archive)
+        item = Item(0, (0,) * len(tensor.shape)) if tensor.reason else _place_of(tensor, archive)
         piece = Piece((0,) * len(tensor.shape), tensor.shape, number, item.offset, item.strides)
-        tensors.append(Located(name, tensor.dtype, piece))
-    rest += [tensor for its in beside.values() for tensor in its]
-    rest += _list_numbered(members, where, most)
+        tensors.append(Located(name, tensor.dtype, piece, path, tensor.reason))
+    notes = []
     if members.numbered:
         told = ", ".join(path or "the file itself" for path in members.numbered)
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
-    if left_out:
-        notes.append(f"no plain tensors, and left out: {', '.join(left_out)}")
-    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), tuple(rest))
-
-
-def _list_beside(key: str, value: Any, where: str, most: int) -> list[OtherTensor]:
-    """Return what lies beside the model under a key."""
-    members = _Members(where, most)
-    found = [
-        other_tensor(name, tensor.dtype, tensor.shape, NOT_OF_MODEL) for name, tensor in members.walk({key: value})
-    ]
-    return [*found, *_list_numbered(members, where, most)]
+    rest = tuple(_list_numbered(members, where, most))
+    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), rest)
 
 
 def _list_numbered(members: _Members, where: str, most: int) -> list[OtherTensor]:
     """Return the tensors of optimizers whose state goes by number."""
     states = {f"{path}.state".lstrip("."): state for path, state in members.numbered.items()}
     found = _Members(where, most, is_all=True).walk(states)
-    return [other_tensor(name, tensor.dtype, tensor.shape, STATE) for name, tensor in found]
+    return [other_tensor(".".join(path), tensor.dtype, tensor.shape, STATE) for path, tensor in found]
+
+
+def _is_list_of_states(root: Any) -> bool:
+    return isinstance(root, (list, tuple)) and any(isinstance(member, Mapping) for member in root)
+
+
+def _say_kind(root: Any) -> str:
+    """Return what a file holds that holds no state, for people."""
+    if not isinstance(root, (list, tuple)):
+        return f"a {type(root).__name__}"
+    kinds = sorted({type(member).__name__ for member in root})
+    return f"a {type(root).__name__} of {len(root)} ({', '.join(kinds[:4]) or 'nothing'})"
 
 
 def _load_without_payload(reader: RangeReader, size: int) -> tuple[Any, StateArchive]:
@@ -136,23 +131,6 @@ def _place_of(tensor: PickledTensor, archive: StateArchive) -> Item:
     return Item(begin + tensor.first * itemsize, tuple(stride * itemsize for stride in tensor.strides))
 
 
-def _find_model(
-    root: Mapping[Any, Any], where: str, most: int
-) -> tuple[dict[str, Any], dict[str, list[OtherTensor]], list[str]]:
-    """Return what holds the parameters and named optimizer state, by the begin of their names; what else does; and notes."""
-    keys = [
-        key for key in MODEL_KEYS if isinstance(root.get(key), Mapping) and root[key] and not _is_optimizer(root[key])
-    ]
-    if len(keys) != 1:
-        return {"": root}, {}, []
-    states = {key: value for key, value in root.items() if isinstance(key, str) and _is_optimizer(value)}
-    others = {str(key): value for key, value in root.items() if key != keys[0] and key not in states}
-    beside = {key: _list_beside(key, value, where, most) for key, value in others.items()}
-    told = [key for key, its in beside.items() if any(tensor.kind == NOT_OF_MODEL for tensor in its)]
-    notes = [f"the model is what {keys[0]!r} holds; left out: {', '.join(told)}"] if told else []
-    return {"": root[keys[0]], **states}, beside, notes
-
-
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("state"), Mapping) and "param_groups" in value
 
@@ -168,33 +146,38 @@ class _Members:
         self.numbered: dict[str, Any] = {}
         """Path of an optimizer -> its state, where that goes by number."""
 
-    def walk(self, roots: Mapping[str, Any]) -> Iterator[tuple[str, PickledTensor]]:
-        for prefix, value in roots.items():
-            yield from self._walk(prefix, value, _MAX_DEPTH)
+    def walk(self, root: Any) -> Iterator[tuple[tuple[str, ...], PickledTensor]]:
+        """Yield the keys that lead to a tensor, and the tensor."""
+        yield from self._walk((), root)
 
-    def _walk(self, path: str, value: Any, depth: int) -> Iterator[tuple[str, PickledTensor]]:
+    def _walk(self, path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], PickledTensor]]:
         self._left -= 1
-        if not depth or self._left < 0:
-            raise CheckpointError(f"{self._where}: what {path!r:.200} holds is nested too deeply, or without end")
+        if len(path) > _MAX_DEPTH or self._left < 0:
+            raise CheckpointError(
+                f"{self._where}: what {'.'.join(path)!r:.200} holds is nested too deeply, or without end"
+            )
         tensor = as_tensor(value)
         if tensor is not None:
-            if not self._is_all and (not path or not is_text(path)):
+            name = ".".join(path)
+            if not self._is_all and (not name or not is_text(name)):
                 raise CheckpointError(
-                    f"{self._where} holds a tensor called {path!r}; a table or parameter needs a name"
+                    f"{self._where} holds a tensor called {name!r}; a table or parameter needs a name"
                 )
             yield path, tensor
         elif _is_optimizer(value) and not self._is_all:
             if all(isinstance(key, str) for key in value["state"]):
-                yield from self._walk(f"{path}.state".lstrip("."), value["state"], depth - 1)
+                yield from self._walk((*path, "state"), value["state"])
             else:
-                self.numbered[path] = value["state"]
+                self.numbered[".".join(path)] = value["state"]
         elif type(value) in (dict, list, tuple):
             for key, member in value.items() if type(value) is dict else enumerate(value):
                 if isinstance(key, (str, int)) and not isinstance(member, (str, int, float, type(None))):
-                    yield from self._walk(self._join(path, key), member, depth - 1)
+                    yield from self._walk(self._join(path, key), member)
 
-    def _join(self, path: str, key: str | int) -> str:
-        joined = f"{path}.{key}" if path else str(key)
-        if len(joined) > _MAX_NAME:
-            raise CheckpointError(f"{self._where} holds a name of more than {_MAX_NAME:,} characters: {joined!r:.200}")
+    def _join(self, path: tuple[str, ...], key: str | int) -> tuple[str, ...]:
+        joined = (*path, str(key))
+        if sum(map(len, joined)) + len(path) > _MAX_NAME:
+            raise CheckpointError(
+                f"{self._where} holds a name of more than {_MAX_NAME:,} characters: {'.'.join(joined)!r:.200}"
+            )
         return joined

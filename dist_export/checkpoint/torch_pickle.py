@@ -6,6 +6,7 @@ list of names that ``torch.load(weights_only=True)`` admits. None of them is cal
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import re
@@ -13,12 +14,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.state_archive import StateArchive
+from dist_export.layout.dtypes import is_torch_dtype
 from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
 
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
 _BITS = re.compile(r"[a-z]+?(\d+)(x\d+)?(_\w+)?")
-_DTYPE = re.compile(r"bool|(q?u?int|float|bfloat|complex|bits)\d+\w*")
 _STORAGES = {
     "Double": "float64",
     "Float": "float32",
@@ -50,6 +51,7 @@ _TENSOR_CLASSES = re.compile(
 )
 _OF_TENSOR_CLASSES = re.compile(
     r"torch\.distributed\.(_\w+|tensor|device_mesh|distributed_c10d)(\.\w+)*|torch\.(strided|jagged)"
+    r"|torch\._dynamo\.decorators\._DimRange"
 )
 """What tensors of these classes are described with."""
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
@@ -179,12 +181,11 @@ class _Names:
         is_plain = (
             full in _PLAIN_CLASSES or full.startswith("torch.per_") or re.fullmatch(r"torch\.(\w+\.)?\w+Tensor", full)
         )
-        if is_plain or (module == "torch" and _DTYPE.fullmatch(name)):
+        if is_plain or (module == "torch" and is_torch_dtype(name)):
             return Global(full)
         if self._is_any_known:
             return recorded(full)
-        shown = full.removeprefix("builtins.")
-        raise PickleError(f"Unsupported global: GLOBAL {shown} was not an allowed global by default")
+        return Global(full, functools.partial(_refuse_call, full))  # the class of a tensor is named, and never called
 
     def refer(self, reference: Any) -> Storage:
         match reference:
@@ -248,6 +249,8 @@ class _Names:
     def _from_type(self, *arguments: Any) -> Any:
         """Return a tensor of a subclass, or with attributes; given are how it is made, its class, arguments, and attributes."""
         match arguments:
+            case (Global() as function, Global(), tuple(), _) if _TENSOR_CLASSES.fullmatch(function.name):
+                return PickledTensor("", (), (), 0, None, _class_reason(function.name))
             case (Global() as function, Global() as kind, tuple() as inner, _) if (
                 function.name.startswith("torch._utils._rebuild_")
                 and function.make is not None
@@ -269,10 +272,15 @@ class _Names:
         return _without(made, "quantized")
 
 
+def _refuse_call(name: str, *_: Any) -> None:
+    shown = name.removeprefix("builtins.")
+    raise PickleError(f"Unsupported global: GLOBAL {shown} was not an allowed global by default")
+
+
 def _class_reason(name: str) -> str:
     kind = name.rpartition(".")[2]
     if name.startswith("torch.distributed."):
-        return f"a {kind}, of which the file holds one shard"
+        return f"a {kind}, of which the file holds one rank's shards; save with torch.distributed.checkpoint"
     return "nested" if kind == "_rebuild_njt" else f"a {kind}"
 
 

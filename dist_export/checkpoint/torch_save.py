@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.checkpoint.tensors import join_pieces
+from dist_export.checkpoint.tensors import Unread, join_pieces
 from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_torch_file
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
 from dist_export.errors import CheckpointError
@@ -44,6 +44,7 @@ class TorchReader:
                 f"{INDEX_JSON} and *.pt, *.pth, *.ckpt, *.bin"
             )
         if self._weight_map is None and len(names) > 1:
+            _refuse_shards(directory, names)
             raise CheckpointError(
                 f"{directory.url} holds several files of torch.save ({', '.join(names[:4])}); give the one that is meant as "
                 f"ckpt_dir, such as {directory.describe(names[0])}"
@@ -66,17 +67,34 @@ class TorchReader:
             held = ((tensor.name, self.files[tensor.piece.file].name) for file in found for tensor in file.tensors)
             match_weight_map(self._weight_map, held, where=self.directory.describe(INDEX_JSON))
         paths = [self.directory.describe(file.name) for file in self.files]
-        pieces = ((name, dtype, piece.sizes, piece) for file in found for name, dtype, piece in file.tensors)
+        located = [tensor for file in found for tensor in file.tensors]
+        pieces = ((its.name, its.dtype, its.piece.sizes, its.piece) for its in located)
         tensors = join_pieces(pieces, where=self.directory.url, paths=paths)
-        return PlainFacts(
-            tensors,
-            tuple(note for file in found for note in file.notes),
-            tuple(tensor for file in found for tensor in file.rest),
+        unread = Unread(
+            paths={its.name: its.path for its in located},
+            reasons={its.name: its.reason for its in located if its.reason},
         )
+        rest = tuple(tensor for file in found for tensor in file.rest)
+        return PlainFacts(tensors, tuple(note for file in found for note in file.notes), rest, unread)
 
     def assemble(self, shares: Sequence[TorchShare]) -> Checkpoint:
         """Build the metadata from what all files hold."""
         return make_checkpoint(self.directory, self.files, self.join(shares), self._settings, kind="torch")
+
+
+def _refuse_shards(directory: Directory, names: Sequence[str]) -> None:
+    """Refuse files of which each holds the shards of one rank: none of them is the checkpoint."""
+    try:
+        with directory.open_reader(names[0]) as reader:
+            found = read_torch_file(reader, directory.stat(names[0]).size, 0).tensors
+    except (CheckpointError, OSError):
+        return  # what is there is told in another way
+    sharded = [tensor for tensor in found if "one rank's shards" in tensor.reason]
+    if sharded:
+        raise CheckpointError(
+            f"{directory.url} holds {len(names)} files of torch.save ({', '.join(names[:4])}), and in {names[0]} "
+            f"{sharded[0].name!r} is {sharded[0].reason}"
+        )
 
 
 def find_torch_files(directory: Directory) -> list[str]:

@@ -47,7 +47,7 @@ def load_dense_parameters(
     _refuse_idle(allow_unexpected, found, "allow_unexpected_dense", f"{where} under {dense_model_name!r}")
     missing = [key for key in expected if key not in found]
     allowed = [key for key in missing if _matches(key, allow_missing)]
-    unexpected = [key for key in found if key not in expected]
+    unexpected = [key for key in found if key not in expected and not _is_unread_tensor(key, found[key])]
     left_out = [key for key in unexpected if _matches(key, allow_unexpected)]
     refused = _Refused(
         missing=[key for key in missing if key not in allowed],
@@ -113,6 +113,11 @@ def _find_under_prefix(state: Mapping[str, Any], name: str, where: str, *, is_ne
             "dense arch within the model that was trained"
         )
     return {key[len(start) :]: value for key, (_, value) in _by_plain_key(under_prefix, what=where).items()}
+
+
+def _is_unread_tensor(key: str, value: Any) -> bool:
+    """Whether a checkpoint's tensor cannot be read; where the dense arch does not have it, nobody asked for it."""
+    return isinstance(value, UntakenState) and not is_extra_state(key)
 
 
 def _refuse_idle(patterns: Sequence[str], keys: Iterable[str], setting: str, where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
+from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES, OTHER_DTYPES, PACKED_BITS
 from dist_export.layout.numbering import Numbering
 from dist_export.layout.strict_json import decode_canonical, decode_object, show
 
@@ -40,14 +41,10 @@ _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
 
 _BYTES_BY_NAME = {name: DTYPES[code].itemsize for name, code in CODE_BY_NAME.items()}
 
-FOREIGN_DTYPES: dict[str, tuple[str, int]] = {
-    **{dtype.name: (dtype.torch, dtype.itemsize) for dtype in DTYPES},
-    **{f"U{8 * size}": (f"uint{8 * size}", size) for size in (2, 4, 8)},
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "C64": ("complex64", 8),
-}
-"""What other writers' files hold: safetensors name -> torch name, bytes of an element."""
+_FOREIGN = {dtype.name: dtype for dtype in (*DTYPES, *OTHER_DTYPES) if dtype.name}
+_BITS = {name: 8 * size for name, size in _BYTES_BY_NAME.items()}
+_FOREIGN_BITS = {**{name: 8 * dtype.itemsize for name, dtype in _FOREIGN.items()}, **PACKED_BITS}
+_DTYPE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -130,16 +127,18 @@ class ForeignEntry(NamedTuple):
 
     name: str
     dtype: str
-    """Torch's name."""
+    """Torch's name; the file's own where torch has none, or where elements share bytes."""
     shape: tuple[int, ...]
     begin: int
     """Absolute position in the file, in bytes."""
+    num_bytes: int
 
 
 def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tuple[ForeignEntry, ...], dict[str, str]]:
     """Decode and check the header of a file of any writer: more dtypes than RecIS has, and ``__metadata__``.
 
-    Returns its tensors in header order, and the metadata. CheckpointError as :func:`decode_header`.
+    Returns its tensors in header order, and the metadata. CheckpointError as :func:`decode_header`, except for dtypes that are
+    not known: how many bytes such a tensor has is what the file says.
     """
     document = decode_object(raw, what=f"{path}: header")
     metadata = document.pop("__metadata__", None)
@@ -147,12 +146,17 @@ def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tup
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise CheckpointError(f"{path}: __metadata__ is {show(metadata)}; expected texts by name")
-    sizes = {name: size for name, (_, size) in FOREIGN_DTYPES.items()}
-    entries = _decode_entries(document, sizes, data_start=8 + len(raw), file_size=file_size, path=path)
+    entries = _decode_entries(document, _FOREIGN_BITS, data_start=8 + len(raw), file_size=file_size, path=path)
     offsets = np.array([entry.data_offsets for entry in entries.values()], np.int64).reshape(-1, 2)
     _check_tiling(tuple(entries), offsets[:, 0], offsets[:, 1], data_size=file_size - 8 - len(raw), path=path)
     found = tuple(
-        ForeignEntry(name, FOREIGN_DTYPES[entry.dtype][0], entry.shape, 8 + len(raw) + entry.data_offsets[0])
+        ForeignEntry(
+            name,
+            _FOREIGN[entry.dtype].torch if entry.dtype in _FOREIGN else entry.dtype,
+            entry.shape,
+            8 + len(raw) + entry.data_offsets[0],
+            entry.data_offsets[1] - entry.data_offsets[0],
+        )
         for name, entry in entries.items()
     )
     return found, metadata or {}
@@ -231,7 +235,7 @@ def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
     document = decode_object(raw, what=f"{path}: header")
     metadata = document.pop("__metadata__", None)
     data_start = 8 + len(raw)
-    entries = _decode_entries(document, _BYTES_BY_NAME, data_start=data_start, file_size=file_size, path=path)
+    entries = _decode_entries(document, _BITS, data_start=data_start, file_size=file_size, path=path)
     header = _build(entries, data_start=data_start, has_metadata=metadata is not None)
     assert header is not None, path
     begins, ends = header.begins - data_start, header.ends - data_start
@@ -240,15 +244,16 @@ def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
 
 
 def _decode_entries(
-    document: dict[str, Any], itemsizes: Mapping[str, int], *, data_start: int, file_size: int, path: str
+    document: dict[str, Any], bits: Mapping[str, int], *, data_start: int, file_size: int, path: str
 ) -> dict[str, _Entry]:
-    """Decode entries one by one, each as long as dtype and shape say and within the file."""
+    """Decode entries one by one, each as long as dtype (``bits`` an element) and shape say and within the file."""
     entries: dict[str, _Entry] = {}
     for key, value in document.items():
-        entry = entries[key] = _decode_entry(value, itemsizes, where=f"{path}: {key!r}")
+        entry = entries[key] = _decode_entry(value, bits, where=f"{path}: {key!r}")
         begin, end = entry.data_offsets
-        num_bytes = math.prod(entry.shape) * itemsizes[entry.dtype]
-        if end - begin != num_bytes:
+        known = bits.get(entry.dtype)
+        num_bytes = -(-math.prod(entry.shape) * (known or 0) // 8)
+        if known is not None and end - begin != num_bytes:
             raise CheckpointError(
                 f"{path}: {key!r} is {entry.dtype} {list(entry.shape)}, {num_bytes:,} bytes, but its data_offsets span "
                 f"{end - begin:,}"
@@ -261,15 +266,14 @@ def _decode_entries(
     return entries
 
 
-def _decode_entry(entry: object, itemsizes: Mapping[str, int], *, where: str) -> _Entry:
+def _decode_entry(entry: object, bits: Mapping[str, int], *, where: str) -> _Entry:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} should be an object with dtype, shape and data_offsets")
     dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in itemsizes:
-        if itemsizes is _BYTES_BY_NAME:
-            known = " ".join(known.name for known in DTYPES)
-            raise CheckpointError(f"{where} has dtype {show(dtype)}; a RecIS checkpoint holds {known}")
-        raise CheckpointError(f"{where} has dtype {show(dtype)}; known are {' '.join(itemsizes)}")
+    if not isinstance(dtype, str) or (dtype not in bits and (bits is _BITS or not _DTYPE_NAME.fullmatch(dtype))):
+        known = " ".join(known.name for known in DTYPES) if bits is _BITS else "names such as " + " ".join(bits)
+        holds = "a RecIS checkpoint holds" if bits is _BITS else "expected"
+        raise CheckpointError(f"{where} has dtype {show(dtype)}; {holds} {known}")
     shape = _sizes(entry.get("shape"))
     if shape is None:
         raise CheckpointError(

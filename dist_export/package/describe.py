@@ -26,7 +26,7 @@ from dist_export.layout.indexes import split_internal, split_stem
 from dist_export.layout.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.describe_dcp import describe_dcp, render_dcp
-from dist_export.package.describe_source import describe_source, render_source
+from dist_export.package.describe_source import describe_source, render_skipped, render_source
 from dist_export.package.numbered import is_numbered
 from dist_export.package.package import Package
 from dist_export.package.shards import read_header, read_indexes
@@ -71,9 +71,10 @@ def describe(
         return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if not is_package and found is None:
         raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
-    if settings.tables or settings.optimizer_slots:
+    if settings.tables or settings.optimizer_slots or settings.state_root is not None:
         raise ConfigError(
-            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables and --optimizer_slots are for those"
+            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables, --optimizer_slots "
+            "and --state_root are for those"
         )
     if is_package:
         return _describe_package(directory)
@@ -102,7 +103,7 @@ def render(found: dict[str, Any]) -> list[str]:
         lines += render_width(table)
         if cast := table.get("cast"):
             lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
-    lines += render_dcp(found) + render_source(found)
+    lines += render_dcp(found) + render_source(found) + render_skipped(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
     for what in ("inputs", "outputs"):

@@ -13,7 +13,7 @@ from dist_export.checkpoint.formats import DCP, DCP_AND_DUMP, FORMATS, open_read
 from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.package.describe_source import NO_TABLES, describe_tables
+from dist_export.package.describe_source import NO_TABLES, describe_skipped, describe_tables
 from dist_export.storage import Directory
 
 
@@ -47,7 +47,9 @@ def describe_dcp(
         "other_optimizer_state": list(found.other_state),
         "objects": list(found.objects),
         "stand_ins": list(beside.stand_ins),
-        "warnings": list(beside.notes),
+        "skipped": describe_skipped(found.skipped),
+        "left_out": describe_skipped(found.left_out),
+        "warnings": [*found.notes, *beside.notes],
         "dense": None,
     }
     return _add_dump(described, directory, settings, dynamicemb_dims) if with_dump else described

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import FORMATS, holds_tables, open_dense, open_reader
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.checkpoint.tensors import Skipped
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.storage import Directory
@@ -25,7 +26,8 @@ def describe_source(
     if holds_tables(directory, asked, settings):
         found = reader.assemble([reader.read_headers(range(len(reader.files)))])
         found = confirm_widths(found, dynamicemb_dims, {})
-    dense = open_dense(directory, asked, settings).describe()
+    parameters = open_dense(directory, asked, settings)
+    dense = parameters.describe()
     return {
         "kind": FORMATS[asked].kind.partition(" ")[2],
         "path": directory.url,
@@ -34,7 +36,9 @@ def describe_source(
         "tables": describe_tables(found) if found else [],
         "dense_tensors": [],
         "parameters": [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in dense],
-        "warnings": list(found.warnings) if found else [NO_TABLES],
+        "skipped": describe_skipped(parameters.skipped),
+        "left_out": describe_skipped(parameters.left_out),
+        "warnings": list(found.warnings) if found else [NO_TABLES, *parameters.notes],
         "dense": None,
     }
 
@@ -43,6 +47,16 @@ def render_source(found: dict[str, Any]) -> list[str]:
     """Return line by line what only such a source has; nothing for anything else."""
     lines = [f"  dense      {t['name']} {t['dtype']} {t['shape']}" for t in found.get("parameters", [])]
     return lines + [f"  note       {warning}" for warning in found.get("warnings", [])]
+
+
+def describe_skipped(tensors: Sequence[Skipped]) -> list[dict[str, Any]]:
+    """Return tensors that are not read as plain values."""
+    return [{"name": its.name, "dtype": its.dtype, "shape": list(its.shape), "reason": its.reason} for its in tensors]
+
+
+def render_skipped(found: dict[str, Any]) -> list[str]:
+    """Return a line for each tensor that is not read; those of other states are told by their root alone."""
+    return [f"  not read   {t['name']} {t['dtype']} {t['shape']}: {t['reason']}" for t in found.get("skipped", [])]
 
 
 def describe_tables(checkpoint: Checkpoint) -> list[dict[str, Any]]:

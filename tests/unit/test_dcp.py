@@ -130,9 +130,9 @@ def test_optimizer_state_by_number_belongs_to_no_table(tmp_path: Path) -> None:
 
 def test_two_models_with_the_same_names_keep_their_full_names(tmp_path: Path) -> None:
     weights = {"ebc.embedding_bags.user.weight": torch.ones(2, 2)}
-    checkpoint = read(save(tmp_path / "ckpt", {"model": weights, "ema": dict(weights)}))
+    checkpoint = read(save(tmp_path / "ckpt", {"online": weights, "target": dict(weights)}))
     assert [table.name for table in checkpoint.tables] == [
-        f"{root}.ebc.embedding_bags.user.weight" for root in ("ema", "model")
+        f"{root}.ebc.embedding_bags.user.weight" for root in ("online", "target")
     ]
 
 

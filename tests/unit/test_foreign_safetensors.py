@@ -202,7 +202,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlap": (header(lambda h: h[USER].update(data_offsets=[4, 4 + 103 * 32])), "overlaps the block before it"),
     "huge shape": (header(lambda h: h[BIAS].update(shape=[1 << 61, 1 << 61])), "data_offsets span 12"),
     "negative": (header(lambda h: h[BIAS].update(shape=[-3])), "expected a list of at most 64 sizes from 0 up"),
-    "dtype": (header(lambda h: h[BIAS].update(dtype="F7")), "has dtype 'F7'; known are"),
+    "dtype": (header(lambda h: h[BIAS].update(dtype="F 7")), "has dtype 'F 7'; expected names such as"),
     "missing file": (lambda f: (f / SECOND).unlink(), f"{SECOND} is missing; {INDEX} says that it holds"),
     "other file": (weight_map(lambda m: m.update({USER: FIRST, BIAS: SECOND})), "but it is in"),
     "not named": (weight_map(lambda m: m.pop(BIAS)), f"{INDEX} does not name '{BIAS}', which {FIRST} holds"),

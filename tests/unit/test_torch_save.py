@@ -364,7 +364,7 @@ HOSTILE = {
         "not an allowed global by default. Save the state_dict alone",
     ),
     "a tensor": (lambda p: torch.save(torch.ones(2, 2), p), "expected a state_dict or a dict that has one"),
-    "a list": (lambda p: torch.save([1], p), "holds a list, expected a state_dict"),
+    "a list": (lambda p: torch.save([1], p), "holds a list of 1 (int), expected a state_dict"),
     "deep": (lambda p: torch.save(nested(60), p), "is nested too deeply, or without end"),
     "bushy": (lambda p: torch.save(bushy(), p), "is nested too deeply, or without end"),
     "two names": (

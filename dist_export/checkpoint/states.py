@@ -1,0 +1,321 @@
+"""Which state of a checkpoint is the model's, where it holds several, and what its tensors are called within the model. Pure.
+
+Training loops save a model beside its moving average (EMA, SWA), under keys of a nested dict or as the begin of flat names:
+``{"model": ..., "ema": ...}``, ``model.x`` beside ``ema.x``. Both hold tensors of the same names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from dist_export.checkpoint.model_weights import plain_name  # copies of one model differ in wrappers
+from dist_export.checkpoint.tensor_settings import WHOLE, TensorSettings
+from dist_export.errors import UnaskedError
+
+MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
+"""What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
+
+_COPY_WORDS = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow"})
+"""Words in the key of what is a copy of a model."""
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SHOWN = 8
+
+Root = tuple[str, ...]
+"""Keys of nested dicts, from the outermost."""
+
+
+class Member(NamedTuple):
+    """One tensor of a checkpoint, as far as it matters here."""
+
+    name: str
+    path: Root
+    """The keys that lead to it; of the name alone where the checkpoint is flat, or does not tell."""
+    shape: tuple[int, ...]
+
+
+class State(NamedTuple):
+    """The state that is read."""
+
+    names: dict[str, str]
+    """Full name -> name within the model, of each tensor that is read and is no optimizer state."""
+    optimizer: frozenset[str]
+    """Full names of optimizer state, of whatever model."""
+    known: frozenset[str]
+    """All names that parameters may have, by which optimizer state was found."""
+    left_out: dict[str, str]
+    """Full name -> dotted root of the state that it lies in, of each tensor that is not read."""
+    notes: tuple[str, ...]
+
+    def explain(self, pattern: str) -> str:
+        """Return what to add to an error where a pattern matches nothing; empty where no other state has it."""
+        root = next((root for name, root in self.left_out.items() if fnmatchcase(name, pattern)), None)
+        return "" if root is None else f"; it matches tensors of {root!r}, which are left out: set state_root: {root}"
+
+
+def say_left_out(settings: TensorSettings) -> str:
+    """Return why a tensor of another state than the one that is read is left out."""
+    return "not of the model" if settings.state_root is None else "not of state_root"
+
+
+def choose_state(
+    members: Sequence[Member],
+    settings: TensorSettings,
+    *,
+    where: str,
+    find_optimizer: Callable[[Mapping[str, set[str]]], set[str]],
+    leaves_rest: bool = False,
+) -> State:
+    """Choose the state to read, and name its tensors as the model does.
+
+    Args:
+        members: all tensors, of different names.
+        settings: ``state_root`` names the state; ``model_paths`` tell whether a key is of the model's own.
+        where: the checkpoint, for messages.
+        find_optimizer: returns the full names of optimizer state, given by full name all names that a tensor may have.
+        leaves_rest: whether what lies beside the one key that is a model's is left out with its copies.
+
+    Raises:
+        UnaskedError: nothing lies below ``state_root``.
+    """
+    spellings = {name: {name, below} for name, below in _nested_names(members).items()}
+    if settings.state_root is not None:
+        for name, its in spellings.items():
+            its.add(name.removeprefix(f"{settings.state_root}."))
+    while True:  # optimizer state may name parameters as the state that is chosen does
+        optimizer = find_optimizer(spellings)
+        rest = [member for member in members if member.name not in optimizer]
+        names, left_out, notes = _choose(rest, settings, where=where, leaves_rest=leaves_rest)
+        if all(within in spellings[name] for name, within in names.items()):
+            known = frozenset(spelling for its in spellings.values() for spelling in its)
+            return State(names, frozenset(optimizer), known, left_out, notes)
+        for name, within in names.items():
+            spellings[name].add(within)
+
+
+_Choice = tuple[dict[str, str], dict[str, str], tuple[str, ...]]
+"""``names``, ``left_out`` and ``notes`` of a :class:`State`."""
+
+
+def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
+    if settings.state_root is None:
+        return _choose_model(members, settings.model_paths, where=where, leaves_rest=leaves_rest)
+    if settings.state_root == WHOLE:
+        return {member.name: member.name for member in members}, {}, ()
+    begin = f"{settings.state_root}."
+    below = [member for member in members if member.name.startswith(begin)]
+    roots = _roots(members)
+    if not below:
+        raise UnaskedError(
+            f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are "
+            f"{_count_roots(members, roots)}"
+        )
+    inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
+    names, gone, notes = _choose_model(inner, settings.model_paths, where=where, leaves_rest=leaves_rest)
+    outside = {m.name: _root_of(m, roots) for m in members if not m.name.startswith(begin)}
+    if outside:
+        told = _listed(sorted(set(outside.values())))
+        notes = (f"{where}: state_root takes what {settings.state_root!r} holds; left out: {told}", *notes)
+    left_out = {begin + name: begin + root for name, root in gone.items()} | outside
+    return {begin + name: within for name, within in names.items()}, left_out, notes
+
+
+def _choose_model(members: Sequence[Member], model_paths: Sequence[str], *, where: str, leaves_rest: bool) -> _Choice:
+    """Choose among the keys of nested dicts, then among the beginnings of names."""
+    roots = _roots(members)
+    root_of = {member.name: _nested_root(member, roots) for member in members}
+    by_root: dict[Root, dict[str, tuple[int, ...]]] = {}
+    for member in members:
+        root = root_of[member.name]
+        by_root.setdefault(root, {})[plain_name(_below(member, root))] = member.shape
+    rivals = _find_rivals(by_root)
+    chosen = _pick(rivals)
+    if not rivals and leaves_rest:
+        keys = [root for root in by_root if len(root) == 1 and root[0] in MODEL_KEYS]
+        chosen = keys[0] if len(keys) == 1 else None
+    gone = {root for root in by_root if chosen is not None and root != chosen and (root in rivals or leaves_rest)}
+    left_out = {m.name: _root_of(m, roots) for m in members if root_of[m.name] in gone}
+    is_alone = len(by_root) == 1 and any("." in member.path[-1] for member in members)
+    strips = chosen is not None or (not rivals and (is_alone or not leaves_rest))
+    found = {
+        member.name: (
+            _below(member, root) if strips and not _is_own(_dotted(root), model_paths) else member.name,
+            member.shape,
+        )
+        for member in members
+        if (root := root_of[member.name]) not in gone
+    }
+    names, copies, notes = _choose_flat(found, model_paths, where=where)
+    if left_out:
+        notes = (_say_choice(where, _dotted(chosen or ()), left_out.values()), *notes)
+    if rivals and chosen is None and any(_is_copy_of(by_root[a], by_root[b]) for a in rivals for b in rivals if a != b):
+        told = _listed(sorted({_root_of(m, roots) for m in members if root_of[m.name] in rivals}))
+        several = f"{where} holds several states with the same names: {told}"
+        notes = (f"{several}; each is taken under its full name, and state_root takes one of them", *notes)
+    return names, left_out | copies, notes
+
+
+def _choose_flat(
+    found: Mapping[str, tuple[str, tuple[int, ...]]], model_paths: Sequence[str], *, where: str
+) -> _Choice:
+    """Leave out copies of a model that the begin of their names tells; ``found``: full name -> name within, shape."""
+    names = {name: within for name, (within, _) in found.items()}
+    copy_of = {name: _copy_path(within, model_paths) for name, within in names.items()}
+    copies: dict[str, dict[str, tuple[int, ...]]] = {}
+    others: dict[str, tuple[int, ...]] = {}
+    for name, (within, shape) in found.items():
+        if path := copy_of[name]:
+            copies.setdefault(path, {})[plain_name(within.removeprefix(f"{path}."))] = shape
+        else:
+            others[within] = shape
+    original_of: dict[str, str] = {}
+    for path, its in copies.items():
+        originals = [root for root, model in _siblings(path, others).items() if _is_copy_of(its, model)]
+        inner = [root for root in originals if root != path.rpartition(".")[0]]
+        if len(inner or originals) == 1:
+            (original_of[path],) = inner or originals
+    left_out = {name: path for name, path in copy_of.items() if path in original_of}
+    kept = {name: within for name, within in names.items() if name not in left_out}
+    if not left_out:
+        return kept, {}, ()
+    root, *more = sorted(set(original_of.values()))
+    note = _say_choice(where, root, left_out.values())
+    is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not _is_own(root, model_paths)
+    if is_model and all(within.startswith(f"{root}.") or "state" in within.split(".") for within in kept.values()):
+        kept = {name: within.removeprefix(f"{root}.") for name, within in kept.items()}
+    return kept, left_out, (note,)
+
+
+def _copy_path(name: str, model_paths: Sequence[str]) -> str:
+    """Return the begin of a name up to the element that tells of a copy; empty where none does, or it is the model's own."""
+    elements = name.split(".")
+    for place, element in enumerate(elements[:-1]):
+        if _is_copy(element):
+            path = ".".join(elements[: place + 1])
+            is_within = any(f".{own}." in f".{path}." for own in model_paths if own)
+            return "" if is_within or _is_own(path, model_paths) else path
+    return ""
+
+
+def _siblings(path: str, others: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return what may be the original of a copy, by root: what lies beside it, as a whole and by its first element."""
+    begin = path[: path.rfind(".") + 1]
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in others.items():
+        if name.startswith(begin):
+            element, _, behind = name[len(begin) :].partition(".")
+            found.setdefault(begin.removesuffix("."), {})[plain_name(name[len(begin) :])] = shape
+            if behind:
+                found.setdefault(begin + element, {})[plain_name(behind)] = shape
+    return found
+
+
+def _roots(members: Iterable[Member]) -> set[Root]:
+    """Return the keys that state_dicts were saved under: the names in one have dots, which keys of nested dicts have not.
+
+    Where a state is nested itself, down to its tensors, a key that is a model's or a copy's tells.
+    """
+    found = set()
+    for member in members:
+        parent = member.path[:-1]
+        is_outermost = len(parent) == 1 and not member.path[-1].isdigit()  # else a list of tensors
+        if is_outermost or (parent and "." in member.path[-1]):
+            found.add(parent)
+    found = {root for root in found if not any("." in key for key in root)}
+    for member in members:
+        if len(member.path) > 2 and not any(member.path[:length] in found for length in range(1, len(member.path))):
+            places = [n for n, key in enumerate(member.path[:-1], 1) if key in MODEL_KEYS or _is_copy(key)]
+            found.update(member.path[:place] for place in places[:1])
+    return found
+
+
+def _nested_root(member: Member, roots: set[Root]) -> Root:
+    """Return the longest root that a tensor lies below; none where its name is not made of its keys."""
+    if member.name == ".".join(member.path):
+        for length in range(len(member.path) - 1, 0, -1):
+            if member.path[:length] in roots:
+                return member.path[:length]
+    return ()
+
+
+def _nested_names(members: Sequence[Member]) -> dict[str, str]:
+    """Return what tensors are called below the keys of nested dicts, optimizer state as it is."""
+    roots = _roots(member for member in members if "state" not in member.path[:-1])
+    return {member.name: _below(member, _nested_root(member, roots)) for member in members}
+
+
+def _below(member: Member, root: Root) -> str:
+    return member.name.removeprefix(f"{_dotted(root)}.") if root else member.name
+
+
+def _cut_path(member: Member, length: int) -> Root:
+    """Return the keys behind the first ``length`` characters of a name."""
+    rest = member.name[length:]
+    keys: list[str] = []
+    for key in reversed(member.path):
+        if len(".".join([key, *keys])) > len(rest):
+            break
+        keys.insert(0, key)
+    behind = ".".join(keys)
+    return tuple(keys) if behind == rest else (rest,) if not behind else (rest.removesuffix(f".{behind}"), *keys)
+
+
+def _find_rivals(by_root: Mapping[Root, Mapping[str, tuple[int, ...]]]) -> list[Root]:
+    """Return the roots that hold a name which another one holds too."""
+    held: dict[str, int] = {}
+    for its in by_root.values():
+        for name in its:
+            held[name] = held.get(name, 0) + 1
+    return [root for root, its in by_root.items() if any(held[name] > 1 for name in its)]
+
+
+def _pick(rivals: Sequence[Root]) -> Root | None:
+    """Return the model's root among those of states with the same names; None where it cannot be told."""
+    originals = [root for root in rivals if not any(map(_is_copy, root))]
+    if len(originals) > 1:
+        originals = [root for root in originals if root and root[-1] in MODEL_KEYS]
+        least = min(map(len, originals), default=0)
+        originals = [root for root in originals if len(root) == least]
+    return originals[0] if len(originals) == 1 else None
+
+
+def _is_copy(key: str) -> bool:
+    return not _COPY_WORDS.isdisjoint(word.lower() for word in _WORD.findall(key))
+
+
+def _is_copy_of(copy: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether at least half of a copy's tensors are the model's by name and shape."""
+    same = sum(model.get(name) == shape for name, shape in copy.items())
+    return 2 * same >= max(len(copy), 1)
+
+
+def _is_own(root: str, model_paths: Sequence[str]) -> bool:
+    """Whether a root is the begin of a path within the model that the export asks for."""
+    return bool(root) and any(path == root or path.startswith(f"{root}.") for path in model_paths)
+
+
+def _root_of(member: Member, roots: set[Root]) -> str:
+    """Return the dotted root of a tensor, for messages and for ``state_root``."""
+    return _dotted(_nested_root(member, roots)) or member.name.partition(".")[0]
+
+
+def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
+    counts = Counter(_root_of(member, roots) for member in members)
+    return _listed([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
+
+
+def _say_choice(where: str, chosen: str, gone: Iterable[str]) -> str:
+    what = f"what {chosen!r} holds" if chosen else "what lies beside them"
+    return f"{where}: the model is {what}; left out: {_listed(sorted(set(gone)))} (state_root takes another one)"
+
+
+def _dotted(root: Root) -> str:
+    return ".".join(root)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more

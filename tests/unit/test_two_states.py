@@ -1,0 +1,197 @@
+"""A checkpoint with a model and its moving average is exported as one of them: tables and dense parameters of one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dcp_writer
+import pytest
+import torch
+from plain_cases import read_numbered
+from safetensors.torch import save_file
+from torch import nn
+
+import dist_export
+from dist_export.archive.guard import load_program
+from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.errors import UserError
+from dist_export.package.describe import describe
+
+TABLES = ["*user.weight", "*item.weight"]
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(50, 4)
+        self.item = nn.Embedding(40, 4)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"user": self.user(batch["user"]), "item": self.item(batch["item"])}
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, 1)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ctr": torch.sigmoid(self.mlp(torch.cat([blocks["user"], blocks["item"]], dim=1)))}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sparse_arch = Sparse()
+        self.dense_arch = Dense()
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.dense_arch(self.sparse_arch(batch))
+
+
+def make_model(seed: int) -> Model:
+    torch.manual_seed(seed)
+    return Model()
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    return {"user": torch.tensor([3, 49, 0, 7]), "item": torch.tensor([1, 39, 5, 5])}
+
+
+def flatten(states: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{root}.{name}": tensor for root, its in states.items() for name, tensor in its.items()}
+
+
+def save_torch(path: Path, states: dict[str, Any]) -> Path:
+    torch.save({**states, "epoch": 3}, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def save_safetensors(path: Path, states: dict[str, Any]) -> Path:
+    path.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in flatten(states).items()}, path / "model.safetensors")
+    return path
+
+
+SAVERS: dict[str, Callable[[Path, dict[str, Any]], Path]] = {
+    "torch": save_torch,
+    "torch, flat": lambda path, states: save_torch(path, flatten(states)),
+    "torch, nested": lambda path, states: save_torch(path, {"app": states}),
+    "dcp": lambda path, states: dcp_writer.save(path, {**states, "epoch": 3}),
+    "dcp, flat": lambda path, states: dcp_writer.save(path, flatten(states)),
+    "dcp, nested": lambda path, states: dcp_writer.save(path, {"app": states}),
+    "safetensors": save_safetensors,
+}
+
+
+def export(source: Path, target: Path, **settings: Any) -> dist_export.Manifest:
+    exporter = dist_export.Exporter(
+        make_model(1),
+        "sparse_arch",
+        "dense_arch",
+        [make_batch()],
+        source,
+        target,
+        filter_sparse_opt=True,
+        tables=TABLES,
+        progress=False,
+        **settings,
+    )
+    return exporter.export()
+
+
+def assert_is(package: Path, manifest: dist_export.Manifest, model: Model) -> None:
+    """The package holds the rows of this model, and its program gives this model's scores."""
+    state = model.state_dict()
+    rows = read_numbered(package)
+    for name in ("sparse_arch.user.weight", "sparse_arch.item.weight"):
+        assert torch.equal(rows[name], state[name])
+    assert manifest.dense is not None
+    with torch.no_grad():
+        blocks = model.sparse_arch(make_batch())
+        (scores,) = load_program(package / manifest.dense.program).module()(**blocks)
+        assert torch.allclose(scores, model(make_batch())["ctr"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", SAVERS)
+def test_the_model_is_exported_and_state_root_exports_its_average(case: str, tmp_path: Path) -> None:
+    """In every format and nesting: the rows and the scores are those of one state, and the note names the other one."""
+    trained, average = make_model(2), make_model(3)
+    source = SAVERS[case](tmp_path / "ckpt", {"model": trained.state_dict(), "ema": average.state_dict()})
+    ema = "app.ema" if "nested" in case else "ema"
+    manifest = export(source, tmp_path / "model")
+    assert_is(tmp_path / "model", manifest, trained)
+    assert any(f"left out: {ema} (state_root takes another one)" in note for note in manifest.notes)
+    assert_is(tmp_path / "ema", export(source, tmp_path / "ema", state_root=ema), average)
+
+
+@pytest.mark.parametrize("case", ["torch", "dcp", "safetensors"])
+def test_a_state_root_that_is_not_there_is_refused(case: str, tmp_path: Path) -> None:
+    states = {"model": make_model(2).state_dict(), "ema": make_model(3).state_dict()}
+    source = SAVERS[case](tmp_path / "ckpt", states)
+    with pytest.raises(
+        UserError, match=r"state_root is 'emma', but no tensor .* ema \(4 tensors\), model \(4 tensors\)"
+    ):
+        export(source, tmp_path / "out", state_root="emma")
+    with pytest.raises(UserError, match=r"'ema\.\*' matches no tensor; .* left out: set state_root: ema"):
+        dist_export.export(
+            {
+                "ckpt_dir": str(source),
+                "export_dir": str(tmp_path / "out"),
+                "filter_sparse_opt": True,
+                "tables": ["ema.*"],
+            }
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("root", [None, "ema"])
+def test_optimizer_state_beside_two_states_stays_optimizer_state(root: str | None, tmp_path: Path) -> None:
+    """A slot of the table by name, dropped unless asked for, whichever state is read."""
+    states = {"model": make_model(2).state_dict(), "ema": make_model(3).state_dict()}
+    slot = {"sparse_arch.user.weight": {"exp_avg": torch.rand(50, 4)}}
+    source = dcp_writer.save(tmp_path / "ckpt", {**states, "optim": {"state": slot, "param_groups": [{"lr": 0.1}]}})
+    found = describe(str(source), settings=TensorSettings(tuple(TABLES), state_root=root))
+    assert {table["name"]: table["slots"] for table in found["tables"]} == {
+        "sparse_arch.item.weight": ["embedding"],
+        "sparse_arch.user.weight": ["embedding", "exp_avg"],
+    }
+    assert [tensor["name"] for tensor in found["dense_parameters"]] == ["dense_arch.mlp.weight", "dense_arch.mlp.bias"]
+    assert {its["name"].partition(".")[0] for its in found["left_out"]} == {"model" if root else "ema"}
+
+
+def test_a_state_in_one_piece_is_told(tmp_path: Path) -> None:
+    """DCP saves a nested dict as one object where it is told not to flatten it."""
+    from torch.distributed import checkpoint as dcp
+
+    for name, state in (("whole", {"model": make_model(2).state_dict()}), ("top", make_model(2).state_dict())):
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / name), planner=planner, no_dist=True)
+    with pytest.raises(
+        UserError, match=r"has no tensor; it holds objects in one piece: 'model' .*flatten_state_dict=True"
+    ):
+        export(tmp_path / "whole", tmp_path / "out")
+    assert_is(tmp_path / "out", export(tmp_path / "top", tmp_path / "out"), make_model(2))
+
+
+def test_a_list_of_states_is_told(tmp_path: Path) -> None:
+    """One alone is the model's; of several each can be taken."""
+    states = [make_model(2).state_dict(), make_model(3).state_dict()]
+    torch.save(states, tmp_path / "two.pt")
+    torch.save(states[:1], tmp_path / "one.pt")
+    assert_is(tmp_path / "one", export(tmp_path / "one.pt", tmp_path / "one"), make_model(2))
+    assert_is(tmp_path / "1", export(tmp_path / "two.pt", tmp_path / "1", state_root="1"), make_model(3))
+    found = describe(str(tmp_path / "two.pt"), settings=TensorSettings(tuple(TABLES)))
+    assert any("holds several states with the same names: 0, 1" in warning for warning in found["warnings"])
+
+
+def test_formats_that_hold_one_model_refuse_state_root(tmp_path: Path) -> None:
+    import tiny_model
+
+    source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    with pytest.raises(UserError, match="which holds one model; take state_root out"):
+        dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": "ema"})
+    with pytest.raises(UserError, match="state_root is ''"):
+        dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": ""})
