@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 _MASK = "***"
 _MIN_LENGTH = 6
@@ -13,7 +14,7 @@ _MIN_LENGTH = 6
 _SENSITIVE = re.compile(
     r"key|secret|token|passw|credential|signature|connection_string|sas|auth|cookie|private|^pat$", re.IGNORECASE
 )
-_USERINFO = re.compile(r"(?<=://)[^/@\s]*@")
+_USERINFO = re.compile(r"(?<=://)([^/@\s]*)@")
 _QUERY_SECRET = re.compile(
     r"(?i)([?&](?:[\w-]*(?:sig|signature|token|secret|password|credential|key)[\w-]*)=)[^&\s'\"]+"
 )
@@ -45,11 +46,26 @@ def _note_all(value: Any) -> None:
             _note_all(inner)
 
 
+def _note_userinfo(userinfo: str) -> None:
+    """Remember the password of a URL, which a library's error may show without the scheme: ``u:PASSWORD@host/path``."""
+    _, colon, password = userinfo.partition(":")
+    if colon and password and password != _MASK:
+        _secrets.update(f"{form}@" for form in (userinfo, unquote(userinfo), f":{password}", f":{unquote(password)}"))
+        _note_all([password, unquote(password)])
+
+
 def conceal(text: str) -> str:
-    """Return ``text`` without credentials: those that were noted, a URL's userinfo, and signatures in its query."""
+    """Return ``text`` without credentials: those that were noted, a URL's userinfo, and signatures in its query.
+
+    A password in a URL is noted: what is shown later may have it without the rest of the URL.
+    """
+    if "://" in text:
+        for userinfo in _USERINFO.findall(text):
+            _note_userinfo(userinfo)
+        text = _USERINFO.sub(f"{_MASK}@", text)
     for secret in sorted(_secrets, key=len, reverse=True):
         if secret in text:
-            text = text.replace(secret, _MASK)
-    if "://" in text:
-        text = _QUERY_SECRET.sub(rf"\1{_MASK}", _USERINFO.sub(f"{_MASK}@", text))
+            text = text.replace(secret, f"{_MASK}@" if secret.endswith("@") else _MASK)
+    if "=" in text:
+        text = _QUERY_SECRET.sub(rf"\1{_MASK}", text)
     return text

@@ -31,6 +31,8 @@ _SECRET = ("storage_options", "target_storage_options", "registry_options")
 """Settings whose values no message shows."""
 
 
+_MAPPINGS = ("model_args", "dataset_args", "fg_args", *_SECRET)
+"""What is handed on by name."""
 _OPAQUE = (
     "model_args",
     "dataset_args",
@@ -198,6 +200,11 @@ def _parse(
 ) -> tuple[ExportConfig, dict[str, Any]]:
     # What a user's own code or a file system takes keeps its types: to a parser, '0123' in an untyped mapping is a number.
     opaque = {name: settings[name] for name in _OPAQUE if isinstance(settings.get(name), (Mapping, list))}
+    for name in _MAPPINGS:
+        value = opaque.get(name, {})
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            what = "has keys that are no text" if isinstance(value, Mapping) else f"is a {type(value).__name__}"
+            raise ConfigError(f"{name} {what}; expected {_expected(name)}")
     # A key that was left empty in YAML means its default.
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:

@@ -96,8 +96,9 @@ def _read_npy(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise ConfigError(f"{room.where} is no npy file that can be read: {error}") from None
+    except Exception as error:  # noqa: BLE001 -- numpy has Python parse the header, which raises anything
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConfigError(f"{room.where} is no npy file that can be read: {said}") from None
     if dtype.kind not in "iu" or len(shape) != 1:
         raise ConfigError(f"{room.where} holds {dtype} of shape {list(shape)}; expected integers of shape [n]")
     begin, count = stream.tell(), shape[0]

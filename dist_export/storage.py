@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -93,10 +93,12 @@ class Directory:
     ) -> None:
         """With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there."""
         given = os.fspath(url)
-        note_secrets(storage_options)
         self.url = conceal(given)
         """As it was given, without credentials."""
         self._given = given
+        if not isinstance(storage_options, (Mapping, type(None))):
+            raise ConfigError(f"{self.url}: storage_options is a {type(storage_options).__name__}, expected a mapping")
+        note_secrets(storage_options)
         self.storage_options = storage_options
         self._follow_links = follow_links
         if "::" in given:

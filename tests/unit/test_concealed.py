@@ -49,6 +49,7 @@ def test_other_values_stay() -> None:
         ("https://host/x?sv=1&sig=abc%3D&se=2", "https://host/x?sv=1&sig=***&se=2"),
         ("s3://bucket/key=1/x", "s3://bucket/key=1/x"),
         ("/plain/me@here", "/plain/me@here"),
+        ("host/x?sv=1&sig=abc%3D&se=2", "host/x?sv=1&sig=***&se=2"),
     ],
 )
 def test_urls(url: str, shown: str) -> None:
@@ -59,6 +60,49 @@ def test_a_directory_is_opened_as_given_and_shown_without() -> None:
     directory = Directory("memory://me:secret@x/out")
     assert directory.url == "memory://***@x/out"
     assert "secret" in directory.child("y").path
+
+
+@pytest.mark.parametrize(
+    ("url", "repeated", "shown"),
+    [
+        ("memory://u:hush-hush@x/y", "/u:hush-hush@x/y", "/***@x/y"),
+        ("memory://u:hush-hush@x/y", "login u with hush-hush failed", "login u with *** failed"),
+        ("memory://u:pw@x/y", "//u:pw@x and pw", "//***@x and pw"),
+        ("memory://:pw@x/y", "at :pw@x", "at ***@x"),
+        ("memory://u:a%2Fb%40c!@x/y", "u:a/b@c!@x, a/b@c!", "***@x, ***"),
+        ("memory://me@x/y", "/me@x/y", "/me@x/y"),
+    ],
+)
+def test_a_password_of_a_url_is_known_without_its_scheme(url: str, repeated: str, shown: str) -> None:
+    """As libraries repeat it, once a directory was opened, or in the very message that has the URL."""
+    assert conceal(f"{repeated} of {url}").startswith(f"{shown} of memory://***@x/y")
+    Directory(url)
+    assert str(ConfigError(repeated)) == shown
+
+
+def test_a_library_s_error_shows_no_password_of_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def fail(url: str, **_: object) -> None:
+        raise OSError(f"no such bucket: {url.partition(':/')[2]}")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(ConfigError) as caught:
+        Directory("memory://u:hush-hush@x/y")
+    assert "hush" not in str(caught.value)
+    assert "no such bucket: /***@x/y" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [[1], [], "hush-hush", {1: 2}])
+@pytest.mark.parametrize("name", ["storage_options", "target_storage_options", "registry_options", "model_args"])
+def test_options_that_are_no_mapping_by_name_are_one_line(name: str, options: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}.*expected a") as caught:
+        load_config({"ckpt_dir": "a", "export_dir": "b", name: options})
+    assert "\n" not in str(caught.value)
+    assert "hush" not in str(caught.value) or name == "model_args"
+    if name == "storage_options":
+        with pytest.raises(ConfigError):
+            Directory("memory://x", options or [1])
 
 
 def test_options_of_the_wrong_type_are_not_quoted() -> None:
