@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args
 
 from dist_export.digests import XXH3, missing_package
 from dist_export.errors import ConfigError
+from dist_export.mistakes import Mistakes
 from dist_export.row_rules import parse_rules
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
@@ -162,8 +163,14 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without reading anything. ConfigError names the setting."""
+        mistakes = Mistakes()
         if self.is_live:
-            self._check_live()
+            mistakes.collect(self._check_live, None)
+        for check in (self._check_paths, self._check_engine, self._check_sparse, self._check_dense):
+            mistakes.collect(check, None)
+        mistakes.refuse()
+
+    def _check_paths(self) -> None:
         for name in ("export_dir",) if self.is_live else ("ckpt_dir", "export_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
@@ -183,9 +190,6 @@ class ExportConfig:
                 raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
         if isinstance(self.num_shards, int) and self.num_shards > _MAX_SHARDS:
             raise ConfigError(f"num_shards is {self.num_shards:,}; RecIS's file names count up to {_MAX_SHARDS:,}")
-        self._check_engine()
-        self._check_sparse()
-        self._check_dense()
 
     @property
     def is_live(self) -> bool:

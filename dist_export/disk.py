@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from dist_export.concealed import conceal
 from dist_export.errors import DistExportError
+
+_FILE_NAME_BYTES = 128
+"""That the longest path within a package takes, and that of a file on its way."""
 
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT,
@@ -108,6 +113,25 @@ def reason_of(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without credentials; its type where there is none."""
     return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def why_no_directory(path: str) -> str | None:
+    """Return why no directory can be made at ``path``, or no file in it; None where it can. It tries, and leaves nothing behind.
+
+    On one rank: what another one makes there meanwhile stays as it is.
+    """
+    nearest = Path(path)
+    while not os.path.lexists(nearest) and nearest.parent != nearest:
+        nearest = nearest.parent
+    try:
+        longest = os.pathconf(nearest, "PC_PATH_MAX")
+        if len(os.fsencode(os.path.abspath(path))) + _FILE_NAME_BYTES > longest:
+            return f"it is too long: a path may have {longest:,} bytes"
+        with tempfile.TemporaryDirectory(prefix=".dist_export-", dir=nearest) as folder:
+            (Path(folder) / "file").touch()
+    except OSError as error:
+        return f"{nearest} cannot be written to: {error.strerror or error}"
+    return None
 
 
 def reserve(fd: int, num_bytes: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError, DistExportError, ModelError
+from dist_export.mistakes import Mistakes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,10 @@ class Objects:
     fg: Any = None
 
 
-def build_objects(config: ExportConfig) -> Objects:
+def build_objects(config: ExportConfig, *, tells_all: bool = False) -> Objects:
     """Import and call what the config names; the working directory is importable. Every rank for itself.
+
+    With ``tells_all`` what is wrong with one of them is told together with what is wrong with the others.
 
     Raises:
         ConfigError: a module or callable that is not there, arguments that it does not take, a model without a dataset.
@@ -34,11 +37,20 @@ def build_objects(config: ExportConfig) -> Objects:
         raise ConfigError("model is set but dataset is not; the dense arch is traced with one batch of it")
     if config.model is None and not config.need_export_sparse:
         raise ConfigError("need_export_sparse is false and there is no model: nothing would be exported")
-    return Objects(
-        model=_build("model", config.model, config.model_args),
-        dataset=_build("dataset", config.dataset, config.dataset_args) if config.model is not None else None,
-        fg=_build("fg", config.fg, config.fg_args),
+    mistakes = Mistakes()
+
+    def build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
+        if not tells_all:
+            return _build(setting, spec, arguments)
+        return mistakes.collect(lambda: _build(setting, spec, arguments), None)
+
+    objects = Objects(
+        model=build("model", config.model, config.model_args),
+        dataset=build("dataset", config.dataset, config.dataset_args) if config.model is not None else None,
+        fg=build("fg", config.fg, config.fg_args),
     )
+    mistakes.refuse()
+    return objects
 
 
 def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:

@@ -147,8 +147,7 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, sh
     final = places.final
 
     def look() -> bool:
-        if not final.exists(MANIFEST) and not places.in_place:
-            _refuse_strangers(final, [*shards, *((TENSORKEY, MERGED) if shards else ())])
+        refuse_foreign_files(places, shards)
         if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
             return places.is_replacing
         if _read_identity(final) == identity:
@@ -165,9 +164,12 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, sh
     return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
 
 
-def _refuse_strangers(final: Directory, planned: list[str]) -> None:
-    if list_attempt(final):
-        return  # an export of ours was at work here; a shard that lost its receipt is written anew
+def refuse_foreign_files(places: Places, shards: list[str]) -> None:
+    """Refuse a file that no export of ours left, under the name of one of ``shards`` or of an index. ConfigError. Rank 0."""
+    final = places.final
+    if final.exists(MANIFEST) or places.in_place or list_attempt(final):
+        return  # where an export of ours was at work, a shard that lost its receipt is written anew
+    planned = [*shards, *((TENSORKEY, MERGED) if shards else ())]
     foreign = sorted(set(final.names()) & set(planned))
     if foreign:
         raise ConfigError(

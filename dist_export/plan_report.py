@@ -19,18 +19,17 @@ from dist_export.collective import Ranks, join
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.id_columns import ID_BYTES
-from dist_export.inputs import find_dense, look_for_weights, note_renamed, open_source, read_confs
+from dist_export.inputs import note_renamed
 from dist_export.layout.dtypes import DTYPES
-from dist_export.locations import locate
 from dist_export.manifest import AccountEntry
-from dist_export.objects import Objects, build_objects
-from dist_export.places import Places, may_copy_within, open_places, place_of
+from dist_export.places import Places, may_copy_within, refuse_foreign_files
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
 from dist_export.plan.parts import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.prune_counts import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.units import assign, plan_units
+from dist_export.preflight import look_at_all
 from dist_export.progress import say_figures
 from dist_export.source import PlannedSparse, list_dense_left, note_dense_left, note_numbered_tables, plan_sparse
 
@@ -47,19 +46,8 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
             "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
             "plan could look at. The export itself refuses what is wrong before it writes anything"
         )
-    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
-    built = config if config.model is not None else fg_only
-    objects = Objects() if built is None else build_objects(built)
-    weights = look_for_weights(ranks, config, objects.model)
-    located = ranks.on_rank_0(
-        "find the checkpoint", lambda: locate(config, needs_dense=config.model is not None, weights=weights)
-    )
-    config = located.apply(config)
-    places = open_places(ranks, config, place_of(config))
-    source = places.source
-    assert source is not None  # a live model was refused
-    checkpoint = open_source(ranks, config, places.source, model=objects.model, weights=weights)
-    fg_conf, _, features = read_confs(config, objects, checkpoint)
+    found = look_at_all(ranks, config, world_size)
+    config, places, source, checkpoint = found.config, found.places, found.source, found.checkpoint
     report: dict[str, Any] = {
         "export_dir": places.final.url,
         "source": source.url,
@@ -71,16 +59,18 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "dense_tensors": {"kept": [], "dropped": [], "in_no_file": []},
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
         "notes": [
-            *located.notes,
+            *found.located.notes,
             *(checkpoint.warnings if checkpoint is not None else ()),
-            *features.notes,
-            *note_renamed(fg_conf, checkpoint),
+            *found.features.notes,
+            *note_renamed(found.fg_conf, checkpoint),
         ],
     }
     if not config.need_export_sparse or checkpoint is None:
         return report
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
+    shards = [file.name for file in plan.files]
+    ranks.on_rank_0("look for foreign files", lambda: refuse_foreign_files(places, shards))
     report["notes"] += note_numbered_tables(plan)
     report["notes"] += note_unreadable(checkpoint, plan.selection)
     report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
@@ -99,9 +89,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
         "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
     }
-    found = find_dense(config, source, checkpoint, weights)
-    assert found is not None  # a live model was refused
-    parameters = found.describe()
+    parameters = found.dense_state
     trainer_state = [name for name, *_ in parameters if config.filter_sparse_opt and is_trainer_state(name)]
     report["dense_tensors"]["dropped"] += trainer_state
     if not places.in_place and (config.model is None or config.dataset is None):
@@ -123,7 +111,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
         for rank, mine in enumerate(by_rank)
     ]
-    report["account"] = _account(config, planned, parameters, weights)
+    report["account"] = _account(config, planned, parameters, found.weights)
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
     return report
@@ -173,7 +161,7 @@ def render_report(report: dict[str, Any]) -> list[str]:
         for share in report["ranks"]
     ]
     if report["dense"]:
-        lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not look at it)")
+        lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not trace it)")
     return lines + [f"  note: {note}" for note in report["notes"]]
 
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
 from dist_export.errors import PlanError
 from dist_export.layout.recis import EMBEDDING_SLOT, FILTER_STEP, ID_SLOT
+from dist_export.mistakes import Mistakes
 
 OPTIMIZER_SLOTS = frozenset(
     {
@@ -125,13 +126,16 @@ def select(
         (tensor, reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name)))
         for tensor in checkpoint.dense
     ]
-    if unmatched:
-        setting, pattern = min(unmatched)
-        slots = sorted({slot.name for table in checkpoint.tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
-        raise PlanError(
-            f"{setting}: the pattern {pattern!r} matches no slot and no dense tensor of the checkpoint; "
-            f"its slots besides id and embedding, which always stay: {', '.join(slots) or 'none'}"
+    mistakes = Mistakes()
+    slots = sorted({slot.name for table in checkpoint.tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
+    for setting, pattern in sorted(unmatched):
+        mistakes.add(
+            PlanError(
+                f"{setting}: the pattern {pattern!r} matches no slot and no dense tensor of the checkpoint; "
+                f"its slots besides id and embedding, which always stay: {', '.join(slots) or 'none'}"
+            )
         )
+    mistakes.refuse()
     return Selection(
         kept=tuple(kept),
         dropped=tuple(dropped),

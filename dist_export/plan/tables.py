@@ -17,6 +17,7 @@ from dist_export.checkpoint.reader import Blocks, Checkpoint, LeftOutTable, Part
 from dist_export.errors import PlanError, printable
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.mistakes import Mistakes
 
 HASH_SIZE = 65536
 """Of the slices of RecIS's hash tables."""
@@ -61,14 +62,18 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
     if not asked:
         return checkpoint
     names = [table.name for table in checkpoint.tables]
-    reasons = _reasons_to_leave(names, asked)
+    mistakes = Mistakes()
+    everything: list[str | None] = [None] * len(names)
+    reasons = mistakes.collect(lambda: _reasons_to_leave(names, asked), everything)
     kept = [number for number, reason in enumerate(reasons) if reason is None]
     if names and not kept:
         raise PlanError("select_tables and drop_tables leave no table; set need_export_sparse: false to export none")
     kept_names = [names[number] for number in kept]
-    renamed = _rename(kept_names, asked.rename)
-    is_hash = _matching("as_hash", asked.as_hash, kept_names)
-    defaults = first_match("default_row", asked.default_row, kept_names)
+    renamed = mistakes.collect(lambda: _rename(kept_names, asked.rename), kept_names)
+    is_hash = mistakes.collect(lambda: _matching("as_hash", asked.as_hash, kept_names), [False] * len(kept))
+    no_defaults: list[DefaultRow | None] = [None] * len(kept)
+    defaults = mistakes.collect(lambda: first_match("default_row", asked.default_row, kept_names), no_defaults)
+    mistakes.refuse()
     tables = []
     for number, new_name, becomes_hash, default in zip(kept, renamed, is_hash, defaults, strict=True):
         table = checkpoint.tables[number]
@@ -92,8 +97,7 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
 
 def first_match(setting: str, values: Mapping[str, Value], names: Sequence[str]) -> list[Value | None]:
     """Return for each table's name the value of the first pattern that matches it. PlanError if one matches none."""
-    for pattern in values:
-        _matching(setting, [pattern], names)
+    _matching(setting, list(values), names)
     return [next((value for pattern, value in values.items() if fnmatchcase(name, pattern)), None) for name in names]
 
 
@@ -106,16 +110,25 @@ def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
 
 def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[bool]:
     """Return which names one of the patterns matches."""
+    mistakes = Mistakes()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise no_match(setting, pattern, names)
+            mistakes.add(no_match(setting, pattern, names))
+    mistakes.refuse()
     return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
 
 
 def _reasons_to_leave(names: Sequence[str], asked: TableSettings) -> list[str | None]:
     """Return for each table the setting that leaves it out, None where it stays."""
-    is_selected = _matching(BY_SELECTION, asked.select, names) if asked.select else [True] * len(names)
-    is_dropped = _matching(BY_PATTERN, asked.drop, names)
+    mistakes = Mistakes()
+    everything = [True] * len(names)
+    is_selected = (
+        mistakes.collect(lambda: _matching(BY_SELECTION, asked.select, names), everything)
+        if asked.select
+        else everything
+    )
+    is_dropped = mistakes.collect(lambda: _matching(BY_PATTERN, asked.drop, names), [False] * len(names))
+    mistakes.refuse()
     return [
         BY_PATTERN if dropped else None if selected else BY_SELECTION
         for selected, dropped in zip(is_selected, is_dropped, strict=True)
