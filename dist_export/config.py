@@ -28,6 +28,7 @@ CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
+_MAX_BATCHES = 10_000
 """Four months; what a timeout is given to cannot count much further."""
 
 
@@ -113,7 +114,7 @@ class ExportConfig:
     dense_model_name: str = "dense_arch"
     """Path of the dense arch within the model, and the prefix of its parameters in model.pt"""
     dataset: str | None = None
-    """package.module:callable that returns an iterable of batches; one batch is taken"""
+    """package.module:callable that returns an iterable of batches; a few are taken, see drift_batches"""
     dataset_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for dataset"""
     allow_missing_dense: list[str] = field(default_factory=list)
@@ -138,6 +139,10 @@ class ExportConfig:
     """Largest absolute difference between written program and model"""
     rtol: float = 1e-5
     """Largest relative difference between written program and model"""
+    drift_batches: int = 4
+    """Batches, at most, on which the package is compared with the unmodified model; 0 leaves the comparison out"""
+    max_drift: Union[float, dict[str, float], None] = None  # noqa: UP007
+    """Largest drift (max_abs) of any output, or by output; more than that fails the export; null allows any"""
     fg: str | None = None
     """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()"""
     fg_args: dict[str, Any] = field(default_factory=dict)
@@ -291,6 +296,7 @@ class ExportConfig:
         for name in ("atol", "rtol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
+        self._check_drift()
         if self.export_outputs is not None:
             check_output_names(self.export_outputs)
         for name, dims in self.dynamic_dims.items():
@@ -303,6 +309,18 @@ class ExportConfig:
                     raise ConfigError(
                         f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
                     )
+
+    def _check_drift(self) -> None:
+        if not 0 <= self.drift_batches <= _MAX_BATCHES:
+            raise ConfigError(f"drift_batches is {self.drift_batches}; give a number from 0 to {_MAX_BATCHES:,}")
+        if self.max_drift is None:
+            return
+        limits = self.max_drift if isinstance(self.max_drift, dict) else {"": self.max_drift}
+        for name, limit in limits.items():
+            if not 0 <= limit < float("inf"):
+                raise ConfigError(f"max_drift{name and f'.{name}'} is {limit}; give a finite number from 0 up")
+        if not self.drift_batches:
+            raise ConfigError("max_drift bounds the drift, but drift_batches is 0, which leaves it out")
 
     def with_changes(self, **changes: Any) -> ExportConfig:
         """Return a copy with some settings changed, checked anew."""

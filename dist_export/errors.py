@@ -85,6 +85,10 @@ class ParityError(ExportError):
     """The written program does not give what the model gives."""
 
 
+class DriftError(ExportError):
+    """Scores of the package are further from the unmodified model's than ``max_drift`` allows."""
+
+
 class CommitError(ExportError):
     """What was written is not what was planned. The message says what is on disk."""
 

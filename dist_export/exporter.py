@@ -33,7 +33,7 @@ from dist_export.commit import (
 )
 from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
-from dist_export.errors import CommitError
+from dist_export.errors import CommitError, ConfigError
 from dist_export.inputs import FG, encode_fg, find_dense, look_at_source, note_renamed, open_source, read_confs
 from dist_export.layout.recis import MERGED
 from dist_export.locations import Locations, register_package
@@ -129,6 +129,7 @@ def export_located(
             notes += note_rules(checkpoint, planned.plan.pruning, planned.census.pruned)
 
     dense = None
+    ranks.run("look for what max_drift needs", lambda: _refuse_unscored(config, objects))
     if objects.model is not None and objects.dataset is not None:
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
@@ -253,6 +254,7 @@ def export_located(
                 account=account,
                 dense=None if dense is None else dense.entry,
                 parity=None if dense is None else dense.parity,
+                drift=None if dense is None else dense.drift,
                 notes=(*notes, *(() if dense is None else dense.notes)),
                 run={
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -261,6 +263,7 @@ def export_located(
                     "ranks": [share._asdict() for share in shares],
                     "seconds": {name: round(seconds, 3) for name, seconds in reporter.seconds.items()},
                     "sample": None if dense is None else dense.counts,
+                    **({"drift": dense.drift_counts} if dense is not None and dense.drift_counts else {}),
                     "reused_shards": reused,
                     "left_alone": [] if in_place else list_strangers(target, {file.path for file in files}),
                     "identity": identity,
@@ -287,6 +290,13 @@ def export_located(
 
 def _tell_version(registered: list[str]) -> list[str]:
     return [f"  version  {uri}" for uri in registered]
+
+
+def _refuse_unscored(config: ExportConfig, objects: Objects) -> None:
+    if config.max_drift is not None and (objects.model is None or objects.dataset is None):
+        raise ConfigError(
+            "max_drift bounds the drift of scores, which needs model and dataset; give both, or no max_drift"
+        )
 
 
 def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

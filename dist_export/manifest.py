@@ -283,6 +283,31 @@ class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
         return self.exported + self.in_program + sum(self.dropped.values()) + sum(self.left_out.values())
 
 
+class DriftOutputEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one output of the package is from the unmodified model's, over all batches."""
+
+    max_abs: float
+    """Largest absolute difference of two finite values."""
+    mean_abs: float
+    pairs: Count
+    """Pairs of rows of a batch, within a column of the output, that differ on both sides."""
+    pairs_swapped: Count
+    """Of these, pairs whose order is another one."""
+    not_finite: Count = 0
+    """Values that are infinite or NaN on one side alone; they are in no other figure."""
+
+
+class DriftEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The package on rank 0's batches, against the unmodified model: the caller's own, on rows without cast and prune."""
+
+    batches: Count
+    rows: Count
+    """Of these batches."""
+    outputs: dict[str, DriftOutputEntry]
+    skipped: Count = 0
+    """Batches whose blocks have another shape than the program takes, so that it cannot score them."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The whole package."""
 
@@ -303,6 +328,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[FileEntry, ...]
     dense: DenseEntry | None
     parity: ParityEntry | None
+    drift: DriftEntry | None = None
     notes: tuple[str, ...]
     versions: dict[str, str]
     digest: str = ""

@@ -20,7 +20,7 @@ from dist_export.display import Display, Moment, Speedometer, open_display
 from dist_export.errors import ExportError, printable
 from dist_export.events import Events
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.manifest import CastEntry, Manifest, SlotEntry, TableEntry
+from dist_export.manifest import CastEntry, DriftEntry, Manifest, SlotEntry, TableEntry
 from dist_export.retries import TRAFFIC
 from dist_export.transfer.engine import Share
 
@@ -77,6 +77,9 @@ class Reporter:
                 helped=mine.num_helped,
                 seconds=round(mine.seconds, 3),
             )
+        if manifest.drift is not None and self._ranks.rank == 0:
+            for name, output in manifest.drift.outputs.items():
+                self._events.add("drift", output=name, **msgspec.structs.asdict(output))
         for table in manifest.tables if self._ranks.rank == 0 else ():
             kept = sum(slot.num_bytes for slot in table.kept)
             self._events.add("table", table=table.name, rows=table.rows_out, dropped=table.rows_dropped, bytes=kept)
@@ -202,6 +205,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
                 what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
             lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
+    if manifest.drift is not None:
+        lines.append(f"  drift    {_say_drift(manifest.drift, manifest.run.get('drift') or {})}")
     sample = manifest.run.get("sample") or {}
     if sample.get("asked"):
         asked, missing, pruned = (sum(sample.get(name, {}).values()) for name in ("asked", "missing", "left_behind"))
@@ -227,6 +232,28 @@ def summarize_again(manifest: Manifest) -> list[str]:
         lines = summarize(msgspec.structs.replace(manifest, run={}), [], manifest.digest)
         lines.append("  run      what it says of the export cannot be read")
     return [printable(line) for line in lines]
+
+
+def _say_drift(drift: DriftEntry, counts: dict[str, int]) -> str:
+    """Return the drift of the output that drifts most, and what it was measured on."""
+    figures = "none"
+    if drift.outputs:
+        name, worst = max(drift.outputs.items(), key=lambda item: (item[1].not_finite, item[1].max_abs))
+        pairs = sum(output.pairs for output in drift.outputs.values())
+        swapped = sum(output.pairs_swapped for output in drift.outputs.values())
+        figures = (
+            f"from the unmodified model up to {worst.max_abs:.2g} ({printable(name)}), mean {worst.mean_abs:.2g}; "
+            f"{swapped:,} of {count(pairs, 'pair')} of rows change their order"
+        )
+        figures += f"; {worst.not_finite:,} not finite on one side" if worst.not_finite else ""
+    batches = "1 batch" if drift.batches == 1 else f"{drift.batches:,} batches"
+    skipped = f", {drift.skipped:,} of another shape left out" if drift.skipped else ""
+    apart = [f"{counts[key]:,} {what}" for key, what in _DRIFT_COUNTS.items() if counts.get(key)]
+    ids = f"; of {count(counts['ids'], 'id')} {', '.join(apart)}" if apart else ""
+    return f"{figures} ({count(drift.rows, 'row')} of {batches}{skipped}{ids})"
+
+
+_DRIFT_COUNTS = {"without_row": "without a row in the checkpoint", "pruned": "pruned"}
 
 
 def _views(manifest: Manifest) -> list[str]:

@@ -70,6 +70,7 @@ class RowFinder:
         is_written: bool = False,
         only: Callable[[str, np.ndarray], np.ndarray] | None = None,
         sharded: Collection[str] = (),
+        pruned: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Look at ids only when asked.
 
@@ -87,6 +88,7 @@ class RowFinder:
                 this rank's table holds itself, for another could not be taken out of it again.
             sharded: tables of such a model that took no rows in the first run, whatever they look like in the second: FSDP
                 leaves the weights of its outermost module whole after a forward.
+            pruned: of such a model, by table the ids whose rows were left behind (int64), as :meth:`pruned_ids` gives them.
         """
         self.sharded = sharded
         self._casts = casts or {}
@@ -105,6 +107,54 @@ class RowFinder:
         self._found: dict[int, FoundRows] = {}
         """Table -> what is known of it already."""
         self._is_unmodified = False
+        self._wanted: dict[str, np.ndarray] = {}
+        """Table -> ids that will be asked for, and were not yet."""
+        self._recorded: dict[str, list[np.ndarray]] | None = None
+        self._pruned = pruned or {}
+
+    def want(self, ids: Mapping[str, np.ndarray]) -> None:
+        """Note ids by table (int64, sorted, without duplicates) that will be asked for: one scan finds all of them."""
+        self._wanted.update({table: numbers for table, numbers in ids.items() if table in self._numbers})
+
+    def recorder(self) -> RowFinder:
+        """Return what finds no row and notes what it was asked for. The model then uses its own rows."""
+        view = copy.copy(self)
+        view._recorded = {}  # noqa: SLF001 -- of this very class
+        return view
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this is a :meth:`recorder`."""
+        return self._recorded is not None
+
+    def record(self, table: str, ids: np.ndarray) -> None:
+        """Take in a lookup. Of a recorder."""
+        assert self._recorded is not None
+        self._recorded.setdefault(table, []).append(ids)
+
+    def recorded(self) -> dict[str, np.ndarray]:
+        """Return by table the ids that a recorder was asked for, sorted, without duplicates."""
+        return {table: np.unique(np.concatenate(ids)) for table, ids in (self._recorded or {}).items()}
+
+    def lacking(self, table: str, ids: np.ndarray, has_row: np.ndarray) -> np.ndarray:
+        """Return those of the ids for which serving gives the table's default row.
+
+        Of a model in memory these are the pruned ones alone: another rank may have the others.
+        """
+        is_lacking: np.ndarray = ~has_row
+        if self.is_live and self._is_unmodified:
+            is_lacking = np.zeros(len(ids), bool)
+        elif self.is_live and self._only is not None:
+            is_lacking = np.isin(ids, self._pruned.get(table, ids[:0]))
+        elif self.is_live:
+            answer = self._found[self._numbers[table]].of(ids)
+            is_lacking = answer.is_pruned & ~answer.is_kept
+        return np.compress(is_lacking, ids)
+
+    def pruned_ids(self) -> dict[str, np.ndarray]:
+        """Return by table the ids that were asked for, and whose rows are all left behind by rules."""
+        names = {number: table for table, number in self._numbers.items()}
+        return {names[n]: found.ids[found.is_pruned & ~found.is_kept] for n, found in self._found.items()}
 
     def unmodified(self) -> RowFinder:
         """Return what finds the source's own rows: without cast, prune or the choice among duplicates. It shares the scans."""
@@ -217,7 +267,8 @@ class RowFinder:
             return self._find_allowed(table, ids, self._only)
         number = self._numbers[table]
         known = self._found.get(number)
-        new = ids if known is None else np.setdiff1d(ids, known.ids, assume_unique=True)
+        new = np.union1d(ids, self._wanted.pop(table)) if table in self._wanted else ids
+        new = new if known is None else np.setdiff1d(new, known.ids, assume_unique=True)
         if known is None or len(new):
             found = self._scan(number, self.stored_embedding(table), new)
             known = self._found[number] = found if known is None else known.join(found)

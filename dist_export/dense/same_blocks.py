@@ -21,18 +21,27 @@ _MAX_BATCHES = 8
 
 
 def gather_outlines(
-    ranks: Ranks, sparse_arch: nn.Module, blocks: Blocks, data: Any, batches: Batches, *, sparse_model_name: str
+    ranks: Ranks,
+    sparse_arch: nn.Module,
+    blocks: Blocks,
+    data: Any,
+    batches: Batches,
+    *,
+    sparse_model_name: str,
+    further: Sequence[Sequence[Outline]] = (),
 ) -> list[list[Outline]]:
     """Return the outlines of the blocks by rank and batch, and refuse blocks that vary. All ranks.
 
     The sample alone is looked at where all of its blocks are tensors. Else the sparse arch runs, with the model's own
     rows, on further batches until one has another size, and at last on a part of the sample ``data``: what is no tensor
-    may follow from the size of the batch.
+    may follow from the size of the batch. ``further``: outlines by rank that are known of other batches.
 
     Raises:
         ModelError: on all ranks, for a block or constant that is not the same everywhere, or cannot be shown to be.
     """
     seen = [[outline] for outline in ranks.gather("compare the blocks of all ranks", blocks.outline)]
+    for its, others in zip(seen, further, strict=False):
+        its.extend(others)
 
     def add(step: str, batch: Any) -> None:
         def run() -> Outline:

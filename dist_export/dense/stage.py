@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.amounts import count, few
 from dist_export.archive.guard import load_program
 from dist_export.checkpoint.dense_parameters import DenseParameters
 from dist_export.checkpoint.reader import Checkpoint
@@ -21,6 +21,7 @@ from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.dense.blame import said
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
+from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
@@ -37,12 +38,13 @@ from dist_export.dense.row_check import check_names, check_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
+from dist_export.dense.sample_notes import note_pruned, note_rows, refuse_foreign_tables
 from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.layout.encodings import RowCast
-from dist_export.manifest import DenseEntry, ParityEntry
+from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry
 from dist_export.objects import Objects
 from dist_export.storage import Directory
 
@@ -59,6 +61,9 @@ class DenseStage:
         self._objects = objects
         self._parameters = parameters
         self._batches: Batches | None = None
+        self._drift = DriftRun(ranks, config)
+        self._pruned: dict[str, np.ndarray] = {}
+        """Ids of the batches, by table, that rules leave behind."""
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._sample: DenseSample | None = None
@@ -78,6 +83,10 @@ class DenseStage:
         """What turned up after :meth:`prepare`. Rank 0."""
         self.entry: DenseEntry | None = None
         self.parity: ParityEntry | None = None
+        self.drift: DriftEntry | None = None
+        """On rank 0."""
+        self.drift_counts: dict[str, int] = {}
+        """Ids that all batches of the drift looked up, over all ranks."""
         self.counts: dict[str, dict[str, int]] = {}
         """Ids that the sample batch looked up, over all ranks: ``asked`` and ``missing`` by table."""
         self.parameters: list[tuple[str, str, tuple[int, ...]]] = []
@@ -110,12 +119,15 @@ class DenseStage:
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
+        assert self._batches is not None
+        self._drift.take(self._data, self._batches)
         self._casts = casts or {}
         finder = None
         if checkpoint is not None:
             names = self._names_of(checkpoint)
             finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
         self._finder = finder
+        further = self._drift.record(sparse_arch, finder)
         blocks, rows = ranks.run(
             "run the sparse arch on the sample",
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
@@ -146,45 +158,19 @@ class DenseStage:
         }
         if finder is not None and config.need_export_sparse:
             tables, is_any_known = finder.table_names(), any(its[-1] for its in counted)
-            ranks.run(
-                "match the model's tables", lambda: self._refuse_foreign_tables(tables, is_any_known=is_any_known)
-            )
-        if finder is None:
-            if self._parameters is not None:
-                notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
-        elif finder.table_names() and not rows.sharded_tables and not asked and not rows.unknown_tables:
-            notes.append(
-                "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
-                "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"
-            )
-        notes += [
-            f"{name} is no table of the checkpoint: the sample used the model's own rows"
-            for name in rows.unknown_tables
-        ]
-        notes += [
-            f"table {name!r} has {count(num_rows, 'row')} in the checkpoint, the model's {num_own:,}: "
-            + (
-                f"of ids from {num_rows:,} on the package has no row, and lookups give its default_row or zeros"
-                if num_own > num_rows
-                else f"it cannot look up rows from {num_own:,} on, which are exported all the same"
-            )
-            for name, num_rows, num_own in rows.other_sizes
-        ]
-        if left := left_behind.total():
-            # how many they are depends on how the dataset is shared out, and stands in the manifest's run
-            to_model = sum(its[-2] for its in counted)
-            told = (
-                [] if to_model == left else ["the sample has the table's default_row or zeros for them, as serving has"]
-            )
-            told += ["tables that take no rows were left with what they give themselves"] if to_model else []
-            notes.append(f"ids that the sample looked up are left behind by prune: {'; '.join(told)}")
-        notes += [
-            f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
-            for name in rows.sharded_tables
-        ]
-        assert self._batches is not None
+            refuse = functools.partial(refuse_foreign_tables, tables, rows, is_any_known=is_any_known)
+            ranks.run("match the model's tables", lambda: refuse(sparse_model_name=config.sparse_model_name))
+        left = left_behind.total()
+        notes += note_rows(rows, finder, has_checkpoint=self._parameters is not None, is_asked=bool(asked))
+        notes += note_pruned(left, sum(its[-2] for its in counted)) if left else []
         outlines = gather_outlines(
-            ranks, sparse_arch, blocks, self._data, self._batches, sparse_model_name=config.sparse_model_name
+            ranks,
+            sparse_arch,
+            blocks,
+            self._data,
+            self._batches,
+            sparse_model_name=config.sparse_model_name,
+            further=further,
         )
         notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, blocks, features))
         ranks.on_rank_0("compare the order of the blocks", lambda: self._compare_orders(outlines))
@@ -203,10 +189,13 @@ class DenseStage:
             dense_model_name=config.dense_model_name,
         )
         with runner.dense_values(None if self._parameters is None else self._parameters.load):
-            self._reference = runner.run(self._data, None if finder is None else finder.unmodified())
+            own_rows = None if finder is None else finder.unmodified()
+            self._reference = runner.run(self._data, own_rows)
+            self._drift.run_unmodified(self._reference, runner, own_rows, reads_package=config.need_export_sparse)
         if finder is not None:
+            self._pruned = finder.pruned_ids()
             self._changes_rows = any(ranks.gather("look for changed rows", finder.changes_rows))
-        return ranks.on_rank_0("look at the reference", self._look_at_reference)
+        return [*ranks.on_rank_0("look at the reference", self._look_at_reference), *self._drift.notes]
 
     def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
         """Trace, write into ``folder``, load what was written and compare. Rank 0; issues no collective."""
@@ -284,7 +273,9 @@ class DenseStage:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
         ranks = self._ranks
+        first: tuple[Blocks, SampleRows] | None = None
         blocks: Blocks | None = None
+        run_again: Callable[[Any], tuple[Blocks, SampleRows]] = _refuse_to_run
         reads_rows = False
         if written is not None:
             assert self._sparse_arch is not None
@@ -298,16 +289,26 @@ class DenseStage:
                 is_written=True,
                 only=self._is_own_row if self._parameters is None else None,
                 sharded=self._looked_up.sharded_tables,
+                pruned=self._pruned,
             )
+            wanted = self._drift.wanted
+            if self._parameters is None:  # of a model in memory, what another rank holds is not looked for
+                wanted = {table: ids[self._is_own_row(table, ids)] for table, ids in wanted.items()}
+            finder.want(wanted)
+            run_again = functools.partial(self._run_again, sparse_arch, finder)
             blocks, rows = ranks.run(
                 "score the sample from the shards",
-                lambda: self._run_again(sparse_arch, finder),
+                lambda: run_again(self._data),
                 may_block=True,
             )
             ranks.run("compare the rows of the sample", lambda: self._compare_rows(rows, finder, target))
             reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
+            first = (blocks, rows)
         self._data = self._sparse_arch = None
         ranks.on_rank_0("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
+        self.drift = self._drift.score(first, run_again, self._sample, self._used, lambda: self._load_program(target))
+        if self.drift is not None and first is not None:
+            self.drift_counts = self._drift.gather_counts()
 
     def _compare_rows(self, rows: SampleRows, finder: RowFinder, target: Directory) -> None:
         refuse_other_rows(self._looked_up, rows, target)
@@ -316,10 +317,14 @@ class DenseStage:
             check_names(names, self._config.rename_tables)
             check_rows(self._finder, finder)
 
-    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder) -> tuple[Blocks, SampleRows]:
+    def _load_program(self, target: Directory) -> ExportedProgram:
+        assert self.entry is not None
+        return load_program(target.read(self.entry.program))
+
+    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder, data: Any) -> tuple[Blocks, SampleRows]:
         name = self._config.sparse_model_name
         try:
-            return run_sparse_arch(sparse_arch, self._data, sparse_model_name=name, finder=finder)
+            return run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=finder)
         except ModelError as error:
             raise ParityError(
                 f"{error}. It ran with the checkpoint's rows before, and fails with those of the written shards. No manifest "
@@ -381,19 +386,6 @@ class DenseStage:
             raise ModelError(f"dense_optimizer is a {type(optimizer).__name__} without zero_grad()")
         optimizer.zero_grad()
 
-    def _refuse_foreign_tables(self, names: Sequence[str], *, is_any_known: bool) -> None:
-        """Raise ModelError where this rank has tables, and none of any rank's is one of the checkpoint's (``names``)."""
-        unknown = self._looked_up.unknown_tables
-        if is_any_known or not unknown:
-            return
-        raise ModelError(
-            f"none of the model's tables ({few(unknown)}) is one of the checkpoint's ({few(names) or 'which has none'}), so its "
-            "scores would say nothing of the rows that are exported. A table goes by the path of its module or weight within "
-            f"the model, or within sparse_model_name ({self._config.sparse_model_name!r}); no setting maps names to others "
-            "(rename_tables gives those in the package). Nothing was written. Give a model whose modules are called as in the "
-            "checkpoint; without model the tables alone are exported"
-        )
-
     def _find_arches(self) -> tuple[nn.Module, nn.Module]:
         model = self._objects.model
         return tuple(find_arch(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
@@ -409,10 +401,13 @@ class DenseStage:
         ]
 
     def _is_own_row(self, table: str, ids: np.ndarray) -> np.ndarray:
-        """Whether this rank's own table holds these ids (bool), as far as the sample has asked for them."""
-        written = {model: name for name, model in self._model_names.items()}.get(table, table)
-        found = self._looked_up.rows.get(written, {})
-        return np.array([found.get(number) is not None for number in ids.tolist()], bool)
+        """Whether this rank's own table holds these ids (bool) for export, as far as a batch has asked for them."""
+        known = None if self._finder is None else self._finder.known(table)
+        is_own = np.zeros(len(ids), bool)
+        if known is not None:
+            is_known = np.isin(ids, known.ids)
+            is_own[is_known] = known.of(ids[is_known]).is_kept
+        return is_own
 
     def _load(self, copied: nn.Module) -> tuple[str, ...]:
         if self._parameters is None:  # the copy has the values that training left
@@ -452,6 +447,7 @@ class DenseStage:
         check_dynamic_dims(cut.tensors, self._config.dynamic_dims)
         move_to(copied, device)
         self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+        self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *_note_constants(blocks), *check_inputs(features, shapes)]
 
@@ -471,6 +467,10 @@ def _note_constants(blocks: Blocks) -> list[str]:
     told = ", ".join(f"{place} = {value[:40]}" for place, value in list(blocks.constants.items())[:5])
     more = f" and {len(blocks.constants) - 5:,} more" if len(blocks.constants) > 5 else ""
     return [f"the sparse arch gives entries that are no tensors; they are constants of the program: {told}{more}"]
+
+
+def _refuse_to_run(_: Any) -> tuple[Blocks, SampleRows]:
+    raise AssertionError("there are no shards to run on")
 
 
 def _refuse_lacking(batches: list[bool]) -> None:

@@ -101,6 +101,8 @@ def checkpoint_rows(
                 if isinstance(feed, _WeightFeed) and finder.is_live and uses[id(module.weight)] > 1:
                     feed.puts_default = False  # it would be read as the row of the other table that has this weight
                 handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
+                if isinstance(feed, _HashFeed):  # before the caller's own hooks, which get what the table gives
+                    handles.append(module.register_forward_hook(feed.after_lookup, prepend=True, with_kwargs=True))
         counts.knows_a_table = bool(handles or counts.sharded_tables) or any(
             names.has(name) for name, _ in sparse_arch.named_parameters()
         )
@@ -201,12 +203,7 @@ class _Feed:
         self._fed = np.zeros(0, np.int64)
 
     def before_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("ids", kwargs.get("input"))
-        if not isinstance(ids, torch.Tensor):
-            raise ModelError(
-                f"{type(self._module).__name__} was called with {type(ids).__name__} in the place of its ids; the export "
-                "feeds tables that look up a tensor of ids"
-            )
+        ids = self.ids_of(args, kwargs)
         asked = np.unique(ids.detach().reshape(-1).to("cpu", torch.int64).numpy())
         new = np.setdiff1d(asked, self._fed, assume_unique=True)
         self._fed = np.union1d(self._fed, new)
@@ -214,17 +211,29 @@ class _Feed:
             with torch.no_grad():
                 self.feed(new)
 
+    def ids_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        ids = args[0] if args else kwargs.get("ids", kwargs.get("input"))
+        if not isinstance(ids, torch.Tensor):
+            raise ModelError(
+                f"{type(self._module).__name__} was called with {type(ids).__name__} in the place of its ids; the export "
+                "feeds tables that look up a tensor of ids"
+            )
+        return ids
+
     def feed(self, ids: np.ndarray) -> None:
         raise NotImplementedError
 
-    def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Return the ids of the table that the checkpoint holds, and their rows in its dtype, cast there and back."""
+    def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        """Return the ids that the checkpoint holds, their rows in its dtype, cast there and back, and ids without a row.
+
+        The last are those for which serving gives the default row.
+        """
         has_row, rows = self._finder.find(table, ids)
         written = self._finder.written_name(table)
         num_left_behind = self._finder.left_behind.pop(written, 0)
         self._counts.count(written, ids, has_row, rows, num_left_behind=num_left_behind)
         self._counts.left_to_model += 0 if self.puts_default else num_left_behind
-        return ids[has_row], self.values_of(table, rows[has_row])
+        return ids[has_row], self.values_of(table, rows[has_row]), self._finder.lacking(table, ids, has_row)
 
     def values_of(self, table: str, rows: np.ndarray) -> torch.Tensor:
         """Return rows as they are written (uint8, (n, bytes)) in the checkpoint's dtype."""
@@ -234,7 +243,9 @@ class _Feed:
 
 
 class _HashFeed(_Feed):
-    """Feeds a hash table through ``insert``."""
+    """Feeds a hash table through ``insert``. What it lacks is put into its answer, for no id can be taken out again."""
+
+    puts_default = True
 
     def __init__(
         self, module: nn.Module, path: str, finder: RowFinder, counts: SampleRows, undo: list[Callable[[], None]]
@@ -250,11 +261,12 @@ class _HashFeed(_Feed):
                     f"{', '.join(finder.table_names()) or 'none'}"
                 )
         self._path = path
+        self._lacking: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Ids as the module is asked for them (int64, (n,)), and the row that it gives for them."""
 
     def feed(self, ids: np.ndarray) -> None:
         if self._children is None:
-            name = _name_of(self._module, self._path)
-            self._insert(name, *self.rows_of(name, ids))
+            self._feed_table(_name_of(self._module, self._path), ids, 0)
             return
         child_of_id = (ids.view(np.uint64) >> np.uint64(CHILD_BITS)).astype(np.int64)
         for child in np.unique(child_of_id).tolist():
@@ -264,8 +276,30 @@ class _HashFeed(_Feed):
                     f"{self._children}"
                 )
             bare = np.sort(ids[child_of_id == child] & _ID_MASK)
-            held, rows = self.rows_of(self._children[child], bare)
-            self._insert(self._children[child], held | np.uint64(child << CHILD_BITS).astype(np.int64), rows)
+            self._feed_table(self._children[child], bare, np.uint64(child << CHILD_BITS).astype(np.int64))
+
+    def _feed_table(self, name: str, ids: np.ndarray, high: Any) -> None:
+        """Feed one table; ``high`` is what the module's own ids have above the bits of these (int64)."""
+        if self._finder.is_recording:
+            self._finder.record(name, ids)
+            return
+        held, rows, lacking = self.rows_of(name, ids)
+        self._insert(name, held | high, rows)
+        if len(lacking):
+            default = self.values_of(name, self._finder.default_row(name)[None])[0]
+            self._lacking.append((torch.from_numpy(lacking | high), default))
+
+    def after_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put the default row in the place of what the table gives for ids without a row, as serving does."""
+        ids = self.ids_of(args, kwargs)
+        for lacking, default in self._lacking:
+            is_lacking = torch.isin(ids, lacking.to(ids.device, ids.dtype))
+            if not isinstance(output, torch.Tensor) or output.shape != (*ids.shape, *default.shape):
+                self._counts.left_to_model += int(is_lacking.sum())  # it does more than look rows up
+                continue
+            where = is_lacking.reshape(*ids.shape, *[1] * default.dim())
+            output = torch.where(where, default.to(output), output)
+        return output
 
     def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
         if not len(held):
@@ -333,7 +367,10 @@ class _WeightFeed(_Feed):
     def feed(self, ids: np.ndarray) -> None:
         weight: torch.Tensor = self._module.weight.detach()  # type: ignore[operator]
         ids = ids[(ids >= 0) & (ids < len(weight))]  # the module itself complains about the others
-        held, rows = self.rows_of(self._table, ids)
+        if self._finder.is_recording:
+            self._finder.record(self._table, ids)
+            return
+        held, rows, _ = self.rows_of(self._table, ids)
         # rows that the checkpoint lacks are kept too: with max_norm the lookup itself changes them
         asked = torch.from_numpy(ids).to(weight.device)
         before = weight[asked].clone()

@@ -1,0 +1,278 @@
+"""Run the unmodified model and the package on the same batches. Two passes: ids first, so that a table is scanned once.
+
+The unmodified side is the caller's own model on the checkpoint's own rows and dense parameters: no cast, no prune, no choice
+among duplicates. The package's side is the written program on rows of the written shards, with the default row where they
+have none. An id that the checkpoint has no row of gets serving's row on both sides: that is no drift, and is counted apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from dist_export.amounts import few
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.dense.blame import blame, said
+from dist_export.dense.blocks import Blocks, Outline, read_blocks
+from dist_export.dense.drift import OutputDrift, refuse_drift
+from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.reference import Reference, ReferenceRunner
+from dist_export.dense.rows import RowFinder
+from dist_export.dense.sample import Batches, run_sparse_arch
+from dist_export.dense.tables import SampleRows
+from dist_export.errors import ConfigError, ParityError
+from dist_export.manifest import DriftEntry
+
+_COPIES = 6
+"""How often a row is in memory, at most: as the source has it and as it is exported, of both sides, and while they are joined."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What the unmodified model gave for a batch. Rank 0."""
+
+    output: Any
+    blocks: dict[str, torch.Tensor]
+    """What its sparse arch gave, kept only where no rows are read from the package."""
+
+
+@dataclass(slots=True)
+class DriftCounts:
+    """Ids that this rank looked up in all batches together: each counts once a batch."""
+
+    ids: int = 0
+    without_row: int = 0
+    """Neither the checkpoint nor the package has a row."""
+    pruned: int = 0
+    """The checkpoint has a row, the package has none."""
+
+    def add(self, unmodified: SampleRows, package: SampleRows) -> None:
+        """Take in both sides of one batch."""
+        self.ids += package.asked.total()
+        lacking = package.missing.total() + package.left_behind.total()
+        missing = unmodified.missing.total()
+        self.without_row += missing
+        self.pruned += max(0, lacking - missing)
+
+
+@dataclass(slots=True)
+class DriftRun:
+    """Holds the batches and what the unmodified model gave for them. All ranks call its methods, unless one says so."""
+
+    ranks: Ranks
+    config: ExportConfig
+    batches: list[Any] = field(default_factory=list)
+    """This rank's, the sample first. As many on every rank."""
+    wanted: dict[str, np.ndarray] = field(default_factory=dict)
+    """Ids of all batches, by the model's name of the table; sorted, without duplicates."""
+    notes: list[str] = field(default_factory=list)
+    counts: DriftCounts = field(default_factory=DriftCounts)
+    _kept: list[_Kept] = field(default_factory=list)
+    _looked_up: list[SampleRows] = field(default_factory=list)
+    _outputs: dict[str, OutputDrift] = field(default_factory=dict)
+    _num_batches: int = 0
+    _num_rows: int = 0
+    _num_skipped: int = 0
+
+    def take(self, sample: Any, batches: Batches) -> None:
+        """Take batches after the ``sample``, as long as every rank has one."""
+        taken: list[Any] = [sample] if self.config.drift_batches else []
+
+        def take() -> bool:
+            batch = batches.take()
+            taken.append(batch.data)
+            return batch.is_there
+
+        while taken and len(taken) < self.config.drift_batches:
+            if not all(self.ranks.gather("take a further batch", take)):
+                taken.pop()
+                break
+        self.batches = taken
+
+    def record(self, sparse_arch: nn.Module, finder: RowFinder | None) -> list[list[Outline]]:
+        """Note which ids the batches look up, with the model's own rows, and let ``finder`` find them in one scan.
+
+        Where their rows would not fit into ``max_memory``, the last batches are left out. Returns the outlines of the
+        further batches by rank.
+        """
+        outlines: list[list[Outline]] = [[] for _ in range(self.ranks.world_size)]
+        if len(self.batches) < 2:
+            return outlines
+        ids: list[dict[str, np.ndarray]] = []
+        for place, data in enumerate(self.batches):
+
+            def run(data: Any = data) -> Outline:
+                recorder = None if finder is None else finder.recorder()
+                name = self.config.sparse_model_name
+                blocks, _ = run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=recorder)
+                ids.append({} if recorder is None else recorder.recorded())
+                return blocks.outline()
+
+            found = self.ranks.gather("record the ids of a batch", run, may_block=True)
+            if place:
+                for its, outline in zip(outlines, found, strict=True):
+                    its.append(outline)
+        fitting = min(self.ranks.gather("fit the rows into memory", lambda: self._count_fitting(ids, finder)))
+        if fitting < len(self.batches):
+            self.notes.append(
+                f"drift is measured on {fitting} of {len(self.batches)} batches: the rows of more do not fit into max_memory"
+            )
+        self.batches = self.batches[:fitting]
+        self.wanted = join_ids(ids[:fitting])
+        if finder is not None:
+            finder.want(self.wanted)
+        return outlines
+
+    def _count_fitting(self, ids: list[dict[str, np.ndarray]], finder: RowFinder | None) -> int:
+        """Return how many batches, one at least, have rows that fit into this rank's memory together."""
+        fitting, num_bytes = 0, 0
+        for by_table in ids:
+            for table, numbers in by_table.items():
+                assert finder is not None
+                num_bytes += len(numbers) * (_COPIES * finder.embedding_of(table).row_bytes + numbers.itemsize)
+            if fitting and num_bytes > self.config.max_memory_bytes:
+                break
+            fitting += 1
+        return fitting
+
+    def check_names(self, sample: DenseSample) -> None:
+        """Refuse bounds for outputs that are not there. Rank 0. ConfigError names them."""
+        limits = self.config.max_drift
+        unknown = [name for name in limits if name not in sample.output_names] if isinstance(limits, dict) else []
+        if unknown:
+            raise ConfigError(
+                f"max_drift: {few(unknown)} is no output of the dense arch; its outputs: {', '.join(sample.output_names)}"
+            )
+
+    def run_unmodified(
+        self, first: Reference, runner: ReferenceRunner, finder: RowFinder | None, *, reads_package: bool
+    ) -> None:
+        """Run the unmodified model on the further batches; it gave ``first`` for the sample.
+
+        ``reads_package``: whether the other side will read rows of its own; else it takes the blocks of this one.
+        """
+        for place, data in enumerate(self.batches):
+            reference = first if not place else runner.run(data, finder)
+            if self.ranks.rank == 0:
+                blocks = {} if reads_package else read_blocks(reference.blocks).tensors
+                self._kept.append(_Kept(reference.output, blocks))
+            self._looked_up.append(_without_digests(reference.rows))
+
+    def score(
+        self,
+        first: tuple[Blocks, SampleRows] | None,
+        run_again: Callable[[Any], tuple[Blocks, SampleRows]],
+        sample: DenseSample | None,
+        names: tuple[str, ...],
+        load: Callable[[], ExportedProgram],
+    ) -> DriftEntry | None:
+        """Score the batches with the package, and compare. Returns the figures, on rank 0 alone.
+
+        Args:
+            first: what the sparse arch gave for the sample with the package's rows; None where the package has none.
+            run_again: runs it on another batch. On every rank.
+            sample: on rank 0, what the program is of.
+            names: the inputs that the program takes.
+            load: loads the written program. Rank 0.
+
+        Raises:
+            ParityError: on all ranks, where the program fails on a batch of its shapes or gives other outputs.
+            DriftError: on all ranks, for a drift above ``max_drift``.
+        """
+        runner: list[Any] = []
+
+        def compare(place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+            assert sample is not None
+            runner.extend([] if runner else [load().module()])
+            self._add(sample, names, runner[0], self._kept[place], tensors)
+            self._kept[place] = _Kept(None, {})
+
+        for place, data in enumerate(self.batches):
+            blocks: Blocks | None = None
+            if first is not None:
+                again = functools.partial(run_again, data)
+                step = "score a batch from the shards"
+                blocks, rows = self.ranks.run(step, again, may_block=True) if place else first
+                self.counts.add(self._looked_up[place], rows)
+
+            def add(place: int = place, blocks: Blocks | None = blocks) -> None:
+                compare(place, self._kept[place].blocks if blocks is None else blocks.tensors)
+
+            self.ranks.on_rank_0("compare with the unmodified model", add)
+        self.batches = []
+        if not self._looked_up:
+            return None
+        outputs = {name: drift.entry() for name, drift in self._outputs.items()}
+        self.ranks.on_rank_0("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift))
+        return DriftEntry(batches=self._num_batches, rows=self._num_rows, outputs=outputs, skipped=self._num_skipped)
+
+    def gather_counts(self) -> dict[str, int]:
+        """Return how many ids were looked up on all ranks, and how many of them have no row, or none since they are pruned."""
+        counted = self.ranks.gather("count the ids of the drift", lambda: self.counts)
+        return {name: sum(getattr(its, name) for its in counted) for name in ("ids", "without_row", "pruned")}
+
+    def _add(
+        self,
+        sample: DenseSample,
+        names: tuple[str, ...],
+        runner: Callable[..., Any],
+        kept: _Kept,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Run the program on a batch and take in how far its outputs are from the unmodified model's. Rank 0."""
+        limit = self.config.max_batch_size
+        if not all(
+            _fits(tensors.get(name), sample.inputs[name], self.config.dynamic_dims.get(name, {})) for name in names
+        ):
+            self._num_skipped += 1
+            return
+        rows = tensors[names[0]].shape[0]
+        inputs = {name: tensors[name].detach()[:limit].to(sample.inputs[name].device).clone() for name in names}
+        try:
+            with exporting(sample.dense_arch), torch.no_grad():
+                found = sample.flatten(runner(**inputs))
+        except Exception as error:
+            raise ParityError(
+                f"the written program fails on a further batch: {said(error)}{blame(error)}. No manifest was written"
+            ) from error
+        expected = sample.flatten(kept.output)
+        self._num_batches += 1
+        self._num_rows += min(rows, limit)
+        for name, one, other in zip(sample.output_names, expected, found, strict=True):
+            whole = one[:limit] if rows > limit and one.dim() and one.shape[0] == rows else one
+            if whole.shape != other.shape:
+                if rows > limit:
+                    continue  # what has no row for each of the batch cannot be had of a part of it
+                raise ParityError(
+                    f"output {name!r} of a further batch: the written program gives {list(other.shape)}, the model "
+                    f"{list(whole.shape)}. No manifest was written"
+                )
+            self._outputs.setdefault(name, OutputDrift()).add(whole, other)
+
+
+def join_ids(ids: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return by table the ids of all batches, sorted, without duplicates."""
+    tables = sorted({table for by_table in ids for table in by_table})
+    return {t: np.unique(np.concatenate([by_table[t] for by_table in ids if t in by_table])) for t in tables}
+
+
+def _fits(tensor: torch.Tensor | None, traced: torch.Tensor, free: Mapping[int, str]) -> bool:
+    """Whether the program takes such a tensor: it was traced with ``traced``, with the dimensions ``free`` besides the batch."""
+    if tensor is None or tensor.dtype != traced.dtype or tensor.dim() != traced.dim() or not tensor.shape[0]:
+        return False
+    return all(tensor.shape[d] == traced.shape[d] or d in free for d in range(1, tensor.dim()))
+
+
+def _without_digests(rows: SampleRows) -> SampleRows:
+    """Return the counts alone: the digests of all rows would be there for each batch."""
+    counts = SampleRows()
+    counts.asked, counts.missing, counts.left_behind = rows.asked, rows.missing, rows.left_behind
+    return counts

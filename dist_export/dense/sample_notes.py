@@ -1,0 +1,69 @@
+"""What the sample tells of the model's tables and the checkpoint's: notes for the summary, and models that share no table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_export.amounts import count, few
+from dist_export.dense.rows import RowFinder
+from dist_export.dense.tables import SampleRows
+from dist_export.errors import ModelError
+
+
+def note_rows(rows: SampleRows, finder: RowFinder | None, *, has_checkpoint: bool, is_asked: bool) -> list[str]:
+    """Return notes on tables that the sample did not take from the checkpoint, or not whole.
+
+    ``is_asked``: whether any rank has looked up a table of the checkpoint.
+    """
+    notes = []
+    if finder is None:
+        if has_checkpoint:
+            notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
+    elif finder.table_names() and not rows.sharded_tables and not is_asked and not rows.unknown_tables:
+        notes.append(
+            "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
+            "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"
+        )
+    notes += [
+        f"{name} is no table of the checkpoint: the sample used the model's own rows" for name in rows.unknown_tables
+    ]
+    notes += [
+        f"table {name!r} has {count(num_rows, 'row')} in the checkpoint, the model's {num_own:,}: "
+        + (
+            f"of ids from {num_rows:,} on the package has no row, and lookups give its default_row or zeros"
+            if num_own > num_rows
+            else f"it cannot look up rows from {num_own:,} on, which are exported all the same"
+        )
+        for name, num_rows, num_own in rows.other_sizes
+    ]
+    notes += [
+        f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
+        for name in rows.sharded_tables
+    ]
+    return notes
+
+
+def note_pruned(left: int, to_model: int) -> list[str]:
+    """Return a note on ids that the sample looked up and rules leave behind, ``to_model`` of them to the model's own rows.
+
+    How many they are depends on how the dataset is shared out, and stands in the manifest's run.
+    """
+    told = [] if to_model >= left else ["the sample has the table's default_row or zeros for them, as serving has"]
+    told += ["tables that take no rows were left with what they give themselves"] if to_model else []
+    return [f"ids that the sample looked up are left behind by prune: {'; '.join(told)}"]
+
+
+def refuse_foreign_tables(
+    names: Sequence[str], rows: SampleRows, *, is_any_known: bool, sparse_model_name: str
+) -> None:
+    """Raise ModelError where this rank has tables, and none of any rank's is one of the checkpoint's (``names``)."""
+    unknown = rows.unknown_tables
+    if is_any_known or not unknown:
+        return
+    raise ModelError(
+        f"none of the model's tables ({few(unknown)}) is one of the checkpoint's ({few(names) or 'which has none'}), so its "
+        "scores would say nothing of the rows that are exported. A table goes by the path of its module or weight within "
+        f"the model, or within sparse_model_name ({sparse_model_name!r}); no setting maps names to others "
+        "(rename_tables gives those in the package). Nothing was written. Give a model whose modules are called as in the "
+        "checkpoint; without model the tables alone are exported"
+    )
