@@ -105,7 +105,7 @@ def account_export(
     if checkpoint is None or checkpoint.payload is None:
         return msgspec.UNSET
     payload = checkpoint.payload
-    if checkpoint.format in (RECIS, LIVE):
+    if checkpoint.format in (RECIS, LIVE) and not checkpoint.has_state_tables:
         payload = _add_dense(payload, dense_state)
     fates = Fates(taken, is_filtered=planned is not None and config.filter_sparse_opt)
     account = make_account(payload, checkpoint, None if planned is None else planned.plan, tables, fates)
@@ -198,6 +198,24 @@ def _fate_of(name: str, kind: str, taken: Collection[str] | None, *, is_filtered
         return LEFT_OUT, NO_MODEL
     module, mark, _ = name.partition(f".{EXTRA_STATE}")  # a module's extra state may be several tensors
     return (IN_PROGRAM, "") if name in taken or (mark and module + mark in taken) else (LEFT_OUT, NOT_TAKEN)
+
+
+def list_dense_left(dense_state: DenseMeta, plan: SparsePlan) -> list[str]:
+    """Return the dense parameters of the checkpoint that no file of a package of tables alone holds."""
+    in_shards = {tensor.name for tensor in plan.selection.kept_dense}
+    return [name for name, _, _ in dense_state if name not in in_shards]
+
+
+def note_dense_left(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+    """Return what is to be told of :func:`list_dense_left`."""
+    if not names:
+        return []
+    listed = "The merged manifest lists them, as RecIS's does; with" if checkpoint.is_of_recis else "With"
+    note = (
+        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
+        f"tables alone are exported. {listed} model and dataset they are in the exported program"
+    )
+    return [note]
 
 
 class _Ledger:

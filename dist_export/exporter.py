@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from dist_export.account import account_export, fates_by_entry
+from dist_export.account import account_export, fates_by_entry, list_dense_left, note_dense_left
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.model_weights import ModelWeights
@@ -57,9 +57,7 @@ from dist_export.progress import Reporter, summarize
 from dist_export.retries import TRAFFIC
 from dist_export.source import (
     PlannedSparse,
-    list_dense_left,
     look_at_small_files,
-    note_dense_left,
     note_numbered_tables,
     open_written,
     plan_sparse,

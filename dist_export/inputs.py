@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from dist_export.checkpoint.dense_parameters import DenseParameters
+from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.formats import detect_format, holds_tables, open_dense
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
 from dist_export.checkpoint.reader import Checkpoint
@@ -153,6 +153,9 @@ def find_dense(
     """Return the dense parameters of the checkpoint, which are still to be read; None for a model in memory."""
     if source is None:
         return None
+    if checkpoint is not None and checkpoint.has_state_tables:
+        numbered = [table.name_in_source for table in checkpoint.tables if not table.has_ids]
+        return RecisDense(source, tables=frozenset([*numbered, *(table.name for table in checkpoint.left_out)]))
     found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
     return open_dense(source, found, tensor_settings_of(config, weights))
 

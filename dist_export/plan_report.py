@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dist_export.account import DenseMeta, account_export, fates_by_plan, say_account
+from dist_export.account import (
+    DenseMeta,
+    account_export,
+    fates_by_plan,
+    list_dense_left,
+    note_dense_left,
+    say_account,
+)
 from dist_export.amounts import amount, count
 from dist_export.checkpoint.dump_widths import render_width
 from dist_export.checkpoint.formats import describe_format
@@ -31,7 +38,7 @@ from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.units import assign, plan_units
 from dist_export.preflight import look_at_all
 from dist_export.progress import say_figures
-from dist_export.source import PlannedSparse, list_dense_left, note_dense_left, note_numbered_tables, plan_sparse
+from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import os
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dist_export.amounts import count, few
 from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.dump_widths import confirm_widths
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.joined import join_checkpoints
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
+from dist_export.checkpoint.state_tables import find_state_tables, note_state_tables, open_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
@@ -141,12 +142,26 @@ def open_tables(
     ``weights`` are what it says of the checkpoint's tensors.
     """
     checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config, weights))
+    if checkpoint.format == RECIS and weights is not None:
+        checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=config.filter_sparse_opt)
     chosen = choose_tables(ranks, checkpoint, config)
     if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
         return chosen  # the source states all dimensions
     return ranks.run(
         "compare the dimensions", lambda: confirm_widths(chosen, config.dynamicemb_dims, find_model_dims())
     )
+
+
+def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeights, *, is_filtered: bool) -> Checkpoint:
+    """Return a RecIS checkpoint with the model's tables that lie in ``model.pt``; a copy of files gets a warning instead."""
+    directory, known = checkpoint.directory, [table.name for table in checkpoint.tables]
+    held = ranks.on_rank_0("look for tables in model.pt", lambda: find_state_tables(directory, weights, known))
+    if held is None:
+        return checkpoint
+    if not is_filtered:
+        return replace(checkpoint, warnings=(*checkpoint.warnings, note_state_tables(directory, held)))
+    state = _read_metadata(ranks, lambda: open_state(directory, held))
+    return ranks.run("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
 
 
 def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
@@ -276,24 +291,6 @@ def look_at_small_files(source: Directory | None) -> dict[str, str]:
         else:
             found[name] = f"{stat.size} {stat.version}"
     return found
-
-
-def list_dense_left(dense_state: Sequence[tuple[str, str, tuple[int, ...]]], plan: SparsePlan) -> list[str]:
-    """Return the dense parameters of the checkpoint that no file of a package of tables alone holds."""
-    in_shards = {tensor.name for tensor in plan.selection.kept_dense}
-    return [name for name, _, _ in dense_state if name not in in_shards]
-
-
-def note_dense_left(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:
-    """Return what is to be told of :func:`list_dense_left`."""
-    if not names:
-        return []
-    listed = "The merged manifest lists them, as RecIS's does; with" if checkpoint.is_of_recis else "With"
-    note = (
-        f"{count(len(names), 'dense tensor')} of the checkpoint ({few(names)}): no file of the package holds their values, for "
-        f"tables alone are exported. {listed} model and dataset they are in the exported program"
-    )
-    return [note]
 
 
 def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:

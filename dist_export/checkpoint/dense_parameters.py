@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
@@ -51,13 +51,15 @@ class RecisDense:
     skipped: tuple[Skipped, ...] = ()
     left_out: tuple[Skipped, ...] = ()
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, tables: Collection[str] = ()) -> None:
+        """Read nothing yet; ``tables`` are names of what is exported as a table and is no dense parameter."""
+        self._tables = tables
         self.where = directory.describe(DENSE_STATE)
         self._directory = directory
 
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what ``model.pt`` holds; nothing where there is none."""
-        return describe_dense_state(self._directory) or []
+        return [tensor for tensor in describe_dense_state(self._directory) or [] if tensor[0] not in self._tables]
 
     def load(self) -> Mapping[str, Any]:
         """Return what ``model.pt`` holds, but for counters that only training reads."""

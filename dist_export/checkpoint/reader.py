@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_export.checkpoint.payload import Payload
 from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.recis import Slice
+from dist_export.layout.recis import DENSE_STATE, Slice
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
 
@@ -251,6 +251,11 @@ class Checkpoint:
         """Whether RecIS holds these tables, on disk or in memory; what is to be told of it concerns nobody else."""
         is_live = self.memory is not None and any(table.has_ids for table in self.tables)
         return self.format == "recis" or is_live
+
+    @property
+    def has_state_tables(self) -> bool:
+        """Whether tables of a RecIS checkpoint lie in ``model.pt``; then ``payload`` holds all of that file."""
+        return self.format == "recis" and any(file.name == DENSE_STATE for file in self.files)
 
     def table_index(self, name: str) -> int | None:
         """Return the place of a table, None where there is no such table."""

@@ -32,12 +32,20 @@ class TorchReader:
         self,
         directory: Directory,
         settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+        *,
+        names: Sequence[str] = (),
     ) -> None:
-        """Find the files. CheckpointError where there is none, or it cannot be told which one counts."""
+        """Find the files; ``names`` are those that are meant, where that is known.
+
+        CheckpointError where there is none, or it cannot be told which one counts.
+        """
         self.directory = directory
         self._settings = settings
-        self._weight_map = read_weight_map(directory, INDEX_JSON) if directory.exists(INDEX_JSON) else None
-        names = sorted(set(self._weight_map.values())) if self._weight_map is not None else find_torch_files(directory)
+        has_index = not names and directory.exists(INDEX_JSON)
+        self._weight_map = read_weight_map(directory, INDEX_JSON) if has_index else None
+        if not names:
+            index = self._weight_map
+            names = find_torch_files(directory) if index is None else sorted(set(index.values()))
         if not names:
             raise CheckpointError(
                 f"{directory.url}: no file of torch.save among its {len(directory.names())} files; looked for "

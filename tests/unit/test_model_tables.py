@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import embedding_model
+import numpy as np
 import pytest
 import torch
 from dcp_writer import save as save_dcp
-from plain_cases import assert_same, read_numbered
+from plain_cases import MERGED, assert_same, read_numbered
+from recis_writer import make_tables, write_checkpoint
 from safetensors.torch import save_file, save_model
 from sparse_cases import export
 from torch import nn
@@ -165,6 +168,32 @@ def test_a_plan_has_the_tables_of_the_export(tmp_path: Path) -> None:
     assert [table["name"] for table in report["tables"]] == TABLES
     alone = make_report(load_config(load(source, tmp_path)), world_size=3)
     assert [table["name"] for table in alone["tables"]] == ["dense_arch.ebc.embedding_bags.slot.weight"]
+
+
+def test_a_recis_checkpoint_may_hold_tables_of_plain_torch_in_its_dense_state(tmp_path: Path) -> None:
+    """They are exported beside the hash tables; a copy of the sparse files has no place for them, and says so."""
+    trained = embedding_model.build_trained()
+    state = trained.state_dict()
+    source = write_checkpoint(tmp_path / "ckpt", make_tables({"hashed": 30}, 2), model_state=state)
+    manifest = export(source, tmp_path / "out", **SETTINGS)
+    package = dist_export.open_package(tmp_path / "out")
+    for name in TABLES:
+        rows, found = package.lookup(name, np.arange(len(state[name])))
+        assert found.all()
+        assert torch.equal(torch.from_numpy(rows), state[name])
+    assert [table.name for table in manifest.tables] == ["hashed", *TABLES]
+    assert manifest.run["sample"]["missing"] == dict.fromkeys(TABLES, 0)
+    merged = json.loads((tmp_path / "out" / MERGED).read_bytes())
+    assert "dense_arch.mlp.weight" in merged
+    assert not set(TABLES) & set(merged)
+    assert manifest.account.exported == 30 * 24 + sum(state[name].nbytes for name in TABLES)
+    assert manifest.account.in_program == sum(
+        value.nbytes for name, value in state.items() if name.startswith("dense_arch.")
+    )
+    with pytest.raises(ModelError, match=r"sparse_arch.item.weight.*drop_tables leaves out"):
+        export(source, tmp_path / "other", drop_tables=["*item*"], **SETTINGS)
+    copied = make_report(load_config({**load(source, tmp_path), **SETTINGS, "filter_sparse_opt": False}), world_size=1)
+    assert any(TABLES[0] in note and "in no file of the package" in note for note in copied["notes"])
 
 
 def test_a_run_takes_its_checkpoint_by_the_model_too(tmp_path: Path) -> None:
