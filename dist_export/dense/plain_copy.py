@@ -30,8 +30,14 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
-        ModelError: a parameter that cannot be gathered, with the reason.
+        ModelError: a parameter that cannot be gathered, with the reason; a scripted module.
     """
+    scripted = [name or "itself" for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
+    if scripted:  # its copy would compute with the original's values, and torch.export traces none
+        raise ModelError(
+            f"the dense arch is scripted by torch.jit ({scripted[0]}), which torch.export does not trace. Nothing was written. "
+            "Give the module as it was before torch.jit.script or torch.jit.trace"
+        )
     with _whole_parameters(module):
         plain = _Copier(module).copy()
     return plain.eval()

@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import threading
+import warnings
 
 import pytest
 import torch
@@ -212,3 +213,14 @@ def test_move_to_takes_plain_tensors_along() -> None:
     net.table = torch.ones(2)
     move_to(net, torch.device("meta"))
     assert net.weight.device.type == net.table.device.type == "meta"
+
+
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_a_scripted_module_is_refused(is_inner: bool) -> None:
+    """Its parameters would be copied, but it would go on computing with its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch call it deprecated
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"scripted by torch.jit \((0|itself)\)") as caught:
+        copy_dense_arch(nn.Sequential(scripted) if is_inner else scripted)
+    assert caught.value.exit_code == 2
