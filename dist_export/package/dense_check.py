@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -18,6 +18,24 @@ from dist_export.package.shards import Files
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Values(TypedDict):
+    """A sample's input, in inputs_dict.json."""
+
+    dtype: str
+    shape: list[int]
+    values: Any
+
+
+class _OutputInfo(TypedDict):
+    OutputNodes: list[dict[str, Any]]
+
+
+class _SampleRow(TypedDict):
+    id: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+    row: str | None
+
 
 _MAX_ATOL, _MAX_RTOL = 1e-6, 1e-5
 """For a package whose manifest has no parity."""
@@ -42,9 +60,6 @@ def check_dense(
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
     except DistExportError as error:
         findings.append(str(error))
-        return
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        findings.append(f"{entry.folder}: the sample cannot be read: {type(error).__name__}: {_first_line(error)}")
         return
     names = [output.name for output in entry.outputs]
     if len(expected) != len(names):
@@ -103,12 +118,10 @@ def _read_sample(
     """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
     from dist_export.archive.sample_pickle import read_sample_pickle
 
-    full = _read_json(folder, f"{entry.folder}/inputs_dict.json")
-    lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json")
-    order = _read_json(folder, f"{entry.folder}/params_order.json")
-    outputs = _read_json(folder, f"{entry.folder}/output_info.json")["OutputNodes"]
-    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
-        raise PackageError(f"{entry.folder}/output_info.json cannot be checked: its OutputNodes are no list of objects")
+    full = _read_json(folder, f"{entry.folder}/inputs_dict.json", dict[str, _Values])
+    lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json", dict[str, dict[str, Any]])
+    order = _read_json(folder, f"{entry.folder}/params_order.json", list[str])
+    outputs = _read_json(folder, f"{entry.folder}/output_info.json", _OutputInfo)["OutputNodes"]
     where = f"{entry.folder}/inputs_dict.pkl"
     pickled = read_sample_pickle(folder.read(where), where=where)
     _expect_names(f"{entry.folder}/params_order.json", order, entry.inputs, findings)
@@ -121,7 +134,9 @@ def _read_sample(
             findings.append(f"{entry.folder}/{name}: inputs {told}, params_order.json has {order}")
     inputs = {}
     for place, name in enumerate(order):
-        inputs[name] = _to_tensor(full[name])
+        if name not in full:
+            raise PackageError(f"{entry.folder}/inputs_dict.json: has no input {name!r}, which params_order.json names")
+        inputs[name] = _to_tensor(full[name], f"{entry.folder}/inputs_dict.json: input {name!r}")
         bare = {key: value for key, value in full[name].items() if key != "values"}
         if bare != lite.get(name) or bare.get("idx") != place:
             findings.append(f"{entry.folder}/inputs_dict_lite.json: input {name!r} is not as in inputs_dict.json")
@@ -144,14 +159,19 @@ def _read_outputs(folder: Files, where: str) -> tuple[torch.Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _to_tensor(entry: dict[str, Any]) -> torch.Tensor:
+def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
     import torch
 
-    dtype = getattr(torch, re.sub(r"^torch\.", "", entry["dtype"]))
-    if not dtype.is_complex:
-        return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
-    parts = torch.tensor(entry["values"], dtype=dtype.to_real()).reshape(*entry["shape"], 2)
-    return torch.view_as_complex(parts)
+    dtype = getattr(torch, entry["dtype"].removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise PackageError(f"{where} is of the unknown dtype {entry['dtype']!r}")
+    try:
+        if not dtype.is_complex:
+            return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+        parts = torch.tensor(entry["values"], dtype=dtype.to_real()).reshape(*entry["shape"], 2)
+        return torch.view_as_complex(parts)
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's words for values that are no numbers of that shape
+        raise PackageError(f"{where} has no values of shape {entry['shape']}: {_first_line(error)}") from None
 
 
 def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -169,7 +189,10 @@ def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
 
     with torch.no_grad():
         output = program.module()(**inputs)
-    return [output] if isinstance(output, torch.Tensor) else list(output)
+    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+    if not all(isinstance(found, torch.Tensor) for found in outputs):
+        raise PackageError("it returns what is no tensor")
+    return outputs
 
 
 def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
@@ -179,7 +202,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
         return  # written before packages had it
     before = len(findings)
     total = there = 0
-    for table, rows in _read_json(package.files, where).items():
+    for table, rows in _read_json(package.files, where, dict[str, list[_SampleRow]]).items():
         ids = np.array([row["id"] for row in rows], np.int64)
         found, has_row = package.lookup(table, ids, slot=EMBEDDING_SLOT, raw=True)
         total += len(ids)
@@ -198,11 +221,14 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
         checked.append(f"sample: {asked}, so there was no row to compare")
 
 
-def _read_json(directory: Files, name: str) -> Any:
+def _read_json(directory: Files, name: str, kind: Any) -> Any:
+    """Return what a json file holds, which must be of a type. PackageError where it is not."""
     try:
-        return json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
+        found = json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
+        msgspec.convert(found, kind)  # which would leave out what the type does not name
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{name}: {error}") from None
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,18 +35,8 @@ from dist_export.package.sparse_check import check_tables
 from dist_export.package.value_check import BITS
 from dist_export.storage import WORK_DIRECTORY, Directory
 
-_DAMAGE = (
-    DistExportError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-    ArithmeticError,
-)
-"""What a damaged directory may make a check raise."""
+_DAMAGE = (DistExportError, OSError, ValueError, OverflowError, RecursionError)
+"""What a damaged directory may make a check raise. Anything else is a bug of ours, and keeps its traceback."""
 
 
 CHANGED = "was replaced or changed while it was being checked, so nothing can be said of it"

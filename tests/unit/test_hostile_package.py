@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_what_a_lookup_meets_is_one_error(package):
 def test_no_pickle_of_a_package_is_opened(package, tmp_path, capsys):
     """The program's is looked at before, those of the sample go through a reader of their own, others are left alone."""
     made = tmp_path / "made"
-    bomb = b"cos\nmkdir\n(V" + str(made).encode() + b"\ntR."
+    bomb = b"\x80\x02cos\nmkdir\nX" + struct.pack("<I", len(str(made))) + str(made).encode() + b"\x85R."
     for name in ("output_base.pkl", "inputs_dict.pkl", "user_model/state_dict.pt"):
         path = package / "fx_user_model" / name
         assert path.exists()

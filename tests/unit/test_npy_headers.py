@@ -61,7 +61,7 @@ def test_a_header_that_numpy_cannot_parse_is_one_line(
     header: str | bytes, version: tuple[int, int], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "x.npy", header, version=version)
-    with pytest.raises(ConfigError, match="deny: .*x.npy") as caught:
+    with pytest.raises(ConfigError, match=r"deny: .*x\.npy") as caught:
         read_id_list(str(path), most_bytes=1000, setting="deny")
     assert "\n" not in str(caught.value)
 
@@ -70,5 +70,5 @@ def test_a_file_of_the_first_bytes_alone_is_one_line(tmp_path: Path) -> None:
     sound = write(tmp_path / "x.npy", SOUND).read_bytes()
     for length in (6, 7, 8, 9, 10, 60, 127):
         (tmp_path / "x.npy").write_bytes(sound[:length])
-        with pytest.raises(ConfigError, match="x.npy"):
+        with pytest.raises(ConfigError, match=r"x\.npy"):
             read_id_list(str(tmp_path / "x.npy"), most_bytes=1000, setting="deny")

@@ -497,3 +497,15 @@ def test_tables_alone_are_verified_without_torch(sparse: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bug", [AttributeError, TypeError, KeyError, IndexError, MemoryError])
+def test_a_bug_of_ours_is_no_finding(bug: type[Exception], sparse: Path, monkeypatch) -> None:
+    """It keeps its traceback: a package that is sound must not be called unsound for it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise bug("a bug of ours")
+
+    monkeypatch.setattr("dist_export.package.survey.check_parts", fail)
+    with pytest.raises(bug, match="a bug of ours"):
+        verify(sparse)
