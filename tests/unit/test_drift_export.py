@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from live_models import LiveTable
 
 import dist_export
 from dist_export.checkpoint import ids as ids_module
@@ -205,3 +206,19 @@ def test_a_batch_of_another_shape_is_left_out_and_counted(tmp_path: Path) -> Non
 def test_the_dense_arch_alone_has_a_drift_too(tmp_path: Path) -> None:
     manifest = export(tmp_path, batches(2), need_export_sparse=False)
     assert (manifest.drift.batches, manifest.drift.outputs["ctr"].max_abs) == (2, 0.0)
+
+
+def test_a_pruned_row_of_a_model_in_memory_drifts_in_any_batch(tmp_path: Path) -> None:
+    model = tiny_model.build_model()
+    rows = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    model.sparse_arch.user = LiveTable("user_emb", np.arange(20), rows)
+    model.sparse_arch.item = LiveTable("item_emb", np.arange(20), rows)
+    (tmp_path / "deny.txt").write_text("9\n")
+    data = [batch_of(list(range(a, b)), list(range(a, b))) for a, b in ((4, 8), (8, 13))]
+    prune = [{"tables": "user_emb", "deny": str(tmp_path / "deny.txt")}]
+    out = tmp_path / "out"
+    manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", data, None, out, prune=prune).export()
+    assert manifest.drift.batches == 2
+    assert manifest.drift.outputs["ctr"].max_abs > 1e-5
+    assert manifest.run["drift"] == {"ids": 18, "without_row": 0, "pruned": 1}
+    assert torch.equal(model.sparse_arch.user(torch.tensor([9]))[0], torch.from_numpy(rows[9]))
