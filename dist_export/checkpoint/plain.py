@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from dist_export.checkpoint.extra_state import UntakenState
+from dist_export.checkpoint.extra_state import UntakenState, find_extra_state
 from dist_export.checkpoint.payload import OtherTensor, Payload, count_payload
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.row_layout import StoredTensor, build_numbered
+from dist_export.checkpoint.row_layout import Piece, StoredTensor, build_numbered
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import (
     Skipped,
@@ -124,27 +125,32 @@ class PlainDense:
 
     def load(self) -> Mapping[str, Any]:
         """Return them, each read, or mapped where the directory is local, when asked for; and why others are not read."""
-        return _Parameters(self._directory, *self._read())
+        return _Parameters(*self._read())
 
-    def _read(self) -> tuple[tuple[SourceFile, ...], Sorted]:
+    def _read(self) -> tuple[Any, Sorted]:
         reader = self._make(self._directory, self._settings)
         if len(reader.files) == 1:
             self.where = self._directory.describe(reader.files[0].name)
-        return reader.files, sort_facts(self._directory, read_all(reader), self._settings)
+        return reader, sort_facts(self._directory, read_all(reader), self._settings)
 
 
 class _Parameters(Mapping[str, Any]):
     """Tensors by name, on the CPU; of one that is not read, why."""
 
-    def __init__(self, directory: Directory, files: tuple[SourceFile, ...], found: Sorted) -> None:
-        self._directory = directory
-        self._files = files
-        self._tensors = {its.name: its for its in found.dense} | {its.name: its for its in found.skipped}
+    def __init__(self, reader: Any, found: Sorted) -> None:
+        self._reader = reader
+        self._directory: Directory = reader.directory
+        self._files: tuple[SourceFile, ...] = reader.files
+        every: tuple[StoredTensor | Skipped, ...] = (*found.dense, *found.skipped)
+        self._tensors = {its.name: its for its in every if not _is_in_extra_state(its.name)}
+        self._extra = found.extra
         self._mapped: dict[int, mmap.mmap] = {}
 
-    def __getitem__(self, name: str) -> torch.Tensor | UntakenState:
+    def __getitem__(self, name: str) -> Any:
         import torch
 
+        if name in self._extra:
+            return self._extra_states[self._extra[name]]
         tensor = self._tensors[name]
         if isinstance(tensor, Skipped):
             return UntakenState(f"it is {tensor.reason}")
@@ -163,10 +169,20 @@ class _Parameters(Mapping[str, Any]):
         return whole
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter({**self._tensors, **self._extra})
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len({**self._tensors, **self._extra})
+
+    @functools.cached_property
+    def _extra_states(self) -> dict[tuple[str, ...], Any]:
+        found: dict[tuple[str, ...], Any] = self._reader.read_extra_states(self._make)
+        return found
+
+    def _make(self, dtype: str, piece: Piece) -> torch.Tensor:
+        import torch
+
+        return self._load(piece, getattr(torch, dtype))
 
     def _load(self, piece: Any, dtype: torch.dtype) -> torch.Tensor:
         import torch
@@ -190,6 +206,11 @@ class _Parameters(Mapping[str, Any]):
                 reader.read_into(memoryview(buffer), piece.offset)
             flat = torch.frombuffer(buffer, dtype=dtype)
         return flat.as_strided(piece.sizes, strides)
+
+
+def _is_in_extra_state(name: str) -> bool:
+    steps = name.split(".")
+    return 0 < find_extra_state(steps) < len(steps)
 
 
 def read_all(reader: Any) -> PlainFacts:

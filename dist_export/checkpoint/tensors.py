@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import NamedTuple
@@ -52,6 +52,8 @@ class Unread(NamedTuple):
     """Full name -> keys of the nested dicts that lead to the tensor; of flat files nothing."""
     reasons: Mapping[str, str] = MappingProxyType({})
     """Full name -> why its values cannot be read."""
+    extra: tuple[tuple[str, ...], ...] = ()
+    """Keys that lead to the extra state of modules, where that is no single tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class Sorted:
     """Tensors of other states than the model's. In the order of the checkpoint."""
     notes: tuple[str, ...] = ()
     """What was chosen, and what is skipped, each a sentence."""
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name within the model of a module's extra state -> the keys that lead to it."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -106,6 +110,8 @@ def sort_tensors(
         return {name for name in spellings if is_asked[name] or state_tail(name, known) is not None}
 
     members = [Member(its.name, unread.paths.get(its.name, (its.name,)), its.shape) for its in tensors]
+    extra = {".".join(path): path for path in unread.extra}
+    members += [Member(name, path, ()) for name, path in extra.items()]
     chosen = choose_state(members, settings, where=where, find_optimizer=find_optimizer, leaves_rest=True)
     state: list[tuple[str, StoredTensor]] = []
     for tensor in tensors:
@@ -147,6 +153,7 @@ def sort_tensors(
         ),
         aliases=(*roles.table_aliases, *roles.dense_aliases),
         notes=(*chosen.notes, *note_skipped(kinds.skipped, where), *doubtful),
+        extra={chosen.names[name]: path for name, path in extra.items() if name in chosen.names},
     )
 
 

@@ -6,13 +6,15 @@ as ``state_dict``; optimizer state is known by its two members ``state`` and ``p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item, open_range
+from dist_export.checkpoint.extra_state import UnreadableError, UntakenState
 from dist_export.checkpoint.payload import STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.state_archive import StateArchive, check_state_archive
+from dist_export.checkpoint.torch_extra import holds_foreign_objects, list_extra_states, make_extra_state
 from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
 from dist_export.errors import CheckpointError
 from dist_export.layout.strict_json import is_text
@@ -48,6 +50,8 @@ class TorchFile(NamedTuple):
     """What is left out, each a sentence."""
     rest: tuple[OtherTensor, ...] = ()
     """Tensors that are not read: what is no plain tensor, is not of the model, or is optimizer state by number."""
+    extra: tuple[tuple[str, ...], ...] = ()
+    """Keys that lead to the extra state of modules, where that is no single tensor."""
 
 
 def is_torch_file(head: bytes) -> bool:
@@ -89,7 +93,28 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         told = ", ".join(path or "the file itself" for path in members.numbered)
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
     rest = tuple(_list_numbered(members, where, most))
-    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), rest)
+    return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), rest, tuple(list_extra_states(root)))
+
+
+def read_extra_states(
+    reader: RangeReader, size: int, make_tensor: Callable[[str, tuple[int, ...], Item], Any]
+) -> dict[tuple[str, ...], Any]:
+    """Return the extra state of modules in an open file, by the keys that lead to it; of one that is not read, why.
+
+    ``make_tensor`` returns the tensor of a dtype (torch's name) and shape that lies at a place.
+    """
+    root, archive = _load_without_payload(reader, size)
+
+    def make(tensor: PickledTensor) -> Any:
+        return make_tensor(tensor.dtype, tensor.shape, _place_of(tensor, archive))
+
+    found: dict[tuple[str, ...], Any] = {}
+    for path, value in list_extra_states(root).items():
+        try:
+            found[path] = make_extra_state(value, make)
+        except UnreadableError as error:
+            found[path] = UntakenState(str(error))
+    return found
 
 
 def _list_numbered(members: _Members, where: str, most: int) -> list[OtherTensor]:
@@ -120,9 +145,17 @@ def _load_without_payload(reader: RangeReader, size: int) -> tuple[Any, StateArc
     try:
         return load_archive(archive), archive
     except PickleError as error:
-        raise CheckpointError(
+        refusal = CheckpointError(
             f"{where} cannot be read (torch.load with weights_only=True): {error}. Save the state_dict alone"
-        ) from None
+        )
+    foreign: set[str] = set()
+    try:
+        root = load_archive(archive, is_any_known=True, foreign=foreign)
+    except PickleError:
+        raise refusal from None
+    if not foreign or not isinstance(root, Mapping) or holds_foreign_objects(root, foreign):
+        raise refusal
+    return root, archive
 
 
 def _place_of(tensor: PickledTensor, archive: StateArchive) -> Item:

@@ -85,7 +85,12 @@ class PickledTensor(NamedTuple):
 
 
 def load_pickled(
-    raw: bytes | mmap.mmap, storage_of: Callable[[Storage], None], *, start: int = 0, is_any_known: bool = False
+    raw: bytes | mmap.mmap,
+    storage_of: Callable[[Storage], None],
+    *,
+    start: int = 0,
+    is_any_known: bool = False,
+    foreign: set[str] | None = None,
 ) -> tuple[Any, int]:
     """Return what a pickle of ``torch.save`` describes, and the position behind it. Runs nothing of it.
 
@@ -95,16 +100,17 @@ def load_pickled(
         storage_of: is handed each storage that the pickle asks for. PickleError where there is no such one.
         start: where in ``raw`` the pickle begins.
         is_any_known: objects of any class are records; else a class that torch refuses is an error.
+        foreign: is given the names of classes that torch refuses.
 
     Raises:
         PickleError: it is damaged, or names what is neither a tensor nor harmless.
     """
-    names = _Names(storage_of, is_any_known=is_any_known)
+    names = _Names(storage_of, is_any_known=is_any_known, foreign=set() if foreign is None else foreign)
     machine = names.machine = Machine(raw, names.find, names.refer, start=start)
     return machine.load(), machine.end
 
 
-def load_archive(archive: StateArchive, *, is_any_known: bool = False) -> Any:
+def load_archive(archive: StateArchive, *, is_any_known: bool = False, foreign: set[str] | None = None) -> Any:
     """Return what the pickle of an archive describes. Each storage is there, of the size that the pickle says.
 
     Raises:
@@ -120,7 +126,7 @@ def load_archive(archive: StateArchive, *, is_any_known: bool = False) -> Any:
                 "damaged, or made to deceive"
             )
 
-    return load_pickled(archive.pickled, check, is_any_known=is_any_known)[0]
+    return load_pickled(archive.pickled, check, is_any_known=is_any_known, foreign=foreign)[0]
 
 
 def as_tensor(value: Any) -> PickledTensor | None:
@@ -143,9 +149,10 @@ class _Names:
 
     machine: Machine
 
-    def __init__(self, storage_of: Callable[[Storage], None], *, is_any_known: bool) -> None:
+    def __init__(self, storage_of: Callable[[Storage], None], *, is_any_known: bool, foreign: set[str]) -> None:
         self._storage_of = storage_of
         self._is_any_known = is_any_known
+        self._foreign = foreign
         self._makers: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": _empty_dict,
             "_codecs.encode": self._encode,
@@ -184,6 +191,7 @@ class _Names:
         if is_plain or (module == "torch" and is_torch_dtype(name)):
             return Global(full)
         if self._is_any_known:
+            self._foreign.add(full)
             return recorded(full)
         return Global(full, functools.partial(_refuse_call, full))  # the class of a tensor is named, and never called
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from dist_export.checkpoint.dcp_items import Item
 from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
+from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import Unread, join_pieces
-from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_torch_file
+from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_extra_states, read_torch_file
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map
 from dist_export.errors import CheckpointError
 from dist_export.storage import Directory
@@ -81,9 +83,25 @@ class TorchReader:
         unread = Unread(
             paths={its.name: its.path for its in located},
             reasons={its.name: its.reason for its in located if its.reason},
+            extra=tuple(path for file in found for path in file.extra),
         )
         rest = tuple(tensor for file in found for tensor in file.rest)
         return PlainFacts(tensors, tuple(note for file in found for note in file.notes), rest, unread)
+
+    def read_extra_states(self, make_tensor: Callable[[str, Piece], Any]) -> dict[tuple[str, ...], Any]:
+        """Return the extra state of modules, by the keys that lead to it; of one that is not read, why.
+
+        ``make_tensor`` returns the tensor of a dtype (torch's name) that lies at a place.
+        """
+        states: dict[tuple[str, ...], Any] = {}
+        with open_files(self.directory, self.files) as readers:
+            for number, file in enumerate(self.files):
+
+                def make(dtype: str, shape: tuple[int, ...], item: Item, number: int = number) -> Any:
+                    return make_tensor(dtype, Piece((0,) * len(shape), shape, number, item.offset, item.strides))
+
+                states |= read_extra_states(readers[number], file.size, make)
+        return states
 
     def assemble(self, shares: Sequence[TorchShare]) -> Checkpoint:
         """Build the metadata from what all files hold."""

@@ -14,6 +14,7 @@ from dist_export.checkpoint.dcp_dense import DcpDense
 from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.extra_state import rebuild
 from dist_export.checkpoint.plain import PlainDense
+from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.torch_save import TorchReader
 from dist_export.dense.own_parameters import put_values
 from dist_export.dense.state import load_dense_parameters
@@ -61,12 +62,12 @@ def write(kind: str, path: Path, state: dict[str, Any]) -> DenseParameters:
         return RecisDense(Directory(str(path)))
     if kind == "torch":
         torch.save({"state_dict": state, "epoch": 3}, path / "ck.pt")
-        return PlainDense(Directory(str(path)), TorchReader)
+        return PlainDense(Directory(str(path)), TorchReader, TensorSettings())
     save(path, {"model": state} if kind == "dcp below a key" else state)
     return DcpDense(Directory(str(path)))
 
 
-KINDS = ["recis", "dcp", "dcp below a key"]
+KINDS = ["recis", "torch", "dcp", "dcp below a key"]
 
 
 def load(net: nn.Module, parameters: DenseParameters, **settings: Any) -> tuple[str, ...]:
