@@ -17,43 +17,39 @@ from dist_export.account import account_export, fates_by_entry, list_dense_left,
 from dist_export.attempt import Receipt, list_strangers, note_small_files, remove_strays, withdraw_receipts
 from dist_export.check import TableAccount, audit_files, check_accounts, check_entries
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.commit import (
     DenseMeta,
     add_casts,
-    describe_dense_tensors,
-    describe_left_out,
-    describe_rules,
     describe_tables,
-    list_versions,
     publish,
     render_indexes,
     write_small_files,
 )
 from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
+from dist_export.describe_package import describe_package
 from dist_export.errors import CommitError, ConfigError
+from dist_export.identity import Told, identify_export
 from dist_export.inputs import FG, encode_fg, find_dense, look_at_source, note_renamed, open_source, read_confs
 from dist_export.layout.recis import MERGED
 from dist_export.locations import Locations, register_package
-from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry, seal
+from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.objects import Objects
 from dist_export.on_disk import OnDisk
 from dist_export.places import (
     claim,
     commit_places,
     find_committed,
-    identify_export,
+    find_same,
     may_copy_within,
     open_places,
-    place_of,
     settle,
 )
 from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.plan.prune_counts import note_rules
 from dist_export.plan.selection import is_trainer_state
-from dist_export.progress import Reporter, summarize
+from dist_export.progress import Reporter, summarize, summarize_same
 from dist_export.retries import TRAFFIC
 from dist_export.source import (
     PlannedSparse,
@@ -81,10 +77,12 @@ def export_located(
     located: Locations,
     reporter: Reporter,
     weights: ModelWeights | None,
+    export_dir: str,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
-    ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors.
+    ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors, and
+    ``export_dir`` is where the package goes, the day's subfolder included.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -93,7 +91,6 @@ def export_located(
     """
     started = time.time()
     traffic = TRAFFIC.snapshot()
-    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
     places = open_places(ranks, config, export_dir)
     source, target, in_place = places.source, places.target, places.in_place
     notes: list[str] = list(located.notes)
@@ -114,6 +111,23 @@ def export_located(
         dense_state = [it for it in held_state if it not in trainer_state]
         if checkpoint is None and parameters is not None:  # else the tables' reader has told
             notes += ranks.on_rank_0("look at the state", lambda: list(parameters.notes))
+        told = Told(state, [fg_conf, mc_conf], ranks.world_size)
+        identity = ranks.on_rank_0(
+            "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
+        )
+
+    def register(manifest: Manifest) -> Manifest:
+        if uri := register_package(config, located, manifest, export_dir):
+            registered.append(uri)
+            reporter.note_registered(uri)
+        return manifest
+
+    def look() -> Manifest | None:
+        same = find_same(places, config, identity)
+        return same and register(same)
+
+    if (same := ranks.on_rank_0("look for the same export", look)) is not None:
+        return same, summarize_same(same, export_dir) + _tell_version(registered)
 
     planned: PlannedSparse | None = None
     if config.need_export_sparse:
@@ -143,24 +157,15 @@ def export_located(
             dense_state = dense_state or dense.parameters
 
     with contextlib.ExitStack() as held:
-        given = f"{objects.model is not None} {objects.fg is not None}"  # objects that the settings do not name
-        identity = identify_export(config, "" if planned is None else planned.plan.digest, {**state, "objects": given})
         shards = [] if planned is None else [file.name for file in planned.plan.files]
         places = settle(ranks, places, config, identity, shards)
         target = places.target
-        refuse_if_lost = claim(ranks, places, config, held.callback)
-
-        def register(manifest: Manifest) -> None:
-            if uri := register_package(config, located, manifest, export_dir):
-                registered.append(uri)
-                reporter.note_registered(uri)
-
+        refuse_if_lost = claim(ranks, places, config, identity, held.callback)
         committed = ranks.on_rank_0(
-            "look for a committed package", lambda: find_committed(places, identity, and_then=register)
+            "look for a committed package", lambda: find_committed(places, config, identity, and_then=register)
         )
         if committed is not None:
-            summary = [f"package: {export_dir}", "  was committed by an attempt before this one"]
-            return committed, summary + _tell_version(registered)
+            return committed, summarize_same(committed, export_dir) + _tell_version(registered)
         ranks.note_on_disk(OnDisk(places.final, places.target))
         scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
@@ -232,7 +237,7 @@ def export_located(
             exchanged = {name: sum(its[name] for its in counts) for name in TRAFFIC.NAMES}
 
         def commit() -> Manifest:
-            manifest = _describe(config, checkpoint, planned, tables, located, trainer_state, in_place=in_place)
+            manifest = describe_package(config, checkpoint, planned, tables, located, trainer_state, in_place=in_place)
             account = account_export(
                 config,
                 checkpoint,
@@ -406,41 +411,3 @@ def _render(planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *
     if planned.plan.is_copy:
         rendered |= {name: verbatim[name] for name in reversed(list(verbatim))}
     return rendered
-
-
-def _describe(
-    config: ExportConfig,
-    checkpoint: Checkpoint | None,
-    planned: PlannedSparse | None,
-    tables: tuple[TableEntry, ...],
-    located: Locations,
-    trainer_state: DenseMeta,
-    *,
-    in_place: bool,
-) -> Manifest:
-    kept, dropped = ((), ()) if planned is None else describe_dense_tensors(planned.plan, trainer_state)
-    copy = "in_place" if in_place else "copy"
-    mode = "dense_only" if planned is None else "filter" if config.filter_sparse_opt else copy
-    return Manifest(
-        mode=mode,
-        num_shards=0 if planned is None else planned.plan.num_shards,
-        source=SourceEntry(
-            path=conceal(config.ckpt_dir or ""),
-            format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
-            fingerprint="" if checkpoint is None else checkpoint.fingerprint,
-            num_files=0 if checkpoint is None else len(checkpoint.files),
-            num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
-            uri=located.source_uri or msgspec.UNSET,
-            step=msgspec.UNSET if located.step is None else located.step,
-        ),
-        tables=tables,
-        left_out_tables=describe_left_out(checkpoint),
-        prune=msgspec.UNSET if planned is None else describe_rules(planned.plan, planned.census),
-        dense_tensors=kept,
-        dropped_dense_tensors=dropped,
-        files=(),
-        dense=None,
-        parity=None,
-        notes=(),
-        versions=list_versions(),
-    )

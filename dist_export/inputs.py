@@ -16,6 +16,7 @@ from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed
 from dist_export.errors import ConfigError
 from dist_export.layout.recis import EMBEDDING_SLOT, MERGED
 from dist_export.layout.safetensors import decode_object
+from dist_export.manifest import MANIFEST
 from dist_export.objects import Objects
 from dist_export.source import choose_tables, open_tables, tensor_settings_of
 from dist_export.storage import WORK_DIRECTORY, Directory
@@ -59,7 +60,8 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
         and decode_object(target.read_text(FG), what=target.describe(FG)) != fg_conf
     ):
         raise ConfigError(f"{target.describe(FG)} is there already and is not the one to be exported; {advice}")
-    if config.model is not None and target.exists(config.export_folder_name) and not target.exists(WORK_DIRECTORY):
+    is_ours = target.exists(WORK_DIRECTORY) or target.exists(MANIFEST)
+    if config.model is not None and target.exists(config.export_folder_name) and not is_ours:
         raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
     if not config.need_export_sparse or not target.exists(MERGED):
         return []

@@ -14,8 +14,8 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError
+from dist_export.identity import HOW
 from dist_export.manifest import Manifest
-from dist_export.places import HOW
 from dist_export.row_rules import parse_rules
 from dist_export.runs import FoundCheckpoint, find_checkpoint
 from dist_export.storage import Directory

@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-import xxhash
-
 from dist_export import claims, replace
 from dist_export.attempt import MARKER, finish_commit, list_attempt, remove_attempt
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, PackageError
+from dist_export.identity import has_settings
 from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory, open_place
+from dist_export.written import find_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,11 @@ class Places:
     """Where the files are written: ``final``, or a directory beside it while an old package is in ``final``."""
     in_place: bool
     """The target is the source, whose files stay as they are."""
+
+    @property
+    def way_out(self) -> str:
+        """What can be done about a package that is in the way, for messages."""
+        return _say_way_out(self.final, in_place=self.in_place)
 
     @property
     def is_replacing(self) -> bool:
@@ -70,12 +74,12 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
                 replace.recover(final.path)
             finally:
                 release()
-        is_there = final.exists(MANIFEST) and not may_be_committed(final)
-        if is_there:
+        is_old = final.exists(MANIFEST) and not may_be_committed(final) and not _may_be_same(final, config)
+        if is_old:
             _refuse_package(final, config, in_place=in_place)
         if config.on_existing == "error" and not _has_restarted():
-            _refuse_attempt(_next_to(final) if is_there else final)
-        return is_there
+            _refuse_attempt(_next_to(final) if is_old else final)
+        return is_old
 
     is_replacing = ranks.on_rank_0("look at export_dir", look)
     return Places(source=source, final=final, target=_next_to(final) if is_replacing else final, in_place=in_place)
@@ -123,7 +127,8 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
             f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
             "somebody's export, which would be overwritten. Give another export_dir"
         )
-    if (reason := final.why_not_writable()) is not None:
+    is_there = final.exists(MANIFEST) and not config.overwrite  # nothing is written then, or it is refused for that
+    if not is_there and (reason := final.why_not_writable()) is not None:
         raise ConfigError(f"export_dir {final.url}: {reason}")
     return source, final
 
@@ -150,13 +155,8 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, sh
         refuse_foreign_files(places, shards)
         if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
             return places.is_replacing
-        if _read_identity(final) == identity:
+        if _read_same(places, config, identity) is not None:
             return False
-        if not config.overwrite:
-            raise ConfigError(
-                f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other "
-                f"settings. {_say_way_out(final)}"
-            )
         _refuse_package(final, config, in_place=places.in_place)
         return True
 
@@ -178,15 +178,73 @@ def refuse_foreign_files(places: Places, shards: list[str]) -> None:
         )
 
 
-def _read_identity(final: Directory) -> object:
-    return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST)).run.get("identity")
+def find_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+    """Return the manifest of the package in export_dir if it is this very export's, whoever started that one. Rank 0.
+
+    Schedulers start jobs again that have ended well. Nothing is claimed and nothing written. It is no matter for an export that
+    is to begin anew, nor for one whose clean-up is still to be done (:func:`find_committed`).
+
+    Raises:
+        ConfigError: it is another export's, or not whole.
+    """
+    final = places.final
+    if places.is_replacing or _begins_anew(config) or not final.exists(MANIFEST) or final.exists(MARKER):
+        return None
+    return _read_same(places, config, identity)
+
+
+def _begins_anew(config: ExportConfig) -> bool:
+    """Whether a package that is there is no answer: of a model in memory nothing tells whether it is still the same."""
+    return config.overwrite or config.on_existing == "restart" or config.ckpt_dir is None
+
+
+def _may_be_same(final: Directory, config: ExportConfig) -> bool:
+    """Whether the package in ``final`` may be this very export's, as far as its settings tell: more is known later."""
+    if _begins_anew(config):
+        return False
+    try:
+        return has_settings(_read_manifest(final), config)
+    except (OSError, PackageError):
+        return False
+
+
+def _is_of(final: Directory, identity: str) -> bool:
+    try:
+        return _read_manifest(final).run.get("identity") == identity
+    except (OSError, PackageError):
+        return False
+
+
+def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+    """Return the manifest in ``final`` if it is of this very export, and its files are there; None where it may be replaced.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    final = places.final
+    manifest = _read_manifest(final)
+    if manifest.run.get("identity") != identity:
+        if config.overwrite:
+            return None
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
+            f"settings. {places.way_out}"
+        )
+    loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
+    if loss is not None and not config.overwrite:
+        raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {places.way_out}")
+    return manifest if loss is None else None
+
+
+def _read_manifest(final: Directory) -> Manifest:
+    return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
 
 
 def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
-        raise ConfigError(f"{there}. {_say_way_out(final)}, or remove the old package first")
+        raise ConfigError(f"{there}. {_say_way_out(final, in_place=in_place)}")
     if in_place:
         raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
     if not final.is_local:
@@ -198,11 +256,13 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
 
 
-def _say_way_out(final: Directory) -> str:
-    """Return what can be done about a package that is in the way: on a store ``overwrite`` would only be refused."""
+def _say_way_out(final: Directory, *, in_place: bool) -> str:
+    """Return what can be done about a package that is in the way, where ``overwrite`` would not only be refused."""
+    if in_place:
+        return f"It is the checkpoint itself, which overwrite does not touch: remove {MANIFEST} first, or give another export_dir"
     if not final.is_local:
         return "On this store a package cannot be replaced in one step: give another export_dir"
-    return "Set overwrite: true to replace it, or give another export_dir"
+    return "Set overwrite: true to replace it, or give another export_dir, or remove the old package first"
 
 
 def _refuse_attempt(directory: Directory) -> None:
@@ -215,7 +275,7 @@ def _refuse_attempt(directory: Directory) -> None:
 
 
 def claim(
-    ranks: Ranks, places: Places, config: ExportConfig, release: Callable[[claims.Release], object]
+    ranks: Ranks, places: Places, config: ExportConfig, identity: str, release: Callable[[claims.Release], object]
 ) -> Callable[[], None]:
     """Claim the directories for this export, and clear away what a restart does not want. All ranks.
 
@@ -244,7 +304,7 @@ def claim(
 
     ranks.on_rank_0("claim export_dir", lock)
     ranks.run("claim export_dir", join)
-    ranks.on_rank_0("look at what is there", lambda: _begin(places, config))
+    ranks.on_rank_0("look at what is there", lambda: _begin(places, config, identity))
 
     def refuse_if_lost() -> None:
         for check in checks:
@@ -253,12 +313,13 @@ def claim(
     return refuse_if_lost
 
 
-def _begin(places: Places, config: ExportConfig) -> None:
+def _begin(places: Places, config: ExportConfig, identity: str) -> None:
     """Look again, now that nobody else is there, and prepare the target. Rank 0."""
     final, target = places.final, places.target
-    if final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final):
+    has_come = final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final)
+    if has_come and (_begins_anew(config) or not _is_of(final, identity)):
         raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {_say_way_out(final)}"
+            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {places.way_out}"
         )
     if places.is_replacing:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
@@ -269,42 +330,8 @@ def _begin(places: Places, config: ExportConfig) -> None:
         remove_attempt(target)
 
 
-def identify_export(config: ExportConfig, plan_digest: str, source_state: dict[str, str]) -> str:
-    """Return the digest of all that shapes a package: a rerun that finds it committed has nothing left to do.
-
-    Args:
-        config: the settings.
-        plan_digest: of the sparse plan, which covers the source's fingerprint and the number of shards; empty without one.
-        source_state: versions of further source files, by name.
-    """
-    settings = {name: value for name, value in vars(config).items() if name not in HOW}
-    text = msgspec.json.encode([plan_digest, source_state, settings], order="deterministic")
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(text)}"
-
-
-HOW = (
-    "export_dir",
-    "follow_links",
-    "num_shards",
-    "max_memory",
-    "threads",
-    "storage_options",
-    "target_storage_options",
-    "timeout",
-    "overwrite",
-    "on_existing",
-    "step",
-    "register",
-    "registry_options",
-    "events",
-    "metrics",
-    "progress",
-)
-"""Settings that do not shape the package, or do so through the plan."""
-
-
 def find_committed(
-    places: Places, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+    places: Places, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
 ) -> Manifest | None:
     """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
 
@@ -316,12 +343,9 @@ def find_committed(
     final = places.final
     if places.is_replacing or not final.exists(MANIFEST):
         return None
-    manifest = decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
-    if manifest.run.get("identity") != identity:
-        raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: export_dir holds a package of another source or other settings. "
-            f"{_say_way_out(final)}"
-        )
+    manifest = _read_same(places, config, identity)
+    if manifest is None:  # a package that came since settle
+        raise ConfigError(f"{final.describe(MANIFEST)}: another export has just committed a package. {places.way_out}")
     and_then(manifest)
     finish_commit(final)
     return manifest

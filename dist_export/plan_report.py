@@ -28,7 +28,7 @@ from dist_export.errors import ConfigError
 from dist_export.id_columns import ID_BYTES
 from dist_export.inputs import note_renamed
 from dist_export.layout.dtypes import DTYPES
-from dist_export.manifest import AccountEntry
+from dist_export.manifest import MANIFEST, AccountEntry
 from dist_export.places import Places, may_copy_within, refuse_foreign_files
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped import DUPLICATE, account_for
@@ -81,6 +81,10 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report["notes"] += note_numbered_tables(plan)
     report["notes"] += note_unreadable(checkpoint, plan.selection)
     report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
+    if not places.is_replacing and places.final.exists(MANIFEST):
+        report["notes"].append(
+            "export_dir holds a package of these settings; an export says so and writes nothing if it is of this very source"
+        )
     if places.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
     if places.in_place:

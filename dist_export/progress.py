@@ -223,6 +223,21 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     return lines
 
 
+def summarize_same(manifest: Manifest, where: str) -> list[str]:
+    """Return the summary of a package that an export found to be its own: what was exported then, and that it was not now."""
+    first, *rest = summarize(manifest, [], where)
+    when = manifest.run.get("started", "")
+    lines = [
+        first,
+        f"  already exported{f' at {when}' if when else ''}, with these settings from this source: nothing was written",
+    ]
+    if manifest.dense is not None:
+        lines.append(
+            "  the model's code is not compared: if it has changed, overwrite: true or another export_dir exports it anew"
+        )
+    return lines + rest
+
+
 def summarize_again(manifest: Manifest) -> list[str]:
     """Return the closing summary from the manifest alone, each line printable. ``run`` may hold anything: no digest covers it."""
     try:

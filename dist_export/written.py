@@ -34,6 +34,17 @@ def note_written(target: Directory, sizes: Mapping[str, int]) -> Written:
     return found
 
 
+def find_loss(directory: Directory, sizes: Mapping[str, int]) -> str | None:
+    """Return what is wrong with the first file that is not there at its size in bytes; None where all are."""
+    found = _look(directory, sizes)
+    for name, num_bytes in sizes.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].size != num_bytes:
+            return f"{name} has {found[name].size:,} bytes, not {num_bytes:,} as its manifest says"
+    return None
+
+
 def refuse_vanished(target: Directory, written: Written, *, in_place: bool) -> None:
     """Refuse a commit whose files are not those that were noted, and checked since. Rank 0, right before the manifest.
 

@@ -67,6 +67,10 @@ class Package:
         """Close all files. They are closed as well when nobody refers to the package any more."""
         self.files.close()
 
+    def __reduce__(self) -> tuple[Any, tuple[Directory, str]]:
+        """Be opened anew in another process, which gets no descriptors of this one; refused there if it was replaced."""
+        return _open_again, (self.directory, self.manifest.digest)
+
     def __enter__(self) -> Package:
         return self
 
@@ -275,6 +279,14 @@ def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
                 raise _refusal(directory, error) from error
         files.close()
     raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
+
+
+def _open_again(directory: Directory, digest: str) -> Package:
+    package = Package(directory)
+    if package.manifest.digest != digest:
+        raise PackageError(f"{directory.url}: the package was replaced since it was opened; open it again")
+    package.hold()
+    return package
 
 
 def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportError:

@@ -262,8 +262,7 @@ def test_what_is_said_after_the_commit_is_true(how: str, tmp_path: Path) -> None
         assert why in line
         assert f"{job.out} holds the committed package. Run the same command again" in line
         assert "No manifest" not in line
-        if how == "kill":
-            job.run_again()
+        job.run_again()
 
 
 def test_one_process_is_stopped_by_sigterm_too(tmp_path: Path) -> None:
@@ -298,6 +297,24 @@ def test_torchruns_restart_resumes(agents: int, at: str, tmp_path: Path) -> None
         assert [agent.returncode for agent in job.agents] == [0] * agents
         assert set(read_back(job.out)) == {"t", "u"}
         assert not (job.out / ".dist_export").exists()
+
+
+def test_the_same_export_again_is_told_once_and_ends_well(tmp_path: Path) -> None:
+    """As a scheduler starts a job again that has ended well."""
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 2))
+    out = tmp_path / "out"
+    command = [
+        *launcher(2), "-m", "dist_export", "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(out),
+        "--filter_sparse_opt", "true",
+    ]  # fmt: skip
+    for expected in (0, 1):
+        before = crash.content(out) if expected else {}
+        done = subprocess.run(
+            command, cwd=crash.TESTS, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("already exported") == expected
+        assert not expected or crash.content(out) == before
 
 
 def test_a_failure_of_a_peer_goes_before_torchruns_sigterm(tmp_path: Path) -> None:

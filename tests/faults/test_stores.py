@@ -258,7 +258,7 @@ def test_a_package_that_cannot_be_looked_at_is_not_overwritten(store: type[Fault
     store.faults.clear()
     assert files_of("faulty://out") == before
     with pytest.raises(ConfigError, match="is there already"):
-        export("faulty://in", "faulty://out", num_shards=2)
+        export("faulty://in", "faulty://out", num_shards=3)
 
 
 @pytest.mark.parametrize("operation", ["rm", "rm_file"])

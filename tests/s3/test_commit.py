@@ -80,12 +80,16 @@ def test_a_dense_arch_goes_along(store: Store, tmp_path: Path) -> None:
     assert verify(store.url("out"), store.options).findings == []
     program = dist_export.open_package(store.url("out"), storage_options=store.options).load_program()
     assert program.module() is not None
+    before = store.fs.ls(f"{store.root}/out", detail=True)
+    assert store.export(source, store.url("out"), **more) == manifest, "the same export again is done"
+    assert store.fs.ls(f"{store.root}/out", detail=True) == before
 
 
 def test_a_checkpoint_is_completed_in_place(store: Store, tmp_path: Path) -> None:
     checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     source = store.put_tree(checkpoint, "ckpt")
-    store.export(source, source, filter_sparse_opt=False, num_shards=None)
+    manifest = store.export(source, source, filter_sparse_opt=False, num_shards=None)
+    assert store.export(source, source, filter_sparse_opt=False, num_shards=None) == manifest
     after = store.files("ckpt")
     assert {name: after[name] for name in files_of(checkpoint)} == files_of(checkpoint)
     assert verify(source, store.options).findings == []

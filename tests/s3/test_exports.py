@@ -373,8 +373,7 @@ def test_an_open_package_takes_no_other_object_for_its_own(num_shards: int, smal
     package = open_package(store.url("out"), storage_options=store.options)
     table = package.manifest.tables[0].name
     ids = np.arange(2000)
-    before, has_row = package.lookup(table, ids)
-    assert has_row.any()
+    before, _ = package.lookup(table, ids)
     shard = f"{store.root}/out/{package.manifest.tables[0].parts[0].file}"
     content = store.fs.cat_file(shard)
     store.fs.pipe_file(shard, content[:-1] + bytes([content[-1] ^ 1]))

@@ -242,7 +242,7 @@ def test_a_committed_package_is_not_overwritten(checkpoint: Path, tmp_path: Path
     arguments = ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out"]
     assert run(capsys, *arguments)[0] == 0
     before = (tmp_path / "out" / "manifest.json").read_bytes()
-    code, _, errors = run(capsys, *arguments)
+    code, _, errors = run(capsys, *arguments, "--digest", "sha256")
     assert code == 2
     assert "committed package" in errors
     assert (tmp_path / "out" / "manifest.json").read_bytes() == before

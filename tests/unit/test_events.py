@@ -96,7 +96,7 @@ def test_a_refused_rerun_loses_nothing(settings: dict[str, object], tmp_path: Pa
     figures = (tmp_path / "m.prom").read_text()
     first = (tmp_path / "out.events.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="holds a committed package"):
-        dist_export.export({**settings, **told})
+        dist_export.export({**settings, **told, "digest": "sha256"})
     assert (tmp_path / "m.prom").read_text() == figures
     assert (tmp_path / "out.events.jsonl").read_bytes().startswith(first)
     events = read(tmp_path / "out.events.jsonl")

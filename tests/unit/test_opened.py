@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -196,6 +197,16 @@ def open_files() -> list[str]:
         if os.path.lexists(f"/proc/self/fd/{fd}"):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
     return found
+
+
+def test_another_process_opens_it_anew_or_hears_that_it_was_replaced(out: Path, tmp_path: Path) -> None:
+    told = pickle.dumps(dist_export.open_package(out))
+    assert values_of(pickle.loads(told)) == {1.0}
+    export(tmp_path / "ckpt-1", out, overwrite=True)
+    assert values_of(pickle.loads(told)) == {1.0}, "another export of the same content"
+    export(tmp_path / "ckpt-2", out, overwrite=True)
+    with pytest.raises(PackageError, match="was replaced since it was opened; open it again"):
+        pickle.loads(told)
 
 
 def test_descriptors_are_given_back(out: Path) -> None:

@@ -1,0 +1,120 @@
+"""What makes two exports the same one: their settings and their source. A package says whose it is (``run.identity``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+
+from dist_export.checkpoint.reader import Checkpoint
+from dist_export.config import ExportConfig
+from dist_export.inputs import FG
+from dist_export.layout.recis import MERGED
+from dist_export.manifest import MANIFEST, Manifest
+from dist_export.objects import Objects
+from dist_export.plan.targets import resolve_num_shards
+from dist_export.row_rules import parse_rules
+from dist_export.storage import Directory, digest_file
+
+HOW = (
+    "export_dir",
+    "follow_links",
+    "num_shards",
+    "max_memory",
+    "threads",
+    "storage_options",
+    "target_storage_options",
+    "timeout",
+    "overwrite",
+    "on_existing",
+    "step",
+    "register",
+    "registry_options",
+    "events",
+    "metrics",
+    "progress",
+)
+"""Settings that do not shape the package, or do so through what they lead to."""
+
+
+class Told(NamedTuple):
+    """What shapes a package besides its settings and its tables."""
+
+    versions: Mapping[str, str]
+    """Of the source's small files, by name; of a model in memory something that no other export has."""
+    confs: Sequence[Any]
+    """What fg.json and the blocks hold."""
+    world_size: int
+    """It gives the number of shards where the settings do not."""
+
+
+def identify_settings(config: ExportConfig) -> str:
+    """Return the digest of the settings that shape a package. Cheap: nothing but settings is looked at."""
+    settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in (*HOW, "ckpt_dir")]
+    source = None if config.ckpt_dir is None else Directory(config.ckpt_dir, config.storage_options)
+    where = source and (source.path if source.is_local else source.url)
+    return _digest([where, settings])
+
+
+def identify_export(
+    config: ExportConfig,
+    objects: Objects,
+    checkpoint: Checkpoint | None,
+    source: Directory | None,
+    told: Told,
+) -> str:
+    """Return what an export is known by, from all that shapes its package but the code of the caller's objects. Rank 0.
+
+    Args:
+        config: the settings.
+        objects: of which only the types count.
+        checkpoint: the source's tables as they are exported; None without any.
+        source: the checkpoint's directory; None for a model in memory, which is like no other.
+        told: what else shapes the package.
+
+    Raises:
+        PlanError: more shards than ids can go to.
+    """
+    num_shards = None
+    if checkpoint is not None and config.need_export_sparse and config.filter_sparse_opt:
+        num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=told.world_size)
+    # an export into the checkpoint itself writes these, and none of them shapes a package
+    versions = {name: version for name, version in told.versions.items() if name != MERGED}
+    if source is not None and checkpoint is None:  # no fingerprint tells of the files that hold its dense parameters
+        its = [name for name in source.names() if name not in (MANIFEST, MERGED, FG)]
+        versions |= {name: f"{stat.size} {stat.version}" for name, stat in source.find_many(its).items()}
+    tables = () if checkpoint is None else [(table.name, table.name_in_source) for table in checkpoint.tables]
+    kinds = [f"{type(its).__module__}.{type(its).__qualname__}" for its in (objects.model, objects.dataset)]
+    lists = [_digest_list(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    fingerprint = "" if checkpoint is None else checkpoint.fingerprint
+    of_source = _digest([fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists])
+    return f"xxh3:{identify_settings(config)}-{of_source}"
+
+
+def has_settings(manifest: Manifest, config: ExportConfig) -> bool:
+    """Whether a package was exported with these settings, from whatever state of the source."""
+    return str(manifest.run.get("identity", "")).startswith(f"xxh3:{identify_settings(config)}-")
+
+
+def _digest(values: Any) -> str:
+    # not with sorted keys: the order of patterns counts
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(values, enc_hook=_name_type))
+
+
+def _name_type(value: Any) -> str:
+    """Return what stands for an object that is no plain value, as Python callers may give."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest_list(path: str, config: ExportConfig) -> str:
+    """Return the digest of a list of ids; empty where it cannot be read, as whoever reads it tells."""
+    folder, _, name = path.rpartition("/")
+    try:
+        options = config.storage_options if "://" in path else None
+        return digest_file(
+            Directory(folder or ("/" if path.startswith("/") else "."), options, follow_links=True), name
+        )
+    except OSError:
+        return ""

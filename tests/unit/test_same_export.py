@@ -1,0 +1,328 @@
+"""The same export again is a success, from every door; anything else that is there is refused as before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from fsspec.implementations.memory import MemoryFileSystem
+from recis_writer import make_tables, write_checkpoint
+from sparse_cases import content
+
+import dist_export
+from dist_export import cli, exporter, job, places
+from dist_export.errors import ConfigError
+from dist_export.manifest import MANIFEST
+from dist_export.package.verify import verify
+
+SHARD = "model-000001-of-000003.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 60, "u": 30}, 3))
+    return tmp_path / "ckpt"
+
+
+def settings_of(source: Path | str, out: Path | str, **more: object) -> dict[str, object]:
+    return {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3, **more}
+
+
+def export(source: Path | str, out: Path | str, **more: object) -> dist_export.Manifest:
+    return dist_export.export(settings_of(source, out, **more))
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file: nothing was written anew."""
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def arguments(source: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--ckpt_dir", str(source), "--export_dir", str(out), "--filter_sparse_opt", "true", "--num_shards", "3"),
+        *more,
+    ]
+
+
+def test_on_the_command_line(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert cli.main(arguments(source, out)) == 0
+    before, shown = states(out), capsys.readouterr().out
+    assert "already exported" not in shown
+    assert cli.main(arguments(source, out)) == 0
+    again = capsys.readouterr().out
+    assert states(out) == before, "nothing was written, not even a lock"
+    assert f"package: {out}\n  already exported at 20" in again
+    assert "nothing was written" in again
+    assert "model's code" not in again, "there is none"
+    tables = next(line for line in shown.splitlines() if line.startswith("  rows "))
+    assert tables in again, "it is the summary of the package"
+
+
+def test_from_python(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = export(source, out)
+    before = states(out)
+    assert export(source, out) == first
+    assert export(f"{source}/../{source.name}/", f"{out}/", on_existing="error", threads=2, timeout=77) == first
+    assert states(out) == before
+
+
+def test_with_a_model_the_summary_says_that_its_code_is_not_compared(tmp_path: Path, capsys, monkeypatch) -> None:
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+    monkeypatch.chdir(Path(tiny_model.__file__).parent)
+    model = ["--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dataset"]
+    assert cli.main(arguments(source, out, *model)) == 0
+    before = states(out)
+    capsys.readouterr()
+    assert cli.main(arguments(source, out, *model)) == 0
+    said = capsys.readouterr().out
+    assert "already exported" in said
+    assert "the model's code is not compared" in said
+    assert states(out) == before
+
+    def build(number: int) -> dist_export.Exporter:
+        kind = type("Another", (type(tiny_model.build_model()),), {}) if number else type(tiny_model.build_model())
+        model = tiny_model.build_model()
+        model.__class__ = kind
+        return dist_export.Exporter(
+            model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "exporter",
+            filter_sparse_opt=True,
+        )  # fmt: skip
+
+    first = build(0).export()
+    before = states(tmp_path / "exporter")
+    assert build(0).export() == first
+    with pytest.raises(ConfigError, match="another source or other settings"):
+        build(1).export()
+    assert states(tmp_path / "exporter") == before
+
+
+def test_in_the_checkpoint_itself(tmp_path: Path) -> None:
+    """The first one adds files to the checkpoint, and the second finds them."""
+    source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    (source / "torch_rank_weights_embs_table_multi_shard.json").unlink(missing_ok=True)
+    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    more |= {"filter_sparse_opt": False, "num_shards": None}
+    first = export(source, source, **more)
+    before = states(source)
+    assert export(source, source, **more) == first
+    assert states(source) == before
+    assert verify(str(source)).findings == []
+    with pytest.raises(ConfigError, match="holds a committed package"):
+        export(source, source, **more, export_outputs=["other"])
+
+
+def test_the_dense_arch_alone(tmp_path: Path) -> None:
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "need_export_sparse": False}
+    more |= {"num_shards": None}
+    first = export(source, out, **more)
+    assert export(source, out, **more) == first
+    touch_later(source / "model.pt")
+    with pytest.raises(ConfigError, match="another source or other settings"):
+        export(source, out, **more)
+
+
+def test_on_a_store(source: Path) -> None:
+    MemoryFileSystem.store.clear()
+    first = export(source, "memory://same/out")
+    objects = dict(MemoryFileSystem.store)
+    assert export(source, "memory://same/out") == first
+    assert MemoryFileSystem.store == objects
+    with pytest.raises(ConfigError, match="overwrite would destroy it"):
+        export(source, "memory://same/out", overwrite=True)
+    MemoryFileSystem.store.clear()
+
+
+def touch_later(file: Path) -> None:
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: touch_later(source / "index"),
+        lambda source: touch_later(next(source.glob("model-*.safetensors"))),
+        lambda source: write_checkpoint(source, make_tables({"t": 60, "u": 30}, 3, seed=9)),
+    ],
+    ids=["its index", "a shard", "all of it"],
+)
+def test_a_source_that_was_saved_anew_is_another_one(
+    change: Callable[[Path], object], restarted: bool, source: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    before = states(out)
+    change(source)
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ConfigError, match="package of another source or other settings"):
+        export(source, out)
+    assert states(out) == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_shards": 2},
+        {"keep_slots": ["sparse*"]},
+        {"dtype": {"t": "float16"}},
+        {"digest": "sha256"},
+        {"rename_tables": {"t": "v"}},
+        {"prune": [{"tables": "t", "norm_at_most": 0.0}]},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_other_settings_are_another_export(more: dict[str, object], source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    before = states(out)
+    with pytest.raises(ConfigError, match=r"is there already: export_dir holds a committed package"):
+        export(source, out, **more)
+    assert states(out) == before
+
+
+def test_the_order_of_patterns_counts(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(source, out, dtype={"t": "float16", "*": "bfloat16"})
+    with pytest.raises(ConfigError, match="is there already"):
+        export(source, out, dtype={"*": "bfloat16", "t": "float16"})
+
+
+def test_the_content_of_a_list_counts_and_not_its_time(source: Path, tmp_path: Path) -> None:
+    out, listed = tmp_path / "out", tmp_path / "ids.npy"
+    np.save(listed, np.arange(10))
+    prune = [{"tables": "t", "deny": str(listed)}]
+    first = export(source, out, prune=prune)
+    touch_later(listed)
+    assert export(source, out, prune=prune) == first
+    np.save(listed, np.arange(11))
+    with pytest.raises(ConfigError, match="package of another source or other settings"):
+        export(source, out, prune=prune)
+
+
+def test_the_content_of_fg_counts(tmp_path: Path) -> None:
+    source, out, fg = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out", tmp_path / "fg.json"
+    fg.write_text('{"features": []}')
+    first = export(source, out, fg_conf_or_path=str(fg))
+    assert export(source, out, fg_conf_or_path=str(fg)) == first
+    fg.write_text('{"features": [], "more": 1}')
+    with pytest.raises(ConfigError, match="package of another source or other settings"):
+        export(source, out, fg_conf_or_path=str(fg))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda out: (out / SHARD).unlink(), f"{SHARD} is missing"),
+        (lambda out: os.truncate(out / SHARD, 10), f"{SHARD} has 10 bytes, not "),
+        (lambda out: (out / "index").unlink(), "index is missing"),
+    ],
+    ids=["no shard", "a shard cut", "no index"],
+)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_package_that_is_not_whole_is_no_success(
+    break_it: Callable[[Path], object], said: str, restarted: bool, source: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    break_it(out)
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ConfigError, match=rf"holds the package of this very export, but {said}.*overwrite: true"):
+        export(source, out)
+    export(source, out, overwrite=True)
+    assert verify(str(out)).findings == []
+
+
+def test_what_is_asked_to_begin_anew_does(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    before = states(out)
+    with pytest.raises(ConfigError, match="holds a committed package"):
+        export(source, out, on_existing="restart")
+    assert states(out) == before
+    export(source, out, overwrite=True)
+    assert states(out)[SHARD][0] != before[SHARD][0]
+
+
+def test_a_package_to_which_nothing_can_be_written(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """Sealed after the export; the tests may run as root, who may write everywhere."""
+    out = tmp_path / "out"
+    first = export(source, out)
+    monkeypatch.setattr("dist_export.storage.Directory.why_not_writable", lambda _: "cannot be written to")
+    assert export(source, out) == first
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        export(source, tmp_path / "new")
+
+
+def test_one_that_was_committed_while_this_one_waited(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """A scheduler starts a job twice: the second waits for the first one's lock, and finds that all is done."""
+    out = tmp_path / "out"
+    real = exporter.claim
+    committed = []
+
+    def claim(*given, **options):
+        monkeypatch.setattr(exporter, "claim", real)
+        committed.append(export(source, out))
+        return real(*given, **options)
+
+    monkeypatch.setattr(exporter, "claim", claim)
+    assert export(source, out) == committed[0]
+    assert not (out / ".dist_export").exists()
+    assert verify(str(out)).findings == []
+
+
+def test_it_is_registered_as_ever(source: Path, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def register(_config, _located, manifest, directory):
+        asked.append((manifest.digest, directory))
+        return "models:/m/1"
+
+    monkeypatch.setattr(exporter, "register_package", register)
+    out = tmp_path / "out"
+    first = export(source, out)
+    export(source, out)
+    assert asked == [(first.digest, str(out))] * 2
+
+
+def test_plan_says_so(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    export(source, out)
+    assert cli.main(["plan", *arguments(source, out)]) == 0
+    assert "holds a package of these settings" in capsys.readouterr().out
+
+
+def test_the_day_of_a_subfolder_is_looked_up_once(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """An export that begins at midnight has one directory, in its events as on the disk."""
+    days = iter(["20260101", "20260102", "20260103"])
+    real = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda form, *when: next(days) if form == "%Y%m%d" else real(form, *when))
+    export(source, tmp_path / "out", add_subfolder=True, events=True)
+    assert sorted(os.listdir(tmp_path / "out")) == ["20260101000000"]
+    assert sorted(os.listdir(tmp_path / "out" / "20260101000000")) == ["data", "data.events.jsonl"]
+
+
+def test_the_same_day_again(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(places, "place_of", lambda config: f"{config.export_dir}/20260101000000/data")
+    monkeypatch.setattr(job, "place_of", places.place_of)
+    first = export(source, tmp_path / "out", add_subfolder=True)
+    assert export(source, tmp_path / "out", add_subfolder=True) == first
+
+
+def test_a_copy_of_the_package_is_the_package(source: Path, tmp_path: Path) -> None:
+    """It was moved there by hand: the identity does not name export_dir."""
+    first = export(source, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    assert export(source, tmp_path / "moved") == first
+    assert content(tmp_path / "moved").keys() == {MANIFEST, *(file.path for file in first.files)} - {MANIFEST}
