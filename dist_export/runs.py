@@ -14,6 +14,7 @@ from dist_export.checkpoint.formats import (
     DCP,
     DCP_AND_DUMP,
     DYNAMICEMB,
+    PACKAGE,
     RECIS,
     detect_format,
     find_nothing,
@@ -142,7 +143,7 @@ def _is_checkpoint(directory: Directory, asked: str, *, has_step: bool) -> bool:
     found = list_candidates(directory)
     if asked not in (AUTO, RECIS, DCP, DCP_AND_DUMP):
         return not has_step and asked in found
-    return not {RECIS, DCP, DYNAMICEMB}.isdisjoint(found)
+    return not {RECIS, DCP, DYNAMICEMB, PACKAGE}.isdisjoint(found)
 
 
 def _list_children(directory: Directory) -> list[tuple[int, str]]:

@@ -18,6 +18,7 @@ from dist_export.checkpoint.joined import join_checkpoints
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader
+from dist_export.checkpoint.recis import RecisReader
 from dist_export.checkpoint.state_tables import find_state_tables, note_state_tables, open_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.collective import Ranks
@@ -100,7 +101,7 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
         CommitError: they do not make whole tables. A failed export, where a source that does not is the user's mistake.
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
-        written = _read_metadata(ranks, lambda: open_reader(directory, asked=RECIS), is_written=True)
+        written = _read_metadata(ranks, lambda: RecisReader(directory), is_written=True)
     else:
         files = [file.name for file in plan.files]
         written = _read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)

@@ -13,6 +13,7 @@ from dist_export.checkpoint.dcp_reader import DcpReader
 from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
 from dist_export.checkpoint.joined import JoinedReader
+from dist_export.checkpoint.package_source import PackageDense, PackageSource, find_package, has_numbered
 from dist_export.checkpoint.plain import PlainDense, read_all, sort_facts
 from dist_export.checkpoint.reader import CheckpointReader
 from dist_export.checkpoint.recis import RecisReader
@@ -22,6 +23,7 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.torch_save import TorchReader, find_torch_files
 from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.layout.recis import INDEX, TENSORKEY
+from dist_export.manifest import MANIFEST
 from dist_export.storage import Directory
 
 RECIS = "recis"
@@ -29,12 +31,13 @@ DCP = "dcp"
 SAFETENSORS = "safetensors"
 TORCH = "torch"
 DYNAMICEMB = "dynamicemb"
+PACKAGE = "package"
 DCP_AND_DUMP = "dcp+dynamicemb"
 """What TorchEasyRec saves of a model that has tables of both kinds."""
 AUTO = "auto"
 
 LOOKED_FOR = (
-    f"{INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP), *_emb_keys.rank_* (DynamicEmb), "
+    f"{MANIFEST} (package), {INDEX} and {TENSORKEY} (RecIS), .metadata or model/.metadata (DCP), *_emb_keys.rank_* (DynamicEmb), "
     "*.safetensors (safetensors), *.pt, *.pth, *.ckpt or *.bin of torch.save (torch)"
 )
 """For messages."""
@@ -75,6 +78,9 @@ def list_candidates(directory: Directory) -> list[str]:
     """Return the formats that a directory looks like. OSError where it cannot be looked at."""
     names = set(directory.names())
     is_recis = not names.isdisjoint((INDEX, TENSORKEY))
+    package = find_package(directory) if MANIFEST in names else None
+    if package is not None and has_numbered(package):
+        return [PACKAGE]
     found = [RECIS] if is_recis else []
     if METADATA in names or (not is_recis and find_metadata(directory)):
         found.append(DCP)
@@ -97,8 +103,8 @@ def list_candidates(directory: Directory) -> list[str]:
     return found
 
 
-def find_nothing(directory: Directory, *, asked: str = AUTO, also: str = "") -> CheckpointError:
-    """Return the error for a place that is no checkpoint, which lists what was looked for; ``also`` goes before that list.
+def find_nothing(directory: Directory, *, asked: str = AUTO) -> CheckpointError:
+    """Return the error for a place that is no checkpoint, which lists what was looked for.
 
     OSError where it cannot be looked at.
     """
@@ -108,9 +114,7 @@ def find_nothing(directory: Directory, *, asked: str = AUTO, also: str = "") -> 
     unfinished = (
         ". A save that did not finish lacks what is written last: index, tensorkey.json, .metadata" if names else ""
     )
-    return CheckpointError(
-        f"{directory.url}: {what}; looked for {also}{looked_for}{unfinished}{directory.tell_folders()}"
-    )
+    return CheckpointError(f"{directory.url}: {what}; looked for {looked_for}{unfinished}{directory.tell_folders()}")
 
 
 def open_reader(
@@ -162,7 +166,7 @@ def holds_tables(
         return bool(read_beside(directory, settings).checkpoint.tables)
     if found in _PLAIN:
         return bool(sort_facts(directory, read_all(_PLAIN[found](directory, settings)), settings).tables)
-    if found in (DYNAMICEMB, DCP_AND_DUMP):
+    if found in (DYNAMICEMB, DCP_AND_DUMP, PACKAGE):
         return True
     try:
         names = directory.names()
@@ -192,7 +196,17 @@ class Format(NamedTuple):
 def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
     if directory.exists(INDEX):  # else it is none, which the reader tells
         _refuse_settings(directory, settings, RECIS)
-    return RecisReader(directory)
+    package = find_package(directory)
+    reader = RecisReader(directory)
+    return reader if package is None else PackageSource(directory, package, reader)
+
+
+def _open_package(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
+    _refuse_settings(directory, settings, PACKAGE)
+    package = find_package(directory)
+    if package is None:
+        raise find_nothing(directory, asked=PACKAGE)
+    return PackageSource(directory, package)
 
 
 def _open_dynamicemb(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
@@ -248,6 +262,7 @@ FORMATS: dict[str, Format] = {
     DYNAMICEMB: Format(
         "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, _: NoDense(directory)
     ),
+    PACKAGE: Format("a package", MANIFEST, _open_package, lambda directory, _: PackageDense(directory)),
     DCP_AND_DUMP: Format(
         "a DCP checkpoint with a DynamicEmb dump",
         f"{METADATA}, or model/{METADATA}, and *_emb_keys.rank_*",

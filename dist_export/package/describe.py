@@ -70,7 +70,7 @@ def describe(
     if found in (SAFETENSORS, TORCH, DYNAMICEMB):
         return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if not is_package and found is None:
-        raise find_nothing(directory, asked=asked, also=f"{MANIFEST} (package), " if asked == AUTO else "")
+        raise find_nothing(directory, asked=asked)
     if settings.tables or settings.optimizer_slots or settings.state_root is not None:
         raise ConfigError(
             f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables, --optimizer_slots "

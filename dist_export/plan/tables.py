@@ -89,10 +89,17 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
                 name=new_name,
                 source_name=None if new_name == table.name else table.name,
                 is_hashed=table.is_hashed or becomes_hash,
-                default_row=default if default is None or isinstance(default, str) else tuple(map(float, default)),
+                default_row=_as_default(default, table.default_row),
             )
         )
     return _take_tables(checkpoint, kept, tuple(tables), becomes_hash=is_hash, reasons=reasons)
+
+
+def _as_default(asked: DefaultRow | None, own: tuple[float, ...] | str | None) -> tuple[float, ...] | str | None:
+    """Return the default row that is asked for, else that of the source, which packages have."""
+    if asked is None:
+        return own
+    return asked if isinstance(asked, str) else tuple(map(float, asked))
 
 
 def first_match(setting: str, values: Mapping[str, Value], names: Sequence[str]) -> list[Value | None]:

@@ -308,7 +308,10 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "weights.bin").write_bytes(b"x")
     assert main(["export", "--ckpt_dir", str(tmp_path / "other"), "--export_dir", str(tmp_path / "third")]) == 2
-    assert "looked for index and tensorkey.json (RecIS), .metadata or model/.metadata (DCP)" in capsys.readouterr().err
+    assert (
+        "looked for manifest.json (package), index and tensorkey.json (RecIS), .metadata or model/.metadata (DCP)"
+        in capsys.readouterr().err
+    )
 
 
 def test_inspect_shows_a_dcp_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,156 @@
+"""A package as the source of another one: its tables as they were written, and what their manifest says of them.
+
+A package of hash tables alone is read as RecIS's own reader reads it. One that has tables by row number is read by the merged
+manifest too. What the first export cast away is not there any more, and the manifest is asked so that nothing is mistaken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import xxhash
+
+from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.payload import Payload
+from dist_export.checkpoint.reader import Checkpoint, CheckpointReader, SourceFile, TableMeta
+from dist_export.checkpoint.tensors import Skipped
+from dist_export.errors import CheckpointError, PackageError
+from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
+from dist_export.storage import Directory
+
+
+def find_package(directory: Directory) -> Manifest | None:
+    """Return the manifest of a package that was written anew; None for what is none, or is a checkpoint with one beside it.
+
+    Raises:
+        CheckpointError: the manifest is one of ours, and damaged.
+    """
+    if not directory.exists(MANIFEST):
+        return None
+    raw = directory.read_text(MANIFEST)
+    try:
+        if msgspec.json.decode(raw, type=dict[str, Any]).get("format") != "dist_export":
+            return None
+        manifest = decode_manifest(raw, where=directory.describe(MANIFEST))
+    except msgspec.MsgspecError:
+        return None
+    except PackageError as error:
+        raise CheckpointError(str(error)) from None
+    return manifest if manifest.mode == "filter" and manifest.tables else None
+
+
+def has_numbered(manifest: Manifest) -> bool:
+    """Whether a package has a table whose rows go by number."""
+    return any(table.is_hashed is False for table in manifest.tables)
+
+
+class PackageSource:
+    """Reads a package. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
+
+    def __init__(self, directory: Directory, manifest: Manifest, inner: CheckpointReader[Any] | None = None) -> None:
+        """Refuse what cannot be read back. ``inner`` is the reader of its shards; None takes that of packages.
+
+        Raises:
+            CheckpointError: a table whose rows are encoded, or the indexes are damaged.
+        """
+        for table in manifest.tables:
+            _refuse_encoded(table, directory)
+        shards = sorted({part.file for table in manifest.tables for part in table.parts})
+        self._directory, self._manifest = directory, manifest
+        self._is_own = inner is None
+        self._inner: CheckpointReader[Any] = PackageReader(directory, shards) if inner is None else inner
+        self.files: tuple[SourceFile, ...] = self._inner.files
+
+    def read_headers(self, files: range) -> Any:
+        """Read the headers of these files."""
+        return self._inner.read_headers(files)
+
+    def assemble(self, shares: Sequence[Any]) -> Checkpoint:
+        """Put the tables together as the shards have them, with the default rows of the manifest."""
+        found = self._inner.assemble(shares)
+        entries = {table.name: table for table in self._manifest.tables}
+        tables = tuple(_with_default(table, entries.get(table.name)) for table in found.tables)
+        found = replace(found, tables=tables, warnings=(*found.warnings, *self._list_notes()))
+        if not self._is_own:
+            return found
+        # each block of a hash table is of one slot, and a table counts its tensors by slot
+        slots = sum(len(table.slots) if table.has_ids else len(table.slots) - 1 for table in found.tables)
+        parts = found.parts
+        num_bytes = sum(
+            slot.num_bytes(int(parts.rows[parts.of_table(number)].sum()))
+            for number, table in enumerate(found.tables)
+            for slot in table.slots
+            if table.has_ids or slot.column
+        )
+        dense_bytes = sum(tensor.num_bytes for tensor in found.dense)
+        return replace(
+            found,
+            fingerprint=self._fingerprint(),
+            copy_hindrances=("it is a package with tables by row number, whose manifest is written anew",),
+            payload=Payload(tensors=slots + len(found.dense), num_bytes=num_bytes + dense_bytes),
+        )
+
+    def _list_notes(self) -> list[str]:
+        where = self._directory.url
+        notes = [
+            f"{where}: table {table.name!r} was cast from {slot.cast.source_dtype} when this package was written, and stays "
+            f"at the precision of {slot.dtype}"
+            for table in self._manifest.tables
+            for slot in table.kept
+            if slot.cast is not msgspec.UNSET
+        ]
+        left = [] if self._manifest.dense is None else [self._manifest.dense.program.partition("/")[0]]
+        left += ["fg.json"] if any(file.path == "fg.json" for file in self._manifest.files) else []
+        if left:
+            notes.append(
+                f"{where} is a package; of it the tables are exported, and {' and '.join(left)} are not carried over: export "
+                "from the checkpoint for a package with a program"
+            )
+        return notes
+
+    def _fingerprint(self) -> str:
+        hasher = xxhash.xxh3_128(self._manifest.digest.encode())
+        for file in self.files:
+            hasher.update(msgspec.json.encode([file.name, file.size, file.version]))
+        return f"xxh3:{hasher.hexdigest()}"
+
+
+def _refuse_encoded(table: TableEntry, directory: Directory) -> None:
+    for slot in table.kept:
+        if slot.name == EMBEDDING_SLOT and slot.encoding is not msgspec.UNSET:
+            raise CheckpointError(
+                f"{directory.url} is a package whose table {table.name!r} is encoded as {slot.encoding}; its rows cannot be "
+                "exported again. Export from the checkpoint that it was made of"
+            )
+
+
+def _with_default(table: TableMeta, entry: TableEntry | None) -> TableMeta:
+    if entry is None or entry.default_row is msgspec.UNSET:
+        return table
+    return replace(table, default_row=entry.default_row)
+
+
+class PackageDense:
+    """A package has a program and no parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+
+    notes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
+
+    def __init__(self, directory: Directory) -> None:
+        self.where = directory.url
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return nothing."""
+        return []
+
+    def load(self) -> Mapping[str, Any]:
+        """Say that there is nothing to load."""
+        raise CheckpointError(
+            f"{self.where} is a package, which has a program and no dense parameters. Leave `model` out of the config for an "
+            "export of the tables, or export from the checkpoint"
+        )
