@@ -51,6 +51,10 @@ class Fates(NamedTuple):
     """Names of those that the program takes; None where there is no program."""
     is_filtered: bool
     """Whether trainer state is dropped: the filter is on."""
+    as_ids: frozenset[str] = frozenset()
+    """Names of those that raw ids are read from."""
+    collision_modules: frozenset[str] = frozenset()
+    """The modules that these are of; what else is in them is trainer state."""
 
 
 def fates_by_entry(tables: Sequence[TableEntry]) -> list[TableFate]:
@@ -141,10 +145,13 @@ def make_account(
         ledger.add_unexported(checkpoint)
     for table in checkpoint.left_out:
         ledger.add(LEFT_OUT, table.reason, table.num_bytes, tensors=table.tensors)
+    if plan is not None:
+        as_ids, modules = plan.checkpoint.raw_id_tensors()
+        dense = dense._replace(as_ids=as_ids, collision_modules=modules)
     names = dict(payload.aliases)
     taken = None if dense.in_program is None else {names.get(name, name) for name in dense.in_program}
     for other in payload.others:
-        became, reason = _fate_of(other.name, other.kind, taken, is_filtered=dense.is_filtered)
+        became, reason = _fate_of(other.name, other.kind, dense._replace(in_program=taken))
         ledger.add(became, reason, other.num_bytes)
         ledger.others.append(
             AccountTensor(
@@ -186,8 +193,13 @@ def say_account(account: AccountEntry) -> str:
     return f"{count(account.tensors, 'tensor')}, {amount(account.num_bytes)}: {', '.join(filter(None, parts))}"
 
 
-def _fate_of(name: str, kind: str, taken: Collection[str] | None, *, is_filtered: bool) -> tuple[str, str]:
+def _fate_of(name: str, kind: str, fates: Fates) -> tuple[str, str]:
     """Return what becomes of a tensor in no table, and why."""
+    taken, is_filtered = fates.in_program, fates.is_filtered
+    if name in fates.as_ids:
+        return EXPORTED, ""
+    if name.rpartition(".")[0] in fates.collision_modules:
+        return DROPPED, BY_TRAINER
     if kind == STATE:
         return DROPPED, BY_OPTIMIZER
     if kind != DENSE:
@@ -203,7 +215,8 @@ def _fate_of(name: str, kind: str, taken: Collection[str] | None, *, is_filtered
 def list_dense_left(dense_state: DenseMeta, plan: SparsePlan) -> list[str]:
     """Return the dense parameters of the checkpoint that no file of a package of tables alone holds."""
     in_shards = {tensor.name for tensor in plan.selection.kept_dense}
-    return [name for name, _, _ in dense_state if name not in in_shards]
+    _, modules = plan.checkpoint.raw_id_tensors()  # whose state is in the shards as ids, or for training alone
+    return [name for name, _, _ in dense_state if name not in in_shards and name.rpartition(".")[0] not in modules]
 
 
 def note_dense_left(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:

@@ -170,7 +170,7 @@ def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...]
 
 def describe_rules(plan: SparsePlan, census: Census) -> tuple[PruneEntry, ...] | msgspec.UnsetType:
     """Return the manifest's entries of the rules that left rows behind."""
-    if plan.pruning is None or census.pruned is None:
+    if plan.pruning is None or census.pruned is None or not plan.pruning.asked:
         return msgspec.UNSET
     rows = count_by_rule(plan.checkpoint, plan.pruning, census.pruned).sum(axis=0).tolist()
     lists = {rule.place: rule.ids for rules in plan.pruning.rules for rule in rules}

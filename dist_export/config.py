@@ -90,6 +90,8 @@ class ExportConfig:
     """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
     dynamicemb_dims: dict[str, int] = field(default_factory=dict)
     """Dimensions of the tables of a DynamicEmb dump, by pattern: its files do not state them, so that they are compared"""
+    allow_hashed_ids: list[str] = field(default_factory=list)
+    """Patterns of managed-collision tables whose module changes ids before it looks for them, as serving must do too"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     on_emptied: Literal["error", "allow"] = "error"

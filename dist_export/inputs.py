@@ -143,7 +143,13 @@ def open_source(
 
         return find_model_dims(model, sparse_model_name=config.sparse_model_name)
 
-    return open_tables(ranks, source, config, find_dims, weights)
+    checkpoint = open_tables(ranks, source, config, find_dims, weights)
+    if model is not None and any(table.raw_ids is not None for table in checkpoint.tables):
+        from dist_export.dense.collisions import refuse_hashed_ids
+
+        tables, allowed = checkpoint.tables, config.allow_hashed_ids
+        ranks.run("look for hashed ids", lambda: refuse_hashed_ids(model, tables, allowed))
+    return checkpoint
 
 
 def find_dense(
@@ -176,7 +182,7 @@ def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
     }
     by_module: dict[str, list[str]] = {}
     for table in checkpoint.tables:
-        if not table.has_ids:
+        if not table.has_ids or table.raw_ids is not None:
             name = table.name_in_source
             by_module.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(name)
     return {module: dims[names[0]] for module, names in by_module.items() if len(names) == 1} | dims

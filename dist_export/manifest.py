@@ -102,7 +102,8 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_out: Count
     rows_dropped: dict[str, Count]
     """Reason -> rows: ``duplicate`` where another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
-    ``allow_list`` where a rule left them behind. A reason that dropped none is not listed."""
+    ``allow_list`` where a rule left them behind; ``empty`` where a row of a managed-collision table has no id. A reason that
+    dropped none is not listed."""
     misplaced: Count
     """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
     repaired: Count = 0

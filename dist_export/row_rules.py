@@ -14,7 +14,10 @@ NORM = "norm"
 DENY_LIST = "deny_list"
 ALLOW_LIST = "allow_list"
 
-REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST)
+EMPTY = "empty"
+"""The row of a managed-collision table that no id has; it is left behind without a rule of the settings."""
+
+REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY)
 """Why a row was left behind, as the account of rows names it."""
 
 _KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")

@@ -13,7 +13,9 @@ import numpy as np
 
 from dist_export.checkpoint.dcp import METADATA_FILES
 from dist_export.checkpoint.dump_widths import confirm_widths
+from dist_export.checkpoint.fallbacks import find_fallbacks, needs_fallbacks, set_fallbacks
 from dist_export.checkpoint.formats import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.ids import first_source_of
 from dist_export.checkpoint.joined import join_checkpoints
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_reader import PackageReader
@@ -95,7 +97,8 @@ def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> Te
 def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
     """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
 
-    Default rows are those of the plan: they stand in the manifest, which is still to be written.
+    Default rows are those of the plan: they stand in the manifest, which is still to be written. So is what managed-collision
+    modules of the source know, by which the model asks for rows.
 
     Raises:
         CommitError: they do not make whole tables. A failed export, where a source that does not is the user's mistake.
@@ -105,8 +108,13 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
     else:
         files = [file.name for file in plan.files]
         written = _read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)
-    defaults = {table.name: table.default_row for table in plan.checkpoint.tables}
-    tables = tuple(replace(table, default_row=defaults.get(table.name)) for table in written.tables)
+    planned = {table.name: table for table in plan.checkpoint.tables}
+    tables = tuple(
+        replace(table, default_row=planned[table.name].default_row, raw_ids=planned[table.name].raw_ids)
+        if table.name in planned
+        else table
+        for table in written.tables
+    )
     return replace(written, tables=tables)
 
 
@@ -146,6 +154,10 @@ def open_tables(
     if checkpoint.format == RECIS and weights is not None:
         checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=config.filter_sparse_opt)
     chosen = choose_tables(ranks, checkpoint, config)
+    if needs_fallbacks(chosen):
+        unknown = chosen
+        rows = ranks.on_rank_0("read the rows of unknown ids", lambda: find_fallbacks(unknown))
+        chosen = set_fallbacks(chosen, rows)
     if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
         return chosen  # the source states all dimensions
     return ranks.run(
@@ -375,7 +387,7 @@ def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConf
     rows = int(census.misplaced[checkpoint.parts.of_table(table)].sum())
     tables = len(np.unique(checkpoint.parts.table[wrong]))
     others = f" ({tables - 1} more tables have some too)" if tables > 1 else ""
-    file = checkpoint.directory.describe(checkpoint.files[int(checkpoint.blocks.file[part, 0])].name)
+    file = first_source_of(checkpoint, part)
     claimed = checkpoint.parts.slice_of(part)
     raise PlanError(
         f"{checkpoint.directory.url} {'cannot be exported' if config.filter_sparse_opt else 'cannot be copied as it is'}: "

@@ -8,19 +8,21 @@ part is a range of bytes of its file, else its rows are put together from strips
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import xxhash
 
+from dist_export.checkpoint.collisions import attach_collisions, find_collisions, note_collisions, read_state
 from dist_export.checkpoint.dcp import ChunkFinder, DcpCheckpoint
 from dist_export.checkpoint.dcp_metadata import Chunk, TensorMeta
 from dist_export.checkpoint.dcp_tensors import DcpSlot, DcpTable
 from dist_export.checkpoint.payload import STATE, Payload, other_tensor
+from dist_export.checkpoint.raw_ids import Piece, StoredTensor
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable, build_numbered
+from dist_export.checkpoint.row_layout import TensorTable, build_numbered
 from dist_export.checkpoint.stand_ins import read_beside
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import listed
@@ -69,6 +71,15 @@ class DcpReader:
             raise UnaskedError(_no_tables(self._found))
         if not self._found.tables and not beside.stand_ins:
             self._notes.append(_no_tables(self._found))
+        dense = dict(self._found.dense)
+        self._collisions = find_collisions(
+            {table.name: table.weight.shape for table in self._found.tables},
+            {name: (tensor.dtype, tensor.shape) for name, tensor in dense.items()},
+            where=directory.url,
+        )
+        self._of_collisions = {
+            name: dense[name] for names in self._collisions.values() for name in names if name is not None
+        }
         self._optimizer_slots = frozenset(settings.optimizer_slots) - self._found.unmatched_slots
         self.files: tuple[SourceFile, ...] = tuple(
             SourceFile(name=name, size=size, version=self._found.versions[name])
@@ -77,11 +88,15 @@ class DcpReader:
         self._number_of = {file.name: number for number, file in enumerate(self.files)}
         self._items: list[tuple[TensorMeta, Chunk]] = [
             (tensor, chunk)
-            for table in self._found.tables
-            for tensor in (table.weight, *(slot.tensor for slot in table.slots if _can_be_kept(slot)))
+            for tensor in (*self._list_tensors(), *self._of_collisions.values())
             for chunk in tensor.chunks
             if math.prod(chunk.sizes)
         ]
+
+    def _list_tensors(self) -> Iterator[TensorMeta]:
+        for table in self._found.tables:
+            yield table.weight
+            yield from (slot.tensor for slot in table.slots if _can_be_kept(slot))
 
     def read_headers(self, files: range) -> ItemShare:
         """Find the items of tables and of slots that fit their table, in these files. Reads no payload."""
@@ -120,28 +135,36 @@ class DcpReader:
         def stored(tensor: TensorMeta) -> StoredTensor:
             return StoredTensor(tensor.name, tensor.dtype, tensor.shape, tuple(pieces.get(tensor.name, ())))
 
+        of_collisions = {name: stored(tensor) for name, tensor in self._of_collisions.items()}
         named = [
             TensorTable(
                 table.name,
                 stored(table.weight),
                 tuple((slot.name, stored(slot.tensor)) for slot in table.slots if slot.tensor.dtype in CODE_BY_TORCH),
+                read_state(self._collisions.get(table.name), of_collisions),
             )
             for table in self._found.tables
         ]
-        tables, parts, blocks, strips = build_numbered(named, where=self.directory.url)
+        tables, parts, blocks, strips, made = build_numbered(named, where=self.directory.url)
         return Checkpoint(
             format="dcp",
             directory=self.directory,
             files=self.files,
-            tables=tables,
+            tables=attach_collisions(tables, named, self._collisions, self.directory, self.files),
             parts=parts,
             blocks=blocks,
             dense=(),
             fingerprint=self._fingerprint(items),
             copy_hindrances=("it is a DCP checkpoint, whose files serving does not read",),
             verbatim={},
-            warnings=(*self._found.notes, *_list_left_out(self._found.tables), *self._notes),
+            warnings=(
+                *self._found.notes,
+                *_list_left_out(self._found.tables),
+                *note_collisions(self._collisions),
+                *self._notes,
+            ),
             strips=strips,
+            made=made,
             optimizer_patterns=self._optimizer_slots,
             payload=self._list_payload(),
         )

@@ -10,7 +10,16 @@ import numpy as np
 import xxhash
 
 from dist_export.checkpoint.payload import join_payloads
-from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, CheckpointReader, Parts, SourceFile, Strips
+from dist_export.checkpoint.reader import (
+    ABSENT,
+    FIRST_MADE,
+    Blocks,
+    Checkpoint,
+    CheckpointReader,
+    Parts,
+    SourceFile,
+    Strips,
+)
 from dist_export.errors import CheckpointError
 
 _STRIPS = ("part", "column", "first_byte", "width", "row_stride", "file", "offset")
@@ -77,7 +86,7 @@ def join_checkpoints(first: Checkpoint, second: Checkpoint, *, kind: str) -> Che
         files=(*first.files, *second.files),
         tables=(*first.tables, *second.tables),
         parts=_join_parts(first.parts, second.parts, num_tables),
-        blocks=_join_blocks(first.blocks, second.blocks, num_files),
+        blocks=_join_blocks(first.blocks, second.blocks, num_files, len(first.made)),
         dense=(*first.dense, *(replace(tensor, file=tensor.file + num_files) for tensor in second.dense)),
         fingerprint=f"xxh3:{hasher.hexdigest()}",
         copy_hindrances=(*first.copy_hindrances, *second.copy_hindrances),
@@ -87,6 +96,7 @@ def join_checkpoints(first: Checkpoint, second: Checkpoint, *, kind: str) -> Che
         optimizer_patterns=first.optimizer_patterns | second.optimizer_patterns,
         left_out=(*first.left_out, *second.left_out),
         payload=join_payloads(first.payload, second.payload),
+        made=(*first.made, *(column.moved(num_files) for column in second.made)),
     )
 
 
@@ -102,9 +112,10 @@ def _join_parts(first: Parts, second: Parts, num_tables: int) -> Parts:
     return Parts(table=np.concatenate([first.table, second.table + num_tables]), first_row=first_row, **columns)
 
 
-def _join_blocks(first: Blocks, second: Blocks, num_files: int) -> Blocks:
+def _join_blocks(first: Blocks, second: Blocks, num_files: int, num_made: int) -> Blocks:
     width = max(first.file.shape[1], second.file.shape[1])
-    moved = np.where(second.file >= 0, second.file + num_files, second.file).astype(np.int32)
+    moved = np.where(second.file >= 0, second.file + num_files, second.file)
+    moved = np.where(moved <= FIRST_MADE, moved - num_made, moved).astype(np.int32)
     return Blocks(
         file=np.concatenate([_widen(its, width, ABSENT) for its in (first.file, moved)]),
         offset=np.concatenate([_widen(its.offset, width, 0) for its in (first, second)]),

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from dist_export.checkpoint.collisions import attach_collisions, find_collisions, note_collisions, read_state
 from dist_export.checkpoint.extra_state import UntakenState, find_extra_state
 from dist_export.checkpoint.payload import OtherTensor, Payload, count_payload
+from dist_export.checkpoint.raw_ids import Piece, StoredTensor
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.row_layout import Piece, StoredTensor, build_numbered
+from dist_export.checkpoint.row_layout import build_numbered
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import (
     Skipped,
@@ -60,15 +62,22 @@ def make_checkpoint(
     found = sort_facts(directory, facts, settings)
     if not found.tables:
         raise UnaskedError(say_no_tables(found, directory.url))
-    tables, parts, blocks, strips = build_numbered(found.tables, where=directory.url)
-    warnings = [*facts.notes, *found.notes]
+    tensors = {tensor.name: tensor for tensor in found.dense}
+    collisions = find_collisions(
+        {table.name: table.weight.shape for table in found.tables},
+        {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
+        where=directory.url,
+    )
+    named = [table._replace(collision=read_state(collisions.get(table.name), tensors)) for table in found.tables]
+    tables, parts, blocks, strips, made = build_numbered(named, where=directory.url)
+    warnings = [*facts.notes, *found.notes, *note_collisions(collisions)]
     if found.other_state:
         warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
     return Checkpoint(
         format=kind,
         directory=directory,
         files=files,
-        tables=tables,
+        tables=attach_collisions(tables, named, collisions, directory, files),
         parts=parts,
         blocks=blocks,
         dense=(),
@@ -77,6 +86,7 @@ def make_checkpoint(
         verbatim={},
         warnings=tuple(warnings),
         strips=strips,
+        made=made,
         optimizer_patterns=frozenset(settings.optimizer_slots),
         payload=_list_payload(facts, found),
     )

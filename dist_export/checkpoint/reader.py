@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -93,6 +93,8 @@ class Blocks:
 
 ABSENT = -1
 IN_STRIPS = -2
+FIRST_MADE = -3
+"""This and all below stand for columns of ids that are made: ``Checkpoint.made``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,18 @@ class SlotMeta:
     """How a row is packed where it is not plain values, as ``layout.encodings`` names it; only of slots as written."""
 
 
+class RawIdSource(Protocol):
+    """What a managed-collision module of the source knows."""
+
+    empty: int
+    """What stands in the place of a raw id where there is none."""
+    names: tuple[str, ...]
+    """The tensors that raw ids are read from, by their names in the model. All others of their module are for training."""
+
+    def load(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return raw ids (int64, (rows,)) and the row of each (int64, (rows,)); None where entry i is of row i."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableMeta:
     """One embedding table: its slots, ``id`` first and ``embedding`` second, then in the order of the files."""
@@ -164,6 +178,10 @@ class TableMeta:
     has_ids: bool = True
     """Whether the source stores ids; else the id of a row is its number, and its slice one of rows: ``size`` is their number.
     With ``is_hashed`` the numbers are written as ids, and slices are those of hash tables."""
+    empty_id: int | None = None
+    """What stands in the place of an id where a row has none; such rows stay behind. None where every row has one."""
+    raw_ids: RawIdSource | None = None
+    """Of a table whose rows go by number in the model, and by raw id here: which raw id has which row in the source."""
     source_name: str | None = None
     """The name in the source, where the package gives the table another one."""
     default_row: tuple[float, ...] | str | None = None
@@ -174,8 +192,11 @@ class TableMeta:
     """Of such a table: why its rows cannot be what they seem, so that it cannot be exported; empty where nothing tells."""
 
     def stored_slots(self) -> tuple[SlotMeta, ...]:
-        """Return the slots that the source stores: numbers that are written as ids are in none of its tensors."""
-        return self.slots if self.has_ids else self.slots[1:]
+        """Return the slots that the source stores: numbers that are written as ids are in none of its tensors.
+
+        Raw ids are in tensors of a module, which the account knows under the names of these.
+        """
+        return self.slots if self.has_ids and self.raw_ids is None else self.slots[1:]
 
     @property
     def name_in_source(self) -> str:
@@ -194,6 +215,23 @@ class LeftOutTable:
     tensors: int = 0
     """Its slots, as far as they are stored."""
     num_bytes: int = 0
+
+
+class MadeColumn(Protocol):
+    """A column of ids that lies in no file as it is needed, but is made of what files hold. Compared by identity."""
+
+    def __hash__(self) -> int:
+        """Tell it from others."""
+
+    @property
+    def name(self) -> str:
+        """What it is made of, for messages."""
+
+    def moved(self, num_files: int, /) -> MadeColumn:
+        """Return the same of a checkpoint in which so many files go before those that it counts in."""
+
+    def load(self, open_file: Callable[[int], RangeReader], /) -> np.ndarray:
+        """Return all its ids (int64); ``open_file`` gives the file of a number. CheckpointError for what cannot be."""
 
 
 class Memory(Protocol):
@@ -236,6 +274,8 @@ class Checkpoint:
     """Patterns of ``optimizer_slots`` that the reader has found tensors for, under the names that they have in the source."""
     left_out: tuple[LeftOutTable, ...] = ()
     """Tables of the source that are not in ``tables``, in its order."""
+    made: tuple[MadeColumn, ...] = ()
+    """Columns of ids that are made when they are read; ``blocks.file`` is ``FIRST_MADE - i`` for the i-th."""
     memory: Memory | None = None
     """Where the payload is no file; None for all that was saved."""
     payload: Payload | None = None
@@ -256,6 +296,11 @@ class Checkpoint:
     def has_state_tables(self) -> bool:
         """Whether tables of a RecIS checkpoint lie in ``model.pt``; then ``payload`` holds all of that file."""
         return self.format == "recis" and any(file.name == DENSE_STATE for file in self.files)
+
+    def raw_id_tensors(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the tensors that raw ids of tables are read from, and the paths of the modules that have them."""
+        names = frozenset(name for table in self.tables if table.raw_ids is not None for name in table.raw_ids.names)
+        return names, frozenset(name.rpartition(".")[0] for name in names)
 
     def table_index(self, name: str) -> int | None:
         """Return the place of a table, None where there is no such table."""

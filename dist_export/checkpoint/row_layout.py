@@ -13,37 +13,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import ABSENT, IN_STRIPS, Blocks, Parts, SlotMeta, Strips, TableMeta
+from dist_export.checkpoint.raw_ids import CollisionState, Piece, RawIds, StoredTensor
+from dist_export.checkpoint.reader import (
+    ABSENT,
+    FIRST_MADE,
+    IN_STRIPS,
+    Blocks,
+    Parts,
+    SlotMeta,
+    Strips,
+    TableMeta,
+)
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, I64
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
 _ID = SlotMeta(name=ID_SLOT, dtype=I64, inner_shape=(), row_bytes=8, column=0)
+HASH_SIZE = 65536
+"""Of the slices of hash tables. Each part of one claims all of them."""
 _MAX_STRIPS = 1 << 22
 """Of a checkpoint, at 56 bytes each: the columns of transposed pieces, or somebody's joke."""
-
-
-class Piece(NamedTuple):
-    """A rectangle of a tensor, and where it lies."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: int
-    """Number of the file."""
-    offset: int
-    """Absolute position of its first element, in bytes."""
-    strides: tuple[int, ...]
-    """In bytes."""
-
-
-class StoredTensor(NamedTuple):
-    """One tensor; its pieces cover it once."""
-
-    name: str
-    dtype: str
-    """Torch's name."""
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
 
 
 class TensorTable(NamedTuple):
@@ -52,6 +41,8 @@ class TensorTable(NamedTuple):
     name: str
     weight: StoredTensor
     slots: tuple[tuple[str, StoredTensor], ...]
+    collision: CollisionState | None = None
+    """What makes it a hash table keyed by raw id."""
 
 
 def fits_table(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
@@ -59,11 +50,21 @@ def fits_table(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return shape in (weight, weight[:1], (weight[0], 1))
 
 
-def build_numbered(tables: Sequence[TensorTable], *, where: str) -> tuple[tuple[TableMeta, ...], Parts, Blocks, Strips]:
+class BuiltTables(NamedTuple):
+    """Tables as a :class:`~dist_export.checkpoint.reader.Checkpoint` has them, in its fields of the same names."""
+
+    tables: tuple[TableMeta, ...]
+    parts: Parts
+    blocks: Blocks
+    strips: Strips
+    made: tuple[RawIds, ...]
+
+
+def build_numbered(tables: Sequence[TensorTable], *, where: str) -> BuiltTables:
     """Make tables of tensors. CheckpointError where rows would be put together from more strips than can be held."""
     layout = _Layout(where)
     metas = tuple(layout.add(table) for table in tables)
-    return (metas, *layout.finish())
+    return BuiltTables(metas, *layout.finish(), tuple(layout.made))
 
 
 class _Layout:
@@ -77,6 +78,9 @@ class _Layout:
         self._strips = [np.zeros((7, 0), np.int64)]
         self._num_strips = 0
         self._num_tables = 0
+        self._first_rows = [np.zeros(0, np.int64)]
+        self.made: list[RawIds] = []
+        """Columns of ids that are in no file."""
 
     def add(self, table: TensorTable) -> TableMeta:
         """Cut a table into parts at every row where a piece begins; return what it is."""
@@ -97,8 +101,15 @@ class _Layout:
         held = ends - begins if rows else np.zeros(1, np.int64)
         size = np.full_like(begins, max(rows, 1))
         self._parts.append(np.stack([np.full_like(begins, self._num_tables), begins, ends, size, held]))
+        self._first_rows.append(begins)
         self._num_tables += 1
-        self._blocks += [[(ABSENT, 0, table.weight.name)] for _ in begins]
+        state = table.collision
+        if state is None:
+            self._blocks += [[(ABSENT, 0, table.weight.name)] for _ in begins]
+        else:
+            self._blocks += [
+                [self._make_ids(state, first, last)] for first, last in zip(begins, begins + held, strict=True)
+            ]
         for slot, tensor, found in zip(slots, tensors, of_slot, strict=True):
             by_part: list[list[Piece]] = [[] for _ in begins]
             for piece in found:
@@ -108,7 +119,26 @@ class _Layout:
             for part, begin in enumerate(begins.tolist()):
                 block = self._place(first_part + part, slot, begin, int(held[part]), by_part[part], tensor)
                 self._blocks[first_part + part].append(block)
-        return TableMeta(name=table.name, slots=(_ID, *slots), is_hashed=False, has_ids=False)
+        is_hashed = state is not None
+        if is_hashed:  # a raw id may have any row
+            self._parts[-1][1:4] = np.array([[0], [HASH_SIZE], [HASH_SIZE]])
+        return TableMeta(
+            name=table.name,
+            slots=(_ID, *slots),
+            is_hashed=is_hashed,
+            has_ids=is_hashed,
+            empty_id=None if state is None else state.empty,
+        )
+
+    def _make_ids(self, state: CollisionState, begin: int, end: int) -> tuple[int, int, str]:
+        """Say where the raw ids of rows ``begin`` to ``end`` are: in one piece of a file, or made of what files hold."""
+        begin, end = int(begin), int(end)
+        for piece in state.ids.pieces if state.mapping is None else ():
+            first, last = _row_edges(piece)
+            if first <= begin < end <= last and (piece.strides[0] == _ID.row_bytes or end - begin == 1):
+                return piece.file, piece.offset + (begin - first) * piece.strides[0], state.ids.name
+        self.made.append(RawIds(state, begin, end, self._where))
+        return FIRST_MADE + 1 - len(self.made), 0, state.ids.name
 
     def _place(
         self, part: int, slot: SlotMeta, begin: int, rows: int, pieces: list[Piece], tensor: StoredTensor
@@ -156,7 +186,7 @@ class _Layout:
         strips = strips[:, np.lexsort((strips[2], strips[1], strips[0]))]
         names = ("part", "column", "first_byte", "width", "row_stride", "file", "offset")
         return (
-            Parts(table=table, begin=begin, end=end, size=size, rows=rows, first_row=begin),
+            Parts(table=table, begin=begin, end=end, size=size, rows=rows, first_row=np.concatenate(self._first_rows)),
             blocks,
             Strips(**dict(zip(names, strips, strict=True))),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_export.checkpoint.ids import open_sources
-from dist_export.checkpoint.reader import IN_STRIPS, Checkpoint
+from dist_export.checkpoint.reader import FIRST_MADE, IN_STRIPS, Checkpoint
 from dist_export.errors import CheckpointError
 from dist_export.layout.recis import ID_SLOT
 from dist_export.readers import RangeReader
@@ -91,7 +91,7 @@ class RowReader:
         elif file == IN_STRIPS:
             self._read_strips(rows.reshape(num_rows, slot.row_bytes), part, column, first_row, held_only=held_only)
         else:
-            assert file >= 0, f"part {part} has no rows of slot {slot.name}"
+            assert file >= 0 or file <= FIRST_MADE, f"part {part} has no rows of slot {slot.name}"
             offset = int(checkpoint.blocks.offset[part, column]) + first_row * slot.row_bytes
             self._sources[file].read_into(rows.data, offset)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
+from dist_export.checkpoint.raw_ids import Piece
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import join_pieces
 from dist_export.checkpoint.weight_map import match_weight_map, read_weight_map

@@ -18,7 +18,8 @@ from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.checkpoint.doubtful import note_left
 from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
-from dist_export.checkpoint.row_layout import Piece, StoredTensor, TensorTable
+from dist_export.checkpoint.raw_ids import Piece, StoredTensor
+from dist_export.checkpoint.row_layout import TensorTable
 from dist_export.checkpoint.states import Member, State, choose_state, say_left_out
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, UnaskedError

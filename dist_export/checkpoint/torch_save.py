@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from dist_export.checkpoint.dcp_items import Item
 from dist_export.checkpoint.plain import PlainFacts, make_checkpoint, open_files, stat_files
+from dist_export.checkpoint.raw_ids import Piece
 from dist_export.checkpoint.reader import Checkpoint, SourceFile
-from dist_export.checkpoint.row_layout import Piece
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import Unread, join_pieces
 from dist_export.checkpoint.torch_file import TorchFile, is_torch_file, read_extra_states, read_torch_file

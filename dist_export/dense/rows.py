@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
-from dist_export.checkpoint.reader import Checkpoint, SlotMeta
+from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.rows import RowReader
 from dist_export.errors import ModelError
 from dist_export.layout.encodings import RowCast, encode_values
@@ -106,6 +106,8 @@ class RowFinder:
         self._left_out = {table.name: table.reason for table in checkpoint.left_out}
         self._found: dict[int, FoundRows] = {}
         """Table -> what is known of it already."""
+        self._replaced: set[str] = set()
+        """Tables of which a row without an id was looked up that serving gives other values."""
         self._is_unmodified = False
         self._wanted: dict[str, np.ndarray] = {}
         """Table -> ids that will be asked for, and were not yet."""
@@ -177,6 +179,8 @@ class RowFinder:
 
     def changes_rows(self) -> bool:
         """Whether settings change what any lookup so far gives: by a cast, a rule of prune, a choice among duplicates."""
+        if self._replaced:
+            return True
         source = self.unmodified()
         for table in self.looked_up():
             found = self._found[self._numbers[table]]
@@ -200,6 +204,31 @@ class RowFinder:
     def table_names(self) -> list[str]:
         """Return the names of all tables, those that are left out as well."""
         return [*self._numbers, *(name for name in self._left_out if name not in self._numbers)]
+
+    def exported_names(self) -> list[str]:
+        """Return the names of the tables that are exported."""
+        return list(self._numbers)
+
+    def table_of(self, table: str) -> TableMeta:
+        """Return what is known of a table."""
+        return self._checkpoint.tables[self._numbers[table]]
+
+    @property
+    def is_unmodified(self) -> bool:
+        """Whether this finds the source's own rows."""
+        return self._is_unmodified
+
+    def rows_at(self, table: str, numbers: np.ndarray, has_id: np.ndarray) -> np.ndarray:
+        """Return rows of the source by their numbers (int64, sorted, without duplicates): uint8, (n, bytes).
+
+        ``has_id`` (bool, (n,)) says which of them an id has: of the others serving gives the default row.
+        """
+        number, slot = self._numbers[table], self.stored_embedding(table)
+        found = FoundRows.nothing(numbers, slot.row_bytes)
+        self._find_by_number(number, slot, found)
+        if (found.rows[~has_id] != self.default_row(table)).any():
+            self._replaced.add(table)
+        return found.rows
 
     def written_name(self, table: str) -> str:
         """Return the name of a table in the checkpoint, which is that in the package."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,19 @@ import torch
 import xxhash
 from torch import nn
 
-from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.checkpoint.collisions import find_table
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.dense.blame import said
+from dist_export.dense.collisions import RawIdState, is_collision_module, put_state, read_raw_ids
 from dist_export.dense.plain_copy import unwrap
 from dist_export.dense.rows import RowFinder
+from dist_export.dense.table_names import TableNames
 from dist_export.errors import ModelError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import CHILD_BITS
 
 _ID_MASK = (1 << CHILD_BITS) - 1
 _RUN_IDS = 1 << 20
-_WEIGHT = ".weight"
-"""Ends the name of a parameter, which is what trainers but RecIS call a table."""
 
 
 class SampleRows:
@@ -90,13 +91,15 @@ def checkpoint_rows(
     undo: list[Callable[[], None]] = []
     handles = []
     try:
-        names = _TableNames(finder, sparse_model_name)
+        names = TableNames(finder, sparse_model_name)
         modules = _modules_with_paths(sparse_arch)
         uses = Counter(
             id(module.weight) for module, _ in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         )
+        with torch.no_grad():
+            states = _put_raw_ids(modules, names, finder, undo)
         for module, paths in modules:
-            feed = _make_feed(module, paths, names, finder, counts, undo)
+            feed = _make_feed(module, paths, names, finder, counts, undo, states)
             if feed is not None:
                 if isinstance(feed, _WeightFeed) and finder.is_live and uses[id(module.weight)] > 1:
                     feed.puts_default = False  # it would be read as the row of the other table that has this weight
@@ -124,54 +127,14 @@ def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     return list(found.values())
 
 
-class _TableNames:
-    """Finds the table of a module by its path or that of its weight, whatever wrappers put into it.
-
-    Paths count from the model or, where the checkpoint is of the sparse arch alone, from that.
-    """
-
-    def __init__(self, finder: RowFinder, prefix: str) -> None:
-        self._finder = finder
-        self._prefix = prefix
-        self._by_path: dict[str, list[str]] = {}
-        for name in finder.table_names():
-            path = _plain(name)
-            for known in {path, path.removesuffix(_WEIGHT)}:
-                self._by_path.setdefault(known, []).append(name)
-        begin = f"{_plain(prefix)}."
-        self._has_prefix = bool(prefix) and any(path.startswith(begin) for path in self._by_path)
-
-    def join(self, path: str) -> str:
-        """Return the path within the model."""
-        return ".".join(element for element in (self._prefix, path) if element)
-
-    def has(self, path: str) -> bool:
-        """Whether a path within the sparse arch may be that of a table."""
-        paths = [self.join(path)] if self._has_prefix else [self.join(path), path]
-        return any(_plain(full) in self._by_path for full in paths)
-
-    def find(self, path: str) -> str | None:
-        """Return the table of a path within the sparse arch, None where there is none. ModelError where there are several."""
-        for full in [self.join(path)] if self._has_prefix else [self.join(path), path]:
-            exact = [name for name in (full, full + _WEIGHT) if self._finder.has_table(name)]
-            found = exact or self._by_path.get(_plain(full), [])
-            if len(found) > 1:
-                raise ModelError(
-                    f"the model's table {full} may be {' or '.join(map(repr, found[:3]))} of the checkpoint; leave one of them "
-                    "out of the checkpoint, or rename the module"
-                )
-            if found and self._finder.has_table(found[0]):  # which raises where the settings leave it out
-                return found[0]
-        return None
-
-
 def _make_feed(
     module: nn.Module,
     paths: list[str],
-    names: _TableNames,
+    names: TableNames,
     finder: RowFinder,
     counts: SampleRows,
     undo: list[Callable[[], None]],
+    states: Mapping[str, RawIdState],
 ) -> _Feed | None:
     if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
         return _HashFeed(module, names.join(paths[0]), finder, counts, undo)
@@ -179,12 +142,36 @@ def _make_feed(
         return None
     name = next((name for name in map(names.find, paths) if name is not None), None)
     if name is None:
-        counts.unknown_tables.append(_plain(names.join(paths[0])))
+        counts.unknown_tables.append(plain_name(names.join(paths[0])))
         return None
     if finder.is_live and (name in finder.sharded or hasattr(module.weight, "device_mesh")):
         counts.sharded_tables.append(name)
         return None
+    state = states.get(name)
+    if state is None and finder.table_of(name).raw_ids is not None:
+        raise ModelError(
+            f"table {name!r} goes by raw id in the checkpoint, but the model's {names.join(paths[0])} has no managed-collision "
+            "module beside it, which maps raw ids to rows; give the model that was trained"
+        )
+    if state is not None:
+        return _RawIdFeed(module, name, finder, counts, undo, state)
     return _WeightFeed(module, name, finder, counts, undo)
+
+
+def _put_raw_ids(
+    modules: list[tuple[nn.Module, list[str]]], names: TableNames, finder: RowFinder, undo: list[Callable[[], None]]
+) -> dict[str, RawIdState]:
+    """Give the managed-collision modules what the checkpoint knows of raw ids; return that by table."""
+    states: dict[str, RawIdState] = {}
+    tables = {name: finder.table_of(name) for name in finder.exported_names()}
+    tables = {name: table for name, table in tables.items() if table.raw_ids is not None}
+    for module, paths in modules if tables else ():
+        path = names.join(plain_name(paths[0]))
+        name = find_table(path, tables) if is_collision_module(module) else None
+        if name is not None and name not in states and (state := read_raw_ids(tables[name])) is not None:
+            put_state(module, path, state, undo)
+            states[name] = state
+    return states
 
 
 class _Feed:
@@ -384,8 +371,45 @@ class _WeightFeed(_Feed):
         weight[torch.from_numpy(held).to(weight.device)] = rows.to(weight)
 
 
-def _plain(path: str) -> str:
-    return ".".join(element for element in path.split(".") if element not in WRAPPER_ELEMENTS)
+class _RawIdFeed(_WeightFeed):
+    """Feeds an embedding behind a managed-collision module: it is asked for rows, and the package has raw ids."""
+
+    def __init__(
+        self,
+        module: nn.Embedding | nn.EmbeddingBag,
+        table: str,
+        finder: RowFinder,
+        counts: SampleRows,
+        undo: list[Callable[[], None]],
+        state: RawIdState,
+    ) -> None:
+        super().__init__(module, table, finder, counts, undo)
+        self._state = state
+
+    def feed(self, ids: np.ndarray) -> None:
+        if self._finder.is_recording:
+            ids = ids[(ids >= 0) & (ids < len(self._state.ids))]
+            raw = self._state.ids_of(ids)
+            self._finder.record(self._table, np.unique(raw[raw != self._state.empty]))
+            return
+        super().feed(ids)
+
+    def rows_of(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        """Return the rows' numbers (of ``ids``) whose raw id the checkpoint holds, these rows, and the other numbers."""
+        raw = self._state.ids_of(ids)
+        if self._finder.is_unmodified:
+            rows = self._finder.rows_at(table, ids, raw != self._state.empty)
+            self._counts.count(self._finder.written_name(table), ids, np.ones(len(ids), bool), rows)
+            return ids, self.values_of(table, rows), ids[:0]
+        known = np.flatnonzero(raw != self._state.empty)
+        order = known[np.argsort(raw[known])]
+        held, found, _ = super().rows_of(table, raw[order])
+        num_unknown = len(ids) - len(known)
+        written = self._finder.written_name(table)
+        self._counts.asked[written] += num_unknown
+        self._counts.missing[written] += num_unknown
+        numbers = ids[order[np.searchsorted(raw[order], held)]]
+        return numbers, found, np.setdiff1d(ids, numbers, assume_unique=True)
 
 
 def _name_of(module: Any, path: str) -> str:

@@ -7,7 +7,6 @@ to a tensor, and no copy of table size is made here.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ import torch
 
 from dist_export.dense.blame import said
 from dist_export.errors import CheckpointError, ModelError, TransferError
+from dist_export.held import HeldValues
 from dist_export.readers import RangeReader
 
 CHUNK_BYTES = 4 << 20
@@ -143,31 +143,12 @@ class LookedUpRows:
         return rows
 
 
-class HeldTensors:
+class HeldTensors(HeldValues[torch.Tensor]):
     """What hash tables gave of themselves: each thread holds what it asked for last, and no longer."""
 
-    def __init__(self) -> None:
-        self._mine = threading.local()
-        self._known: weakref.WeakValueDictionary[Hashable, torch.Tensor] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
-
-    def let_go(self) -> None:
-        """Hold nothing any more in this thread."""
-        self._mine.key = self._mine.tensor = None
-
     def get(self, key: Hashable, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the tensor under ``key``, which ``fetch`` gives where no thread has it."""
-        if getattr(self._mine, "key", None) == key:
-            found: torch.Tensor = self._mine.tensor
-            return found
-        self.let_go()  # before the next one is made, not after
-        with self._lock:
-            tensor = self._known.get(key)
-            if tensor is None:
-                with torch.no_grad():
-                    tensor = self._known[key] = fetch()
-        self._mine.key, self._mine.tensor = key, tensor
-        return tensor
+        """Return the tensor under ``key``, which ``fetch`` gives where no thread has it; without gradients."""
+        return super().get(key, torch.no_grad()(fetch))
 
 
 class MemoryFile(NamedTuple):

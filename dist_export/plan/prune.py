@@ -20,7 +20,7 @@ from dist_export.errors import PlanError
 from dist_export.layout.dtypes import DTYPES
 from dist_export.layout.recis import EMBEDDING_SLOT, mix
 from dist_export.plan.tables import no_match
-from dist_export.row_rules import ALLOW_LIST, DENY_LIST, NORM, SLOT_VALUE, RowRule
+from dist_export.row_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SLOT_VALUE, RowRule
 
 KEPT = 0
 """The code of a row that no rule applies to; else 1 + the place of the rule among those of its table."""
@@ -91,8 +91,8 @@ class TableRule(NamedTuple):
     """The slot that it looks at; None for the ids."""
     limit: int | float
     ids: IdList | None
-    place: int = 0
-    """In the setting ``prune``."""
+    place: int | None = 0
+    """In the setting ``prune``; None for a rule that is not of the settings."""
 
     def applies(self, ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
         """Return which rows go (bool, (n,)). Comparisons with NaN are false, so such rows stay.
@@ -101,6 +101,9 @@ class TableRule(NamedTuple):
             ids: int64 (n,).
             rows: slot column -> uint8 (n * row_bytes,), of the slots that rules look at.
         """
+        if self.reason == EMPTY:
+            is_empty: np.ndarray = ids == np.int64(self.limit)
+            return is_empty
         if self.slot is None:
             assert self.ids is not None
             is_listed = self.ids.contains(ids)
@@ -165,7 +168,7 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
             rows go by number.
     """
     names = [table.name_in_source for table in checkpoint.tables]
-    found: list[list[TableRule]] = [[] for _ in names]
+    found = [_leave_empty_rows(table) for table in checkpoint.tables]
     for place, rule in enumerate(rules):
         setting = f"prune[{place}]"
         for pattern in rule.tables:
@@ -175,6 +178,11 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
             if any(fnmatchcase(name, pattern) for pattern in rule.tables):
                 found[number].append(_apply_to_table(rule, checkpoint, number, place, lists))
     return Pruning(rules=tuple(map(tuple, found)), asked=tuple(rules))
+
+
+def _leave_empty_rows(table: TableMeta) -> list[TableRule]:
+    """Return the rule that leaves rows without an id behind, where a table may have such rows."""
+    return [] if table.empty_id is None else [TableRule(EMPTY, None, table.empty_id, None, None)]
 
 
 def match_rules(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:

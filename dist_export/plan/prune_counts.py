@@ -20,7 +20,8 @@ def count_by_rule(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows) 
     for table, rules in enumerate(pruning.rules):
         rows = pruned.rows[checkpoint.parts.of_table(table)].sum(axis=0)
         for place, rule in enumerate(rules):
-            counts[table, rule.place] += rows[place]
+            if rule.place is not None:
+                counts[table, rule.place] += rows[place]
     return counts
 
 
@@ -57,7 +58,9 @@ def _find_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows |
     told = []
     counts = count_by_rule(checkpoint, pruning, pruned)
     for number, table in enumerate(checkpoint.tables):
-        rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
+        its = checkpoint.parts.of_table(number)
+        of_no_setting = [place for place, rule in enumerate(pruning.rules[number]) if rule.place is None]
+        rows = int(checkpoint.parts.rows[its].sum()) - int(pruned.rows[its][:, of_no_setting].sum())
         if rows and int(counts[number].sum()) == rows:
             by_rule = enumerate(counts[number].tolist())
             took = ", ".join(f"prune[{place}] took {taken:,}" for place, taken in by_rule if taken)

@@ -131,10 +131,14 @@ class _Counter:
             ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
             self._count_small(run.blocks[chosen], ids, self._targets[int(tables[chosen[0]])])
         table_of_row = np.repeat(tables, rows)
-        if has_repeats(run.ids, table_of_row):
+        ids = run.ids
+        if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
+            has_id = _has_id(self._checkpoint, tables, rows, ids)
+            ids, table_of_row = ids[has_id], table_of_row[has_id]
+        if has_repeats(ids, table_of_row):
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
-                self._repeated.add(np.sort(run.ids[table_of_row == table]), its_parts)
+                self._repeated.add(np.sort(ids[table_of_row == table]), its_parts)
 
     def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
         """Return the ids of a piece of one block that rules keep; the others are counted apart."""
@@ -187,8 +191,9 @@ class _Counter:
         row = int(run.blocks[0])
         part = int(self._parts[row])
         num_rows = int(self._checkpoint.parts.rows[part])
-        ids, last_row = run.ids, run.first_row + len(run.ids)
-        if last_row == len(ids) == num_rows:
+        last_row = run.first_row + len(run.ids)
+        ids = without_empty(self._checkpoint, part, run.ids)
+        if run.first_row == 0 and last_row == num_rows:
             if has_repeats(ids):
                 self._repeated.add(np.sort(ids), (part,))
             return
@@ -228,6 +233,23 @@ class _Counter:
         self._runs.append(np.stack([numbers[place], np.zeros_like(place), present, counts]))
 
 
+def without_empty(checkpoint: Checkpoint, part: int, ids: np.ndarray) -> np.ndarray:
+    """Return the ids of rows of a part without those that stand for no id, which may stand many times."""
+    empty = checkpoint.tables[checkpoint.parts.table[part]].empty_id
+    if empty is None:
+        return ids
+    found: np.ndarray = ids[ids != np.int64(empty)]
+    return found
+
+
+def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return which of the ids of blocks, of these tables and numbers of rows, stand for an id (bool)."""
+    empty = [checkpoint.tables[table].empty_id for table in tables.tolist()]
+    may_be_empty = np.repeat([number is not None for number in empty], rows)
+    found: np.ndarray = ~may_be_empty | (ids != np.repeat(np.array([number or 0 for number in empty], np.int64), rows))
+    return found
+
+
 def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: RepeatedIds) -> None:
     """Look for repeats among the ids of a task; where its bucket holds more than may be held, among those of its halves."""
     held = _collect(checkpoint, task, held_ids)
@@ -249,7 +271,8 @@ def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds
     shift = np.uint64(64 - task.bucket_bits)
     for part in task.parts:
         for ids in read_ids(checkpoint, part):
-            chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
+            its = without_empty(checkpoint, part, ids)
+            chosen = its[(mix(its) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else its
             if not held.add(chosen):
                 # mixing is one to one, so what shares all 64 bits is one id
                 return held if task.bucket_bits == 64 else None

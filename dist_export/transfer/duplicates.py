@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dist_export.checkpoint.ids import open_sources
+from dist_export.checkpoint.ids import first_source_of, open_sources
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.checkpoint.rows import RowReader
 from dist_export.collective import Ranks
@@ -72,10 +72,10 @@ class RepeatedIds:
     def _refuse(self, repeated: int, surplus: int, parts: Sequence[int]) -> None:
         checkpoint = self._checkpoint
         table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name
-        files = sorted({int(checkpoint.blocks.file[part, 0]) for part in parts})
+        files = sorted({first_source_of(checkpoint, part) for part in parts})
         more = f" (or another of {len(files)} files)" if len(files) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.directory.describe(checkpoint.files[files[0]].name)}{more}: table {table!r} holds the id "
+            f"{files[0]}{more}: table {table!r} holds the id "
             f"{repeated} twice ({surplus:,} rows too many among those compared); a loader would keep either row. "
             "Save the checkpoint anew, or set on_duplicate: first (or last) with filter_sparse_opt: true, which keeps "
             "one row of each id"
