@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dist_export.archive.guard_content import UnsafeContentError, check_attribute_name, check_pickle, check_program
-from dist_export.checkpoint.torch_pickle import Storage, load_pickled
 from dist_export.errors import PackageError
-from dist_export.pickle_machine import PickleError
+from dist_export.layout.pickle_machine import PickleError
+from dist_export.layout.torch_pickle import Storage, load_pickled
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

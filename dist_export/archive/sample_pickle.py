@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_export.checkpoint.legacy_pickle import load_legacy
-from dist_export.checkpoint.state_archive import check_state_archive
-from dist_export.checkpoint.torch_pickle import Storage, load_archive
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.pickle_machine import Global, Machine, PickleError
+from dist_export.layout.legacy_pickle import load_legacy
+from dist_export.layout.pickle_machine import Global, Machine, PickleError
+from dist_export.layout.state_archive import check_state_archive
+from dist_export.layout.torch_pickle import Storage, load_archive
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
 

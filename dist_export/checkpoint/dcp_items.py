@@ -10,10 +10,10 @@ import io
 import math
 from typing import IO, NamedTuple, cast
 
-from dist_export.checkpoint.state_archive import check_state_archive
-from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_pickled
 from dist_export.errors import CheckpointError
-from dist_export.pickle_machine import PickleError
+from dist_export.layout.pickle_machine import PickleError
+from dist_export.layout.state_archive import check_state_archive
+from dist_export.layout.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_pickled
 from dist_export.readers import RangeReader
 
 _END_BYTES = 4096

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import is_torch_dtype
-from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.layout.pickle_machine import Global, Machine, PickleError, Record, recorded
 
 METADATA = ".metadata"
 

@@ -9,13 +9,13 @@ import warnings
 from typing import IO, Any
 
 from dist_export.checkpoint.extra_state import load_without_foreign_state
-from dist_export.checkpoint.legacy_pickle import load_legacy
-from dist_export.checkpoint.state_archive import check_state_archive, is_zip, say_refusal
-from dist_export.checkpoint.torch_pickle import load_archive
 from dist_export.errors import CheckpointError
+from dist_export.layout.legacy_pickle import load_legacy
+from dist_export.layout.pickle_machine import PickleError
 from dist_export.layout.recis import DENSE_STATE
+from dist_export.layout.state_archive import check_state_archive, is_zip, say_refusal
 from dist_export.layout.strict_json import is_text
-from dist_export.pickle_machine import PickleError
+from dist_export.layout.torch_pickle import load_archive
 from dist_export.storage import Directory
 
 _MAX_REPEATED_BYTES = 1 << 30

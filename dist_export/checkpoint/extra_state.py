@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, NamedTuple
 
-from dist_export.checkpoint.state_archive import check_state_archive, say_refusal
-from dist_export.checkpoint.torch_pickle import load_archive
 from dist_export.errors import CheckpointError
+from dist_export.layout.state_archive import check_state_archive, say_refusal
+from dist_export.layout.torch_pickle import load_archive
 
 EXTRA_STATE = "_extra_state"
 """Last element of the name that a state_dict has it under."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dist_export.checkpoint.extra_state import UnreadableError, is_extra_state
-from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor
-from dist_export.pickle_machine import Global, Record
+from dist_export.layout.pickle_machine import Global, Record
+from dist_export.layout.torch_pickle import PickledTensor, as_tensor
 
 _MAX_DEPTH = 32
 

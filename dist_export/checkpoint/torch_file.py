@@ -13,12 +13,12 @@ from dist_export.checkpoint.dcp_items import Item, open_range
 from dist_export.checkpoint.extra_state import UnreadableError, UntakenState
 from dist_export.checkpoint.payload import STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.raw_ids import Piece
-from dist_export.checkpoint.state_archive import StateArchive, check_state_archive
 from dist_export.checkpoint.torch_extra import holds_foreign_objects, list_extra_states, make_extra_state
-from dist_export.checkpoint.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
 from dist_export.errors import CheckpointError
+from dist_export.layout.pickle_machine import PickleError
+from dist_export.layout.state_archive import StateArchive, check_state_archive
 from dist_export.layout.strict_json import is_text
-from dist_export.pickle_machine import PickleError
+from dist_export.layout.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
 from dist_export.readers import RangeReader
 
 _MAX_DEPTH = 32

@@ -16,9 +16,9 @@ import torch
 
 from dist_export.checkpoint import dcp_items
 from dist_export.checkpoint.dcp_items import Item, ItemFinder
-from dist_export.checkpoint.state_archive import check_state_archive
 from dist_export.errors import CheckpointError
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.state_archive import check_state_archive
 from dist_export.storage import Directory
 
 BASE = torch.arange(240)

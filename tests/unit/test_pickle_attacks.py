@@ -16,7 +16,7 @@ from hostile_cases import limited_memory
 from zip_layouts import write_zip
 
 from dist_export.checkpoint.dcp_metadata import decode_metadata
-from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.layout.pickle_machine import Global, Machine, PickleError, Record, recorded
 
 MEMORY = 256 << 20
 TESTS = Path(__file__).resolve().parent

@@ -9,15 +9,15 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from dist_export.checkpoint.torch_pickle import Storage, load_pickled
-from dist_export.pickle_machine import PickleError
+from dist_export.layout.pickle_machine import PickleError
+from dist_export.layout.torch_pickle import Storage, load_pickled
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 
 
 def load_legacy(raw: bytes | mmap.mmap) -> Any:
-    """Return what a file of the older format describes, as :func:`~dist_export.checkpoint.torch_pickle.load_pickled` does.
+    """Return what a file of the older format describes, as :func:`~dist_export.layout.torch_pickle.load_pickled` does.
 
     Objects of any class are records. Its payload is not read.
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dist_export.checkpoint.state_archive import StateArchive
 from dist_export.layout.dtypes import is_torch_dtype
-from dist_export.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.layout.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.layout.state_archive import StateArchive
 
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
@@ -94,7 +94,7 @@ def load_pickled(
 ) -> tuple[Any, int]:
     """Return what a pickle of ``torch.save`` describes, and the position behind it. Runs nothing of it.
 
-    Dicts of any class are dicts. What is of no interest is a :class:`~dist_export.pickle_machine.Record`.
+    Dicts of any class are dicts. What is of no interest is a :class:`~dist_export.layout.pickle_machine.Record`.
 
     Args:
         storage_of: is handed each storage that the pickle asks for. PickleError where there is no such one.
