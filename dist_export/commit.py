@@ -223,7 +223,7 @@ def add_casts(
                 described = msgspec.structs.replace(
                     bare,
                     cast=CastEntry(
-                        source_dtype=DTYPES[cast.source].torch,
+                        source_dtype=cast.source_name,
                         values=values,
                         max_abs_error=max((count.worst for count in found), default=0.0),
                         mean_abs_error=math.fsum(count.total for count in found) / fit if fit else 0.0,

@@ -29,9 +29,18 @@ from dist_export.commit import (
 from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.describe_package import describe_package
-from dist_export.errors import CommitError, ConfigError
+from dist_export.errors import CommitError
 from dist_export.identity import Told, identify_export
-from dist_export.inputs import FG, encode_fg, find_dense, look_at_source, note_renamed, open_source, read_confs
+from dist_export.inputs import (
+    FG,
+    encode_fg,
+    find_dense,
+    look_at_source,
+    note_renamed,
+    open_source,
+    read_confs,
+    refuse_unscored,
+)
 from dist_export.layout.recis import MERGED
 from dist_export.locations import Locations, register_package
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
@@ -141,7 +150,7 @@ def export_located(
             notes += note_rules(checkpoint, planned.plan.pruning, planned.census.pruned)
 
     dense = None
-    ranks.run("look for what max_drift needs", lambda: _refuse_unscored(config, objects))
+    ranks.run("look for what scores need", lambda: refuse_unscored(config, objects, checkpoint))
     if objects.model is not None and objects.dataset is not None:
         from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
@@ -293,13 +302,6 @@ def export_located(
 
 def _tell_version(registered: list[str]) -> list[str]:
     return [f"  version  {uri}" for uri in registered]
-
-
-def _refuse_unscored(config: ExportConfig, objects: Objects) -> None:
-    if config.max_drift is not None and (objects.model is None or objects.dataset is None):
-        raise ConfigError(
-            "max_drift bounds the drift of scores, which needs model and dataset; give both, or no max_drift"
-        )
 
 
 def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

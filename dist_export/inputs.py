@@ -13,7 +13,7 @@ from dist_export.checkpoint.reader import Checkpoint
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
-from dist_export.errors import ConfigError
+from dist_export.errors import ConfigError, PlanError
 from dist_export.layout.recis import EMBEDDING_SLOT, MERGED
 from dist_export.layout.safetensors import decode_object
 from dist_export.manifest import MANIFEST
@@ -168,6 +168,24 @@ def find_dense(
     return open_dense(source, found, tensor_settings_of(config, weights))
 
 
+def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoint | None) -> None:
+    """Refuse settings that scores cannot be had for. ConfigError, PlanError."""
+    has_model = objects.model is not None and objects.dataset is not None
+    if config.max_drift is not None and not has_model:
+        raise ConfigError(
+            "max_drift bounds the drift of scores, which needs model and dataset; give both, or no max_drift"
+        )
+    if checkpoint is None or not has_model:
+        return
+    for table in checkpoint.tables:
+        for slot in table.slots:
+            if slot.encoding:
+                raise PlanError(
+                    f"model: the rows of table {table.name_in_source!r} are {slot.encoding} in {checkpoint.directory.url}, and "
+                    "no model is run on such rows. Leave model out for the tables alone, or export from the checkpoint"
+                )
+
+
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the last dimension of each table's embedding, by the name that the trainer has for the table.
 
@@ -175,7 +193,7 @@ def dims_of(checkpoint: Checkpoint) -> dict[str, int]:
     user.weight``), unless several have it: a feature names its table so.
     """
     dims = {
-        table.name_in_source: (slot.inner_shape or (1,))[-1]
+        table.name_in_source: (slot.values_shape or (1,))[-1]
         for table in checkpoint.tables
         for slot in table.slots
         if slot.name == EMBEDDING_SLOT

@@ -50,7 +50,7 @@ class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
     """What a slot's values lost when they were cast, over the rows that the package has."""
 
     source_dtype: str
-    """Of the checkpoint."""
+    """Of the checkpoint; ``int8_rowwise`` where it is a package whose rows have that encoding."""
     values: Count
     """That were cast."""
     max_abs_error: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from dist_export.display import Display, Moment, Speedometer, open_display
 from dist_export.errors import ExportError, printable
 from dist_export.events import Events
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.layout.encodings import INT8_ROWWISE, TAIL_BYTES
 from dist_export.manifest import CastEntry, DriftEntry, Manifest, SlotEntry, TableEntry
 from dist_export.retries import TRAFFIC
 from dist_export.transfer.engine import Share
@@ -293,7 +295,7 @@ def _casts(manifest: Manifest) -> list[str]:
                 kinds.setdefault((slot.cast.source_dtype, written), []).append((table, slot, slot.cast))
     lines = []
     for (source, written), its in sorted(kinds.items()):
-        before = sum(cast.values for _, _, cast in its) * DTYPES[CODE_BY_TORCH[source]].itemsize
+        before = sum(_stored_bytes(slot, cast) for _, slot, cast in its)
         saved = before - sum(slot.num_bytes for _, slot, _ in its)
         worst = max(its, key=lambda item: item[2].max_abs_error)
         unfit = sum(cast.nans + cast.out_of_range for _, _, cast in its)
@@ -304,6 +306,13 @@ def _casts(manifest: Manifest) -> list[str]:
             f"{worst[2].max_abs_error:.3g} ({worst[0].name}){clamped}"
         )
     return lines
+
+
+def _stored_bytes(slot: SlotEntry, cast: CastEntry) -> int:
+    """Return the bytes that the values of a slot took in the source."""
+    if cast.source_dtype != INT8_ROWWISE:
+        return cast.values * DTYPES[CODE_BY_TORCH[cast.source_dtype]].itemsize
+    return cast.values + cast.values // math.prod(slot.shape) * TAIL_BYTES
 
 
 def _say_traffic(store: dict[str, int], source: str) -> str:

@@ -6,6 +6,7 @@ manifest too. What the first export cast away is not there any more, and the man
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +19,10 @@ from dist_export.checkpoint.payload import Payload
 from dist_export.checkpoint.reader import Checkpoint, CheckpointReader, SourceFile, TableMeta
 from dist_export.checkpoint.tensors import Skipped
 from dist_export.errors import CheckpointError, PackageError
+from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import INT8_ROWWISE, U8
 from dist_export.layout.recis import EMBEDDING_SLOT
-from dist_export.manifest import MANIFEST, Manifest, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.storage import Directory
 
 
@@ -40,7 +43,11 @@ def find_package(directory: Directory) -> Manifest | None:
         return None
     except PackageError as error:
         raise CheckpointError(str(error)) from None
-    return manifest if manifest.mode == "filter" and manifest.tables else None
+    # an encoding is told by no shard, and a copy of a package has it too
+    is_needed = manifest.mode == "filter" or any(
+        slot.encoding is not msgspec.UNSET for table in manifest.tables for slot in table.kept
+    )
+    return manifest if is_needed and manifest.tables else None
 
 
 def has_numbered(manifest: Manifest) -> bool:
@@ -55,10 +62,10 @@ class PackageSource:
         """Refuse what cannot be read back. ``inner`` is the reader of its shards; None takes that of packages.
 
         Raises:
-            CheckpointError: a table whose rows are encoded, or the indexes are damaged.
+            CheckpointError: a table whose rows have an unknown encoding, or the indexes are damaged.
         """
         for table in manifest.tables:
-            _refuse_encoded(table, directory)
+            _refuse_unknown(table, directory)
         shards = sorted({part.file for table in manifest.tables for part in table.parts})
         self._directory, self._manifest = directory, manifest
         self._is_own = inner is None
@@ -70,10 +77,10 @@ class PackageSource:
         return self._inner.read_headers(files)
 
     def assemble(self, shares: Sequence[Any]) -> Checkpoint:
-        """Put the tables together as the shards have them, with the default rows of the manifest."""
+        """Put the tables together as the shards have them, with the encodings and default rows of the manifest."""
         found = self._inner.assemble(shares)
         entries = {table.name: table for table in self._manifest.tables}
-        tables = tuple(_with_default(table, entries.get(table.name)) for table in found.tables)
+        tables = tuple(_with_entry(table, entries.get(table.name), self._directory.url) for table in found.tables)
         found = replace(found, tables=tables, warnings=(*found.warnings, *self._list_notes()))
         if not self._is_own:
             return found
@@ -97,11 +104,10 @@ class PackageSource:
     def _list_notes(self) -> list[str]:
         where = self._directory.url
         notes = [
-            f"{where}: table {table.name!r} was cast from {slot.cast.source_dtype} when this package was written, and stays "
-            f"at the precision of {slot.dtype}"
+            _tell_lost(f"{where}: table {table.name!r}", slot)
             for table in self._manifest.tables
             for slot in table.kept
-            if slot.cast is not msgspec.UNSET
+            if slot.cast is not msgspec.UNSET or slot.encoding is not msgspec.UNSET
         ]
         left = [] if self._manifest.dense is None else [self._manifest.dense.program.partition("/")[0]]
         left += ["fg.json"] if any(file.path == "fg.json" for file in self._manifest.files) else []
@@ -119,19 +125,49 @@ class PackageSource:
         return f"xxh3:{hasher.hexdigest()}"
 
 
-def _refuse_encoded(table: TableEntry, directory: Directory) -> None:
+def _tell_lost(which: str, slot: SlotEntry) -> str:
+    """Return what an earlier cast took from a table for good."""
+    precision = slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+    if slot.cast is msgspec.UNSET:  # it was taken over from an earlier package as it was
+        return f"{which} stays at the precision of {precision}, in which this package has it"
+    lost = f"largest error {slot.cast.max_abs_error:.3g}, mean {slot.cast.mean_abs_error:.3g}"
+    return (
+        f"{which} was cast from {slot.cast.source_dtype} when this package was written ({lost}), and stays at the precision "
+        f"of {precision}"
+    )
+
+
+def _refuse_unknown(table: TableEntry, directory: Directory) -> None:
     for slot in table.kept:
-        if slot.name == EMBEDDING_SLOT and slot.encoding is not msgspec.UNSET:
+        is_known = slot.encoding == INT8_ROWWISE and slot.name == EMBEDDING_SLOT
+        if slot.encoding is not msgspec.UNSET and not is_known:
             raise CheckpointError(
-                f"{directory.url} is a package whose table {table.name!r} is encoded as {slot.encoding}; its rows cannot be "
-                "exported again. Export from the checkpoint that it was made of"
+                f"{directory.url} is a package whose table {table.name!r} is encoded as {slot.encoding}, which is not known "
+                "here. Export from the checkpoint that it was made of"
             )
 
 
-def _with_default(table: TableMeta, entry: TableEntry | None) -> TableMeta:
-    if entry is None or entry.default_row is msgspec.UNSET:
+def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> TableMeta:
+    """Return a table with what the shards do not tell: how its rows are packed, and its default row. CheckpointError."""
+    if entry is None:
         return table
-    return replace(table, default_row=entry.default_row)
+    slots = []
+    for slot in table.slots:
+        known = next((its for its in entry.kept if its.name == slot.name), None)
+        packed = slot
+        if known is not None and known.encoding is not msgspec.UNSET:
+            packed = replace(slot, encoding=known.encoding)
+            if slot.dtype != U8 or len(slot.inner_shape) != 1 or packed.values_shape != (known.dim,):
+                raise CheckpointError(
+                    f"{where}: table {table.name!r} is said to be {known.encoding} with {known.dim} values a row, and the "
+                    f"shards hold rows of {DTYPES[slot.dtype].torch} {list(slot.inner_shape)}; verify tells more"
+                )
+        slots.append(packed)
+    default = None if entry.default_row is msgspec.UNSET else entry.default_row
+    width = next(math.prod(slot.values_shape) for slot in slots if slot.name == EMBEDDING_SLOT)
+    if default is not None and default != "zeros" and (isinstance(default, str) or len(default) != width):
+        raise CheckpointError(f"{where}: the default row of table {table.name!r} is no row of its {width} values")
+    return replace(table, slots=tuple(slots), default_row=default)
 
 
 class PackageDense:

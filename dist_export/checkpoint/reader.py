@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_export.checkpoint.payload import Payload
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import TAIL_BYTES
 from dist_export.layout.recis import DENSE_STATE, Slice
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
@@ -151,7 +152,12 @@ class SlotMeta:
         return math.prod(self.stored_shape) * DTYPES[self.dtype].itemsize
 
     encoding: str = ""
-    """How a row is packed where it is not plain values, as ``layout.encodings`` names it; only of slots as written."""
+    """How a row is packed where it is not plain values, as ``layout.encodings`` names it: of slots as written and of packages."""
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Of the values of one row, which an encoding packs into more bytes."""
+        return (self.row_bytes - TAIL_BYTES,) if self.encoding else self.inner_shape
 
 
 class RawIdSource(Protocol):

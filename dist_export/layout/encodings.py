@@ -11,7 +11,7 @@ With ``range = max - min`` of the row, in float32 throughout: ``scale = range / 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,16 +59,23 @@ class RowCast:
     """Indexes into ``layout.dtypes.DTYPES``."""
     encoding: str
     dim: int
+    source_encoding: str = ""
+    """How the rows are packed that are read, as ``encoding``: from ``int8_rowwise`` they go to plain floats."""
 
     @property
     def source_bytes(self) -> int:
         """Of a row as it is stored."""
-        return self.dim * DTYPES[self.source].itemsize
+        return _row_bytes(self.source, self.source_encoding, self.dim)
+
+    @property
+    def source_name(self) -> str:
+        """What they are read as: torch's name of the dtype, or the encoding."""
+        return self.source_encoding or DTYPES[self.source].torch
 
     @property
     def target_bytes(self) -> int:
         """Of a row as it is written."""
-        return self.dim + TAIL_BYTES if self.encoding else self.dim * DTYPES[self.target].itemsize
+        return _row_bytes(self.target, self.encoding, self.dim)
 
     @property
     def name(self) -> str:
@@ -87,6 +94,9 @@ class RowCast:
             out: uint8, (n, target_bytes), contiguous; filled.
             rows: uint8, (n, source_bytes), contiguous.
         """
+        if self.source_encoding:
+            plain = replace(self, source=F32, source_encoding="")
+            return plain.encode_into(out, np.ascontiguousarray(decode_int8(rows), "<f4").view(np.uint8))
         values = rows.reshape(-1).view(DTYPES[self.source].numpy)
         if self.encoding:
             return _encode_int8(out, _as_float32(values, self.source), values, self)
@@ -101,7 +111,7 @@ class RowCast:
         return out
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Return written rows in the source's dtype again: uint8, (n, source_bytes)."""
+        """Return written rows in the source's dtype again: uint8, (n, source_bytes). Of a source of plain values."""
         bits = np.ascontiguousarray(rows).reshape(-1)
         if self.encoding:
             values = decode_int8(bits.reshape(len(rows), self.target_bytes))
@@ -114,6 +124,10 @@ class RowCast:
             with np.errstate(over="ignore"):
                 back = values.astype(DTYPES[self.source].numpy)
         return np.ascontiguousarray(back).view(np.uint8).reshape(len(rows), self.source_bytes)
+
+
+def _row_bytes(dtype: int, encoding: str, dim: int) -> int:
+    return dim + TAIL_BYTES if encoding else dim * DTYPES[dtype].itemsize
 
 
 def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np.ndarray:

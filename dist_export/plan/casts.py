@@ -80,22 +80,24 @@ def cast_of(stored: SlotMeta, written: SlotMeta) -> RowCast | None:
     """Return what makes rows of one slot of the other; None where they are the same."""
     if (stored.dtype, stored.encoding) == (written.dtype, written.encoding):
         return None
-    return RowCast(stored.dtype, written.dtype, written.encoding, math.prod(stored.inner_shape))
+    return RowCast(stored.dtype, written.dtype, written.encoding, math.prod(stored.values_shape), stored.encoding)
 
 
 def check_defaults(checkpoint: Checkpoint, selection: Selection) -> None:
     """Refuse default rows that the dtype in which their table is written cannot hold. PlanError."""
-    for table, cast in casts_by_table(checkpoint, selection).items():
-        default = next(t.default_row for t in checkpoint.tables if t.name == table)
+    for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
+        default = table.default_row
         if default is None or isinstance(default, str):
             continue
+        slot = next(slot for slot in slots if slot.name == EMBEDDING_SLOT)
+        if not slot.encoding and cast_of(table.slots[slot.column], slot) is None:
+            continue  # it was held against the source's dtype
+        cast = RowCast(F64, slot.dtype, slot.encoding, math.prod(slot.values_shape))
         rows = np.array([default], np.float64).view(np.uint8)
-        outcome = RowCast(F64, cast.target, cast.encoding, cast.dim).encode_into(
-            np.empty((1, cast.target_bytes), np.uint8), rows
-        )
+        outcome = cast.encode_into(np.empty((1, cast.target_bytes), np.uint8), rows)
         if outcome.out_of_range:
             raise PlanError(
-                f"default_row: a value for table {table!r} does not fit {cast.name}, in which the table is written "
+                f"default_row: a value for table {table.name!r} does not fit {cast.name}, in which the table is written "
                 f"({cast.range_text})"
             )
 
@@ -135,7 +137,9 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _cast(table: TableMeta, slot: SlotMeta, asked: str) -> SlotMeta:
-    if slot.dtype not in FLOATS or slot.encoding:
+    if asked == INT8 and slot.encoding == INT8_ROWWISE:
+        return slot
+    if slot.dtype not in FLOATS and not slot.encoding:
         known = ", ".join(DTYPES[code].torch for code in FLOATS)
         raise PlanError(
             f"dtype: table {table.name!r} has rows of {DTYPES[slot.dtype].torch}, which cannot be cast to {asked}; rows of "
@@ -143,8 +147,9 @@ def _cast(table: TableMeta, slot: SlotMeta, asked: str) -> SlotMeta:
         )
     if asked != INT8:
         code = CODE_BY_TORCH[asked]
-        row_bytes = math.prod(slot.inner_shape) * DTYPES[code].itemsize
-        return dataclasses.replace(slot, dtype=code, row_bytes=row_bytes)
+        shape = slot.values_shape
+        row_bytes = math.prod(shape) * DTYPES[code].itemsize
+        return dataclasses.replace(slot, dtype=code, inner_shape=shape, row_bytes=row_bytes, encoding="")
     if len(slot.inner_shape) != 1 or not slot.inner_shape[0]:
         raise PlanError(
             f"dtype: table {table.name!r} has rows of shape {list(slot.inner_shape)}, and int8 is for rows of one dimension "

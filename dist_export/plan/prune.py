@@ -18,6 +18,7 @@ import xxhash
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
 from dist_export.errors import PlanError
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import decode_int8
 from dist_export.layout.recis import EMBEDDING_SLOT, mix
 from dist_export.plan.tables import no_match
 from dist_export.row_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SLOT_VALUE, RowRule
@@ -218,12 +219,12 @@ def _apply_to_table(
             f"{setting}: slot {rule.slot!r} of table {name!r} has shape {list(slot.stored_shape)}, which does not go with the "
             "rows of its table, so no rule can go by it"
         )
-    if math.prod(slot.inner_shape) != 1:
+    if math.prod(slot.values_shape) != 1:
         raise PlanError(
-            f"{setting}: slot {rule.slot!r} of table {name!r} has rows of {list(slot.inner_shape)}; a rule compares slots of "
+            f"{setting}: slot {rule.slot!r} of table {name!r} has rows of {list(slot.values_shape)}; a rule compares slots of "
             "one value a row"
         )
-    is_float = DTYPES[slot.dtype].torch.startswith(("float", "bfloat"))
+    is_float = bool(slot.encoding) or DTYPES[slot.dtype].torch.startswith(("float", "bfloat"))
     return TableRule(SLOT_VALUE, slot, float(rule.limit) if is_float else math.ceil(rule.limit), None, place)
 
 
@@ -240,6 +241,8 @@ def _find_slot(name: str, table: TableMeta, checkpoint: Checkpoint, setting: str
 
 def _values_of(rows: np.ndarray, slot: SlotMeta, num_rows: int) -> np.ndarray:
     """Return the values of rows of a slot, of shape (num_rows, width), in a dtype that numpy can compare."""
+    if slot.encoding:
+        return decode_int8(rows.reshape(num_rows, slot.row_bytes))
     dtype = DTYPES[slot.dtype]
     values: np.ndarray = rows.view(dtype.numpy).reshape(num_rows, math.prod(slot.inner_shape))
     if dtype.torch == "bfloat16":

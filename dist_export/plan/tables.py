@@ -16,6 +16,7 @@ import numpy as np
 from dist_export.checkpoint.reader import Blocks, Checkpoint, LeftOutTable, Parts, Strips, TableMeta
 from dist_export.errors import PlanError, printable
 from dist_export.layout.dtypes import DTYPES
+from dist_export.layout.encodings import F32
 from dist_export.layout.recis import EMBEDDING_SLOT
 from dist_export.mistakes import Mistakes
 
@@ -209,7 +210,7 @@ def _why_no_name(name: str) -> str | None:
 
 def _check_default(table: TableMeta, default: DefaultRow) -> None:
     slot = next(slot for slot in table.slots if slot.name == EMBEDDING_SLOT)
-    width = int(np.prod(slot.inner_shape, dtype=np.int64))
+    width = int(np.prod(slot.values_shape, dtype=np.int64))
     if isinstance(default, str):
         if default != ZEROS:
             raise PlanError(f"default_row: {default!r} for table {table.name!r}; give zeros, or the values of a row")
@@ -218,7 +219,7 @@ def _check_default(table: TableMeta, default: DefaultRow) -> None:
         raise PlanError(
             f"default_row: {len(default):,} values for table {table.name!r}, whose rows have {width:,}; give as many, or zeros"
         )
-    dtype = DTYPES[slot.dtype]
+    dtype = DTYPES[F32 if slot.encoding else slot.dtype]
     values = np.array(default, np.float64)
     if dtype.torch.startswith("bfloat") or dtype.numpy.startswith("<f"):
         most = np.finfo(np.float32 if dtype.torch == "bfloat16" else dtype.numpy).max

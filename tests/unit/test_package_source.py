@@ -11,7 +11,6 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import export
 
 import dist_export
-from dist_export.errors import UserError
 
 
 @pytest.fixture
@@ -48,21 +47,6 @@ def test_a_package_is_pruned_renamed_and_cast(numbered: Path, tmp_path: Path) ->
     assert torch.allclose(user.float(), make_model()["sparse_arch.ebc.embedding_bags.user.weight"][[0, 102]], atol=1e-2)
     cast = export(tmp_path / "again", tmp_path / "third")
     assert any("was cast from float32" in note for note in cast.notes)
-
-
-@pytest.mark.parametrize("is_hashed", [True, False])
-def test_encoded_rows_are_not_taken_for_plain_ones(is_hashed: bool, tmp_path: Path) -> None:
-    """They were exported as rows of bytes, without a word that they are none."""
-    if is_hashed:
-        source = tmp_path / "ckpt"
-        write_checkpoint(source, make_tables({"user": 70}, 2))
-        export(source, tmp_path / "first", dtype={"*": "int8"})
-    else:
-        torch.save(make_model(), tmp_path / "ckpt.pt")
-        export(tmp_path / "ckpt.pt", tmp_path / "first", tables=TABLES, dtype={"*": "int8"})
-    with pytest.raises(UserError, match=r"is encoded as .* its rows cannot be exported again"):
-        export(tmp_path / "first", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
 
 
 def test_default_rows_of_hash_tables_are_carried_over(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""A package is the source of another one, and that of a third, on several real ranks: the same bytes as on one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from plain_cases import TABLES, make_model
+from ranks import run_ranks
+
+import dist_export
+from dist_export.plan import limits, units
+
+pytestmark = pytest.mark.distributed
+
+
+def export_chain(_: int, source: str, out: str) -> None:
+    limits._CAST_VALUES = 64  # so that every part has many blocks
+    units.UNIT_BYTES = 1 << 10
+    steps = [
+        {"tables": TABLES, "num_shards": 3, "dtype": {"*": "int8"}, "as_hash": ["*item*"]},
+        {"num_shards": 2, "rename_tables": {"*item*": "item"}, "prune": [{"tables": ["*item*"], "norm_at_most": 1.0}]},
+        {"num_shards": 4, "dtype": {"item": "float16", "*": "float32"}},
+    ]
+    for number, settings in enumerate(steps):
+        target = f"{out}/{number}"
+        dist_export.export(
+            {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "threads": 2, **settings}
+        )
+        source = target
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    torch.save(make_model(), tmp_path / "ckpt.pt")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ranks(export_chain, 2, tmp_path / "store", str(tmp_path / "ckpt.pt"), str(two), timeout=240)
+    run_ranks(export_chain, 1, tmp_path / "store1", str(tmp_path / "ckpt.pt"), str(one), timeout=240)
+    paths = [path.relative_to(two) for path in two.rglob("*") if path.is_file()]
+    assert len(paths) > 3 * 4
+    for path in paths:
+        if path.name == "manifest.json":
+            left, right = (json.loads((folder / path).read_bytes()) for folder in (two, one))
+            assert left["tables"] == right["tables"]
+        else:
+            assert (two / path).read_bytes() == (one / path).read_bytes(), path
+    last = dist_export.open_package(two / "2").manifest
+    assert {table.name: table.kept[-1].dtype for table in last.tables} == {
+        "item": "float16",
+        "sparse_arch.ebc.embedding_bags.user.weight": "float32",
+    }
+    assert 0 < next(table.rows_out for table in last.tables if table.name == "item") < 61
