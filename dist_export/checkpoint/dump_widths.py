@@ -252,8 +252,9 @@ def _parse_dtype(value: Any) -> int | None:
 
 
 def _parse_dim(value: Any) -> int | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return int(value) if is_number and value == int(value) else None
+    if isinstance(value, float):  # 1e400 is infinity in JSON as Python reads it, and is_integer says no
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _count_words(strategy: Any) -> int | None:

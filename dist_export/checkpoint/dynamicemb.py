@@ -161,12 +161,15 @@ class DynamicEmbReader:
         )
 
     def _list_payload(self, known: set[str]) -> Payload:
-        """Return all files as tensors, a kind of files of a table each; those of tables without a row are in no table."""
+        """Return all files as tensors, a kind of files of a table each; those of tables without a row are in no table.
+
+        A kind whose files are all empty is no tensor: an optimizer without state leaves such files.
+        """
         kinds = [
-            (table.name, [name for name in names if self._sizes[name]])
+            (table.name, filled)
             for table in self._tables
             for names in table[3:]
-            if names
+            if (filled := [name for name in names if self._sizes[name]])
         ]
         others = tuple(
             OtherTensor(name.rpartition(".rank_")[0], "", (), self._sizes[name], "of a table without a row")
