@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import keyword
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,8 +46,12 @@ class Batches:
             raise ModelError(f"dataset is a {type(dataset).__name__}, which cannot be iterated over") from None
 
     def take(self) -> Batch:
-        """Take the next batch. :func:`take_batch` says what counts as one."""
-        return _next_batch(self._iterator)
+        """Take the next batch. :func:`take_batch` says what counts as one.
+
+        It is a copy: a loader may fill one buffer again and again.
+        """
+        batch = _next_batch(self._iterator)
+        return dataclasses.replace(batch, data=copy_containers(batch.data))
 
 
 def take_batch(dataset: Any) -> Batch:
@@ -142,15 +148,56 @@ def cut_sample(blocks: Blocks, *, device: torch.device, max_batch_size: int) -> 
 
 
 def copy_containers(data: Any) -> Any:
-    """Copy dicts, lists and tensors, all the way down; other objects are shared."""
+    """Copy dicts, lists, tuples, tensors, arrays and batch objects, all the way down; other objects are shared.
+
+    A batch object is a dataclass, or has a method ``to``, by which trainers move a batch to a device (a
+    ``KeyedJaggedTensor`` has one). Modules and classes are none.
+    """
+    return _copy(data, {})
+
+
+def _copy(data: Any, copies: dict[int, Any]) -> Any:
+    """Copy ``data``. ``copies`` has the copies of batch objects by ``id()``, because objects may refer to each other."""
     if isinstance(data, dict):
         copied = copy.copy(data)
         for key, value in data.items():
-            copied[key] = copy_containers(value)
+            copied[key] = _copy(value, copies)
         return copied
     if type(data) in (list, tuple):
-        return type(data)(copy_containers(item) for item in data)
-    return data.detach().clone() if type(data) is torch.Tensor else data
+        return type(data)(_copy(item, copies) for item in data)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)._make(_copy(item, copies) for item in data)  # type: ignore[attr-defined]
+    if isinstance(data, torch.Tensor):
+        return data.detach().clone()
+    if isinstance(data, np.ndarray):
+        return data.copy()
+    return _copy_object(data, copies) if _is_batch_object(data) else data
+
+
+def _is_batch_object(data: Any) -> bool:
+    if isinstance(data, (type, nn.Module)):
+        return False
+    return dataclasses.is_dataclass(data) or callable(getattr(type(data), "to", None))
+
+
+def _copy_object(data: Any, copies: dict[int, Any]) -> Any:
+    if id(data) in copies:
+        return copies[id(data)]
+    try:
+        copied = copies[id(data)] = copy.copy(data)
+    except TypeError:
+        return data  # an object of a C++ extension that cannot be copied
+    for name in [*getattr(data, "__dict__", ()), *_slots_of(type(data))]:
+        if hasattr(data, name):
+            # past the __setattr__ of a frozen dataclass
+            object.__setattr__(copied, name, _copy(getattr(data, name), copies))
+    return copied
+
+
+def _slots_of(kind: type) -> list[str]:
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [name for its in slots for name in ([its] if isinstance(its, str) else its)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 @contextlib.contextmanager

@@ -169,6 +169,22 @@ def test_as_many_batches_as_there_are_and_as_are_asked_for(setting, num, tmp_pat
     assert (manifest.drift and manifest.drift.batches) == num
 
 
+def test_batches_of_one_buffer_are_batches_of_their_own(tmp_path: Path) -> None:
+    data = batches(3)
+
+    def load():
+        buffer = {name: tensor.clone() for name, tensor in data[0].items()}
+        for batch in data:
+            for name, tensor in batch.items():
+                buffer[name].copy_(tensor)
+            yield buffer
+
+    manifest = export(tmp_path, load(), dtype={"user_emb": "bfloat16"})
+    check(manifest.drift, expected(data, lambda i: torch.from_numpy(USERS[i]).bfloat16().float().numpy()))
+    sample = json.loads((tmp_path / "out" / "fx_user_model" / "inputs_dict.json").read_text())
+    assert sample["user"]["values"] == [torch.from_numpy(USERS[i]).bfloat16().tolist() for i in USER_IDS[:6]]
+
+
 def test_a_table_is_scanned_once_for_all_batches(tmp_path: Path, monkeypatch) -> None:
     scans = []
     real = ids_module.read_ids
