@@ -19,8 +19,12 @@ from dist_export.errors import UnaskedError
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
 
+COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
+"""What torchrec's embedding collections call the module that holds their tables."""
 _COPY_WORDS = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow"})
 """Words in the key of what is a copy of a model."""
+_STATE_WORDS = frozenset({"model", "module", "state", "dict", "net", "network", "weights", "params", "parameters"})
+"""Words in the key of a whole model's state, whatever it is a model of."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _SHOWN = 8
 
@@ -133,6 +137,8 @@ def _choose_model(members: Sequence[Member], model_paths: Sequence[str], *, wher
         by_root.setdefault(root, {})[plain_name(_below(member, root))] = member.shape
     rivals = _find_rivals(by_root)
     chosen = _pick(rivals)
+    if chosen is not None and not _is_state(chosen, rivals, by_root):
+        chosen = None
     if not rivals and leaves_rest:
         keys = [root for root in by_root if len(root) == 1 and root[0] in MODEL_KEYS]
         chosen = keys[0] if len(keys) == 1 else None
@@ -172,27 +178,39 @@ def _choose_flat(
         else:
             others[within] = shape
     original_of: dict[str, str] = {}
+    doubtful: list[str] = []
     for path, its in copies.items():
-        originals = [root for root, model in _siblings(path, others).items() if _is_copy_of(its, model)]
-        inner = [root for root in originals if root != path.rpartition(".")[0]]
+        alike = {root: model for root, model in _siblings(path, others).items() if _is_copy_of(its, model)}
+        parent, _, key = path.rpartition(".")
+        originals = [
+            root
+            for root, model in alike.items()
+            if _is_surely_copy(key, its, root.rpartition(".")[2], model, is_rest=_holds_all(root, others))
+        ]
+        inner = [root for root in originals if root != parent]
         if len(inner or originals) == 1:
             (original_of[path],) = inner or originals
+        elif alike:
+            doubtful.append(path)
+    told = () if not doubtful else (_say_doubtful(where, doubtful),)
     left_out = {name: path for name, path in copy_of.items() if path in original_of}
     kept = {name: within for name, within in names.items() if name not in left_out}
     if not left_out:
-        return kept, {}, ()
+        return kept, {}, told
     root, *more = sorted(set(original_of.values()))
     note = _say_choice(where, root, left_out.values())
     is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not _is_own(root, model_paths)
     if is_model and all(within.startswith(f"{root}.") or "state" in within.split(".") for within in kept.values()):
         kept = {name: within.removeprefix(f"{root}.") for name, within in kept.items()}
-    return kept, left_out, (note,)
+    return kept, left_out, (note, *told)
 
 
 def _copy_path(name: str, model_paths: Sequence[str]) -> str:
     """Return the begin of a name up to the element that tells of a copy; empty where none does, or it is the model's own."""
     elements = name.split(".")
     for place, element in enumerate(elements[:-1]):
+        if element in COLLECTIONS:  # a table may be called anything
+            return ""
         if _is_copy(element):
             path = ".".join(elements[: place + 1])
             is_within = any(f".{own}." in f".{path}." for own in model_paths if own)
@@ -227,8 +245,8 @@ def _roots(members: Iterable[Member]) -> set[Root]:
     found = {root for root in found if not any("." in key for key in root)}
     for member in members:
         if len(member.path) > 2 and not any(member.path[:length] in found for length in range(1, len(member.path))):
-            places = [n for n, key in enumerate(member.path[:-1], 1) if key in MODEL_KEYS or _is_copy(key)]
-            found.update(member.path[:place] for place in places[:1])
+            places = [n for n, key in enumerate(member.path[:-1], 1) if key in COLLECTIONS or _is_state_key(key)]
+            found.update(member.path[:place] for place in places[:1] if member.path[place - 1] not in COLLECTIONS)
     return found
 
 
@@ -282,8 +300,57 @@ def _pick(rivals: Sequence[Root]) -> Root | None:
     return originals[0] if len(originals) == 1 else None
 
 
+def _is_state(chosen: Root, rivals: Sequence[Root], by_root: Mapping[Root, Mapping[str, tuple[int, ...]]]) -> bool:
+    """Whether a root that was picked among rivals is the model's for certain, and not a part of it such as a table."""
+    if chosen and chosen[-1] in MODEL_KEYS:
+        return True
+    is_rest = not any(shape for root, its in by_root.items() if root not in rivals for shape in its.values())
+    return all(
+        _is_surely_copy(
+            next(filter(_is_copy, root), ""), by_root[root], "".join(chosen[-1:]), by_root[chosen], is_rest=is_rest
+        )
+        for root in rivals
+        if root != chosen
+    )
+
+
+def _is_surely_copy(
+    key: str, copy: Mapping[str, tuple[int, ...]], original: str, model: Mapping[str, tuple[int, ...]], *, is_rest: bool
+) -> bool:
+    """Whether what lies below ``key`` is the copy of a whole model, for certain. The model's own tables may be called so too.
+
+    Args:
+        key: the key that tells of a copy.
+        copy: its tensors.
+        original: the last key of what it may be the copy of; empty for what lies beside it.
+        model: the tensors of that.
+        is_rest: whether there is nothing else in the checkpoint.
+    """
+    words = _words(key) - _COPY_WORDS - _STATE_WORDS
+    is_model = not original or original in MODEL_KEYS
+    if is_model and not words:
+        return _is_copy_of(copy, model)
+    tensors = {name: shape for name, shape in copy.items() if shape}  # a copy counts its updates
+    is_whole = len(tensors) > 1 and all(model.get(name) == shape for name, shape in tensors.items())
+    return is_whole and (is_model or (is_rest and words in (set(), _words(original) - _STATE_WORDS)))
+
+
 def _is_copy(key: str) -> bool:
-    return not _COPY_WORDS.isdisjoint(word.lower() for word in _WORD.findall(key))
+    return not _COPY_WORDS.isdisjoint(_words(key))
+
+
+def _is_state_key(key: str) -> bool:
+    """Whether a key is a model's or that of its copy, and names nothing else."""
+    return key in MODEL_KEYS or (_is_copy(key) and _words(key) <= _COPY_WORDS | _STATE_WORDS)
+
+
+def _words(key: str) -> set[str]:
+    return {word.lower() for word in _WORD.findall(key)}
+
+
+def _holds_all(root: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether all of the tensors but single numbers lie below ``root``."""
+    return all(name.startswith(f"{root}.") for name, shape in tensors.items() if shape)
 
 
 def _is_copy_of(copy: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> bool:
@@ -310,6 +377,13 @@ def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
 def _say_choice(where: str, chosen: str, gone: Iterable[str]) -> str:
     what = f"what {chosen!r} holds" if chosen else "what lies beside them"
     return f"{where}: the model is {what}; left out: {_listed(sorted(set(gone)))} (state_root takes another one)"
+
+
+def _say_doubtful(where: str, paths: Sequence[str]) -> str:
+    return (
+        f"{where}: {_listed(sorted(paths))} may be a moving average by its name, which is not certain: it is taken with the "
+        "rest (state_root takes one state alone)"
+    )
 
 
 def _dotted(root: Root) -> str:

@@ -20,14 +20,12 @@ from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.raw_ids import Piece, StoredTensor
 from dist_export.checkpoint.row_layout import TensorTable
-from dist_export.checkpoint.states import Member, State, choose_state, say_left_out
+from dist_export.checkpoint.states import COLLECTIONS, Member, State, choose_state, say_left_out
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES, explain_unread
 from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
 
-_COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
-"""What torchrec's embedding collections call the module that holds their tables."""
 _SHOWN = 8
 _MAX_STEPS = 64
 """Of a name of optimizer state. All that could be another tensor's name in it is looked up, so more would take for ever."""
@@ -360,7 +358,7 @@ def is_in_collection(name: str, shape: tuple[int, ...]) -> bool:
 def split_collection(name: str) -> tuple[str, str] | None:
     """Return (path of the embedding collection, table) of the name of a weight; None where it is that of no collection."""
     steps = name.split(".")
-    if len(steps) < 3 or steps[-1] != "weight" or steps[-3] not in _COLLECTIONS:
+    if len(steps) < 3 or steps[-1] != "weight" or steps[-3] not in COLLECTIONS:
         return None
     return ".".join(steps[:-3]), steps[-2]
 

@@ -124,6 +124,68 @@ def test_an_average_within_the_dense_arch_is_the_models_own() -> None:
         assert found.left_out == {}
 
 
+ROWS = (100, 8)
+TABLES: dict[str, dict[str, Any]] = {
+    "collection": {"ebc.embedding_bags.price.weight": ROWS, "ebc.embedding_bags.avg_price.weight": ROWS},
+    "collection of averages": {"embeddings.user.weight": ROWS, "embeddings.ema.weight": ROWS, "mlp.weight": (3, 4)},
+    "whole modules": {"price.weight": ROWS, "avg_price.weight": ROWS},
+    "beside the dense arch": {"price.weight": ROWS, "avg_price.weight": ROWS, "dense_arch.mlp.weight": (3, 4)},
+    "two tensors each": {
+        **wrapped({"emb.weight": ROWS, "norm.weight": (8,)}, "user_tower"),
+        **wrapped({"emb.weight": ROWS, "norm.weight": (8,)}, "avg_tower"),
+    },
+    "with the same word": {
+        **wrapped({"emb.weight": ROWS, "norm.weight": (8,)}, "price"),
+        **wrapped({"emb.weight": ROWS, "norm.weight": (8,)}, "price_avg"),
+        "mlp.weight": (3, 4),
+    },
+    "within the model": wrapped({"price.weight": ROWS, "avg_price.weight": ROWS}, "model"),
+}
+
+
+def nested(names: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Make dicts of the first ``depth`` dots of each name."""
+    tree: dict[str, Any] = {}
+    for name, shape in names.items():
+        *keys, last = name.split(".", min(depth, name.count(".")))
+        place = tree
+        for key in keys:
+            place = place.setdefault(key, {})
+        place[last] = shape
+    return tree
+
+
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("depth", [0, 1, 8])
+@pytest.mark.parametrize("leaves_rest", [False, True])
+def test_a_table_is_no_moving_average_for_its_name(case: str, depth: int, *, leaves_rest: bool) -> None:
+    """Only the copy of a whole model is left out; a table or tower that is called so is the model's own, trained and served."""
+    members = members_of(nested(TABLES[case], depth))
+    found = choose_state(
+        members,
+        TensorSettings(model_paths=("sparse_arch", "dense_arch")),
+        where="ck",
+        find_optimizer=no_optimizer,
+        leaves_rest=leaves_rest,
+    )
+    assert found.left_out == {}
+    assert found.names.keys() == TABLES[case].keys()
+    assert len({*found.names.values()}) == len(found.names)
+
+
+def test_what_may_be_a_moving_average_is_taken_with_a_note() -> None:
+    found = choose(flat(TABLES["whole modules"]))
+    assert "ck: avg_price may be a moving average by its name" in found.notes[0]
+    assert choose(flat(TABLES["collection"])).notes == ()
+
+
+def test_a_whole_model_under_any_key_has_a_moving_average() -> None:
+    """Where nothing else is in the checkpoint, and the names say the same but for the word."""
+    for copy in ("netEMA", "ema"):
+        for members in (members_of({"net": MODEL, copy: MODEL}), flat({"net": MODEL, copy: MODEL})):
+            assert set(choose(members).left_out.values()) == {copy}
+
+
 def test_states_of_which_none_is_the_model_keep_their_full_names() -> None:
     """Nothing is lost in silence: all are there, and the note names them."""
     for tree in ({"online": MODEL, "target": MODEL}, {"0": MODEL, "1": MODEL}):
