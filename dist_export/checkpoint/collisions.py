@@ -3,7 +3,8 @@
 Source: ``mc_modules.py`` and ``hash_mc_modules.py`` of torchrec 1.8. A module ``..._managed_collision_modules.<table>`` beside an
 embedding collection maps raw ids to rows. MCH: ``_mch_sorted_raw_ids`` and ``_mch_remapped_ids_mapping``, both (rows,) int64:
 entry i says that this raw id has that row of the whole table; the largest int64 is no id. Both are sorted by raw id within each
-shard of the trainer, and a shard's entries name its own rows. An id that is not there gets the last row of its shard. HashZCH:
+shard of the trainer, and a shard's entries name its own rows. An id that is not there gets the last row of its shard. Where
+shards begin is in ``_output_segments_tensor``, (1025,) int64: the first row of each, the number of rows, then -1. HashZCH:
 ``_hash_zch_identities``, (rows, 1) int64: entry i is the raw id of row i; -1 is no id. Counts, ages and other buffers of these
 modules are for training alone.
 """
@@ -27,6 +28,7 @@ from dist_export.storage import Directory
 SORTED_IDS = "_mch_sorted_raw_ids"
 MAPPING = "_mch_remapped_ids_mapping"
 IDENTITIES = "_hash_zch_identities"
+SEGMENTS = "_output_segments_tensor"
 MODULES = "_managed_collision_modules"
 COLLECTION = "_managed_collision_collection"
 MCH_EMPTY = (1 << 63) - 1
@@ -39,6 +41,8 @@ class CollisionNames(NamedTuple):
     ids: str
     mapping: str | None
     """None for HashZCH."""
+    segments: str | None = None
+    """Where the shards of MCH begin; None for HashZCH, and where the checkpoint does not say."""
 
 
 def find_collisions(
@@ -78,7 +82,10 @@ def find_collisions(
             raise CheckpointError(f"{where}: {found[table].ids!r} and {ids!r} both are of the table {table!r}")
         for name in buffers.values():
             _check_tensor(name, *tensors[name], rows=tables[table][0], where=where)
-        found[table] = CollisionNames(ids, None if IDENTITIES in buffers else buffers[MAPPING])
+        is_mch, segments = IDENTITIES not in buffers, f"{owner}.{SEGMENTS}" if owner else SEGMENTS
+        found[table] = CollisionNames(
+            ids, buffers[MAPPING] if is_mch else None, segments if is_mch and segments in tensors else None
+        )
     return found
 
 
@@ -88,7 +95,8 @@ def read_state(names: CollisionNames | None, tensors: Mapping[str, StoredTensor]
         return None
     if names.mapping is None:
         return CollisionState(tensors[names.ids], None, ZCH_EMPTY)
-    return CollisionState(tensors[names.ids], tensors[names.mapping], MCH_EMPTY)
+    segments = None if names.segments is None else tensors[names.segments]
+    return CollisionState(tensors[names.ids], tensors[names.mapping], MCH_EMPTY, segments)
 
 
 class StoredCollision:
@@ -98,7 +106,7 @@ class StoredCollision:
         self, directory: Directory, files: Sequence[SourceFile], state: CollisionState, names: CollisionNames
     ) -> None:
         """Read nothing yet."""
-        self.names = tuple(name for name in names if name is not None)
+        self.names = tuple(name for name in (names.ids, names.mapping) if name is not None)
         self.empty = state.empty
         self._directory = directory
         self._files = files

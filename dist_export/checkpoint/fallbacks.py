@@ -33,7 +33,7 @@ def find_fallbacks(checkpoint: Checkpoint) -> dict[str, tuple[float, ...]]:
             raw_ids = _state_of(checkpoint, number)
             if raw_ids is None:
                 continue
-            ends = find_shard_ends(reader.source, raw_ids.state.ids)
+            ends = find_shard_ends(reader.source, raw_ids.state)
             rows = [_read_row(reader, checkpoint, number, end - 1) for end in ends]
             other = next((place for place, row in enumerate(rows) if row.tobytes() != rows[0].tobytes()), None)
             advice = f"say what serving gives these ids: default_row: {{{table.name_in_source!r}: zeros}}, or the values of a row"

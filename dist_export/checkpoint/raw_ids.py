@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.amounts import few
 from dist_export.errors import CheckpointError
 from dist_export.readers import RangeReader
 
@@ -19,6 +20,9 @@ _SPAN_BYTES = 1 << 20
 _ID_BYTES = 8
 _MAX_SHARDS = 1024
 """Of one table, as torchrec has it."""
+
+_NO_SEGMENT = -1
+"""Fills what a table with fewer shards does not need of its segments."""
 
 OpenFile = Callable[[int], RangeReader]
 """Number of a file -> a reader of it, which whoever gave it closes."""
@@ -56,6 +60,8 @@ class CollisionState(NamedTuple):
     """int64, (rows,): the row that each entry names."""
     empty: int
     """What stands in ``ids`` where a row has no id."""
+    segments: StoredTensor | None = None
+    """int64: where the trainer's shards begin, and after them where the last one ends; None where the source does not say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +85,11 @@ class RawIds:
         """Return the same of a checkpoint in which so many files go before those that it counts in."""
         tensors = [
             None if its is None else its._replace(pieces=tuple(p._replace(file=p.file + num_files) for p in its.pieces))
-            for its in (self.state.ids, self.state.mapping)
+            for its in (self.state.ids, self.state.mapping, self.state.segments)
         ]
         assert tensors[0] is not None
-        return replace(self, state=self.state._replace(ids=tensors[0], mapping=tensors[1]))
+        state = self.state._replace(ids=tensors[0], mapping=tensors[1], segments=tensors[2])
+        return replace(self, state=state)
 
     def load(self, open_file: OpenFile) -> np.ndarray:
         """Return the raw id of each row, int64 (end - begin,). CheckpointError where a row does not have one entry."""
@@ -118,12 +125,18 @@ class RawIds:
         return np.concatenate(rows), np.concatenate(ids)
 
 
-def find_shard_ends(open_file: OpenFile, ids: StoredTensor) -> list[int]:
-    """Return where the trainer's shards of a sorted column end: where a piece does, and where the order begins anew.
+def find_shard_ends(open_file: OpenFile, state: CollisionState) -> list[int]:
+    """Return where the trainer's shards of a sorted column may end: where its segments or a piece do, or the order begins anew.
 
-    CheckpointError where there are more of these than torchrec can have.
+    Neither pieces nor order tell where a shard without ids begins, if it lies behind another one in the same piece.
+
+    Raises:
+        CheckpointError: there are more of these than torchrec can have, or the segments are not those of the column.
     """
+    ids = state.ids
     ends = {piece.offsets[0] + piece.sizes[0] for piece in ids.pieces if piece.sizes[0]}
+    if state.segments is not None:
+        ends |= _read_segments(open_file, state.segments, ids.shape[0])
     most = len(ends) + _MAX_SHARDS
     last = np.zeros(0, np.int64)
     for first in range(0, ids.shape[0], _SCAN_ROWS):
@@ -136,6 +149,22 @@ def find_shard_ends(open_file: OpenFile, ids: StoredTensor) -> list[int]:
             )
         last = numbers[-1:]
     return sorted(ends)
+
+
+def _read_segments(open_file: OpenFile, segments: StoredTensor, rows: int) -> set[int]:
+    """Return where shards with a row end. CheckpointError where the tensor does not cut ``rows`` rows."""
+    said = f"{segments.dtype} {list(segments.shape)}"
+    if segments.dtype == "int64" and len(segments.shape) == 1 and 2 <= segments.shape[0] <= _MAX_SHARDS + 1:
+        numbers = read_numbers(open_file, segments, 0, segments.shape[0])
+        edges = numbers[: int(np.argmax(numbers == _NO_SEGMENT))] if _NO_SEGMENT in numbers else numbers
+        is_padded = bool((numbers[len(edges) :] == _NO_SEGMENT).all())
+        if is_padded and len(edges) > 1 and (edges[1:] >= edges[:-1]).all() and (edges[0], edges[-1]) == (0, rows):
+            return set(edges[1:][edges[1:] > edges[:-1]].tolist())
+        said = few([str(number) for number in numbers.tolist()])
+    raise CheckpointError(
+        f"{segments.name!r} does not say how {rows:,} rows are cut into shards, but is {said}; expected int64 from 0 to "
+        f"{rows}, ascending, then {_NO_SEGMENT}. Save the checkpoint anew, or set default_row for the table"
+    )
 
 
 def read_numbers(open_file: OpenFile, tensor: StoredTensor, begin: int, end: int) -> np.ndarray:

@@ -102,6 +102,52 @@ def test_shards_with_one_last_row_have_one_default_row(tmp_path: Path) -> None:
         export(source, tmp_path / "no")
 
 
+@pytest.mark.parametrize("saved_as", ["torch", "dcp"])
+def test_a_shard_without_ids_has_a_last_row_too(saved_as: str, tmp_path: Path) -> None:
+    """In one piece only the trainer's segments tell where it begins; they may name shards without a row."""
+    state = make_state([(4, [3, 9]), (4, []), (3, [])])
+    segments = f"{MODULES}t._output_segments_tensor"
+    state[segments] = torch.tensor([0, 4, 4, 8, 11, 11] + [-1] * 1019)
+
+    def put_down() -> Path:
+        folder = tmp_path / f"in {len(list(tmp_path.iterdir()))}"
+        return save(folder, {"model": state}) if saved_as == "dcp" else write(folder, state)
+
+    manifest = export(put_down(), tmp_path / "out")
+    assert_rows(tmp_path / "out", T, rows_of(state))
+    assert manifest.tables[0].default_row == tuple(state[T][3].tolist())
+    assert manifest.tables[0].default_row == tuple(state[T][10].tolist())
+    for last, said in ((10, "row 3 is not row 10"), (7, "row 3 is not row 7")):
+        state[T][last] += 1
+        with pytest.raises(CheckpointError, match=said):
+            export(put_down(), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+SEGMENTS = {
+    "short": ([0, 11], r"is 0, 11; expected int64 from 0 to 12, ascending, then -1.*set default_row"),
+    "late": ([4, 12], "is 4, 12; expected"),
+    "descending": ([0, 8, 4, 12], "is 0, 8, 4 and 1 more; expected"),
+    "gap": ([0, -1, 12], "is 0, -1, 12; expected"),
+    "none": ([-1, -1], "is -1, -1; expected"),
+    "float": ([0.0, 12.0], r"is float32 \[2\]; expected"),
+    "long": ([0] * 2000 + [12], r"is int64 \[2001\]; expected"),
+}
+
+
+@pytest.mark.parametrize("case", list(SEGMENTS))
+def test_segments_that_are_not_those_of_the_table_are_refused(case: str, tmp_path: Path) -> None:
+    """Without them the row of unknown ids is not known; with a default row of the user's own nobody asks for it."""
+    segments, said = SEGMENTS[case]
+    state = make_state([(12, IDS)]) | {f"{MODULES}t._output_segments_tensor": torch.tensor(segments)}
+    source = write(tmp_path / "in", state)
+    with pytest.raises(CheckpointError, match=said):
+        export(source, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    export(source, tmp_path / "out", default_row={"*": "zeros"})
+    assert_rows(tmp_path / "out", T, rows_of(state))
+
+
 def cut(tensor: torch.Tensor, *edges: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Return chunks of a tensor, cut at rows."""
     ends = [0, *edges, len(tensor)]
