@@ -107,6 +107,12 @@ class Machine:
         if self._allowance < 0:
             raise PickleError("copies the same content again and again; it is made to take for ever")
 
+    def charge_state(self, state: Any) -> None:
+        """Count what an object is restored from, where each attribute is set by itself."""
+        for attributes in state if type(state) is tuple and len(state) == 2 else (state,):
+            if type(attributes) is dict:
+                self.charge(4 * len(attributes))
+
     def check_key(self, key: Any) -> None:
         """Refuse a key whose hash or comparison could take for ever. PickleError."""
         kind = type(key)
@@ -162,6 +168,7 @@ class Machine:
             elif opcode == 0x62:  # BUILD
                 state = stack.pop()
                 restored = stack[-1]
+                self.charge_state(state)
                 if type(restored) is Record and restored.state is None:
                     restored.state = state
                 elif type(restored) is not dict:  # an OrderedDict's own attributes are of no interest

@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from dist_export.layout.dtypes import is_torch_dtype
@@ -19,6 +19,8 @@ from dist_export.layout.state_archive import StateArchive
 
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
+_FREE_COPIES = 16
+"""Of a storage. Tensors share their indices or scales with a few others; what more copies take is counted."""
 _BITS = re.compile(r"[a-z]+?(\d+)(x\d+)?(_\w+)?")
 _STORAGES = {
     "Double": "float64",
@@ -43,7 +45,7 @@ _STORAGES = {
 """Begin of a storage's class -> dtype of its elements."""
 _INERT = re.compile(
     r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|argparse\.Namespace"
-    r"|pathlib\.(_local\.)?PosixPath|datetime\.(datetime|date|timedelta)|collections\.Counter|torch\.device"
+    r"|pathlib\.(_local\.)?PosixPath|datetime\.(datetime|date|timedelta)|torch\.device"
 )
 """What training loops keep beside tensors: the best score, the arguments, the time. None of it is made."""
 _TENSOR_CLASSES = re.compile(
@@ -54,6 +56,11 @@ _OF_TENSOR_CLASSES = re.compile(
     r"|torch\._dynamo\.decorators\._DimRange"
 )
 """What tensors of these classes are described with."""
+_NAMED = re.compile(
+    r"torch\.per_\w+|torch\.(\w+\.|cuda\.sparse\.)?\w+Tensor"
+    rf"|torch\.(cuda\.|storage\.)?({'|'.join(_STORAGES)}|Typed)Storage"
+)
+"""What tensors are said to be of, and never made by a call: that would take memory of any size."""
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
 
@@ -153,42 +160,39 @@ class _Names:
         self._storage_of = storage_of
         self._is_any_known = is_any_known
         self._foreign = foreign
+        self._copies: dict[str, int] = {}
         self._makers: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": _empty_dict,
             "_codecs.encode": self._encode,
             "builtins.bytearray": self._bytearray,
             "builtins.set": self._set,
+            "collections.Counter": self._counter,
             "builtins.complex": _complex,
             "torch.Size": self._size,
             "torch.serialization._get_layout": _layout,
             "torch.nn.parameter.Parameter": _parameter,
             "torch._utils._rebuild_parameter": _parameter,
-            "torch._utils._rebuild_parameter_with_state": _parameter,
+            "torch._utils._rebuild_parameter_with_state": self._parameter_with_state,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor_v2,
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
             "torch._tensor._rebuild_from_type_v2": self._from_type,
             "torch._utils._rebuild_qtensor": self._quantized,
-            "torch._utils._rebuild_sparse_tensor": _sparse,
-            "torch._utils._rebuild_nested_tensor": _nested,
+            "torch._utils._rebuild_sparse_tensor": self._sparse,
+            "torch._utils._rebuild_nested_tensor": self._nested,
             "torch._utils._rebuild_meta_tensor_no_storage": _meta,
             "torch._utils._rebuild_wrapper_subclass": _wrapper,
             "torch._utils._rebuild_device_tensor_from_numpy": _from_numpy,
-            "torch._utils._rebuild_device_tensor_from_cpu_tensor": _from_cpu,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": self._from_cpu,
         }
 
     def find(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in self._makers:
             return Global(full, self._makers[full])
-        if module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES:
-            return Global(full)
         if any(pattern.fullmatch(full) for pattern in (_TENSOR_CLASSES, _INERT, _OF_TENSOR_CLASSES)):
             return recorded(full)
-        is_plain = (
-            full in _PLAIN_CLASSES or full.startswith("torch.per_") or re.fullmatch(r"torch\.(\w+\.)?\w+Tensor", full)
-        )
-        if is_plain or (module == "torch" and is_torch_dtype(name)):
+        if full in _PLAIN_CLASSES or _NAMED.fullmatch(full) or (module == "torch" and is_torch_dtype(name)):
             return Global(full)
         if self._is_any_known:
             self._foreign.add(full)
@@ -228,12 +232,21 @@ class _Names:
     def _set(self, *arguments: Any) -> Record:
         match arguments:
             case () | (list() | tuple(),):
-                members = arguments[0] if arguments else ()
-                self.machine.charge(4 * len(members))  # each is hashed
-                for member in members:
-                    self.machine.check_key(member)
+                self._hash_each(arguments[0] if arguments else ())
                 return Record("set")
         raise PickleError("makes a set of what is no list")
+
+    def _counter(self, *arguments: Any) -> Record:
+        match arguments:
+            case () | (dict() | list() | tuple(),):  # a Counter is pickled as the dict of its counts
+                self._hash_each(arguments[0] if arguments else ())
+                return Record("collections.Counter")
+        raise PickleError("makes a Counter of what is no dict")
+
+    def _hash_each(self, members: Collection[Any]) -> None:
+        self.machine.charge(4 * len(members))
+        for member in members:
+            self.machine.check_key(member)
 
     def _size(self, *arguments: Any) -> tuple[Any, ...]:
         match arguments:
@@ -259,11 +272,12 @@ class _Names:
         match arguments:
             case (Global() as function, Global(), tuple(), _) if _TENSOR_CLASSES.fullmatch(function.name):
                 return PickledTensor("", (), (), 0, None, _class_reason(function.name))
-            case (Global() as function, Global() as kind, tuple() as inner, _) if (
+            case (Global() as function, Global() as kind, tuple() as inner, state) if (
                 function.name.startswith("torch._utils._rebuild_")
                 and function.make is not None
                 and len(inner) <= _MAX_DIMS
             ):
+                self.machine.charge_state(state)
                 made = function.make(*inner)
                 if isinstance(made, PickledTensor):
                     return (
@@ -271,13 +285,59 @@ class _Names:
                     )
         raise PickleError("makes a tensor in a way that torch does not")
 
+    def _parameter_with_state(self, *arguments: Any) -> Any:
+        self.machine.charge_state(_padded(arguments, 4)[3])
+        return _parameter(*arguments)
+
     def _quantized(self, *arguments: Any) -> PickledTensor:
         _, _, _, _, scheme, *_ = _padded(arguments, 5)
         if isinstance(scheme, tuple):
-            _refuse_repeated(*(part for part in scheme[:8] if isinstance(part, PickledTensor)))
+            self._note_copied(*(part for part in scheme[:8] if isinstance(part, PickledTensor)))
         made = self._tensor(*arguments)
-        _refuse_repeated(made)
+        _refuse_expanded(made)
         return _without(made, "quantized")
+
+    def _sparse(self, *arguments: Any) -> PickledTensor:
+        match arguments:
+            case (Global() as layout, tuple() as data) if 3 <= len(data) <= 6:
+                tensors = [part for part in data if isinstance(part, PickledTensor)]
+                self._note_copied(*tensors)
+                sizes = [part for part in data if isinstance(part, (tuple, list))]
+                if tensors and sizes:
+                    reason = layout.name.removeprefix("torch.")
+                    return PickledTensor(tensors[-1].dtype, _numbers(sizes[-1]), (), 0, None, reason)
+        raise PickleError("has a sparse tensor in an unknown way")
+
+    def _nested(self, *arguments: Any) -> PickledTensor:
+        self._note_copied(*_padded(arguments, 4)[:4])
+        return PickledTensor(arguments[0].dtype, (), (), 0, None, "nested")
+
+    def _from_cpu(self, *arguments: Any) -> PickledTensor:
+        data, dtype, *_ = _padded(arguments, 4)
+        self._note_copied(data)
+        name = _dtype_of(dtype)
+        if data.dtype == name:
+            return data  # type: ignore[no-any-return]
+        return _without(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)
+
+    def _note_copied(self, *tensors: Any) -> None:
+        """Count what torch writes out, or reads through, when it makes another tensor of these."""
+        for tensor in tensors:
+            _refuse_expanded(tensor)
+            if tensor.storage is not None:
+                count = self._copies[tensor.storage.key] = self._copies.get(tensor.storage.key, 0) + 1
+                if count > _FREE_COPIES:
+                    self.machine.charge(math.prod(tensor.shape) * itemsize_of(tensor.dtype))
+
+
+def _refuse_expanded(tensor: Any) -> None:
+    """Refuse a tensor that is more than is stored of it: torch writes out what it makes another tensor of."""
+    if not isinstance(tensor, PickledTensor):
+        raise PickleError("makes a tensor in a way that torch does not")
+    if tensor.storage is not None:
+        num_bytes = math.prod(tensor.shape) * itemsize_of(tensor.dtype)
+        if num_bytes > tensor.storage.num_bytes:
+            raise PickleError(f"makes a tensor of {num_bytes:,} bytes of {tensor.storage.num_bytes:,} that are stored")
 
 
 def _refuse_call(name: str, *_: Any) -> None:
@@ -340,19 +400,6 @@ def _dtype_of(value: Any) -> str:
     return value.name.removeprefix("torch.")
 
 
-def _refuse_repeated(*tensors: Any) -> None:
-    """Refuse tensors that are more than is stored of them: torch writes out what it makes another tensor of."""
-    for tensor in tensors:
-        if not isinstance(tensor, PickledTensor):
-            raise PickleError("makes a tensor in a way that torch does not")
-        if tensor.storage is not None:
-            num_bytes = math.prod(tensor.shape) * itemsize_of(tensor.dtype)
-            if num_bytes > tensor.storage.num_bytes:
-                raise PickleError(
-                    f"makes a tensor of {num_bytes:,} bytes of {tensor.storage.num_bytes:,} that are stored"
-                )
-
-
 def _empty_dict(*arguments: Any) -> dict[Any, Any]:
     if arguments:
         raise PickleError(
@@ -379,23 +426,6 @@ def _parameter(*arguments: Any) -> Any:
     return arguments[0]
 
 
-def _sparse(*arguments: Any) -> PickledTensor:
-    match arguments:
-        case (Global() as layout, tuple() as data) if 3 <= len(data) <= 6:
-            tensors = [part for part in data if isinstance(part, PickledTensor)]
-            _refuse_repeated(*tensors)
-            sizes = [part for part in data if isinstance(part, (tuple, list))]
-            if tensors and sizes:
-                reason = layout.name.removeprefix("torch.")
-                return PickledTensor(tensors[-1].dtype, _numbers(sizes[-1]), (), 0, None, reason)
-    raise PickleError("has a sparse tensor in an unknown way")
-
-
-def _nested(*arguments: Any) -> PickledTensor:
-    _refuse_repeated(*_padded(arguments, 4)[:4])
-    return PickledTensor(arguments[0].dtype, (), (), 0, None, "nested")
-
-
 def _meta(*arguments: Any) -> PickledTensor:
     dtype, shape, *_ = _padded(arguments, 4)
     return PickledTensor(_dtype_of(dtype), _numbers(shape), (), 0, None, "on the meta device, without values")
@@ -410,12 +440,3 @@ def _wrapper(*arguments: Any) -> PickledTensor:
 def _from_numpy(*arguments: Any) -> PickledTensor:
     _, dtype, *_ = _padded(arguments, 4)
     return PickledTensor(_dtype_of(dtype), (), (), 0, None, "stored as an array of numpy")
-
-
-def _from_cpu(*arguments: Any) -> PickledTensor:
-    data, dtype, *_ = _padded(arguments, 4)
-    _refuse_repeated(data)
-    name = _dtype_of(dtype)
-    if data.dtype == name:
-        return data  # type: ignore[no-any-return]
-    return _without(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)

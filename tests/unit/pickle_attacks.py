@@ -242,6 +242,7 @@ def holding(value: bytes) -> bytes:
 
 EXPANDED = view(1 << 40, strides=(0,))
 FLOAT16 = name(b"torch", "float16")
+MANY_ENTRIES = b"}(" + fill((text(f"a{n:x}") + b"N" for n in itertools.count()), room=SIZE // 2) + b"u"
 TORCH: dict[str, Callable[[], bytes]] = {
     **FEW_BYTES,
     "a bytearray of a number": lambda: holding(call(b"builtins", "bytearray", number(1 << 40))),
@@ -254,6 +255,22 @@ TORCH: dict[str, Callable[[], bytes]] = {
     ),
     "one list made a set again and again": lambda: repeat(
         b"h\x01h\x00R0", b"](" + b"N" * (SIZE // 2) + b"e\x85q\x000" + name(b"builtins", "set") + b"q\x010"
+    ),
+    "one dict counted again and again": lambda: repeat(
+        b"h\x01h\x00R0", MANY_ENTRIES + b"\x85q\x000" + name(b"collections", "Counter") + b"q\x010"
+    ),
+    "one state for many dicts": lambda: repeat(
+        b"h\x01)Rh\x00b", MANY_ENTRIES + b"q\x000" + name(b"collections", "OrderedDict") + b"q\x010"
+    ),
+    "one state for many parameters": lambda: repeat(
+        b"h\x01h\x00R0",
+        b"(" + view(4, strides=(1,)) + b"\x89}" + MANY_ENTRIES + b"tq\x000"
+        + name(UTILS, "_rebuild_parameter_with_state") + b"q\x010",
+    ),
+    "one state for many tensors of a class": lambda: repeat(
+        b"h\x01h\x00R0",
+        b"(" + name(UTILS, "_rebuild_tensor_v2") + name(b"torch", "Tensor") + b"(" + STORAGE + b"K\0K\4\x85K\1\x85\x89}t"
+        + MANY_ENTRIES + b"tq\x000" + name(b"torch._tensor", "_rebuild_from_type_v2") + b"q\x010",
     ),
     "a set of tuples of 2^60 parts": lambda: holding(call(b"builtins", "set", b"]" + doubling(b"\x86") + b"a")),
     "a cast of an expanded tensor": lambda: holding(

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from zip_layouts import write_zip
 
 from dist_export.checkpoint.dcp_metadata import decode_metadata
 from dist_export.layout.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.layout.torch_pickle import load_pickled
 
 MEMORY = 256 << 20
 TESTS = Path(__file__).resolve().parent
@@ -161,6 +163,74 @@ def test_no_pickle_takes_much_memory_or_for_ever(reader: str, attacks: str, tmp_
     assert child.returncode == 0, child.stdout[-200:] + child.stderr[-2000:]
     assert child.stdout.splitlines()[-1] == "done"
     assert len(child.stdout.splitlines()) == len(getattr(pickle_attacks, attacks)) + 1
+
+
+CHARGED = {
+    "_codecs.encode", "builtins.bytearray", "builtins.set", "collections.Counter", "torch.Size",
+    "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_qtensor", "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_nested_tensor",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+}  # fmt: skip
+"""What makes a copy of its arguments."""
+FREE = {
+    "collections.OrderedDict", "builtins.complex", "torch.device", "torch.serialization._get_layout",
+    "torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_wrapper_subclass",
+    "torch._utils._rebuild_meta_tensor_no_storage", "torch._utils._rebuild_device_tensor_from_numpy",
+}  # fmt: skip
+"""What takes as much for any arguments that it is let have: views, names, and arrays, none of which torch lets be made."""
+
+
+def test_of_all_that_torch_calls_each_is_charged_or_takes_little_or_is_not_called() -> None:
+    import torch._weights_only_unpickler as unpickler
+
+    admitted = unpickler._get_allowed_globals()
+    assert admitted.keys() >= CHARGED | FREE
+    for full in admitted.keys() - CHARGED - FREE:
+        module, _, attribute = full.rpartition(".")
+        for body in (b")R", b")\x81", b"K\x04\x85R"):
+            raw = pickle_attacks.whole(pickle_attacks.name(module.encode(), attribute) + body)
+            with pytest.raises(PickleError, match="nothing that it may call"):
+                load_pickled(raw, lambda _: None, is_any_known=True)
+
+
+COPIED = pickle_attacks.STORAGE.replace(b"K\x04tQ", pickle_attacks.number(1 << 20) + b"tQ")
+WHOLE = pickle_attacks.view(1 << 20, strides=(1,), storage=COPIED)
+LAYOUT = pickle_attacks.call(b"torch.serialization", "_get_layout", pickle_attacks.text("torch.sparse_coo"))
+PER_CHANNEL = pickle_attacks.name(b"torch", "per_channel_affine")
+COPIES = {
+    "_rebuild_device_tensor_from_cpu_tensor": b"(h\x00"
+    + pickle_attacks.FLOAT16
+    + pickle_attacks.text("cpu")
+    + b"\x89t",
+    "_rebuild_sparse_tensor": LAYOUT + b"(h\x00h\x00K\x04\x85t\x86",
+    "_rebuild_nested_tensor": b"(h\x00h\x00h\x00h\x00t",
+    "_rebuild_qtensor": b"(" + COPIED + b"K\0K\4\x85K\1\x85(" + PER_CHANNEL + b"h\x00h\x00K\0t\x89}t",
+}
+
+
+@pytest.mark.parametrize("function", COPIES)
+def test_tensors_that_torch_copies_are_copied_a_few_times(function: str) -> None:
+    """Four megabytes are in the file once, and each call of thirty bytes takes as many again."""
+    begin = (
+        WHOLE + b"q\x000" + COPIES[function] + b"q\x010" + pickle_attacks.name(b"torch._utils", function) + b"q\x020"
+    )
+
+    def raw(count: int) -> bytes:
+        return pickle_attacks.whole(begin + b"](" + b"h\x02h\x01R" * count + b"e")
+
+    assert len(load_pickled(raw(4), lambda _: None)[0]) == 4
+    with pytest.raises(PickleError, match="copies the same content again and again"):
+        load_pickled(raw(17), lambda _: None)
+
+
+def test_a_counter_is_read_wherever_torch_reads_one() -> None:
+    found, _ = load_pickled(pickle.dumps({"n": Counter(a=2), "e": Counter()}, 2), lambda _: None)
+    assert {type(value) for value in found.values()} == {Record}
+    assert {value.kind for value in found.values()} == {"collections.Counter"}
+    for argument in (b"K\x05", b"]]a"):
+        with pytest.raises(PickleError):
+            load_pickled(pickle_attacks.whole(pickle_attacks.call(b"collections", "Counter", argument)), lambda _: None)
 
 
 def load(raw: bytes, **names: Any) -> Any:
