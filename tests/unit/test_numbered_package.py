@@ -165,7 +165,7 @@ def test_an_empty_table_is_sound(tmp_path: Path) -> None:
 def test_the_manifest_says_what_recis_does_not_read(written: Path) -> None:
     """Once, with the way out; a package of hash tables alone says nothing."""
     notes = dist_export.open_package(written / "mixed").manifest.notes
-    (note,) = [note for note in notes if "by number" in note]
+    (note,) = [note for note in notes if "row-indexed" in note]
     assert "2 tables" in note
     assert "as_hash" in note
 
