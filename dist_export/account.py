@@ -30,7 +30,7 @@ from dist_export.source import PlannedSparse
 LIVE = "live"
 EXPORTED, IN_PROGRAM, DROPPED, LEFT_OUT = "exported", "in_program", "dropped", "left_out"
 BY_CAST = "cast"
-NO_MODEL, NOT_TAKEN, NO_TABLES = "no_model", "not_in_model", "need_export_sparse"
+NO_MODEL, NOT_TAKEN, NO_TABLES = "no_model", "not_served", "need_export_sparse"
 """Why a tensor is in no file: no model is exported, the model's dense arch does not have it, or no tables are exported."""
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]

@@ -274,7 +274,7 @@ class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, Count]
     """Reason -> bytes: those of slots and dense tensors, those of ``rows_dropped``, and ``cast``: what a narrower dtype saves."""
     left_out: dict[str, Count]
-    """Reason -> bytes: a setting, ``no_model``, ``not_in_model``, or a phrase."""
+    """Reason -> bytes: a setting, ``no_model``, ``not_served``, or a phrase."""
     others: tuple[AccountTensor, ...]
     """All that is in no table, by name."""
 

@@ -2,7 +2,8 @@
 
 A table is the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, of a module that looks like one (``num_embeddings``,
 ``embedding_dim`` and a weight, as tensor-parallel embeddings have), or of an embedding collection of torchrec's naming, whose
-tables lie below ``embedding_bags`` or ``embeddings``. torchrec's sharded collections show theirs in ``state_dict()`` alone.
+tables lie below ``embedding_bags`` or ``embeddings``; in the sparse arch also a matrix that a module of the caller's own holds,
+for its code may look rows up. torchrec's sharded collections show theirs in ``state_dict()`` alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
     dense_within_sparse = dense_name != sparse_name and is_below(dense_name, sparse_name)
     tables: dict[str, Any] = {
         name: weight
-        for name, weight in _weights_of(sparse_arch, sparse_name)
+        for name, weight in (*_weights_of(sparse_arch, sparse_name), *_bare_matrices(sparse_arch, sparse_name))
         if not (dense_within_sparse and is_below(name, dense_name))
     }
     elsewhere = {
@@ -70,6 +71,22 @@ def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if not is_lazy(parameter) and parameter.dim() == 2:
             yield from _in_collection(_join(prefix, name), parameter)
+
+
+def _bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (plain name within the model, matrix) of each that a module of the caller's own holds: its code may look rows up."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if is_of_library(module):
+            continue
+        for name, parameter in module._parameters.items():  # noqa: SLF001 -- its own alone
+            if parameter is not None and not is_lazy(parameter) and parameter.dim() == 2:
+                yield plain_name(_join(prefix, _join(path, name))), parameter
+
+
+def is_of_library(module: nn.Module) -> bool:
+    """Whether a module's class comes with torch or torchrec, so that its kind tells whether it looks rows up."""
+    is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
+    return not is_holder and type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.plain_copy import is_fully_sharded, is_lazy
+from dist_export.errors import ModelError
 
 _MOST_BYTES = 64 << 20
 """A buffer that is larger is not copied in order to put it back."""
@@ -67,6 +68,45 @@ def _put_back(kept: Sequence[tuple[dict[str, Any], str, torch.Tensor, torch.Tens
     for owner, name, tensor, values in kept:
         local_part(tensor).copy_(values)
         owner[name] = tensor
+
+
+@contextlib.contextmanager
+def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, except_below: str) -> Iterator[list[str]]:
+    """Within this block, parameters and buffers of ``module`` have the values that ``state`` holds. Any rank, for itself.
+
+    Args:
+        module: the sparse arch of the caller's own model, at ``path`` within it.
+        state: name within the model, or within ``module`` where no name begins with ``path``, -> tensor.
+        except_below: the path within the model of the dense arch, which has its values in another way.
+
+    Yields the names within the model of what was put. Raises ModelError where a value has another shape.
+    """
+    plain = {_plain(name): name for name in state}
+    begin = f"{_plain(path)}." if path else ""
+    has_path = any(name.startswith(begin) for name in plain)
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    found, put = [], []
+    for name, tensor in tensors:
+        full = begin + _plain(name)
+        held = plain.get(full if has_path else _plain(name))
+        if held is None or is_lazy(tensor) or (except_below and full.startswith(f"{_plain(except_below)}.")):
+            continue
+        value = state[held]
+        if isinstance(value, torch.Tensor):
+            if value.shape != tensor.shape:
+                raise ModelError(f"{held} is {list(value.shape)} in the checkpoint, the model has {list(tensor.shape)}")
+            found.append((tensor, value))
+            put.append(full)
+    kept = [(local_part(tensor), local_part(tensor).clone()) for tensor, _ in found]
+    try:
+        with torch.no_grad():
+            for tensor, value in found:
+                local_part(tensor).copy_(_share_of(value, tensor))
+        yield put
+    finally:
+        with torch.no_grad():
+            for tensor, values in kept:
+                tensor.copy_(values)
 
 
 def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name: str) -> None:

@@ -43,6 +43,18 @@ def note_rows(rows: SampleRows, finder: RowFinder | None, *, has_checkpoint: boo
     return notes
 
 
+def note_sparse_values(put: Sequence[str]) -> list[str]:
+    """Return notes on what the sparse arch holds besides tables: no file of the package has it, and serving needs it."""
+    if not put:
+        return []
+    names = few(put)
+    told = (
+        f"{count(len(put), 'parameter')} of the sparse arch ({names}) had the checkpoint's values in the sample, and no file of "
+        "the package holds them: a server that runs the sparse arch needs them too"
+    )
+    return [told]
+
+
 def note_pruned(left: int, to_model: int) -> list[str]:
     """Return a note on ids that the sample looked up and rules leave behind, ``to_model`` of them to the model's own rows.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.own_parameters import values_within
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
@@ -38,7 +40,7 @@ from dist_export.dense.row_check import check_names, check_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
-from dist_export.dense.sample_notes import note_pruned, note_rows, refuse_foreign_tables
+from dist_export.dense.sample_notes import note_pruned, note_rows, note_sparse_values, refuse_foreign_tables
 from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
@@ -111,7 +113,7 @@ class DenseStage:
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
-        ranks, config = self._ranks, self._config
+        ranks = self._ranks
         sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
         self._sparse_arch = sparse_arch
         ranks.gather("clear the gradients", self._clear_gradients)
@@ -127,6 +129,33 @@ class DenseStage:
             names = self._names_of(checkpoint)
             finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
         self._finder = finder
+        with self._sparse_values() as put:
+            return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
+
+    @contextlib.contextmanager
+    def _sparse_values(self) -> Iterator[list[str]]:
+        """Within this block, what is no table in the caller's sparse arch has the checkpoint's values. All ranks."""
+        if self._parameters is None:  # a model in memory has them
+            yield []
+            return
+        state = self._ranks.run("read the parameters of the sparse arch", self._parameters.load)
+        assert self._sparse_arch is not None
+        values = values_within(
+            self._sparse_arch,
+            state,
+            path=self._config.sparse_model_name,
+            except_below=self._config.dense_model_name,
+        )
+        with contextlib.ExitStack() as held:
+            yield self._ranks.run("put values into the sparse arch", lambda: held.enter_context(values))
+
+    def _run_sample(
+        self, sparse_arch: nn.Module, dense_arch: nn.Module, copied: nn.Module, features: Features
+    ) -> list[str]:
+        """Run the sample batch and the reference. All ranks. Returns notes."""
+        ranks, config, finder = self._ranks, self._config, self._finder
+        notes: list[str] = []
+        assert self._batches is not None
         further = self._drift.record(sparse_arch, finder)
         blocks, rows = ranks.run(
             "run the sparse arch on the sample",
@@ -272,6 +301,10 @@ class DenseStage:
         Raises:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
+        with self._sparse_values():
+            self._score(written, target)
+
+    def _score(self, written: Checkpoint | None, target: Directory) -> None:
         ranks = self._ranks
         first: tuple[Blocks, SampleRows] | None = None
         blocks: Blocks | None = None

@@ -22,6 +22,7 @@ from dist_export.checkpoint.collisions import find_table
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.dense.blame import said
 from dist_export.dense.collisions import RawIdState, is_collision_module, put_state, read_raw_ids
+from dist_export.dense.model_tables import is_of_library
 from dist_export.dense.plain_copy import unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.table_names import TableNames
@@ -31,6 +32,8 @@ from dist_export.layout.recis import CHILD_BITS
 
 _ID_MASK = (1 << CHILD_BITS) - 1
 _RUN_IDS = 1 << 20
+_MAX_WHOLE_ROWS = 100_000
+"""Of a table that is put into the model whole, for it is not known which rows are looked up."""
 
 
 class SampleRows:
@@ -106,6 +109,8 @@ def checkpoint_rows(
                 handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
                 if isinstance(feed, _HashFeed):  # before the caller's own hooks, which get what the table gives
                     handles.append(module.register_forward_hook(feed.after_lookup, prepend=True, with_kwargs=True))
+        if not finder.is_recording:  # the ids that code looks up without a module are not known
+            _feed_parameters(modules, names, finder, counts, undo)
         counts.knows_a_table = bool(handles or counts.sharded_tables) or any(
             names.has(name) for name, _ in sparse_arch.named_parameters()
         )
@@ -116,6 +121,42 @@ def checkpoint_rows(
         with torch.no_grad():
             for step in reversed(undo):  # of all tables in one order: two of them may share their rows
                 step()
+
+
+def _feed_parameters(
+    modules: list[tuple[nn.Module, list[str]]],
+    names: TableNames,
+    finder: RowFinder,
+    counts: SampleRows,
+    undo: list[Callable[[], None]],
+) -> None:
+    """Give parameters that are tables, and that no module looks rows up in, all of the checkpoint's rows."""
+    if finder.is_live:
+        return
+    fed = {
+        id(getattr(module, "weight", None))
+        for module, _ in modules
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    bare = [
+        (f"{paths[0]}.{name}".removeprefix("."), parameter)
+        for module, paths in modules
+        if not is_of_library(module)  # a library's sharded table is a part of the whole
+        for name, parameter in module._parameters.items()  # noqa: SLF001 -- its own alone
+        if parameter is not None and id(parameter) not in fed
+    ]
+    for path, parameter in bare:
+        table = names.find(path) if parameter.dim() == 2 and not hasattr(parameter, "device_mesh") else None
+        if table is None or finder.rows_by_number(table) != len(parameter):
+            continue
+        if len(parameter) > _MAX_WHOLE_ROWS:
+            raise ModelError(
+                f"table {table!r} is a parameter ({path}) that no embedding module looks rows up in, and with {len(parameter):,} "
+                f"rows more than the {_MAX_WHOLE_ROWS:,} that are put into the model for the sample; look them up with an "
+                "nn.Embedding"
+            )
+        shim = nn.Embedding(len(parameter), parameter.shape[1], _weight=parameter.data)
+        _WeightFeed(shim, table, finder, counts, undo).feed(np.arange(len(parameter), dtype=np.int64))
 
 
 def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:

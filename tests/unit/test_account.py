@@ -127,12 +127,12 @@ def test_all_that_a_plain_checkpoint_holds_is_accounted_for(
     beside = {"not of the model": 28} if write is write_torch else {}
     if settings:
         assert account.in_program == dense
-        assert account.left_out == {"not_in_model": rest} | beside
+        assert account.left_out == {"not_served": rest} | beside
     else:
         assert account.in_program == 0
         assert account.left_out == {"drop_tables": slot, "no_model": dense + rest - slot} | beside
     fates = {other.name.removeprefix("model."): (other.fate, other.reason) for other in account.others}
-    assert fates["teacher.weight"] == ("left_out", "not_in_model" if settings else "no_model")
+    assert fates["teacher.weight"] == ("left_out", "not_served" if settings else "no_model")
     report = planned(source, tmp_path / "planned", **view, **settings)
     assert report["account"] == json.loads((tmp_path / "out" / "manifest.json").read_bytes())["account"]
     (line,) = [line for line in summarize(manifest, (), "out") if line.startswith("  account")]
