@@ -70,6 +70,7 @@ from dist_export.source import (
     refuse_changed_payload,
 )
 from dist_export.storage import WORK_DIRECTORY, Directory, local_tree
+from dist_export.taken_over import TakenOver
 from dist_export.threads import run_threads
 from dist_export.transfer.convert import Counts, refuse_unfit
 from dist_export.transfer.engine import Share, Transfer
@@ -139,6 +140,7 @@ def export_located(
         return same, summarize_same(same, export_dir) + _tell_version(registered)
 
     planned: PlannedSparse | None = None
+    taken_over = TakenOver()
     if config.need_export_sparse:
         assert checkpoint is not None
         with reporter.stage("plan"):
@@ -147,6 +149,12 @@ def export_located(
             notes += note_unreadable(checkpoint, planned.plan.selection)
             if not in_place and (objects.model is None or objects.dataset is None):
                 notes += note_dense_left(list_dense_left(dense_state, planned.plan), checkpoint)
+            if source is not None and not in_place:
+                has_own = objects.model is not None or fg_conf is not None or mc_conf is not None
+                where, plan = source, planned.plan
+                notes += ranks.on_rank_0(
+                    "look for a program to take over", lambda: taken_over.look(where, plan, has_own=has_own)
+                )
             notes += note_rules(checkpoint, planned.plan.pruning, planned.census.pruned)
 
     dense = None
@@ -223,9 +231,10 @@ def export_located(
             if fg_conf is not None:
                 there = in_place and target.exists(FG)  # then it says the same, and a source file is not rewritten
                 small[FG] = target.read(FG) if there else encode_fg(fg_conf)
+            small |= taken_over.read()
             keep = frozenset({FG} if in_place else ())
             if planned is not None:
-                small |= _render(planned, target, dense_state, in_place=in_place)
+                small |= _render(planned, target, dense_state or taken_over.dense_state(), in_place=in_place)
                 keep |= frozenset(planned.plan.checkpoint.verbatim) | {MERGED} if in_place else frozenset()
             if not in_place:
                 note_small_files(target, list(small))
@@ -282,7 +291,7 @@ def export_located(
                     **({} if exchanged is None else {"store": exchanged}),
                 },
             )
-            manifest = seal(manifest)
+            manifest = seal(taken_over.describe(manifest))
             refuse_changed_files(source, state)
             if checkpoint is not None:
                 refuse_changed_payload(checkpoint)

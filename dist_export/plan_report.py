@@ -39,6 +39,7 @@ from dist_export.plan.units import assign, plan_units
 from dist_export.preflight import look_at_all
 from dist_export.progress import say_figures
 from dist_export.source import PlannedSparse, note_numbered_tables, plan_sparse
+from dist_export.taken_over import TakenOver
 
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
@@ -78,6 +79,10 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     plan = planned.plan
     shards = [file.name for file in plan.files]
     ranks.on_rank_0("look for foreign files", lambda: refuse_foreign_files(places, shards))
+    has_own = config.model is not None or found.fg_conf is not None
+    report["notes"] += ranks.on_rank_0(
+        "look for a program to take over", lambda: TakenOver().look(source, plan, has_own=has_own)
+    )
     report["notes"] += note_numbered_tables(plan)
     report["notes"] += note_unreadable(checkpoint, plan.selection)
     report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)

@@ -83,7 +83,7 @@ class PackageSource:
         tables = tuple(_with_entry(table, entries.get(table.name), self._directory.url) for table in found.tables)
         found = replace(found, tables=tables, warnings=(*found.warnings, *self._list_notes()))
         if not self._is_own:
-            return found
+            return replace(found, fingerprint=self._fingerprint(found.fingerprint))
         # each block of a hash table is of one slot, and a table counts its tensors by slot
         slots = sum(len(table.slots) if table.has_ids else len(table.slots) - 1 for table in found.tables)
         parts = found.parts
@@ -103,23 +103,16 @@ class PackageSource:
 
     def _list_notes(self) -> list[str]:
         where = self._directory.url
-        notes = [
+        return [
             _tell_lost(f"{where}: table {table.name!r}", slot)
             for table in self._manifest.tables
             for slot in table.kept
             if slot.cast is not msgspec.UNSET or slot.encoding is not msgspec.UNSET
         ]
-        left = [] if self._manifest.dense is None else [self._manifest.dense.program.partition("/")[0]]
-        left += ["fg.json"] if any(file.path == "fg.json" for file in self._manifest.files) else []
-        if left:
-            notes.append(
-                f"{where} is a package; of it the tables are exported, and {' and '.join(left)} are not carried over: export "
-                "from the checkpoint for a package with a program"
-            )
-        return notes
 
-    def _fingerprint(self) -> str:
-        hasher = xxhash.xxh3_128(self._manifest.digest.encode())
+    def _fingerprint(self, of_shards: str = "") -> str:
+        """Return a fingerprint that covers the manifest too, and ``of_shards``, that of the reader of the shards."""
+        hasher = xxhash.xxh3_128(f"{self._manifest.digest} {of_shards}".encode())
         for file in self.files:
             hasher.update(msgspec.json.encode([file.name, file.size, file.version]))
         return f"xxh3:{hasher.hexdigest()}"

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_model
 import torch
 from plain_cases import TABLES, make_model
 from ranks import run_ranks
 
 import dist_export
+from dist_export.package.verify import verify
 from dist_export.plan import limits, units
 
 pytestmark = pytest.mark.distributed
@@ -51,3 +53,26 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
         "sparse_arch.ebc.embedding_bags.user.weight": "float32",
     }
     assert 0 < next(table.rows_out for table in last.tables if table.name == "item") < 61
+
+
+def export_again(_: int, source: str, target: str) -> list[str]:
+    manifest = dist_export.export(
+        {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "num_shards": 2, "threads": 2}
+    )
+    return [note for note in manifest.notes if "were taken over from" in note]
+
+
+def test_the_program_is_taken_over_by_one_rank_for_all(tmp_path: Path) -> None:
+    tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    first = tmp_path / "first"
+    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+    before = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
+    again = tmp_path / "again"
+    notes = run_ranks(export_again, 2, tmp_path / "store", str(first), str(again), timeout=240)
+    assert all(len(its) == 1 for its in notes), notes
+    after = dist_export.open_package(again).manifest
+    assert (after.dense, after.parity) == (before.dense, before.parity)
+    names = [path.relative_to(first) for path in (first / before.dense.folder).rglob("*") if path.is_file()]
+    assert len(names) > 8
+    assert all((again / name).read_bytes() == (first / name).read_bytes() for name in names)
+    assert verify(str(again)).findings == []
