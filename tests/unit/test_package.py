@@ -323,7 +323,7 @@ BREAKS: list[tuple[str, Callable[[Path], object], tuple[str, ...], str]] = [
         "outputs that are no objects",
         lambda p: (p / "fx_user_model" / "output_info.json").write_text('{"OutputNodes": [1]}'),
         ("fx_user_model/output_info.json",),
-        "cannot be checked",
+        "Expected `object`, got `int`",
     ),
     ("an account that does not add up", lambda p: reseal(p, drop_table_row), (), "does not add up"),
     (

@@ -23,12 +23,12 @@ class FakeStore:
         self.asked: list[tuple[int, int]] = []
         self.threads: set[int] = set()
 
-    def get(self, path: str, begin: int, end: int) -> bytes:
+    def get(self, path: str, begin: int, end: int, *, etag: str | None = None) -> bytes:
         self.asked.append((begin, end))
         self.threads.add(threading.get_ident())
         return self.data[begin:end]
 
-    def get_ranges(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def get_ranges(self, path: str, ranges: list[tuple[int, int]], *, etag: str | None = None) -> list[bytes]:
         return [self.get(path, *edges) for edges in ranges]
 
 
