@@ -39,6 +39,10 @@ HOW = (
 """Settings that do not shape the package, or do so through what they lead to."""
 
 
+OWN_VALUES = "own_values"
+"""Under it ``run`` names what the program has from the model itself, which no identity tells of."""
+
+
 class Told(NamedTuple):
     """What shapes a package besides its settings and its tables."""
 

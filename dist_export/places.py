@@ -13,7 +13,7 @@ from dist_export.attempt import MARKER, finish_commit, list_attempt, remove_atte
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError, PackageError
-from dist_export.identity import has_settings
+from dist_export.identity import OWN_VALUES, has_settings
 from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory, open_place
@@ -229,6 +229,14 @@ def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest 
         raise ConfigError(
             f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
             f"settings. {places.way_out}"
+        )
+    if manifest.run.get(OWN_VALUES):
+        if config.overwrite:
+            return None
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, but "
+            f"its program has values of the model itself (run.{OWN_VALUES} names them), and nothing tells whether they are "
+            f"the same. {places.way_out}"
         )
     loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
     if loss is not None and not config.overwrite:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from dist_export.__version__ import VERSION
 from dist_export.account import say_account
 from dist_export.activity import current_stage_since, in_stage
 from dist_export.amounts import amount, count, few
@@ -236,6 +237,10 @@ def summarize_same(manifest: Manifest, where: str) -> list[str]:
     if manifest.dense is not None:
         lines.append(
             "  the model's code is not compared: if it has changed, overwrite: true or another export_dir exports it anew"
+        )
+    if (version := manifest.versions.get("dist_export")) != VERSION:
+        lines.append(
+            f"  dist_export {version} exported it, and this is {VERSION}: overwrite: true or another export_dir exports it anew"
         )
     return lines + rest
 

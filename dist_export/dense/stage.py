@@ -27,6 +27,7 @@ from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.own_parameters import values_within
+from dist_export.dense.own_values import list_own_values
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
@@ -95,6 +96,8 @@ class DenseStage:
         """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters. Rank 0."""
         self.taken: frozenset[str] = frozenset()
         """Names of the checkpoint's tensors, or of the model's parameters, that the program holds. Rank 0."""
+        self.own_values: list[str] = []
+        """Names of what the program holds and the checkpoint did not give. Rank 0."""
 
     def prepare(
         self,
@@ -451,8 +454,11 @@ class DenseStage:
                 if isinstance(value, torch.Tensor)
             ]
             self.taken = frozenset(name for name, _, _ in self.parameters)
+            if self._config.ckpt_dir is not None:  # else all of it is, and no two exports are the same one
+                self.own_values = list_own_values(copied, {}, dense_model_name=self._config.dense_model_name)
             return ()
         state = self._parameters.load()
+        self.own_values = list_own_values(copied, state, dense_model_name=self._config.dense_model_name)
         self.taken = list_taken(copied, state, dense_model_name=self._config.dense_model_name)
         return load_dense_parameters(
             copied,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content
@@ -326,3 +327,55 @@ def test_a_copy_of_the_package_is_the_package(source: Path, tmp_path: Path) -> N
     shutil.copytree(tmp_path / "out", tmp_path / "moved")
     assert export(source, tmp_path / "moved") == first
     assert content(tmp_path / "moved").keys() == {MANIFEST, *(file.path for file in first.files)} - {MANIFEST}
+
+
+class Scaled(tiny_model.DenseArch):
+    """Holds values that no checkpoint of the plain one has."""
+
+    def __init__(self, kind: str, value: float) -> None:
+        super().__init__()
+        held = torch.full((1,), value)
+        if kind == "parameter":
+            self.scale = torch.nn.Parameter(held)
+        elif kind == "attribute":
+            self.scale = held
+        elif kind == "list":
+            self.scales = [held]
+        else:
+            self.register_buffer("scale", held, persistent=kind == "saved buffer")
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        scale = self.scales[0] if hasattr(self, "scales") else self.scale
+        return {name: scores * scale for name, scores in super().forward(blocks).items()}
+
+
+@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list"])
+def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path) -> None:
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+
+    def run(value: float, **more: object) -> dist_export.Manifest:
+        model = tiny_model.build_model()
+        model.dense_arch = Scaled(kind, value)
+        if kind in ("parameter", "saved buffer"):
+            more["allow_missing_dense"] = ["scale"]
+        return dist_export.Exporter(
+            model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True, **more
+        ).export()  # fmt: skip
+
+    first = run(1.0)
+    assert first.run["own_values"] == ["scales" if kind == "list" else "scale"]
+    before = states(out)
+    with pytest.raises(ConfigError, match=r"has values of the model itself \(run.own_values names them\).*overwrite"):
+        run(5.0)
+    assert states(out) == before
+    assert run(5.0, overwrite=True).digest != first.digest
+
+
+def test_a_package_of_another_version_is_said(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    out = tmp_path / "out"
+    assert cli.main(arguments(source, out)) == 0
+    assert cli.main(arguments(source, out)) == 0
+    assert "exported it, and this is" not in capsys.readouterr().out
+    monkeypatch.setattr("dist_export.progress.VERSION", "9.9")
+    assert cli.main(arguments(source, out)) == 0
+    assert "dist_export 0.1.0 exported it, and this is 9.9" in capsys.readouterr().out
