@@ -149,6 +149,7 @@ def sort_dcp(
                 [(kinds.state[name], tensors[name].shape) for name in other],
                 kept_dense=kinds.kept_dense,
                 weights=settings.weights,
+                left_out=state.list_others({name: tensor.shape for name, tensor in tensors.items()}),
             ),
         ),
         unmatched_slots=elsewhere,

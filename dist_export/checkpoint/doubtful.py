@@ -20,6 +20,7 @@ def note_left(
     *,
     kept_dense: Sequence[str],
     weights: ModelWeights | None,
+    left_out: Sequence[tuple[str, str, Shape]] = (),
 ) -> tuple[str, ...]:
     """Return what is to be told of tensors that are no table: a warning for each that looks like one, and what the model says.
 
@@ -28,25 +29,43 @@ def note_left(
         states: (tail, shape) of optimizer state of no table; a tail names the parameter, then the slot.
         kept_dense: names that a pattern of ``tables`` matches and the program keeps.
         weights: what the model says, where there is one.
+        left_out: (full name, name within its state, shape) of what is in another state than the model's, and no copy of it.
     """
+    states = list(states)
     unused = [] if weights is None else _note_unused([name for name, _ in left], weights)
-    return (*_note_kept_dense(kept_dense), *unused, *_note_doubtful(dict(left), states))
+    return (
+        *_note_kept_dense(kept_dense),
+        *unused,
+        *_note_doubtful([(name, name, shape) for name, shape in left], states),
+        *_note_doubtful(left_out, states, needs="state_root: . and "),
+    )
 
 
-def _note_doubtful(shapes: dict[str, Shape], states: Iterable[tuple[str, Shape]]) -> list[str]:
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+def _note_doubtful(
+    found: Sequence[tuple[str, str, Shape]], states: Sequence[tuple[str, Shape]], *, needs: str = ""
+) -> list[str]:
+    """Return a warning for each matrix that looks like a table; ``needs``: a setting without which it cannot be one.
+
+    ``found``: (name, name by which optimizer state has it, shape).
+    """
+    matrices: dict[str, set[Shape]] = {}
+    for _, within, shape in found:
+        if len(shape) == 2:
+            matrices.setdefault(within, set()).add(shape)
     by_row = {
-        name
+        (name, weight)
         for tail, shape in states
-        if len(shape) == 1 or shape[1:] == (1,)
+        if matrices and (len(shape) == 1 or shape[1:] == (1,))
         for name in _names_in(tail)
-        if _is_by_row(shape, matrices.get(name, ()))
+        for weight in matrices.get(name, ())
+        if _is_by_row(shape, weight)
     }
     return [
-        f"{name!r} of shape {list(shape)} is in no table, though it {_why(shape, is_by_row=name in by_row)}: if rows of it are "
-        f'looked up, they are in no file. To export it as a table say tables: ["{name}"]'
-        for name, shape in matrices.items()
-        if shape[0] > MANY_ROWS or name in by_row
+        f"{name!r} of shape {list(shape)} is in no table, though it "
+        f"{_why(shape, is_by_row=(within, shape) in by_row)}: if rows of it are looked up, they are in no file. To export it as "
+        f'a table say {needs}tables: ["{name}"]'
+        for name, within, shape in found
+        if len(shape) == 2 and (shape[0] > MANY_ROWS or (within, shape) in by_row)
     ]
 
 

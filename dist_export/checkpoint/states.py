@@ -54,6 +54,15 @@ class State(NamedTuple):
     """Full name -> dotted root of the state that it lies in, of each tensor that is not read."""
     notes: tuple[str, ...]
 
+    def list_others(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (full name, name within its state, shape) of what is not read and is no copy of anything that is read.
+
+        ``shapes``: of all tensors, by full name.
+        """
+        taken = {(plain_name(within), shapes.get(name)) for name, within in self.names.items()}
+        within = {name: name.removeprefix(f"{root}.") for name, root in self.left_out.items() if name in shapes}
+        return [(n, its, shapes[n]) for n, its in within.items() if (plain_name(its), shapes[n]) not in taken]
+
     def explain(self, pattern: str) -> str:
         """Return what to add to an error where a pattern matches nothing; empty where no other state has it."""
         root = next((root for name, root in self.left_out.items() if fnmatchcase(name, pattern)), None)

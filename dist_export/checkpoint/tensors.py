@@ -131,6 +131,7 @@ def sort_tensors(
         [(tail, tensor.shape) for tail, tensor in other],
         kept_dense=kinds.kept_dense,
         weights=settings.weights,
+        left_out=chosen.list_others({tensor.name: tensor.shape for tensor in tensors}),
     )
     left_out = tuple(
         Skipped(tensor.name, tensor.dtype, tensor.shape, say_left_out(settings))

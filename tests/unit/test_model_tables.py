@@ -158,6 +158,40 @@ def test_without_a_model_each_matrix_that_looks_like_a_table_is_named(tmp_path: 
         ]
 
 
+BESIDE = {
+    "user.weight": torch.zeros(MANY_ROWS + 1, 2),
+    "short.weight": torch.zeros(MANY_ROWS, 2),
+    "rowwise.weight": torch.zeros(9, 2),
+}
+
+
+def test_a_matrix_of_another_state_that_looks_like_a_table_is_named(tmp_path: Path) -> None:
+    """It may be trained rows that were saved beside the model; a copy of the model's own tables is none. The advice holds."""
+    model = {"emb.weight": torch.zeros(MANY_ROWS + 2, 2), "mlp.weight": torch.zeros(3, 2)}
+    optimizer = {"state": {"rowwise.weight": {"sum": torch.zeros(9)}}, "param_groups": [{"lr": 1}]}
+    whole = {"model": model, "ema": model, "sparse": BESIDE, "optimizer": optimizer}
+    source = save_torch(tmp_path / "torch", whole)
+    manifest = export(source, tmp_path / "out", tables=["*emb.weight"])
+    named = [note for note in manifest.notes if "is in no table" in note]
+    assert sorted(note.partition("'")[2].partition("'")[0] for note in named) == [
+        "sparse.rowwise.weight",
+        "sparse.user.weight",
+    ]
+    assert all('say state_root: . and tables: ["sparse.' in note for note in named)
+    export(source, tmp_path / "all", tables=["sparse.user.weight"], state_root=".")
+    assert list(read_numbered(tmp_path / "all")) == ["sparse.user.weight"]
+
+
+def test_a_matrix_of_another_state_of_dcp_is_named(tmp_path: Path) -> None:
+    """There a state is left out where its names are the model's."""
+    model = {"emb.weight": torch.zeros(9, 2), "mlp.weight": torch.zeros(3, 2)}
+    teacher = {"emb.weight": torch.zeros(MANY_ROWS + 1, 2), "mlp.weight": torch.zeros(3, 2)}
+    source = save_dcp(tmp_path / "dcp", {"model": model, "teacher": teacher})
+    manifest = export(source, tmp_path / "out", tables=["*emb.weight"])
+    (named,) = [note for note in manifest.notes if "is in no table" in note]
+    assert named.startswith("'teacher.emb.weight'")
+
+
 def load(source: Path, folder: Path) -> dict[str, Any]:
     return {"ckpt_dir": str(source), "export_dir": str(folder / "planned"), "filter_sparse_opt": True}
 
