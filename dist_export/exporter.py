@@ -183,7 +183,7 @@ def export_located(
         )
         if committed is not None:
             return committed, summarize_same(committed, export_dir) + _tell_version(registered)
-        ranks.note_on_disk(OnDisk(places.final, places.target))
+        ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(places.final, places.target)))
         scratch = ranks.on_rank_0("make a temporary directory", lambda: held.enter_context(_scratch(target)))
 
         def trace() -> None:
