@@ -16,6 +16,7 @@ from torch import nn
 from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
 from dist_export.checkpoint.tensors import split_collection
 from dist_export.dense.blame import said
+from dist_export.dense.collisions import is_collision_module
 from dist_export.dense.plain_copy import find_arch, is_lazy, unwrap
 from dist_export.errors import ModelError
 
@@ -84,9 +85,10 @@ def _bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def is_of_library(module: nn.Module) -> bool:
-    """Whether a module's class comes with torch or torchrec, so that its kind tells whether it looks rows up."""
+    """Whether a module is of a kind of torch or torchrec, which tells whether it looks rows up."""
     is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
-    return not is_holder and type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
+    comes_with_it = type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
+    return is_collision_module(module) or (comes_with_it and not is_holder)
 
 
 def _is_embedding(module: nn.Module) -> bool:

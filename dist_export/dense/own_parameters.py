@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.dense.collisions import is_collision_module
 from dist_export.dense.plain_copy import is_fully_sharded, is_lazy
 from dist_export.errors import ModelError
 
@@ -85,8 +86,12 @@ def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, exc
     begin = f"{_plain(path)}." if path else ""
     has_path = any(name.startswith(begin) for name in plain)
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    # these get what the checkpoint knows of raw ids with the rows, in another order
+    mapped = tuple(f"{place}." for place, child in module.named_modules() if is_collision_module(child))
     found, put = [], []
     for name, tensor in tensors:
+        if name.startswith(mapped):
+            continue
         full = begin + _plain(name)
         held = plain.get(full if has_path else _plain(name))
         if held is None or is_lazy(tensor) or (except_below and full.startswith(f"{_plain(except_below)}.")):

@@ -107,7 +107,7 @@ class RowFinder:
         self._found: dict[int, FoundRows] = {}
         """Table -> what is known of it already."""
         self._replaced: set[str] = set()
-        """Tables of which a row without an id was looked up that serving gives other values."""
+        """Tables of which an id got a row from the model that serving does not give it."""
         self._is_unmodified = False
         self._wanted: dict[str, np.ndarray] = {}
         """Table -> ids that will be asked for, and were not yet."""
@@ -229,6 +229,10 @@ class RowFinder:
         if (found.rows[~has_id] != self.default_row(table)).any():
             self._replaced.add(table)
         return found.rows
+
+    def mark_replaced(self, table: str) -> None:
+        """Note that ids of a table were given a row by the model that serving does not give them."""
+        self._replaced.add(table)
 
     def written_name(self, table: str) -> str:
         """Return the name of a table in the checkpoint, which is that in the package."""

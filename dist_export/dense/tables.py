@@ -17,11 +17,20 @@ import numpy as np
 import torch
 import xxhash
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_export.checkpoint.collisions import find_table
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.dense.blame import said
-from dist_export.dense.collisions import RawIdState, is_collision_module, put_state, read_raw_ids
+from dist_export.dense.collisions import (
+    FurtherRow,
+    IdLookups,
+    RawIdState,
+    is_collision_module,
+    put_state,
+    read_raw_ids,
+    say_changed_ids,
+)
 from dist_export.dense.model_tables import is_of_library
 from dist_export.dense.plain_copy import unwrap
 from dist_export.dense.rows import RowFinder
@@ -92,7 +101,7 @@ def checkpoint_rows(
             fits several tables.
     """
     undo: list[Callable[[], None]] = []
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         names = TableNames(finder, sparse_model_name)
         modules = _modules_with_paths(sparse_arch)
@@ -101,14 +110,17 @@ def checkpoint_rows(
         )
         with torch.no_grad():
             states = _put_raw_ids(modules, names, finder, undo)
+        lookups = _watch_lookups(modules, names, finder, counts, states, handles)
         for module, paths in modules:
-            feed = _make_feed(module, paths, names, finder, counts, undo, states)
+            feed = _make_feed(module, paths, names, finder, counts, undo, states, lookups)
             if feed is not None:
                 if isinstance(feed, _WeightFeed) and finder.is_live and uses[id(module.weight)] > 1:
                     feed.puts_default = False  # it would be read as the row of the other table that has this weight
                 handles.append(module.register_forward_pre_hook(feed.before_lookup, with_kwargs=True))
                 if isinstance(feed, _HashFeed):  # before the caller's own hooks, which get what the table gives
                     handles.append(module.register_forward_hook(feed.after_lookup, prepend=True, with_kwargs=True))
+                if isinstance(feed, _RawIdFeed):
+                    handles.append(module.register_forward_hook(feed.further.take_back, prepend=True, always_call=True))
         if not finder.is_recording:  # the ids that code looks up without a module are not known
             _feed_parameters(modules, names, finder, counts, undo)
         counts.knows_a_table = bool(handles or counts.sharded_tables) or any(
@@ -155,7 +167,7 @@ def _feed_parameters(
                 f"rows more than the {_MAX_WHOLE_ROWS:,} that are put into the model for the sample; look them up with an "
                 "nn.Embedding"
             )
-        shim = nn.Embedding(len(parameter), parameter.shape[1], _weight=parameter.data)
+        shim = nn.Embedding(len(parameter), parameter.shape[1], _weight=parameter.data, _freeze=True)
         _WeightFeed(shim, table, finder, counts, undo).feed(np.arange(len(parameter), dtype=np.int64))
 
 
@@ -176,6 +188,7 @@ def _make_feed(
     counts: SampleRows,
     undo: list[Callable[[], None]],
     states: Mapping[str, RawIdState],
+    lookups: Mapping[str, IdLookups],
 ) -> _Feed | None:
     if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
         return _HashFeed(module, names.join(paths[0]), finder, counts, undo)
@@ -195,7 +208,7 @@ def _make_feed(
             "module beside it, which maps raw ids to rows; give the model that was trained"
         )
     if state is not None:
-        return _RawIdFeed(module, name, finder, counts, undo, state)
+        return _RawIdFeed(module, name, finder, counts, undo, state, lookups.get(name))
     return _WeightFeed(module, name, finder, counts, undo)
 
 
@@ -215,6 +228,34 @@ def _put_raw_ids(
     return states
 
 
+def _watch_lookups(
+    modules: list[tuple[nn.Module, list[str]]],
+    names: TableNames,
+    finder: RowFinder,
+    counts: SampleRows,
+    states: Mapping[str, RawIdState],
+    handles: list[RemovableHandle],
+) -> dict[str, IdLookups]:
+    """Follow the lookups of HashZCH modules, which give an id that they do not know the row of another one; by table."""
+    found: dict[str, IdLookups] = {}
+    zch = {name: state for name, state in states.items() if state.rows is None}
+    for module, paths in modules if zch and not finder.is_recording else ():
+        path = names.join(plain_name(paths[0]))
+        name = find_table(path, zch) if is_collision_module(module) and not say_changed_ids(module) else None
+        if name is None or name in found:
+            continue
+
+        def count(num_unknown: int, gets_other: bool, table: str = name) -> None:
+            counts.asked[finder.written_name(table)] += num_unknown
+            counts.missing[finder.written_name(table)] += num_unknown
+            if gets_other:
+                finder.mark_replaced(table)
+
+        found[name] = IdLookups(zch[name], is_kept=finder.is_unmodified, count=count)
+        handles.append(module.register_forward_hook(found[name].after_lookup, prepend=True, with_kwargs=True))
+    return found
+
+
 class _Feed:
     """What both kinds of table share: which ids were fed already, and how to put rows back."""
 
@@ -230,7 +271,7 @@ class _Feed:
         self._undo = undo
         self._fed = np.zeros(0, np.int64)
 
-    def before_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = self.ids_of(args, kwargs)
         asked = np.unique(ids.detach().reshape(-1).to("cpu", torch.int64).numpy())
         new = np.setdiff1d(asked, self._fed, assume_unique=True)
@@ -423,9 +464,24 @@ class _RawIdFeed(_WeightFeed):
         counts: SampleRows,
         undo: list[Callable[[], None]],
         state: RawIdState,
+        lookups: IdLookups | None,
     ) -> None:
         super().__init__(module, table, finder, counts, undo)
         self._state = state
+        self._lookups = lookups
+        self.further = FurtherRow(module)
+
+    def before_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Feed the rows; a number after the last row, which ``lookups`` gives to unknown ids, is the default row."""
+        super().before_lookup(module, args, kwargs)  # passes over numbers that are no row's
+        ids = self.ids_of(args, kwargs)
+        if self._lookups is None or not bool((ids == len(self._state.ids)).any()):
+            return None
+        default = self.values_of(self._table, self._finder.default_row(self._table)[None])[0]
+        places = self.further.put(ids, default)
+        if args:
+            return (places, *args[1:]), kwargs
+        return args, {**kwargs, "ids" if "ids" in kwargs else "input": places}
 
     def feed(self, ids: np.ndarray) -> None:
         if self._finder.is_recording:
@@ -440,17 +496,23 @@ class _RawIdFeed(_WeightFeed):
         raw = self._state.ids_of(ids)
         if self._finder.is_unmodified:
             rows = self._finder.rows_at(table, ids, raw != self._state.empty)
-            self._counts.count(self._finder.written_name(table), ids, np.ones(len(ids), bool), rows)
+            has_row = (raw != self._state.empty) | self._counts_unknown
+            self._counts.count(self._finder.written_name(table), ids, has_row, rows)
             return ids, self.values_of(table, rows), ids[:0]
         known = np.flatnonzero(raw != self._state.empty)
         order = known[np.argsort(raw[known])]
         held, found, _ = super().rows_of(table, raw[order])
-        num_unknown = len(ids) - len(known)
+        num_unknown = 0 if self._counts_unknown else len(ids) - len(known)
         written = self._finder.written_name(table)
         self._counts.asked[written] += num_unknown
         self._counts.missing[written] += num_unknown
         numbers = ids[order[np.searchsorted(raw[order], held)]]
         return numbers, found, np.setdiff1d(ids, numbers, assume_unique=True)
+
+    @property
+    def _counts_unknown(self) -> bool:
+        """Whether unknown ids are counted where they are mapped: several of them may get one row."""
+        return self._lookups is not None and self._lookups.is_counted
 
 
 def _name_of(module: Any, path: str) -> str:

@@ -20,7 +20,7 @@ from dist_export import id_columns
 from dist_export.checkpoint.collisions import CollisionNames, find_collisions
 from dist_export.checkpoint.ids import read_ids
 from dist_export.cli import main
-from dist_export.errors import CheckpointError, ModelError, PlanError
+from dist_export.errors import CheckpointError, DriftError, ModelError, PlanError
 from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
 from dist_export.plan.targets import plan_targets
@@ -364,3 +364,63 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     modules["t"] = torch.nn.Identity()
     with pytest.raises(ModelError, match="has no managed-collision module beside it"):
         export_model(tmp_path, state, model, {"t": [3], "z": [7]}, export_dir=tmp_path / "no")
+
+
+ZCH_IDS = {
+    "each slot has an id": [7, 13, 1 << 40, 21, -9, 11],
+    "one slot has none": [7, -1, 1 << 40, 21, -9, 11],
+}
+ASKED = {
+    "some known": [7, 1003, -9, 1002, 1003, 12],
+    "every slot": [7, 13, 1 << 40, 21, -9, 11, 1003, 1002, 4],
+    "all unknown": [1003, 1002, 1000, 4],
+}
+
+
+@pytest.mark.parametrize(
+    ("placed", "asked", "default"),
+    [
+        ("each slot has an id", "some known", "zeros"),
+        ("each slot has an id", "every slot", [0.5, -1.0, 2.0, 3.0]),
+        ("one slot has none", "some known", [0.5, -1.0, 2.0, 3.0]),
+        ("one slot has none", "all unknown", "zeros"),
+    ],
+)
+def test_the_fallback_of_hash_zch_is_in_the_drift(placed: str, asked: str, default: Any, tmp_path: Path) -> None:
+    """The package gives an unknown id its default row, the model that of another id: the drift is what raw ids show."""
+    state = make_state([(12, IDS)]) | make_zch_state(ZCH_IDS[placed])
+    model, ids = Model(SIZES), {"t": [17] * len(ASKED[asked]), "z": ASKED[asked]}
+    settings = {"default_row": {"*.z.weight": default}}
+    manifest, batch = export_model(tmp_path, state, model, ids, **settings)
+    trained = Model(SIZES)
+    trained.load_state_dict(
+        {k: v for k, v in torch.load(tmp_path / "in" / "model.pt").items() if k in trained.state_dict()}
+    )
+    package = dist_export.open_package(tmp_path / "out")
+    with torch.no_grad():
+        rows = {
+            name: torch.from_numpy(package.lookup(weight_of(name), batch[name].numpy())[0].astype(np.float32))
+            for name in SIZES
+        }
+        drift = (trained.eval()(batch) - trained.dense_arch(rows)).abs().max().item()
+    (found,) = manifest.drift.outputs.values()
+    assert found.max_abs == pytest.approx(drift, rel=1e-4)
+    assert drift > 1e-3
+    unknown = len({*ASKED[asked]} - {*ZCH_IDS[placed]})
+    known = len({*ASKED[asked]} & {*ZCH_IDS[placed]})
+    assert manifest.run["drift"] == {"ids": 1 + known + unknown, "without_row": unknown, "pruned": 0}
+    assert manifest.run["sample"]["missing"] == {T: 0, Z: unknown}
+    with pytest.raises(DriftError, match="drift"):
+        export_model(tmp_path, state, model, ids, **settings, export_dir=tmp_path / "no", max_drift=drift / 2)
+
+
+def test_unknown_ids_of_mch_are_not_pruned(tmp_path: Path) -> None:
+    """They have no row on either side; an id that a rule leaves behind has one in the model."""
+    state = make_state([(12, IDS)]) | make_zch_state([7, -1, 1 << 40, -1, -9, 11])
+    ids = {"t": [3, 17, 12_345, 99], "z": [7, 7, 7, 7]}
+    manifest, _ = export_model(tmp_path, state, Model(SIZES), ids)
+    assert manifest.run["drift"] == {"ids": 5, "without_row": 1, "pruned": 0}
+    (tmp_path / "deny.txt").write_text("17\n")
+    prune = [{"tables": T, "deny": str(tmp_path / "deny.txt")}]
+    manifest, _ = export_model(tmp_path, state, Model(SIZES), ids, prune=prune, export_dir=tmp_path / "pruned")
+    assert manifest.run["drift"] == {"ids": 5, "without_row": 1, "pruned": 1}
