@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dist_export.amounts import amount, count, few
 from dist_export.checkpoint.dcp_items import Item, open_range
 from dist_export.checkpoint.extra_state import UnreadableError, UntakenState
 from dist_export.checkpoint.payload import STATE, OtherTensor, other_tensor
@@ -18,11 +19,13 @@ from dist_export.errors import CheckpointError
 from dist_export.layout.pickle_machine import PickleError
 from dist_export.layout.state_archive import StateArchive, check_state_archive
 from dist_export.layout.strict_json import is_text
-from dist_export.layout.torch_pickle import PickledTensor, as_tensor, itemsize_of, load_archive
+from dist_export.layout.torch_pickle import PickledTensor, as_array, as_tensor, itemsize_of, load_archive
 from dist_export.readers import RangeReader
 
 _MAX_DEPTH = 32
 _MAX_NAME = 4_096
+_ARRAY = "stored as an array of numpy"
+_ODD_KEY = "below a key that is neither a text nor a number"
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
@@ -92,7 +95,13 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     if members.numbered:
         told = ", ".join(path or "the file itself" for path in members.numbered)
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
-    rest = tuple(_list_numbered(members, where, most))
+    rest = (*_list_numbered(members, where, most), *members.odd)
+    by_reason = {why: [its.name for its in members.odd if its.kind == why] for why in (_ARRAY, _ODD_KEY)}
+    notes += [f"not read: {few(names)}: {why}" for why, names in by_reason.items() if names]
+    lost = [its for key, (_, its) in archive.storages.items() if its and key not in members.storages]
+    if lost and "" not in members.storages:
+        told = f"{amount(sum(lost))} in {count(len(lost), 'storage')}"
+        notes.append(f"{told} of the file are of no tensor above: they are in objects that are not read, or in none")
     return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), rest, tuple(list_extra_states(root)))
 
 
@@ -120,7 +129,7 @@ def read_extra_states(
 def _list_numbered(members: _Members, where: str, most: int) -> list[OtherTensor]:
     """Return the tensors of optimizers whose state goes by number."""
     states = {f"{path}.state".lstrip("."): state for path, state in members.numbered.items()}
-    found = _Members(where, most, is_all=True).walk(states)
+    found = _Members(where, most, is_all=True, storages=members.storages).walk(states)
     return [other_tensor(".".join(path), tensor.dtype, tensor.shape, STATE) for path, tensor in found]
 
 
@@ -164,6 +173,13 @@ def _place_of(tensor: PickledTensor, archive: StateArchive) -> Item:
     return Item(begin + tensor.first * itemsize, tuple(stride * itemsize for stride in tensor.strides))
 
 
+def _say_key(key: Any) -> str:
+    """Return a key that is neither text nor number, for people."""
+    parts = key if isinstance(key, tuple) else (key,)
+    is_plain = all(part is None or isinstance(part, (str, bytes, int, float)) for part in parts)
+    return f"{key!r:.200}" if is_plain else f"a {type(key).__name__}"
+
+
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("state"), Mapping) and "param_groups" in value
 
@@ -171,13 +187,17 @@ def _is_optimizer(value: Any) -> bool:
 class _Members:
     """Walks through nested dicts and lists. What lies in many places is walked through as often, up to a limit."""
 
-    def __init__(self, where: str, most: int, *, is_all: bool = False) -> None:
+    def __init__(self, where: str, most: int, *, is_all: bool = False, storages: set[str] | None = None) -> None:
         """``is_all``: tensors are listed whatever they are of; else optimizer state by number is put apart."""
         self._where = where
         self._left = most
         self._is_all = is_all
         self.numbered: dict[str, Any] = {}
         """Path of an optimizer -> its state, where that goes by number."""
+        self.storages: set[str] = set() if storages is None else storages
+        """Keys of the storages that tensors lie in; an empty one where a tensor cannot be read, which tells no storage."""
+        self.odd: list[OtherTensor] = []
+        """Arrays of numpy, and tensors below keys that make no name; each with the reason."""
 
     def walk(self, root: Any) -> Iterator[tuple[tuple[str, ...], PickledTensor]]:
         """Yield the keys that lead to a tensor, and the tensor."""
@@ -189,8 +209,12 @@ class _Members:
             raise CheckpointError(
                 f"{self._where}: what {'.'.join(path)!r:.200} holds is nested too deeply, or without end"
             )
-        tensor = as_tensor(value)
-        if tensor is not None:
+        tensor, array = as_tensor(value), as_array(value)
+        if array is not None:
+            shape, num_bytes = array
+            self.odd.append(OtherTensor(".".join(path), "", shape, num_bytes, _ARRAY))
+        elif tensor is not None:
+            self.storages.add("" if tensor.storage is None else tensor.storage.key)
             name = ".".join(path)
             if not self._is_all and (not name or not is_text(name)):
                 raise CheckpointError(
@@ -204,8 +228,13 @@ class _Members:
                 self.numbered[".".join(path)] = value["state"]
         elif type(value) in (dict, list, tuple):
             for key, member in value.items() if type(value) is dict else enumerate(value):
-                if isinstance(key, (str, int)) and not isinstance(member, (str, int, float, type(None))):
+                if isinstance(member, (str, int, float, type(None))):
+                    continue
+                if isinstance(key, (str, int)):
                     yield from self._walk(self._join(path, key), member)
+                else:
+                    for below, found in self._walk(self._join(path, _say_key(key)), member):
+                        self.odd.append(other_tensor(".".join(below), found.dtype, found.shape, _ODD_KEY))
 
     def _join(self, path: tuple[str, ...], key: str | int) -> tuple[str, ...]:
         joined = (*path, str(key))

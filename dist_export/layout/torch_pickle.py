@@ -48,6 +48,7 @@ _INERT = re.compile(
     r"|pathlib\.(_local\.)?PosixPath|datetime\.(datetime|date|timedelta)|torch\.device"
 )
 """What training loops keep beside tensors: the best score, the arguments, the time. None of it is made."""
+_ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
 _TENSOR_CLASSES = re.compile(
     r"torch\.distributed\.(\w+\.)*(DTensor|ShardedTensor)|torch\.nested\.(\w+\.)*NestedTensor|torch\.nested\.(\w+\.)*_rebuild_njt"
 )
@@ -143,6 +144,16 @@ def as_tensor(value: Any) -> PickledTensor | None:
     if type(value) is Record and _TENSOR_CLASSES.fullmatch(value.kind):  # restored from a state that tells no place
         return PickledTensor("", (), (), 0, None, _class_reason(value.kind))
     return None
+
+
+def as_array(value: Any) -> tuple[tuple[int, ...], int] | None:
+    """Return (shape, size in bytes) of an array of numpy, as far as its state tells them; None where the value is none."""
+    if type(value) is not Record or not _ARRAY.fullmatch(value.kind):
+        return None
+    match value.state:  # version, shape, dtype, order, content; objects are a list
+        case (int(), tuple(shape), _, _, bytes(content)) if len(shape) <= _MAX_DIMS:
+            return tuple(size for size in shape if type(size) is int), len(content)
+    return (), 0
 
 
 def itemsize_of(dtype: str) -> int:

@@ -85,6 +85,37 @@ def write_torch(folder: Path) -> tuple[Path, tuple[int, int]]:
     return folder, bytes_in(state)
 
 
+def test_arrays_of_numpy_and_keys_that_are_no_names_are_left_out_by_name(tmp_path: Path) -> None:
+    """The reader of plain values takes none of them for a table, and the account has their bytes."""
+    state = {
+        "ebc.embedding_bags.price.weight": torch.randn(50, 8),
+        "ebc.embedding_bags.user.weight": np.ones((100, 8), np.float32),
+        ("a", "b"): torch.randn(10, 8),
+        "more": {None: {"c": torch.randn(3)}, 2.5: [np.ones(4, np.int64)]},
+    }
+    (tmp_path / "ckpt").mkdir()
+    torch.save(state, tmp_path / "ckpt" / "all.pt")
+    manifest = export(tmp_path / "ckpt", tmp_path / "out")
+    account = account_of(manifest)
+    assert (account.tensors, account.num_bytes) == (5, 50 * 32 + 100 * 32 + 10 * 32 + 3 * 4 + 4 * 8)
+    notes = "\n".join(manifest.notes)
+    assert "not read: ebc.embedding_bags.user.weight, more.2.5.0: stored as an array of numpy" in notes
+    assert "not read: ('a', 'b'), more.None.c: below a key that is neither a text nor a number" in notes
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_bytes_of_a_file_that_no_tensor_accounts_for_are_told(*, is_lost: bool, tmp_path: Path) -> None:
+    """The zip's storages are counted, whatever the walk through what the pickle describes comes across."""
+    (tmp_path / "ckpt").mkdir()
+    rates = [{"lr": torch.ones(6) if is_lost else 0.1}]
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": rates}
+    state = {"ebc.embedding_bags.price.weight": torch.randn(50, 8), "optimizer": optimizer}
+    torch.save(state, tmp_path / "ckpt" / "all.pt")
+    notes = "\n".join(export(tmp_path / "ckpt", tmp_path / "out").notes)
+    assert ("24 B in 1 storage of the file are of no tensor" in notes) == is_lost
+    assert ("of no tensor" in notes) == is_lost
+
+
 def write_dcp(folder: Path) -> tuple[Path, tuple[int, int]]:
     state = {name: value for name, value in make_state().items() if name in ("model", "optimizer")}
     return save_dcp(folder, state), bytes_in(state)
