@@ -24,11 +24,11 @@ from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift import OutputDrift, refuse_drift
 from dist_export.dense.eager import DenseSample, exporting
-from dist_export.dense.reference import Reference, ReferenceRunner
+from dist_export.dense.reference import Reference, ReferenceRunner, run_with_others
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.sample import Batches, run_sparse_arch
+from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.tables import SampleRows
-from dist_export.errors import ConfigError, ParityError
+from dist_export.errors import ConfigError, DistExportError, ModelError, ParityError
 from dist_export.manifest import DriftEntry
 
 _COPIES = 6
@@ -83,19 +83,36 @@ class DriftRun:
     _num_skipped: int = 0
 
     def take(self, sample: Any, batches: Batches) -> None:
-        """Take batches after the ``sample``, as long as every rank has one."""
+        """Take batches after the ``sample``, as long as every rank has one and no dataset fails."""
         taken: list[Any] = [sample] if self.config.drift_batches else []
 
-        def take() -> bool:
-            batch = batches.take()
-            taken.append(batch.data)
-            return batch.is_there
+        def take() -> tuple[bool, str]:
+            try:
+                batch = batches.take()
+            except DistExportError:
+                raise
+            except Exception as error:  # noqa: BLE001 -- whatever it is, the export has its sample
+                return False, f"the dataset fails: {said(error)}{blame(error)}"
+            if batch.is_there:
+                further.append(batch.data)
+            return batch.is_there, ""
 
         while taken and len(taken) < self.config.drift_batches:
-            if not all(self.ranks.gather("take a further batch", take)):
-                taken.pop()
+            further: list[Any] = []
+            found = self.ranks.gather("take a further batch", take)
+            self._note_failure(len(taken), [reason for _, reason in found])
+            if not all(is_there for is_there, _ in found):
                 break
+            taken += further
         self.batches = taken
+
+    def _note_failure(self, place: int, reasons: list[str]) -> bool:
+        """Note that the batch at ``place`` ends the drift, where any rank has a reason. Returns whether one has."""
+        failed = [rank for rank, reason in enumerate(reasons) if reason]
+        if failed:
+            where = f" of rank {failed[0]}" if len(reasons) > 1 else ""
+            self.notes.append(f"drift is measured on the batches before batch {place + 1}{where}: {reasons[failed[0]]}")
+        return bool(failed)
 
     def record(self, sparse_arch: nn.Module, finder: RowFinder | None) -> list[list[Outline]]:
         """Note which ids the batches look up, with the model's own rows, and let ``finder`` find them in one scan.
@@ -108,17 +125,15 @@ class DriftRun:
             return outlines
         ids: list[dict[str, np.ndarray]] = []
         for place, data in enumerate(self.batches):
-
-            def run(data: Any = data) -> Outline:
-                recorder = None if finder is None else finder.recorder()
-                name = self.config.sparse_model_name
-                blocks, _ = run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=recorder)
-                ids.append({} if recorder is None else recorder.recorded())
-                return blocks.outline()
-
-            found = self.ranks.gather("record the ids of a batch", run, may_block=True)
+            recorder = None if finder is None else finder.recorder()
+            found = self._run_recorder(sparse_arch, data, recorder, place)
+            if self._note_failure(place, [reason for reason, _ in found]):
+                self.batches = self.batches[:place]
+                break
+            ids.append({} if recorder is None else recorder.recorded())
             if place:
-                for its, outline in zip(outlines, found, strict=True):
+                for its, (_, outline) in zip(outlines, found, strict=True):
+                    assert outline is not None
                     its.append(outline)
         fitting = min(self.ranks.gather("fit the rows into memory", lambda: self._count_fitting(ids, finder)))
         if fitting < len(self.batches):
@@ -130,6 +145,33 @@ class DriftRun:
         if finder is not None:
             finder.want(self.wanted)
         return outlines
+
+    def _run_recorder(
+        self, sparse_arch: nn.Module, data: Any, recorder: RowFinder | None, place: int
+    ) -> list[tuple[str, Outline | None]]:
+        """Run the sparse arch on the batch at ``place``. Returns by rank why it failed, and else the outline. All ranks.
+
+        The sample, at place 0, must not fail: ModelError.
+        """
+        name = self.config.sparse_model_name
+        kept: list[Outline] = []
+
+        def run() -> str:
+            what = "it" if place else SAMPLE
+            try:
+                blocks, _ = run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=recorder, what=what)
+                kept.append(blocks.outline())
+            except ModelError as error:
+                if not place:
+                    raise
+                return str(error)
+            return ""
+
+        def work() -> tuple[str, Outline | None]:
+            reason = run_with_others(self.ranks, f"drift/record/{place}", run) if place else run()
+            return reason, kept[0] if kept else None
+
+        return self.ranks.gather("record the ids of a batch", work, may_block=True)
 
     def _count_fitting(self, ids: list[dict[str, np.ndarray]], finder: RowFinder | None) -> int:
         """Return how many batches, one at least, have rows that fit into this rank's memory together."""
@@ -160,7 +202,13 @@ class DriftRun:
         ``reads_package``: whether the other side will read rows of its own; else it takes the blocks of this one.
         """
         for place, data in enumerate(self.batches):
-            reference = first if not place else runner.run(data, finder)
+            reference: Reference | None = first
+            if place:
+                reference, reasons = runner.run_further(data, finder)
+                if self._note_failure(place, reasons):
+                    self.batches = self.batches[:place]
+                    break
+            assert reference is not None
             if self.ranks.rank == 0:
                 blocks = {} if reads_package else read_blocks(reference.blocks).tensors
                 self._kept.append(_Kept(reference.output, blocks))

@@ -25,7 +25,7 @@ from dist_export.dense.eager import uncompiled
 from dist_export.dense.own_parameters import buffers_put_back, put_values, state_put_back
 from dist_export.dense.plain_copy import is_lazy, unwrap
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.sample import copy_containers, eval_mode
+from dist_export.dense.sample import SAMPLE, copy_containers, eval_mode
 from dist_export.dense.tables import SampleRows, checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
 
@@ -123,7 +123,7 @@ class ReferenceRunner:
         if self.kind == MODEL and not _has_forward(unwrap(self._model)):
             self._fall_back("the model has no forward")
         if self.kind == MODEL:
-            found, reasons = self._try_model(data, finder)
+            found, reasons = self._try(lambda: self._run_model(data, finder))
             told = [reason for reason in reasons if reason]
             if not told:
                 assert found is not None
@@ -133,35 +133,60 @@ class ReferenceRunner:
             "run the arches for the reference", lambda: self._run_arches(data, finder), may_block=True
         )
 
+    def run_further(self, data: Any, finder: RowFinder | None) -> tuple[Reference | None, list[str]]:
+        """Run a batch after the first, as the first was run. All ranks at once.
+
+        Returns what it gave on this rank, and of each rank why it gave nothing there (empty where it did): what fails on
+        a further batch is no reason to refuse the model, and other figures than those of the first's kind say nothing.
+
+        Raises:
+            ModelError: the model fails on this rank alone, and the others wait for it in a collective of the model's.
+        """
+
+        def attempt() -> Reference | str:
+            try:
+                if self.kind == MODEL:
+                    return self._run_model(data, finder)
+                return self._run_arches(data, finder, what="it")
+            except ModelError as error:
+                return str(error)
+
+        return self._try(attempt)
+
     def _fall_back(self, reason: str) -> None:
         self.kind, self.reason = ARCHES, reason
 
-    def _try_model(self, data: Any, finder: RowFinder | None) -> tuple[Reference | None, list[str]]:
+    def _run_model(self, data: Any, finder: RowFinder | None) -> Reference | str:
+        """Return what this rank recorded, or why it is no reference."""
+        recorder = _Recorder(self._sparse_arch, self._dense_arch)
+        with self._prepared(self._model, finder) as counts, recorder:
+            try:
+                self._model(copy_containers(data))
+            except DistExportError:
+                raise
+            except Exception as error:  # noqa: BLE001 -- whatever it is, the arches may run all the same
+                return f"model(batch) fails: {said(error)}{blame(error)}"
+        return recorder.complaint() or recorder.reference(MODEL, "", counts)
+
+    def _try(self, attempt: Callable[[], Reference | str]) -> tuple[Reference | None, list[str]]:
         """Return what this rank recorded, and of each rank why it is no reference (empty where it is one)."""
         kept: list[Reference] = []
 
         def run() -> str:
-            recorder = _Recorder(self._sparse_arch, self._dense_arch)
-            with self._prepared(self._model, finder) as counts, recorder:
-                try:
-                    self._model(copy_containers(data))
-                except DistExportError:
-                    raise
-                except Exception as error:  # noqa: BLE001 -- whatever it is, the arches may run all the same
-                    return f"model(batch) fails: {said(error)}{blame(error)}"
-            if reason := recorder.complaint():
-                return reason
-            kept.append(recorder.reference(MODEL, "", counts))
+            found = attempt()
+            if isinstance(found, str):
+                return found
+            kept.append(found)
             return ""
 
         self._turn += 1
         step = f"reference/{self._turn}"
         reasons = self._ranks.gather(
-            "run the model for the reference", lambda: _run_with_others(self._ranks, step, run), may_block=True
+            "run the model for the reference", lambda: run_with_others(self._ranks, step, run), may_block=True
         )
         return (kept[0] if kept else None), reasons
 
-    def _run_arches(self, data: Any, finder: RowFinder | None) -> Reference:
+    def _run_arches(self, data: Any, finder: RowFinder | None, what: str = SAMPLE) -> Reference:
         recorder = _Recorder(self._sparse_arch, self._dense_arch)
         with self._prepared(self._model, finder) as counts, eval_mode(self._dense_arch), recorder:
             try:
@@ -169,11 +194,11 @@ class ReferenceRunner:
             except DistExportError:
                 raise
             except Exception as error:
-                raise ModelError(f"the sparse arch fails on the sample batch: {said(error)}{blame(error)}") from error
+                raise ModelError(f"the sparse arch fails on {what}: {said(error)}{blame(error)}") from error
             try:
                 self._dense_arch(blocks_of(output))
             except Exception as error:
-                raise ModelError(f"the dense arch fails on the sample batch: {said(error)}{blame(error)}") from error
+                raise ModelError(f"the dense arch fails on {what}: {said(error)}{blame(error)}") from error
         return recorder.reference(ARCHES, self.reason, counts)
 
     @contextlib.contextmanager
@@ -288,8 +313,10 @@ def lowest_precision(dense_arch: nn.Module) -> torch.dtype | None:
 _EPS = torch.finfo(torch.float32).eps
 
 
-def _run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
-    """Return why ``run`` gave no reference on this rank, after the others have come as far. All ranks.
+def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
+    """Return why ``run`` failed on this rank, empty where it did not, after the others have come as far. All ranks.
+
+    ``step`` names this run alone within the export.
 
     Raises:
         ModelError: it gave none here, and others do not come: they wait for this rank in a collective of the model.

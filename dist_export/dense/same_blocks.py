@@ -43,11 +43,12 @@ def gather_outlines(
     for its, others in zip(seen, further, strict=False):
         its.extend(others)
 
-    def add(step: str, batch: Any) -> None:
+    def add(what: str, batch: Any) -> None:
         def run() -> Outline:
-            return run_sparse_arch(sparse_arch, batch, sparse_model_name=sparse_model_name, finder=None)[0].outline()
+            name = sparse_model_name
+            return run_sparse_arch(sparse_arch, batch, sparse_model_name=name, finder=None, what=what)[0].outline()
 
-        for its, outline in zip(seen, ranks.gather(step, run, may_block=True), strict=True):
+        for its, outline in zip(seen, ranks.gather(f"run the sparse arch on {what}", run, may_block=True), strict=True):
             its.append(outline)
 
     def is_shown() -> bool:
@@ -60,11 +61,11 @@ def gather_outlines(
         return taken[-1].is_there
 
     while len(taken) < _MAX_BATCHES and not is_shown() and all(ranks.gather("take another batch", take)):
-        add("run the sparse arch on another batch", taken[-1].data)
+        add("another batch", taken[-1].data)
     if not is_shown():
         cut = cut_batch(data, blocks.outline().num_rows or 0)
         if all(ranks.gather("cut the sample batch", lambda: cut is not None)):
-            add("run the sparse arch on a part of the sample batch", cut)
+            add("a part of the sample batch", cut)
     ranks.run("compare the blocks", lambda: refuse_varying([outline for its in seen for outline in its]))
     return seen
 

@@ -24,6 +24,8 @@ from dist_export.errors import DistExportError, ModelError
 
 SAMPLE_ROWS = 128
 
+SAMPLE = "the sample batch"
+
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
 """Names that the code of an exported program uses; an input of that name would hide them."""
 
@@ -77,12 +79,12 @@ def _next_batch(iterator: Iterator[Any]) -> Batch:
 
 
 def run_sparse_arch(
-    sparse_arch: nn.Module, data: Any, *, sparse_model_name: str, finder: RowFinder | None
+    sparse_arch: nn.Module, data: Any, *, sparse_model_name: str, finder: RowFinder | None, what: str = SAMPLE
 ) -> tuple[Blocks, SampleRows]:
     """Put one batch through the sparse arch and return what the dense arch gets. All ranks at once: it may be collective.
 
     Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode and
-    rows are put back afterwards.
+    rows are put back afterwards. ``what`` names the batch in messages.
 
     Raises:
         ModelError: it returns anything but a mapping of blocks, or a tuple that begins with one.
@@ -102,7 +104,7 @@ def run_sparse_arch(
         except DistExportError:
             raise
         except Exception as error:
-            raise ModelError(f"the sparse arch fails on the sample batch: {said(error)}{blame(error)}") from error
+            raise ModelError(f"the sparse arch fails on {what}: {said(error)}{blame(error)}") from error
     return _dense_inputs(output), counts
 
 

@@ -40,7 +40,7 @@ from dist_export.dense.reference_check import (
 from dist_export.dense.row_check import check_names, check_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
-from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
+from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.dense.sample_notes import note_pruned, note_rows, note_sparse_values, refuse_foreign_tables
 from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.tables import SampleRows
@@ -334,7 +334,7 @@ class DenseStage:
             run_again = functools.partial(self._run_again, sparse_arch, finder)
             blocks, rows = ranks.run(
                 "score the sample from the shards",
-                lambda: run_again(self._data),
+                lambda: self._run_again(sparse_arch, finder, self._data, what=SAMPLE),
                 may_block=True,
             )
             ranks.run("compare the rows of the sample", lambda: self._compare_rows(rows, finder, target))
@@ -357,10 +357,12 @@ class DenseStage:
         assert self.entry is not None
         return load_program(target.read(self.entry.program))
 
-    def _run_again(self, sparse_arch: nn.Module, finder: RowFinder, data: Any) -> tuple[Blocks, SampleRows]:
+    def _run_again(
+        self, sparse_arch: nn.Module, finder: RowFinder, data: Any, what: str = "a further batch"
+    ) -> tuple[Blocks, SampleRows]:
         name = self._config.sparse_model_name
         try:
-            return run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=finder)
+            return run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=finder, what=what)
         except ModelError as error:
             raise ParityError(
                 f"{error}. It ran with the checkpoint's rows before, and fails with those of the written shards. No manifest "

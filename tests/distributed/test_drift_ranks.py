@@ -63,3 +63,33 @@ def test_every_rank_sees_the_same_drift_and_the_same_end(tmp_path: Path) -> None
         assert "max_drift: scores of the package differ" in text
         assert code == 1
     assert not (tmp_path / "bounded" / "manifest.json").exists()
+
+
+def fail_later(rank: int, how: str):
+    """Two batches, and a third that fails on rank 1 alone."""
+    data = several(0) if rank == 0 else [*several(1), {"ids": torch.from_numpy(IDS[:2]), "price": torch.ones(2, 1)}]
+    if rank and how == "sparse arch":
+        data[2]["prices"] = data[2].pop("price")  # it fails behind its collectives
+    yield from data[:2]
+    if rank and how == "dataset":
+        raise OSError("the next file is gone")
+    yield data[2]
+
+
+def export_failing(rank: int, folder: str) -> list[tuple[int, list[str]]]:
+    found = []
+    for how in ("dataset", "sparse arch"):
+        manifest = make_exporter(Model(), fail_later(rank, how), folder, how.replace(" ", "_")).export()
+        found.append((manifest.drift.batches, [note for note in manifest.notes if note.startswith("drift is")]))
+    return found
+
+
+def test_a_later_batch_that_fails_on_one_rank_ends_the_drift_on_all(tmp_path: Path) -> None:
+    write_source(tmp_path / "ckpt", "dense.")
+    start = "drift is measured on the batches before batch 3 of rank 1: "
+    for found in run_ranks(export_failing, 2, tmp_path / "store", str(tmp_path), timeout=300):
+        assert [num for num, _ in found] == [2, 2]
+        told = ("the dataset fails: OSError: the next file is gone", "the sparse arch fails on it: KeyError: 'price'")
+        for (_, notes), reason in zip(found, told, strict=True):
+            assert len(notes) == 1
+            assert notes[0].startswith(start + reason)

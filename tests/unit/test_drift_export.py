@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,63 @@ def test_batches_of_one_buffer_are_batches_of_their_own(tmp_path: Path) -> None:
     check(manifest.drift, expected(data, lambda i: torch.from_numpy(USERS[i]).bfloat16().float().numpy()))
     sample = json.loads((tmp_path / "out" / "fx_user_model" / "inputs_dict.json").read_text())
     assert sample["user"]["values"] == [torch.from_numpy(USERS[i]).bfloat16().tolist() for i in USER_IDS[:6]]
+
+
+class Whole(tiny_model.TinyModel):
+    """Runs as a whole, and needs a label."""
+
+    def forward(self, batch):
+        return self.dense_arch(self.sparse_arch(batch))["ctr"].mean() + batch["label"]
+
+
+class FailsAtThree(tiny_model.DenseArch):
+    """Fails on a batch of three rows."""
+
+    def forward(self, blocks):
+        if not torch.compiler.is_compiling() and blocks["price"].shape[0] == 3:
+            raise ValueError("three rows")
+        return super().forward(blocks)
+
+
+def whole_model() -> Whole:
+    model = Whole()
+    model.load_state_dict(tiny_model.build_model().state_dict())
+    return model
+
+
+def failing_model() -> tiny_model.TinyModel:
+    model = tiny_model.build_model()
+    model.dense_arch = FailsAtThree()
+    return model
+
+
+def ends_in_an_error():
+    yield from batches(2)
+    raise OSError("the next file is gone")
+
+
+def labelled(data):
+    return [{**batch, "label": torch.ones(())} for batch in data[:2]] + data[2:]
+
+
+FAILING = {
+    "dataset": (None, ends_in_an_error, "the dataset fails: OSError: the next file is gone"),
+    "sparse arch": (None, lambda: [*batches(2), {"user": torch.tensor(USER_IDS[:2])}], "the sparse arch fails on it: KeyError"),
+    "model": (whole_model, lambda: labelled(batches(4)), r"model\(batch\) fails: KeyError: 'label'"),
+    "dense arch": (
+        failing_model, lambda: [*batches(2), batch_of(USER_IDS[:3]), *batches(1)], "the dense arch fails on it: ValueError: three"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_later_batch_that_fails_ends_the_drift_and_not_the_export(case: str, tmp_path: Path) -> None:
+    model, data, told = FAILING[case]
+    manifest = export(tmp_path, data(), model=model and model(), dtype={"user_emb": "bfloat16"})
+    assert any(re.match(f"drift is measured on the batches before batch 3: {told}", note) for note in manifest.notes)
+    assert (manifest.drift.batches, manifest.drift.rows, manifest.drift.skipped) == (2, 12, 0)
+    assert manifest.parity.reference == ("model" if case == "model" else "arches")
+    check(manifest.drift, expected(batches(2), lambda i: torch.from_numpy(USERS[i]).bfloat16().float().numpy()))
 
 
 def test_a_table_is_scanned_once_for_all_batches(tmp_path: Path, monkeypatch) -> None:
