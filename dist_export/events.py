@@ -144,7 +144,10 @@ def samples_of(
     samples += [
         ("dist_export_moved_bytes", {**package, "rank": str(rank)}, float(value)) for rank, value in rank_bytes.items()
     ]
-    for name, value in (manifest.run.get("store") or {}).items():
+    store = manifest.run.get("store")  # of a package that is there already, which no digest covers
+    for name, value in store.items() if isinstance(store, dict) else ():
+        if not isinstance(value, int | float):
+            continue
         unit = "_bytes" if name in _IN_BYTES else ""
         samples.append((f"dist_export_store_{name}{unit}", package, float(value)))
     return samples

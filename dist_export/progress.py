@@ -228,7 +228,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
 
 def summarize_same(manifest: Manifest, where: str) -> list[str]:
     """Return the summary of a package that an export found to be its own: what was exported then, and that it was not now."""
-    first, *rest = summarize(manifest, [], where)
+    first, *rest = _summarize_read(manifest, where)
     when = manifest.run.get("started", "")
     lines = [
         first,
@@ -242,18 +242,27 @@ def summarize_same(manifest: Manifest, where: str) -> list[str]:
         lines.append(
             f"  dist_export {version} exported it, and this is {VERSION}: overwrite: true or another export_dir exports it anew"
         )
-    return lines + rest
+    return [printable(line) for line in lines + rest]
 
 
 def summarize_again(manifest: Manifest) -> list[str]:
-    """Return the closing summary from the manifest alone, each line printable. ``run`` may hold anything: no digest covers it."""
+    """Return the closing summary from the manifest alone, each line printable."""
+    return [printable(line) for line in _summarize_read(manifest, None)]
+
+
+def _summarize_read(manifest: Manifest, where: str | None) -> list[str]:
+    """Return the summary of a manifest that was read. ``run`` may hold anything: no digest covers it.
+
+    ``where`` None: the place and the shares of the ranks are those of ``run``.
+    """
     try:
+        if where is not None:
+            return summarize(manifest, [], where)
         shares = [Share(**share) for share in manifest.run.get("ranks", [])]
-        lines = summarize(manifest, shares, manifest.run.get("export_dir", manifest.digest))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        lines = summarize(msgspec.structs.replace(manifest, run={}), [], manifest.digest)
-        lines.append("  run      what it says of the export cannot be read")
-    return [printable(line) for line in lines]
+        return summarize(manifest, shares, manifest.run.get("export_dir", manifest.digest))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        lines = summarize(msgspec.structs.replace(manifest, run={}), [], where or manifest.digest)
+        return [*lines, "  run      what it says of the export cannot be read"]
 
 
 def _say_drift(drift: DriftEntry, counts: dict[str, int]) -> str:

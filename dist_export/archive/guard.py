@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
-from dist_export.archive.guard_content import UnsafeContentError, check_attribute_name, check_pickle, check_program
+from dist_export.archive.guard_content import (
+    UnsafeContentError,
+    check_attribute_name,
+    check_pickle,
+    check_program,
+    expect,
+    read_version,
+)
 from dist_export.errors import PackageError
 from dist_export.layout.pickle_machine import PickleError
 from dist_export.layout.torch_pickle import Storage, load_pickled
@@ -106,7 +113,8 @@ def _read_checked(source: Source) -> tuple[ArchiveInfo, dict[str, bytes]]:
     if "version" in raw and _LEGACY_PROGRAM in raw:
         return ArchiveInfo("legacy", _check_legacy(raw, label), names), raw
     roots = {name.split("/", 1)[0] for name in names}
-    if len(roots) != 1 or f"{next(iter(roots))}/archive_format" not in raw:
+    # a member that is called as the root folder itself is none that torch writes
+    if len(roots) != 1 or f"{next(iter(roots))}/archive_format" not in raw or not roots.isdisjoint(raw):
         raise _refusal(label, names[0], "neither a PT2 archive nor the legacy layout of torch.export.save")
     members = {name.split("/", 1)[1]: content for name, content in raw.items()}
     return ArchiveInfo("pt2", _check_pt2(members, label), names), members
@@ -214,11 +222,10 @@ def _check_json_program(content: bytes, label: str, name: str) -> str:
     try:
         document = _parse_json(content)
         check_program(document)
-        version = document["schema_version"]
-        return f"{int(version['major'])}.{int(version['minor'])}"
+        return read_version(document)
     except UnsafeContentError as error:
         raise _refusal(label, name, str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(label, name, f"not the JSON of an exported program ({_one_line(error)})") from error
 
 
@@ -231,23 +238,24 @@ def _parse_json(content: bytes) -> dict[str, Any]:
 
     document = json.loads(content, object_pairs_hook=unique)
     if not isinstance(document, dict):
-        raise TypeError("not an object")
+        raise ValueError("not an object")  # noqa: TRY004 -- as what json says of text that is none
     return document
 
 
 def _check_payloads(members: dict[str, bytes], label: str, name: str, folder: str) -> None:
     try:
-        payloads = _parse_json(members[name])["config"].items()
-        for fqn, payload in payloads:
+        payloads = expect(_parse_json(members[name]).get("config"), dict, "config")
+        for fqn, entry in payloads.items():
             check_attribute_name(fqn)
-            path = payload["path_name"]
-            if payload["use_pickle"] is not False or not _PAYLOAD_NAME[folder].fullmatch(path):
+            payload = expect(entry, dict, f"{fqn!r}")
+            path = expect(payload.get("path_name"), str, f"the path of {fqn!r}")
+            if payload.get("use_pickle") is not False or not _PAYLOAD_NAME[folder].fullmatch(path):
                 raise _refusal(label, name, f"{fqn!r} is a pickled or custom object ({path!r})")
             if f"data/{folder}/{path}" not in members:
                 raise _refusal(label, name, f"{fqn!r} is in {path!r}, which is not in the archive")
     except UnsafeContentError as error:
         raise _refusal(label, name, str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(label, name, f"not a table of payloads ({_one_line(error)})") from error
 
 

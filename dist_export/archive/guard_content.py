@@ -10,7 +10,9 @@ import json
 import pickletools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UnsafeContentError(Exception):
@@ -114,19 +116,44 @@ def _check_global(name: str) -> None:
         raise UnsafeContentError(f"a pickle that calls {name}")
 
 
+def expect(value: Any, kind: type[T], what: str) -> T:
+    """Return a value of JSON that must be of a type.
+
+    Raises:
+        UnsafeContentError: It is of another one. ``what`` names it.
+    """
+    if type(value) is not kind:
+        raise UnsafeContentError(f"not the JSON of an exported program: {what} is a {type(value).__name__}")
+    return value
+
+
 def check_program(document: dict[str, Any]) -> None:
     """Refuse the JSON of a program if loading or calling it could run more than torch operators.
 
     Raises:
-        UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list.
+        UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list, or something
+            that is looked at is of another type than programs have.
+        ValueError: A text that should be JSON is none.
+        RecursionError: It is nested too deeply.
     """
-    for symbol, limits in document.get("range_constraints", {}).items():
+    for symbol, limits in expect(document.get("range_constraints", {}), dict, "range_constraints").items():
         _check_expression(symbol)
-        if not all(limit is None or type(limit) is int for limit in limits.values()):
-            raise UnsafeContentError(f"a range {str(limits)[:100]!r}")
-    for guard in document.get("guards_code", []):
+        for limit in expect(limits, dict, "a range").values():
+            if limit is not None and type(limit) is not int:
+                raise UnsafeContentError(f"a range {str(limits)[:100]!r}")
+    for guard in expect(document.get("guards_code", []), list, "guards_code"):
         _check_guard(guard)
     _check_values(document)
+
+
+def read_version(document: dict[str, Any]) -> str:
+    """Return the version of a program's schema, such as "8.20".
+
+    Raises:
+        UnsafeContentError: It has none of two whole numbers.
+    """
+    version = expect(document.get("schema_version"), dict, "schema_version")
+    return ".".join(str(expect(version.get(part), int, f"the {part} version")) for part in ("major", "minor"))
 
 
 def _check_values(value: Any) -> None:
@@ -146,7 +173,8 @@ def _check_values(value: Any) -> None:
                 _check_name(_IDENTIFIER, name)
         elif key == "constant_input":  # of a text that was given for a tensor, torch makes a guard, in quotes
             _check_values(item)
-            for text in item["value"].values():
+            given = expect(item, dict, "constant_input").get("value")
+            for text in expect(given, dict, "the value of a constant_input").values():
                 if isinstance(text, str):
                     _check_name(_PLAIN, text)
         elif not isinstance(item, str):
@@ -161,7 +189,8 @@ def _check_values(value: Any) -> None:
         elif key == "expr_str":
             _check_expression(item)
         elif key in ("in_spec", "out_spec"):
-            _check_treespec(json.loads(item)[1], depth=0)
+            version_and_spec = expect(json.loads(item), list, key)
+            _check_treespec(version_and_spec[1] if len(version_and_spec) > 1 else None, depth=0)
 
 
 def check_attribute_name(name: object) -> None:
@@ -203,15 +232,17 @@ def _is_key(value: str | bytes) -> bool:
     return isinstance(value, str) and _PLAIN.fullmatch(value) is not None
 
 
-def _check_treespec(spec: dict[str, Any], *, depth: int) -> None:
+def _check_treespec(spec: Any, *, depth: int) -> None:
     """At depth 1 are the arguments: the keys of that dict are the parameters of a function that FX writes."""
-    if spec["type"] not in _CONTAINERS or "__enum__" in str(spec["context"]):
-        raise UnsafeContentError(f"inputs or outputs in a container of type {spec['type']!r}")
-    keys = json.loads(spec["context"]) if spec["context"] is not None else None
+    spec = expect(spec, dict, "a container of inputs or outputs")
+    kind, context = spec.get("type"), spec.get("context")
+    if not isinstance(kind, str | None) or kind not in _CONTAINERS or "__enum__" in str(context):
+        raise UnsafeContentError(f"inputs or outputs in a container of type {str(kind)[:100]!r}")
+    keys = json.loads(expect(context, str, "the context of a container")) if context is not None else None
     if keys is not None and not isinstance(keys, list):
         raise UnsafeContentError(f"inputs or outputs with the keys {str(keys)[:100]!r}")
     for key in keys or ():
         if type(key) is not int:
             _check_name(_IDENTIFIER if depth == 1 else _PLAIN, key)
-    for child in spec["children_spec"]:
+    for child in expect(spec.get("children_spec"), list, "children_spec"):
         _check_treespec(child, depth=depth + 1)

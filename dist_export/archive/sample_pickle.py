@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import sys
 from typing import Any, NamedTuple
 
 import torch
 
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.layout.legacy_pickle import load_legacy
+from dist_export.layout.legacy_pickle import find_legacy
 from dist_export.layout.pickle_machine import Global, Machine, PickleError
 from dist_export.layout.state_archive import check_state_archive
-from dist_export.layout.torch_pickle import Storage, load_archive
+from dist_export.layout.torch_pickle import Storage, itemsize_of, load_archive
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
 
@@ -114,21 +116,29 @@ def _make(tensor: _Tensor, storages: dict[int, Any]) -> torch.Tensor:
 
 def _load_storage(raw: bytes) -> torch.Tensor:
     """Return the values of a storage (shape [n]), once what the pickle in it says was compared with what it holds."""
-    is_zip = raw.startswith(b"PK")
-    held = load_archive(check_state_archive(io.BytesIO(raw), where="a storage")) if is_zip else load_legacy(raw)
+    if raw.startswith(b"PK"):
+        archive = check_state_archive(io.BytesIO(raw), where="a storage")
+        held = _expect_storage(load_archive(archive))
+        if archive.is_big_endian != (sys.byteorder == "big"):
+            raise PickleError(
+                f"a storage has its bytes in another order than this machine, which is {sys.byteorder} endian"
+            )
+        first = archive.storages[held.key][0]
+    else:
+        described, end = find_legacy(raw)
+        held, first = _expect_storage(described), end + 8  # behind the number of values
+        is_whole = len(raw) >= first + held.num_bytes
+        if not is_whole or raw[end:first] != struct.pack("<q", held.num_bytes // itemsize_of(held.dtype)):
+            raise PickleError("a storage has another number of values than it says")
+    dtype = getattr(torch, held.dtype)
+    if not held.num_bytes:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(raw[first : first + held.num_bytes]), dtype=dtype)
+
+
+def _expect_storage(held: Any) -> Storage:
     if type(held) is not Storage:
         raise PickleError(f"a storage is a {type(held).__name__}")
-    try:
-        storage = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        OSError,
-    ) as error:  # what torch says of damage
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PickleError(f"a storage cannot be loaded: {first}") from None
-    bare = storage._untyped_storage  # noqa: SLF001 -- torch has deprecated all that is public of a typed one
-    return torch.empty(0, dtype=storage.dtype).set_(bare)
+    if held.dtype.startswith("q"):
+        raise PickleError(f"a storage is of {held.dtype}, which no sample is")
+    return held

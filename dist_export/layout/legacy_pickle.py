@@ -17,9 +17,14 @@ _VERSION = 1001
 
 
 def load_legacy(raw: bytes | mmap.mmap) -> Any:
-    """Return what a file of the older format describes, as :func:`~dist_export.layout.torch_pickle.load_pickled` does.
+    """Return what a file of the older format describes, as :func:`find_legacy` does."""
+    return find_legacy(raw)[0]
 
-    Objects of any class are records. Its payload is not read.
+
+def find_legacy(raw: bytes | mmap.mmap) -> tuple[Any, int]:
+    """Return what a file of the older format describes, and where its payload begins: of each storage eight bytes, values.
+
+    As :func:`~dist_export.layout.torch_pickle.load_pickled`; objects of any class are records. Payload is not read.
 
     Raises:
         PickleError: it is no such file, is damaged, or does not hold the bytes that its storages claim.
@@ -43,4 +48,4 @@ def load_legacy(raw: bytes | mmap.mmap) -> Any:
     claimed = sum(storage.num_bytes for storage in storages.values())
     if min((storage.num_bytes for storage in storages.values()), default=0) < 0 or claimed > len(raw) - end:
         raise PickleError(f"has storages of {claimed:,} bytes, and {len(raw) - end:,} bytes for them")
-    return content
+    return content, end

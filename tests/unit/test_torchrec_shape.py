@@ -131,12 +131,15 @@ def find_table(
     """Let the model's modules look for their tables among these names."""
 
     class Names:
-        is_live = False
-
         """As much of a RowFinder as that takes."""
+
+        is_live = is_recording = False
 
         def table_names(self) -> list[str]:
             return names
+
+        def exported_names(self) -> list[str]:
+            return []  # no table has raw ids
 
         def has_table(self, name: str) -> bool:
             return name in names
