@@ -26,6 +26,7 @@ EVENTS = {
     "stage": "stage, seconds",
     "moved": "bytes, units, helped, seconds, retries",
     "table": "table, rows, dropped, bytes",
+    "drift": "output, max_abs, mean_abs, pairs, pairs_swapped, not_finite",
     "registered": "uri",
     "committed": "bytes, digest",
     "failed": "error, exit_code",
