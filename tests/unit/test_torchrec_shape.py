@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ def find_table(
 
         def exported_names(self) -> list[str]:
             return []  # no table has raw ids
+
+        def table_of(self, name: str) -> Any:
+            return types.SimpleNamespace(raw_ids=None)
 
         def has_table(self, name: str) -> bool:
             return name in names
