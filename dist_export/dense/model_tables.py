@@ -36,7 +36,7 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
     dense_within_sparse = dense_name != sparse_name and is_below(dense_name, sparse_name)
     tables: dict[str, Any] = {
         name: weight
-        for name, weight in (*_weights_of(sparse_arch, sparse_name), *_bare_matrices(sparse_arch, sparse_name))
+        for name, weight in (*_weights_of(sparse_arch, sparse_name), *bare_matrices(sparse_arch, sparse_name))
         if not (dense_within_sparse and is_below(name, dense_name))
     }
     elsewhere = {
@@ -74,7 +74,7 @@ def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _in_collection(_join(prefix, name), parameter)
 
 
-def _bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield (plain name within the model, matrix) of each that a module of the caller's own holds: its code may look rows up."""
     for path, module in root.named_modules(remove_duplicate=False):
         if is_of_library(module):

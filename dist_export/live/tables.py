@@ -1,8 +1,9 @@
 """Find the embedding tables of a model in memory, and what this rank holds of each. No collective of ours.
 
 Tables are modules with the surface of RecIS's HashTable (``ids()`` and ``embeddings()``), ``nn.Embedding`` and
-``nn.EmbeddingBag``, and what torchrec's embedding collections hold, which its ``state_dict()`` tells. A table has the name that
-it would have in a checkpoint: a hash table its own, any other the path of its weight within the model.
+``nn.EmbeddingBag``, what torchrec's embedding collections hold, which its ``state_dict()`` tells, and matrices that modules of
+the caller's own hold. A table has the name that it would have in a checkpoint: a hash table its own, any other the path of its
+weight within the model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from dist_export.checkpoint.collisions import IDENTITIES, SORTED_IDS
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.blame import said
+from dist_export.dense.model_tables import bare_matrices
 from dist_export.dense.plain_copy import unwrap
 from dist_export.errors import CheckpointError, ModelError
 from dist_export.layout.dtypes import CODE_BY_TORCH
@@ -99,6 +102,11 @@ def find_live_tables(sparse_arch: nn.Module, *, sparse_model_name: str, rank: in
         if unwrap(module) is not module:
             continue
         name = _join(sparse_model_name, _plain(path))
+        if any(isinstance(getattr(module, ids, None), torch.Tensor) for ids in (SORTED_IDS, IDENTITIES)):
+            raise ModelError(
+                f"{name or 'the sparse arch'} maps raw ids to rows (torchrec's managed collisions), which an export from memory "
+                "does not read; save a checkpoint and export that, so that serving finds rows by raw id"
+            )
         if callable(getattr(module, "ids", None)) and (
             _lookup_of(module) or callable(getattr(module, "embeddings", None))
         ):
@@ -115,6 +123,10 @@ def find_live_tables(sparse_arch: nn.Module, *, sparse_model_name: str, rank: in
         if steps[-1] == "weight" and _COLLECTIONS & {*steps[-3:-2]} and full.removesuffix(".weight") not in done:
             done.add(full.removesuffix(".weight"))
             _add_weight(found, full, value, None)
+    for full, matrix in bare_matrices(sparse_arch, sparse_model_name):
+        if full not in done and full.removesuffix(".weight") not in done:
+            done.add(full)
+            _add_weight(found, full, matrix, None)
     return found
 
 

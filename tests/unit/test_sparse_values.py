@@ -150,3 +150,23 @@ def test_layers_of_another_shape_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(ModelError, match=r"sparse_arch.scale is \[1\] in the checkpoint, the model has \[4\]"):
         export(tmp_path, Model("layers", 2), trained)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ITEM)
+def test_a_model_in_memory_keeps_its_own_matrices_too(kind: str, tmp_path: Path) -> None:
+    model = Model(kind, 3)
+    exporter = dist_export.Exporter(model, "sparse_arch", "dense_arch", [SAMPLE], None, tmp_path / "out")
+    exporter.export()
+    rows, found = dist_export.open_package(tmp_path / "out").lookup(ITEM[kind], list(range(ROWS)))
+    assert found.all()
+    assert torch.equal(torch.as_tensor(rows), model.state_dict()[ITEM[kind]])
+
+
+def test_a_model_in_memory_that_maps_raw_ids_is_refused(tmp_path: Path) -> None:
+    model = Model("parameter", 3)
+    model.sparse_arch.mapper = nn.Module()
+    model.sparse_arch.mapper.register_buffer("_mch_sorted_raw_ids", torch.arange(4))
+    exporter = dist_export.Exporter(model, "sparse_arch", "dense_arch", [SAMPLE], None, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"sparse_arch.mapper maps raw ids to rows"):
+        exporter.export()
+    assert not (tmp_path / "out").exists()
