@@ -54,12 +54,12 @@ def test_two_ranks_export_a_model_that_serves_its_rows(tmp_path: Path) -> None:
 
 
 def test_events_of_all_ranks_belong_to_their_attempt(tmp_path: Path) -> None:
-    """A refused rerun of two ranks is one more attempt, and leaves the figures of the package as they were."""
+    """A refused export of other settings is one more attempt, and leaves the figures of the package as they were."""
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     told = ["--filter_sparse_opt=true", "--events=true", f"--metrics={tmp_path / 'm.prom'}"]
     assert export(2, source, tmp_path / "out", *told).returncode == 0
     figures = (tmp_path / "m.prom").read_text()
-    assert export(2, source, tmp_path / "out", *told).returncode == 1
+    assert export(2, source, tmp_path / "out", "--num_shards=3", *told).returncode == 1
     assert (tmp_path / "m.prom").read_text() == figures
     events = [json.loads(line) for line in (tmp_path / "out.events.jsonl").read_text().splitlines()]
     assert {event["rank"] for event in events if event["event"] == "moved"} == {0, 1}
