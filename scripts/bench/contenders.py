@@ -38,7 +38,7 @@ def _prepare_export(job: dict[str, Any]) -> Work:
 
     def work(_: MemoryWatch) -> dict[str, Any]:
         with join(timeout_secs=config.timeout) as ranks:
-            manifest = run_export(ranks, config, Objects())[0]
+            manifest = run_export(ranks, config, Objects(), is_shown=False)[0]
         return {"stages": manifest.run["seconds"]}
 
     return work
