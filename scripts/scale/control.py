@@ -64,7 +64,9 @@ def measure(world_size: int, folder: Path) -> Control:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the files of all ranks are this process's
     try:
-        results, gathers, store = logical.run(world_size, lambda ranks: run_export(ranks, config, Objects(), is_shown=False)[0])
+        results, gathers, store = logical.run(
+            world_size, lambda ranks: run_export(ranks, config, Objects(), is_shown=False)[0]
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     seconds = time.perf_counter() - started
