@@ -124,17 +124,22 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
     under = {_plain(name)[len(begin) :]: value for name, value in state.items() if _plain(name).startswith(begin)}
     values = {key: value for key, value in under.items() if not isinstance(value, UntakenState)}
     is_flat = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in tensors):
-        names = {_plain(name): name for name in module.state_dict()}
-        module.load_state_dict({names[key]: value for key, value in values.items() if key in names}, strict=False)
-        return
     whole: Any = FullyShardedDataParallel.summon_full_params(module, writeback=True) if is_flat else None
     with contextlib.nullcontext() if whole is None else whole, torch.no_grad():
-        pairs = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        pairs = [(name, tensor) for name, tensor in every if not is_lazy(tensor)]
+        # not by load_state_dict, which autograd counts as a change of the caller's parameters
         for name, tensor in pairs:
             if isinstance(value := values.get(_plain(name)), torch.Tensor):
                 local_part(tensor).copy_(_share_of(value, tensor))
+    if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in pairs):
+        put = {_plain(name) for name, _ in pairs}
+        # with what modules put there by hooks of their own
+        names = {_plain(name): name for name in module.state_dict()}
+        rest = {names[key]: value for key, value in values.items() if key in names and key not in put}
+        if rest:
+            module.load_state_dict(rest, strict=False)
+        return
     for name, child in module.named_modules():
         key = _plain(f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE)
         if _has_extra_state(child) and key in values:
