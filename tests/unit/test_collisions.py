@@ -388,6 +388,7 @@ ASKED = {
 )
 def test_the_fallback_of_hash_zch_is_in_the_drift(placed: str, asked: str, default: Any, tmp_path: Path) -> None:
     """The package gives an unknown id its default row, the model that of another id: the drift is what raw ids show."""
+    torch.manual_seed(1)  # with some weights no score would move by much
     state = make_state([(12, IDS)]) | make_zch_state(ZCH_IDS[placed])
     model, ids = Model(SIZES), {"t": [17] * len(ASKED[asked]), "z": ASKED[asked]}
     settings = {"default_row": {"*.z.weight": default}}
