@@ -241,9 +241,13 @@ def export_located(
                 remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
             return write_small_files(target, small, digest=config.digest_algorithm, keep=keep)
 
+        def write_and_note() -> list[FileEntry]:
+            written = write_rest()
+            note({file.path: file.num_bytes for file in written})
+            return written
+
         with reporter.stage("write"):
-            small_files = ranks.on_rank_0("write the small files", write_rest)
-            ranks.on_rank_0("look at the small files", lambda: note({f.path: f.num_bytes for f in small_files}))
+            small_files = ranks.on_rank_0("write the small files", write_and_note)
         if dense is not None:
             with reporter.stage("score"):
                 as_served = None if planned is None else open_written(ranks, target, planned.plan)
