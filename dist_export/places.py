@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory, open_place
 from dist_export.written import find_loss
+
+
+_MENDED_IN_SETTINGS = (errno.EACCES, errno.EPERM, errno.EHOSTUNREACH)
+"""A store that lets nobody in, or is not reached at all. Other errors of a store may be gone the next time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +63,8 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
         try:
             return _check_places(ranks, config, export_dir)
         except OSError as error:
-            if "://" not in str(error.filename):
+            if "://" not in str(error.filename) or error.errno not in _MENDED_IN_SETTINGS:
                 raise
-            # a store that is not reached, or lets nobody in, is mended in the settings
             raise ConfigError(f"{error.filename} cannot be looked at: {error.strerror}. Nothing was written") from error
 
     source, final = ranks.run("check the places", check)

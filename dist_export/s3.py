@@ -69,6 +69,11 @@ def connect(fs: Any) -> S3 | None:
     return S3(fs)
 
 
+def _prefix_of(folder: str) -> str:
+    """Return what the keys of all objects below a folder (``bucket/key``) begin with."""
+    return f"{folder}/".partition("/")[2]
+
+
 class S3:
     """Objects of one store. Any thread. Errors are s3fs's: OSError, FileNotFoundError where there is no such object."""
 
@@ -133,14 +138,26 @@ class S3:
 
     def objects(self, folder: str, *, is_deep: bool = False) -> Iterator[tuple[str, Found]]:
         """Yield (path within ``folder``, object) of the objects in it, a page of 1,000 at a time, ordered by path."""
-        bucket, _, prefix = f"{folder}/".partition("/")
-        more: dict[str, Any] = {} if is_deep else {"Delimiter": "/"}
-        while True:
-            page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=prefix, **more)
+        prefix = _prefix_of(folder)
+        for page in self._pages(folder, {} if is_deep else {"Delimiter": "/"}):
             for entry in page.get("Contents") or ():
                 name = entry["Key"][len(prefix) :]
                 if name and not name.endswith("/"):  # consoles make empty objects that stand for folders
                     yield name, Found(int(entry["Size"]), str(entry["ETag"]))
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """Yield the names of the folders directly in ``folder``."""
+        prefix = _prefix_of(folder)
+        for page in self._pages(folder, {"Delimiter": "/"}):
+            for entry in page.get("CommonPrefixes") or ():
+                yield entry["Prefix"][len(prefix) :].rstrip("/")
+
+    def _pages(self, folder: str, more: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a listing of what is below ``folder``, a page of at most 1,000 entries at a time."""
+        bucket = folder.partition("/")[0]
+        while True:
+            page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=_prefix_of(folder), **more)
+            yield page
             if not page.get("IsTruncated"):
                 return
             more = {**more, "ContinuationToken": page["NextContinuationToken"]}

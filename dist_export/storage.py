@@ -203,6 +203,8 @@ class Directory:
                 with os.scandir(self.path) as found:
                     return sorted(entry.name for entry in found if _is_folder(entry))
             with naming_any(self.url):
+                if self.s3 is not None:
+                    return sorted(self.s3.folders(self.path))
                 entries = self.fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return []

@@ -32,9 +32,10 @@ def find_package(directory: Directory) -> Manifest | None:
     Raises:
         CheckpointError: the manifest is one of ours, and damaged.
     """
-    if not directory.exists(MANIFEST):
+    try:
+        raw = directory.read_text(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    raw = directory.read_text(MANIFEST)
     try:
         if msgspec.json.decode(raw, type=dict[str, Any]).get("format") != "dist_export":
             return None

@@ -167,6 +167,8 @@ class OpenedFiles:
 
     def is_current(self) -> bool:
         """Whether all files that were noted are still there as they were, and what is under the package's path is it."""
+        if self._anchor not in self._known:
+            return True  # it could not be looked at: nothing was noted that could have changed
         try:
             if not (self._is_in_place() and self._is_anchored()):
                 return False

@@ -156,16 +156,21 @@ def test_buckets_that_cannot_be(url: str, said: str, store: Store, tmp_path: Pat
 def test_a_run_in_the_place_of_a_checkpoint(store: Store, tmp_path: Path, capsys) -> None:
     for step in (100, 200):
         store.put_tree(write_small(tmp_path / f"ckpt_{step}"), f"job/ckpt_{step}")
-    for command in ("verify", "inspect"):
-        code, line = run(capsys, command, store.url("job"), options=store.options)
-        assert code == 2
-        assert line.endswith("It holds the directories ckpt_100, ckpt_200: give one of them")
+    code, line = run(capsys, "verify", store.url("job"), options=store.options)
+    assert code == 2
+    assert line.endswith("It holds the directories ckpt_100, ckpt_200: give one of them")
+    assert main(["inspect", store.url("job"), "--storage_options", json.dumps(store.options)]) == 0
+    listed = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split(":")[0].split() for line in listed] == [
+        ["step", "200", "ckpt_200", "complete,", "the", "latest"],
+        ["step", "100", "ckpt_100", "complete"],
+    ]
 
 
 def test_a_package_in_the_way(package: str, store: Store, tmp_path: Path) -> None:
     """What is advised can be done on a store."""
-    with pytest.raises(ConfigError, match="give another export_dir, or remove the old package") as caught:
-        store.export(tmp_path / "ckpt", package)
+    with pytest.raises(ConfigError, match="in one step: give another export_dir") as caught:
+        store.export(tmp_path / "ckpt", package, num_shards=3)
     assert "overwrite" not in str(caught.value)
     assert "manifest.json" in store.files(store.export(tmp_path / "ckpt", store.url("new"), overwrite=True) and "new")
 
