@@ -20,7 +20,6 @@ from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory, open_place
 from dist_export.written import find_loss
 
-
 _MENDED_IN_SETTINGS = (errno.EACCES, errno.EPERM, errno.EHOSTUNREACH)
 """A store that lets nobody in, or is not reached at all. Other errors of a store may be gone the next time."""
 
