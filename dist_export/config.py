@@ -138,9 +138,9 @@ class ExportConfig:
     archive_format: Literal["pt2", "legacy"] = "pt2"
     """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)"""
     atol: float = 1e-6
-    """Largest absolute difference between written program and model"""
+    """Absolute part of the tolerance between written program and model"""
     rtol: float = 1e-5
-    """Largest relative difference between written program and model"""
+    """Relative part: of the value, or of the usual size in its column where that is larger"""
     drift_batches: int = 4
     """Batches, at most, on which the package is compared with the unmodified model; 0 leaves the comparison out"""
     max_drift: Union[float, dict[str, float], None] = None  # noqa: UP007

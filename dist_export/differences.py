@@ -26,16 +26,33 @@ class Difference(NamedTuple):
     row: int
     """The first dimension's place where the absolute difference is largest."""
     is_close: bool
-    """``|found - expected| <= atol + rtol * |expected|`` everywhere; integers and bools must be equal."""
+    """``|found - expected| <= atol + rtol * max(|expected|, usual size)`` everywhere; integers and bools must be equal."""
 
 
-def compare(expected: torch.Tensor, found: torch.Tensor, *, atol: float, rtol: float) -> Difference:
-    """Compare two tensors of one shape and dtype."""
+def compare(
+    expected: torch.Tensor,
+    found: torch.Tensor,
+    *,
+    atol: float,
+    rtol: float,
+    like: torch.Tensor | None = None,
+    rounding: torch.Tensor | None = None,
+) -> Difference:
+    """Compare two tensors of one shape and dtype.
+
+    The usual size of a value is the median of the magnitudes in its column, over the first dimension: a value near zero may be
+    a small difference of large terms, and is rounded as those are. A few huge values do not move a median.
+
+    Args:
+        like: (rows, ...) the same output for more rows, for its usual sizes; None takes ``expected``.
+        rounding: (...) how far rounding was seen to move values, by column; the tolerance grows by it.
+    """
     expected, found = expected.detach().cpu(), found.detach().cpu()
     if not expected.numel():
         return Difference(0.0, 0.0, 0, 0, is_close=True)
     if expected.is_complex():
         expected, found = torch.view_as_real(expected), torch.view_as_real(found)
+        like = None if like is None else torch.view_as_real(like)
     wide, other = expected.to(torch.float64), found.to(torch.float64)
     if not expected.is_floating_point():
         apart = (wide - other).abs()
@@ -45,13 +62,33 @@ def compare(expected: torch.Tensor, found: torch.Tensor, *, atol: float, rtol: f
     apart = torch.where(is_same, torch.zeros_like(wide), (other - wide).abs())
     relative = apart / wide.abs().clamp_min(atol or torch.finfo(torch.float64).tiny)
     relative = torch.where(is_same, torch.zeros_like(wide), relative)
+    allowed = atol + rtol * torch.maximum(wide.abs(), usual_sizes(like, expected))
+    if rounding is not None and expected.dim() and rounding.shape == expected.shape[1:]:
+        allowed = allowed + rounding.cpu()
     return Difference(
         float(apart.max()),
         float(relative.max()),
         _max_ulp(expected, found, is_same),
         _row_of(apart),
-        is_close=bool(torch.allclose(other, wide, atol=atol, rtol=rtol, equal_nan=True)),
+        is_close=bool((is_same | (apart.isfinite() & (apart <= allowed))).all()),
     )
+
+
+def usual_sizes(like: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
+    """Return the median magnitude of each column (..., float64), of ``like`` where its columns are those of ``expected``.
+
+    Columns run over the first dimension. Values that are not finite do not count; a column without others has the size 0.
+    """
+    is_like = like is not None and like.dim() and like.shape[1:] == expected.shape[1:] and like.shape[0]
+    values = (like if is_like and like is not None else expected).detach().cpu().to(torch.float64).abs()
+    if not values.dim():
+        return values.nan_to_num(0, 0, 0)
+    return values.where(values.isfinite(), torch.nan).nanmedian(dim=0).values.nan_to_num(0, 0, 0)
+
+
+def describe_allowed(atol: float, rtol: float) -> str:
+    """Return the tolerance in words, for an error."""
+    return f"atol {atol:g} + rtol {rtol:g} * (|value| or the output's usual size)"
 
 
 def _max_ulp(expected: torch.Tensor, found: torch.Tensor, is_same: torch.Tensor) -> int:

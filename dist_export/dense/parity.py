@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 
 from dist_export.dense.blame import blame, said
 from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.rounding import Rounding, compare_scores
 from dist_export.dense.tables import SampleRows
-from dist_export.differences import Difference, compare
+from dist_export.differences import Difference, describe_allowed
 from dist_export.errors import ParityError
 from dist_export.manifest import FilesParityEntry, ParityEntry
 from dist_export.storage import Directory
@@ -39,7 +40,7 @@ def check_parity(
 
     Raises:
         ParityError: a run fails, or an output differs in count, shape, dtype or value
-            (``|program - eager| > atol + rtol * |eager|``; NaN equals NaN).
+            (more than :func:`~dist_export.dense.rounding.compare_scores` allows; NaN equals NaN).
     """
     num_rows = next(iter(inputs.values())).shape[0]
     sizes = [num_rows, *(size for size in BATCH_SIZES if size <= max_batch_size and size != num_rows)]
@@ -47,6 +48,7 @@ def check_parity(
     max_abs = dict.fromkeys(sample.output_names, 0.0)
     max_rel = dict.fromkeys(sample.output_names, 0.0)
     max_ulp = dict.fromkeys(sample.output_names, 0)
+    rounding = Rounding(sample)
     for size in sizes:
         place = f"at batch size {size}"
         all_rows, used_rows = _resized(sample.inputs, size), _resized(inputs, size)
@@ -57,7 +59,9 @@ def check_parity(
                 f"{place} the dense arch returns {len(expected)} outputs, the written program {len(found)}. No manifest "
                 "was written"
             )
-        for name, eager, written, shape in zip(sample.output_names, expected, found, shapes, strict=True):
+        for number, (name, eager, written, shape) in enumerate(
+            zip(sample.output_names, expected, found, shapes, strict=True)
+        ):
             if eager.shape != written.shape or eager.dtype != written.dtype:
                 raise ParityError(
                     f"output {name!r} {place}: the dense arch gives {_kind(eager)}, the written program {_kind(written)}; "
@@ -68,13 +72,14 @@ def check_parity(
                     f"output {name!r} {place} has the shape {list(written.shape)}, but [{', '.join(map(str, shape))}] was "
                     "traced; no manifest was written. Look for a bare squeeze(), which takes the batch dimension too"
                 )
-            worst = compare(eager, written, atol=atol, rtol=rtol)
+            like = sample.outputs[number]
+            worst = compare_scores(eager, written, number, rounding, atol=atol, rtol=rtol, like=like)
             if not worst.is_close:
                 raise ParityError(
                     f"output {name!r} {place}: the written program differs from the dense arch by up to {worst.max_abs:.3g} "
-                    f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is atol {atol:g} + "
-                    f"rtol {rtol:g} * |value|. No manifest was written. Look for a branch on the batch size, randomness in "
-                    "eval mode, or state that the forward changes"
+                    f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is "
+                    f"{describe_allowed(atol, rtol)}. No manifest was written. Look for a branch on the batch size, randomness "
+                    "in eval mode, or state that the forward changes"
                 )
             max_abs[name] = max(max_abs[name], worst.max_abs)
             max_rel[name] = max(max_rel[name], worst.max_rel)
@@ -139,17 +144,18 @@ def score_from_files(
         raise ParityError(
             f"{from_where} gives {len(found)} outputs, the model {len(sample.outputs)}. No manifest was written"
         )
-    for name, eager, written in zip(sample.output_names, sample.outputs, found, strict=True):
+    rounding = Rounding(sample)
+    for number, (name, eager, written) in enumerate(zip(sample.output_names, sample.outputs, found, strict=True)):
         if eager.shape != written.shape or eager.dtype != written.dtype:
             raise ParityError(
                 f"output {name!r}: {from_where} gives {_kind(written)}, the model {_kind(eager)}. No manifest was written"
             )
-        worst = figures[name] = compare(eager, written, atol=atol, rtol=rtol)
+        worst = figures[name] = compare_scores(eager, written, number, rounding, atol=atol, rtol=rtol)
         if not worst.is_close:
             raise ParityError(
                 f"output {name!r}: {from_where} differs from the model{on_rows} by up to {worst.max_abs:.3g} "
-                f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row} of the sample), allowed is atol "
-                f"{atol:g} + rtol {rtol:g} * |value|. No manifest was written"
+                f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row} of the sample), allowed is "
+                f"{describe_allowed(atol, rtol)}. No manifest was written"
             )
     return FilesParityEntry(
         rows=next(iter(sample.inputs.values())).shape[0],

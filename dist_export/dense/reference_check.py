@@ -16,7 +16,8 @@ from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import MODEL, Reference
-from dist_export.differences import Difference, compare
+from dist_export.dense.rounding import Rounding, compare_scores
+from dist_export.differences import Difference, describe_allowed
 from dist_export.errors import ModelError, ParityError
 from dist_export.manifest import FilesParityEntry, ParityEntry
 
@@ -218,7 +219,8 @@ def _compare(
             "No manifest was written"
         )
     figures = ReferenceFigures(min(rows, limit), {})
-    for name, eager, written in zip(sample.output_names, expected, found, strict=True):
+    rounding = Rounding(sample, _blocks_of(reference, limit))
+    for number, (name, eager, written) in enumerate(zip(sample.output_names, expected, found, strict=True)):
         if rows > limit and not (eager.dim() and eager.shape[0] == rows):
             figures.notes.append(
                 f"output {name!r} has no row for each of the batch, which has more rows than max_batch_size ({rows:,}): it was "
@@ -226,8 +228,13 @@ def _compare(
             )
             continue
         cut = eager[:limit] if rows > limit else eager
-        figures.outputs[name] = _compare_output(name, cut, written, reference, (what, model), (atol, rtol))
+        close = partial(compare_scores, number=number, rounding=rounding)
+        figures.outputs[name] = _compare_output(name, cut, written, reference, (what, model), (atol, rtol), close)
     return figures
+
+
+def _blocks_of(reference: Reference, limit: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[:limit] for name, tensor in read_blocks(reference.blocks).tensors.items()}
 
 
 def _compare_output(
@@ -237,6 +244,7 @@ def _compare_output(
     reference: Reference,
     sides: tuple[str, str],
     tolerances: tuple[float, float],
+    compare: Callable[..., Difference],
 ) -> Difference:
     (what, model), (atol, rtol) = sides, tolerances
     precision = reference.precision
@@ -258,8 +266,8 @@ def _compare_output(
         why = describe_other_inputs(reference)
         raise ParityError(
             f"output {name!r}: {what} differs from {model} by up to {worst.max_abs:.3g} (relative "
-            f"{worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is atol {atol:g} + rtol {rtol:g} * "
-            f"|value|{f'; in the model, {why}' if why else ''}. No manifest was written, so there is no package"
+            f"{worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is {describe_allowed(atol, rtol)}"
+            f"{f'; in the model, {why}' if why else ''}. No manifest was written, so there is no package"
         )
     return worst
 

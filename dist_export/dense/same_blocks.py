@@ -79,7 +79,7 @@ def refuse_other_orders(
         outlines: by rank and batch; the first is the sample's own.
 
     Raises:
-        ModelError: an output differs by more than ``atol + rtol * |output|``, or the dense arch fails on that order.
+        ModelError: an output differs by more than ``atol`` and ``rtol`` allow, or the dense arch fails on that order.
     """
     usual = tuple(sample.blocks.tensors)
     places: dict[tuple[str, ...], str] = {}

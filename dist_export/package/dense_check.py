@@ -93,7 +93,7 @@ def _compare(
     base: torch.Tensor,
     findings: list[str],
 ) -> str:
-    from dist_export.differences import compare
+    from dist_export.differences import compare, describe_allowed
 
     if base.shape != found.shape or base.dtype != found.dtype:
         findings.append(
@@ -107,7 +107,7 @@ def _compare(
     if not worst.is_close:
         findings.append(
             f"{entry.program}: output {name!r} is not what was stored in output_base.pkl: {figures}, in row {worst.row}; "
-            f"allowed is atol {atol:g} + rtol {rtol:g} * |value|"
+            f"allowed is {describe_allowed(atol, rtol)}"
         )
     return f"{name} {figures}"
 
