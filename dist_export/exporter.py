@@ -251,7 +251,7 @@ def export_located(
         if dense is not None:
             with reporter.stage("score"):
                 as_served = None if planned is None else open_written(ranks, target, planned.plan)
-                dense.score(as_served, target)
+                dense.score(as_served, target, entries=tables, lists=None if planned is None else planned.id_lists)
 
         exchanged = None
         if (source is not None and source.s3 is not None) or target.s3 is not None:

@@ -68,6 +68,11 @@ class PlannedSparse:
     census: Census
     limits: Limits
 
+    @property
+    def id_lists(self) -> dict[str, np.ndarray]:
+        """Path -> ids (int64, sorted) of the files that rules of ``prune`` name."""
+        return {} if self.plan.pruning is None else {path: its.ids for path, its in self.plan.pruning.lists.items()}
+
 
 def open_checkpoint(
     ranks: Ranks,

@@ -7,6 +7,7 @@ have none. An id that the checkpoint has no row of gets serving's row on both si
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift import OutputDrift, refuse_drift
 from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.found_rows import LOCATION_BYTES
 from dist_export.dense.reference import Reference, ReferenceRunner, run_with_others
+from dist_export.dense.reference_check import check_reference, describe_other_inputs
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.tables import SampleRows
@@ -39,7 +42,10 @@ _COPIES = 6
 class _Kept:
     """What the unmodified model gave for a batch. Rank 0."""
 
-    output: Any
+    reference: Reference | None
+    """Without what went into it; None once it was compared."""
+    why: str
+    """How what went in differs from what the sparse arch gave; empty where it does not."""
     blocks: dict[str, torch.Tensor]
     """What its sparse arch gave, kept only where no rows are read from the package."""
 
@@ -81,6 +87,8 @@ class DriftRun:
     _num_batches: int = 0
     _num_rows: int = 0
     _num_skipped: int = 0
+    _is_cut: bool = False
+    """Whether the sample has more rows than the program takes."""
 
     def take(self, sample: Any, batches: Batches) -> None:
         """Take batches after the ``sample``, as long as every rank has one and no dataset fails."""
@@ -179,7 +187,8 @@ class DriftRun:
         for by_table in ids:
             for table, numbers in by_table.items():
                 assert finder is not None
-                num_bytes += len(numbers) * (_COPIES * finder.embedding_of(table).row_bytes + numbers.itemsize)
+                row_bytes = _COPIES * finder.embedding_of(table).row_bytes + LOCATION_BYTES + numbers.itemsize
+                num_bytes += len(numbers) * row_bytes
             if fitting and num_bytes > self.config.max_memory_bytes:
                 break
             fitting += 1
@@ -211,7 +220,8 @@ class DriftRun:
             assert reference is not None
             if self.ranks.rank == 0:
                 blocks = {} if reads_package else read_blocks(reference.blocks).tensors
-                self._kept.append(_Kept(reference.output, blocks))
+                bare = dataclasses.replace(reference, blocks={}, args=(), kwargs={}, rows=SampleRows())
+                self._kept.append(_Kept(bare, describe_other_inputs(reference), blocks))
             self._looked_up.append(_without_digests(reference.rows))
 
     def score(
@@ -221,6 +231,8 @@ class DriftRun:
         sample: DenseSample | None,
         names: tuple[str, ...],
         load: Callable[[], ExportedProgram],
+        *,
+        changes_rows: bool,
     ) -> DriftEntry | None:
         """Score the batches with the package, and compare. Returns the figures, on rank 0 alone.
 
@@ -230,18 +242,20 @@ class DriftRun:
             sample: on rank 0, what the program is of.
             names: the inputs that the program takes.
             load: loads the written program. Rank 0.
+            changes_rows: whether settings change a row of any batch, on any rank; else every batch must give equal scores.
 
         Raises:
-            ParityError: on all ranks, where the program fails on a batch of its shapes or gives other outputs.
+            ParityError: on all ranks, where the program fails on a batch of its shapes or gives other outputs; where no setting
+                changes a row, also for other scores.
             DriftError: on all ranks, for a drift above ``max_drift``.
         """
-        runner: list[Any] = []
+        programs: list[ExportedProgram] = []
 
         def compare(place: int, tensors: Mapping[str, torch.Tensor]) -> None:
             assert sample is not None
-            runner.extend([] if runner else [load().module()])
-            self._add(sample, names, runner[0], self._kept[place], tensors)
-            self._kept[place] = _Kept(None, {})
+            programs.extend([] if programs else [load()])
+            self._add(sample, names, programs[0], place, tensors, is_strict=bool(place) and not changes_rows)
+            self._kept[place] = _Kept(None, "", {})
 
         for place, data in enumerate(self.batches):
             blocks: Blocks | None = None
@@ -271,12 +285,18 @@ class DriftRun:
         self,
         sample: DenseSample,
         names: tuple[str, ...],
-        runner: Callable[..., Any],
-        kept: _Kept,
+        program: ExportedProgram,
+        place: int,
         tensors: Mapping[str, torch.Tensor],
+        *,
+        is_strict: bool,
     ) -> None:
-        """Run the program on a batch and take in how far its outputs are from the unmodified model's. Rank 0."""
-        limit = self.config.max_batch_size
+        """Run the program on a batch and take in how far its outputs are from the unmodified model's. Rank 0.
+
+        Where ``is_strict``, outputs that differ by more than rounding are a ParityError.
+        """
+        limit, reference = self.config.max_batch_size, self._kept[place].reference
+        assert reference is not None
         if not all(
             _fits(tensors.get(name), sample.inputs[name], self.config.dynamic_dims.get(name, {})) for name in names
         ):
@@ -286,15 +306,15 @@ class DriftRun:
         inputs = {name: tensors[name].detach()[:limit].to(sample.inputs[name].device).clone() for name in names}
         try:
             with exporting(sample.dense_arch), torch.no_grad():
-                found = sample.flatten(runner(**inputs))
+                found = sample.flatten(program.module()(**inputs))
         except Exception as error:
             raise ParityError(
                 f"the written program fails on a further batch: {said(error)}{blame(error)}. No manifest was written"
             ) from error
-        expected = sample.flatten(kept.output)
         self._num_batches += 1
         self._num_rows += min(rows, limit)
-        for name, one, other in zip(sample.output_names, expected, found, strict=True):
+        is_apart = False
+        for name, one, other in zip(sample.output_names, sample.flatten(reference.output), found, strict=True):
             whole = one[:limit] if rows > limit and one.dim() and one.shape[0] == rows else one
             if whole.shape != other.shape:
                 if rows > limit:
@@ -304,6 +324,38 @@ class DriftRun:
                     f"{list(whole.shape)}. No manifest was written"
                 )
             self._outputs.setdefault(name, OutputDrift()).add(whole, other)
+            is_apart = is_apart or not torch.equal(whole.cpu(), other.cpu())
+        self._is_cut = rows > limit if not place else self._is_cut
+        # a score may depend on all rows of its batch: where the sample was whole, a part of a batch proves nothing
+        if is_strict and is_apart and (rows <= limit or self._is_cut):
+            self._refuse_other_scores(sample, names, program, place, tensors)
+
+    def _refuse_other_scores(
+        self,
+        sample: DenseSample,
+        names: tuple[str, ...],
+        program: ExportedProgram,
+        place: int,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Raise ParityError where an output differs from the unmodified model's by more than rounding. Rank 0."""
+        config, kept = self.config, self._kept[place]
+        assert kept.reference is not None
+        reference = dataclasses.replace(kept.reference, blocks=tensors, args=(tensors,))
+        try:
+            check_reference(
+                sample,
+                names,
+                program,
+                reference,
+                tensors=tensors,
+                atol=config.atol,
+                rtol=config.rtol,
+                max_batch_size=config.max_batch_size,
+                what=f"the written program on batch {place + 1}",
+            )
+        except ParityError as error:
+            raise ParityError(f"{error}{f'. In the model, {kept.why}' if kept.why else ''}") from None
 
 
 def join_ids(ids: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

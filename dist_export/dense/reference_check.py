@@ -93,16 +93,24 @@ def check_reference(
     rows = tensors[names[0]].shape[0]
     device = sample.inputs[names[0]].device
     inputs = {name: tensors[name].detach()[:max_batch_size] for name in names}
+    judge = partial(
+        _compare,
+        reference=reference,
+        rows=rows,
+        atol=atol,
+        rtol=rtol,
+        limit=max_batch_size,
+        what=what,
+    )
     found = _run(program, inputs, device, sample)
     try:
-        return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size, what=what)
+        return judge(sample, found)
     except ParityError:
         own = inputs[names[0]].device
         if own == device:
             raise
     # two devices round differently: what the model computed elsewhere is compared with the program there
-    found = _run(_move(program, own), inputs, own, sample)
-    return _compare(sample, found, reference, rows, atol=atol, rtol=rtol, limit=max_batch_size, what=what)
+    return judge(sample, _run(_move(program, own), inputs, own, sample))
 
 
 def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: float, rtol: float) -> None:
@@ -259,8 +267,7 @@ def _compare_output(
         )
     if precision is not None and eager.is_floating_point():
         slack = _ROUNDINGS * torch.finfo(precision).eps
-        largest = float(eager.double().nan_to_num(0, 0, 0).abs().max()) if eager.numel() else 0.0
-        atol, rtol = max(atol, slack * largest), max(rtol, slack)
+        atol, rtol = max(atol, slack * _largest(eager)), max(rtol, slack)
     worst = compare(eager, written, atol=atol, rtol=rtol)
     if not worst.is_close:
         why = describe_other_inputs(reference)
@@ -270,6 +277,11 @@ def _compare_output(
             f"{f'; in the model, {why}' if why else ''}. No manifest was written, so there is no package"
         )
     return worst
+
+
+def _largest(values: torch.Tensor) -> float:
+    """Return the largest finite magnitude, 0 where there is none."""
+    return float(values.double().nan_to_num(0, 0, 0).abs().max()) if values.numel() else 0.0
 
 
 def _is_equal(one: Any, other: Any) -> bool:

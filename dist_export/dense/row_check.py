@@ -13,11 +13,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from dist_export.dense.rows import FoundRows, RowFinder
+from dist_export.dense.found_rows import FoundRows
+from dist_export.dense.rows import RowFinder
 from dist_export.errors import ParityError
 from dist_export.layout.dtypes import DTYPES
 
-_NO_PACKAGE = "No manifest was written, so there is no package"
+NO_PACKAGE = "No manifest was written, so there is no package"
 
 _HALF_STEPS = {
     torch.float64: (-53, -1075),
@@ -62,33 +63,33 @@ def check_names(names: Mapping[str, str], rename: Mapping[str, str]) -> None:
         expected = expected_name(name, rename)
         if written != expected:
             raise ParityError(
-                f"table {name!r} is written as {written!r}, but rename_tables makes it {expected!r}. {_NO_PACKAGE}"
+                f"table {name!r} is written as {written!r}, but rename_tables makes it {expected!r}. {NO_PACKAGE}"
             )
 
 
 def expected_name(name: str, rename: Mapping[str, str]) -> str:
     """Return what ``rename_tables`` makes of a name. ``{0}`` is what the first ``*`` or ``?`` of the pattern matched."""
     for pattern, template in rename.items():
-        pieces = _match(pattern, name)
+        pieces = match_name(pattern, name)
         if pieces is not None:
             return re.sub(r"\{(\d+)\}", lambda found, its=pieces: its[int(found[1])], template)  # type: ignore[misc]
     return name
 
 
-def _match(pattern: str, name: str) -> list[str] | None:
+def match_name(pattern: str, name: str) -> list[str] | None:
     """Return what the wildcards match, each as much as it can, None where the pattern does not match the whole name."""
     if not pattern:
         return None if name else []
     if pattern[0] == "*":
         for length in range(len(name), -1, -1):
-            rest = _match(pattern[1:], name[length:])
+            rest = match_name(pattern[1:], name[length:])
             if rest is not None:
                 return [name[:length], *rest]
         return None
     end = pattern.find("]", 2) if pattern[0] == "[" else 0
     if not name or not fnmatch.fnmatchcase(name[0], pattern[: max(end, 0) + 1]):
         return None
-    rest = _match(pattern[max(end, 0) + 1 :], name[1:])
+    rest = match_name(pattern[max(end, 0) + 1 :], name[1:])
     return None if rest is None else [*([name[0]] if pattern[0] == "?" else []), *rest]
 
 
@@ -98,7 +99,7 @@ def _check_table(table: str, source: RowFinder, written: RowFinder, before: Foun
     for flags, what in ((lost, "is in the checkpoint, but not in the shards"), (extra, "is in the shards alone")):
         if flags.any():
             number = int(before.ids[flags][0])
-            raise ParityError(f"table {table!r}: the id {number} of the sample {what}. {_NO_PACKAGE}")
+            raise ParityError(f"table {table!r}: the id {number} of the sample {what}. {NO_PACKAGE}")
     both = before.has_row & now.has_row
     if not both.any():
         return
@@ -109,26 +110,26 @@ def _check_table(table: str, source: RowFinder, written: RowFinder, before: Foun
         is_other = (rows != now.rows[both]).any(axis=1)
         why = "has other bytes in the shards than in the checkpoint"
     else:
-        values = _values(rows, slot.dtype)
+        values = read_values(rows, slot.dtype)
         is_int8 = now.rows.shape[1] == values.shape[1] + 8 and DTYPES[stored.dtype].torch == "uint8"
-        is_other = (_is_far_int8 if is_int8 else _is_far)(values, now.rows[both], stored.dtype)
+        is_other = (is_far_int8 if is_int8 else is_far)(values, now.rows[both], stored.dtype)
         why = "has values in the shards that the cast of the checkpoint's does not explain"
     if is_other.any():
         raise ParityError(
-            f"table {table!r}: the id {int(before.ids[both][is_other][0])} of the sample {why}. {_NO_PACKAGE}"
+            f"table {table!r}: the id {int(before.ids[both][is_other][0])} of the sample {why}. {NO_PACKAGE}"
         )
 
 
-def _values(rows: np.ndarray, dtype: int) -> torch.Tensor:
+def read_values(rows: np.ndarray, dtype: int) -> torch.Tensor:
     """Return rows (uint8, (n, bytes)) as float64, read by torch."""
     kind = getattr(torch, DTYPES[dtype].torch)
     return torch.from_numpy(np.ascontiguousarray(rows)).view(kind).double()
 
 
-def _is_far(values: torch.Tensor, stored: np.ndarray, dtype: int) -> np.ndarray:
+def is_far(values: torch.Tensor, stored: np.ndarray, dtype: int) -> np.ndarray:
     """Return which rows (bool, (n,)) have a value that is further away than the nearest that the dtype has."""
     kind = getattr(torch, DTYPES[dtype].torch)
-    found = _values(stored, dtype)
+    found = read_values(stored, dtype)
     relative, least = _HALF_STEPS[kind]
     limit = torch.finfo(kind).max
     clamped = values.clamp(-limit, limit)
@@ -136,7 +137,7 @@ def _is_far(values: torch.Tensor, stored: np.ndarray, dtype: int) -> np.ndarray:
     return (~(is_near | (values.isnan() & found.isnan()))).any(dim=1).numpy()
 
 
-def _is_far_int8(values: torch.Tensor, stored: np.ndarray, _: int) -> np.ndarray:
+def is_far_int8(values: torch.Tensor, stored: np.ndarray, _: int) -> np.ndarray:
     """Return the same for rows of ``dim`` bytes with scale and bias behind them: a value is ``byte * scale + bias``."""
     dim = values.shape[1]
     tail = torch.from_numpy(np.ascontiguousarray(stored[:, dim:])).view(torch.float32).double()

@@ -9,47 +9,16 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.rows import RowReader
+from dist_export.dense.found_rows import FoundRows, LocatedRows
 from dist_export.errors import ModelError
 from dist_export.layout.encodings import RowCast, encode_values
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
-
-
-class FoundRows(NamedTuple):
-    """What one table holds of some ids. Rows are as the checkpoint has them (uint8, (n, bytes)), zeros where there are none."""
-
-    ids: np.ndarray
-    """int64, sorted, without duplicates."""
-    has_row: np.ndarray
-    rows: np.ndarray
-    """The source's own: nothing is left out. Of an id with several rows, the last."""
-    is_kept: np.ndarray
-    kept: np.ndarray
-    """The rows that are exported: no dropped duplicate, no pruned row."""
-    is_pruned: np.ndarray
-    """Whether rules leave a row of this id behind."""
-
-    @classmethod
-    def nothing(cls, ids: np.ndarray, row_bytes: int) -> FoundRows:
-        """Return the answer of a table that has none of these ids; it is filled in."""
-        rows = np.zeros((2, len(ids), row_bytes), np.uint8)
-        flags = np.zeros((3, len(ids)), bool)
-        return cls(ids, flags[0], rows[0], flags[1], rows[1], flags[2])
-
-    def join(self, other: FoundRows) -> FoundRows:
-        """Return both answers in one; they share no id."""
-        order = np.argsort(np.concatenate([self.ids, other.ids]), kind="stable")
-        return FoundRows(*(np.concatenate(pair)[order] for pair in zip(self, other, strict=True)))
-
-    def of(self, ids: np.ndarray) -> FoundRows:
-        """Return the answer for some of the ids (sorted, without duplicates)."""
-        return FoundRows(*(column[np.searchsorted(self.ids, ids)] for column in self))
 
 
 class RowFinder:
@@ -113,6 +82,8 @@ class RowFinder:
         """Table -> ids that will be asked for, and were not yet."""
         self._recorded: dict[str, list[np.ndarray]] | None = None
         self._pruned = pruned or {}
+        self.located = LocatedRows(checkpoint)
+        """Where the rows of looked-up ids are, those that rules leave behind too; of hash tables, by number."""
 
     def want(self, ids: Mapping[str, np.ndarray]) -> None:
         """Note ids by table (int64, sorted, without duplicates) that will be asked for: one scan finds all of them."""
@@ -208,6 +179,10 @@ class RowFinder:
     def exported_names(self) -> list[str]:
         """Return the names of the tables that are exported."""
         return list(self._numbers)
+
+    def number_of(self, table: str) -> int:
+        """Return the place of a table in the checkpoint."""
+        return self._numbers[table]
 
     def table_of(self, table: str) -> TableMeta:
         """Return what is known of a table."""
@@ -373,6 +348,8 @@ class RowFinder:
         places: np.ndarray,
     ) -> None:
         """Take in the rows ``first + wanted`` of a part, whose ids ``held[wanted]`` are those at ``places``."""
+        if not self._is_written:
+            self.located.add(int(self._checkpoint.parts.table[part]), part, first + wanted, held[wanted])
         is_kept = np.ones(len(wanted), bool)
         if self._dropped_in is not None:
             is_kept &= ~np.isin(wanted, self._dropped_in(part, first, len(held)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_export.amounts import count, few
+from dist_export.dense.blocks import Blocks
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.tables import SampleRows
 from dist_export.errors import ModelError
@@ -79,3 +80,22 @@ def refuse_foreign_tables(
         "(rename_tables gives those in the package). Nothing was written. Give a model whose modules are called as in the "
         "checkpoint; without model the tables alone are exported"
     )
+
+
+def note_constants(blocks: Blocks) -> list[str]:
+    """Return a note on entries of the sparse arch that are no tensors."""
+    if not blocks.constants:
+        return []
+    told = ", ".join(f"{place} = {value[:40]}" for place, value in list(blocks.constants.items())[:5])
+    more = f" and {len(blocks.constants) - 5:,} more" if len(blocks.constants) > 5 else ""
+    return [f"the sparse arch gives entries that are no tensors; they are constants of the program: {told}{more}"]
+
+
+def refuse_lacking(batches: Sequence[bool]) -> None:
+    """Raise ModelError where a rank, by its place, has no batch."""
+    lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
+    if lacking:
+        raise ModelError(
+            f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
+            "needs one. Give the dataset at least one batch a rank"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,25 @@ from dist_export.dense.reference_check import (
     refuse_other_inputs,
     refuse_other_sample,
 )
-from dist_export.dense.row_check import check_names, check_rows
+from dist_export.dense.row_check import check_rows
 from dist_export.dense.rows import RowFinder
+from dist_export.dense.rule_check import check_settings
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
-from dist_export.dense.sample_notes import note_pruned, note_rows, note_sparse_values, refuse_foreign_tables
+from dist_export.dense.sample_notes import (
+    note_constants,
+    note_pruned,
+    note_rows,
+    note_sparse_values,
+    refuse_foreign_tables,
+    refuse_lacking,
+)
 from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.tables import SampleRows
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.layout.encodings import RowCast
-from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry
+from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
 from dist_export.objects import Objects
 from dist_export.storage import Directory
 
@@ -123,7 +131,7 @@ class DenseStage:
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
         batches = ranks.gather("take a sample batch", self._take)
-        ranks.run("look for ranks without a batch", lambda: _refuse_lacking(batches))
+        ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))
         assert self._batches is not None
         self._drift.take(self._data, self._batches)
         self._casts = casts or {}
@@ -294,20 +302,45 @@ class DenseStage:
             max_batch_size=config.max_batch_size,
         )
 
-    def score(self, written: Checkpoint | None, target: Directory) -> None:
+    def score(
+        self,
+        written: Checkpoint | None,
+        target: Directory,
+        *,
+        entries: Sequence[TableEntry] = (),
+        lists: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Score the sample anew from what was written, and compare with the model on the checkpoint's rows. All ranks.
 
         Args:
             written: the target, opened as any checkpoint is; None where the package has no tables.
             target: where the dense folder is.
+            entries: what the manifest will say of the tables.
+            lists: path -> ids (int64, sorted) of the files that rules of ``prune`` name.
 
         Raises:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
         with self._sparse_values():
-            self._score(written, target)
+            self._score(written, target, functools.partial(self._check_rows, target, entries, lists or {}))
 
-    def _score(self, written: Checkpoint | None, target: Directory) -> None:
+    def _check_rows(
+        self,
+        target: Directory,
+        entries: Sequence[TableEntry],
+        lists: Mapping[str, np.ndarray],
+        rows: SampleRows,
+        written: RowFinder,
+    ) -> None:
+        """Compare what the sample found in the shards with the source and with the settings. Any rank, its own lookups."""
+        refuse_other_rows(self._looked_up, rows, target)
+        if self._finder is not None:
+            check_settings(self._config, self._finder, written, entries, lists)
+            check_rows(self._finder, written)
+
+    def _score(
+        self, written: Checkpoint | None, target: Directory, check_rows: Callable[[SampleRows, RowFinder], None]
+    ) -> None:
         ranks = self._ranks
         first: tuple[Blocks, SampleRows] | None = None
         blocks: Blocks | None = None
@@ -337,21 +370,17 @@ class DenseStage:
                 lambda: self._run_again(sparse_arch, finder, self._data, what=SAMPLE),
                 may_block=True,
             )
-            ranks.run("compare the rows of the sample", lambda: self._compare_rows(rows, finder, target))
+            ranks.run("compare the rows of the sample", lambda: check_rows(rows, finder))
             reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
             first = (blocks, rows)
         self._data = self._sparse_arch = None
         ranks.on_rank_0("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
-        self.drift = self._drift.score(first, run_again, self._sample, self._used, lambda: self._load_program(target))
+        load = functools.partial(self._load_program, target)
+        self.drift = self._drift.score(
+            first, run_again, self._sample, self._used, load, changes_rows=self._changes_rows
+        )
         if self.drift is not None and first is not None:
             self.drift_counts = self._drift.gather_counts()
-
-    def _compare_rows(self, rows: SampleRows, finder: RowFinder, target: Directory) -> None:
-        refuse_other_rows(self._looked_up, rows, target)
-        if self._finder is not None:
-            names = {name: self._finder.written_name(name) for name in self._finder.looked_up()}
-            check_names(names, self._config.rename_tables)
-            check_rows(self._finder, finder)
 
     def _load_program(self, target: Directory) -> ExportedProgram:
         assert self.entry is not None
@@ -490,7 +519,7 @@ class DenseStage:
         self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
         self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
-        return [*blocks.notes, *_note_constants(blocks), *check_inputs(features, shapes)]
+        return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]
 
     def _device_of(self, copied: nn.Module) -> torch.device:
         tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
@@ -502,22 +531,5 @@ class DenseStage:
         return device
 
 
-def _note_constants(blocks: Blocks) -> list[str]:
-    if not blocks.constants:
-        return []
-    told = ", ".join(f"{place} = {value[:40]}" for place, value in list(blocks.constants.items())[:5])
-    more = f" and {len(blocks.constants) - 5:,} more" if len(blocks.constants) > 5 else ""
-    return [f"the sparse arch gives entries that are no tensors; they are constants of the program: {told}{more}"]
-
-
 def _refuse_to_run(_: Any) -> tuple[Blocks, SampleRows]:
     raise AssertionError("there are no shards to run on")
-
-
-def _refuse_lacking(batches: list[bool]) -> None:
-    lacking = [str(rank) for rank, is_there in enumerate(batches) if not is_there]
-    if lacking:
-        raise ModelError(
-            f"the dataset gave no batch on rank {', '.join(lacking)}; the sparse arch may be collective, so every rank "
-            "needs one. Give the dataset at least one batch a rank"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class IdList:
 
     def __init__(self, ids: np.ndarray) -> None:
         """``ids``: int64, sorted, each once."""
-        self._ids = ids
+        self.ids = ids
         self.digest = xxhash.xxh3_128_digest(ids.data)
         self._heads = ids[::_BLOCK_IDS].copy()
         bits = len(ids).bit_length() + 3  # 8 to 16 for each id, so that of 8 others at most one passes
@@ -49,12 +49,12 @@ class IdList:
             np.bitwise_or.at(self._sieve, byte, bit)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     @property
     def num_bytes(self) -> int:
         """What it takes in memory."""
-        return int(self._ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
+        return int(self.ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
         """Return which int64 ids are in the list (bool)."""
@@ -73,14 +73,14 @@ class IdList:
         """Search, step by step for all at once: what one id waits for from memory the others wait for at the same time."""
         if not len(ids):
             return np.zeros(0, bool)
-        last = len(self._ids) - 1
+        last = len(self.ids) - 1
         place = np.maximum(np.searchsorted(self._heads, ids, side="right") - 1, 0) * _BLOCK_IDS
         step = _BLOCK_IDS // 2
         while step:
             probe = np.minimum(place + step, last)
-            place = np.where(self._ids[probe] <= ids, probe, place)
+            place = np.where(self.ids[probe] <= ids, probe, place)
             step //= 2
-        found: np.ndarray = self._ids[place] == ids
+        found: np.ndarray = self.ids[place] == ids
         return found
 
 
@@ -120,6 +120,8 @@ class Pruning:
     rules: tuple[tuple[TableRule, ...], ...]
     asked: tuple[RowRule, ...] = ()
     """As the settings have them."""
+    lists: Mapping[str, IdList] = field(default_factory=dict)
+    """Path -> the ids of the file, as the settings name it."""
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -178,7 +180,7 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
         for number, name in enumerate(names):
             if any(fnmatchcase(name, pattern) for pattern in rule.tables):
                 found[number].append(_apply_to_table(rule, checkpoint, number, place, lists))
-    return Pruning(rules=tuple(map(tuple, found)), asked=tuple(rules))
+    return Pruning(rules=tuple(map(tuple, found)), asked=tuple(rules), lists=lists)
 
 
 def _leave_empty_rows(table: TableMeta) -> list[TableRule]:

@@ -143,11 +143,11 @@ def test_a_row_that_was_written_wrong_is_named(checkpoint: Path, tmp_path: Path,
 def test_a_row_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     real = DenseStage.score
 
-    def forget(self, written, target):
+    def forget(self, written, target, **more):
         self._looked_up.rows["user_emb"][12345] = "00"
         first = next(iter(self._looked_up.rows["item_emb"]))
         self._looked_up.rows["item_emb"][first] = None
-        return real(self, written, target)
+        return real(self, written, target, **more)
 
     monkeypatch.setattr(DenseStage, "score", forget)
     with pytest.raises(ParityError, match="is not in the checkpoint, but in the shards"):
