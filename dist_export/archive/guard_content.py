@@ -42,7 +42,7 @@ _FUNCTIONS = (
     r"StrictLessThan|StrictGreaterThan|And|Or|Not|true|false|Piecewise|ExprCondPair|FloorDiv|"
     r"ModularIndexing|Where|PythonMod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural|"
     r"FloatPow|FloatTrueDiv|IntTrueDiv|TruncToFloat|TruncToInt|RoundToInt|RoundDecimal|ToFloat|Identity|"
-    r"IsNonOverlappingAndDenseIndicator|floor|ceiling|sqrt|oo|int_oo"
+    r"IsNonOverlappingAndDenseIndicator|floor|ceiling|sqrt|oo|int_oo|OpaqueUnaryFn_(sqrt|exp|log|log2)"
 )
 _EXPRESSION = re.compile(
     rf"(Symbol\('{_SYMBOL}'(, \w+=(True|False))*\)"  # srepr, as torch >= 2.6 writes it

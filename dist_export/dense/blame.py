@@ -30,8 +30,13 @@ def blame(error: BaseException) -> str:
     """Return `` at <file>:<line> (<code>)``, the innermost line of the user's own code; empty where there is none."""
     place = _innermost([(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)])
     if not place:  # torch.export may drop the traceback, but quotes it
-        place = _innermost([(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', str(error))])
+        place = blame_text(str(error))
     return place
+
+
+def blame_text(text: str) -> str:
+    """Return the same of a traceback as text, such as a node of a graph has."""
+    return _innermost([(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text)])
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import msgspec
 import torch
 
 from dist_export.archive.fx_folder import graph_text, write_fx_folder
-from dist_export.archive.pt2 import pack_program
 from dist_export.dense.eager import DenseSample
+from dist_export.dense.pack import pack_traced
 from dist_export.dense.trace import TracedDense, output_shapes
 from dist_export.disk import naming
 from dist_export.manifest import SAMPLE_ROWS, DenseEntry, TensorEntry
@@ -42,7 +42,7 @@ def write_dense_folder(
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
     outputs = [tensor.detach().cpu() for tensor in sample.outputs]
-    _write(folder / PROGRAM, pack_program(traced.program, archive_format=archive_format))
+    _write(folder / PROGRAM, pack_traced(traced.program, archive_format=archive_format))
     write_fx_folder(traced.program, folder / export_model_name, export_model_name)
     _write(folder / "graph.txt", graph_text(traced.program).encode())
     nodes = [

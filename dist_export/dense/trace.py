@@ -67,6 +67,9 @@ def trace_dense(
     dims = _dynamic_shapes(sample.inputs, max_batch_size=max_batch_size, dynamic_dims=dynamic_dims)
     with exporting(sample.dense_arch):
         program = _export(sample, list(sample.inputs), dims, dynamic_dims)
+        has_branches = hides_tensors(program.graph_module)
+        if has_branches:
+            program = _export(sample, list(sample.inputs), dims, dynamic_dims, has_branches=True)
         used = find_used_inputs(program, dynamic_dims)
         if not used:
             raise TraceError(
@@ -74,9 +77,29 @@ def trace_dense(
                 "shapes of the inputs alone. Check what forward does with its inputs"
             )
         if len(used) < len(sample.inputs):
-            program = _export(sample, used, dims, dynamic_dims)
+            program = _export(sample, used, dims, dynamic_dims, has_branches=has_branches)
     dropped = tuple(name for name in sample.inputs if name not in used)
     return TracedDense(program, {name: sample.inputs[name] for name in used}, dropped)
+
+
+def hides_tensors(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether a branch or loop body (``torch.cond``, ``while_loop``, ``map``) holds tensors that its operator does not take.
+
+    That is how they are traced where ``torch.compile`` is off, and such a program cannot be written.
+    """
+    inner = [module for module in graph_module.modules() if module is not graph_module]
+    for module in inner:
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), torch.Tensor):
+                return True
+    return False
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for element in path.split("."):
+        value = getattr(value, element, None)
+    return value
 
 
 def output_shapes(traced: TracedDense, dynamic_dims: Mapping[str, Mapping[int, str]]) -> list[tuple[int | str, ...]]:
@@ -144,13 +167,17 @@ def _export(
     names: list[str],
     dims: dict[str, dict[int, Any]],
     dynamic_dims: Mapping[str, Mapping[int, str]],
+    *,
+    has_branches: bool = False,
 ) -> ExportedProgram:
+    """Trace. ``has_branches``: lift the weights within branches and loop bodies, for which torch needs its compiler."""
     wrapper = _wrap(sample, names, dynamic_dims)
     shapes = {name: dims[name] for name in names}
 
     def export() -> ExportedProgram:
         kwargs = {name: sample.inputs[name].clone() for name in names}
-        with torch.no_grad():
+        stance: Any = torch.compiler.set_stance("default") if has_branches else contextlib.nullcontext()
+        with torch.no_grad(), stance:
             return torch.export.export(wrapper, args=(), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
 
     try:
@@ -162,10 +189,21 @@ def _export(
                 export()
             place = lines[0] if lines else ""
         raise TraceError(
-            f"torch.export refused the dense arch: {said(error)}{_detail(error)}{place}. What usually helps: no branch on "
-            "a tensor's value or on the batch size (torch.where, torch.cond), no .item() or .tolist(), no size of the "
-            "sample written into a view; modules may look at an attribute `exported`, which is True during the trace"
+            f"torch.export refused the dense arch: {said(error)}{_detail(error)}{place}. {_advice(error)}; modules may "
+            "look at an attribute `exported`, which is True during the trace"
         ) from error
+
+
+def _advice(error: BaseException) -> str:
+    if "UnsupportedOperator" in type(error).__name__ or "UnsupportedOperator" in str(error):
+        return (
+            "torch.export does not know which shape and dtype this operator gives: register that with "
+            "torch.library.register_fake, or use other operators"
+        )
+    return (
+        "What usually helps: no branch on a tensor's value or on the batch size (torch.where, torch.cond), no .item() or "
+        ".tolist(), no size of the sample written into a view"
+    )
 
 
 def _detail(error: BaseException) -> str:
