@@ -8,7 +8,7 @@ import mmap
 import warnings
 from typing import IO, Any
 
-from dist_export.checkpoint.extra_state import load_without_foreign_state
+from dist_export.checkpoint.extra_state import UntakenState, load_without_foreign_state
 from dist_export.errors import CheckpointError
 from dist_export.layout.legacy_pickle import load_legacy
 from dist_export.layout.pickle_machine import PickleError
@@ -67,7 +67,15 @@ def _load(directory: Directory) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(name, str) and is_text(name) for name in state):
         raise CheckpointError(f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors")
     _refuse_repeated(state, where)
-    return state
+    return {
+        name: UntakenState("it is a nested tensor") if _is_nested(value) else value for name, value in state.items()
+    }
+
+
+def _is_nested(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.is_nested
 
 
 def _read_state(file: IO[bytes], path: str | None, where: str) -> Any:
@@ -116,7 +124,7 @@ def _refuse_repeated(state: dict[str, Any], where: str) -> None:
     import torch
 
     for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested:
             num_bytes = value.numel() * value.element_size()
             if num_bytes > max(value.untyped_storage().nbytes(), _MAX_REPEATED_BYTES):
                 raise CheckpointError(

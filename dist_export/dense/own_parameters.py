@@ -67,8 +67,30 @@ def _keep(
 
 def _put_back(kept: Sequence[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]) -> None:
     for owner, name, tensor, values in kept:
-        local_part(tensor).copy_(values)
+        write_into(local_part(tensor), values)
         owner[name] = tensor
+
+
+def write_into(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Write ``values`` into the memory of ``tensor``, of the same shape, which may be expanded or overlap itself.
+
+    Returns whether ``tensor`` has these values then: elements that lie at one place cannot have different ones.
+    """
+    if not torch._debug_has_internal_overlap(tensor):  # noqa: SLF001 -- what copy_ itself asks; 2 is "may be"
+        tensor.copy_(values)
+        return True
+    once = [slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    tensor[tuple(once)].copy_(values[tuple(once)])
+    written = values.to(device=tensor.device, dtype=tensor.dtype)
+    return bool(((tensor == written) | ((tensor != tensor) & (written != written))).all())  # noqa: PLR0124 -- NaN
+
+
+def _refuse_one_place(name: str, tensor: torch.Tensor) -> ModelError:
+    return ModelError(
+        f"the model's {name} has several elements at one place in memory (shape {list(tensor.shape)}, strides "
+        f"{list(tensor.stride())}), and the checkpoint has different values for them. Give the model a tensor of its own: "
+        "tensor.clone()"
+    )
 
 
 @contextlib.contextmanager
@@ -100,18 +122,19 @@ def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, exc
         if isinstance(value, torch.Tensor):
             if value.shape != tensor.shape:
                 raise ModelError(f"{held} is {list(value.shape)} in the checkpoint, the model has {list(tensor.shape)}")
-            found.append((tensor, value))
+            found.append((full, tensor, value))
             put.append(full)
-    kept = [(local_part(tensor), local_part(tensor).clone()) for tensor, _ in found]
+    kept = [(local_part(tensor), local_part(tensor).clone()) for _, tensor, _ in found]
     try:
         with torch.no_grad():
-            for tensor, value in found:
-                local_part(tensor).copy_(_share_of(value, tensor))
+            for name, tensor, value in found:
+                if not write_into(local_part(tensor), _share_of(value, tensor)):
+                    raise _refuse_one_place(name, tensor)
         yield put
     finally:
         with torch.no_grad():
-            for tensor, values in kept:
-                tensor.copy_(values)
+            for own, values in kept:
+                write_into(own, values)
 
 
 def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name: str) -> None:
@@ -130,8 +153,9 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
         pairs = [(name, tensor) for name, tensor in every if not is_lazy(tensor)]
         # not by load_state_dict, which autograd counts as a change of the caller's parameters
         for name, tensor in pairs:
-            if isinstance(value := values.get(_plain(name)), torch.Tensor):
-                local_part(tensor).copy_(_share_of(value, tensor))
+            value = values.get(_plain(name))
+            if isinstance(value, torch.Tensor) and not write_into(local_part(tensor), _share_of(value, tensor)):
+                raise _refuse_one_place(begin + name, tensor)
     if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in pairs):
         put = {_plain(name) for name, _ in pairs}
         # with what modules put there by hooks of their own

@@ -34,9 +34,12 @@ def pack_traced(program: ExportedProgram, *, archive_format: Literal["pt2", "leg
     try:
         check_archive(packed)
     except PackageError as error:
+        told = str(error).split(": ", 1)[-1].split("; ")[0]
+        advice = "Write this part of forward with other operators"
+        if "custom object" in told:
+            advice = "Let the module hold a plain tensor there, no object of a class of its own"
         raise TraceError(
-            f"the dense arch was traced, but no server would load the program: {str(error).split(': ', 1)[-1].split('; ')[0]}. "
-            "Write this part of forward with other operators"
+            f"the dense arch was traced, but no server would load the program: {told}. {advice}"
         ) from error
     return packed
 

@@ -30,7 +30,8 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
-        ModelError: a parameter that cannot be gathered, with the reason; a scripted module.
+        ModelError: a parameter that cannot be gathered, with the reason; a scripted module; a tensor without values, or of
+            a kind that no program holds.
     """
     scripted = [name or "itself" for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
     if scripted:  # its copy would compute with the original's values, and torch.export traces none
@@ -38,9 +39,35 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
             f"the dense arch is scripted by torch.jit ({scripted[0]}), which torch.export does not trace. Nothing was written. "
             "Give the module as it was before torch.jit.script or torch.jit.trace"
         )
+    refuse_unplain(module)
     with _whole_parameters(module):
         plain = _Copier(module).copy()
     return plain.eval()
+
+
+def refuse_unplain(module: nn.Module) -> None:
+    """Refuse parameters and buffers that are no plain tensors with values. ModelError names the first."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            continue
+        if tensor.device.type == "meta":
+            raise ModelError(
+                f"the dense arch's {name} is on the meta device, so it has no values, and the caller's own model cannot be run "
+                "for comparison. Nothing was written. Build the model on a real device, or call module.to_empty(device='cpu')"
+            )
+        if kind := _unplain_kind(tensor):
+            raise ModelError(
+                f"the dense arch's {name} is a {kind} tensor, which a program is not traced with. Nothing was written. Keep it "
+                "as a plain tensor, and make the other form of it in forward"
+            )
+
+
+def _unplain_kind(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    return "" if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} (not strided)"
 
 
 def move_to(module: nn.Module, device: torch.device) -> None:
@@ -154,7 +181,7 @@ class _Copier:
             if is_lazy(tensor):
                 self._memo[id(tensor)] = copy.deepcopy(tensor)
                 return self._memo[id(tensor)]  # type: ignore[no-any-return]
-            whole = _gather(tensor, owner).clone()
+            whole = _as_plain(_gather(tensor, owner)).clone()
             is_parameter = isinstance(tensor, nn.Parameter)
             new = nn.Parameter(whole, requires_grad=tensor.requires_grad) if is_parameter else whole
             self._memo[id(tensor)] = new
@@ -212,6 +239,20 @@ def _gather(tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor:
         raise ModelError(
             f"a parameter of {type(owner).__name__} is a DTensor that cannot be gathered: {error}"
         ) from error
+
+
+def _as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Take off a subclass that behaves as a tensor does; one with a behaviour of its own stays."""
+    kind = type(tensor)
+    own = [getattr(kind, name, None) for name in ("__torch_function__", "__torch_dispatch__")]
+    if kind is torch.Tensor or own[0] is None or own[1] is not _NO_DISPATCH:
+        return tensor
+    is_default = getattr(own[0], "__func__", own[0]) is _NO_FUNCTION or own[0] is torch._C._disabled_torch_function_impl  # noqa: SLF001
+    return tensor.as_subclass(torch.Tensor) if is_default else tensor
+
+
+_NO_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def _address(tensor: torch.Tensor) -> int:
