@@ -19,6 +19,10 @@ MANIFEST = "manifest.json"
 SAMPLE_ROWS = "sample_rows.json"
 """In the dense folder: table -> [{"id", "row"}] of the ids that rank 0's sample looked up, each with the xxh3-64 of its
 row, or null for an id that the table has not."""
+DEFAULT_ROWS = "default_rows.json"
+"""In the dense folder: table -> xxh3-64 of the row, as it would be stored, that the sample had for ids without a row."""
+OUTPUTS = "outputs_dict.json"
+"""In the dense folder: the model's outputs for the sample by name, in the form of ``inputs_dict.json``."""
 
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1
@@ -208,6 +212,8 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Inputs, dropped ones too, in the order of the sparse arch's mapping, in which the dense arch got them."""
     constants: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     """Entries of that mapping that are no tensors, as Python writes them: they are constants of the program."""
+    torch: str = ""
+    """The version of torch that wrote the folder."""
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,7 +23,13 @@ from dist_export.errors import ConfigError, TraceError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+GRAPH = "graph.txt"
+"""Beside the folder."""
+
 STATE_DICT_NAME = "state_dict.pt"
+MODULE_NAME = "module.py"
+INIT_NAME = "__init__.py"
+INIT_TEXT = "from .module import *\n"
 
 _ASSERTIONS = re.compile(r"(aten\.(_assert\w*|_functional_assert\w*|sym_constrain_range\w*)\.\w+|torch\._check\w*)")
 _INDENT = " " * 4
@@ -49,19 +55,30 @@ def write_fx_folder(exported_program: ExportedProgram, folder: Path, module_name
         ConfigError: ``module_name`` cannot be the name of a class.
         TraceError: The graph holds something other than operators, tensors and subgraphs of those.
     """
+    source, weights = render_fx_module(exported_program, module_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STATE_DICT_NAME
+    with naming_any(str(path)), path.open("wb") as file:  # given a path, torch.save would put its name into the file
+        torch.save(weights, file)
+    for name, text in ((MODULE_NAME, source), (INIT_NAME, INIT_TEXT)):
+        with naming(str(folder / name)):
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def render_fx_module(exported_program: ExportedProgram, module_name: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the text of ``module.py``, and by name the tensors of ``state_dict.pt``, of the class ``module_name``.
+
+    The same program and the same torch give the same text.
+
+    Raises:
+        ConfigError: ``module_name`` cannot be the name of a class.
+        TraceError: The graph holds something other than operators, tensors and subgraphs of those.
+    """
     module = _flatten(exported_program)
     reserved = {"Path", *module.graph.python_code("self").globals}
     if not module_name.isidentifier() or keyword.iskeyword(module_name) or module_name in reserved:
         raise ConfigError(f"{module_name!r} cannot be the name of the exported class; use another Python identifier")
-    source = _render_file(module, module_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: _compact(tensor) for name, tensor in module.state_dict().items()}
-    path = folder / STATE_DICT_NAME
-    with naming_any(str(path)), path.open("wb") as file:  # given a path, torch.save would put its name into the file
-        torch.save(weights, file)
-    for name, text in (("module.py", source), ("__init__.py", "from .module import *\n")):
-        with naming(str(folder / name)):
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    return _render_file(module, module_name), {name: _compact(value) for name, value in module.state_dict().items()}
 
 
 def graph_text(exported_program: ExportedProgram) -> str:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from dist_export.archive.fx_folder import graph_text, write_fx_folder
+from dist_export.archive.fx_folder import GRAPH, graph_text, write_fx_folder
+from dist_export.archive.guard import load_program
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.pack import pack_traced
 from dist_export.dense.trace import TracedDense, output_shapes
 from dist_export.disk import naming
-from dist_export.manifest import SAMPLE_ROWS, DenseEntry, TensorEntry
+from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, TensorEntry
 
 PROGRAM = "exported_model.pt"
 
@@ -34,32 +35,34 @@ def write_dense_folder(
     archive_format: Literal["pt2", "legacy"],
     mc_conf: Mapping[str, Any] | None,
     looked_up: Mapping[str, Mapping[int, str | None]],
+    default_rows: Mapping[str, str],
 ) -> None:
     """Write all files of the dense arch into ``folder``, a local directory.
 
-    ``looked_up``: what the sample found in the tables, as :class:`~dist_export.dense.tables.SampleRows` holds it.
+    Args:
+        looked_up: what the sample found in the tables, as :class:`~dist_export.dense.tables.SampleRows` holds it.
+        default_rows: by table, a hash like those of the row that ids without a row have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
     outputs = [tensor.detach().cpu() for tensor in sample.outputs]
-    _write(folder / PROGRAM, pack_traced(traced.program, archive_format=archive_format))
-    write_fx_folder(traced.program, folder / export_model_name, export_model_name)
-    _write(folder / "graph.txt", graph_text(traced.program).encode())
+    packed = pack_traced(traced.program, archive_format=archive_format)
+    _write(folder / PROGRAM, packed)
+    # an archive may give the parts of a graph other names: whoever makes code of the written program gets this very text
+    served = load_program(packed)
+    write_fx_folder(served, folder / export_model_name, export_model_name)
+    _write(folder / GRAPH, graph_text(served).encode())
     nodes = [
         {"OutputNodeName": name, "dtype": str(tensor.dtype), "shape": list(tensor.shape)}
         for name, tensor in zip(sample.output_names, outputs, strict=True)
     ]
     _write_json(folder / "output_info.json", {"OutputNodes": nodes})
     _write_json(folder / "params_order.json", list(inputs))
-    lite: dict[str, dict[str, Any]] = {
-        name: {"idx": place, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-        for place, (name, tensor) in enumerate(inputs.items())
-    }
+    lite = _describe_all(inputs)
     _write_json(folder / "inputs_dict_lite.json", lite)
-    _write_json(
-        folder / "inputs_dict.json",
-        {name: {**entry, "values": _to_lists(inputs[name])} for name, entry in lite.items()},
-    )
+    _write_json(folder / "inputs_dict.json", _with_values(lite, inputs))
+    by_name = dict(zip(sample.output_names, outputs, strict=True))
+    _write_json(folder / OUTPUTS, _with_values(_describe_all(by_name), by_name))
     _write(folder / "inputs_dict.pkl", _pickled(inputs))
     base = outputs[0] if sample.is_single else tuple(outputs)
     _write(folder / "output_base.pkl", _pickled(base))
@@ -69,6 +72,7 @@ def write_dense_folder(
         for table, rows in sorted(looked_up.items())
     }
     _write_json(folder / SAMPLE_ROWS, kept)
+    _write_json(folder / DEFAULT_ROWS, dict(sorted(default_rows.items())))
 
 
 def describe_dense(
@@ -102,6 +106,7 @@ def describe_dense(
         max_batch_size=max_batch_size,
         input_order=tuple(sample.blocks.tensors),
         constants=dict(sorted(sample.blocks.constants.items())) or msgspec.UNSET,
+        torch=str(torch.__version__),
     )
 
 
@@ -120,6 +125,17 @@ def _pickled(value: Any) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=4).dump(value)
     return buffer.getvalue()
+
+
+def _describe_all(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"idx": place, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+        for place, (name, tensor) in enumerate(tensors.items())
+    }
+
+
+def _with_values(entries: Mapping[str, dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: {**entry, "values": _to_lists(tensors[name])} for name, entry in entries.items()}
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -51,7 +51,7 @@ from dist_export.dense.sample_notes import (
     refuse_lacking,
 )
 from dist_export.dense.state import list_taken, load_dense_parameters
-from dist_export.dense.tables import SampleRows
+from dist_export.dense.tables import SampleRows, hash_row
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.layout.encodings import RowCast
@@ -250,6 +250,7 @@ class DenseStage:
             archive_format=config.archive_format,
             mc_conf=mc_conf,
             looked_up=self._looked_up.rows,
+            default_rows=self._hash_default_rows(),
         )
         self._used = tuple(traced.inputs)
         self.entry = describe_dense(
@@ -270,6 +271,11 @@ class DenseStage:
             max_batch_size=config.max_batch_size,
         )
         self._check_reference(load_program(folder / PROGRAM))
+
+    def _hash_default_rows(self) -> dict[str, str]:
+        finder = self._finder if self._config.need_export_sparse else None
+        names = [] if finder is None else finder.exported_names()
+        return {finder.written_name(name): hash_row(finder.default_row(name)) for name in names if finder is not None}
 
     def _check_reference(self, program: ExportedProgram) -> None:
         """Compare the program with the caller's own model, and add the figures to ``parity``. Rank 0."""

@@ -7,7 +7,7 @@ import numpy as np
 from dist_export.amounts import count as say
 from dist_export.checkpoint.dense_state import load_dense_state
 from dist_export.layout.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
-from dist_export.manifest import MANIFEST, DenseEntry
+from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry
 from dist_export.package.blocks import Blocks
 from dist_export.package.dense_check import check_dense
 from dist_export.package.id_check import IdCounts, Repeats
@@ -143,7 +143,13 @@ def _check_dense_state(survey: Survey) -> None:
 def _check_dense(survey: Survey, entry: DenseEntry) -> None:
     assert survey.package is not None
     assert survey.manifest is not None
-    needed = [entry.program, *(f"{entry.folder}/{name}" for name in ("output_info.json", "params_order.json"))]
+    needed = [
+        entry.program,
+        *(
+            f"{entry.folder}/{name}"
+            for name in ("output_info.json", "params_order.json", SAMPLE_ROWS, DEFAULT_ROWS, OUTPUTS)
+        ),
+    ]
     listed = {file.path for file in survey.manifest.files}
     missing = [name for name in needed if name not in listed]
     if missing:

@@ -12,7 +12,8 @@ import xxhash
 
 from dist_export.errors import DistExportError, PackageError
 from dist_export.layout.recis import EMBEDDING_SLOT
-from dist_export.manifest import SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
+from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
+from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.package import Package
 from dist_export.package.shards import Files
 
@@ -58,6 +59,7 @@ def check_dense(
     try:
         inputs, outputs = _read_sample(folder, entry, findings)
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
+        by_name = _read_named_outputs(folder, entry, findings)
     except DistExportError as error:
         findings.append(str(error))
         return
@@ -71,8 +73,16 @@ def check_dense(
         return
     if len(found) != len(names):
         findings.append(f"{entry.program}: returns {len(found)} outputs, the manifest names {len(names)}")
+    for kind, tensor in zip(entry.inputs, inputs.values(), strict=False):
+        _expect_kind(f"{entry.folder}/inputs_dict.json: input", tensor, kind, findings)
     told = []
-    for name, stated, tensor, base in zip(names, outputs, found, expected, strict=False):
+    for place, (name, stated, tensor, base) in enumerate(zip(names, outputs, found, expected, strict=False)):
+        _expect_kind(f"{entry.program}: output", tensor, entry.outputs[place], findings)
+        if name in by_name and not _is_equal(by_name[name], base):
+            findings.append(
+                f"{entry.folder}/output_base.pkl: output {place} is not what {OUTPUTS} has for {name!r}, which is its name "
+                "in the manifest"
+            )
         if list(tensor.shape) != stated.get("shape") or str(tensor.dtype) != stated.get("dtype"):
             findings.append(
                 f"{entry.program}: output {name!r} is {tensor.dtype} {list(tensor.shape)}, output_info.json says "
@@ -81,8 +91,10 @@ def check_dense(
             continue
         told.append(_compare(entry, package.manifest.parity, name, tensor, base, findings))
     checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
+    check_fx_folder(package, entry, program, findings, checked)
     if package.manifest.tables and looks_up_rows:
         _check_rows(package, entry, findings, checked)
+        _check_default_rows(package, entry, findings)
 
 
 def _compare(
@@ -150,6 +162,26 @@ def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findi
         findings.append(f"{where}: {names}, the manifest says {[tensor.name for tensor in stated]}")
 
 
+def _expect_kind(what: str, tensor: torch.Tensor, stated: TensorEntry, findings: list[str]) -> None:
+    """Compare dtype and shape of a tensor of the sample with the manifest's; sizes that have a name there are free."""
+    is_shape = tensor.dim() == len(stated.shape) and all(
+        isinstance(size, str) or size == found for size, found in zip(stated.shape, tensor.shape, strict=True)
+    )
+    if f"torch.{stated.dtype}" != str(tensor.dtype) or not is_shape:
+        findings.append(
+            f"{what} {stated.name!r} is {tensor.dtype} {list(tensor.shape)}, the manifest says {stated.dtype} "
+            f"[{', '.join(map(str, stated.shape))}]"
+        )
+
+
+def _read_named_outputs(folder: Files, entry: DenseEntry, findings: list[str]) -> dict[str, torch.Tensor]:
+    """Return the sample's outputs by name, as the export wrote them."""
+    where = f"{entry.folder}/{OUTPUTS}"
+    found = _read_json(folder, where, dict[str, _Values])
+    _expect_names(where, list(found), entry.outputs, findings)
+    return {name: _to_tensor(values, f"{where}: output {name!r}") for name, values in found.items()}
+
+
 def _read_outputs(folder: Files, where: str) -> tuple[torch.Tensor, ...]:
     from dist_export.archive.sample_pickle import read_sample_pickle
 
@@ -198,8 +230,6 @@ def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
 def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
     """Look the sample's ids up in the shards: rows that are not those that were scored are found, by table and id."""
     where = f"{entry.folder}/{SAMPLE_ROWS}"
-    if where not in {file.path for file in package.manifest.files}:
-        return  # written before packages had it
     before = len(findings)
     total = there = 0
     for table, rows in _read_json(package.files, where, dict[str, list[_SampleRow]]).items():
@@ -219,6 +249,22 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
     else:
         asked = f"the package has none of its {total:,} ids" if total else "it looked up no id of the package"
         checked.append(f"sample: {asked}, so there was no row to compare")
+
+
+def _check_default_rows(package: Package, entry: DenseEntry, findings: list[str]) -> None:
+    """Compare what lookups give for ids without a row with what the sample had for them."""
+    where = f"{entry.folder}/{DEFAULT_ROWS}"
+    recorded = _read_json(package.files, where, dict[str, str])
+    names = {table.name for table in package.manifest.tables}
+    findings += [
+        f"{where}: {'lacks' if name in names else 'names'} {name!r}, which the manifest {'has' if name in names else 'lacks'}"
+        for name in sorted(names ^ set(recorded))
+    ]
+    findings += [
+        f"{where}: ids that table {name!r} lacks had another row in the sample than the default row in the manifest"
+        for name in sorted(names & set(recorded))
+        if xxhash.xxh3_64_hexdigest(package.default_row(name).tobytes()) != recorded[name]
+    ]
 
 
 def _read_json(directory: Files, name: str, kind: Any) -> Any:

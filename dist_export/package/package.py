@@ -161,6 +161,21 @@ class Package:
             values = widen_bfloat16(values)
         return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
 
+    def default_row(self, table: str) -> np.ndarray:
+        """Return what :meth:`lookup` gives for an id that a table does not hold, as it would be stored: uint8, (row_bytes,).
+
+        PackageError where the table has no embedding of a dtype that is known, or its default row is no row of it.
+        """
+        entry = self.table(table)
+        kept = next((slot for slot in entry.kept if slot.name == EMBEDDING_SLOT and slot.dtype in CODE_BY_TORCH), None)
+        if kept is None:
+            raise PackageError(f"{self.directory.url}: table {table!r} has no embedding that can be read")
+        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * DTYPES[CODE_BY_TORCH[kept.dtype]].itemsize
+        if isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            return np.zeros(row_bytes, np.uint8)
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        return self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
+
     def _encode_default(self, entry: TableEntry, dtype: int, row_bytes: int, encoding: str) -> np.ndarray:
         """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
         assert not isinstance(entry.default_row, (msgspec.UnsetType, str))
