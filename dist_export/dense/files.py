@@ -35,13 +35,13 @@ def write_dense_folder(
     archive_format: Literal["pt2", "legacy"],
     mc_conf: Mapping[str, Any] | None,
     looked_up: Mapping[str, Mapping[int, str | None]],
-    default_rows: Mapping[str, str],
+    default_rows: Mapping[str, str] | None = None,
 ) -> None:
     """Write all files of the dense arch into ``folder``, a local directory.
 
     Args:
         looked_up: what the sample found in the tables, as :class:`~dist_export.dense.tables.SampleRows` holds it.
-        default_rows: by table, a hash like those of the row that ids without a row have.
+        default_rows: by table, a hash like those of the row that ids without a row have; None without tables.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tensor.cpu() for name, tensor in traced.inputs.items()}
@@ -72,7 +72,7 @@ def write_dense_folder(
         for table, rows in sorted(looked_up.items())
     }
     _write_json(folder / SAMPLE_ROWS, kept)
-    _write_json(folder / DEFAULT_ROWS, dict(sorted(default_rows.items())))
+    _write_json(folder / DEFAULT_ROWS, dict(sorted((default_rows or {}).items())))
 
 
 def describe_dense(
