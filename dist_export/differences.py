@@ -74,6 +74,29 @@ def compare(
     )
 
 
+def has_same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of any dtype have the same dtype, shape and values. NaN equals NaN, +0 equals -0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    one, other = _comparable(one), _comparable(other)
+    return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124 -- NaN is itself
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values in a dtype that torch compares: of the newer ones it has little more than casts."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_complex():
+        return torch.view_as_real(
+            tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor.resolve_conj()
+        )
+    if tensor.is_floating_point() and tensor.dtype not in _BITS:
+        return tensor.to(torch.float32)
+    return tensor.view(_SIGNED[tensor.dtype]) if tensor.dtype in _SIGNED and tensor.dim() else tensor
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def usual_sizes(like: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
     """Return the median magnitude of each column (..., float64), of ``like`` where its columns are those of ``expected``.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dist_export.errors import TraceError
 
 if TYPE_CHECKING:
+    import torch
     from torch.export import ExportedProgram
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 8, 7
@@ -159,6 +160,14 @@ SCALAR_TYPES = frozenset({*range(14), 28, 29, 30})
 
 _EXPENDABLE = frozenset({("ExportedProgram", "guards_code"), ("Node", "name")})
 """Later fields that may hold something and still go: checks of the inputs' shapes, and names for debugging."""
+
+
+def has_dtype(dtype: torch.dtype) -> bool:
+    """Whether schema 8.7 has this dtype."""
+    from torch._export.serde.serialize import _TORCH_TO_SERIALIZE_DTYPE
+
+    number = _TORCH_TO_SERIALIZE_DTYPE.get(dtype)
+    return number is not None and int(number) in SCALAR_TYPES
 
 
 def pack_legacy(exported_program: ExportedProgram) -> bytes:

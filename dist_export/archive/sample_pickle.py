@@ -1,6 +1,7 @@
 """Read the pickles of sample tensors in a dense folder without running what a pickle may say.
 
-They are what ``pickle`` makes of tensors: ``torch._utils._rebuild_tensor_v2`` over ``torch.storage._load_from_bytes``.
+They are what ``pickle`` makes of tensors: ``torch._utils._rebuild_tensor_v2`` over ``torch.storage._load_from_bytes``, and
+``_rebuild_tensor_v3``, which names the dtype, for the dtypes that have no storage class (float8, uint16, complex32 and others).
 Only these names are known here, and neither is called: a tensor is made of what is left at the end, once its sizes were
 compared with what its storage holds.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import sys
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ Tensors = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
 
 _MAX_TENSORS = 10_000
 
+_DTYPE = re.compile(r"bool|u?int(8|16|32|64)|b?float16|float(32|64|8_\w+)|complex(32|64|128)")
+
 
 class _Saved(NamedTuple):
     """A storage, as the bytes of a file of ``torch.save``."""
@@ -37,6 +41,8 @@ class _Tensor(NamedTuple):
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    """None takes that of the storage."""
 
 
 def read_sample_pickle(raw: bytes, *, where: str) -> Tensors:
@@ -66,9 +72,12 @@ def _describe(found: Any) -> str:
 def _find(module: str, name: str) -> Global:
     known = {
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+        ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
         ("torch.storage", "_load_from_bytes"): _saved,
         ("collections", "OrderedDict"): _empty_dict,
     }
+    if module == "torch" and _DTYPE.fullmatch(name) and isinstance(vars(torch).get(name), torch.dtype):
+        return Global(name)
     if (module, name) not in known:
         raise PickleError(f"it names {module[:100]!r}, {name[:100]!r}, which no sample needs; it was not run")
     return Global(name, known[module, name])
@@ -95,6 +104,13 @@ def _rebuild(*arguments: Any) -> _Tensor:
     raise PickleError("a tensor has impossible sizes")
 
 
+def _rebuild_v3(*arguments: Any) -> _Tensor:
+    match arguments:
+        case (*_, Global() as dtype) if len(arguments) == 7 and dtype.make is None:
+            return _rebuild(*arguments[:4])._replace(dtype=vars(torch)[dtype.name])
+    raise PickleError("a tensor has no dtype")
+
+
 def _make_all(tensors: list[_Tensor]) -> list[torch.Tensor]:
     if len(tensors) > _MAX_TENSORS:
         raise PickleError(f"it holds {len(tensors):,} tensors")
@@ -106,6 +122,10 @@ def _make(tensor: _Tensor, storages: dict[int, Any]) -> torch.Tensor:
     if id(tensor.saved.raw) not in storages:
         storages[id(tensor.saved.raw)] = _load_storage(tensor.saved.raw)
     flat = storages[id(tensor.saved.raw)]
+    if tensor.dtype is not None:
+        if flat.dtype != torch.uint8:
+            raise PickleError(f"a tensor of {tensor.dtype} lies over a storage of {flat.dtype}")
+        flat = flat[: len(flat) // tensor.dtype.itemsize * tensor.dtype.itemsize].view(tensor.dtype)
     if math.prod(tensor.sizes) > len(flat):  # also one that is spread over few values: a sample is written in full
         raise PickleError(f"a tensor of {math.prod(tensor.sizes):,} values over a storage of {len(flat):,}")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.sizes, tensor.strides, strict=True))

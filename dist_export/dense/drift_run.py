@@ -31,6 +31,7 @@ from dist_export.dense.reference_check import check_reference, describe_other_in
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.tables import SampleRows
+from dist_export.differences import has_same_values
 from dist_export.errors import ConfigError, DistExportError, ModelError, ParityError
 from dist_export.manifest import DriftEntry
 
@@ -324,7 +325,7 @@ class DriftRun:
                     f"{list(whole.shape)}. No manifest was written"
                 )
             self._outputs.setdefault(name, OutputDrift()).add(whole, other)
-            is_apart = is_apart or not torch.equal(whole.cpu(), other.cpu())
+            is_apart = is_apart or not has_same_values(whole, other)
         self._is_cut = rows > limit if not place else self._is_cut
         # a score may depend on all rows of its batch: where the sample was whole, a part of a batch proves nothing
         if is_strict and is_apart and (rows <= limit or self._is_cut):

@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import Blocks
+from dist_export.differences import has_same_values
 from dist_export.errors import ModelError
 
 
@@ -59,7 +60,9 @@ def run_dense_arch(dense_arch: nn.Module, blocks: Blocks, *, export_outputs: Seq
     run_eagerly(dense_arch, blocks)
     before = {name: tensor.detach().clone() for name, tensor in _state_of(dense_arch)}
     output = run_eagerly(dense_arch, blocks)
-    changed = [name for name, tensor in _state_of(dense_arch) if name in before and not _is_same(before[name], tensor)]
+    changed = [
+        name for name, tensor in _state_of(dense_arch) if name in before and not has_same_values(before[name], tensor)
+    ]
     if changed:
         raise ModelError(
             f"the dense arch changes {', '.join(changed)} whenever it runs, in eval mode too; what is served would then "
@@ -129,12 +132,6 @@ def run_eagerly(dense_arch: nn.Module, blocks: Blocks) -> Any:
 
 def _state_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _is_same(before: torch.Tensor, now: torch.Tensor) -> bool:
-    if before.shape != now.shape or before.dtype != now.dtype:
-        return False
-    return bool(((before == now) | ((before != before) & (now != now))).all())  # noqa: PLR0124 -- NaN is itself
 
 
 def _items(output: Any) -> tuple[list[Any] | None, list[Any]]:

@@ -114,7 +114,7 @@ class _Pickler(pickle.Pickler):
     """Pickles tensors so that ``pickle.load`` gives them back, without the address that torch would put in."""
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.storage.TypedStorage):
+        if not isinstance(value, (torch.storage.TypedStorage, torch.storage.UntypedStorage)):
             return NotImplemented
         buffer = io.BytesIO()
         torch.save(value, buffer)

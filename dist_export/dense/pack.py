@@ -9,9 +9,33 @@ import torch
 from torch.export import ExportedProgram
 
 from dist_export.archive.guard import check_archive
+from dist_export.archive.legacy import has_dtype
 from dist_export.archive.pt2 import pack_program
 from dist_export.dense.blame import blame_text, said
-from dist_export.errors import DistExportError, PackageError, TraceError
+from dist_export.dense.eager import DenseSample
+from dist_export.errors import ConfigError, DistExportError, PackageError, TraceError
+
+
+def check_dtypes(sample: DenseSample, archive_format: str) -> None:
+    """Refuse inputs, outputs and values that the archive format has no dtype for. Rank 0, before anything is written.
+
+    What has such a dtype only within forward is found when the program is packed.
+
+    Raises:
+        ConfigError: it names the first.
+    """
+    if archive_format != "legacy":
+        return
+    found = [(f"input {name!r}", tensor) for name, tensor in sample.inputs.items()]
+    found += [(f"output {name!r}", tensor) for name, tensor in zip(sample.output_names, sample.outputs, strict=True)]
+    arch = sample.dense_arch
+    found += [(name, tensor) for name, tensor in (*arch.named_parameters(), *arch.named_buffers())]
+    for name, tensor in found:
+        if not has_dtype(tensor.dtype):
+            raise ConfigError(
+                f"archive_format is 'legacy', which has no {str(tensor.dtype).removeprefix('torch.')}, the dtype of the dense "
+                f"arch's {name}. Use archive_format: pt2, or another dtype"
+            )
 
 
 def pack_traced(program: ExportedProgram, *, archive_format: Literal["pt2", "legacy"]) -> bytes:

@@ -17,7 +17,7 @@ from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import MODEL, Reference
 from dist_export.dense.rounding import Rounding, compare_scores
-from dist_export.differences import Difference, describe_allowed
+from dist_export.differences import Difference, describe_allowed, has_same_values
 from dist_export.errors import ModelError, ParityError
 from dist_export.manifest import FilesParityEntry, ParityEntry
 
@@ -291,9 +291,7 @@ def _is_equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_is_equal, one, other))
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return type(one) is type(other) and bool(one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return bool(torch.equal(one.cpu().nan_to_num(), other.cpu().nan_to_num()))
+    return has_same_values(one, other)
 
 
 def _describe(output: Any) -> str:

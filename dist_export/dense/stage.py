@@ -28,6 +28,7 @@ from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
+from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
@@ -523,6 +524,7 @@ class DenseStage:
         check_dynamic_dims(cut.tensors, self._config.dynamic_dims)
         move_to(copied, device)
         self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+        check_dtypes(sample, self._config.archive_format)
         self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]

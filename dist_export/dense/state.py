@@ -13,6 +13,7 @@ from dist_export.checkpoint.extra_state import UntakenState, is_extra_state
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
 from dist_export.dense.blame import said
 from dist_export.dense.plain_copy import is_lazy
+from dist_export.differences import has_same_values
 from dist_export.errors import ModelError
 
 _SHOWN = 200
@@ -202,7 +203,7 @@ def _torn_ties(expected: Mapping[str, tuple[str, Any]], found: Mapping[str, Any]
             continue
         place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         other = first.setdefault(place, key)
-        if other != key and not torch.equal(found[other].nan_to_num(), found[key].nan_to_num()):
+        if other != key and not has_same_values(found[other], found[key]):
             torn.append(f"{other} and {key}")
     return torn
 

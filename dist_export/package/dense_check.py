@@ -129,6 +129,7 @@ def _read_sample(
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
     from dist_export.archive.sample_pickle import read_sample_pickle
+    from dist_export.differences import has_same_values
 
     full = _read_json(folder, f"{entry.folder}/inputs_dict.json", dict[str, _Values])
     lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json", dict[str, dict[str, Any]])
@@ -152,7 +153,7 @@ def _read_sample(
         bare = {key: value for key, value in full[name].items() if key != "values"}
         if bare != lite.get(name) or bare.get("idx") != place:
             findings.append(f"{entry.folder}/inputs_dict_lite.json: input {name!r} is not as in inputs_dict.json")
-        if isinstance(pickled, dict) and name in pickled and not _is_equal(pickled[name], inputs[name]):
+        if isinstance(pickled, dict) and name in pickled and not has_same_values(pickled[name], inputs[name]):
             findings.append(f"{entry.folder}/inputs_dict.pkl: input {name!r} is not that of inputs_dict.json")
     return inputs, outputs
 
@@ -204,16 +205,6 @@ def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
         return torch.view_as_complex(parts)
     except (ValueError, TypeError, RuntimeError) as error:  # torch's words for values that are no numbers of that shape
         raise PackageError(f"{where} has no values of shape {entry['shape']}: {_first_line(error)}") from None
-
-
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    import torch
-
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.is_complex():
-        one, other = torch.view_as_real(one), torch.view_as_real(other)
-    return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
 
 
 def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:

@@ -169,7 +169,8 @@ def test_what_is_no_plain_tensor_is_refused_before_anything_is_written(make, tol
     torch.save(saved, source / "model.pt")
     with pytest.raises(ModelError, match=told) as caught:
         dist_export.Exporter(
-            Model(dense), "sparse_arch", "dense_arch", tiny_model.build_dataset(7), source, tmp_path / "out", filter_sparse_opt=True
+            Model(dense), "sparse_arch", "dense_arch", tiny_model.build_dataset(7), source, tmp_path / "out",
+            filter_sparse_opt=True,
         ).export()  # fmt: skip
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
