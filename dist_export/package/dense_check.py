@@ -63,6 +63,8 @@ def check_dense(
     except DistExportError as error:
         findings.append(str(error))
         return
+    from dist_export.differences import has_same_values
+
     names = [output.name for output in entry.outputs]
     if len(expected) != len(names):
         findings.append(f"{entry.folder}/output_base.pkl: {len(expected)} outputs, the manifest names {len(names)}")
@@ -78,7 +80,7 @@ def check_dense(
     told = []
     for place, (name, stated, tensor, base) in enumerate(zip(names, outputs, found, expected, strict=False)):
         _expect_kind(f"{entry.program}: output", tensor, entry.outputs[place], findings)
-        if name in by_name and not _is_equal(by_name[name], base):
+        if name in by_name and not has_same_values(by_name[name], base):
             findings.append(
                 f"{entry.folder}/output_base.pkl: output {place} is not what {OUTPUTS} has for {name!r}, which is its name "
                 "in the manifest"
