@@ -38,6 +38,7 @@ from dist_export.dense.reference_check import (
     refuse_other_inputs,
     refuse_other_sample,
 )
+from dist_export.dense.replicas import compare_replicas
 from dist_export.dense.row_check import check_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.rule_check import check_settings
@@ -131,6 +132,7 @@ class DenseStage:
         ranks.gather("clear the gradients", self._clear_gradients)
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
+        notes += compare_replicas(ranks, copied) if self._parameters is None else []
         batches = ranks.gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))
         assert self._batches is not None
