@@ -79,6 +79,8 @@ class Width(NamedTuple):
     """What agrees with it, for people; empty where nothing tells whether it is right."""
     contradiction: str = ""
     """Why the rows cannot be read like this; empty where nothing speaks against it."""
+    missing: str = ""
+    """What would tell the width and is not there; empty where nothing is known to be missing."""
 
 
 def read_stated(documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Stated:
@@ -107,7 +109,7 @@ def find_width(row_bytes: int, state_width: int | None, stated: Stated) -> Width
 
     Args:
         row_bytes: of the values of one key.
-        state_width: float32 values of optimizer state for each key; None where the dump has no optimizer state.
+        state_width: float32 values of optimizer state for each key, 0 where its files are empty; None where there are none.
         stated: of the json files.
     """
     codes = {_parse_dtype(value) for value in stated.dtypes.values()}
@@ -127,7 +129,12 @@ def find_width(row_bytes: int, state_width: int | None, stated: Stated) -> Width
     agrees, contradiction = _judge_state(dim, state_width, stated.opt_type)
     if contradiction:
         return Width(code, dim, (), contradiction)
-    return Width(code, dim, (*confirmed, agrees) if agrees else tuple(confirmed))
+    missing = ""
+    if state_width is None and stated.opt_type in _STATE_DIMS:
+        missing = (
+            f"its optimizer is {stated.opt_type}, whose state would tell, but there are no files of optimizer state"
+        )
+    return Width(code, dim, (*confirmed, agrees) if agrees else tuple(confirmed), missing=missing)
 
 
 def find_score_words(words: int, stated: Stated) -> str:
@@ -166,14 +173,15 @@ def confirm_widths(
         table if table.width_confirmed_by is None else _confirm(table, dims, model_dims, checkpoint.directory.url)
         for table in checkpoint.tables
     )
-    open_ones = [
-        f"{table.name_in_source!r} (float32 [{_dim_of(table)}])" for table in tables if table.width_confirmed_by == ()
-    ]
+    unsure = [table for table in tables if table.width_confirmed_by == ()]
+    open_ones = [f"{table.name_in_source!r} (float32 [{_dim_of(table)}])" for table in unsure]
+    missing = [f"{table.name_in_source!r}: {table.width_missing}" for table in unsure if table.width_missing]
     if not open_ones:
         return replace(checkpoint, tables=tables)
     note = (
         f"the dump does not say how wide the rows of {few(open_ones)} are, and nothing else confirms it: they are read as "
         f"float32, by the sizes of their files. If that is wrong, say so with {SETTING}: {{pattern: dimension}}"
+        + (f". {few(missing)}" if missing else "")
     )
     return replace(checkpoint, tables=tables, warnings=(*checkpoint.warnings, note))
 
@@ -219,8 +227,13 @@ def _dim_of(table: TableMeta) -> int:
 
 def _judge_state(dim: int, width: int | None, opt_type: str | None) -> tuple[str, str]:
     """Return what of the optimizer state confirms a dimension and what contradicts it, one of them empty at least."""
-    if width is None:
+    if width is None or (not width and (opt_type == _NO_STATE or opt_type is None)):
         return "", ""
+    if not width and opt_type in (*_STATE_DIMS, _ROW_WISE):
+        return (
+            "",
+            f"its files of optimizer state are empty, where {opt_type} has {_STATE_DIMS.get(opt_type or '', 0) * dim or 1}",
+        )
     told = f"its optimizer state has {width} float32 for each key"
     if opt_type in _STATE_DIMS:
         expected = _STATE_DIMS[opt_type] * dim

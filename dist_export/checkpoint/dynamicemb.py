@@ -271,7 +271,7 @@ class DynamicEmbReader:
         stated = table.stated
         state = self._row_bytes(table.opt_values, rows, OPTIMIZER_SLOT, 4)
         width = find_width(
-            self._row_bytes(table.values, rows, EMBEDDING_SLOT, 2), state // 4 if state else None, stated
+            self._row_bytes(table.values, rows, EMBEDDING_SLOT, 2), state // 4 if table.opt_values else None, stated
         )
         words = self._row_bytes(table.scores, rows, SCORE_SLOT, 8) // 8
         wrong_scores = find_score_words(words, stated) if table.scores else ""
@@ -299,6 +299,7 @@ class DynamicEmbReader:
             slots=tuple(slots),
             width_confirmed_by=width.confirmed_by,
             contradiction=width.contradiction or wrong_scores,
+            width_missing=width.missing,
         )
         return meta, columns
 

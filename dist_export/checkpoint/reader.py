@@ -196,6 +196,8 @@ class TableMeta:
     """What agrees with the width of the rows, of a source that does not state it; None where the source states it."""
     contradiction: str = ""
     """Of such a table: why its rows cannot be what they seem, so that it cannot be exported; empty where nothing tells."""
+    width_missing: str = ""
+    """Of such a table: what would tell its width and is not there, for people; empty where nothing is known to be missing."""
 
     def stored_slots(self) -> tuple[SlotMeta, ...]:
         """Return the slots that the source stores: numbers that are written as ids are in none of its tensors.

@@ -39,6 +39,9 @@ def stated(opt_type: str | None = None, **more: Any) -> Stated:
         (32, 1, stated("exact_row_wise_adagrad"), ("float32", 8, "")),
         (32, 4, stated("exact_row_wise_adagrad"), ("float32", 8, "")),
         (32, None, stated("sgd"), ("float32", 8, "")),
+        (32, 0, stated("sgd"), ("float32", 8, "")),
+        (32, 0, Stated(), ("float32", 8, "")),
+        (32, 0, stated("lamb"), ("float32", 8, "")),
         (32, None, stated("adam"), ("float32", 8, "")),
         (32, None, Stated(), ("float32", 8, "")),
         (24, 6, Stated(), ("float32", 6, "optimizer state")),
@@ -80,6 +83,8 @@ def test_a_width_that_nothing_contradicts(row_bytes: int, state: int | None, sai
         (32, None, stated(embedding_dim=4.0), "that would be 8 bytes for each value"),
         # what is stated cannot be
         (32, 3, stated("sgd"), "has 3 float32 for each key, where sgd has none"),
+        (32, 0, stated("adam"), "its files of optimizer state are empty, where adam has 16"),
+        (32, 0, stated("exact_row_wise_adagrad"), "are empty, where exact_row_wise_adagrad has 1"),
         (32, 2, stated("exact_row_wise_adagrad"), "where exact_row_wise_adagrad has 1"),
         (32, 16, stated("adam", dtype="bfloat16"), "has 16 float32 for each key, where adam has 32"),
         (32, None, stated(dim=5), "dim of t_opt_args.json is 5"),
@@ -206,6 +211,29 @@ def test_an_optimizer_without_state_leaves_empty_files(tmp_path: Path) -> None:
     (tmp_path / "in" / "t_opt_args.json").write_text('{"opt_type": "sgd", "evict_strategy": "EvictStrategy.KLru"}')
     export(tmp_path / "in", tmp_path / "out")
     assert_exact(tmp_path / "out", {"t": truth_of(rows, *KEPT)}, slots=KEPT)
+
+
+@pytest.mark.parametrize(
+    ("opt_type", "is_told"), [("adam", True), ("exact_adagrad", True), ("sgd", False), ("lamb", False)]
+)
+def test_state_that_the_optimizer_has_and_the_dump_lacks_is_told(opt_type: str, is_told: bool, tmp_path: Path) -> None:
+    """A dump may be made without optimizer state; what would have told the width is named then."""
+    rows = {slot: its for slot, its in make_table(range(20), 4).items() if slot != "opt_values"}
+    write_dump(tmp_path / "in", "t", rows, 2)
+    (tmp_path / "in" / "t_opt_args.json").write_text(json.dumps({"opt_type": opt_type, "lr": 0.1}))
+    notes = " ".join(export(tmp_path / "in", tmp_path / "out").notes)
+    assert "nothing else confirms it" in notes
+    assert (f"'t': its optimizer is {opt_type}, whose state would tell, but there are no files" in notes) is is_told
+    assert export(tmp_path / "in", tmp_path / "sure", dynamicemb_dims={"t": 4}).notes == ()
+
+
+def test_empty_files_of_a_state_that_the_optimizer_has_are_refused(tmp_path: Path) -> None:
+    rows = {**make_table(range(20), 4), "opt_values": np.zeros((20, 0), np.float32)}
+    write_dump(tmp_path / "in", "t", rows, 2)
+    (tmp_path / "in" / "t_opt_args.json").write_text('{"opt_type": "adam"}')
+    with pytest.raises(CheckpointError, match="its files of optimizer state are empty, where adam has 8"):
+        export(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_json_of_a_longer_name_is_of_the_other_table(tmp_path: Path) -> None:
