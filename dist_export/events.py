@@ -27,6 +27,7 @@ EVENTS = {
     "moved": "bytes, units, helped, seconds, retries",
     "table": "table, rows, dropped, bytes",
     "drift": "output, max_abs, mean_abs, pairs, pairs_swapped, not_finite",
+    "drift_not_measured": "reason",
     "registered": "uri",
     "committed": "bytes, digest",
     "failed": "error, exit_code",

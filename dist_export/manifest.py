@@ -313,6 +313,8 @@ class DriftEntry(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, DriftOutputEntry]
     skipped: Count = 0
     """Batches whose blocks have another shape than the program takes, so that it cannot score them."""
+    not_measured: str | msgspec.UnsetType = msgspec.UNSET
+    """Why there are no figures: the model has read rows that the export could not give it, so both sides had its own."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,6 +81,8 @@ class Reporter:
                 seconds=round(mine.seconds, 3),
             )
         if manifest.drift is not None and self._ranks.rank == 0:
+            if manifest.drift.not_measured is not msgspec.UNSET:
+                self._events.add("drift_not_measured", reason=manifest.drift.not_measured)
             for name, output in manifest.drift.outputs.items():
                 self._events.add("drift", output=name, **msgspec.structs.asdict(output))
         for table in manifest.tables if self._ranks.rank == 0 else ():
@@ -204,6 +206,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
         lines.append(f"  parity   largest difference {worst:.2g} at batch sizes {sizes}")
         if (files := manifest.parity.from_files) is not None:
             what = "rows and program as written"
+            if manifest.drift is not None and manifest.drift.not_measured is not msgspec.UNSET:
+                what += ", and rows of the model's own (see the drift)"
             if not files.reads_rows:  # it may be the model's own rows, or a model without tables
                 what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
@@ -267,6 +271,8 @@ def _summarize_read(manifest: Manifest, where: str | None) -> list[str]:
 
 def _say_drift(drift: DriftEntry, counts: dict[str, int]) -> str:
     """Return the drift of the output that drifts most, and what it was measured on."""
+    if drift.not_measured is not msgspec.UNSET:
+        return f"not measured: {drift.not_measured}"
     figures = "none"
     if drift.outputs:
         name, worst = max(drift.outputs.items(), key=lambda item: (item[1].not_finite, item[1].max_abs))

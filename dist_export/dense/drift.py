@@ -51,11 +51,9 @@ class OutputDrift:
             self._sums.append(float(apart.sum()))
         if one.is_complex() or not one.dim() or not one.numel():
             return
-        columns = [tensor.reshape(tensor.shape[0], -1).numpy() for tensor in (one, other)]
-        for place in range(columns[0].shape[1]):
-            pairs, swapped = count_pairs(columns[0][:, place], columns[1][:, place])
-            self._pairs += pairs
-            self._swapped += swapped
+        pairs, swapped = count_pairs(*(tensor.reshape(tensor.shape[0], -1).numpy() for tensor in (one, other)))
+        self._pairs += pairs
+        self._swapped += swapped
 
     def entry(self) -> DriftOutputEntry:
         """Return the figures as the manifest has them."""
@@ -70,35 +68,77 @@ class OutputDrift:
 
 
 def count_pairs(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
-    """Return how many pairs of places differ on both sides, and of how many of these the order is another one.
+    """Return how many pairs of rows within a column differ on both sides, and of how many of these the order is another one.
 
     Args:
-        one: float64, (n,); NaN has no order.
-        other: float64, (n,).
+        one: float64, (rows, columns) or (rows,); NaN has no order.
+        other: the same of the other side.
 
-    O(n log n): sorted by the first side, a pair is swapped where the second side has an inversion (W. R. Knight, 1966).
+    O(n log n) a column: sorted by the first side, a pair is swapped where the second side has an inversion (W. R. Knight, 1966).
+    Many columns go in one call of numpy.
     """
-    has_order = ~(np.isnan(one) | np.isnan(other))
-    one, other = one[has_order], other[has_order]
-    ranks = [np.unique(side, return_inverse=True)[1].reshape(-1) for side in (one, other)]
-    order = np.lexsort((ranks[1], ranks[0]))
-    num = len(one)
-    if num < 2:
+    if not one.size:
         return 0, 0
-    both = np.unique(ranks[0].astype(np.int64) * num + ranks[1], return_inverse=True)[1]
-    pairs = math.comb(num, 2) - _count_ties(ranks[0]) - _count_ties(ranks[1]) + _count_ties(both)
-    return pairs, count_inversions(ranks[1][order])
+    sides = [side.reshape(len(side), -1).T for side in (one, other)]
+    num_columns, num_rows = sides[0].shape
+    step = max(1, _VALUES // max(1, num_rows))
+    pairs, swapped = 0, 0
+    for first in range(0, num_columns, step):
+        found = _count_columns(*(side[first : first + step] for side in sides))
+        pairs, swapped = pairs + found[0], swapped + found[1]
+    return pairs, swapped
 
 
-def count_inversions(ranks: np.ndarray) -> int:
-    """Return how many pairs of places have the larger number in front. Numbers from 0 up, below the count of places.
+_VALUES = 1 << 15
+"""That are counted at once: what numpy makes of them stays in a core's cache."""
 
-    Goes through the bits from the highest: two numbers are told apart at the first bit in which they differ, and until then
+
+def _count_columns(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+    """Return the figures of several columns together: (columns, rows)."""
+    has_order = ~(np.isnan(one) | np.isnan(other))
+    column = np.nonzero(has_order)[0]
+    sizes = np.bincount(column)
+    ranks = [_rank_within(column, sizes, side[has_order]) for side in (one, other)]
+    # no pair of two columns is swapped: the column is the higher part of what is sorted
+    bits = int(one.shape[1]).bit_length()
+    keys = [(column << bits) | rank for rank in ranks]
+    order = np.lexsort((keys[1], keys[0]))
+    both = (keys[0] << bits) | ranks[1]
+    pairs = _count_same(sizes) - sum(_count_ties(key) for key in keys) + _count_ties(both)
+    return pairs, count_inversions(keys[1][order], bits)
+
+
+def _rank_within(column: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return each value's rank within its column (int64, from 0 up, without gaps); equal values have one rank.
+
+    ``column`` (int64, (n,)) rises, and ``sizes`` says how often each column is there.
+    """
+    if not len(values):
+        return np.zeros(0, np.int64)
+    order = np.lexsort((values, column))
+    ordered = values[order]
+    is_further = np.concatenate([[False], ordered[1:] != ordered[:-1]])
+    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
+    is_further[starts] = False
+    rank = np.cumsum(is_further)
+    ranks = np.empty(len(values), np.int64)
+    ranks[order] = rank - np.repeat(rank[starts], sizes[sizes > 0])
+    return ranks
+
+
+def count_inversions(keys: np.ndarray, bits: int) -> int:
+    """Return how many pairs of places have the larger number in front.
+
+    Args:
+        keys: numbers from 0 up (int64, (n,)). Above their lowest ``bits`` bits they rise, so that these tell no inversion.
+        bits: how many bits are looked at.
+
+    Goes through these bits from the highest: two numbers are told apart at the first bit in which they differ, and until then
     they lie in one group. O(n) a bit.
     """
-    values = ranks.astype(np.int64)
+    values = keys.astype(np.int64)
     found = 0
-    for bit in reversed(range(max(1, int(values.max(initial=0)).bit_length()))):
+    for bit in reversed(range(bits if len(values) else 0)):
         ones = (values >> bit) & 1
         ones_before = np.cumsum(ones) - ones
         groups = values >> (bit + 1)
@@ -139,7 +179,11 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one == other) | (one.isnan() & other.isnan())
 
 
-def _count_ties(ranks: np.ndarray) -> int:
+def _count_ties(keys: np.ndarray) -> int:
     """Return how many pairs of places have the same number."""
-    counts = np.bincount(ranks.reshape(-1)).astype(object)
-    return int(sum(n * (n - 1) // 2 for n in counts if n > 1))
+    return _count_same(np.unique(keys, return_counts=True)[1])
+
+
+def _count_same(counts: np.ndarray) -> int:
+    """Return how many pairs there are within groups of so many."""
+    return int(sum(n * (n - 1) // 2 for n in counts[counts > 1].astype(object)))

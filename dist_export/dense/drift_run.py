@@ -30,7 +30,8 @@ from dist_export.dense.reference import Reference, ReferenceRunner, run_with_oth
 from dist_export.dense.reference_check import check_reference, describe_other_inputs
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
-from dist_export.dense.tables import SampleRows
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.unmeasured import Looked, refuse_early, refuse_late, why_unmeasured
 from dist_export.differences import has_same_values
 from dist_export.errors import ConfigError, DistExportError, ModelError, ParityError
 from dist_export.manifest import DriftEntry
@@ -195,6 +196,20 @@ class DriftRun:
             fitting += 1
         return fitting
 
+    def whole_tables(self) -> dict[str, int]:
+        """Return the tables that any batch has read as a whole, each with the number of its rows in the model."""
+        return {whole.table: whole.num_rows for rows in self._looked_up for whole in rows.whole.values()}
+
+    def look_for_gaps(self, sample: SampleRows) -> None:
+        """Refuse a bound for what cannot be measured, by what the ``sample`` has shown. All ranks; nothing is written yet.
+
+        Raises:
+            ModelError: on all ranks.
+        """
+        if self.config.need_export_sparse and self.config.drift_batches:
+            looked = Looked.at([sample], has_asked=any(len(ids) for ids in self.wanted.values()))
+            refuse_early(self.ranks, self.config, why_unmeasured(self.ranks, looked))
+
     def check_names(self, sample: DenseSample) -> None:
         """Refuse bounds for outputs that are not there. Rank 0. ConfigError names them."""
         limits = self.config.max_drift
@@ -223,7 +238,7 @@ class DriftRun:
                 blocks = {} if reads_package else read_blocks(reference.blocks).tensors
                 bare = dataclasses.replace(reference, blocks={}, args=(), kwargs={}, rows=SampleRows())
                 self._kept.append(_Kept(bare, describe_other_inputs(reference), blocks))
-            self._looked_up.append(_without_digests(reference.rows))
+            self._looked_up.append(reference.rows.without_digests())
 
     def score(
         self,
@@ -248,7 +263,7 @@ class DriftRun:
         Raises:
             ParityError: on all ranks, where the program fails on a batch of its shapes or gives other outputs; where no setting
                 changes a row, also for other scores.
-            DriftError: on all ranks, for a drift above ``max_drift``.
+            DriftError: on all ranks, for a drift above ``max_drift``, and for one that cannot be measured.
         """
         programs: list[ExportedProgram] = []
 
@@ -270,9 +285,16 @@ class DriftRun:
                 compare(place, self._kept[place].blocks if blocks is None else blocks.tensors)
 
             self.ranks.on_rank_0("compare with the unmodified model", add)
+            if blocks is not None:
+                self._looked_up.append(rows.without_digests())
         self.batches = []
         if not self._looked_up:
             return None
+        if self.config.need_export_sparse:
+            reason = why_unmeasured(self.ranks, Looked.at(self._looked_up))
+            refuse_late(self.ranks, self.config, reason)
+            if reason:
+                return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)
         outputs = {name: drift.entry() for name, drift in self._outputs.items()}
         self.ranks.on_rank_0("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift))
         return DriftEntry(batches=self._num_batches, rows=self._num_rows, outputs=outputs, skipped=self._num_skipped)
@@ -370,10 +392,3 @@ def _fits(tensor: torch.Tensor | None, traced: torch.Tensor, free: Mapping[int, 
     if tensor is None or tensor.dtype != traced.dtype or tensor.dim() != traced.dim() or not tensor.shape[0]:
         return False
     return all(tensor.shape[d] == traced.shape[d] or d in free for d in range(1, tensor.dim()))
-
-
-def _without_digests(rows: SampleRows) -> SampleRows:
-    """Return the counts alone: the digests of all rows would be there for each batch."""
-    counts = SampleRows()
-    counts.asked, counts.missing, counts.left_behind = rows.asked, rows.missing, rows.left_behind
-    return counts

@@ -40,7 +40,7 @@ def write_dense_folder(
     """Write all files of the dense arch into ``folder``, a local directory.
 
     Args:
-        looked_up: what the sample found in the tables, as :class:`~dist_export.dense.tables.SampleRows` holds it.
+        looked_up: what the sample found in the tables, as :class:`~dist_export.dense.sample_rows.SampleRows` holds it.
         default_rows: by table, a hash like those of the row that ids without a row have; None without tables.
     """
     folder.mkdir(parents=True, exist_ok=True)

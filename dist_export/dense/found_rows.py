@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from dist_export.checkpoint.rows import RowReader
 
 LOCATION_BYTES = 24
 """What a row takes in :class:`LocatedRows`."""
+
+_PIECES = 16
 
 
 class FoundRows(NamedTuple):
@@ -74,3 +77,10 @@ class LocatedRows:
                 reader.read_each_into(values, part, slot.column, rows[its])
                 found[its] = values
         return found
+
+
+def number_pieces(num_rows: int, row_bytes: int, max_bytes: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of rows (int64) in order, a piece at a time: a small part of ``max_bytes``."""
+    step = max(1, max_bytes // _PIECES // max(1, row_bytes))
+    for first in range(0, num_rows, step):
+        yield np.arange(first, min(first + step, num_rows), dtype=np.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
@@ -22,6 +23,7 @@ from dist_export.errors import ModelError
 
 _WEIGHT = "weight"
 _SHARDED = "torchrec.distributed"
+_SCRIPTED_HOLDERS = frozenset({"Embedding", "EmbeddingBag", "ParameterDict", "ParameterList", "Module"})
 
 
 def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -> ModelWeights:
@@ -86,9 +88,27 @@ def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def is_of_library(module: nn.Module) -> bool:
     """Whether a module is of a kind of torch or torchrec, which tells whether it looks rows up."""
+    if isinstance(
+        module, torch.jit.ScriptModule
+    ):  # of any class, which it names; its own class is of torch in any case
+        kind = getattr(module, "original_name", "")
+        return isinstance(getattr(nn, kind, None), type) and kind not in _SCRIPTED_HOLDERS
     is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
     comes_with_it = type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
     return is_collision_module(module) or (comes_with_it and not is_holder)
+
+
+def constants_of(module: nn.Module) -> set[tuple[int, ...]]:
+    """Return the shapes of the matrices that scripted code holds as constants; nothing of a module that is not scripted."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return set()
+    script: Any = module
+    try:
+        found = (node.output() for node in script.graph.findAllNodes("prim::Constant"))
+    except RuntimeError:  # a part whose forward nobody calls has none
+        return set()
+    values = (output.toIValue() for output in found if output.type().kind() == "TensorType")
+    return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.dim() == 2}
 
 
 def _is_embedding(module: nn.Module) -> bool:

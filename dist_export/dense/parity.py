@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from dist_export.dense.blame import blame, said
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.rounding import Rounding, compare_scores
-from dist_export.dense.tables import SampleRows
+from dist_export.dense.sample_rows import SampleRows
 from dist_export.differences import Difference, describe_allowed
 from dist_export.errors import ParityError
 from dist_export.manifest import FilesParityEntry, ParityEntry
@@ -101,6 +101,12 @@ def refuse_other_rows(before: SampleRows, now: SampleRows, target: Directory) ->
             f"{lost[0]} found its rows in the checkpoint, but {target.url} has no table of it. No manifest was written, so "
             "there is no package; run the export again"
         )
+    for table, whole in sorted(before.whole.items()):
+        if table in now.whole and now.whole[table].digest != whole.digest:
+            raise ParityError(
+                f"table {table!r}, which the sparse arch reads as a whole ({whole.how}), has other rows in the shards of "
+                f"{target.url} than in the checkpoint. No manifest was written, so there is no package; run the export again"
+            )
     for table, rows in sorted(before.rows.items()):
         found = now.rows.get(table, {})
         for number, digest in sorted(rows.items()):

@@ -26,14 +26,15 @@ from dist_export.dense.own_parameters import buffers_put_back, put_values, state
 from dist_export.dense.plain_copy import is_lazy, unwrap
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.sample import SAMPLE, copy_containers, eval_mode
-from dist_export.dense.tables import SampleRows, checkpoint_rows
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.tables import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
 
 MODEL = "model"
 ARCHES = "arches"
 
 _PATIENCE_SECS = 20.0
-"""A rank whose model fails alone waits so long for others that read no file: they are in a collective that it has left."""
+"""A rank whose model fails alone waits so long for others that read no file: they may be in a collective that it has left."""
 
 _BEAT_SECS = 0.25
 
@@ -319,7 +320,7 @@ def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
     ``step`` names this run alone within the export.
 
     Raises:
-        ModelError: it gave none here, and others do not come: they wait for this rank in a collective of the model.
+        ModelError: it gave none here, and others do not come: they may wait for this rank in a collective of the model.
     """
     if ranks.world_size == 1:
         return run()
@@ -334,8 +335,9 @@ def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
             ranks.add(f"{step}/heard", 1)  # so that the watchdog sees that this one does not hang
         if time.monotonic() - since > _PATIENCE_SECS:
             raise ModelError(
-                f"{reason}. Other ranks do not come this far: they wait in a collective of the model's forward, so the model "
-                "must fail on every rank or on none"
+                f"{reason}. Of {ranks.world_size:,} ranks {arrived:,} have come this far, this one included; the others have "
+                f"read no file for {_PATIENCE_SECS:g} s. Either they still compute, or they wait for this rank in a collective "
+                "of the model's forward. Give a model that fails on every rank or on none"
             )
         time.sleep(0.02)
         arrived = ranks.add(f"{step}/arrived", 0)

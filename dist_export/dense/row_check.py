@@ -15,6 +15,7 @@ import torch
 
 from dist_export.dense.found_rows import FoundRows
 from dist_export.dense.rows import RowFinder
+from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ParityError
 from dist_export.layout.dtypes import DTYPES
 
@@ -47,6 +48,16 @@ def check_rows(source: RowFinder, written: RowFinder) -> None:
             continue
         common = np.intersect1d(before.ids, now.ids, assume_unique=True)
         _check_table(table, source, written, before.of(common), now.of(common))
+
+
+def check_whole_rows(source: RowFinder, written: RowFinder, sample: SampleRows) -> None:
+    """Compare in the same way the tables that the sample has read whole, a piece at a time. ParityError. Any rank."""
+    for whole in sample.whole.values():
+        if written.has_table(whole.table):
+            for ids in source.pieces(whole.table, whole.num_rows):
+                _check_table(
+                    whole.table, source, written, source.scan(whole.table, ids), written.scan(whole.table, ids)
+                )
 
 
 def check_names(names: Mapping[str, str], rename: Mapping[str, str]) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
 from dist_export.checkpoint.ids import read_ids
 from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.rows import RowReader
-from dist_export.dense.found_rows import FoundRows, LocatedRows
+from dist_export.dense.found_rows import FoundRows, LocatedRows, number_pieces
 from dist_export.errors import ModelError
 from dist_export.layout.encodings import RowCast, encode_values
 from dist_export.layout.recis import EMBEDDING_SLOT, is_in_slice
@@ -40,6 +40,7 @@ class RowFinder:
         only: Callable[[str, np.ndarray], np.ndarray] | None = None,
         sharded: Collection[str] = (),
         pruned: Mapping[str, np.ndarray] | None = None,
+        max_memory_bytes: int = 512 << 20,
     ) -> None:
         """Look at ids only when asked.
 
@@ -58,9 +59,11 @@ class RowFinder:
             sharded: tables of such a model that took no rows in the first run, whatever they look like in the second: FSDP
                 leaves the weights of its outermost module whole after a forward.
             pruned: of such a model, by table the ids whose rows were left behind (int64), as :meth:`pruned_ids` gives them.
+            max_memory_bytes: for the rows of a table that is read whole, which are not kept here.
         """
+        self.max_memory_bytes = max_memory_bytes
         self.sharded = sharded
-        self._casts = casts or {}
+        self._casts = self._served_casts = casts or {}
         self._is_written = is_written
         self._only = only
         self._checkpoint = checkpoint
@@ -148,8 +151,14 @@ class RowFinder:
         """Return all that was found of a table so far, None where nothing was looked up."""
         return self._found.get(self._numbers[table])
 
-    def changes_rows(self) -> bool:
-        """Whether settings change what any lookup so far gives: by a cast, a rule of prune, a choice among duplicates."""
+    def changes_rows(self, whole: Mapping[str, int]) -> bool:
+        """Whether settings change what any lookup so far gives: by a cast, a rule of prune, a choice among duplicates.
+
+        ``whole``: tables that were read as a whole, with the number of rows.
+        """
+        for table, num_rows in whole.items():
+            for ids in self.pieces(table, num_rows):
+                self.find_piece(table, ids)
         if self._replaced:
             return True
         source = self.unmodified()
@@ -222,14 +231,19 @@ class RowFinder:
         return dataclasses.replace(slot, dtype=cast.source, inner_shape=shape, row_bytes=cast.source_bytes)
 
     def default_row(self, table: str) -> np.ndarray:
-        """Return what serving gives for an id that the table lacks: a row (uint8, (bytes,)) like those of :meth:`find`."""
-        slot, cast = self.stored_embedding(table), self._cast_of(table)
+        """Return what serving gives for an id that the table lacks: a row (uint8, (bytes,)) like those of :meth:`find`.
+
+        The source's own rows are the unmodified ones, but it has none for such an id: also beside them it is serving's, as the
+        cast rounds it.
+        """
+        slot, cast, served = self.stored_embedding(table), self._cast_of(table), self._served_cast_of(table)
         default = self._checkpoint.tables[self._numbers[table]].default_row
         if default is None or isinstance(default, str):
             return np.zeros(slot.row_bytes if cast is None else cast.target_bytes, np.uint8)
-        return (
-            encode_values(default, slot.dtype) if cast is None else encode_values(default, cast.target, cast.encoding)
-        )
+        if served is None:
+            return encode_values(default, slot.dtype)
+        row = encode_values(default, served.target, served.encoding)
+        return row if cast is not None else served.decode(row[None])[0]
 
     def rows_by_number(self, table: str) -> int | None:
         """Return how many rows a table has whose source stores no ids, so that its rows are those of a module; else None."""
@@ -287,6 +301,33 @@ class RowFinder:
         left = int(np.count_nonzero(answer.is_pruned & ~answer.is_kept))
         self.left_behind[self._checkpoint.tables[number].name] += left
         return answer.is_kept, self._encode(table, answer.kept)
+
+    def pieces(self, table: str, num_rows: int) -> Iterator[np.ndarray]:
+        """Yield the numbers of all rows in order, as many at once as fit into the memory budget with room to spare."""
+        row_bytes = max(self.embedding_of(table).row_bytes, self.stored_embedding(table).row_bytes)
+        return number_pieces(num_rows, row_bytes, self.max_memory_bytes)
+
+    def find_piece(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what :meth:`find` does, and which of the ids rules leave behind (bool, (n,)); nothing of it is kept.
+
+        Of a model in memory other ids than this rank's are found, too: what is put into a weight can be taken out again.
+        """
+        found = self.scan(table, ids)
+        if self._is_unmodified:
+            return found.has_row, found.rows, np.zeros(len(ids), bool)
+        rows = self._encode(table, found.kept)
+        if not self._is_written and table not in self._replaced:
+            own = np.where(found.has_row[:, None], found.rows, self.unmodified().default_row(table))
+            now = np.where(found.is_kept[:, None], rows, self.default_row(table))
+            if (self.decode(table, now) != own).any():
+                self._replaced.add(table)
+        return found.is_kept, rows, found.is_pruned & ~found.is_kept
+
+    def scan(self, table: str, ids: np.ndarray) -> FoundRows:
+        """Return all that a table holds of ids (int64, sorted, without duplicates), without keeping it."""
+        view = copy.copy(self)
+        view.located = LocatedRows(self._checkpoint)  # of whole tables nothing is kept
+        return view._scan(self._numbers[table], self.stored_embedding(table), ids)  # noqa: SLF001 -- of this very class
 
     def _scan(self, number: int, slot: SlotMeta, ids: np.ndarray) -> FoundRows:
         found = FoundRows.nothing(ids, slot.row_bytes)
@@ -366,6 +407,9 @@ class RowFinder:
 
     def _cast_of(self, table: str) -> RowCast | None:
         return self._casts.get(self.written_name(table))
+
+    def _served_cast_of(self, table: str) -> RowCast | None:
+        return self._served_casts.get(self.written_name(table))
 
     def _encode(self, table: str, rows: np.ndarray) -> np.ndarray:
         cast = self._cast_of(table)

@@ -19,7 +19,8 @@ from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.tables import SampleRows, checkpoint_rows
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.tables import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
 
 SAMPLE_ROWS = 128
@@ -205,8 +206,10 @@ def _slots_of(kind: type) -> list[str]:
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put all modules into eval mode within this block, and back into their own afterwards."""
-    training = [(child, child.training) for child in module.modules()]
-    module.eval()
+    # torch.jit.freeze takes the mode away, and with it the way to change it
+    training = [(child, child.training) for child in module.modules() if hasattr(child, "training")]
+    if hasattr(module, "training"):
+        module.eval()
     try:
         yield
     finally:

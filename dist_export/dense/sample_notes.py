@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dist_export.amounts import count, few
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.tables import SampleRows
+from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
 
 
@@ -20,7 +20,13 @@ def note_rows(rows: SampleRows, finder: RowFinder | None, *, has_checkpoint: boo
     if finder is None:
         if has_checkpoint:
             notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
-    elif finder.table_names() and not rows.sharded_tables and not is_asked and not rows.unknown_tables:
+    elif (
+        finder.table_names()
+        and not rows.sharded_tables
+        and not is_asked
+        and not rows.unknown_tables
+        and not rows.unseen
+    ):
         notes.append(
             "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
             "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"
@@ -40,6 +46,15 @@ def note_rows(rows: SampleRows, finder: RowFinder | None, *, has_checkpoint: boo
     notes += [
         f"{name} is sharded in memory: the sample used the model's own rows, before and after the export"
         for name in rows.sharded_tables
+    ]
+    notes += [
+        f"of table {name!r} the sample used the model's own rows, before and after the export: {why}"
+        for name, why in sorted(rows.unseen.items())
+    ]
+    notes += [
+        f"table {name!r} is read as a whole by the sparse arch ({whole.how}): the sample has all of its rows, and none of them "
+        "counts as an id that was looked up"
+        for name, whole in sorted(rows.whole.items())
     ]
     return notes
 

@@ -39,7 +39,7 @@ from dist_export.dense.reference_check import (
     refuse_other_sample,
 )
 from dist_export.dense.replicas import compare_replicas
-from dist_export.dense.row_check import check_rows
+from dist_export.dense.row_check import check_rows, check_whole_rows
 from dist_export.dense.rows import RowFinder
 from dist_export.dense.rule_check import check_settings
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
@@ -52,8 +52,8 @@ from dist_export.dense.sample_notes import (
     refuse_foreign_tables,
     refuse_lacking,
 )
+from dist_export.dense.sample_rows import SampleRows, hash_row
 from dist_export.dense.state import list_taken, load_dense_parameters
-from dist_export.dense.tables import SampleRows, hash_row
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.layout.encodings import RowCast
@@ -141,7 +141,10 @@ class DenseStage:
         finder = None
         if checkpoint is not None:
             names = self._names_of(checkpoint)
-            finder = RowFinder(checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts)
+            budget = self._config.max_memory_bytes
+            finder = RowFinder(
+                checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts, max_memory_bytes=budget
+            )
         self._finder = finder
         with self._sparse_values() as put:
             return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
@@ -184,6 +187,7 @@ class DenseStage:
                 dict(rows.missing),
                 dict(rows.left_behind),
                 rows.left_to_model,
+                bool(rows.whole),
                 rows.knows_a_table,
             ),
         )
@@ -203,9 +207,15 @@ class DenseStage:
             tables, is_any_known = finder.table_names(), any(its[-1] for its in counted)
             refuse = functools.partial(refuse_foreign_tables, tables, rows, is_any_known=is_any_known)
             ranks.run("match the model's tables", lambda: refuse(sparse_model_name=config.sparse_model_name))
+        self._drift.look_for_gaps(rows)
         left = left_behind.total()
-        notes += note_rows(rows, finder, has_checkpoint=self._parameters is not None, is_asked=bool(asked))
-        notes += note_pruned(left, sum(its[-2] for its in counted)) if left else []
+        notes += note_rows(
+            rows,
+            finder,
+            has_checkpoint=self._parameters is not None,
+            is_asked=bool(asked or any(its[-2] for its in counted)),
+        )
+        notes += note_pruned(left, sum(its[3] for its in counted)) if left else []
         outlines = gather_outlines(
             ranks,
             sparse_arch,
@@ -237,7 +247,8 @@ class DenseStage:
             self._drift.run_unmodified(self._reference, runner, own_rows, reads_package=config.need_export_sparse)
         if finder is not None:
             self._pruned = finder.pruned_ids()
-            self._changes_rows = any(ranks.gather("look for changed rows", finder.changes_rows))
+            whole = self._drift.whole_tables()
+            self._changes_rows = any(ranks.gather("look for changed rows", lambda: finder.changes_rows(whole)))
         return [*ranks.on_rank_0("look at the reference", self._look_at_reference), *self._drift.notes]
 
     def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
@@ -346,6 +357,7 @@ class DenseStage:
         if self._finder is not None:
             check_settings(self._config, self._finder, written, entries, lists)
             check_rows(self._finder, written)
+            check_whole_rows(self._finder, written, self._looked_up)
 
     def _score(
         self, written: Checkpoint | None, target: Directory, check_rows: Callable[[SampleRows, RowFinder], None]
@@ -368,6 +380,7 @@ class DenseStage:
                 only=self._is_own_row if self._parameters is None else None,
                 sharded=self._looked_up.sharded_tables,
                 pruned=self._pruned,
+                max_memory_bytes=self._config.max_memory_bytes,
             )
             wanted = self._drift.wanted
             if self._parameters is None:  # of a model in memory, what another rank holds is not looked for

@@ -273,13 +273,27 @@ def export_sharded(rank: int, out: Path) -> dict[str, Any]:
     """Both tables under ``fully_shard``, so that the sample takes no row of the files."""
     del rank
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = Mixed()
-    model.sparse_arch = Sharding()
-    fully_shard(model.sparse_arch.city, mesh=mesh)
     batch = {"city": torch.arange(5)}
-    manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export()
+
+    def exporter_of(where: Path, **settings: Any) -> dist_export.Exporter:
+        model = Mixed()  # a new one: FSDP leaves the weights of its outermost module whole after a forward
+        model.sparse_arch = Sharding()
+        fully_shard(model.sparse_arch.city, mesh=mesh)
+        return dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, where, **settings)
+
+    manifest = exporter_of(out).export()
     assert manifest.parity is not None
-    return {"parity": manifest.parity.from_files, "notes": manifest.notes, "summary": summarize(manifest, [], "out")}
+    bounded = out.with_name("bounded")
+    with pytest.raises(DistExportError) as caught:
+        exporter_of(bounded, max_drift=1.0).export()
+    assert not bounded.exists()
+    return {
+        "parity": manifest.parity.from_files,
+        "notes": manifest.notes,
+        "summary": summarize(manifest, [], "out"),
+        "drift": manifest.drift,
+        "refused": (caught.value.exit_code, str(caught.value)),
+    }
 
 
 class Sharding(nn.Module):
@@ -295,6 +309,10 @@ class Sharding(nn.Module):
 def test_a_model_whose_tables_are_all_sharded_claims_no_written_rows(tmp_path: Path) -> None:
     found = run_ranks(export_sharded, 2, tmp_path / "store", tmp_path / "out")[0]
     assert not found["parity"].reads_rows
+    assert found["drift"].not_measured == "sparse_arch.city.weight of the model in memory is sharded, and takes no rows"
+    assert (found["drift"].batches, found["drift"].outputs) == (0, {})
+    assert found["refused"][0] == 2
+    assert "max_drift bounds the drift, which cannot be measured: sparse_arch.city.weight" in found["refused"][1]
     assert "sharded in memory" in " ".join(found["notes"])
     summary = "\n".join(found["summary"])
     assert "with the program as written, no row from the shards: largest difference" in summary

@@ -53,7 +53,35 @@ def test_pairs_of_many_rows_fit() -> None:
     assert count_pairs(one, one) == (math.comb(num, 2), 0)
     assert count_pairs(one, -one) == (math.comb(num, 2), math.comb(num, 2))
     assert count_pairs(one, np.zeros(num)) == (0, 0)
-    assert count_inversions(np.array([], np.int64)) == 0
+    assert count_inversions(np.array([], np.int64), 3) == 0
+    assert count_pairs(np.zeros((0, 3)), np.zeros((0, 3))) == count_pairs(np.zeros((3, 0)), np.zeros((3, 0))) == (0, 0)
+
+
+@pytest.mark.parametrize("values", [7, 40, 1 << 15])
+@pytest.mark.parametrize("seed", range(6))
+def test_columns_that_are_counted_together_give_what_each_gives(seed: int, values: int, monkeypatch) -> None:
+    """Pairs of two columns are none; columns of few values, of one, of NaN alone, and of ties lie side by side."""
+    monkeypatch.setattr("dist_export.dense.drift._VALUES", values)
+    random = np.random.default_rng(seed)
+    one, other = (random.integers(0, 4, (9, 13)).astype(float) for _ in range(2))
+    one[:, 2], other[:, 4] = NAN, NAN
+    one[1:, 6], one[:, 8], one[0, :], other[5, 9] = NAN, 3.0, INF, -INF
+    expected = [by_definition(one[:, c], other[:, c]) for c in range(13)]
+    assert count_pairs(one, other) == tuple(map(sum, zip(*expected, strict=True)))
+
+
+def test_a_wide_output_is_no_call_for_each_column(monkeypatch) -> None:
+    calls = []
+
+    def count(keys: np.ndarray, bits: int) -> int:
+        calls.append(len(keys))
+        return count_inversions(keys, bits)
+
+    monkeypatch.setattr("dist_export.dense.drift.count_inversions", count)
+    one = np.random.default_rng(1).normal(size=(5, 4096))
+    assert count_pairs(one, -one) == (4096 * 10, 4096 * 10)
+    assert sum(calls) == one.size
+    assert len(calls) <= 2
 
 
 def figures(*batches):

@@ -125,6 +125,25 @@ def test_a_cast_drifts_by_its_rounding(tmp_path: Path) -> None:
     check(manifest.drift, wanted)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_id_without_a_row_has_servings_row_on_both_sides_as_the_cast_rounds_it(dtype, tmp_path: Path) -> None:
+    """A pruned one does not: its own row is unmodified, and the package has the default row."""
+    default, gone = [0.1, -0.37, 1.0 / 3, 0.7], USER_IDS[2]
+    (tmp_path / "deny.txt").write_text(f"{gone}\n")
+    settings = {
+        "dtype": {"user_emb": dtype},
+        "default_row": {"user_emb": default},
+        "prune": [{"tables": "user_emb", "deny": str(tmp_path / "deny.txt")}],
+    }
+    manifest = export(tmp_path, [batch_of([UNKNOWN] * 3)], **settings)
+    assert (manifest.drift.outputs["ctr"].max_abs, manifest.drift.outputs["like"].max_abs) == (0.0, 0.0)
+    served = dist_export.open_package(tmp_path / "out").lookup("user_emb", [UNKNOWN])[0][0]
+    assert not np.array_equal(served, np.array(default, np.float32)), "nothing is rounded"
+    data = [batch_of([UNKNOWN, gone])]
+    manifest = export(tmp_path, data, overwrite=True, **settings)
+    check(manifest.drift, expected(data, lambda _: served, lambda i: USERS.get(i, served)))
+
+
 def test_ids_without_a_row_have_the_default_row_in_hash_tables_and_none_is_left_there(tmp_path: Path) -> None:
     model = tiny_model.build_model()
     manifest = export(

@@ -10,7 +10,7 @@ import torch
 from test_drift_export import ITEM_IDS, USER_IDS, batch_of, batches, export
 from torch import nn
 
-from dist_export.dense import tables
+from dist_export.dense import hash_feed
 from dist_export.errors import ParityError
 
 WRONG = r"'ctr': the written program on batch 2 differs from the dense arch in model\(batch\)"
@@ -79,7 +79,7 @@ def test_the_error_says_what_the_model_does_between_its_arches(tmp_path: Path) -
 
 def test_rows_of_a_later_batch_that_the_package_gives_otherwise_fail_the_export(tmp_path: Path, monkeypatch) -> None:
     """Ids that the sample has not, so that no row of the sample tells."""
-    real = tables._HashFeed._insert
+    real = hash_feed.HashFeed._insert
 
     def insert(self, name, held, rows):
         is_written = self._finder._is_written
@@ -87,7 +87,7 @@ def test_rows_of_a_later_batch_that_the_package_gives_otherwise_fail_the_export(
             self, name, held, torch.where(torch.from_numpy(held == USER_IDS[9])[:, None] & is_written, -rows, rows)
         )
 
-    monkeypatch.setattr(tables._HashFeed, "_insert", insert)
+    monkeypatch.setattr(hash_feed.HashFeed, "_insert", insert)
     with pytest.raises(ParityError, match=WRONG):
         export(tmp_path, data(1.0), model=model_of())
 

@@ -123,14 +123,6 @@ def test_the_drift_of_such_a_table_is_seen(tmp_path: Path) -> None:
     assert manifest.drift.outputs["torch_output_0"].max_abs > 0
 
 
-def test_a_table_that_no_module_looks_up_and_is_too_large_for_the_sample_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dist_export.dense.tables._MAX_WHOLE_ROWS", ROWS - 1)
-    with pytest.raises(ModelError, match=r"'sparse_arch.item' is a parameter .* no embedding module looks rows up in"):
-        export(tmp_path, Model("parameter", 2), Model("parameter", 1))
-
-
 def test_layers_of_the_sparse_arch_have_the_trained_values_in_the_scores(tmp_path: Path) -> None:
     trained, fresh = Model("layers", 1), Model("layers", 2)
     before = {name: value.clone() for name, value in fresh.state_dict().items()}

@@ -21,7 +21,8 @@ from torch import nn
 import dist_export
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.dense.rows import RowFinder
-from dist_export.dense.tables import SampleRows, checkpoint_rows
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.tables import checkpoint_rows
 from dist_export.errors import CheckpointError, ModelError, ParityError
 from dist_export.package.verify import verify
 from dist_export.storage import Directory

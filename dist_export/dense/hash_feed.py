@@ -1,0 +1,226 @@
+"""Put rows of the checkpoint into the hash tables of a model just before it looks them up.
+
+A hash table is a module with the surface of RecIS's: ``ids()``, ``insert(ids, embeddings)`` and ``forward(ids)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_export.dense.blame import said
+from dist_export.dense.feeds import Feed
+from dist_export.dense.reads import TableReads
+from dist_export.dense.rows import RowFinder
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.errors import ModelError
+from dist_export.layout.recis import CHILD_BITS
+
+_ID_MASK = (1 << CHILD_BITS) - 1
+_RUN_IDS = 1 << 20
+
+
+class HashFeed(Feed):
+    """Feeds a hash table through ``insert``. What it lacks is put into its answer, for no id can be taken out again."""
+
+    puts_default = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        finder: RowFinder,
+        counts: SampleRows,
+        undo: list[Callable[[], None]],
+        busy: set[str],
+    ) -> None:
+        """``busy`` has the tables that are being looked up, and is shared: a table may be wrapped by one of its name."""
+        super().__init__(finder, counts, undo, type(module).__name__)
+        self._module = module
+        children = list(getattr(module, "children_hashtable", None) or [])
+        is_coalesced = getattr(module, "coalesce", len(children) > 1)
+        self._children = children if is_coalesced and children else None
+        self.tables: list[str] = self._children or [_name_of(module, path)]
+        for name in self.tables:
+            if not finder.has_table(name):
+                raise ModelError(
+                    f"the model's table {name!r} ({path}) is not in the checkpoint, which has "
+                    f"{', '.join(finder.table_names()) or 'none'}"
+                )
+        self._path = path
+        self._lacking: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Ids as the module is asked for them (int64, (n,)), and the row that it gives for them."""
+        self._lookup: Callable[..., Any] = module.forward
+        """The module's own."""
+        self._busy = busy
+        self._reads: TableReads | None = None
+
+    def lookup(self, *args: Any, **kwargs: Any) -> Any:
+        """Feed, and look up as the module does; in the place of its ``forward``, which code may call by itself, too."""
+        if self._is_busy:
+            return self._lookup(*args, **kwargs)
+        with self._by_itself():
+            new = self.new_of(self.numbers_of(self.ids_of(args, kwargs)))
+            if len(new):
+                with torch.no_grad():
+                    self.feed(new)
+                if self._reads is not None:
+                    self.watch(self._reads)
+            return self.fill(args, kwargs, self._lookup(*args, **kwargs))
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether one of the module's methods is called, by itself or by us."""
+        return not self._busy.isdisjoint(self.tables)
+
+    @contextlib.contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        before = set(self._busy)
+        self._busy.update(self.tables)
+        try:
+            yield
+        finally:
+            self._busy.intersection_update(before)
+
+    def take_over(self, undo: list[Callable[[], None]]) -> None:
+        """Stand before the module's methods; ``undo`` gets what gives them back."""
+        own: Any = self._module
+
+        def put(name: str, method: Callable[..., Any]) -> None:
+            before = vars(own).get(name, self)
+            object.__setattr__(own, name, method)
+            undo.append(
+                lambda: object.__delattr__(own, name) if before is self else object.__setattr__(own, name, before)
+            )
+
+        put("forward", self.lookup)
+        for name in _methods_of(type(own)):
+            put(name, functools.partial(self._watch, getattr(own, name), name))
+
+    def _watch(self, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call another method of the module, which may give its rows to whoever calls it."""
+        if not self._is_busy:
+            self.note_unseen(f"{name}()")
+        with self._by_itself():
+            return method(*args, **kwargs)
+
+    def note_unseen(self, how: str) -> None:
+        """Note that rows are read in a way that cannot be fed. What a table reads by itself may be another one's memory."""
+        if self._busy:
+            return
+        for table in self.tables:
+            self._counts.unseen[table] = (
+                f"it is a hash table that the sparse arch reads by {how}, not by looking ids up"
+            )
+
+    def watch(self, reads: TableReads) -> None:
+        """Let code that reads the module's memory past its methods be seen, also after rows were put in."""
+        self._reads = reads
+        reads.forget(self.note_unseen)
+        for tensor in self._memory():
+            reads.watch_memory(tensor, self.note_unseen)
+
+    def _memory(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that the module holds, as far as Python shows them."""
+        holders = [vars(self._module), self._module._parameters, self._module._buffers]  # noqa: SLF001 -- its memory
+        for value in itertools.chain.from_iterable(holder.values() for holder in holders):
+            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+            yield from (item for item in inner if isinstance(item, torch.Tensor) and item.is_floating_point())
+
+    def feed(self, ids: np.ndarray) -> None:
+        """Insert the rows of these ids, as the module is asked for them."""
+        if self._children is None:
+            self._feed_table(_name_of(self._module, self._path), ids, 0)
+            return
+        child_of_id = (ids.view(np.uint64) >> np.uint64(CHILD_BITS)).astype(np.int64)
+        for child in np.unique(child_of_id).tolist():
+            if child >= len(self._children):
+                raise ModelError(
+                    f"the coalesced table {self._path} was asked for child {child}, but has {len(self._children)}: "
+                    f"{self._children}"
+                )
+            bare = np.sort(ids[child_of_id == child] & _ID_MASK)
+            self._feed_table(self._children[child], bare, np.uint64(child << CHILD_BITS).astype(np.int64))
+
+    def _feed_table(self, name: str, ids: np.ndarray, high: Any) -> None:
+        """Feed one table; ``high`` is what the module's own ids have above the bits of these (int64)."""
+        if self._finder.is_recording:
+            self._finder.record(name, ids)
+            return
+        held, rows, lacking = self.rows_of(name, ids)
+        self._insert(name, held | high, rows)
+        if len(lacking):
+            default = self.values_of(name, self._finder.default_row(name)[None])[0]
+            self._lacking.append((torch.from_numpy(lacking | high), default))
+
+    def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put the default row in the place of what the table gives for ids without a row, as serving does."""
+        ids = self.ids_of(args, kwargs)
+        for lacking, default in self._lacking:
+            is_lacking = torch.isin(ids, lacking.to(ids.device, ids.dtype))
+            if not isinstance(output, torch.Tensor) or output.shape != (*ids.shape, *default.shape):
+                self._counts.left_to_model += int(is_lacking.sum())  # it does more than look rows up
+                continue
+            where = is_lacking.reshape(*ids.shape, *[1] * default.dim())
+            output = torch.where(where, default.to(output), output)
+        return output
+
+    def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
+        if not len(held):
+            return
+        module: Any = self._module
+        live = module.ids()
+        device = live.device
+        ids = torch.from_numpy(np.ascontiguousarray(held)).to(device)
+        is_live = torch.zeros_like(ids, dtype=torch.bool)
+        for some in live.reshape(-1).split(_RUN_IDS):  # isin sorts what it is given, so never all of a table
+            is_live |= torch.isin(ids, some)
+        known = ids[is_live]
+        if len(known):
+            before = self._lookup(known).detach().clone()
+            self._check_width(name, before, rows)
+            self._undo.append(lambda: module.insert(known, before.to(device)))
+        try:
+            module.insert(ids, rows.to(device))
+        except Exception as error:
+            raise ModelError(
+                f"table {name!r}: {self._path} does not take the checkpoint's rows, {rows.dtype} {list(rows.shape[1:])}: "
+                f"{said(error)}"
+            ) from error
+        self._check_width(name, self._lookup(ids[:1]), rows)
+
+    def _check_width(self, name: str, own: torch.Tensor, rows: torch.Tensor) -> None:
+        if own.shape[1:] != rows.shape[1:]:
+            raise ModelError(
+                f"table {name!r} has rows of {list(rows.shape[1:])} in the checkpoint, the model's ({self._path}) are "
+                f"{list(own.shape[1:])}"
+            )
+
+
+def _methods_of(kind: type) -> list[str]:
+    """Return the public methods that a class adds to ``nn.Module``, without those by which a table is fed."""
+    names = {
+        name
+        for base in kind.__mro__
+        if base is not object and not issubclass(nn.Module, base)
+        for name, value in vars(base).items()
+        if isinstance(value, types.FunctionType) and not name.startswith("_")
+    }
+    return sorted(name for name in names if not hasattr(nn.Module, name) and name != "insert")
+
+
+def _name_of(module: Any, path: str) -> str:
+    name = getattr(module, "name", None)
+    if not isinstance(name, str):
+        name = getattr(module, "_name", None)
+    if not isinstance(name, str):
+        raise ModelError(f"the table at {path} has neither a name nor a _name, so its rows cannot be found")
+    return name
