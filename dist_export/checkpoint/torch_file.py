@@ -95,8 +95,10 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
     if members.numbered:
         told = ", ".join(path or "the file itself" for path in members.numbered)
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
-    rest = (*_list_numbered(members, where, most), *members.odd)
-    by_reason = {why: [its.name for its in members.odd if its.kind == why] for why in (_ARRAY, _ODD_KEY)}
+    of_optimizers, further = _list_of_optimizers(members, where, most)
+    odd = (*members.odd, *further)
+    rest = (*of_optimizers, *odd)
+    by_reason = {why: [its.name for its in odd if its.kind == why] for why in (_ARRAY, _ODD_KEY)}
     notes += [f"not read: {few(names)}: {why}" for why, names in by_reason.items() if names]
     lost = [its for key, (_, its) in archive.storages.items() if its and key not in members.storages]
     if lost and "" not in members.storages:
@@ -126,11 +128,15 @@ def read_extra_states(
     return found
 
 
-def _list_numbered(members: _Members, where: str, most: int) -> list[OtherTensor]:
-    """Return the tensors of optimizers whose state goes by number."""
+def _list_of_optimizers(members: _Members, where: str, most: int) -> tuple[list[OtherTensor], list[OtherTensor]]:
+    """Return the tensors of optimizers that no table can have, and what is odd there.
+
+    That is state by number, and what is in ``param_groups``.
+    """
     states = {f"{path}.state".lstrip("."): state for path, state in members.numbered.items()}
-    found = _Members(where, most, is_all=True, storages=members.storages).walk(states)
-    return [other_tensor(".".join(path), tensor.dtype, tensor.shape, STATE) for path, tensor in found]
+    every = _Members(where, most, is_all=True, storages=members.storages)
+    found = [*every.walk(states), *every.walk(members.groups)]
+    return [other_tensor(".".join(path), tensor.dtype, tensor.shape, STATE) for path, tensor in found], every.odd
 
 
 def _is_list_of_states(root: Any) -> bool:
@@ -194,6 +200,8 @@ class _Members:
         self._is_all = is_all
         self.numbered: dict[str, Any] = {}
         """Path of an optimizer -> its state, where that goes by number."""
+        self.groups: dict[str, Any] = {}
+        """Path of an optimizer's ``param_groups`` -> these: a learning rate may be a tensor."""
         self.storages: set[str] = set() if storages is None else storages
         """Keys of the storages that tensors lie in; an empty one where a tensor cannot be read, which tells no storage."""
         self.odd: list[OtherTensor] = []
@@ -222,10 +230,14 @@ class _Members:
                 )
             yield path, tensor
         elif _is_optimizer(value) and not self._is_all:
+            self.groups[".".join(self._join(path, "param_groups"))] = value["param_groups"]
             if all(isinstance(key, str) for key in value["state"]):
                 yield from self._walk((*path, "state"), value["state"])
             else:
                 self.numbered[".".join(path)] = value["state"]
+            yield from self._walk(
+                path, {key: its for key, its in value.items() if key not in ("state", "param_groups")}
+            )
         elif type(value) in (dict, list, tuple):
             for key, member in value.items() if type(value) is dict else enumerate(value):
                 if isinstance(member, (str, int, float, type(None))):

@@ -85,6 +85,48 @@ def write_torch(folder: Path) -> tuple[Path, tuple[int, int]]:
     return folder, bytes_in(state)
 
 
+def test_nothing_that_lies_in_or_beside_an_optimizer_is_forgotten(tmp_path: Path) -> None:
+    """State by number has arrays and odd keys too, groups have learning rates that are tensors, and a model may lie beside it."""
+    arrays = [np.arange(float(n)) for n in range(5, 12)]
+    rate = torch.tensor(0.1)
+    by_number = {
+        0: {"exp": torch.ones(3), "arr": arrays[0], ("t", 1): torch.ones(2), ("a", 2): arrays[1]},
+        1: [arrays[2]],
+    }
+    by_name = {"emb.weight": {"exp": torch.ones(20, 4), ("k",): arrays[3]}}
+    state = {
+        "opt": {
+            "state": by_number,
+            "param_groups": [{"lr": rate, "params": [0, 1], "arr": arrays[4]}],
+            "more": [torch.ones(6)],
+        },
+        "named": {
+            "state": by_name,
+            "param_groups": [{"lr": rate + 1, ("x",): {"arr": arrays[5]}}],
+            "more": {"y": arrays[6]},
+        },
+        "emb.weight": torch.ones(20, 4),
+    }
+    torch.save(state, tmp_path / "m.pt")
+    account = export(tmp_path / "m.pt", tmp_path / "out", tables=["emb.weight"]).account
+    every = [3, 2, 6, 1, 1, 2 * 20 * 4]
+    assert account.num_bytes == account.total == 4 * sum(every) + sum(array.nbytes for array in arrays)
+    assert account.tensors == 2 + 5 + len(arrays)
+    others = {its.name: (its.num_bytes, its.fate, its.reason) for its in account.others}
+    array, odd = "stored as an array of numpy", "below a key that is neither a text nor a number"
+    assert others["opt.state.0.exp"] == (12, "dropped", "optimizer")
+    assert others["opt.state.0.arr"] == (40, "left_out", array)
+    assert others["opt.state.0.('t', 1)"] == (8, "left_out", odd)
+    assert others["opt.state.0.('a', 2)"] == (48, "left_out", array)
+    assert others["opt.state.1.0"] == (56, "left_out", array)
+    assert others["opt.param_groups.0.lr"] == others["named.param_groups.0.lr"] == (4, "dropped", "optimizer")
+    assert others["opt.param_groups.0.arr"] == (72, "left_out", array)
+    assert others["named.param_groups.0.('x',).arr"] == (80, "left_out", array)
+    assert others["named.state.emb.weight.('k',)"] == (64, "left_out", array)
+    assert others["opt.more.0"][:2] == (24, "left_out")
+    assert others["named.more.y"] == (88, "left_out", array)
+
+
 def test_arrays_of_numpy_and_keys_that_are_no_names_are_left_out_by_name(tmp_path: Path) -> None:
     """The reader of plain values takes none of them for a table, and the account has their bytes."""
     state = {
@@ -107,8 +149,8 @@ def test_arrays_of_numpy_and_keys_that_are_no_names_are_left_out_by_name(tmp_pat
 def test_bytes_of_a_file_that_no_tensor_accounts_for_are_told(*, is_lost: bool, tmp_path: Path) -> None:
     """The zip's storages are counted, whatever the walk through what the pickle describes comes across."""
     (tmp_path / "ckpt").mkdir()
-    rates = [{"lr": torch.ones(6) if is_lost else 0.1}]
-    optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": rates}
+    seen = {torch.ones(6) if is_lost else 0.1}  # sets are not walked through
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": [{"lr": 0.1, "seen": seen}]}
     state = {"ebc.embedding_bags.price.weight": torch.randn(50, 8), "optimizer": optimizer}
     torch.save(state, tmp_path / "ckpt" / "all.pt")
     notes = "\n".join(export(tmp_path / "ckpt", tmp_path / "out").notes)
