@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 from collections.abc import Callable
@@ -149,7 +150,7 @@ def test_arrays_of_numpy_and_keys_that_are_no_names_are_left_out_by_name(tmp_pat
 def test_bytes_of_a_file_that_no_tensor_accounts_for_are_told(*, is_lost: bool, tmp_path: Path) -> None:
     """The zip's storages are counted, whatever the walk through what the pickle describes comes across."""
     (tmp_path / "ckpt").mkdir()
-    seen = {torch.ones(6) if is_lost else 0.1}  # sets are not walked through
+    seen = argparse.Namespace(rate=torch.ones(6) if is_lost else 0.1)  # objects are not walked through
     optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": [{"lr": 0.1, "seen": seen}]}
     state = {"ebc.embedding_bags.price.weight": torch.randn(50, 8), "optimizer": optimizer}
     torch.save(state, tmp_path / "ckpt" / "all.pt")
