@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +156,21 @@ def is_in_memory(path: str) -> bool:
     # "36 35 0:28 / /dev/shm rw shared:4 - tmpfs tmpfs rw": proc(5)
     name = f"{os.major(device)}:{os.minor(device)}"
     return any(words[2] == name and words[words.index("-") + 1] == "tmpfs" for words in lines if "-" in words)
+
+
+def file_system_of(path: str) -> str:
+    """Return the kind of file system that a local path lies on, as the system calls it; empty where it does not tell."""
+    real = os.path.realpath(path)
+    kind, longest = "", -1
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                words = line.split()
+                # "36 35 0:28 / /mnt/a\\040b rw shared:4 - ext4 /dev/sda1 rw": proc(5); of two on one place the later is seen
+                point = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), words[4])
+                is_above = real == point or real.startswith(point.rstrip("/") + "/")
+                if is_above and len(point) >= longest and "-" in words:
+                    kind, longest = words[words.index("-") + 1], len(point)
+    except OSError:
+        return ""
+    return kind

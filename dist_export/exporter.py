@@ -30,7 +30,7 @@ from dist_export.concealed import conceal
 from dist_export.config import ExportConfig
 from dist_export.describe_package import describe_package
 from dist_export.errors import CommitError
-from dist_export.identity import OWN_VALUES, Told, identify_export
+from dist_export.identity import Told, identify_export
 from dist_export.inputs import (
     FG,
     encode_fg,
@@ -101,7 +101,7 @@ def export_located(
     """
     started = time.time()
     traffic = TRAFFIC.snapshot()
-    places = open_places(ranks, config, export_dir)
+    places = open_places(ranks, config, export_dir, objects.model)
     source, target, in_place = places.source, places.target, places.in_place
     notes: list[str] = list(located.notes)
     registered: list[str] = []
@@ -292,7 +292,7 @@ def export_located(
                     "reused_shards": reused,
                     "left_alone": [] if in_place else list_strangers(target, {file.path for file in files}),
                     "identity": identity,
-                    **({} if dense is None or not dense.own_values else {OWN_VALUES: dense.own_values}),
+                    **({} if dense is None else dense.own_values),
                     **({} if exchanged is None else {"store": exchanged}),
                 },
             )

@@ -10,6 +10,7 @@ import xxhash
 
 from dist_export.checkpoint.reader import Checkpoint
 from dist_export.config import ExportConfig
+from dist_export.disk import file_system_of
 from dist_export.inputs import FG
 from dist_export.layout.recis import MERGED
 from dist_export.manifest import MANIFEST, Manifest
@@ -41,6 +42,32 @@ HOW = (
 
 OWN_VALUES = "own_values"
 """Under it ``run`` names what the program has from the model itself, which no identity tells of."""
+
+OWN_DIGEST = "own_values_digest"
+"""Under it ``run`` has a digest of these values, where they could be read; else it is not there."""
+
+_WITH_INODES = frozenset(
+    ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"]
+)
+"""Local file systems: a file has one inode as long as it is there."""
+_WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
+"""Those that keep the time of a file's last change, the same on every machine. Others may make it up at each mount."""
+
+
+class OwnValues(NamedTuple):
+    """The values that a program has from the caller's model."""
+
+    model: Any = None
+    dense_model_name: str = ""
+
+    def digest(self, names: Sequence[str]) -> str | None:
+        """Return the digest of the values of these names as the model has them; None where one cannot be read. Rank 0."""
+        if self.model is None:
+            return None
+        from dist_export.dense.own_values import digest_own_values
+        from dist_export.dense.plain_copy import find_arch
+
+        return digest_own_values(find_arch(self.model, self.dense_model_name, "dense_model_name"), names)
 
 
 class Told(NamedTuple):
@@ -91,10 +118,26 @@ def identify_export(
         versions |= {name: f"{stat.size} {stat.version}" for name, stat in source.find_many(its).items()}
     tables = () if checkpoint is None else [(table.name, table.name_in_source) for table in checkpoint.tables]
     kinds = [f"{type(its).__module__}.{type(its).__qualname__}" for its in (objects.model, objects.dataset)]
+    files = [*versions, *(() if checkpoint is None else (file.name for file in checkpoint.files))]
+    changes = [] if source is None else _list_changes(source, files)
     lists = [_digest_list(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
     fingerprint = "" if checkpoint is None else checkpoint.fingerprint
-    of_source = _digest([fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists])
+    of_source = _digest(
+        [fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists, changes]
+    )
     return f"xxh3:{identify_settings(config)}-{of_source}"
+
+
+def _list_changes(source: Directory, names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return when files of a source on a disk were changed last, and their inodes, as far as its file system keeps them.
+
+    A file that is written anew at its old size and with its old time of modification is another one by these.
+    """
+    kind = file_system_of(source.path) if source.is_local else ""
+    if kind not in _WITH_CHANGES:
+        return []
+    found = source.find_many(sorted(set(names)))
+    return [(name, its.changed, its.inode if kind in _WITH_INODES else 0) for name, its in found.items()]
 
 
 def has_settings(manifest: Manifest, config: ExportConfig) -> bool:

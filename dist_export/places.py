@@ -7,14 +7,15 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from dist_export import claims, replace
 from dist_export.attempt import MARKER, finish_commit, list_attempt, remove_attempt
 from dist_export.collective import Ranks
 from dist_export.config import ExportConfig
 from dist_export.errors import ConfigError, PackageError
-from dist_export.identity import OWN_VALUES, has_settings
+from dist_export.identity import OWN_DIGEST, OWN_VALUES, OwnValues, has_settings
 from dist_export.layout.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.storage import Directory, open_place
@@ -36,6 +37,8 @@ class Places:
     """Where the files are written: ``final``, or a directory beside it while an old package is in ``final``."""
     in_place: bool
     """The target is the source, whose files stay as they are."""
+    model: OwnValues = field(default_factory=OwnValues)
+    """Of the caller's model, what no checkpoint tells."""
 
     @property
     def way_out(self) -> str:
@@ -55,8 +58,11 @@ def place_of(config: ExportConfig) -> str:
     return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
 
 
-def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
-    """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks."""
+def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> Places:
+    """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks.
+
+    ``model`` is the caller's, whose own values a package may have.
+    """
 
     def check() -> tuple[Directory | None, Directory]:
         try:
@@ -85,7 +91,13 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> Places:
         return is_old
 
     is_replacing = ranks.on_rank_0("look at export_dir", look)
-    return Places(source=source, final=final, target=_next_to(final) if is_replacing else final, in_place=in_place)
+    return Places(
+        source=source,
+        final=final,
+        target=_next_to(final) if is_replacing else final,
+        in_place=in_place,
+        model=OwnValues(model, config.dense_model_name),
+    )
 
 
 def may_copy_within(places: Places, config: ExportConfig) -> bool:
@@ -233,14 +245,20 @@ def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest 
             f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
             f"settings. {places.way_out}"
         )
-    if manifest.run.get(OWN_VALUES):
-        if config.overwrite:
+    if names := manifest.run.get(OWN_VALUES):
+        known, now = manifest.run.get(OWN_DIGEST), places.model.digest(names)
+        if config.overwrite and (known is None or known != now):
             return None
-        raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, but "
-            f"its program has values of the model itself (run.{OWN_VALUES} names them), and nothing tells whether they are "
-            f"the same. {places.way_out}"
-        )
+        if known is None or known != now:
+            why = (
+                "and nothing tells whether they are the same"
+                if known is None or now is None
+                else "which are others now"
+            )
+            raise ConfigError(
+                f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, "
+                f"but its program has values of the model itself (run.{OWN_VALUES} names them), {why}. {places.way_out}"
+            )
     loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
     if loss is not None and not config.overwrite:
         raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {places.way_out}")

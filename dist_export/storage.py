@@ -74,6 +74,8 @@ class FileStat:
     version: str
     inode: int = 0
     """Of a local file."""
+    changed: int = 0
+    """Of a local file: when its inode was changed last, in ns. No program can set it back."""
 
 
 class Directory:
@@ -275,7 +277,7 @@ class Directory:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         if self.is_local:
             found = os.stat(self.find(name))
-            return FileStat(found.st_size, str(found.st_mtime_ns), found.st_ino)
+            return FileStat(found.st_size, str(found.st_mtime_ns), found.st_ino, found.st_ctime_ns)
         with naming_any(self.describe(name)):
             if self.s3 is not None:
                 return FileStat(*self.s3.head(self.join(name)))

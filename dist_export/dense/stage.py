@@ -56,6 +56,7 @@ from dist_export.dense.sample_rows import SampleRows, hash_row
 from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
+from dist_export.identity import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.layout.encodings import RowCast
 from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
 from dist_export.objects import Objects
@@ -106,8 +107,8 @@ class DenseStage:
         """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters. Rank 0."""
         self.taken: frozenset[str] = frozenset()
         """Names of the checkpoint's tensors, or of the model's parameters, that the program holds. Rank 0."""
-        self.own_values: list[str] = []
-        """Names of what the program holds and the checkpoint did not give. Rank 0."""
+        self.own_values: dict[str, Any] = {}
+        """For the manifest's ``run``: names of what the program holds and the checkpoint did not give, and a digest. Rank 0."""
 
     def prepare(
         self,
@@ -508,10 +509,10 @@ class DenseStage:
             ]
             self.taken = frozenset(name for name, _, _ in self.parameters)
             if self._config.ckpt_dir is not None:  # else all of it is, and no two exports are the same one
-                self.own_values = list_own_values(copied, {}, dense_model_name=self._config.dense_model_name)
+                self.own_values = self._describe_own_values(copied, {})
             return ()
         state = self._parameters.load()
-        self.own_values = list_own_values(copied, state, dense_model_name=self._config.dense_model_name)
+        self.own_values = self._describe_own_values(copied, state)
         self.taken = list_taken(copied, state, dense_model_name=self._config.dense_model_name)
         return load_dense_parameters(
             copied,
@@ -521,6 +522,12 @@ class DenseStage:
             allow_unexpected=self._config.allow_unexpected_dense,
             where=self._parameters.where,
         )
+
+    def _describe_own_values(self, copied: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+        name = self._config.dense_model_name
+        names = list_own_values(copied, state, dense_model_name=name)
+        digest = OwnValues(self._objects.model, name).digest(names) if names else None
+        return ({OWN_VALUES: names} if names else {}) | ({OWN_DIGEST: digest} if digest else {})
 
     def _take(self) -> bool:
         self._batches = self._batches or Batches(self._objects.dataset)

@@ -15,11 +15,12 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
 
+from dist_export.digests import algorithm_of, digest_bytes, digest_pieces
 from dist_export.disk import close_quietly
 from dist_export.errors import DistExportError, EndedError, PackageError
+from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
 from dist_export.readers import OPEN_FLAGS, RangeReader
 from dist_export.storage import Directory, FileStat
 
@@ -28,23 +29,6 @@ _MAX_HELD = 256
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
 """So many objects are asked for one by one; of more the store lists what lies beside them."""
-
-
-class _State(NamedTuple):
-    """What tells a file from another one under its name, and from itself after a change."""
-
-    size: int
-    version: tuple[int | str, ...]
-    """Device, inode and time of modification on a disk, a store's version elsewhere."""
-    changed: int = 0
-    """Time of the last change of the inode, which nobody can set back; of links to it, too."""
-    links: int = 0
-
-    def is_same(self, now: _State) -> bool:
-        """Whether a file that is in the state ``now`` has the content that it had in this one."""
-        # removing or linking it changes its inode, and not its content
-        is_kept = self.changed == now.changed or self.links != now.links
-        return self.size == now.size and self.version == now.version and is_kept
 
 
 class _Held:
@@ -65,8 +49,10 @@ class OpenedFiles:
         """Hold the directory. OSError where there is none, or none that can be looked at."""
         self.url = directory.url
         self._directory = directory
-        self._known: dict[str, _State | None] = {}
+        self._known: dict[str, FileState | None] = {}
         """Of each file that was looked at; None where it was missing then."""
+        self._digests: dict[str, str] = {}
+        """Of whole files, as the package states them."""
         self._anchor = ""
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._lock = threading.Lock()
@@ -86,7 +72,13 @@ class OpenedFiles:
         self._known[name] = self._find(name)
         if self._known[name] is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
-        return self.read_text(name)
+        content = self.read_text(name)
+        self._digests[name] = digest_bytes(content)
+        return content
+
+    def vouch(self, digests: Mapping[str, str]) -> None:
+        """Take in what the package states of the content of its files: by it a file is known whose times alone change."""
+        self._digests |= digests
 
     def note(self, names: Iterable[str]) -> bool:
         """Note the state of files, for all later reads to be of these; return whether they are those of the anchor.
@@ -175,7 +167,7 @@ class OpenedFiles:
             found = self._find_all(self._known)
         except OSError:
             return False
-        return all(name in found and _is_same(known, found[name]) for name, known in self._known.items())
+        return all(name in found and self._is_same(name, found[name]) for name in list(self._known))
 
     def close(self) -> None:
         """Let go of the directory and of all files."""
@@ -191,7 +183,7 @@ class OpenedFiles:
             )
         return size
 
-    def _get_state(self, name: str) -> _State | None:
+    def _get_state(self, name: str) -> FileState | None:
         if name not in self._known:
             found = self._find(name)
             if not self._is_anchored():
@@ -199,14 +191,14 @@ class OpenedFiles:
             self._known[name] = found
         return self._known[name]
 
-    def _require(self, name: str) -> _State:
+    def _require(self, name: str) -> FileState:
         known = self._get_state(name)
         if known is None:
             raise PackageError(f"{self.describe(name)} is missing")
         return known
 
     def _is_anchored(self) -> bool:
-        return _is_same(self._known[self._anchor], self._find(self._anchor))
+        return self._is_same(self._anchor, self._find(self._anchor))
 
     def _is_in_place(self) -> bool:
         """Whether the directory that is held is still the one under the package's path."""
@@ -217,16 +209,16 @@ class OpenedFiles:
         except FileNotFoundError:
             return False
 
-    def _find(self, name: str) -> _State | None:
+    def _find(self, name: str) -> FileState | None:
         try:
             return self._look(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def _find_all(self, names: Iterable[str]) -> dict[str, _State | None]:
+    def _find_all(self, names: Iterable[str]) -> dict[str, FileState | None]:
         """Return the states of files, None for those that are missing; without those that cannot be looked at."""
         wanted, s3 = list(names), self._directory.s3
-        found: dict[str, _State | None] = {}
+        found: dict[str, FileState | None] = {}
         if s3 is None or len(wanted) <= _FEW_FILES:
             for name in wanted:
                 with contextlib.suppress(OSError):  # whoever reads it tells
@@ -239,14 +231,14 @@ class OpenedFiles:
             listed = dict(s3.objects(self._directory.join(folder) if folder else self._directory.path))
             for name in its:
                 stat_found = listed.get(os.path.basename(name))
-                found[name] = None if stat_found is None else _State(stat_found.size, (stat_found.etag,))
+                found[name] = None if stat_found is None else FileState(stat_found.size, (stat_found.etag,))
         return found
 
-    def _look(self, name: str) -> _State:
+    def _look(self, name: str) -> FileState:
         if self._folder < 0:
             found = self._directory.stat(name)
-            return _State(found.size, (found.version,))
-        return _state_of(os.stat(name, dir_fd=self._folder))
+            return FileState(found.size, (found.version,))
+        return state_of(os.stat(name, dir_fd=self._folder))
 
     def _take(self, name: str) -> _Held:
         """Return a file that is open, and is the one that was noted. OSError; ESTALE where it is another one."""
@@ -261,7 +253,7 @@ class OpenedFiles:
             etag = str(known.version[0]) if self._directory.s3 is not None else ""
             return _Held(RangeReader(self._directory, name, etag=etag))
         fd = self._open(name)
-        if not known.is_same(_state_of(os.fstat(fd))):
+        if not (known.is_same(now := state_of(os.fstat(fd))) or self._has_content(name, now, fd)):
             close_quietly(fd)
             raise OSError(errno.ESTALE, "has changed")
         return self._keep(name, RangeReader(self._directory, name, fd=fd))
@@ -325,10 +317,40 @@ class OpenedFiles:
         """Refuse what was read of a file that was changed meanwhile. S3 has done so with each answer."""
         if self._directory.s3 is not None:
             return
-        known = self._known[name]
-        now = self._find(name) if self._folder < 0 else _state_of(os.fstat(held.reader.fd))
-        if not _is_same(known, now):
+        now = self._find(name) if self._folder < 0 else state_of(os.fstat(held.reader.fd))
+        if not self._is_same(name, now, held.reader.fd):
             raise OSError(errno.ESTALE, "has changed")
+
+    def _is_same(self, name: str, now: FileState | None, fd: int = -1) -> bool:
+        """Whether a file that is in the state ``now``, and open as ``fd`` if that is none below 0, is the package's."""
+        known = self._known[name]
+        if known is None or now is None:
+            return known is now is None
+        if known.is_same(now):
+            return True
+        if fd >= 0 or not known.may_be_same(now):
+            return self._has_content(name, now, fd)
+        try:
+            fd = self._open(name)
+        except OSError:
+            return False
+        try:
+            return self._has_content(name, now, fd)
+        finally:
+            close_quietly(fd)
+
+    def _has_content(self, name: str, now: FileState, fd: int) -> bool:
+        """Whether a file whose times alone have changed has the content that the package states; then its state is noted.
+
+        The whole file is read for that, once for each change.
+        """
+        known, stated = self._known[name], self._digests.get(name, "")
+        if known is None or fd < 0 or not known.may_be_same(now) or not can_hash(stated):
+            return False
+        if digest_pieces(read_pieces_of(fd), algorithm_of(stated)) != stated or state_of(os.fstat(fd)) != now:
+            return False
+        self._known[name] = now
+        return True
 
     @contextlib.contextmanager
     def _telling(self, name: str) -> Iterator[None]:
@@ -344,15 +366,6 @@ class OpenedFiles:
             raise PackageError(
                 f"{self.describe(name)} {what} since the package was opened, so it was replaced; open it again"
             ) from error
-
-
-def _state_of(found: os.stat_result) -> _State:
-    version = (found.st_dev, found.st_ino, found.st_mtime_ns)
-    return _State(found.st_size, version, found.st_ctime_ns, found.st_nlink)
-
-
-def _is_same(before: _State | None, now: _State | None) -> bool:
-    return before is now is None or (before is not None and now is not None and before.is_same(now))
 
 
 def _close_all(folder: int, held: OrderedDict[str, _Held]) -> None:

@@ -286,6 +286,7 @@ def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
             manifest = decode_manifest(files.anchor(MANIFEST), where=directory.describe(MANIFEST))
             paths = [entry.path for entry in manifest.files]
             paths += [part.file for table in manifest.tables for part in table.parts]
+            files.vouch({entry.path: entry.digest for entry in manifest.files if entry.path != MANIFEST})
             if files.note(paths):
                 return files, manifest
         except (OSError, PackageError) as error:

@@ -323,3 +323,66 @@ def test_tables_of_several_parts(tmp_path: Path) -> None:
     package = dist_export.open_package(tmp_path / "many")
     shutil.rmtree(tmp_path / "many")
     assert package.lookup("u", [1])[0].shape[0] == 1
+
+
+def touch(file: Path) -> None:
+    os.utime(file, ns=(1, 1))
+
+
+def change_mode(file: Path) -> None:
+    file.chmod(0o640)
+
+
+def rewrite(file: Path) -> None:
+    """The same bytes in the same inode."""
+    file.write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("digest", ["xxh3", "sha256"])
+@pytest.mark.parametrize("name", [SHARD, MANIFEST, "index"])
+@pytest.mark.parametrize("open_it", [open_bare, dist_export.open_package], ids=["bare", "held"])
+@pytest.mark.parametrize("change", [touch, change_mode, rewrite])
+def test_a_file_whose_times_alone_change_is_the_packages(
+    change, open_it, name: str, digest: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(write_source(tmp_path / "ckpt", 1.0), out, digest=digest)
+    package = open_it(out)
+    change(out / name)
+    assert values_of(package) == {1.0}
+    assert package.files.is_current()
+    change(out / name)
+    assert values_of(package) == {1.0}
+    overwrite_in_place(out / SHARD)
+    with pytest.raises(PackageError, match="has changed since the package was opened"):
+        package.lookup("t", IDS)
+
+
+def test_its_content_is_read_once_for_a_change(out: Path, monkeypatch) -> None:
+    package = dist_export.open_package(out)
+    read: list[int] = []
+    real = opened.read_pieces_of
+    monkeypatch.setattr(opened, "read_pieces_of", lambda fd: (read.append(fd), real(fd))[1])
+    values_of(package)
+    assert not read
+    change_mode(out / SHARD)
+    for _ in range(3):
+        assert values_of(package) == {1.0}
+    assert len(read) == 1
+
+
+def test_without_a_digest_a_change_of_times_is_a_change(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(write_source(tmp_path / "ckpt", 1.0), out, digest="none")
+    package = dist_export.open_package(out)
+    change_mode(out / SHARD)
+    with pytest.raises(PackageError, match="has changed since the package was opened"):
+        package.lookup("t", IDS)
+
+
+def test_whether_it_is_current_goes_by_content_too(out: Path) -> None:
+    package = open_bare(out)
+    touch(out / SHARD)
+    assert package.files.is_current()
+    overwrite_in_place(out / SHARD)
+    assert not package.files.is_current()

@@ -17,10 +17,12 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content
 
 import dist_export
-from dist_export import cli, exporter, job, places
+from dist_export import cli, disk, exporter, identity, job, places
+from dist_export.dense import own_values
 from dist_export.errors import ConfigError
 from dist_export.manifest import MANIFEST
 from dist_export.package.verify import verify
+from dist_export.storage import Directory
 
 SHARD = "model-000001-of-000003.safetensors"
 
@@ -379,3 +381,94 @@ def test_a_package_of_another_version_is_said(source: Path, tmp_path: Path, caps
     monkeypatch.setattr("dist_export.progress.VERSION", "9.9")
     assert cli.main(arguments(source, out)) == 0
     assert "dist_export 0.1.0 exported it, and this is 9.9" in capsys.readouterr().out
+
+
+def write_anew(file: Path) -> None:
+    """Other content of the same size, in the same inode, with the time set back."""
+    before = file.stat()
+    if file.name == "model.pt":
+        torch.save({name: value + 1 for name, value in torch.load(file, weights_only=True).items()}, file)
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert (file.stat().st_size, file.stat().st_ino) == (before.st_size, before.st_ino)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def put_a_copy(file: Path) -> None:
+    shutil.copy2(file, file.with_suffix(".copy"))
+    os.replace(file.with_suffix(".copy"), file)
+
+
+@pytest.mark.parametrize("change", [write_anew, put_a_copy])
+@pytest.mark.parametrize("name", ["model.pt", "a shard"])
+def test_a_file_that_is_written_anew_at_its_size_and_time_is_another_one(change, name: str, tmp_path: Path) -> None:
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "num_shards": 2}
+    first = export(source, out, **more)
+    assert export(source, out, **more) == first
+    change(source / name if name == "model.pt" else next(source.glob("model-*.safetensors")))
+    with pytest.raises(ConfigError, match="another source or other settings"):
+        export(source, out, **more)
+
+
+@pytest.mark.parametrize(("kind", "num"), [("ext4", 2), ("nfs4", 1), ("fuse.gcsfuse", 0), ("", 0)])
+def test_times_and_inodes_count_where_the_file_system_keeps_them(
+    kind: str, num: int, source: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("dist_export.identity.file_system_of", lambda path: kind)
+    found = identity._list_changes(Directory(str(source)), ["index", "gone"])
+    stat = (source / "index").stat()
+    assert found == ([("index", stat.st_ctime_ns, stat.st_ino if num == 2 else 0)] if num else [])
+
+
+def test_the_file_system_of_a_path_is_that_of_the_deepest_mount(monkeypatch, tmp_path: Path) -> None:
+    lines = [
+        "1 0 8:1 / / rw - ext4 /dev/sda1 rw",
+        f"2 1 0:5 / {tmp_path}/a\\040b rw shared:4 - nfs4 host:/x rw",
+        f"3 1 0:6 / {tmp_path}/a rw - tmpfs tmpfs rw",
+        f"4 1 0:7 / {tmp_path}/a rw - xfs /dev/sdb rw",
+    ]
+    (tmp_path / "mounts").write_text("\n".join(lines) + "\n")
+    real = open
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *a, **k: real(tmp_path / "mounts" if path == "/proc/self/mountinfo" else path, *a, **k),
+    )
+    for path, kind in (("a b/c", "nfs4"), ("a/c", "xfs"), ("ab", "ext4"), ("a", "xfs")):
+        assert disk.file_system_of(str(tmp_path / path)) == kind
+
+
+@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list"])
+def test_values_of_the_model_itself_that_are_the_same_are_the_same_export(kind: str, tmp_path: Path) -> None:
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+    more = {"allow_missing_dense": ["scale"]} if kind in ("parameter", "saved buffer") else {}
+
+    def run() -> dist_export.Manifest:
+        model = tiny_model.build_model()
+        model.dense_arch = Scaled(kind, 1.5)
+        return dist_export.Exporter(
+            model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True, **more
+        ).export()  # fmt: skip
+
+    first = run()
+    assert first.run["own_values_digest"].startswith("xxh3:")
+    before = states(out)
+    assert run() == first
+    assert states(out) == before
+
+
+class Opaque:
+    """What a digest cannot tell from another one."""
+
+
+def test_values_that_cannot_be_read_are_never_the_same() -> None:
+    arch = Scaled("buffer", 1.0)
+    digest = own_values.digest_own_values(arch, ["scale"])
+    assert digest == own_values.digest_own_values(torch.nn.DataParallel(arch), ["scale"]) is not None
+    assert digest != own_values.digest_own_values(Scaled("buffer", 2.0), ["scale"])
+    assert own_values.digest_own_values(arch, ["scale", "gone"]) is None
+    arch.scale = torch.ones(1, device="meta")
+    assert own_values.digest_own_values(arch, ["scale"]) is None
+    arch.held = [torch.ones(1), Opaque()]
+    assert own_values.digest_own_values(arch, ["held"]) is None
