@@ -92,6 +92,8 @@ class ExportConfig:
     """Dimensions of the tables of a DynamicEmb dump, by pattern: its files do not state them, so that they are compared"""
     allow_hashed_ids: list[str] = field(default_factory=list)
     """Patterns of managed-collision tables whose module changes ids before it looks for them, as serving must do too"""
+    allow_missing_tables: list[str] = field(default_factory=list)
+    """Patterns of embeddings of the sparse arch that the checkpoint may lack; scores have the model's own rows of them"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     on_emptied: Literal["error", "allow"] = "error"

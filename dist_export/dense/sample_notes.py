@@ -11,29 +11,24 @@ from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
 
 
-def note_rows(rows: SampleRows, finder: RowFinder | None, *, has_checkpoint: bool, is_asked: bool) -> list[str]:
+def note_rows(
+    rows: SampleRows, finder: RowFinder | None, missing: Sequence[str], *, has_checkpoint: bool, is_asked: bool
+) -> list[str]:
     """Return notes on tables that the sample did not take from the checkpoint, or not whole.
 
-    ``is_asked``: whether any rank has looked up a table of the checkpoint.
+    ``missing``: embeddings that have the model's own rows. ``is_asked``: whether any rank has looked up a table of the
+    checkpoint.
     """
     notes = []
     if finder is None:
         if has_checkpoint:
             notes.append("ckpt_dir has no sparse files: the sample batch was run with the model's own rows")
-    elif (
-        finder.table_names()
-        and not rows.sharded_tables
-        and not is_asked
-        and not rows.unknown_tables
-        and not rows.unseen
-    ):
+    elif finder.table_names() and not rows.sharded_tables and not is_asked and not missing and not rows.unseen:
         notes.append(
             "the sample looked up no table of the checkpoint, so its scores are of the model's own rows. Tables are fed "
             "where a module is a hash table, an nn.Embedding or an nn.EmbeddingBag: give a model that is not sharded"
         )
-    notes += [
-        f"{name} is no table of the checkpoint: the sample used the model's own rows" for name in rows.unknown_tables
-    ]
+    notes += [f"{name} is no table of the checkpoint: the sample used the model's own rows" for name in missing]
     notes += [
         f"table {name!r} has {count(num_rows, 'row')} in the checkpoint, the model's {num_own:,}: "
         + (
@@ -82,10 +77,9 @@ def note_pruned(left: int, to_model: int) -> list[str]:
 
 
 def refuse_foreign_tables(
-    names: Sequence[str], rows: SampleRows, *, is_any_known: bool, sparse_model_name: str
+    names: Sequence[str], unknown: Sequence[str], *, is_any_known: bool, sparse_model_name: str
 ) -> None:
-    """Raise ModelError where this rank has tables, and none of any rank's is one of the checkpoint's (``names``)."""
-    unknown = rows.unknown_tables
+    """Raise ModelError where this rank has tables (``unknown``), and no rank has one of the checkpoint's (``names``)."""
     if is_any_known or not unknown:
         return
     raise ModelError(

@@ -37,7 +37,10 @@ class SampleRows:
         """Of these, ids for which the model was left with what it has itself, for the default row was not put in."""
         self.knows_a_table = False
         """Whether a table of the sparse arch, or a parameter that may be one, is a table of the checkpoint."""
+        self.embeddings: list[str] = []
+        """Paths within the model of all ``nn.Embedding`` and ``nn.EmbeddingBag`` of the sparse arch."""
         self.unknown_tables: list[str] = []
+        """Of these, those that are no table of the checkpoint."""
         self.sharded_tables: list[str] = []
         """Tables that rows cannot be put into, of a model that is exported from memory: it has used its own."""
         self.unseen: dict[str, str] = {}

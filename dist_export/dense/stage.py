@@ -26,6 +26,7 @@ from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.missing_tables import find_missing, refuse_missing
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
 from dist_export.dense.pack import check_dtypes
@@ -49,7 +50,6 @@ from dist_export.dense.sample_notes import (
     note_pruned,
     note_rows,
     note_sparse_values,
-    refuse_foreign_tables,
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
@@ -80,6 +80,8 @@ class DenseStage:
         """Ids of the batches, by table, that rules leave behind."""
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
+        self._put: list[str] = []
+        """What of the sparse arch has the checkpoint's values besides tables, by its name within the model."""
         self._sample: DenseSample | None = None
         self._used: tuple[str, ...] = ()
         """Names of the inputs that the program takes."""
@@ -148,6 +150,7 @@ class DenseStage:
             )
         self._finder = finder
         with self._sparse_values() as put:
+            self._put = put
             return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
 
     @contextlib.contextmanager
@@ -204,15 +207,16 @@ class DenseStage:
             "missing": dict(sorted(missing.items())),
             "left_behind": dict(sorted(left_behind.items())),
         }
-        if finder is not None and config.need_export_sparse:
-            tables, is_any_known = finder.table_names(), any(its[-1] for its in counted)
-            refuse = functools.partial(refuse_foreign_tables, tables, rows, is_any_known=is_any_known)
-            ranks.run("match the model's tables", lambda: refuse(sparse_model_name=config.sparse_model_name))
+        lacking = find_missing(config, rows, self._put)
+        if finder is not None:
+            is_any_known = any(its[-1] for its in counted)
+            refuse_missing(ranks, config, rows, lacking, finder.table_names(), is_any_known=is_any_known)
         self._drift.look_for_gaps(rows)
         left = left_behind.total()
         notes += note_rows(
             rows,
             finder,
+            lacking,
             has_checkpoint=self._parameters is not None,
             is_asked=bool(asked or any(its[-2] for its in counted)),
         )

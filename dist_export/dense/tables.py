@@ -127,6 +127,7 @@ class _Feeds:
             return
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return
+        self._counts.embeddings.append(plain_name(names.join(paths[0])))
         name = next((name for name in map(names.find, paths) if name is not None), None)
         if name is None:
             self._unknown.append((plain_name(names.join(paths[0])), module.weight))

@@ -83,6 +83,19 @@ def test_tied_embeddings_are_put_back_in_the_right_order(make_finder) -> None:
     assert (a.weight == -1).all()
 
 
+def test_a_shared_weight_that_the_checkpoint_has_under_one_name_is_not_lacking(make_finder) -> None:
+    a, b = embed(), embed()
+    b.weight = a.weight
+    found, counts = run(
+        Sparse(lambda s, ids: s.b(ids), a=a, b=b),
+        torch.tensor([1, 2]),
+        make_finder(sparse__a=table_of([1, 2], num_parts=1)),
+    )
+    assert torch.equal(found, rows(1, 2))
+    assert counts.unknown_tables == []
+    assert counts.embeddings == ["sparse.a", "sparse.b"]
+
+
 def test_an_embedding_that_the_checkpoint_lacks_is_noted(make_finder) -> None:
     sparse = Sparse(lambda s, ids: s.other(ids), other=embed())
     found, counts = run(sparse, torch.tensor([3]), make_finder(user=table_of(IDS)))

@@ -111,16 +111,61 @@ def test_shards_that_do_not_read_back_are_a_failed_export(as_hash: list[str], tm
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_one_table_that_matches_is_enough_and_the_other_is_told(tmp_path: Path) -> None:
+ITEM = f"{PREFIX}t_item"
+
+
+def lacking_item(tmp_path: Path) -> Path:
     state = torchrec_shape.build_trained().state_dict()
-    del state[f"{PREFIX}t_item.weight"]
-    ckpt = save(tmp_path / "ckpt", {"model": state})
-    manifest = export(ckpt, tmp_path / "out", **SETTINGS)
+    del state[f"{ITEM}.weight"]
+    return save(tmp_path / "ckpt", {"model": state})
+
+
+def test_a_table_that_the_checkpoint_lacks_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
+    ckpt = lacking_item(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        export(ckpt, tmp_path / "out", **SETTINGS)
+    assert str(caught.value).startswith(f"{ITEM}: no table of the checkpoint")
+    assert "Nothing was written" in str(caught.value)
+    assert "allow_missing_tables: [patterns]" in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        ModelError, match=r"allow_missing_tables: the pattern 'item' matches no embedding .*t_item.*t_user"
+    ):
+        export(ckpt, tmp_path / "out", allow_missing_tables=["item"], **SETTINGS)
+
+
+@pytest.mark.parametrize("pattern", [ITEM, f"{ITEM}.weight", "ebc.*.t_item", "*t_*"])
+def test_it_is_exported_without_where_that_is_allowed(pattern: str, tmp_path: Path) -> None:
+    manifest = export(lacking_item(tmp_path), tmp_path / "out", allow_missing_tables=[pattern], **SETTINGS)
     assert [note for note in manifest.notes if "is no table of the checkpoint" in note] == [
-        f"{PREFIX}t_item is no table of the checkpoint: the sample used the model's own rows"
+        f"{ITEM} is no table of the checkpoint: the sample used the model's own rows"
     ]
     assert manifest.parity.from_files.reads_rows
     assert "with rows and program as written" in summary_of(manifest)
+
+
+def test_the_dense_arch_alone_may_lack_it(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "num_shards": None, "need_export_sparse": False, "filter_sparse_opt": False}
+    manifest = export(lacking_item(tmp_path), tmp_path / "out", **settings)
+    assert any(f"{ITEM} is no table of the checkpoint" in note for note in manifest.notes)
+
+
+def test_what_the_checkpoint_has_in_some_other_way_is_not_missing(tmp_path: Path) -> None:
+    """A weight that two modules share, a frozen one, and wrappers in its name."""
+    model = torchrec_shape.build_model()
+    bags = model.sparse_arch.ebc.embedding_bags
+    bags["t_item"].weight = bags["t_user"].weight
+    bags["t_item"].num_embeddings = ROWS["t_user"]
+    bags["t_item"].padding_idx, bags["t_user"].weight.requires_grad = 0, False
+    state = model.state_dict()
+    (tmp_path / "shared").mkdir()
+    torch.save(state, tmp_path / "shared" / "model.pt")
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "wrapped.pt")
+    for number, source in enumerate((tmp_path / "shared", tmp_path / "wrapped.pt")):
+        manifest = export_model(model, source, tmp_path / str(number))
+        assert not any("is no table of the checkpoint" in note for note in manifest.notes)
+        assert manifest.drift.outputs["ctr"].max_abs == 0
 
 
 class Tableless(nn.Module):
@@ -166,7 +211,8 @@ def test_tables_that_no_module_looks_up_are_seen(tmp_path: Path) -> None:
     """Kernels hold their weights under the names of tables, and look rows up by themselves."""
     model = torchrec_shape.build_model()
     model.sparse_arch = Looking()
-    manifest = export_model(model, write_trained(tmp_path / "ckpt"), tmp_path / "out")
+    settings = {"allow_missing_tables": ["hour"]}
+    manifest = export_model(model, write_trained(tmp_path / "ckpt"), tmp_path / "out", **settings)
     assert any("hour is no table of the checkpoint" in note for note in manifest.notes)
     assert manifest.parity.from_files.reads_rows
     assert manifest.run["sample"]["asked"] == {f"{PREFIX}t_user.weight": 5}

@@ -1,0 +1,84 @@
+"""Embeddings of the sparse arch that the checkpoint lacks: their rows would be the model's own, and in no file of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+
+from dist_export.amounts import few
+from dist_export.checkpoint.model_weights import is_below, plain_name
+from dist_export.collective import Ranks
+from dist_export.config import ExportConfig
+from dist_export.dense.sample_notes import refuse_foreign_tables
+from dist_export.dense.sample_rows import SampleRows
+from dist_export.errors import ModelError
+
+SETTING = "allow_missing_tables"
+
+
+def find_missing(config: ExportConfig, rows: SampleRows, put: Collection[str]) -> list[str]:
+    """Return the embeddings of this rank's sparse arch whose rows are the model's own, by their paths within the model.
+
+    ``put``: names of parameters that have the checkpoint's values although they are no table, as in a copy of RecIS's files.
+    """
+    sparse, dense = plain_name(config.sparse_model_name), plain_name(config.dense_model_name)
+    is_dense_within = dense != sparse and is_below(dense, sparse)
+    return [
+        name
+        for name in rows.unknown_tables
+        if f"{name}.weight" not in put and not (is_dense_within and is_below(name, dense))
+    ]
+
+
+def refuse_missing(
+    ranks: Ranks,
+    config: ExportConfig,
+    rows: SampleRows,
+    missing: Sequence[str],
+    tables: Sequence[str],
+    *,
+    is_any_known: bool,
+) -> None:
+    """Refuse embeddings that the checkpoint lacks, unless ``allow_missing_tables`` names them. All ranks.
+
+    Without tables in the package none of its rows is wrong, and a note tells.
+
+    Args:
+        rows: what this rank's sample looked up.
+        missing: those of this rank.
+        tables: of the checkpoint.
+        is_any_known: whether any rank's model has one of these.
+
+    Raises:
+        ModelError: on all ranks, for those of any rank; for a pattern that matches no embedding.
+    """
+    told = ranks.gather("look for tables that the checkpoint lacks", lambda: (list(missing), list(rows.embeddings)))
+    lacking = sorted({name for names, _ in told for name in names})
+    every = sorted({name for _, names in told for name in names})
+
+    def refuse() -> None:
+        if config.need_export_sparse:
+            refuse_foreign_tables(
+                tables, missing, is_any_known=is_any_known, sparse_model_name=config.sparse_model_name
+            )
+        for pattern in config.allow_missing_tables:
+            if not any(_matches(name, pattern, config) for name in every):
+                raise ModelError(
+                    f"{SETTING}: the pattern {pattern!r} matches no embedding of the sparse arch, which has "
+                    f"{few(every) or 'none'}"
+                )
+        refused = [name for name in lacking if not any(_matches(name, p, config) for p in config.allow_missing_tables)]
+        if refused and config.need_export_sparse:
+            raise ModelError(
+                f"{few(refused)}: no table of the checkpoint, so the scores would be of the model's own rows, which no file of "
+                "the package has. Nothing was written. Give the checkpoint that has "
+                f"{'it' if len(refused) == 1 else 'them'}; or {SETTING}: [patterns] lets the model's own rows pass"
+            )
+
+    ranks.run("match the model's tables", refuse)
+
+
+def _matches(name: str, pattern: str, config: ExportConfig) -> bool:
+    """Whether a pattern is of an embedding: of its path or that of its weight, from the model or from the sparse arch on."""
+    begin = f"{plain_name(config.sparse_model_name)}."
+    return any(fnmatchcase(path + end, pattern) for path in (name, name.removeprefix(begin)) for end in ("", ".weight"))
