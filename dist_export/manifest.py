@@ -83,6 +83,15 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The values of one row, with an encoding; ``shape`` is in bytes then."""
     cast: CastEntry | msgspec.UnsetType = msgspec.UNSET
     """Where ``dtype`` is not that of the checkpoint."""
+    earlier_casts: tuple[CastEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Where the source is a package: the casts that its rows went through before, oldest first, each of the rows then. What
+    they took is not in ``cast``, whose source is what they left."""
+
+    @property
+    def casts(self) -> tuple[CastEntry, ...]:
+        """All casts that the rows have gone through, oldest first."""
+        earlier = () if self.earlier_casts is msgspec.UNSET else self.earlier_casts
+        return earlier if self.cast is msgspec.UNSET else (*earlier, self.cast)
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

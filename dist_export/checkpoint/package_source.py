@@ -44,9 +44,9 @@ def find_package(directory: Directory) -> Manifest | None:
         return None
     except PackageError as error:
         raise CheckpointError(str(error)) from None
-    # an encoding is told by no shard, and a copy of a package has it too
+    # an encoding and what casts took are told by no shard, and a copy of a package has them too
     is_needed = manifest.mode == "filter" or any(
-        slot.encoding is not msgspec.UNSET for table in manifest.tables for slot in table.kept
+        slot.encoding is not msgspec.UNSET or slot.casts for table in manifest.tables for slot in table.kept
     )
     return manifest if is_needed and manifest.tables else None
 
@@ -108,7 +108,7 @@ class PackageSource:
             _tell_lost(f"{where}: table {table.name!r}", slot)
             for table in self._manifest.tables
             for slot in table.kept
-            if slot.cast is not msgspec.UNSET or slot.encoding is not msgspec.UNSET
+            if slot.casts or slot.encoding is not msgspec.UNSET
         ]
 
     def _fingerprint(self, of_shards: str = "") -> str:
@@ -122,13 +122,15 @@ class PackageSource:
 def _tell_lost(which: str, slot: SlotEntry) -> str:
     """Return what an earlier cast took from a table for good."""
     precision = slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
-    if slot.cast is msgspec.UNSET:  # it was taken over from an earlier package as it was
+    casts = slot.casts
+    if not casts:
         return f"{which} stays at the precision of {precision}, in which this package has it"
-    lost = f"largest error {slot.cast.max_abs_error:.3g}, mean {slot.cast.mean_abs_error:.3g}"
-    return (
-        f"{which} was cast from {slot.cast.source_dtype} when this package was written ({lost}), and stays at the precision "
-        f"of {precision}"
-    )
+    targets = [*(cast.source_dtype for cast in casts[1:]), precision]
+    told = [
+        f"from {cast.source_dtype} to {target} (largest error {cast.max_abs_error:.3g}, mean {cast.mean_abs_error:.3g})"
+        for cast, target in zip(casts, targets, strict=True)
+    ]
+    return f"{which} was cast {', then '.join(told)}, and stays at the precision that this left"
 
 
 def _refuse_unknown(table: TableEntry, directory: Directory) -> None:
@@ -148,9 +150,9 @@ def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> Table
     slots = []
     for slot in table.slots:
         known = next((its for its in entry.kept if its.name == slot.name), None)
-        packed = slot
+        packed = slot if known is None else replace(slot, earlier_casts=known.casts)
         if known is not None and known.encoding is not msgspec.UNSET:
-            packed = replace(slot, encoding=known.encoding)
+            packed = replace(packed, encoding=known.encoding)
             if slot.dtype != U8 or len(slot.inner_shape) != 1 or packed.values_shape != (known.dim,):
                 raise CheckpointError(
                     f"{where}: table {table.name!r} is said to be {known.encoding} with {known.dim} values a row, and the "

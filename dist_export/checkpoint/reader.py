@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from dist_export.layout.encodings import TAIL_BYTES
 from dist_export.layout.recis import DENSE_STATE, Slice
 from dist_export.readers import RangeReader
 from dist_export.storage import Directory
+
+if TYPE_CHECKING:
+    from dist_export.manifest import CastEntry
 
 Share = TypeVar("Share")
 """What a reader makes of the headers of some files."""
@@ -153,6 +156,8 @@ class SlotMeta:
 
     encoding: str = ""
     """How a row is packed where it is not plain values, as ``layout.encodings`` names it: of slots as written and of packages."""
+    earlier_casts: tuple[CastEntry, ...] = ()
+    """Of a package: the casts that its rows have gone through, oldest first."""
 
     @property
     def values_shape(self) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ def render(found: dict[str, Any]) -> list[str]:
         lines += render_width(table)
         if cast := table.get("cast"):
             lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
+        for earlier in table.get("earlier_casts", ()):
+            lines.append(f"    before that, cast from {earlier['source_dtype']}: {render_errors(earlier)}")
     lines += render_dcp(found) + render_source(found) + render_skipped(found)
     if found["dense_tensors"]:
         lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
@@ -143,6 +145,12 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
                 "shape": next((_shape_of(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
                 "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
                 "cast": next((_describe_cast(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), None),
+                "earlier_casts": [
+                    msgspec.to_builtins(cast)
+                    for slot in table.kept
+                    if slot.name == EMBEDDING_SLOT
+                    for cast in slot.earlier_casts or ()
+                ],
                 "parts": len(table.parts),
                 "bytes": sum(slot.num_bytes for slot in table.kept),
                 "slots": [slot.name for slot in table.kept],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from recis_writer import make_tables, read_back, write_checkpoint
 from sparse_cases import copy, export
 
 import dist_export
+from dist_export.cli import main
 from dist_export.errors import ExportError, PlanError, UserError
 from dist_export.package.verify import verify
 from dist_export.plan_report import make_report
@@ -82,8 +84,8 @@ def test_rows_of_hash_tables_are_decoded(dtype: str, hashed: Path, tmp_path: Pat
     assert slot.cast.max_abs_error == error.max().item()
     before = dist_export.open_package(hashed).manifest.tables[0].kept[1].cast
     (note,) = [note for note in manifest.notes if "stays at the precision" in note]
-    assert f"cast from float32 when this package was written (largest error {before.max_abs_error:.3g}" in note
-    assert note.endswith("precision of int8_rowwise")
+    assert f"cast from float32 to int8_rowwise (largest error {before.max_abs_error:.3g}" in note
+    assert slot.earlier_casts == (before,)
     assert manifest.tables[0].default_row == (0.5,) * DIM
     assert_sound(tmp_path / "again")
 
@@ -112,8 +114,29 @@ def test_rows_that_stay_are_copied(dtype: dict[str, str], hashed: Path, tmp_path
     assert third["embedding"].tobytes() == first["embedding"].tobytes()
     slot = manifest.tables[0].kept[1]
     assert (slot.encoding, slot.dim, slot.cast) == ("int8_rowwise", DIM, dist_export.manifest.msgspec.UNSET)
-    assert any("stays at the precision of int8_rowwise, in which" in note for note in manifest.notes)
+    assert slot.earlier_casts == (dist_export.open_package(hashed).manifest.tables[0].kept[1].cast,)
+    assert any("was cast from float32 to int8_rowwise" in note for note in manifest.notes)
     assert_sound(tmp_path / "third")
+
+
+def test_all_that_casts_took_is_told_after_several_packages(hashed: Path, tmp_path: Path, capsys) -> None:
+    """Each cast of the chain is in the last package, oldest first, whatever package in between changed no value."""
+    first = dist_export.open_package(hashed).manifest.tables[0].kept[1].cast
+    second = export(hashed, tmp_path / "second", dtype={"user": "float32"}).tables[0].kept[1].cast
+    export(tmp_path / "second", tmp_path / "third", num_shards=3)
+    copy(tmp_path / "third", tmp_path / "fourth")
+    third = export(tmp_path / "fourth", tmp_path / "fifth", dtype={"user": "float16"}).tables[0].kept[1]
+    assert third.earlier_casts == (first, second)
+    assert third.casts == (first, second, third.cast)
+    assert [cast.source_dtype for cast in third.casts] == ["float32", "int8_rowwise", "float32"]
+    (note,) = [its for its in export(tmp_path / "fifth", tmp_path / "sixth").notes if "stays at the precision" in its]
+    assert re.search(
+        r"cast from float32 to int8_rowwise \(.*then from int8_rowwise to float32 \(.*from float32 to float16", note
+    )
+    assert main(["inspect", str(tmp_path / "sixth")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("before that, cast from") == 3
+    assert_sound(tmp_path / "sixth")
 
 
 def test_rows_of_a_copy_are_known_to_be_encoded(hashed: Path, tmp_path: Path) -> None:
