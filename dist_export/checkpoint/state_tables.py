@@ -49,6 +49,6 @@ def note_state_tables(directory: Directory, weights: ModelWeights) -> str:
     """Return what is to be told where the files are copied as they are."""
     return (
         f"{few(sorted(weights.tables))}: the model's sparse arch looks rows up there, and {directory.describe(DENSE_STATE)} "
-        "holds them. Copied files are the sparse ones alone, so these rows are in no file of the package, and the sample used "
-        "the model's own; filter_sparse_opt: true exports them as tables"
+        "holds them. Copied files are the sparse ones alone, so these rows are in no file of the package, although the sample "
+        "has them; filter_sparse_opt: true exports them as tables"
     )

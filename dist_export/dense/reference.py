@@ -337,7 +337,7 @@ def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
             raise ModelError(
                 f"{reason}. Of {ranks.world_size:,} ranks {arrived:,} have come this far, this one included; the others have "
                 f"read no file for {_PATIENCE_SECS:g} s. Either they still compute, or they wait for this rank in a collective "
-                "of the model's forward. Give a model that fails on every rank or on none"
+                "of the model's forward. The model must fail on every rank or on none"
             )
         time.sleep(0.02)
         arrived = ranks.add(f"{step}/arrived", 0)

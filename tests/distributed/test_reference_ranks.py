@@ -184,6 +184,12 @@ def test_a_model_that_fails_on_one_rank_while_the_others_wait_in_its_collective_
     results = run_ranks(export, 2, tmp_path / "store", str(tmp_path), settings, 1.0, may_end=(other,), timeout=240)
     assert results[failing]["kind"] == "ModelError"
     assert "ValueError: before" in results[failing]["text"]
+    # what it knows, and no more: the other rank may be slow
+    assert (
+        "Of 2 ranks 1 have come this far, this one included; the others have read no file for 1 s"
+        in results[failing]["text"]
+    )
+    assert "Either they still compute, or they wait for this rank" in results[failing]["text"]
     assert "must fail on every rank or on none" in results[failing]["text"]
     assert results[other] is None or results[other]["kind"]
     assert not (tmp_path / "out" / "manifest.json").exists()
