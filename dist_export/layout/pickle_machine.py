@@ -35,6 +35,18 @@ class PickleError(ValueError):
     """The pickle is damaged, or says what nothing that is read here says. The text is the middle of a sentence."""
 
 
+class _CallerError(Exception):
+    """What the caller's own function raised, and what here would be a sign of damage: it is a bug, and stays one."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+_SIGNS = (IndexError, struct.error)
+"""Raised here where a pickle ends too early, or takes what is not there."""
+
+
 class Global:
     """What a pickle names: a class or a function, which only stands here."""
 
@@ -94,12 +106,15 @@ class Machine:
         """Return what the pickle describes. It may be nested without bounds, and one container may lie in many places.
 
         Raises:
-            PickleError: it is damaged, cut short, of another protocol, or names, calls or hashes what it may not.
+            PickleError: it is damaged, cut short, of another protocol, or names, calls or hashes what it may not. Whatever else
+                the caller's functions raise passes through.
         """
         try:
             return self._load()
-        except (IndexError, struct.error):
+        except _SIGNS:
             raise PickleError("is cut short or damaged") from None
+        except _CallerError as caught:
+            raise caught.error from None
 
     def charge(self, amount: int) -> None:
         """Count ``amount`` members or bytes that a call copies. PickleError where more are copied than the pickle is long."""
@@ -238,7 +253,7 @@ class Machine:
             raise PickleError(f"calls {name}, which is nothing that it may call")
         if len(arguments) > _MAX_ARGUMENTS:
             raise PickleError(f"calls {function.name} with {len(arguments):,} arguments")
-        return function.make(*arguments)
+        return _ask(function.make, *arguments)
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2 or type(target) not in (dict, Record):
@@ -260,7 +275,7 @@ class Machine:
                 module = IMPORT_MAPPING.get(module, module)
         key = (module, name)
         if key not in self._found:
-            self._found[key] = self._find(module, name)
+            self._found[key] = _ask(self._find, module, name)
         return self._found[key]
 
     def _rare(self, opcode: int, stack: list[Any]) -> list[Any]:
@@ -285,7 +300,7 @@ class Machine:
         elif opcode == 0x51:  # BINPERSID
             if self._persistent is None:
                 raise PickleError("refers to something outside of itself")
-            stack[-1] = self._persistent(stack[-1])
+            stack[-1] = _ask(self._persistent, stack[-1])
         elif opcode == 0x92:  # NEWOBJ_EX
             names, arguments = stack.pop(), stack.pop()
             if names != {}:
@@ -315,6 +330,14 @@ class Machine:
             target.extend(items)
         elif type(target) is not Record:  # as for items of a dict
             raise PickleError(f"appends to a {type(target).__name__}")
+
+
+def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of the caller's."""
+    try:
+        return function(*arguments)
+    except _SIGNS as error:
+        raise _CallerError(error) from error
 
 
 def _measure_key(key: tuple[Any, ...]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from dist_export.errors import DistExportError, PackageError
+from dist_export.layout.dtypes import explain_unread
 from dist_export.layout.recis import EMBEDDING_SLOT
 from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
 from dist_export.package.fx_check import check_fx_folder
@@ -198,8 +199,8 @@ def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
     import torch
 
     dtype = getattr(torch, entry["dtype"].removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise PackageError(f"{where} is of the unknown dtype {entry['dtype']!r}")
+    if not isinstance(dtype, torch.dtype) or explain_unread(str(dtype).removeprefix("torch.")):
+        raise PackageError(f"{where} is of the unknown dtype {entry['dtype'][:100]!r}")
     try:
         if not dtype.is_complex:
             return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])

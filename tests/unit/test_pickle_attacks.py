@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -322,6 +323,22 @@ def test_a_bug_in_what_stands_for_a_name_stays_a_bug() -> None:
 
     with pytest.raises(TypeError, match="a bug of ours"):
         load(pickle.dumps(pickle_attacks.fill, 4).replace(b"\x93", b"\x93)R"), fill=Global("x", broken))
+
+
+@pytest.mark.parametrize("bug", [IndexError, KeyError, TypeError, struct.error])
+@pytest.mark.parametrize("where", ["make", "find", "persistent"])
+def test_a_bug_of_the_caller_is_not_taken_for_damage(bug: type[Exception], where: str) -> None:
+    def broken(*_: Any) -> None:
+        raise bug("a bug of ours")
+
+    raw = pickle_attacks.whole(
+        b"NQ" if where == "persistent" else pickle_attacks.name(b"m", "n") + (b")R" if where == "make" else b"")
+    )
+    find = broken if where == "find" else lambda *_: Global("x", broken)
+    with pytest.raises(bug, match="a bug of ours"):
+        Machine(raw, find, broken).load()
+    with pytest.raises(PickleError, match="cut short or damaged"):
+        Machine(raw[:-1], lambda *_: Global("x", lambda *_: None), lambda _: None).load()
 
 
 @pytest.mark.fixtures
