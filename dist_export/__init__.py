@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dist_export.__version__ import VERSION
+from dist_export._version import VERSION
 from dist_export.errors import DistExportError, ExportError, PackageError, StepFailedError, UserError
 
 if TYPE_CHECKING:
     from dist_export.api import Exporter, export
-    from dist_export.config import ExportConfig
+    from dist_export.config.schema import ExportConfig
     from dist_export.manifest import Manifest
-    from dist_export.package.package import Package, open_package
+    from dist_export.package.reader import Package, open_package
 
 __version__ = VERSION
 
@@ -33,10 +33,10 @@ __all__ = [
 _HOMES = {
     "Exporter": "dist_export.api",
     "export": "dist_export.api",
-    "ExportConfig": "dist_export.config",
+    "ExportConfig": "dist_export.config.schema",
     "Manifest": "dist_export.manifest",
-    "Package": "dist_export.package.package",
-    "open_package": "dist_export.package.package",
+    "Package": "dist_export.package.reader",
+    "open_package": "dist_export.package.reader",
 }
 
 

@@ -6,21 +6,21 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from dist_export.collective import Ranks, join
-from dist_export.config import ExportConfig
-from dist_export.config_file import load_config
-from dist_export.display import show_lines
+from dist_export.config.loader import load_config
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.job import run_export
 from dist_export.manifest import Manifest
-from dist_export.objects import Objects, build_objects
+from dist_export.model.user_objects import Objects, build_objects
+from dist_export.pipeline.run import run_export
+from dist_export.reporting.display import show_lines
+from dist_export.runtime.ranks import Ranks, join
 
 
 class Exporter:
     """Export a trained model; a drop-in for RecIS's ``recis.framework.Exporter``.
 
     The parameters are RecIS's. Further keywords are any other settings of
-    :class:`~dist_export.config.ExportConfig`, such as ``num_shards`` or ``allow_missing_dense``.
+    :class:`~dist_export.config.schema.ExportConfig`, such as ``num_shards`` or ``allow_missing_dense``.
 
     Call :meth:`export` on all ranks of a running job, or in one process alone. A process group that is there is used
     through a subgroup of its own; the model is left as it was.

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
-from dist_export.interrupts import EXIT_CODE as INTERRUPTED
-from dist_export.interrupts import INTERRUPTS
-from dist_export.screen import SCREEN
+from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
+from dist_export.runtime.interrupts import INTERRUPTS
+from dist_export.runtime.terminal import SCREEN
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -22,7 +22,7 @@ _COMMANDS = ("export", "plan", "inspect", "verify")
 def main(argv: Sequence[str]) -> int:
     """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source, 130 Ctrl-C."""
     if list(argv) == ["--version"]:
-        from dist_export.__version__ import VERSION
+        from dist_export._version import VERSION
 
         print(f"dist_export {VERSION}")
         return 0
@@ -64,8 +64,8 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    from dist_export.config import ExportConfig
-    from dist_export.config_file import build_parser, parse_settings
+    from dist_export.config.loader import build_parser, parse_settings
+    from dist_export.config.schema import ExportConfig
 
     parser = build_parser("dist_export", has_help=_wants_text(argv))
     if _wants_text(argv):
@@ -77,14 +77,14 @@ def _export(argv: list[str]) -> int:
         return 2
 
     def work() -> list[str]:
-        from dist_export.job import run_export
-        from dist_export.objects import build_objects
+        from dist_export.model.user_objects import build_objects
+        from dist_export.pipeline.run import run_export
 
         config = ranks.run("read the settings", lambda: parse_settings(parser, argv))
         objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
         return run_export(ranks, config, objects, is_shown=config.progress)[1]
 
-    from dist_export.collective import join
+    from dist_export.runtime.ranks import join
 
     # The settings are read again once the ranks know each other: so even a misspelt key is told once, by rank 0.
     try:
@@ -114,8 +114,8 @@ def _export(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from dist_export.config_file import build_parser, parse_with_extras
-    from dist_export.plan_report import make_report, render_report
+    from dist_export.config.loader import build_parser, parse_with_extras
+    from dist_export.pipeline.dry_run import make_report, render_report
 
     parser = build_parser("dist_export plan", has_help=_wants_text(argv))
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -134,9 +134,9 @@ def _plan(argv: list[str]) -> int:
 
 def _inspect(argv: list[str]) -> int:
     from dist_export.checkpoint.tensor_settings import TensorSettings
-    from dist_export.config_file import build_path_parser, parse_path
-    from dist_export.package.describe import describe, render
-    from dist_export.run_listing import describe_run, render_run
+    from dist_export.config.loader import build_path_parser, parse_path
+    from dist_export.inspect.describe import describe, render
+    from dist_export.pipeline.run_listing import describe_run, render_run
 
     parser = build_path_parser("dist_export inspect", "Show a checkpoint, the checkpoints of a run, or a package.")
     parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
@@ -170,10 +170,10 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
-    from dist_export.collective import join
-    from dist_export.config import ExportConfig, parse_bytes
-    from dist_export.config_file import build_path_parser, parse_path
-    from dist_export.package.verify import verify
+    from dist_export.config.loader import build_path_parser, parse_path
+    from dist_export.config.schema import ExportConfig, parse_bytes
+    from dist_export.runtime.ranks import join
+    from dist_export.verify.verify import verify
 
     parser = build_path_parser(
         "dist_export verify",
@@ -215,14 +215,14 @@ def _verify(argv: list[str]) -> int:
 
 def _resolve(arguments: Any) -> str:
     """Return the directory that the path means: itself, or what a registry says."""
-    from dist_export import registries
+    from dist_export.registry import base
 
-    return registries.resolve(arguments.path, arguments.registry_options).directory
+    return base.resolve(arguments.path, arguments.registry_options).directory
 
 
 def _print_text(parser: ArgumentParser, argv: list[str]) -> None:
     """Let the parser print help or the config, and exit."""
-    from dist_export.config_file import join_nested
+    from dist_export.config.loader import join_nested
 
     try:
         parser.parse_args(join_nested(argv))
@@ -247,7 +247,7 @@ def _configure_logging() -> None:
 
 def _name_stage(record: logging.LogRecord) -> bool:
     """Give a record the stage that the export is in; the line of a stage's end names it itself."""
-    from dist_export.activity import current_stage
+    from dist_export.runtime.io_activity import current_stage
 
     stage = current_stage()
     record.stage = f"[{stage}] " if stage else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_export.concealed import conceal
+from dist_export.redact import conceal
 
 _MAX_LINE = 4_000
 """A foreign name may be as long as its file. What was expected and what to do stand at the end, so the middle goes."""

@@ -13,7 +13,7 @@ import msgspec
 import xxhash
 
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.layout.strict_json import decode_object
+from dist_export.formats.strict_json import decode_object
 
 MANIFEST = "manifest.json"
 SAMPLE_ROWS = "sample_rows.json"
@@ -362,7 +362,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Return the closing summary of the export."""
-        from dist_export.progress import summarize_again  # serving reads manifests without all that an export imports
+        from dist_export.reporting.progress import (
+            summarize_again,  # serving reads manifests without all that an export imports
+        )
 
         return "\n".join(summarize_again(self))
 

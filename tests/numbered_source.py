@@ -14,12 +14,12 @@ import numpy as np
 import xxhash
 from recis_writer import PartSpec, Raw
 
-from dist_export import source
-from dist_export.checkpoint import formats
-from dist_export.checkpoint.dense_parameters import RecisDense
-from dist_export.checkpoint.reader import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
-from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
-from dist_export.storage import Directory
+from dist_export.checkpoint import detect
+from dist_export.checkpoint.dense import RecisDense
+from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.formats.dtypes import CODE_BY_NAME, DTYPES
+from dist_export.pipeline import planning
+from dist_export.storage.directory import Directory
 
 LAYOUT = "layout.json"
 
@@ -103,7 +103,7 @@ def _name(array: np.ndarray) -> str:
 
 
 class LayoutReader:
-    """Reads what ``write_source`` wrote. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
+    """Reads what ``write_source`` wrote. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -179,19 +179,19 @@ class LayoutReader:
 
 def plug_in(monkeypatch: Any) -> None:
     """Let exports open such checkpoints; others are opened as ever."""
-    original = source.open_reader
+    original = planning.open_reader
 
     def open_reader(directory: Directory, **settings: Any) -> Any:
         return LayoutReader(directory) if directory.exists(LAYOUT) else original(directory, **settings)
 
-    monkeypatch.setattr(source, "open_reader", open_reader)
-    entry = formats.Format(
+    monkeypatch.setattr(planning, "open_reader", open_reader)
+    entry = detect.Format(
         kind="a checkpoint of the tests",
         told_by=LAYOUT,
         open=lambda directory, *_: LayoutReader(directory),
         dense=lambda directory, *_: RecisDense(directory),
     )
-    monkeypatch.setitem(formats.FORMATS, "layout", entry)
+    monkeypatch.setitem(detect.FORMATS, "layout", entry)
 
 
 def make_rows(num_rows: int, dim: int = 4, seed: int = 0) -> np.ndarray:

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 from torch.package.importer import sys_importer
 
-from dist_export.disk import naming, naming_any
 from dist_export.errors import ConfigError, TraceError
+from dist_export.storage.local_io import naming, naming_any
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp import find_metadata
-from dist_export.checkpoint.dump_widths import Stated, find_score_words, find_width, read_stated
+from dist_export.checkpoint.dcp.tables import find_metadata
+from dist_export.checkpoint.dynamicemb_widths import Stated, find_score_words, find_width, read_stated
+from dist_export.checkpoint.metadata import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.checkpoint.payload import OtherTensor, Payload
-from dist_export.checkpoint.plain import stat_files
-from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
-from dist_export.checkpoint.tensors import Skipped
+from dist_export.checkpoint.tensors.classify import Skipped
+from dist_export.checkpoint.tensors.common import stat_files
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES, I64
-from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT
-from dist_export.layout.strict_json import decode_object
-from dist_export.storage import Directory
+from dist_export.formats.dtypes import CODE_BY_NAME, DTYPES, I64
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.formats.strict_json import decode_object
+from dist_export.storage.directory import Directory
 
 FOLDER = "dynamicemb"
 """What TorchEasyRec calls the dump in its checkpoints."""
@@ -72,7 +72,7 @@ class DumpedTable(NamedTuple):
 
 
 class DynamicEmbReader:
-    """Reads one dump. See :class:`~dist_export.checkpoint.reader.CheckpointReader`; there are no headers."""
+    """Reads one dump. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`; there are no headers."""
 
     def __init__(self, directory: Directory, *, with_dcp: bool = False) -> None:
         """Find the files. CheckpointError where there is none, or those of a rank are missing.
@@ -324,7 +324,7 @@ class DynamicEmbReader:
 
 
 class NoDense:
-    """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+    """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense.DenseParameters`."""
 
     notes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, NamedTuple
 
 from dist_export.errors import CheckpointError
-from dist_export.layout.state_archive import check_state_archive, say_refusal
-from dist_export.layout.torch_pickle import load_archive
+from dist_export.formats.torch_pickle import load_archive
+from dist_export.formats.torch_zip import check_state_archive, say_refusal
 
 EXTRA_STATE = "_extra_state"
 """Last element of the name that a state_dict has it under."""

@@ -17,16 +17,16 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from dist_export.checkpoint.columns import HeaderColumns, join_columns, to_columns
-from dist_export.checkpoint.matching import match_blocks
-from dist_export.checkpoint.parts import build_parts
-from dist_export.checkpoint.reader import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.checkpoint.metadata import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.checkpoint.recis.assemble import build_parts
+from dist_export.checkpoint.recis.header_columns import HeaderColumns, join_columns, to_columns
+from dist_export.checkpoint.recis.match_index import match_blocks
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import DTYPES, I64
-from dist_export.layout.indexes import Indexes, decode_indexes
-from dist_export.layout.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, MERGED, TENSORKEY, MergedEntry, encode_index
-from dist_export.layout.safetensors import Header, decode_header, header_length
-from dist_export.storage import Directory
+from dist_export.formats.dtypes import DTYPES, I64
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, MERGED, TENSORKEY, MergedEntry, encode_index
+from dist_export.formats.recis_index import Indexes, decode_indexes
+from dist_export.formats.safetensors import Header, decode_header, header_length
+from dist_export.storage.directory import Directory
 
 _PART = re.compile(r"(?P<table>.+)/part_(?P<number>\d{1,9})_(?P<total>\d{1,9})", re.DOTALL)
 _REQUESTS_AT_ONCE = 16
@@ -55,7 +55,7 @@ class PackageShare(NamedTuple):
 
 
 class PackageReader:
-    """Reads one written package. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
+    """Reads one written package. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
     def __init__(self, directory: Directory, shards: Sequence[str]) -> None:
         """Read the indexes, as far as there are any, and the merged manifest. CheckpointError where they are damaged.

@@ -14,16 +14,16 @@ from typing import Any
 import msgspec
 import xxhash
 
+from dist_export.checkpoint.metadata import Checkpoint, CheckpointReader, SourceFile, TableMeta
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.payload import Payload
-from dist_export.checkpoint.reader import Checkpoint, CheckpointReader, SourceFile, TableMeta
-from dist_export.checkpoint.tensors import Skipped
+from dist_export.checkpoint.tensors.classify import Skipped
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.encodings import INT8_ROWWISE, U8
-from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.row_encodings import INT8_ROWWISE, U8
 from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
 
 
 def find_package(directory: Directory) -> Manifest | None:
@@ -57,7 +57,7 @@ def has_numbered(manifest: Manifest) -> bool:
 
 
 class PackageSource:
-    """Reads a package. See :class:`~dist_export.checkpoint.reader.CheckpointReader`."""
+    """Reads a package. See :class:`~dist_export.checkpoint.metadata.CheckpointReader`."""
 
     def __init__(self, directory: Directory, manifest: Manifest, inner: CheckpointReader[Any] | None = None) -> None:
         """Refuse what cannot be read back. ``inner`` is the reader of its shards; None takes that of packages.
@@ -167,7 +167,7 @@ def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> Table
 
 
 class PackageDense:
-    """A package has a program and no parameters. See :class:`~dist_export.checkpoint.dense_parameters.DenseParameters`."""
+    """A package has a program and no parameters. See :class:`~dist_export.checkpoint.dense.DenseParameters`."""
 
     notes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()

@@ -1,6 +1,6 @@
 """The raw ids of the rows of torchrec's managed-collision tables, put into the order of the rows.
 
-See :mod:`dist_export.checkpoint.collisions` for what the tensors mean.
+See :mod:`dist_export.checkpoint.managed_collisions` for what the tensors mean.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.amounts import few
 from dist_export.errors import CheckpointError
-from dist_export.readers import RangeReader
+from dist_export.humanize import few
+from dist_export.storage.range_reader import RangeReader
 
 _SCAN_ROWS = 1 << 20
 _SPAN_BYTES = 1 << 20
@@ -68,7 +68,7 @@ class CollisionState(NamedTuple):
 class RawIds:
     """The raw ids of rows ``begin`` to ``end`` of a table, a column that no file holds in this order.
 
-    See :class:`~dist_export.checkpoint.reader.MadeColumn`.
+    See :class:`~dist_export.checkpoint.metadata.MadeColumn`.
     """
 
     state: CollisionState

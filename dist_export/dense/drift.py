@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from dist_export.amounts import few
 from dist_export.errors import DriftError
+from dist_export.humanize import few
 from dist_export.manifest import DriftOutputEntry
 
 

@@ -18,23 +18,23 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.amounts import few
-from dist_export.collective import Ranks
-from dist_export.config import ExportConfig
-from dist_export.dense.blame import blame, said
+from dist_export.archive.output_diff import has_same_values
+from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift import OutputDrift, refuse_drift
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.found_rows import LOCATION_BYTES
 from dist_export.dense.reference import Reference, ReferenceRunner, run_with_others
 from dist_export.dense.reference_check import check_reference, describe_other_inputs
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.unmeasured import Looked, refuse_early, refuse_late, why_unmeasured
-from dist_export.differences import has_same_values
 from dist_export.errors import ConfigError, DistExportError, ModelError, ParityError
+from dist_export.humanize import few
 from dist_export.manifest import DriftEntry
+from dist_export.model.user_errors import blame, said
+from dist_export.runtime.ranks import Ranks
 
 _COPIES = 6
 """How often a row is in memory, at most: as the source has it and as it is exported, of both sides, and while they are joined."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_export.dense.blame import blame, said
+from dist_export.archive.output_diff import has_same_values
 from dist_export.dense.blocks import Blocks
-from dist_export.differences import has_same_values
 from dist_export.errors import ModelError
+from dist_export.model.user_errors import blame, said
 
 
 @dataclass(frozen=True, slots=True)

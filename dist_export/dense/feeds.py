@@ -13,12 +13,12 @@ import torch
 import xxhash
 from torch import nn
 
-from dist_export.dense.collisions import FurtherRow, IdLookups, RawIdState
 from dist_export.dense.reads import DATA_PTR
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows, WholeTable
 from dist_export.errors import ModelError
-from dist_export.layout.dtypes import DTYPES
+from dist_export.formats.dtypes import DTYPES
+from dist_export.model.managed_collisions import FurtherRow, IdLookups, RawIdState
 
 
 class Feed:

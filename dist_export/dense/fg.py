@@ -27,8 +27,8 @@ from dist_export.dense.fg_rules import (
     read_feature,
 )
 from dist_export.errors import ConfigError
-from dist_export.layout.strict_json import is_text, show
-from dist_export.storage import Directory
+from dist_export.formats.strict_json import is_text, show
+from dist_export.storage.directory import Directory
 
 __all__ = [
     "Block",

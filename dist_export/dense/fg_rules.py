@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from dist_export.layout.strict_json import show
+from dist_export.formats.strict_json import show
 
 FgRules = Literal["rtp", "none"]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import Checkpoint, SlotMeta
-from dist_export.checkpoint.rows import RowReader
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.checkpoint.row_reader import RowReader
 
 LOCATION_BYTES = 24
 """What a row takes in :class:`LocatedRows`."""

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_export.dense.blame import said
 from dist_export.dense.feeds import Feed
 from dist_export.dense.reads import TableReads
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
-from dist_export.layout.recis import CHILD_BITS
+from dist_export.formats.recis import CHILD_BITS
+from dist_export.model.user_errors import said
 
 _ID_MASK = (1 << CHILD_BITS) - 1
 _RUN_IDS = 1 << 20

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from dist_export.amounts import few
 from dist_export.checkpoint.model_weights import is_below, plain_name
-from dist_export.collective import Ranks
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.dense.sample_notes import refuse_foreign_tables
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
+from dist_export.humanize import few
+from dist_export.runtime.ranks import Ranks
 
 SETTING = "allow_missing_tables"
 

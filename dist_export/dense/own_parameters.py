@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
-from dist_export.dense.collisions import is_collision_module
-from dist_export.dense.plain_copy import is_fully_sharded, is_lazy
 from dist_export.errors import ModelError
+from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.unwrap import is_fully_sharded, is_lazy
 
 _MOST_BYTES = 64 << 20
 """A buffer that is larger is not copied in order to put it back."""

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch.export import ExportedProgram
 
-from dist_export.archive.guard import check_archive
 from dist_export.archive.legacy import has_dtype
 from dist_export.archive.pt2 import pack_program
-from dist_export.dense.blame import blame_text, said
+from dist_export.archive.safe_load import check_archive
 from dist_export.dense.eager import DenseSample
 from dist_export.errors import ConfigError, DistExportError, PackageError, TraceError
+from dist_export.model.user_errors import blame_text, said
 
 
 def check_dtypes(sample: DenseSample, archive_format: str) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from dist_export.dense.blame import blame, said
+from dist_export.archive.output_diff import Difference, describe_allowed
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.rounding import Rounding, compare_scores
 from dist_export.dense.sample_rows import SampleRows
-from dist_export.differences import Difference, describe_allowed
 from dist_export.errors import ParityError
 from dist_export.manifest import FilesParityEntry, ParityEntry
-from dist_export.storage import Directory
+from dist_export.model.user_errors import blame, said
+from dist_export.storage.directory import Directory
 
 BATCH_SIZES = (1, 2, 301)
 """1, where a model may take another branch; 2, the least that is traced; an odd one larger than the sample."""

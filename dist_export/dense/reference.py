@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_export.activity import ACTIVITY
-from dist_export.collective import Ranks
-from dist_export.dense.blame import blame, said
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.own_parameters import buffers_put_back, put_values, state_put_back
-from dist_export.dense.plain_copy import is_lazy, unwrap
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE, copy_containers, eval_mode
 from dist_export.dense.sample_rows import SampleRows
-from dist_export.dense.tables import checkpoint_rows
+from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
+from dist_export.model.unwrap import is_lazy, unwrap
+from dist_export.model.user_errors import blame, said
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.runtime.ranks import Ranks
 
 MODEL = "model"
 ARCHES = "arches"

@@ -11,15 +11,15 @@ import msgspec
 import torch
 from torch.export import ExportedProgram
 
-from dist_export.amounts import few
-from dist_export.dense.blame import blame, said
+from dist_export.archive.output_diff import Difference, describe_allowed, has_same_values
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import MODEL, Reference
 from dist_export.dense.rounding import Rounding, compare_scores
-from dist_export.differences import Difference, describe_allowed, has_same_values
 from dist_export.errors import ModelError, ParityError
+from dist_export.humanize import few
 from dist_export.manifest import FilesParityEntry, ParityEntry
+from dist_export.model.user_errors import blame, said
 
 _NO_PACKAGE = "No manifest was written, so there is no package"
 

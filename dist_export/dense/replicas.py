@@ -8,11 +8,11 @@ import torch
 import xxhash
 from torch import nn
 
-from dist_export.activity import ACTIVITY
-from dist_export.amounts import few
-from dist_export.collective import Ranks
-from dist_export.dense.plain_copy import is_lazy
 from dist_export.errors import ModelError
+from dist_export.humanize import few
+from dist_export.model.unwrap import is_lazy
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.runtime.ranks import Ranks
 
 
 def compare_replicas(ranks: Ranks, copied: nn.Module) -> list[str]:

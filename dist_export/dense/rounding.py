@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_export.archive.output_diff import Difference, compare, usual_sizes
 from dist_export.dense.eager import DenseSample, exporting
-from dist_export.dense.plain_copy import copy_dense_arch
-from dist_export.differences import Difference, compare, usual_sizes
+from dist_export.model.unwrap import copy_dense_arch
 
 _TIMES = 4
 """How many times the measured rounding two programs may be apart: each has its own, and the sample does not show the largest."""
@@ -79,7 +79,7 @@ def compare_scores(
 
     Args:
         number: the output's place.
-        like: as :func:`~dist_export.differences.compare` takes it.
+        like: as :func:`~dist_export.archive.output_diff.compare` takes it.
     """
     worst = compare(expected, found, atol=atol, rtol=rtol, like=like)
     if worst.is_close or not expected.is_floating_point() or not (atol or rtol):

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from dist_export.dense.found_rows import FoundRows
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ParityError
-from dist_export.layout.dtypes import DTYPES
+from dist_export.formats.dtypes import DTYPES
 
 NO_PACKAGE = "No manifest was written, so there is no package"
 

@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 import torch
 
-from dist_export.checkpoint.reader import SlotMeta
-from dist_export.config import ExportConfig
+from dist_export.checkpoint.metadata import SlotMeta
+from dist_export.config.schema import ExportConfig
 from dist_export.dense.row_check import NO_PACKAGE, check_names, is_far, is_far_int8, match_name, read_values
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ParityError
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.manifest import TableEntry
 
 Rules = Sequence[Mapping[str, Any]]

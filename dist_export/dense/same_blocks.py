@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_export.collective import Ranks
+from dist_export.archive.output_diff import compare
 from dist_export.dense.blocks import Blocks, Outline
 from dist_export.dense.eager import DenseSample, run_eagerly
 from dist_export.dense.sample import Batch, Batches, run_sparse_arch
-from dist_export.differences import compare
 from dist_export.errors import ModelError
+from dist_export.runtime.ranks import Ranks
 
 _MAX_BATCHES = 8
 """How many batches more are taken to find one of another size."""

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_export.dense.blame import blame, said
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
-from dist_export.dense.tables import checkpoint_rows
+from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
+from dist_export.model.user_errors import blame, said
 
 SAMPLE_ROWS = 128
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dist_export.amounts import count, few
 from dist_export.dense.blocks import Blocks
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
+from dist_export.humanize import count, few
 
 
 def note_rows(

@@ -15,23 +15,21 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.archive.guard import load_program
-from dist_export.checkpoint.dense_parameters import DenseParameters
-from dist_export.checkpoint.reader import Checkpoint
-from dist_export.collective import Ranks
-from dist_export.config import ExportConfig
-from dist_export.dense.blame import said
+from dist_export.archive.safe_load import load_program
+from dist_export.checkpoint.dense import DenseParameters
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
-from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.missing_tables import find_missing, refuse_missing
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
-from dist_export.dense.plain_copy import copy_dense_arch, find_arch, move_to
 from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.dense.reference_check import (
     ReferenceFigures,
@@ -41,7 +39,7 @@ from dist_export.dense.reference_check import (
 )
 from dist_export.dense.replicas import compare_replicas
 from dist_export.dense.row_check import check_rows, check_whole_rows
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.rule_check import check_settings
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
@@ -53,14 +51,16 @@ from dist_export.dense.sample_notes import (
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
-from dist_export.dense.state import list_taken, load_dense_parameters
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
-from dist_export.identity import OWN_DIGEST, OWN_VALUES, OwnValues
-from dist_export.layout.encodings import RowCast
+from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
-from dist_export.objects import Objects
-from dist_export.storage import Directory
+from dist_export.model.unwrap import copy_dense_arch, find_arch, move_to
+from dist_export.model.user_errors import said
+from dist_export.model.user_objects import Objects
+from dist_export.pipeline.identity import OWN_DIGEST, OWN_VALUES, OwnValues
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory
 
 
 class DenseStage:
@@ -124,7 +124,7 @@ class DenseStage:
     ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
 
-        ``misplaced``, ``dropped_in``, ``is_pruned`` and ``casts`` are as :class:`~dist_export.dense.rows.RowFinder` takes
+        ``misplaced``, ``dropped_in``, ``is_pruned`` and ``casts`` are as :class:`~dist_export.dense.row_lookup.RowFinder` takes
         them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.

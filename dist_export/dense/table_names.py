@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_export.checkpoint.model_weights import plain_name
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ModelError
 
 _WEIGHT = ".weight"

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from dist_export.dense.blame import blame, said, watch_sizes
-from dist_export.dense.data_path import find_used_inputs
 from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.used_inputs import find_used_inputs
 from dist_export.errors import ConfigError, TraceError
+from dist_export.model.user_errors import blame, said, watch_sizes
 
 
 @dataclass(frozen=True, slots=True)

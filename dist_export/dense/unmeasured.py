@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_export.amounts import few
-from dist_export.collective import Ranks
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import DriftError, ModelError
+from dist_export.humanize import few
+from dist_export.runtime.ranks import Ranks
 
 _ADVICE = "Leave max_drift out, or give a model that looks ids up in its own tables, unsharded"
 

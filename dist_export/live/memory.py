@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from dist_export.dense.blame import said
 from dist_export.errors import CheckpointError, ModelError, TransferError
-from dist_export.held import HeldValues
-from dist_export.readers import RangeReader
+from dist_export.ids.thread_cache import HeldValues
+from dist_export.model.user_errors import said
+from dist_export.storage.range_reader import RangeReader
 
 CHUNK_BYTES = 4 << 20
 """Of one copy from a GPU, and of one lookup in a hash table: a call costs little beside it."""
@@ -162,7 +162,7 @@ class MemoryFile(NamedTuple):
 
 
 class ModelMemory:
-    """The payload of a model's tables on this rank. See :class:`~dist_export.checkpoint.reader.Memory`."""
+    """The payload of a model's tables on this rank. See :class:`~dist_export.checkpoint.metadata.Memory`."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dist_export.digests import ALGORITHMS, algorithm_of, missing_package
+from dist_export.formats.digests import ALGORITHMS, algorithm_of, missing_package
 
 _PIECE_BYTES = 1 << 20
 

@@ -6,11 +6,11 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import CheckpointError, DistExportError, PackageError
-from dist_export.layout.pickle_machine import PickleError
-from dist_export.layout.state_archive import StateArchive, check_state_archive
-from dist_export.layout.torch_pickle import as_tensor, load_archive
+from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.torch_pickle import as_tensor, load_archive
+from dist_export.formats.torch_zip import StateArchive, check_state_archive
 from dist_export.manifest import DenseEntry
-from dist_export.package.package import Package
+from dist_export.package.reader import Package
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
 from dist_export.errors import PlanError
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.layout.encodings import BF16, F64, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
-from dist_export.layout.recis import EMBEDDING_SLOT
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.row_encodings import BF16, F64, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
 from dist_export.plan.selection import Selection
 
 SOURCE = "source"

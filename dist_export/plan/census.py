@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_export.checkpoint.reader import Checkpoint, Memory
+from dist_export.checkpoint.metadata import Checkpoint, Memory
 from dist_export.errors import CheckpointError, PlanError
-from dist_export.plan.targets import Targets
+from dist_export.plan.target_slices import Targets
 
 GRANULE_ROWS = 1 << 20
 """Rows are counted in granules of this many, so that several ranks can gather from one part."""

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.reader import Checkpoint, SlotMeta, TableMeta
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
+from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SLOT_VALUE, RowRule
 from dist_export.errors import PlanError
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.encodings import decode_int8
-from dist_export.layout.recis import EMBEDDING_SLOT, mix
-from dist_export.plan.tables import no_match
-from dist_export.row_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SLOT_VALUE, RowRule
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT, mix
+from dist_export.formats.row_encodings import decode_int8
+from dist_export.plan.table_view import no_match
 
 KEPT = 0
 """The code of a row that no rule applies to; else 1 + the place of the rule among those of its table."""

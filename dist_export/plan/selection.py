@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from dist_export.checkpoint.reader import Checkpoint, DenseTensor, SlotMeta
+from dist_export.checkpoint.metadata import Checkpoint, DenseTensor, SlotMeta
+from dist_export.config.mistakes import Mistakes
 from dist_export.errors import PlanError
-from dist_export.layout.recis import EMBEDDING_SLOT, FILTER_STEP, ID_SLOT
-from dist_export.mistakes import Mistakes
+from dist_export.formats.recis import EMBEDDING_SLOT, FILTER_STEP, ID_SLOT
 
 OPTIMIZER_SLOTS = frozenset(
     {

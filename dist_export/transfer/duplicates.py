@@ -10,18 +10,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dist_export.checkpoint.ids import first_source_of, open_sources
-from dist_export.checkpoint.reader import Checkpoint
-from dist_export.checkpoint.rows import RowReader
-from dist_export.collective import Ranks
+from dist_export.checkpoint.id_reader import first_source_of, open_sources
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.row_reader import RowReader
 from dist_export.errors import CheckpointError, PlanError
-from dist_export.id_columns import IdRun, read_runs
-from dist_export.layout.recis import mix
+from dist_export.formats.recis import mix
+from dist_export.ids.columns import IdRun, read_runs
 from dist_export.plan.census import share_parts
-from dist_export.plan.limits import DROPPED_ROW_BYTES, Limits
+from dist_export.plan.memory_budget import DROPPED_ROW_BYTES, Limits
 from dist_export.plan.prune import Pruning
-from dist_export.threads import run_threads
-from dist_export.transfer.pruning import PruneReader
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import run_threads
+from dist_export.transfer.prune_filter import PruneReader
 
 _EXCHANGED_ROWS = 1 << 16
 """All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""

@@ -39,7 +39,7 @@ ON_DISK = ("filter", "reshard")
 def main() -> int:
     """Run the scenarios that were asked for; return 1 where anything failed."""
     given = _parse()
-    from dist_export.config import ExportConfig
+    from dist_export.config.schema import ExportConfig
 
     known = frozenset(field.name for field in dataclasses.fields(ExportConfig))
     settings = {"max_memory": given.max_memory} if given.max_memory else {}

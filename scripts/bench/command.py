@@ -82,7 +82,7 @@ def _time_torchrun(label: str, arguments: list[str]) -> float:
 
 
 def _judge(package: Path) -> None:
-    from dist_export.package.verify import verify
+    from dist_export.verify.verify import verify
 
     findings = verify(str(package)).findings
     if findings:

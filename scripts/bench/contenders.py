@@ -30,9 +30,9 @@ def prepare(job: dict[str, Any]) -> Work:
 
 def _prepare_export(job: dict[str, Any]) -> Work:
     """dist_export, called as a program would call it."""
-    from dist_export.collective import join
-    from dist_export.job import run_export
-    from dist_export.objects import Objects
+    from dist_export.model.user_objects import Objects
+    from dist_export.pipeline.run import run_export
+    from dist_export.runtime.ranks import join
 
     config = _make_config(job)
 
@@ -46,12 +46,12 @@ def _prepare_export(job: dict[str, Any]) -> Work:
 
 def _prepare_plan(job: dict[str, Any]) -> Work:
     """dist_export's planning alone, then the rendering of the files that describe the package."""
-    from dist_export.check import TableAccount
-    from dist_export.collective import join
-    from dist_export.commit import describe_tables, list_versions, render_indexes
+    from dist_export.commit.audit import TableAccount
+    from dist_export.commit.publish import describe_tables, list_versions, render_indexes
     from dist_export.manifest import FileEntry, Manifest, SourceEntry, encode_manifest, seal
-    from dist_export.source import open_checkpoint, plan_sparse
-    from dist_export.storage import Directory
+    from dist_export.pipeline.planning import open_checkpoint, plan_sparse
+    from dist_export.runtime.ranks import join
+    from dist_export.storage.directory import Directory
 
     config = _make_config(job)
 
@@ -105,7 +105,7 @@ def _prepare_plan(job: dict[str, Any]) -> Work:
 
 def _make_config(job: dict[str, Any]) -> Any:
     """Return the settings of an export; those that this version of dist_export does not have are left out."""
-    from dist_export.config import ExportConfig
+    from dist_export.config.schema import ExportConfig
 
     known = {field.name for field in dataclasses.fields(ExportConfig)}
     return ExportConfig(

@@ -20,7 +20,7 @@ def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str
     ContenderError says what is wrong.
     """
     from dist_export import open_package
-    from dist_export.package.verify import verify
+    from dist_export.verify.verify import verify
 
     findings = verify(str(package)).findings
     if findings:
@@ -44,7 +44,7 @@ def judge_package(package: Path, source: Source, checkpoint: Path, *, label: str
 def judge_numbered(package: Path, source: Source, checkpoint: Path, *, label: str) -> None:
     """Check a package whose rows go by number, all of them; ContenderError says what is wrong."""
     from dist_export import open_package
-    from dist_export.package.verify import verify
+    from dist_export.verify.verify import verify
 
     findings = verify(str(package)).findings
     if findings:

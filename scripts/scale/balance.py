@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_export.attempt import Receipt
-from dist_export.digests import CHUNK_BYTES
+from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan.census import share_parts
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.plan.units import Unit, assign, plan_units
+from dist_export.plan.plan import SparsePlan
+from dist_export.plan.work_units import Unit, assign, plan_units
+from dist_export.workdir.state import Receipt
 from scripts.scale import fleet
 
 TOLERANCE = 0.05

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from dist_export.config import ExportConfig
-from dist_export.job import run_export
-from dist_export.objects import Objects
-from dist_export.package.verify import verify
-from dist_export.processes import identify
-from dist_export.rendezvous import agree_on_start
-from dist_export.signs_of_life import Beat
-from dist_export.watchdog import Watchdog
+from dist_export.config.schema import ExportConfig
+from dist_export.model.user_objects import Objects
+from dist_export.pipeline.run import run_export
+from dist_export.runtime.heartbeat import Beat
+from dist_export.runtime.process_identity import identify
+from dist_export.runtime.rendezvous import agree_on_start
+from dist_export.runtime.watchdog import Watchdog
+from dist_export.verify.verify import verify
 from scripts.scale import logical
 
 ROOT = Path(__file__).resolve().parents[2]

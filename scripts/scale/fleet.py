@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_export.checkpoint.reader import Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.recis import split_evenly
+from dist_export.checkpoint.metadata import Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import split_evenly
 from dist_export.plan.census import GRANULE_ROWS, Census
+from dist_export.plan.plan import SparsePlan
 from dist_export.plan.selection import select
-from dist_export.plan.shards import plan_shards
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.plan.targets import Targets, plan_targets
-from dist_export.storage import Directory
+from dist_export.plan.shard_layout import plan_shards
+from dist_export.plan.target_slices import Targets, plan_targets
+from dist_export.storage.directory import Directory
 
 SIZE = 65536
 DIMS = (64, 16, 128, 32, 8, 64, 16, 32, 16, 8, 32, 64)

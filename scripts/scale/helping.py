@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
-from dist_export.collective import Ranks
-from dist_export.plan.units import UNIT_BYTES, Unit
-from dist_export.transfer import queues
+from dist_export.plan.work_units import UNIT_BYTES, Unit
+from dist_export.runtime.ranks import Ranks
+from dist_export.transfer import work_stealing
 from scripts.scale import logical
 
 SLOWEST, FASTEST = 0.8, 1.25
@@ -50,13 +50,14 @@ def measure(num_workers: int, units_each: int = 8) -> Helping:
         for rank in range(num_workers)
     ]
     for ranks in all_ranks:
-        queues.open_queues(ranks, "write", 1)
-    dealt = queues._deal(units, num_workers)  # noqa: SLF001 -- the same for all, and each would compute it
+        work_stealing.open_queues(ranks, "write", 1)
+    dealt = work_stealing._deal(units, num_workers)  # noqa: SLF001 -- the same for all, and each would compute it
     done: Counter[int] = Counter()
     helped, last = 0, 0.0
-    with mock.patch.object(queues, "_deal", return_value=dealt):
+    with mock.patch.object(work_stealing, "_deal", return_value=dealt):
         takers = [
-            queues.take_units(ranks, "write", units, worker=number, threads=1) for number, ranks in enumerate(all_ranks)
+            work_stealing.take_units(ranks, "write", units, worker=number, threads=1)
+            for number, ranks in enumerate(all_ranks)
         ]
         agenda = [(0.0, number) for number in range(num_workers)]
         heapq.heapify(agenda)

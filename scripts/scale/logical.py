@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dist_export.collective import Ranks
+from dist_export.runtime.ranks import Ranks
 
 T = TypeVar("T")
 

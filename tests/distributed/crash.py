@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = str(TESTS / "distributed" / "paused.py")
@@ -239,7 +239,7 @@ def compare(setup: Setup, out: Path) -> None:
     assert found.keys() == expected.keys()
     differing = [name for name in found if found[name] != expected[name]]
     assert not differing, f"{differing} differ from those of an undisturbed export"
-    from dist_export.package.package import open_package
+    from dist_export.package.reader import open_package
 
     digests = [open_package(folder).manifest.digest for folder in (out, setup.expected)]
     assert digests[0] == digests[1]

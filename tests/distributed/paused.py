@@ -17,11 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from dist_export import places, replace
-from dist_export.collective import Ranks
-from dist_export.staging import Staging
-from dist_export.storage import Directory
-from dist_export.transfer.units import UnitRunner
+from dist_export.pipeline import target
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory
+from dist_export.storage.staging import Staging
+from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.workdir import swap
 
 AT = os.environ.get("PAUSE_AT", "")
 RANK = os.environ.get("PAUSE_RANK", "0")
@@ -85,8 +86,8 @@ def patch() -> None:
     UnitRunner.run = run
     around(Directory, "write", lambda _, name, *__: f"write {name}", lambda _, name, *__: f"written {name}")
     around(Staging, "publish", lambda _, name: f"publish {name}", lambda _, name: f"published {name}")
-    around(replace, "replace_directory", lambda *_: "exchange")
-    around(places, "finish_commit", lambda *_: "clean up", lambda *_: "end")
+    around(swap, "replace_directory", lambda *_: "exchange")
+    around(target, "finish_commit", lambda *_: "clean up", lambda *_: "end")
 
 
 if __name__ == "__main__":

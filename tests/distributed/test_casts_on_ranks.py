@@ -13,7 +13,7 @@ from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.plan import limits, units
+from dist_export.plan import memory_budget, work_units
 
 pytestmark = pytest.mark.distributed
 
@@ -22,8 +22,8 @@ DTYPES = {"a": "float16", "b": "int8", "*": "bfloat16"}
 
 
 def export_all(_: int, source: str, out: str) -> None:
-    limits._CAST_VALUES = 64  # so that every part has many blocks
-    units.UNIT_BYTES = 1 << 12  # and every table many units, which any rank may take
+    memory_budget._CAST_VALUES = 64  # so that every part has many blocks
+    work_units.UNIT_BYTES = 1 << 12  # and every table many units, which any rank may take
     for num_shards in NUM_SHARDS:
         dist_export.export(settings(source, f"{out}/{num_shards}", num_shards))
 

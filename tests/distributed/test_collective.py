@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from dist_export.collective import Ranks, join
 from dist_export.errors import CheckpointError, ExportError, StepFailedError
+from dist_export.runtime.ranks import Ranks, join
 
 pytestmark = pytest.mark.distributed
 

@@ -90,7 +90,7 @@ def test_failure_on_one_rank_is_everyones(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
         "import errno, os, sys\n"
-        "from dist_export.transfer.engine import Transfer\n"
+        "from dist_export.transfer.executor import Transfer\n"
         "real = Transfer.write\n"
         "def write(self):\n"
         "    if os.environ['RANK'] == '1':\n"
@@ -122,7 +122,7 @@ def test_a_killed_rank_leaves_no_manifest_and_the_rerun_completes(tmp_path: Path
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from dist_export.transfer.engine import Transfer\n"
+        "from dist_export.transfer.executor import Transfer\n"
         "real = Transfer.finish\n"
         "def finish(self, wait):\n"
         "    if os.environ['RANK'] == '1':\n"

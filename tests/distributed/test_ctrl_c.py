@@ -112,7 +112,7 @@ def test_one_interrupted_rank_ends_the_others_too(tmp_path: Path) -> None:
 SWALLOWS = """
 import os, sys, time
 from pathlib import Path
-from dist_export.collective import Ranks
+from dist_export.runtime.ranks import Ranks
 
 mark = Path(sys.argv.pop(1))
 real = Ranks.on_rank_0
@@ -179,7 +179,7 @@ def test_the_other_commands_too(command: str, tmp_path: Path) -> None:
     """In the middle of reading the checkpoint."""
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 1))
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom dist_export.storage import Directory\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dist_export.storage.directory import Directory\n"
         "def wait(*_):\n    Path(mark).touch()\n    time.sleep(100)\nmark = sys.argv.pop(1)\n"
         "Directory.names = wait\nfrom dist_export.__main__ import run\nrun()"
     )

@@ -20,9 +20,9 @@ from test_worlds import TESTS, bare_manifest, torchrun
 from torch import nn
 
 import dist_export
-from dist_export.checkpoint.dcp_dense import DcpDense
+from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
 
 pytestmark = pytest.mark.distributed
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import dist_export
-from dist_export.archive.guard import load_program
-from dist_export.dense.plain_copy import copy_dense_arch
+from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError
+from dist_export.model.unwrap import copy_dense_arch
 
 pytestmark = pytest.mark.distributed
 

@@ -208,8 +208,8 @@ def test_ranks_may_wait_longer_than_the_timeout_for_one_that_works(tmp_path: Pat
     script = tmp_path / "slow.py"
     script.write_text(
         "import os, sys, time\n"
-        "from dist_export.transfer.units import UnitRunner\n"
-        "from dist_export.activity import ACTIVITY\n"
+        "from dist_export.transfer.unit_runner import UnitRunner\n"
+        "from dist_export.runtime.io_activity import ACTIVITY\n"
         "real = UnitRunner.run\n"
         "def run(self, unit):\n"
         "    if os.environ['RANK'] == '0':\n"
@@ -322,7 +322,7 @@ def test_a_failure_of_a_peer_goes_before_torchruns_sigterm(tmp_path: Path) -> No
     script = tmp_path / "exits.py"
     script.write_text(
         "import os, sys\n"
-        "from dist_export.transfer.engine import Transfer\n"
+        "from dist_export.transfer.executor import Transfer\n"
         "real = Transfer.write\n"
         "def write(self):\n"
         "    if os.environ['RANK'] == '1':\n"

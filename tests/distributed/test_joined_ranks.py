@@ -27,7 +27,7 @@ from ranks import run_ranks
 from test_worlds import bare_manifest
 
 import dist_export
-from dist_export.plan import units
+from dist_export.plan import work_units
 
 pytestmark = pytest.mark.distributed
 
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Truth], Truth]]] = {
 
 
 def export_all(_: int, source: Path, out: Path, threads: int) -> None:
-    units.UNIT_BYTES = 1 << 12  # so that every table has many units, which any rank may take
+    work_units.UNIT_BYTES = 1 << 12  # so that every table has many units, which any rank may take
     for name, (settings, _truth) in CASES.items():
         dist_export.export(
             {

@@ -25,7 +25,7 @@ from torch import nn
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 

@@ -22,8 +22,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
-from dist_export.progress import summarize
+from dist_export.reporting.progress import summarize
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 

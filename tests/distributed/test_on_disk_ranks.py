@@ -13,7 +13,7 @@ from recis_writer import make_tables, write_checkpoint
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.manifest import MANIFEST
-from dist_export.on_disk import OnDisk
+from dist_export.pipeline.target_state import OnDisk
 
 pytestmark = pytest.mark.distributed
 

@@ -12,15 +12,15 @@ from plain_cases import TABLES, make_model
 from ranks import run_ranks
 
 import dist_export
-from dist_export.package.verify import verify
-from dist_export.plan import limits, units
+from dist_export.plan import memory_budget, work_units
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 
 
 def export_chain(_: int, source: str, out: str) -> None:
-    limits._CAST_VALUES = 64  # so that every part has many blocks
-    units.UNIT_BYTES = 1 << 10
+    memory_budget._CAST_VALUES = 64  # so that every part has many blocks
+    work_units.UNIT_BYTES = 1 << 10
     steps = [
         {"tables": TABLES, "num_shards": 3, "dtype": {"*": "int8"}, "as_hash": ["*item*"]},
         {"num_shards": 2, "rename_tables": {"*item*": "item"}, "prune": [{"tables": ["*item*"], "norm_at_most": 1.0}]},

@@ -17,7 +17,7 @@ from test_row_account import parts_of, repeat
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 
@@ -154,7 +154,7 @@ def test_the_manifest_of_a_scored_sample_knows_no_ranks(tmp_path: Path) -> None:
 def export_with_a_list_of_its_own(rank: int, sources: str, out: str) -> str:
     np.save(f"{out}-{rank}.npy", np.arange(10 + rank))
     if rank == 1:
-        import dist_export.source as planning
+        import dist_export.pipeline.planning as planning
 
         original = planning.read_id_list
         planning.read_id_list = lambda path, **settings: original(path.replace("-0", "-1"), **settings)

@@ -27,15 +27,15 @@ from test_dense_ranks import (
 )
 from torch import nn
 
-from dist_export.activity import ACTIVITY
-from dist_export.collective import join
 from dist_export.dense import reference
 from dist_export.dense.own_parameters import reshard
 from dist_export.dense.reference import ReferenceRunner
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import DistExportError
-from dist_export.source import open_checkpoint
-from dist_export.storage import Directory
+from dist_export.pipeline.planning import open_checkpoint
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.runtime.ranks import join
+from dist_export.storage.directory import Directory
 
 pytestmark = pytest.mark.distributed
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.layout.recis import Slice
+from dist_export.formats.recis import Slice
 
 pytestmark = pytest.mark.distributed
 

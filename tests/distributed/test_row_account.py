@@ -14,9 +14,9 @@ from row_model import truth_of_model
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
-from dist_export.plan.limits import Limits
+from dist_export.plan.memory_budget import Limits
 from dist_export.transfer import duplicates
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 
@@ -155,7 +155,7 @@ def test_too_many_dropped_rows_are_refused_on_all_ranks(sources: Path, tmp_path:
 
 def drop_other_rows(rank: int, sources: str, out: str) -> str:
     if rank == 1:
-        import dist_export.source as planning
+        import dist_export.pipeline.planning as planning
 
         original = planning.drop_repeats
         planning.drop_repeats = lambda checkpoint, found, keep: original(checkpoint, found, keep="last")

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_dense_ranks import DIM, IDS, Model, hooks_of, local_state, make_exporter, write_source
 
-from dist_export import exporter
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
+from dist_export.pipeline import steps
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 
@@ -57,7 +57,7 @@ def export_damaged(rank: int, folder: str, place: int | None, later_failure: int
     model.sparse.table.rows = {int(IDS[0]): torch.full((DIM,), -1.0), int(IDS[12]): torch.full((DIM,), -2.0)}
     before = local_state(model)
     rows = copy.deepcopy(model.sparse.table.rows)
-    plain = exporter.check
+    plain = steps.check
 
     def check(ranks, planned, target):
         found = plain(ranks, planned, target)
@@ -68,7 +68,7 @@ def export_damaged(rank: int, folder: str, place: int | None, later_failure: int
             model.sparse.failing_rank = later_failure
         return found
 
-    exporter.check = check
+    steps.check = check
     told: dict[str, Any] = {"kind": "", "text": ""}
     try:
         manifest = make_exporter(model, batches(rank), folder, "out").export()

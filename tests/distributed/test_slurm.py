@@ -17,7 +17,7 @@ from needed import lack, need_programs
 from recis_writer import make_tables, read_back, write_checkpoint
 
 import dist_export
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 

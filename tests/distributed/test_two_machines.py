@@ -16,7 +16,7 @@ import pytest
 from recis_writer import make_tables, read_back, write_checkpoint
 
 import dist_export
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 

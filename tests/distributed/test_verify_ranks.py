@@ -12,7 +12,7 @@ from recis_writer import PartSpec, make_tables, write_checkpoint
 from test_worlds import torchrun
 
 import dist_export
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed
 

@@ -18,7 +18,7 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content
 
 from dist_export.manifest import MANIFEST
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent

@@ -16,8 +16,8 @@ import traceback
 from typing import Any
 
 import dist_export.cli
-import dist_export.config_file
-import dist_export.exporter
+import dist_export.config.loader
+import dist_export.pipeline.steps
 
 
 def run(job: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from fault_cases import (
 from sparse_cases import content
 
 from dist_export.errors import PackageError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 # ---- what an export must shrug off ----------------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from fault_cases import source_state
 from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content, export
 
-from dist_export import exporter
 from dist_export.errors import ExportError
-from dist_export.package.verify import verify
-from dist_export.transfer.files import StagedFiles
+from dist_export.pipeline import steps
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.verify.verify import verify
 
 
 def mount(place: Path, *arguments: str) -> None:
@@ -122,7 +122,7 @@ def test_somebody_else_fills_it_before_the_small_files(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shards are whole then, and are taken over."""
-    monkeypatch.setattr(exporter, "check", once(exporter.check, disk))
+    monkeypatch.setattr(steps, "check", once(steps.check, disk))
     assert_full(tmp_path, disk, "No space left on device")
     manifest = json.loads((disk / "out" / "manifest.json").read_bytes())
     assert manifest["run"]["reused_shards"] == 2

@@ -19,8 +19,8 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content, copy, export
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, UserError
-from dist_export.package.verify import verify
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
+from dist_export.verify.verify import verify
 
 
 class ClientError(Exception):

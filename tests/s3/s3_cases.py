@@ -76,10 +76,10 @@ def write_large(folder: Path) -> Path:
 
 def export_and_die(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Kill rank 1 when it has had the store copy a part; no lease is waited for long."""
-    from dist_export import claims
-    from dist_export.transfer import uploads
+    from dist_export.transfer import multipart_upload as uploads
+    from dist_export.workdir import lock
 
-    claims.LEASE_SECS, claims.RENEW_SECS = 1.0, 0.2
+    lock.LEASE_SECS, lock.RENEW_SECS = 1.0, 0.2
     real = uploads.Uploads.copy
 
     def copy(self, number, place):

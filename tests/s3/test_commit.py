@@ -10,9 +10,9 @@ from s3_cases import Store, files_of, without_manifest, write_large
 from s3_server import S3Server
 
 import dist_export
-from dist_export import claims
-from dist_export.package.verify import verify
-from dist_export.s3 import S3
+from dist_export.storage.s3 import S3
+from dist_export.verify.verify import verify
+from dist_export.workdir import lock
 
 pytestmark = pytest.mark.s3
 
@@ -39,9 +39,9 @@ def store(s3_server: S3Server) -> Store:
 
 def test_killed_at_many_requests(store: Store, tmp_path: Path, monkeypatch) -> None:
     """Whatever was the last request that went through, the next run ends in the same package, and nothing is left."""
-    monkeypatch.setattr(claims, "LEASE_SECS", 0.05)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.02)
-    monkeypatch.setattr(claims.Lease, "_keep", lambda _: None)  # requests of another thread would blur the count
+    monkeypatch.setattr(lock, "LEASE_SECS", 0.05)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.02)
+    monkeypatch.setattr(lock.Lease, "_keep", lambda _: None)  # requests of another thread would blur the count
     source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
     real, state = S3._try, {"count": 0, "limit": 1 << 30}
 

@@ -14,16 +14,16 @@ from s3_cases import MIB, Store, export_and_die, export_on_rank, files_of, witho
 from s3_server import S3Server
 
 import dist_export
-from dist_export import claims
-from dist_export.config_file import load_config
-from dist_export.digests import digest_of_parts
+from dist_export.config.loader import load_config
 from dist_export.errors import CommitError, ConfigError, PackageError, TransferError
-from dist_export.package.describe import describe
-from dist_export.package.package import open_package
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report, render_report
-from dist_export.retries import TRAFFIC
-from dist_export.transfer import uploads
+from dist_export.formats.digests import digest_of_parts
+from dist_export.inspect.describe import describe
+from dist_export.package.reader import open_package
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.storage.retry import TRAFFIC
+from dist_export.transfer import multipart_upload
+from dist_export.verify.verify import verify
+from dist_export.workdir import lock
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 from ranks import run_ranks
@@ -149,8 +149,8 @@ def test_two_ranks_share_the_parts(large: Path, store: Store, tmp_path: Path) ->
 
 def test_a_rank_that_is_killed(large: Path, store: Store, tmp_path: Path, monkeypatch) -> None:
     """The other rank ends too, nothing is committed, and a rerun goes on to the same package."""
-    monkeypatch.setattr(claims, "LEASE_SECS", 1.0)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.2)
+    monkeypatch.setattr(lock, "LEASE_SECS", 1.0)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.2)
     remote = store.put_tree(large, "ckpt")
     store.export(remote, store.url("expected"))
     settings = store.settings(remote, store.url("out"), threads=1)
@@ -223,7 +223,7 @@ def test_what_is_said_of_bytes_fits_the_way_they_went(small: Path, store: Store,
 
 
 def dist_export_summary(manifest: dist_export.Manifest) -> list[str]:
-    from dist_export.progress import summarize
+    from dist_export.reporting.progress import summarize
 
     return summarize(manifest, [], "s3://somewhere")
 
@@ -233,7 +233,7 @@ def test_a_rerun_takes_over_parts_and_shards(digest: str, large: Path, store: St
     """Cut off before its last file is made of its parts: the next run sends no part again that the store still has."""
     remote = store.put_tree(large, "ckpt")
     store.export(remote, store.url("expected"), digest=digest)
-    real, completed = uploads.Uploads.complete, []
+    real, completed = multipart_upload.Uploads.complete, []
 
     def cut_off(self, number, parts) -> None:
         if completed:
@@ -242,7 +242,7 @@ def test_a_rerun_takes_over_parts_and_shards(digest: str, large: Path, store: St
         real(self, number, parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(uploads.Uploads, "complete", cut_off)
+        patched.setattr(multipart_upload.Uploads, "complete", cut_off)
         with pytest.raises(Exception, match="cut off"):
             store.export(remote, store.url("out"), digest=digest, threads=1)
     assert len(store.uploads("out")) == 1
@@ -261,7 +261,7 @@ def test_uploads_of_another_plan_are_given_up(large: Path, store: Store, monkeyp
         raise OSError(5, "cut off")
 
     with monkeypatch.context() as patched:
-        patched.setattr(uploads.Uploads, "complete", cut_off)
+        patched.setattr(multipart_upload.Uploads, "complete", cut_off)
         with pytest.raises(Exception, match="cut off"):
             store.export(remote, store.url("out"), num_shards=4)
     assert len(store.uploads("out")) == 4
@@ -282,7 +282,7 @@ def test_uploads_of_another_plan_are_given_up(large: Path, store: Store, monkeyp
 def test_a_source_that_changes_is_not_copied(large: Path, store: Store, monkeypatch) -> None:
     """Each copy names the content that was planned; the store refuses another one."""
     remote = store.put_tree(large, "ckpt")
-    real = uploads.Uploads.join
+    real = multipart_upload.Uploads.join
 
     def change(self, begun) -> None:
         path = f"{store.root}/ckpt/model-000000-of-000004.safetensors"
@@ -291,7 +291,7 @@ def test_a_source_that_changes_is_not_copied(large: Path, store: Store, monkeypa
         store.fs.pipe_file(path, bytes(data))
         real(self, begun)
 
-    monkeypatch.setattr(uploads.Uploads, "join", change)
+    monkeypatch.setattr(multipart_upload.Uploads, "join", change)
     with pytest.raises(
         TransferError, match=r"model-000000-of-000004\.safetensors: changed while it was being exported"
     ):
@@ -310,15 +310,15 @@ def test_a_package_is_not_overwritten(small: Path, store: Store) -> None:
 
 
 def test_whoever_commits_second_does_not_commit(small: Path, store: Store, monkeypatch) -> None:
-    from dist_export import exporter
+    from dist_export.pipeline import steps
 
-    real = exporter.refuse_changed_files
+    real = steps.refuse_changed_files
 
     def be_slower(*arguments) -> None:
         store.fs.pipe_file(f"{store.root}/out/manifest.json", b"another's")
         real(*arguments)
 
-    monkeypatch.setattr(exporter, "refuse_changed_files", be_slower)
+    monkeypatch.setattr(steps, "refuse_changed_files", be_slower)
     with pytest.raises(CommitError, match="another export has committed a package there"):
         store.export(small, store.url("out"))
     assert store.files("out")["manifest.json"] == b"another's"
@@ -347,8 +347,8 @@ def test_a_package_is_read_from_the_store_as_far_as_it_is_asked(large: Path, sto
 
 def test_opening_takes_few_requests(large: Path, store: Store) -> None:
     """A header is one request, and all sizes are one listing."""
-    from dist_export.checkpoint.formats import open_reader
-    from dist_export.storage import Directory
+    from dist_export.checkpoint.detect import open_reader
+    from dist_export.storage.directory import Directory
 
     remote = store.put_tree(large, "ckpt")
     before = TRAFFIC.snapshot()

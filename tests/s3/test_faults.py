@@ -16,12 +16,13 @@ from s3_cases import Store, files_of, without_manifest, write_large, write_small
 from s3_server import KEY, SECRET, S3Server
 
 import dist_export
-from dist_export import claims, retries
 from dist_export.cli import main
 from dist_export.errors import DistExportError
-from dist_export.package.verify import verify
-from dist_export.retries import TRAFFIC
-from dist_export.transfer import uploads
+from dist_export.storage import retry
+from dist_export.storage.retry import TRAFFIC
+from dist_export.transfer import multipart_upload
+from dist_export.verify.verify import verify
+from dist_export.workdir import lock
 
 pytestmark = pytest.mark.s3
 
@@ -49,7 +50,7 @@ def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, tmp_path: P
 
     Also where the answer to a conditional write was lost: the next try finds what it wrote itself.
     """
-    monkeypatch.setattr(retries, "FIRST_SECS", 0.02)
+    monkeypatch.setattr(retry, "FIRST_SECS", 0.02)
     source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
     store.export(source, store.url("expected"))
     with proxied(store, lambda method, path, number: fault if number % 5 == 4 else None) as proxy:
@@ -66,18 +67,18 @@ def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, tmp_path: P
 
 
 def _summary(manifest: dist_export.Manifest) -> list[str]:
-    from dist_export.progress import summarize
+    from dist_export.reporting.progress import summarize
 
     return summarize(manifest, [], "s3://somewhere")
 
 
 def test_one_request_is_one_request(store: Store, monkeypatch) -> None:
     """No layer below tries again: a store that is overloaded gets no more than what we count."""
-    monkeypatch.setattr(retries, "FIRST_SECS", 0.01)
-    monkeypatch.setattr(retries, "LONGEST_SECS", 0.01)
-    monkeypatch.setattr(retries, "SPAN_SECS", 3.0)
+    monkeypatch.setattr(retry, "FIRST_SECS", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_SECS", 0.01)
+    monkeypatch.setattr(retry, "SPAN_SECS", 3.0)
     with proxied(store, lambda method, path, number: SLOW_DOWN) as proxy:
-        from dist_export.storage import Directory
+        from dist_export.storage.directory import Directory
 
         before = TRAFFIC.snapshot()
         with pytest.raises(OSError, match="reduce your request rate"):
@@ -87,7 +88,7 @@ def test_one_request_is_one_request(store: Store, monkeypatch) -> None:
 
 def test_trouble_that_stays_is_told(store: Store, tmp_path: Path, monkeypatch) -> None:
     """Uploads are refused for good: one line with the file and the store's own word, and no manifest."""
-    monkeypatch.setattr(retries, "SPAN_SECS", 0.5)
+    monkeypatch.setattr(retry, "SPAN_SECS", 0.5)
     small = write_small(tmp_path / "ckpt")
 
     def refuse_shards(method: str, path: str, number: int) -> str | None:
@@ -105,15 +106,15 @@ def test_trouble_that_stays_is_told(store: Store, tmp_path: Path, monkeypatch) -
 
 
 def test_the_pauses_span_what_a_restart_takes() -> None:
-    assert retries.SPAN_SECS >= 20
-    assert retries.FIRST_SECS < 1 < retries.LONGEST_SECS < 10
+    assert retry.SPAN_SECS >= 20
+    assert retry.FIRST_SECS < 1 < retry.LONGEST_SECS < 10
 
 
 def test_a_server_that_dies_and_comes_back(store: Store, tmp_path: Path, monkeypatch) -> None:
     """Killed in the middle of the uploads and started again: the export waits for it and goes on."""
     source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
     store.export(source, store.url("expected"))
-    real, killed, back = uploads.Uploads.copy, threading.Event(), []
+    real, killed, back = multipart_upload.Uploads.copy, threading.Event(), []
 
     def restart() -> None:
         store.server.kill()
@@ -129,7 +130,7 @@ def test_a_server_that_dies_and_comes_back(store: Store, tmp_path: Path, monkeyp
             time.sleep(0.3)
         return real(self, number, place)
 
-    monkeypatch.setattr(uploads.Uploads, "copy", copy)
+    monkeypatch.setattr(multipart_upload.Uploads, "copy", copy)
     try:
         manifest = store.export(source, store.url("out"))
     finally:
@@ -143,7 +144,7 @@ def test_a_server_that_dies_and_comes_back(store: Store, tmp_path: Path, monkeyp
 def test_credentials_are_told_nowhere(store: Store, tmp_path: Path, capsys, caplog, monkeypatch) -> None:
     """Neither in files nor in output, logs or errors: of exports that succeed, are refused, or find no server."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(retries, "SPAN_SECS", 0.3)
+    monkeypatch.setattr(retry, "SPAN_SECS", 0.3)
     small = write_small(tmp_path / "ckpt")
     url = store.url("out")
     options = [f"--storage_options={store.options!r}"]
@@ -171,25 +172,25 @@ def test_credentials_are_told_nowhere(store: Store, tmp_path: Path, capsys, capl
 
 @pytest.fixture
 def lease_times(monkeypatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_SECS", 1.5)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.3)
+    monkeypatch.setattr(lock, "LEASE_SECS", 1.5)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.3)
 
 
 @pytest.mark.usefixtures("lease_times")
 def test_a_lease_goes_to_one_and_is_renewed_only_by_its_holder(store: Store) -> None:
-    from dist_export.storage import Directory
+    from dist_export.storage.directory import Directory
 
     directory = Directory(store.url("out"), store.options)
-    held = claims.Lease(directory)
+    held = lock.Lease(directory)
     with pytest.raises(DistExportError, match="another export"):
-        claims.Lease(directory)
+        lock.Lease(directory)
     held._is_over.set()  # its process dies
     held._thread.join()
     outcomes: list[object] = []
 
     def take() -> None:
         try:
-            outcomes.append(claims.Lease(directory))
+            outcomes.append(lock.Lease(directory))
         except DistExportError as error:
             outcomes.append(error)
 
@@ -198,7 +199,7 @@ def test_a_lease_goes_to_one_and_is_renewed_only_by_its_holder(store: Store) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    (heir,) = [outcome for outcome in outcomes if isinstance(outcome, claims.Lease)]
+    (heir,) = [outcome for outcome in outcomes if isinstance(outcome, lock.Lease)]
     assert not held._renew(), "what was taken over is not renewed"
     with pytest.raises(DistExportError, match="lost its claim"):
         held.refuse_if_lost()

@@ -13,12 +13,13 @@ from s3_cases import Store, write_large, write_small
 from s3_server import S3Server
 
 import dist_export
-from dist_export import claims, retries
-from dist_export.attempt import UPLOADS
 from dist_export.cli import main
 from dist_export.errors import ConfigError, PackageError
-from dist_export.retries import TRAFFIC
-from dist_export.s3 import S3
+from dist_export.storage import retry
+from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.s3 import S3
+from dist_export.workdir import lock
+from dist_export.workdir.state import UPLOADS
 
 pytestmark = pytest.mark.s3
 
@@ -91,15 +92,15 @@ def test_a_host_that_nobody_knows_is_told_at_once(package: str, monkeypatch, cap
         assert "AWS_ENDPOINT_URL" in line
     with pytest.raises(PackageError, match=r"no server is reached at http://no-such-host\.invalid:9000"):
         dist_export.open_package(package, storage_options=ghost)
-    assert TRAFFIC.since(before)["retries"] == 3 * retries.LEAST_RETRIES
+    assert TRAFFIC.since(before)["retries"] == 3 * retry.LEAST_RETRIES
 
 
 def test_a_server_that_is_away_is_tried_again_and_told(package: str, monkeypatch, caplog) -> None:
     """Also who opens a package, and has no logging set up, hears of it: at the level of a warning."""
-    monkeypatch.setattr(retries, "FIRST_SECS", 0.02)
-    monkeypatch.setattr(retries, "LONGEST_SECS", 0.1)
-    monkeypatch.setattr(retries, "SPAN_SECS", 1.0)
-    monkeypatch.setattr(retries, "_TOLD_FROM", retries.LEAST_RETRIES)  # however slow the machine, so often it tries
+    monkeypatch.setattr(retry, "FIRST_SECS", 0.02)
+    monkeypatch.setattr(retry, "LONGEST_SECS", 0.1)
+    monkeypatch.setattr(retry, "SPAN_SECS", 1.0)
+    monkeypatch.setattr(retry, "_TOLD_FROM", retry.LEAST_RETRIES)  # however slow the machine, so often it tries
     with pytest.raises(PackageError, match=r"no server is reached at http://127\.0\.0\.1:9 "):
         dist_export.open_package(package, storage_options=at("http://127.0.0.1:9"))
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -177,9 +178,9 @@ def test_a_package_in_the_way(package: str, store: Store, tmp_path: Path) -> Non
 
 def test_an_export_that_was_killed_before_its_first_shard(store: Store, tmp_path: Path, monkeypatch) -> None:
     """``on_existing: error`` stops where nothing but the record of uploads tells of it; ``restart`` goes on."""
-    monkeypatch.setattr(claims, "LEASE_SECS", 0.05)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.02)
-    monkeypatch.setattr(claims.Lease, "_keep", lambda _: None)
+    monkeypatch.setattr(lock, "LEASE_SECS", 0.05)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.02)
+    monkeypatch.setattr(lock.Lease, "_keep", lambda _: None)
     source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
 
     class Killed(BaseException):
@@ -191,7 +192,7 @@ def test_an_export_that_was_killed_before_its_first_shard(store: Store, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(S3, "upload_part", die)
         patched.setattr(S3, "copy_part", die)
-        patched.setattr(claims.Lease, "release", lambda _: None)
+        patched.setattr(lock.Lease, "release", lambda _: None)
         with pytest.raises(Killed):
             store.export(source, store.url("out"))
     assert set(store.files("out")) == {UPLOADS, ".dist_export/lease"}

@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_export import source as source_room
-from dist_export.checkpoint import formats
-from dist_export.checkpoint.reader import IN_STRIPS, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, Strips, TableMeta
-from dist_export.layout.dtypes import CODE_BY_TORCH, I64
-from dist_export.storage import Directory
+from dist_export.checkpoint import detect
+from dist_export.checkpoint.metadata import (
+    IN_STRIPS,
+    Blocks,
+    Checkpoint,
+    Parts,
+    SlotMeta,
+    SourceFile,
+    Strips,
+    TableMeta,
+)
+from dist_export.formats.dtypes import CODE_BY_TORCH, I64
+from dist_export.pipeline import planning as source_room
+from dist_export.storage.directory import Directory
 
 FLOAT = CODE_BY_TORCH["float32"]
 RAW = "rows.bin"
@@ -91,7 +100,7 @@ def write_numbered(
     def open_reader(directory: Directory, **settings: Any) -> Any:
         if directory.url.endswith(str(folder)):
             return NumberedReader(directory, tables, rows_by_part)
-        return formats.open_reader(directory, **settings)
+        return detect.open_reader(directory, **settings)
 
     patch.setattr(source_room, "open_reader", open_reader)
     return folder

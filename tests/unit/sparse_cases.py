@@ -12,24 +12,26 @@ import numpy as np
 from recis_writer import read_back
 
 import dist_export
-from dist_export import digests, id_columns, readers
-from dist_export.checkpoint.reader import Checkpoint
-from dist_export.collective import join
-from dist_export.config import ExportConfig
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.schema import ExportConfig
+from dist_export.formats import digests
+from dist_export.ids import columns
+from dist_export.pipeline.planning import PlannedSparse, open_checkpoint, plan_sparse
 from dist_export.plan import census as plan_census
-from dist_export.plan import routes as plan_routes
-from dist_export.plan import units as plan_units
-from dist_export.plan.limits import Limits
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.plan.units import assign
-from dist_export.readers import OpenReaders
-from dist_export.source import PlannedSparse, open_checkpoint, plan_sparse
-from dist_export.staging import Staging
-from dist_export.storage import Directory
-from dist_export.transfer import census as transfer_census
-from dist_export.transfer import units as transfer_units
-from dist_export.transfer.files import StagedFiles
-from dist_export.transfer.units import UnitRunner
+from dist_export.plan import segments as plan_routes
+from dist_export.plan import work_units as plan_units
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.plan import SparsePlan
+from dist_export.plan.work_units import assign
+from dist_export.runtime.ranks import join
+from dist_export.storage import range_reader
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.storage.staging import Staging
+from dist_export.transfer import id_scan as transfer_census
+from dist_export.transfer import unit_runner as transfer_units
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.transfer.unit_runner import UnitRunner
 
 KEPT = ("id", "embedding")
 ADAM = ("sparse_adam_exp_avg", "sparse_adam_exp_avg_sq")
@@ -119,7 +121,7 @@ def shrink(monkeypatch: Any, *, chunk: int = 64, unit: int = 128, granule: int =
     monkeypatch.setattr(Limits, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
     for module in (plan_census, plan_routes, transfer_census):
         monkeypatch.setattr(module, "GRANULE_ROWS", granule)
-    monkeypatch.setattr(id_columns, "RUN_ROWS", granule)
+    monkeypatch.setattr(columns, "RUN_ROWS", granule)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -135,12 +137,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def recorded_reads(monkeypatch: Any) -> Any:
     """Yield a list that fills with (path, first byte, last byte + 1) of every ranged read."""
     reads: list[tuple[str, int, int]] = []
-    original = readers.RangeReader.read_into
+    original = range_reader.RangeReader.read_into
 
-    def read_into(self: readers.RangeReader, view: memoryview, offset: int) -> None:
+    def read_into(self: range_reader.RangeReader, view: memoryview, offset: int) -> None:
         reads.append((self.where, offset, offset + len(view)))
         original(self, view, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(readers.RangeReader, "read_into", read_into)
+        patch.setattr(range_reader.RangeReader, "read_into", read_into)
         yield reads

@@ -7,11 +7,11 @@ import torch
 from recis_writer import PartSpec, split_table, write_checkpoint
 from torch import nn
 
-from dist_export.collective import join
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import run_sparse_arch
-from dist_export.source import open_checkpoint
-from dist_export.storage import Directory
+from dist_export.pipeline.planning import open_checkpoint
+from dist_export.runtime.ranks import join
+from dist_export.storage.directory import Directory
 
 
 class HashTable(nn.Module):

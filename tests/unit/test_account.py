@@ -20,14 +20,15 @@ from safetensors.torch import save_file, save_model
 from sparse_cases import ADAM, copy, export
 
 import dist_export
-from dist_export.checkpoint import dcp_tensors, tensors
+from dist_export.checkpoint.dcp import classify
 from dist_export.checkpoint.payload import size_of
-from dist_export.checkpoint.recis import RecisReader
-from dist_export.config_file import load_config
+from dist_export.checkpoint.recis.reader import RecisReader
+from dist_export.checkpoint.tensors import classify
+from dist_export.config.loader import load_config
 from dist_export.errors import CommitError
 from dist_export.manifest import AccountEntry, Manifest
-from dist_export.plan_report import make_report, render_report
-from dist_export.progress import summarize
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.reporting.progress import summarize
 
 SETTINGS: dict[str, Any] = {"model": "embedding_model:build", "dataset": "embedding_model:dataset"}
 STEP = "user@filter_global_step"
@@ -362,7 +363,7 @@ def test_the_dense_arch_alone(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_lost_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum is held against what headers and metadata say: whatever loses a tensor on the way is found."""
-    for number, (write, room) in enumerate(((write_torch, tensors), (write_dcp, dcp_tensors))):
+    for number, (write, room) in enumerate(((write_torch, classify), (write_dcp, classify))):
         source, _ = write(tmp_path / f"ckpt{number}")
 
         def lose(name: str, *args: Any, original: Any = room.other_tensor) -> Any:

@@ -19,9 +19,9 @@ import archive_programs as programs
 import pytest
 import torch
 
-from dist_export.archive.guard import ArchiveInfo, check_archive, load_program
-from dist_export.archive.guard_content import UnsafeContentError, check_pickle, check_program
+from dist_export.archive.allowlist import UnsafeContentError, check_pickle, check_program
 from dist_export.archive.pt2 import pack_program
+from dist_export.archive.safe_load import ArchiveInfo, check_archive, load_program
 from dist_export.errors import PackageError
 
 FORMATS = ("pt2", "legacy")
@@ -104,7 +104,9 @@ def test_the_guard_needs_no_torch(tmp_path, archive):
     """A process that only looks does not pay for importing torch."""
     path = tmp_path / "exported_model.pt"
     path.write_bytes(archive)
-    code = "import sys; from dist_export.archive.guard import check_archive; print(check_archive(sys.argv[1]).format)"
+    code = (
+        "import sys; from dist_export.archive.safe_load import check_archive; print(check_archive(sys.argv[1]).format)"
+    )
     command = [sys.executable, "-c", code + "; assert 'torch' not in sys.modules", str(path)]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

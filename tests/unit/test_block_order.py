@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.archive.guard import load_program
+from dist_export.archive.safe_load import load_program
 from dist_export.errors import ModelError
 
 BATCH = tiny_model.build_dataset()[0][1]

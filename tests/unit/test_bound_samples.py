@@ -16,7 +16,7 @@ from sparse_cases import export
 from test_package import reseal, restate
 
 from dist_export.manifest import Manifest
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 FOLDER = "fx_user_model"
 STATE = f"{FOLDER}/user_model/state_dict.pt"

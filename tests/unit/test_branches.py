@@ -11,10 +11,10 @@ from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
-from dist_export.archive.guard import load_program
+from dist_export.archive.safe_load import load_program
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
-from dist_export.dense.files import PROGRAM, write_dense_folder
+from dist_export.dense.folder import PROGRAM, write_dense_folder
 from dist_export.dense.parity import check_parity
 from dist_export.dense.trace import output_shapes, trace_dense
 from dist_export.errors import TraceError

@@ -19,7 +19,7 @@ from row_model import truth_of_model
 from sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
 
 import dist_export
-from dist_export.checkpoint.reader import (
+from dist_export.checkpoint.metadata import (
     ABSENT,
     IN_STRIPS,
     Blocks,
@@ -31,21 +31,21 @@ from dist_export.checkpoint.reader import (
     TableMeta,
     no_strips,
 )
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError
-from dist_export.layout.encodings import INT8_ROWWISE, decode_int8
-from dist_export.package.describe import describe, render
-from dist_export.package.verify import verify
-from dist_export.plan import limits
+from dist_export.formats.row_encodings import INT8_ROWWISE, decode_int8
+from dist_export.inspect.describe import describe, render
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.plan import memory_budget
 from dist_export.plan.casts import cast_slots
 from dist_export.plan.census import count_numbered_rows
 from dist_export.plan.selection import select
-from dist_export.plan.shards import plan_shards
-from dist_export.plan.targets import plan_targets
-from dist_export.plan_report import make_report, render_report
-from dist_export.storage import Directory
-from dist_export.transfer import units
-from dist_export.transfer.convert import convert
+from dist_export.plan.shard_layout import plan_shards
+from dist_export.plan.target_slices import plan_targets
+from dist_export.storage.directory import Directory
+from dist_export.transfer import unit_runner
+from dist_export.transfer.casting import convert
+from dist_export.verify.verify import verify
 
 DTYPES = ("float16", "bfloat16", "int8")
 
@@ -327,7 +327,7 @@ def test_neither_bytes_nor_errors_depend_on_buffers_and_threads(
     num_shards: int, dtype: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Blocks of the sum are cut from the rows alone, small enough here that every table has many."""
-    monkeypatch.setattr(limits, "_CAST_VALUES", 40)
+    monkeypatch.setattr(memory_budget, "_CAST_VALUES", 40)
     tables = make_tables({"a": 700, "b": 90, "c": 3}, 3, slots=("step_filter", *ADAM))
     write_checkpoint(tmp_path / "in", tables, dense={"w": np.ones(20)})
     asked: dict[str, Any] = {"num_shards": num_shards, "dtype": {"*": dtype}}
@@ -368,7 +368,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
     lost: tuple[int, ...], kept: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Also where all shards, or some, were whole already."""
-    from dist_export import exporter
+    from dist_export.pipeline import steps
 
     tables = make_tables({"a": 700, "b": 90}, 3)
     write_checkpoint(tmp_path / "in", tables)
@@ -379,7 +379,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
         raise ExportError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter, "write_small_files", fail)
+        patch.setattr(steps, "write_small_files", fail)
         with pytest.raises(ExportError, match="disk is full"):
             export(tmp_path / "in", tmp_path / "out", **asked)
     for number in lost:
@@ -399,7 +399,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
         calls.append(args)
         return convert(*args, **more)
 
-    monkeypatch.setattr(units, "convert", recorded)
+    monkeypatch.setattr(unit_runner, "convert", recorded)
     again = export(tmp_path / "in", tmp_path / "out", **asked)
     assert bool(calls) == bool(lost or kept != "all")
     assert again.run["reused_shards"] == 2 - len(lost)
@@ -423,7 +423,7 @@ def test_what_people_see(tmp_path: Path) -> None:
     shown = "\n".join(render(describe(str(tmp_path / "out"))))
     assert "1,000         16 int8_rowwise" in shown
     assert "cast from float32: largest error" in shown
-    lines = dist_export.progress.summarize(manifest, [], "out")
+    lines = dist_export.reporting.progress.summarize(manifest, [], "out")
     assert any("cast     1 table float32 -> int8_rowwise, saves 40.0 kB; largest error" in line for line in lines)
 
 

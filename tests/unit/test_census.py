@@ -5,15 +5,16 @@ import pytest
 from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table, truth_of, write_checkpoint
 from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
-from dist_export import id_columns, repeats
 from dist_export.errors import CheckpointError, UserError
-from dist_export.layout.recis import mix
+from dist_export.formats.recis import mix
+from dist_export.ids import columns as id_columns
+from dist_export.ids import duplicates
+from dist_export.ids.duplicates import HeldIds
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
-from dist_export.plan.limits import Limits
-from dist_export.plan.targets import plan_targets
-from dist_export.readers import RangeReader
-from dist_export.repeats import HeldIds
-from dist_export.transfer.census import check_unique, take_census
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.target_slices import plan_targets
+from dist_export.storage.range_reader import RangeReader
+from dist_export.transfer.id_scan import check_unique, take_census
 
 
 def take(checkpoint, targets, world_size=1, held_ids=1000):
@@ -161,8 +162,8 @@ def set_budget(monkeypatch, budget):
     elif budget is not None:
         monkeypatch.setattr(Limits, "held_ids", budget)
         monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
-        monkeypatch.setattr(repeats, "_DIRECT_IDS", budget // 4)
-        monkeypatch.setattr(repeats, "_BUCKET_IDS", max(1, budget // 8))
+        monkeypatch.setattr(duplicates, "_DIRECT_IDS", budget // 4)
+        monkeypatch.setattr(duplicates, "_BUCKET_IDS", max(1, budget // 8))
 
 
 @pytest.mark.parametrize("budget", [64, 8])

@@ -5,12 +5,13 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import export, plan
 
-import dist_export.exporter
-from dist_export import check, id_columns
-from dist_export.check import TableAccount, audit_files, check_accounts
+import dist_export.pipeline.steps
+from dist_export.commit import audit
+from dist_export.commit.audit import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
-from dist_export.layout.recis import mix
-from dist_export.storage import Directory
+from dist_export.formats.recis import mix
+from dist_export.ids import columns
+from dist_export.storage.directory import Directory
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def edit(target, name, change):
 @pytest.mark.parametrize("run_rows", [1 << 20, 7])
 @pytest.mark.parametrize("shares", [[range(2)], [range(1), range(1, 2)], [range(1, 2), range(0), range(1)]])
 def test_a_sound_export_has_the_rows_and_ids_of_its_source(exported, monkeypatch, shares, run_rows):
-    monkeypatch.setattr(id_columns, "RUN_ROWS", run_rows)
+    monkeypatch.setattr(columns, "RUN_ROWS", run_rows)
     planned, target, tables = exported
     found = [audit_files(planned.plan, target, share) for share in shares]
     totals = check_accounts(planned.plan, planned.census, found)
@@ -100,13 +101,13 @@ def test_rows_that_no_rank_reports_are_missing(exported):
 
 
 def test_sums_wrap():
-    assert check._add((1 << 64) - 1, 2) == 1
+    assert audit._add((1 << 64) - 1, 2) == 1
     assert TableAccount(1, 2) == (1, 2)
 
 
 def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
-    original = dist_export.exporter.audit_files
+    original = dist_export.pipeline.steps.audit_files
 
     def lose(plan, target, numbers):
         return {
@@ -114,7 +115,7 @@ def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
             for table, total in original(plan, target, numbers).items()
         }
 
-    monkeypatch.setattr(dist_export.exporter, "audit_files", lose)
+    monkeypatch.setattr(dist_export.pipeline.steps, "audit_files", lose)
     with pytest.raises(CommitError, match="hold 19 rows of 20"):
         export(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dist_export import claims
-from dist_export.claims import Lease, join_lock, lock
 from dist_export.errors import CommitError, ConfigError
-from dist_export.storage import WORK_DIRECTORY, Directory
+from dist_export.storage.directory import WORK_DIRECTORY, Directory
+from dist_export.workdir import lock as claims
+from dist_export.workdir.lock import Lease, join_lock, lock
 
 LEASE = f"{WORK_DIRECTORY}/lease"
 
@@ -58,8 +58,8 @@ def test_a_forked_child_does_not_keep_the_lock(directory: Directory) -> None:
     """A data loader's worker that outlives its rank must not make a directory unusable."""
     script = (
         "import os, signal, sys, time\n"
-        "from dist_export.claims import lock\n"
-        "from dist_export.storage import Directory\n"
+        "from dist_export.workdir.lock import lock\n"
+        "from dist_export.storage.directory import Directory\n"
         "release = lock(Directory(sys.argv[1]))\n"
         "child = os.fork()\n"
         "if child == 0:\n"

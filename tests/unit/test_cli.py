@@ -192,7 +192,7 @@ def test_a_run_and_an_unfinished_save_are_called_so(checkpoint: Path, tmp_path: 
 
 def test_options_deep_in_a_mapping_are_all_kept(checkpoint: Path, tmp_path: Path) -> None:
     """Given one by one, for every command; the parser alone would keep the last one of each mapping."""
-    from dist_export.config_file import build_parser, build_path_parser, parse_path, parse_settings
+    from dist_export.config.loader import build_parser, build_path_parser, parse_path, parse_settings
 
     options = ["--storage_options.key", "K", "--storage_options.client_kwargs.endpoint_url=http://h:1"]
     options += ["--storage_options.client_kwargs.config.a", "{x: 1}", "--storage_options.client_kwargs.config.b", "no"]
@@ -211,7 +211,7 @@ def test_a_path_that_is_not_given_is_asked_for(command: str, capsys) -> None:
 
 def test_options_on_the_command_line_are_laid_over_those_of_the_file(checkpoint: Path, tmp_path: Path) -> None:
     """Key by key, however deep; and an option that is given whole stays, but for what is said after it."""
-    from dist_export.config_file import build_parser, parse_settings
+    from dist_export.config.loader import build_parser, parse_settings
 
     config = tmp_path / "export.yaml"
     config.write_text("storage_options: {client_kwargs: {endpoint_url: 'http://a:1', region_name: eu}}\n")
@@ -249,7 +249,7 @@ def test_a_committed_package_is_not_overwritten(checkpoint: Path, tmp_path: Path
 
 
 def test_a_bug_keeps_its_traceback(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_export.exporter.plan_sparse", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("dist_export.pipeline.steps.plan_sparse", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["--ckpt_dir", str(checkpoint), "--export_dir", str(tmp_path / "out")])
 
@@ -286,19 +286,19 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     arguments, expected, checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """The ranks wait for each other as long as the settings say, also where only the file says it."""
-    import dist_export.collective
+    import dist_export.runtime.ranks
 
     file = tmp_path / "export.yaml"
     file.write_text(f"ckpt_dir: {checkpoint}\nexport_dir: {tmp_path / 'out'}\ntimeout: 7\n")
     seen: list[float] = []
-    real = dist_export.collective.join
+    real = dist_export.runtime.ranks.join
 
     def join(*, timeout_secs: float, is_own_process: bool):
         assert is_own_process
         seen.append(timeout_secs)
         return real(timeout_secs=timeout_secs)
 
-    monkeypatch.setattr(dist_export.collective, "join", join)
+    monkeypatch.setattr(dist_export.runtime.ranks, "join", join)
     main(["--config", str(file), *arguments])
     assert seen == [expected]
 

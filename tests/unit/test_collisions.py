@@ -16,15 +16,15 @@ from recis_writer import read_back
 from sparse_cases import export, open_source
 
 import dist_export
-from dist_export import id_columns
-from dist_export.checkpoint.collisions import CollisionNames, find_collisions
-from dist_export.checkpoint.ids import read_ids
+from dist_export.checkpoint.id_reader import read_ids
+from dist_export.checkpoint.managed_collisions import CollisionNames, find_collisions
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, DriftError, ModelError, PlanError
+from dist_export.ids import columns
 from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
-from dist_export.plan.targets import plan_targets
-from dist_export.transfer.census import check_unique, take_census
+from dist_export.plan.target_slices import plan_targets
+from dist_export.transfer.id_scan import check_unique, take_census
 
 IDS = [3, 17, -5, 99, 1 << 61, -(1 << 63), 0]
 T, Z = weight_of("t"), weight_of("z")
@@ -186,7 +186,7 @@ def test_dcp_as_torch_writes_it(tmp_path: Path) -> None:
 
 def test_large_tables_that_are_almost_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands for no id stands many times, which is no repeat, however the ids are searched."""
-    monkeypatch.setattr(id_columns, "RUN_ROWS", 64)
+    monkeypatch.setattr(columns, "RUN_ROWS", 64)
     state = make_state([(1000, IDS)]) | make_zch_state([-1] * 900 + [4, 5])
     source = write(tmp_path / "in", state)
     export(source, tmp_path / "out", num_shards=2)

@@ -16,8 +16,8 @@ from test_torchrec_shape import PREFIX
 import dist_export
 from dist_export import cli
 from dist_export.errors import ConfigError, PlanError
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report
+from dist_export.pipeline.dry_run import make_report
+from dist_export.verify.verify import verify
 
 
 def write_torchrec(folder: Path, *, by: int) -> dict[str, np.ndarray]:

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from dist_export import concealed
-from dist_export.concealed import conceal, note_secrets
-from dist_export.config_file import load_config
+from dist_export import redact
+from dist_export.config.loader import load_config
 from dist_export.errors import ConfigError
-from dist_export.storage import Directory
+from dist_export.redact import conceal, note_secrets
+from dist_export.storage.directory import Directory
 
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch) -> None:
-    monkeypatch.setattr(concealed, "_secrets", set())
+    monkeypatch.setattr(redact, "_secrets", set())
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,7 @@ def test_options_of_the_wrong_type_are_not_quoted() -> None:
     ],
 )
 def test_a_missing_package_is_named(url: str, module: str, advice: str) -> None:
-    script = (
-        f"import sys; sys.modules[{module!r}] = None\nfrom dist_export.storage import Directory\nDirectory({url!r})\n"
-    )
+    script = f"import sys; sys.modules[{module!r}] = None\nfrom dist_export.storage.directory import Directory\nDirectory({url!r})\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"{url}: the package that {url.partition(':')[0]}:// needs is missing" in done.stderr
     assert advice in done.stderr

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_export.config import ExportConfig
-from dist_export.config_file import build_parser, load_config, parse_settings
+from dist_export.config.loader import build_parser, load_config, parse_settings
+from dist_export.config.prune_rules import parse_rules
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.row_rules import parse_rules
 
 PLACES = {"ckpt_dir": "a", "export_dir": "b"}
 YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"

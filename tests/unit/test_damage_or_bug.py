@@ -21,16 +21,16 @@ from fuzzing import damage_bytes, damage_json, damage_shard
 from hostile_cases import edit
 
 import dist_export
-from dist_export.archive.guard import check_archive
 from dist_export.archive.pt2 import pack_program
-from dist_export.archive.sample_pickle import read_sample_pickle
-from dist_export.dense.files import _pickled
+from dist_export.archive.safe_load import check_archive
+from dist_export.archive.safe_pickle import read_sample_pickle
+from dist_export.dense.folder import _pickled
 from dist_export.errors import DistExportError, PackageError
-from dist_export.events import samples_of
+from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest, compute_digest
-from dist_export.package.describe import describe, render
-from dist_export.package.verify import verify
-from dist_export.progress import summarize_same
+from dist_export.reporting.events import samples_of
+from dist_export.reporting.progress import summarize_same
+from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 
@@ -125,7 +125,7 @@ def test_a_bug_in_the_look_at_a_program_keeps_its_traceback(place, bug, archive,
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("place", ["_rebuild", "_make", "_load_storage", "check_state_archive"])
 def test_a_bug_in_the_look_at_a_sample_keeps_its_traceback(place, bug, monkeypatch) -> None:
-    monkeypatch.setattr(f"dist_export.archive.sample_pickle.{place}", fail_with(bug))
+    monkeypatch.setattr(f"dist_export.archive.safe_pickle.{place}", fail_with(bug))
     with pytest.raises(bug, match="a bug of ours"):
         read_sample_pickle(_pickled(torch.ones(2)), where="x")
 

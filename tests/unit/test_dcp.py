@@ -18,15 +18,15 @@ import tiny_model
 import torch
 from dcp_writer import change_metadata, make_state, save
 
-from dist_export.checkpoint.dcp import DcpCheckpoint, locate_tables, read_dcp
-from dist_export.checkpoint.dcp_items import ItemFinder
-from dist_export.checkpoint.dcp_metadata import TensorMeta
-from dist_export.checkpoint.formats import detect_format
+from dist_export.checkpoint.dcp.metadata import TensorMeta
+from dist_export.checkpoint.dcp.tables import DcpCheckpoint, locate_tables, read_dcp
+from dist_export.checkpoint.detect import detect_format
 from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.checkpoint.torch_items import ItemFinder
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
-from dist_export.package.describe import describe, render
-from dist_export.storage import Directory
+from dist_export.inspect.describe import describe, render
+from dist_export.storage.directory import Directory
 
 WEIGHT = "model.ebc.embedding_bags.user.weight"
 

@@ -17,14 +17,14 @@ from package_reader import read_row_tables
 from sparse_cases import recorded_reads
 
 import dist_export
-from dist_export.checkpoint.dcp_dense import DcpDense
-from dist_export.checkpoint.dcp_reader import DcpReader
-from dist_export.checkpoint.reader import IN_STRIPS
+from dist_export.checkpoint.dcp.dense import DcpDense
+from dist_export.checkpoint.dcp.reader import DcpReader
+from dist_export.checkpoint.metadata import IN_STRIPS
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
-from dist_export.source import look_at_small_files
-from dist_export.storage import Directory
+from dist_export.pipeline.planning import look_at_small_files
+from dist_export.storage.directory import Directory
 
 USER = "ebc.embedding_bags.user.weight"
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_export.checkpoint import dcp_items
-from dist_export.checkpoint.dcp_items import Item, ItemFinder
+from dist_export.checkpoint import torch_items
+from dist_export.checkpoint.torch_items import Item, ItemFinder
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.state_archive import check_state_archive
-from dist_export.storage import Directory
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.torch_zip import check_state_archive
+from dist_export.storage.directory import Directory
 
 BASE = torch.arange(240)
 VIEWS: dict[str, Any] = {
@@ -67,8 +67,8 @@ def test_the_values_are_where_they_are_found(dtype: str, view: str, tmp_path: Pa
 def test_items_of_one_pickle_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks write many items of one shape; each still lies where its own zip says."""
     calls: list[bytes] = []
-    decode = dcp_items.decode_item
-    monkeypatch.setattr(dcp_items, "decode_item", lambda raw, where: calls.append(raw) or decode(raw, where))
+    decode = torch_items.decode_item
+    monkeypatch.setattr(torch_items, "decode_item", lambda raw, where: calls.append(raw) or decode(raw, where))
     finder = ItemFinder()
     first = locate(tmp_path, torch.ones(3, 4), finder)
     assert locate(tmp_path, torch.zeros(3, 4), finder) == first
@@ -100,8 +100,8 @@ def test_the_compiler_of_torch_is_not_imported() -> None:
     """It would take seconds, on every rank."""
     program = (
         "import io, sys, tempfile, torch\n"
-        "from dist_export.checkpoint.dcp_items import ItemFinder\n"
-        "from dist_export.storage import Directory\n"
+        "from dist_export.checkpoint.torch_items import ItemFinder\n"
+        "from dist_export.storage.directory import Directory\n"
         "folder = tempfile.mkdtemp()\n"
         "torch.save(torch.ones(2, 3), folder + '/f')\n"
         "directory = Directory(folder)\n"

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_export.archive.guard import check_archive, load_program
+from dist_export.archive.safe_load import check_archive, load_program
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
-from dist_export.dense.files import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.trace import trace_dense
 
 FORMATS = ["pt2", "legacy"]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.archive.guard import load_program
+from dist_export.archive.safe_load import load_program
 from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_export.dense.state import load_dense_parameters
+from dist_export.dense.load_state import load_dense_parameters
 from dist_export.errors import ModelError
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_export.differences import compare
+from dist_export.archive.output_diff import compare
 
 NAN, INF = float("nan"), float("inf")
 

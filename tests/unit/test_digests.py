@@ -9,12 +9,12 @@ import xxhash
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
-import dist_export.exporter
-from dist_export import digests
-from dist_export.digests import algorithm_of, digest_bytes, digest_pieces, root_digest, start_hash
+import dist_export.pipeline.steps
 from dist_export.errors import CommitError, ConfigError, PackageError
-from dist_export.package.verify import verify
-from dist_export.storage import Directory, digest_file
+from dist_export.formats import digests
+from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces, root_digest, start_hash
+from dist_export.storage.directory import Directory, digest_file
+from dist_export.verify.verify import verify
 
 ALGORITHMS = ("xxh3", "sha256", "blake3")
 
@@ -99,7 +99,7 @@ def test_a_rerun_keeps_shards_of_the_same_kind_of_digest(tmp_path, monkeypatch, 
         raise CommitError("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dist_export.exporter, "check", fail)
+        patch.setattr(dist_export.pipeline.steps, "check", fail)
         with pytest.raises(CommitError):
             export(tmp_path / "in", tmp_path / "out", num_shards=2, digest=first)
     manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, digest=second)
@@ -110,7 +110,7 @@ def test_a_rerun_keeps_shards_of_the_same_kind_of_digest(tmp_path, monkeypatch, 
 
 def test_without_a_digest_no_shard_of_another_plan_is_taken_over(tmp_path, monkeypatch):
     """A receipt is written before its shard gets its name: what an older attempt left there must not be vouched for."""
-    from dist_export.staging import Staging
+    from dist_export.storage.staging import Staging
 
     old, new = make_tables({"a": 60}, 2), make_tables({"a": 60}, 2)
     for part in new["a"]:
@@ -121,7 +121,7 @@ def test_without_a_digest_no_shard_of_another_plan_is_taken_over(tmp_path, monke
 
     write_checkpoint(tmp_path / "in", old)
     with monkeypatch.context() as patch:
-        patch.setattr(dist_export.exporter, "check", fail)
+        patch.setattr(dist_export.pipeline.steps, "check", fail)
         with pytest.raises(CommitError):
             export(tmp_path / "in", tmp_path / "out", num_shards=2, digest="none")
     write_checkpoint(tmp_path / "in", new)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from dist_export.disk import make_directories, naming, naming_any, refuse_zero, sync_directory, write_new
 from dist_export.errors import TransferError
+from dist_export.storage.local_io import make_directories, naming, naming_any, refuse_zero, sync_directory, write_new
 
 
 @pytest.mark.parametrize(

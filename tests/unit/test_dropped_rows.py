@@ -16,17 +16,18 @@ from recis_writer import PartSpec, make_rows, make_tables, read_back, split_tabl
 from row_model import model_of, truth_of_model
 from sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
 
-import dist_export.exporter
-from dist_export import check, id_columns
-from dist_export.check import check_accounts, check_entries
-from dist_export.dense.rows import RowFinder
+import dist_export.pipeline.steps
+from dist_export.commit import audit
+from dist_export.commit.audit import check_accounts, check_entries
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import CheckpointError, CommitError, ConfigError, PlanError, UserError
-from dist_export.package.verify import verify
-from dist_export.plan import limits as plan_limits
-from dist_export.plan.dropped import DroppedRows
-from dist_export.plan.limits import Limits
-from dist_export.plan_report import render_report
+from dist_export.ids import columns
+from dist_export.pipeline.dry_run import render_report
+from dist_export.plan import memory_budget as plan_limits
+from dist_export.plan.dropped_rows import DroppedRows
+from dist_export.plan.memory_budget import Limits
 from dist_export.transfer import duplicates
+from dist_export.verify.verify import verify
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 KEPT = ("id", "embedding")
@@ -101,7 +102,7 @@ def test_neither_threads_nor_memory_nor_pieces_decide_which_row_stays(
         shrink(monkeypatch, granule=5)
     elif budget is not None:
         monkeypatch.setattr(Limits, "held_ids", budget)
-        monkeypatch.setattr(id_columns, "RUN_ROWS", 32)
+        monkeypatch.setattr(columns, "RUN_ROWS", 32)
     export(tmp_path / "in", tmp_path / "cut", on_duplicate=keep, num_shards=2, threads=threads)
     assert content(tmp_path / "cut") == whole
 
@@ -258,7 +259,7 @@ def test_more_dropped_rows_than_memory_has_room_for_are_refused(tmp_path, monkey
 
 def test_one_id_that_stands_everywhere_is_refused_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Limits, "dropped_rows", 20)
-    monkeypatch.setattr(id_columns, "RUN_ROWS", 16)
+    monkeypatch.setattr(columns, "RUN_ROWS", 16)
     parts = [PartSpec(np.zeros(200, np.int64), {"embedding": np.zeros((200, 1))}, (0, 8, 8))]
     write_checkpoint(tmp_path / "in", {"t": parts})
     located = []
@@ -298,7 +299,7 @@ def test_a_gather_that_skips_other_rows_than_the_plan_says_is_found(tmp_path, mo
 
 def test_the_proof_subtracts_rows_and_ids_of_what_was_dropped(exported):
     planned, target, _ = exported
-    found = [check.audit_files(planned.plan, dist_export.exporter.Directory(target), range(2))]
+    found = [audit.audit_files(planned.plan, dist_export.pipeline.steps.Directory(target), range(2))]
     check_accounts(planned.plan, planned.census, found)
     dropped = planned.plan.dropped
     one_less = DroppedRows(part=dropped.part[1:], row=dropped.row[1:], id=dropped.id[1:], reason=dropped.reason[1:])
@@ -321,9 +322,9 @@ def test_an_entry_that_does_not_add_up_stops_the_commit(exported, tmp_path, monk
     check_entries(manifest.tables)
     with pytest.raises(CommitError, match="table 'a': the account does not add up"):
         check_entries([msgspec.structs.replace(manifest.tables[0], **change)])
-    original = dist_export.exporter.describe_tables
+    original = dist_export.pipeline.steps.describe_tables
     monkeypatch.setattr(
-        dist_export.exporter,
+        dist_export.pipeline.steps,
         "describe_tables",
         lambda *a: tuple(msgspec.structs.replace(entry, **change) for entry in original(*a)),
     )
@@ -358,7 +359,7 @@ def test_verify_finds_an_account_that_cannot_be(exported, change, message):
 
 def test_the_plan_and_the_summary_say_what_is_dropped(tmp_path, tables, capsys):
     from dist_export.cli import main
-    from dist_export.plan_report import make_report
+    from dist_export.pipeline.dry_run import make_report
 
     write_checkpoint(tmp_path / "in", tables)
     values = {"ckpt_dir": str(tmp_path / "in"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
@@ -412,7 +413,7 @@ def test_an_export_with_a_model_passes_over_dropped_rows(tmp_path, monkeypatch):
     original = DroppedRows.rows_in
     monkeypatch.setattr(DroppedRows, "rows_in", lambda self, *a: (asked.append(a), original(self, *a))[1])
     with monkeypatch.context() as patch:
-        patch.setattr(dist_export.exporter, "transfer", lambda *_, **__: 1 / 0)
+        patch.setattr(dist_export.pipeline.steps, "transfer", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(
                 source,

@@ -16,11 +16,11 @@ from recis_writer import read_back
 from sparse_cases import assert_exact, export
 from torch import nn
 
-from dist_export.checkpoint.dump_widths import Stated, find_score_words, find_width, read_stated
+from dist_export.checkpoint.dynamicemb_widths import Stated, find_score_words, find_width, read_stated
 from dist_export.cli import main
 from dist_export.dense.model_dims import find_model_dims
 from dist_export.errors import CheckpointError, ConfigError, PlanError
-from dist_export.layout.dtypes import DTYPES
+from dist_export.formats.dtypes import DTYPES
 
 KEPT = ("id", "embedding", "score")
 
@@ -283,10 +283,10 @@ def test_dimensions_of_a_model_are_those_of_its_sparse_arch() -> None:
 
 @pytest.mark.parametrize("name", ["t", "model.sparse_arch.ebc.t"])
 def test_a_width_is_compared_with_the_model(name: str, tmp_path: Path) -> None:
-    from dist_export.collective import join
-    from dist_export.config import ExportConfig
-    from dist_export.inputs import open_source
-    from dist_export.storage import open_place
+    from dist_export.config.schema import ExportConfig
+    from dist_export.pipeline.inputs import open_source
+    from dist_export.runtime.ranks import join
+    from dist_export.storage.directory import open_place
 
     source = write(tmp_path / "in", torch.randn(10, 8).bfloat16())
     if name != "t":  # a second table of that name, so that both go by their collections

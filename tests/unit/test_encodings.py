@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.encodings import BF16, F16, F32, F64, INT8_ROWWISE, LARGEST, U8, RowCast, decode_int8
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.row_encodings import BF16, F16, F32, F64, INT8_ROWWISE, LARGEST, U8, RowCast, decode_int8
 
 NUMPY = {F64: np.float64, F32: np.float32, F16: np.float16, BF16: np.uint16}
 TORCH = {F64: torch.float64, F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}

@@ -14,11 +14,11 @@ import tiny_model
 
 import dist_export
 from dist_export import cli
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, ExportError
-from dist_export.events import EVENTS, METRICS, Events, failure_of, samples_of
-from dist_export.retries import TRAFFIC
-from dist_export.transfer.units import UnitRunner
+from dist_export.reporting.events import EVENTS, METRICS, Events, failure_of, samples_of
+from dist_export.storage.retry import TRAFFIC
+from dist_export.transfer.unit_runner import UnitRunner
 
 SAMPLE = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? \S+')
 

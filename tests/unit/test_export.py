@@ -18,10 +18,10 @@ from recis_writer import make_tables, read_back, truth_of, write_checkpoint
 
 import dist_export
 from dist_export.errors import ConfigError, ExportError
-from dist_export.package.verify import verify
-from dist_export.storage import WORK_DIRECTORY as RECEIPTS
-from dist_export.storage import Directory
-from dist_export.transfer.units import UnitRunner
+from dist_export.storage.directory import WORK_DIRECTORY as RECEIPTS
+from dist_export.storage.directory import Directory
+from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.verify.verify import verify
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 SETTINGS = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
@@ -376,7 +376,7 @@ def failing_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_):
         raise OSError(5, "Input/output error", "manifest.json")
 
-    monkeypatch.setattr("dist_export.exporter.publish", fail)
+    monkeypatch.setattr("dist_export.pipeline.steps.publish", fail)
 
 
 def test_a_rerun_keeps_whole_shards_of_the_same_plan_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from dist_export.checkpoint.dcp_dense import DcpDense
-from dist_export.checkpoint.dense_parameters import DenseParameters, RecisDense
+from dist_export.checkpoint.dcp.dense import DcpDense
+from dist_export.checkpoint.dense import DenseParameters, RecisDense
 from dist_export.checkpoint.extra_state import rebuild
-from dist_export.checkpoint.plain import PlainDense
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.checkpoint.torch_save import TorchReader
+from dist_export.checkpoint.tensors.common import PlainDense
+from dist_export.checkpoint.tensors.torch_save import TorchReader
+from dist_export.dense.load_state import load_dense_parameters
 from dist_export.dense.own_parameters import put_values
-from dist_export.dense.state import load_dense_parameters
 from dist_export.errors import ModelError
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
 from tests.dcp_writer import change_metadata, save
 
 

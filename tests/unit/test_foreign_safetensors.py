@@ -17,10 +17,10 @@ from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, m
 from safetensors.torch import save_file
 from sparse_cases import export, shrink
 
-from dist_export.checkpoint.formats import detect_format
+from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
-from dist_export.storage import open_place
+from dist_export.storage.directory import open_place
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

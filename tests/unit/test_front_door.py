@@ -20,9 +20,9 @@ FORBIDDEN = {
 }
 
 ALLOWED = {
-    ("package/verify.py", "dist_export.collective"),  # several ranks share its work
-    ("package/survey.py", "dist_export.checkpoint.dense_state"),  # it also verifies checkpoints
-    ("package/conclusion.py", "dist_export.checkpoint.dense_state"),
+    ("verify/verify.py", "dist_export.runtime.ranks"),  # several ranks share its work
+    ("verify/metadata_checks.py", "dist_export.checkpoint.recis.model_pt"),  # it also verifies checkpoints
+    ("verify/combine.py", "dist_export.checkpoint.recis.model_pt"),
 }
 
 

@@ -19,11 +19,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import claims
 from dist_export.errors import CheckpointError, ConfigError, ExportError, ModelError
-from dist_export.package.verify import verify
-from dist_export.storage import WORK_DIRECTORY
-from dist_export.transfer.units import UnitRunner
+from dist_export.storage.directory import WORK_DIRECTORY
+from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.verify.verify import verify
+from dist_export.workdir import lock as claims
 
 DENSE = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
 
@@ -80,7 +80,7 @@ def test_the_claim_ends_with_its_process(checkpoint: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     script = (
         "import os, signal, sys, dist_export\n"
-        "from dist_export.transfer.units import UnitRunner\n"
+        "from dist_export.transfer.unit_runner import UnitRunner\n"
         "UnitRunner.run = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"dist_export.export({settings(checkpoint, out)!r})\n"
     )
@@ -110,7 +110,7 @@ def test_files_of_an_earlier_attempt_with_other_settings_go(checkpoint: Path, tm
         raise OSError(5, "Input/output error", "manifest.json")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dist_export.exporter.publish", fail)
+        patched.setattr("dist_export.pipeline.steps.publish", fail)
         with pytest.raises(ExportError):
             dist_export.export(settings(checkpoint, out, **DENSE, fg_conf_or_path={"features": []}, num_shards=4))
     assert (out / "fx_user_model" / "exported_model.pt").exists()

@@ -13,16 +13,16 @@ from sparse_cases import plan, run, shrink
 from test_queues import ranks_of
 
 from dist_export.errors import TransferError
-from dist_export.plan.homes import find_homes
-from dist_export.plan.limits import Limits
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.plan.units import Unit, plan_units
-from dist_export.readers import OpenReaders
-from dist_export.staging import Staging
-from dist_export.storage import Directory
-from dist_export.transfer.files import StagedFiles
-from dist_export.transfer.queues import open_queues, take_units
-from dist_export.transfer.units import UnitRunner
+from dist_export.plan.disk_placement import find_homes
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.plan import SparsePlan
+from dist_export.plan.work_units import Unit, plan_units
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.storage.staging import Staging
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.transfer.work_stealing import open_queues, take_units
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from archive_programs import exchange, members_of
 from fuzzing import damage_bytes
 from hostile_cases import assert_refused, limited_memory, link_out, run
 
-from dist_export.checkpoint.dense_state import describe_dense_state, load_dense_state
+from dist_export.checkpoint.recis.model_pt import describe_dense_state, load_dense_state
 from dist_export.errors import CheckpointError
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
 
 STATE = {"dense_arch.w": torch.arange(4.0), "dense_arch.b": torch.ones(6, dtype=torch.int64)}
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_export import id_columns
-from dist_export.id_columns import read_runs
-from dist_export.readers import Stream
+from dist_export.ids import columns as id_columns
+from dist_export.ids.columns import read_runs
+from dist_export.storage.range_reader import Stream
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 

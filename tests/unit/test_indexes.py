@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dist_export.errors import CheckpointError
-from dist_export.layout.indexes import decode_indexes, split_internal
-from dist_export.layout.recis import (
+from dist_export.formats.recis import (
     Slice,
     encode_index,
     format_slice,
@@ -19,6 +18,7 @@ from dist_export.layout.recis import (
     sparse_key,
     split_evenly,
 )
+from dist_export.formats.recis_index import decode_indexes, split_internal
 
 FILE = "model-000000-of-000001.safetensors"
 

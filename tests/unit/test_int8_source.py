@@ -15,8 +15,8 @@ from sparse_cases import copy, export
 import dist_export
 from dist_export.cli import main
 from dist_export.errors import ExportError, PlanError, UserError
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report
+from dist_export.pipeline.dry_run import make_report
+from dist_export.verify.verify import verify
 
 USER, ITEM = list(make_model())[:2]
 DIM = 16

@@ -38,9 +38,9 @@ from hostile_cases import assert_refused, run
 from sparse_cases import export, open_source
 
 import dist_export
-from dist_export.checkpoint.formats import detect_format
-from dist_export.checkpoint.joined import JoinedReader, join_checkpoints
-from dist_export.checkpoint.reader import (
+from dist_export.checkpoint.combined import JoinedReader, join_checkpoints
+from dist_export.checkpoint.detect import detect_format
+from dist_export.checkpoint.metadata import (
     ABSENT,
     Blocks,
     Checkpoint,
@@ -52,12 +52,12 @@ from dist_export.checkpoint.reader import (
     TableMeta,
 )
 from dist_export.cli import main
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, PlanError
-from dist_export.layout.dtypes import CODE_BY_TORCH, I64
-from dist_export.progress import summarize
-from dist_export.runs import find_checkpoint
-from dist_export.storage import Directory, open_place
+from dist_export.formats.dtypes import CODE_BY_TORCH, I64
+from dist_export.pipeline.run_dir import find_checkpoint
+from dist_export.reporting.progress import summarize
+from dist_export.storage.directory import Directory, open_place
 
 F32 = CODE_BY_TORCH["float32"]
 DUMP_TRUTH = truth()

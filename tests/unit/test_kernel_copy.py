@@ -11,10 +11,10 @@ from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, copy, export, shrink
 
 from dist_export.errors import ExportError, TransferError
-from dist_export.readers import RangeReader
-from dist_export.storage import Directory
-from dist_export.transfer import files
-from dist_export.transfer.files import StagedFiles
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import RangeReader
+from dist_export.transfer import output_files
+from dist_export.transfer.output_files import StagedFiles
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_an_error_of_the_source_names_the_source(tmp_path, tables, monkeypatch):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_source_that_shrank_is_an_error_and_no_loop(tmp_path, tables, monkeypatch, kernel):
     if not kernel:
-        monkeypatch.setattr(files, "KERNEL_COPIES", ())
+        monkeypatch.setattr(output_files, "KERNEL_COPIES", ())
     original = StagedFiles.copy
 
     def shrink_first(its, *args):

@@ -19,15 +19,15 @@ from recis_writer import read_back
 from torch import nn
 
 import dist_export
-from dist_export.checkpoint.rows import RowReader
+from dist_export.checkpoint.row_reader import RowReader
 from dist_export.cli import main
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, CommitError, ConfigError, ModelError, PlanError
-from dist_export.layout.dtypes import CODE_BY_TORCH
+from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.live import memory
+from dist_export.live.assemble import assemble
+from dist_export.live.discover import LiveShard, find_live_tables, key_of
 from dist_export.live.memory import HeldTensors, LookedUpRows, TensorRows
-from dist_export.live.source import assemble
-from dist_export.live.tables import LiveShard, find_live_tables, key_of
 from dist_export.plan.census import UniqueTask, deal_unique_tasks, share_parts
 
 F32 = CODE_BY_TORCH["float32"]
@@ -297,7 +297,7 @@ def test_what_an_export_left_unfinished_is_not_taken_over(tmp_path: Path, monkey
     """The model may have been trained on since: whole shards of the same shape are written anew."""
     model = Tables(e=embedding(torch.ones(5, 2)), f=embedding(torch.ones(5, 2)))
     with monkeypatch.context() as patched:
-        patched.setattr(dist_export.exporter, "publish", lambda *_: 1 / 0)
+        patched.setattr(dist_export.pipeline.steps, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export(model, tmp_path / "out")
     assert list((tmp_path / "out").glob("model-*"))
@@ -422,14 +422,14 @@ def test_rows_that_no_rank_has_whole_are_not_looked_at() -> None:
 def test_a_row_that_changed_on_its_way_is_found(tmp_path: Path, monkeypatch: Any) -> None:
     """A model that trains on while it is exported, or a disk that loses a row, gives no package."""
     model = Tables(e=embedding(torch.ones(50, 4)))
-    real = dist_export.exporter.check
+    real = dist_export.pipeline.steps.check
 
     def check_and_train(*args: Any) -> Any:
         with torch.no_grad():
             model.sparse_arch.e.weight[49, 3] += 1
         return real(*args)
 
-    monkeypatch.setattr(dist_export.exporter, "check", check_and_train)
+    monkeypatch.setattr(dist_export.pipeline.steps, "check", check_and_train)
     with pytest.raises(
         CommitError, match=r"row 49 of table 'sparse_arch.e.weight' is not what the model has in memory"
     ):

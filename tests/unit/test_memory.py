@@ -20,8 +20,8 @@ NUM_REPEATS = 131_000
 SCRIPT = """
 import json, sys, threading, time
 import torch
-import dist_export, dist_export.exporter
-from dist_export.package.verify import verify
+import dist_export, dist_export.pipeline.steps
+from dist_export.verify.verify import verify
 
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

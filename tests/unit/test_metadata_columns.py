@@ -11,13 +11,13 @@ import pytest
 from recis_writer import INDEX, MERGED, TENSORKEY, make_tables, write_checkpoint
 from sparse_cases import copy, open_source, plan
 
-from dist_export.checkpoint.recis import RecisReader
-from dist_export.commit import render_indexes
+from dist_export.checkpoint.recis.reader import RecisReader
+from dist_export.commit.publish import render_indexes
 from dist_export.errors import CheckpointError
-from dist_export.layout import strict_json
-from dist_export.layout.dtypes import DTYPES
-from dist_export.layout.safetensors import decode_header, encode_header
-from dist_export.storage import Directory
+from dist_export.formats import strict_json
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.safetensors import decode_header, encode_header
+from dist_export.storage.directory import Directory
 
 NUM_SHARDS, NUM_TABLES = 64, 20
 

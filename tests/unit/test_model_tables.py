@@ -19,12 +19,12 @@ from sparse_cases import export
 from torch import nn
 
 import dist_export
-from dist_export.checkpoint.doubtful import MANY_ROWS
+from dist_export.checkpoint.doubtful_tensors import MANY_ROWS
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
-from dist_export.config_file import load_config
-from dist_export.dense.model_tables import find_weights
+from dist_export.config.loader import load_config
 from dist_export.errors import ModelError
-from dist_export.plan_report import make_report
+from dist_export.model.sparse_tables import find_weights
+from dist_export.pipeline.dry_run import make_report
 
 TABLES = ["sparse_arch.item.weight", "sparse_arch.user.weight"]
 SETTINGS: dict[str, Any] = {"model": "embedding_model:build", "dataset": "embedding_model:dataset"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dist_export.errors import ConfigError
-from dist_export.id_lists import read_id_list
+from dist_export.ids.lists import read_id_list
 
 SOUND = "{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }"
 

@@ -20,13 +20,13 @@ from sparse_cases import content, export, recorded_reads, shrink
 from test_package import edit_json, reseal, restate
 
 import dist_export
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import PackageError
+from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest
-from dist_export.package.describe import describe, render
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report, render_report
-from dist_export.progress import summarize
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.reporting.progress import summarize
+from dist_export.verify.verify import verify
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY, MANIFEST = "index", "tensorkey.json", "manifest.json"

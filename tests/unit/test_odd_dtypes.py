@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.archive.sample_pickle import read_sample_pickle
-from dist_export.dense.files import _pickled
-from dist_export.differences import has_same_values
+from dist_export.archive.output_diff import has_same_values
+from dist_export.archive.safe_pickle import read_sample_pickle
+from dist_export.dense.folder import _pickled
 from dist_export.errors import ConfigError, PackageError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 NAMES = (
     "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2 "

@@ -11,9 +11,9 @@ from torch import nn
 
 import dist_export
 from dist_export.dense.own_parameters import put_values, state_put_back, values_within, write_into
-from dist_export.dense.plain_copy import copy_dense_arch
 from dist_export.errors import ModelError
-from dist_export.package.verify import verify
+from dist_export.model.unwrap import copy_dense_arch
+from dist_export.verify.verify import verify
 
 
 class Plain(torch.Tensor):

@@ -10,12 +10,12 @@ import pytest
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import exporter, on_disk
-from dist_export.collective import Ranks
 from dist_export.errors import ExportError
 from dist_export.manifest import MANIFEST
-from dist_export.on_disk import OnDisk
-from dist_export.storage import Directory
+from dist_export.pipeline import steps, target_state
+from dist_export.pipeline.target_state import OnDisk
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory
 
 
 def test_a_new_package(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_a_package_that_is_replaced(tmp_path: Path) -> None:
 def test_a_disk_that_hangs_or_fails_does_not_keep_the_end_from_being_told(tmp_path: Path, monkeypatch) -> None:
     final = Directory(tmp_path)
     say = OnDisk(final, final)
-    monkeypatch.setattr(on_disk, "LOOK_SECS", 0.05)
+    monkeypatch.setattr(target_state, "LOOK_SECS", 0.05)
     with monkeypatch.context() as patched:
         patched.setattr(Directory, "exists", lambda *_: time.sleep(1))
         assert "has not answered" in say()
         assert f"it holds a package if {MANIFEST} is there" in say()
-    monkeypatch.setattr(on_disk, "LOOK_SECS", 10)
+    monkeypatch.setattr(target_state, "LOOK_SECS", 10)
 
     def fail(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path))
@@ -72,7 +72,7 @@ def test_a_stop_that_was_asked_for_during_the_commit_tells_what_came_of_it(
     out = tmp_path / "out"
     if overwrite:
         export(tmp_path / "ckpt", out)
-    real = exporter.publish
+    real = steps.publish
 
     def publish(*arguments):
         joined[0].request_stop("stopped by SIGTERM, which came in 'commit'")
@@ -81,7 +81,7 @@ def test_a_stop_that_was_asked_for_during_the_commit_tells_what_came_of_it(
     joined: list[Ranks] = []
     begin = Ranks.note_on_disk
     monkeypatch.setattr(Ranks, "note_on_disk", lambda self, say: (joined.append(self), begin(self, say)))
-    monkeypatch.setattr(exporter, "publish", publish)
+    monkeypatch.setattr(steps, "publish", publish)
     with pytest.raises(ExportError) as caught:
         export(tmp_path / "ckpt", out, overwrite=overwrite)
     assert (out / MANIFEST).exists()
@@ -98,6 +98,6 @@ def test_an_error_of_the_disk_after_the_commit_says_that_the_package_is_there(tm
     def fail(*_, **__):
         raise OSError(28, os.strerror(28), "somewhere")
 
-    monkeypatch.setattr(exporter, "commit_places", fail)
+    monkeypatch.setattr(steps, "commit_places", fail)
     with pytest.raises(ExportError, match=rf"somewhere: No space left.*{tmp_path / 'out'} holds the committed package"):
         export(tmp_path / "ckpt", tmp_path / "out")

@@ -18,10 +18,10 @@ from recis_writer import PartSpec, make_tables, write_checkpoint
 import dist_export
 from dist_export.errors import PackageError, UserError
 from dist_export.manifest import MANIFEST
-from dist_export.package import opened
-from dist_export.package.package import Package
-from dist_export.package.verify import verify
-from dist_export.storage import Directory
+from dist_export.package import opened_files
+from dist_export.package.reader import Package
+from dist_export.storage.directory import Directory
+from dist_export.verify.verify import verify
 
 IDS = np.arange(40)
 SHARD = "model-000000-of-000004.safetensors"
@@ -171,7 +171,7 @@ def test_a_writer_in_a_loop_and_readers_all_along(out: Path, tmp_path: Path) -> 
 
 
 def test_threads_share_a_package_with_few_descriptors(out: Path, monkeypatch) -> None:
-    monkeypatch.setattr(opened, "_MAX_HELD", 1)
+    monkeypatch.setattr(opened_files, "_MAX_HELD", 1)
     package = dist_export.open_package(out)
     found: list[object] = []
 
@@ -226,7 +226,7 @@ def test_a_package_that_is_replaced_while_it_is_opened_is_one_or_the_other(
     out: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Its directory is found, and then another one is there: the manifest would be of none, or of the other."""
-    real = opened.OpenedFiles.anchor
+    real = opened_files.OpenedFiles.anchor
     exports = [tmp_path / "ckpt-2", tmp_path / "ckpt-1"]
 
     def replace_and_read(self, name):
@@ -234,7 +234,7 @@ def test_a_package_that_is_replaced_while_it_is_opened_is_one_or_the_other(
             export(exports.pop(0), out, overwrite=True)
         return real(self, name)
 
-    monkeypatch.setattr(opened.OpenedFiles, "anchor", replace_and_read)
+    monkeypatch.setattr(opened_files.OpenedFiles, "anchor", replace_and_read)
     package = dist_export.open_package(out)
     assert exports == []
     assert values_of(package) == {1.0}
@@ -268,7 +268,7 @@ def test_links_that_lead_out_are_refused_and_others_read(out: Path, tmp_path: Pa
 
 
 def test_verify_says_nothing_of_a_package_that_was_replaced_meanwhile(out: Path, tmp_path: Path, monkeypatch) -> None:
-    from dist_export.package import verify as module
+    from dist_export.verify import verify as module
 
     real = module.conclude
 
@@ -361,8 +361,8 @@ def test_a_file_whose_times_alone_change_is_the_packages(
 def test_its_content_is_read_once_for_a_change(out: Path, monkeypatch) -> None:
     package = dist_export.open_package(out)
     read: list[int] = []
-    real = opened.read_pieces_of
-    monkeypatch.setattr(opened, "read_pieces_of", lambda fd: (read.append(fd), real(fd))[1])
+    real = opened_files.read_pieces_of
+    monkeypatch.setattr(opened_files, "read_pieces_of", lambda fd: (read.append(fd), real(fd))[1])
     values_of(package)
     assert not read
     change_mode(out / SHARD)

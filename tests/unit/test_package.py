@@ -16,9 +16,9 @@ from recis_writer import truth_of, write_checkpoint
 
 import dist_export
 from dist_export.errors import PackageError, UserError
+from dist_export.inspect.describe import describe
 from dist_export.manifest import Manifest, decode_manifest, encode_manifest, seal
-from dist_export.package.describe import describe
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 SHARD = "model-000000-of-000002.safetensors"
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
@@ -89,7 +89,7 @@ def test_lookup_finds_rows_that_a_copy_has_in_another_file_than_their_ids(tmp_pa
 
 def test_a_shard_that_goes_before_it_is_read_is_the_packages_error(package: Path, monkeypatch) -> None:
     """Of disks and stores as of all else: who serves from a package has one kind of error to expect."""
-    monkeypatch.setattr("dist_export.package.opened._MAX_HELD", 0)
+    monkeypatch.setattr("dist_export.package.opened_files._MAX_HELD", 0)
     opened = dist_export.open_package(package)
     table = opened.manifest.tables[0]
     for part in table.parts:
@@ -131,7 +131,7 @@ def reseal(package: Path, change: Callable[[Manifest], Manifest]) -> None:
 def restate(package: Path, *names: str) -> None:
     """Let the manifest state size and digest of files as they are now."""
     from dist_export.manifest import FileEntry
-    from dist_export.storage import Directory, digest_file
+    from dist_export.storage.directory import Directory, digest_file
 
     def change(manifest: Manifest) -> Manifest:
         files = tuple(

@@ -12,8 +12,8 @@ from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import PlanError
-from dist_export.plan import parts as parts_room
-from dist_export.plan.parts import MAX_PARTS, MIN_PART_BYTES, Part, plan_parts
+from dist_export.plan import multipart as parts_room
+from dist_export.plan.multipart import MAX_PARTS, MIN_PART_BYTES, Part, plan_parts
 
 MIB = 1 << 20
 

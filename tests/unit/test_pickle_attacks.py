@@ -17,9 +17,9 @@ import torch
 from hostile_cases import limited_memory
 from zip_layouts import write_zip
 
-from dist_export.checkpoint.dcp_metadata import decode_metadata
-from dist_export.layout.pickle_machine import Global, Machine, PickleError, Record, recorded
-from dist_export.layout.torch_pickle import load_pickled
+from dist_export.checkpoint.dcp.metadata import decode_metadata
+from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.torch_pickle import load_pickled
 
 MEMORY = 256 << 20
 TESTS = Path(__file__).resolve().parent
@@ -41,9 +41,9 @@ print("done")
 
 
 def read_metadata(raw: bytes) -> None:
-    from dist_export.checkpoint.dcp import read_dcp
+    from dist_export.checkpoint.dcp.tables import read_dcp
     from dist_export.errors import CheckpointError
-    from dist_export.storage import Directory
+    from dist_export.storage.directory import Directory
 
     folder = Path(os.environ["FOLDER"])
     (folder / ".metadata").write_bytes(raw)
@@ -67,11 +67,11 @@ def pack(raw: bytes) -> bytes:
 
 def read_torch(raw: bytes) -> None:
     """As a checkpoint, as the dense parameters of RecIS, and as an item of DCP."""
-    from dist_export.checkpoint.dcp_items import ItemFinder
-    from dist_export.checkpoint.dense_state import load_dense_state
-    from dist_export.checkpoint.torch_save import TorchReader
+    from dist_export.checkpoint.recis.model_pt import load_dense_state
+    from dist_export.checkpoint.tensors.torch_save import TorchReader
+    from dist_export.checkpoint.torch_items import ItemFinder
     from dist_export.errors import CheckpointError
-    from dist_export.storage import Directory
+    from dist_export.storage.directory import Directory
 
     folder = Path(os.environ["FOLDER"])
     packed = pack(raw)
@@ -94,9 +94,9 @@ def read_torch(raw: bytes) -> None:
 
 
 def read_legacy(raw: bytes) -> None:
-    from dist_export.checkpoint.dense_state import load_dense_state
+    from dist_export.checkpoint.recis.model_pt import load_dense_state
     from dist_export.errors import CheckpointError
-    from dist_export.storage import Directory
+    from dist_export.storage.directory import Directory
 
     folder = Path(os.environ["FOLDER"])
     begin = [pickle_attacks.number(0x1950A86A20F9469CFC6C), b"M\xe9\x03", b"}"]
@@ -108,7 +108,7 @@ def read_legacy(raw: bytes) -> None:
 
 
 def read_sample(raw: bytes) -> None:
-    from dist_export.archive.sample_pickle import read_sample_pickle
+    from dist_export.archive.safe_pickle import read_sample_pickle
     from dist_export.errors import PackageError
 
     try:
@@ -119,11 +119,11 @@ def read_sample(raw: bytes) -> None:
 
 def read_program(raw: bytes) -> None:
     """As the weights in an exported program."""
-    from dist_export.archive import guard
+    from dist_export.archive import safe_load
     from dist_export.errors import PackageError
 
     try:
-        guard._check_torch_pickle(pack(raw), "x", "weights.pt")
+        safe_load._check_torch_pickle(pack(raw), "x", "weights.pt")
     except PackageError as error:
         assert str(error).isprintable()
 

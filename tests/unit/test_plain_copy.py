@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.join import Joinable
 
-from dist_export.dense.plain_copy import copy_dense_arch, move_to, unwrap
 from dist_export.errors import ModelError
+from dist_export.model.unwrap import copy_dense_arch, move_to, unwrap
 
 
 def make_net() -> nn.Sequential:

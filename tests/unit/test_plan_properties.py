@@ -13,20 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_export.checkpoint.reader import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
-from dist_export.layout.dtypes import CODE_BY_TORCH
-from dist_export.layout.safetensors import decode_header
+from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
+from dist_export.formats.dtypes import CODE_BY_TORCH
+from dist_export.formats.safetensors import decode_header
 from dist_export.plan import census as plan_census
-from dist_export.plan import routes as plan_routes
-from dist_export.plan import units as plan_units_module
+from dist_export.plan import segments as plan_routes
+from dist_export.plan import work_units as plan_units_module
 from dist_export.plan.census import Census
-from dist_export.plan.dropped import DroppedRows, account_for, count_kept, drop_nothing
+from dist_export.plan.dropped_rows import DroppedRows, account_for, count_kept, drop_nothing
+from dist_export.plan.plan import SparsePlan
 from dist_export.plan.prune import IdList, Pruning, TableRule, match_rules
 from dist_export.plan.selection import Selection
-from dist_export.plan.shards import plan_shards
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.plan.targets import plan_targets
-from dist_export.plan.units import assign, plan_units
+from dist_export.plan.shard_layout import plan_shards
+from dist_export.plan.target_slices import plan_targets
+from dist_export.plan.work_units import assign, plan_units
 
 PROPERTY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 FLOAT, LONG = CODE_BY_TORCH["float32"], CODE_BY_TORCH["int64"]

@@ -13,10 +13,10 @@ from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.cli import main
-from dist_export.config_file import load_config
-from dist_export.disk import why_no_directory
+from dist_export.config.loader import load_config
+from dist_export.config.mistakes import Mistakes
 from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError, UserError
-from dist_export.mistakes import Mistakes
+from dist_export.storage.local_io import why_no_directory
 
 
 @pytest.fixture

@@ -17,15 +17,16 @@ from recis_writer import make_tables, write_checkpoint
 from terminal import Terminal
 
 import dist_export
-from dist_export import display, exporter
-from dist_export.activity import in_stage
-from dist_export.amounts import amount
-from dist_export.collective import join
-from dist_export.display import LineStream, LogDisplay, Moment, Speedometer, describe_moment
 from dist_export.errors import CommitError
+from dist_export.humanize import amount
 from dist_export.manifest import Manifest
-from dist_export.progress import COUNTER, Reporter, summarize
-from dist_export.transfer.engine import Share
+from dist_export.pipeline import steps as exporter
+from dist_export.reporting import display
+from dist_export.reporting.display import LineStream, LogDisplay, Moment, Speedometer, describe_moment
+from dist_export.reporting.progress import COUNTER, Reporter, summarize
+from dist_export.runtime.io_activity import in_stage
+from dist_export.runtime.ranks import join
+from dist_export.transfer.executor import Share
 
 TESTS = Path(__file__).parents[1]
 
@@ -183,7 +184,7 @@ def test_python_callers_get_the_summary_in_the_log(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="dist_export"):
         manifest = export(settings)
-    told = [record.getMessage() for record in caplog.records if record.name == "dist_export.display"]
+    told = [record.getMessage() for record in caplog.records if record.name == "dist_export.reporting.display"]
     assert told == str(manifest).splitlines()
     assert told[0] == f"package: {settings['export_dir']}"
     assert capsys.readouterr() == ("", "")
@@ -200,7 +201,7 @@ def test_progress_is_turned_off(
             export({**settings, "progress": False})
         else:
             export(settings, progress=False)
-    assert not [record for record in caplog.records if record.name == "dist_export.display"]
+    assert not [record for record in caplog.records if record.name == "dist_export.reporting.display"]
     assert {"read", "commit"} <= {message.partition(":")[0] for message in caplog.messages}, (
         "the ends of stages are logged"
     )
@@ -238,7 +239,7 @@ def test_what_is_foreign_in_a_printed_manifest_is_printable(settings: dict[str, 
 CALLS = """
 import logging, os, sys, time, warnings
 import dist_export
-from dist_export.transfer.units import UnitRunner
+from dist_export.transfer.unit_runner import UnitRunner
 
 real = UnitRunner.run
 

@@ -20,15 +20,15 @@ from row_model import is_inside, model_of, truth_of_model
 from sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, shrink
 
 import dist_export
-from dist_export import source as source_room
 from dist_export.cli import main
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
 from dist_export.manifest import compute_digest
-from dist_export.package.verify import verify
-from dist_export.plan.limits import Limits
-from dist_export.transfer import pruning as pruning_room
-from dist_export.transfer.pruning import PruneReader, find_pruned
+from dist_export.pipeline import planning as source_room
+from dist_export.plan.memory_budget import Limits
+from dist_export.transfer import prune_filter as pruning_room
+from dist_export.transfer.prune_filter import PruneReader, find_pruned
+from dist_export.verify.verify import verify
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -352,14 +352,14 @@ def test_a_gather_that_leaves_other_rows_behind_than_the_census_counted_is_found
 
     monkeypatch_is_on = False
     monkeypatch.setattr(PruneReader, "rules", rules)
-    transfer = dist_export.exporter.transfer
+    transfer = dist_export.pipeline.steps.transfer
 
     def spoilt(*args, **settings):
         nonlocal monkeypatch_is_on
         monkeypatch_is_on = True
         return transfer(*args, **settings)
 
-    monkeypatch.setattr(dist_export.exporter, "transfer", spoilt)
+    monkeypatch.setattr(dist_export.pipeline.steps, "transfer", spoilt)
     with pytest.raises(CommitError):
         export(
             tmp_path / "in",

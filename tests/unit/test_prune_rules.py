@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from dist_export.checkpoint.reader import SlotMeta
+from dist_export.checkpoint.metadata import SlotMeta
+from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError, PlanError
-from dist_export.id_lists import read_id_list
-from dist_export.layout.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.ids.lists import read_id_list
 from dist_export.plan.prune import IdList, TableRule, match_rules
-from dist_export.row_rules import parse_rules
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -42,7 +42,7 @@ def below(values, dtype: str, limit) -> list[bool]:
 
 
 def table_meta(*slots: SlotMeta):
-    from dist_export.checkpoint.reader import TableMeta
+    from dist_export.checkpoint.metadata import TableMeta
 
     ids = SlotMeta(name="id", dtype=CODE_BY_TORCH["int64"], inner_shape=(), row_bytes=8, column=0)
     return TableMeta(name="t", slots=(ids, *slots))
@@ -153,7 +153,7 @@ def test_unsigned_ids_become_the_signed_ones_of_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
 def test_ids_come_from_text(tmp_path, monkeypatch, end):
-    monkeypatch.setattr("dist_export.id_lists._PIECE_BYTES", 5)
+    monkeypatch.setattr("dist_export.ids.lists._PIECE_BYTES", 5)
     (tmp_path / "ids").write_text(f"12\n-7\n\n  {(1 << 63) - 1} \n{-(1 << 63)}\n12{end}")
     assert read(tmp_path / "ids") == [-(1 << 63), -7, 12, (1 << 63) - 1]
 

@@ -5,11 +5,11 @@ import threading
 import numpy as np
 import pytest
 
-from dist_export.collective import Ranks, join
 from dist_export.errors import PlanError
-from dist_export.plan.limits import Limits
-from dist_export.plan.units import Unit, assign
-from dist_export.transfer.queues import open_queues, take_units
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.work_units import Unit, assign
+from dist_export.runtime.ranks import Ranks, join
+from dist_export.transfer.work_stealing import open_queues, take_units
 
 
 class Shared:

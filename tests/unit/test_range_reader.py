@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_export import readers
 from dist_export.errors import TransferError
-from dist_export.readers import RangeReader
+from dist_export.storage import range_reader
+from dist_export.storage.range_reader import RangeReader
 
 DATA = bytes(range(256)) * 1000
 
@@ -47,9 +47,9 @@ class FakeDirectory:
 
 @pytest.fixture
 def store(monkeypatch) -> FakeStore:
-    monkeypatch.setattr(readers, "_HEAD_BYTES", 1000)
-    monkeypatch.setattr(readers, "_REQUEST_BYTES", 3000)
-    monkeypatch.setattr(readers, "_NEAR_BYTES", 50)
+    monkeypatch.setattr(range_reader, "_HEAD_BYTES", 1000)
+    monkeypatch.setattr(range_reader, "_REQUEST_BYTES", 3000)
+    monkeypatch.setattr(range_reader, "_NEAR_BYTES", 50)
     return FakeStore()
 
 

@@ -346,7 +346,7 @@ def test_a_source_that_the_system_will_not_read(tmp_path, monkeypatch):
     (tmp_path / "in" / FIRST).unlink()
     (tmp_path / "in" / FIRST).mkdir()
     refuses(tmp_path, FIRST)
-    from dist_export.storage import Directory
+    from dist_export.storage.directory import Directory
 
     def denied(self, name):
         raise PermissionError(13, "Permission denied", name)

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from recis_writer import INDEX, MERGED, TENSORKEY, make_tables, read_back, write_checkpoint
 from sparse_cases import export, open_source
 
-from dist_export.archive.guard import check_archive, load_program
 from dist_export.archive.pt2 import pack_program
-from dist_export.checkpoint.reader import Checkpoint
+from dist_export.archive.safe_load import check_archive, load_program
+from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.dense.fg import check_conf, load_conf
 from dist_export.errors import CheckpointError, ConfigError, DistExportError, PackageError, UserError
 from dist_export.manifest import compute_digest, decode_manifest, encode_manifest

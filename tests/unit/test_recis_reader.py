@@ -24,7 +24,7 @@ from recis_writer import (
 from sparse_cases import ADAM, KEPT, assert_exact, copy, export, open_source
 
 from dist_export.errors import PlanError, UserError
-from dist_export.layout.dtypes import DTYPES
+from dist_export.formats.dtypes import DTYPES
 
 
 def load_truth(fixtures, case):

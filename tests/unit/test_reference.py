@@ -12,11 +12,11 @@ import torch
 from table_cases import HashTable, open_finder, row, table_of
 from torch import nn
 
-from dist_export.collective import join
 from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.errors import ModelError
-from dist_export.layout.dtypes import CODE_BY_NAME
-from dist_export.layout.encodings import RowCast
+from dist_export.formats.dtypes import CODE_BY_NAME
+from dist_export.formats.row_encodings import RowCast
+from dist_export.runtime.ranks import join
 
 IDS = [3, 5, 8, 1000003]
 
@@ -317,7 +317,7 @@ def test_rows_are_the_sources_own_where_settings_change_them(tmp_path: Path) -> 
 
 
 def test_a_table_is_scanned_once_for_both_sides(tmp_path: Path, monkeypatch) -> None:
-    from dist_export.dense import rows
+    from dist_export.dense import row_lookup as rows
 
     finder = open_finder(tmp_path / "ck", {"user": table_of(IDS, num_parts=1)})
     scans = []

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.dense import plain_copy, stage, trace
+from dist_export.dense import stage, trace
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.row_check import expected_name
 from dist_export.errors import DistExportError, ModelError, ParityError
-from dist_export.layout.encodings import RowCast
-from dist_export.package.verify import verify
-from dist_export.plan import tables as plan_tables
+from dist_export.formats.row_encodings import RowCast
+from dist_export.model import unwrap
+from dist_export.plan import table_view as plan_tables
+from dist_export.verify.verify import verify
 
 
 class Dense(nn.Module):
@@ -135,13 +136,13 @@ def spoil_repeat(patch) -> None:
 
 
 def lose_hooks(patch) -> None:
-    patch.setattr(plain_copy, "_is_foreign", lambda hook: True)
+    patch.setattr(unwrap, "_is_foreign", lambda hook: True)
 
 
 def lose_a_module(patch) -> None:
     """The copy takes any module that has a ``module`` for a wrapper."""
-    real = plain_copy.unwrap
-    patch.setattr(plain_copy, "unwrap", lambda module: real(getattr(module, "module", module)))
+    real = unwrap.unwrap
+    patch.setattr(unwrap, "unwrap", lambda module: real(getattr(module, "module", module)))
 
 
 def drop_an_input(patch) -> None:
@@ -260,7 +261,7 @@ def test_gathered_parameters_of_a_live_model_are_held_against_its_own(tmp_path: 
     for table in (model.sparse_arch.user, model.sparse_arch.item):
         table.embeddings = lambda its=table: torch.stack([its._rows[i] for i in sorted(its._rows)])
     expected_scores(_write(tmp_path), 5, model)
-    monkeypatch.setattr(plain_copy, "_gather", lambda tensor, owner: tensor.detach() * 2)
+    monkeypatch.setattr(unwrap, "_gather", lambda tensor, owner: tensor.detach() * 2)
     with pytest.raises(DistExportError, match=WRONG):
         dist_export.Exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(5), None, tmp_path / "out", format="live"
@@ -311,7 +312,7 @@ def test_what_changes_no_score_between_the_arches_is_fine(source: Path) -> None:
 
 def test_the_package_gives_the_models_scores(source: Path) -> None:
     """By hand, from the caller's model alone."""
-    from dist_export.archive.guard import load_program
+    from dist_export.archive.safe_load import load_program
 
     export(source, rows=7)
     out = source.parent / "out"

@@ -14,11 +14,13 @@ import torchrec_shape
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import cli, locations, registries
+from dist_export import cli
 from dist_export.errors import ConfigError, ExportError
-from dist_export.mlflow_registry import MlflowRegistry
-from dist_export.package.verify import verify
-from dist_export.registries import Registered, Resolved
+from dist_export.pipeline import locate
+from dist_export.registry import base
+from dist_export.registry.base import Registered, Resolved
+from dist_export.registry.mlflow import MlflowRegistry
+from dist_export.verify.verify import verify
 
 SETTINGS = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
 
@@ -137,7 +139,7 @@ def test_relative_paths_are_registered_from_the_root_on(
     assert Path(made.source).is_relative_to(tmp_path / ("packages" if is_placed else "out/m1"))
     assert made.tags["dist_export.source"] == str(checkpoint)
     monkeypatch.chdir("/")
-    assert verify(registries.resolve(f"models:/{name}/1", {}).directory).findings == []
+    assert verify(base.resolve(f"models:/{name}/1", {}).directory).findings == []
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr("dist_export.mlflow_registry._import_client", lambda: refuse)
+    monkeypatch.setattr("dist_export.registry.mlflow._import_client", lambda: refuse)
     with pytest.raises(ConfigError, match=r"ConnectionError: nobody answers; .*https://\*\*\*@mlflow.example/"):
         dist_export.open_package(
             "models:/ctr/1", registry_options={"registry_uri": "https://me:hunter22@mlflow.example/"}
@@ -269,7 +271,7 @@ def test_packages_of_a_live_model_never_share_a_place(client: Any, name: str, tm
 def test_the_order_of_patterns_makes_another_package() -> None:
     first = {"a*": "float16", "*": "int8"}
     keys = {
-        locations._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), "c")
+        locate._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), "c")
         for d in (first, dict(reversed(first.items())))
     }
     assert len(keys) == 2
@@ -437,9 +439,9 @@ def test_a_slip_in_a_scheme_is_no_directory(
 def test_a_directory_may_be_called_like_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in ("./model:/ctr", "file:/tmp/ctr", "memory://ctr"):
-        assert registries.find_registry(path, {}) is None
+        assert base.find_registry(path, {}) is None
     (tmp_path / "model:" / "ctr").mkdir(parents=True)
-    assert registries.find_registry("model:/ctr", {}) is None
+    assert base.find_registry("model:/ctr", {}) is None
 
 
 def test_a_resolver_of_ones_own(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,13 +486,13 @@ def test_mos_without_a_resolver_says_how_to_plug_one_in(tmp_path: Path, capsys: 
     ],
 )
 def test_which_registry_is_meant(uri: str, scheme: str | None) -> None:
-    assert registries.scheme_of(uri) == scheme
+    assert base.scheme_of(uri) == scheme
 
 
 def test_a_directory_that_is_there_is_no_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.ads.ctr").mkdir()
-    assert registries.scheme_of("model.ads.ctr") is None
+    assert base.scheme_of("model.ads.ctr") is None
 
 
 def test_options_that_the_resolver_does_not_take(checkpoint: Path, tmp_path: Path) -> None:

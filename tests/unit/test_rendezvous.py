@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dist_export.rendezvous import agree_on_start
+from dist_export.runtime.rendezvous import agree_on_start
 
 
 class MemoryStore:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_export import repeats
-from dist_export.repeats import HeldIds, has_repeats
+from dist_export.ids import duplicates
+from dist_export.ids.duplicates import HeldIds, has_repeats
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -26,7 +26,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def sweep_small_inputs(monkeypatch):
-    monkeypatch.setattr(repeats, "_FEW", 2)
+    monkeypatch.setattr(duplicates, "_FEW", 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_many_small_tables_with_the_same_ids_do_not_meet():
 
 
 def test_ids_crafted_to_share_every_hash_are_sorted(monkeypatch):
-    monkeypatch.setattr(repeats, "_MULTIPLIERS", (np.uint64(0),) * 6)  # all ids have one hash
+    monkeypatch.setattr(duplicates, "_MULTIPLIERS", (np.uint64(0),) * 6)  # all ids have one hash
     ids = unique_ids(3000)
     assert not has_repeats(ids)
     ids[17] = ids[2999]
@@ -75,8 +75,8 @@ def test_ids_crafted_to_share_every_hash_are_sorted(monkeypatch):
 @pytest.mark.parametrize("run", [1, 7, 100, 1000])
 @pytest.mark.parametrize("direct", [1 << 17, 10])
 def test_held_ids_are_searched_whatever_runs_they_came_in(monkeypatch, direct, run):
-    monkeypatch.setattr(repeats, "_DIRECT_IDS", direct)
-    monkeypatch.setattr(repeats, "_BUCKET_IDS", 50)
+    monkeypatch.setattr(duplicates, "_DIRECT_IDS", direct)
+    monkeypatch.setattr(duplicates, "_BUCKET_IDS", 50)
     ids = unique_ids(700)
     for twice in (False, True):
         if twice:
@@ -89,6 +89,6 @@ def test_held_ids_are_searched_whatever_runs_they_came_in(monkeypatch, direct, r
 
 
 def test_nothing_held_has_no_repeats(monkeypatch):
-    monkeypatch.setattr(repeats, "_DIRECT_IDS", 10)
+    monkeypatch.setattr(duplicates, "_DIRECT_IDS", 10)
     assert not HeldIds(100).has_repeats()
     assert not HeldIds(0).has_repeats()

@@ -15,11 +15,12 @@ from recis_writer import make_tables, read_back, truth_of, write_checkpoint
 from sparse_cases import content
 
 import dist_export
-from dist_export import places, replace
 from dist_export.errors import CommitError, ConfigError, ExportError
-from dist_export.package.verify import verify
-from dist_export.storage import WORK_DIRECTORY, Directory
-from dist_export.transfer.engine import Transfer
+from dist_export.pipeline import target
+from dist_export.storage.directory import WORK_DIRECTORY, Directory
+from dist_export.transfer.executor import Transfer
+from dist_export.verify.verify import verify
+from dist_export.workdir import swap
 
 
 @pytest.fixture
@@ -102,8 +103,8 @@ def test_a_replacement_that_was_cut_off_is_finished(
     export(newer, tmp_path / "expected")
     expected = content(tmp_path / "expected")
     if not has_exchange:
-        monkeypatch.setattr(replace, "_exchange", lambda *_: False)
-    real_rename, real_replace, real_finish = os.rename, replace.replace_directory, places.finish_commit
+        monkeypatch.setattr(swap, "_exchange", lambda *_: False)
+    real_rename, real_replace, real_finish = os.rename, swap.replace_directory, target.finish_commit
 
     class Crash(BaseException):
         pass
@@ -116,9 +117,9 @@ def test_a_replacement_that_was_cut_off_is_finished(
         raise Crash
 
     for module, name, crashed in [
-        (replace, "replace_directory", crash),
+        (swap, "replace_directory", crash),
         (os, "rename", crash_between if not has_exchange else real_rename),
-        (places, "finish_commit", crash),
+        (target, "finish_commit", crash),
     ]:
         with monkeypatch.context() as patched:
             patched.setattr(module, name, crashed)
@@ -136,8 +137,8 @@ def test_a_replacement_that_was_cut_off_is_finished(
     assert tables_of(out) == {"t", "v"}
     assert content(out) == expected
     assert beside(out) == []
-    assert real_replace is replace.replace_directory
-    assert real_finish is places.finish_commit
+    assert real_replace is swap.replace_directory
+    assert real_finish is target.finish_commit
 
 
 def test_what_was_committed_before_the_crash_is_not_exported_again(source: Path, tmp_path: Path, monkeypatch) -> None:
@@ -151,7 +152,7 @@ def test_what_was_committed_before_the_crash_is_not_exported_again(source: Path,
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(places, "finish_commit", crash)
+        patched.setattr(target, "finish_commit", crash)
         with pytest.raises(Crash):
             export(source, out)
     assert verify(str(out)).findings == []
@@ -211,7 +212,7 @@ def test_half_an_old_package_is_never_the_beginning_of_a_new_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dist_export.replace.shutil.rmtree", crash)
+        patched.setattr("dist_export.workdir.swap.shutil.rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
             export(newer, out, overwrite=True)
     assert verify(str(out)).findings == []
@@ -260,7 +261,7 @@ def interrupt(source: Path, out: Path, monkeypatch, **more: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "manifest.json")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dist_export.exporter.publish", fail)
+        patched.setattr("dist_export.pipeline.steps.publish", fail)
         with pytest.raises(ExportError):
             export(source, out, **more)
 
@@ -326,7 +327,7 @@ def test_an_exchange_that_fails_leaves_the_old_package(source: Path, newer: Path
         raise OSError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(replace, "_exchange", fail)
+        patched.setattr(swap, "_exchange", fail)
         with pytest.raises(
             (CommitError, ExportError), match="cannot take the place of the old one, which is untouched"
         ):

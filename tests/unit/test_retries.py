@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from dist_export import retries
-from dist_export.retries import TRAFFIC, is_transient, with_retries
+from dist_export.storage import retry
+from dist_export.storage.retry import TRAFFIC, is_transient, with_retries
 
 
 class ClientError(Exception):
@@ -53,8 +53,8 @@ class Clock:
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
         self.pauses: list[float] = []
-        monkeypatch.setattr(retries.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(retries.time, "sleep", self.sleep)
+        monkeypatch.setattr(retry.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(retry.time, "sleep", self.sleep)
 
     def sleep(self, secs: float) -> None:
         self.pauses.append(secs)
@@ -121,7 +121,7 @@ def test_a_host_that_nobody_knows(number: int, is_known: bool, is_short: bool, m
 
     with pytest.raises(ConnectionError):
         with_retries(fail, "somewhere", is_known=is_known)
-    assert len(clock.pauses) >= retries.LEAST_RETRIES
+    assert len(clock.pauses) >= retry.LEAST_RETRIES
     assert (clock.now < 2) is is_short
     assert (clock.now > 20) is not is_short
 

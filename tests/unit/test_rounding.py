@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import dist_export
+from dist_export.archive.output_diff import compare, usual_sizes
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.rounding import Rounding, compare_scores
-from dist_export.differences import compare, usual_sizes
 from dist_export.errors import ParityError
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 WIDTH = 64
 

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import run, shrink
 
-from dist_export.checkpoint.reader import Checkpoint
-from dist_export.collective import join
-from dist_export.config import ExportConfig
-from dist_export.plan.sparse_plan import SparsePlan
-from dist_export.source import open_checkpoint, plan_sparse
-from dist_export.storage import Directory
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.schema import ExportConfig
+from dist_export.pipeline.planning import open_checkpoint, plan_sparse
+from dist_export.plan.plan import SparsePlan
+from dist_export.runtime.ranks import join
+from dist_export.storage.directory import Directory
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 DTYPES = (torch.float32, torch.float16, torch.int8, torch.float64)

@@ -14,17 +14,18 @@ import torch
 from recis_writer import Raw, split_table, write_checkpoint
 
 import dist_export
-from dist_export import commit, source
+from dist_export.commit import publish
 from dist_export.dense.row_check import match_name
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.rule_check import is_pruned
 from dist_export.errors import ParityError
-from dist_export.layout import encodings
-from dist_export.package.verify import verify
-from dist_export.plan import dropped, prune
-from dist_export.plan import tables as plan_tables
+from dist_export.formats import row_encodings
+from dist_export.pipeline import planning
+from dist_export.plan import dropped_rows, prune
+from dist_export.plan import table_view as plan_tables
 from dist_export.plan.prune import IdList, TableRule
-from dist_export.transfer import pruning as transfer_pruning
+from dist_export.transfer import prune_filter as transfer_pruning
+from dist_export.verify.verify import verify
 
 LIMIT = 10
 UNKNOWN = 999_999_999
@@ -98,19 +99,19 @@ def prune_all(patch) -> None:
 
 def break_lists(patch) -> None:
     """Every list lacks its last id."""
-    real = source.read_id_list
+    real = planning.read_id_list
     patch.setattr(IdList, "contains", lambda self, ids: np.isin(ids, self.ids[:-1]))
-    patch.setattr(source, "read_id_list", real)
+    patch.setattr(planning, "read_id_list", real)
 
 
 def forget_rules(patch) -> None:
-    patch.setattr(source, "plan_pruning", lambda checkpoint, *_: prune.prune_nothing(checkpoint))
+    patch.setattr(planning, "plan_pruning", lambda checkpoint, *_: prune.prune_nothing(checkpoint))
 
 
 def break_order(patch) -> None:
-    real = dropped.drop_repeats
+    real = dropped_rows.drop_repeats
     swapped = {"first": "last", "last": "first"}
-    patch.setattr(source, "drop_repeats", lambda *args, keep: real(*args, keep=swapped[keep]))
+    patch.setattr(planning, "drop_repeats", lambda *args, keep: real(*args, keep=swapped[keep]))
 
 
 def widen_lookups(patch) -> None:
@@ -139,28 +140,30 @@ def zeros_in_the_sample(patch) -> None:
 
 
 def cast_twice(patch) -> None:
-    real = encodings.encode_values
+    real = row_encodings.encode_values
 
     def encode(values, dtype, encoding=""):
         return real(torch.tensor(values).bfloat16().double().tolist(), dtype, encoding)
 
-    patch.setattr("dist_export.dense.rows.encode_values", encode)
+    patch.setattr("dist_export.dense.row_lookup.encode_values", encode)
 
 
 def scale_defaults(patch) -> None:
-    real = encodings.encode_values
-    patch.setattr("dist_export.dense.rows.encode_values", lambda values, *more: real([v * 1.02 for v in values], *more))
+    real = row_encodings.encode_values
+    patch.setattr(
+        "dist_export.dense.row_lookup.encode_values", lambda values, *more: real([v * 1.02 for v in values], *more)
+    )
 
 
 def state_another(patch) -> None:
     """The manifest alone is wrong."""
-    real = commit.TableEntry
+    real = publish.TableEntry
 
     def entry(**fields):
         row = fields["default_row"]
         return real(**{**fields, "default_row": row[::-1] if isinstance(row, tuple) else row})
 
-    patch.setattr(commit, "TableEntry", entry)
+    patch.setattr(publish, "TableEntry", entry)
 
 
 STEP = {"prune": [{"tables": "user_*", "slot": "step", "below": LIMIT}]}

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 
 import dist_export
 from dist_export.cli import main
-from dist_export.config import ExportConfig
-from dist_export.config_file import load_config
+from dist_export.config.loader import load_config
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError
-from dist_export.plan_report import make_report
-from dist_export.run_listing import describe_run
-from dist_export.runs import find_checkpoint
+from dist_export.pipeline.dry_run import make_report
+from dist_export.pipeline.run_dir import find_checkpoint
+from dist_export.pipeline.run_listing import describe_run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dist_export.errors import CheckpointError
-from dist_export.layout.dtypes import CODE_BY_NAME, DTYPES
-from dist_export.layout.safetensors import decode_header, decode_object, encode_header, header_length
+from dist_export.formats.dtypes import CODE_BY_NAME, DTYPES
+from dist_export.formats.safetensors import decode_header, decode_object, encode_header, header_length
 
 
 def decode(header, data_size: int, *, raw: bytes | None = None):

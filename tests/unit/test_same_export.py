@@ -17,12 +17,15 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content
 
 import dist_export
-from dist_export import cli, disk, exporter, identity, job, places
+from dist_export import cli
 from dist_export.dense import own_values
 from dist_export.errors import ConfigError
 from dist_export.manifest import MANIFEST
-from dist_export.package.verify import verify
-from dist_export.storage import Directory
+from dist_export.pipeline import identity, steps, target
+from dist_export.pipeline import run as job
+from dist_export.storage import local_io
+from dist_export.storage.directory import Directory
+from dist_export.verify.verify import verify
 
 SHARD = "model-000001-of-000003.safetensors"
 
@@ -262,7 +265,7 @@ def test_a_package_to_which_nothing_can_be_written(source: Path, tmp_path: Path,
     """Sealed after the export; the tests may run as root, who may write everywhere."""
     out = tmp_path / "out"
     first = export(source, out)
-    monkeypatch.setattr("dist_export.storage.Directory.why_not_writable", lambda _: "cannot be written to")
+    monkeypatch.setattr("dist_export.storage.directory.Directory.why_not_writable", lambda _: "cannot be written to")
     assert export(source, out) == first
     with pytest.raises(ConfigError, match="cannot be written to"):
         export(source, tmp_path / "new")
@@ -271,15 +274,15 @@ def test_a_package_to_which_nothing_can_be_written(source: Path, tmp_path: Path,
 def test_one_that_was_committed_while_this_one_waited(source: Path, tmp_path: Path, monkeypatch) -> None:
     """A scheduler starts a job twice: the second waits for the first one's lock, and finds that all is done."""
     out = tmp_path / "out"
-    real = exporter.claim
+    real = steps.claim
     committed = []
 
     def claim(*given, **options):
-        monkeypatch.setattr(exporter, "claim", real)
+        monkeypatch.setattr(steps, "claim", real)
         committed.append(export(source, out))
         return real(*given, **options)
 
-    monkeypatch.setattr(exporter, "claim", claim)
+    monkeypatch.setattr(steps, "claim", claim)
     assert export(source, out) == committed[0]
     assert not (out / ".dist_export").exists()
     assert verify(str(out)).findings == []
@@ -292,7 +295,7 @@ def test_it_is_registered_as_ever(source: Path, tmp_path: Path, monkeypatch) -> 
         asked.append((manifest.digest, directory))
         return "models:/m/1"
 
-    monkeypatch.setattr(exporter, "register_package", register)
+    monkeypatch.setattr(steps, "register_package", register)
     out = tmp_path / "out"
     first = export(source, out)
     export(source, out)
@@ -317,8 +320,8 @@ def test_the_day_of_a_subfolder_is_looked_up_once(source: Path, tmp_path: Path, 
 
 
 def test_the_same_day_again(source: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(places, "place_of", lambda config: f"{config.export_dir}/20260101000000/data")
-    monkeypatch.setattr(job, "place_of", places.place_of)
+    monkeypatch.setattr(target, "place_of", lambda config: f"{config.export_dir}/20260101000000/data")
+    monkeypatch.setattr(job, "place_of", target.place_of)
     first = export(source, tmp_path / "out", add_subfolder=True)
     assert export(source, tmp_path / "out", add_subfolder=True) == first
 
@@ -378,7 +381,7 @@ def test_a_package_of_another_version_is_said(source: Path, tmp_path: Path, caps
     assert cli.main(arguments(source, out)) == 0
     assert cli.main(arguments(source, out)) == 0
     assert "exported it, and this is" not in capsys.readouterr().out
-    monkeypatch.setattr("dist_export.progress.VERSION", "9.9")
+    monkeypatch.setattr("dist_export.reporting.progress.VERSION", "9.9")
     assert cli.main(arguments(source, out)) == 0
     assert "dist_export 0.1.0 exported it, and this is 9.9" in capsys.readouterr().out
 
@@ -416,7 +419,7 @@ def test_a_file_that_is_written_anew_at_its_size_and_time_is_another_one(change,
 def test_times_and_inodes_count_where_the_file_system_keeps_them(
     kind: str, num: int, source: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("dist_export.identity.file_system_of", lambda path: kind)
+    monkeypatch.setattr("dist_export.pipeline.identity.file_system_of", lambda path: kind)
     found = identity._list_changes(Directory(str(source)), ["index", "gone"])
     stat = (source / "index").stat()
     assert found == ([("index", stat.st_ctime_ns, stat.st_ino if num == 2 else 0)] if num else [])
@@ -436,7 +439,7 @@ def test_the_file_system_of_a_path_is_that_of_the_deepest_mount(monkeypatch, tmp
         lambda path, *a, **k: real(tmp_path / "mounts" if path == "/proc/self/mountinfo" else path, *a, **k),
     )
     for path, kind in (("a b/c", "nfs4"), ("a/c", "xfs"), ("ab", "ext4"), ("a", "xfs")):
-        assert disk.file_system_of(str(tmp_path / path)) == kind
+        assert local_io.file_system_of(str(tmp_path / path)) == kind
 
 
 @pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list"])

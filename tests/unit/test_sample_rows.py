@@ -18,16 +18,16 @@ from sparse_cases import export
 from torch import nn
 
 import dist_export
-from dist_export import exporter
 from dist_export.cli import main
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import CommitError, ModelError
-from dist_export.layout.dtypes import CODE_BY_NAME
-from dist_export.layout.encodings import encode_values
-from dist_export.layout.recis import MERGED
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report, render_report
-from dist_export.progress import summarize
+from dist_export.formats.dtypes import CODE_BY_NAME
+from dist_export.formats.recis import MERGED
+from dist_export.formats.row_encodings import encode_values
+from dist_export.pipeline import steps
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.reporting.progress import summarize
+from dist_export.verify.verify import verify
 
 PREFIX = "sparse_arch.ebc.embedding_bags."
 ROWS = torchrec_shape.ROWS
@@ -96,13 +96,13 @@ def test_the_dense_arch_alone_needs_no_table_of_the_checkpoint(tmp_path: Path) -
 @pytest.mark.parametrize("as_hash", [[], ["*"]])
 def test_shards_that_do_not_read_back_are_a_failed_export(as_hash: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     """And no mistake of the user's, though a source like that would be one."""
-    real = exporter.open_written
+    real = steps.open_written
 
     def damage(ranks: Any, target: Any, plan: Any) -> Any:
         target.write(MERGED, b"{")
         return real(ranks, target, plan)
 
-    monkeypatch.setattr(exporter, "open_written", damage)
+    monkeypatch.setattr(steps, "open_written", damage)
     with pytest.raises(
         CommitError, match=r"torch_rank_weights_embs_table_multi_shard.*No manifest was written"
     ) as caught:
@@ -249,7 +249,7 @@ def scores_by_lookup(out: Path) -> list[torch.Tensor]:
 
 def stored_scores(out: Path) -> list[torch.Tensor]:
     """What the model gave for the sample."""
-    from dist_export.archive.sample_pickle import read_sample_pickle
+    from dist_export.archive.safe_pickle import read_sample_pickle
 
     found = read_sample_pickle((out / "fx_user_model" / "output_base.pkl").read_bytes(), where="output_base.pkl")
     return list(found) if isinstance(found, tuple) else [found]

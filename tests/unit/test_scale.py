@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_export.transfer import queues
+from dist_export.transfer import work_stealing
 from scripts.scale import balance, control, helping
 
 
@@ -43,9 +43,9 @@ def test_control_messages_grow_with_the_ranks_and_no_faster(tmp_path: Path) -> N
 
 def test_helpers_look_at_few_queues_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit is done once (measure sees to that), about as soon as with all queues in sight, for far fewer keys."""
-    monkeypatch.setattr(queues, "IN_SIGHT", 1000)
+    monkeypatch.setattr(work_stealing, "IN_SIGHT", 1000)
     all_in_sight = helping.measure(200, units_each=6)
-    monkeypatch.setattr(queues, "IN_SIGHT", 16)
+    monkeypatch.setattr(work_stealing, "IN_SIGHT", 16)
     found = helping.measure(200, units_each=6)
     assert found.keys < all_in_sight.keys / 3
     assert found.makespan < 1.15 * all_in_sight.makespan
@@ -53,11 +53,11 @@ def test_helpers_look_at_few_queues_of_many(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_places_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues, "IN_SIGHT", 4)
-    (everything,) = queues._places_to_look_at(2, 4)
+    monkeypatch.setattr(work_stealing, "IN_SIGHT", 4)
+    (everything,) = work_stealing._places_to_look_at(2, 4)
     assert everything.tolist() == [0, 1, 2, 3]
-    looks = list(queues._places_to_look_at(9, 11))
+    looks = list(work_stealing._places_to_look_at(9, 11))
     assert [look.tolist() for look in looks] == [[9, 10, 0, 1], [2, 3, 4, 5]]
-    assert [len(look) for look in queues._places_to_look_at(0, 5)] == [4, 1]
-    seen = np.concatenate([np.concatenate(list(queues._places_to_look_at(worker, 50))) for worker in range(50)])
+    assert [len(look) for look in work_stealing._places_to_look_at(0, 5)] == [4, 1]
+    seen = np.concatenate([np.concatenate(list(work_stealing._places_to_look_at(worker, 50))) for worker in range(50)])
     assert set(np.bincount(seen)) == {8}, "every queue is in sight of as many helpers"

@@ -16,14 +16,14 @@ import tiny_model
 import torch
 
 import dist_export
-from dist_export import exporter
-from dist_export.archive.sample_pickle import read_sample_pickle
-from dist_export.dense.files import _pickled
+from dist_export.archive.safe_pickle import read_sample_pickle
+from dist_export.dense.folder import _pickled
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import PackageError, ParityError
-from dist_export.layout.safetensors import decode_header, header_length
+from dist_export.formats.safetensors import decode_header, header_length
 from dist_export.manifest import decode_manifest, encode_manifest, seal
-from dist_export.package.verify import verify
+from dist_export.pipeline import steps
+from dist_export.verify.verify import verify
 
 FOLDER = "fx_user_model"
 
@@ -43,14 +43,14 @@ def export(checkpoint: Path, out: Path, **more: object) -> dist_export.Manifest:
 
 def after_check(monkeypatch, change) -> None:
     """Let something happen to the written files when everything but the scores has been checked."""
-    real = exporter.check
+    real = steps.check
 
     def check(ranks, planned, target):
         tables = real(ranks, planned, target)
         change(Path(target.path))
         return tables
 
-    monkeypatch.setattr(exporter, "check", check)
+    monkeypatch.setattr(steps, "check", check)
 
 
 def change_embeddings(folder: Path, by: int = 1) -> None:
@@ -162,12 +162,12 @@ def test_a_program_that_was_written_wrong_is_found(checkpoint: Path, tmp_path: P
     state["dense_arch.out.bias"] += 1
     torch.save(state, checkpoint / "model.pt")
     wrong = (other / FOLDER / "exported_model.pt").read_bytes()
-    real = exporter.write_small_files
+    real = steps.write_small_files
 
     def write(target, files, **more):
         return real(target, {**files, f"{FOLDER}/exported_model.pt": wrong}, **more)
 
-    monkeypatch.setattr(exporter, "write_small_files", write)
+    monkeypatch.setattr(steps, "write_small_files", write)
     with pytest.raises(ParityError, match=r"output 'ctr': the written program on rows of the written shards differs"):
         export(checkpoint, tmp_path / "out")
 

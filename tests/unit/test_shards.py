@@ -20,7 +20,7 @@ from recis_writer import (
 from sparse_cases import ADAM, assert_exact, copy, export, open_source, plan, recorded_reads, run
 
 from dist_export.errors import PlanError
-from dist_export.layout.safetensors import decode_header
+from dist_export.formats.safetensors import decode_header
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from dist_export.staging import Staging
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
+from dist_export.storage.staging import Staging
 
 
 def test_ranks_build_in_one_directory_which_its_owner_removes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_export.checkpoint.states import Member, State, choose_state
+from dist_export.checkpoint.state_roots import Member, State, choose_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UnaskedError
 

@@ -10,12 +10,13 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
-from dist_export import digests, storage
-from dist_export.digests import digest_bytes, root_digest
-from dist_export.disk import is_in_memory
 from dist_export.errors import ConfigError, ExportError, TransferError
-from dist_export.staging import Staging
-from dist_export.storage import WORK_DIRECTORY, Directory, digest_file, local_tree
+from dist_export.formats import digests
+from dist_export.formats.digests import digest_bytes, root_digest
+from dist_export.storage import directory as storage
+from dist_export.storage.directory import WORK_DIRECTORY, Directory, digest_file, local_tree
+from dist_export.storage.local_io import is_in_memory
+from dist_export.storage.staging import Staging
 
 
 @pytest.fixture(params=["local", "memory"])

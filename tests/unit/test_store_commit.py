@@ -9,9 +9,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from recis_writer import make_tables, write_checkpoint
 
 import dist_export
-from dist_export import claims, exporter
 from dist_export.errors import CommitError, ConfigError
-from dist_export.package.verify import verify
+from dist_export.pipeline import steps
+from dist_export.verify.verify import verify
+from dist_export.workdir import lock
 
 OUT = "memory://store_commit/out"
 
@@ -70,9 +71,9 @@ def empty():
 @pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("more", [{}, {"dtype": {"t": "int8", "u": "float16"}}], ids=["as it is", "cast"])
 def test_killed_at_each_request(source: Path, more: dict[str, object], monkeypatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_SECS", 0.05)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.02)
-    monkeypatch.setattr(claims.Lease, "_keep", lambda _: None)  # requests of another thread would blur the count
+    monkeypatch.setattr(lock, "LEASE_SECS", 0.05)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.02)
+    monkeypatch.setattr(lock.Lease, "_keep", lambda _: None)  # requests of another thread would blur the count
     killer = Killer(monkeypatch)
     digest = export(source, **more).digest
     expected, total = objects(), killer.count
@@ -99,9 +100,9 @@ def test_killed_at_each_request(source: Path, more: dict[str, object], monkeypat
 
 @pytest.mark.usefixtures("empty")
 def test_what_another_plan_left_is_garbage_and_goes(source: Path, monkeypatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_SECS", 0.05)
-    monkeypatch.setattr(claims, "RENEW_SECS", 0.02)
-    monkeypatch.setattr(claims.Lease, "_keep", lambda _: None)
+    monkeypatch.setattr(lock, "LEASE_SECS", 0.05)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.02)
+    monkeypatch.setattr(lock.Lease, "_keep", lambda _: None)
     killer = Killer(monkeypatch)
     killer.limit = 12
     with pytest.raises(Killed):
@@ -117,7 +118,7 @@ def test_what_another_plan_left_is_garbage_and_goes(source: Path, monkeypatch) -
 @pytest.mark.usefixtures("empty")
 def test_an_export_that_lost_its_lease_does_not_commit(source: Path, monkeypatch) -> None:
     """Another export has taken the directory over: it looks once more, right before the manifest."""
-    real = exporter.refuse_changed_files
+    real = steps.refuse_changed_files
 
     def lose(*arguments) -> None:
         MemoryFileSystem().pipe_file(
@@ -125,7 +126,7 @@ def test_an_export_that_lost_its_lease_does_not_commit(source: Path, monkeypatch
         )
         real(*arguments)
 
-    monkeypatch.setattr(exporter, "refuse_changed_files", lose)
+    monkeypatch.setattr(steps, "refuse_changed_files", lose)
     with pytest.raises(CommitError, match=r"has lost its claim .a thief has it"):
         export(source)
     assert not MemoryFileSystem().exists("/store_commit/out/manifest.json")

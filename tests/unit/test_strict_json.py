@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_export.errors import CheckpointError
-from dist_export.layout import strict_json
-from dist_export.layout.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members
+from dist_export.formats import strict_json
+from dist_export.formats.strict_json import KeyTwiceError, decode_canonical, decode_object, read_members
 
 ANY = msgspec.json.Decoder()
 TEXTS = msgspec.json.Decoder(dict[str, str])

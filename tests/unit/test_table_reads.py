@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional
 
 import dist_export
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import DriftError, ModelError
-from dist_export.progress import summarize
+from dist_export.reporting.progress import summarize
 
 ROWS, DIM = 20, 4
 IDS = torch.tensor([3, 0, 19, 3, 7])

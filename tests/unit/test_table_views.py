@@ -16,9 +16,9 @@ from sparse_cases import assert_exact, content, export, open_source
 
 import dist_export
 from dist_export.errors import ConfigError, ModelError, PlanError
-from dist_export.package.verify import verify
-from dist_export.plan.tables import TableSettings, _compile, view_tables
-from dist_export.plan_report import make_report, render_report
+from dist_export.pipeline.dry_run import make_report, render_report
+from dist_export.plan.table_view import TableSettings, _compile, view_tables
+from dist_export.verify.verify import verify
 
 
 @pytest.fixture

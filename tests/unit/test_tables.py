@@ -9,12 +9,12 @@ from recis_writer import PartSpec, Raw
 from table_cases import HashTable, Sparse, open_finder, rows, run, table_of
 from torch import nn
 
-from dist_export.collective import join
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ModelError
-from dist_export.readers import RangeReader
-from dist_export.source import open_checkpoint
-from dist_export.storage import Directory
+from dist_export.pipeline.planning import open_checkpoint
+from dist_export.runtime.ranks import join
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import RangeReader
 
 SHIFT = 52
 MASK = (1 << SHIFT) - 1

@@ -11,10 +11,10 @@ import tiny_model
 from sparse_cases import export
 
 import dist_export
-from dist_export.config import ExportConfig
+from dist_export.config.schema import ExportConfig
 from dist_export.errors import UserError
-from dist_export.package.verify import verify
-from dist_export.plan_report import make_report
+from dist_export.pipeline.dry_run import make_report
+from dist_export.verify.verify import verify
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 

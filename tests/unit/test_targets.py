@@ -6,8 +6,8 @@ from recis_writer import PartSpec, make_tables, write_checkpoint
 from sparse_cases import open_source
 
 from dist_export.errors import PlanError
-from dist_export.layout.recis import Slice, places_of
-from dist_export.plan.targets import plan_targets, resolve_num_shards
+from dist_export.formats.recis import Slice, places_of
+from dist_export.plan.target_slices import plan_targets, resolve_num_shards
 
 
 def checkpoint_with(tmp_path, slices):

@@ -19,11 +19,11 @@ from hostile_cases import assert_refused, run
 from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
 from sparse_cases import export, shrink
 
-from dist_export import exporter
-from dist_export.checkpoint.formats import detect_format
+from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ExportError, PlanError
-from dist_export.storage import open_place
+from dist_export.pipeline import steps
+from dist_export.storage.directory import open_place
 
 
 def save(path: Path, content: Any) -> Path:
@@ -225,7 +225,7 @@ def test_what_inspect_and_plan_show(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_only_kept_tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file of 40 MB with a table of 4 kB an export reads the pickle, the directory and the table."""
-    from dist_export import readers
+    from dist_export.storage import range_reader
 
     rows = torch.randn(128, 8)
     path = save(
@@ -233,9 +233,11 @@ def test_only_kept_tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         {"ebc.embeddings.t.weight": rows, "optimizer": {"state": {0: torch.ones(10_000_000)}, "param_groups": []}},
     )
     read = []
-    original = readers.RangeReader.read_into
+    original = range_reader.RangeReader.read_into
     monkeypatch.setattr(
-        readers.RangeReader, "read_into", lambda self, view, at: (read.append(len(view)), original(self, view, at))[1]
+        range_reader.RangeReader,
+        "read_into",
+        lambda self, view, at: (read.append(len(view)), original(self, view, at))[1],
     )
     export(path, tmp_path / "out", digest="xxh3")
     assert sum(read) < 2_000_000
@@ -289,13 +291,13 @@ def test_a_store_is_read_like_a_directory(tmp_path: Path) -> None:
 def test_a_file_that_is_saved_again_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer that writes its last.ckpt again: no package, for it would hold rows of both."""
     path = save(tmp_path / "last.ckpt", make_model())
-    original = exporter.check
+    original = steps.check
 
     def check(*arguments: Any) -> Any:
         save(path, make_model(seed=1))
         return original(*arguments)
 
-    monkeypatch.setattr(exporter, "check", check)
+    monkeypatch.setattr(steps, "check", check)
     with pytest.raises(ExportError, match=r"last.ckpt: changed while it was being exported.* No manifest was written"):
         export(path, tmp_path / "out", tables=TABLES)
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -20,12 +20,12 @@ from torch import nn
 
 import dist_export
 from dist_export.checkpoint.package_reader import PackageReader
-from dist_export.dense.rows import RowFinder
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
-from dist_export.dense.tables import checkpoint_rows
+from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import CheckpointError, ModelError, ParityError
-from dist_export.package.verify import verify
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
+from dist_export.verify.verify import verify
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 PREFIX = "sparse_arch.ebc.embedding_bags."
@@ -59,7 +59,7 @@ def city_rows() -> np.ndarray:
 
 
 def score(
-    package: dist_export.package.package.Package, batch: dict[str, Any], prefix: str = PREFIX
+    package: dist_export.package.reader.Package, batch: dict[str, Any], prefix: str = PREFIX
 ) -> list[torch.Tensor]:
     """Score a batch as a server does: rows from the shards, pooled, through the written program."""
     blocks = {"price": batch["price"]}
@@ -228,7 +228,7 @@ def test_rows_that_changed_on_the_disk_are_found(cities: bool, tmp_path: Path, m
 
 
 def test_a_table_that_serving_would_not_find_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_export import exporter
+    from dist_export.pipeline import steps as exporter
 
     original = exporter.render_indexes
 

@@ -11,10 +11,10 @@ import torch
 from dense_nets import Net, operators, some_inputs, trace
 from torch import nn
 
-from dist_export.dense.data_path import input_names
 from dist_export.dense.eager import exporting
 from dist_export.dense.sample import check_input_names
 from dist_export.dense.trace import check_dynamic_dims, output_shapes
+from dist_export.dense.used_inputs import input_names
 from dist_export.errors import ConfigError, ModelError, TraceError
 
 # ---- inputs ------------------------------------------------------------------------------------------------------

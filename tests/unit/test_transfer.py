@@ -12,14 +12,14 @@ import pytest
 from recis_writer import INDEX, MERGED, TENSORKEY, gen_slice, make_tables, read_back, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, copy, export, plan, recorded_reads
 
-import dist_export.exporter
-import dist_export.transfer.engine
+import dist_export.pipeline.steps
+import dist_export.transfer.executor
 from dist_export.errors import CommitError, ConfigError, TransferError
-from dist_export.readers import OpenReaders
-from dist_export.storage import WORK_DIRECTORY as RECEIPTS
-from dist_export.storage import Directory, digest_file
-from dist_export.transfer import units as transfer_units
-from dist_export.transfer.files import StagedFiles
+from dist_export.storage.directory import WORK_DIRECTORY as RECEIPTS
+from dist_export.storage.directory import Directory, digest_file
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.transfer import unit_runner as transfer_units
+from dist_export.transfer.output_files import StagedFiles
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def interrupt(monkeypatch, tmp_path, kind=export, **settings):
         raise CommitError("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dist_export.exporter, "check", fail)
+        patch.setattr(dist_export.pipeline.steps, "check", fail)
         with pytest.raises(CommitError, match="interrupted"):
             kind(tmp_path / "in", tmp_path / "out", **settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -397,7 +397,7 @@ def test_an_index_may_not_name_a_file_that_would_commit_the_package(tmp_path):
 
 
 def test_descriptors_are_few_and_all_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(dist_export.transfer.engine, "share_descriptors", lambda _: 2)
+    monkeypatch.setattr(dist_export.transfer.executor, "share_descriptors", lambda _: 2)
     found = make_tables({"a": 100}, 6, slots=())
     write_checkpoint(tmp_path / "in", found, files_per_shard=3)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dist_export
-from dist_export.archive.guard import load_program
+from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
-from dist_export.package.describe import describe
+from dist_export.inspect.describe import describe
 
 TABLES = ["*user.weight", "*item.weight"]
 

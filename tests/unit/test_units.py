@@ -8,10 +8,10 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, export, plan, run, shrink
 
-from dist_export.digests import CHUNK_BYTES
-from dist_export.plan import units as plan_units_module
-from dist_export.plan.units import UNIT_BYTES, Unit, assign, plan_hash_units, plan_units
-from dist_export.storage import Directory, digest_file
+from dist_export.formats.digests import CHUNK_BYTES
+from dist_export.plan import work_units as plan_units_module
+from dist_export.plan.work_units import UNIT_BYTES, Unit, assign, plan_hash_units, plan_units
+from dist_export.storage.directory import Directory, digest_file
 
 
 def cover(planned, units):

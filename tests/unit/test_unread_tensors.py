@@ -20,7 +20,7 @@ import dist_export
 from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
-from dist_export.package.describe import describe, render
+from dist_export.inspect.describe import describe, render
 
 TABLE = torch.arange(24.0).reshape(6, 4)
 FLOAT8 = torch.tensor([[1.5, -2.0], [0.25, 4.0]]).to(torch.float8_e4m3fn)

@@ -17,12 +17,13 @@ from sparse_cases import copy, export
 from test_package import BREAKS, reseal, restate
 
 import dist_export
-from dist_export import digests, id_columns
+from dist_export.formats import digests
+from dist_export.ids import columns
 from dist_export.manifest import Manifest
-from dist_export.package import id_check
-from dist_export.package.report import Report
-from dist_export.package.shares import Bounds, cut, share_out
-from dist_export.package.verify import verify
+from dist_export.verify import ids as id_check
+from dist_export.verify.report import Report
+from dist_export.verify.verify import verify
+from dist_export.verify.work_split import Bounds, cut, share_out
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY, MANIFEST = "index", "tensorkey.json", "manifest.json"
@@ -410,7 +411,7 @@ def test_repeats_are_the_same_in_any_bounds_and_shares(threads, held, run_rows, 
     assert sum("stand twice" in line for line in expected) == len(truth) == 4
     assert sum("outside its slice" in line for line in expected) == 1
     monkeypatch.setattr(Bounds, "held_ids", property(lambda _: held))
-    monkeypatch.setattr(id_columns, "RUN_ROWS", run_rows)
+    monkeypatch.setattr(columns, "RUN_ROWS", run_rows)
     monkeypatch.setattr(id_check, "_PIECE_ROWS", 5)
     assert verify(str(folder), threads=threads, max_memory=64 << 20).findings == expected
 
@@ -431,7 +432,7 @@ def test_no_more_ids_are_held_than_allowed(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_file_that_cannot_be_read_to_its_end_is_a_finding(sparse: Path, monkeypatch) -> None:
     """As of a disk with a broken sector: sizes and header are good, the read fails."""
-    from dist_export.readers import RangeReader
+    from dist_export.storage.range_reader import RangeReader
 
     original = RangeReader.read_into
 
@@ -506,6 +507,6 @@ def test_a_bug_of_ours_is_no_finding(bug: type[Exception], sparse: Path, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise bug("a bug of ours")
 
-    monkeypatch.setattr("dist_export.package.survey.check_parts", fail)
+    monkeypatch.setattr("dist_export.verify.metadata_checks.check_parts", fail)
     with pytest.raises(bug, match="a bug of ours"):
         verify(sparse)

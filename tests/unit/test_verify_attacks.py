@@ -45,7 +45,7 @@ from pathlib import Path
 from hostile_cases import limited_memory
 from test_verify_attacks import attacks, put
 from test_pickle_attacks import MEMORY
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 package = Path(sys.argv[1])
 verify(str(package))
 for name, file, make in attacks(sys.argv[2]):

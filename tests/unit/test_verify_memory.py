@@ -16,7 +16,7 @@ BUDGET = 64 << 20
 
 SCRIPT = """
 import json, sys, threading
-from dist_export.package.verify import verify
+from dist_export.verify.verify import verify
 
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -15,8 +15,8 @@ from fixture_cases import CASES
 from recis_writer import Files, PartSpec, Raw, make_rows, make_tables, split_table, write_checkpoint
 
 from dist_export.errors import UserError
-from dist_export.package.report import Report
-from dist_export.package.verify import verify
+from dist_export.verify.report import Report
+from dist_export.verify.verify import verify
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY = "index", "tensorkey.json"
@@ -418,7 +418,7 @@ def test_an_id_in_two_parts_of_one_name_is_found(tmp_path: Path) -> None:
 
 def test_a_merged_manifest_with_an_entry_twice(tmp_path: Path, monkeypatch) -> None:
     """Also where the two are far apart, in different pieces of a long file."""
-    from dist_export.layout import strict_json
+    from dist_export.formats import strict_json
 
     folder = checkpoint(tmp_path / "c")
     entries = json.loads((folder / MERGED).read_text())
@@ -558,10 +558,10 @@ def bits_of(dtype: str, values: list[float]) -> Any:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 def test_values_that_are_not_finite_are_counted_by_table_and_slot(dtype, threads, tmp_path: Path, monkeypatch) -> None:
-    from dist_export.package import value_check
+    from dist_export.verify import finite
 
-    monkeypatch.setattr(value_check, "_PIECE_BYTES", 16)
-    monkeypatch.setattr(value_check, "_BUFFER_BYTES", 8)
+    monkeypatch.setattr(finite, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(finite, "_BUFFER_BYTES", 8)
     inf, nan = float("inf"), float("nan")
     parts = [
         part([1, 2, 3], 0, 8, slots={"embedding": bits_of(dtype, [0, -1, 2, 65504 / 2, 1e-4, -0.0])}),

@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dist_export import watchdog
-from dist_export.activity import Activity
-from dist_export.processes import Identity, identify
-from dist_export.signs_of_life import Beat, End
-from dist_export.watchdog import Watchdog
+from dist_export.runtime import watchdog
+from dist_export.runtime.heartbeat import Beat, End
+from dist_export.runtime.io_activity import Activity
+from dist_export.runtime.process_identity import Identity, identify
+from dist_export.runtime.watchdog import Watchdog
 
 
 class FakeStore:

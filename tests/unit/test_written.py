@@ -14,10 +14,10 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content
 
 import dist_export
-from dist_export import exporter
 from dist_export.errors import CommitError
 from dist_export.manifest import MANIFEST
-from dist_export.package.verify import verify
+from dist_export.pipeline import steps
+from dist_export.verify.verify import verify
 
 SHARD = "model-000001-of-000003.safetensors"
 
@@ -34,13 +34,13 @@ def export(source: Path, out: Path | str, **more: object) -> dist_export.Manifes
 
 
 def change_before_the_commit(monkeypatch, change: Callable[[], object]) -> None:
-    real = exporter.refuse_vanished
+    real = steps.refuse_vanished
 
     def refuse_vanished(*arguments, **options):
         change()
         real(*arguments, **options)
 
-    monkeypatch.setattr(exporter, "refuse_vanished", refuse_vanished)
+    monkeypatch.setattr(steps, "refuse_vanished", refuse_vanished)
 
 
 def put_another(file: Path) -> None:
@@ -136,13 +136,13 @@ def test_on_a_store(source: Path, monkeypatch) -> None:
 
 
 def test_a_file_that_is_gone_before_the_check(source: Path, tmp_path: Path, monkeypatch) -> None:
-    real = exporter.transfer
+    real = steps.transfer
 
     def transfer(*arguments, **options):
         done = real(*arguments, **options)
         (tmp_path / "out" / SHARD).unlink()
         return done
 
-    monkeypatch.setattr(exporter, "transfer", transfer)
+    monkeypatch.setattr(steps, "transfer", transfer)
     with pytest.raises(CommitError, match=rf"{SHARD}: is gone since it was written"):
         export(source, tmp_path / "out")

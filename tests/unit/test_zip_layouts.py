@@ -16,11 +16,11 @@ from plain_cases import assert_same, read_numbered
 from sparse_cases import export
 from zip_layouts import LAYOUTS, read_members, write_zip
 
-from dist_export.checkpoint.dcp_items import ItemFinder
-from dist_export.checkpoint.dense_state import load_dense_state
-from dist_export.checkpoint.torch_file import read_torch_file
+from dist_export.checkpoint.recis.model_pt import load_dense_state
+from dist_export.checkpoint.tensors.torch_file import read_torch_file
+from dist_export.checkpoint.torch_items import ItemFinder
 from dist_export.errors import CheckpointError
-from dist_export.storage import Directory, open_place
+from dist_export.storage.directory import Directory, open_place
 
 
 def save(path: Path, content: Any) -> Path:

@@ -13,9 +13,9 @@ from package_reader import read_row_tables
 from ranks import run_ranks
 
 import dist_export
-from dist_export.checkpoint.dcp_dense import DcpDense
+from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.model_weights import merge_weights
-from dist_export.storage import Directory
+from dist_export.storage.directory import Directory
 
 SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8), "t_copied": (21, 4)}
 SEQUENCE = "ec.embeddings.t_sequence.weight"

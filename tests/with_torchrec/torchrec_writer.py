@@ -33,7 +33,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.dense.model_tables import find_weights
+from dist_export.model.sparse_tables import find_weights
 
 Pieces = dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, ...], torch.Tensor]]]]
 """Name -> (shape of the whole, [(offsets, values)])."""

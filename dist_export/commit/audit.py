@@ -1,0 +1,148 @@
+"""Compare what was written with what was planned and with the source, from the written files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.errors import CommitError
+from dist_export.formats.recis import Slice, is_in_slice, mix, places_of
+from dist_export.ids.columns import IdRun, read_runs
+from dist_export.manifest import TableEntry
+from dist_export.plan.census import Census
+from dist_export.plan.dropped_rows import account_for
+from dist_export.plan.plan import SparsePlan
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders
+
+
+class TableAccount(NamedTuple):
+    """What the written files hold of one table."""
+
+    rows: int
+    id_sum: int
+    """Sum of the mixed ids modulo 2**64."""
+
+
+def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int, TableAccount]:
+    """Read back headers and id columns of these output files; return rows and ids by table.
+
+    Any rank, for its share; no collective.
+
+    Raises:
+        CommitError: a file's size or header is not the planned one, or an id lies outside the slice of its shard.
+    """
+    mine = np.array(numbers, np.int64)
+    with OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers:
+        for number in numbers:
+            file = plan.files[number]
+            where = target.describe(file.name)
+            size = target.stat(file.name).size
+            if size != file.num_bytes:
+                raise CommitError(f"{where}: {size:,} bytes on disk, {file.num_bytes:,} planned. {_NOTHING_PUBLISHED}")
+            header = bytearray(len(file.header))
+            readers[number].read_into(memoryview(header), 0)
+            if bytes(header) != file.header:
+                raise CommitError(f"{where}: the header on disk is not the planned one. {_NOTHING_PUBLISHED}")
+        blocks = plan.blocks
+        chosen = np.flatnonzero((blocks.column == 0) & np.isin(blocks.file, mine))
+        rows_of_table = np.zeros(len(plan.checkpoint.tables), np.int64)
+        sum_of_table = np.zeros(len(plan.checkpoint.tables), np.uint64)
+        for run in read_runs(readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
+            held = chosen[run.blocks]
+            _check_slices(plan, target, held, run)
+            tables = blocks.table[held]
+            np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
+            np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
+        # of a table without ids the headers tell the rows, and what is in the blocks their digests
+        first_column = np.array(
+            [plan.slots_of(table)[0].column for table in range(len(plan.checkpoint.tables))], np.int64
+        )
+        bare = np.flatnonzero((first_column[blocks.table] > 0) & np.isin(blocks.file, mine))
+        bare = bare[blocks.column[bare] == first_column[blocks.table[bare]]]
+        np.add.at(rows_of_table, blocks.table[bare], blocks.rows[bare])
+        present = np.unique(blocks.table[np.concatenate([chosen, bare])]).tolist()
+    return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
+
+
+def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> None:
+    blocks = plan.blocks
+    lengths = np.diff(np.append(run.starts, len(run.ids)))
+    for size in np.unique(blocks.size[held]).tolist():  # one, as a rule
+        places = places_of(run.ids, size).view(np.int64)
+        lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
+        is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
+        wrong = np.flatnonzero(is_wrong & (blocks.size[held] == size))
+        if len(wrong):
+            block = int(held[wrong[0]])
+            part = Slice(*(int(column[block]) for column in (blocks.begin, blocks.end, blocks.size)))
+            start = int(run.starts[wrong[0]])
+            ids = run.ids[start : start + int(lengths[wrong[0]])]
+            strangers = np.flatnonzero(~is_in_slice(ids, part))
+            raise CommitError(
+                f"{target.describe(plan.files[int(blocks.file[block])].name)}: {blocks.key[block]!r} holds "
+                f"{len(strangers):,} ids outside its slice {part.begin}:{part.end}, first {int(ids[strangers[0]])}. "
+                f"{_NOTHING_PUBLISHED}"
+            )
+
+
+def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, TableAccount]]) -> list[TableAccount]:
+    """Compare the rows and ids of all ranks' files with those of the source; return the totals by table.
+
+    Expected are the rows of the source less those that the plan leaves behind.
+
+    Raises:
+        CommitError: a row is missing, there is one too many, or an id is another one.
+    """
+    totals = []
+    for table, meta in enumerate(plan.checkpoint.tables):
+        parts = plan.checkpoint.parts.of_table(table)
+        dropped = account_for(plan.checkpoint, plan.dropped, table, pruned=census.pruned, pruning=plan.pruning)
+        expected = TableAccount(
+            int(plan.checkpoint.parts.rows[parts].sum()) - dropped.rows,
+            _add(int(census.id_sum[parts].sum(dtype=np.uint64)), -dropped.id_sum),
+        )
+        found = TableAccount(0, 0)
+        for share in shares:
+            if table in share:
+                found = TableAccount(found.rows + share[table].rows, _add(found.id_sum, share[table].id_sum))
+        if found != expected:
+            raise CommitError(
+                f"table {meta.name!r}: the shards hold {found.rows:,} rows of {expected.rows:,}"
+                + ("" if found.rows != expected.rows else ", but their ids are not those of the source")
+                + f". {_NOTHING_PUBLISHED}"
+            )
+        totals.append(found)
+    return totals
+
+
+def check_entries(entries: Sequence[TableEntry]) -> None:
+    """Compare the rows that each table's entry states: in, out, dropped by reason, and by part. CommitError if not equal.
+
+    What is published is checked, after all that made it.
+    """
+    for entry in entries:
+        dropped = sum(entry.rows_dropped.values())
+        by_part = sum(part.rows for part in entry.parts)
+        if entry.rows_in != entry.rows_out + dropped or by_part != entry.rows_out:
+            raise CommitError(
+                f"table {entry.name!r}: the account does not add up: {entry.rows_in:,} rows in, {entry.rows_out:,} out "
+                f"({by_part:,} by part), {dropped:,} dropped. {_NOTHING_PUBLISHED}"
+            )
+
+
+def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Reduce each block's values; a single block takes the way that uses the processor's vectors."""
+    if len(starts) == 1:
+        whole: np.ndarray = operation.reduce(values, keepdims=True)
+        return whole
+    return operation.reduceat(values, starts)
+
+
+_NOTHING_PUBLISHED = "No manifest was written, so there is no package; run the export again"
+
+
+def _add(left: int, right: int) -> int:
+    return (left + right) % (1 << 64)

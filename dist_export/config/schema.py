@@ -1,0 +1,357 @@
+"""The settings of an export, checked when they are built, before any rank reads a byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args
+
+from dist_export.config.mistakes import Mistakes
+from dist_export.config.prune_rules import parse_rules
+from dist_export.errors import ConfigError
+from dist_export.formats.digests import XXH3, missing_package
+
+_SPEC = re.compile(r"[\w.]+:[\w.]+$")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
+
+MIN_MEMORY_BYTES = 64 << 20
+"""Less than this does not hold the buffers and a useful number of ids."""
+
+MAX_THREADS = 64
+
+CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
+"""What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
+
+_MAX_NUMBER = 1 << 62
+_MAX_SHARDS = 999_999
+_MAX_TIMEOUT_SECS = 10_000_000
+_MAX_BATCHES = 10_000
+"""Four months; what a timeout is given to cannot count much further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
+
+    ckpt_dir: str | None = None
+    """The checkpoint to export: a directory, a file, an fsspec URL or a registry's URI; or a run with several; null: live"""
+    export_dir: str
+    """Where the package goes: a directory, an fsspec URL, or a registry's URI"""
+    step: int | None = None
+    """Of a run, the training step to export; null takes the latest checkpoint that is complete"""
+    register: str | None = None
+    """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
+    registry_options: dict[str, Any] = field(default_factory=dict)
+    """Options for the registries of ckpt_dir, export_dir and register; under a scheme, as models: {...}, for that one alone"""
+    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb", "live"] = "auto"
+    """Format of the checkpoint; auto goes by its files, and takes a DCP checkpoint and the DynamicEmb dump beside it together,
+    as dcp+dynamicemb does; dcp (torch.distributed.checkpoint) or dynamicemb takes that one alone. live: the model in memory"""
+    overwrite: bool = False
+    """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
+    on_existing: Literal["resume", "restart", "error"] = "resume"
+    """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
+    follow_links: bool = False
+    """Read files of the checkpoint that are links leading out of it, as caches of downloads have; false refuses them"""
+    filter_sparse_opt: bool = False
+    """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
+    num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
+    """With the filter: shards to write; a number, world_size (what null means) or source"""
+    tables: list[str] = field(default_factory=list)
+    """Patterns of further tensors that are tables, for checkpoints that do not say so; with model its embeddings are tables"""
+    optimizer_slots: list[str] = field(default_factory=list)
+    """Patterns of further slots and dense tensors that are optimizer state"""
+    state_root: str | None = None
+    """Of several states in the checkpoint, such as a model and its EMA, the path of the one to export; null takes the
+    model's; . takes all under their full names"""
+    drop_slots: list[str] = field(default_factory=list)
+    """Patterns of further slots and dense tensors to drop, such as step_filter"""
+    keep_slots: list[str] = field(default_factory=list)
+    """Patterns of optimizer state to keep all the same"""
+    dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
+    """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
+    on_unfit: Literal["error", "clamp"] = "error"
+    """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
+    on_misplaced: Literal["repair", "error"] = "repair"
+    """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
+    on_duplicate: Literal["error", "first", "last"] = "error"
+    """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
+    select_tables: list[str] = field(default_factory=list)
+    """Patterns of the tables to export; none means all"""
+    drop_tables: list[str] = field(default_factory=list)
+    """Patterns of tables to leave out"""
+    rename_tables: dict[str, str] = field(default_factory=dict)
+    """New names of tables, as {pattern: name}; {0}, {1} in a name are what the first and second wildcard stood for"""
+    as_hash: list[str] = field(default_factory=list)
+    """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
+    default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
+    """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
+    dynamicemb_dims: dict[str, int] = field(default_factory=dict)
+    """Dimensions of the tables of a DynamicEmb dump, by pattern: its files do not state them, so that they are compared"""
+    allow_hashed_ids: list[str] = field(default_factory=list)
+    """Patterns of managed-collision tables whose module changes ids before it looks for them, as serving must do too"""
+    allow_missing_tables: list[str] = field(default_factory=list)
+    """Patterns of embeddings of the sparse arch that the checkpoint may lack; scores have the model's own rows of them"""
+    prune: list[dict[str, Any]] = field(default_factory=list)
+    """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
+    on_emptied: Literal["error", "allow"] = "error"
+    """A table with rows of which the rules of prune leave none: error, or allow, which exports it empty"""
+    digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
+    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
+    xxh3, and of bytes that the export itself has read: an S3 store then copies nothing on its own"""
+    max_memory: Union[int, str] = "512MiB"  # noqa: UP007
+    """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
+    threads: int | None = None
+    """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most"""
+    need_export_sparse: bool = True
+    """False exports the dense arch alone"""
+    add_subfolder: bool = False
+    """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data"""
+    model: str | None = None
+    """package.module:callable that returns the model; without it the tables are exported alone"""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for model"""
+    sparse_model_name: str = "sparse_arch"
+    """Path of the sparse arch within the model"""
+    dense_model_name: str = "dense_arch"
+    """Path of the dense arch within the model, and the prefix of its parameters in model.pt"""
+    dataset: str | None = None
+    """package.module:callable that returns an iterable of batches; a few are taken, see drift_batches"""
+    dataset_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for dataset"""
+    allow_missing_dense: list[str] = field(default_factory=list)
+    """Patterns of dense parameters that the checkpoint may lack; the model's own values are exported"""
+    allow_unexpected_dense: list[str] = field(default_factory=list)
+    """Patterns of dense parameters that the dense arch may lack; they are left out, as RecIS leaves them"""
+    export_folder_name: str = "fx_user_model"
+    """Folder of the dense arch within the package"""
+    export_model_name: str = "user_model"
+    """Name of the FX module within that folder"""
+    export_outputs: list[str] | None = None
+    """Names of the outputs in order; null takes a dict's keys, or torch_output_<i>"""
+    max_batch_size: int = 204800
+    """The largest batch that serving may send"""
+    dynamic_dims: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Further free dimensions, as {input: {dim: name}}"""
+    device: str | None = None
+    """Device to trace on; null takes that of the dense arch"""
+    archive_format: Literal["pt2", "legacy"] = "pt2"
+    """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)"""
+    atol: float = 1e-6
+    """Absolute part of the tolerance between written program and model"""
+    rtol: float = 1e-5
+    """Relative part: of the value, or of the usual size in its column where that is larger"""
+    drift_batches: int = 4
+    """Batches, at most, on which the package is compared with the unmodified model; 0 leaves the comparison out"""
+    max_drift: Union[float, dict[str, float], None] = None  # noqa: UP007
+    """Largest drift (max_abs) of any output, or by output; more than that fails the export; null allows any"""
+    fg: str | None = None
+    """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()"""
+    fg_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for fg"""
+    fg_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
+    """Feature generator configuration, or the path of its JSON file; exported as fg.json"""
+    mc_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
+    """Block configuration, or the path of its JSON file"""
+    fg_rules: Literal["rtp", "none"] = "rtp"
+    """Whose limits the feature generator configuration must keep besides RecIS's own"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Options for the file system of ckpt_dir and export_dir (fsspec)"""
+    events: Union[bool, str] = False  # noqa: UP007
+    """What happened as JSON lines, added to this file or fsspec URL; true takes <export_dir>.events.jsonl"""
+    metrics: str | None = None
+    """File or fsspec URL for the figures of the export as Prometheus text, for a collector that reads files"""
+    target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
+    """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
+    progress: bool = True
+    """Show the progress of the export; from Python the closing summary, too"""
+    timeout: float = 1800.0
+    """Seconds without any progress after which a rank counts as hung, and the export ends"""
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused without reading anything. ConfigError names the setting."""
+        mistakes = Mistakes()
+        if self.is_live:
+            mistakes.collect(self._check_live, None)
+        for check in (self._check_paths, self._check_engine, self._check_sparse, self._check_dense):
+            mistakes.collect(check, None)
+        mistakes.refuse()
+
+    def _check_paths(self) -> None:
+        for name in ("export_dir",) if self.is_live else ("ckpt_dir", "export_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is not set; give a directory or an fsspec URL")
+            if re.search("[\0\ud800-\udfff]", getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; a path is UTF-8 without zero bytes")
+        if self.state_root is not None and not self.state_root.strip():
+            raise ConfigError(
+                f"state_root is {self.state_root!r}; give a path such as ema, or null for the model's state"
+            )
+        if self.step is not None and self.step < 0:
+            raise ConfigError(f"step is {self.step}; training steps count from 0")
+        if isinstance(self.num_shards, int) and (isinstance(self.num_shards, bool) or self.num_shards < 1):
+            raise ConfigError(f"num_shards is {self.num_shards}; give a number from 1 up, world_size or source")
+        for name in ("model", "dataset", "fg"):
+            spec = getattr(self, name)
+            if spec is not None and not _SPEC.fullmatch(spec):
+                raise ConfigError(f"{name} is {spec!r}; expected package.module:callable")
+        if isinstance(self.num_shards, int) and self.num_shards > _MAX_SHARDS:
+            raise ConfigError(f"num_shards is {self.num_shards:,}; RecIS's file names count up to {_MAX_SHARDS:,}")
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the tables are the model's own, in the memory of the ranks."""
+        return self.format == "live"
+
+    def _check_live(self) -> None:
+        if self.ckpt_dir is not None:
+            raise ConfigError(
+                f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
+            )
+        for name in ("tables", "optimizer_slots", "state_root", "dynamicemb_dims"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
+        if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
+            object.__setattr__(self, "filter_sparse_opt", True)
+
+    @property
+    def digest_algorithm(self) -> str:
+        """The algorithm of ``digest``, or ``none``."""
+        return XXH3 if self.digest == "require" else self.digest
+
+    @property
+    def options_of_target(self) -> dict[str, Any]:
+        """The options for the file system of ``export_dir``."""
+        return self.storage_options if self.target_storage_options is None else self.target_storage_options
+
+    @property
+    def max_memory_bytes(self) -> int:
+        """``max_memory`` in bytes."""
+        return parse_bytes(self.max_memory, setting="max_memory")
+
+    @property
+    def dtypes(self) -> tuple[tuple[str, str], ...]:
+        """``dtype`` as (pattern, dtype), in order."""
+        entries = [self.dtype] if isinstance(self.dtype, dict) else self.dtype
+        return tuple(item for entry in entries for item in entry.items())
+
+    def _check_engine(self) -> None:
+        if self.max_memory_bytes < MIN_MEMORY_BYTES:
+            raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
+        package = missing_package(self.digest_algorithm)
+        if package is not None:
+            raise ConfigError(f"digest is {self.digest}, which needs the package {package}: pip install {package}")
+
+    def _check_sparse(self) -> None:
+        patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
+        asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
+        asked += ["on_duplicate"] if self.on_duplicate != "error" else []
+        views = ("select_tables", "drop_tables", "rename_tables", "as_hash", "prune")
+        asked += [name for name in views if getattr(self, name)]
+        asked += ["dtype"] if self.dtypes else []
+        unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
+        unused += [name for name in ("default_row", "dynamicemb_dims") if getattr(self, name)]
+        if unused and not self.need_export_sparse:
+            raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
+        if self.tables and not self.need_export_sparse and self.model is None:
+            raise ConfigError("tables says which tensors are tables, but need_export_sparse is false")
+        if asked and not self.filter_sparse_opt:
+            raise ConfigError(
+                f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
+                "set filter_sparse_opt: true"
+            )
+        parse_rules(self.prune)
+        for pattern, dim in self.dynamicemb_dims.items():
+            if dim < 1:
+                raise ConfigError(f"dynamicemb_dims.{pattern} is {dim}; a row has 1 value or more")
+        for pattern, values in self.default_row.items():
+            if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
+                raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
+        for pattern, dtype in self.dtypes:
+            if dtype not in get_args(CastDtype):
+                known = ", ".join(get_args(CastDtype))
+                raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
+        if self.on_emptied != "error" and not self.prune:
+            raise ConfigError(
+                "on_emptied says what becomes of tables that prune leaves nothing of, but prune has no rule"
+            )
+        if self.on_unfit != "error" and not self.dtypes:
+            raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
+
+    def _check_dense(self) -> None:
+        for name in ("export_folder_name", "export_model_name"):
+            value = getattr(self, name)
+            if not value.isidentifier() or keyword.iskeyword(value) or value == "index":
+                raise ConfigError(
+                    f"{name} is {value!r}; it names a Python package beside the other files; give an identifier"
+                )
+        if self.max_batch_size < 2:
+            raise ConfigError(
+                f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"
+            )
+        if self.max_batch_size > _MAX_NUMBER:
+            raise ConfigError(f"max_batch_size is more than {_MAX_NUMBER:,}; no batch is as large")
+        if not 0 < self.timeout <= _MAX_TIMEOUT_SECS:
+            raise ConfigError(f"timeout is {self.timeout}; give seconds above 0, {_MAX_TIMEOUT_SECS:,} at most")
+        for name in ("atol", "rtol"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
+        self._check_drift()
+        if self.export_outputs is not None:
+            check_output_names(self.export_outputs)
+        for name, dims in self.dynamic_dims.items():
+            for dim, label in dims.items():
+                if dim < 1:
+                    raise ConfigError(
+                        f"dynamic_dims.{name}: {dim} is no further dimension; 0 is the batch, count from 1"
+                    )
+                if not label.isidentifier() or label == "batch":
+                    raise ConfigError(
+                        f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
+                    )
+
+    def _check_drift(self) -> None:
+        if not 0 <= self.drift_batches <= _MAX_BATCHES:
+            raise ConfigError(f"drift_batches is {self.drift_batches}; give a number from 0 to {_MAX_BATCHES:,}")
+        if self.max_drift is None:
+            return
+        limits = self.max_drift if isinstance(self.max_drift, dict) else {"": self.max_drift}
+        for name, limit in limits.items():
+            if not 0 <= limit < float("inf"):
+                raise ConfigError(f"max_drift{name and f'.{name}'} is {limit}; give a finite number from 0 up")
+        if not self.drift_batches:
+            raise ConfigError("max_drift bounds the drift, but drift_batches is 0, which leaves it out")
+
+    def with_changes(self, **changes: Any) -> ExportConfig:
+        """Return a copy with some settings changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def parse_bytes(text: int | str, *, setting: str) -> int:
+    """Return a number of bytes from a number or a text: ``512MiB`` (powers of 1024), ``2GB`` (powers of 1000), ``1e9``."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        if text > _MAX_NUMBER:
+            raise ConfigError(f"{setting} is more than {_MAX_NUMBER:,} bytes; no machine has that much")
+        return text
+    found = _BYTES.fullmatch(str(text).strip())
+    if found is None:
+        raise ConfigError(f"{setting} is {text!r}; give bytes, or a number with a unit such as 512MiB or 2GB")
+    unit = found[2].lower()
+    base = 1024 if unit.endswith("ib") else 1000
+    number = float(found[1]) * base ** ("kmgt".index(unit[0]) + 1 if unit[:1] in tuple("kmgt") else 0)
+    if not number < 1 << 62:
+        raise ConfigError(f"{setting} is {text!r}; no machine has that much")
+    return int(number)
+
+
+def check_output_names(names: list[str]) -> None:
+    """Refuse output names that are empty or stand twice."""
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"export_outputs: name {place} is {name!r}; every output needs a name")
+        if name in names[:place]:
+            raise ConfigError(f"export_outputs: {name!r} stands there twice; names must be unique")

@@ -1,0 +1,453 @@
+"""What ``torch.save`` pickles, as plain values: containers, numbers, texts, and tensors that know no more than their place.
+
+Source: the functions of torch 2.13's ``torch/_utils.py`` and ``torch/_tensor.py`` that a pickled tensor names, and the
+list of names that ``torch.load(weights_only=True)`` admits. None of them is called: a tensor is what its arguments say.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import mmap
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from dist_export.formats.dtypes import is_torch_dtype
+from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.torch_zip import StateArchive
+
+_MAX_DIMS = 64
+_MAX_SIZE = 1 << 62
+_FREE_COPIES = 16
+"""Of a storage. Tensors share their indices or scales with a few others; what more copies take is counted."""
+_BITS = re.compile(r"[a-z]+?(\d+)(x\d+)?(_\w+)?")
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexDouble": "complex128",
+    "ComplexFloat": "complex64",
+    "QInt32": "qint32",
+    "QInt8": "qint8",
+    "QUInt8": "quint8",
+    "QUInt4x2": "quint4x2",
+    "QUInt2x4": "quint2x4",
+    "Untyped": "uint8",
+}
+"""Begin of a storage's class -> dtype of its elements."""
+_INERT = re.compile(
+    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|argparse\.Namespace"
+    r"|pathlib\.(_local\.)?PosixPath|datetime\.(datetime|date|timedelta)|torch\.device"
+)
+"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made."""
+_ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
+_TENSOR_CLASSES = re.compile(
+    r"torch\.distributed\.(\w+\.)*(DTensor|ShardedTensor)|torch\.nested\.(\w+\.)*NestedTensor|torch\.nested\.(\w+\.)*_rebuild_njt"
+)
+_OF_TENSOR_CLASSES = re.compile(
+    r"torch\.distributed\.(_\w+|tensor|device_mesh|distributed_c10d)(\.\w+)*|torch\.(strided|jagged)"
+    r"|torch\._dynamo\.decorators\._DimRange"
+)
+"""What tensors of these classes are described with."""
+_NAMED = re.compile(
+    r"torch\.per_\w+|torch\.(\w+\.|cuda\.sparse\.)?\w+Tensor"
+    rf"|torch\.(cuda\.|storage\.)?({'|'.join(_STORAGES)}|Typed)Storage"
+)
+"""What tensors are said to be of, and never made by a call: that would take memory of any size."""
+_PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+
+
+class Storage(NamedTuple):
+    """Bytes that tensors lie in."""
+
+    key: str
+    """Names it in the file."""
+    dtype: str
+    """Torch's name."""
+    num_bytes: int
+    """As the pickle says."""
+
+
+class PickledTensor(NamedTuple):
+    """A tensor as a pickle describes it; it may lie beyond its storage only where it has no elements."""
+
+    dtype: str
+    """Torch's name; empty where that is not known."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In elements."""
+    first: int
+    """Where it begins in its storage, in elements."""
+    storage: Storage | None
+    """None where ``reason`` is not empty."""
+    reason: str = ""
+    """Why its values cannot be taken from the bytes of a storage; empty where they can."""
+
+
+def load_pickled(
+    raw: bytes | mmap.mmap,
+    storage_of: Callable[[Storage], None],
+    *,
+    start: int = 0,
+    is_any_known: bool = False,
+    foreign: set[str] | None = None,
+) -> tuple[Any, int]:
+    """Return what a pickle of ``torch.save`` describes, and the position behind it. Runs nothing of it.
+
+    Dicts of any class are dicts. What is of no interest is a :class:`~dist_export.formats.pickle_machine.Record`.
+
+    Args:
+        storage_of: is handed each storage that the pickle asks for. PickleError where there is no such one.
+        start: where in ``raw`` the pickle begins.
+        is_any_known: objects of any class are records; else a class that torch refuses is an error.
+        foreign: is given the names of classes that torch refuses.
+
+    Raises:
+        PickleError: it is damaged, or names what is neither a tensor nor harmless.
+    """
+    names = _Names(storage_of, is_any_known=is_any_known, foreign=set() if foreign is None else foreign)
+    machine = names.machine = Machine(raw, names.find, names.refer, start=start)
+    return machine.load(), machine.end
+
+
+def load_archive(archive: StateArchive, *, is_any_known: bool = False, foreign: set[str] | None = None) -> Any:
+    """Return what the pickle of an archive describes. Each storage is there, of the size that the pickle says.
+
+    Raises:
+        PickleError: as :func:`load_pickled`, or a storage is not there or of another size.
+    """
+
+    def check(storage: Storage) -> None:
+        found = archive.storages.get(storage.key)
+        if found is None or found[1] != storage.num_bytes:
+            has = "is not there" if found is None else f"has {found[1]:,}"
+            raise PickleError(
+                f"a tensor lies in {storage.num_bytes:,} bytes of '{archive.root}data/{storage.key}', which {has}; it is "
+                "damaged, or made to deceive"
+            )
+
+    return load_pickled(archive.pickled, check, is_any_known=is_any_known, foreign=foreign)[0]
+
+
+def as_tensor(value: Any) -> PickledTensor | None:
+    """Return what a value of a pickle says of a tensor; None where it is none."""
+    if type(value) is PickledTensor:
+        return value
+    if type(value) is Record and _TENSOR_CLASSES.fullmatch(value.kind):  # restored from a state that tells no place
+        return PickledTensor("", (), (), 0, None, _class_reason(value.kind))
+    return None
+
+
+def as_array(value: Any) -> tuple[tuple[int, ...], int] | None:
+    """Return (shape, size in bytes) of an array of numpy, as far as its state tells them; None where the value is none."""
+    if type(value) is not Record or not _ARRAY.fullmatch(value.kind):
+        return None
+    match value.state:  # version, shape, dtype, order, content; objects are a list
+        case (int(), tuple(shape), _, _, bytes(content)) if len(shape) <= _MAX_DIMS:
+            return tuple(size for size in shape if type(size) is int), len(content)
+    return (), 0
+
+
+def itemsize_of(dtype: str) -> int:
+    """Return the bytes of an element of torch's dtype of this name."""
+    found = _BITS.fullmatch(dtype)
+    return 1 if found is None else max(1, int(found[1]) // 8)
+
+
+class _Names:
+    """What the names in such a pickle stand for."""
+
+    machine: Machine
+
+    def __init__(self, storage_of: Callable[[Storage], None], *, is_any_known: bool, foreign: set[str]) -> None:
+        self._storage_of = storage_of
+        self._is_any_known = is_any_known
+        self._foreign = foreign
+        self._copies: dict[str, int] = {}
+        self._makers: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": _empty_dict,
+            "_codecs.encode": self._encode,
+            "builtins.bytearray": self._bytearray,
+            "builtins.set": self._set,
+            "collections.Counter": self._counter,
+            "builtins.complex": _complex,
+            "torch.Size": self._size,
+            "torch.serialization._get_layout": _layout,
+            "torch.nn.parameter.Parameter": _parameter,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter_with_state": self._parameter_with_state,
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor_v2,
+            "torch._utils._rebuild_tensor_v3": self._tensor_v3,
+            "torch._tensor._rebuild_from_type_v2": self._from_type,
+            "torch._utils._rebuild_qtensor": self._quantized,
+            "torch._utils._rebuild_sparse_tensor": self._sparse,
+            "torch._utils._rebuild_nested_tensor": self._nested,
+            "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+            "torch._utils._rebuild_wrapper_subclass": _wrapper,
+            "torch._utils._rebuild_device_tensor_from_numpy": _from_numpy,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": self._from_cpu,
+        }
+
+    def find(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in self._makers:
+            return Global(full, self._makers[full])
+        if any(pattern.fullmatch(full) for pattern in (_TENSOR_CLASSES, _INERT, _OF_TENSOR_CLASSES)):
+            return recorded(full)
+        if full in _PLAIN_CLASSES or _NAMED.fullmatch(full) or (module == "torch" and is_torch_dtype(name)):
+            return Global(full)
+        if self._is_any_known:
+            self._foreign.add(full)
+            return recorded(full)
+        return Global(full, functools.partial(_refuse_call, full))  # the class of a tensor is named, and never called
+
+    def refer(self, reference: Any) -> Storage:
+        match reference:
+            case ("storage", Global() as kind, str(key), _, int(numel), *more) if more in (
+                [],
+                [None],
+            ):  # older ones have None
+                dtype = _STORAGES.get(kind.name.rpartition(".")[2].removesuffix("Storage"))
+                if dtype is not None:
+                    storage = Storage(key, dtype, numel * itemsize_of(dtype))
+                    self._storage_of(storage)
+                    return storage
+        raise PickleError("asks for what is no storage of a tensor; it is no file of torch.save")
+
+    def _encode(self, *arguments: Any) -> bytes:
+        match arguments:  # what protocol 2 makes of bytes
+            case (str(text), "latin1" | "latin-1"):
+                self.machine.charge(len(text))
+                try:
+                    return text.encode("latin-1")
+                except UnicodeEncodeError:
+                    pass
+        raise PickleError("encodes a text in a way that no bytes are written")
+
+    def _bytearray(self, *arguments: Any) -> Record:
+        match arguments:
+            case () | (bytes(),) | (str(), "latin1" | "latin-1"):
+                self.machine.charge(len(arguments[0]) if arguments else 0)
+                return Record("bytearray")
+        raise PickleError("makes a bytearray of what is no bytes")
+
+    def _set(self, *arguments: Any) -> Record:
+        match arguments:
+            case () | (list() | tuple(),):
+                self._hash_each(arguments[0] if arguments else ())
+                return Record("set")
+        raise PickleError("makes a set of what is no list")
+
+    def _counter(self, *arguments: Any) -> Record:
+        match arguments:
+            case () | (dict() | list() | tuple(),):  # a Counter is pickled as the dict of its counts
+                self._hash_each(arguments[0] if arguments else ())
+                return Record("collections.Counter")
+        raise PickleError("makes a Counter of what is no dict")
+
+    def _hash_each(self, members: Collection[Any]) -> None:
+        self.machine.charge(4 * len(members))
+        for member in members:
+            self.machine.check_key(member)
+
+    def _size(self, *arguments: Any) -> tuple[Any, ...]:
+        match arguments:
+            case ():
+                return ()
+            case (tuple() | list(),) if len(arguments[0]) <= _MAX_DIMS:
+                return tuple(arguments[0])
+        raise PickleError("has a size that is none")
+
+    def _tensor(self, *arguments: Any) -> PickledTensor:
+        storage, first, shape, strides, *_ = _padded(arguments, 4)
+        return _plain(storage, first, shape, strides, storage.dtype if isinstance(storage, Storage) else "")
+
+    def _tensor_v2(self, *arguments: Any) -> PickledTensor:
+        return _viewed(self._tensor(*arguments), _padded(arguments, 7)[6])
+
+    def _tensor_v3(self, *arguments: Any) -> PickledTensor:
+        storage, first, shape, strides, _, _, dtype, metadata = _padded(arguments, 8)
+        return _viewed(_plain(storage, first, shape, strides, _dtype_of(dtype)), metadata)
+
+    def _from_type(self, *arguments: Any) -> Any:
+        """Return a tensor of a subclass, or with attributes; given are how it is made, its class, arguments, and attributes."""
+        match arguments:
+            case (Global() as function, Global(), tuple(), _) if _TENSOR_CLASSES.fullmatch(function.name):
+                return PickledTensor("", (), (), 0, None, _class_reason(function.name))
+            case (Global() as function, Global() as kind, tuple() as inner, state) if (
+                function.name.startswith("torch._utils._rebuild_")
+                and function.make is not None
+                and len(inner) <= _MAX_DIMS
+            ):
+                self.machine.charge_state(state)
+                made = function.make(*inner)
+                if isinstance(made, PickledTensor):
+                    return (
+                        made if kind.name in _PLAIN_CLASSES or made.reason else _without(made, _class_reason(kind.name))
+                    )
+        raise PickleError("makes a tensor in a way that torch does not")
+
+    def _parameter_with_state(self, *arguments: Any) -> Any:
+        self.machine.charge_state(_padded(arguments, 4)[3])
+        return _parameter(*arguments)
+
+    def _quantized(self, *arguments: Any) -> PickledTensor:
+        _, _, _, _, scheme, *_ = _padded(arguments, 5)
+        if isinstance(scheme, tuple):
+            self._note_copied(*(part for part in scheme[:8] if isinstance(part, PickledTensor)))
+        made = self._tensor(*arguments)
+        _refuse_expanded(made)
+        return _without(made, "quantized")
+
+    def _sparse(self, *arguments: Any) -> PickledTensor:
+        match arguments:
+            case (Global() as layout, tuple() as data) if 3 <= len(data) <= 6:
+                tensors = [part for part in data if isinstance(part, PickledTensor)]
+                self._note_copied(*tensors)
+                sizes = [part for part in data if isinstance(part, (tuple, list))]
+                if tensors and sizes:
+                    reason = layout.name.removeprefix("torch.")
+                    return PickledTensor(tensors[-1].dtype, _numbers(sizes[-1]), (), 0, None, reason)
+        raise PickleError("has a sparse tensor in an unknown way")
+
+    def _nested(self, *arguments: Any) -> PickledTensor:
+        self._note_copied(*_padded(arguments, 4)[:4])
+        return PickledTensor(arguments[0].dtype, (), (), 0, None, "nested")
+
+    def _from_cpu(self, *arguments: Any) -> PickledTensor:
+        data, dtype, *_ = _padded(arguments, 4)
+        self._note_copied(data)
+        name = _dtype_of(dtype)
+        if data.dtype == name:
+            return data  # type: ignore[no-any-return]
+        return _without(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)
+
+    def _note_copied(self, *tensors: Any) -> None:
+        """Count what torch writes out, or reads through, when it makes another tensor of these."""
+        for tensor in tensors:
+            _refuse_expanded(tensor)
+            if tensor.storage is not None:
+                count = self._copies[tensor.storage.key] = self._copies.get(tensor.storage.key, 0) + 1
+                if count > _FREE_COPIES:
+                    self.machine.charge(math.prod(tensor.shape) * itemsize_of(tensor.dtype))
+
+
+def _refuse_expanded(tensor: Any) -> None:
+    """Refuse a tensor that is more than is stored of it: torch writes out what it makes another tensor of."""
+    if not isinstance(tensor, PickledTensor):
+        raise PickleError("makes a tensor in a way that torch does not")
+    if tensor.storage is not None:
+        num_bytes = math.prod(tensor.shape) * itemsize_of(tensor.dtype)
+        if num_bytes > tensor.storage.num_bytes:
+            raise PickleError(f"makes a tensor of {num_bytes:,} bytes of {tensor.storage.num_bytes:,} that are stored")
+
+
+def _refuse_call(name: str, *_: Any) -> None:
+    shown = name.removeprefix("builtins.")
+    raise PickleError(f"Unsupported global: GLOBAL {shown} was not an allowed global by default")
+
+
+def _class_reason(name: str) -> str:
+    kind = name.rpartition(".")[2]
+    if name.startswith("torch.distributed."):
+        return f"a {kind}, of which the file holds one rank's shards; save with torch.distributed.checkpoint"
+    return "nested" if kind == "_rebuild_njt" else f"a {kind}"
+
+
+def _padded(arguments: tuple[Any, ...], length: int) -> list[Any]:
+    if len(arguments) > 16:
+        raise PickleError("makes a tensor in a way that torch does not")
+    return [*arguments, *[None] * (length - len(arguments))]
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if isinstance(values, (tuple, list)) and len(values) <= _MAX_DIMS:
+        found = tuple(values)
+        if all(type(value) is int and 0 <= value < _MAX_SIZE for value in found):
+            return found
+    raise PickleError("has a tensor of impossible sizes")
+
+
+def _plain(storage: Any, first: Any, shape: Any, strides: Any, dtype: str) -> PickledTensor:
+    if not isinstance(storage, Storage) or not dtype:
+        raise PickleError("has a tensor without a storage")
+    (first,), shape, strides = _numbers((first,)), _numbers(shape), _numbers(strides)
+    if len(shape) != len(strides):
+        raise PickleError("has a tensor of impossible sizes")
+    made = PickledTensor(dtype, shape, strides, first, storage)
+    if math.prod(shape):
+        last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if (last + 1) * itemsize_of(dtype) > storage.num_bytes:
+            raise PickleError(f"has a tensor that reaches beyond the {storage.num_bytes:,} bytes that are stored of it")
+    return made
+
+
+def _viewed(tensor: PickledTensor, metadata: Any) -> PickledTensor:
+    """Return the tensor, whose values may be the negatives or conjugates of what is stored."""
+    if metadata is None:
+        return tensor
+    if not isinstance(metadata, dict) or len(metadata) > 8:
+        raise PickleError("has a tensor in an unknown way")
+    marks = [word for key, word in (("conj", "conjugated"), ("neg", "negated")) if metadata.get(key)]
+    return _without(tensor, " and ".join(marks)) if marks else tensor
+
+
+def _without(tensor: PickledTensor, reason: str) -> PickledTensor:
+    return tensor._replace(storage=None, reason=reason)
+
+
+def _dtype_of(value: Any) -> str:
+    if not isinstance(value, Global) or not value.name.startswith("torch."):
+        raise PickleError("has a tensor without a dtype")
+    return value.name.removeprefix("torch.")
+
+
+def _empty_dict(*arguments: Any) -> dict[Any, Any]:
+    if arguments:
+        raise PickleError(
+            "fills an OrderedDict in a way of Python 2; load it with torch.load and write it again with torch.save"
+        )
+    return {}
+
+
+def _complex(*arguments: Any) -> Record:
+    if len(arguments) != 2 or not all(type(part) in (int, float) for part in arguments):
+        raise PickleError("has a complex number that is none")
+    return Record("complex")
+
+
+def _layout(*arguments: Any) -> Global:
+    if len(arguments) != 1 or type(arguments[0]) is not str or len(arguments[0]) > 100:
+        raise PickleError("has a layout that is none")
+    return Global(arguments[0])
+
+
+def _parameter(*arguments: Any) -> Any:
+    if not arguments or not isinstance(arguments[0], PickledTensor):
+        raise PickleError("has a parameter that is no tensor")
+    return arguments[0]
+
+
+def _meta(*arguments: Any) -> PickledTensor:
+    dtype, shape, *_ = _padded(arguments, 4)
+    return PickledTensor(_dtype_of(dtype), _numbers(shape), (), 0, None, "on the meta device, without values")
+
+
+def _wrapper(*arguments: Any) -> PickledTensor:
+    kind, dtype, shape, *_ = _padded(arguments, 8)
+    reason = _class_reason(kind.name if isinstance(kind, Global) else "tensor of another class")
+    return PickledTensor(_dtype_of(dtype), _numbers(shape), (), 0, None, reason)
+
+
+def _from_numpy(*arguments: Any) -> PickledTensor:
+    _, dtype, *_ = _padded(arguments, 4)
+    return PickledTensor(_dtype_of(dtype), (), (), 0, None, "stored as an array of numpy")

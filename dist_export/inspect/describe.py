@@ -1,0 +1,235 @@
+"""``inspect``: what a checkpoint or a package holds, from headers and manifests alone. Needs no torch for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from dist_export.checkpoint.detect import (
+    AUTO,
+    DCP,
+    DCP_AND_DUMP,
+    DYNAMICEMB,
+    SAFETENSORS,
+    TORCH,
+    detect_format,
+    find_nothing,
+)
+from dist_export.checkpoint.dynamicemb_widths import render_width
+from dist_export.checkpoint.recis.reader import list_finished
+from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
+from dist_export.formats.recis_index import split_internal, split_stem
+from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
+from dist_export.inspect.dcp import describe_dcp, render_dcp
+from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
+from dist_export.package.reader import Package
+from dist_export.package.shard_headers import read_header, read_indexes
+from dist_export.storage.directory import Directory, open_place
+from dist_export.verify.indexed_tables import is_numbered
+
+_MAX_NAME_WIDTH = 64
+"""Of the column of tables; a longer name moves the rest of its own line alone."""
+
+
+def describe(
+    path: str,
+    storage_options: dict[str, Any] | None = None,
+    *,
+    follow_links: bool = False,
+    asked: str = AUTO,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+    dynamicemb_dims: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
+
+    Args:
+        path: a directory or a file of a checkpoint, or an fsspec URL of one.
+        storage_options: for its file system.
+        follow_links: whether files may be links that lead out of the directory.
+        asked: the format of a checkpoint; with ``auto`` its files tell.
+        settings: of a checkpoint that does not say it: what its tensors are.
+        dynamicemb_dims: of a DynamicEmb dump: pattern of tables -> dimension.
+
+    Raises:
+        CheckpointError: nothing of these is there, or it cannot be read.
+        ConfigError: patterns for what says itself what its tables are.
+    """
+    directory = open_place(path, storage_options, follow_links=follow_links)
+    is_package = asked == AUTO and directory.exists(MANIFEST)
+    found = None if is_package else detect_format(directory, asked=asked)
+    dims = dynamicemb_dims or {}
+    if dims and found not in (DYNAMICEMB, DCP_AND_DUMP):
+        raise ConfigError(f"{path} is no DynamicEmb dump; --dynamicemb_dims is for those")
+    if found in (DCP, DCP_AND_DUMP):
+        return describe_dcp(directory, asked=found, settings=settings, dynamicemb_dims=dims)
+    if found in (SAFETENSORS, TORCH, DYNAMICEMB):
+        return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
+    if not is_package and found is None:
+        raise find_nothing(directory, asked=asked)
+    if settings.tables or settings.optimizer_slots or settings.state_root is not None:
+        raise ConfigError(
+            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables, --optimizer_slots "
+            "and --state_root are for those"
+        )
+    if is_package:
+        return _describe_package(directory)
+    list_finished(directory)
+    try:
+        return _describe_checkpoint(directory)
+    except PackageError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def render(found: dict[str, Any]) -> list[str]:
+    """Return the description line by line, for people."""
+    lines = [f"{found['kind']}: {found['path']}"]
+    lines += [
+        f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
+    ]
+    width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
+    if found["tables"]:
+        lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
+    for table in found["tables"]:
+        shape = "x".join(map(str, table["shape"])) or "1"
+        lines.append(
+            f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
+            f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
+        )
+        lines += render_width(table)
+        if cast := table.get("cast"):
+            lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
+        for earlier in table.get("earlier_casts", ()):
+            lines.append(f"    before that, cast from {earlier['source_dtype']}: {render_errors(earlier)}")
+    lines += render_dcp(found) + render_source(found) + render_skipped(found)
+    if found["dense_tensors"]:
+        lines.append(f"  dense tensors among the sparse files: {', '.join(found['dense_tensors'])}")
+    for what in ("inputs", "outputs"):
+        for tensor in (found.get("dense") or {}).get(what, []):
+            shape = ", ".join(map(str, tensor["shape"]))
+            lines.append(f"  {what[:-1]:<10} {tensor['name']} {tensor['dtype']} ({shape})")
+    return lines
+
+
+def render_errors(cast: dict[str, Any]) -> str:
+    """Return what the values of a table lost when they were cast, for people."""
+    unfit = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
+    told = "".join(f", {number:,} {what} (clamped)" for number, what in unfit if number)
+    return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
+
+
+def _describe_package(directory: Directory) -> dict[str, Any]:
+    try:
+        manifest = Package(directory).manifest
+    except PackageError as error:
+        raise UserError(str(error)) from None
+    dense = manifest.dense
+    return {
+        "kind": "package",
+        "path": directory.url,
+        "mode": manifest.mode,
+        "source": f"{manifest.source.path} ({manifest.source.format})".lstrip(),
+        "shards": manifest.num_shards,
+        "files": len(manifest.files),
+        "bytes": manifest.num_bytes,
+        "digest": manifest.digest,
+        "tables": [
+            {
+                "name": table.name,
+                "is_hashed": not is_numbered(table),
+                "rows": table.rows_out,
+                "shape": next((_shape_of(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
+                "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),
+                "cast": next((_describe_cast(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), None),
+                "earlier_casts": [
+                    msgspec.to_builtins(cast)
+                    for slot in table.kept
+                    if slot.name == EMBEDDING_SLOT
+                    for cast in slot.earlier_casts or ()
+                ],
+                "parts": len(table.parts),
+                "bytes": sum(slot.num_bytes for slot in table.kept),
+                "slots": [slot.name for slot in table.kept],
+            }
+            for table in manifest.tables
+        ],
+        "dense_tensors": [tensor.name for tensor in manifest.dense_tensors],
+        "dense": None
+        if dense is None
+        else {
+            "program": dense.program,
+            "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
+            "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
+        },
+    }
+
+
+def _shape_of(slot: SlotEntry) -> list[int]:
+    """Return the shape of a row's values."""
+    return list(slot.shape) if slot.dim is msgspec.UNSET else [slot.dim]
+
+
+def _name_dtype(slot: SlotEntry) -> str:
+    return slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
+
+
+def _describe_cast(slot: SlotEntry) -> dict[str, Any] | None:
+    return None if slot.cast is msgspec.UNSET else msgspec.to_builtins(slot.cast)
+
+
+def _describe_tensor(tensor: TensorEntry) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
+    indexes = read_indexes(directory)
+    name_of_stem = [split_stem(stem) for stem in indexes.stems]
+    tables: dict[str, dict[str, Any]] = {}
+    dense: list[str] = []
+    total = 0
+
+    def name_of(key: str) -> tuple[str, str] | None:
+        """Return table and slot of a block, None for a dense tensor."""
+        place = indexes.place_of_key.get(key)
+        if place is not None and indexes.stem[place] >= 0:
+            return name_of_stem[int(indexes.stem[place])]
+        block = split_internal(indexes.strays.get(key, key))
+        return None if block is None else (block.table, block.slot)
+
+    for file in indexes.files:
+        header = read_header(directory, file)
+        total += directory.stat(file).size
+        columns = (header.rows, header.inner, header.dtypes, header.ends - header.begins)
+        for key, rows, inner, code, num_bytes in zip(header.keys, *(c.tolist() for c in columns), strict=True):
+            name = name_of(key)
+            if name is None:
+                dense.append(key.removesuffix(DENSE_SUFFIX))
+                continue
+            table_name, slot = name
+            table = tables.setdefault(
+                table_name,
+                {"name": table_name, "rows": 0, "shape": [], "dtype": "", "parts": 0, "bytes": 0, "slots": []},
+            )
+            table["bytes"] += num_bytes
+            if slot not in table["slots"]:
+                table["slots"].append(slot)
+            if slot == ID_SLOT:
+                table["parts"] += 1
+                table["rows"] += max(rows, 0)  # a scalar has none; an export refuses it
+            elif slot == EMBEDDING_SLOT:
+                table["shape"] = list(header.inner_shapes[inner])
+                table["dtype"] = DTYPES[code].torch
+    return {
+        "kind": "RecIS checkpoint",
+        "path": directory.url,
+        "shards": max((table["parts"] for table in tables.values()), default=0),
+        "files": len(indexes.files),
+        "bytes": total,
+        "tables": list(tables.values()),
+        "dense_tensors": dense,
+        "dense": None,
+    }

@@ -1,0 +1,136 @@
+"""Find the weights of embeddings in the caller's model, by which a checkpoint's tables are known. Looks at no values.
+
+A table is the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, of a module that looks like one (``num_embeddings``,
+``embedding_dim`` and a weight, as tensor-parallel embeddings have), or of an embedding collection of torchrec's naming, whose
+tables lie below ``embedding_bags`` or ``embeddings``; in the sparse arch also a matrix that a module of the caller's own holds,
+for its code may look rows up. torchrec's sharded collections show theirs in ``state_dict()`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
+from dist_export.checkpoint.tensors.classify import split_collection
+from dist_export.errors import ModelError
+from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.unwrap import find_arch, is_lazy, unwrap
+from dist_export.model.user_errors import said
+
+_WEIGHT = "weight"
+_SHARDED = "torchrec.distributed"
+_SCRIPTED_HOLDERS = frozenset({"Embedding", "EmbeddingBag", "ParameterDict", "ParameterList", "Module"})
+
+
+def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -> ModelWeights:
+    """Look through the model. Every rank at once, for a sharded module's ``state_dict()`` may be collective.
+
+    Raises:
+        ModelError: there is no such arch, or a sharded collection does not tell its tables.
+    """
+    sparse_name, dense_name = plain_name(sparse_model_name), plain_name(dense_model_name)
+    sparse_arch = find_arch(model, sparse_model_name, "sparse_model_name")
+    dense_arch = find_arch(model, dense_model_name, "dense_model_name")
+    dense_within_sparse = dense_name != sparse_name and is_below(dense_name, sparse_name)
+    tables: dict[str, Any] = {
+        name: weight
+        for name, weight in (*_weights_of(sparse_arch, sparse_name), *bare_matrices(sparse_arch, sparse_name))
+        if not (dense_within_sparse and is_below(name, dense_name))
+    }
+    elsewhere = {
+        name
+        for name, _ in _weights_of(model, "")
+        if name not in tables and not is_below(name, sparse_name) and not is_below(name, dense_name)
+    }
+    by_weight: dict[int, set[str]] = {}
+    for prefix, module in ((sparse_name, sparse_arch), (dense_name, dense_arch), ("", model)):
+        for path, parameter in module.named_parameters(remove_duplicate=False):
+            by_weight.setdefault(id(parameter), set()).add(plain_name(_join(prefix, path)))
+    return ModelWeights(
+        sparse_name=sparse_name,
+        dense_name=dense_name,
+        tables=frozenset(tables),
+        elsewhere=frozenset(elsewhere),
+        ties=frozenset(
+            tuple(sorted(names)) for names in by_weight.values() if len(names) > 1 and not names.isdisjoint(tables)
+        ),
+    )
+
+
+def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (plain name within the model, weight) of each embedding within a module; a weight under each of its names."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if unwrap(module) is not module:
+            continue
+        if _is_embedding(module):
+            yield plain_name(_join(prefix, _join(path, _WEIGHT))), module.weight
+        if type(module).__module__.startswith(_SHARDED):
+            for name in _names_in_state(module):
+                yield from _in_collection(_join(prefix, _join(path, name)), None)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if not is_lazy(parameter) and parameter.dim() == 2:
+            yield from _in_collection(_join(prefix, name), parameter)
+
+
+def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (plain name within the model, matrix) of each that a module of the caller's own holds: its code may look rows up."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if is_of_library(module):
+            continue
+        for name, parameter in module._parameters.items():  # noqa: SLF001 -- its own alone
+            if parameter is not None and not is_lazy(parameter) and parameter.dim() == 2:
+                yield plain_name(_join(prefix, _join(path, name))), parameter
+
+
+def is_of_library(module: nn.Module) -> bool:
+    """Whether a module is of a kind of torch or torchrec, which tells whether it looks rows up."""
+    if isinstance(
+        module, torch.jit.ScriptModule
+    ):  # of any class, which it names; its own class is of torch in any case
+        kind = getattr(module, "original_name", "")
+        return isinstance(getattr(nn, kind, None), type) and kind not in _SCRIPTED_HOLDERS
+    is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
+    comes_with_it = type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
+    return is_collision_module(module) or (comes_with_it and not is_holder)
+
+
+def constants_of(module: nn.Module) -> set[tuple[int, ...]]:
+    """Return the shapes of the matrices that scripted code holds as constants; nothing of a module that is not scripted."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return set()
+    script: Any = module
+    try:
+        found = (node.output() for node in script.graph.findAllNodes("prim::Constant"))
+    except RuntimeError:  # a part whose forward nobody calls has none
+        return set()
+    values = (output.toIValue() for output in found if output.type().kind() == "TensorType")
+    return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.dim() == 2}
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    has_sizes = all(isinstance(getattr(module, size, None), int) for size in ("num_embeddings", "embedding_dim"))
+    weight = getattr(module, _WEIGHT, None)
+    return has_sizes and isinstance(weight, nn.Parameter) and not is_lazy(weight) and weight.dim() == 2
+
+
+def _names_in_state(module: nn.Module) -> list[str]:
+    try:
+        return list(module.state_dict())
+    except Exception as error:
+        raise ModelError(f"state_dict() of the model's {type(module).__name__} fails: {said(error)}") from error
+
+
+def _in_collection(name: str, weight: Any) -> Iterator[tuple[str, Any]]:
+    plain = plain_name(name)
+    if split_collection(plain) is not None:
+        yield plain, weight
+
+
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix and path else prefix or path

@@ -1,0 +1,112 @@
+"""The caller's own objects: a model, a dataset, a feature generator, given as such or as ``package.module:callable``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_export.config.mistakes import Mistakes
+from dist_export.config.schema import ExportConfig
+from dist_export.errors import ConfigError, DistExportError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """What an export takes besides its settings. All None for an export of the tables alone."""
+
+    model: Any = None
+    dataset: Any = None
+    dense_optimizer: Any = None
+    fg: Any = None
+
+
+def build_objects(config: ExportConfig, *, tells_all: bool = False) -> Objects:
+    """Import and call what the config names; the working directory is importable. Every rank for itself.
+
+    With ``tells_all`` what is wrong with one of them is told together with what is wrong with the others.
+
+    Raises:
+        ConfigError: a module or callable that is not there, arguments that it does not take, a model without a dataset.
+    """
+    if config.model is not None and config.dataset is None and not (config.is_live and config.need_export_sparse):
+        raise ConfigError("model is set but dataset is not; the dense arch is traced with one batch of it")
+    if config.model is None and not config.need_export_sparse:
+        raise ConfigError("need_export_sparse is false and there is no model: nothing would be exported")
+    mistakes = Mistakes()
+
+    def build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
+        if not tells_all:
+            return _build(setting, spec, arguments)
+        return mistakes.collect(lambda: _build(setting, spec, arguments), None)
+
+    objects = Objects(
+        model=build("model", config.model, config.model_args),
+        dataset=build("dataset", config.dataset, config.dataset_args) if config.model is not None else None,
+        fg=build("fg", config.fg, config.fg_args),
+    )
+    mistakes.refuse()
+    return objects
+
+
+def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
+    if spec is None:
+        return None
+    directory = os.getcwd()
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    module_name, _, path = spec.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"{setting}: there is no module {error.name!r} (looked in {directory} and on sys.path)"
+            ) from None
+        raise ModelError(f"{setting}: importing {module_name} failed: {_tell(error)}") from error
+    except Exception as error:
+        raise ModelError(f"{setting}: importing {module_name} failed: {_tell(error)}") from error
+    for element in path.split("."):
+        if not hasattr(found, element):
+            raise ConfigError(f"{setting}: {module_name!r} has no {path!r}")
+        found = getattr(found, element)
+    if not callable(found):
+        raise ConfigError(
+            f"{setting}: {spec} is a {type(found).__name__}, expected a callable that returns the {setting}"
+        )
+    _check_arguments(setting, spec, found, arguments)
+    try:
+        built = found(**arguments)
+    except DistExportError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{setting}: {spec} failed: {_tell(error)}") from error
+    if built is None:
+        raise ModelError(f"{setting}: {spec} returned None, expected the {setting}")
+    return built
+
+
+def _tell(error: BaseException) -> str:
+    """Return what an error of the user's own code says, and the innermost line of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} at {error.filename}:{error.lineno}"
+    return f"{type(error).__name__}: {line} at {frames[-1].filename}:{frames[-1].lineno}"
+
+
+def _check_arguments(setting: str, spec: str, found: Any, arguments: Mapping[str, Any]) -> None:
+    import inspect
+
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # some builtins have none; calling them tells
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{setting}_args do not fit {spec}{signature}: {error}") from None

@@ -1,0 +1,375 @@
+"""The files of one package as they were when it was opened: whatever happens to its directory, these are read, or none.
+
+A package on a disk is replaced by exchanging directories. So its directory is held by descriptor, under which its files
+stay until they are removed; a file that was opened before that is read even then. On a store every read is of the object
+that was there at the opening (``If-Match``). What was put under a file's name since then is never taken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import stat
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+
+from dist_export.errors import DistExportError, EndedError, PackageError
+from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces
+from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
+from dist_export.storage.directory import Directory, FileStat
+from dist_export.storage.local_io import close_quietly
+from dist_export.storage.range_reader import OPEN_FLAGS, RangeReader
+
+_MAX_HELD = 256
+"""Descriptors of a package's files that are kept."""
+_MAX_SMALL_BYTES = 4 << 30
+_FEW_FILES = 8
+"""So many objects are asked for one by one; of more the store lists what lies beside them."""
+
+
+class _Held:
+    """A file that is open, and for how many lookups at this moment."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self.reader = reader
+        self.uses = 0
+
+
+class OpenedFiles:
+    """The files of a package. Any thread. Whatever is wrong with one is a PackageError.
+
+    It reads as a :class:`~dist_export.storage.directory.Directory` does, as far as a package is read.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        """Hold the directory. OSError where there is none, or none that can be looked at."""
+        self.url = directory.url
+        self._directory = directory
+        self._known: dict[str, FileState | None] = {}
+        """Of each file that was looked at; None where it was missing then."""
+        self._digests: dict[str, str] = {}
+        """Of whole files, as the package states them."""
+        self._anchor = ""
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._lock = threading.Lock()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._last_fd = soft // 2
+        """Descriptors above it are the caller's own: the lowest free one is always given out."""
+        self._folder = -1
+        if directory.is_local:
+            self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, _close_all, self._folder, self._held)
+
+    # ---- at the opening ----
+
+    def anchor(self, name: str) -> bytes:
+        """Return the content of the file by which the package is known. OSError where it cannot be read."""
+        self._anchor = name
+        self._known[name] = self._find(name)
+        if self._known[name] is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
+        content = self.read_text(name)
+        self._digests[name] = digest_bytes(content)
+        return content
+
+    def vouch(self, digests: Mapping[str, str]) -> None:
+        """Take in what the package states of the content of its files: by it a file is known whose times alone change."""
+        self._digests |= digests
+
+    def note(self, names: Iterable[str]) -> bool:
+        """Note the state of files, for all later reads to be of these; return whether they are those of the anchor.
+
+        Of stores other than S3 that is done at a file's first read: it may take a request for each.
+        """
+        if self._directory.is_local or self._directory.s3 is not None:
+            self._known |= self._find_all([name for name in names if name not in self._known])
+        is_whole = all(known is not None for known in self._known.values()) or self._is_in_place()
+        return is_whole and self._is_anchored()
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Open files on a disk now, as many as may be held: they can be read even when they are removed."""
+        if self._folder < 0:
+            return
+        for name in list(dict.fromkeys(names))[:_MAX_HELD]:
+            with contextlib.suppress(OSError, PackageError):  # whoever reads it tells
+                held = self._take(name)
+                self._give_back(name, held)
+                if held.reader.fd >= self._last_fd:
+                    return
+
+    # ---- reads ----
+
+    def describe(self, name: str) -> str:
+        """Return ``name`` with the URL as the user gave it, for messages."""
+        return self._directory.describe(name)
+
+    def exists(self, name: str) -> bool:
+        """Whether the package had such a file when it was opened."""
+        with self._telling(name):
+            return self._get_state(name) is not None
+
+    def stat(self, name: str) -> FileStat:
+        """Return the size that a file had, and its version."""
+        with self._telling(name):
+            known = self._require(name)
+        return FileStat(known.size, str(known.version))
+
+    def read(self, name: str) -> bytes:
+        """Return a whole (small) file."""
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            if reader.is_ranged:
+                return reader.fetch(0, size)
+            data = bytearray(size)
+            reader.read_into(memoryview(data), 0)
+            return bytes(data)
+
+    def read_text(self, name: str) -> bytes:
+        """Return a whole text file, such as JSON. A zero byte is damage."""
+        if self._folder < 0:  # a store has no sparse files, and answers one request sooner than many
+            data = self.read(name)
+            if 0 in data:
+                raise PackageError(f"{self.describe(name)} holds a zero byte where text should be: it is damaged")
+            return data
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            return reader.read_text(0, size)
+
+    @contextlib.contextmanager
+    def open_reader(self, name: str) -> Iterator[RangeReader]:
+        """Open a file for ranged reads, and look afterwards whether it was the package's all the while."""
+        held: _Held | None = None
+        with self._telling(name):
+            try:
+                held = self._take(name)
+                yield held.reader
+            except (OSError, DistExportError):
+                if held is not None:
+                    self._refuse_changed(name, held)  # else what came of a change would be told in its place
+                raise
+            else:
+                self._refuse_changed(name, held)
+            finally:
+                if held is not None:
+                    self._give_back(name, held)
+
+    def is_current(self) -> bool:
+        """Whether all files that were noted are still there as they were, and what is under the package's path is it."""
+        if self._anchor not in self._known:
+            return True  # it could not be looked at: nothing was noted that could have changed
+        try:
+            if not (self._is_in_place() and self._is_anchored()):
+                return False
+            found = self._find_all(self._known)
+        except OSError:
+            return False
+        return all(name in found and self._is_same(name, found[name]) for name in list(self._known))
+
+    def close(self) -> None:
+        """Let go of the directory and of all files."""
+        self._close()
+
+    # ---- within ----
+
+    def _small_size(self, name: str) -> int:
+        size = self.stat(name).size
+        if size > _MAX_SMALL_BYTES:
+            raise PackageError(
+                f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be"
+            )
+        return size
+
+    def _get_state(self, name: str) -> FileState | None:
+        if name not in self._known:
+            found = self._find(name)
+            if not self._is_anchored():
+                raise OSError(errno.ESTALE, "is another package's")
+            self._known[name] = found
+        return self._known[name]
+
+    def _require(self, name: str) -> FileState:
+        known = self._get_state(name)
+        if known is None:
+            raise PackageError(f"{self.describe(name)} is missing")
+        return known
+
+    def _is_anchored(self) -> bool:
+        return self._is_same(self._anchor, self._find(self._anchor))
+
+    def _is_in_place(self) -> bool:
+        """Whether the directory that is held is still the one under the package's path."""
+        if self._folder < 0:
+            return True
+        try:
+            return os.path.samestat(os.stat(self._directory.path), os.fstat(self._folder))
+        except FileNotFoundError:
+            return False
+
+    def _find(self, name: str) -> FileState | None:
+        try:
+            return self._look(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _find_all(self, names: Iterable[str]) -> dict[str, FileState | None]:
+        """Return the states of files, None for those that are missing; without those that cannot be looked at."""
+        wanted, s3 = list(names), self._directory.s3
+        found: dict[str, FileState | None] = {}
+        if s3 is None or len(wanted) <= _FEW_FILES:
+            for name in wanted:
+                with contextlib.suppress(OSError):  # whoever reads it tells
+                    found[name] = self._find(name)
+            return found
+        by_folder: dict[str, list[str]] = {}
+        for name in wanted:
+            by_folder.setdefault(os.path.dirname(name), []).append(name)
+        for folder, its in by_folder.items():
+            listed = dict(s3.objects(self._directory.join(folder) if folder else self._directory.path))
+            for name in its:
+                stat_found = listed.get(os.path.basename(name))
+                found[name] = None if stat_found is None else FileState(stat_found.size, (stat_found.etag,))
+        return found
+
+    def _look(self, name: str) -> FileState:
+        if self._folder < 0:
+            found = self._directory.stat(name)
+            return FileState(found.size, (found.version,))
+        return state_of(os.stat(name, dir_fd=self._folder))
+
+    def _take(self, name: str) -> _Held:
+        """Return a file that is open, and is the one that was noted. OSError; ESTALE where it is another one."""
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None:
+                self._held.move_to_end(name)
+                held.uses += 1
+                return held
+        known = self._require(name)
+        if self._folder < 0:
+            etag = str(known.version[0]) if self._directory.s3 is not None else ""
+            return _Held(RangeReader(self._directory, name, etag=etag))
+        fd = self._open(name)
+        if not (known.is_same(now := state_of(os.fstat(fd))) or self._has_content(name, now, fd)):
+            close_quietly(fd)
+            raise OSError(errno.ESTALE, "has changed")
+        return self._keep(name, RangeReader(self._directory, name, fd=fd))
+
+    def _keep(self, name: str, reader: RangeReader) -> _Held:
+        with self._lock:
+            held = self._held.get(name)
+            if held is None:
+                held = self._held[name] = _Held(reader)
+            else:  # another thread was faster
+                reader.close()
+            held.uses += 1
+            self._shrink(_MAX_HELD if held.reader.fd < self._last_fd else len(self._held) - 1)
+        return held
+
+    def _shrink(self, most: int) -> None:
+        """Close files that nobody reads at this moment, those first that were not read for longest. With the lock."""
+        for name in [name for name, held in self._held.items() if not held.uses]:
+            if len(self._held) <= most:
+                return
+            self._held.pop(name).reader.close()
+
+    def _give_back(self, name: str, held: _Held) -> None:
+        with self._lock:
+            held.uses -= 1
+            if held.uses <= 0 and self._held.get(name) is not held:
+                held.reader.close()
+
+    def _open(self, name: str) -> int:
+        try:
+            fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:
+                self._shrink(0)
+            fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
+        try:
+            self._refuse_link_out(name, fd)
+        except OSError:
+            close_quietly(fd)
+            raise
+        return fd
+
+    def _refuse_link_out(self, name: str, fd: int) -> None:
+        """Refuse a link that leads out of the directory, as :meth:`Directory.find` does."""
+        steps = name.split("/")
+        paths = ("/".join(steps[:length]) for length in range(1, len(steps) + 1))
+        if self._directory.follows_links or not any(map(self._is_link, paths)):
+            return
+        found, folder = (os.readlink(f"/proc/self/fd/{number}") for number in (fd, self._folder))
+        if os.path.commonpath([found, folder]) != folder:
+            raise OSError(
+                errno.EPERM, f"is a link that leads out of the directory, to {found}; put the file itself there (cp -L)"
+            )
+
+    def _is_link(self, path: str) -> bool:
+        return stat.S_ISLNK(os.stat(path, dir_fd=self._folder, follow_symlinks=False).st_mode)
+
+    def _refuse_changed(self, name: str, held: _Held) -> None:
+        """Refuse what was read of a file that was changed meanwhile. S3 has done so with each answer."""
+        if self._directory.s3 is not None:
+            return
+        now = self._find(name) if self._folder < 0 else state_of(os.fstat(held.reader.fd))
+        if not self._is_same(name, now, held.reader.fd):
+            raise OSError(errno.ESTALE, "has changed")
+
+    def _is_same(self, name: str, now: FileState | None, fd: int = -1) -> bool:
+        """Whether a file that is in the state ``now``, and open as ``fd`` if that is none below 0, is the package's."""
+        known = self._known[name]
+        if known is None or now is None:
+            return known is now is None
+        if known.is_same(now):
+            return True
+        if fd >= 0 or not known.may_be_same(now):
+            return self._has_content(name, now, fd)
+        try:
+            fd = self._open(name)
+        except OSError:
+            return False
+        try:
+            return self._has_content(name, now, fd)
+        finally:
+            close_quietly(fd)
+
+    def _has_content(self, name: str, now: FileState, fd: int) -> bool:
+        """Whether a file whose times alone have changed has the content that the package states; then its state is noted.
+
+        The whole file is read for that, once for each change.
+        """
+        known, stated = self._known[name], self._digests.get(name, "")
+        if known is None or fd < 0 or not known.may_be_same(now) or not can_hash(stated):
+            return False
+        if digest_pieces(read_pieces_of(fd), algorithm_of(stated)) != stated or state_of(os.fstat(fd)) != now:
+            return False
+        self._known[name] = now
+        return True
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        """Let what a disk or a store does not give be a PackageError."""
+        try:
+            yield
+        except EndedError as error:
+            raise PackageError(f"{error.fact}: it is damaged") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                raise PackageError(f"{self.describe(name)} cannot be read: {error.strerror or error}") from error
+            what = "has changed" if error.errno == errno.ESTALE else "is gone"
+            raise PackageError(
+                f"{self.describe(name)} {what} since the package was opened, so it was replaced; open it again"
+            ) from error
+
+
+def _close_all(folder: int, held: OrderedDict[str, _Held]) -> None:
+    while held:
+        held.popitem()[1].reader.close()
+    if folder >= 0:
+        close_quietly(folder)

@@ -1,0 +1,340 @@
+"""Open an exported directory: read its manifest, look rows up, load the dense program. Imports no exporter."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from dist_export.archive.safe_load import load_program
+from dist_export.errors import DistExportError, PackageError, UserError
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, TENSORKEY, is_in_slice, parse_slice
+from dist_export.formats.recis_index import Indexes
+from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
+from dist_export.formats.safetensors import Header
+from dist_export.manifest import MANIFEST, Manifest, PartEntry, SlotEntry, TableEntry, decode_manifest
+from dist_export.package.opened_files import OpenedFiles
+from dist_export.package.shard_headers import read_header, read_indexes
+from dist_export.registry import base
+from dist_export.storage.directory import Directory
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_RUN_ROWS = 1 << 20
+_TRIES = 10
+"""To open a package that is replaced at this very moment."""
+
+
+def is_sound_encoding(slot: SlotEntry) -> bool:
+    """Whether a slot's encoding is one that is known here, and its rows can be of that."""
+    return (
+        slot.encoding == INT8_ROWWISE
+        and slot.dtype == DTYPES[U8].torch
+        and slot.dim is not msgspec.UNSET
+        and slot.shape == (slot.dim + TAIL_BYTES,)
+    )
+
+
+class Package:
+    """A committed package. ``manifest`` describes it; nothing else is read until asked for.
+
+    It stays the package that it was when it was opened, whatever is put in its place, or says by a PackageError that it was
+    replaced. Any thread may read it.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        """Open it. Errors as :func:`open_package`."""
+        self.directory = directory
+        self.files, self.manifest = _open(directory)
+        self._headers: dict[str, Header] = {}
+        self._indexes: Indexes | None = None
+
+    def hold(self) -> None:
+        """Open on a disk what lookups and :meth:`load_program` read, as far as descriptors go.
+
+        What is open can be read on when the package is replaced and removed.
+        """
+        dense = self.manifest.dense
+        shards = (part.file for table in self.manifest.tables for part in table.parts)
+        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *shards])
+
+    def close(self) -> None:
+        """Close all files. They are closed as well when nobody refers to the package any more."""
+        self.files.close()
+
+    def __reduce__(self) -> tuple[Any, tuple[Directory, str]]:
+        """Be opened anew in another process, which gets no descriptors of this one; refused there if it was replaced."""
+        return _open_again, (self.directory, self.manifest.digest)
+
+    def __enter__(self) -> Package:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def table(self, name: str) -> TableEntry:
+        """Return a table's entry in the manifest. PackageError where there is no such table."""
+        found = next((table for table in self.manifest.tables if table.name == name), None)
+        if found is None:
+            names = ", ".join(table.name for table in self.manifest.tables) or "none"
+            raise PackageError(f"{self.directory.url}: no table {name!r}; the package has {names}")
+        return found
+
+    def lookup(
+        self, table: str, ids: Any, *, slot: str = EMBEDDING_SLOT, raw: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of ids, read from the shards without loading the table.
+
+        Of a table whose rows go by number an id is the number of a row, from 0 up, and only rows that were asked for are
+        read; of a hash table the columns of ids are too.
+
+        Args:
+            table: its name.
+            ids: int64, any shape ``(...)``, repetitions allowed.
+            slot: ``embedding``, or another slot that was kept.
+            raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
+
+        Returns:
+            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, and rows of int8 with scale and
+            bias as float32); for ids that the table does not hold the table's ``default_row``, zeros where the manifest
+            has none and for other slots; and which ids it holds, bool of shape ``(...)``.
+        """
+        entry = self.table(table)
+        kept = next((found for found in entry.kept if found.name == slot), None)
+        if kept is None:
+            raise PackageError(f"{self.directory.url}: table {table!r} has no slot {slot!r}")
+        if kept.dtype not in CODE_BY_TORCH:
+            raise PackageError(
+                f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown dtype {kept.dtype!r}"
+            )
+        dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        if encoding and not is_sound_encoding(kept):
+            raise PackageError(
+                f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown encoding {encoding!r} of "
+                f"{kept.dtype} {list(kept.shape)}"
+            )
+        asked = np.asarray(ids)
+        if asked.dtype.kind not in "iu" and asked.size:  # a float column would be cut to other ids without a word
+            raise TypeError(f"ids are integers, found {asked.dtype}")
+        if asked.dtype == np.uint64:
+            asked = asked.view(np.int64)
+        asked = asked.astype(np.int64)
+        unique, inverse = np.unique(asked.reshape(-1), return_inverse=True)
+        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            rows = np.zeros((len(unique), row_bytes), np.uint8)
+        except (MemoryError, ValueError):
+            raise PackageError(
+                f"{self.directory.url}: {len(unique):,} rows of table {table!r}, of {row_bytes:,} bytes each by its "
+                "manifest, do not fit into memory; ask for fewer ids"
+            ) from None
+        has_row = np.zeros(len(unique), bool)
+        if entry.is_hashed is False:
+            for part in entry.parts:
+                self._read_rows(table, part, slot, unique, has_row, rows)
+        for part in entry.parts if entry.is_hashed is not False else ():
+            part_slice = parse_slice(part.slice)
+            if part_slice is None:
+                raise PackageError(
+                    f"{self.directory.url}: table {table!r} has the slice {part.slice!r} in its manifest"
+                )
+            wanted = np.flatnonzero(is_in_slice(unique, part_slice))
+            if not {ID_SLOT, slot} <= set(part.keys):
+                raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
+            if len(wanted) and part.rows:
+                self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            rows[~has_row] = self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
+        shape = asked.shape
+        if raw:
+            return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
+        values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
+        if encoding:
+            values = decode_int8(rows)
+        if kept.dtype == "bfloat16":
+            values = widen_bfloat16(values)
+        return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
+
+    def default_row(self, table: str) -> np.ndarray:
+        """Return what :meth:`lookup` gives for an id that a table does not hold, as it would be stored: uint8, (row_bytes,).
+
+        PackageError where the table has no embedding of a dtype that is known, or its default row is no row of it.
+        """
+        entry = self.table(table)
+        kept = next((slot for slot in entry.kept if slot.name == EMBEDDING_SLOT and slot.dtype in CODE_BY_TORCH), None)
+        if kept is None:
+            raise PackageError(f"{self.directory.url}: table {table!r} has no embedding that can be read")
+        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * DTYPES[CODE_BY_TORCH[kept.dtype]].itemsize
+        if isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            return np.zeros(row_bytes, np.uint8)
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        return self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
+
+    def _encode_default(self, entry: TableEntry, dtype: int, row_bytes: int, encoding: str) -> np.ndarray:
+        """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
+        assert not isinstance(entry.default_row, (msgspec.UnsetType, str))
+        row = encode_values(entry.default_row, dtype, encoding)
+        if row.nbytes != row_bytes:
+            raise PackageError(
+                f"{self.directory.url}: the default row of table {entry.name!r} has {len(entry.default_row):,} values, which "
+                "is no row of it"
+            )
+        return row
+
+    def load_program(self) -> ExportedProgram:
+        """Return the traced dense arch; its archive is looked into before anything is unpickled.
+
+        Call it as ``program.module()(**inputs)`` with ``manifest.dense.inputs``; it returns a Tensor, or a tuple in the
+        order of ``manifest.dense.outputs``.
+        """
+        if self.manifest.dense is None:
+            raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
+        name = self.manifest.dense.program
+        return load_program(self.files.read(name))
+
+    def header(self, name: str) -> Header:
+        """Return the header of one shard file, read once."""
+        if name not in self._headers:
+            self._headers[name] = read_header(self.files, name)
+        return self._headers[name]
+
+    def _file_of(self, key: str) -> str:
+        """Return the file that ``index`` gives for a block."""
+        if self._indexes is None:
+            self._indexes = read_indexes(self.files)
+        place = self._indexes.place_of_key.get(key)
+        if place is None:
+            raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
+        return self._indexes.files[int(self._indexes.file[place])]
+
+    def _read_rows(
+        self, table: str, part: PartEntry, slot: str, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Read the rows of a part whose numbers (sorted) were asked for, neighbours in one call."""
+        if not isinstance(part.first_row, int) or slot not in part.keys:
+            raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
+        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
+        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
+        if begin == end:
+            return
+        header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]
+        place = header.keys.index(key) if key in header.keys else -1
+        num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
+        if int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+            raise PackageError(f"{self.directory.describe(part.file)}: {key!r} is not what the manifest says of it")
+        has_row[begin:end] = True
+        if not row_bytes:
+            return
+        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
+        with self.files.open_reader(part.file) as reader:
+            for first, last in itertools.pairwise(edges):
+                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
+                reader.read_into(rows[first:last].reshape(-1).data, offset)
+
+    def _find(
+        self,
+        file: str,
+        id_key: str,
+        slot_key: str,
+        unique: np.ndarray,
+        wanted: np.ndarray,
+        has_row: np.ndarray,
+        rows: np.ndarray,
+    ) -> None:
+        # in a copy, a writer of the trainer may have put ids and rows into different files
+        slot_file = file if slot_key in self.header(file).keys else self._file_of(slot_key)
+        header, slot_header = self.header(file), self.header(slot_file)
+        if id_key not in header.keys or slot_key not in slot_header.keys:
+            raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
+        id_place, slot_place = header.keys.index(id_key), slot_header.keys.index(slot_key)
+        id_shape, shape = header.shape(id_place), slot_header.shape(slot_place)
+        code = int(slot_header.dtypes[slot_place])
+        width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[code].itemsize
+        if len(id_shape) != 1 or width != rows.shape[1] or shape[:1] != id_shape:
+            raise PackageError(f"{self.directory.describe(file)}: {slot_key!r} is not what the manifest says of it")
+        id_begin, num_rows = int(header.begins[id_place]), id_shape[0]
+        slot_begin = int(slot_header.begins[slot_place])
+        row_bytes = rows.shape[1]
+        sought = unique[wanted]
+        with self.files.open_reader(file) as reader, self.files.open_reader(slot_file) as slot_reader:
+            for first in range(0, num_rows, _RUN_ROWS):
+                ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
+                reader.read_into(ids.data.cast("B"), id_begin + first * 8)
+                places = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
+                found = np.flatnonzero(sought[places] == ids)
+                targets = wanted[places[found]]
+                has_row[targets] = True
+                if row_bytes:
+                    begins = (slot_begin + (first + found) * row_bytes).tolist()
+                    slot_reader.read_many(
+                        [(rows[target].data, begin) for target, begin in zip(targets.tolist(), begins, strict=True)]
+                    )
+
+
+def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
+    """Return the files of a package, and its manifest: both of one package, also while another one takes its place."""
+    for is_last in (*[False] * (_TRIES - 1), True):
+        files: OpenedFiles | None = None
+        try:
+            files = OpenedFiles(directory)
+            manifest = decode_manifest(files.anchor(MANIFEST), where=directory.describe(MANIFEST))
+            paths = [entry.path for entry in manifest.files]
+            paths += [part.file for table in manifest.tables for part in table.parts]
+            files.vouch({entry.path: entry.digest for entry in manifest.files if entry.path != MANIFEST})
+            if files.note(paths):
+                return files, manifest
+        except (OSError, PackageError) as error:
+            # the package may have been replaced at this moment, and what was opened is being removed
+            if files is None or is_last or files.is_current():
+                raise _refusal(directory, error) from error
+        files.close()
+    raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
+
+
+def _open_again(directory: Directory, digest: str) -> Package:
+    package = Package(directory)
+    if package.manifest.digest != digest:
+        raise PackageError(f"{directory.url}: the package was replaced since it was opened; open it again")
+    package.hold()
+    return package
+
+
+def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportError:
+    """Return what to say of a directory that cannot be opened as a package."""
+    if isinstance(error, PackageError):
+        return error
+    try:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not directory.exists():
+            return UserError(f"{directory.url}: {directory.say_missing()}")
+        if isinstance(error, FileNotFoundError) and not directory.exists(MANIFEST):
+            return PackageError(
+                f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; run the export again"
+            )
+    except OSError as second:
+        error = second
+    where = directory.describe(MANIFEST)
+    return PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}")
+
+
+def open_package(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: dict[str, Any] | None = None,
+    registry_options: dict[str, Any] | None = None,
+) -> Package:
+    """Open the package at ``path``: a directory, an fsspec URL, or a model registry's URI such as ``models:/ctr_serving/3``.
+
+    Raises:
+        UserError: there is no such directory, or no such version.
+        PackageError: no manifest, so no package; one that is damaged or of a later schema; or none that can be read.
+    """
+    found = base.resolve(os.fspath(path), registry_options or {})
+    package = Package(Directory(found.directory, storage_options))
+    package.hold()
+    return package

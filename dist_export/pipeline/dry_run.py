@@ -1,0 +1,283 @@
+"""``plan``: what an export would do, computed as the export computes it; nothing is written."""
+
+from __future__ import annotations
+
+import itertools
+from fnmatch import fnmatchcase
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dist_export.checkpoint.detect import describe_format
+from dist_export.checkpoint.dynamicemb_widths import render_width
+from dist_export.checkpoint.metadata import SlotMeta
+from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
+from dist_export.config.schema import ExportConfig
+from dist_export.errors import ConfigError
+from dist_export.formats.dtypes import DTYPES
+from dist_export.humanize import amount, count
+from dist_export.ids.columns import ID_BYTES
+from dist_export.manifest import MANIFEST, AccountEntry
+from dist_export.pipeline.account import (
+    DenseMeta,
+    account_export,
+    fates_by_plan,
+    list_dense_left,
+    note_dense_left,
+    say_account,
+)
+from dist_export.pipeline.inputs import note_renamed
+from dist_export.pipeline.planning import PlannedSparse, note_numbered_tables, plan_sparse
+from dist_export.pipeline.preflight import look_at_all
+from dist_export.pipeline.reused_program import TakenOver
+from dist_export.pipeline.target import Places, may_copy_within, refuse_foreign_files
+from dist_export.plan.casts import cast_of, note_unreadable
+from dist_export.plan.dropped_rows import DUPLICATE, account_for
+from dist_export.plan.multipart import FileParts, count_client_bytes, plan_parts
+from dist_export.plan.prune_report import note_rules
+from dist_export.plan.selection import is_trainer_state
+from dist_export.plan.work_units import assign, plan_units
+from dist_export.reporting.progress import say_figures
+from dist_export.runtime.ranks import Ranks, join
+
+
+def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
+    """Plan for ``world_size`` ranks in this one process and return the plan as plain values. UserError as an export."""
+    with join(timeout_secs=config.timeout) as ranks:
+        return _report(ranks, config, world_size)
+
+
+def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
+    if config.is_live:
+        raise ConfigError(
+            "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
+            "plan could look at. The export itself refuses what is wrong before it writes anything"
+        )
+    found = look_at_all(ranks, config, world_size)
+    config, places, source, checkpoint = found.config, found.places, found.source, found.checkpoint
+    report: dict[str, Any] = {
+        "export_dir": places.final.url,
+        "source": source.url,
+        "format": None if checkpoint is None else checkpoint.format,
+        "files": [],
+        "tables": [],
+        "left_out_tables": [],
+        "ranks": [],
+        "dense_tensors": {"kept": [], "dropped": [], "in_no_file": []},
+        "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
+        "notes": [
+            *found.located.notes,
+            *(checkpoint.warnings if checkpoint is not None else ()),
+            *found.features.notes,
+            *note_renamed(found.fg_conf, checkpoint),
+        ],
+    }
+    if not config.need_export_sparse or checkpoint is None:
+        return report
+    planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
+    plan = planned.plan
+    shards = [file.name for file in plan.files]
+    ranks.on_rank_0("look for foreign files", lambda: refuse_foreign_files(places, shards))
+    has_own = config.model is not None or found.fg_conf is not None
+    report["notes"] += ranks.on_rank_0(
+        "look for a program to take over", lambda: TakenOver().look(source, plan, has_own=has_own)
+    )
+    report["notes"] += note_numbered_tables(plan)
+    report["notes"] += note_unreadable(checkpoint, plan.selection)
+    report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
+    if not places.is_replacing and places.final.exists(MANIFEST):
+        report["notes"].append(
+            "export_dir holds a package of these settings; an export says so and writes nothing if it is of this very source"
+        )
+    if places.is_replacing:
+        report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
+    if places.in_place:
+        report["notes"].append(
+            "export_dir is ckpt_dir: its files stay as they are, the package is completed around them"
+        )
+    report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
+    report["tables"] = _tables(planned)
+    report["left_out_tables"] = [
+        {"name": table.name, "rows": table.rows, "reason": table.reason} for table in plan.checkpoint.left_out
+    ]
+    report["dense_tensors"] |= {
+        "kept": [tensor.name for tensor in plan.selection.kept_dense],
+        "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
+    }
+    parameters = found.dense_state
+    trainer_state = [name for name, *_ in parameters if config.filter_sparse_opt and is_trainer_state(name)]
+    report["dense_tensors"]["dropped"] += trainer_state
+    if not places.in_place and (config.model is None or config.dataset is None):
+        left = [it for it in list_dense_left(parameters, plan) if it not in trainer_state]
+        report["dense_tensors"]["in_no_file"] = left
+        report["notes"] += note_dense_left(left, checkpoint)
+    parts = {}
+    may_copy = may_copy_within(places, config)
+    if places.target.s3 is not None and not places.in_place:
+        parts = plan_parts(plan, part_bytes=planned.limits.part_bytes, may_copy=may_copy)
+    if source.s3 is not None or places.target.s3 is not None:
+        report["store"] = _store(planned, places, parts)
+    writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
+    threads = planned.limits.threads
+    queues = assign(writing, world_size * threads)
+    by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
+    report["threads"] = threads
+    report["ranks"] = [
+        {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
+        for rank, mine in enumerate(by_rank)
+    ]
+    report["account"] = _account(config, planned, parameters, found.weights)
+    report["copied_ranges"] = len(plan.copies)
+    report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
+    return report
+
+
+def render_report(report: dict[str, Any]) -> list[str]:
+    """Return the plan line by line, for people."""
+    total = sum(file["bytes"] for file in report["files"])
+    lines = [
+        f"would export {report['source']} to {report['export_dir']}: {count(len(report['files']), 'shard')}, {amount(total)}"
+    ]
+    if report["format"]:
+        lines.append(f"  source: {report['format']} checkpoint{describe_format(report['format'])}")
+    lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
+    for table in report["tables"]:
+        repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""
+        dropped = "".join(f", {rows:,} dropped ({reason})" for reason, rows in table["rows_dropped"].items())
+        by = "" if table["is_hashed"] else " by number"
+        was = f" ({table['source_name']} in the source)" if table["source_name"] != table["name"] else ""
+        lines.append(f"  table {table['name']}{was}: {table['rows']:,} rows{by}{repaired}{dropped}")
+        lines += render_width(table)
+        if table["default_row"] is not None:
+            lines.append(f"    for ids that it lacks: {_say_row(table['default_row'])}")
+        for slot in table["slots"]:
+            fate = "keep" if not slot["reason"] else f"drop ({slot['reason']})"
+            if "written" in slot:
+                less = slot["bytes"] - slot["written_bytes"]
+                change = f"saves {amount(less)}" if less >= 0 else f"takes {amount(-less)} more"
+                fate += f", {slot['dtype']} -> {slot['written']}, {amount(slot['written_bytes'])} ({change})"
+            lines.append(f"    {slot['name']:<28} {slot['dtype']:<9} {amount(slot['bytes']):>10}  {fate}")
+    lines += [
+        f"  table {table['name']}: left out, {table['rows']:,} rows ({table['reason']})"
+        for table in report["left_out_tables"]
+    ]
+    for what, names in report["dense_tensors"].items():
+        if names:
+            lines.append(f"  dense tensors {what.replace('_', ' ')}: {', '.join(names)}")
+    if report.get("account"):
+        lines.append(f"  account: {say_account(msgspec.convert(report['account'], AccountEntry))}")
+    if "copied_ranges" in report:
+        lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
+    threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
+    if "store" in report:
+        lines.append(f"  {_say_store(report['store'], sum(file['bytes'] for file in report['files']))}")
+    lines += [
+        f"  rank {share['rank']}: {count(share['units'], 'unit')}, {amount(share['bytes'])}{threads}"
+        for share in report["ranks"]
+    ]
+    if report["dense"]:
+        lines.append(f"  dense arch: {report['dense']}, traced by rank 0 (a plan does not trace it)")
+    return lines + [f"  note: {note}" for note in report["notes"]]
+
+
+def _account(
+    config: ExportConfig, planned: PlannedSparse, dense_state: DenseMeta, weights: ModelWeights | None
+) -> dict[str, Any] | None:
+    """Return the account of what an export would do with the source's payload; None where the source does not tell it."""
+    taken = None
+    if weights is not None and config.dataset is not None:
+        below = [name for name, *_ in dense_state if is_below(plain_name(name), weights.dense_name)]
+        keys = {name: plain_name(name).removeprefix(f"{weights.dense_name}.") for name in below}
+        # those that the dense arch has all the same are known when it is loaded
+        taken = [name for name in below if not any(fnmatchcase(keys[name], p) for p in config.allow_unexpected_dense)]
+    account = account_export(
+        config, planned.plan.checkpoint, planned, fates_by_plan(planned), dense_state=dense_state, taken=taken
+    )
+    return None if account is msgspec.UNSET else msgspec.json.decode(msgspec.json.encode(account))
+
+
+def _say_row(row: tuple[float, ...] | str) -> str:
+    if isinstance(row, str):
+        return row
+    told = ", ".join(f"{value:g}" for value in row[:8])
+    return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
+
+
+def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) -> dict[str, int]:
+    """Return the bytes that go through the export, in each direction, and those that the store copies itself."""
+    plan = planned.plan
+    read, sent = count_client_bytes(plan, parts)
+    checkpoint = plan.checkpoint
+    ids = sum(
+        int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum()) * ID_BYTES
+        for number, table in enumerate(checkpoint.tables)
+        if table.has_ids
+    )
+    is_s3 = [places.source is not None and places.source.s3 is not None, places.target.s3 is not None]
+    return {
+        "downloaded": read if is_s3[0] else 0,
+        "uploaded": sent if is_s3[1] else 0,
+        "copied": plan.num_bytes - sent if is_s3[1] else 0,
+        "ids": ids * sum(is_s3),
+    }
+
+
+def _say_store(store: dict[str, int], num_bytes: int) -> str:
+    def share(name: str) -> str:
+        return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%})" if store[name] else ""
+
+    is_within = bool(store["downloaded"] and store["uploaded"])
+    figures = say_figures(share("downloaded"), share("uploaded"), share("copied"), is_within=is_within)
+    return (
+        f"store: of the shards' {amount(num_bytes)}: {figures}; besides, {amount(store['ids'])} of ids are read for the census "
+        "and the check, and headers, indexes and receipts, which only the summary counts"
+    )
+
+
+def _tables(planned: PlannedSparse) -> list[dict[str, Any]]:
+    plan = planned.plan
+    tables = []
+    for number, table in enumerate(plan.checkpoint.tables):
+        parts = plan.checkpoint.parts.of_table(number)
+        rows = int(plan.checkpoint.parts.rows[parts].sum())
+        dropped = account_for(plan.checkpoint, plan.dropped, number, pruned=planned.census.pruned, pruning=plan.pruning)
+        misplaced = int(planned.census.misplaced[parts].sum())
+        kept = plan.slots_of(number)
+        blocks = plan.blocks_of(number, kept[0].column)
+        slots = [(slot, "") for slot in kept] + list(plan.selection.dropped[number])
+        tables.append(
+            {
+                "name": table.name,
+                "is_hashed": table.is_hashed,
+                "source_name": table.name_in_source,
+                "default_row": table.default_row,
+                "width_confirmed_by": table.width_confirmed_by,
+                "rows": rows,
+                "rows_out": rows - dropped.rows,
+                "rows_dropped": dropped.rows_by_reason,
+                "misplaced": misplaced,
+                "repaired": misplaced - dropped.misplaced,
+                "duplicates": dropped.rows_by_reason.get(DUPLICATE, 0),
+                "rows_by_part": np.asarray(plan.blocks.rows[blocks]).tolist(),
+                "slots": [
+                    {
+                        "name": slot.name,
+                        "dtype": DTYPES[table.slots[slot.column].dtype].torch,
+                        "bytes": table.slots[slot.column].num_bytes(rows),
+                        "reason": reason,
+                        **_describe_cast(table.slots[slot.column], slot, rows - dropped.rows),
+                    }
+                    for slot, reason in sorted(slots, key=lambda item: item[0].column)
+                ],
+            }
+        )
+    return tables
+
+
+def _describe_cast(stored: SlotMeta, slot: SlotMeta, rows: int) -> dict[str, Any]:
+    """Return what a slot is written as, where that is not how it is stored."""
+    cast = cast_of(stored, slot)
+    if cast is None:
+        return {}
+    return {"written": cast.name, "written_bytes": rows * slot.row_bytes}

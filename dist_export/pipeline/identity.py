@@ -1,0 +1,167 @@
+"""What makes two exports the same one: their settings and their source. A package says whose it is (``run.identity``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.prune_rules import parse_rules
+from dist_export.config.schema import ExportConfig
+from dist_export.formats.recis import MERGED
+from dist_export.manifest import MANIFEST, Manifest
+from dist_export.model.user_objects import Objects
+from dist_export.pipeline.inputs import FG
+from dist_export.plan.target_slices import resolve_num_shards
+from dist_export.storage.directory import Directory, digest_file
+from dist_export.storage.local_io import file_system_of
+
+HOW = (
+    "export_dir",
+    "follow_links",
+    "num_shards",
+    "max_memory",
+    "threads",
+    "storage_options",
+    "target_storage_options",
+    "timeout",
+    "overwrite",
+    "on_existing",
+    "step",
+    "register",
+    "registry_options",
+    "events",
+    "metrics",
+    "progress",
+)
+"""Settings that do not shape the package, or do so through what they lead to."""
+
+
+OWN_VALUES = "own_values"
+"""Under it ``run`` names what the program has from the model itself, which no identity tells of."""
+
+OWN_DIGEST = "own_values_digest"
+"""Under it ``run`` has a digest of these values, where they could be read; else it is not there."""
+
+_WITH_INODES = frozenset(
+    ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"]
+)
+"""Local file systems: a file has one inode as long as it is there."""
+_WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
+"""Those that keep the time of a file's last change, the same on every machine. Others may make it up at each mount."""
+
+
+class OwnValues(NamedTuple):
+    """The values that a program has from the caller's model."""
+
+    model: Any = None
+    dense_model_name: str = ""
+
+    def digest(self, names: Sequence[str]) -> str | None:
+        """Return the digest of the values of these names as the model has them; None where one cannot be read. Rank 0."""
+        if self.model is None:
+            return None
+        from dist_export.dense.own_values import digest_own_values
+        from dist_export.model.unwrap import find_arch
+
+        return digest_own_values(find_arch(self.model, self.dense_model_name, "dense_model_name"), names)
+
+
+class Told(NamedTuple):
+    """What shapes a package besides its settings and its tables."""
+
+    versions: Mapping[str, str]
+    """Of the source's small files, by name; of a model in memory something that no other export has."""
+    confs: Sequence[Any]
+    """What fg.json and the blocks hold."""
+    world_size: int
+    """It gives the number of shards where the settings do not."""
+
+
+def identify_settings(config: ExportConfig) -> str:
+    """Return the digest of the settings that shape a package. Cheap: nothing but settings is looked at."""
+    settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in (*HOW, "ckpt_dir")]
+    source = None if config.ckpt_dir is None else Directory(config.ckpt_dir, config.storage_options)
+    where = source and (source.path if source.is_local else source.url)
+    return _digest([where, settings])
+
+
+def identify_export(
+    config: ExportConfig,
+    objects: Objects,
+    checkpoint: Checkpoint | None,
+    source: Directory | None,
+    told: Told,
+) -> str:
+    """Return what an export is known by, from all that shapes its package but the code of the caller's objects. Rank 0.
+
+    Args:
+        config: the settings.
+        objects: of which only the types count.
+        checkpoint: the source's tables as they are exported; None without any.
+        source: the checkpoint's directory; None for a model in memory, which is like no other.
+        told: what else shapes the package.
+
+    Raises:
+        PlanError: more shards than ids can go to.
+    """
+    num_shards = None
+    if checkpoint is not None and config.need_export_sparse and config.filter_sparse_opt:
+        num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=told.world_size)
+    # an export into the checkpoint itself writes these, and none of them shapes a package
+    versions = {name: version for name, version in told.versions.items() if name != MERGED}
+    if source is not None and checkpoint is None:  # no fingerprint tells of the files that hold its dense parameters
+        its = [name for name in source.names() if name not in (MANIFEST, MERGED, FG)]
+        versions |= {name: f"{stat.size} {stat.version}" for name, stat in source.find_many(its).items()}
+    tables = () if checkpoint is None else [(table.name, table.name_in_source) for table in checkpoint.tables]
+    kinds = [f"{type(its).__module__}.{type(its).__qualname__}" for its in (objects.model, objects.dataset)]
+    files = [*versions, *(() if checkpoint is None else (file.name for file in checkpoint.files))]
+    changes = [] if source is None else _list_changes(source, files)
+    lists = [_digest_list(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    fingerprint = "" if checkpoint is None else checkpoint.fingerprint
+    of_source = _digest(
+        [fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists, changes]
+    )
+    return f"xxh3:{identify_settings(config)}-{of_source}"
+
+
+def _list_changes(source: Directory, names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return when files of a source on a disk were changed last, and their inodes, as far as its file system keeps them.
+
+    A file that is written anew at its old size and with its old time of modification is another one by these.
+    """
+    kind = file_system_of(source.path) if source.is_local else ""
+    if kind not in _WITH_CHANGES:
+        return []
+    found = source.find_many(sorted(set(names)))
+    return [(name, its.changed, its.inode if kind in _WITH_INODES else 0) for name, its in found.items()]
+
+
+def has_settings(manifest: Manifest, config: ExportConfig) -> bool:
+    """Whether a package was exported with these settings, from whatever state of the source."""
+    return str(manifest.run.get("identity", "")).startswith(f"xxh3:{identify_settings(config)}-")
+
+
+def _digest(values: Any) -> str:
+    # not with sorted keys: the order of patterns counts
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(values, enc_hook=_name_type))
+
+
+def _name_type(value: Any) -> str:
+    """Return what stands for an object that is no plain value, as Python callers may give."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest_list(path: str, config: ExportConfig) -> str:
+    """Return the digest of a list of ids; empty where it cannot be read, as whoever reads it tells."""
+    folder, _, name = path.rpartition("/")
+    try:
+        options = config.storage_options if "://" in path else None
+        return digest_file(
+            Directory(folder or ("/" if path.startswith("/") else "."), options, follow_links=True), name
+        )
+    except OSError:
+        return ""

@@ -1,0 +1,128 @@
+"""What ``ckpt_dir`` and ``export_dir`` mean: paths, URIs of a model registry, or a training run with many checkpoints."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import xxhash
+
+from dist_export.checkpoint.model_weights import ModelWeights
+from dist_export.config.prune_rules import parse_rules
+from dist_export.config.schema import ExportConfig
+from dist_export.errors import ConfigError
+from dist_export.manifest import Manifest
+from dist_export.pipeline.identity import HOW
+from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
+from dist_export.redact import conceal
+from dist_export.registry import base
+from dist_export.storage.directory import Directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locations:
+    """What the two settings stand for; the same on all ranks."""
+
+    ckpt_dir: str | None
+    """The checkpoint's own directory; None for a model in memory."""
+    export_dir: str
+    source_uri: str
+    """The registry's version that ``ckpt_dir`` is; empty for a path."""
+    step: int | None
+    """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
+    register: str
+    """The registry's URI under which the package becomes a new version; empty for none."""
+    notes: tuple[str, ...]
+
+    def apply(self, config: ExportConfig) -> ExportConfig:
+        """Return the settings with paths in the place of what was given."""
+        return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
+
+
+def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None) -> Locations:
+    """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
+
+    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors.
+
+    Raises:
+        ConfigError: a URI that no registry resolves.
+        CheckpointError: no complete checkpoint, or none of the step.
+    """
+    if config.ckpt_dir is None:  # a model in memory
+        resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
+    else:
+        resolved = base.resolve(config.ckpt_dir, config.registry_options)
+        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+    register, export_dir = config.register or "", config.export_dir
+    target = base.find_registry(config.export_dir, config.registry_options)
+    if target is not None:
+        register = register or config.export_dir
+        export_dir = base.place(target, config.export_dir, key=_key_of(config, found.directory))
+    if register:
+        base.require(register, config.registry_options)
+        if conceal(export_dir) != export_dir:
+            raise ConfigError(
+                f"export_dir {conceal(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
+                "them into target_storage_options"
+            )
+    notes = list(found.notes)
+    if found.step is not None and found.directory != resolved.directory:
+        notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
+    return Locations(
+        ckpt_dir=found.directory,
+        export_dir=export_dir,
+        source_uri=resolved.uri if resolved.uri != resolved.directory else "",
+        step=found.step,
+        register=register,
+        notes=tuple(notes),
+    )
+
+
+def register_package(config: ExportConfig, locations: Locations, manifest: Manifest, directory: str) -> str:
+    """Register a committed package; return the URI of its version, empty where none was asked for. Rank 0. ExportError."""
+    if not locations.register:
+        return ""
+    dense = manifest.dense
+    package = base.Registered(
+        directory=_absolute(directory, config.options_of_target),
+        source=conceal(locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options)),
+        digest=manifest.digest,
+        inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
+        outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
+        versions=manifest.versions,
+    )
+    again = "Run the same export again, which only registers it"
+    if locations.ckpt_dir is None:  # the model may have changed since
+        again = f"Register it by hand: another export of the model in memory would not be the same (digest {manifest.digest})"
+    return base.register(locations.register, config.registry_options, package, advice=again)
+
+
+def _absolute(url: str, options: dict[str, Any]) -> str:
+    """Return a local path from the root on, for whoever reads it elsewhere; a store's URL, and an empty one, as it is."""
+    directory = Directory(url, options) if url else None
+    return directory.path if directory is not None and directory.is_local else url
+
+
+def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
+    """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has."""
+    if ckpt_dir is None:
+        return uuid.uuid4().hex[:16]
+    settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
+    lists = [_version_of(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    # not with sorted keys: the order of patterns counts
+    source = _absolute(ckpt_dir, config.storage_options)
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([source, config.num_shards, settings, lists]))
+
+
+def _version_of(path: str, config: ExportConfig) -> str:
+    """Return what tells one content of a list from another; empty where it cannot be looked at, as whoever reads it tells."""
+    folder, _, name = path.rpartition("/")
+    try:
+        found = Directory(folder or ".", config.storage_options if "://" in path else None, follow_links=True).stat(
+            name
+        )
+    except OSError:
+        return ""
+    return f"{found.size} {found.version}"

@@ -1,0 +1,409 @@
+"""Open the source on all ranks and plan the sparse part: the stages that end in a plan that every rank agrees on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dist_export.checkpoint.combined import join_checkpoints
+from dist_export.checkpoint.dcp.tables import METADATA_FILES
+from dist_export.checkpoint.detect import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.dynamicemb_widths import confirm_widths
+from dist_export.checkpoint.fallback_rows import find_fallbacks, needs_fallbacks, set_fallbacks
+from dist_export.checkpoint.id_reader import first_source_of
+from dist_export.checkpoint.metadata import Checkpoint, CheckpointReader
+from dist_export.checkpoint.model_weights import ModelWeights
+from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.recis.plain_tables import find_state_tables, note_state_tables, open_state
+from dist_export.checkpoint.recis.reader import RecisReader
+from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
+from dist_export.config.schema import ExportConfig
+from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
+from dist_export.formats.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
+from dist_export.ids.lists import read_id_list
+from dist_export.plan.casts import cast_slots, check_defaults
+from dist_export.plan.census import (
+    Census,
+    UniqueTask,
+    count_numbered_rows,
+    deal_unique_tasks,
+    merge_censuses,
+    plan_unique_tasks,
+    share_parts,
+)
+from dist_export.plan.dropped_rows import drop_nothing, drop_repeats
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.plan import SparsePlan
+from dist_export.plan.prune import IdList, Pruning, plan_pruning
+from dist_export.plan.prune_report import refuse_emptied
+from dist_export.plan.selection import Selection, select, select_all
+from dist_export.plan.shard_layout import plan_copy, plan_shards
+from dist_export.plan.table_view import TableSettings, view_tables
+from dist_export.plan.target_slices import Targets, plan_targets, resolve_num_shards
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import keep_freed_memory, run_threads
+from dist_export.storage.directory import Directory
+from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
+from dist_export.transfer.id_scan import check_unique, take_census
+
+T = TypeVar("T")
+_DEFAULT_THREADS = 4
+
+_LISTS_SHARE = 4
+"""All lists of ids together may take this part of ``max_memory``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PlannedSparse:
+    """A plan, the census that it came from, and what each rank may hold while it carries the plan out."""
+
+    plan: SparsePlan
+    census: Census
+    limits: Limits
+
+    @property
+    def id_lists(self) -> dict[str, np.ndarray]:
+        """Path -> ids (int64, sorted) of the files that rules of ``prune`` name."""
+        return {} if self.plan.pruning is None else {path: its.ids for path, its in self.plan.pruning.lists.items()}
+
+
+def open_checkpoint(
+    ranks: Ranks,
+    directory: Directory,
+    *,
+    asked: str = AUTO,
+    settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
+) -> Checkpoint:
+    """Read the indexes and, shared over the ranks, the headers. All ranks. CheckpointError is everyone's.
+
+    Arguments as those of :func:`~dist_export.checkpoint.detect.open_reader`.
+    """
+    return _read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
+
+
+def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
+    """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
+    return TensorSettings(
+        tables=tuple(config.tables),
+        optimizer_slots=tuple(config.optimizer_slots),
+        weights=weights,
+        state_root=config.state_root,
+        model_paths=(config.sparse_model_name, config.dense_model_name),
+    )
+
+
+def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkpoint:
+    """Read the headers and indexes of shards that were written by a plan, as a server finds them. All ranks.
+
+    Default rows are those of the plan: they stand in the manifest, which is still to be written. So is what managed-collision
+    modules of the source know, by which the model asks for rows.
+
+    Raises:
+        CommitError: they do not make whole tables. A failed export, where a source that does not is the user's mistake.
+    """
+    if all(table.is_hashed for table in plan.checkpoint.tables):
+        written = _read_metadata(ranks, lambda: RecisReader(directory), is_written=True)
+    else:
+        files = [file.name for file in plan.files]
+        written = _read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)
+    planned = {table.name: table for table in plan.checkpoint.tables}
+    tables = tuple(
+        replace(table, default_row=planned[table.name].default_row, raw_ids=planned[table.name].raw_ids)
+        if table.name in planned
+        else table
+        for table in written.tables
+    )
+    return replace(written, tables=tables)
+
+
+def _read_metadata(
+    ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]], *, is_written: bool = False
+) -> Checkpoint:
+    def judged(work: Callable[[], T]) -> Callable[[], T]:
+        return functools.partial(_blame_export, work) if is_written else work
+
+    reader = ranks.run("open the checkpoint", judged(open_it))
+    size = -(-len(reader.files) // ranks.world_size)
+    mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
+    shares = ranks.gather("read the headers", judged(lambda: reader.read_headers(mine)))
+    return ranks.run("match headers and indexes", judged(lambda: reader.assemble(shares)))
+
+
+def _blame_export(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except CheckpointError as error:
+        raise CommitError(f"{error}. No manifest was written, so there is no package; run the export again") from error
+
+
+def open_tables(
+    ranks: Ranks,
+    directory: Directory,
+    config: ExportConfig,
+    find_model_dims: Callable[[], Mapping[str, Collection[int]]] = dict,
+    weights: ModelWeights | None = None,
+) -> Checkpoint:
+    """Open the source as what follows sees it: with the tables that are exported, under their new names. All ranks.
+
+    ``find_model_dims`` returns the dimensions of the model's tables by name, where there is a model, and
+    ``weights`` are what it says of the checkpoint's tensors.
+    """
+    checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config, weights))
+    if checkpoint.format == RECIS and weights is not None:
+        checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=config.filter_sparse_opt)
+    chosen = choose_tables(ranks, checkpoint, config)
+    if needs_fallbacks(chosen):
+        unknown = chosen
+        rows = ranks.on_rank_0("read the rows of unknown ids", lambda: find_fallbacks(unknown))
+        chosen = set_fallbacks(chosen, rows)
+    if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
+        return chosen  # the source states all dimensions
+    return ranks.run(
+        "compare the dimensions", lambda: confirm_widths(chosen, config.dynamicemb_dims, find_model_dims())
+    )
+
+
+def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeights, *, is_filtered: bool) -> Checkpoint:
+    """Return a RecIS checkpoint with the model's tables that lie in ``model.pt``; a copy of files gets a warning instead."""
+    directory, known = checkpoint.directory, [table.name for table in checkpoint.tables]
+    held = ranks.on_rank_0("look for tables in model.pt", lambda: find_state_tables(directory, weights, known))
+    if held is None:
+        return checkpoint
+    if not is_filtered:
+        return replace(checkpoint, warnings=(*checkpoint.warnings, note_state_tables(directory, held)))
+    state = _read_metadata(ranks, lambda: open_state(directory, held))
+    return ranks.run("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
+
+
+def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
+    """Return the source as what follows sees it. All ranks."""
+    asked = TableSettings(
+        select=config.select_tables,
+        drop=config.drop_tables,
+        rename=config.rename_tables,
+        as_hash=config.as_hash,
+        default_row=config.default_row,
+    )
+    return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
+
+
+def choose(
+    checkpoint: Checkpoint, config: ExportConfig, world_size: int
+) -> tuple[Selection, tuple[Targets, ...], int | None]:
+    """Plan the first stage, from headers alone: what is kept, the target slices, the number of shards."""
+    if not config.filter_sparse_opt:
+        if checkpoint.copy_hindrances:
+            raise PlanError(
+                f"{checkpoint.directory.url} cannot be copied as it is: {checkpoint.copy_hindrances[0]}. "
+                "Set filter_sparse_opt: true, which writes sound shards"
+            )
+        return select_all(checkpoint), plan_targets(checkpoint, None), None
+    selection = select(
+        checkpoint,
+        optimizer_slots=tuple(config.optimizer_slots),
+        drop_slots=tuple(config.drop_slots),
+        keep_slots=tuple(config.keep_slots),
+    )
+    selection = cast_slots(checkpoint, selection, config.dtypes)
+    check_defaults(checkpoint, selection)
+    num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=world_size)
+    return selection, plan_targets(checkpoint, num_shards), num_shards
+
+
+def plan_sparse(
+    ranks: Ranks,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    *,
+    world_size: int,
+) -> PlannedSparse:
+    """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
+
+    Raises:
+        PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
+        CheckpointError: an id that stands twice in a table, where ``on_duplicate`` is ``error``.
+        ExportError: ranks that came to different plans, for they do not see the same source.
+    """
+    selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
+    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
+    shares = share_parts(checkpoint, ranks.world_size * limits.threads)
+    mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+
+    keep_freed_memory()
+    repeated = RepeatedIds(checkpoint, most=None if config.on_duplicate == "error" else limits.dropped_rows)
+
+    def count(share: list[int]) -> Census:
+        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated, pruning=pruning)
+
+    counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
+    numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
+    census = merge_censuses([*counts, numbered])
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
+    tasks = ranks.run(
+        "share out the search for repeated ids",
+        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
+    )
+
+    def search(share: list[UniqueTask]) -> None:
+        check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
+
+    ranks.gather(
+        "search for ids that stand twice",
+        lambda: run_threads(search, [tasks[thread :: limits.threads] for thread in range(limits.threads)])[:0],
+    )
+
+    ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
+    dropped = drop_nothing()
+    if config.on_duplicate != "error":
+        found = find_repeated_rows(ranks, checkpoint, repeated, limits, pruning)
+        dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
+
+    def lay_out() -> SparsePlan:
+        if config.on_emptied == "error":
+            refuse_emptied(checkpoint, pruning, census.pruned)
+        if config.filter_sparse_opt:
+            return plan_shards(
+                checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning
+            )
+        return plan_copy(checkpoint, selection)
+
+    plan = ranks.run("lay out the shards", lay_out)
+    digests = ranks.gather("compare the plans", lambda: plan.digest)
+    ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    return PlannedSparse(plan=plan, census=census, limits=limits)
+
+
+def note_numbered_tables(plan: SparsePlan) -> list[str]:
+    """Return a note on row-indexed tables, which not every server reads; nothing without such tables."""
+    names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
+    if not names:
+        return []
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = f"{len(names)} tables are row-indexed" if len(names) > 1 else "1 table is row-indexed"
+    return [f"{what} ({told}); for a server that reads hash tables alone set as_hash"]
+
+
+def look_at_small_files(source: Directory | None) -> dict[str, str]:
+    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0.
+
+    For a model in memory it is a word that no other export has: what one export wrote is never taken for another's.
+    """
+    if source is None:
+        return {"live": uuid.uuid4().hex}
+    found = {}
+    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
+        try:
+            stat = source.stat(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:  # whoever reads it tells
+            found[name] = str(error)
+        else:
+            found[name] = f"{stat.size} {stat.version}"
+    return found
+
+
+def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:
+    """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
+    if source is None:
+        return
+    now = look_at_small_files(source)
+    changed = sorted(name for name in state if state[name] != now.get(name))
+    if changed:
+        raise ExportError(
+            f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
+            "No manifest was written; run the export again on a checkpoint that is finished"
+        )
+
+
+def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
+    """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
+    lists: dict[str, IdList] = {}
+    room = config.max_memory_bytes // _LISTS_SHARE
+    rules = parse_rules(config.prune)
+    for place, rule in enumerate(rules):
+        if rule.path and rule.path not in lists:
+            setting = f"prune[{place}].{'allow' if rule.reason == ALLOW_LIST else 'deny'}"
+            ids = read_id_list(rule.path, most_bytes=room, setting=setting, storage_options=config.storage_options)
+            if not len(ids) and rule.reason == ALLOW_LIST:
+                raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be left behind")
+            lists[rule.path] = IdList(ids)
+            room -= ids.nbytes
+    return plan_pruning(checkpoint, rules, lists)
+
+
+def refuse_changed_payload(checkpoint: Checkpoint) -> None:
+    """Compare the payload files with what they were when their headers were read. ExportError. Rank 0.
+
+    RecIS writes its indexes anew with each save; other formats have nothing small that tells of one.
+    """
+    is_looked_at = checkpoint.format != RECIS and checkpoint.memory is None
+    for file in checkpoint.files if is_looked_at else ():
+        try:
+            found = checkpoint.directory.stat(file.name)
+        except OSError as error:
+            what = error.strerror or str(error)
+        else:
+            if (found.size, found.version) == (file.size, file.version):
+                continue
+            what = "changed"
+        raise ExportError(
+            f"{checkpoint.directory.describe(file.name)}: {what} while it was being exported, so the package would mix two "
+            "checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
+        )
+
+
+def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
+    """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
+
+    ``taken``: bytes of ``max_memory`` that are held all the while.
+    """
+    threads = config.threads
+    if threads is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
+    return Limits(config.max_memory_bytes - taken, threads)
+
+
+def _refuse_different(digests: list[str], source: str) -> None:
+    if len(set(digests)) > 1:
+        told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+        raise ExportError(
+            f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
+            "Check that it is one shared directory whose files no longer change"
+        )
+
+
+def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConfig) -> None:
+    """Refuse rows outside the slice of their part where they are to stay, in a copy, or are said to be an error."""
+    wrong = np.flatnonzero(census.misplaced)
+    if not len(wrong) or (config.filter_sparse_opt and config.on_misplaced == "repair"):
+        return
+    part = int(wrong[0])
+    table = int(checkpoint.parts.table[part])
+    rows = int(census.misplaced[checkpoint.parts.of_table(table)].sum())
+    tables = len(np.unique(checkpoint.parts.table[wrong]))
+    others = f" ({tables - 1} more tables have some too)" if tables > 1 else ""
+    file = first_source_of(checkpoint, part)
+    claimed = checkpoint.parts.slice_of(part)
+    raise PlanError(
+        f"{checkpoint.directory.url} {'cannot be exported' if config.filter_sparse_opt else 'cannot be copied as it is'}: "
+        f"{rows:,} rows of table {checkpoint.tables[table].name!r} lie in another part's slice{others}, where RecIS's "
+        f"loader drops them without a word; the first part with such rows is {checkpoint.blocks.key[part, 0]!r} in {file}: "
+        f"{int(census.misplaced[part]):,} of its {int(checkpoint.parts.rows[part]):,} rows lie outside "
+        f"{claimed.begin}:{claimed.end} of {claimed.size}. "
+        + (
+            "on_misplaced is error; set on_misplaced: repair, which moves them to the slice that owns them, or save the "
+            "checkpoint anew"
+            if config.filter_sparse_opt
+            else "Set filter_sparse_opt: true, which moves them to the slice that owns them (on_misplaced: repair)"
+        )
+    )

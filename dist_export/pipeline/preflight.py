@@ -1,0 +1,116 @@
+"""All that can be wrong before an export begins, looked at in one go, for ``plan``. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import ModelWeights
+from dist_export.config.mistakes import Mistakes
+from dist_export.config.schema import ExportConfig
+from dist_export.dense.fg import Features
+from dist_export.errors import ConfigError, UnaskedError
+from dist_export.model.user_objects import Objects, build_objects
+from dist_export.pipeline.inputs import find_dense, look_for_weights, open_source, read_confs
+from dist_export.pipeline.locate import Locations, locate
+from dist_export.pipeline.planning import choose, read_pruning
+from dist_export.pipeline.target import Places, open_places, place_of
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.local_io import why_no_directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a plan starts from, without a mistake of the user's."""
+
+    weights: ModelWeights | None
+    config: ExportConfig
+    """With the paths that were found."""
+    located: Locations
+    places: Places
+    source: Directory
+    checkpoint: Checkpoint | None
+    fg_conf: dict[str, Any] | None
+    features: Features
+    dense_state: Sequence[tuple[str, str, tuple[int, ...]]]
+
+
+def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
+    """Look at all that an export is given, and go on after a mistake, so that all of them are in one error. All ranks."""
+    mistakes = Mistakes()
+    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
+    built = config if config.model is not None else fg_only
+    objects: Objects | None = Objects()
+    if built is not None:
+        objects = mistakes.collect(
+            lambda: ranks.run(
+                "build the model and the dataset", lambda: build_objects(built, tells_all=True), may_block=True
+            ),
+            None,
+        )
+    model = None if objects is None else objects.model
+    weights = mistakes.collect(lambda: look_for_weights(ranks, config, model), None)
+    # without the model nobody knows which tensors of some checkpoints are tables
+    ignored = (UnaskedError,) if mistakes else ()
+    needs_dense = config.model is not None
+    located = mistakes.collect(
+        lambda: ranks.on_rank_0(
+            "find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights)
+        ),
+        None,
+        ignored=ignored,
+    )
+    config = config if located is None else located.apply(config)
+    places = mistakes.collect(lambda: open_places(ranks, config, place_of(config)), None)
+    if places is not None and places.target.is_local:
+        target = places.target
+        reason = ranks.on_rank_0("try export_dir", lambda: why_no_directory(target.path))
+        if reason is not None:
+            mistakes.add(ConfigError(f"export_dir {places.final.url}: {reason}"))
+    source: Directory | None = None
+    checkpoint: Checkpoint | None = None
+    dense_state: Sequence[tuple[str, str, tuple[int, ...]]] = ()
+    if located is not None:
+        source = open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
+        checkpoint = mistakes.collect(
+            lambda: open_source(ranks, config, source, model=model, weights=weights), None, ignored=ignored
+        )
+
+        def describe_dense() -> Sequence[tuple[str, str, tuple[int, ...]]]:
+            parameters = find_dense(config, source, checkpoint, weights)
+            assert parameters is not None  # a live model was refused
+            return parameters.describe()
+
+        if checkpoint is not None or not mistakes:
+            dense_state = mistakes.collect(
+                lambda: ranks.on_rank_0("read the dense parameters", describe_dense), (), ignored=ignored
+            )
+    confs = None
+    if objects is not None or config.fg is None:  # what is given as a file can be read all the same
+        given = Objects() if objects is None else objects
+        confs = mistakes.collect(
+            lambda: ranks.run("check fg and mc", lambda: read_confs(config, given, checkpoint)), None
+        )
+    if checkpoint is not None and config.need_export_sparse and (not ignored or checkpoint.is_of_recis):
+        sparse = checkpoint
+        mistakes.collect(lambda: ranks.run("choose what to keep", lambda: choose(sparse, config, world_size)), None)
+        mistakes.collect(lambda: ranks.run("read the rules for rows", lambda: read_pruning(sparse, config)), None)
+    mistakes.refuse()
+    assert located is not None
+    assert places is not None
+    assert source is not None
+    assert confs is not None
+    return Found(
+        weights=weights,
+        config=config,
+        located=located,
+        places=places,
+        source=source,
+        checkpoint=checkpoint,
+        fg_conf=confs[0],
+        features=confs[2],
+        dense_state=dense_state,
+    )

@@ -1,0 +1,114 @@
+"""The program and fg.json of a package that is the source, taken over byte by byte where no row of its tables changes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.package_source import find_package
+from dist_export.commit.publish import DenseMeta
+from dist_export.errors import CheckpointError
+from dist_export.formats.digests import algorithm_of, digest_bytes
+from dist_export.formats.recis import DENSE_SUFFIX, MERGED, MergedEntry
+from dist_export.manifest import FileEntry, Manifest, TableEntry
+from dist_export.pipeline.inputs import FG
+from dist_export.plan.casts import casts_by_table
+from dist_export.plan.plan import SparsePlan
+from dist_export.storage.directory import Directory
+
+_DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
+
+
+class TakenOver:
+    """What one export takes over from its source: nothing until :meth:`look` has found something. Rank 0 alone."""
+
+    def __init__(self) -> None:
+        self._source: Directory | None = None
+        self._manifest: Manifest | None = None
+        self._files: tuple[FileEntry, ...] = ()
+
+    def look(self, source: Directory, plan: SparsePlan, *, has_own: bool) -> list[str]:
+        """Decide what is taken over, and return what is to be told of it; nothing of a source that has none of it.
+
+        ``has_own``: whether the export was given a model, fg or mc, so that it has its own.
+
+        Raises:
+            CheckpointError: a file is not what the source's manifest says.
+        """
+        manifest = find_package(source)
+        folder = None if manifest is None or manifest.dense is None else manifest.dense.folder
+        files = tuple(
+            file
+            for file in (manifest.files if manifest is not None else ())
+            if file.path == FG or (folder is not None and file.path.startswith(f"{folder}/"))
+        )
+        if manifest is None or not files:
+            return []
+        told = " and ".join(([] if folder is None else [folder]) + [FG for file in files if file.path == FG])
+        is_plain = folder is None or not ("/" in folder or folder.startswith("."))
+        if has_own or not is_plain or plan.is_copy or not keeps_rows(plan, manifest):
+            note = (
+                f"{source.url} is a package; of it the tables are exported, and {told} are not carried over, which only an "
+                "export that changes no table, row or default row does: export from the checkpoint for a package with a program"
+            )
+            return [note]
+        self._source, self._manifest, self._files = source, manifest, files
+        self.read()  # so that what is damaged is told before anything is written
+        scores = "" if folder is None else "; no score was compared anew, parity and drift are those of that package"
+        return [f"{told} were taken over from {source.url} byte by byte, as no row changed{scores}"]
+
+    def read(self) -> dict[str, bytes]:
+        """Return the files by path, each held against its digest in the source's manifest. CheckpointError."""
+        return {} if self._source is None else {file.path: _read(self._source, file) for file in self._files}
+
+    def dense_state(self) -> DenseMeta:
+        """Return the dense parameters that the source's merged manifest lists for its program."""
+        if self._source is None or self._manifest is None or self._manifest.dense is None:
+            return []
+        entry = next(file for file in self._manifest.files if file.path == MERGED)
+        merged = _DECODER.decode(_read(self._source, entry))
+        return [
+            (key, its.dtype, tuple(its.shape))
+            for key, its in merged.items()
+            if its.dense and not key.endswith(DENSE_SUFFIX)
+        ]
+
+    def describe(self, manifest: Manifest) -> Manifest:
+        """Return the manifest with what the source's says of the program."""
+        own = self._manifest
+        if own is None:
+            return manifest
+        return msgspec.structs.replace(manifest, dense=own.dense, parity=own.parity, drift=own.drift)
+
+
+def keeps_rows(plan: SparsePlan, manifest: Manifest) -> bool:
+    """Whether a package that is written by a plan has each table of its source as it is, but for the shards."""
+    checkpoint = plan.checkpoint
+    entries = {table.name: table for table in manifest.tables}
+    return (
+        not plan.pruning
+        and not len(plan.dropped)
+        and not checkpoint.left_out
+        and not casts_by_table(checkpoint, plan.selection)
+        and {table.name for table in checkpoint.tables} == set(entries)
+        and all(_is_same(checkpoint, number, entries[table.name]) for number, table in enumerate(checkpoint.tables))
+    )
+
+
+def _is_same(checkpoint: Checkpoint, number: int, entry: TableEntry) -> bool:
+    table = checkpoint.tables[number]
+    default = None if entry.default_row is msgspec.UNSET else entry.default_row
+    was_hashed = entry.is_hashed is msgspec.UNSET or entry.is_hashed
+    return table.name_in_source == table.name and table.is_hashed == was_hashed and table.default_row == default
+
+
+def _read(source: Directory, file: FileEntry) -> bytes:
+    where = source.describe(file.path)
+    try:
+        size = source.stat(file.path).size
+        data = source.read(file.path) if size == file.num_bytes else b""
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    if size != file.num_bytes or (file.digest and digest_bytes(data, algorithm_of(file.digest)) != file.digest):
+        raise CheckpointError(f"{where} is not what the package's manifest.json says; `verify` tells more")
+    return data

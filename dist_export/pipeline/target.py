@@ -1,0 +1,394 @@
+"""Where an export reads and writes: what may stand in export_dir, and what happens to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_export.config.schema import ExportConfig
+from dist_export.errors import ConfigError, PackageError
+from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
+from dist_export.manifest import MANIFEST, Manifest, decode_manifest
+from dist_export.pipeline.identity import OWN_DIGEST, OWN_VALUES, OwnValues, has_settings
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory, open_place
+from dist_export.workdir import lock as claims
+from dist_export.workdir import swap
+from dist_export.workdir.presence import find_loss
+from dist_export.workdir.state import MARKER, finish_commit, list_attempt, remove_attempt
+
+_MENDED_IN_SETTINGS = (errno.EACCES, errno.EPERM, errno.EHOSTUNREACH)
+"""A store that lets nobody in, or is not reached at all. Other errors of a store may be gone the next time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The directories of an export; the same on all ranks."""
+
+    source: Directory | None
+    """None where the source is the model in memory."""
+    final: Directory
+    """export_dir."""
+    target: Directory
+    """Where the files are written: ``final``, or a directory beside it while an old package is in ``final``."""
+    in_place: bool
+    """The target is the source, whose files stay as they are."""
+    model: OwnValues = field(default_factory=OwnValues)
+    """Of the caller's model, what no checkpoint tells."""
+
+    @property
+    def way_out(self) -> str:
+        """What can be done about a package that is in the way, for messages."""
+        return _say_way_out(self.final, in_place=self.in_place)
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether an old package stays readable in ``final`` until the new one takes its place."""
+        return self.target is not self.final
+
+
+def place_of(config: ExportConfig) -> str:
+    """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
+    if not config.add_subfolder or config.export_dir.endswith("data"):
+        return config.export_dir
+    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+
+
+def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> Places:
+    """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks.
+
+    ``model`` is the caller's, whose own values a package may have.
+    """
+
+    def check() -> tuple[Directory | None, Directory]:
+        try:
+            return _check_places(ranks, config, export_dir)
+        except OSError as error:
+            if "://" not in str(error.filename) or error.errno not in _MENDED_IN_SETTINGS:
+                raise
+            raise ConfigError(f"{error.filename} cannot be looked at: {error.strerror}. Nothing was written") from error
+
+    source, final = ranks.run("check the places", check)
+    in_place = source is not None and source.is_same(final)
+
+    def look() -> bool:
+        """Return whether there is an old package that is to be replaced."""
+        if final.is_local and swap.is_cut_off(final.path):
+            release = claims.lock(Directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
+            try:
+                swap.recover(final.path)
+            finally:
+                release()
+        is_old = final.exists(MANIFEST) and not may_be_committed(final) and not _may_be_same(final, config)
+        if is_old:
+            _refuse_package(final, config, in_place=in_place)
+        if config.on_existing == "error" and not _has_restarted():
+            _refuse_attempt(_next_to(final) if is_old else final)
+        return is_old
+
+    is_replacing = ranks.on_rank_0("look at export_dir", look)
+    return Places(
+        source=source,
+        final=final,
+        target=_next_to(final) if is_replacing else final,
+        in_place=in_place,
+        model=OwnValues(model, config.dense_model_name),
+    )
+
+
+def may_copy_within(places: Places, config: ExportConfig) -> bool:
+    """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
+
+    It is one store where both are reached with the same options.
+    """
+    is_one_store = places.source is not None and places.source.fs == places.target.fs
+    return places.target.s3 is not None and is_one_store and config.digest != "require"
+
+
+def _next_to(final: Directory) -> Directory:
+    return Directory(swap.beside(final.path, "next"))
+
+
+def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory | None, Directory]:
+    source = None
+    if config.ckpt_dir is not None:
+        source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
+    final = Directory(export_dir, config.options_of_target)
+    for directory in (source, final) if source is not None else (final,):
+        if ranks.world_size > 1 and not directory.is_shared:
+            raise ConfigError(
+                f"{directory.url} lives in the memory of one process, but {ranks.world_size} ranks export; use one rank"
+            )
+    is_same = source is not None and source.is_same(final)
+    where = "" if source is None else source.url
+    if is_same and config.filter_sparse_opt and config.need_export_sparse:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({where}); filter_sparse_opt would replace the training checkpoint by one "
+            "without optimizer state. Give another export_dir"
+        )
+    if is_same and config.follow_links:
+        raise ConfigError(
+            f"export_dir is ckpt_dir ({where}), and a package holds its files itself: links that lead out of it "
+            "cannot be followed. Give another export_dir"
+        )
+    if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
+        raise ConfigError(f"export_dir {final.url} is a file, not a directory")
+    if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_attempt(final):
+        raise ConfigError(
+            f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
+            "somebody's export, which would be overwritten. Give another export_dir"
+        )
+    is_there = final.exists(MANIFEST) and not config.overwrite  # nothing is written then, or it is refused for that
+    if not is_there and (reason := final.why_not_writable()) is not None:
+        raise ConfigError(f"export_dir {final.url}: {reason}")
+    return source, final
+
+
+def may_be_committed(final: Directory) -> bool:
+    """Whether the package in ``final`` may be what an attempt of this very export committed before it was cut off."""
+    return final.exists(MARKER) or _has_restarted()
+
+
+def _has_restarted() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, shards: list[str]) -> Places:
+    """Decide about what is in export_dir, now that it is known which export this is. All ranks.
+
+    Raises:
+        ConfigError: a package of another export that may not be replaced; a file that no export of ours left, under the
+            name of one of ``shards`` or of an index.
+    """
+    final = places.final
+
+    def look() -> bool:
+        refuse_foreign_files(places, shards)
+        if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
+            return places.is_replacing
+        if _read_same(places, config, identity) is not None:
+            return False
+        _refuse_package(final, config, in_place=places.in_place)
+        return True
+
+    is_replacing = ranks.on_rank_0("look at the package that is there", look)
+    return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
+
+
+def refuse_foreign_files(places: Places, shards: list[str]) -> None:
+    """Refuse a file that no export of ours left, under the name of one of ``shards`` or of an index. ConfigError. Rank 0."""
+    final = places.final
+    if final.exists(MANIFEST) or places.in_place or list_attempt(final):
+        return  # where an export of ours was at work, a shard that lost its receipt is written anew
+    planned = [*shards, *((TENSORKEY, MERGED) if shards else ())]
+    foreign = sorted(set(final.names()) & set(planned))
+    if foreign:
+        raise ConfigError(
+            f"{final.describe(foreign[0])} is there already, and no export of ours left it ({len(foreign)} such files): it "
+            "would be overwritten. Move it away, or give another export_dir"
+        )
+
+
+def find_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+    """Return the manifest of the package in export_dir if it is this very export's, whoever started that one. Rank 0.
+
+    Schedulers start jobs again that have ended well. Nothing is claimed and nothing written. It is no matter for an export that
+    is to begin anew, nor for one whose clean-up is still to be done (:func:`find_committed`).
+
+    Raises:
+        ConfigError: it is another export's, or not whole.
+    """
+    final = places.final
+    if places.is_replacing or _begins_anew(config) or not final.exists(MANIFEST) or final.exists(MARKER):
+        return None
+    return _read_same(places, config, identity)
+
+
+def _begins_anew(config: ExportConfig) -> bool:
+    """Whether a package that is there is no answer: of a model in memory nothing tells whether it is still the same."""
+    return config.overwrite or config.on_existing == "restart" or config.ckpt_dir is None
+
+
+def _may_be_same(final: Directory, config: ExportConfig) -> bool:
+    """Whether the package in ``final`` may be this very export's, as far as its settings tell: more is known later."""
+    if _begins_anew(config):
+        return False
+    try:
+        return has_settings(_read_manifest(final), config)
+    except (OSError, PackageError):
+        return False
+
+
+def _is_of(final: Directory, identity: str) -> bool:
+    try:
+        return _read_manifest(final).run.get("identity") == identity
+    except (OSError, PackageError):
+        return False
+
+
+def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+    """Return the manifest in ``final`` if it is of this very export, and its files are there; None where it may be replaced.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    final = places.final
+    manifest = _read_manifest(final)
+    if manifest.run.get("identity") != identity:
+        if config.overwrite:
+            return None
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
+            f"settings. {places.way_out}"
+        )
+    if names := manifest.run.get(OWN_VALUES):
+        known, now = manifest.run.get(OWN_DIGEST), places.model.digest(names)
+        if config.overwrite and (known is None or known != now):
+            return None
+        if known is None or known != now:
+            why = (
+                "and nothing tells whether they are the same"
+                if known is None or now is None
+                else "which are others now"
+            )
+            raise ConfigError(
+                f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, "
+                f"but its program has values of the model itself (run.{OWN_VALUES} names them), {why}. {places.way_out}"
+            )
+    loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
+    if loss is not None and not config.overwrite:
+        raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {places.way_out}")
+    return manifest if loss is None else None
+
+
+def _read_manifest(final: Directory) -> Manifest:
+    return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
+
+
+def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:
+    """Refuse a target that holds a committed package, unless it may and can be replaced."""
+    there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
+    if not config.overwrite:
+        raise ConfigError(f"{there}. {_say_way_out(final, in_place=in_place)}")
+    if in_place:
+        raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
+    if not final.is_local:
+        raise ConfigError(
+            f"{there}. On this store files cannot be renamed, so overwrite would destroy it before the new one is whole; "
+            "give a new export_dir"
+        )
+    if (reason := swap.why_not_replaceable(final.path)) is not None:
+        raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
+
+
+def _say_way_out(final: Directory, *, in_place: bool) -> str:
+    """Return what can be done about a package that is in the way, where ``overwrite`` would not only be refused."""
+    if in_place:
+        return f"It is the checkpoint itself, which overwrite does not touch: remove {MANIFEST} first, or give another export_dir"
+    if not final.is_local:
+        return "On this store a package cannot be replaced in one step: give another export_dir"
+    return "Set overwrite: true to replace it, or give another export_dir, or remove the old package first"
+
+
+def _refuse_attempt(directory: Directory) -> None:
+    left = list_attempt(directory)
+    if left:
+        raise ConfigError(
+            f"{directory.url} holds an unfinished export ({len(left)} files, such as {left[0]}), and on_existing is error. "
+            "Set on_existing: resume to go on with it, or restart to begin anew"
+        )
+
+
+def claim(
+    ranks: Ranks, places: Places, config: ExportConfig, identity: str, release: Callable[[claims.Release], object]
+) -> Callable[[], None]:
+    """Claim the directories for this export, and clear away what a restart does not want. All ranks.
+
+    Args:
+        release: gets what gives each claim back.
+
+    Returns:
+        What raises CommitError if the claim was lost; for rank 0, right before the commit.
+    """
+    final, target = places.final, places.target
+    checks: list[Callable[[], None]] = []
+    directories = [final, target] if places.is_replacing else [final]
+
+    def lock() -> None:
+        if not final.is_local:
+            lease = claims.Lease(final)
+            release(lease.release)
+            checks.append(lease.refuse_if_lost)
+            return
+        for directory in directories:
+            release(claims.lock(directory))
+
+    def join() -> None:
+        for directory in directories if ranks.rank and final.is_local else ():
+            release(claims.join_lock(directory))
+
+    ranks.on_rank_0("claim export_dir", lock)
+    ranks.run("claim export_dir", join)
+    ranks.on_rank_0("look at what is there", lambda: _begin(places, config, identity))
+
+    def refuse_if_lost() -> None:
+        for check in checks:
+            check()
+
+    return refuse_if_lost
+
+
+def _begin(places: Places, config: ExportConfig, identity: str) -> None:
+    """Look again, now that nobody else is there, and prepare the target. Rank 0."""
+    final, target = places.final, places.target
+    has_come = final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final)
+    if has_come and (_begins_anew(config) or not _is_of(final, identity)):
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {places.way_out}"
+        )
+    if places.is_replacing:
+        target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
+    is_committed = not places.is_replacing and final.exists(MANIFEST)
+    # of a model in memory nothing tells whether it is still the one that an unfinished export saw
+    is_new = config.on_existing == "restart" or places.source is None
+    if is_new and not places.in_place and not is_committed:
+        remove_attempt(target)
+
+
+def find_committed(
+    places: Places, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+) -> Manifest | None:
+    """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
+
+    ``and_then`` is what else has to happen before nothing of the attempt is left.
+
+    Raises:
+        ConfigError: it is another export's.
+    """
+    final = places.final
+    if places.is_replacing or not final.exists(MANIFEST):
+        return None
+    manifest = _read_same(places, config, identity)
+    if manifest is None:  # a package that came since settle
+        raise ConfigError(f"{final.describe(MANIFEST)}: another export has just committed a package. {places.way_out}")
+    and_then(manifest)
+    finish_commit(final)
+    return manifest
+
+
+def commit_places(places: Places, and_then: Callable[[], object] = lambda: None) -> list[str]:
+    """Put the package, whole in its target, where it belongs, and clear away. Rank 0.
+
+    What ``and_then`` does a rerun does too, until nothing of the attempt is left.
+
+    Returns the names of what a replaced package's directory held besides, which is in the new one now.
+    """
+    if places.is_replacing:
+        swap.replace_directory(places.target.path, places.final.path)
+    and_then()
+    return finish_commit(places.final)

@@ -1,0 +1,133 @@
+"""What the ranks will write, as data: files, blocks, byte ranges and rows that are gathered. Pure."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.plan.dropped_rows import DroppedRows
+from dist_export.plan.prune import Pruning
+from dist_export.plan.selection import Selection
+from dist_export.plan.target_slices import Targets
+
+
+class OutputFile(NamedTuple):
+    """One shard file to be written: ``header`` (may be empty), then the payload."""
+
+    name: str
+    num_bytes: int
+    header: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Copies:
+    """Byte ranges that go over unchanged, as parallel int64 columns, ordered by file and place there."""
+
+    file: np.ndarray
+    offset: np.ndarray
+    source_file: np.ndarray
+    source_offset: np.ndarray
+    num_bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+
+class Gather(NamedTuple):
+    """Rows ``first_row`` to ``first_row + num_rows`` of a part that are moved row by row.
+
+    They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
+
+    ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
+    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``, or is what
+    ``SparsePlan.pruning`` leaves behind.
+    """
+
+    part: int
+    first_row: int
+    num_rows: int
+    targets: np.ndarray
+    counts: np.ndarray
+    first_target_rows: np.ndarray
+    columns: tuple[int, ...]
+    """The slots that are moved so, as in ``SlotMeta.column``; the others of these rows go over as byte ranges."""
+
+    @property
+    def num_kept(self) -> int:
+        """The rows that are moved."""
+        return int(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OutputBlocks:
+    """The blocks of all tables in the output, as parallel columns; all int64 but ``key``."""
+
+    key: tuple[str, ...]
+    file: np.ndarray
+    table: np.ndarray
+    column: np.ndarray
+    """The slot, as in ``SlotMeta.column``; 0 is the ids."""
+    target: np.ndarray
+    """The part within its table, counted from 0."""
+    begin: np.ndarray
+    end: np.ndarray
+    size: np.ndarray
+    """The slice of ids that the part holds."""
+    rows: np.ndarray
+    offset: np.ndarray
+    """Absolute position in the file, in bytes."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SparsePlan:
+    """All that the ranks will write. The same on every rank, whatever their number."""
+
+    checkpoint: Checkpoint
+    selection: Selection
+    targets: tuple[Targets, ...]
+    """Of each table; empty in a copy."""
+    num_shards: int
+    is_copy: bool
+    files: tuple[OutputFile, ...]
+    blocks: OutputBlocks
+    dense_files: tuple[tuple[str, int], ...]
+    """(key, file) of each dense tensor among the sparse files of the output."""
+    copies: Copies
+    gathers: tuple[Gather, ...]
+    dropped: DroppedRows
+    """Rows that no shard gets; none in a copy."""
+    digest: str
+    pruning: Pruning | None = None
+    """Rules that tell of further rows that no shard gets; None where there are none."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all output files."""
+        return sum(file.num_bytes for file in self.files)
+
+    def slots_of(self, table: int) -> tuple[SlotMeta, ...]:
+        """Return the slots of a table that are kept."""
+        return self.selection.kept[table]
+
+    def has_casts(self, gather: Gather) -> bool:
+        """Whether rows of a gather are written in another dtype than they are stored in."""
+        table = int(self.checkpoint.parts.table[gather.part])
+        stored = self.checkpoint.tables[table].slots
+        return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
+
+    @functools.cached_property
+    def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
+        """For each (table, slot column), where the block of each target stands in ``blocks``."""
+        order = np.lexsort((self.blocks.target, self.blocks.column, self.blocks.table))
+        kinds = np.stack([self.blocks.table[order], self.blocks.column[order]], axis=1)
+        starts = np.flatnonzero(np.any(np.diff(kinds, axis=0, prepend=-1) != 0, axis=1))
+        pieces = np.split(order, starts[1:])
+        return {(int(kinds[start, 0]), int(kinds[start, 1])): rows for start, rows in zip(starts, pieces, strict=True)}
+
+    def blocks_of(self, table: int, column: int) -> np.ndarray:
+        """Return the places in ``blocks`` of one slot of a table, by target."""
+        return self._rows_of_blocks[table, column]

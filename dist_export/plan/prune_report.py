@@ -1,0 +1,70 @@
+"""What the rules of ``prune`` did, rule by rule: notes on what cannot be meant, and tables that nothing is left of. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.prune_rules import DENY_LIST
+from dist_export.errors import PlanError
+from dist_export.humanize import count
+from dist_export.plan.census import PrunedRows
+from dist_export.plan.prune import Pruning
+
+_SHOWN = 3
+
+
+def count_by_rule(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows) -> np.ndarray:
+    """Return the rows that each rule left behind: int64, (tables, rules), the rules in the order of the setting."""
+    counts = np.zeros((len(checkpoint.tables), len(pruning.asked)), np.int64)
+    for table, rules in enumerate(pruning.rules):
+        rows = pruned.rows[checkpoint.parts.of_table(table)].sum(axis=0)
+        for place, rule in enumerate(rules):
+            if rule.place is not None:
+                counts[table, rule.place] += rows[place]
+    return counts
+
+
+def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> None:
+    """Refuse to leave nothing of a table that has rows. PlanError names the first such table and what each rule took."""
+    emptied = _find_emptied(checkpoint, pruning, pruned)
+    if emptied:
+        others = f", nor of {count(len(emptied) - 1, 'other table')}" if len(emptied) > 1 else ""
+        raise PlanError(
+            f"{emptied[0]}{others}, so serving would find no row in it. Nothing was written. Mend the rule, leave the table out "
+            "with drop_tables, or set on_emptied: allow"
+        )
+
+
+def note_rules(checkpoint: Checkpoint, pruning: Pruning | None, pruned: PrunedRows | None) -> list[str]:
+    """Return notes on tables that the rules leave nothing of, and on lists of ids to deny that no row has."""
+    if pruning is None or pruned is None:
+        return []
+    emptied = _find_emptied(checkpoint, pruning, pruned)
+    others = count(len(emptied) - _SHOWN, "other table")
+    more = [f"the rules of prune leave nothing of {others}"] if len(emptied) > _SHOWN else []
+    rows = count_by_rule(checkpoint, pruning, pruned).sum(axis=0).tolist()
+    return [*emptied[:_SHOWN], *more] + [
+        f"prune[{place}].deny: no row of its tables has an id of {rule.path}, or an earlier rule took those that have one"
+        for place, rule in enumerate(pruning.asked)
+        if rule.reason == DENY_LIST and not rows[place]
+    ]
+
+
+def _find_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> list[str]:
+    """Return a sentence on each table that has rows, and of which the rules leave none."""
+    if pruned is None:
+        return []
+    told = []
+    counts = count_by_rule(checkpoint, pruning, pruned)
+    for number, table in enumerate(checkpoint.tables):
+        its = checkpoint.parts.of_table(number)
+        of_no_setting = [place for place, rule in enumerate(pruning.rules[number]) if rule.place is None]
+        rows = int(checkpoint.parts.rows[its].sum()) - int(pruned.rows[its][:, of_no_setting].sum())
+        if rows and int(counts[number].sum()) == rows:
+            by_rule = enumerate(counts[number].tolist())
+            took = ", ".join(f"prune[{place}] took {taken:,}" for place, taken in by_rule if taken)
+            told.append(
+                f"the rules of prune leave none of the {rows:,} rows of table {table.name_in_source!r} ({took})"
+            )
+    return told

@@ -1,0 +1,124 @@
+"""Which way rows go: as byte ranges where they lie as they are to be written, else gathered row by row. Pure.
+
+A part whose rows all go to one target is moved as byte ranges, whatever its slice says; only parts whose rows part ways
+and parts that leave rows behind are gathered. Merging shards is thus always copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.plan.census import GRANULE_ROWS, Census
+from dist_export.plan.plan import Copies, Gather, SparsePlan
+
+
+def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
+    """Say for every run of a census of kept rows where they go: byte ranges (5, n) and gathers."""
+    parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
+    segments: list[np.ndarray] = []
+    gathers: list[Gather] = []
+    table_of_run = parts.table[census.part] if len(census.part) else np.zeros(0, np.int64)
+    for table in range(len(plan.checkpoint.tables)):
+        first, last = np.searchsorted(table_of_run, [table, table + 1])
+        part, granule, target, rows = (
+            column[first:last] for column in (census.part, census.granule, census.target, census.rows)
+        )
+        if not len(part):
+            continue
+        base = _rows_before(target, rows)
+        starts = np.flatnonzero(np.diff(part, prepend=-1))
+        is_kept_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
+        is_ordered = not plan.checkpoint.tables[table].is_hashed  # then each run is of rows that are neighbours
+        if is_ordered:
+            is_range = np.repeat(is_kept_whole, np.diff(np.append(starts, len(part))))
+            ranges, split = np.flatnonzero(is_range), np.flatnonzero(~is_range)
+        else:
+            is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
+            is_whole &= is_kept_whole
+            ranges = starts[is_whole]
+            split = np.flatnonzero(np.repeat(~is_whole, np.diff(np.append(starts, len(part)))))
+        # where a range begins in its part, and its rows: of a whole part all, though these may stand in several runs
+        begin = _rows_before(part, rows)[ranges]
+        num_rows = rows[ranges] if is_ordered else parts.rows[part[ranges]]
+        by_rows: dict[int, list[int]] = {}
+        for slot in plan.slots_of(table):
+            is_plain = _is_copied(plan.checkpoint, table, slot, part[ranges])
+            chosen = ranges[is_plain]
+            block = plan.blocks_of(table, slot.column)[target[chosen]]
+            segments.append(
+                np.stack(
+                    [
+                        plan.blocks.file[block],
+                        plan.blocks.offset[block] + base[chosen] * slot.row_bytes,
+                        source.file[part[chosen], slot.column],
+                        source.offset[part[chosen], slot.column] + begin[is_plain] * slot.row_bytes,
+                        num_rows[is_plain] * slot.row_bytes,
+                    ]
+                )
+            )
+            for number in np.unique(part[ranges[~is_plain]]).tolist():
+                by_rows.setdefault(number, []).append(slot.column)
+        every = [slot.column for slot in plan.slots_of(table)]
+        by_rows |= dict.fromkeys(np.unique(part[split]).tolist(), every)
+        moved = np.flatnonzero(np.isin(part, np.array(list(by_rows), np.int64)))
+        edges = np.flatnonzero(np.diff(part[moved], prepend=-1) | np.diff(granule[moved], prepend=-1))
+        for runs in np.split(moved, edges[1:]) if len(moved) else []:
+            first_row = int(granule[runs[0]]) * GRANULE_ROWS
+            number = int(part[runs[0]])
+            gathers.append(
+                Gather(
+                    part=number,
+                    first_row=first_row,
+                    num_rows=min(GRANULE_ROWS, int(parts.rows[number]) - first_row),
+                    targets=target[runs],
+                    counts=rows[runs],
+                    first_target_rows=base[runs],
+                    columns=tuple(by_rows[number]),
+                )
+            )
+    return segments, gathers
+
+
+def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
+    """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
+    if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
+        return np.zeros(len(part), bool)
+    is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
+    return is_copied
+
+
+def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return for each run, in order, the rows that earlier runs have put into the same target."""
+    order = np.argsort(target, kind="stable")
+    sums = np.cumsum(rows[order]) - rows[order]
+    first_of_target = np.flatnonzero(np.diff(target[order], prepend=-1))
+    lengths = np.diff(np.append(first_of_target, len(order)))
+    before = np.empty_like(rows)
+    before[order] = sums - np.repeat(sums[first_of_target], lengths)
+    return before
+
+
+def join_ranges(segments: Sequence[np.ndarray]) -> Copies:
+    """Order byte ranges by place in the output and join those that are neighbours on both sides."""
+    columns = np.concatenate([np.zeros((5, 0), np.int64), *segments], axis=1)
+    columns = columns[:, columns[4] > 0]
+    columns = columns[:, np.lexsort((columns[1], columns[0]))]
+    file, offset, source_file, source_offset, num_bytes = columns
+    is_first = np.ones(len(file), bool)
+    is_first[1:] = (
+        (file[1:] != file[:-1])
+        | (source_file[1:] != source_file[:-1])
+        | (offset[1:] != offset[:-1] + num_bytes[:-1])
+        | (source_offset[1:] != source_offset[:-1] + num_bytes[:-1])
+    )
+    starts = np.flatnonzero(is_first)
+    return Copies(
+        file=file[starts],
+        offset=offset[starts],
+        source_file=source_file[starts],
+        source_offset=source_offset[starts],
+        num_bytes=np.add.reduceat(num_bytes, starts) if len(starts) else num_bytes,
+    )

@@ -1,0 +1,288 @@
+"""Which tables are exported, under which names, and how they are found: a view of the checkpoint for all that follows. Pure.
+
+Settings name tables as the checkpoint does; patterns are shell-style.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Blocks, Checkpoint, LeftOutTable, Parts, Strips, TableMeta
+from dist_export.config.mistakes import Mistakes
+from dist_export.errors import PlanError, printable
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.row_encodings import F32
+
+HASH_SIZE = 65536
+"""Of the slices of RecIS's hash tables."""
+
+ZEROS = "zeros"
+
+BY_SELECTION = "select_tables"
+BY_PATTERN = "drop_tables"
+
+DefaultRow = Sequence[float] | str
+
+_MAX_NAME_BYTES = 400
+_TOLD_TABLES = 12
+_WILDCARD = re.compile(r"\*|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
+_PIECE = re.compile(r"\{(\d{1,9})\}")
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSettings:
+    """What the settings say of tables."""
+
+    select: Sequence[str] = ()
+    drop: Sequence[str] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+    as_hash: Sequence[str] = ()
+    default_row: Mapping[str, DefaultRow] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether they say anything."""
+        return bool(self.select or self.drop or self.rename or self.as_hash or self.default_row)
+
+
+def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
+    """Return the checkpoint with the tables that are exported alone, under their new names; files and dense tensors stay.
+
+    Raises:
+        PlanError: a pattern that matches no table, two tables of one name, a name that a package cannot hold, a default row
+            that is no row of its table, ``as_hash`` for a table that is a hash table already, or no table left.
+    """
+    if not asked:
+        return checkpoint
+    names = [table.name for table in checkpoint.tables]
+    mistakes = Mistakes()
+    everything: list[str | None] = [None] * len(names)
+    reasons = mistakes.collect(lambda: _reasons_to_leave(names, asked), everything)
+    kept = [number for number, reason in enumerate(reasons) if reason is None]
+    if names and not kept:
+        raise PlanError("select_tables and drop_tables leave no table; set need_export_sparse: false to export none")
+    kept_names = [names[number] for number in kept]
+    renamed = mistakes.collect(lambda: _rename(kept_names, asked.rename), kept_names)
+    is_hash = mistakes.collect(lambda: _matching("as_hash", asked.as_hash, kept_names), [False] * len(kept))
+    no_defaults: list[DefaultRow | None] = [None] * len(kept)
+    defaults = mistakes.collect(lambda: first_match("default_row", asked.default_row, kept_names), no_defaults)
+    mistakes.refuse()
+    tables = []
+    for number, new_name, becomes_hash, default in zip(kept, renamed, is_hash, defaults, strict=True):
+        table = checkpoint.tables[number]
+        if becomes_hash and table.is_hashed:
+            raise PlanError(
+                f"as_hash: {table.name!r} is a hash table already; name only tables whose rows go by number"
+            )
+        if default is not None:
+            _check_default(table, default)
+        tables.append(
+            replace(
+                table,
+                name=new_name,
+                source_name=None if new_name == table.name else table.name,
+                is_hashed=table.is_hashed or becomes_hash,
+                default_row=_as_default(default, table.default_row),
+            )
+        )
+    return _take_tables(checkpoint, kept, tuple(tables), becomes_hash=is_hash, reasons=reasons)
+
+
+def _as_default(asked: DefaultRow | None, own: tuple[float, ...] | str | None) -> tuple[float, ...] | str | None:
+    """Return the default row that is asked for, else that of the source, which packages have."""
+    if asked is None:
+        return own
+    return asked if isinstance(asked, str) else tuple(map(float, asked))
+
+
+def first_match(setting: str, values: Mapping[str, Value], names: Sequence[str]) -> list[Value | None]:
+    """Return for each table's name the value of the first pattern that matches it. PlanError if one matches none."""
+    _matching(setting, list(values), names)
+    return [next((value for pattern, value in values.items() if fnmatchcase(name, pattern)), None) for name in names]
+
+
+def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
+    """Return the error for a pattern that matches no table."""
+    more = f" and {len(names) - _TOLD_TABLES:,} more" if len(names) > _TOLD_TABLES else ""
+    told = (", ".join(map(printable, names[:_TOLD_TABLES])) or "none") + more
+    return PlanError(f"{setting}: the pattern {pattern!r} matches no table; there are {told}")
+
+
+def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Return which names one of the patterns matches."""
+    mistakes = Mistakes()
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            mistakes.add(no_match(setting, pattern, names))
+    mistakes.refuse()
+    return [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+
+
+def _reasons_to_leave(names: Sequence[str], asked: TableSettings) -> list[str | None]:
+    """Return for each table the setting that leaves it out, None where it stays."""
+    mistakes = Mistakes()
+    everything = [True] * len(names)
+    is_selected = (
+        mistakes.collect(lambda: _matching(BY_SELECTION, asked.select, names), everything)
+        if asked.select
+        else everything
+    )
+    is_dropped = mistakes.collect(lambda: _matching(BY_PATTERN, asked.drop, names), [False] * len(names))
+    mistakes.refuse()
+    return [
+        BY_PATTERN if dropped else None if selected else BY_SELECTION
+        for selected, dropped in zip(is_selected, is_dropped, strict=True)
+    ]
+
+
+def _rename(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
+    """Return the new name of each table; the first pattern that matches gives it."""
+    rules = [(pattern, _compile(pattern), template) for pattern, template in rename.items()]
+    for pattern, matcher, _ in rules:
+        if not any(matcher(name) for name in names):
+            raise no_match("rename_tables", pattern, names)
+    renamed = []
+    taken: dict[str, str] = {}
+    for name in names:
+        found = next(((p, hit, new) for p, matcher, new in rules if (hit := matcher(name)) is not None), None)
+        new_name = name if found is None else _fill(*found)
+        if found is not None and (reason := _why_no_name(new_name)) is not None:
+            raise PlanError(f"rename_tables: {name!r} would become {new_name!r}, which {reason}; give another name")
+        other = taken.setdefault(new_name, name)
+        if other != name:
+            raise PlanError(f"rename_tables: the tables {other!r} and {name!r} would both be called {new_name!r}")
+        renamed.append(new_name)
+    return renamed
+
+
+def _compile(pattern: str) -> Callable[[str], re.Match[str] | None]:
+    """Return what matches a shell-style pattern as fnmatch does, with a group for each ``*`` and ``?``."""
+    pieces = []
+    for part in _WILDCARD.findall(pattern):
+        if part == "*":
+            pieces.append("(.*)")
+        elif part == "?":
+            pieces.append("(.)")
+        elif len(part) > 1:
+            is_negated = part[1] == "!"
+            body = re.sub(r"([\\\[\]^&~|])", r"\\\1", part[1 + is_negated : -1])
+            pieces.append(f"[{'^' * is_negated}{body}]")
+        else:
+            pieces.append(re.escape(part))
+    try:
+        return re.compile("".join(pieces), re.DOTALL).fullmatch
+    except re.error as error:
+        raise PlanError(f"rename_tables: {pattern!r} is no pattern: {error}") from None
+
+
+def _fill(pattern: str, hit: re.Match[str], template: str) -> str:
+    def piece(found: re.Match[str]) -> str:
+        number = int(found[1])
+        if number >= len(hit.groups()):
+            raise PlanError(
+                f"rename_tables: {template!r} asks for piece {{{number}}}, but {pattern!r} has {len(hit.groups())} wildcards, "
+                "counted from 0"
+            )
+        return hit[number + 1]
+
+    return _PIECE.sub(piece, template)
+
+
+def _why_no_name(name: str) -> str | None:
+    """Return why a package cannot hold a table of this name, None where it can."""
+    if not name or name != name.strip():
+        return "is empty, or begins or ends with a space"
+    if not name.isprintable():
+        return "has a character that cannot be printed"
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        return f"is longer than {_MAX_NAME_BYTES} bytes"
+    taken = next((text for text in ("@", "^", "/part_") if text in name), None)
+    return None if taken is None else f"has {taken!r} in it, which separates names and slices in RecIS's files"
+
+
+def _check_default(table: TableMeta, default: DefaultRow) -> None:
+    slot = next(slot for slot in table.slots if slot.name == EMBEDDING_SLOT)
+    width = int(np.prod(slot.values_shape, dtype=np.int64))
+    if isinstance(default, str):
+        if default != ZEROS:
+            raise PlanError(f"default_row: {default!r} for table {table.name!r}; give zeros, or the values of a row")
+        return
+    if len(default) != width:
+        raise PlanError(
+            f"default_row: {len(default):,} values for table {table.name!r}, whose rows have {width:,}; give as many, or zeros"
+        )
+    dtype = DTYPES[F32 if slot.encoding else slot.dtype]
+    values = np.array(default, np.float64)
+    if dtype.torch.startswith("bfloat") or dtype.numpy.startswith("<f"):
+        most = np.finfo(np.float32 if dtype.torch == "bfloat16" else dtype.numpy).max
+        fits = np.abs(values) <= most
+    else:
+        info = np.iinfo(np.uint8 if dtype.torch == "bool" else dtype.numpy)
+        fits = (values == np.floor(values)) & (values >= info.min) & (values <= info.max)
+    if not fits.all():
+        place = int(np.flatnonzero(~fits)[0])
+        raise PlanError(
+            f"default_row: value {place} for table {table.name!r} is {values[place]:g}, which {dtype.torch} cannot hold"
+        )
+
+
+def _take_tables(
+    checkpoint: Checkpoint,
+    kept: Sequence[int],
+    tables: tuple[TableMeta, ...],
+    *,
+    becomes_hash: Sequence[bool],
+    reasons: Sequence[str | None],
+) -> Checkpoint:
+    """Return the checkpoint with these tables alone: parts, blocks and strips numbered anew."""
+    parts, blocks, strips = checkpoint.parts, checkpoint.blocks, checkpoint.strips
+    number_of = np.full(len(checkpoint.tables), -1, np.int64)
+    number_of[list(kept)] = np.arange(len(kept))
+    table = number_of[parts.table]
+    mine = np.flatnonzero(table >= 0)  # the order of tables stays, and so does that of parts
+    place_of = np.full(len(parts), -1, np.int64)
+    place_of[mine] = np.arange(len(mine))
+    as_hash = np.array(becomes_hash, bool)[table[mine]] if len(mine) else np.zeros(0, bool)
+    its_strips = np.flatnonzero(place_of[strips.part] >= 0)
+    columns = {
+        name: getattr(strips, name)[its_strips]
+        for name in ("column", "first_byte", "width", "row_stride", "file", "offset")
+    }
+    return replace(
+        checkpoint,
+        tables=tables,
+        parts=Parts(
+            table=table[mine],
+            begin=np.where(as_hash, 0, parts.begin[mine]),
+            end=np.where(as_hash, HASH_SIZE, parts.end[mine]),
+            size=np.where(as_hash, HASH_SIZE, parts.size[mine]),
+            rows=parts.rows[mine],
+            first_row=None if parts.first_row is None else parts.first_row[mine],
+        ),
+        blocks=Blocks(file=blocks.file[mine], offset=blocks.offset[mine], key=blocks.key[mine]),
+        strips=Strips(part=place_of[strips.part[its_strips]], **columns),
+        left_out=tuple(
+            LeftOutTable(
+                name=checkpoint.tables[number].name,
+                rows=int(parts.rows[parts.of_table(number)].sum()),
+                reason=reason,
+                **_count_stored(checkpoint, number),
+            )
+            for number, reason in enumerate(reasons)
+            if reason is not None
+        ),
+    )
+
+
+def _count_stored(checkpoint: Checkpoint, number: int) -> dict[str, int]:
+    rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
+    stored = checkpoint.tables[number].stored_slots()
+    return {"tensors": len(stored), "num_bytes": sum(slot.num_bytes(rows) for slot in stored)}

@@ -1,0 +1,235 @@
+"""Cut the plan into units of work and deal them out to the threads of the ranks. Pure.
+
+A copy unit is a run of whole digest chunks of one output file, so that whoever writes it can also hash it. Chunks that
+gathered rows fall into are hashed afterwards, from the file, in units of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.formats.digests import CHUNK_BYTES
+from dist_export.plan.disk_placement import files_of, owners_of
+from dist_export.plan.multipart import FileParts
+from dist_export.plan.plan import SparsePlan
+
+UNIT_BYTES = 256 << 20
+"""The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
+
+
+class Unit(NamedTuple):
+    """One piece of work.
+
+    ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
+    ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
+    ``remote``: let the store copy bytes ``begin`` to ``end``, one part of an upload, into output ``number``.
+    ``send``: send bytes ``begin`` to ``end`` of output ``number``, one part of an upload, from where they were built.
+    ``hash``: read the same range of output ``number`` back and return the chunk digests.
+
+    A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
+    """
+
+    kind: str
+    number: int
+    begin: int
+    end: int
+    is_hashed: bool
+    num_bytes: int
+    """Bytes moved, or read back: the work that the unit is."""
+    owner: int = -1
+    """The rank that holds the rows of a gather in its memory, and so runs it; -1 for what any rank may run."""
+    disk: int = -1
+    """The disk on which the output is built, so that only ranks that see it may run this; -1 where all ranks see it."""
+    reused_bytes: int = 0
+    """Of ``num_bytes``, those of files that are whole already: they are read, for the rows beside them, and not written."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """The bytes that this adds to what is there."""
+        return self.num_bytes - self.reused_bytes
+
+
+def plan_units(
+    plan: SparsePlan,
+    *,
+    skip: frozenset[int] = frozenset(),
+    counted: Collection[int] = (),
+    by_parts: Mapping[int, FileParts] | None = None,
+    homes: Mapping[int, int] | None = None,
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
+
+    Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
+    Files in ``by_parts``, which the store copies parts of, have a unit for each part. ``homes`` is on which disk a file is built,
+    where the ranks share none (:func:`~dist_export.plan.disk_placement.find_homes`).
+    """
+    homes = homes or {}
+    by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
+    gathered = _chunks_with_gathers(plan)
+    copied = _CopiedBytes(plan)
+    writing: list[Unit] = []
+    hashing: list[Unit] = []
+    for number, file in enumerate(plan.files):
+        if number in skip or number in by_parts:
+            continue
+        for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
+            num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
+            if num_bytes or not is_gathered:
+                writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=homes.get(number, -1)))
+            if is_gathered:
+                hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=homes.get(number, -1)))
+    sent, built = _plan_part_units(by_parts, copied, homes)
+    writing += sent
+    hashing += built
+    gathers = _Gathers(plan, skip, counted, homes)
+    if plan.checkpoint.memory is not None:
+        by_owner: dict[int, list[int]] = {}
+        for number, gather in enumerate(plan.gathers):
+            for owner in owners_of(plan, gather):
+                by_owner.setdefault(owner, []).append(number)
+        for owner in sorted(by_owner):
+            writing += gathers.group(by_owner[owner], owner=owner)
+    elif homes:
+        by_disk: dict[int, list[int]] = {}
+        for number, gather in enumerate(plan.gathers):
+            for disk in {homes[file] for file in files_of(plan, gather).tolist() if file in homes} or {-1}:
+                by_disk.setdefault(disk, []).append(number)
+        for disk in sorted(by_disk):
+            writing += gathers.group(by_disk[disk], disk=disk)
+    else:
+        writing += gathers.group(range(len(plan.gathers)))
+    return writing, hashing
+
+
+def _plan_part_units(
+    files: Mapping[int, FileParts], copied: _CopiedBytes, homes: Mapping[int, int]
+) -> tuple[list[Unit], list[Unit]]:
+    writing: list[Unit] = []
+    sending: list[Unit] = []
+    for number in sorted(files):
+        for begin, end, source, _ in files[number].parts:
+            if source >= 0:
+                writing.append(Unit("remote", number, begin, end, True, end - begin))
+            elif not files[number].is_built:
+                writing.append(Unit("copy", number, begin, end, True, end - begin))
+            else:  # what is copied into it now; it goes up when the gathered rows are there too
+                disk = homes.get(number, -1)
+                writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end), disk=disk))
+                sending.append(Unit("send", number, begin, end, True, end - begin, disk=disk))
+    return writing, sending
+
+
+class _Gathers:
+    """Puts neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
+
+    def __init__(
+        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], homes: Mapping[int, int]
+    ) -> None:
+        self._plan = plan
+        self._skip = np.array(sorted(skip), np.int64)
+        self._counted = counted
+        self._home = np.full(len(plan.files), -1, np.int64)
+        self._home[list(homes)] = list(homes.values())
+
+    def group(self, numbers: Sequence[int], *, owner: int = -1, disk: int = -1) -> list[Unit]:
+        """Return units of those of the gathers ``numbers`` that have something to do; what goes to other disks counts nothing."""
+        plan = self._plan
+        units: list[Unit] = []
+        last_table = -1
+        for number in numbers:
+            gather = plan.gathers[number]
+            table = int(plan.checkpoint.parts.table[gather.part])
+            files = files_of(plan, gather)
+            is_counted = number in self._counted or not plan.has_casts(gather)
+            if is_counted and np.isin(files, self._skip).all():
+                last_table = -1
+                continue
+            row_bytes = sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
+            rows = gather.counts if disk < 0 else np.where(self._home[files] == disk, gather.counts, 0)
+            num_bytes = row_bytes * int(rows.sum())
+            reused_bytes = row_bytes * int(rows[np.isin(files, self._skip)].sum())
+            is_next = table == last_table and units[-1].end == number
+            if is_next and units[-1].num_bytes + num_bytes <= UNIT_BYTES:
+                num_bytes, reused_bytes = num_bytes + units[-1].num_bytes, reused_bytes + units[-1].reused_bytes
+                units[-1] = units[-1]._replace(end=number + 1, num_bytes=num_bytes, reused_bytes=reused_bytes)
+            else:
+                units.append(Unit("gather", -1, number, number + 1, False, num_bytes, owner, disk, reused_bytes))
+            last_table = table
+        return units
+
+
+def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
+    """Return units that read whole files back, for files that are there already."""
+    return [
+        Unit("hash", number, begin, end, True, end - begin)
+        for number in files
+        for begin, end, _ in _runs(plan.files[number].num_bytes, frozenset())
+    ]
+
+
+def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
+    """Deal the units out to the threads of all ranks, in runs of equal bytes: so a file has few writers.
+
+    Every unit counts for its bytes and a little more, since opening and claiming cost something too.
+    """
+    costs = np.array([unit.num_bytes + 4096 for unit in units], np.int64)
+    middles = np.cumsum(costs) - costs / 2
+    workers = np.minimum(middles * num_workers / max(int(costs.sum()), 1), num_workers - 1).astype(np.int64)
+    edges = np.searchsorted(workers, np.arange(num_workers + 1)).tolist()
+    return [list(range(first, last)) for first, last in itertools.pairwise(edges)]
+
+
+class _CopiedBytes:
+    """How many bytes of a range come from copies or the header, not from gathers."""
+
+    def __init__(self, plan: SparsePlan) -> None:
+        self._plan = plan
+        self._before = np.concatenate([[0], np.cumsum(plan.copies.num_bytes)])
+
+    def within(self, number: int, begin: int, end: int) -> int:
+        """Return the bytes in ``begin`` to ``end`` of an output file."""
+        header = len(self._plan.files[number].header)
+        return max(0, min(end, header) - begin) + self._until(number, end) - self._until(number, begin)
+
+    def _until(self, number: int, position: int) -> int:
+        copies = self._plan.copies
+        first, last = np.searchsorted(copies.file, [number, number + 1])
+        place = first + int(np.searchsorted(copies.offset[first:last], position))
+        if place == first:
+            return 0
+        last_bytes = min(int(copies.num_bytes[place - 1]), position - int(copies.offset[place - 1]))
+        return int(self._before[place - 1] - self._before[first]) + last_bytes
+
+
+def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
+    """Cut a file into runs of whole chunks of one kind, each at most UNIT_BYTES; an empty file is one empty run."""
+    runs: list[tuple[int, int, bool]] = []
+    for chunk in range(max(1, -(-num_bytes // CHUNK_BYTES))):
+        begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
+        kind = chunk in gathered
+        if runs and runs[-1][2] == kind and end - runs[-1][0] <= UNIT_BYTES:
+            runs[-1] = (runs[-1][0], end, kind)
+        else:
+            runs.append((begin, end, kind))
+    return runs
+
+
+def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
+    found: dict[int, set[int]] = {}
+    for gather in plan.gathers:
+        table = int(plan.checkpoint.parts.table[gather.part])
+        for slot in plan.slots_of(table):
+            if slot.column not in gather.columns:
+                continue
+            block = plan.blocks_of(table, slot.column)[gather.targets]
+            begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
+            lasts = begins + gather.counts * slot.row_bytes - 1  # before the first where a row has no bytes
+            for file, begin, last in zip(
+                plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
+            ):
+                found.setdefault(file, set()).update(range(begin // CHUNK_BYTES, last // CHUNK_BYTES + 1))
+    return {file: frozenset(chunks) for file, chunks in found.items()}

@@ -1,0 +1,217 @@
+"""Model registries in the place of paths: which checkpoint a URI means, where a package goes, and its new version.
+
+A registry is found by the entry point group ``dist_export.registry.base``, under the scheme of its URIs: ``models`` for
+``models:/ctr/3``. Alibaba's Mos has none in its URIs (``model.<project>.<name>``); there the name is ``mos``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from dist_export.errors import ConfigError, DistExportError, ExportError
+from dist_export.redact import note_secrets
+from dist_export.storage.directory import STORES, known_protocols
+from dist_export.storage.local_io import first_line
+
+T = TypeVar("T")
+
+GROUP = "dist_export.registries"
+MOS = "mos"
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
+_ROOTED = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:/")
+_LOCAL = ("file", "local")
+"""Protocols that fsspec takes with one slash too."""
+
+_CLOSE = 0.75
+"""Likeness from which a scheme counts as another one misspelt."""
+
+_MOS = re.compile(r"model\.[\w-]+\.\w[^:]*")
+
+
+class Resolved(NamedTuple):
+    """What a URI means now."""
+
+    directory: str
+    """Path or fsspec URL."""
+    uri: str
+    """The URI with what was open in it filled in: a version instead of an alias."""
+
+
+class Registered(NamedTuple):
+    """What a registry is told of a committed package. Nothing is uploaded: the registry refers to ``directory``."""
+
+    directory: str
+    """An absolute path, or an fsspec URL."""
+    source: str
+    """The checkpoint: a URI where it came from a registry, else as ``directory``; empty for a model in memory."""
+    digest: str
+    """Of the manifest."""
+    inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    """(name, torch dtype name, shape with names for free dimensions) of the dense arch; empty without one."""
+    outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    versions: dict[str, str]
+    """Of what wrote the package."""
+
+
+class Registry(Protocol):
+    """What an entry point gives, called with its ``registry_options`` as keywords. Called on rank 0 alone.
+
+    ConfigError is for what the user can mend. Anything else that is raised is told in one line, with its type.
+
+    It may have a method ``check(uri)`` besides, which is called before anything is written, and raises ConfigError where no
+    new version can be made under ``uri``.
+    """
+
+    def resolve(self, uri: str) -> Resolved:
+        """Return the directory that a URI in ``ckpt_dir`` means. ConfigError where the registry has no such thing."""
+
+    def place(self, uri: str, *, key: str) -> str:
+        """Return where the package of a new version under ``uri`` goes; the same for the same ``key``.
+
+        A rerun of an unfinished export has the same key, and so goes on with what is there.
+        """
+
+    def register(self, uri: str, package: Registered) -> str:
+        """Register a committed package as a new version and return its URI; the one that is there if it is already."""
+
+
+def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
+    """Return the registry that a URI belongs to; None for a path or an fsspec URL.
+
+    Raises:
+        ConfigError: a Mos URI without a resolver, a scheme that nothing here knows, a package that is missing, options that
+            the registry does not take.
+    """
+    scheme = scheme_of(uri)
+    if scheme is None:
+        return None
+    found = [entry for entry in importlib.metadata.entry_points(group=GROUP) if entry.name == scheme]
+    if not found:
+        if scheme != MOS:
+            _refuse_unknown(uri, scheme)
+            return None
+        raise ConfigError(
+            f"{uri} is a model of Alibaba's Mos, for which no resolver is installed. Write a class with resolve, place and "
+            f"register (dist_export.registry.base.Registry), and name it in your package's pyproject.toml: "
+            f'[project.entry-points."{GROUP}"] {MOS} = "your_package:YourResolver"'
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{uri}: {len(found)} installed packages have a resolver for {scheme!r} ({', '.join(e.value for e in found)}); "
+            "remove all but one"
+        )
+    note_secrets(options)
+    try:
+        registry: Registry = found[0].load()(**options_of(scheme, options))
+    except ConfigError:
+        raise
+    except Exception as error:  # a resolver is anybody's code
+        raise ConfigError(
+            f"{uri}: the resolver {found[0].value} cannot be used: {_say(error)}. Options that only one registry takes stand "
+            f"under its scheme: registry_options: {{{scheme}: {{...}}}}"
+        ) from error
+    return registry
+
+
+def options_of(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for the registry of one scheme.
+
+    A mapping under the scheme of a resolver that is there is for that one alone; whatever else there is, is for all.
+    """
+    schemes = list_schemes()
+    own = {key: value for key, value in options.items() if key in schemes and isinstance(value, Mapping)}
+    common = {key: value for key, value in options.items() if key not in own}
+    return common | dict(own.get(scheme, {}))
+
+
+def list_schemes() -> list[str]:
+    """Return the schemes for which there is a resolver."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
+
+
+def scheme_of(uri: str) -> str | None:
+    """Return the name under which the registry of a URI is looked for; None for what can only be a path."""
+    if os.path.exists(uri):
+        return None
+    if _MOS.fullmatch(uri):
+        return MOS
+    match = _SCHEME.match(uri)
+    return None if match is None else match[1].lower()
+
+
+def _refuse_unknown(uri: str, scheme: str) -> None:
+    """Refuse what would become a local directory with the name of a scheme: a slip in one."""
+    if _ROOTED.match(uri) is None:
+        return
+    protocols, schemes = known_protocols(), list_schemes()
+    if scheme in protocols:
+        if "://" in uri or scheme in _LOCAL:
+            return
+        raise ConfigError(f"{uri}: a store's URL has two slashes: {scheme}:/{uri.partition(':')[2]}")
+    close = difflib.get_close_matches(scheme, [*schemes, *sorted(protocols)], n=1, cutoff=_CLOSE)
+    hint = f"; did you mean {close[0]}:?" if close else "."
+    advice = "" if "://" in uri else f". A directory of this name is written ./{uri}"
+    raise ConfigError(
+        f"{uri}: no file system and no registry is called {scheme}, nor is this a path that is there{hint} Known are the "
+        f"registries {', '.join(schemes) or '(none)'} and the stores {', '.join(STORES)} and others of fsspec{advice}"
+    )
+
+
+def resolve(uri: str, options: Mapping[str, Any]) -> Resolved:
+    """Return what a URI means; a path or an fsspec URL means itself. One rank. ConfigError as the registry says."""
+    registry = find_registry(uri, options)
+    if registry is None:
+        return Resolved(uri, uri)
+    return _asking(f"{uri} cannot be resolved", lambda: registry.resolve(uri))
+
+
+def place(registry: Registry, uri: str, *, key: str) -> str:
+    """Return where the package of a new version goes. One rank. ConfigError as the registry says."""
+    return _asking(f"{uri}: its registry has no place for a package", lambda: registry.place(uri, key=key))
+
+
+def require(uri: str, options: Mapping[str, Any]) -> Registry:
+    """Return the registry of a URI under which a new version can be made, as far as it can tell by now. ConfigError."""
+    registry = find_registry(uri, options)
+    if registry is None:
+        names = ", ".join(list_schemes()) or "none"
+        raise ConfigError(f"{uri} is no URI of a registry; there are resolvers for {names}")
+    check = getattr(registry, "check", None)  # resolvers need not have it
+    if check is not None:
+        _asking(f"{uri}: its registry makes no version there", lambda: check(uri))
+    return registry
+
+
+def register(uri: str, options: Mapping[str, Any], package: Registered, *, advice: str) -> str:
+    """Register a committed package and return the URI of its version; ``advice`` says what to do if that fails. One rank.
+
+    Raises:
+        ExportError: the registry does not take it; the package is committed all the same.
+    """
+    try:
+        return require(uri, options).register(uri, package)
+    except Exception as error:
+        raise ExportError(
+            f"the package {package.directory} is whole and committed, but could not be registered as {uri}: "
+            f"{_say(error)}. {advice}"
+        ) from error
+
+
+def _asking(what: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except ConfigError:
+        raise
+    except Exception as error:  # a resolver is anybody's code
+        raise ConfigError(f"{what}: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    """Return what an error says, with its type where the text is not meant to be read without: a KeyError's is a key."""
+    return first_line(error) if isinstance(error, DistExportError) else f"{type(error).__name__}: {first_line(error)}"

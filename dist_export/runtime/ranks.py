@@ -1,0 +1,493 @@
+"""The only module that talks to ``torch.distributed``: control messages over gloo, failures shared, a work counter.
+
+Payload never travels here. Every method below says on which ranks it is called.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
+from dist_export.runtime.process_identity import PARENT
+from dist_export.runtime.rendezvous import agree_on_start, connect_anew
+from dist_export.runtime.watchdog import Watchdog
+from dist_export.storage.local_io import first_line
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_ARRIVAL_SECS = 5.0
+
+_NO_LIMIT = timedelta(days=30)
+"""A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
+
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+"""Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
+the shell that did it."""
+
+_FROM_END = 1 << 32
+
+_SMALL_BYTES = 1024
+"""Up to here a result of rank 0 travels with the gather that tells how the step went."""
+
+_sequence = itertools.count()
+"""Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
+so every rank counts alike."""
+
+
+class Ranks:
+    """The ranks of this export. Build with :func:`join`; a single process gets one without any group."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Any,
+        group: Any,
+        *,
+        owns_default_group: bool,
+        timeout_secs: float,
+        watched_store: Any = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._group = group
+        self._owns_default_group = owns_default_group
+        self._timeout_secs = timeout_secs
+        self._counters: dict[str, int] = {}
+        self._left: dict[str, bytes] = {}
+        self._turns: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._has_failed = False
+        self._stop = ""
+        self._watchdog = Watchdog(
+            rank,
+            world_size,
+            watched_store,
+            timeout_secs=timeout_secs,
+            launcher=_launcher(),
+            request_stop=self.request_stop,
+            has_failure=self.has_failure,
+        )
+
+    def watch(self, *, catches_sigterm: bool) -> None:
+        """Start the watchdog, which ends this process when the export cannot go on. Main thread of any rank."""
+        self._watchdog.start(catches_sigterm=catches_sigterm)
+
+    @property
+    def step(self) -> str:
+        """The step that this rank is in. Any thread."""
+        return self._watchdog.step
+
+    def note_on_disk(self, say: Callable[[], str]) -> None:
+        """Say from now on by ``say`` what is on disk, in the message of whatever ends the export. Any rank.
+
+        It is called when the message is made, from any thread; it must neither raise nor hang.
+        """
+        self._watchdog.say_on_disk = say
+
+    def describe_interrupt(self) -> str:
+        """Return what to say of a SIGINT, as one line. Any thread."""
+        return self._watchdog.describe_interrupt()
+
+    def leave_interrupted(self) -> str:
+        """Have the other ranks end too; return what this one is to tell, nothing where another one tells it. Any rank."""
+        text = self.describe_interrupt()
+        self.announce_failure()
+        return text if self._watchdog.fail("interrupted", exit_code=INTERRUPTED) else ""
+
+    def request_stop(self, reason: str) -> None:
+        """Make this rank fail with ``reason`` where its next work would begin, and so all ranks. Any thread."""
+        self._stop = reason
+        self.announce_failure()
+
+    def refuse_to_go_on(self) -> None:
+        """Raise ExportError if this rank was asked to stop, for what ends early then. Any rank."""
+        if self._stop:
+            raise ExportError(f"{self._stop}. {self._watchdog.tail()}")
+
+    def refuse_orphans(self) -> None:
+        """Raise ExportError if the launcher of this rank is gone: nobody waits for what it does. Any rank."""
+        if self._watchdog.is_orphan:
+            raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.say_on_disk()}. Run the export again")
+
+    def gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
+        """Run ``work`` on every rank and return the results in rank order. All ranks.
+
+        ``work`` issues no collective of its own: ranks that did not fail would wait in it for the one that did. Where
+        that cannot be helped, for the caller's model is collective, ``may_block`` lets a rank that failed alone raise
+        its own error instead of waiting; the launcher then ends the others.
+
+        Raises:
+            StepFailedError: on all ranks, if ``work`` raised a known error on any; the text names those ranks. An
+                unexpected exception is raised as itself where it happened, so that a bug keeps its traceback.
+        """
+        result: T | None = None
+        failure: tuple[str, int] | None = None
+        raised: Exception | None = None
+        has_work = work is not _nothing
+        self._watchdog.begin(step, is_busy=has_work)
+        try:
+            if has_work:
+                self.refuse_to_go_on()
+            result = work()
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the other ranks must hear of it
+            raised = error
+        except SystemExit as error:  # a model or dataset that exits must not make the export look done
+            raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
+        finally:
+            self._watchdog.pause()
+        if raised is not None:
+            failure = _describe(raised, self._watchdog.say_on_disk)
+            self.announce_failure()
+        if self.world_size == 1:
+            if isinstance(raised, OSError):
+                raise ExportError(f"{step}: {cast('tuple[str, int]', failure)[0]}") from raised
+            if raised is not None:
+                raise raised
+            return [cast("T", result)]
+        if may_block:
+            self._meet(step, raised, failure)
+        import torch.distributed as dist
+
+        outcomes: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+        except RuntimeError as error:
+            if raised is not None:
+                self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
+                raise raised from None
+            raise self._lost(step, error) from error
+        failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
+        if raised is not None and not isinstance(raised, (DistExportError, OSError)):
+            raise raised
+        if failures:
+            code = max((code for _, code in failures.values()), default=1)
+            texts = {rank: text for rank, (text, _) in failures.items()}
+            raise StepFailedError(step, texts, world_size=self.world_size, exit_code=code) from raised
+        return [outcome[0] for outcome in outcomes]
+
+    def on_rank_0(self, step: str, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`gather` does.
+
+        A gather gives every rank as much room as the largest result takes, for each rank: what is not small is broadcast.
+        """
+        kept: list[T] = []
+
+        def keep() -> bytes | None:
+            kept.append(work())
+            if self.world_size == 1:
+                return None
+            told = pickle.dumps(kept[0])
+            return told if len(told) <= _SMALL_BYTES else None
+
+        told = self.gather(step, keep if self.rank == 0 else _nothing)[0]
+        if self.rank > 0 and told is not None:
+            return cast("T", pickle.loads(told))  # noqa: S301 -- of this job's rank 0, as all that the ranks exchange
+        if self.world_size > 1 and told is None:
+            self._broadcast(step, kept)
+        return kept[0]
+
+    def _broadcast(self, step: str, kept: list[Any]) -> None:
+        """Put what rank 0 has in ``kept`` into that of the others. All ranks."""
+        import torch.distributed as dist
+
+        outcomes = kept if self.rank == 0 else [None]
+        try:
+            dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(step, error) from error
+        kept[:] = outcomes
+
+    def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
+        """Run ``work`` on every rank and return this rank's own result, which need not travel. All ranks."""
+        kept: list[T] = []
+        self.gather(step, lambda: kept.append(work()), may_block=may_block)
+        return kept[0]
+
+    def _meet(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
+        """Come together after a step that may have left some ranks in a collective of the caller's model.
+
+        Raises:
+            Exception: this rank's own error, where it failed and others did not come within a few seconds.
+            StepFailedError: where another rank has left for that reason.
+        """
+        self._watchdog.hears = True
+        self._wait_for_others(step, raised, failure)
+        self._watchdog.hears = False
+
+    def _wait_for_others(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
+        turn = self._turns[step] = self._turns.get(step, 0) + 1
+        place = f"meet/{turn}/{step}"
+        started = time.monotonic()
+        arrived = self._ask(lambda: int(self._store.add(place, 1)))
+        pause = 0.001
+        while arrived < self.world_size:
+            if self._ask(lambda: int(self._store.add(f"{place}/left", 0))):
+                rank, code, text = bytes(self._store.get(f"{place}/why")).decode().split(" ", 2)
+                raise StepFailedError(
+                    step, {int(rank): text}, world_size=self.world_size, exit_code=int(code)
+                ) from raised
+            waited = time.monotonic() - started
+            if raised is not None and failure is not None and waited > _ARRIVAL_SECS:
+                self._store.set(f"{place}/why", f"{self.rank} {failure[1]} {failure[0]}")
+                self._store.add(f"{place}/left", 1)
+                self._watchdog.fail(failure[0])  # ends those that wait in the model's own collective
+                raise raised
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            arrived = self._ask(lambda: int(self._store.add(place, 0)))
+
+    def open_queue(self, queue: str) -> None:
+        """Make a queue known, so that :meth:`taken` finds it. Any one rank, in a step before it is used."""
+        self.add(f"queue/{queue}", 0)
+
+    def claim(self, queue: str, length: int, *, from_end: bool = False) -> int | None:
+        """Return the place of an item that nobody else gets, None when all are taken. Any rank, any thread, any time.
+
+        One counter holds what was taken from the front (low half) and from the end (high half), so that a single
+        addition decides: whoever helps takes from the end and meets the owner, who takes from the front, only once.
+        """
+        taken = self.add(f"queue/{queue}", _FROM_END if from_end else 1)
+        front, back = taken % _FROM_END, taken // _FROM_END
+        if front + back > length:
+            return None
+        return length - back if from_end else front - 1
+
+    def taken(self, queues: list[str]) -> list[tuple[int, int]]:
+        """Return for each queue how often it was asked for an item from its front and from its end. Any rank."""
+        if self.world_size == 1:
+            counts = [self.add(f"queue/{queue}", 0) for queue in queues]
+        else:
+            keys = [f"add/queue/{queue}" for queue in queues]
+            counts = [int(value) for value in self._ask(lambda: self._store.multi_get(keys))]
+        return [(count % _FROM_END, count // _FROM_END) for count in counts]
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter that all ranks share and return its value. Any rank; 0 reads it."""
+        if self.world_size == 1:
+            with self._lock:
+                self._counters[counter] = self._counters.get(counter, 0) + amount
+                return self._counters[counter]
+        if amount:  # reading is no progress: the display does it all the time
+            self._watchdog.moves += 1
+        return self._ask(lambda: int(self._store.add(f"add/{counter}", amount)))
+
+    def put(self, key: str, value: bytes) -> None:
+        """Leave a few bytes for whoever asks for ``key``. Any rank, any thread."""
+        if self.world_size == 1:
+            self._left[key] = value
+        else:
+            self._ask(lambda: self._store.set(f"put/{key}", value))
+
+    def take(self, key: str) -> bytes:
+        """Return what some rank has left under ``key``, and was known to have left. Any rank, any thread."""
+        return self._left[key] if self.world_size == 1 else bytes(self._ask(lambda: self._store.get(f"put/{key}")))
+
+    def announce_failure(self) -> None:
+        """Let ranks that are busy know that one has failed. Any rank."""
+        self._has_failed = True
+        if self.world_size > 1:
+            try:
+                self._store.add("failed", 1)
+            except RuntimeError as error:  # the rank that hosts the store is gone, and with it whoever could hear this
+                logger.debug("the failure could not be announced: %s", error)
+
+    def has_failure(self) -> bool:
+        """Return whether any rank has announced a failure. Any rank."""
+        return self._has_failed or (self.world_size > 1 and self._ask(lambda: int(self._store.add("failed", 0))) > 0)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Ask the job's store; where it is gone this process ends, or this raises ExportError."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise self._lost("ask the job's store", error) from error
+
+    def _lost(self, step: str, error: RuntimeError) -> ExportError:
+        """Wait for the watchdog, which finds out who is dead and ends this process; return the error for when it does not."""
+        self._watchdog.wait_for_end()
+        return ExportError(f"lost contact with another rank during '{step}': {first_line(error)}")
+
+    def tell_once(self, tell: Callable[[], None]) -> None:
+        """Run ``tell`` on rank 0 while the other ranks wait for it, at most ten seconds. All ranks that get there.
+
+        torchrun ends all ranks as soon as one exits, so the one that speaks must be through by then.
+        """
+        if self.rank == 0:
+            try:
+                tell()
+            finally:
+                if self.world_size > 1:
+                    self._store.add("told", 1)
+            return
+        try:
+            deadline = time.monotonic() + 10
+            while int(self._store.add("told", 0)) == 0 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except RuntimeError:  # rank 0 hosts the store: when that is gone, rank 0 is, and there is no one to wait for
+            return
+
+    def close(self) -> None:
+        """Leave the group. All ranks; the job's own default group stays."""
+        self._watchdog.stop()
+        if self._group is None:
+            return
+        self._wait_to_leave()
+        import torch.distributed as dist
+
+        group, self._group = self._group, None
+        if self._owns_default_group:
+            dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(group)
+
+    def _wait_to_leave(self) -> None:
+        """Let the process that may host the store be the last to go, unless the export failed and nobody waits for anybody."""
+        try:
+            left = int(self._store.add("closed", 1))
+            deadline = time.monotonic() + _ARRIVAL_SECS
+            while self.rank == 0 and left < self.world_size and time.monotonic() < deadline and not self._has_failed:
+                time.sleep(0.002)
+                left = int(self._store.add("closed", 0))
+        except RuntimeError as error:  # it has gone before this rank
+            logger.debug("the store was gone when this rank left: %s", error)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def alone() -> Ranks:
+    """Return the ranks of a process that works by itself, whatever job it belongs to."""
+    return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=0.0)
+
+
+def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
+    """Join the other ranks of this job. All ranks, in the same order of calls.
+
+    A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
+    without either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on; not
+    where the process is somebody else's and alone.
+
+    Args:
+        timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
+        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # until the ranks know each other only the launcher can be watched; without it they would wait for its store
+    early = Watchdog(
+        rank,
+        world_size,
+        None,
+        timeout_secs=timeout_secs,
+        launcher=_launcher(),
+        request_stop=_ignore,
+        has_failure=lambda: False,
+    )
+    early.start()
+    try:
+        ranks = _join(timeout_secs)
+    finally:
+        early.stop()
+    if ranks.world_size > 1 or is_own_process:
+        ranks.watch(catches_sigterm=is_own_process and threading.current_thread() is threading.main_thread())
+    return ranks
+
+
+def _join(timeout_secs: float) -> Ranks:
+    timeout = timedelta(seconds=timeout_secs)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1 and not _is_initialized():
+        return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    owns = not dist.is_initialized()
+    if owns:
+        try:
+            _start_group(timeout)
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            raise ConfigError(
+                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {first_line(error)}. Start them with "
+                "torchrun, or unset WORLD_SIZE to export with one rank"
+            ) from error
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    prefix = f"dist_export/{next(_sequence)}"
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
+    return Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch_store.PrefixStore(prefix, store),
+        group,
+        owns_default_group=owns,
+        timeout_secs=timeout_secs,
+        watched_store=connect_anew(store, f"{prefix}/watchdog"),
+    )
+
+
+def _launcher() -> int | None:
+    """Return the process id of the launcher without which this process must not go on; None where there is none."""
+    return PARENT if any(name in os.environ for name in _LAUNCHERS) else None
+
+
+def _start_group(timeout: timedelta) -> None:
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = torch_store.TCPStore(host, port, world_size, False, timeout)
+    name = agree_on_start(
+        torch_store.PrefixStore("dist_export/start", kept), rank, world_size, timeout_secs=timeout.total_seconds()
+    )
+    store = torch_store.PrefixStore(f"dist_export/{name}", kept)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _is_initialized() -> bool:
+    import sys
+
+    if "torch" not in sys.modules:  # a group cannot exist before torch is imported
+        return False
+    import torch.distributed as dist
+
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def _describe(error: Exception, say_on_disk: Callable[[], str]) -> tuple[str, int]:
+    if isinstance(error, DistExportError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename or 'I/O'}: {error.strerror or error}. {say_on_disk()}. Mend that and run the export again",
+            1,
+        )
+    return f"{type(error).__name__}: {first_line(error)}", 1
+
+
+def _ignore(_: str) -> None:
+    return None
+
+
+def _nothing() -> None:
+    return None

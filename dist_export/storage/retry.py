@@ -1,0 +1,164 @@
+"""The one place where requests to an object store are tried again, and where what went to and fro is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from dist_export.redact import conceal
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SPAN_SECS = 60.0
+"""How long a request is tried for: a server that is started anew answers after 10 to 20 seconds."""
+LEAST_RETRIES = 2
+"""Also where a single try has taken longer than that: a large copy whose answer did not come."""
+FIRST_SECS = 0.2
+LONGEST_SECS = 5.0
+
+_TOLD_FROM = 4
+"""The number of the first new try that is told: some two seconds after the first one."""
+
+_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_TRANSIENT_CODES = (
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
+)
+_TRANSIENT_NAMES = frozenset(
+    {
+        # botocore and aiohttp, which are not imported here: an export to a disk does without them
+        "ClientConnectionError",
+        "ClientConnectorError",
+        "ClientOSError",
+        "ClientPayloadError",
+        "ConnectionClosedError",
+        "ConnectTimeoutError",
+        "EndpointConnectionError",
+        "HTTPClientError",
+        "IncompleteRead",
+        "IncompleteReadError",
+        "ReadTimeoutError",
+        "ResponseParserError",
+        "ResponseStreamingError",
+        "ServerDisconnectedError",
+        "ServerTimeoutError",
+    }
+)
+
+
+class Traffic:
+    """What this process has exchanged with object stores. Any thread."""
+
+    NAMES = ("downloaded", "uploaded", "copied", "requests", "retries")
+    """Bytes of objects that came here, went from here, and were copied within the store; requests; those tried again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, **counts: int) -> None:
+        """Add to some counts."""
+        with self._lock:
+            self._counts.update(counts)
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all counts so far."""
+        with self._lock:
+            return {name: self._counts[name] for name in self.NAMES}
+
+    def since(self, before: dict[str, int]) -> dict[str, int]:
+        """Return what has been added since a snapshot."""
+        return {name: count - before[name] for name, count in self.snapshot().items()}
+
+
+TRAFFIC = Traffic()
+
+
+def with_retries(call: Callable[[bool], T], where: str, *, is_known: bool = True) -> T:
+    """Return what ``call`` returns, tried again for :data:`SPAN_SECS` with growing pauses while its errors are transient.
+
+    Args:
+        call: makes the request; told whether an earlier try may have reached the store.
+        where: the object, for the log.
+        is_known: whether this store has ever answered; else a host that the name service does not know is taken for a
+            mistake, after :data:`LEAST_RETRIES`.
+    """
+    deadline = time.monotonic() + SPAN_SECS
+    pause, number = FIRST_SECS, 0
+    while True:
+        TRAFFIC.add(requests=1)
+        try:
+            return call(number > 0)
+        except Exception as error:
+            is_over = time.monotonic() + pause > deadline or (not is_known and is_unknown_host(error))
+            if not is_transient(error) or (number >= LEAST_RETRIES and is_over):
+                raise
+            TRAFFIC.add(retries=1)
+            number += 1
+            # a hiccup is no news; of a store that is away also hears who calls open_package and has set no logging up
+            level = logging.DEBUG if number < _TOLD_FROM else logging.WARNING if number == _TOLD_FROM else logging.INFO
+            left = max(0.0, deadline - time.monotonic())
+            logger.log(level, "%s: %s; trying again (%d) for %.0f s at most", where, _say(error), number, left)
+            # all ranks meet a store's trouble at one moment, and must not all come back at one moment
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- nothing secret hangs on it
+            pause = min(pause * 2, LONGEST_SECS)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed a little later."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore's ClientError: the store has answered, and its answer decides
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = str(response.get("Error", {}).get("Code", ""))
+            return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or code in map(str, _TRANSIENT_STATUS)
+        if isinstance(cause, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
+            return True
+        if any(kind.__name__ in _TRANSIENT_NAMES for kind in type(cause).__mro__):
+            return True
+    return False
+
+
+def why_unreachable(error: BaseException) -> str | None:
+    """Return why no server was reached at all, for its address is wrong or it is away; None where one was."""
+    causes = list(_causes(error))
+    if not any(type(cause).__name__ == "EndpointConnectionError" for cause in causes):
+        return None
+    system = next((cause for cause in reversed(causes) if isinstance(cause, OSError)), error)
+    return system.strerror or _say(system) if isinstance(system, OSError) else _say(system)
+
+
+def is_unknown_host(error: BaseException) -> bool:
+    """Whether the name service said that there is no such host; not where it did not answer itself."""
+    unknown = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+    return any(isinstance(cause, socket.gaierror) and cause.errno in unknown for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _say(error: BaseException) -> str:
+    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))

@@ -1,0 +1,155 @@
+"""Where output files are built before they get their final names."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import fsspec
+
+from dist_export.errors import TransferError
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.storage.directory import PARTIAL_SUFFIX, Directory
+from dist_export.storage.local_io import close_quietly, is_in_memory, naming_any, reserve, sync_directory
+from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.s3 import put_file
+
+_PREFIX = "dist_export-"
+
+
+class _Progress(fsspec.Callback):  # type: ignore[misc]
+    """Shows that an upload gets on: a whole shard may take longer than a hang is waited for."""
+
+    def absolute_update(self, value: int) -> None:
+        """Count a step."""
+        super().absolute_update(value)
+        ACTIVITY.done += 1
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Count a step."""
+        super().relative_update(inc)
+        ACTIVITY.done += 1
+
+
+def _note_progress() -> None:
+    ACTIVITY.done += 1
+
+
+class Staging:
+    """Where output files are built before they get their final names. Every process builds its own for one target.
+
+    On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
+    stores it grows in a local temporary directory, which ranks share that see the same disk, and is put up whole.
+    """
+
+    def __init__(self, target: Directory) -> None:
+        self._target = target
+        self._made = ""
+
+    @functools.cached_property
+    def _temporary(self) -> str | None:
+        """The local directory for another store's files; made when first asked for, in a step that may fail."""
+        return None if self._target.is_local else self.make()
+
+    def make(self) -> str:
+        """Make a local directory for another store's files, which :meth:`close` removes, and return it."""
+        if not self._made:
+            self._made = tempfile.mkdtemp(prefix=_PREFIX)
+        return self._made
+
+    def join(self, folder: str) -> None:
+        """Build files in a directory that this or another rank has made."""
+        self.__dict__["_temporary"] = folder  # the cached property's place
+
+    def path(self, name: str) -> str:
+        """Return the local path under which ``name`` is being built."""
+        base = self._target.path if self._temporary is None else self._temporary
+        return f"{base}/.{name}{PARTIAL_SUFFIX}"
+
+    def open_reader(self, name: str) -> RangeReader:
+        """Open a file that is being built."""
+        path = Path(self.path(name))
+        return Directory(path.parent).open_reader(path.name)
+
+    @functools.cached_property
+    def _is_in_memory(self) -> bool:
+        return is_in_memory(self._target.path if self._temporary is None else self._temporary)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse to begin on a tmpfs that has not got so many bytes left; other file systems tell in :meth:`create`.
+
+        Raises:
+            TransferError: no space.
+        """
+        if not self._is_in_memory:
+            return
+        folder = self._target.path if self._temporary is None else self._temporary
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+        if num_bytes > free:
+            raise TransferError(
+                f"{folder}: no room for {num_bytes:,} bytes: the tmpfs has {free:,} left. Nothing was published; free "
+                "space there and run the export again"
+            )
+
+    def create(self, name: str, num_bytes: int, *, has_holes: bool = False) -> None:
+        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
+
+        Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
+        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there), and where the file
+        ``has_holes`` that are not filled.
+
+        Raises:
+            TransferError: no space.
+        """
+        path = self.path(name)
+        self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        ACTIVITY.begin(path)
+        try:
+            if self._is_in_memory or has_holes:
+                os.ftruncate(fd, num_bytes)
+            elif num_bytes:
+                reserve(fd, num_bytes)
+        except OSError as error:
+            where = self._target.describe(name) if self._temporary is None else path
+            raise TransferError(
+                f"{where}: no room for its {num_bytes:,} bytes: {error.strerror}. Nothing was published; free space "
+                "there and run the export again"
+            ) from error
+        finally:
+            ACTIVITY.end()
+            close_quietly(fd)  # there is nothing in it yet
+
+    def remove(self, name: str) -> None:
+        """Remove a file that is being built, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(name))
+
+    def publish(self, name: str) -> None:
+        """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
+        ACTIVITY.begin(self._target.describe(name))
+        try:
+            if self._temporary is None:
+                os.replace(self.path(name), self._target.join(name))
+                sync_directory(self._target.path)
+            else:
+                with naming_any(self._target.describe(name)):
+                    if self._target.s3 is None:
+                        self._target.fs.put_file(self.path(name), self._target.join(name), callback=_Progress())
+                    else:
+                        put_file(
+                            self._target.s3, self.path(name), self._target.join(name), note_progress=_note_progress
+                        )
+                os.unlink(self.path(name))
+        finally:
+            ACTIVITY.end()
+
+    def close(self) -> None:
+        """Remove the local directory that this process has made, if there is one."""
+        if self._made:
+            shutil.rmtree(self._made, ignore_errors=True)

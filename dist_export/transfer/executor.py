@@ -1,0 +1,428 @@
+"""A rank's part of the plan, carried out: claim units, run them, publish whole files with a receipt each.
+
+The order on every rank: ``prepare`` (collective), ``write`` (no collective, so it may run beside other work in a
+thread), ``finish`` (collective).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from dist_export.errors import TransferError
+from dist_export.formats.digests import NONE, root_digest
+from dist_export.plan.casts import casts_by_table
+from dist_export.plan.disk_placement import find_homes
+from dist_export.plan.memory_budget import Limits
+from dist_export.plan.multipart import plan_parts
+from dist_export.plan.plan import SparsePlan
+from dist_export.plan.work_units import UNIT_BYTES, Unit, plan_hash_units, plan_units
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import run_threads
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders, RangeReader, share_descriptors
+from dist_export.storage.s3 import UploadedPart
+from dist_export.storage.staging import Staging
+from dist_export.transfer.casting import Counts, read_counts, write_counts
+from dist_export.transfer.multipart_upload import Begun, PartWriter, Uploads
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.transfer.resume import Receipts
+from dist_export.transfer.shared_disks import share_disks
+from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.transfer.work_stealing import open_queues, take_units
+from dist_export.workdir.state import Receipt, write_receipt
+
+logger = logging.getLogger(__name__)
+
+ChunkDigests = dict[tuple[int, int], list[bytes]]
+"""(output file, first byte) -> digests of the chunks from there on."""
+
+
+class Share(NamedTuple):
+    """What one rank did."""
+
+    rank: int
+    num_units: int = 0
+    num_helped: int = 0
+    """Of these, units that were another rank's to begin with."""
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: Share) -> Share:
+        """Return both together."""
+        return Share(
+            self.rank,
+            self.num_units + other.num_units,
+            self.num_helped + other.num_helped,
+            self.num_bytes + other.num_bytes,
+            self.seconds + other.seconds,
+        )
+
+
+class Transfer:
+    """One rank's transfer of one plan into ``target``."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        plan: SparsePlan,
+        target: Directory,
+        *,
+        limits: Limits,
+        digest: str,
+        in_place: bool,
+        may_copy: bool = False,
+        count_bytes: Callable[[int], None],
+    ) -> None:
+        """Nothing is touched before ``prepare``.
+
+        Args:
+            ranks: the ranks of the export.
+            plan: what is to be written; the same on all ranks.
+            target: where to.
+            limits: threads of each rank and what they may hold; the same on all ranks.
+            digest: algorithm of the shards' digests, or ``none``.
+            in_place: the files are there already and are only hashed.
+            may_copy: on S3, whether the store copies byte ranges by itself.
+            count_bytes: called with the bytes of each finished unit, for a progress display.
+        """
+        self._ranks = ranks
+        self._plan = plan
+        self._target = target
+        self._limits = limits
+        self._digest = digest
+        self._in_place = in_place
+        self._count_bytes = count_bytes
+        self._staging = Staging(target)
+        self._uploads = _plan_uploads(plan, target, limits, may_copy=may_copy, digest=digest) if not in_place else None
+        self._receipts = Receipts(plan, target, self._uploads, digest=digest)
+        self._digests: ChunkDigests = {}
+        self._reused: dict[int, Receipt] = {}
+        self._writing: list[Unit] = []
+        self._hashing: list[Unit] = []
+        self._pieces: dict[int, list[int]] = {}
+        """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
+        self._reserved: list[str] = []
+        self._disk_of_rank: Sequence[int] = ()
+        """Which ranks see a common disk, where files are built on several of them."""
+        self._homes: dict[int, int] = {}
+        """On which of them each such file is built."""
+        self._elsewhere: frozenset[int] = frozenset()
+        """Those of them that are not built on this rank's disk."""
+        self._share = Share(ranks.rank)
+        self._counts: Counts = {}
+        """What rows lost that this rank has cast; on rank 0 also what an interrupted run had counted."""
+        self.casts: Counts = {}
+        """What all rows of all ranks lost by their casts. After ``finish``."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that all ranks are to move, or to hash where nothing is moved. After ``prepare``."""
+        return sum(unit.moved_bytes for unit in (self._hashing if self._in_place else self._writing))
+
+    @property
+    def num_reused(self) -> int:
+        """How many shards of an interrupted run were still whole. The same on every rank after ``prepare``."""
+        return len(self._reused)
+
+    @property
+    def reused_bytes(self) -> int:
+        """The bytes of these shards, which nobody moves again."""
+        return sum(self._plan.files[number].num_bytes for number in self._reused)
+
+    def prepare(self) -> None:
+        """Find shards of an interrupted run that are whole, clear away the rest, reserve space. All ranks."""
+        ranks, plan = self._ranks, self._plan
+        threads = self._limits.threads
+
+        def look() -> tuple[dict[int, Receipt], dict[int, Receipt]]:
+            open_queues(ranks, "reuse", threads)
+            open_queues(ranks, "write", threads)
+            if ranks.rank or self._in_place:
+                return {}, {}
+            if casts_by_table(plan.checkpoint, plan.selection):
+                self._counts = read_counts(self._target, plan)
+            return self._receipts.find()
+
+        candidates, vouched = ranks.gather("look for an interrupted export", look)[0]
+        if self._in_place:
+            self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
+            return
+        if candidates and self._digest == NONE:
+            self._reused = candidates
+        elif candidates:
+            units = plan_hash_units(plan, sorted(candidates))
+
+            def hash_again() -> ChunkDigests:
+                hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
+                ranks.refuse_to_go_on()  # a rank that was asked to stop has left files out
+                return hashed
+
+            shares = ranks.gather("verify shards of an interrupted export", hash_again)
+            found = _chunks_of_files(_join_digests(shares))
+            whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
+            self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
+        self._reused |= vouched
+        counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
+        remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
+        new = [n for n in range(len(plan.files)) if n not in self._reused]
+        built = [n for n in new if self._uploads is None or self._uploads.is_built(n)]
+        if built and not self._target.is_local and ranks.world_size > 1:
+            self._share_disks(built)
+        self._writing, self._hashing = plan_units(
+            plan, skip=frozenset(self._reused), counted=counted, by_parts=remote, homes=self._homes
+        )
+        for unit in (*self._writing, *self._hashing):
+            if unit.is_hashed:
+                self._pieces.setdefault(unit.number, []).append(unit.begin)
+        for begins in self._pieces.values():
+            begins.sort()
+        if self._uploads is not None:
+            self._uploads.join(ranks.on_rank_0("begin the uploads", functools.partial(self._begin_uploads, new)))
+
+        def reserve() -> None:
+            if self._disk_of_rank:
+                open_queues(ranks, "write/disk", threads)
+            here = [number for number in built if number not in self._elsewhere]
+            if not here:
+                return
+            self._staging.check_room(sum(plan.files[number].num_bytes for number in here if number not in remote))
+            disks = self._disk_of_rank or [0] * ranks.world_size
+            neighbours = [rank for rank, disk in enumerate(disks) if disk == disks[ranks.rank]]
+            for number in here[neighbours.index(ranks.rank) :: len(neighbours)]:
+                self._reserved.append(plan.files[number].name)
+                has_holes = number in remote  # what the store copies is never written here
+                self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
+
+        ranks.gather("reserve space for the shards", reserve)
+
+    def _share_disks(self, built: list[int]) -> None:
+        """Find out on which disks files are built. All ranks."""
+        ranks, disk_of_rank = self._ranks, share_disks(self._ranks, self._staging)
+        if len(set(disk_of_rank)) == 1:
+            return
+        self._disk_of_rank = disk_of_rank
+        self._homes = ranks.run("deal shards out to disks", lambda: find_homes(self._plan, built, disk_of_rank))
+        mine = disk_of_rank[ranks.rank]
+        self._elsewhere = frozenset(number for number, disk in self._homes.items() if disk != mine)
+
+    def write(self) -> None:
+        """Copy and gather: own units first, then those of whoever is behind. Any thread; no collective."""
+        self._digests.update(self._run_units("write", self._writing, self._open_staged, is_counted=True))
+
+    def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
+        """Hash what could not be hashed on the way. All ranks; receipts in the order of the files, all of them published.
+
+        Args:
+            wait_for_write: returns when ``write`` has, or raises what it raised.
+        """
+        ranks, plan = self._ranks, self._plan
+
+        def finish_writing() -> ChunkDigests:
+            open_queues(ranks, "hash", self._limits.threads)
+            if self._disk_of_rank:
+                open_queues(ranks, "hash/disk", self._limits.threads)
+            wait_for_write()
+            ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
+            return self._digests
+
+        found = _join_digests(ranks.gather("write shards", finish_writing))
+        if self._hashing:
+            opener = self._open_final if self._in_place else self._open_staged
+            # read back from the page cache, most of it; only where nothing is written is this the work to be shown
+            hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
+            found |= _join_digests(ranks.gather("hash shards", hash_shards))
+        ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
+        for counts in ranks.gather("count what the casts lost", lambda: self._counts):
+            self.casts |= counts
+        if self._uploads is not None:
+            ranks.on_rank_0("look for uploads that are left", self._uploads.sweep)
+        written = {n: self._receipts.make(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
+        receipts = [written[number] for number in range(len(plan.files))]
+        return receipts, ranks.gather("count the work", lambda: self._share)
+
+    def close(self) -> None:
+        """Give back the space of files that were not published. Each rank for itself, also after a failure.
+
+        Not before the last step in which another rank could write into them.
+        """
+        for name in self._reserved:
+            try:
+                self._staging.remove(name)
+            except OSError as error:  # what failed before this is what the user must hear of
+                logger.warning("the space of an unfinished file could not be given back: %s", error)
+        self._staging.close()
+
+    def _run_units(
+        self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader], *, is_counted: bool
+    ) -> ChunkDigests:
+        started = time.perf_counter()
+        threads = self._limits.threads
+        max_open = share_descriptors(threads)
+
+        def work(worker: int) -> tuple[ChunkDigests, Share]:
+            staged = StagedFiles(self._plan, self._staging, max_open=max_open)
+            outputs = staged if self._uploads is None else PartWriter(staged, self._uploads)
+            written = OpenReaders(open_written, max_open=max_open)
+            runner = UnitRunner(
+                self._plan,
+                outputs,
+                written,
+                limits=self._limits,
+                digest=self._digest,
+                skip=self._elsewhere.union(self._reused),
+            )
+            disks = self._disk_of_rank if any(unit.disk >= 0 for unit in units) else ()
+            taken = take_units(self._ranks, phase, units, worker=worker, threads=threads, disk_of_rank=disks)
+            is_whole = False
+            try:
+                done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
+                is_whole = True
+            except BaseException:
+                self._ranks.announce_failure()  # the other threads stop at their next unit, as the other ranks do
+                raise
+            finally:
+                runner.close()
+                outputs.close(sync=is_whole)
+            return done
+
+        first = self._ranks.rank * threads
+        shares = run_threads(work, list(range(first, first + threads)))
+        if is_counted:
+            self._share = functools.reduce(Share.plus, (share for _, share in shares), self._share)
+        self._share = self._share._replace(seconds=self._share.seconds + time.perf_counter() - started)
+        return _join_digests([digests for digests, _ in shares])
+
+    def _run_taken(
+        self,
+        taken: Iterator[tuple[Unit, bool]],
+        runner: UnitRunner,
+        outputs: StagedFiles | PartWriter,
+        *,
+        is_counted: bool,
+    ) -> tuple[ChunkDigests, Share]:
+        """Run units as they come; return the digests, and what was done."""
+        digests: ChunkDigests = {}
+        pending: ChunkDigests = {}
+        uncounted = 0
+        parts: list[UploadedPart] = []
+        done = Share(self._ranks.rank)
+        for unit, is_others in taken:
+            if pending and (not unit.is_hashed or unit.number != next(iter(pending))[0]):
+                self._hand_in(pending, parts, outputs)
+            chunks = runner.run(unit)
+            if isinstance(outputs, PartWriter):
+                sent = outputs.take_parts(unit.number)
+                parts += sent
+                if self._has_remote(unit.number):  # such a unit is one part
+                    chunks = [part.sha256 for part in sent]
+            if unit.is_hashed:
+                digests[unit.number, unit.begin] = chunks
+                if unit.number in self._pieces:
+                    pending[unit.number, unit.begin] = chunks
+            uncounted += unit.num_bytes if runner.counts else 0
+            if uncounted >= UNIT_BYTES:
+                self._keep_counts(runner.counts)
+                uncounted = 0
+            if is_counted:
+                done = done.plus(Share(done.rank, 1, int(is_others), unit.moved_bytes))
+                self._count_bytes(unit.moved_bytes)
+        self._hand_in(pending, parts, outputs)
+        self._keep_counts(runner.counts)
+        return digests, done
+
+    def _keep_counts(self, counts: Counts) -> None:
+        """Take over what the rows of whole gathers lost, here and for a rerun."""
+        if counts:
+            write_counts(self._target, self._plan, counts)
+            self._counts.update(counts)  # a gather is run by one thread
+            counts.clear()
+
+    def _hand_in(self, pending: ChunkDigests, parts: list[UploadedPart], outputs: StagedFiles | PartWriter) -> None:
+        """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
+
+        Pieces of one file are handed in together, for each time costs a sync.
+        """
+        if not pending:
+            return
+        ranks = self._ranks
+        number = next(iter(pending))[0]
+        outputs.sync(number)
+        for place, ((_, begin), chunks) in enumerate(pending.items()):
+            ranks.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(_Piece(chunks, [] if place else parts)))
+        begins = self._pieces[number]
+        if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
+            pieces = [msgspec.msgpack.decode(ranks.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins]
+            sent = sorted(part for piece in pieces for part in piece.parts)
+            receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
+            # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
+            # left under that name goes first: without a digest the receipt would vouch for it.
+            self._target.remove(receipt.name)
+            write_receipt(self._target, receipt)
+            if self._uploads is not None and number in self._uploads:
+                self._uploads.complete(number, sent)
+            else:
+                self._staging.publish(receipt.name)
+        pending.clear()
+        parts.clear()
+
+    def _has_remote(self, number: int) -> bool:
+        return self._uploads is not None and self._uploads.has_remote(number)
+
+    def _begin_uploads(self, numbers: list[int]) -> dict[int, Begun]:
+        assert self._uploads is not None
+        return self._uploads.begin([number for number in numbers if number in self._uploads])
+
+    def _refuse_changed_source(self) -> None:
+        """Compare this rank's share of the source files with what they were when their headers were read."""
+        checkpoint = self._plan.checkpoint
+        if checkpoint.memory is not None:
+            return  # training stands still while it exports
+        mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
+        stats = checkpoint.directory.stat_many([file.name for file in mine])
+        for file in mine:
+            found = stats[file.name]
+            if (found.size, found.version) != (file.size, file.version):
+                raise TransferError(
+                    f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
+                    "mix two checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
+                )
+
+    def _open_staged(self, number: int) -> RangeReader:
+        return self._staging.open_reader(self._plan.files[number].name)
+
+    def _open_final(self, number: int) -> RangeReader:
+        return self._target.open_reader(self._plan.files[number].name)
+
+
+class _Piece(NamedTuple):
+    """What a thread hands in of a file: digests, and the parts that it has uploaded."""
+
+    chunks: list[bytes]
+    parts: list[UploadedPart]
+
+
+def _plan_uploads(
+    plan: SparsePlan, target: Directory, limits: Limits, *, may_copy: bool, digest: str
+) -> Uploads | None:
+    if target.s3 is None:
+        return None
+    parts = plan_parts(plan, part_bytes=limits.part_bytes, may_copy=may_copy)
+    return Uploads(plan, target, parts, needs_sha256=digest != NONE)
+
+
+def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:
+    return {key: digests for share in shares for key, digests in share.items()}
+
+
+def _chunks_of_files(found: ChunkDigests) -> dict[int, list[bytes]]:
+    """Return the chunk digests of each file, in order."""
+    chunks: dict[int, list[bytes]] = {}
+    for number, begin in sorted(found):
+        chunks.setdefault(number, []).extend(found[number, begin])
+    return chunks

@@ -1,0 +1,279 @@
+"""Read the id columns once: count rows by target, test slices, find ids that stand twice. Keeps to the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_export.checkpoint.id_reader import open_sources, read_id_runs, read_ids
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.row_reader import RowReader
+from dist_export.formats.recis import is_place_in, mix, places_of
+from dist_export.ids import columns as id_columns
+from dist_export.ids.columns import IdRun
+from dist_export.ids.duplicates import HeldIds, has_repeats
+from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
+from dist_export.plan.prune import KEPT, Pruning
+from dist_export.plan.target_slices import Targets
+from dist_export.transfer.duplicates import RepeatedIds
+from dist_export.transfer.prune_filter import PruneReader
+
+
+def take_census(
+    checkpoint: Checkpoint,
+    targets: Sequence[Targets],
+    parts: Sequence[int],
+    *,
+    held_ids: int,
+    repeated: RepeatedIds | None = None,
+    pruning: Pruning | None = None,
+) -> Census:
+    """Count a share of the parts; each rank has its own share and issues no collective.
+
+    Args:
+        held_ids: the most ids (8 bytes each) to hold at once in search of repeats; larger parts are left to
+            :func:`check_unique`.
+        repeated: takes in ids that stand twice; by default the first one is an error.
+        pruning: rules that leave rows behind, which are counted apart; of slots only those that rules look at are read.
+
+    Raises:
+        CheckpointError: an id stands twice in one part, or in parts that were read together, and that is an error.
+    """
+    numbers = np.array(parts, np.int64)
+    with open_sources(checkpoint) as readers, RowReader(checkpoint) as rows:
+        prune = PruneReader(checkpoint, pruning, rows) if pruning else None
+        pruned = prune_none(len(numbers), pruning.most_rules) if pruning else None
+        counter = _Counter(
+            checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None), prune, pruned
+        )
+        if len(numbers):  # a checkpoint without tables has no column of ids
+            for run in read_id_runs(checkpoint, readers, numbers):
+                counter.count(run)
+    return counter.census()
+
+
+def check_unique(
+    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, repeated: RepeatedIds | None = None
+) -> None:
+    """Search a share of the tasks for ids that stand twice in a table, for ``repeated``; by default one is an error."""
+    for task in tasks:
+        _search(checkpoint, task, held_ids, repeated or RepeatedIds(checkpoint, most=None))
+
+
+_COUNTED = 0
+"""Stands for no object's id."""
+
+
+class _Counter:
+    """Takes in runs of ids and adds them up."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        targets: Sequence[Targets],
+        parts: np.ndarray,
+        held_ids: int,
+        repeated: RepeatedIds,
+        prune: PruneReader | None,
+        pruned: PrunedRows | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._prune = prune
+        self._pruned = pruned
+        self._repeated = repeated
+        self._targets = targets
+        self._parts = parts
+        rows = checkpoint.parts.rows[parts]
+        has_ids = np.array([table.has_ids for table in checkpoint.tables], bool)[checkpoint.parts.table[parts]]
+        self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids) & has_ids
+        """Which parts come in several runs and are held until their last one."""
+        self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
+        self._runs: list[np.ndarray] = []
+        self._misplaced = np.zeros(len(parts), np.int64)
+        self._id_sum = np.zeros(len(parts), np.uint64)
+        self._counts = np.zeros(0, np.int64)
+        """Rows by target of the granule that a large part is at."""
+
+    def census(self) -> Census:
+        """Return what was counted."""
+        columns = np.concatenate([np.zeros((4, 0), np.int64), *self._runs], axis=1)
+        return Census(
+            part=columns[0],
+            granule=columns[1],
+            target=columns[2],
+            rows=columns[3],
+            counted=self._parts,
+            misplaced=self._misplaced,
+            id_sum=self._id_sum,
+            pruned=self._pruned,
+        )
+
+    def count(self, run: IdRun) -> None:
+        """Take in the next run."""
+        if len(run.blocks) == 1:
+            self._count_piece(run)
+            self._search_piece(run)
+            return
+        # tables whose slices are the same are counted together, however many they are
+        parts = self._parts[run.blocks]
+        rows = self._checkpoint.parts.rows[parts]
+        tables = self._checkpoint.parts.table[parts]
+        kinds = np.array([id(self._targets[table]) for table in tables.tolist()])
+        if self._prune is not None:
+            for block in np.flatnonzero(self._prune.has_rules[tables]).tolist():
+                its = run.ids[run.starts[block] : run.starts[block] + rows[block]]
+                self._count_piece(IdRun(its, run.blocks[block : block + 1], np.zeros(1, np.int64), 0))
+                kinds[block] = _COUNTED
+        for kind in set(kinds.tolist()) - {_COUNTED}:
+            chosen = np.flatnonzero(kinds == kind)
+            is_chosen = np.repeat(kinds == kind, rows)
+            ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
+            self._count_small(run.blocks[chosen], ids, self._targets[int(tables[chosen[0]])])
+        table_of_row = np.repeat(tables, rows)
+        ids = run.ids
+        if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
+            has_id = _has_id(self._checkpoint, tables, rows, ids)
+            ids, table_of_row = ids[has_id], table_of_row[has_id]
+        if has_repeats(ids, table_of_row):
+            for table in np.unique(tables).tolist():
+                its_parts = tuple(parts[tables == table].tolist())
+                self._repeated.add(np.sort(ids[table_of_row == table]), its_parts)
+
+    def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
+        """Return the ids of a piece of one block that rules keep; the others are counted apart."""
+        part = int(self._parts[row])
+        if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
+            return ids
+        codes = self._prune.rules(part, first_row, ids)
+        gone = ids[codes != KEPT]
+        if not len(gone):
+            return ids
+        assert self._pruned is not None
+        self._pruned.rows[row] += np.bincount(codes, minlength=1 + self._pruned.rows.shape[1])[1:]
+        is_inside = is_place_in(places_of(gone, target.size), self._checkpoint.parts.slice_of(part))
+        self._pruned.misplaced[row] += np.count_nonzero(~is_inside)
+        self._pruned.id_sum[row : row + 1] += mix(gone).sum(dtype=np.uint64)
+        kept: np.ndarray = ids[codes == KEPT]
+        return kept
+
+    def _count_piece(self, run: IdRun) -> None:
+        """Count one block, or a piece of it; most often all its ids are where they should be and have one target."""
+        row = int(run.blocks[0])
+        part = int(self._parts[row])
+        num_rows = int(self._checkpoint.parts.rows[part])
+        target = self._targets[self._checkpoint.parts.table[part]]
+        claimed = self._checkpoint.parts.slice_of(part)
+        own = target.index_of(claimed)
+        ids, last_row = run.ids, run.first_row + len(run.ids)
+        places = places_of(ids, target.size)
+        lowest, highest = int(places.min()), int(places.max())
+        if lowest < claimed.begin or highest >= claimed.end:
+            self._misplaced[row] += len(ids) - int(np.count_nonzero(is_place_in(places, claimed)))
+        self._id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
+        if run.first_row % GRANULE_ROWS == 0:
+            self._counts = np.zeros(len(target.slices), np.int64)
+        kept = self._leave_out_pruned(row, run.first_row, ids, target)
+        if len(kept) < len(ids):
+            places = places_of(kept, target.size)
+        owner = target.single_owner(lowest, highest, own=own)
+        if owner is None:
+            self._counts += np.bincount(target.owners_of(places, own=own), minlength=len(self._counts))
+        else:
+            self._counts[owner] += len(kept)
+        if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
+            present = np.flatnonzero(self._counts)
+            granule = np.full_like(present, run.first_row // GRANULE_ROWS)
+            self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
+
+    def _search_piece(self, run: IdRun) -> None:
+        """Search one block, or hold a piece of it, for ids that stand twice, whether rules keep their rows or not."""
+        row = int(run.blocks[0])
+        part = int(self._parts[row])
+        num_rows = int(self._checkpoint.parts.rows[part])
+        last_row = run.first_row + len(run.ids)
+        ids = without_empty(self._checkpoint, part, run.ids)
+        if run.first_row == 0 and last_row == num_rows:
+            if has_repeats(ids):
+                self._repeated.add(np.sort(ids), (part,))
+            return
+        if self._is_held[row]:
+            if run.first_row == 0:
+                self._held.expect(num_rows)
+            self._held.add(ids)
+            if last_row == num_rows and self._held.has_repeats():
+                self._repeated.add(self._held.sorted_ids(), (part,))
+
+    def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
+        """Count whole blocks with the same targets, all in one sweep."""
+        parts = self._checkpoint.parts
+        numbers = self._parts[rows_of_census]
+        rows = parts.rows[numbers]
+        starts = np.cumsum(rows) - rows
+        places = places_of(ids, target.size)
+        signed = places.view(np.int64)
+        is_inside = (signed >= np.repeat(parts.begin[numbers], rows)) & (signed < np.repeat(parts.end[numbers], rows))
+        self._misplaced[rows_of_census] = rows - np.add.reduceat(is_inside, starts, dtype=np.int64)
+        self._id_sum[rows_of_census] = np.add.reduceat(mix(ids), starts)
+        owners = target.owners_of(places, own=None).astype(np.int64)
+        if target.has_overlap:
+            claimed = [target.index_of(parts.slice_of(number)) for number in numbers.tolist()]
+            own = np.repeat(np.array([-1 if number is None else number for number in claimed], np.int64), rows)
+            owners = np.where(is_inside & (own >= 0), own, owners)
+        lowest, highest = np.minimum.reduceat(owners, starts), np.maximum.reduceat(owners, starts)
+        is_whole = lowest == highest
+        whole = np.flatnonzero(is_whole)
+        self._runs.append(np.stack([numbers[whole], np.zeros_like(whole), lowest[whole], rows[whole]]))
+        if len(whole) == len(numbers):
+            return
+        is_split = np.repeat(~is_whole, rows)
+        local = np.repeat(np.arange(len(numbers)), rows)[is_split]
+        keys, counts = np.unique(local * len(target.slices) + owners[is_split], return_counts=True)
+        place, present = np.divmod(keys, len(target.slices))
+        self._runs.append(np.stack([numbers[place], np.zeros_like(place), present, counts]))
+
+
+def without_empty(checkpoint: Checkpoint, part: int, ids: np.ndarray) -> np.ndarray:
+    """Return the ids of rows of a part without those that stand for no id, which may stand many times."""
+    empty = checkpoint.tables[checkpoint.parts.table[part]].empty_id
+    if empty is None:
+        return ids
+    found: np.ndarray = ids[ids != np.int64(empty)]
+    return found
+
+
+def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return which of the ids of blocks, of these tables and numbers of rows, stand for an id (bool)."""
+    empty = [checkpoint.tables[table].empty_id for table in tables.tolist()]
+    may_be_empty = np.repeat([number is not None for number in empty], rows)
+    found: np.ndarray = ~may_be_empty | (ids != np.repeat(np.array([number or 0 for number in empty], np.int64), rows))
+    return found
+
+
+def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: RepeatedIds) -> None:
+    """Look for repeats among the ids of a task; where its bucket holds more than may be held, among those of its halves."""
+    held = _collect(checkpoint, task, held_ids)
+    if held is None:
+        for half in (0, 1):
+            _search(
+                checkpoint,
+                task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
+                held_ids,
+                repeated,
+            )
+    elif held.has_repeats():
+        repeated.add(held.sorted_ids(), task.parts)
+
+
+def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:
+    """Return the ids of a task's bucket, None where they are too many."""
+    held = HeldIds(min(held_ids, int(checkpoint.parts.rows[list(task.parts)].sum())))
+    shift = np.uint64(64 - task.bucket_bits)
+    for part in task.parts:
+        for ids in read_ids(checkpoint, part):
+            its = without_empty(checkpoint, part, ids)
+            chosen = its[(mix(its) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else its
+            if not held.add(chosen):
+                # mixing is one to one, so what shares all 64 bits is one id
+                return held if task.bucket_bits == 64 else None
+    return held

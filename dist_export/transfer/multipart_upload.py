@@ -1,0 +1,297 @@
+"""Shards that grow in an S3 store: uploads in parts that all ranks send, or let the store copy. Rank 0 begins them.
+
+The order: ``begin`` on rank 0, ``join`` on every rank with what it returned, then each thread's :class:`PartWriter`;
+``complete`` by whoever knows that all parts are there. An upload stays when an export is killed: ``begin`` of the next one
+finds it and takes over the parts that are whole, or gives it up.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from dist_export.errors import TransferError
+from dist_export.plan.multipart import FileParts, Part
+from dist_export.plan.plan import SparsePlan
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.storage.directory import Directory
+from dist_export.storage.local_io import naming_any
+from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.s3 import S3, UploadedPart, composite_checksum
+from dist_export.storage.s3_conditions import is_refused
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.workdir.state import UPLOADS
+
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_REQUESTS_AT_ONCE = 8
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What rank 0 notes of the uploads that it began."""
+
+    layout: str
+    """Of which plan they are, and how it is cut into parts."""
+    uploads: dict[str, str]
+    """File -> upload id."""
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """One upload: its id, and the parts that an earlier attempt has left in it, by number."""
+
+    upload: str
+    there: dict[int, UploadedPart]
+
+
+class Uploads:
+    """The uploads of one export. One for each process, shared by its threads."""
+
+    def __init__(self, plan: SparsePlan, target: Directory, parts: dict[int, FileParts], *, needs_sha256: bool) -> None:
+        """Nothing is asked of the store yet.
+
+        Args:
+            plan: of the export.
+            target: on S3.
+            parts: of each file that is uploaded in parts, by its number.
+            needs_sha256: whether a part that the store copies must come with its SHA-256.
+        """
+        assert target.s3 is not None
+        self.plan = plan
+        self.parts = parts
+        self._target = target
+        self._s3: S3 = target.s3
+        self._needs_sha256 = needs_sha256
+        self._begun: dict[int, Begun] = {}
+
+    def __contains__(self, number: object) -> bool:
+        return number in self.parts
+
+    def has_remote(self, number: int) -> bool:
+        """Whether the store copies parts of this file."""
+        return number in self.parts and self.parts[number].has_remote
+
+    def is_built(self, number: int) -> bool:
+        """Whether this file, or what of it is sent from here, is put together on a disk first."""
+        return number not in self.parts or self.parts[number].is_built
+
+    def begin(self, numbers: Sequence[int]) -> dict[int, Begun]:
+        """Find or begin the uploads of these files, and give up those of other shards in the directory. Rank 0."""
+        layout = self._layout()
+        noted = self._read_record()
+        names = {self.plan.files[number].name: number for number in numbers if self.parts[number].parts}
+        usable = noted.uploads if noted is not None and noted.layout == layout else {}
+        ours = {*names, *(noted.uploads if noted is not None else ())}
+        with naming_any(self._target.url):
+            listed = list(self._s3.list_uploads(self._target.path))
+        found = [(name, upload) for name, upload in listed if name in ours or _SHARD.fullmatch(name)]
+        with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+
+            def settle(entry: tuple[str, str]) -> tuple[int, Begun] | None:
+                name, upload = entry
+                with naming_any(self._target.describe(name)):
+                    there = None
+                    if name in names and usable.get(name) == upload:
+                        there = self._s3.list_parts(self._target.join(name), upload)
+                    if there is None:
+                        self._s3.abort_upload(self._target.join(name), upload)
+                        return None
+                return names[name], Begun(upload, there)
+
+            begun = dict(outcome for outcome in pool.map(settle, found) if outcome is not None)
+
+            def start(number: int) -> tuple[int, Begun]:
+                name = self.plan.files[number].name
+                with naming_any(self._target.describe(name)):
+                    return number, Begun(self._s3.begin_upload(self._target.join(name)), {})
+
+            begun.update(pool.map(start, [number for number in names.values() if number not in begun]))
+        uploads = {self.plan.files[number].name: its.upload for number, its in begun.items()}
+        self._target.write(UPLOADS, msgspec.json.encode(_Record(layout, uploads)))
+        return begun
+
+    def join(self, begun: dict[int, Begun]) -> None:
+        """Take over what rank 0 has begun. Every rank."""
+        self._begun = begun
+
+    def _layout(self) -> str:
+        edges = hashlib.sha256()
+        for number in sorted(self.parts):
+            edges.update(repr((number, self.parts[number].parts)).encode())
+        return f"{self.plan.digest} {edges.hexdigest()}"
+
+    def _read_record(self) -> _Record | None:
+        try:
+            return msgspec.json.decode(self._target.read(UPLOADS), type=_Record)
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+
+    def send(self, number: int, place: int, data: bytes) -> UploadedPart:
+        """Send the part at ``place`` of a file, unless the store has just these bytes already."""
+        begun = self._begun[number]
+        there = begun.there.get(place + 1)
+        if there is not None and there.size == len(data):
+            is_same = there.etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
+            if is_same:
+                return there._replace(sha256=hashlib.sha256(data).digest())
+        where = self._target.describe(self.plan.files[number].name)
+        ACTIVITY.begin(where)
+        try:
+            with naming_any(where):
+                return self._s3.upload_part(self._path(number), begun.upload, place + 1, data)
+        finally:
+            ACTIVITY.end()
+
+    def copy(self, number: int, place: int) -> UploadedPart:
+        """Let the store copy the part at ``place`` of a file, unless it has done so.
+
+        Raises:
+            TransferError: the source has changed, or the store tells no SHA-256 and one is needed.
+        """
+        begun, part = self._begun[number], self.parts[number].parts[place]
+        there = begun.there.get(place + 1)
+        if there is not None and there.size == part.end - part.begin and there.sha256:
+            return there
+        checkpoint = self.plan.checkpoint
+        source = checkpoint.files[part.source_file]
+        where = self._target.describe(self.plan.files[number].name)
+        ACTIVITY.begin(where)
+        try:
+            with naming_any(where):
+                try:
+                    done = self._s3.copy_part(
+                        self._path(number),
+                        begun.upload,
+                        place + 1,
+                        checkpoint.directory.join(source.name),
+                        begin=part.source_offset,
+                        end=part.source_offset + part.end - part.begin,
+                        etag=source.version,
+                    )
+                except OSError as error:
+                    if not is_refused(error):
+                        raise
+                    raise TransferError(
+                        f"{checkpoint.directory.describe(source.name)}: changed while it was being exported, so the shards "
+                        "may mix two checkpoints. No manifest was written; run the export again on a checkpoint that is "
+                        "finished"
+                    ) from error
+        finally:
+            ACTIVITY.end()
+        if self._needs_sha256 and not done.sha256:
+            raise TransferError(
+                f"{where}: the store tells no SHA-256 of the bytes that it copies itself, so nothing would vouch for them. "
+                "Set digest: require, which sends them through the export, or digest: none"
+            )
+        return done
+
+    def complete(self, number: int, parts: Sequence[UploadedPart]) -> None:
+        """Make the object of all its parts, in order."""
+        name = self.plan.files[number].name
+        with naming_any(self._target.describe(name)):
+            if number in self._begun:
+                self._s3.complete_upload(self._path(number), self._begun[number].upload, parts)
+            else:  # no bytes are no part
+                self._s3.put(self._path(number), b"")
+
+    def sweep(self) -> None:
+        """Give up what is left once all files are there: an upload whose beginning was asked for twice. Rank 0."""
+        names = {file.name for file in self.plan.files}
+        with naming_any(self._target.url):
+            for name, upload in list(self._s3.list_uploads(self._target.path)):
+                if name in names:
+                    self._s3.abort_upload(self._target.join(name), upload)
+
+    def checksum(self, parts: Sequence[UploadedPart]) -> str:
+        """Return the checksum that the store will keep of the object; empty where not all parts have one."""
+        if not parts or not all(part.sha256 for part in parts):
+            return ""
+        return composite_checksum([part.sha256 for part in parts])
+
+    def _path(self, number: int) -> str:
+        return self._target.join(self.plan.files[number].name)
+
+
+class PartWriter:
+    """What :class:`~dist_export.transfer.output_files.StagedFiles` is, for files some of which are uploaded in parts. One a thread.
+
+    Such a file is written in runs of whole parts, each from begin to end: a part is sent when its last byte is there.
+    """
+
+    def __init__(self, staged: StagedFiles, uploads: Uploads) -> None:
+        self._staged = staged
+        self._uploads = uploads
+        self._places: dict[int, dict[int, int]] = {}
+        """Of each file: first byte of a part -> where it stands among the parts."""
+        self._current: tuple[int, int] | None = None
+        self._buffer = io.BytesIO()
+        """The part so far. Its value, and what the store's library reads it from, are the same memory."""
+        self._sent: dict[int, list[UploadedPart]] = {}
+
+    def write(self, number: int, view: memoryview, offset: int) -> None:
+        """Take in bytes of output ``number`` from byte ``offset`` on."""
+        if self._uploads.is_built(number):
+            self._staged.write(number, view, offset)
+        else:
+            self.send(number, view, offset)
+
+    def write_columns(self, number: int, rows: memoryview, offset: int, row_bytes: int, begin: int, end: int) -> None:
+        """Write columns of rows; a file that gets rows from the memory of ranks is built first."""
+        assert self._uploads.is_built(number)
+        self._staged.write_columns(number, rows, offset, row_bytes, begin, end)
+
+    def send(self, number: int, view: memoryview, offset: int) -> None:
+        """Take in bytes that go up as a part when its last one is there."""
+        while view:
+            if self._current is None:
+                self._current = number, self._place(number, offset)
+            place = self._current[1]
+            part = self._part(number, place)
+            assert self._current[0] == number
+            assert offset == part.begin + self._buffer.tell()
+            count = min(len(view), part.end - offset)
+            self._buffer.write(view[:count])
+            view, offset = view[count:], offset + count
+            if offset == part.end:
+                data, self._buffer, self._current = self._buffer.getvalue(), io.BytesIO(), None
+                self._keep(number, self._uploads.send(number, place, data))
+
+    def copy_part(self, number: int, begin: int) -> None:
+        """Let the store copy the part that begins at byte ``begin``."""
+        self._keep(number, self._uploads.copy(number, self._place(number, begin)))
+
+    def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
+        """Copy inside the kernel what can be, and return how many bytes that was."""
+        if not self._uploads.is_built(number):
+            return 0
+        return self._staged.copy(number, offset, source, source_offset, num_bytes)
+
+    def take_parts(self, number: int) -> list[UploadedPart]:
+        """Return the parts that were sent since the last call."""
+        assert self._current is None or self._current[0] != number
+        return self._sent.pop(number, [])
+
+    def sync(self, number: int) -> None:
+        """Make durable what was written into output ``number`` here."""
+        self._staged.sync(number)
+
+    def close(self, *, sync: bool) -> None:
+        """Close all descriptors; ``sync`` makes the content durable before."""
+        self._staged.close(sync=sync)
+
+    def _keep(self, number: int, part: UploadedPart) -> None:
+        self._sent.setdefault(number, []).append(part)
+
+    def _part(self, number: int, place: int) -> Part:
+        return self._uploads.parts[number].parts[place]
+
+    def _place(self, number: int, begin: int) -> int:
+        places = self._places.get(number)
+        if places is None:
+            places = self._places[number] = {
+                part.begin: place for place, part in enumerate(self._uploads.parts[number].parts)
+            }
+        return places[begin]

@@ -1,0 +1,70 @@
+"""Evaluate the rules of ``prune`` on rows of the source: for the census, for whoever moves rows, and for single lookups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.row_reader import RowReader
+from dist_export.plan.prune import KEPT, Pruning, match_rules
+
+_PIECE_BYTES = 256 << 10
+"""Of a slot that is looked at: as numbers of 64 bits it takes some times as much, and is to stay near the core."""
+
+IsPruned = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""(part, rows within it, their ids) -> which of them are left behind (bool)."""
+
+
+class PruneReader:
+    """Reads the slots that rules look at, and no others. One for each thread, over a reader of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, pruning: Pruning, reader: RowReader) -> None:
+        self._checkpoint = checkpoint
+        self._pruning = pruning
+        self._reader = reader
+        self.has_rules = np.array([bool(rules) for rules in pruning.rules], bool)
+        """By table."""
+
+    def rules(self, part: int, first_row: int, ids: np.ndarray) -> np.ndarray:
+        """Return which rule leaves each of the rows from ``first_row`` on behind (uint16), as ``plan.prune.match_rules``.
+
+        ``ids`` (int64) are those of the rows.
+        """
+        table = int(self._checkpoint.parts.table[part])
+        slots = [self._checkpoint.tables[table].slots[column] for column in self._pruning.columns_of(table)]
+        step = max(1, _PIECE_BYTES // max([1, *(slot.row_bytes for slot in slots)])) if slots else len(ids)
+        found = np.empty(len(ids), np.uint16)
+        for first in range(0, len(ids), step):
+            its = ids[first : first + step]
+            rows = {}
+            for slot in slots:
+                rows[slot.column] = np.empty(len(its) * slot.row_bytes, np.uint8)
+                if slot.row_bytes:
+                    self._reader.read_into(rows[slot.column], part, slot.column, first_row + first, len(its))
+            found[first : first + step] = match_rules(self._pruning.rules[table], its, rows)
+        return found
+
+    def is_pruned(self, part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return which rows of a part (int64: their numbers; and their ids) are left behind (bool). Read one by one."""
+        if not self.has_rules[self._checkpoint.parts.table[part]]:
+            return np.zeros(len(rows), bool)
+        codes = [
+            self.rules(part, row, ids[place : place + 1])[0] for place, row in enumerate(np.asarray(rows).tolist())
+        ]
+        found: np.ndarray = np.array(codes, np.uint16) != KEPT
+        return found
+
+
+def find_pruned(checkpoint: Checkpoint, pruning: Pruning | None) -> IsPruned | None:
+    """Return what tells of single rows whether they are left behind; None where there are no rules. Any thread."""
+    if not pruning:
+        return None
+    rules = pruning
+
+    def is_pruned(part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        with RowReader(checkpoint) as reader:
+            return PruneReader(checkpoint, rules, reader).is_pruned(part, rows, ids)
+
+    return is_pruned

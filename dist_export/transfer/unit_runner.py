@@ -1,0 +1,385 @@
+"""What a thread does for one unit: copy a range, gather rows, or hash what is there. ``copy`` builds no tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.checkpoint.row_reader import RowReader
+from dist_export.formats.digests import NONE, hash_chunks
+from dist_export.formats.recis import places_of
+from dist_export.formats.row_encodings import RowCast
+from dist_export.plan.casts import CastCount, cast_of
+from dist_export.plan.memory_budget import Limits, cast_rows
+from dist_export.plan.plan import Gather, SparsePlan
+from dist_export.plan.prune import KEPT
+from dist_export.plan.work_units import Unit
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.transfer.casting import Counts, convert
+from dist_export.transfer.multipart_upload import PartWriter
+from dist_export.transfer.output_files import StagedFiles
+from dist_export.transfer.prune_filter import PruneReader
+
+_BUFFER_BYTES = 1 << 20
+"""Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
+
+
+class UnitRunner:
+    """Runs units of one plan, one after the other. Holds open files and one buffer; one for each thread."""
+
+    def __init__(
+        self,
+        plan: SparsePlan,
+        outputs: StagedFiles | PartWriter,
+        written: OpenReaders,
+        *,
+        limits: Limits,
+        digest: str,
+        skip: Collection[int] = (),
+    ) -> None:
+        """Prepare to run units.
+
+        Args:
+            plan: what the units are cut from.
+            outputs: the files to write.
+            written: the same files by number, for hashing what is there.
+            limits: what a thread may hold.
+            digest: the algorithm of the chunks' digests, or ``none``.
+            skip: output files that are whole already.
+        """
+        self._plan = plan
+        self._outputs = outputs
+        self._written = written
+        self._limits = limits
+        self._digest = digest
+        self._skip = skip
+        self._rows = RowReader(plan.checkpoint)
+        self._prune = PruneReader(plan.checkpoint, plan.pruning, self._rows) if plan.pruning else None
+        self.counts: Counts = {}
+        """What the rows of the gathers that were run lost by their casts."""
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+
+    def close(self) -> None:
+        """Close what was opened for reading; the outputs belong to the caller."""
+        self._rows.close()
+        self._written.close()
+
+    def run(self, unit: Unit) -> list[bytes]:
+        """Do the work of a unit and return the digests of its chunks, none for one that is not hashed."""
+        if unit.kind == "gather":
+            self._gather(range(unit.begin, unit.end))
+            return []
+        if unit.kind == "remote":
+            assert isinstance(self._outputs, PartWriter)
+            self._outputs.copy_part(unit.number, unit.begin)
+            return []
+        if unit.kind == "send":
+            assert isinstance(self._outputs, PartWriter)
+            begin = unit.begin
+            for piece in self._read_back(unit):
+                self._outputs.send(unit.number, piece, begin)
+                begin += len(piece)
+            return []
+        is_hashed = unit.is_hashed and self._digest != NONE
+        if unit.kind == "hash" and not is_hashed:
+            return []
+        pieces = self._copy(unit, is_hashed=is_hashed) if unit.kind == "copy" else self._read_back(unit)
+        if is_hashed:
+            return hash_chunks(pieces, self._digest)
+        for _ in pieces:  # the work is done as a side effect of asking for the next piece
+            pass
+        return []
+
+    def _copy(self, unit: Unit, *, is_hashed: bool) -> Iterator[memoryview]:
+        """Write the unit's range and yield what was written, piece by piece, in order; gathered gaps are left out.
+
+        What is not hashed goes over inside the kernel where it can, and is not yielded.
+        """
+        header = self._plan.files[unit.number].header
+        if unit.begin < len(header):
+            piece = memoryview(header)[unit.begin : unit.end]
+            self._outputs.write(unit.number, piece, unit.begin)
+            yield piece
+        copies = self._plan.copies
+        first, last = np.searchsorted(copies.file, [unit.number, unit.number + 1])
+        ends = copies.offset[first:last] + copies.num_bytes[first:last]
+        for row in range(first + int(np.searchsorted(ends, unit.begin, side="right")), last):
+            begin = max(int(copies.offset[row]), unit.begin)
+            end = min(int(copies.offset[row] + copies.num_bytes[row]), unit.end)
+            if begin >= unit.end:
+                break
+            source = self._rows.source(int(copies.source_file[row]))
+            shift = int(copies.source_offset[row]) - int(copies.offset[row])
+            if not is_hashed and source.fd >= 0:
+                begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
+            with source.ahead(begin + shift, end - begin, window_bytes=self._limits.window_bytes) as stream:
+                while begin < end:
+                    size = min(end - begin, _BUFFER_BYTES)
+                    piece = self._buffer[:size]
+                    stream.read_into(piece)
+                    self._outputs.write(unit.number, piece, begin)
+                    yield piece
+                    begin += size
+
+    def _read_back(self, unit: Unit) -> Iterator[memoryview]:
+        reader = self._written[unit.number]
+        window_bytes = self._limits.window_bytes
+        with reader.ahead(unit.begin, unit.end - unit.begin, window_bytes=window_bytes) as stream:
+            for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
+                piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
+                stream.read_into(piece)
+                yield piece
+
+    def _gather(self, numbers: range) -> None:
+        """Read each block once, in chunks; order a chunk's rows by target and write each target's share in one call.
+
+        Rows of neighbouring parts share a chunk where they are neighbours in every target too, as they are but for the
+        parts between them that went over whole: so that small parts do not make small writes.
+        """
+        chunk = _Chunk(self._plan, self._plan.gathers[numbers[0]], self._limits)
+        for number in numbers:
+            gather = self._plan.gathers[number]
+            if not chunk.follows(gather):
+                self._flush(chunk)
+                chunk = _Chunk(self._plan, gather, self._limits)
+            chunk.plan_rows(gather)
+            is_whole = len(gather.targets) == 1 and gather.num_kept == gather.num_rows
+            target = int(gather.targets[0]) if is_whole else None
+            first, left = gather.first_row, gather.num_rows
+            while left:
+                num_rows = chunk.room_for(left)
+                if num_rows:
+                    chunk.add(_Piece(gather.part, first, num_rows, number, target))
+                first, left = first + num_rows, left - num_rows
+                if left or not chunk.num_free:
+                    self._flush(chunk)
+        self._flush(chunk)
+
+    def _flush(self, chunk: _Chunk) -> None:
+        """Move the rows of a chunk, slot by slot."""
+        num_rows = chunk.num_rows
+        if not num_rows:
+            return
+        plan, table = self._plan, chunk.table
+        ids: np.ndarray | None = None
+        order: np.ndarray | None = None
+        kept: np.ndarray | None = None
+        if len({piece.target for piece in chunk.pieces}) == 1 and chunk.pieces[0].target is not None:
+            counts = np.zeros(len(plan.targets[table].slices), np.int64)
+            counts[chunk.pieces[0].target] = num_rows
+        else:
+            ids = np.empty(num_rows, np.int64)
+            self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
+            kept = _kept_rows(plan, chunk.pieces, self._pruned_rows(chunk, ids))
+            order, counts = _order_rows(plan, table, ids, chunk.pieces, kept)
+        present = np.flatnonzero(counts)
+        starts = np.cumsum(counts)[present] - counts[present]
+        for slot in plan.slots_of(table):
+            if not slot.row_bytes or slot.column not in chunk.columns:
+                continue
+            blocks = plan.blocks_of(table, slot.column)[present]
+            files = plan.blocks.file[blocks].tolist()
+            cast = chunk.casts.get(slot.column)
+            if cast is None and all(file in self._skip for file in files):
+                continue
+            if slot.column == 0 and ids is not None:
+                rows, free = ids.view(np.uint8), chunk.rows_out
+            else:
+                rows, free = self._read_rows(chunk, slot.column, cast, kept)
+            moved = rows
+            if order is not None:
+                kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
+                moved = free[: len(order) * slot.row_bytes]
+                np.take(rows.view(kind), order, out=moved.view(kind), mode="clip")
+            view = moved.data
+            positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
+            begins, ends = starts * slot.row_bytes, (starts + counts[present]) * slot.row_bytes
+            pieces_of_rows = self._rows.held_pieces(chunk.pieces[0].part, slot.column)
+            for file, position, begin, end in zip(files, positions, begins.tolist(), ends.tolist(), strict=True):
+                if file in self._skip:
+                    continue
+                if pieces_of_rows is None:
+                    self._outputs.write(file, view[begin:end], position)
+                    continue
+                for first, last in pieces_of_rows:  # the rest of a row is in the memory of other ranks, who write it
+                    self._outputs.write_columns(file, view[begin:end], position, slot.row_bytes, first, last)
+        chunk.moved(counts)
+
+    def _pruned_rows(self, chunk: _Chunk, ids: np.ndarray) -> np.ndarray | None:
+        """Return which rows of a chunk the rules leave behind (bool); None where its table has no rules."""
+        if self._prune is None or not self._prune.has_rules[chunk.table]:
+            return None
+        found, begin = np.empty(len(ids), bool), 0
+        for part, first_row, num_rows, *_ in chunk.pieces:
+            end = begin + num_rows
+            found[begin:end] = self._prune.rules(part, first_row, ids[begin:end]) != KEPT
+            begin = end
+        return found
+
+    def _read_rows(
+        self, chunk: _Chunk, column: int, cast: RowCast | None, kept: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of a slot as they are to be written, and the buffer that is free then (both uint8, flat)."""
+        plan = self._plan
+        stored = plan.checkpoint.tables[chunk.table].slots[column]
+        rows = chunk.rows_in[: chunk.num_rows * stored.row_bytes]
+        self._read_pieces(chunk.pieces, column, rows)
+        if cast is None:
+            return rows, chunk.rows_out
+        out = chunk.rows_out[: chunk.num_rows * cast.target_bytes]
+        is_left = np.zeros(chunk.num_rows, bool)
+        if kept is not None:
+            is_left[:] = True
+            is_left[kept] = False
+        begin = 0
+        for part, first_row, num_rows, number, _ in chunk.pieces:
+            end = begin + num_rows
+            dropped = np.flatnonzero(is_left[begin:end])
+            self.counts[number] = convert(
+                cast,
+                rows[begin * cast.source_bytes : end * cast.source_bytes].reshape(num_rows, cast.source_bytes),
+                out[begin * cast.target_bytes : end * cast.target_bytes].reshape(num_rows, cast.target_bytes),
+                count=self.counts.get(number, CastCount()),
+                first_row=first_row,
+                dropped=dropped,
+                id_of=functools.partial(self._id_of, part),
+            )
+            begin = end
+        return out, chunk.rows_in
+
+    def _id_of(self, part: int, row: int) -> int:
+        """Return the id of one row."""
+        found = np.empty(1, np.int64)
+        self._rows.read_into(found.view(np.uint8), part, 0, row, 1)
+        return int(found[0])
+
+    def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
+        """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
+        checkpoint = self._plan.checkpoint
+        width = checkpoint.tables[checkpoint.parts.table[pieces[0].part]].slots[column].row_bytes
+        begin = 0
+        for part, first_row, num_rows, *_ in pieces:
+            end = begin + num_rows * width
+            self._rows.read_into(rows[begin:end], part, column, first_row, num_rows, held_only=True)
+            begin = end
+
+
+class _Piece(NamedTuple):
+    """Rows of one part."""
+
+    part: int
+    first_row: int
+    num_rows: int
+    gather: int
+    """Place in ``SparsePlan.gathers``."""
+    target: int | None
+    """Where all rows of that gather go, in their order; None where they part ways or are dropped in part."""
+
+
+class _Chunk:
+    """Rows of one table that are moved together, and where the next rows of each target go."""
+
+    def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
+        self.table = int(plan.checkpoint.parts.table[gather.part])
+        self.columns = gather.columns
+        self._part = -1
+        self._plan = plan
+        stored = plan.checkpoint.tables[self.table].slots
+        slots = [slot for slot in plan.slots_of(self.table) if slot.column in gather.columns]
+        self.casts = {slot.column: cast for slot in slots if (cast := cast_of(stored[slot.column], slot)) is not None}
+        widest = max(max(slot.row_bytes, stored[slot.column].row_bytes) for slot in slots)
+        num_targets = len(plan.targets[self.table].slices)
+        is_on_store = plan.checkpoint.directory.s3 is not None
+        count_rows = limits.gather_rows_of_store if is_on_store else limits.gather_rows
+        self._step = max((cast_rows(cast.dim) for cast in self.casts.values()), default=1)
+        self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
+        self.pieces: list[_Piece] = []
+        self.num_rows = 0
+        """The rows in ``pieces``."""
+        self.rows_in = np.empty(self._capacity * widest, np.uint8)
+        self.rows_out = np.empty(self._capacity * widest, np.uint8)
+        self.next_rows = np.zeros(num_targets, np.int64)
+        """Where the rows in ``pieces`` go, by target."""
+        self._planned = np.full(num_targets, -1, np.int64)
+        """Where rows after those go; -1 for a target that got none yet."""
+
+    @property
+    def num_free(self) -> int:
+        """The rows that there is still room for."""
+        return self._capacity - self.num_rows
+
+    def room_for(self, left: int) -> int:
+        """Return how many of so many rows of a gather to take in: whole blocks of a cast, but for the last."""
+        return left if left <= self.num_free else self.num_free // self._step * self._step
+
+    def add(self, piece: _Piece) -> None:
+        """Take in rows, as many as there is room for."""
+        self.pieces.append(piece)
+        self.num_rows += piece.num_rows
+
+    def moved(self, counts: np.ndarray) -> None:
+        """Forget the rows, of which each target got so many."""
+        self.next_rows += counts
+        self.pieces.clear()
+        self.num_rows = 0
+
+    def follows(self, gather: Gather) -> bool:
+        """Whether the rows of a gather come, in every target, right behind those that came before."""
+        if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
+            return False
+        is_in_memory = self._plan.checkpoint.memory is not None  # there each part may have other columns on this rank
+        if is_in_memory and self._part not in (-1, gather.part):
+            return False
+        planned = self._planned[gather.targets]
+        return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
+
+    def plan_rows(self, gather: Gather) -> None:
+        """Take note of where the rows of a gather go."""
+        self._part = gather.part
+        is_new = self._planned[gather.targets] < 0
+        self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
+        self._planned[gather.targets] = gather.first_target_rows + gather.counts
+
+
+def _order_rows(
+    plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece], kept: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a chunk that are moved (int64), in the order of their targets, and how many each target gets."""
+    owners = _owners_of(plan, table, ids, pieces)
+    if kept is not None:
+        owners = owners.take(kept)
+    order = np.argsort(owners, kind="stable")
+    edges = np.searchsorted(owners.take(order), np.arange(len(plan.targets[table].slices) + 1))
+    return order if kept is None else kept.take(order), np.diff(edges)
+
+
+def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
+    target_of = plan.targets[table]
+    places = places_of(ids, target_of.size)
+    if not target_of.has_overlap:
+        return target_of.owners_of(places, own=None)
+    owners, begin = [], 0  # a row stays in its part's own slice, so each piece is asked for itself
+    for part, _, num_rows, *_ in pieces:
+        own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
+        owners.append(target_of.owners_of(places[begin : begin + num_rows], own=own))
+        begin += num_rows
+    return np.concatenate(owners)
+
+
+def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece], is_pruned: np.ndarray | None) -> np.ndarray | None:
+    """Return the rows of a chunk that are moved (int64), None where all are. ``is_pruned``: bool, by row of the chunk."""
+    dropped, begin = [], 0
+    for part, first_row, num_rows, *_ in pieces:
+        rows = plan.dropped.rows_in(part, first_row, num_rows)
+        if len(rows):
+            dropped.append(begin + rows)
+        begin += num_rows
+    if not dropped and is_pruned is None:
+        return None
+    is_kept = np.ones(begin, bool) if is_pruned is None else ~is_pruned
+    for rows in dropped:
+        is_kept[rows] = False
+    return np.flatnonzero(is_kept)

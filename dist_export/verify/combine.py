@@ -1,0 +1,165 @@
+"""Put together what all ranks found in the payload, and call the dense program. Rank 0."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_export.checkpoint.recis.model_pt import load_dense_state
+from dist_export.formats.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
+from dist_export.humanize import count as say
+from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry
+from dist_export.verify.blocks import Blocks
+from dist_export.verify.dense import check_dense
+from dist_export.verify.finite import Odd
+from dist_export.verify.ids import IdCounts, Repeats
+from dist_export.verify.metadata_checks import Survey
+
+_SLICE_ELEMENTS = 1 << 20
+
+
+def conclude(survey: Survey, counts: IdCounts, repeats: list[Repeats], odd: list[Odd]) -> None:
+    """Add what the payload said, and call the dense program."""
+    if survey.blocks is not None:
+        _tell_of_ids(survey, survey.blocks, counts, repeats)
+        if survey.is_finite_asked:
+            _tell_of_values(survey, survey.blocks, odd)
+    if survey.is_finite_asked and survey.package is None:
+        survey.guard(DENSE_STATE, lambda: _check_dense_state(survey))
+    if survey.manifest is not None and survey.manifest.dense is not None:
+        entry = survey.manifest.dense
+        survey.guard(entry.program, lambda: _check_dense(survey, entry))
+
+
+def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list[Repeats]) -> None:
+    report = survey.report
+    before = report.count()
+    for file, message in counts.errors:
+        report.add(file, "ids", message)
+    for column, (count, _, first) in counts.misplaced.items():
+        row = int(survey.id_rows[column])
+        part = Slice(*blocks.slices[blocks.slice[row]].tolist())
+        report.add(
+            blocks.file_of(row),
+            "slice",
+            f"{count:,} ids of {blocks.key(row)!r} lie outside its slice {format_slice(part)}, first {first}; RecIS drops "
+            "such rows without a word when it loads on several ranks",
+        )
+    tables, places = np.unique(blocks.table[survey.id_rows], return_index=True)
+    file_of_table = {
+        table: blocks.file_of(int(survey.id_rows[place]))
+        for table, place in zip(tables.tolist(), places.tolist(), strict=True)
+    }
+    for table, rows, first in repeats:
+        report.add(
+            file_of_table[table],
+            "unique",
+            f"{rows:,} ids of table {blocks.tables[table]!r} stand twice, first {first}",
+        )
+    gpu_keys = np.flatnonzero(counts.gpu_keys)
+    if len(gpu_keys) and survey.manifest is None:
+        row = int(survey.id_rows[gpu_keys[0]])
+        report.note(
+            blocks.file_of(row),
+            "gpu_keys",
+            f"{int(counts.gpu_keys.sum()):,} ids are -1 or -2, first in {blocks.key(row)!r}; a table of RecIS 1.0 on a GPU "
+            "cannot hold them",
+        )
+    if not counts.errors:
+        known = {found.table for found in repeats}
+        known |= set(blocks.table[survey.id_rows[list(counts.misplaced)]].tolist())
+        _compare_sums(survey, blocks, counts, file_of_table, known)
+    if report.count() == before and blocks.is_whole:
+        total = int(blocks.rows[survey.id_rows].sum())
+        all_there = "all there, unique" if survey.manifest is not None else "unique"
+        by_number = np.flatnonzero(blocks.is_numbered & blocks.is_slot(EMBEDDING_SLOT))
+        num_numbered = len(np.unique(blocks.table[by_number]))
+        if num_numbered < len(blocks.tables) or not num_numbered:
+            tables_and_rows = f"{say(len(blocks.tables) - num_numbered, 'table')}, {say(total, 'row')}"
+            report.checked.append(f"{tables_and_rows}: {all_there}, each in the slice of its shard")
+        if num_numbered and not report.count():
+            rows_by_number = say(int(blocks.rows[by_number].sum()), "row")
+            report.checked.append(f"{say(num_numbered, 'table')} by row number, {rows_by_number}: all there, in order")
+
+
+def _compare_sums(
+    survey: Survey, blocks: Blocks, counts: IdCounts, file_of_table: dict[int, str], known: set[int]
+) -> None:
+    if survey.manifest is None or not blocks.is_whole:
+        return
+    numbers = {name: number for number, name in enumerate(blocks.tables)}
+    for table in survey.manifest.tables:
+        number = numbers.get(table.name)
+        if number is None or number in known:
+            continue
+        id_sum = f"{int(counts.id_sum[number]):016x}"
+        if id_sum != table.id_sum:
+            survey.report.add(
+                file_of_table.get(number, MANIFEST),
+                "id_sum",
+                f"the ids of table {table.name!r} are not those that were exported (sum {id_sum}, not {table.id_sum})",
+            )
+
+
+def _tell_of_values(survey: Survey, blocks: Blocks, odd: list[Odd]) -> None:
+    by_slot: dict[tuple[str, str], list[Odd]] = {}
+    for found in odd:
+        row = int(survey.value_rows[found.block])
+        if found.error:
+            survey.report.add(blocks.file_of(row), "finite", f"{blocks.key(row)!r} cannot be read: {found.error}")
+            continue
+        name = blocks.stems[blocks.stem[row]] if blocks.stem[row] >= 0 else ("", blocks.key(row))
+        by_slot.setdefault(name, []).append(found)
+    for (table, slot), its in by_slot.items():
+        row = int(survey.value_rows[its[0].block])
+        width = int(np.prod(blocks.shape(row)[1:], dtype=np.int64)) or 1
+        what = f"slot {slot!r} of table {table!r}" if table else f"dense tensor {slot.removesuffix(DENSE_SUFFIX)!r}"
+        nans, infs = sum(found.nans for found in its), sum(found.infs for found in its)
+        survey.report.add(
+            blocks.file_of(row),
+            "finite",
+            f"{what} holds {nans:,} NaN and {infs:,} infinities, first in {blocks.key(row)!r} row {its[0].first // width}",
+        )
+    if not odd:
+        num_bytes = int((blocks.end - blocks.begin)[survey.value_rows].sum())
+        survey.report.checked.append(f"{len(survey.value_rows):,} blocks of floats, {num_bytes:,} bytes: all finite")
+
+
+def _check_dense_state(survey: Survey) -> None:
+    """Look for values of model.pt that are not finite, slice by slice: it may be mapped and large."""
+    if survey.directory.exists(DENSE_STATE) and not any(f.file == DENSE_STATE for f in survey.report.found):
+        import torch
+
+        for name, tensor in load_dense_state(survey.directory).items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            flat = tensor.reshape(-1)
+            pieces = [flat[first : first + _SLICE_ELEMENTS] for first in range(0, len(flat), _SLICE_ELEMENTS)]
+            nans = sum(int(piece.isnan().sum()) for piece in pieces)
+            infs = sum(int(piece.isinf().sum()) for piece in pieces)
+            if nans or infs:
+                survey.report.add(DENSE_STATE, "finite", f"{name!r} holds {nans:,} NaN and {infs:,} infinities")
+
+
+def _check_dense(survey: Survey, entry: DenseEntry) -> None:
+    assert survey.package is not None
+    assert survey.manifest is not None
+    needed = [
+        entry.program,
+        *(
+            f"{entry.folder}/{name}"
+            for name in ("output_info.json", "params_order.json", SAMPLE_ROWS, DEFAULT_ROWS, OUTPUTS)
+        ),
+    ]
+    listed = {file.path for file in survey.manifest.files}
+    missing = [name for name in needed if name not in listed]
+    if missing:
+        survey.report.add(missing[0], "dense", "not among the files of the manifest, so nothing vouches for it")
+        return
+    if any(path == entry.program or path.startswith(f"{entry.folder}/") for path in survey.bad):
+        return  # told already
+    lines: list[str] = []
+    try:
+        # rows of tables that are known to be damaged would be found a second time
+        check_dense(survey.package, entry, lines, survey.report.checked, looks_up_rows=not survey.report.count())
+    finally:
+        survey.report.add_lines("dense", lines)

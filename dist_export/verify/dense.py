@@ -1,0 +1,275 @@
+"""Check the dense arch of a package: its files agree, the program reproduces the stored outputs, the sample's rows are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import msgspec
+import numpy as np
+import xxhash
+
+from dist_export.errors import DistExportError, PackageError
+from dist_export.formats.dtypes import explain_unread
+from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
+from dist_export.package.fx_check import check_fx_folder
+from dist_export.package.reader import Package
+from dist_export.package.shard_headers import Files
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Values(TypedDict):
+    """A sample's input, in inputs_dict.json."""
+
+    dtype: str
+    shape: list[int]
+    values: Any
+
+
+class _OutputInfo(TypedDict):
+    OutputNodes: list[dict[str, Any]]
+
+
+class _SampleRow(TypedDict):
+    id: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+    row: str | None
+
+
+_MAX_ATOL, _MAX_RTOL = 1e-6, 1e-5
+"""For a package whose manifest has no parity."""
+
+
+def check_dense(
+    package: Package, entry: DenseEntry, findings: list[str], checked: list[str], *, looks_up_rows: bool = True
+) -> None:
+    """Load the program (after a look into its archive), call it on the stored sample, compare with the stored outputs.
+
+    Needs neither the model's code nor the job; of the folder's Python code nothing is imported. ``looks_up_rows``: whether
+    the tables are sound so far, so that the sample's rows can be looked up in them.
+    """
+    folder = package.files
+    try:
+        program = package.load_program()
+    except DistExportError as error:
+        findings.append(f"{entry.program}: {_first_line(error)}")
+        return
+    try:
+        inputs, outputs = _read_sample(folder, entry, findings)
+        expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
+        by_name = _read_named_outputs(folder, entry, findings)
+    except DistExportError as error:
+        findings.append(str(error))
+        return
+    from dist_export.archive.output_diff import has_same_values
+
+    names = [output.name for output in entry.outputs]
+    if len(expected) != len(names):
+        findings.append(f"{entry.folder}/output_base.pkl: {len(expected)} outputs, the manifest names {len(names)}")
+    try:
+        found = _call(program, inputs)
+    except Exception as error:  # noqa: BLE001 -- whatever a foreign program raises, it does not run
+        findings.append(f"{entry.program}: fails on the stored sample: {type(error).__name__}: {_first_line(error)}")
+        return
+    if len(found) != len(names):
+        findings.append(f"{entry.program}: returns {len(found)} outputs, the manifest names {len(names)}")
+    for kind, tensor in zip(entry.inputs, inputs.values(), strict=False):
+        _expect_kind(f"{entry.folder}/inputs_dict.json: input", tensor, kind, findings)
+    told = []
+    for place, (name, stated, tensor, base) in enumerate(zip(names, outputs, found, expected, strict=False)):
+        _expect_kind(f"{entry.program}: output", tensor, entry.outputs[place], findings)
+        if name in by_name and not has_same_values(by_name[name], base):
+            findings.append(
+                f"{entry.folder}/output_base.pkl: output {place} is not what {OUTPUTS} has for {name!r}, which is its name "
+                "in the manifest"
+            )
+        if list(tensor.shape) != stated.get("shape") or str(tensor.dtype) != stated.get("dtype"):
+            findings.append(
+                f"{entry.program}: output {name!r} is {tensor.dtype} {list(tensor.shape)}, output_info.json says "
+                f"{stated.get('dtype')} {stated.get('shape')}"
+            )
+            continue
+        told.append(_compare(entry, package.manifest.parity, name, tensor, base, findings))
+    checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
+    check_fx_folder(package, entry, program, findings, checked)
+    if package.manifest.tables and looks_up_rows:
+        _check_rows(package, entry, findings, checked)
+        _check_default_rows(package, entry, findings)
+
+
+def _compare(
+    entry: DenseEntry,
+    parity: ParityEntry | None,
+    name: str,
+    found: torch.Tensor,
+    base: torch.Tensor,
+    findings: list[str],
+) -> str:
+    from dist_export.archive.output_diff import compare, describe_allowed
+
+    if base.shape != found.shape or base.dtype != found.dtype:
+        findings.append(
+            f"{entry.folder}/output_base.pkl: output {name!r} is {base.dtype} {list(base.shape)}, the program gives "
+            f"{found.dtype} {list(found.shape)}"
+        )
+        return f"{name} is not comparable"
+    atol, rtol = (_MAX_ATOL, _MAX_RTOL) if parity is None else (parity.atol, parity.rtol)
+    worst = compare(base, found, atol=atol, rtol=rtol)
+    figures = f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, {worst.max_ulp:,} ULP"
+    if not worst.is_close:
+        findings.append(
+            f"{entry.program}: output {name!r} is not what was stored in output_base.pkl: {figures}, in row {worst.row}; "
+            f"allowed is {describe_allowed(atol, rtol)}"
+        )
+    return f"{name} {figures}"
+
+
+def _read_sample(
+    folder: Files, entry: DenseEntry, findings: list[str]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
+    from dist_export.archive.output_diff import has_same_values
+    from dist_export.archive.safe_pickle import read_sample_pickle
+
+    full = _read_json(folder, f"{entry.folder}/inputs_dict.json", dict[str, _Values])
+    lite = _read_json(folder, f"{entry.folder}/inputs_dict_lite.json", dict[str, dict[str, Any]])
+    order = _read_json(folder, f"{entry.folder}/params_order.json", list[str])
+    outputs = _read_json(folder, f"{entry.folder}/output_info.json", _OutputInfo)["OutputNodes"]
+    where = f"{entry.folder}/inputs_dict.pkl"
+    pickled = read_sample_pickle(folder.read(where), where=where)
+    _expect_names(f"{entry.folder}/params_order.json", order, entry.inputs, findings)
+    _expect_names(
+        f"{entry.folder}/output_info.json", [o.get("OutputNodeName") for o in outputs], entry.outputs, findings
+    )
+    for name, found in (("inputs_dict.json", full), ("inputs_dict_lite.json", lite), ("inputs_dict.pkl", pickled)):
+        if not isinstance(found, Mapping) or list(found) != order:
+            told = list(found) if isinstance(found, Mapping) else type(found).__name__
+            findings.append(f"{entry.folder}/{name}: inputs {told}, params_order.json has {order}")
+    inputs = {}
+    for place, name in enumerate(order):
+        if name not in full:
+            raise PackageError(f"{entry.folder}/inputs_dict.json: has no input {name!r}, which params_order.json names")
+        inputs[name] = _to_tensor(full[name], f"{entry.folder}/inputs_dict.json: input {name!r}")
+        bare = {key: value for key, value in full[name].items() if key != "values"}
+        if bare != lite.get(name) or bare.get("idx") != place:
+            findings.append(f"{entry.folder}/inputs_dict_lite.json: input {name!r} is not as in inputs_dict.json")
+        if isinstance(pickled, dict) and name in pickled and not has_same_values(pickled[name], inputs[name]):
+            findings.append(f"{entry.folder}/inputs_dict.pkl: input {name!r} is not that of inputs_dict.json")
+    return inputs, outputs
+
+
+def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findings: list[str]) -> None:
+    if names != [tensor.name for tensor in stated]:
+        findings.append(f"{where}: {names}, the manifest says {[tensor.name for tensor in stated]}")
+
+
+def _expect_kind(what: str, tensor: torch.Tensor, stated: TensorEntry, findings: list[str]) -> None:
+    """Compare dtype and shape of a tensor of the sample with the manifest's; sizes that have a name there are free."""
+    is_shape = tensor.dim() == len(stated.shape) and all(
+        isinstance(size, str) or size == found for size, found in zip(stated.shape, tensor.shape, strict=True)
+    )
+    if f"torch.{stated.dtype}" != str(tensor.dtype) or not is_shape:
+        findings.append(
+            f"{what} {stated.name!r} is {tensor.dtype} {list(tensor.shape)}, the manifest says {stated.dtype} "
+            f"[{', '.join(map(str, stated.shape))}]"
+        )
+
+
+def _read_named_outputs(folder: Files, entry: DenseEntry, findings: list[str]) -> dict[str, torch.Tensor]:
+    """Return the sample's outputs by name, as the export wrote them."""
+    where = f"{entry.folder}/{OUTPUTS}"
+    found = _read_json(folder, where, dict[str, _Values])
+    _expect_names(where, list(found), entry.outputs, findings)
+    return {name: _to_tensor(values, f"{where}: output {name!r}") for name, values in found.items()}
+
+
+def _read_outputs(folder: Files, where: str) -> tuple[torch.Tensor, ...]:
+    from dist_export.archive.safe_pickle import read_sample_pickle
+
+    found = read_sample_pickle(folder.read(where), where=where)
+    if isinstance(found, dict):
+        raise PackageError(f"{where}: a dict, expected a tensor or a tuple of tensors")
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, entry["dtype"].removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or explain_unread(str(dtype).removeprefix("torch.")):
+        raise PackageError(f"{where} is of the unknown dtype {entry['dtype'][:100]!r}")
+    try:
+        if not dtype.is_complex:
+            return torch.tensor(entry["values"], dtype=dtype).reshape(entry["shape"])
+        parts = torch.tensor(entry["values"], dtype=dtype.to_real()).reshape(*entry["shape"], 2)
+        return torch.view_as_complex(parts)
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's words for values that are no numbers of that shape
+        raise PackageError(f"{where} has no values of shape {entry['shape']}: {_first_line(error)}") from None
+
+
+def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
+    import torch
+
+    with torch.no_grad():
+        output = program.module()(**inputs)
+    outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+    if not all(isinstance(found, torch.Tensor) for found in outputs):
+        raise PackageError("it returns what is no tensor")
+    return outputs
+
+
+def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
+    """Look the sample's ids up in the shards: rows that are not those that were scored are found, by table and id."""
+    where = f"{entry.folder}/{SAMPLE_ROWS}"
+    before = len(findings)
+    total = there = 0
+    for table, rows in _read_json(package.files, where, dict[str, list[_SampleRow]]).items():
+        ids = np.array([row["id"] for row in rows], np.int64)
+        found, has_row = package.lookup(table, ids, slot=EMBEDDING_SLOT, raw=True)
+        total += len(ids)
+        there += int(np.count_nonzero(has_row))
+        for place, row in enumerate(rows):
+            digest = xxhash.xxh3_64_hexdigest(found[place].tobytes()) if has_row[place] else None
+            if digest != row["row"]:
+                findings.append(f"{where}: table {table!r} no longer has the row of id {row['id']} that was scored")
+                break  # one is enough to know the table
+    if len(findings) > before:
+        return
+    if there:
+        checked.append(f"sample: the rows of its {total:,} ids are those that were scored")
+    else:
+        asked = f"the package has none of its {total:,} ids" if total else "it looked up no id of the package"
+        checked.append(f"sample: {asked}, so there was no row to compare")
+
+
+def _check_default_rows(package: Package, entry: DenseEntry, findings: list[str]) -> None:
+    """Compare what lookups give for ids without a row with what the sample had for them."""
+    where = f"{entry.folder}/{DEFAULT_ROWS}"
+    recorded = _read_json(package.files, where, dict[str, str])
+    names = {table.name for table in package.manifest.tables}
+    findings += [
+        f"{where}: {'lacks' if name in names else 'names'} {name!r}, which the manifest {'has' if name in names else 'lacks'}"
+        for name in sorted(names ^ set(recorded))
+    ]
+    findings += [
+        f"{where}: ids that table {name!r} lacks had another row in the sample than the default row in the manifest"
+        for name in sorted(names & set(recorded))
+        if xxhash.xxh3_64_hexdigest(package.default_row(name).tobytes()) != recorded[name]
+    ]
+
+
+def _read_json(directory: Files, name: str, kind: Any) -> Any:
+    """Return what a json file holds, which must be of a type. PackageError where it is not."""
+    try:
+        found = json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
+        msgspec.convert(found, kind)  # which would leave out what the type does not name
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{name}: {error}") from None
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,134 @@
+"""Find values that are not finite, by their bits: through small buffers, bfloat16 and float16 included, nothing widened."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.errors import DistExportError
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.row_encodings import F32, TAIL_BYTES
+from dist_export.package.shard_headers import fact_of
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.verify.work_split import Work, cut
+
+_PIECE_BYTES = 16 << 20
+_BUFFER_BYTES = 1 << 18
+"""What is computed from so many bytes stays in a core's cache. A multiple of every item's size."""
+
+
+class _Bits(NamedTuple):
+    """How a float dtype shows what is not finite: all bits of the exponent are set, and for NaN some of the fraction."""
+
+    unsigned: str
+    exponent: int
+
+
+BITS = {
+    code: _Bits(f"<u{dtype.itemsize}", exponent)
+    for code, dtype in enumerate(DTYPES)
+    for name, exponent in (
+        ("F64", 0x7FF0_0000_0000_0000),
+        ("F32", 0x7F80_0000),
+        ("F16", 0x7C00),
+        ("BF16", 0x7F80),
+    )
+    if dtype.name == name
+}
+"""By place in ``DTYPES``; other dtypes are always finite."""
+
+
+class Odd(NamedTuple):
+    """Values of a block that are not finite; or ``error``, where they could not be read."""
+
+    block: int
+    nans: int
+    infs: int
+    first: int
+    """The element of the block that is the first of them."""
+    error: str = ""
+
+
+def cut_values(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return block, first byte and bytes (int64) of each piece."""
+    return cut(work.value_bytes, _PIECE_BYTES)
+
+
+def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
+    """Look through a run of the pieces of :func:`cut_values`. Any rank, any thread."""
+    found: list[Odd] = []
+    buffer = np.empty(_BUFFER_BYTES, np.uint8)
+    columns = (column[chosen].tolist() for column in cut_values(work))
+    with OpenReaders(lambda number: directory.open_reader(work.shards[number])) as readers:
+        for block, begin, size in zip(*columns, strict=True):
+            if work.value_width[block]:
+                found += _scan_tails(readers, work, block, begin, size)
+                continue
+            unsigned, exponent = BITS[int(work.value_dtype[block])]
+            itemsize = np.dtype(unsigned).itemsize
+            try:
+                for offset in range(begin, begin + size, _BUFFER_BYTES):
+                    piece = buffer[: min(_BUFFER_BYTES, begin + size - offset)]
+                    position = int(work.value_offset[block]) + offset
+                    readers[int(work.value_file[block])].read_into(piece.data, position)
+                    odd = _look(piece.view(unsigned), exponent, block, offset // itemsize)
+                    if odd is not None:
+                        found.append(odd)
+            except (DistExportError, OSError) as error:
+                text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
+                found.append(Odd(block, 0, 0, 0, text))
+    return _add(found)
+
+
+def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: int) -> list[Odd]:
+    """Look at scale and bias of the rows of ``int8_rowwise`` that begin in these bytes of a block."""
+    width = int(work.value_width[block])
+    found: list[Odd] = []
+    step = max(1, _BUFFER_BYTES // width)
+    last = -(-(begin + size) // width)
+    try:
+        for first in range(-(-begin // width), last, step):
+            rows = np.empty((min(step, last - first), width), np.uint8)
+            readers[int(work.value_file[block])].read_into(
+                rows.reshape(-1).data, int(work.value_offset[block]) + first * width
+            )
+            unsigned, exponent = BITS[F32]
+            tails = np.ascontiguousarray(rows[:, width - TAIL_BYTES :]).reshape(-1).view(unsigned)
+            odd = _look(tails, exponent, block, 0)
+            if odd is not None:
+                found.append(odd._replace(first=(first + odd.first // 2) * width))
+    except (DistExportError, OSError) as error:
+        text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
+        found.append(Odd(block, 0, 0, 0, text))
+    return found
+
+
+def add_odd(shares: list[list[Odd]]) -> list[Odd]:
+    """Join what was found of each block."""
+    return _add([odd for share in shares for odd in share])
+
+
+def _look(bits: np.ndarray, exponent: int, block: int, first: int) -> Odd | None:
+    mask = bits.dtype.type(exponent)
+    is_odd = (bits & mask) == mask
+    count = int(np.count_nonzero(is_odd))
+    if not count:
+        return None
+    places = np.flatnonzero(is_odd)
+    nans = int(np.count_nonzero(bits[places] & bits.dtype.type((exponent & -exponent) - 1)))
+    return Odd(block, nans, count - nans, first + int(places[0]))
+
+
+def _add(found: list[Odd]) -> list[Odd]:
+    by_block: dict[int, Odd] = {}
+    for odd in found:
+        known = by_block.get(odd.block)
+        if known is None or known.error:
+            by_block[odd.block] = odd if known is None else known
+        else:
+            by_block[odd.block] = Odd(
+                odd.block, known.nans + odd.nans, known.infs + odd.infs, min(known.first, odd.first), odd.error
+            )
+    return [by_block[block] for block in sorted(by_block)]

@@ -1,0 +1,293 @@
+"""Read every id once: its slice, the sum of the mixed ids by table, and whether an id stands twice in its table.
+
+Within a part repeats are searched as it is read; disjoint slices whose ids are all their own prove that there are none
+across parts. Where that proof fails, and for columns too long to be held, ids are searched by buckets of equal mixed bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.errors import DistExportError
+from dist_export.formats.recis import Slice, is_in_slice, mix, places_of
+from dist_export.ids import columns as id_columns
+from dist_export.ids.columns import IdRun, read_runs
+from dist_export.ids.duplicates import HeldIds, has_repeats
+from dist_export.package.shard_headers import fact_of
+from dist_export.storage.directory import Directory
+from dist_export.storage.range_reader import OpenReaders
+from dist_export.verify.work_split import Work, cut
+
+_PIECE_ROWS = 1 << 22
+"""Columns that are too long to be held are counted in pieces of so many ids."""
+
+_GPU_KEYS = np.uint64((1 << 64) - 2)
+"""-1 and -2, as unsigned integers: the least of the two."""
+
+
+class Repeats(NamedTuple):
+    """Ids of a table that stand twice."""
+
+    table: int
+    rows: int
+    """Those beyond one for each id."""
+    first: int
+    """The least of these ids."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class IdCounts:
+    """What a share of the id columns says; all arrays by table or by column of ids."""
+
+    id_sum: np.ndarray
+    """uint64 by table: the sum of the mixed ids modulo 2**64."""
+    gpu_keys: np.ndarray
+    """int64 by column of ids: those that RecIS's table on a GPU cannot hold."""
+    misplaced: dict[int, tuple[int, int, int]]
+    """Column of ids -> how many lie outside of its slice, the row of the first of them, and that id."""
+    repeats: tuple[Repeats, ...]
+    """Within one part."""
+    errors: tuple[tuple[str, str], ...]
+    """(file, what) where a file could not be read to its end."""
+
+
+class UniqueTask(NamedTuple):
+    """Columns of ids of one table, of which the ids whose mixed bits begin with ``bucket`` are searched together."""
+
+    table: int
+    columns: tuple[int, ...]
+    bucket: int
+    bucket_bits: int
+
+
+def cut_ids(work: Work, held_ids: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return column, first row and rows (int64) of each piece in which the ids are counted."""
+    return cut(work.id_rows, _PIECE_ROWS, most_whole=held_ids)
+
+
+def count_share(directory: Directory, work: Work, chosen: slice, *, held_ids: int) -> IdCounts:
+    """Count a run of the pieces of :func:`cut_ids`. Any rank, any thread."""
+    column, first, rows = (its[chosen] for its in cut_ids(work, held_ids))
+    counter = _Counter(work, column, first, rows, held_ids)
+    errors = []
+    try:
+        with _open(directory, work) as readers:
+            for run in read_runs(readers, work.id_file[column], work.id_offset[column] + first * 8, rows):
+                counter.count(run)
+    except (DistExportError, OSError) as error:
+        errors.append(_name_error(error, work))
+    return counter.counts(tuple(errors))
+
+
+def proven_tables(work: Work, counts: IdCounts) -> np.ndarray:
+    """Return for which tables (bool) slices prove that no id is in two parts: they are disjoint, and hold their own ids."""
+    is_proven: np.ndarray = work.is_disjoint.copy()
+    is_proven[work.id_table[list(counts.misplaced)]] = False
+    return is_proven
+
+
+def plan_unique(work: Work, is_proven: np.ndarray, *, held_ids: int) -> list[UniqueTask]:
+    """Return what is still to be searched: all of the tables for which nothing is proven, and columns too long to hold."""
+    tasks = []
+    order = np.argsort(work.id_table, kind="stable")
+    edges = np.searchsorted(work.id_table[order], np.arange(len(is_proven) + 1)).tolist()
+    for table, is_sure in enumerate(is_proven.tolist()):
+        columns = order[edges[table] : edges[table + 1]]
+        columns = columns[work.id_rows[columns] > 0]
+        if is_sure:
+            groups = [(column,) for column in columns[work.id_rows[columns] > held_ids].tolist()]
+        else:
+            groups = [tuple(columns.tolist())] if len(columns) else []
+        for group in groups:
+            rows = int(work.id_rows[list(group)].sum())
+            bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / held_ids)))))
+            tasks += [UniqueTask(table, group, bucket, bits) for bucket in range(1 << bits)]
+    return tasks
+
+
+def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_ids: int) -> list[Repeats]:
+    """Search a share of the tasks. Any rank, any thread. OSError or TransferError where a file cannot be read."""
+    found = []
+    with _open(directory, work) as readers:
+        for task in tasks:
+            found += _search(readers, work, task, held_ids)
+    return found
+
+
+def add_counts(work: Work, shares: list[IdCounts]) -> IdCounts:
+    """Join the counts of all shares, in whatever way the columns were shared out."""
+    id_sum = np.zeros(len(work.is_disjoint), np.uint64)
+    gpu_keys = np.zeros(len(work.id_rows), np.int64)
+    misplaced: dict[int, tuple[int, int, int]] = {}
+    for share in shares:
+        id_sum += share.id_sum
+        gpu_keys += share.gpu_keys
+        for column, (count, row, first) in share.misplaced.items():
+            known = misplaced.get(column, (0, row, first))
+            misplaced[column] = (known[0] + count, *min(known[1:], (row, first)))
+    return IdCounts(
+        id_sum=id_sum,
+        gpu_keys=gpu_keys,
+        misplaced=dict(sorted(misplaced.items())),
+        repeats=tuple(repeats for share in shares for repeats in share.repeats),
+        errors=tuple(sorted({error for share in shares for error in share.errors})),
+    )
+
+
+def add_repeats(found: list[Repeats]) -> list[Repeats]:
+    """Join what was found of each table."""
+    by_table: dict[int, Repeats] = {}
+    for table, rows, first in found:
+        known = by_table.get(table, Repeats(table, 0, first))
+        by_table[table] = Repeats(table, known.rows + rows, min(known.first, first))
+    return [by_table[table] for table in sorted(by_table)]
+
+
+class _Counter:
+    """Takes in runs of ids and adds them up."""
+
+    def __init__(self, work: Work, column: np.ndarray, first: np.ndarray, rows: np.ndarray, held_ids: int) -> None:
+        self._work = work
+        self._column = column
+        self._first = first
+        # longer columns, and tables whose slices prove nothing, are searched afterwards
+        self._is_searched = (rows == work.id_rows[column]) & (rows <= held_ids)
+        self._is_searched &= work.is_disjoint[work.id_table[column]]
+        self._is_held = self._is_searched & (rows > id_columns.RUN_ROWS)
+        self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
+        self._rows = rows
+        self._id_sum = np.zeros(len(work.is_disjoint), np.uint64)
+        self._gpu_keys = np.zeros(len(work.id_rows), np.int64)
+        self._misplaced: dict[int, tuple[int, int, int]] = {}
+        self._repeats: list[Repeats] = []
+
+    def counts(self, errors: tuple[tuple[str, str], ...]) -> IdCounts:
+        """Return what was counted."""
+        return IdCounts(
+            id_sum=self._id_sum,
+            gpu_keys=self._gpu_keys,
+            misplaced=self._misplaced,
+            repeats=tuple(self._repeats),
+            errors=errors,
+        )
+
+    def count(self, run: IdRun) -> None:
+        """Take in the next run: one block or a piece of it, or several whole blocks."""
+        column = self._column[run.blocks]
+        table = self._work.id_table[column]
+        np.add.at(self._id_sum, table, _reduce(np.add, mix(run.ids), run.starts))
+        unsigned = run.ids.view(np.uint64)
+        if unsigned.max() >= _GPU_KEYS:
+            np.add.at(self._gpu_keys, column, _reduce(np.add, (unsigned >= _GPU_KEYS).astype(np.int64), run.starts))
+        self._check_slices(run, column)
+        if len(run.blocks) > 1 or len(run.ids) == self._work.id_rows[column[0]]:
+            self._find_repeats(run, table)
+            return
+        piece = int(run.blocks[0])
+        if self._is_held[piece]:
+            if run.first_row == 0:
+                self._held.expect(int(self._rows[piece]))
+            self._held.add(run.ids)
+            if run.first_row + len(run.ids) == self._rows[piece] and self._held.has_repeats():
+                self._repeats.append(_count_repeats(int(table[0]), self._held.sorted_ids()))
+
+    def _check_slices(self, run: IdRun, column: np.ndarray) -> None:
+        stops = np.append(run.starts[1:], len(run.ids))
+        edges = self._work.id_slice[column]
+        for size in np.unique(edges[:, 2]).tolist():  # one, as a rule
+            places = places_of(run.ids, size).view(np.int64)
+            lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
+            is_wrong = ((lowest < edges[:, 0]) | (highest >= edges[:, 1])) & (edges[:, 2] == size)
+            for place in np.flatnonzero(is_wrong).tolist():
+                ids = run.ids[run.starts[place] : stops[place]]
+                strangers = np.flatnonzero(~is_in_slice(ids, Slice(*edges[place].tolist())))
+                number = int(column[place])
+                row = int(self._first[run.blocks[place]]) + run.first_row + int(strangers[0])
+                count, *known = self._misplaced.get(number, (0, row, int(ids[strangers[0]])))
+                self._misplaced[number] = (count + len(strangers), known[0], known[1])
+
+    def _find_repeats(self, run: IdRun, table: np.ndarray) -> None:
+        """Find repeats within each of several whole blocks; tables that are searched as a whole are left out."""
+        if not self._is_searched[run.blocks].any():
+            return
+        groups = None if len(run.blocks) == 1 else np.repeat(run.blocks, np.diff(np.append(run.starts, len(run.ids))))
+        if not has_repeats(run.ids, groups):
+            return
+        stops = np.append(run.starts[1:], len(run.ids)).tolist()
+        is_searched = self._is_searched[run.blocks].tolist()
+        columns = zip(is_searched, table.tolist(), run.starts.tolist(), stops, strict=True)
+        for _, its_table, first, last in filter(lambda columns: columns[0], columns):
+            ids = np.sort(run.ids[first:last])
+            if (ids[1:] == ids[:-1]).any():
+                self._repeats.append(_count_repeats(its_table, ids))
+
+
+def _count_repeats(table: int, ordered: np.ndarray) -> Repeats:
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return Repeats(table, len(twice), int(ordered[twice[0]]))
+
+
+def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Repeats]:
+    """Search a bucket; where it holds more than may be held, its halves."""
+    if (
+        task.bucket_bits == 64
+    ):  # mixing is one to one, so what shares all 64 bits is one id, that stands too often to be held
+        return _count_equal(readers, work, task)
+    held = _collect(readers, work, task, held_ids)
+    if held is None:
+        bits = task.bucket_bits + 1
+        return [
+            repeats
+            for half in (0, 1)
+            for repeats in _search(
+                readers, work, task._replace(bucket=2 * task.bucket + half, bucket_bits=bits), held_ids
+            )
+        ]
+    return [_count_repeats(task.table, held.sorted_ids())] if held.has_repeats() else []
+
+
+def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> HeldIds | None:
+    """Return the ids of a bucket, None where they are too many."""
+    columns = np.array(task.columns, np.int64)
+    held = HeldIds(min(held_ids, int(work.id_rows[columns].sum())))
+    shift = np.uint64(64 - task.bucket_bits)
+    for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
+        ids = run.ids
+        chosen = ids[(mix(ids) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else ids
+        if not held.add(chosen):
+            return None
+    return held
+
+
+def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Repeats]:
+    """Count the ids of a bucket that can hold but one."""
+    columns = np.array(task.columns, np.int64)
+    rows, first = 0, 0
+    for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
+        places = np.flatnonzero(mix(run.ids) == np.uint64(task.bucket))
+        if len(places):
+            rows, first = rows + len(places), int(run.ids[places[0]])
+    return [Repeats(task.table, rows - 1, first)] if rows > 1 else []
+
+
+def _open(directory: Directory, work: Work) -> OpenReaders:
+    return OpenReaders(lambda number: directory.open_reader(work.shards[number]))
+
+
+def _name_error(error: DistExportError | OSError, work: Work) -> tuple[str, str]:
+    """Return the file that an error is of, as well as it tells, and the error in one line."""
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
+    where = str(getattr(error, "filename", "") or text)
+    file = next((name for name in work.shards if f"/{name}" in where), "shards")
+    return file, f"cannot be read: {text}"
+
+
+def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Reduce each block's values; a single block takes the way that uses the processor's vectors."""
+    if len(starts) == 1:
+        whole: np.ndarray = operation.reduce(values, keepdims=True)
+        return whole
+    return operation.reduceat(values, starts)

@@ -1,0 +1,51 @@
+"""Read ``index`` and ``tensorkey.json`` for ``verify``: what is wrong with one of them is told, the other one still counts."""
+
+from __future__ import annotations
+
+from dist_export.errors import CheckpointError
+from dist_export.formats.recis import INDEX, encode_index
+from dist_export.formats.recis_index import Indexes, decode_indexes
+from dist_export.storage.directory import Directory
+from dist_export.verify.indexed_tables import NumberedBlocks
+from dist_export.verify.report import Report
+
+
+def decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
+    """Decode both files at once; None where one of them is damaged, so that each is to be looked at by itself."""
+    try:
+        return decode_indexes(raw_index, raw_tensorkey, where="")
+    except CheckpointError:
+        return None
+
+
+def read_small(directory: Directory, name: str, report: Report, numbered: NumberedBlocks) -> bytes | None:
+    """Return the content of an index file, None where it cannot be had, which is told; an empty one where none is needed."""
+    try:
+        return directory.read_text(name)
+    except FileNotFoundError:
+        if not numbered.needs_index:
+            return encode_index({}) if name == INDEX else b"{}"
+        hint = (
+            "; RecIS's Exporter leaves it out when it copies, and a save that did not finish has none"
+            if name == INDEX
+            else ""
+        )
+        report.add(name, name, f"is missing; RecIS's loader cannot open the directory without it{hint}")
+    except OSError as error:
+        report.add(name, name, f"cannot be read: {error.strerror or error}")
+    return None
+
+
+def decodable(name: str, raws: tuple[bytes, bytes], report: Report) -> bytes | None:
+    """Return the one of the two that is of the file ``name``, if it can be decoded beside the empty other one."""
+    try:
+        decode_indexes(*raws, where="")
+    except CheckpointError as error:
+        report.add(name, name, without(f"/{name}", str(error)))
+        return None
+    return raws[name != INDEX]
+
+
+def without(path: str, message: str) -> str:
+    """Return a reader's message without the path that it begins with."""
+    return message.removeprefix(path).removeprefix(":").strip()

@@ -1,0 +1,82 @@
+"""The files that an export has written: noted when they are there, and looked at once more right before the commit."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Mapping
+
+from dist_export.errors import CommitError
+from dist_export.storage.directory import Directory, FileStat
+from dist_export.workdir.state import Receipt, write_receipt
+
+Written = dict[str, FileStat]
+"""Of each file its size, and what tells it from another one: inode and time on a disk, a store's version."""
+
+_SHARD_SUFFIX = ".safetensors"
+
+
+def note_written(target: Directory, sizes: Mapping[str, int]) -> Written:
+    """Return the state of files that were just written. Rank 0.
+
+    Args:
+        target: where they are.
+        sizes: their sizes in bytes, by name.
+
+    Raises:
+        CommitError: one is missing, or of another size.
+    """
+    found = _look(target, sizes)
+    for name, num_bytes in sizes.items():
+        if name not in found:
+            raise _refusal(target, name, "is gone")
+        if found[name].size != num_bytes:
+            raise _refusal(target, name, f"has {found[name].size:,} bytes, and {num_bytes:,} were written")
+    return found
+
+
+def find_loss(directory: Directory, sizes: Mapping[str, int]) -> str | None:
+    """Return what is wrong with the first file that is not there at its size in bytes; None where all are."""
+    found = _look(directory, sizes)
+    for name, num_bytes in sizes.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].size != num_bytes:
+            return f"{name} has {found[name].size:,} bytes, not {num_bytes:,} as its manifest says"
+    return None
+
+
+def refuse_vanished(target: Directory, written: Written, *, in_place: bool) -> None:
+    """Refuse a commit whose files are not those that were noted, and checked since. Rank 0, right before the manifest.
+
+    What vouches for such a shard is withdrawn, so that the next run writes it anew; ``in_place`` the shards are the source's.
+
+    Raises:
+        CommitError: somebody else has removed, replaced or changed a file.
+    """
+    now = _look(target, written)
+    wrong = [name for name, found in written.items() if now.get(name) != found]
+    if not wrong:
+        return
+    for name in wrong:
+        if name.endswith(_SHARD_SUFFIX) and not in_place:
+            write_receipt(target, Receipt(plan="", name=name, num_bytes=0, digest=""))
+    raise _refusal(target, wrong[0], "is gone" if wrong[0] not in now else "was replaced or changed")
+
+
+def _refusal(target: Directory, name: str, what: str) -> CommitError:
+    return CommitError(
+        f"{target.describe(name)}: {what} since it was written: something else removes or writes files there. No manifest was "
+        "written, so there is no package; see to it that nothing does, and run the export again"
+    )
+
+
+def _look(target: Directory, names: Iterable[str]) -> dict[str, FileStat]:
+    """Return the states of the files that are there; on S3 by a request for each thousand of a folder's, not one for each."""
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(posixpath.dirname(name), []).append(posixpath.basename(name))
+    found: dict[str, FileStat] = {}
+    for folder, its in by_folder.items():
+        stats = (target.child(folder) if folder else target).find_many(its)
+        found |= {posixpath.join(folder, name): stat for name, stat in stats.items()}
+    return found
