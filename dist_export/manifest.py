@@ -135,6 +135,11 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
     """What serving is to take for an id that the table has not, where that was said: ``zeros``, or the values of a row."""
 
+    @property
+    def is_row_indexed(self) -> bool:
+        """Whether rows are found by their number, and not by an id."""
+        return self.is_hashed is False
+
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A table of the source that the settings left out."""

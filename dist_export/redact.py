@@ -69,3 +69,13 @@ def conceal(text: str) -> str:
     if "=" in text:
         text = _QUERY_SECRET.sub(rf"\1{_MASK}", text)
     return text
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says, in a line, without its file and without credentials."""
+    return conceal(getattr(error, "strerror", None) or first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without credentials; its type where there is none."""
+    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))

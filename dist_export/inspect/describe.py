@@ -30,7 +30,6 @@ from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.storage.directory import Directory, open_place
-from dist_export.verify.indexed_tables import is_numbered
 
 _MAX_NAME_WIDTH = 64
 """Of the column of tables; a longer name moves the rest of its own line alone."""
@@ -140,7 +139,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "tables": [
             {
                 "name": table.name,
-                "is_hashed": not is_numbered(table),
+                "is_hashed": not table.is_row_indexed,
                 "rows": table.rows_out,
                 "shape": next((_shape_of(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), []),
                 "dtype": next((_name_dtype(slot) for slot in table.kept if slot.name == EMBEDDING_SLOT), ""),

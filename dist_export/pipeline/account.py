@@ -20,12 +20,13 @@ from dist_export.checkpoint.payload import DENSE, STATE, Payload, count_payload,
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import CommitError
 from dist_export.formats.dtypes import DTYPES
-from dist_export.humanize import amount, count, few
+from dist_export.humanize import count, few
 from dist_export.manifest import AccountEntry, AccountTensor, TableEntry
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.plan.dropped_rows import account_for
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.selection import BY_OPTIMIZER, BY_TRAINER, is_trainer_state
+from dist_export.reporting.account_text import say_account
 
 LIVE = "live"
 EXPORTED, IN_PROGRAM, DROPPED, LEFT_OUT = "exported", "in_program", "dropped", "left_out"
@@ -174,23 +175,6 @@ def check_account(account: AccountEntry, payload: Payload, where: str) -> None:
             f"{payload.num_bytes:,} bytes, and what became of them is known of {account.tensors:,} of {account.num_bytes:,} "
             f"bytes ({say_account(account)}). No manifest was written, so there is no package; report this"
         )
-
-
-def say_account(account: AccountEntry) -> str:
-    """Return the account for people."""
-
-    def by_reason(what: str, sizes: Mapping[str, int]) -> str:
-        reasons = ", ".join(f"{reason} {amount(size)}" for reason, size in sizes.items())
-        return f"{what} {amount(sum(sizes.values()))} ({reasons})" if sizes else ""
-
-    names = [tensor.name for tensor in account.others if tensor.fate == LEFT_OUT]
-    parts = [
-        f"exported {amount(account.exported)}",
-        f"in the program {amount(account.in_program)}" if account.in_program else "",
-        by_reason("dropped", account.dropped),
-        by_reason("left out", account.left_out) + (f": {few(names)}" if names else ""),
-    ]
-    return f"{count(account.tensors, 'tensor')}, {amount(account.num_bytes)}: {', '.join(filter(None, parts))}"
 
 
 def _fate_of(name: str, kind: str, fates: Fates) -> tuple[str, str]:

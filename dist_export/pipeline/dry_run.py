@@ -25,7 +25,6 @@ from dist_export.pipeline.account import (
     fates_by_plan,
     list_dense_left,
     note_dense_left,
-    say_account,
 )
 from dist_export.pipeline.inputs import note_renamed
 from dist_export.pipeline.planning import PlannedSparse, note_numbered_tables, plan_sparse
@@ -38,6 +37,7 @@ from dist_export.plan.multipart import FileParts, count_client_bytes, plan_parts
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.work_units import assign, plan_units
+from dist_export.reporting.account_text import say_account
 from dist_export.reporting.progress import say_figures
 from dist_export.runtime.ranks import Ranks, join
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from dist_export.errors import ConfigError, DistExportError, ExportError
-from dist_export.redact import note_secrets
+from dist_export.redact import first_line, note_secrets
 from dist_export.storage.directory import STORES, known_protocols
-from dist_export.storage.local_io import first_line
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from dist_export.errors import ConfigError
+from dist_export.redact import first_line
 from dist_export.registry.base import Registered, Resolved
 from dist_export.storage.directory import Directory
-from dist_export.storage.local_io import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,9 +15,8 @@ import msgspec
 
 from dist_export.config.schema import ExportConfig
 from dist_export.manifest import Manifest
-from dist_export.redact import conceal
+from dist_export.redact import conceal, first_line
 from dist_export.storage.directory import Directory
-from dist_export.storage.local_io import first_line
 
 logger = logging.getLogger(__name__)
 

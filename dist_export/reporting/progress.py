@@ -19,7 +19,7 @@ from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES
 from dist_export.humanize import amount, count, few
 from dist_export.manifest import CastEntry, DriftEntry, Manifest, SlotEntry, TableEntry
-from dist_export.pipeline.account import say_account
+from dist_export.reporting.account_text import say_account
 from dist_export.reporting.display import Display, Moment, Speedometer, open_display
 from dist_export.reporting.events import Events
 from dist_export.runtime.io_activity import current_stage_since, in_stage

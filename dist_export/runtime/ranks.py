@@ -16,11 +16,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.redact import first_line
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.process_identity import PARENT
 from dist_export.runtime.rendezvous import agree_on_start, connect_anew
 from dist_export.runtime.watchdog import Watchdog
-from dist_export.storage.local_io import first_line
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -20,13 +20,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from dist_export.redact import first_line
 from dist_export.runtime.heartbeat import Beat, End, Store, encode, has_ended
 from dist_export.runtime.interrupts import INTERRUPTS, end_children
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.process_identity import Identity, identify
 from dist_export.runtime.sigterm import SigtermPipe
 from dist_export.runtime.terminal import SCREEN
-from dist_export.storage.local_io import first_line
 
 BEAT_SECS = 1.0
 STEP_SECS = 0.1

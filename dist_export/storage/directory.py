@@ -20,17 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dist_export.errors import ConfigError, TransferError
 from dist_export.formats.digests import XXH3, digest_pieces
-from dist_export.redact import conceal, note_secrets
+from dist_export.redact import conceal, first_line, note_secrets, reason_of
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage import s3
-from dist_export.storage.local_io import (
-    first_line,
-    make_directories,
-    naming_any,
-    reason_of,
-    sync_directory,
-    write_new,
-)
+from dist_export.storage.local_io import make_directories, naming_any, sync_directory, write_new
 from dist_export.storage.range_reader import RangeReader
 
 _MAX_SMALL_BYTES = 4 << 30

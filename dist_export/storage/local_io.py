@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_export.errors import DistExportError
-from dist_export.redact import conceal
+from dist_export.redact import first_line, reason_of
 
 _FILE_NAME_BYTES = 128
 """That the longest path within a package takes, and that of a file on its way."""
@@ -104,16 +104,6 @@ def naming_any(where: str) -> Iterator[None]:
             if isinstance(cause, OSError):  # a library that noticed that a call had failed, in its own words
                 raise OSError(cause.errno or errno.EIO, reason_of(cause), where) from error
             raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", where) from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Return what an error says, in a line, without its file and without credentials."""
-    return conceal(getattr(error, "strerror", None) or first_line(error))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without credentials; its type where there is none."""
-    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def why_no_directory(path: str) -> str | None:

@@ -216,7 +216,7 @@ class Uploads:
 
 
 class PartWriter:
-    """What :class:`~dist_export.transfer.output_files.StagedFiles` is, for files some of which are uploaded in parts. One a thread.
+    """As :class:`~dist_export.transfer.output_files.StagedFiles`, for files of which some are uploaded in parts. One a thread.
 
     Such a file is written in runs of whole parts, each from begin to end: a part is sent when its last byte is there.
     """

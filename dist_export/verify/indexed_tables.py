@@ -43,7 +43,7 @@ class NumberedBlocks:
         """The blocks of hash tables; asked for where a block is in doubt, and most packages have none."""
         tables = self.manifest.tables if self.manifest is not None else ()
         return frozenset(
-            key for table in tables if not is_numbered(table) for part in table.parts for key in part.keys.values()
+            key for table in tables if not table.is_row_indexed for part in table.parts for key in part.keys.values()
         )
 
     def add_to(self, indexes: Indexes, report: Report, *, is_read: bool) -> tuple[Indexes, np.ndarray]:
@@ -99,22 +99,17 @@ class NumberedBlocks:
 _WHY_NOT = "whose rows go by number; RecIS's loader knows no table without ids"
 
 
-def is_numbered(table: TableEntry) -> bool:
-    """Whether the rows of a table go by number."""
-    return table.is_hashed is False
-
-
 def list_numbered(manifest: Manifest) -> NumberedBlocks:
     """Return the blocks that a manifest gives to tables whose rows go by number."""
     names: dict[str, tuple[str, str, str]] = {}
     file_of: dict[str, str] = {}
     for table in manifest.tables:
-        if is_numbered(table):
+        if table.is_row_indexed:
             for part in table.parts:
                 for slot, key in part.keys.items():
                     names.setdefault(key, (table.name, slot, part.slice))
                     file_of.setdefault(key, part.file)
-    are_all = bool(manifest.tables) and all(map(is_numbered, manifest.tables))
+    are_all = bool(manifest.tables) and all(table.is_row_indexed for table in manifest.tables)
     return NumberedBlocks(
         names=names,
         file_of=file_of,

@@ -12,7 +12,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.reader import is_sound_encoding
 from dist_export.verify.blocks import Blocks
-from dist_export.verify.indexed_tables import check_ranges, is_numbered
+from dist_export.verify.indexed_tables import check_ranges
 from dist_export.verify.report import Report
 
 _CHECK = "manifest"
@@ -54,7 +54,7 @@ class _Comparison:
         report, blocks = self._report, self._blocks
         slots = {slot.name: slot for slot in table.kept}
         before = report.count()
-        by_number = is_numbered(table)
+        by_number = table.is_row_indexed
         for needed in (EMBEDDING_SLOT,) if by_number else (ID_SLOT, EMBEDDING_SLOT):
             if needed not in slots:
                 report.add(MANIFEST, _CHECK, f"table {table.name!r} keeps no {needed}")
@@ -144,7 +144,7 @@ class _Comparison:
         name = blocks.stems[blocks.stem[row]] if blocks.stem[row] >= 0 else ("", "")
         found_slice = tuple(blocks.slice_of(row)) if blocks.stem[row] >= 0 else ()
         stated_slice = parse_slice(part.slice)
-        by_number = is_numbered(table)
+        by_number = table.is_row_indexed
         file = part.file if slot.name == ID_SLOT or by_number else blocks.file_of(row)
         pairs = [
             ("table", table.name, name[0]),

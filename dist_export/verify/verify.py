@@ -11,10 +11,10 @@ import os
 from typing import Any
 
 from dist_export.errors import EndedError, UserError
+from dist_export.redact import reason_of
 from dist_export.runtime.ranks import Ranks, alone
 from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.directory import Directory
-from dist_export.storage.local_io import reason_of
 from dist_export.verify.combine import conclude
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
 from dist_export.verify.finite import Odd, add_odd, cut_values, scan_share

@@ -20,7 +20,7 @@ from safetensors.torch import save_file, save_model
 from sparse_cases import ADAM, copy, export
 
 import dist_export
-from dist_export.checkpoint.dcp import classify
+from dist_export.checkpoint.dcp import classify as dcp_classify
 from dist_export.checkpoint.payload import size_of
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensors import classify
@@ -363,7 +363,7 @@ def test_the_dense_arch_alone(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_lost_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum is held against what headers and metadata say: whatever loses a tensor on the way is found."""
-    for number, (write, room) in enumerate(((write_torch, classify), (write_dcp, classify))):
+    for number, (write, room) in enumerate(((write_torch, classify), (write_dcp, dcp_classify))):
         source, _ = write(tmp_path / f"ckpt{number}")
 
         def lose(name: str, *args: Any, original: Any = room.other_tensor) -> Any:

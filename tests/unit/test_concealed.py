@@ -122,7 +122,8 @@ def test_options_of_the_wrong_type_are_not_quoted() -> None:
     ],
 )
 def test_a_missing_package_is_named(url: str, module: str, advice: str) -> None:
-    script = f"import sys; sys.modules[{module!r}] = None\nfrom dist_export.storage.directory import Directory\nDirectory({url!r})\n"
+    opening = f"from dist_export.storage.directory import Directory\nDirectory({url!r})\n"
+    script = f"import sys; sys.modules[{module!r}] = None\n{opening}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"{url}: the package that {url.partition(':')[0]}:// needs is missing" in done.stderr
     assert advice in done.stderr
