@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from dist_export.checkpoint.combined import JoinedReader
 from dist_export.checkpoint.dcp.dense import DcpDense
-from dist_export.checkpoint.dcp.metadata import METADATA
 from dist_export.checkpoint.dcp.placeholders import read_beside
 from dist_export.checkpoint.dcp.reader import DcpReader
-from dist_export.checkpoint.dcp.tables import find_metadata
+from dist_export.checkpoint.dcp_files import METADATA, find_metadata
 from dist_export.checkpoint.dense import DenseParameters, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
 from dist_export.checkpoint.metadata import CheckpointReader

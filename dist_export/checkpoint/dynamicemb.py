@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dist_export.checkpoint.dcp.tables import find_metadata
+from dist_export.checkpoint.dcp_files import find_metadata
 from dist_export.checkpoint.dynamicemb_widths import Stated, find_score_words, find_width, read_stated
 from dist_export.checkpoint.metadata import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.checkpoint.payload import OtherTensor, Payload

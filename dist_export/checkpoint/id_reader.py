@@ -40,7 +40,7 @@ class _MadeReader(RangeReader):
         self._file = None
         self._s3 = None
 
-    def _read_into(self, view: memoryview, offset: int) -> None:
+    def _fill(self, view: memoryview, offset: int) -> None:
         ids = _COLUMNS.get(self._column, self._load)
         view[:] = ids.view(np.uint8).data[offset : offset + len(view)]
 

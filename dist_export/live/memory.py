@@ -196,11 +196,8 @@ class MemoryReader(RangeReader):
         self._source = source
         self._run = file
         self.where = file.name
-        self._fd = -1
-        self._file = None
-        self._s3 = None
 
-    def _read_into(self, view: memoryview, offset: int) -> None:
+    def _fill(self, view: memoryview, offset: int) -> None:
         if offset + len(view) > self._run.num_bytes:
             raise TransferError(
                 f"{self.where}: {offset + len(view):,} bytes were asked for, there are {self._run.num_bytes:,}"

@@ -22,7 +22,8 @@ from dist_export.formats.digests import algorithm_of, digest_bytes, digest_piece
 from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.local_io import close_quietly
-from dist_export.storage.range_reader import OPEN_FLAGS, RangeReader
+from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
+from dist_export.storage.s3_reader import S3Reader
 
 _MAX_HELD = 256
 """Descriptors of a package's files that are kept."""
@@ -250,13 +251,18 @@ class OpenedFiles:
                 return held
         known = self._require(name)
         if self._folder < 0:
-            etag = str(known.version[0]) if self._directory.s3 is not None else ""
-            return _Held(RangeReader(self._directory, name, etag=etag))
+            return _Held(self._open_in_store(name, known))
         fd = self._open(name)
         if not (known.is_same(now := state_of(os.fstat(fd))) or self._has_content(name, now, fd)):
             close_quietly(fd)
             raise OSError(errno.ESTALE, "has changed")
-        return self._keep(name, RangeReader(self._directory, name, fd=fd))
+        return self._keep(name, LocalReader(self.describe(name), fd))
+
+    def _open_in_store(self, name: str, known: _State) -> RangeReader:
+        directory = self._directory
+        if directory.s3 is None:
+            return directory.open_reader(name)
+        return S3Reader(self.describe(name), directory.s3, directory.join(name), etag=str(known.version[0]))
 
     def _keep(self, name: str, reader: RangeReader) -> _Held:
         with self._lock:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dist_export.checkpoint.combined import join_checkpoints
-from dist_export.checkpoint.dcp.tables import METADATA_FILES
+from dist_export.checkpoint.dcp_files import METADATA_FILES
 from dist_export.checkpoint.detect import AUTO, INDEX_FILES, RECIS, open_reader
 from dist_export.checkpoint.dynamicemb_widths import confirm_widths
 from dist_export.checkpoint.fallback_rows import find_fallbacks, needs_fallbacks, set_fallbacks

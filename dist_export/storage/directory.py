@@ -24,7 +24,8 @@ from dist_export.redact import conceal, first_line, note_secrets, reason_of
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage import s3
 from dist_export.storage.local_io import make_directories, naming_any, sync_directory, write_new
-from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.range_reader import OPEN_FLAGS, FileReader, LocalReader, RangeReader
+from dist_export.storage.s3_reader import S3Reader
 
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
@@ -318,7 +319,13 @@ class Directory:
 
     def open_reader(self, name: str) -> RangeReader:
         """Open a file for ranged reads."""
-        return RangeReader(self, name)
+        where = self.describe(name)
+        if self.s3 is not None:
+            return S3Reader(where, self.s3, self.join(name))
+        if self.is_local:
+            return LocalReader(where, os.open(self.find(name), OPEN_FLAGS))
+        with naming_any(where):
+            return FileReader(where, self.fs.open(self.join(name), "rb"))
 
     def make(self) -> None:
         """Create the directory and its parents."""

@@ -8,163 +8,72 @@ import os
 import resource
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import IO, Any, Protocol, TypeVar
+
+from typing_extensions import Self
 
 from dist_export.errors import EndedError
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.local_io import close_quietly, naming_any
 
-if TYPE_CHECKING:
-    from dist_export.storage.directory import Directory
-
 _PIECE_BYTES = 4 << 20
-_HEAD_BYTES = 64 << 10
-"""Of an object, what the first small read brings along: most headers are shorter."""
-_REQUEST_BYTES = 4 << 20
-"""Of one request to a store: longer ones gain nothing, and several at a time do."""
-_WINDOW_BYTES = 8 << 20
-_REQUESTS_AT_ONCE = 16
-_NEAR_BYTES = 64 << 10
-"""A gap that is read along, for another request would take longer."""
+WINDOW_BYTES = 8 << 20
+"""What a stream reads ahead of its use, and a second time as much."""
 _MAX_OPEN = 256
 OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 """Non-blocking, for a pipe under a file's name would let the open wait for ever."""
 _OTHER_DESCRIPTORS = 200
 """Left for sockets, libraries and the caller's own files."""
 
+ReaderT = TypeVar("ReaderT", bound="RangeReader")
 
-class RangeReader:
-    """A file opened for reading at positions.
 
-    Local files are read with ``preadv``, thread-safe; objects of S3 by ranges, the first read bringing along what lies
-    behind it, so that a header takes one request; others by seeking.
+class RangeReader(Protocol):
+    """A file that is open for reading at positions. A back end implements ``_fill`` and ``close``.
+
+    ``Directory.open_reader`` returns the one that fits where the file is.
     """
 
-    def __init__(self, directory: Directory, name: str, *, fd: int = -1, etag: str = "") -> None:
-        """Open the file, or take over ``fd``, a descriptor of it. ``etag``: of an object of S3, the only one that is read."""
-        self._name = name
-        self.where = directory.describe(name)
-        self._fd = fd
-        self._etag = etag
-        self._file: Any = None
-        self._s3 = directory.s3
-        self._path = ""
-        self._head = b""
-        """The first bytes of an object, once any of them was asked for."""
-        if self._s3 is not None:
-            self._path = directory.join(name)  # that it is there, the first read tells
-        elif directory.is_local:
-            if fd < 0:
-                self._fd = os.open(directory.find(name), OPEN_FLAGS)
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                self.close()
-                raise OSError(errno.EINVAL, "is no regular file", self.where)
-        else:
-            with naming_any(self.where):
-                self._file = directory.fs.open(directory.join(name), "rb")
+    where: str
+    """The file, for messages."""
 
     @property
     def fd(self) -> int:
         """The file descriptor of a local file, -1 elsewhere."""
-        return self._fd
+        return -1
+
+    @property
+    def is_ranged(self) -> bool:
+        """Whether each read is a request to a store."""
+        return False
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from byte ``offset`` on. EndedError where the file ends before that."""
+        ...
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        return
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from byte ``offset`` on. EndedError where the file ends before that."""
         ACTIVITY.begin(self.where)
         try:
-            self._read_into(view, offset)
+            self._fill(view, offset)
         finally:
             ACTIVITY.end()
 
     def read_many(self, ranges: Sequence[tuple[memoryview, int]]) -> None:
-        """Fill several views, each from its byte on, in any order. EndedError where the file ends before one's end.
-
-        Of an object of S3, ranges that nearly touch are read as one, and several are asked for at once.
-        """
-        if self._s3 is None or len(ranges) < 2:
-            for view, offset in ranges:
-                self.read_into(view, offset)
-            return
-        ACTIVITY.begin(self.where)
-        try:
-            with naming_any(self.where):
-                for group in _group_ranges(ranges):
-                    found = self._s3.get_ranges(self._path, [(begin, end) for begin, end, _ in group], etag=self._etag)
-                    for (begin, _, members), data in zip(group, found, strict=True):
-                        for number in members:
-                            view, offset = ranges[number]
-                            piece = data[offset - begin : offset - begin + len(view)]
-                            if len(piece) < len(view):
-                                raise self._ended(offset + len(piece), len(view) - len(piece))
-                            view[:] = piece
-                    ACTIVITY.done += 1
-        finally:
-            ACTIVITY.end()
-
-    def ahead(self, offset: int, num_bytes: int, *, window_bytes: int = _WINDOW_BYTES) -> Stream:
-        """Return a stream of ``num_bytes`` from byte ``offset`` on, to be read from begin to end and closed.
-
-        Of an object of S3, what comes next is on its way while what came is used; at most twice ``window_bytes`` are held.
-        """
-        return Stream(self, offset, num_bytes, window_bytes=window_bytes)
+        """Fill several views, each from its byte on, in any order. EndedError where the file ends before one's end."""
+        for view, offset in ranges:
+            self.read_into(view, offset)
 
     def fetch(self, begin: int, end: int) -> bytes:
-        """Return a range of an object of S3, its pieces asked for at once. EndedError where the object ends before."""
-        assert self._s3 is not None
-        pieces = [(first, min(first + _REQUEST_BYTES, end)) for first in range(begin, end, _REQUEST_BYTES)]
-        with naming_any(self.where):
-            found = self._s3.get_ranges(self._path, pieces, etag=self._etag)
-        data = found[0] if len(found) == 1 else b"".join(found)
-        if len(data) < end - begin:
-            raise self._ended(begin + len(data), end - begin - len(data))
-        return data
-
-    @property
-    def is_ranged(self) -> bool:
-        """Whether each read is a request to a store."""
-        return self._s3 is not None
-
-    def _read_from_s3(self, view: memoryview, offset: int) -> None:
-        assert self._s3 is not None
-        end = offset + len(view)
-        if offset < _HEAD_BYTES and end <= _HEAD_BYTES and not self._head and len(view):
-            with naming_any(self.where):
-                self._head = self._s3.get(self._path, 0, _HEAD_BYTES, etag=self._etag)
-        done = self._head[offset:end]
-        if done:
-            view[: len(done)] = done
-        if len(done) < len(view):
-            if self._head and len(self._head) < _HEAD_BYTES:  # the object is that short
-                raise self._ended(max(len(self._head), offset), end - max(len(self._head), offset))
-            view[len(done) :] = self.fetch(offset + len(done), end)
-
-    def _ended(self, position: int, num_missing: int) -> EndedError:
-        return EndedError(
-            f"{self.where}: ended at byte {position:,}, {num_missing:,} bytes before the end of a planned read",
-            "it shrank while it was being read. Run the export again on a finished checkpoint.",
-        )
-
-    def _read_into(self, view: memoryview, offset: int) -> None:
-        if self._s3 is not None:
-            self._read_from_s3(view, offset)
-            return
-        filled = 0
-        while filled < len(view):
-            if self._fd >= 0:
-                try:
-                    count = os.preadv(self._fd, [view[filled:]], offset + filled)
-                except OSError as error:  # an error of the disk names no file of itself
-                    raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
-            else:
-                with naming_any(self.where):
-                    self._file.seek(offset + filled)
-                    data = self._file.read(len(view) - filled)
-                count = len(data)
-                view[filled : filled + count] = data
-            if count == 0:
-                raise self._ended(offset + filled, len(view) - filled)
-            filled += count
+        """Return bytes ``begin`` to ``end``. EndedError where the file ends before that."""
+        data = bytearray(end - begin)
+        self.read_into(memoryview(data), begin)
+        return bytes(data)
 
     def read_text(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of text from byte ``offset`` on, read in pieces.
@@ -190,21 +99,86 @@ class RangeReader:
             pieces.append(piece)
         return b"".join(pieces)
 
-    def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        fd, file = self._fd, self._file
-        self._fd, self._file = -1, None
-        if fd >= 0:
-            close_quietly(fd)
-        if file is not None:
-            with naming_any(self.where):
-                file.close()
+    def ahead(self, offset: int, num_bytes: int, *, window_bytes: int = WINDOW_BYTES) -> Stream:
+        """Return a stream of ``num_bytes`` from byte ``offset`` on, to be read from begin to end and closed.
 
-    def __enter__(self) -> RangeReader:
+        Of an object of S3, what comes next is on its way while what came is used; at most twice ``window_bytes`` are held.
+        """
+        return Stream(self, offset, num_bytes, window_bytes=window_bytes)
+
+    def ended(self, position: int, num_missing: int) -> EndedError:
+        """Return the error for a file that ends at byte ``position``, ``num_missing`` bytes too early."""
+        return EndedError(
+            f"{self.where}: ended at byte {position:,}, {num_missing:,} bytes before the end of a planned read",
+            "it shrank while it was being read. Run the export again on a finished checkpoint.",
+        )
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LocalReader(RangeReader):
+    """A file on a disk, read with ``preadv``. Any thread."""
+
+    def __init__(self, where: str, fd: int) -> None:
+        """Take over the descriptor ``fd``. OSError, and it is closed, where it is of no regular file."""
+        self.where = where
+        self._fd = fd
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "is no regular file", where)
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor; -1 once it is closed."""
+        return self._fd
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        filled = 0
+        while filled < len(view):
+            try:
+                count = os.preadv(self._fd, [view[filled:]], offset + filled)
+            except OSError as error:  # an error of the disk names no file of itself
+                raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
+            if count == 0:
+                raise self.ended(offset + filled, len(view) - filled)
+            filled += count
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            close_quietly(fd)
+
+
+class FileReader(RangeReader):
+    """A file of any fsspec file system, read by seeking. One thread at a time."""
+
+    def __init__(self, where: str, file: IO[bytes]) -> None:
+        """Take over ``file``, which is open for reading."""
+        self.where = where
+        self._file: Any = file
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        filled = 0
+        while filled < len(view):
+            with naming_any(self.where):
+                self._file.seek(offset + filled)
+                data = self._file.read(len(view) - filled)
+            if not data:
+                raise self.ended(offset + filled, len(view) - filled)
+            view[filled : filled + len(data)] = data
+            filled += len(data)
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        file, self._file = self._file, None
+        if file is not None:
+            with naming_any(self.where):
+                file.close()
 
 
 class Stream:
@@ -271,29 +245,6 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _group_ranges(
-    ranges: Sequence[tuple[memoryview, int]],
-) -> Iterator[list[tuple[int, int, list[int]]]]:
-    """Yield what to ask for at once: (first byte, byte after the last, which of ``ranges`` lie in it)."""
-    group: list[tuple[int, int, list[int]]] = []
-    num_bytes = 0
-    for number in sorted(range(len(ranges)), key=lambda number: ranges[number][1]):
-        view, offset = ranges[number]
-        end = offset + len(view)
-        if group and offset - group[-1][1] <= _NEAR_BYTES and end - group[-1][0] <= _REQUEST_BYTES:
-            begin, last, members = group[-1]
-            members.append(number)
-            group[-1] = (begin, max(last, end), members)
-            continue
-        if len(group) == _REQUESTS_AT_ONCE or num_bytes > _WINDOW_BYTES:
-            yield group
-            group, num_bytes = [], 0
-        group.append((offset, end, [number]))
-        num_bytes += len(view)
-    if group:
-        yield group
 
 
 def share_descriptors(threads: int) -> int:

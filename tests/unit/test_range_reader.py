@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_export.errors import TransferError
-from dist_export.storage import range_reader
+from dist_export.storage import s3_reader
 from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.s3_reader import S3Reader
 
 DATA = bytes(range(256)) * 1000
 
@@ -32,29 +33,16 @@ class FakeStore:
         return [self.get(path, *edges) for edges in ranges]
 
 
-class FakeDirectory:
-    is_local = False
-
-    def __init__(self, store: FakeStore) -> None:
-        self.s3 = store
-
-    def describe(self, name: str) -> str:
-        return f"s3://b/{name}"
-
-    def join(self, name: str) -> str:
-        return f"b/{name}"
-
-
 @pytest.fixture
 def store(monkeypatch) -> FakeStore:
-    monkeypatch.setattr(range_reader, "_HEAD_BYTES", 1000)
-    monkeypatch.setattr(range_reader, "_REQUEST_BYTES", 3000)
-    monkeypatch.setattr(range_reader, "_NEAR_BYTES", 50)
+    monkeypatch.setattr(s3_reader, "_HEAD_BYTES", 1000)
+    monkeypatch.setattr(s3_reader, "_REQUEST_BYTES", 3000)
+    monkeypatch.setattr(s3_reader, "_NEAR_BYTES", 50)
     return FakeStore()
 
 
 def open_on(store: FakeStore) -> RangeReader:
-    return RangeReader(FakeDirectory(store), "x")  # type: ignore[arg-type]
+    return S3Reader("s3://b/x", store, "b/x")  # type: ignore[arg-type]
 
 
 def read(reader: RangeReader, offset: int, length: int) -> bytes:

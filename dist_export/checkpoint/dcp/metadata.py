@@ -17,8 +17,6 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import is_torch_dtype
 from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
 
-METADATA = ".metadata"
-
 _MODULE = "torch.distributed.checkpoint"
 _CLASSES = {
     *(

@@ -14,7 +14,8 @@ import xxhash
 
 from dist_export.checkpoint.dcp.classify import DcpTable, optimizer_roots, say_objects, sort_dcp, state_tail
 from dist_export.checkpoint.dcp.extra_state import Leaf, find_leaves
-from dist_export.checkpoint.dcp.metadata import METADATA, Chunk, TensorMeta, decode_metadata
+from dist_export.checkpoint.dcp.metadata import Chunk, TensorMeta, decode_metadata
+from dist_export.checkpoint.dcp_files import METADATA, MODEL, OPTIMIZER, find_metadata
 from dist_export.checkpoint.payload import OtherTensor, count_payload
 from dist_export.checkpoint.state_roots import Member, choose_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -24,11 +25,6 @@ from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders, RangeReader
-
-_MODEL, _OPTIMIZER = "model", "optimizer"
-"""TorchEasyRec's two directories."""
-METADATA_FILES = (METADATA, f"{_MODEL}/{METADATA}", f"{_OPTIMIZER}/{METADATA}")
-"""All that a DCP checkpoint may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +64,6 @@ class DcpCheckpoint:
     """Patterns of ``optimizer_slots`` that match nothing here; only where more tables than these may have the slots."""
 
 
-def find_metadata(directory: Directory) -> tuple[str, ...]:
-    """Return the metadata files that are there: ``.metadata``, or those of TorchEasyRec; empty for no DCP checkpoint."""
-    if directory.exists(METADATA):
-        return (METADATA,)
-    if not directory.exists(f"{_MODEL}/{METADATA}"):
-        return ()
-    return tuple(f"{part}/{METADATA}" for part in (_MODEL, _OPTIMIZER) if directory.exists(f"{part}/{METADATA}"))
-
-
 def read_dcp(
     directory: Directory,
     settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
@@ -96,8 +83,8 @@ def read_dcp(
     found = _read_all_metadata(directory)
     tensors, extra = found.tensors, found.extra_states
     optimizers = optimizer_roots([*tensors, *found.objects])
-    if f"{_OPTIMIZER}/{METADATA}" in found.digests:
-        optimizers.add((_OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
+    if f"{OPTIMIZER}/{METADATA}" in found.digests:
+        optimizers.add((OPTIMIZER,))  # what lies in a directory of its own is an optimizer's, groups or not
     members = [Member(name, found.paths[name] or (name,), tensor.shape) for name, tensor in tensors.items()]
     members += [Member(name, path, ()) for path in extra if (name := ".".join(path)) not in tensors]
     patterns = PatternMatches(settings)
@@ -150,11 +137,11 @@ class _AllMetadata(NamedTuple):
 def _read_all_metadata(directory: Directory) -> _AllMetadata:
     paths = find_metadata(directory)
     if not paths:
-        raise CheckpointError(f"{directory.url}: no {METADATA} and no {_MODEL}/{METADATA}; this is no DCP checkpoint")
+        raise CheckpointError(f"{directory.url}: no {METADATA} and no {MODEL}/{METADATA}; this is no DCP checkpoint")
     found = _AllMetadata({}, {}, {}, {}, {}, {}, {})
     for path in paths:
         folder = path.removesuffix(METADATA)
-        prefix = "" if folder != f"{_OPTIMIZER}/" else f"{_OPTIMIZER}."
+        prefix = "" if folder != f"{OPTIMIZER}/" else f"{OPTIMIZER}."
 
         def size_of(name: str, folder: str = folder) -> int | None:
             try:

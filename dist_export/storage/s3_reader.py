@@ -1,0 +1,106 @@
+"""Objects of S3 read at positions: few requests for what lies close together, several at a time for what is long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.storage.local_io import naming_any
+from dist_export.storage.range_reader import WINDOW_BYTES, RangeReader
+from dist_export.storage.s3 import S3
+
+_HEAD_BYTES = 64 << 10
+"""What the first small read brings along: most headers are shorter."""
+_REQUEST_BYTES = 4 << 20
+"""Of one request: longer ones gain nothing, and several at a time do."""
+_REQUESTS_AT_ONCE = 16
+_NEAR_BYTES = 64 << 10
+"""A gap that is read along, because another request would take longer."""
+
+
+class S3Reader(RangeReader):
+    """An object of S3. The first read brings along what lies behind it, so that a header takes one request."""
+
+    def __init__(self, where: str, s3: S3, path: str, *, etag: str = "") -> None:
+        """Ask nothing yet: the first read says whether it is there. With ``etag``, only that version of it is read."""
+        self.where = where
+        self._s3 = s3
+        self._path = path
+        self._etag = etag
+        self._head = b""
+        """The first bytes of the object, once any of them was asked for."""
+
+    @property
+    def is_ranged(self) -> bool:
+        """Whether each read is a request to a store."""
+        return True
+
+    def read_many(self, ranges: Sequence[tuple[memoryview, int]]) -> None:
+        """Fill several views, each from its byte on, in any order. EndedError where the object ends before one's end.
+
+        Ranges that nearly touch are read as one, and several are asked for at once.
+        """
+        if len(ranges) < 2:
+            super().read_many(ranges)
+            return
+        ACTIVITY.begin(self.where)
+        try:
+            with naming_any(self.where):
+                for group in _group_ranges(ranges):
+                    found = self._s3.get_ranges(self._path, [(begin, end) for begin, end, _ in group], etag=self._etag)
+                    for (begin, _, members), data in zip(group, found, strict=True):
+                        for number in members:
+                            view, offset = ranges[number]
+                            piece = data[offset - begin : offset - begin + len(view)]
+                            if len(piece) < len(view):
+                                raise self.ended(offset + len(piece), len(view) - len(piece))
+                            view[:] = piece
+                    ACTIVITY.done += 1
+        finally:
+            ACTIVITY.end()
+
+    def fetch(self, begin: int, end: int) -> bytes:
+        """Return a range, its pieces asked for at once. EndedError where the object ends before."""
+        pieces = [(first, min(first + _REQUEST_BYTES, end)) for first in range(begin, end, _REQUEST_BYTES)]
+        with naming_any(self.where):
+            found = self._s3.get_ranges(self._path, pieces, etag=self._etag)
+        data = found[0] if len(found) == 1 else b"".join(found)
+        if len(data) < end - begin:
+            raise self.ended(begin + len(data), end - begin - len(data))
+        return data
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        end = offset + len(view)
+        if offset < _HEAD_BYTES and end <= _HEAD_BYTES and not self._head and len(view):
+            with naming_any(self.where):
+                self._head = self._s3.get(self._path, 0, _HEAD_BYTES, etag=self._etag)
+        done = self._head[offset:end]
+        if done:
+            view[: len(done)] = done
+        if len(done) < len(view):
+            if self._head and len(self._head) < _HEAD_BYTES:  # the object is that short
+                raise self.ended(max(len(self._head), offset), end - max(len(self._head), offset))
+            view[len(done) :] = self.fetch(offset + len(done), end)
+
+
+def _group_ranges(
+    ranges: Sequence[tuple[memoryview, int]],
+) -> Iterator[list[tuple[int, int, list[int]]]]:
+    """Yield what to ask for at once: (first byte, byte after the last, which of ``ranges`` lie in it)."""
+    group: list[tuple[int, int, list[int]]] = []
+    num_bytes = 0
+    for number in sorted(range(len(ranges)), key=lambda number: ranges[number][1]):
+        view, offset = ranges[number]
+        end = offset + len(view)
+        if group and offset - group[-1][1] <= _NEAR_BYTES and end - group[-1][0] <= _REQUEST_BYTES:
+            begin, last, members = group[-1]
+            members.append(number)
+            group[-1] = (begin, max(last, end), members)
+            continue
+        if len(group) == _REQUESTS_AT_ONCE or num_bytes > WINDOW_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append((offset, end, [number]))
+        num_bytes += len(view)
+    if group:
+        yield group
