@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import msgspec
 
 from dist_export.checkpoint.metadata import Checkpoint
@@ -13,10 +16,13 @@ from dist_export.commit.publish import (
     list_versions,
 )
 from dist_export.config.schema import ExportConfig
-from dist_export.manifest import Manifest, SourceEntry, TableEntry
+from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry
+from dist_export.pipeline.account import account_export, fates_by_entry
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
+from dist_export.pipeline.state import ExportState
 from dist_export.redact import conceal
+from dist_export.workdir.state import list_strangers
 
 
 def describe_package(
@@ -56,3 +62,59 @@ def describe_package(
         notes=(),
         versions=list_versions(),
     )
+
+
+def describe_export(export: ExportState) -> Manifest:
+    """Return the manifest, still without its digest. Rank 0."""
+    task, read, dense, planned = export.task, export.source, export.dense, export.planned
+    account = account_export(
+        task.config,
+        read.checkpoint,
+        planned,
+        fates_by_entry(export.tables),
+        dense_state=read.held_state or export.dense_state,
+        taken=None if dense is None else dense.taken,
+    )
+    shards = [
+        FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
+        for r in export.receipts
+    ]
+    files = (*shards, *export.small_files)
+    manifest = describe_package(
+        task.config,
+        read.checkpoint,
+        planned,
+        export.tables,
+        task.located,
+        read.trainer_state,
+        in_place=export.in_place,
+    )
+    return msgspec.structs.replace(
+        manifest,
+        files=files,
+        account=account,
+        dense=None if dense is None else dense.entry,
+        parity=None if dense is None else dense.parity,
+        drift=None if dense is None else dense.drift,
+        notes=(*export.notes, *(() if dense is None else dense.notes)),
+        run=_describe_run(export, files),
+    )
+
+
+def _describe_run(export: ExportState, files: tuple[FileEntry, ...]) -> dict[str, Any]:
+    """Return what the manifest says of this run alone. Rank 0."""
+    task, dense = export.task, export.dense
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(task.started)),
+        "export_dir": conceal(task.export_dir),
+        "world_size": task.ranks.world_size,
+        "ranks": [share._asdict() for share in export.shares],
+        "seconds": {name: round(seconds, 3) for name, seconds in task.reporter.seconds.items()},
+        "sample": None if dense is None else dense.counts,
+        **({"drift": dense.drift_counts} if dense is not None and dense.drift_counts else {}),
+        "reused_shards": export.reused,
+        "left_alone": [] if export.in_place else list_strangers(export.target, {file.path for file in files}),
+        "identity": export.source.identity,
+        **({} if dense is None else dense.own_values),
+        **({} if export.exchanged is None else {"store": export.exchanged}),
+    }

@@ -5,7 +5,7 @@ import pytest
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import export, plan
 
-import dist_export.pipeline.steps
+import dist_export.pipeline.shards
 from dist_export.commit import audit
 from dist_export.commit.audit import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
@@ -107,7 +107,7 @@ def test_sums_wrap():
 
 def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
-    original = dist_export.pipeline.steps.audit_files
+    original = dist_export.pipeline.shards.audit_files
 
     def lose(plan, target, numbers):
         return {
@@ -115,7 +115,7 @@ def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
             for table, total in original(plan, target, numbers).items()
         }
 
-    monkeypatch.setattr(dist_export.pipeline.steps, "audit_files", lose)
+    monkeypatch.setattr(dist_export.pipeline.shards, "audit_files", lose)
     with pytest.raises(CommitError, match="hold 19 rows of 20"):
         export(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -16,6 +16,7 @@ from recis_writer import PartSpec, make_rows, make_tables, read_back, split_tabl
 from row_model import model_of, truth_of_model
 from sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
 
+import dist_export.pipeline.shards
 import dist_export.pipeline.steps
 from dist_export.commit import audit
 from dist_export.commit.audit import check_accounts, check_entries
@@ -322,9 +323,9 @@ def test_an_entry_that_does_not_add_up_stops_the_commit(exported, tmp_path, monk
     check_entries(manifest.tables)
     with pytest.raises(CommitError, match="table 'a': the account does not add up"):
         check_entries([msgspec.structs.replace(manifest.tables[0], **change)])
-    original = dist_export.pipeline.steps.describe_tables
+    original = dist_export.pipeline.shards.describe_tables
     monkeypatch.setattr(
-        dist_export.pipeline.steps,
+        dist_export.pipeline.shards,
         "describe_tables",
         lambda *a: tuple(msgspec.structs.replace(entry, **change) for entry in original(*a)),
     )

@@ -1,0 +1,114 @@
+"""The shards of an export: written beside the trace, then read back and accounted for."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+from dist_export.commit.audit import TableAccount, audit_files, check_accounts, check_entries
+from dist_export.commit.publish import describe_tables
+from dist_export.errors import CommitError
+from dist_export.manifest import TableEntry
+from dist_export.pipeline.planning import PlannedSparse
+from dist_export.reporting.progress import Reporter
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import run_threads
+from dist_export.storage.directory import Directory
+from dist_export.transfer.casting import Counts
+from dist_export.transfer.executor import Share, Transfer
+from dist_export.workdir.state import Receipt, withdraw_receipts
+
+logger = logging.getLogger(__name__)
+
+
+def transfer(
+    ranks: Ranks,
+    planned: PlannedSparse,
+    target: Directory,
+    reporter: Reporter,
+    *,
+    beside: Callable[[], None],
+    in_place: bool,
+    digest: str,
+    may_copy: bool,
+) -> tuple[list[Receipt], list[Share], int, Counts]:
+    """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
+    job = Transfer(
+        ranks,
+        planned.plan,
+        target,
+        limits=planned.limits,
+        digest=digest,
+        in_place=in_place,
+        may_copy=may_copy,
+        count_bytes=reporter.count_bytes,
+    )
+    try:
+        job.prepare()
+        with (
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
+            reporter.transferring(job.reused_bytes + job.num_bytes, reused_bytes=job.reused_bytes),
+        ):
+            written = pool.submit(job.write)
+
+            def wait() -> None:
+                try:
+                    beside()
+                except BaseException:
+                    ranks.announce_failure()
+                    raise
+                finally:
+                    concurrent.futures.wait([written])
+                written.result()
+
+            try:
+                receipts, shares = job.finish(wait)
+            except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
+                ranks.announce_failure()
+                raise
+        return receipts, shares, job.num_reused, job.casts
+    finally:
+        job.close()
+
+
+def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[TableEntry, ...]:
+    """Account for every row from the written files; return the tables' entries for the manifest. All ranks."""
+    threads = planned.limits.threads
+    workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
+    mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
+
+    def audit() -> list[dict[int, TableAccount]]:
+        with _withdrawing(target):
+            return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
+
+    found = [accounts for shares in ranks.gather("check the shards", audit) for accounts in shares]
+
+    def account() -> tuple[TableEntry, ...]:
+        with _withdrawing(target):
+            entries = describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found))
+            check_entries(entries)
+        return entries
+
+    return ranks.run("account for the rows", account)
+
+
+def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:
+    """Compare some rows of the model in memory with the written ones. All ranks. CommitError where one differs."""
+    from dist_export.live.spot_check import compare_rows
+
+    ranks.gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
+
+
+@contextlib.contextmanager
+def _withdrawing(target: Directory) -> Iterator[None]:
+    """Withdraw what vouches for the shards where they turn out not to be what was planned."""
+    try:
+        yield
+    except CommitError:
+        try:
+            withdraw_receipts(target)
+        except OSError as error:  # what was found is what the user must hear of
+            logger.warning("the receipts in %s could not be withdrawn: %s", target.url, error)
+        raise
