@@ -27,6 +27,11 @@ from dist_export.errors import ConfigError
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ExportConfig)}
 
+_LISTS = frozenset(
+    name for name, hint in typing.get_type_hints(ExportConfig).items() if list[str] in (hint, *typing.get_args(hint))
+)
+"""Settings that are lists of texts: one plain value stands for a list of it."""
+
 _SECRET = ("storage_options", "target_storage_options", "registry_options")
 """Settings whose values no message shows."""
 
@@ -54,6 +59,14 @@ _EXAMPLES = {
     "storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
     "target_storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
 }
+
+RENAMED = {
+    "as_hash": "to_hash_tables",
+    "on_unfit": "on_overflow",
+    "on_emptied": "on_empty_table",
+    "on_existing": "on_unfinished",
+}
+"""Settings under the names that they had before."""
 
 _USAGE = """\
 dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks); also dist_export export
@@ -88,6 +101,7 @@ def build_path_parser(prog: str, description: str) -> ArgumentParser:
 
 def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
     """Parse the arguments of such a command, options as an export takes them. ConfigError for unknown or wrong ones."""
+    argv = with_underscores(argv)
     for option, text in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = option.removeprefix("--").partition("=")
         if option.startswith("--") and name in _EXAMPLES and not _is_mapping(value if equals else text):
@@ -98,6 +112,38 @@ def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
         if "are required: path" in str(error):
             raise ConfigError(f"which path? Usage: {parser.prog} PATH [--key value ...]") from None
         raise _translate(error) from None
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--drop-slots`` as ``--drop_slots``; values and keys behind a dot stay as they are."""
+    found = []
+    for argument in argv:
+        name = re.match(r"--[^=.]*", argument)
+        found.append(argument if name is None else f"--{name[0][2:].replace('-', '_')}{argument[name.end() :]}")
+    return found
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with one plain value as a list of it, where a setting is a list of texts."""
+    found: list[str] = []
+    rest = list(argv)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name.removeprefix("--") not in _LISTS or not name.startswith("--"):
+            found.append(f"{name}{equals}{value}")
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                found.append(name)  # the parser says that its value is missing
+                continue
+            value = rest.pop(0)
+        found.append(f"{name}={value if _is_structure(value) else json.dumps([value])}")
+    return found
+
+
+def _is_structure(text: str) -> bool:
+    """Whether a value is a list or null in YAML, or was meant to be."""
+    return text.lstrip().startswith(("[", "{", "- ")) or text.strip() in ("null", "~", "")
 
 
 def join_nested(argv: Sequence[str]) -> list[str]:
@@ -176,8 +222,9 @@ def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> ExportConfig:
 
 def parse_with_extras(parser: ArgumentParser, argv: Sequence[str]) -> tuple[ExportConfig, dict[str, Any]]:
     """Do as :func:`parse_settings`, and return the values of arguments that are no settings beside the config."""
+    argv = with_underscores(argv)
     _refuse_unknown_options(parser, argv)
-    files, rest = _split_config(argv)
+    files, rest = _split_config(_with_lists(argv))
     settings: dict[str, Any] = {}
     for path in files:
         settings |= _read_yaml(path)
@@ -205,6 +252,9 @@ def _parse(
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             what = "has keys that are no text" if isinstance(value, Mapping) else f"is a {type(value).__name__}"
             raise ConfigError(f"{name} {what}; expected {_expected(name)}")
+    settings = {
+        name: [value] if name in _LISTS and isinstance(value, str) else value for name, value in settings.items()
+    }
     # A key that was left empty in YAML means its default.
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:
@@ -274,6 +324,8 @@ def _refuse_unknown(settings: Mapping[Any, Any], *, where: str) -> None:
 
 
 def _nearest(key: str, names: typing.Iterable[str]) -> str:
+    if key in RENAMED:
+        return f"; it is called {RENAMED[key]} now"
     close = difflib.get_close_matches(key, sorted(names), n=1)
     return f"; did you mean {close[0]}?" if close else "; dist_export --help lists them"
 

@@ -274,12 +274,12 @@ def test_a_copied_range_builds_no_array(tmp_path, tables, monkeypatch, settings)
 
 def test_no_room_of_the_transfer_knows_torch():
     names = (
-        "transfer.engine",
-        "transfer.files",
-        "transfer.units",
-        "transfer.census",
-        "plan.routes",
-        "checkpoint.recis",
+        "transfer.executor",
+        "transfer.output_files",
+        "transfer.unit_runner",
+        "transfer.id_scan",
+        "plan.segments",
+        "checkpoint.recis.reader",
     )
     assert not any("torch" in vars(sys.modules[f"dist_export.{name}"]) for name in names)
 
