@@ -64,7 +64,9 @@ def test_one_plain_value_is_a_list_of_it(given: str, expected: list[str], tmp_pa
 
 
 def test_one_plain_value_in_a_file_is_a_list_of_it(tmp_path: Path) -> None:
-    (tmp_path / "export.yaml").write_text("ckpt_dir: in\nexport_dir: out\nfilter_sparse_opt: true\ndrop_slots: step_filter\n")
+    (tmp_path / "export.yaml").write_text(
+        "ckpt_dir: in\nexport_dir: out\nfilter_sparse_opt: true\ndrop_slots: step_filter\n"
+    )
     assert load_config(tmp_path / "export.yaml").drop_slots == ["step_filter"]
     assert load_config({**PLACES, "drop_slots": "step_filter"}).drop_slots == ["step_filter"]
 
