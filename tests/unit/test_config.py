@@ -200,11 +200,11 @@ def test_what_a_setting_may_be_is_said_with_what_it_is() -> None:
         (["--on_unfit", "clampp"], "on_unfit is 'clampp'; expected error or clamp"),
         (["--atol", "small"], "atol is 'small'; expected a number"),
         (
-            ["--tables", "*_emb.weight"],
-            "tables is '*_emb.weight'; expected a list [text, ...], such as",
+            ["--tables", "{a: 1}"],
+            """tables is "{'a': 1}"; expected a list [text, ...], such as""",
         ),
         (
-            ["--tables", "*_emb.weight"],
+            ["--tables", "{a: 1}"],
             """on the command line --tables '["*_b"]'""",
         ),
         (["--storage_options", "hunter2"], "storage_options has the wrong type; expected a YAML mapping such as"),
