@@ -97,7 +97,9 @@ def export_located(
             started=time.time(),
             traffic=TRAFFIC.snapshot(),
         )
-        export = ExportState(task=task, places=open_places(ranks, config, export_dir, objects.model), notes=located.notes)
+        export = ExportState(
+            task=task, places=open_places(ranks, config, export_dir, objects.model), notes=located.notes
+        )
         for step in STEPS:
             export = step(export)
             if export.manifest is not None:
