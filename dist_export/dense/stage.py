@@ -28,6 +28,7 @@ from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.missing_tables import find_missing, refuse_missing
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
+from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
 from dist_export.dense.reference import Reference, ReferenceRunner
@@ -58,7 +59,6 @@ from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
 from dist_export.model.unwrap import copy_dense_arch, find_arch, move_to
 from dist_export.model.user_errors import said
 from dist_export.model.user_objects import Objects
-from dist_export.pipeline.identity import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 

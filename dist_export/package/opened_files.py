@@ -258,7 +258,7 @@ class OpenedFiles:
             raise OSError(errno.ESTALE, "has changed")
         return self._keep(name, LocalReader(self.describe(name), fd))
 
-    def _open_in_store(self, name: str, known: _State) -> RangeReader:
+    def _open_in_store(self, name: str, known: FileState) -> RangeReader:
         directory = self._directory
         if directory.s3 is None:
             return directory.open_reader(name)

@@ -40,34 +40,12 @@ HOW = (
 """Settings that do not shape the package, or do so through what they lead to."""
 
 
-OWN_VALUES = "own_values"
-"""Under it ``run`` names what the program has from the model itself, which no identity tells of."""
-
-OWN_DIGEST = "own_values_digest"
-"""Under it ``run`` has a digest of these values, where they could be read; else it is not there."""
-
 _WITH_INODES = frozenset(
     ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"]
 )
 """Local file systems: a file has one inode as long as it is there."""
 _WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
 """Those that keep the time of a file's last change, the same on every machine. Others may make it up at each mount."""
-
-
-class OwnValues(NamedTuple):
-    """The values that a program has from the caller's model."""
-
-    model: Any = None
-    dense_model_name: str = ""
-
-    def digest(self, names: Sequence[str]) -> str | None:
-        """Return the digest of the values of these names as the model has them; None where one cannot be read. Rank 0."""
-        if self.model is None:
-            return None
-        from dist_export.dense.own_values import digest_own_values
-        from dist_export.model.unwrap import find_arch
-
-        return digest_own_values(find_arch(self.model, self.dense_model_name, "dense_model_name"), names)
 
 
 class Told(NamedTuple):

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.errors import ConfigError, PackageError
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
-from dist_export.pipeline.identity import OWN_DIGEST, OWN_VALUES, OwnValues, has_settings
+from dist_export.pipeline.identity import has_settings
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory, open_place
 from dist_export.workdir import lock as claims

@@ -1,0 +1,28 @@
+"""What a manifest says of the values that a program has from the caller's model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+OWN_VALUES = "own_values"
+"""Under it ``run`` names what the program has from the model itself, which no identity tells of."""
+
+OWN_DIGEST = "own_values_digest"
+"""Under it ``run`` has a digest of these values, where they could be read; else it is not there."""
+
+
+class OwnValues(NamedTuple):
+    """The values that a program has from the caller's model."""
+
+    model: Any = None
+    dense_model_name: str = ""
+
+    def digest(self, names: Sequence[str]) -> str | None:
+        """Return the digest of the values of these names as the model has them; None where one cannot be read. Rank 0."""
+        if self.model is None:
+            return None
+        from dist_export.dense.own_values import digest_own_values
+        from dist_export.model.unwrap import find_arch
+
+        return digest_own_values(find_arch(self.model, self.dense_model_name, "dense_model_name"), names)
