@@ -51,7 +51,7 @@ class ExportConfig:
     as dcp+dynamicemb does; dcp (torch.distributed.checkpoint) or dynamicemb takes that one alone. live: the model in memory"""
     overwrite: bool = False
     """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
-    on_existing: Literal["resume", "restart", "error"] = "resume"
+    on_unfinished: Literal["resume", "restart", "error"] = "resume"
     """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
     follow_links: bool = False
     """Read files of the checkpoint that are links leading out of it, as caches of downloads have; false refuses them"""
@@ -72,7 +72,7 @@ class ExportConfig:
     """Patterns of optimizer state to keep all the same"""
     dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
     """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
-    on_unfit: Literal["error", "clamp"] = "error"
+    on_overflow: Literal["error", "clamp"] = "error"
     """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
     on_misplaced: Literal["repair", "error"] = "repair"
     """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
@@ -84,7 +84,7 @@ class ExportConfig:
     """Patterns of tables to leave out"""
     rename_tables: dict[str, str] = field(default_factory=dict)
     """New names of tables, as {pattern: name}; {0}, {1} in a name are what the first and second wildcard stood for"""
-    as_hash: list[str] = field(default_factory=list)
+    to_hash_tables: list[str] = field(default_factory=list)
     """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
     default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
     """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
@@ -96,7 +96,7 @@ class ExportConfig:
     """Patterns of embeddings of the sparse arch that the checkpoint may lack; scores have the model's own rows of them"""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
-    on_emptied: Literal["error", "allow"] = "error"
+    on_empty_table: Literal["error", "allow"] = "error"
     """A table with rows of which the rules of prune leave none: error, or allow, which exports it empty"""
     digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
     """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
@@ -250,7 +250,7 @@ class ExportConfig:
         patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
         asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
         asked += ["on_duplicate"] if self.on_duplicate != "error" else []
-        views = ("select_tables", "drop_tables", "rename_tables", "as_hash", "prune")
+        views = ("select_tables", "drop_tables", "rename_tables", "to_hash_tables", "prune")
         asked += [name for name in views if getattr(self, name)]
         asked += ["dtype"] if self.dtypes else []
         unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
@@ -275,12 +275,14 @@ class ExportConfig:
             if dtype not in get_args(CastDtype):
                 known = ", ".join(get_args(CastDtype))
                 raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
-        if self.on_emptied != "error" and not self.prune:
+        if self.on_empty_table != "error" and not self.prune:
             raise ConfigError(
-                "on_emptied says what becomes of tables that prune leaves nothing of, but prune has no rule"
+                "on_empty_table says what becomes of tables that prune leaves nothing of, but prune has no rule"
             )
-        if self.on_unfit != "error" and not self.dtypes:
-            raise ConfigError("on_unfit says what becomes of values that a dtype cannot hold, but dtype names no table")
+        if self.on_overflow != "error" and not self.dtypes:
+            raise ConfigError(
+                "on_overflow says what becomes of values that a dtype cannot hold, but dtype names no table"
+            )
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

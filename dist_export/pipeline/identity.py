@@ -29,7 +29,7 @@ HOW = (
     "target_storage_options",
     "timeout",
     "overwrite",
-    "on_existing",
+    "on_unfinished",
     "step",
     "register",
     "registry_options",

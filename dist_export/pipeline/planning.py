@@ -188,7 +188,7 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
         select=config.select_tables,
         drop=config.drop_tables,
         rename=config.rename_tables,
-        as_hash=config.as_hash,
+        to_hash_tables=config.to_hash_tables,
         default_row=config.default_row,
     )
     return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
@@ -267,7 +267,7 @@ def plan_sparse(
         dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
-        if config.on_emptied == "error":
+        if config.on_empty_table == "error":
             refuse_emptied(checkpoint, pruning, census.pruned)
         if config.filter_sparse_opt:
             return plan_shards(
@@ -288,7 +288,7 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
         return []
     told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = f"{len(names)} tables are row-indexed" if len(names) > 1 else "1 table is row-indexed"
-    return [f"{what} ({told}); for a server that reads hash tables alone set as_hash"]
+    return [f"{what} ({told}); for a server that reads hash tables alone set to_hash_tables"]
 
 
 def look_at_small_files(source: Directory | None) -> dict[str, str]:

@@ -270,7 +270,7 @@ def check_shards(export: ExportState) -> ExportState:
         sizes = {receipt.name: receipt.num_bytes for receipt in export.receipts}
         # what comes later was not checked
         ranks.on_rank_0("look at the shards", lambda: written.update(note_written(target, sizes)))
-        if task.config.on_unfit == "error":
+        if task.config.on_overflow == "error":
             ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
         tables: tuple[TableEntry, ...] = add_casts(plan, check(ranks, planned, target), casts)
         if plan.checkpoint.memory is not None:

@@ -88,7 +88,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
         is_old = final.exists(MANIFEST) and not may_be_committed(final) and not _may_be_same(final, config)
         if is_old:
             _refuse_package(final, config, in_place=in_place)
-        if config.on_existing == "error" and not _has_restarted():
+        if config.on_unfinished == "error" and not _has_restarted():
             _refuse_attempt(_next_to(final) if is_old else final)
         return is_old
 
@@ -212,7 +212,7 @@ def find_same(places: Places, config: ExportConfig, identity: str) -> Manifest |
 
 def _begins_anew(config: ExportConfig) -> bool:
     """Whether a package that is there is no answer: of a model in memory nothing tells whether it is still the same."""
-    return config.overwrite or config.on_existing == "restart" or config.ckpt_dir is None
+    return config.overwrite or config.on_unfinished == "restart" or config.ckpt_dir is None
 
 
 def _may_be_same(final: Directory, config: ExportConfig) -> bool:
@@ -300,8 +300,8 @@ def _refuse_attempt(directory: Directory) -> None:
     left = list_attempt(directory)
     if left:
         raise ConfigError(
-            f"{directory.url} holds an unfinished export ({len(left)} files, such as {left[0]}), and on_existing is error. "
-            "Set on_existing: resume to go on with it, or restart to begin anew"
+            f"{directory.url} holds an unfinished export ({len(left)} files, such as {left[0]}), and on_unfinished is error. "
+            "Set on_unfinished: resume to go on with it, or restart to begin anew"
         )
 
 
@@ -356,7 +356,7 @@ def _begin(places: Places, config: ExportConfig, identity: str) -> None:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
     is_committed = not places.is_replacing and final.exists(MANIFEST)
     # of a model in memory nothing tells whether it is still the one that an unfinished export saw
-    is_new = config.on_existing == "restart" or places.source is None
+    is_new = config.on_unfinished == "restart" or places.source is None
     if is_new and not places.in_place and not is_committed:
         remove_attempt(target)
 

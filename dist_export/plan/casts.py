@@ -116,7 +116,7 @@ def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, Ro
 def note_unreadable(checkpoint: Checkpoint, selection: Selection) -> list[str]:
     """Return a note where rows have a dtype that RecIS's loader has no embeddings of: it reads F64, F32, F16 and I8.
 
-    Of what does not come from RecIS, only tables that as_hash makes RecIS's are for that loader.
+    Of what does not come from RecIS, only tables that to_hash_tables makes RecIS's are for that loader.
     """
     names: dict[str, list[str]] = {}
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):

@@ -208,7 +208,7 @@ def _apply_to_table(
     name = table.name_in_source
     if not table.is_hashed:
         raise PlanError(
-            f"{setting}: the rows of table {name!r} go by number, so none can be left behind; name the table in as_hash, "
+            f"{setting}: the rows of table {name!r} go by number, so none can be left behind; name the table in to_hash_tables, "
             "which writes the numbers as ids"
         )
     if rule.reason in (DENY_LIST, ALLOW_LIST):

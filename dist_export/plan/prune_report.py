@@ -32,7 +32,7 @@ def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows 
         others = f", nor of {count(len(emptied) - 1, 'other table')}" if len(emptied) > 1 else ""
         raise PlanError(
             f"{emptied[0]}{others}, so serving would find no row in it. Nothing was written. Mend the rule, leave the table out "
-            "with drop_tables, or set on_emptied: allow"
+            "with drop_tables, or set on_empty_table: allow"
         )
 
 

@@ -45,12 +45,12 @@ class TableSettings:
     select: Sequence[str] = ()
     drop: Sequence[str] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
-    as_hash: Sequence[str] = ()
+    to_hash_tables: Sequence[str] = ()
     default_row: Mapping[str, DefaultRow] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether they say anything."""
-        return bool(self.select or self.drop or self.rename or self.as_hash or self.default_row)
+        return bool(self.select or self.drop or self.rename or self.to_hash_tables or self.default_row)
 
 
 def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
@@ -58,7 +58,7 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
 
     Raises:
         PlanError: a pattern that matches no table, two tables of one name, a name that a package cannot hold, a default row
-            that is no row of its table, ``as_hash`` for a table that is a hash table already, or no table left.
+            that is no row of its table, ``to_hash_tables`` for a table that is a hash table already, or no table left.
     """
     if not asked:
         return checkpoint
@@ -71,7 +71,9 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
         raise PlanError("select_tables and drop_tables leave no table; set need_export_sparse: false to export none")
     kept_names = [names[number] for number in kept]
     renamed = mistakes.collect(lambda: _rename(kept_names, asked.rename), kept_names)
-    is_hash = mistakes.collect(lambda: _matching("as_hash", asked.as_hash, kept_names), [False] * len(kept))
+    is_hash = mistakes.collect(
+        lambda: _matching("to_hash_tables", asked.to_hash_tables, kept_names), [False] * len(kept)
+    )
     no_defaults: list[DefaultRow | None] = [None] * len(kept)
     defaults = mistakes.collect(lambda: first_match("default_row", asked.default_row, kept_names), no_defaults)
     mistakes.refuse()
@@ -80,7 +82,7 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
         table = checkpoint.tables[number]
         if becomes_hash and table.is_hashed:
             raise PlanError(
-                f"as_hash: {table.name!r} is a hash table already; name only tables whose rows go by number"
+                f"to_hash_tables: {table.name!r} is a hash table already; name only tables whose rows go by number"
             )
         if default is not None:
             _check_default(table, default)
@@ -250,7 +252,7 @@ def _take_tables(
     mine = np.flatnonzero(table >= 0)  # the order of tables stays, and so does that of parts
     place_of = np.full(len(parts), -1, np.int64)
     place_of[mine] = np.arange(len(mine))
-    as_hash = np.array(becomes_hash, bool)[table[mine]] if len(mine) else np.zeros(0, bool)
+    to_hash_tables = np.array(becomes_hash, bool)[table[mine]] if len(mine) else np.zeros(0, bool)
     its_strips = np.flatnonzero(place_of[strips.part] >= 0)
     columns = {
         name: getattr(strips, name)[its_strips]
@@ -261,9 +263,9 @@ def _take_tables(
         tables=tables,
         parts=Parts(
             table=table[mine],
-            begin=np.where(as_hash, 0, parts.begin[mine]),
-            end=np.where(as_hash, HASH_SIZE, parts.end[mine]),
-            size=np.where(as_hash, HASH_SIZE, parts.size[mine]),
+            begin=np.where(to_hash_tables, 0, parts.begin[mine]),
+            end=np.where(to_hash_tables, HASH_SIZE, parts.end[mine]),
+            size=np.where(to_hash_tables, HASH_SIZE, parts.size[mine]),
             rows=parts.rows[mine],
             first_row=None if parts.first_row is None else parts.first_row[mine],
         ),

@@ -134,5 +134,5 @@ def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
         more = f"; {len(told) - 3} more tables" if len(told) > 3 else ""
         raise TransferError(
             f"{'; '.join(told[:3])}{more}. No manifest was written. Mend the rows, give the table another dtype, or set "
-            "on_unfit: clamp, which takes over the shards that are written"
+            "on_overflow: clamp, which takes over the shards that are written"
         )

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.distributed
 Truth = dict[str, dict[str, np.ndarray]]
 
 
-def as_hash(found: Truth) -> Truth:
+def to_hash_tables(found: Truth) -> Truth:
     for name in (CITY, SHOP):
         found[name]["id"] = np.arange(len(found[name]["embedding"]))
     return found
@@ -57,9 +57,12 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Truth], Truth]]] = {
     "filter-1": ({"num_shards": 1}, lambda found: found),
     "reshard-3": ({"num_shards": 3, "format": "dcp+dynamicemb"}, lambda found: found),
     "source": ({"num_shards": "source", "keep_slots": ["momentum1", "opt_values"]}, keep_state),
-    "as_hash": ({"num_shards": 2, "as_hash": ["*.city.weight", SHOP]}, as_hash),
+    "to_hash_tables": ({"num_shards": 2, "to_hash_tables": ["*.city.weight", SHOP]}, to_hash_tables),
     "cast": ({"num_shards": 2, "dtype": {"*": "float16"}}, cast),
-    "cast_as_hash": ({"num_shards": 3, "as_hash": ["model.*"], "dtype": {"*": "float16"}}, lambda f: as_hash(cast(f))),
+    "cast_as_hash": (
+        {"num_shards": 3, "to_hash_tables": ["model.*"], "dtype": {"*": "float16"}},
+        lambda f: to_hash_tables(cast(f)),
+    ),
 }
 
 

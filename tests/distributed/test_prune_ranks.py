@@ -41,7 +41,7 @@ def settings(sources: str, target: str, case: str, num_shards: int) -> dict[str,
         "num_shards": num_shards,
         "on_duplicate": "last",
         "prune": rules_of(sources, case),
-        "on_emptied": "allow",
+        "on_empty_table": "allow",
         "threads": 2,
     }
 
@@ -132,7 +132,7 @@ def test_two_ranks_give_the_same_bytes(sources: Path, one_rank: Path, tmp_path: 
 
 def export_with_a_model(_: int, ckpt: str, deny: str, out: str) -> None:
     dist_export.export({
-        "ckpt_dir": ckpt, "export_dir": out, "filter_sparse_opt": True, "num_shards": 2, "as_hash": ["*"],
+        "ckpt_dir": ckpt, "export_dir": out, "filter_sparse_opt": True, "num_shards": 2, "to_hash_tables": ["*"],
         "model": "torchrec_shape:build_model", "dataset": "torchrec_shape:build_dataset",
         "prune": [{"tables": "*t_user*", "deny": deny}],
     })  # fmt: skip

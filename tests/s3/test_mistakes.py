@@ -177,7 +177,7 @@ def test_a_package_in_the_way(package: str, store: Store, tmp_path: Path) -> Non
 
 
 def test_an_export_that_was_killed_before_its_first_shard(store: Store, tmp_path: Path, monkeypatch) -> None:
-    """``on_existing: error`` stops where nothing but the record of uploads tells of it; ``restart`` goes on."""
+    """``on_unfinished: error`` stops where nothing but the record of uploads tells of it; ``restart`` goes on."""
     monkeypatch.setattr(lock, "LEASE_SECS", 0.05)
     monkeypatch.setattr(lock, "RENEW_SECS", 0.02)
     monkeypatch.setattr(lock.Lease, "_keep", lambda _: None)
@@ -196,9 +196,9 @@ def test_an_export_that_was_killed_before_its_first_shard(store: Store, tmp_path
         with pytest.raises(Killed):
             store.export(source, store.url("out"))
     assert set(store.files("out")) == {UPLOADS, ".dist_export/lease"}
-    with pytest.raises(ConfigError, match=r"unfinished export .*on_existing is error"):
-        store.export(source, store.url("out"), on_existing="error")
+    with pytest.raises(ConfigError, match=r"unfinished export .*on_unfinished is error"):
+        store.export(source, store.url("out"), on_unfinished="error")
     assert set(store.files("out")) == {UPLOADS, ".dist_export/lease"}
-    store.export(source, store.url("out"), on_existing="restart")
+    store.export(source, store.url("out"), on_unfinished="restart")
     assert store.uploads("out") == []
     assert "manifest.json" in store.files("out")

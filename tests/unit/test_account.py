@@ -345,7 +345,7 @@ def test_a_tied_weight_counts_once_for_each_of_its_names_in_the_file(is_deduplic
 
 def test_numbers_that_become_ids_are_no_bytes_of_the_source(tmp_path: Path) -> None:
     source, held = write_safetensors(tmp_path / "ckpt")
-    account = account_of(export(source, tmp_path / "out", as_hash=["*"], **SETTINGS))
+    account = account_of(export(source, tmp_path / "out", to_hash_tables=["*"], **SETTINGS))
     assert (account.tensors, account.num_bytes) == held
 
 

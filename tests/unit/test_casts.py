@@ -231,8 +231,8 @@ def test_settings_that_cannot_be_met(tmp_path: Path) -> None:
         ExportConfig(ckpt_dir="a", export_dir="b", dtype={"a": "float16"})
     with pytest.raises(ConfigError, match="'a' is to be 'float8'; rows can be cast to float16, bfloat16"):
         ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, dtype={"a": "float8"})
-    with pytest.raises(ConfigError, match="on_unfit"):
-        ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, on_unfit="clamp")
+    with pytest.raises(ConfigError, match="on_overflow"):
+        ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, on_overflow="clamp")
     with pytest.raises(DistExportError, match="dtype"):
         export(tmp_path / "in", tmp_path / "out", dtype={"a": "float8"})
 
@@ -260,10 +260,10 @@ def test_values_that_do_not_fit_are_an_error_with_numbers_and_a_place(num_shards
     assert f"row 7 of 'a.embedding/part_1_3' (id {ids['id'][place]})" in told
     assert "table 'b': 1 values do not fit float16 (1 NaN), the first in row 0 of 'b.embedding/part_0_3'" in told
     assert "'fine'" not in told
-    assert "on_unfit: clamp" in told
+    assert "on_overflow: clamp" in told
     assert not (tmp_path / "out" / "manifest.json").exists()
 
-    manifest = export(source, tmp_path / "out", num_shards=num_shards, dtype={"*": "float16"}, on_unfit="clamp")
+    manifest = export(source, tmp_path / "out", num_shards=num_shards, dtype={"*": "float16"}, on_overflow="clamp")
     assert manifest.run["reused_shards"] == num_shards
     cast = slot_of(manifest, "a").cast
     assert (cast.nans, cast.out_of_range, cast.values) == (1, 3, 1600)
@@ -272,7 +272,7 @@ def test_values_that_do_not_fit_are_an_error_with_numbers_and_a_place(num_shards
     assert found[place, 2] == 65504
     assert np.isnan(found).sum() == 1
     assert not np.isinf(found).any()
-    fresh = export(source, tmp_path / "fresh", num_shards=num_shards, dtype={"*": "float16"}, on_unfit="clamp")
+    fresh = export(source, tmp_path / "fresh", num_shards=num_shards, dtype={"*": "float16"}, on_overflow="clamp")
     assert (fresh.tables, fresh.digest) == (manifest.tables, manifest.digest)
     assert content(tmp_path / "fresh") == content(tmp_path / "out")
 
@@ -281,7 +281,7 @@ def test_int8_rows_that_do_not_fit(tmp_path: Path) -> None:
     source = broken(tmp_path)
     with pytest.raises(ExportError, match=r"table 'a': 2 values do not fit int8 \(1 beyond \+-1.7e\+38, 1 NaN\)"):
         export(source, tmp_path / "out", dtype={"a": "int8"})
-    manifest = export(source, tmp_path / "out", dtype={"a": "int8"}, on_unfit="clamp")
+    manifest = export(source, tmp_path / "out", dtype={"a": "int8"}, on_overflow="clamp")
     assert slot_of(manifest, "a").cast.out_of_range == 1
     assert verify(str(tmp_path / "out"), finite=True).count() == verify(str(tmp_path / "out")).count() + 1  # NaN of b
     rows, _ = dist_export.open_package(tmp_path / "out").lookup("a", read_back(source)["a"]["id"])

@@ -43,7 +43,7 @@ def test_numbers_become_ids_of_halves_without_the_small_rows(tmp_path: Path, by:
     settings = {
         "filter_sparse_opt": True,
         "num_shards": 3,
-        "as_hash": ["*t_user*"],
+        "to_hash_tables": ["*t_user*"],
         "rename_tables": {"*.embedding_bags.*.weight": "{1}"},
         "dtype": {"*t_user*": "float16", "*": "int8"},
         "default_row": {"*t_user*": [1, 2, 3, 4]},
@@ -76,7 +76,7 @@ def test_a_plan_shows_all_of_it_before(tmp_path: Path, capsys: pytest.CaptureFix
     write_torchrec(tmp_path / "ckpt", by=1)
     (tmp_path / "export.yaml").write_text(
         f"ckpt_dir: {tmp_path / 'ckpt'}\nexport_dir: {tmp_path / 'out'}\nfilter_sparse_opt: true\nnum_shards: 2\n"
-        'drop_tables: ["*t_item*"]\nas_hash: ["*t_user*"]\nrename_tables: {"*t_user*": user}\ndtype: {"*": bfloat16}\n'
+        'drop_tables: ["*t_item*"]\nto_hash_tables: ["*t_user*"]\nrename_tables: {"*t_user*": user}\ndtype: {"*": bfloat16}\n'
         'prune: [{tables: "*", norm_at_most: 1.5}]\ndefault_row: {"*": zeros}\n'
     )
     assert cli.main(["plan", "--config", str(tmp_path / "export.yaml"), "--world_size", "2"]) == 0
@@ -189,7 +189,7 @@ def test_no_rule_goes_by_a_slot_that_does_not_fit_its_table(tmp_path: Path) -> N
                 "ckpt_dir": str(tmp_path / "ckpt"),
                 "export_dir": str(tmp_path / "out"),
                 "filter_sparse_opt": True,
-                "as_hash": ["*"],
+                "to_hash_tables": ["*"],
                 "prune": [{"tables": "*", "slot": "momentum1", "below": 2}],
             }
         )
@@ -218,7 +218,7 @@ def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> N
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
             "prune": [{"tables": "*", "norm_at_most": 100}],
-            "on_emptied": "allow",
+            "on_empty_table": "allow",
             **settings,
         }
     )
@@ -241,7 +241,7 @@ def test_rows_of_bfloat16_that_become_a_hash_table_are_told(tmp_path: Path) -> N
     weight = torch.randn(10, 4).bfloat16()
     write_chunks(tmp_path / "ckpt", {"m.embedding_bags.u.weight": (weight, [((0, 0), weight)])})
     settings = {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
-    manifest = dist_export.export({**settings, "as_hash": ["*"]})
+    manifest = dist_export.export({**settings, "to_hash_tables": ["*"]})
     assert any("bfloat16, of which RecIS's loader reads no embeddings" in note for note in manifest.notes)
 
 

@@ -25,8 +25,8 @@ YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"
         ({"num_shards": 4}, "set filter_sparse_opt: true"),
         ({"num_shards": "source"}, "set filter_sparse_opt: true"),
         (
-            {"filter_sparse_opt": True, "on_emptied": "allow"},
-            "on_emptied says what becomes of .* but prune has no rule",
+            {"filter_sparse_opt": True, "on_empty_table": "allow"},
+            "on_empty_table says what becomes of .* but prune has no rule",
         ),
         ({"drop_slots": ["x"]}, "drop_slots needs new shards.*filter_sparse_opt: true"),
         ({"optimizer_slots": ["x"]}, "set filter_sparse_opt: true"),
@@ -197,7 +197,7 @@ def test_numbers_without_a_dot_before_the_exponent_are_numbers_in_every_setting(
 
 def test_what_a_setting_may_be_is_said_with_what_it_is() -> None:
     for arguments, said in (
-        (["--on_unfit", "clampp"], "on_unfit is 'clampp'; expected error or clamp"),
+        (["--on_overflow", "clampp"], "on_overflow is 'clampp'; expected error or clamp"),
         (["--atol", "small"], "atol is 'small'; expected a number"),
         (
             ["--tables", "{a: 1}"],

@@ -76,7 +76,7 @@ def test_metrics_are_prometheus_text(settings: dict[str, object], tmp_path: Path
 
 
 def test_rows_left_behind_are_told_by_reason(settings: dict[str, object], tmp_path: Path) -> None:
-    rules = {"prune": [{"tables": "*", "norm_at_most": 1e9}], "on_emptied": "allow"}
+    rules = {"prune": [{"tables": "*", "norm_at_most": 1e9}], "on_empty_table": "allow"}
     manifest = dist_export.export({**settings, **rules, "metrics": str(tmp_path / "m.prom")})
     table = manifest.tables[0]
     sample = f'dist_export_dropped_rows{{package="{tmp_path}/out",table="{table.name}",reason="norm"}} {table.rows_in}'

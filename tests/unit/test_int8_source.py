@@ -93,7 +93,13 @@ def test_rows_of_hash_tables_are_decoded(dtype: str, hashed: Path, tmp_path: Pat
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rows_of_tables_by_number_are_decoded(dtype: str, numbered: Path, tmp_path: Path) -> None:
     """A table that no pattern matches stays int8; also where the other becomes a hash table of another name."""
-    export(numbered, tmp_path / "again", dtype={"*user*": dtype}, as_hash=["*user*"], rename_tables={"*user*": "user"})
+    export(
+        numbered,
+        tmp_path / "again",
+        dtype={"*user*": dtype},
+        to_hash_tables=["*user*"],
+        rename_tables={"*user*": "user"},
+    )
     before, after = dist_export.open_package(numbered), dist_export.open_package(tmp_path / "again")
     rows = list(range(103))
     old, new = before.lookup(USER, rows), after.lookup("user", rows)
@@ -191,7 +197,7 @@ def test_values_that_do_not_fit_are_told(tmp_path: Path) -> None:
     export(tmp_path / "ckpt", tmp_path / "first", dtype={"*": "int8"})
     with pytest.raises(ExportError, match=r"'user': 4 values do not fit float16"):
         export(tmp_path / "first", tmp_path / "again", dtype={"*": "float16"})
-    manifest = export(tmp_path / "first", tmp_path / "again", dtype={"*": "float16"}, on_unfit="clamp")
+    manifest = export(tmp_path / "first", tmp_path / "again", dtype={"*": "float16"}, on_overflow="clamp")
     assert manifest.tables[0].kept[1].cast.out_of_range == 4
 
 

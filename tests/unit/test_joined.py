@@ -227,7 +227,7 @@ def test_settings_for_tables_and_slots_go_for_both(source: Path, tmp_path: Path)
     settings = {
         "keep_slots": ["momentum1", "user.opt_values"],
         "drop_slots": ["item.score"],
-        "as_hash": ["*city*"],
+        "to_hash_tables": ["*city*"],
         "dtype": {"*.shop.*": "float16", "user": "float16"},
         "rename_tables": {"*.embeddings.shop.weight": "shop", "item": "goods"},
         "prune": [{"tables": "user", "deny": str(tmp_path / "gone.npy")}],

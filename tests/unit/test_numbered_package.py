@@ -167,7 +167,7 @@ def test_the_manifest_says_what_recis_does_not_read(written: Path) -> None:
     notes = dist_export.open_package(written / "mixed").manifest.notes
     (note,) = [note for note in notes if "row-indexed" in note]
     assert "2 tables" in note
-    assert "as_hash" in note
+    assert "to_hash_tables" in note
 
 
 def test_a_rerun_of_the_same_export_is_the_same_package(written: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_plan_and_summary_tell_too(written: Path, tmp_path: Path) -> None:
     lines = render_report(report)
     assert f"  table {T}: 11 rows by number" in lines
     assert f"  table {HASH}: 30 rows" in lines
-    assert any("as_hash" in line for line in lines if line.startswith("  note"))
+    assert any("to_hash_tables" in line for line in lines if line.startswith("  note"))
     manifest = dist_export.open_package(written / "mixed").manifest
     assert any(
         line.startswith("  tables   3 (2 by row number), 44 rows in 2 shards") for line in summarize(manifest, [], "x")

@@ -37,7 +37,11 @@ def test_tables_by_row_number_are_exported_again(numbered: Path, tmp_path: Path)
 
 
 def test_a_package_is_pruned_renamed_and_cast(numbered: Path, tmp_path: Path) -> None:
-    settings = {"rename_tables": {"*item.weight": "item"}, "as_hash": ["*item.weight"], "dtype": {"*user*": "float16"}}
+    settings = {
+        "rename_tables": {"*item.weight": "item"},
+        "to_hash_tables": ["*item.weight"],
+        "dtype": {"*user*": "float16"},
+    }
     manifest = export(numbered, tmp_path / "again", **settings, prune=[{"tables": ["*item*"], "norm_at_most": 1.0}])
     item = make_model()["sparse_arch.item.weight"]
     (table,) = [table for table in manifest.tables if table.name == "item"]

@@ -77,7 +77,7 @@ def test_patterns_of_tables_that_match_none_are_told_together(
     more = {
         "drop_tables": ["x*", "y*"],
         "rename_tables": {"z": "new"},
-        "as_hash": ["w"],
+        "to_hash_tables": ["w"],
         "default_row": {"v": "zeros"},
     }
     code, lines = plan({**settings, **more, "export_dir": str(tmp_path / "ckpt" / "index")}, tmp_path, capsys)
@@ -88,8 +88,8 @@ def test_patterns_of_tables_that_match_none_are_told_together(
 
 
 def test_settings_that_contradict_each_other_are_told_together(settings: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)3 mistakes:.*threads is 0.*on_unfit says.*max_batch_size is 1"):
-        load_config({**settings, "threads": 0, "on_unfit": "clamp", "max_batch_size": 1})
+    with pytest.raises(ConfigError, match=r"(?s)3 mistakes:.*threads is 0.*on_overflow says.*max_batch_size is 1"):
+        load_config({**settings, "threads": 0, "on_overflow": "clamp", "max_batch_size": 1})
     with pytest.raises(ConfigError, match=r"^threads is 0"):
         load_config({**settings, "threads": 0})
 

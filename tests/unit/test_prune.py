@@ -163,13 +163,13 @@ def test_a_table_of_which_nothing_is_left(tmp_path, tables):
         export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules)
     found = re.fullmatch(
         r"the rules of prune leave none of the 90 rows of table 'item' \(prune\[0\] took (\d+), prune\[2\] took (\d+)\), so "
-        r"serving would find no row in it\. Nothing was written\. .* or set on_emptied: allow",
+        r"serving would find no row in it\. Nothing was written\. .* or set on_empty_table: allow",
         str(caught.value),
     )
     assert found is not None
     assert int(found[1]) + int(found[2]) == 90
     assert not (tmp_path / "out").exists()
-    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules, on_emptied="allow")
+    manifest = export(tmp_path / "in", tmp_path / "out", num_shards=2, prune=rules, on_empty_table="allow")
     assert [note for note in manifest.notes if "prune" in note] == [str(caught.value).partition(", so serving")[0]]
     assert [rule.rows for rule in manifest.prune] == [int(found[1]), 0, int(found[2])]
     assert len(read_back(tmp_path / "out")["item"]["id"]) == 0
@@ -251,9 +251,13 @@ def test_numbered_tables_are_pruned_as_hash_tables_alone(tmp_path, monkeypatch):
     tables["a"][::4] = 0
     source = write_numbered(tmp_path / "in", tables, monkeypatch)
     rules = [{"tables": "a", "norm_at_most": 0}]
-    with pytest.raises(PlanError, match=r"prune\[0\]: the rows of table 'a' go by number.*name the table in as_hash"):
+    with pytest.raises(
+        PlanError, match=r"prune\[0\]: the rows of table 'a' go by number.*name the table in to_hash_tables"
+    ):
         export(source, tmp_path / "out", prune=rules)
-    manifest = export(source, tmp_path / "out", num_shards=3, as_hash=["a"], rename_tables={"a": "z"}, prune=rules)
+    manifest = export(
+        source, tmp_path / "out", num_shards=3, to_hash_tables=["a"], rename_tables={"a": "z"}, prune=rules
+    )
     assert manifest.tables[0].rows_dropped == {"norm": 23}
     rows, has_row = dist_export.open_package(tmp_path / "out").lookup("z", np.arange(90))
     assert has_row.tolist() == [bool(i % 4) for i in range(90)]
@@ -412,7 +416,7 @@ def test_an_export_with_a_model_is_scored_without_them(tmp_path):
         source,
         tmp_path / "out",
         prune=[{"tables": "user_emb", "deny": str(tmp_path / "deny.npy")}],
-        on_emptied="allow",
+        on_empty_table="allow",
         **model,
     )
     sample = manifest.run["sample"]
@@ -476,7 +480,7 @@ def test_an_export_is_what_a_plain_model_says(case, keep, num_shards, threads, g
             source,
             target,
             prune=[{"tables": "t", **rule_of[kind]} for kind in kinds],
-            on_emptied="allow",
+            on_empty_table="allow",
             on_duplicate=keep,
             num_shards=num_shards,
             threads=threads,

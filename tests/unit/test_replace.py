@@ -161,7 +161,7 @@ def test_what_was_committed_before_the_crash_is_not_exported_again(source: Path,
     with pytest.raises(ConfigError, match="another source or other settings"):
         export(source, out, keep_slots=["sparse*"])
     first = dist_export.open_package(out).manifest
-    assert export(source, out, on_existing="restart") == first
+    assert export(source, out, on_unfinished="restart") == first
     assert not (out / WORK_DIRECTORY).exists()
     assert content(out) == {name: data for name, data in before.items() if not name.startswith(WORK_DIRECTORY)}
 
@@ -181,7 +181,7 @@ def test_a_restarted_job_may_replace_a_package_too(source: Path, newer: Path, tm
     out = tmp_path / "out"
     export(source, out)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    export(newer, out, overwrite=True, on_existing="error")
+    export(newer, out, overwrite=True, on_unfinished="error")
     assert tables_of(out) == {"t", "v"}
 
 
@@ -272,20 +272,20 @@ def test_an_unfinished_export_is_resumed_begun_anew_or_refused(source: Path, tmp
     (out / "notes.txt").write_text("a user's own file")
     (out / "ckpt_9").mkdir()
     before = content(out)
-    with pytest.raises(ConfigError, match=r"holds an unfinished export \(\d files, such as .*on_existing is error"):
-        export(source, out, on_existing="error")
+    with pytest.raises(ConfigError, match=r"holds an unfinished export \(\d files, such as .*on_unfinished is error"):
+        export(source, out, on_unfinished="error")
     assert content(out) == before, "nothing was touched"
-    interrupt(source, out, monkeypatch, on_existing="restart")
-    assert export(source, out, on_existing="resume").run["reused_shards"] == 3
+    interrupt(source, out, monkeypatch, on_unfinished="restart")
+    assert export(source, out, on_unfinished="resume").run["reused_shards"] == 3
     again = tmp_path / "again"
     interrupt(source, again, monkeypatch)
-    assert export(source, again, on_existing="restart").run["reused_shards"] == 0
+    assert export(source, again, on_unfinished="restart").run["reused_shards"] == 0
     assert (out / "notes.txt").read_text() == "a user's own file"
     assert dist_export.open_package(out).manifest.run["left_alone"] == ["notes.txt", "ckpt_9/"]
 
 
 def test_on_existing_error_takes_a_new_directory(source: Path, tmp_path: Path) -> None:
-    export(source, tmp_path / "out", on_existing="error")
+    export(source, tmp_path / "out", on_unfinished="error")
     assert set(read_back(tmp_path / "out")) == {"t", "u"}
 
 

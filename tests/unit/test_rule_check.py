@@ -59,7 +59,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def export(folder: Path, *, twice: bool = False, **settings):
     if "prune" in settings:
-        settings["on_emptied"] = "allow"
+        settings["on_empty_table"] = "allow"
     return dist_export.Exporter(
         tiny_model.build_model(), "sparse_arch", "dense_arch", [batch()], write_source(folder, twice=twice),
         folder / "out", filter_sparse_opt=True, **settings,

@@ -76,7 +76,7 @@ def test_from_python(source: Path, tmp_path: Path) -> None:
     first = export(source, out)
     before = states(out)
     assert export(source, out) == first
-    assert export(f"{source}/../{source.name}/", f"{out}/", on_existing="error", threads=2, timeout=77) == first
+    assert export(f"{source}/../{source.name}/", f"{out}/", on_unfinished="error", threads=2, timeout=77) == first
     assert states(out) == before
 
 
@@ -255,7 +255,7 @@ def test_what_is_asked_to_begin_anew_does(source: Path, tmp_path: Path) -> None:
     export(source, out)
     before = states(out)
     with pytest.raises(ConfigError, match="holds a committed package"):
-        export(source, out, on_existing="restart")
+        export(source, out, on_unfinished="restart")
     assert states(out) == before
     export(source, out, overwrite=True)
     assert states(out)[SHARD][0] != before[SHARD][0]

@@ -93,8 +93,10 @@ def test_the_dense_arch_alone_needs_no_table_of_the_checkpoint(tmp_path: Path) -
     assert "with the program as written: " in summary_of(manifest)
 
 
-@pytest.mark.parametrize("as_hash", [[], ["*"]])
-def test_shards_that_do_not_read_back_are_a_failed_export(as_hash: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("to_hash_tables", [[], ["*"]])
+def test_shards_that_do_not_read_back_are_a_failed_export(
+    to_hash_tables: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
     """And no mistake of the user's, though a source like that would be one."""
     real = steps.open_written
 
@@ -106,7 +108,7 @@ def test_shards_that_do_not_read_back_are_a_failed_export(as_hash: list[str], tm
     with pytest.raises(
         CommitError, match=r"torch_rank_weights_embs_table_multi_shard.*No manifest was written"
     ) as caught:
-        export(write_trained(tmp_path / "ckpt"), tmp_path / "out", as_hash=as_hash, **SETTINGS)
+        export(write_trained(tmp_path / "ckpt"), tmp_path / "out", to_hash_tables=to_hash_tables, **SETTINGS)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -226,7 +228,7 @@ DEFAULT = [0.5, -1.0, 2.0, 0.25]
 def prune_half(tmp_path: Path, **more: Any) -> dict[str, Any]:
     np.save(tmp_path / "deny.npy", np.arange(0, 60, 2))
     prune = [{"tables": "*t_user*", "deny": str(tmp_path / "deny.npy")}]
-    return {"as_hash": ["*t_user*"], "prune": prune, **more}
+    return {"to_hash_tables": ["*t_user*"], "prune": prune, **more}
 
 
 def asked_of(name: str) -> list[int]:

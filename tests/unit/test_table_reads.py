@@ -193,7 +193,7 @@ def test_a_row_that_is_pruned_drifts_however_it_is_read(how: str, tmp_path: Path
         tmp_path,
         Model((BY_ID | WHOLE)[how], 2),
         trained,
-        as_hash=["*user*"],
+        to_hash_tables=["*user*"],
         prune=[{"tables": "*user*", "deny": str(tmp_path / "deny.npy")}],
     )
     assert manifest.drift.outputs["torch_output_0"].max_abs == pytest.approx(truth, rel=1e-3)

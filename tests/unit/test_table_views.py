@@ -113,8 +113,8 @@ def test_without_such_settings_the_manifest_says_nothing_of_them(tmp_path, sourc
         ({"rename_tables": {"item": " a"}}, "begins or ends with a space"),
         ({"rename_tables": {"item": "a\nb"}}, "cannot be printed"),
         ({"rename_tables": {"item": "ü" * 201}}, "longer than 400 bytes"),
-        ({"as_hash": ["nothing"]}, "as_hash: the pattern 'nothing' matches no table"),
-        ({"as_hash": ["item"]}, "as_hash: 'item' is a hash table already"),
+        ({"to_hash_tables": ["nothing"]}, "to_hash_tables: the pattern 'nothing' matches no table"),
+        ({"to_hash_tables": ["item"]}, "to_hash_tables: 'item' is a hash table already"),
         ({"default_row": {"x": "zeros"}}, "default_row: the pattern 'x' matches no table"),
         ({"default_row": {"item": [1.0]}}, "default_row: 1 values for table 'item', whose rows have 4"),
         ({"default_row": {"item": [0.0, 0.0, 1e39, 0.0]}}, r"value 2 for table 'item' is 1e\+39, which float32 cannot"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_an_error_before_anything_is_written(tmp_path, source,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["select_tables", "drop_tables", "as_hash"])
+@pytest.mark.parametrize("name", ["select_tables", "drop_tables", "to_hash_tables"])
 def test_a_copy_and_an_export_without_tables_take_no_such_settings(name):
     with pytest.raises(ConfigError, match=f"{name} needs new shards.*set filter_sparse_opt: true"):
         dist_export.ExportConfig(ckpt_dir="a", export_dir="b", **{name: ["x"]})
@@ -234,14 +234,14 @@ def test_verify_finds_a_default_row_that_is_none(tmp_path, source, row):
             dist_export.open_package(tmp_path / "out").lookup("item", [3])
 
 
-# ---- as_hash ---------------------------------------------------------------------------------------------------------
+# ---- to_hash_tables ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, "source"])
 def test_numbers_become_ids(tmp_path, monkeypatch, num_shards):
     tables = numbered_tables(a=90, b=7, c=0)
     source = write_numbered(tmp_path / "in", tables, monkeypatch)
-    manifest = export(source, tmp_path / "out", num_shards=num_shards, as_hash=["*"], threads=2)
+    manifest = export(source, tmp_path / "out", num_shards=num_shards, to_hash_tables=["*"], threads=2)
     expected = {name: {"id": np.arange(len(rows)), "embedding": rows} for name, rows in tables.items()}
     assert_exact(tmp_path / "out", expected)
     assert all(part.slice.endswith("@65536") for table in manifest.tables for part in table.parts)
@@ -251,7 +251,7 @@ def test_numbers_become_ids(tmp_path, monkeypatch, num_shards):
 def test_some_tables_become_hash_tables_and_others_do_not(tmp_path, monkeypatch):
     tables = numbered_tables(a=90, b=70)
     source = write_numbered(tmp_path / "in", tables, monkeypatch)
-    manifest = export(source, tmp_path / "out", num_shards=3, as_hash=["b"], rename_tables={"b": "hashed"})
+    manifest = export(source, tmp_path / "out", num_shards=3, to_hash_tables=["b"], rename_tables={"b": "hashed"})
     assert [(table.name, table.is_hashed) for table in manifest.tables] == [
         ("a", False),
         ("hashed", dist_export.manifest.msgspec.UNSET),
@@ -265,7 +265,7 @@ def test_a_view_of_strips_and_row_numbers_holds_what_it_held(tmp_path, monkeypat
     tables = numbered_tables(a=90, b=80, c=70)
     source = write_numbered(tmp_path / "in", tables, monkeypatch)
     whole = open_source(source)
-    seen = view_tables(whole, TableSettings(drop=["b"], as_hash=["c"]))
+    seen = view_tables(whole, TableSettings(drop=["b"], to_hash_tables=["c"]))
     assert [table.name for table in seen.tables] == ["a", "c"]
     for table, name in ((0, "a"), (1, "c")):
         before = whole.parts.of_table(whole.table_index(name))
