@@ -1,0 +1,222 @@
+"""Write docs/reference/settings.md from the settings themselves: python -m scripts.docs.settings [--check].
+
+Names, types and defaults come from ``ExportConfig``, groups and texts from ``launch/export.yaml``. ``identity.HOW`` says whether
+a setting shapes the package. Only the examples are written here; a test loads each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from dist_export.config.schema import ExportConfig
+from dist_export.pipeline.config_agreement import MAY_DIFFER
+from dist_export.pipeline.identity import HOW
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "reference" / "settings.md"
+YAML = ROOT / "launch" / "export.yaml"
+
+EXAMPLES = {
+    "ckpt_dir": "/ckpts/run7/ckpt_120000",
+    "export_dir": "s3://serving/ctr/20260101",
+    "step": "120000",
+    "register": "models:/ctr_serving",
+    "registry_options": '{models: {registry_uri: "http://mlflow.internal:5000"}}',
+    "format": "dcp",
+    "overwrite": "true",
+    "on_existing": "restart",
+    "follow_links": "true",
+    "filter_sparse_opt": "true",
+    "num_shards": "8",
+    "tables": '["*_emb.weight"]',
+    "optimizer_slots": '["*.momentum1"]',
+    "state_root": "ema",
+    "drop_slots": "[step_filter]",
+    "keep_slots": '["user_emb.*"]',
+    "dtype": '{user_emb: int8, "item_*": bfloat16, "*": float16}',
+    "on_unfit": "clamp",
+    "on_misplaced": "error",
+    "on_duplicate": "last",
+    "select_tables": '["user_*", item_emb]',
+    "drop_tables": '["*_experiment"]',
+    "rename_tables": '{"user_*_v2": "user_{0}"}',
+    "as_hash": '["city_emb"]',
+    "default_row": '{"user_*": zeros, item: [0.5, 0, 0, 0.1]}',
+    "dynamicemb_dims": "{user: 16}",
+    "allow_hashed_ids": '["user_emb"]',
+    "prune": '[{tables: "user_*", slot: step_filter, below: 10}]',
+    "on_emptied": "allow",
+    "digest": "sha256",
+    "max_memory": "2GiB",
+    "threads": "2",
+    "need_export_sparse": "false",
+    "add_subfolder": "true",
+    "model": "my_team.models:build_model",
+    "model_args": "{dim: 16}",
+    "sparse_model_name": "embeddings",
+    "dense_model_name": "towers.ranking",
+    "dataset": "my_team.data:build_dataset",
+    "dataset_args": "{batch_size: 128}",
+    "allow_missing_dense": '["head.temperature"]',
+    "allow_unexpected_dense": '["aux_loss.*"]',
+    "export_folder_name": "fx_user_model",
+    "export_model_name": "ranking",
+    "export_outputs": "[ctr, like]",
+    "max_batch_size": "4096",
+    "dynamic_dims": "{clicks: {1: history}}",
+    "device": "cpu",
+    "archive_format": "legacy",
+    "atol": "1.0e-05",
+    "rtol": "0.0001",
+    "drift_batches": "16",
+    "max_drift": "{ctr: 0.01}",
+    "fg": "my_team.features:build_fg",
+    "fg_args": "{version: 3}",
+    "fg_conf_or_path": "conf/fg.json",
+    "mc_conf_or_path": "conf/mc.json",
+    "fg_rules": "none",
+    "storage_options": '{client_kwargs: {endpoint_url: "http://store.internal:9000"}}',
+    "target_storage_options": "{profile: serving}",
+    "events": "true",
+    "metrics": "/var/lib/node_exporter/dist_export.prom",
+    "progress": "false",
+    "timeout": "3600",
+}
+"""Setting -> a value as YAML that is not the default, or is a usual choice."""
+
+_HEAD = """\
+# Settings
+
+<!-- Written by scripts/docs/settings.py. Do not edit it: change launch/export.yaml or the script, and run the script again. -->
+
+Each setting has the same name in a YAML file, on the command line (`--key value`) and in Python (a keyword).
+A value on the command line replaces the value of the file. See [the command line](command-line.md) for nested keys and lists.
+
+*Shapes the package* says whether the setting changes what is in the package. Two exports of one source with equal values of these
+settings give the same bytes. If the target holds a package of the same source and the same values, a rerun succeeds at once
+([rerun](../how-to/resume.md)). *May differ between ranks* says that the value is not compared between the ranks. All other
+settings must be equal on all ranks.
+
+`ckpt_dir` shapes the package through the source that it names.
+
+A *pattern* matches names: `*` stands for any characters, `?` for one. A pattern that matches nothing is an error. Write
+quotes around a pattern that begins with `*`, because YAML needs them.
+"""
+
+
+def read_groups() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (title, [(setting, text)]) as ``launch/export.yaml`` has them, in its order."""
+    groups: list[tuple[str, list[tuple[str, str]]]] = []
+    comment: list[str] = []
+    for line in YAML.read_text().splitlines():
+        if title := re.fullmatch(r"# ---- (.*) ----", line):
+            groups.append((title[1], []))
+            comment = []
+        elif line.startswith("# "):
+            comment.append(line[2:])
+        elif setting := re.match(r"(\w+):", line):
+            groups[-1][1].append((setting[1], " ".join(comment)))
+            comment = []
+    return groups
+
+
+def say_type(hint: Any) -> str:
+    """Return a type of the settings in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(say_type(argument) for argument in arguments)
+    if origin is list:
+        return (
+            f"list of ({say_type(arguments[0])})"
+            if " " in say_type(arguments[0])
+            else f"list of {say_type(arguments[0])}"
+        )
+    if origin is dict:
+        return f"mapping from {say_type(arguments[0])} to {say_type(arguments[1])}"
+    words = {
+        int: "whole number",
+        float: "number",
+        bool: "`true` or `false`",
+        str: "text",
+        type(None): "`null`",
+        Any: "any value",
+    }
+    return words[hint]
+
+
+def say_default(field: dataclasses.Field[Any]) -> str:
+    """Return a default as YAML, or that there is none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(field.default_factory())}`"
+    if field.default is dataclasses.MISSING:
+        return "none: it must be set"
+    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+
+
+def escape(text: str) -> str:
+    """Return a comment of YAML as Markdown, with values in braces and paths with placeholders as code."""
+    text = re.sub(r"[\w.]*<\w+>[\w./<>]*\w|\w*<\w+>", r"`\g<0>`", text)
+    out, depth, start = "", 0, 0
+    for i, sign in enumerate(text):
+        if sign == "{":
+            start = i if depth == 0 else start
+            depth += 1
+        elif sign == "}":
+            depth -= 1
+            out += f"`{text[start : i + 1]}`" if depth == 0 else ""
+        elif depth == 0:
+            out += sign
+    return out.replace("|", "\\|")
+
+
+def render() -> str:
+    """Return the page."""
+    fields = {field.name: field for field in dataclasses.fields(ExportConfig)}
+    hints = typing.get_type_hints(ExportConfig)
+    lines = [_HEAD]
+    for title, settings in read_groups():
+        lines.append(f"## {title}\n")
+        for name, text in settings:
+            scope = "no" if name in HOW else "yes"
+            ranks = "yes" if name in MAY_DIFFER else "no"
+            lines += [
+                f"### `{name}`\n",
+                f"{escape(text)}\n",
+                "| | |",
+                "|---|---|",
+                f"| Type | {say_type(hints[name])} |",
+                f"| Default | {say_default(fields[name])} |",
+                f"| Example | `{name}: {EXAMPLES[name]}` |",
+                f"| Shapes the package | {scope} |",
+                f"| May differ between ranks | {ranks} |",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Write the page, or say with ``--check`` whether it is what it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not up to date")
+    is_check = parser.parse_args().check
+    text = render()
+    if not is_check:
+        PAGE.write_text(text)
+    elif not PAGE.is_file() or PAGE.read_text() != text:
+        print(f"{PAGE.relative_to(ROOT)} is not up to date; run python -m scripts.docs.settings", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

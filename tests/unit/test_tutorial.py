@@ -1,0 +1,78 @@
+"""The tutorial works as it is written: its files and commands, in its order, and each command prints what the page shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "ten-minutes.md"
+
+
+def read_blocks() -> list[tuple[str, str]]:
+    """Return (language, content) of the page's code blocks, in order."""
+    return re.findall(r"^```(python|yaml|bash|text)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def find_missing_line(expected: str, printed: str) -> str | None:
+    """Return the first line of ``expected`` that is not in ``printed`` where it should be; ``...`` stands for any text.
+
+    A line that is ``...`` alone stands for any lines, also for none; all other lines follow each other.
+    """
+    rest = printed
+    for piece in re.split(r"^\.\.\.\n", expected, flags=re.MULTILINE):
+        pattern = "\n".join(re.escape(line).replace(re.escape("..."), ".*") for line in piece.splitlines())
+        found = re.search(rf"^{pattern}$" if pattern else "", rest, re.MULTILINE)
+        if found is None:
+            return piece
+        rest = rest[found.end() :]
+    return None
+
+
+@pytest.mark.parametrize(
+    ("expected", "missing"),
+    [
+        ("a\nb 1\n", None),
+        ("a\nb ...\n", None),
+        ("a\n...\nc\n", None),
+        ("...\nc\n", None),
+        ("a\nc\n", "a\nc\n"),
+        ("c\n...\na\n", "a\n"),
+        ("b\n", "b\n"),
+    ],
+)
+def test_output_is_compared_line_by_line(expected: str, missing: str | None) -> None:
+    assert find_missing_line(expected, "a\nb 1\nc\n") == missing
+
+
+@pytest.mark.distributed
+def test_scores_from_the_package_are_those_of_the_trainer_and_all_commands_print_what_the_page_says(
+    tmp_path: Path,
+) -> None:
+    """Runs training, plan, export on two ranks, a second export, verify, and lookups: each as the page has it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    printed: dict[str, str] = {}
+    command = ""
+    for language, content in read_blocks():
+        if language == "bash":
+            command = content.strip()
+            done = subprocess.run(
+                ["bash", "-ec", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+            printed[command] = done.stdout
+        elif language == "text":
+            assert find_missing_line(content, printed[command]) is None, f"{command} printed\n{printed[command]}"
+        else:
+            name = re.match(r"# (\S+)\n", content)
+            assert name is not None, f"no name of a file in the first line of\n{content}"
+            (tmp_path / name[1]).write_text(content)
+    scores = [re.findall(r"items 41 and 42: (.*)", text) for text in printed.values()]
+    trainer, package = (found[0] for found in scores if found)
+    assert trainer == package
+    assert len(printed) == 6
