@@ -153,3 +153,12 @@ def test_no_file_of_the_site_names_a_host_of_a_package_registry() -> None:
     ).stdout.split()
     hosts = re.compile(r"pypi\.org|pythonhosted|anaconda\.org|files\.python")
     assert not [name for name in tracked if hosts.search((ROOT / name).read_text())]
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS / "architecture.md", *sorted((DOCS / "decisions").glob("0*.md"))], ids=lambda page: page.stem
+)
+def test_files_that_the_architecture_names_are_there(page: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in re.findall(r"`([\w/]+\.(?:py|c|sh))`", page.read_text()):
+        assert any(path == name or path.endswith(f"/{name}") for path in tracked), name
