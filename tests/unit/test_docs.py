@@ -28,8 +28,8 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 FIELDS = [field.name for field in dataclasses.fields(ExportConfig)]
 
 NEEDED = {
-    "on_unfit": {"dtype": {"*": "float16"}},
-    "on_emptied": {"prune": [{"tables": "*", "norm_at_most": 0}]},
+    "on_overflow": {"dtype": {"*": "float16"}},
+    "on_empty_table": {"prune": [{"tables": "*", "norm_at_most": 0}]},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""
