@@ -176,7 +176,15 @@ def escape(text: str) -> str:
             out += f"`{text[start : i + 1]}`" if depth == 0 else ""
         elif depth == 0:
             out += sign
-    return out.replace("|", "\\|")
+    pieces = out.replace("|", "\\|").split("`")
+    for i in range(0, len(pieces), 2):  # the others are code already
+        pieces[i] = re.sub(r"\b[a-z]+(_[a-z]+)+\b(\.[a-z]\w*|\(\))?", _mark_setting, pieces[i])
+    return "`".join(pieces)
+
+
+def _mark_setting(found: re.Match[str]) -> str:
+    """Return the name of a setting as a link to it, and any other word with underscores as code."""
+    return f"[`{found[0]}`](#{found[0]})" if found[0] in EXAMPLES else f"`{found[0]}`"
 
 
 def render() -> str:
