@@ -137,6 +137,17 @@ def test_pictures_are_drawings_without_links() -> None:
         assert not re.search(r"href|url\(['\"]?http|<script", picture.read_text())
 
 
+def test_the_front_page_is_short_and_begins_with_a_first_success() -> None:
+    page = next(page for name in ("README.new.md", "README.md") if (page := ROOT / name).is_file())
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 200
+    first_screen = "\n".join(lines[:40])
+    assert all(
+        text in first_screen
+        for text in ("pip install", "ckpt_dir:", "torchrun", "from dist_export import Exporter", ".svg")
+    )
+
+
 @pytest.mark.parametrize("page", sorted(ROOT.glob("README*.md")), ids=lambda page: page.name)
 def test_links_of_the_front_page_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
@@ -162,3 +173,33 @@ def test_files_that_the_architecture_names_are_there(page: Path) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in re.findall(r"`([\w/]+\.(?:py|c|sh))`", page.read_text()):
         assert any(path == name or path.endswith(f"/{name}") for path in tracked), name
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("README*.md"))], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_block_of_yaml_is_a_config(page: Path) -> None:
+    for block in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        load_config({"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **yaml.safe_load(block)})
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("README*.md"))], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_settings_in_the_text_are_settings(page: Path) -> None:
+    """A setting that is quoted with a value, such as `on_overflow: clamp`, is one, and may have that value."""
+    for name, value in re.findall(r"`(\w+): ([\w.]+|\{[^`]*\}|\[[^`]*\])`", page.read_text()):
+        if name in {
+            "encoding",
+            "schema_version",
+            "is_hashmap",
+            "restartPolicy",
+            "shelf",
+        }:  # fields of files, not settings
+            continue
+        assert name in FIELDS, name
+        if value == "N" or "pattern" in value:  # stands for any value
+            continue
+        needed = {"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **NEEDED.get(name, {})}
+        text = value if "..." not in value else "{}"
+        load_config(needed | ({"ckpt_dir": None} if value == "live" else {}) | {name: yaml.safe_load(text)})
