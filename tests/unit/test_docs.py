@@ -203,3 +203,16 @@ def test_settings_in_the_text_are_settings(page: Path) -> None:
         needed = {"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **NEEDED.get(name, {})}
         text = value if "..." not in value else "{}"
         load_config(needed | ({"ckpt_dir": None} if value == "live" else {}) | {name: yaml.safe_load(text)})
+
+
+def test_the_table_of_rooms_lists_every_room_and_what_it_imports() -> None:
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    listed = {room: set(re.findall(r"\w+", imports)) for room, imports in rows}
+    code = ROOT / "dist_export"
+    assert sorted(listed) == sorted(path.parent.name for path in code.glob("*/__init__.py"))
+    shared = {"errors", "redact", "humanize", "_version"}
+    for room in sorted(listed.keys() - {"pipeline"}):  # which imports nearly all
+        modules = (ast.parse(path.read_text()) for path in (code / room).rglob("*.py"))
+        nodes = (node for module in modules for node in ast.walk(module) if isinstance(node, ast.ImportFrom))
+        imported = {node.module.split(".")[1] for node in nodes if (node.module or "").startswith("dist_export.")}
+        assert imported - shared - {room} <= listed[room], room
