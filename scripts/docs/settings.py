@@ -92,6 +92,13 @@ EXAMPLES = {
 }
 """Setting -> a value as YAML that is not the default, or is a usual choice."""
 
+THROUGH = {
+    "ckpt_dir": "yes, through the checkpoint that it names",
+    "step": "yes, through the checkpoint that it chooses",
+    "num_shards": "yes, through the number of shards that it gives",
+}
+"""What shapes a package, but not by how it is spelt: two spellings that lead to the same give the same package."""
+
 _HEAD = """\
 # Settings
 
@@ -104,8 +111,6 @@ A value on the command line replaces the value of the file. See [the command lin
 settings give the same bytes. If the target holds a package of the same source and the same values, a rerun succeeds at once
 ([rerun](../how-to/resume.md)). *May differ between ranks* says that the value is not compared between the ranks. All other
 settings must be equal on all ranks.
-
-`ckpt_dir` shapes the package through the source that it names.
 
 A *pattern* matches names: `*` stands for any characters, `?` for one. A pattern that matches nothing is an error. Write
 quotes around a pattern that begins with `*`, because YAML needs them.
@@ -165,7 +170,7 @@ def say_default(field: dataclasses.Field[Any]) -> str:
 
 def escape(text: str) -> str:
     """Return a comment of YAML as Markdown, with values in braces and paths with placeholders as code."""
-    text = re.sub(r"[\w.]*<\w+>[\w./<>]*\w|\w*<\w+>", r"`\g<0>`", text)
+    text = re.sub(r"[\w.-]*<\w+>[\w./<>]*\w|[\w-]*<\w+>", r"`\g<0>`", text)
     out, depth, start = "", 0, 0
     for i, sign in enumerate(text):
         if sign == "{":
@@ -195,7 +200,7 @@ def render() -> str:
     for title, settings in read_groups():
         lines.append(f"## {title}\n")
         for name, text in settings:
-            scope = "no" if name in HOW else "yes"
+            scope = THROUGH.get(name, "no" if name in HOW else "yes")
             ranks = "yes" if name in MAY_DIFFER else "no"
             lines += [
                 f"### `{name}`\n",
