@@ -106,6 +106,7 @@ _HEAD = """\
 
 Each setting has the same name in a YAML file, on the command line (`--key value`) and in Python (a keyword).
 A value on the command line replaces the value of the file. See [the command line](command-line.md) for nested keys and lists.
+[`launch/export.yaml`](../../launch/export.yaml) is a file with all of them, to copy.
 
 *Shapes the package* says whether the setting changes what is in the package. Two exports of one source with equal values of these
 settings give the same bytes. If the target holds a package of the same source and the same values, a rerun succeeds at once
