@@ -52,6 +52,7 @@ EXAMPLES = {
     "default_row": '{"user_*": zeros, item: [0.5, 0, 0, 0.1]}',
     "dynamicemb_dims": "{user: 16}",
     "allow_hashed_ids": '["user_emb"]',
+    "allow_missing_tables": '["*.new_feature.weight"]',
     "prune": '[{tables: "user_*", slot: step_filter, below: 10}]',
     "on_empty_table": "allow",
     "digest": "sha256",
