@@ -52,7 +52,7 @@ class Exporter:
             model: holds the sparse arch and the dense arch; None exports the tables alone.
             sparse_model_name: path of the sparse arch within ``model``.
             dense_model_name: path of the dense arch within ``model``, and prefix of its parameters in ``model.pt``.
-            dataset: an iterable of batches for the sparse arch; one is taken. None, where ``ckpt_dir`` is None, exports the
+            dataset: an iterable of batches for the sparse arch; a few are taken. None, where ``ckpt_dir`` is None, exports the
                 tables alone.
             ckpt_dir: the checkpoint; None exports the tables of ``model`` as they are in memory, with no checkpoint in
                 between, and its dense parameters with them.

@@ -72,7 +72,7 @@ def compare_scores(
     rtol: float,
     like: torch.Tensor | None = None,
 ) -> Difference:
-    """Compare an output with what is expected, with the tolerance that the README states.
+    """Compare an output with what is expected, with the tolerance of docs/explanation/scores.md.
 
     It is ``atol + rtol * max(|expected|, usual size)``. Where that does not do, the measured rounding is added to it. Without
     any tolerance, both must be equal.

@@ -1,6 +1,6 @@
 """Model registries in the place of paths: which checkpoint a URI means, where a package goes, and its new version.
 
-A registry is found by the entry point group ``dist_export.registry.base``, under the scheme of its URIs: ``models`` for
+A registry is found by the entry point group ``dist_export.registries``, under the scheme of its URIs: ``models`` for
 ``models:/ctr/3``. Alibaba's Mos has none in its URIs (``model.<project>.<name>``); there the name is ``mos``.
 """
 

@@ -19,7 +19,7 @@ class Finding(NamedTuple):
     file: str
     """Relative to the directory."""
     check: str
-    """Which check it is of; the names are listed in the README."""
+    """Which check it is of; docs/how-to/verify-in-ci.md lists the names."""
     message: str
 
     @property

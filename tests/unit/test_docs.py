@@ -24,6 +24,7 @@ from scripts.docs import schema, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 FIELDS = [field.name for field in dataclasses.fields(ExportConfig)]
 
@@ -138,8 +139,7 @@ def test_pictures_are_drawings_without_links() -> None:
 
 
 def test_the_front_page_is_short_and_begins_with_a_first_success() -> None:
-    page = next(page for name in ("README.new.md", "README.md") if (page := ROOT / name).is_file())
-    lines = page.read_text().splitlines()
+    lines = README.read_text().splitlines()
     assert len(lines) <= 200
     first_screen = "\n".join(lines[:40])
     assert all(
@@ -148,9 +148,8 @@ def test_the_front_page_is_short_and_begins_with_a_first_success() -> None:
     )
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("README*.md")), ids=lambda page: page.name)
-def test_links_of_the_front_page_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+def test_links_of_the_front_page_lead_to_files() -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", README.read_text()):
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
@@ -175,17 +174,13 @@ def test_files_that_the_architecture_names_are_there(page: Path) -> None:
         assert any(path == name or path.endswith(f"/{name}") for path in tracked), name
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *sorted(ROOT.glob("README*.md"))], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_yaml_is_a_config(page: Path) -> None:
     for block in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
         load_config({"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **yaml.safe_load(block)})
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *sorted(ROOT.glob("README*.md"))], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_in_the_text_are_settings(page: Path) -> None:
     """A setting that is quoted with a value, such as `on_overflow: clamp`, is one, and may have that value."""
     for name, value in re.findall(r"`(\w+): ([\w.]+|\{[^`]*\}|\[[^`]*\])`", page.read_text()):
