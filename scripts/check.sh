@@ -3,7 +3,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-scripts/make_env.sh .venv-test test,lint
+scripts/make_env.sh .venv-test test,lint,docs
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/lint-imports --no-logo

@@ -3,5 +3,5 @@
 #   bash scripts/soak.sh [--kills 120] [--seed 0] [--only TEXT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/make_env.sh .venv-test test,lint
+bash scripts/make_env.sh .venv-test test,lint,docs
 exec .venv-test/bin/python -m scripts.soak "$@"

@@ -3,6 +3,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
-scripts/make_env.sh .venv-test test,lint
+scripts/make_env.sh .venv-test test,lint,docs
 export OMP_NUM_THREADS=1 # ranks and test workers share the cores already
 exec .venv-test/bin/python -m pytest -n 2 --dist worksteal "$@"
