@@ -30,12 +30,15 @@ def find_package(directory: Directory) -> Manifest | None:
     """Return the manifest of a package that was written anew; None for what is none, or is a checkpoint with one beside it.
 
     Raises:
-        CheckpointError: the manifest is one of ours, and damaged.
+        CheckpointError: the manifest is one of ours, and damaged, or cannot be read.
     """
     try:
         raw = directory.read_text(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        where = error.filename or directory.describe(MANIFEST)
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
     try:
         if msgspec.json.decode(raw, type=dict[str, Any]).get("format") != "dist_export":
             return None

@@ -115,7 +115,9 @@ def test_a_member_that_is_called_as_the_root_folder_is_one_line(archive: bytes) 
 
 
 @pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.parametrize("place", ["guard.check_program", "guard.check_attribute_name", "guard.check_pickle"])
+@pytest.mark.parametrize(
+    "place", ["safe_load.check_program", "safe_load.check_attribute_name", "safe_load.check_pickle"]
+)
 def test_a_bug_in_the_look_at_a_program_keeps_its_traceback(place, bug, archive, monkeypatch) -> None:
     monkeypatch.setattr(f"dist_export.archive.{place}", fail_with(bug))
     with pytest.raises(bug, match="a bug of ours"):

@@ -349,6 +349,8 @@ def test_a_source_that_the_system_will_not_read(tmp_path, monkeypatch):
     from dist_export.storage.directory import Directory
 
     def denied(self, name):
+        if name == "manifest.json":
+            raise FileNotFoundError(2, "No such file or directory", name)
         raise PermissionError(13, "Permission denied", name)
 
     monkeypatch.setattr(Directory, "read_text", denied)
