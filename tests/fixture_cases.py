@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 CASES = (
     "small2",
     "small4x2",
@@ -26,3 +28,16 @@ TORCHREC_CASES: dict[str, list[str]] = {
     "hostile_lossy_adam": [],
 }
 """DCP checkpoints, each with the ``tables`` that it needs."""
+
+
+def share_pairs(cases: Sequence[str], numbers: Sequence[int | str], world_size: int) -> list[tuple[str, int | str]]:
+    """Return pairs of case and number of shards: all for one rank; for 2, 3 and 4 ranks a third each, all pairs together.
+
+    Each world has every case, and every number if there are three cases.
+    """
+    return [
+        (case, number)
+        for row, case in enumerate(cases)
+        for column, number in enumerate(numbers)
+        if world_size == 1 or (row + column) % 3 == world_size % 3
+    ]

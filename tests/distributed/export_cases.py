@@ -1,4 +1,4 @@
-"""Export every fixture for every number of shards, in one job; started by torchrun, or alone. usage: FIXTURES OUT THREADS"""
+"""Export fixtures for numbers of shards in one job: all, if started alone; a third by torchrun. usage: FIXTURES OUT THREADS"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from fixture_cases import CASES, NUM_SHARDS
+from fixture_cases import CASES, NUM_SHARDS, share_pairs
 
 import dist_export
 
@@ -15,17 +15,16 @@ import dist_export
 def main(fixtures: Path, out: Path, threads: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")  # one group for all exports, as inside a training job
-    for case in CASES:
-        for num_shards in NUM_SHARDS:
-            dist_export.export(
-                {
-                    "ckpt_dir": str(fixtures / case),
-                    "export_dir": str(out / case / str(num_shards)),
-                    "filter_sparse_opt": True,
-                    "num_shards": num_shards,
-                    "threads": threads,
-                }
-            )
+    for case, num_shards in share_pairs(CASES, NUM_SHARDS, int(os.environ.get("WORLD_SIZE", "1"))):
+        dist_export.export(
+            {
+                "ckpt_dir": str(fixtures / case),
+                "export_dir": str(out / case / str(num_shards)),
+                "filter_sparse_opt": True,
+                "num_shards": num_shards,
+                "threads": threads,
+            }
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixture_cases import CASES, NUM_SHARDS
+from fixture_cases import CASES, NUM_SHARDS, share_pairs
 from recis_writer import read_back, read_dense
 
 pytestmark = [pytest.mark.distributed, pytest.mark.fixtures]
@@ -59,16 +59,18 @@ def test_bytes_do_not_depend_on_the_number_of_ranks_and_threads(
     """Shards, indexes and manifest (but for its run section) are those of one rank with one thread."""
     done = torchrun(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads))
     assert done.returncode == 0, done.stderr[-4000:]
-    for case in CASES:
-        for num_shards in NUM_SHARDS:
-            found, expected = tmp_path / case / str(num_shards), one_rank / case / str(num_shards)
-            names = sorted(path.name for path in expected.iterdir())
-            assert sorted(path.name for path in found.iterdir()) == names
-            for name in names:
-                if name == "manifest.json":
-                    assert bare_manifest(found) == bare_manifest(expected)
-                else:
-                    assert (found / name).read_bytes() == (expected / name).read_bytes(), (case, num_shards, name)
+    for case, num_shards in share_pairs(CASES, NUM_SHARDS, world_size):
+        check_against_one_rank(tmp_path / case / str(num_shards), one_rank / case / str(num_shards))
+
+
+def check_against_one_rank(found: Path, expected: Path) -> None:
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in found.iterdir()) == names
+    for name in names:
+        if name == "manifest.json":
+            assert bare_manifest(found) == bare_manifest(expected)
+        else:
+            assert (found / name).read_bytes() == (expected / name).read_bytes(), (found, name)
 
 
 def bare_manifest(directory: Path) -> dict[str, object]:

@@ -21,6 +21,7 @@ from sparse_cases import content, copy, export
 from dist_export.errors import ConfigError, DistExportError, ExportError, UserError
 from dist_export.storage.directory import Directory
 from dist_export.verify.verify import verify
+from dist_export.workdir import lock
 
 
 class ClientError(Exception):
@@ -189,6 +190,12 @@ TARGET = {
 }
 
 
+def shorten_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a lease that nobody renews be over soon."""
+    monkeypatch.setattr(lock, "LEASE_SECS", 5.0)
+    monkeypatch.setattr(lock, "RENEW_SECS", 1.0)
+
+
 def assert_fails(url: str, word: str, part: str, **settings: Any) -> DistExportError:
     """An export to ``url`` fails with one line that names the file and the error; there is no manifest."""
     with pytest.raises(DistExportError) as caught:
@@ -218,6 +225,7 @@ def test_a_target_that_fails(
     Except where nothing was tried yet and the store lets nobody in: that is a mistake of the settings.
     """
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")  # else it would wait for a lease that could not be given back
+    shorten_leases(monkeypatch)
     operation, part = TARGET[case]
     before = files_of("faulty://in")
     fault = Fault(operation, part, ERRORS[error])
@@ -288,6 +296,7 @@ def test_a_lease_that_cannot_be_given_back_hides_no_error(
 ) -> None:
     """What failed first is told; a later attempt of the same job takes the lease over."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    shorten_leases(monkeypatch)
     lease = Fault("rm_file", "lease", ERRORS["denied"])
     store.faults[:] = [Fault("pipe_file", "out/index", ERRORS["client"]), lease]
     assert_fails("faulty://out", "SlowDown", "index")
