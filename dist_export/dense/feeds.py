@@ -127,12 +127,12 @@ class WeightFeed(Feed):
 
     def feed(self, ids: np.ndarray) -> None:
         """Put these rows into the weight."""
+        # also rows that nothing is put into: with max_norm the lookup itself changes them
+        self._keep(torch.from_numpy(ids).to(self.weight.device))
         if self._finder.is_recording:
             self._finder.record(self.table, ids)
             return
         held, rows, _ = self.rows_of(self.table, ids)
-        # rows that the checkpoint lacks are kept too: with max_norm the lookup itself changes them
-        self._keep(torch.from_numpy(ids).to(self.weight.device))
         if self.puts_default:
             self.weight[torch.from_numpy(ids).to(self.weight.device)] = self._default()
         self.weight[torch.from_numpy(held).to(self.weight.device)] = rows.to(self.weight)
@@ -237,6 +237,7 @@ class RawIdFeed(WeightFeed):
     def feed(self, ids: np.ndarray) -> None:
         """Put these rows into the weight; what is recorded are their raw ids."""
         if self._finder.is_recording:
+            self._keep(torch.from_numpy(ids).to(self.weight.device))
             ids = ids[(ids >= 0) & (ids < len(self._state.ids))]
             raw = self._state.ids_of(ids)
             self._finder.record(self.table, np.unique(raw[raw != self._state.empty]))

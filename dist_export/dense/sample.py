@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
+from dist_export.dense.own_parameters import buffers_put_back
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_feed import checkpoint_rows
@@ -84,8 +85,8 @@ def run_sparse_arch(
 ) -> tuple[Blocks, SampleRows]:
     """Put one batch through the sparse arch and return what the dense arch gets. All ranks at once: it may be collective.
 
-    Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode and
-    rows are put back afterwards. ``what`` names the batch in messages.
+    Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode, buffers
+    and rows are put back afterwards. ``what`` names the batch in messages.
 
     Raises:
         ModelError: it returns anything but a mapping of blocks, or a tuple that begins with one.
@@ -99,7 +100,7 @@ def run_sparse_arch(
         if finder is None
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
-    with eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
+    with buffers_put_back(sparse_arch), eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
         try:
             output = sparse_arch(data)
         except DistExportError:
