@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from dist_export.errors import CheckpointError
+
 WRAPPER_ELEMENTS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_dmp_wrapped_module", "_checkpoint_wrapped_module"}
 )
@@ -35,11 +37,22 @@ class ModelWeights(NamedTuple):
     """Names of one and the same weight, two or more each and in order."""
 
     def sort(self, names: Iterable[str]) -> Roles:
-        """Say what the tensors of these names, as a checkpoint has them, are to the model."""
+        """Say what the tensors of these names, as a checkpoint has them, are to the model.
+
+        Raises:
+            CheckpointError: two of them differ by elements of wrappers alone, and are a table of the model.
+        """
+        begin = f"{self.sparse_name}."
         by_plain: dict[str, str] = {}
         for name in names:
-            by_plain.setdefault(plain_name(name), name)
-        begin = f"{self.sparse_name}."
+            plain = plain_name(name)
+            other = by_plain.setdefault(plain, name)
+            if other != name and not self.tables.isdisjoint((plain, begin + plain)):
+                raise CheckpointError(
+                    f"the checkpoint has both {other!r} and {name!r}: without the path elements of wrappers "
+                    f"({', '.join(sorted(WRAPPER_ELEMENTS))}) they are one table of the model. Save it under one name, or give "
+                    "the submodule another name"
+                )
         # a checkpoint may be of the sparse arch alone
         is_sparse_alone = bool(self.sparse_name) and not any(name.startswith(begin) for name in by_plain)
         within = {begin + name if is_sparse_alone else name: name for name in by_plain}

@@ -22,7 +22,7 @@ import dist_export
 from dist_export.checkpoint.doubtful_tensors import MANY_ROWS
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
 from dist_export.config.loader import load_config
-from dist_export.errors import ModelError
+from dist_export.errors import CheckpointError, ModelError
 from dist_export.model.sparse_tables import find_weights
 from dist_export.pipeline.dry_run import make_report
 
@@ -96,6 +96,21 @@ def test_names_may_have_wrappers_or_begin_within_the_sparse_arch(prefix: str, tm
     weights = look(embedding_model.build())
     alone = weights.sort(["user.weight", "module.item.weight", "scale.weight"])
     assert alone.tables == {"user.weight", "module.item.weight"}
+
+
+@pytest.mark.parametrize("other", ["module.sparse_arch.user.weight", "sparse_arch.module.user.weight"])
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_two_tensors_that_would_be_one_table_are_refused(
+    write: Callable[..., Path], other: str, tmp_path: Path
+) -> None:
+    """One of them would be served, and the other one lost: a second copy, or a submodule that is really called module."""
+    state = embedding_model.build_trained().state_dict()
+    source = write(tmp_path / "ckpt", {**state, other: state["sparse_arch.user.weight"] + 1})
+    with pytest.raises(CheckpointError, match="are one table of the model") as caught:
+        export(source, tmp_path / "out", **SETTINGS)
+    assert f"{other!r}" in str(caught.value)
+    assert "'sparse_arch.user.weight'" in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("is_deduplicated", [False, True])
