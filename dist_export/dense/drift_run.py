@@ -52,6 +52,11 @@ class _Kept:
     """What its sparse arch gave, kept only where no rows are read from the package."""
 
 
+_NO_DEFAULT = (
+    "no default row can be put in for pruned ids: another table has the same weight, or it does more than look rows up"
+)
+
+
 @dataclass(slots=True)
 class DriftCounts:
     """Ids that this rank looked up in all batches together: each counts once a batch."""
@@ -63,12 +68,15 @@ class DriftCounts:
     """The checkpoint has a row, the package has none."""
 
     def add(self, unmodified: SampleRows, package: SampleRows) -> None:
-        """Take in both sides of one batch."""
+        """Take in both sides of one batch; note in ``package`` where the model was left with rows that the package lacks."""
         self.ids += package.asked.total()
         lacking = package.missing.total() + package.left_behind.total()
         missing = unmodified.missing.total()
+        pruned = max(0, lacking - missing)
         self.without_row += missing
-        self.pruned += max(0, lacking - missing)
+        self.pruned += pruned
+        for table in package.without_default if pruned else ():
+            package.unseen.setdefault(table, _NO_DEFAULT)
 
 
 @dataclass(slots=True)

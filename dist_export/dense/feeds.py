@@ -33,11 +33,15 @@ class Feed:
         self._counts = counts
         self._undo = undo
         self._fed = np.zeros(0, np.int64)
+        self.sharing: list[Feed] = []
+        """What feeds other tables into the same memory: what one puts there, the others have to put there anew."""
 
     def new_of(self, ids: np.ndarray) -> np.ndarray:
         """Return those of the ids (int64) that were not fed yet, sorted and without duplicates, and note them as fed."""
         new = np.setdiff1d(np.unique(ids), self._fed, assume_unique=True)
         self._fed = np.union1d(self._fed, new)
+        for other in self.sharing:
+            other._fed = np.setdiff1d(other._fed, new, assume_unique=True)  # noqa: SLF001 -- of its own kind
         return new
 
     def ids_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -69,6 +73,8 @@ class Feed:
         num_left_behind = self._finder.left_behind.pop(written, 0)
         self._counts.count(written, ids, has_row, rows, num_left_behind=num_left_behind)
         self._counts.left_to_model += 0 if self.puts_default else num_left_behind
+        if not self.puts_default and not has_row.all():
+            self._counts.without_default.add(written)
         return ids[has_row], self.values_of(table, rows[has_row]), self._finder.lacking(table, ids, has_row)
 
     def values_of(self, table: str, rows: np.ndarray) -> torch.Tensor:

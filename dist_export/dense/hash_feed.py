@@ -168,6 +168,8 @@ class HashFeed(Feed):
             is_lacking = torch.isin(ids, lacking.to(ids.device, ids.dtype))
             if not isinstance(output, torch.Tensor) or output.shape != (*ids.shape, *default.shape):
                 self._counts.left_to_model += int(is_lacking.sum())  # it does more than look rows up
+                if bool(is_lacking.any()):
+                    self._counts.without_default.update(self.tables)
                 continue
             where = is_lacking.reshape(*ids.shape, *[1] * default.dim())
             output = torch.where(where, default.to(output), output)

@@ -35,6 +35,8 @@ class SampleRows:
         self.left_behind: Counter[str] = Counter()
         self.left_to_model = 0
         """Of these, ids for which the model was left with what it has itself, for the default row was not put in."""
+        self.without_default: set[str] = set()
+        """Tables of which ids without a row were looked up, and no default row could be put in for them."""
         self.knows_a_table = False
         """Whether a table of the sparse arch, or a parameter that may be one, is a table of the checkpoint."""
         self.embeddings: list[str] = []

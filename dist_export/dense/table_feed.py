@@ -211,6 +211,7 @@ class _Feeds:
         weights = [feed for its in self._by_weight.values() for feed in its]
         for its in self._by_weight.values():
             for feed in its:
+                feed.sharing = [other for other in its if other.table != feed.table]
                 if self._finder.is_live and len({feed.table for feed in its}) > 1:
                     feed.puts_default = False  # it would be read as the row of the other table that has this weight
                 self._reads.watch(feed)
