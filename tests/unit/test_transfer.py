@@ -384,7 +384,9 @@ def test_an_index_may_not_name_a_file_that_would_commit_the_package(tmp_path):
             (tmp_path / "evil" / (name if path.name == old else path.name)).write_bytes(path.read_bytes())
         (tmp_path / "evil" / INDEX).write_text(json.dumps(index))
         # a manifest.json of another kind is read as that of a package, and refused before the index is looked at
-        refusal = r"evil/manifest.json cannot be read: .* damaged" if name == "manifest.json" else "no name of a data file"
+        refusal = (
+            r"evil/manifest.json cannot be read: .* damaged" if name == "manifest.json" else "no name of a data file"
+        )
         with pytest.raises(Exception, match=refusal):
             copy(tmp_path / "evil", tmp_path / "out")
         assert not (tmp_path / "out").exists()
