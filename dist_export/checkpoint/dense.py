@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from dist_export.checkpoint.metadata import SourceFile
 from dist_export.checkpoint.recis.model_pt import describe_dense_state, load_dense_state
 from dist_export.checkpoint.tensors.classify import Skipped
 from dist_export.formats.recis import DENSE_STATE, FILTER_STEP
@@ -36,6 +37,9 @@ class DenseParameters(Protocol):
     def left_out(self) -> tuple[Skipped, ...]:
         """Tensors of other states of the checkpoint."""
 
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return the files that hold them, as far as these are no small files of the format."""
+
     def load(self) -> Mapping[str, Any]:
         """Return name within the model -> CPU tensor, or ``UntakenState`` of what is there and cannot be read.
 
@@ -60,6 +64,10 @@ class RecisDense:
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return what ``model.pt`` holds; nothing where there is none."""
         return [tensor for tensor in describe_dense_state(self._directory) or [] if tensor[0] not in self._tables]
+
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return nothing: ``model.pt`` is a small file of the format."""
+        return ()
 
     def load(self) -> Mapping[str, Any]:
         """Return what ``model.pt`` holds, but for counters that only training reads."""

@@ -106,7 +106,9 @@ class DynamicEmbReader:
 
     def assemble(self, shares: Sequence[tuple[SourceFile, ...]]) -> Checkpoint:
         """Tell rows and dimensions by the sizes of the files. CheckpointError where these do not fit each other."""
-        if tuple(file for share in shares for file in share) != self.files:
+        everywhere = [(file.name, file.size, file.version) for share in shares for file in share]
+        mine = [(file.name, file.size, file.version) for file in self.files]
+        if everywhere != mine:
             raise CheckpointError(
                 f"{self.directory.url} is not the same on all ranks; it must be one shared directory whose files no longer "
                 "change"
@@ -153,7 +155,7 @@ class DynamicEmbReader:
             parts=Parts(table=of_table, begin=zeros, end=sizes, size=sizes, rows=parts),
             blocks=Blocks(file=file, offset=np.zeros((len(parts), width), np.int64), key=key),
             dense=(),
-            fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(repr(self.files).encode('utf-8', 'surrogatepass'))}",
+            fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(repr(mine).encode('utf-8', 'surrogatepass'))}",
             copy_hindrances=("a dump is raw files, which RecIS and serving cannot read",),
             verbatim={},
             warnings=tuple(warnings),
@@ -336,6 +338,10 @@ class NoDense:
     def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return nothing."""
         return []
+
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return nothing."""
+        return ()
 
     def load(self) -> Mapping[str, Any]:
         """Say that there is nothing to load."""

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import msgspec
 import numpy as np
+import xxhash
 
 from dist_export.checkpoint.payload import Payload
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_STATE, Slice
 from dist_export.formats.row_encodings import TAIL_BYTES
-from dist_export.storage.directory import Directory
+from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.range_reader import RangeReader
 
 if TYPE_CHECKING:
@@ -31,7 +33,25 @@ class SourceFile:
     size: int
     """In bytes."""
     version: str
-    """Changes when the content does."""
+    """Changes when the content does, unless somebody sets it back."""
+    trace: tuple[int, ...] = ()
+    """Inode and time of the last change on a disk, as far as its file system keeps them: nobody sets these back. They may be
+    others on another machine, and are of no fingerprint."""
+    links: int = 0
+    """Names of the file on a disk."""
+
+    @classmethod
+    def of(cls, name: str, found: FileStat) -> SourceFile:
+        """Return a file in the state in which it was found."""
+        return cls(name=name, size=found.size, version=found.version, trace=found.trace, links=found.links)
+
+    def is_same(self, now: FileStat | SourceFile) -> bool:
+        """Whether the file, found again on the same machine, has the content that it had."""
+        if (self.size, self.version) != (now.size, now.version):
+            return False
+        # a link to a file, or one less, changes its inode, and not its content
+        is_linked = self.links != now.links and self.trace[:1] == now.trace[:1]
+        return not self.trace or not now.trace or self.trace == now.trace or is_linked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,8 +311,17 @@ class Checkpoint:
     """Columns of ids that are made when they are read; ``blocks.file`` is ``FIRST_MADE - i`` for the i-th."""
     memory: Memory | None = None
     """Where the payload is no file; None for all that was saved."""
+    disk_state: str = ""
+    """What the first rank's disk says of the files besides, as :meth:`digest_traces` has it. By it a rerun knows whether these
+    are still the files that an unfinished export has read."""
     payload: Payload | None = None
     """All tensors of the source, tables that are left out too; None where nobody accounts for them."""
+
+    def digest_traces(self) -> str:
+        """Return a digest of what the disk keeps of the files besides size and version; empty where it keeps nothing."""
+        if not any(file.trace for file in self.files):
+            return ""
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode([(file.name, file.trace) for file in self.files]))
 
     @property
     def num_bytes(self) -> int:

@@ -136,8 +136,7 @@ class PackageReader:
         )
 
     def _stat(self, name: str) -> SourceFile:
-        found = self._directory.stat(name)
-        return SourceFile(name=name, size=found.size, version=found.version)
+        return SourceFile.of(name, self._directory.stat(name))
 
     def _read_header(self, number: int) -> Header:
         file = self.files[number]

@@ -183,6 +183,10 @@ class PackageDense:
         """Return nothing."""
         return []
 
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return nothing."""
+        return ()
+
     def load(self) -> Mapping[str, Any]:
         """Say that there is nothing to load."""
         raise CheckpointError(

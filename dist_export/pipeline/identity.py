@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 import xxhash
 
-from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.formats.recis import MERGED
@@ -17,7 +17,6 @@ from dist_export.model.user_objects import Objects
 from dist_export.pipeline.inputs import FG
 from dist_export.plan.target_slices import resolve_num_shards
 from dist_export.storage.directory import Directory, digest_file
-from dist_export.storage.local_io import file_system_of
 
 HOW = (
     "export_dir",
@@ -40,19 +39,11 @@ HOW = (
 """Settings that do not shape the package, or do so through what they lead to."""
 
 
-_WITH_INODES = frozenset(
-    ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"]
-)
-"""Local file systems: a file has one inode as long as it is there."""
-_WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
-"""Those that keep the time of a file's last change, the same on every machine. Others may make it up at each mount."""
-
-
 class Told(NamedTuple):
     """What shapes a package besides its settings and its tables."""
 
-    versions: Mapping[str, str]
-    """Of the source's small files, by name; of a model in memory something that no other export has."""
+    small_files: Mapping[str, SourceFile]
+    """Of the source, by name; of a model in memory something that no other export has."""
     confs: Sequence[Any]
     """What fg.json and the blocks hold."""
     world_size: int
@@ -90,32 +81,22 @@ def identify_export(
     if checkpoint is not None and config.need_export_sparse and config.filter_sparse_opt:
         num_shards = resolve_num_shards(checkpoint, config.num_shards or "world_size", world_size=told.world_size)
     # an export into the checkpoint itself writes these, and none of them shapes a package
-    versions = {name: version for name, version in told.versions.items() if name != MERGED}
+    files = {name: file for name, file in told.small_files.items() if name != MERGED}
     if source is not None and checkpoint is None:  # no fingerprint tells of the files that hold its dense parameters
         its = [name for name in source.names() if name not in (MANIFEST, MERGED, FG)]
-        versions |= {name: f"{stat.size} {stat.version}" for name, stat in source.find_many(its).items()}
+        files |= {name: SourceFile.of(name, stat) for name, stat in source.find_many(its).items()}
     tables = () if checkpoint is None else [(table.name, table.name_in_source) for table in checkpoint.tables]
     kinds = [f"{type(its).__module__}.{type(its).__qualname__}" for its in (objects.model, objects.dataset)]
-    files = [*versions, *(() if checkpoint is None else (file.name for file in checkpoint.files))]
-    changes = [] if source is None else _list_changes(source, files)
+    versions = {name: f"{file.size} {file.version}" for name, file in files.items()}
+    # a file that is written anew at its old size and with its old time of modification is another one by its trace
+    every = [*files.values(), *(() if checkpoint is None else checkpoint.files)]
+    traces = [(file.name, file.trace) for file in sorted(every, key=lambda file: file.name) if file.trace]
     lists = [_digest_list(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
     fingerprint = "" if checkpoint is None else checkpoint.fingerprint
     of_source = _digest(
-        [fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists, changes]
+        [fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists, traces]
     )
     return f"xxh3:{identify_settings(config)}-{of_source}"
-
-
-def _list_changes(source: Directory, names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return when files of a source on a disk were changed last, and their inodes, as far as its file system keeps them.
-
-    A file that is written anew at its old size and with its old time of modification is another one by these.
-    """
-    kind = file_system_of(source.path) if source.is_local else ""
-    if kind not in _WITH_CHANGES:
-        return []
-    found = source.find_many(sorted(set(names)))
-    return [(name, its.changed, its.inode if kind in _WITH_INODES else 0) for name, its in found.items()]
 
 
 def has_settings(manifest: Manifest, config: ExportConfig) -> bool:

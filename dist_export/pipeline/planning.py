@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,8 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dist_export.checkpoint.combined import join_checkpoints
-from dist_export.checkpoint.dcp_files import METADATA_FILES
-from dist_export.checkpoint.detect import AUTO, INDEX_FILES, RECIS, open_reader
+from dist_export.checkpoint.detect import AUTO, RECIS, open_reader
 from dist_export.checkpoint.dynamicemb_widths import confirm_widths
 from dist_export.checkpoint.fallback_rows import find_fallbacks, needs_fallbacks, set_fallbacks
 from dist_export.checkpoint.id_reader import first_source_of
@@ -26,7 +24,6 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
-from dist_export.formats.recis import DENSE_STATE, INDEX, MERGED, TENSORKEY
 from dist_export.ids.lists import read_id_list
 from dist_export.plan.casts import cast_slots, check_defaults
 from dist_export.plan.census import (
@@ -231,6 +228,8 @@ def plan_sparse(
         CheckpointError: an id that stands twice in a table, where ``on_duplicate`` is ``error``.
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
+    # machines may mount the source in different ways, and all ranks need one digest of the plan
+    checkpoint = replace(checkpoint, disk_state=ranks.on_rank_0("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
     pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
     limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
@@ -291,39 +290,6 @@ def note_numbered_tables(plan: SparsePlan) -> list[str]:
     return [f"{what} ({told}); for a server that reads hash tables alone set to_hash_tables"]
 
 
-def look_at_small_files(source: Directory | None) -> dict[str, str]:
-    """Return size and version of the checkpoint's files that are no shards, as far as they are there. Rank 0.
-
-    For a model in memory it is a word that no other export has: what one export wrote is never taken for another's.
-    """
-    if source is None:
-        return {"live": uuid.uuid4().hex}
-    found = {}
-    for name in (INDEX, TENSORKEY, MERGED, DENSE_STATE, *METADATA_FILES, *INDEX_FILES):
-        try:
-            stat = source.stat(name)
-        except FileNotFoundError:
-            continue
-        except OSError as error:  # whoever reads it tells
-            found[name] = str(error)
-        else:
-            found[name] = f"{stat.size} {stat.version}"
-    return found
-
-
-def refuse_changed_files(source: Directory | None, state: dict[str, str]) -> None:
-    """Compare the checkpoint's small files with what they were when the export began. ExportError. Rank 0."""
-    if source is None:
-        return
-    now = look_at_small_files(source)
-    changed = sorted(name for name in state if state[name] != now.get(name))
-    if changed:
-        raise ExportError(
-            f"{source.describe(changed[0])}: changed while it was being exported, so the package would mix two checkpoints. "
-            "No manifest was written; run the export again on a checkpoint that is finished"
-        )
-
-
 def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
     """Read the files that ``prune`` names, and say which rule applies to which table. Every rank for itself."""
     lists: dict[str, IdList] = {}
@@ -338,27 +304,6 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
             lists[rule.path] = IdList(ids)
             room -= ids.nbytes
     return plan_pruning(checkpoint, rules, lists)
-
-
-def refuse_changed_payload(checkpoint: Checkpoint) -> None:
-    """Compare the payload files with what they were when their headers were read. ExportError. Rank 0.
-
-    RecIS writes its indexes anew with each save; other formats have nothing small that tells of one.
-    """
-    is_looked_at = checkpoint.format != RECIS and checkpoint.memory is None
-    for file in checkpoint.files if is_looked_at else ():
-        try:
-            found = checkpoint.directory.stat(file.name)
-        except OSError as error:
-            what = error.strerror or str(error)
-        else:
-            if (found.size, found.version) == (file.size, file.version):
-                continue
-            what = "changed"
-        raise ExportError(
-            f"{checkpoint.directory.describe(file.name)}: {what} while it was being exported, so the package would mix two "
-            "checkpoints. No manifest was written; run the export again on a checkpoint that is finished"
-        )
 
 
 def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:

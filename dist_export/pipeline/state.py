@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dist_export.checkpoint.dense import DenseParameters
-from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import DenseMeta
 from dist_export.config.schema import ExportConfig
@@ -68,8 +68,8 @@ class Source:
     """All dense tensors of the checkpoint. Rank 0; empty elsewhere."""
     trainer_state: DenseMeta
     """Those of them that only training needs, where the filter drops these."""
-    small_files: Mapping[str, str]
-    """The version of each small file, to notice a change. The same on all ranks."""
+    small_files: Mapping[str, SourceFile]
+    """The state of each small file, and of files with dense parameters alone, to notice a change. The same on all ranks."""
     identity: str
     """A digest of the source and of the settings that shape the package."""
 

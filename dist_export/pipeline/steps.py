@@ -31,14 +31,12 @@ from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
 from dist_export.pipeline.planning import (
     PlannedSparse,
-    look_at_small_files,
     note_numbered_tables,
     open_written,
     plan_sparse,
-    refuse_changed_files,
-    refuse_changed_payload,
 )
 from dist_export.pipeline.shards import check, compare_live, transfer
+from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
 from dist_export.pipeline.state import ExportState, Source, Task
 from dist_export.pipeline.target import (
     claim,
@@ -133,6 +131,8 @@ def read_source(export: ExportState) -> ExportState:
         trainer_state = [it for it in held_state if config.filter_sparse_opt and is_trainer_state(it[0])]
         if checkpoint is None and parameters is not None:  # else the tables' reader has told
             notes += ranks.on_rank_0("look at the state", lambda: list(parameters.notes))
+            files = ranks.on_rank_0("look at the state's files", parameters.list_files)
+            small_files = {**{file.name: file for file in files}, **small_files}
         told = Told(small_files, [fg_conf, mc_conf], ranks.world_size)
         identity = ranks.on_rank_0(
             "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
@@ -320,7 +320,7 @@ def commit(export: ExportState) -> ExportState:
 
     def publish_package() -> Manifest:
         manifest = seal(export.taken_over.describe(describe_export(export)))
-        refuse_changed_files(export.places.source, dict(read.small_files))
+        refuse_changed_files(export.places.source, read.small_files)
         if read.checkpoint is not None:
             refuse_changed_payload(read.checkpoint)
         export.refuse_if_lost()

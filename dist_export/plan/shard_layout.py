@@ -210,7 +210,7 @@ def _refuse_one_key_twice(keys: Sequence[str]) -> None:
 
 def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> SparsePlan:
     """Add the segments and the digest over everything that decides what is written."""
-    digest = xxhash.xxh3_128(plan.checkpoint.fingerprint.encode())
+    digest = xxhash.xxh3_128(f"{plan.checkpoint.fingerprint} {plan.checkpoint.disk_state}".encode())
     for file in plan.files:
         digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + file.header)
     for name in ("file", "offset", "source_file", "source_offset", "num_bytes"):

@@ -23,6 +23,7 @@ from dist_export.formats.digests import XXH3, digest_pieces
 from dist_export.redact import conceal, first_line, note_secrets, reason_of
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage import s3
+from dist_export.storage.file_systems import trace_of
 from dist_export.storage.local_io import make_directories, naming_any, sync_directory, write_new
 from dist_export.storage.range_reader import OPEN_FLAGS, FileReader, LocalReader, RangeReader
 from dist_export.storage.s3_reader import S3Reader
@@ -70,6 +71,10 @@ class FileStat:
     """Of a local file."""
     changed: int = 0
     """Of a local file: when its inode was changed last, in ns. No program can set it back."""
+    trace: tuple[int, ...] = ()
+    """Of the two the ones that the file system keeps: see :func:`~dist_export.storage.file_systems.trace_of`."""
+    links: int = 0
+    """Of a local file: its names. One more or less changes the inode, and not the content."""
 
 
 class Directory:
@@ -270,8 +275,12 @@ class Directory:
         if self._hides(name):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         if self.is_local:
-            found = os.stat(self.find(name))
-            return FileStat(found.st_size, str(found.st_mtime_ns), found.st_ino, found.st_ctime_ns)
+            path = self.find(name)
+            found = os.stat(path)
+            trace = trace_of(found, path)
+            return FileStat(
+                found.st_size, str(found.st_mtime_ns), found.st_ino, found.st_ctime_ns, trace, found.st_nlink
+            )
         with naming_any(self.describe(name)):
             if self.s3 is not None:
                 return FileStat(*self.s3.head(self.join(name)))

@@ -386,8 +386,7 @@ class Transfer:
         mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
         stats = checkpoint.directory.stat_many([file.name for file in mine])
         for file in mine:
-            found = stats[file.name]
-            if (found.size, found.version) != (file.size, file.version):
+            if not file.is_same(stats[file.name]):
                 raise TransferError(
                     f"{checkpoint.directory.describe(file.name)}: changed while it was being exported, so the shards may "
                     "mix two checkpoints. No manifest was written; run the export again on a checkpoint that is finished"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from dist_export.formats.digests import NONE, SHA256_PARTS, algorithm_of, digest_of_parts, root_digest
+from dist_export.humanize import count
 from dist_export.manifest import PartDigest
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.s3 import UploadedPart
 from dist_export.transfer.multipart_upload import Uploads
 from dist_export.workdir.state import Receipt, is_partial, read_receipt
+
+logger = logging.getLogger(__name__)
 
 
 class Receipts:
@@ -47,7 +51,7 @@ class Receipts:
 
         The second are those whose shard an S3 store vouches for, by the checksum that it keeps; the others are to be read.
         """
-        found, vouched = {}, {}
+        found, vouched, others = {}, {}, 0
         self._target.make()
         for name in self._target.names():
             if is_partial(name):
@@ -56,6 +60,7 @@ class Receipts:
             receipt = read_receipt(self._target, file.name)
             if receipt is None or not self._target.exists(file.name):
                 continue
+            others += receipt.plan != self._plan.digest
             size = self._target.stat(file.name).size
             has_parts = self._uploads is not None and self._uploads.has_remote(number) and self._digest != NONE
             expected = SHA256_PARTS if has_parts else self._digest
@@ -70,4 +75,11 @@ class Receipts:
                     vouched[number] = receipt
             elif not has_parts:
                 found[number] = receipt
+        if others:
+            logger.info(
+                "%s: an unfinished export has left %s for another state of the checkpoint's files, other settings or another "
+                "version; they are written anew",
+                self._target.url,
+                count(others, "shard"),
+            )
         return found, vouched

@@ -23,7 +23,7 @@ from dist_export.checkpoint.metadata import IN_STRIPS
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
-from dist_export.pipeline.planning import look_at_small_files
+from dist_export.pipeline.source_changes import look_at_small_files
 from dist_export.storage.directory import Directory
 
 USER = "ebc.embedding_bags.user.weight"

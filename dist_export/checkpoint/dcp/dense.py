@@ -11,6 +11,7 @@ from dist_export.checkpoint.dcp.extra_state import Leaf
 from dist_export.checkpoint.dcp.metadata import Chunk, TensorMeta
 from dist_export.checkpoint.dcp.tables import ChunkFinder, DcpCheckpoint, read_dcp
 from dist_export.checkpoint.extra_state import UnreadableError, UntakenState, load_object, rebuild
+from dist_export.checkpoint.metadata import SourceFile
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors.classify import Skipped
 from dist_export.checkpoint.torch_items import Item, NotPlainError, open_range
@@ -79,6 +80,10 @@ class DcpDense:
     def left_out(self) -> tuple[Skipped, ...]:
         """Tensors of other states than the model's."""
         return self._found.left_out
+
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return all files of the checkpoint."""
+        return tuple(SourceFile.of(name, its) for name, its in self._found.stats.items())
 
     def load(self) -> Mapping[str, Any]:
         """Return them, each read from all of its chunks when asked for; of what is skipped, why.

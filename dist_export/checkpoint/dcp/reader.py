@@ -82,8 +82,7 @@ class DcpReader:
         }
         self._optimizer_slots = frozenset(settings.optimizer_slots) - self._found.unmatched_slots
         self.files: tuple[SourceFile, ...] = tuple(
-            SourceFile(name=name, size=size, version=self._found.versions[name])
-            for name, size in self._found.files.items()
+            SourceFile.of(name, self._found.stats[name]) for name in self._found.files
         )
         self._number_of = {file.name: number for number, file in enumerate(self.files)}
         self._items: list[tuple[TensorMeta, Chunk]] = [

@@ -23,7 +23,7 @@ from dist_export.checkpoint.tensors.classify import PatternMatches, Skipped
 from dist_export.checkpoint.torch_items import Item, ItemFinder
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.storage.directory import Directory
+from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.range_reader import OpenReaders, RangeReader
 
 
@@ -34,7 +34,7 @@ class DcpCheckpoint:
     directory: Directory
     files: dict[str, int]
     """Payload file -> size in bytes."""
-    versions: dict[str, str]
+    stats: dict[str, FileStat]
     """Payload file -> what changes when its content does."""
     metadata: dict[str, bytes]
     """Metadata file -> digest of its content."""
@@ -105,7 +105,7 @@ def read_dcp(
     return DcpCheckpoint(
         directory=directory,
         files=dict(sorted(found.files.items())),
-        versions=found.versions,
+        stats=found.stats,
         metadata=found.digests,
         objects=tuple(found.objects),
         extra_states={
@@ -124,7 +124,7 @@ class _AllMetadata(NamedTuple):
 
     digests: dict[str, bytes]
     files: dict[str, int]
-    versions: dict[str, str]
+    stats: dict[str, FileStat]
     tensors: dict[str, TensorMeta]
     paths: dict[str, tuple[str, ...]]
     """Of each tensor, the keys that lead to it; none where they are not told."""
@@ -148,7 +148,7 @@ def _read_all_metadata(directory: Directory) -> _AllMetadata:
                 stat = directory.stat(folder + name)
             except FileNotFoundError:
                 return None
-            found.files[folder + name], found.versions[folder + name] = stat.size, stat.version
+            found.files[folder + name], found.stats[folder + name] = stat.size, stat
             return stat.size
 
         where = directory.describe(path)

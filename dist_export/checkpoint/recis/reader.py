@@ -252,7 +252,7 @@ def _stat_files(directory: Directory, names: Sequence[str]) -> Iterator[SourceFi
     else:
         stats = _reading(directory.url, partial(directory.stat_many, names))
     for name in names:
-        yield SourceFile(name=name, size=stats[name].size, version=stats[name].version)
+        yield SourceFile.of(name, stats[name])
 
 
 def _list_bystanders(names: set[str], indexed: set[str]) -> Iterable[str]:

@@ -133,6 +133,11 @@ class PlainDense:
         """Tensors of other states than the model's."""
         return self._read()[1].left_out
 
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return all files of the checkpoint."""
+        files: tuple[SourceFile, ...] = self._make(self._directory, self._settings).files
+        return files
+
     def load(self) -> Mapping[str, Any]:
         """Return them, each read, or mapped where the directory is local, when asked for; and why others are not read."""
         return _Parameters(*self._read())
@@ -234,10 +239,9 @@ def stat_files(directory: Directory, names: Sequence[str]) -> tuple[SourceFile, 
     files = []
     for name in names:
         try:
-            found = directory.stat(name)
+            files.append(SourceFile.of(name, directory.stat(name)))
         except OSError as error:
             raise CheckpointError(f"{directory.describe(name)} cannot be read: {error.strerror or error}") from None
-        files.append(SourceFile(name=name, size=found.size, version=found.version))
     return tuple(files)
 
 
