@@ -55,6 +55,7 @@ from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
 from dist_export.redact import conceal
 from dist_export.storage.directory import Directory
+from dist_export.storage.s3_directory import S3Directory
 from dist_export.workdir.state import begin_commit
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
@@ -276,9 +277,9 @@ def publish(target: Directory, manifest: Manifest) -> None:
     """
     begin_commit(target)
     content = encode_manifest(manifest)
-    if target.s3 is None:
+    if not isinstance(target, S3Directory):
         target.write(MANIFEST, content)
-    elif target.write_if(MANIFEST, content, version=None) is None:
+    elif not target.create(MANIFEST, content):
         raise CommitError(
             f"{target.describe(MANIFEST)} is there already: another export has committed a package there, and this one "
             "was not. Look which of the two you want, and give another export_dir"

@@ -28,7 +28,7 @@ from dist_export.dense.fg_rules import (
 )
 from dist_export.errors import ConfigError
 from dist_export.formats.strict_json import is_text, show
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 __all__ = [
     "Block",
@@ -147,7 +147,7 @@ def load_conf(conf_or_path: ConfOrPath, *, what: str) -> dict[str, Any]:
 def _read(path: str) -> bytes:
     if "::" not in path:
         folder, name = os.path.split(path)
-        directory = Directory(folder or ".", follow_links=True)  # the user has named this very file
+        directory = open_directory(folder or ".", follow_links=True)  # the user has named this very file
         if directory.is_local:  # a pipe or a device would be read without end
             return directory.read_text(name)
     with fsspec.open(path, "rb") as file:

@@ -12,6 +12,7 @@ import numpy as np
 from dist_export.errors import ConfigError, PlanError
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.urls import open_directory
 
 PARQUET_COLUMN = "id"
 
@@ -45,7 +46,7 @@ def read_id_list(
     scheme, is_url, rest = path.partition("://")
     folder, name = os.path.split(rest if is_url else path)
     folder = f"{scheme}://{folder}" if is_url else folder
-    directory = Directory(
+    directory = open_directory(
         folder or ".", storage_options if is_url else None, follow_links=True
     )  # the user has named this very file
     try:
@@ -122,7 +123,7 @@ def _read_parquet(directory: Directory, name: str, room: _Room) -> np.ndarray:
         raise ConfigError(
             f"{room.where} is a parquet file, which needs the package pyarrow: pip install pyarrow"
         ) from None
-    with directory.fs.open(directory.join(name), "rb") as stream:
+    with directory.open_stream(name) as stream:
         try:
             file = pq.ParquetFile(stream)
             schema, count = file.schema_arrow, file.metadata.num_rows

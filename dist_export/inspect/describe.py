@@ -29,7 +29,8 @@ from dist_export.inspect.dcp import describe_dcp, render_dcp
 from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_place
 
 _MAX_NAME_WIDTH = 64
 """Of the column of tables; a longer name moves the rest of its own line alone."""

@@ -34,7 +34,7 @@ from dist_export.live.discover import LiveShard, find_live_tables, key_of
 from dist_export.live.memory import MemoryFile, ModelMemory, RowSource
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.ranks import Ranks
-from dist_export.storage.directory import Directory
+from dist_export.storage.directory import Directory, Location
 
 LIVE = "live"
 """The format's name, in settings and manifest."""
@@ -46,10 +46,7 @@ class ModelPlace(Directory):
     """Stands where a checkpoint's directory stands in messages; there is nothing to open in it."""
 
     def __init__(self) -> None:
-        self.url = "the live model"
-        self.is_local = False
-        self.path = ""
-        self.s3 = None
+        super().__init__(Location("the live model", path=""))
 
     def describe(self, name: str) -> str:
         """Return what a message calls a "file"."""

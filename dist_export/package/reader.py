@@ -21,6 +21,7 @@ from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.registry import base
 from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -335,6 +336,6 @@ def open_package(
         PackageError: no manifest, so no package; one that is damaged or of a later schema; or none that can be read.
     """
     found = base.resolve(os.fspath(path), registry_options or {})
-    package = Package(Directory(found.directory, storage_options))
+    package = Package(open_directory(found.directory, storage_options))
     package.hold()
     return package

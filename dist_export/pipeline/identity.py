@@ -17,6 +17,7 @@ from dist_export.model.user_objects import Objects
 from dist_export.pipeline.inputs import FG
 from dist_export.plan.target_slices import resolve_num_shards
 from dist_export.storage.directory import Directory, digest_file
+from dist_export.storage.urls import open_directory
 
 HOW = (
     "export_dir",
@@ -53,7 +54,7 @@ class Told(NamedTuple):
 def identify_settings(config: ExportConfig) -> str:
     """Return the digest of the settings that shape a package. Cheap: nothing but settings is looked at."""
     settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in (*HOW, "ckpt_dir")]
-    source = None if config.ckpt_dir is None else Directory(config.ckpt_dir, config.storage_options)
+    source = None if config.ckpt_dir is None else open_directory(config.ckpt_dir, config.storage_options)
     where = source and (source.path if source.is_local else source.url)
     return _digest([where, settings])
 
@@ -120,7 +121,7 @@ def _digest_list(path: str, config: ExportConfig) -> str:
     try:
         options = config.storage_options if "://" in path else None
         return digest_file(
-            Directory(folder or ("/" if path.startswith("/") else "."), options, follow_links=True), name
+            open_directory(folder or ("/" if path.startswith("/") else "."), options, follow_links=True), name
         )
     except OSError:
         return ""

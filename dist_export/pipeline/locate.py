@@ -18,7 +18,7 @@ from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.redact import conceal
 from dist_export.registry import base
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
 
 def _absolute(url: str, options: dict[str, Any]) -> str:
     """Return a local path from the root on, for whoever reads it elsewhere; a store's URL, and an empty one, as it is."""
-    directory = Directory(url, options) if url else None
+    directory = open_directory(url, options) if url else None
     return directory.path if directory is not None and directory.is_local else url
 
 
@@ -120,9 +120,9 @@ def _version_of(path: str, config: ExportConfig) -> str:
     """Return what tells one content of a list from another; empty where it cannot be looked at, as whoever reads it tells."""
     folder, _, name = path.rpartition("/")
     try:
-        found = Directory(folder or ".", config.storage_options if "://" in path else None, follow_links=True).stat(
-            name
-        )
+        found = open_directory(
+            folder or ".", config.storage_options if "://" in path else None, follow_links=True
+        ).stat(name)
     except OSError:
         return ""
     return f"{found.size} {found.version}"

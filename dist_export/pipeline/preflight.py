@@ -18,8 +18,9 @@ from dist_export.pipeline.locate import Locations, locate
 from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.pipeline.target import Places, open_places, place_of
 from dist_export.runtime.ranks import Ranks
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.directory import Directory
 from dist_export.storage.local_io import why_no_directory
+from dist_export.storage.urls import open_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

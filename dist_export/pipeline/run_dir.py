@@ -29,7 +29,8 @@ from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.formats.recis import DENSE_STATE, INDEX
 from dist_export.pipeline.planning import tensor_settings_of
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_place
 
 LIST = "checkpoint"
 """RecIS's list of finished checkpoints."""

@@ -8,7 +8,7 @@ from dist_export.checkpoint.detect import AUTO
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline.run_dir import list_checkpoints
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 _STATES = {True: "complete", False: "incomplete", None: "unclear"}
 

@@ -17,7 +17,8 @@ from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.pipeline.identity import has_settings
 from dist_export.runtime.ranks import Ranks
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory, open_place
 from dist_export.workdir import lock as claims
 from dist_export.workdir import swap
 from dist_export.workdir.presence import find_loss
@@ -80,7 +81,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
     def look() -> bool:
         """Return whether there is an old package that is to be replaced."""
         if final.is_local and swap.is_cut_off(final.path):
-            release = claims.lock(Directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
+            release = claims.lock(open_directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
             try:
                 swap.recover(final.path)
             finally:
@@ -107,19 +108,19 @@ def may_copy_within(places: Places, config: ExportConfig) -> bool:
 
     It is one store where both are reached with the same options.
     """
-    is_one_store = places.source is not None and places.source.fs == places.target.fs
+    is_one_store = places.source is not None and places.source.is_same_store(places.target)
     return places.target.s3 is not None and is_one_store and config.digest != "require"
 
 
 def _next_to(final: Directory) -> Directory:
-    return Directory(swap.beside(final.path, "next"))
+    return open_directory(swap.beside(final.path, "next"))
 
 
 def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory | None, Directory]:
     source = None
     if config.ckpt_dir is not None:
         source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
-    final = Directory(export_dir, config.options_of_target)
+    final = open_directory(export_dir, config.options_of_target)
     for directory in (source, final) if source is not None else (final,):
         if ranks.world_size > 1 and not directory.is_shared:
             raise ConfigError(

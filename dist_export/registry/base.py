@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from dist_export.errors import ConfigError, DistExportError, ExportError
 from dist_export.redact import first_line, note_secrets
-from dist_export.storage.directory import STORES, known_protocols
+from dist_export.storage.urls import STORES, known_protocols
 
 T = TypeVar("T")
 

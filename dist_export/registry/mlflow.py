@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from dist_export.errors import ConfigError
 from dist_export.redact import first_line
 from dist_export.registry.base import Registered, Resolved
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,7 +64,7 @@ class MlflowRegistry:
         directory = (found.source or "").removeprefix("file://")
         if not directory:
             raise ConfigError(f"{uri} is {pinned}, which has no source")
-        if not Directory(directory).exists():
+        if not open_directory(directory).exists():
             raise ConfigError(
                 f"{uri} is {pinned}, whose source {directory} is not there; MLflow does not look when a version is made"
             )

@@ -16,7 +16,7 @@ import msgspec
 from dist_export.config.schema import ExportConfig
 from dist_export.manifest import Manifest
 from dist_export.redact import conceal, first_line
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Events:
         folder, _, name = self._url.rpartition("/")
         try:
             # a link there is the user's own choice; it is replaced by the file, as every file that is written whole
-            directory = Directory(folder or ".", self._options, follow_links=True)
+            directory = open_directory(folder or ".", self._options, follow_links=True)
             if self._before is None:
                 self._before = directory.read(name) if directory.exists(name) else b""
             begin = self._before + (b"\n" if self._before and not self._before.endswith(b"\n") else b"")
@@ -119,7 +119,7 @@ def write_metrics(url: str, options: Mapping[str, Any], samples: Iterable[Sample
         lines.append(f"{name}{{{inner}}} {value:.17g}" if inner else f"{name} {value:.17g}")
     folder, _, file = url.rpartition("/")
     try:
-        Directory(folder or ".", dict(options)).write(file, ("\n".join(lines) + "\n").encode())
+        open_directory(folder or ".", dict(options)).write(file, ("\n".join(lines) + "\n").encode())
     except Exception as error:  # noqa: BLE001
         logger.warning("metrics cannot be written to %s: %s", url, first_line(error))
 

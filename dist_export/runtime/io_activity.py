@@ -25,6 +25,15 @@ class Activity:
         self._running.pop(threading.get_ident(), None)
         self.done += 1
 
+    @contextlib.contextmanager
+    def of(self, where: str) -> Iterator[None]:
+        """Say that this thread reads or writes the file ``where`` while the block runs."""
+        self.begin(where)
+        try:
+            yield
+        finally:
+            self.end()
+
     def oldest(self) -> str:
         """Return the file of the call that has been under way for longest, empty where there is none."""
         running = list(self._running.values())

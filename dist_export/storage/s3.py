@@ -1,6 +1,6 @@
 """Requests to one S3 store, through s3fs: each a single request, tried again in one place (``retries.py``) and counted.
 
-s3fs's own retries and botocore's are switched off (:func:`connect`). Paths are ``bucket/key``. Source of the requests
+s3fs's own retries and botocore's are switched off (:class:`S3`). Paths are ``bucket/key``. Source of the requests
 and their limits: Amazon's S3 API reference; the same parts of it are served by MinIO, Ceph and SeaweedFS.
 """
 
@@ -60,13 +60,10 @@ def adapt_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "config_kwargs": config, "use_listings_cache": False}
 
 
-def connect(fs: Any) -> S3 | None:
-    """Return the requests of a file system that is s3fs's; None for any other."""
+def is_s3(fs: Any) -> bool:
+    """Whether a file system of fsspec is s3fs's."""
     protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
-    if not set(_PROTOCOLS) & set(protocols):
-        return None
-    fs.retries = 1  # s3fs reads it at each request; 1 is a single try
-    return S3(fs)
+    return bool(set(_PROTOCOLS) & set(protocols))
 
 
 def _prefix_of(folder: str) -> str:
@@ -78,6 +75,7 @@ class S3:
     """Objects of one store. Any thread. Errors are s3fs's: OSError, FileNotFoundError where there is no such object."""
 
     def __init__(self, fs: Any) -> None:
+        fs.retries = 1  # s3fs reads it at each request; 1 is a single try
         self._fs = fs
 
     def _call(self, method: str, path: str, **more: Any) -> dict[str, Any]:

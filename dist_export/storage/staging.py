@@ -7,32 +7,14 @@ import functools
 import os
 import shutil
 import tempfile
-from pathlib import Path
-
-import fsspec
 
 from dist_export.errors import TransferError
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import PARTIAL_SUFFIX, Directory
-from dist_export.storage.local_io import close_quietly, is_in_memory, naming_any, reserve, sync_directory
-from dist_export.storage.range_reader import RangeReader
-from dist_export.storage.s3 import put_file
+from dist_export.storage.local_io import close_quietly, is_in_memory, naming_any, reserve
+from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
 
 _PREFIX = "dist_export-"
-
-
-class _Progress(fsspec.Callback):  # type: ignore[misc]
-    """Shows that an upload gets on: a whole shard may take longer than a hang is waited for."""
-
-    def absolute_update(self, value: int) -> None:
-        """Count a step."""
-        super().absolute_update(value)
-        ACTIVITY.done += 1
-
-    def relative_update(self, inc: int = 1) -> None:
-        """Count a step."""
-        super().relative_update(inc)
-        ACTIVITY.done += 1
 
 
 def _note_progress() -> None:
@@ -72,8 +54,8 @@ class Staging:
 
     def open_reader(self, name: str) -> RangeReader:
         """Open a file that is being built."""
-        path = Path(self.path(name))
-        return Directory(path.parent).open_reader(path.name)
+        path = self.path(name)
+        return LocalReader(path, os.open(path, OPEN_FLAGS))
 
     @functools.cached_property
     def _is_in_memory(self) -> bool:
@@ -132,22 +114,12 @@ class Staging:
 
     def publish(self, name: str) -> None:
         """Give a finished file its final name. Its content must be durable (``fsync``) on a local target."""
-        ACTIVITY.begin(self._target.describe(name))
-        try:
-            if self._temporary is None:
-                os.replace(self.path(name), self._target.join(name))
-                sync_directory(self._target.path)
-            else:
-                with naming_any(self._target.describe(name)):
-                    if self._target.s3 is None:
-                        self._target.fs.put_file(self.path(name), self._target.join(name), callback=_Progress())
-                    else:
-                        put_file(
-                            self._target.s3, self.path(name), self._target.join(name), note_progress=_note_progress
-                        )
+        where = self._target.describe(name)
+        with ACTIVITY.of(where):
+            with naming_any(where):
+                self._target.put_file(name, self.path(name), _note_progress)
+            if self._temporary is not None:
                 os.unlink(self.path(name))
-        finally:
-            ACTIVITY.end()
 
     def close(self) -> None:
         """Remove the local directory that this process has made, if there is one."""

@@ -39,13 +39,9 @@ def list_files(directory: Directory, *, is_deep: bool) -> Listing:
     if not directory.is_local:
         if not is_deep:
             return Listing(tuple(directory.names()), {})
-        if directory.s3 is not None:
-            with naming_any(directory.url):
-                found = [path for path, _ in directory.s3.objects(directory.path, is_deep=True)]
-            return Listing(tuple(path for path in found if not path.startswith(f"{WORK_DIRECTORY}/")), {})
-        root = directory.path.strip("/")
-        paths = (path.strip("/") for path in directory.fs.find(directory.path))
-        return Listing(tuple(sorted(path.removeprefix(f"{root}/") for path in paths)), {})
+        with naming_any(directory.url):
+            found = sorted(directory.walk())
+        return Listing(tuple(path for path in found if not path.startswith(f"{WORK_DIRECTORY}/")), {})
     root = os.path.realpath(directory.path)
     links: dict[str, str] = {}
     return Listing(tuple(sorted(_walk(directory.path, "", root, links, is_deep=is_deep))), dict(sorted(links.items())))

@@ -14,7 +14,7 @@ from dist_export.errors import EndedError, UserError
 from dist_export.redact import reason_of
 from dist_export.runtime.ranks import Ranks, alone
 from dist_export.runtime.threads import keep_freed_memory, run_threads
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.verify.combine import conclude
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
 from dist_export.verify.finite import Odd, add_odd, cut_values, scan_share
@@ -60,7 +60,7 @@ def verify(
         StepFailedError: the same, on several ranks.
     """
     ranks = alone() if ranks is None else ranks
-    directory = Directory(path, storage_options)
+    directory = open_directory(path, storage_options)
     bounds = Bounds(max_memory, _choose_threads() if threads is None else threads)
     survey = Survey(directory, finite=finite)
     work = ranks.on_rank_0("read the manifests", survey.take)

@@ -16,7 +16,8 @@ import msgspec
 from dist_export.errors import CommitError, ConfigError
 from dist_export.runtime.process_identity import identify
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
-from dist_export.storage.local_io import close_quietly, make_directories, naming, naming_any
+from dist_export.storage.local_io import close_quietly, make_directories, naming
+from dist_export.storage.s3_directory import S3Directory
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Lease:
             ConfigError: another export holds it and renews it.
         """
         self._directory = directory
+        self._s3_directory = directory if isinstance(directory, S3Directory) else None
         self._lease_secs = LEASE_SECS if lease_secs is None else lease_secs
         self._renew_secs = RENEW_SECS if renew_secs is None else renew_secs
         self._holder = _Holder(uuid.uuid4().hex, str(identify()), _job(), 0)
@@ -182,23 +184,24 @@ class Lease:
             time.sleep(min(self._renew_secs / 2, 1.0))
 
     def _create(self) -> bool:
-        if self._directory.s3 is None:
-            return _create(self._directory, _LEASE, msgspec.json.encode(self._holder))
+        if self._s3_directory is None:
+            return self._directory.create(_LEASE, msgspec.json.encode(self._holder))
         return self._replace(None)
 
     def _replace(self, version: str | None) -> bool:
         """Write the lease on S3 over the one of ``version``, None for none; return whether it was that."""
         content = msgspec.json.encode(self._holder)
-        written = self._directory.write_if(_LEASE, content, version=version)
+        assert self._s3_directory is not None
+        written = self._s3_directory.write_if(_LEASE, content, version=version)
         if written is not None:
             self._version = written
         return written is not None
 
     def _take_over(self, old: _Holder) -> bool:
-        if self._directory.s3 is not None:
+        if self._s3_directory is not None:
             return self._replace(self._found_version)
         token = old.token
-        while not _create(self._directory, heir := f"{_LEASE}-{token}", self._holder.token.encode()):
+        while not self._directory.create(heir := f"{_LEASE}-{token}", self._holder.token.encode()):
             # somebody was first; if it never wrote the lease, it died in between, and its own heir is looked for
             self._garbage.append(heir)
             time.sleep(self._lease_secs)
@@ -211,7 +214,7 @@ class Lease:
 
     def _read(self) -> _Holder | None:
         try:
-            if self._directory.s3 is not None:  # the version before the content: a newer content is not replaced then
+            if self._s3_directory is not None:  # the version before the content: a newer content is not replaced then
                 self._found_version = self._directory.stat(_LEASE).version
             return msgspec.json.decode(self._directory.read(_LEASE), type=_Holder)
         except FileNotFoundError:
@@ -235,7 +238,7 @@ class Lease:
             self._lost = "it is gone" if found is None else f"{found.who} has it"
             return False
         self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
-        if self._directory.s3 is None:
+        if self._s3_directory is None:
             self._directory.write(_LEASE, msgspec.json.encode(self._holder))
         elif not self._replace(self._version):
             self._lost = "another export has replaced it"
@@ -271,17 +274,3 @@ def _job() -> str:
     if run in ("", "none"):  # what torchrun calls all jobs that were not given a name
         return ""
     return f"{run} at {os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-
-
-def _create(directory: Directory, name: str, data: bytes) -> bool:
-    """Create an object unless it is there; return whether it was created."""
-    try:
-        with naming_any(directory.describe(name)), directory.fs.open(directory.join(name), "xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    except OSError as error:  # some stores answer so to a condition that does not hold
-        if error.errno != errno.EINVAL or not directory.exists(name):
-            raise
-        return False
-    return True

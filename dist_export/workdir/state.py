@@ -10,6 +10,7 @@ from dist_export.errors import PackageError
 from dist_export.formats.recis import is_plain_name
 from dist_export.manifest import MANIFEST, PartDigest, decode_manifest
 from dist_export.storage.directory import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
+from dist_export.storage.urls import open_directory
 from dist_export.workdir import swap
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def finish_commit(final: Directory) -> list[str]:
     kept: list[str] = []
     if final.is_local:
         for what in ("next", "old"):
-            old = Directory(swap.beside(final.path, what))
+            old = open_directory(swap.beside(final.path, what))
             if not old.exists(MANIFEST):
                 continue
             try:

@@ -51,14 +51,14 @@ def _prepare_plan(job: dict[str, Any]) -> Work:
     from dist_export.manifest import FileEntry, Manifest, SourceEntry, encode_manifest, seal
     from dist_export.pipeline.planning import open_checkpoint, plan_sparse
     from dist_export.runtime.ranks import join
-    from dist_export.storage.directory import Directory
+    from dist_export.storage.urls import open_directory
 
     config = _make_config(job)
 
     def work(watch: MemoryWatch) -> dict[str, Any]:
         clock = [time.monotonic()]
         with join(timeout_secs=config.timeout) as ranks:
-            checkpoint = open_checkpoint(ranks, Directory(config.ckpt_dir))
+            checkpoint = open_checkpoint(ranks, open_directory(config.ckpt_dir))
             clock.append(time.monotonic())
             planned = plan_sparse(ranks, checkpoint, config, world_size=1)
             clock.append(time.monotonic())

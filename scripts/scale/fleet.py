@@ -16,7 +16,7 @@ from dist_export.plan.plan import SparsePlan
 from dist_export.plan.selection import select
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import Targets, plan_targets
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 SIZE = 65536
 DIMS = (64, 16, 128, 32, 8, 64, 16, 32, 16, 8, 32, 64)
@@ -69,7 +69,7 @@ def make_checkpoint(kept_bytes: int, num_parts: int) -> Checkpoint:
     )
     return Checkpoint(
         format="recis",
-        directory=Directory("memory://fleet"),
+        directory=open_directory("memory://fleet"),
         files=tuple(SourceFile(name=f"model-{n:06}", size=int(end), version="1") for n, end in enumerate(ends)),
         tables=tables,
         parts=parts,

@@ -22,7 +22,7 @@ from torch import nn
 import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 pytestmark = pytest.mark.distributed
 
@@ -110,7 +110,7 @@ def test_tables_and_dense_parameters_that_torch_shared_out(world_size: int, tmp_
         assert torch.equal(found.pop(("user.weight", "exp_avg")), expected["user.weight"] + 1)
         for (table, _), rows in found.items():
             assert torch.equal(rows, expected[table]), table
-    dense = DcpDense(Directory(tmp_path / "ckpt"), TensorSettings(tuple(tables))).load()
+    dense = DcpDense(open_directory(tmp_path / "ckpt"), TensorSettings(tuple(tables))).load()
     assert set(dense) == {"mlp.weight", "mlp.bias"}
     for name, values in dense.items():
         assert torch.equal(values, expected[name])

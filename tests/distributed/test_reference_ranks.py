@@ -35,7 +35,7 @@ from dist_export.errors import DistExportError
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.ranks import join
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 pytestmark = pytest.mark.distributed
 
@@ -77,7 +77,7 @@ def run_each(rank: int, folder: str) -> list[str]:
     """Return what is wrong with the reference of each wrapper."""
     wrong: list[str] = []
     with join(timeout_secs=60) as ranks:
-        checkpoint = open_checkpoint(ranks, Directory(f"{folder}/ckpt"))
+        checkpoint = open_checkpoint(ranks, open_directory(f"{folder}/ckpt"))
         for wrap in [*WRAPPERS, None]:
             model = Whole()
             name = "whole model in DDP" if wrap is None else wrap.__name__

@@ -19,7 +19,7 @@ from recis_writer import make_tables, write_checkpoint
 from sparse_cases import content, copy, export
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, UserError
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
 
@@ -136,7 +136,7 @@ def store(tmp_path: Path) -> Iterator[type[FaultyFileSystem]]:
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     write_checkpoint(tmp_path / "in", make_tables({"a": 90, "b": 30}, 3), dense={"w": np.ones(9, np.float32)})
     FaultyFileSystem.clear_instance_cache()
-    source = Directory("faulty://in")
+    source = open_directory("faulty://in")
     for path in (tmp_path / "in").iterdir():
         source.fs.pipe_file(source.join(path.name), path.read_bytes())
     yield FaultyFileSystem
@@ -147,7 +147,7 @@ def store(tmp_path: Path) -> Iterator[type[FaultyFileSystem]]:
 
 def files_of(url: str) -> dict[str, bytes]:
     """Return all files of a directory of the store but the manifest."""
-    directory = Directory(url)
+    directory = open_directory(url)
     paths = directory.fs.find(directory.path) if directory.exists() else []
     found = {path.removeprefix(f"{directory.path}/"): directory.fs.cat_file(path) for path in paths}
     return {name: data for name, data in sorted(found.items()) if name != "manifest.json"}
@@ -240,7 +240,7 @@ def test_a_target_that_fails(
         assert failed.exit_code == 1
         assert "un the export again" in str(failed)
     store.faults.clear()
-    assert not Directory("faulty://out").exists("manifest.json")
+    assert not open_directory("faulty://out").exists("manifest.json")
     assert files_of("faulty://in") == before
     assert_completes(tmp_path, "faulty://out")
 
@@ -250,7 +250,7 @@ def test_a_manifest_whose_answer_was_lost_is_taken_back(tmp_path: Path, store: t
     store.faults[:] = [Fault("pipe_file", "out/manifest.json", ERRORS["client"], is_done=True)]
     assert "No manifest was written" in str(assert_fails("faulty://out", "SlowDown", "manifest.json"))
     store.faults.clear()
-    assert not Directory("faulty://out").exists("manifest.json")
+    assert not open_directory("faulty://out").exists("manifest.json")
     assert_completes(tmp_path, "faulty://out")
 
 
@@ -324,7 +324,7 @@ def test_a_source_that_cannot_be_read(store: type[FaultyFileSystem], case: str, 
     assert isinstance(failed, kind)
     assert failed.exit_code == 2
     store.faults.clear()
-    assert not Directory("faulty://out").exists()
+    assert not open_directory("faulty://out").exists()
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -342,7 +342,7 @@ def test_a_source_that_fails_later(tmp_path: Path, store: type[FaultyFileSystem]
         assert TOLD[error] in text
         assert "in/model-" in text
         store.faults.clear()
-        assert not Directory(f"faulty://out{at}").exists("manifest.json")
+        assert not open_directory(f"faulty://out{at}").exists("manifest.json")
         copy("faulty://in", f"faulty://out{at}", threads=1)
         assert files_of(f"faulty://out{at}") == files_of("faulty://counted")
 
@@ -364,7 +364,7 @@ def test_options_that_a_store_refuses_are_the_users_mistake(
 
     monkeypatch.setattr(store, "__init__", refuse)
     with pytest.raises(ConfigError, match="faulty://x: no file system for this URL: no credentials"):
-        Directory("faulty://x", {"key": "1"})
+        open_directory("faulty://x", {"key": "1"})
 
 
 def test_no_temporary_directory_for_staging(

@@ -20,6 +20,7 @@ from dist_export.cli import main
 from dist_export.errors import DistExportError
 from dist_export.storage import retry
 from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import multipart_upload
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
@@ -78,11 +79,11 @@ def test_one_request_is_one_request(store: Store, monkeypatch) -> None:
     monkeypatch.setattr(retry, "LONGEST_SECS", 0.01)
     monkeypatch.setattr(retry, "SPAN_SECS", 3.0)
     with proxied(store, lambda method, path, number: SLOW_DOWN) as proxy:
-        from dist_export.storage.directory import Directory
+        from dist_export.storage.urls import open_directory
 
         before = TRAFFIC.snapshot()
         with pytest.raises(OSError, match="reduce your request rate"):
-            Directory(store.url("ckpt"), store.options).names()
+            open_directory(store.url("ckpt"), store.options).names()
         assert proxy.count == TRAFFIC.since(before)["requests"] > 5
 
 
@@ -178,9 +179,8 @@ def lease_times(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("lease_times")
 def test_a_lease_goes_to_one_and_is_renewed_only_by_its_holder(store: Store) -> None:
-    from dist_export.storage.directory import Directory
 
-    directory = Directory(store.url("out"), store.options)
+    directory = open_directory(store.url("out"), store.options)
     held = lock.Lease(directory)
     with pytest.raises(DistExportError, match="another export"):
         lock.Lease(directory)

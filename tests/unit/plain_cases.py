@@ -13,7 +13,7 @@ from package_reader import read_row_tables
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.detect import detect_format, open_dense
 from dist_export.checkpoint.tensor_settings import TensorSettings
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 NUM_SHARDS = (1, 2, 3, 4)

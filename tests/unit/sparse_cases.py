@@ -25,9 +25,9 @@ from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import assign
 from dist_export.runtime.ranks import join
 from dist_export.storage import range_reader
-from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import id_scan as transfer_census
 from dist_export.transfer import unit_runner as transfer_units
 from dist_export.transfer.output_files import StagedFiles
@@ -74,7 +74,7 @@ def assert_exact(
 def open_source(source: Any) -> Checkpoint:
     """Read indexes and headers."""
     with join(timeout_secs=60) as ranks:
-        return open_checkpoint(ranks, Directory(str(source)))
+        return open_checkpoint(ranks, open_directory(str(source)))
 
 
 def plan(source: Any, *, world_size: int = 1, **settings: Any) -> PlannedSparse:
@@ -82,13 +82,13 @@ def plan(source: Any, *, world_size: int = 1, **settings: Any) -> PlannedSparse:
     values = {"filter_sparse_opt": True, **settings}
     config = ExportConfig(ckpt_dir=str(source), export_dir="/nowhere", **values)
     with join(timeout_secs=60) as ranks:
-        return plan_sparse(ranks, open_checkpoint(ranks, Directory(str(source))), config, world_size=world_size)
+        return plan_sparse(ranks, open_checkpoint(ranks, open_directory(str(source))), config, world_size=world_size)
 
 
 def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None = None) -> dict[str, bytes]:
     """Run the units of a plan as so many ranks would, in a shuffled order, and return the files."""
     folder.mkdir(parents=True)
-    staging = Staging(Directory(folder))
+    staging = Staging(open_directory(folder))
     for file in plan.files:
         staging.create(file.name, file.num_bytes)
     writing, _ = plan_units.plan_units(plan)

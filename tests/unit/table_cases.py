@@ -11,7 +11,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import run_sparse_arch
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.ranks import join
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 class HashTable(nn.Module):
@@ -69,7 +69,7 @@ def table_of(ids: list[int], dim: int = 2, dtype="<f4", num_parts: int = 2) -> l
 def open_finder(folder, tables, misplaced=None) -> RowFinder:
     """Write a checkpoint of these tables and return what finds its rows."""
     write_checkpoint(folder, tables)
-    return RowFinder(open_checkpoint(join(timeout_secs=1), Directory(folder)), misplaced)
+    return RowFinder(open_checkpoint(join(timeout_secs=1), open_directory(folder)), misplaced)
 
 
 def run(sparse: nn.Module, data, finder: RowFinder, name: str = "sparse"):

@@ -42,7 +42,7 @@ from dist_export.plan.census import count_numbered_rows
 from dist_export.plan.selection import select
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner
 from dist_export.transfer.casting import convert
 from dist_export.verify.verify import verify
@@ -486,7 +486,7 @@ def test_an_empty_table_is_cast_too(tmp_path: Path) -> None:
     cast = slot_of(manifest, "a").cast
     assert (cast.values, cast.max_abs_error, cast.mean_abs_error) == (0, 0.0, 0.0)
     assert verify(str(tmp_path / "out")).findings == []
-    assert Directory(tmp_path / "out").exists("manifest.json")
+    assert open_directory(tmp_path / "out").exists("manifest.json")
 
 
 @pytest.mark.parametrize("is_in_strips", [False, True])
@@ -507,7 +507,7 @@ def test_tables_whose_rows_go_by_number(num_shards: int, dtype: str, is_in_strip
     i64 = np.array([0, 0], np.int64)
     checkpoint = Checkpoint(
         format="test",
-        directory=Directory(tmp_path / "in"),
+        directory=open_directory(tmp_path / "in"),
         files=(SourceFile(name="rows", size=values.nbytes, version=""),),
         tables=(
             TableMeta(

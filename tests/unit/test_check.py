@@ -11,7 +11,7 @@ from dist_export.commit.audit import TableAccount, audit_files, check_accounts
 from dist_export.errors import CommitError
 from dist_export.formats.recis import mix
 from dist_export.ids import columns
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def exported(tmp_path):
     tables = make_tables({"a": 120, "b": 40}, 3)
     write_checkpoint(tmp_path / "in", tables)
     export(tmp_path / "in", tmp_path / "out", num_shards=2)
-    return plan(tmp_path / "in", num_shards=2), Directory(tmp_path / "out"), tables
+    return plan(tmp_path / "in", num_shards=2), open_directory(tmp_path / "out"), tables
 
 
 def edit(target, name, change):

@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_export.errors import CommitError, ConfigError
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
+from dist_export.storage.urls import open_directory
 from dist_export.workdir import lock as claims
 from dist_export.workdir.lock import Lease, join_lock, lock
 
@@ -24,14 +25,14 @@ LEASE = f"{WORK_DIRECTORY}/lease"
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Directory:
-    return Directory(tmp_path / "out")
+    return open_directory(tmp_path / "out")
 
 
 @pytest.fixture
 def store():
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield Directory("memory://out")
+    yield open_directory("memory://out")
     MemoryFileSystem.store.clear()
 
 
@@ -59,8 +60,8 @@ def test_a_forked_child_does_not_keep_the_lock(directory: Directory) -> None:
     script = (
         "import os, signal, sys, time\n"
         "from dist_export.workdir.lock import lock\n"
-        "from dist_export.storage.directory import Directory\n"
-        "release = lock(Directory(sys.argv[1]))\n"
+        "from dist_export.storage.urls import open_directory\n"
+        "release = lock(open_directory(sys.argv[1]))\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    os.close(1); time.sleep(60); os._exit(0)\n"

@@ -11,7 +11,7 @@ from dist_export import redact
 from dist_export.config.loader import load_config
 from dist_export.errors import ConfigError
 from dist_export.redact import conceal, note_secrets
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_urls(url: str, shown: str) -> None:
 
 
 def test_a_directory_is_opened_as_given_and_shown_without() -> None:
-    directory = Directory("memory://me:secret@x/out")
+    directory = open_directory("memory://me:secret@x/out")
     assert directory.url == "memory://***@x/out"
     assert "secret" in directory.child("y").path
 
@@ -76,7 +76,7 @@ def test_a_directory_is_opened_as_given_and_shown_without() -> None:
 def test_a_password_of_a_url_is_known_without_its_scheme(url: str, repeated: str, shown: str) -> None:
     """As libraries repeat it, once a directory was opened, or in the very message that has the URL."""
     assert conceal(f"{repeated} of {url}").startswith(f"{shown} of memory://***@x/y")
-    Directory(url)
+    open_directory(url)
     assert str(ConfigError(repeated)) == shown
 
 
@@ -88,7 +88,7 @@ def test_a_library_s_error_shows_no_password_of_the_url(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
     with pytest.raises(ConfigError) as caught:
-        Directory("memory://u:hush-hush@x/y")
+        open_directory("memory://u:hush-hush@x/y")
     assert "hush" not in str(caught.value)
     assert "no such bucket: /***@x/y" in str(caught.value)
 
@@ -102,7 +102,7 @@ def test_options_that_are_no_mapping_by_name_are_one_line(name: str, options: ob
     assert "hush" not in str(caught.value) or name == "model_args"
     if name == "storage_options":
         with pytest.raises(ConfigError):
-            Directory("memory://x", options or [1])
+            open_directory("memory://x", options or [1])
 
 
 def test_options_of_the_wrong_type_are_not_quoted() -> None:
@@ -122,7 +122,7 @@ def test_options_of_the_wrong_type_are_not_quoted() -> None:
     ],
 )
 def test_a_missing_package_is_named(url: str, module: str, advice: str) -> None:
-    opening = f"from dist_export.storage.directory import Directory\nDirectory({url!r})\n"
+    opening = f"from dist_export.storage.urls import open_directory\nopen_directory({url!r})\n"
     script = f"import sys; sys.modules[{module!r}] = None\n{opening}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"{url}: the package that {url.partition(':')[0]}:// needs is missing" in done.stderr

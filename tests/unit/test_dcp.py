@@ -26,13 +26,13 @@ from dist_export.checkpoint.torch_items import ItemFinder
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
 from dist_export.inspect.describe import describe, render
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 WEIGHT = "model.ebc.embedding_bags.user.weight"
 
 
 def read(path: Path, **settings: Any) -> DcpCheckpoint:
-    return read_dcp(Directory(str(path)), TensorSettings(**{name: tuple(its) for name, its in settings.items()}))
+    return read_dcp(open_directory(str(path)), TensorSettings(**{name: tuple(its) for name, its in settings.items()}))
 
 
 def values_of(checkpoint: DcpCheckpoint, tensor: TensorMeta) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_two_directories_are_read_as_one(tmp_path: Path) -> None:
     ]
     assert set(checkpoint.files) == {"model/__0_0.distcp", "optimizer/__0_0.distcp"}
     assert np.array_equal(values_of(checkpoint, table.slots[0].tensor), np.ones(10, np.float32))
-    assert detect_format(Directory(str(tmp_path))) == "dcp"
+    assert detect_format(open_directory(str(tmp_path))) == "dcp"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.pipeline.source_changes import look_at_small_files
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 USER = "ebc.embedding_bags.user.weight"
 
@@ -113,7 +113,7 @@ def test_of_dropped_state_the_heads_of_items_are_read_alone(tmp_path: Path, monk
     state["model"][USER] = torch.rand(20_000, 8)
     state["optim"]["state"][USER] = {"m": torch.rand(20_000, 8)}
     save(tmp_path / "ckpt", state)
-    reader = DcpReader(Directory(tmp_path / "ckpt"))
+    reader = DcpReader(open_directory(tmp_path / "ckpt"))
     checkpoint = reader.assemble([reader.read_headers(range(1))])
     with recorded_reads(monkeypatch) as reads:
         export(tmp_path / "ckpt", tmp_path / "out", num_shards=2, digest="xxh3")
@@ -140,7 +140,7 @@ def test_columns_of_a_wider_tensor_come_out_alone(tmp_path: Path) -> None:
     """A padded table, of which torch.save stores the padding too."""
     wide = torch.arange(60, dtype=torch.float32).reshape(10, 6)
     write_chunks(tmp_path / "ckpt", {USER: (wide[:, 1:5], [((0, 0), wide[:, 1:5])])})
-    reader = DcpReader(Directory(tmp_path / "ckpt"))
+    reader = DcpReader(open_directory(tmp_path / "ckpt"))
     checkpoint = reader.assemble([reader.read_headers(range(2))])
     assert checkpoint.blocks.file[:, 1].tolist() == [IN_STRIPS]
     assert checkpoint.strips.row_stride.tolist() == [24]
@@ -255,7 +255,7 @@ def test_the_fingerprint_is_of_content(tmp_path: Path) -> None:
     """Another metadata or another payload file is another source."""
 
     def fingerprint() -> str:
-        reader = DcpReader(Directory(tmp_path))
+        reader = DcpReader(open_directory(tmp_path))
         return reader.assemble([reader.read_headers(range(len(reader.files)))]).fingerprint
 
     save(tmp_path, make_state())
@@ -263,18 +263,18 @@ def test_the_fingerprint_is_of_content(tmp_path: Path) -> None:
     assert first == fingerprint()
     change_metadata(tmp_path, lambda m: m.planner_data.pop("mlp.weight", None) or setattr(m, "planner_data", None))
     assert fingerprint() != first
-    before = look_at_small_files(Directory(tmp_path))
+    before = look_at_small_files(open_directory(tmp_path))
     assert list(before) == [".metadata"]
     change_metadata(tmp_path, lambda m: setattr(m, "storage_meta", None))
-    assert look_at_small_files(Directory(tmp_path)) != before
+    assert look_at_small_files(open_directory(tmp_path)) != before
 
 
 def test_ranks_that_read_other_metadata_do_not_agree(tmp_path: Path) -> None:
     save(tmp_path, make_state())
-    first = DcpReader(Directory(tmp_path))
+    first = DcpReader(open_directory(tmp_path))
     share = first.read_headers(range(len(first.files)))
     change_metadata(tmp_path, lambda m: setattr(m, "planner_data", None))
-    second = DcpReader(Directory(tmp_path))
+    second = DcpReader(open_directory(tmp_path))
     with pytest.raises(CheckpointError, match=r"\.metadata is not the same on all ranks"):
         second.assemble([share])
 
@@ -295,7 +295,7 @@ def test_dense_parameters_are_put_together_from_their_chunks(tmp_path: Path) -> 
         "mlp.expanded": (expanded, [((0, 0), expanded)]),
     }
     write_chunks(tmp_path, tensors, num_files=3)
-    dense = DcpDense(Directory(tmp_path))
+    dense = DcpDense(open_directory(tmp_path))
     expected = {name: values for name, (values, _) in tensors.items() if name != USER}
     assert dense.describe() == [
         (name, str(values.dtype).removeprefix("torch."), tuple(values.shape)) for name, values in expected.items()
@@ -351,7 +351,7 @@ def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path
 @pytest.mark.parametrize("case", TORCHREC_CASES)
 def test_dense_parameters_of_real_checkpoints(case: str, torchrec_fixtures: Path) -> None:
     golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)
-    dense = DcpDense(Directory(torchrec_fixtures / case), TensorSettings(tuple(TORCHREC_CASES[case])))
+    dense = DcpDense(open_directory(torchrec_fixtures / case), TensorSettings(tuple(TORCHREC_CASES[case])))
     assert same(dense.load(), {name: values for name, values in golden.items() if name.startswith("mlp.")})
 
 
@@ -381,7 +381,7 @@ def test_stores_are_read_as_directories_are(torchrec_fixtures: Path, tmp_path: P
     dist_export.export({"ckpt_dir": "memory://dcp_export", "export_dir": str(tmp_path), "filter_sparse_opt": True})
     truth = golden_of(torchrec_fixtures, "column_wise")
     assert same(read_row_tables(tmp_path), {key: values for key, values in truth.items() if key[1] == "embedding"})
-    assert len(DcpDense(Directory("memory://dcp_export")).load()) == 4
+    assert len(DcpDense(open_directory("memory://dcp_export")).load()) == 4
 
 
 def test_a_dense_parameter_that_repeats_what_is_stored_without_end_is_refused(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_a_dense_parameter_that_repeats_what_is_stored_without_end_is_refused(tm
     chunks = [((0, 0), small.expand(1 << 20, 1 << 10))]
     write_chunks(tmp_path, {"w": (chunks[0][1], chunks)})
     with pytest.raises(CheckpointError, match="made of 4 that are stored; save it again, contiguous"):
-        DcpDense(Directory(tmp_path)).load()["w"]
+        DcpDense(open_directory(tmp_path)).load()["w"]
 
 
 def test_torch_reads_what_the_tests_write(tmp_path: Path) -> None:

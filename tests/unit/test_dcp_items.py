@@ -20,6 +20,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.torch_zip import check_state_archive
 from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 BASE = torch.arange(240)
 VIEWS: dict[str, Any] = {
@@ -40,7 +41,7 @@ def save_item(folder: Path, value: Any, *, before: int = 100) -> tuple[Directory
     buffer = io.BytesIO()
     torch.save(value, buffer)
     (folder / "f").write_bytes(b"x" * before + buffer.getvalue() + b"y" * 50)
-    return Directory(folder), len(buffer.getvalue())
+    return open_directory(folder), len(buffer.getvalue())
 
 
 def locate(folder: Path, value: torch.Tensor, finder: ItemFinder | None = None) -> Item:
@@ -101,10 +102,10 @@ def test_the_compiler_of_torch_is_not_imported() -> None:
     program = (
         "import io, sys, tempfile, torch\n"
         "from dist_export.checkpoint.torch_items import ItemFinder\n"
-        "from dist_export.storage.directory import Directory\n"
+        "from dist_export.storage.urls import open_directory\n"
         "folder = tempfile.mkdtemp()\n"
         "torch.save(torch.ones(2, 3), folder + '/f')\n"
-        "directory = Directory(folder)\n"
+        "directory = open_directory(folder)\n"
         "with directory.open_reader('f') as reader:\n"
         "    ItemFinder().locate(reader, 0, directory.stat('f').size, shape=(2, 3), dtype='float32', where='f')\n"
         "assert 'torch._dynamo' not in sys.modules\n"
@@ -161,5 +162,5 @@ def test_an_item_that_does_not_hold_what_it_says_is_refused(change: Any, message
     raw = rewrite(buffer.getvalue(), change)
     assert check_state_archive(io.BytesIO(rewrite(buffer.getvalue(), lambda _, data: data)), where="f").storages
     (tmp_path / "f").write_bytes(raw)
-    with Directory(tmp_path).open_reader("f") as reader, pytest.raises(CheckpointError, match=message):
+    with open_directory(tmp_path).open_reader("f") as reader, pytest.raises(CheckpointError, match=message):
         ItemFinder().locate(reader, 0, len(raw), shape=(2, 2), dtype="float32", where="f")

@@ -13,7 +13,8 @@ import dist_export.pipeline.steps
 from dist_export.errors import CommitError, ConfigError, PackageError
 from dist_export.formats import digests
 from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces, root_digest, start_hash
-from dist_export.storage.directory import Directory, digest_file
+from dist_export.storage.directory import digest_file
+from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 
 ALGORITHMS = ("xxh3", "sha256", "blake3")
@@ -36,10 +37,10 @@ def by_hand(data, algorithm, chunk):
 def test_a_root_over_the_digests_of_chunks(tmp_path, monkeypatch, size, algorithm):
     monkeypatch.setattr(digests, "CHUNK_BYTES", 10)
     data = os.urandom(size)
-    Directory(tmp_path).write("f", data)
+    open_directory(tmp_path).write("f", data)
     expected = by_hand(data, algorithm, 10)
     assert digest_bytes(data, algorithm) == expected
-    assert digest_file(Directory(tmp_path), "f", algorithm) == expected
+    assert digest_file(open_directory(tmp_path), "f", algorithm) == expected
     for cut in (1, 3, 7, 10, 15, 64):
         pieces = [memoryview(data[i : i + cut]) for i in range(0, size, cut)]
         assert digest_pieces(pieces, algorithm) == expected

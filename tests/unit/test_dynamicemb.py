@@ -17,7 +17,7 @@ from sparse_cases import assert_exact, export
 from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, PlanError
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 HUGE = [0, -1, 5, 1 << 62, -(1 << 63), (1 << 63) - 1, 65_536, -65_536, 1 << 40]
 USER = make_table([*HUGE, *range(1_000, 1_700, 7)], 8, seed=1)

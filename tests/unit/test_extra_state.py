@@ -19,7 +19,7 @@ from dist_export.checkpoint.tensors.torch_save import TorchReader
 from dist_export.dense.load_state import load_dense_parameters
 from dist_export.dense.own_parameters import put_values
 from dist_export.errors import ModelError
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from tests.dcp_writer import change_metadata, save
 
 
@@ -59,12 +59,12 @@ def write(kind: str, path: Path, state: dict[str, Any]) -> DenseParameters:
     path.mkdir()
     if kind == "recis":
         torch.save(state, path / "model.pt")
-        return RecisDense(Directory(str(path)))
+        return RecisDense(open_directory(str(path)))
     if kind == "torch":
         torch.save({"state_dict": state, "epoch": 3}, path / "ck.pt")
-        return PlainDense(Directory(str(path)), TorchReader, TensorSettings())
+        return PlainDense(open_directory(str(path)), TorchReader, TensorSettings())
     save(path, {"model": state} if kind == "dcp below a key" else state)
-    return DcpDense(Directory(str(path)))
+    return DcpDense(open_directory(str(path)))
 
 
 KINDS = ["recis", "torch", "dcp", "dcp below a key"]

@@ -20,7 +20,7 @@ from sparse_cases import export, shrink
 from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,9 @@ from dist_export.plan.disk_placement import find_homes
 from dist_export.plan.memory_budget import Limits
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import Unit, plan_units
-from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging
+from dist_export.storage.urls import open_directory
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.transfer.work_stealing import open_queues, take_units
@@ -46,7 +46,7 @@ def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, dis
         assert here, "a disk without work"
         folder = tmp_path / f"disk{disk}"
         folder.mkdir()
-        staging = Staging(Directory(folder))
+        staging = Staging(open_directory(folder))
         for number in here:
             staging.create(split.files[number].name, split.files[number].num_bytes)
         outputs = StagedFiles(split, staging)

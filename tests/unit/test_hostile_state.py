@@ -20,7 +20,7 @@ from hostile_cases import assert_refused, limited_memory, link_out, run
 
 from dist_export.checkpoint.recis.model_pt import describe_dense_state, load_dense_state
 from dist_export.errors import CheckpointError
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 STATE = {"dense_arch.w": torch.arange(4.0), "dense_arch.b": torch.ones(6, dtype=torch.int64)}
 
@@ -163,7 +163,7 @@ def test_a_sparse_model_pt_is_not_read_whole(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"PK\x03\x04")
     os.truncate(tmp_path / "model.pt", 128 << 30)
     with pytest.raises(CheckpointError, match="is truncated"):
-        describe_dense_state(Directory(tmp_path))
+        describe_dense_state(open_directory(tmp_path))
 
 
 def test_honest_states_pass(tmp_path):
@@ -184,12 +184,12 @@ def test_honest_states_pass(tmp_path):
         if "_use_new_zipfile_serialization" in options:  # torch cannot read these back from it
             state = {name: value for name, value in state.items() if name not in ("é.uint16", "é.float8_e4m3fn")}
         (tmp_path / "model.pt").write_bytes(saved(state, **options))
-        found = load_dense_state(Directory(tmp_path))
+        found = load_dense_state(open_directory(tmp_path))
         assert list(found) == list(state)
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 assert found[name].tolist() == value.tolist()
-        described = {name: shape for name, _, shape in describe_dense_state(Directory(tmp_path)) or []}
+        described = {name: shape for name, _, shape in describe_dense_state(open_directory(tmp_path)) or []}
         assert described["view"] == (3, 3)
 
 
@@ -212,7 +212,7 @@ def damage_state(sound: bytes, number: int, draw: random.Random) -> bytes:
 def is_refused(folder: Path, raw: bytes) -> bool:
     (folder / "model.pt").write_bytes(raw)
     try:
-        found = load_dense_state(Directory(folder))
+        found = load_dense_state(open_directory(folder))
     except CheckpointError as error:
         assert str(error).isprintable()
         return True

@@ -57,7 +57,7 @@ from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, I64
 from dist_export.pipeline.run_dir import find_checkpoint
 from dist_export.reporting.progress import summarize
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.urls import open_directory, open_place
 
 F32 = CODE_BY_TORCH["float32"]
 DUMP_TRUTH = truth()
@@ -84,7 +84,7 @@ def make_checkpoint(kind: str, names: list[str], *, num_files: int, num_slots: i
     first = np.tile([0, 4], len(odd))
     return Checkpoint(
         format=kind,
-        directory=Directory("/c"),
+        directory=open_directory("/c"),
         files=tuple(SourceFile(name=f"{kind}/{n}", size=100 + n, version="v") for n in range(num_files)),
         tables=tuple(TableMeta(name=n, slots=slots, is_hashed=not by_number, has_ids=not by_number) for n in names),
         parts=Parts(

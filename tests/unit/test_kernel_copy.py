@@ -11,8 +11,8 @@ from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, copy, export, shrink
 
 from dist_export.errors import ExportError, TransferError
-from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import output_files
 from dist_export.transfer.output_files import StagedFiles
 
@@ -157,7 +157,7 @@ def test_no_digest_changes_the_shards(tmp_path, tables, monkeypatch, digest, num
 
 
 def test_a_store_without_descriptors_is_copied_through_here(tmp_path, tables):
-    source = Directory(f"memory://{tmp_path.name}/in")
+    source = open_directory(f"memory://{tmp_path.name}/in")
     for path in (tmp_path / "in").iterdir():
         source.fs.pipe_file(source.join(path.name), path.read_bytes())
     export(source.url, tmp_path / "out", num_shards=1, digest="none")

@@ -17,7 +17,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats import strict_json
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.safetensors import decode_header, encode_header
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 NUM_SHARDS, NUM_TABLES = 64, 20
 
@@ -69,7 +69,7 @@ def test_the_columns_say_what_the_files_say(source, monkeypatch, piece_bytes):
 
 
 def test_headers_read_in_shares_make_the_same_checkpoint(source):
-    whole, shared = RecisReader(Directory(source)), RecisReader(Directory(source))
+    whole, shared = RecisReader(open_directory(source)), RecisReader(open_directory(source))
     one = whole.assemble([whole.read_headers(range(len(whole.files)))])
     many = shared.assemble([shared.read_headers(files) for files in (range(3), range(3, 3), range(3, len(one.files)))])
     assert one.fingerprint == many.fingerprint
@@ -79,7 +79,7 @@ def test_headers_read_in_shares_make_the_same_checkpoint(source):
 
 
 def test_ranks_that_read_another_index_are_found_out(source):
-    reader = RecisReader(Directory(source))
+    reader = RecisReader(open_directory(source))
     share = reader.read_headers(range(len(reader.files)))
     with pytest.raises(CheckpointError, match="index is not the same on all ranks"):
         reader.assemble([share._replace(index_digest=b"another")])

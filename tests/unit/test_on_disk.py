@@ -16,10 +16,11 @@ from dist_export.pipeline import steps, target_state
 from dist_export.pipeline.target_state import OnDisk
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 
 def test_a_new_package(tmp_path: Path) -> None:
-    final = Directory(tmp_path)
+    final = open_directory(tmp_path)
     say = OnDisk(final, final)
     assert say() == (
         f"No manifest was written, so {tmp_path} is no package; shards that are whole are kept there for the next run"
@@ -33,7 +34,7 @@ def test_a_package_that_is_replaced(tmp_path: Path) -> None:
     for folder in (final, target):
         folder.mkdir()
     (final / MANIFEST).write_text("old")
-    say = OnDisk(Directory(final), Directory(target))
+    say = OnDisk(open_directory(final), open_directory(target))
     (target / MANIFEST).write_text("new")
     assert say() == f"{final} still holds the old package; shards that are whole are kept in {target} for the next run"
     (final / MANIFEST).rename(tmp_path / "old")
@@ -43,7 +44,7 @@ def test_a_package_that_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_hangs_or_fails_does_not_keep_the_end_from_being_told(tmp_path: Path, monkeypatch) -> None:
-    final = Directory(tmp_path)
+    final = open_directory(tmp_path)
     say = OnDisk(final, final)
     monkeypatch.setattr(target_state, "LOOK_SECS", 0.05)
     with monkeypatch.context() as patched:

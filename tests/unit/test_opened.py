@@ -20,7 +20,7 @@ from dist_export.errors import PackageError, UserError
 from dist_export.manifest import MANIFEST
 from dist_export.package import opened_files
 from dist_export.package.reader import Package
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 
 IDS = np.arange(40)
@@ -54,7 +54,7 @@ def values_of(package: Package) -> set[float]:
 
 def open_bare(out: Path | str) -> Package:
     """Open without holding files, as a package of more than can be held is open."""
-    return Package(Directory(str(out)))
+    return Package(open_directory(str(out)))
 
 
 def test_a_package_that_was_replaced_is_read_on(out: Path, tmp_path: Path) -> None:

@@ -131,14 +131,15 @@ def reseal(package: Path, change: Callable[[Manifest], Manifest]) -> None:
 def restate(package: Path, *names: str) -> None:
     """Let the manifest state size and digest of files as they are now."""
     from dist_export.manifest import FileEntry
-    from dist_export.storage.directory import Directory, digest_file
+    from dist_export.storage.directory import digest_file
+    from dist_export.storage.urls import open_directory
 
     def change(manifest: Manifest) -> Manifest:
         files = tuple(
             FileEntry(
                 path=entry.path,
                 num_bytes=(package / entry.path).stat().st_size,
-                digest=digest_file(Directory(package), entry.path),
+                digest=digest_file(open_directory(package), entry.path),
             )
             if entry.path in names
             else entry

@@ -43,13 +43,13 @@ print("done")
 def read_metadata(raw: bytes) -> None:
     from dist_export.checkpoint.dcp.tables import read_dcp
     from dist_export.errors import CheckpointError
-    from dist_export.storage.directory import Directory
+    from dist_export.storage.urls import open_directory
 
     folder = Path(os.environ["FOLDER"])
     (folder / ".metadata").write_bytes(raw)
     (folder / "f").write_bytes(bytes(64))
     try:
-        read_dcp(Directory(folder))
+        read_dcp(open_directory(folder))
     except CheckpointError as error:
         assert str(error).isprintable()
 
@@ -71,12 +71,12 @@ def read_torch(raw: bytes) -> None:
     from dist_export.checkpoint.tensors.torch_save import TorchReader
     from dist_export.checkpoint.torch_items import ItemFinder
     from dist_export.errors import CheckpointError
-    from dist_export.storage.directory import Directory
+    from dist_export.storage.urls import open_directory
 
     folder = Path(os.environ["FOLDER"])
     packed = pack(raw)
     (folder / "model.pt").write_bytes(packed)
-    directory = Directory(folder)
+    directory = open_directory(folder)
 
     def read_checkpoint() -> None:
         reader = TorchReader(directory)
@@ -96,13 +96,13 @@ def read_torch(raw: bytes) -> None:
 def read_legacy(raw: bytes) -> None:
     from dist_export.checkpoint.recis.model_pt import load_dense_state
     from dist_export.errors import CheckpointError
-    from dist_export.storage.directory import Directory
+    from dist_export.storage.urls import open_directory
 
     folder = Path(os.environ["FOLDER"])
     begin = [pickle_attacks.number(0x1950A86A20F9469CFC6C), b"M\xe9\x03", b"}"]
     (folder / "model.pt").write_bytes(b"".join(map(pickle_attacks.whole, begin)) + raw + pickle.dumps([], 2))
     try:
-        load_dense_state(Directory(folder))
+        load_dense_state(open_directory(folder))
     except CheckpointError as error:
         assert str(error).isprintable()
 

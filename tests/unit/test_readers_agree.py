@@ -19,7 +19,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.formats.dtypes import DTYPES
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.ranks import join
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OTHERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

@@ -17,7 +17,8 @@ from sparse_cases import content
 import dist_export
 from dist_export.errors import CommitError, ConfigError, ExportError
 from dist_export.pipeline import target
-from dist_export.storage.directory import WORK_DIRECTORY, Directory
+from dist_export.storage.directory import WORK_DIRECTORY
+from dist_export.storage.urls import open_directory
 from dist_export.transfer.executor import Transfer
 from dist_export.verify.verify import verify
 from dist_export.workdir import swap
@@ -316,7 +317,7 @@ def test_overwrite_is_refused_on_a_store_and_in_a_checkpoint(source: Path) -> No
     dist_export.export(settings)
     with pytest.raises(ConfigError, match="give a new export_dir"):
         dist_export.export({**settings, "overwrite": True})
-    Directory("memory://replace").fs.rm("/replace", recursive=True)
+    open_directory("memory://replace").fs.rm("/replace", recursive=True)
 
 
 def test_an_exchange_that_fails_leaves_the_old_package(source: Path, newer: Path, tmp_path: Path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.pipeline.planning import open_checkpoint, plan_sparse
 from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.ranks import join
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 DTYPES = (torch.float32, torch.float16, torch.int8, torch.float64)
@@ -112,7 +112,7 @@ def plan_case(case: SimpleNamespace, folder: Path) -> SparsePlan:
         keep_slots=keep,
     )
     with join(timeout_secs=60) as ranks:
-        checkpoint = open_checkpoint(ranks, Directory(folder))
+        checkpoint = open_checkpoint(ranks, open_directory(folder))
         return plan_sparse(ranks, checkpoint, config, world_size=case.world_size).plan
 
 

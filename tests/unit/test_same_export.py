@@ -24,7 +24,7 @@ from dist_export.manifest import MANIFEST
 from dist_export.pipeline import run as job
 from dist_export.pipeline import steps, target
 from dist_export.storage import local_io
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 
 SHARD = "model-000001-of-000003.safetensors"
@@ -422,7 +422,7 @@ def test_times_and_inodes_count_where_the_file_system_keeps_them(
     monkeypatch.setattr("dist_export.storage.local_io.file_system_of", lambda path: kind)
     stat = (source / "index").stat()
     expected = (stat.st_ino if num == 2 else 0, stat.st_ctime_ns) if num else ()
-    assert Directory(str(source)).stat("index").trace == expected
+    assert open_directory(str(source)).stat("index").trace == expected
 
 
 def test_the_file_system_of_a_path_is_that_of_the_deepest_mount(monkeypatch, tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from dist_export.storage.directory import Directory
 from dist_export.storage.staging import Staging
+from dist_export.storage.urls import open_directory
 
 
 def test_ranks_build_in_one_directory_which_its_owner_removes() -> None:
-    target = Directory("memory://shared_staging/out")
+    target = open_directory("memory://shared_staging/out")
     first, second = Staging(target), Staging(target)
     folder, unused = first.make(), second.make()
     first.join(folder)
@@ -25,7 +25,7 @@ def test_ranks_build_in_one_directory_which_its_owner_removes() -> None:
 
 
 def test_a_file_with_holes_takes_no_room() -> None:
-    staging = Staging(Directory("memory://shared_staging/out"))
+    staging = Staging(open_directory("memory://shared_staging/out"))
     staging.create("x", 64 << 20, has_holes=True)
     assert os.stat(staging.path("x")).st_size == 64 << 20
     assert os.stat(staging.path("x")).st_blocks * 512 < 1 << 20

@@ -18,7 +18,7 @@ from dist_export.checkpoint.detect import open_reader
 from dist_export.errors import ExportError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import steps
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 SHARD = "model-000001-of-000003.safetensors"
 ROWS = torch.arange(80.0).reshape(20, 4) + 0.5
@@ -168,10 +168,10 @@ def test_a_link_to_a_file_of_the_source_is_no_change(source: Path, tmp_path: Pat
 
 def test_ranks_that_mount_the_source_in_different_ways_have_one_plan(source: Path, tmp_path: Path, monkeypatch) -> None:
     """What a disk says besides size and time is of one machine: only the first rank's view is in the digest of the plan."""
-    first = open_reader(Directory(str(source)))
+    first = open_reader(open_directory(str(source)))
     monkeypatch.setattr("dist_export.storage.local_io.file_system_of", lambda path: "fuse.mounted")
     monkeypatch.setattr("dist_export.storage.file_systems._kinds", {})
-    other = open_reader(Directory(str(source)))
+    other = open_reader(open_directory(str(source)))
     assert [file.trace for file in other.files] == [()] * len(other.files) != [file.trace for file in first.files]
     headers = [reader.read_headers(range(len(reader.files))) for reader in (first, other)]
     whole = [reader.assemble([its]) for reader, its in zip((first, other), headers, strict=True)]

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from directory_contract import DirectoryContract
 from recis_writer import make_tables, truth_of, write_checkpoint
 from sparse_cases import assert_exact, export
 
@@ -17,51 +19,33 @@ from dist_export.storage import directory as storage
 from dist_export.storage.directory import WORK_DIRECTORY, Directory, digest_file, local_tree
 from dist_export.storage.local_io import is_in_memory
 from dist_export.storage.staging import Staging
+from dist_export.storage.urls import open_directory
 
 
 @pytest.fixture(params=["local", "memory"])
 def directory(request, tmp_path):
-    found = Directory(str(tmp_path / "dir") if request.param == "local" else f"memory://{tmp_path.name}/dir")
+    found = open_directory(str(tmp_path / "dir") if request.param == "local" else f"memory://{tmp_path.name}/dir")
     yield found
     if request.param == "memory" and found.exists():
         found.fs.rm(found.path, recursive=True)
 
 
-def test_files_come_and_go(directory):
-    assert directory.names() == []
-    assert not directory.exists()
-    directory.make()
-    directory.write("b", b"12345")
-    directory.write("a", b"")
-    directory.write("sub/deep/c", b"x")
-    assert directory.names() == ["a", "b"]
-    assert directory.exists("sub/deep/c")
-    assert directory.read("b") == b"12345"
-    assert directory.stat("b").size == 5
-    directory.write("b", b"new")
-    assert directory.read("b") == b"new"
-    directory.remove("b")
-    directory.remove("b")
-    assert directory.names() == ["a"]
-    with pytest.raises(FileNotFoundError):
-        directory.stat("b")
+class TestLocal(DirectoryContract):
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Directory:
+        return open_directory(tmp_path / "dir")
 
 
-def test_ranged_reads(directory):
-    directory.make()
-    directory.write("f", bytes(range(100)))
-    with directory.open_reader("f") as reader:
-        buffer = bytearray(10)
-        reader.read_into(memoryview(buffer), 37)
-        assert bytes(buffer) == bytes(range(37, 47))
-        reader.read_into(memoryview(buffer)[:0], 5)
-        with pytest.raises(TransferError, match=r"f: ended at byte 100, 5 bytes before"):
-            reader.read_into(memoryview(buffer), 95)
-    reader.close()
+class TestMemory(DirectoryContract):
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Iterator[Directory]:
+        directory = open_directory(f"memory://{tmp_path.name}/dir")
+        yield directory
+        open_directory(f"memory://{tmp_path.name}").remove_tree("dir")
 
 
 def test_what_is_written_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    directory = Directory(tmp_path)
+    directory = open_directory(tmp_path)
     directory.write("f", b"old")
 
     def fail(*_):
@@ -87,26 +71,26 @@ def test_the_same_directory_by_any_name(tmp_path):
     (tmp_path / "link").symlink_to(real)
     (tmp_path / "up").symlink_to(tmp_path)
     for other in (f"{real}/", f"{tmp_path}/x/../real", f"{tmp_path}/link", f"{tmp_path}/up/real", f"file://{real}"):
-        assert Directory(str(real)).is_same(Directory(other)), other
-    assert not Directory(str(real)).is_same(Directory(str(tmp_path)))
+        assert open_directory(str(real)).is_same(open_directory(other)), other
+    assert not open_directory(str(real)).is_same(open_directory(str(tmp_path)))
     missing = tmp_path / "link" / "missing"
-    assert Directory(str(real / "missing")).is_same(Directory(str(missing)))
-    assert Directory("memory://a/b").is_same(Directory("memory://a/b/"))
-    assert not Directory("memory://a/b").is_same(Directory("memory://a/c"))
-    assert not Directory("memory:///a").is_same(Directory("/a"))
+    assert open_directory(str(real / "missing")).is_same(open_directory(str(missing)))
+    assert open_directory("memory://a/b").is_same(open_directory("memory://a/b/"))
+    assert not open_directory("memory://a/b").is_same(open_directory("memory://a/c"))
+    assert not open_directory("memory:///a").is_same(open_directory("/a"))
 
 
 def test_relative_paths_stand_against_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Directory("x/y").path == str(tmp_path / "x/y")
-    assert Directory("x/y/").describe("f") == "x/y/f"
-    assert Directory("x").is_shared
-    assert not Directory("memory://x").is_shared
+    assert open_directory("x/y").path == str(tmp_path / "x/y")
+    assert open_directory("x/y/").describe("f") == "x/y/f"
+    assert open_directory("x").is_shared
+    assert not open_directory("memory://x").is_shared
 
 
 def test_an_unknown_protocol_is_the_users_mistake():
     with pytest.raises(ConfigError, match="nosuch://x: no file system"):
-        Directory("nosuch://x")
+        open_directory("nosuch://x")
 
 
 def test_links_to_files_are_files(tmp_path):
@@ -117,7 +101,7 @@ def test_links_to_files_are_files(tmp_path):
         (tmp_path / "in" / path.name).symlink_to(path)
     (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "in" / "folder").mkdir()
-    assert Directory(tmp_path / "in").names() == Directory(tmp_path / "store").names()
+    assert open_directory(tmp_path / "in").names() == open_directory(tmp_path / "store").names()
     export(tmp_path / "in", tmp_path / "out", num_shards=3, follow_links=True)
     assert_exact(tmp_path / "out", truth_of(tables))
 
@@ -218,7 +202,7 @@ def test_an_error_of_the_disk_while_writing(tmp_path, monkeypatch):
 def test_memory_exports_read_back(tmp_path):
     tables = make_tables({"a": 40}, 2)
     write_checkpoint(tmp_path / "in", tables)
-    source, target = Directory(f"memory://{tmp_path.name}/in"), Directory(f"memory://{tmp_path.name}/out")
+    source, target = open_directory(f"memory://{tmp_path.name}/in"), open_directory(f"memory://{tmp_path.name}/out")
     for path in (tmp_path / "in").iterdir():
         source.write(path.name, path.read_bytes())
     export(source.url, target.url, num_shards=3)
@@ -239,7 +223,7 @@ def test_memory_exports_read_back(tmp_path):
 def test_digests_agree_whoever_computes_them(tmp_path, monkeypatch, size):
     monkeypatch.setattr(digests, "CHUNK_BYTES", 10)
     data = os.urandom(size)
-    directory = Directory(tmp_path)
+    directory = open_directory(tmp_path)
     directory.write("f", data)
     assert digest_file(directory, "f") == digest_bytes(data)
     import xxhash
@@ -253,8 +237,8 @@ def test_digests_agree_whoever_computes_them(tmp_path, monkeypatch, size):
 
 def test_a_file_of_several_buffers(tmp_path):
     data = os.urandom((9 << 20) + 5)
-    Directory(tmp_path).write("f", data)
-    assert digest_file(Directory(tmp_path), "f") == digest_bytes(data)
+    open_directory(tmp_path).write("f", data)
+    assert digest_file(open_directory(tmp_path), "f") == digest_bytes(data)
 
 
 def test_local_tree(tmp_path):

@@ -13,8 +13,8 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ModelError
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.ranks import join
-from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.urls import open_directory
 
 SHIFT = 52
 MASK = (1 << SHIFT) - 1
@@ -265,7 +265,7 @@ def test_rows_of_a_checkpoint_that_recis_wrote(recis_fixtures) -> None:
     finder = RowFinder(
         open_checkpoint(
             join(timeout_secs=1),
-            Directory(recis_fixtures / "fullckpt" / "ckpt_3"),
+            open_directory(recis_fixtures / "fullckpt" / "ckpt_3"),
         ),
         None,
     )

@@ -23,7 +23,7 @@ from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ExportError, PlanError
 from dist_export.pipeline import steps
-from dist_export.storage.directory import open_place
+from dist_export.storage.urls import open_place
 
 
 def save(path: Path, content: Any) -> Path:

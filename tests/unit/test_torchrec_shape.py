@@ -24,7 +24,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import CheckpointError, ModelError, ParityError
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
@@ -246,7 +246,7 @@ def test_a_table_that_serving_would_not_find_is_found(tmp_path: Path, monkeypatc
 
 
 def open_shards(folder: Path | str) -> PackageReader:
-    directory = Directory(folder)
+    directory = open_directory(folder)
     return PackageReader(directory, [name for name in directory.names() if name.startswith("model-")])
 
 

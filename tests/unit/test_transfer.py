@@ -18,6 +18,7 @@ from dist_export.errors import CommitError, ConfigError, TransferError
 from dist_export.storage.directory import WORK_DIRECTORY as RECEIPTS
 from dist_export.storage.directory import Directory, digest_file
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner as transfer_units
 from dist_export.transfer.output_files import StagedFiles
 
@@ -71,7 +72,7 @@ def test_a_rerun_keeps_the_shards_that_are_whole(tmp_path, tables, monkeypatch, 
     assert manifest.run["reused_shards"] == 3
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert {file.path: file.digest for file in manifest.files} == {
-        file.path: digest_file(Directory(tmp_path / "whole"), file.path) for file in manifest.files
+        file.path: digest_file(open_directory(tmp_path / "whole"), file.path) for file in manifest.files
     }
 
 
@@ -239,7 +240,7 @@ def test_an_export_onto_its_source_completes_it(tmp_path, style):
     assert set(after) - set(before) == (set() if style else {MERGED})
     assert (tmp_path / "in" / "manifest.json").exists()
     for file in manifest.files:
-        assert digest_file(Directory(tmp_path / "in"), file.path) == file.digest
+        assert digest_file(open_directory(tmp_path / "in"), file.path) == file.digest
     assert "extra.pt" not in {file.path for file in manifest.files}
 
 
@@ -407,7 +408,7 @@ def test_descriptors_are_few_and_all_are_closed(tmp_path, monkeypatch):
     assert_exact(tmp_path / "out", truth_of(found))
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before
-    readers = OpenReaders(lambda n: Directory(tmp_path / "out").open_reader(shard(n, 5)), max_open=2)
+    readers = OpenReaders(lambda n: open_directory(tmp_path / "out").open_reader(shard(n, 5)), max_open=2)
     opened = [readers[n] for n in range(5)]
     assert [reader.fd >= 0 for reader in opened] == [False, False, False, True, True]
     assert readers[3] is opened[3]

@@ -11,7 +11,8 @@ from sparse_cases import assert_exact, content, export, plan, run, shrink
 from dist_export.formats.digests import CHUNK_BYTES
 from dist_export.plan import work_units as plan_units_module
 from dist_export.plan.work_units import UNIT_BYTES, Unit, assign, plan_hash_units, plan_units
-from dist_export.storage.directory import Directory, digest_file
+from dist_export.storage.directory import digest_file
+from dist_export.storage.urls import open_directory
 
 
 def cover(planned, units):
@@ -120,7 +121,7 @@ def test_neither_bytes_nor_digests_depend_on_the_cut(tmp_path, monkeypatch, cut)
     assert content(tmp_path / "cut") == whole
     assert_exact(tmp_path / "cut", truth_of(tables))
     for file in manifest.files:
-        assert digest_file(Directory(tmp_path / "cut"), file.path) == file.digest
+        assert digest_file(open_directory(tmp_path / "cut"), file.path) == file.digest
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])

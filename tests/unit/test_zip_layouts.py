@@ -20,7 +20,7 @@ from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.checkpoint.tensors.torch_file import read_torch_file
 from dist_export.checkpoint.torch_items import ItemFinder
 from dist_export.errors import CheckpointError
-from dist_export.storage.directory import Directory, open_place
+from dist_export.storage.urls import open_directory, open_place
 
 
 def save(path: Path, content: Any) -> Path:
@@ -134,12 +134,12 @@ def test_model_pt_and_items_of_dcp_in_any_layout(layout: str, tmp_path: Path) ->
     state = make_packed_state()
     sound = save(tmp_path / "sound.pt", state).read_bytes()
     (tmp_path / "model.pt").write_bytes(LAYOUTS[layout](read_members(sound)))
-    for name, value in load_dense_state(Directory(tmp_path)).items():
+    for name, value in load_dense_state(open_directory(tmp_path)).items():
         assert bytes_of(value) == bytes_of(state[name]), name
     value = torch.arange(12, dtype=torch.int32).reshape(3, 4).t()
     item = LAYOUTS[layout](read_members(save(tmp_path / "item", value).read_bytes()))
     (tmp_path / "f").write_bytes(bytes(11) + item + bytes(5))
-    with Directory(tmp_path).open_reader("f") as reader:
+    with open_directory(tmp_path).open_reader("f") as reader:
         found = ItemFinder().locate(reader, 11, len(item), shape=(4, 3), dtype="int32", where="f")
     raw = bytearray((tmp_path / "f").read_bytes())
     first = torch.frombuffer(raw[found.offset : found.offset + 48], dtype=torch.int32)

@@ -15,7 +15,7 @@ from ranks import run_ranks
 import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.model_weights import merge_weights
-from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
 
 SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8), "t_copied": (21, 4)}
 SEQUENCE = "ec.embeddings.t_sequence.weight"
@@ -84,7 +84,7 @@ def test_every_sharding_of_torchrec_exports(world_size: int, tmp_path: Path) -> 
         assert set(exported) == {(t, "embedding") for t in tables} | {(k.rpartition(".")[0], "momentum1") for k in kept}
         for (table, slot), rows in exported.items():
             assert torch.equal(rows, truth[table if slot == "embedding" else f"{table}|{slot}"]), (table, slot)
-    dense = DcpDense(Directory(tmp_path / "ckpt")).load()
+    dense = DcpDense(open_directory(tmp_path / "ckpt")).load()
     assert {name: values.shape for name, values in dense.items()} == {
         name: truth[name].shape for name in ("mlp.weight", "mlp.bias")
     }

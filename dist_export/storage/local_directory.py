@@ -1,0 +1,195 @@
+"""A directory on a disk, read and written with plain system calls."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from dist_export.errors import TransferError
+from dist_export.redact import reason_of
+from dist_export.storage.directory import PARTIAL_SUFFIX, Directory, FileStat
+from dist_export.storage.file_systems import trace_of
+from dist_export.storage.local_io import make_directories, sync_directory, write_new
+from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
+
+
+class LocalDirectory(Directory):
+    """A directory whose :attr:`path` is absolute."""
+
+    is_local = True
+
+    def child(self, name: str) -> LocalDirectory:
+        """Return the directory ``name`` in this one."""
+        return LocalDirectory(self._location.child(name))
+
+    def names_file(self) -> bool:
+        """Return whether the path is that of a file."""
+        return os.path.isfile(self.path)
+
+    def find(self, name: str) -> str:
+        """Return the path of a file that is to be read. OSError where a link leads out of the directory."""
+        path = self.join(name)
+        if self.follows_links or name == self._location.only or not self._has_link(name):
+            return path  # what the user names may be a link, as the directory itself may be
+        found, root = os.path.realpath(path), os.path.realpath(self.path)
+        if os.path.commonpath([found, root]) != root:
+            raise OSError(
+                errno.EPERM,
+                f"is a link that leads out of the directory, to {found}; put the file itself there (cp -L), or set "
+                "follow_links: true to export a checkpoint that has such links",
+                self.describe(name),
+            )
+        return path
+
+    def _has_link(self, name: str) -> bool:
+        steps = name.split("/")
+        return any(os.path.islink(self.join("/".join(steps[:length]))) for length in range(1, len(steps) + 1))
+
+    def _list(self, *, folders: bool) -> Iterator[str]:
+        with _possible_path(self.path), os.scandir(self.path) as found:
+            yield from (entry.name for entry in found if (_is_folder if folders else _may_be_file)(entry))
+
+    def walk(self) -> Iterator[str]:
+        """Yield the paths within the directory of all files below it. Links to directories are not gone into."""
+        for folder, _, names in os.walk(self.path):
+            within = os.path.relpath(folder, self.path)
+            yield from (name if within == "." else f"{within}/{name}" for name in names)
+
+    def _look(self, name: str) -> None:
+        path = self.join(name) if name else self.path
+        with _possible_path(path):
+            os.stat(path)
+
+    def _stat(self, name: str) -> FileStat:
+        path = self.find(name)
+        with _possible_path(path):
+            found = os.stat(path)
+        trace = trace_of(found, path)
+        return FileStat(found.st_size, str(found.st_mtime_ns), found.st_ino, found.st_ctime_ns, trace, found.st_nlink)
+
+    def _read(self, name: str) -> bytes:
+        with self.open_reader(name) as reader, open(reader.fd, "rb", closefd=False) as file:
+            return file.read()
+
+    def _read_text(self, name: str) -> bytes:
+        size = self._small_size(name)
+        with self.open_reader(name) as reader:
+            return reader.read_text(0, size)
+
+    def open_reader(self, name: str) -> RangeReader:
+        """Open a file for ranged reads."""
+        return LocalReader(self.describe(name), os.open(self.find(name), OPEN_FLAGS))
+
+    def open_stream(self, name: str) -> IO[bytes]:
+        """Open a file for a library that reads Python's own file objects."""
+        return open(self.find(name), "rb")
+
+    def _make(self) -> None:
+        make_directories(self.path)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self.join(name)
+        folder, partial = os.path.dirname(path), path + PARTIAL_SUFFIX
+        make_directories(folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)  # not through a link that might stand there
+        try:
+            write_new(partial, data)
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # what failed before this is what the user must hear of
+                os.unlink(partial)
+            raise
+        try:
+            sync_directory(folder)
+        except OSError as error:
+            self._take_back(name, error)  # it is there now, and may not be after a crash
+            raise
+
+    def _take_back(self, name: str, error: Exception) -> None:
+        try:
+            self.remove(name)
+        except OSError as second:
+            raise leftover_error(self.describe(name), error, second) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless there is one of this name; return whether it was written."""
+        make_directories(os.path.dirname(self.join(name)))
+        try:
+            write_new(self.join(name), data)
+        except FileExistsError:
+            return False
+        return True
+
+    def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
+        """Move a file here that is durable and on the same file system; the rename is durable too."""
+        os.replace(local, self.join(name))
+        sync_directory(self.path)
+        note_progress()
+
+    def _remove(self, name: str) -> None:
+        os.unlink(self.join(name))
+
+    def _remove_tree(self, name: str) -> None:
+        shutil.rmtree(self.join(name))
+
+    def is_same_store(self, other: Directory) -> bool:
+        """Whether both are local."""
+        return other.is_local
+
+    def is_same(self, other: Directory) -> bool:
+        """Whether both are one directory, symbolic links and bind mounts included."""
+        if not other.is_local:
+            return False
+        try:
+            return os.path.samefile(self.path, other.path)
+        except OSError:  # one of them is not there yet
+            return os.path.realpath(self.path) == os.path.realpath(other.path)
+
+    def why_not_writable(self) -> str | None:
+        """Return why no file could be made here, as far as can be seen without writing; None where it can."""
+        nearest = Path(self.path)
+        while not os.path.lexists(nearest) and nearest.parent != nearest:
+            nearest = nearest.parent
+        if not os.path.isdir(nearest):
+            return f"{nearest} is no directory"
+        longest = os.pathconf(nearest, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in Path(self.path).parts):
+            return f"a name in it is longer than the {longest} bytes that the file system takes"
+        return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+
+
+def leftover_error(where: str, error: Exception, second: Exception) -> TransferError:
+    """Return the error for a file that failed (``error``) and that cannot be removed (``second``)."""
+    return TransferError(
+        f"{where}: writing it failed ({reason_of(error)}), and what may be there of it cannot be "
+        f"removed ({reason_of(second)}). Remove it and run the export again"
+    )
+
+
+@contextlib.contextmanager
+def _possible_path(path: str) -> Iterator[None]:
+    """Say of a path that no file can have, such as one with a zero byte, that nothing is there."""
+    try:
+        yield
+    except ValueError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of links
+        return True

@@ -1,0 +1,106 @@
+"""URLs of directories: checked, and opened by the back end that fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from dist_export.errors import ConfigError
+from dist_export.redact import conceal, first_line, note_secrets
+from dist_export.storage import s3
+from dist_export.storage.directory import Directory, Location
+from dist_export.storage.fsspec_directory import FsspecDirectory
+from dist_export.storage.local_directory import LocalDirectory
+from dist_export.storage.s3_directory import S3Directory
+
+_PACKAGES = {
+    "s3": "s3fs (the extra [s3] of dist_export)",
+    "s3a": "s3fs (the extra [s3] of dist_export)",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "oss": "ossfs",
+    "hdfs": "pyarrow",
+}
+"""What pip installs for a protocol whose fsspec package is missing."""
+
+STORES = tuple(sorted({"file", "memory", *_PACKAGES}))
+"""Protocols of stores, for messages; fsspec has more."""
+
+
+def known_protocols() -> set[str]:
+    """Return the protocols of all fsspec URLs that could be opened, those whose package is missing included."""
+    return {*fsspec.available_protocols(), *fsspec.registry}
+
+
+def open_directory(
+    url: str | os.PathLike[str],
+    storage_options: dict[str, Any] | None = None,
+    *,
+    follow_links: bool = False,
+    is_file: bool = False,
+) -> Directory:
+    """Return the directory at ``url``, which need not be there. Touches nothing.
+
+    With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there.
+
+    Raises:
+        ConfigError: a URL, or options, that no store takes; a package that is missing.
+    """
+    given = os.fspath(url)
+    shown = conceal(given)
+    if not isinstance(storage_options, (Mapping, type(None))):
+        raise ConfigError(f"{shown}: storage_options is a {type(storage_options).__name__}, expected a mapping")
+    note_secrets(storage_options)
+    fs, path = _reach(given, shown, storage_options)
+    is_local = isinstance(fs, LocalFileSystem)
+    path, only = os.path.abspath(path) if is_local else path.rstrip("/"), None
+    if is_file:
+        path, _, only = path.rpartition("/")
+    location = Location(given, path, storage_options, follow_links, only)
+    if is_local:
+        return LocalDirectory(location)
+    if not s3.is_s3(fs):
+        return FsspecDirectory(location, fs)
+    if not path.partition("/")[0]:
+        raise ConfigError(f"{shown}: names no bucket; expected {_protocol_of(given)}://BUCKET/PREFIX")
+    return S3Directory(location, fs)
+
+
+def _protocol_of(url: str) -> str:
+    return url.partition("://")[0] if "://" in url else "file"
+
+
+def _reach(given: str, shown: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path on it. ConfigError where there is none."""
+    if "::" in given:
+        # an alias could hide that the target is the source, whose files would then be overwritten
+        raise ConfigError(f"{shown}: chained URLs are not taken; give the URL of the store itself")
+    protocol = _protocol_of(given)
+    try:
+        fs, path = fsspec.core.url_to_fs(given, **s3.adapt_options(protocol, storage_options or {}))
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        advice = f"pip install {package}" if package else "install the fsspec package of this store"
+        raise ConfigError(
+            f"{shown}: the package that {protocol}:// needs is missing ({first_line(error)}): {advice}"
+        ) from error
+    except Exception as error:  # options go to a store's own code, which may raise anything
+        raise ConfigError(f"{shown}: no file system for this URL: {first_line(error)}") from error
+    return fs, path
+
+
+def open_place(
+    url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None, *, follow_links: bool = False
+) -> Directory:
+    """Return the directory at ``url``; where a file is there, the directory that it lies in, as if that held it alone."""
+    directory = open_directory(url, storage_options, follow_links=follow_links)
+    if not directory.names_file():
+        return directory
+    return open_directory(url, storage_options, follow_links=follow_links, is_file=True)

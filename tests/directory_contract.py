@@ -1,0 +1,180 @@
+"""What every back end of ``Directory`` promises, whatever store is behind it. A back end's tests inherit all of it.
+
+A subclass gives the fixture ``directory``: one that is not there yet, and that is removed after the test.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from dist_export.errors import TransferError
+from dist_export.storage.directory import Directory, digest_file, read_pieces
+
+MIB = 1 << 20
+
+
+class DirectoryContract:
+    """The tests. Of a store without directories of its own, one is there as long as there is a file in it."""
+
+    def test_what_is_not_there(self, directory: Directory) -> None:
+        assert directory.names() == []
+        assert directory.folders() == []
+        assert list(directory.walk()) == []
+        assert not directory.exists()
+        assert not directory.exists("a")
+        assert directory.find_many(["a", "b"]) == {}
+        assert "exist" in directory.say_missing() or "no bucket" in directory.say_missing()
+        for ask in (directory.stat, directory.read, directory.read_text):
+            with pytest.raises(FileNotFoundError) as caught:
+                ask("a")
+            assert "a" in str(caught.value.filename)
+        with pytest.raises(FileNotFoundError, match="a"):
+            directory.stat_many(["a"])
+        directory.remove("a")
+        directory.remove_tree("a")
+
+    def test_files_come_and_go(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("b", b"12345")
+        directory.write("a", b"")
+        directory.write("sub/deep/c", b"x")
+        assert directory.names() == ["a", "b"]
+        assert directory.folders() == ["sub"]
+        assert sorted(directory.walk()) == ["a", "b", "sub/deep/c"]
+        assert directory.exists()
+        assert all(directory.exists(name) for name in ("a", "b", "sub", "sub/deep", "sub/deep/c"))
+        assert directory.read("b") == b"12345"
+        assert directory.read("a") == directory.read_text("a") == b""
+        assert directory.stat("b").size == 5
+        directory.write("b", b"new")
+        assert directory.read("b") == b"new"
+        directory.remove("b")
+        assert directory.names() == ["a"]
+        assert not directory.exists("b")
+        directory.remove_tree("sub")
+        assert not directory.exists("sub/deep/c")
+        assert directory.names() == ["a"]
+
+    def test_a_name_that_begins_like_another_is_not_it(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("model", b"1")
+        directory.write("model.old/x", b"2")
+        directory.write("sub2/x", b"3")
+        assert not directory.exists("mod")
+        assert not directory.exists("sub")
+        directory.remove_tree("sub")
+        assert directory.read("sub2/x") == b"3"
+        assert directory.names() == ["model"]
+
+    def test_many_files_are_looked_at_at_once(self, directory: Directory) -> None:
+        directory.make()
+        sizes = {f"f{number:02}": number for number in range(20)}
+        for name, size in sizes.items():
+            directory.write(name, bytes(size))
+        assert {name: stat.size for name, stat in directory.stat_many(sizes).items()} == sizes
+        found = directory.find_many([*sizes, "gone"])
+        assert found == directory.stat_many(sizes)
+        assert found == {name: directory.stat(name) for name in sizes}
+        with pytest.raises(FileNotFoundError, match="gone"):
+            directory.stat_many([*sizes, "gone"])
+
+    def test_another_content_is_another_version(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("f", b"1234")
+        before = directory.stat("f")
+        assert directory.stat("f") == before
+        directory.write("f", b"5678")
+        assert directory.stat("f") != before
+
+    def test_ranged_reads(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("f", bytes(range(100)))
+        with directory.open_reader("f") as reader:
+            buffer = bytearray(10)
+            reader.read_into(memoryview(buffer), 37)
+            assert bytes(buffer) == bytes(range(37, 47))
+            reader.read_into(memoryview(buffer)[:0], 5)
+            with pytest.raises(TransferError, match=r"f: ended at byte 100, 5 bytes before"):
+                reader.read_into(memoryview(buffer), 95)
+        reader.close()
+
+    def test_a_large_file_is_read_in_pieces(self, directory: Directory) -> None:
+        directory.make()
+        content = bytes(range(256)) * (3 * MIB // 256) + b"end"
+        directory.write("f", content)
+        assert b"".join(bytes(piece) for piece in read_pieces(directory, "f")) == content
+        before = digest_file(directory, "f")
+        directory.write("f", content[:-1] + b"D")
+        assert digest_file(directory, "f") != before
+        with directory.open_stream("f") as stream:
+            stream.seek(len(content) - 3)
+            assert stream.read() == b"enD"
+
+    def test_text_has_no_zero_bytes(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("f", b'{"a": 1}')
+        assert directory.read_text("f") == b'{"a": 1}'
+        directory.write("f", b'{"a"\0: 1}')
+        with pytest.raises(OSError, match=r"zero"):
+            directory.read_text("f")
+        assert directory.read("f") == b'{"a"\0: 1}'
+
+    def test_a_file_is_created_by_one_alone(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("other", b"")
+        won: list[int] = []
+
+        def create(number: int) -> None:
+            if directory.create("f", b"%d" % number):
+                won.append(number)
+
+        threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert directory.read("f") == b"%d" % won[0]
+        assert not directory.create("f", b"late")
+
+    def test_a_local_file_is_put_up_whole(self, directory: Directory, tmp_path: Path) -> None:
+        directory.make()
+        local = tmp_path / "built"
+        content = bytes(range(256)) * (9 * MIB // 256)
+        local.write_bytes(content)
+        progress: list[int] = []
+        directory.put_file("f", str(local), lambda: progress.append(1))
+        assert directory.read("f") == content
+        directory.write("f", b"replaced")
+        assert directory.read("f") == b"replaced"
+
+    def test_a_child_is_a_directory_of_the_same_store(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("sub/f", b"1")
+        child = directory.child("sub")
+        assert type(child) is type(directory)
+        assert child.names() == ["f"]
+        assert child.read("f") == b"1"
+        assert child.is_same_store(directory)
+        assert child.is_same(directory.child("sub"))
+        assert not child.is_same(directory)
+        assert child.describe("f") == directory.describe("sub/f")
+        assert child.locate("f") == directory.locate("sub/f")
+        assert child.storage_options == directory.storage_options
+
+    def test_one_folder_is_hinted_at_and_several_are_listed(self, directory: Directory) -> None:
+        directory.make()
+        directory.write("f", b"")
+        assert directory.tell_folders() == ""
+        directory.write("one/f", b"")
+        assert directory.tell_folders() == ". It holds the directory one: give that"
+        for number in range(8):
+            directory.write(f"x{number}/f", b"")
+        assert "one, x0, x1, x2, x3, x4 and 3 more" in directory.tell_folders()
+
+    def test_a_file_can_be_made(self, directory: Directory) -> None:
+        assert directory.why_not_writable() is None
+        assert directory.why_not_there() is None

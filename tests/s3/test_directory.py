@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from directory_contract import DirectoryContract
+from s3_cases import Store
+from s3_server import S3Server
+
+from dist_export.storage.directory import Directory
+from dist_export.storage.s3_directory import S3Directory
+from dist_export.storage.urls import open_directory
+
+
+@pytest.fixture
+def store(s3_server: S3Server) -> Store:
+    return Store(s3_server)
+
+
+class TestS3(DirectoryContract):
+    @pytest.fixture
+    def directory(self, store: Store) -> Iterator[Directory]:
+        directory = open_directory(store.url("dir"), store.options)
+        yield directory
+        open_directory(store.url(""), store.options).remove_tree("dir")
+
+
+def test_an_object_is_replaced_only_if_it_is_the_one_that_was_meant(store: Store) -> None:
+    directory = open_directory(store.url("dir"), store.options)
+    assert isinstance(directory, S3Directory)
+    first = directory.write_if("f", b"1", version=None)
+    assert first == directory.stat("f").version
+    assert directory.write_if("f", b"2", version=None) is None
+    second = directory.write_if("f", b"3", version=first)
+    assert second not in (None, first)
+    assert directory.write_if("f", b"4", version=first) is None
+    assert directory.read("f") == b"3"
+
+
+def test_a_bucket_that_is_not_there_is_named(store: Store) -> None:
+    directory = open_directory("s3://no-such-bucket/x", store.options)
+    assert directory.why_not_writable() == "there is no bucket 'no-such-bucket'"
+    assert directory.say_missing() == "there is no bucket 'no-such-bucket'"
