@@ -265,7 +265,9 @@ def test_a_package_to_which_nothing_can_be_written(source: Path, tmp_path: Path,
     """Sealed after the export; the tests may run as root, who may write everywhere."""
     out = tmp_path / "out"
     first = export(source, out)
-    monkeypatch.setattr("dist_export.storage.local_directory.LocalDirectory.why_not_writable", lambda _: "cannot be written to")
+    monkeypatch.setattr(
+        "dist_export.storage.local_directory.LocalDirectory.why_not_writable", lambda _: "cannot be written to"
+    )
     assert export(source, out) == first
     with pytest.raises(ConfigError, match="cannot be written to"):
         export(source, tmp_path / "new")
