@@ -191,7 +191,7 @@ def _verify(argv: list[str]) -> int:
     ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
     INTERRUPTS.describe = ranks.describe_interrupt
     try:
-        path = ranks.on_rank_0("find the package", lambda: _resolve(arguments))
+        path = ranks.broadcast("find the package", lambda: _resolve(arguments))
         report = verify(
             path,
             arguments.storage_options,

@@ -117,7 +117,7 @@ class DriftRun:
 
         while taken and len(taken) < self.config.drift_batches:
             further: list[Any] = []
-            found = self.ranks.gather("take a further batch", take)
+            found = self.ranks.all_gather("take a further batch", take)
             self._note_failure(len(taken), [reason for _, reason in found])
             if not all(is_there for is_there, _ in found):
                 break
@@ -153,7 +153,7 @@ class DriftRun:
                 for its, (_, outline) in zip(outlines, found, strict=True):
                     assert outline is not None
                     its.append(outline)
-        fitting = min(self.ranks.gather("fit the rows into memory", lambda: self._count_fitting(ids, finder)))
+        fitting = min(self.ranks.all_gather("fit the rows into memory", lambda: self._count_fitting(ids, finder)))
         if fitting < len(self.batches):
             self.notes.append(
                 f"drift is measured on {fitting} of {len(self.batches)} batches: the rows of more do not fit into max_memory"
@@ -189,7 +189,7 @@ class DriftRun:
             reason = run_with_others(self.ranks, f"drift/record/{place}", run) if place else run()
             return reason, kept[0] if kept else None
 
-        return self.ranks.gather("record the ids of a batch", work, may_block=True)
+        return self.ranks.all_gather("record the ids of a batch", work, may_block=True)
 
     def _count_fitting(self, ids: list[dict[str, np.ndarray]], finder: RowFinder | None) -> int:
         """Return how many batches, one at least, have rows that fit into this rank's memory together."""
@@ -292,7 +292,7 @@ class DriftRun:
             def add(place: int = place, blocks: Blocks | None = blocks) -> None:
                 compare(place, self._kept[place].blocks if blocks is None else blocks.tensors)
 
-            self.ranks.on_rank_0("compare with the unmodified model", add)
+            self.ranks.broadcast("compare with the unmodified model", add)
             if blocks is not None:
                 self._looked_up.append(rows.without_digests())
         self.batches = []
@@ -304,12 +304,12 @@ class DriftRun:
             if reason:
                 return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)
         outputs = {name: drift.entry() for name, drift in self._outputs.items()}
-        self.ranks.on_rank_0("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift))
+        self.ranks.broadcast("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift))
         return DriftEntry(batches=self._num_batches, rows=self._num_rows, outputs=outputs, skipped=self._num_skipped)
 
     def gather_counts(self) -> dict[str, int]:
         """Return how many ids were looked up on all ranks, and how many of them have no row, or none since they are pruned."""
-        counted = self.ranks.gather("count the ids of the drift", lambda: self.counts)
+        counted = self.ranks.all_gather("count the ids of the drift", lambda: self.counts)
         return {name: sum(getattr(its, name) for its in counted) for name in ("ids", "without_row", "pruned")}
 
     def _add(

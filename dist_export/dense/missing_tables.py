@@ -52,7 +52,7 @@ def refuse_missing(
     Raises:
         ModelError: on all ranks, for those of any rank; for a pattern that matches no embedding.
     """
-    told = ranks.gather("look for tables that the checkpoint lacks", lambda: (list(missing), list(rows.embeddings)))
+    told = ranks.all_gather("look for tables that the checkpoint lacks", lambda: (list(missing), list(rows.embeddings)))
     lacking = sorted({name for names, _ in told for name in names})
     every = sorted({name for _, names in told for name in names})
 

@@ -182,7 +182,7 @@ class ReferenceRunner:
 
         self._turn += 1
         step = f"reference/{self._turn}"
-        reasons = self._ranks.gather(
+        reasons = self._ranks.all_gather(
             "run the model for the reference", lambda: run_with_others(self._ranks, step, run), may_block=True
         )
         return (kept[0] if kept else None), reasons
@@ -326,13 +326,13 @@ def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
         return run()
     with _telling_of_reads(ranks, f"{step}/reads"):
         reason = run()
-    arrived = ranks.add(f"{step}/arrived", 1)
+    arrived = ranks.shared.add(f"{step}/arrived", 1)
     seen, since = -1, time.monotonic()
     while reason and arrived < ranks.world_size:
-        reads = ranks.add(f"{step}/reads", 0)
+        reads = ranks.shared.add(f"{step}/reads", 0)
         if reads != seen:  # ranks that look for rows are no ranks that wait
             seen, since = reads, time.monotonic()
-            ranks.add(f"{step}/heard", 1)  # so that the watchdog sees that this one does not hang
+            ranks.shared.add(f"{step}/heard", 1)  # so that the watchdog sees that this one does not hang
         if time.monotonic() - since > _PATIENCE_SECS:
             raise ModelError(
                 f"{reason}. Of {ranks.world_size:,} ranks {arrived:,} have come this far, this one included; the others have "
@@ -340,7 +340,7 @@ def run_with_others(ranks: Ranks, step: str, run: Callable[[], str]) -> str:
                 "of the model's forward. The model must fail on every rank or on none"
             )
         time.sleep(0.02)
-        arrived = ranks.add(f"{step}/arrived", 0)
+        arrived = ranks.shared.add(f"{step}/arrived", 0)
     return reason
 
 
@@ -354,7 +354,7 @@ def _telling_of_reads(ranks: Ranks, counter: str) -> Iterator[None]:
         while not is_over.wait(_BEAT_SECS):
             if ACTIVITY.done != seen:
                 seen = ACTIVITY.done
-                ranks.add(counter, 1)
+                ranks.shared.add(counter, 1)
 
     thread = threading.Thread(target=tell, name="reference-reads", daemon=True)
     thread.start()

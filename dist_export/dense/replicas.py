@@ -31,12 +31,12 @@ def compare_replicas(ranks: Ranks, copied: nn.Module) -> list[str]:
     if ranks.world_size == 1:
         return []
     found = ranks.run("read the dense parameters", lambda: _Digests(copied))
-    totals = ranks.gather("compare the dense parameters", lambda: found.total)
+    totals = ranks.all_gather("compare the dense parameters", lambda: found.total)
     if len(set(totals)) == 1:
         return []
     first = next(rank for rank, total in enumerate(totals) if total != totals[0])
     # of two ranks alone: what is wrong on others is wrong in the same way
-    told = ranks.gather("tell the dense parameters", lambda: found if ranks.rank in (0, first) else None)
+    told = ranks.all_gather("tell the dense parameters", lambda: found if ranks.rank in (0, first) else None)
     mine, theirs = told[0], told[first]
     assert mine is not None
     assert theirs is not None

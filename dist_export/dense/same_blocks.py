@@ -39,7 +39,7 @@ def gather_outlines(
     Raises:
         ModelError: on all ranks, for a block or constant that is not the same everywhere, or cannot be shown to be.
     """
-    seen = [[outline] for outline in ranks.gather("compare the blocks of all ranks", blocks.outline)]
+    seen = [[outline] for outline in ranks.all_gather("compare the blocks of all ranks", blocks.outline)]
     for its, others in zip(seen, further, strict=False):
         its.extend(others)
 
@@ -48,7 +48,9 @@ def gather_outlines(
             name = sparse_model_name
             return run_sparse_arch(sparse_arch, batch, sparse_model_name=name, finder=None, what=what)[0].outline()
 
-        for its, outline in zip(seen, ranks.gather(f"run the sparse arch on {what}", run, may_block=True), strict=True):
+        for its, outline in zip(
+            seen, ranks.all_gather(f"run the sparse arch on {what}", run, may_block=True), strict=True
+        ):
             its.append(outline)
 
     def is_shown() -> bool:
@@ -60,11 +62,11 @@ def gather_outlines(
         taken.append(batches.take())
         return taken[-1].is_there
 
-    while len(taken) < _MAX_BATCHES and not is_shown() and all(ranks.gather("take another batch", take)):
+    while len(taken) < _MAX_BATCHES and not is_shown() and all(ranks.all_gather("take another batch", take)):
         add("another batch", taken[-1].data)
     if not is_shown():
         cut = cut_batch(data, blocks.outline().num_rows or 0)
-        if all(ranks.gather("cut the sample batch", lambda: cut is not None)):
+        if all(ranks.all_gather("cut the sample batch", lambda: cut is not None)):
             add("a part of the sample batch", cut)
     ranks.run("compare the blocks", lambda: refuse_varying([outline for its in seen for outline in its]))
     return seen

@@ -132,11 +132,11 @@ class DenseStage:
         ranks = self._ranks
         sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
         self._sparse_arch = sparse_arch
-        ranks.gather("clear the gradients", self._clear_gradients)
+        ranks.all_gather("clear the gradients", self._clear_gradients)
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
-        notes = list(ranks.on_rank_0("load the dense parameters", lambda: self._load(copied)))
+        notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied)))
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
-        batches = ranks.gather("take a sample batch", self._take)
+        batches = ranks.all_gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))
         assert self._batches is not None
         self._drift.take(self._data, self._batches)
@@ -184,7 +184,7 @@ class DenseStage:
             may_block=True,
         )
         self._looked_up = rows
-        counted = ranks.gather(
+        counted = ranks.all_gather(
             "count the ids of the sample",
             lambda: (
                 dict(rows.asked),
@@ -230,8 +230,8 @@ class DenseStage:
             sparse_model_name=config.sparse_model_name,
             further=further,
         )
-        notes += ranks.on_rank_0("run the dense arch on the sample", lambda: self._run(copied, blocks, features))
-        ranks.on_rank_0("compare the order of the blocks", lambda: self._compare_orders(outlines))
+        notes += ranks.broadcast("run the dense arch on the sample", lambda: self._run(copied, blocks, features))
+        ranks.broadcast("compare the order of the blocks", lambda: self._compare_orders(outlines))
         notes += self._run_reference(sparse_arch, dense_arch, finder)
         return notes
 
@@ -253,8 +253,8 @@ class DenseStage:
         if finder is not None:
             self._pruned = finder.pruned_ids()
             whole = self._drift.whole_tables()
-            self._changes_rows = any(ranks.gather("look for changed rows", lambda: finder.changes_rows(whole)))
-        return [*ranks.on_rank_0("look at the reference", self._look_at_reference), *self._drift.notes]
+            self._changes_rows = any(ranks.all_gather("look for changed rows", lambda: finder.changes_rows(whole)))
+        return [*ranks.broadcast("look at the reference", self._look_at_reference), *self._drift.notes]
 
     def trace(self, folder: Path, mc_conf: Mapping[str, Any] | None) -> None:
         """Trace, write into ``folder``, load what was written and compare. Rank 0; issues no collective."""
@@ -398,10 +398,10 @@ class DenseStage:
                 may_block=True,
             )
             ranks.run("compare the rows of the sample", lambda: check_rows(rows, finder))
-            reads_rows = any(ranks.gather("count the rows of the sample", lambda: rows.num_found > 0))
+            reads_rows = any(ranks.all_gather("count the rows of the sample", lambda: rows.num_found > 0))
             first = (blocks, rows)
         self._data = self._sparse_arch = None
-        ranks.on_rank_0("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
+        ranks.broadcast("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
         load = functools.partial(self._load_program, target)
         self.drift = self._drift.score(
             first, run_again, self._sample, self._used, load, changes_rows=self._changes_rows

@@ -39,7 +39,7 @@ class Looked(NamedTuple):
 
 def why_unmeasured(ranks: Ranks, mine: Looked) -> str:
     """Return why the drift says nothing of the rows that are exported, empty where it does. All ranks, with one answer."""
-    told = ranks.gather("look for rows that the drift misses", lambda: mine)
+    told = ranks.all_gather("look for rows that the drift misses", lambda: mine)
     sharded = sorted({table for its in told for table in its.sharded})
     unseen: dict[str, str] = {}
     for its in reversed(told):

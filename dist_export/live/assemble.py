@@ -67,8 +67,8 @@ def open_live(ranks: Ranks, sparse_arch: nn.Module, *, sparse_model_name: str) -
         ),
         may_block=True,
     )
-    held = ranks.gather("tell what each rank holds", lambda: tables.shards)
-    digests = ranks.gather("read the replicas", lambda: _hash_replicas(held, tables.sources))
+    held = ranks.all_gather("tell what each rank holds", lambda: tables.shards)
+    digests = ranks.all_gather("read the replicas", lambda: _hash_replicas(held, tables.sources))
     ranks.run("compare the replicas", lambda: _refuse_different(digests))
     return ranks.run("put the tables together", lambda: assemble(held, tables.sources, ranks.rank))
 

@@ -48,7 +48,7 @@ def refuse_different_settings(ranks: Ranks, config: ExportConfig, digests: Seque
     """
     if len(set(digests)) == 1:
         return
-    settings = ranks.gather("compare the settings", lambda: _encode(config))
+    settings = ranks.all_gather("compare the settings", lambda: _encode(config))
     ranks.run("agree on the settings", lambda: _refuse(settings))
 
 

@@ -78,9 +78,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
     shards = [file.name for file in plan.files]
-    ranks.on_rank_0("look for foreign files", lambda: refuse_foreign_files(places, shards))
+    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(places, shards))
     has_own = config.model is not None or found.fg_conf is not None
-    report["notes"] += ranks.on_rank_0(
+    report["notes"] += ranks.broadcast(
         "look for a program to take over", lambda: TakenOver().look(source, plan, has_own=has_own)
     )
     report["notes"] += note_numbered_tables(plan)

@@ -91,7 +91,7 @@ def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWei
         return None
     from dist_export.model.sparse_tables import find_weights  # a copy of files needs no torch
 
-    found = ranks.gather(
+    found = ranks.all_gather(
         "look for the model's tables",
         lambda: find_weights(
             model, sparse_model_name=config.sparse_model_name, dense_model_name=config.dense_model_name
@@ -133,7 +133,7 @@ def open_source(
         def look_for_tables() -> bool:
             return holds_tables(source, detect_format(source, asked=config.format), tensor_settings_of(config, weights))
 
-        if not ranks.on_rank_0("look for tables", look_for_tables):
+        if not ranks.broadcast("look for tables", look_for_tables):
             return None
 
     def find_dims() -> dict[str, frozenset[int]]:

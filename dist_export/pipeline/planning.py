@@ -129,7 +129,7 @@ def _read_metadata(
     reader = ranks.run("open the checkpoint", judged(open_it))
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
-    shares = ranks.gather("read the headers", judged(lambda: reader.read_headers(mine)))
+    shares = ranks.all_gather("read the headers", judged(lambda: reader.read_headers(mine)))
     return ranks.run("match headers and indexes", judged(lambda: reader.assemble(shares)))
 
 
@@ -158,7 +158,7 @@ def open_tables(
     chosen = choose_tables(ranks, checkpoint, config)
     if needs_fallbacks(chosen):
         unknown = chosen
-        rows = ranks.on_rank_0("read the rows of unknown ids", lambda: find_fallbacks(unknown))
+        rows = ranks.broadcast("read the rows of unknown ids", lambda: find_fallbacks(unknown))
         chosen = set_fallbacks(chosen, rows)
     if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
         return chosen  # the source states all dimensions
@@ -170,7 +170,7 @@ def open_tables(
 def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeights, *, is_filtered: bool) -> Checkpoint:
     """Return a RecIS checkpoint with the model's tables that lie in ``model.pt``; a copy of files gets a warning instead."""
     directory, known = checkpoint.directory, [table.name for table in checkpoint.tables]
-    held = ranks.on_rank_0("look for tables in model.pt", lambda: find_state_tables(directory, weights, known))
+    held = ranks.broadcast("look for tables in model.pt", lambda: find_state_tables(directory, weights, known))
     if held is None:
         return checkpoint
     if not is_filtered:
@@ -229,10 +229,10 @@ def plan_sparse(
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
     # machines may mount the source in different ways, and all ranks need one digest of the plan
-    checkpoint = replace(checkpoint, disk_state=ranks.on_rank_0("look at the disk", checkpoint.digest_traces))
+    checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
     pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
-    limits = ranks.on_rank_0("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
+    limits = ranks.broadcast("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * limits.threads)
     mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
 
@@ -242,7 +242,7 @@ def plan_sparse(
     def count(share: list[int]) -> Census:
         return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated, pruning=pruning)
 
-    counts = ranks.gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
+    counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
     numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
     census = merge_censuses([*counts, numbered])
     unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
@@ -254,7 +254,7 @@ def plan_sparse(
     def search(share: list[UniqueTask]) -> None:
         check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
 
-    ranks.gather(
+    ranks.all_gather(
         "search for ids that stand twice",
         lambda: run_threads(search, [tasks[thread :: limits.threads] for thread in range(limits.threads)])[:0],
     )
@@ -275,7 +275,7 @@ def plan_sparse(
         return plan_copy(checkpoint, selection)
 
     plan = ranks.run("lay out the shards", lay_out)
-    digests = ranks.gather("compare the plans", lambda: plan.digest)
+    digests = ranks.all_gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, limits=limits)
 

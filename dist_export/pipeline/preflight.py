@@ -58,7 +58,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
     ignored = (UnaskedError,) if mistakes else ()
     needs_dense = config.model is not None
     located = mistakes.collect(
-        lambda: ranks.on_rank_0(
+        lambda: ranks.broadcast(
             "find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights)
         ),
         None,
@@ -68,7 +68,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
     places = mistakes.collect(lambda: open_places(ranks, config, place_of(config)), None)
     if places is not None and places.target.is_local:
         target = places.target
-        reason = ranks.on_rank_0("try export_dir", lambda: why_no_directory(target.path))
+        reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
         if reason is not None:
             mistakes.add(ConfigError(f"export_dir {places.final.url}: {reason}"))
     source: Directory | None = None
@@ -87,7 +87,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
 
         if checkpoint is not None or not mistakes:
             dense_state = mistakes.collect(
-                lambda: ranks.on_rank_0("read the dense parameters", describe_dense), (), ignored=ignored
+                lambda: ranks.broadcast("read the dense parameters", describe_dense), (), ignored=ignored
             )
     confs = None
     if objects is not None or config.fg is None:  # what is given as a file can be read all the same

@@ -24,13 +24,13 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
     """
-    digests = ranks.gather("compare the settings", lambda: digest_settings(config))
+    digests = ranks.all_gather("compare the settings", lambda: digest_settings(config))
     refuse_different_settings(ranks, config, digests)
     needs_dense = objects.model is not None and objects.dataset is not None
     weights = look_for_weights(ranks, config, objects.model)
-    located = ranks.on_rank_0("find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights))
+    located = ranks.broadcast("find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights))
     config = located.apply(config)
-    export_dir = ranks.on_rank_0("choose the place", lambda: place_of(config))
+    export_dir = ranks.broadcast("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
     if ranks.rank == 0:  # one for each attempt, by which they are counted
@@ -46,7 +46,7 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
             if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
                 write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))
         raise
-    others = ranks.gather("collect the events", events.lines)
+    others = ranks.all_gather("collect the events", events.lines)
     if ranks.rank == 0:
         events.take_in(others[1:])
         events.add("committed", bytes=manifest.num_bytes, digest=manifest.digest)

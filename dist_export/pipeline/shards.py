@@ -83,7 +83,7 @@ def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[Tabl
         with _withdrawing(target):
             return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
 
-    found = [accounts for shares in ranks.gather("check the shards", audit) for accounts in shares]
+    found = [accounts for shares in ranks.all_gather("check the shards", audit) for accounts in shares]
 
     def account() -> tuple[TableEntry, ...]:
         with _withdrawing(target):
@@ -98,7 +98,7 @@ def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> Non
     """Compare some rows of the model in memory with the written ones. All ranks. CommitError where one differs."""
     from dist_export.live.spot_check import compare_rows
 
-    ranks.gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
+    ranks.all_gather("compare rows with the model's", lambda: compare_rows(planned.plan, target))
 
 
 @contextlib.contextmanager

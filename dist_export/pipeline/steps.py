@@ -115,26 +115,26 @@ def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
     task, places = export.task, export.places
     ranks, config, objects, source = task.ranks, task.config, task.objects, places.source
-    small_files = ranks.on_rank_0("look at the checkpoint", lambda: look_at_small_files(source))
+    small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
     with task.reporter.stage("read"):
         checkpoint = open_source(ranks, config, source, model=objects.model, weights=task.weights)
         notes = list(checkpoint.warnings if checkpoint is not None else ())
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if export.in_place:
-            notes += ranks.on_rank_0("look at what is there", lambda: look_at_source(config, export.target, fg_conf))
+            notes += ranks.broadcast("look at what is there", lambda: look_at_source(config, export.target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
         parameters = ranks.run(
             "look for dense parameters", lambda: find_dense(config, source, checkpoint, task.weights)
         )
-        held_state = ranks.on_rank_0("read the dense parameters", lambda: parameters and parameters.describe()) or []
+        held_state = ranks.broadcast("read the dense parameters", lambda: parameters and parameters.describe()) or []
         trainer_state = [it for it in held_state if config.filter_sparse_opt and is_trainer_state(it[0])]
         if checkpoint is None and parameters is not None:  # else the tables' reader has told
-            notes += ranks.on_rank_0("look at the state", lambda: list(parameters.notes))
-            files = ranks.on_rank_0("look at the state's files", parameters.list_files)
+            notes += ranks.broadcast("look at the state", lambda: list(parameters.notes))
+            files = ranks.broadcast("look at the state's files", parameters.list_files)
             small_files = {**{file.name: file for file in files}, **small_files}
         told = Told(small_files, [fg_conf, mc_conf], ranks.world_size)
-        identity = ranks.on_rank_0(
+        identity = ranks.broadcast(
             "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
         )
     read = Source(
@@ -160,7 +160,7 @@ def find_same_package(export: ExportState) -> ExportState:
         same = find_same(export.places, task.config, export.source.identity)
         return same and _register(task, same, registered)
 
-    same = task.ranks.on_rank_0("look for the same export", look)
+    same = task.ranks.broadcast("look for the same export", look)
     return export.grown(manifest=same, is_same=same is not None, registered=tuple(registered))
 
 
@@ -181,7 +181,7 @@ def plan_tables(export: ExportState) -> ExportState:
             notes += note_dense_left(list_dense_left(export.dense_state, plan), checkpoint)
         if where is not None and not export.in_place:
             has_own = objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
-            notes += task.ranks.on_rank_0(
+            notes += task.ranks.broadcast(
                 "look for a program to take over", lambda: export.taken_over.look(where, plan, has_own=has_own)
             )
         notes += note_rules(checkpoint, plan.pruning, planned.census.pruned)
@@ -222,13 +222,13 @@ def claim_target(export: ExportState) -> ExportState:
     def register(manifest: Manifest) -> Manifest:
         return _register(task, manifest, registered)
 
-    committed = ranks.on_rank_0(
+    committed = ranks.broadcast(
         "look for a committed package", lambda: find_committed(places, config, identity, and_then=register)
     )
     if committed is not None:
         return export.grown(places=places, manifest=committed, is_same=True, registered=tuple(registered))
     ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(places.final, places.target)))
-    scratch = ranks.on_rank_0("make a temporary directory", lambda: task.held.enter_context(_scratch(places.target)))
+    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(_scratch(places.target)))
     return export.grown(places=places, refuse_if_lost=refuse_if_lost, scratch=scratch)
 
 
@@ -244,7 +244,7 @@ def transfer_and_trace(export: ExportState) -> ExportState:
 
     with task.reporter.stage("transfer"):
         if planned is None:
-            ranks.gather("trace the dense arch", trace)
+            ranks.all_gather("trace the dense arch", trace)
             return export
         receipts, shares, reused, casts = transfer(
             ranks,
@@ -269,7 +269,7 @@ def check_shards(export: ExportState) -> ExportState:
     with task.reporter.stage("check"):
         sizes = {receipt.name: receipt.num_bytes for receipt in export.receipts}
         # what comes later was not checked
-        ranks.on_rank_0("look at the shards", lambda: written.update(note_written(target, sizes)))
+        ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
             ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
         tables: tuple[TableEntry, ...] = add_casts(plan, check(ranks, planned, target), casts)
@@ -288,7 +288,7 @@ def write_rest(export: ExportState) -> ExportState:
         return files
 
     with export.task.reporter.stage("write"):
-        files = export.task.ranks.on_rank_0("write the small files", write)
+        files = export.task.ranks.broadcast("write the small files", write)
     return export.grown(small_files=tuple(files), written=written)
 
 
@@ -309,7 +309,7 @@ def count_requests(export: ExportState) -> ExportState:
     task, source = export.task, export.places.source
     if (source is None or source.s3 is None) and export.target.s3 is None:
         return export
-    counts = task.ranks.gather("count the requests", lambda: TRAFFIC.since(dict(task.traffic)))
+    counts = task.ranks.all_gather("count the requests", lambda: TRAFFIC.since(dict(task.traffic)))
     return export.grown(exchanged={name: sum(its[name] for its in counts) for name in TRAFFIC.NAMES})
 
 
@@ -332,7 +332,7 @@ def commit(export: ExportState) -> ExportState:
         return manifest
 
     with task.reporter.stage("commit"):
-        manifest = task.ranks.on_rank_0("commit", publish_package)
+        manifest = task.ranks.broadcast("commit", publish_package)
     return export.grown(manifest=manifest, registered=tuple(registered))
 
 

@@ -93,7 +93,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
             _refuse_attempt(_next_to(final) if is_old else final)
         return is_old
 
-    is_replacing = ranks.on_rank_0("look at export_dir", look)
+    is_replacing = ranks.broadcast("look at export_dir", look)
     return Places(
         source=source,
         final=final,
@@ -178,7 +178,7 @@ def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, sh
         _refuse_package(final, config, in_place=places.in_place)
         return True
 
-    is_replacing = ranks.on_rank_0("look at the package that is there", look)
+    is_replacing = ranks.broadcast("look at the package that is there", look)
     return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
 
 
@@ -334,9 +334,9 @@ def claim(
         for directory in directories if ranks.rank and final.is_local else ():
             release(claims.join_lock(directory))
 
-    ranks.on_rank_0("claim export_dir", lock)
+    ranks.broadcast("claim export_dir", lock)
     ranks.run("claim export_dir", join)
-    ranks.on_rank_0("look at what is there", lambda: _begin(places, config, identity))
+    ranks.broadcast("look at what is there", lambda: _begin(places, config, identity))
 
     def refuse_if_lost() -> None:
         for check in checks:

@@ -96,7 +96,7 @@ class Reporter:
 
     def count_bytes(self, num_bytes: int) -> None:
         """Add to the bytes of all ranks. Any rank, any thread."""
-        self._ranks.add(COUNTER, num_bytes)
+        self._ranks.shared.add(COUNTER, num_bytes)
 
     @contextlib.contextmanager
     def transferring(self, total_bytes: int, *, reused_bytes: int = 0) -> Iterator[None]:
@@ -141,7 +141,7 @@ class Reporter:
             moment = Moment(stage, self._ranks.step, now - since)
             if total := self._total_bytes:
                 try:
-                    moved = self._ranks.add(COUNTER, 0)
+                    moved = self._ranks.shared.add(COUNTER, 0)
                 except ExportError:  # the other ranks are gone, of which the main thread tells
                     return
                 moment = moment._replace(

@@ -1,4 +1,4 @@
-"""The only module that talks to ``torch.distributed``: control messages over gloo, failures shared, a work counter.
+"""The only module that talks to ``torch.distributed``: collectives over gloo, and failures shared by all ranks.
 
 Payload never travels here. Every method below says on which ranks it is called.
 """
@@ -20,6 +20,7 @@ from dist_export.redact import first_line
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.process_identity import PARENT
 from dist_export.runtime.rendezvous import agree_on_start, connect_anew
+from dist_export.runtime.shared_store import SharedStore
 from dist_export.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ _NO_LIMIT = timedelta(days=30)
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 """Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
 the shell that did it."""
-
-_FROM_END = 1 << 32
 
 _SMALL_BYTES = 1024
 """Up to here a result of rank 0 travels with the gather that tells how the step went."""
@@ -68,10 +67,7 @@ class Ranks:
         self._group = group
         self._owns_default_group = owns_default_group
         self._timeout_secs = timeout_secs
-        self._counters: dict[str, int] = {}
-        self._left: dict[str, bytes] = {}
         self._turns: dict[str, int] = {}
-        self._lock = threading.Lock()
         self._has_failed = False
         self._stop = ""
         self._watchdog = Watchdog(
@@ -83,6 +79,10 @@ class Ranks:
             request_stop=self.request_stop,
             has_failure=self.has_failure,
         )
+        self.shared = SharedStore(
+            store if world_size > 1 else None, ask=self._ask, note_progress=self._watchdog.note_progress
+        )
+        """What the ranks leave for each other without waiting."""
 
     def watch(self, *, catches_sigterm: bool) -> None:
         """Start the watchdog, which ends this process when the export cannot go on. Main thread of any rank."""
@@ -125,7 +125,7 @@ class Ranks:
         if self._watchdog.is_orphan:
             raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.say_on_disk()}. Run the export again")
 
-    def gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
+    def all_gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
         """Run ``work`` on every rank and return the results in rank order. All ranks.
 
         ``work`` issues no collective of its own: ranks that did not fail would wait in it for the one that did. Where
@@ -181,8 +181,8 @@ class Ranks:
             raise StepFailedError(step, texts, world_size=self.world_size, exit_code=code) from raised
         return [outcome[0] for outcome in outcomes]
 
-    def on_rank_0(self, step: str, work: Callable[[], T]) -> T:
-        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`gather` does.
+    def broadcast(self, step: str, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`all_gather` does.
 
         A gather gives every rank as much room as the largest result takes, for each rank: what is not small is broadcast.
         """
@@ -195,14 +195,14 @@ class Ranks:
             told = pickle.dumps(kept[0])
             return told if len(told) <= _SMALL_BYTES else None
 
-        told = self.gather(step, keep if self.rank == 0 else _nothing)[0]
+        told = self.all_gather(step, keep if self.rank == 0 else _nothing)[0]
         if self.rank > 0 and told is not None:
             return cast("T", pickle.loads(told))  # noqa: S301 -- of this job's rank 0, as all that the ranks exchange
         if self.world_size > 1 and told is None:
-            self._broadcast(step, kept)
+            self._broadcast_large(step, kept)
         return kept[0]
 
-    def _broadcast(self, step: str, kept: list[Any]) -> None:
+    def _broadcast_large(self, step: str, kept: list[Any]) -> None:
         """Put what rank 0 has in ``kept`` into that of the others. All ranks."""
         import torch.distributed as dist
 
@@ -216,7 +216,7 @@ class Ranks:
     def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
         """Run ``work`` on every rank and return this rank's own result, which need not travel. All ranks."""
         kept: list[T] = []
-        self.gather(step, lambda: kept.append(work()), may_block=may_block)
+        self.all_gather(step, lambda: kept.append(work()), may_block=may_block)
         return kept[0]
 
     def _meet(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
@@ -251,52 +251,6 @@ class Ranks:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
             arrived = self._ask(lambda: int(self._store.add(place, 0)))
-
-    def open_queue(self, queue: str) -> None:
-        """Make a queue known, so that :meth:`taken` finds it. Any one rank, in a step before it is used."""
-        self.add(f"queue/{queue}", 0)
-
-    def claim(self, queue: str, length: int, *, from_end: bool = False) -> int | None:
-        """Return the place of an item that nobody else gets, None when all are taken. Any rank, any thread, any time.
-
-        One counter holds what was taken from the front (low half) and from the end (high half), so that a single
-        addition decides: whoever helps takes from the end and meets the owner, who takes from the front, only once.
-        """
-        taken = self.add(f"queue/{queue}", _FROM_END if from_end else 1)
-        front, back = taken % _FROM_END, taken // _FROM_END
-        if front + back > length:
-            return None
-        return length - back if from_end else front - 1
-
-    def taken(self, queues: list[str]) -> list[tuple[int, int]]:
-        """Return for each queue how often it was asked for an item from its front and from its end. Any rank."""
-        if self.world_size == 1:
-            counts = [self.add(f"queue/{queue}", 0) for queue in queues]
-        else:
-            keys = [f"add/queue/{queue}" for queue in queues]
-            counts = [int(value) for value in self._ask(lambda: self._store.multi_get(keys))]
-        return [(count % _FROM_END, count // _FROM_END) for count in counts]
-
-    def add(self, counter: str, amount: int) -> int:
-        """Add to a counter that all ranks share and return its value. Any rank; 0 reads it."""
-        if self.world_size == 1:
-            with self._lock:
-                self._counters[counter] = self._counters.get(counter, 0) + amount
-                return self._counters[counter]
-        if amount:  # reading is no progress: the display does it all the time
-            self._watchdog.moves += 1
-        return self._ask(lambda: int(self._store.add(f"add/{counter}", amount)))
-
-    def put(self, key: str, value: bytes) -> None:
-        """Leave a few bytes for whoever asks for ``key``. Any rank, any thread."""
-        if self.world_size == 1:
-            self._left[key] = value
-        else:
-            self._ask(lambda: self._store.set(f"put/{key}", value))
-
-    def take(self, key: str) -> bytes:
-        """Return what some rank has left under ``key``, and was known to have left. Any rank, any thread."""
-        return self._left[key] if self.world_size == 1 else bytes(self._ask(lambda: self._store.get(f"put/{key}")))
 
     def announce_failure(self) -> None:
         """Let ranks that are busy know that one has failed. Any rank."""

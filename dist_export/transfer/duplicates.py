@@ -220,14 +220,14 @@ def _exchange(ranks: Ranks, what: str, find: Callable[[], np.ndarray], check: Ca
     ``check`` is given their number before they travel, and may raise.
     """
     mine = ranks.run(f"find {what}", find)
-    counts = ranks.gather(f"count {what}", lambda: mine.shape[1])
+    counts = ranks.all_gather(f"count {what}", lambda: mine.shape[1])
     ranks.run(f"make room for {what}", lambda: check(sum(counts)))
     if ranks.world_size == 1:
         return mine
     joined = np.empty((len(mine), sum(counts)), np.int64)
     step, filled = max(1, _EXCHANGED_ROWS // ranks.world_size), 0
     for first in range(0, max(counts), step):
-        for piece in ranks.gather(f"exchange {what}", mine[:, first : first + step].copy):
+        for piece in ranks.all_gather(f"exchange {what}", mine[:, first : first + step].copy):
             joined[:, filled : filled + piece.shape[1]] = piece
             filled += piece.shape[1]
     return joined

@@ -149,7 +149,7 @@ class Transfer:
                 self._counts = read_counts(self._target, plan)
             return self._receipts.find()
 
-        candidates, vouched = ranks.gather("look for an interrupted export", look)[0]
+        candidates, vouched = ranks.all_gather("look for an interrupted export", look)[0]
         if self._in_place:
             self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
             return
@@ -163,12 +163,12 @@ class Transfer:
                 ranks.refuse_to_go_on()  # a rank that was asked to stop has left files out
                 return hashed
 
-            shares = ranks.gather("verify shards of an interrupted export", hash_again)
+            shares = ranks.all_gather("verify shards of an interrupted export", hash_again)
             found = _chunks_of_files(_join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
             self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
         self._reused |= vouched
-        counted = ranks.gather("look for what was counted", lambda: set(self._counts))[0]
+        counted = ranks.all_gather("look for what was counted", lambda: set(self._counts))[0]
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
         new = [n for n in range(len(plan.files)) if n not in self._reused]
         built = [n for n in new if self._uploads is None or self._uploads.is_built(n)]
@@ -183,7 +183,7 @@ class Transfer:
         for begins in self._pieces.values():
             begins.sort()
         if self._uploads is not None:
-            self._uploads.join(ranks.on_rank_0("begin the uploads", functools.partial(self._begin_uploads, new)))
+            self._uploads.join(ranks.broadcast("begin the uploads", functools.partial(self._begin_uploads, new)))
 
         def reserve() -> None:
             if self._disk_of_rank:
@@ -199,7 +199,7 @@ class Transfer:
                 has_holes = number in remote  # what the store copies is never written here
                 self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
 
-        ranks.gather("reserve space for the shards", reserve)
+        ranks.all_gather("reserve space for the shards", reserve)
 
     def _share_disks(self, built: list[int]) -> None:
         """Find out on which disks files are built. All ranks."""
@@ -231,20 +231,20 @@ class Transfer:
             ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
             return self._digests
 
-        found = _join_digests(ranks.gather("write shards", finish_writing))
+        found = _join_digests(ranks.all_gather("write shards", finish_writing))
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
             # read back from the page cache, most of it; only where nothing is written is this the work to be shown
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
-            found |= _join_digests(ranks.gather("hash shards", hash_shards))
-        ranks.gather("look whether the checkpoint changed", self._refuse_changed_source)
-        for counts in ranks.gather("count what the casts lost", lambda: self._counts):
+            found |= _join_digests(ranks.all_gather("hash shards", hash_shards))
+        ranks.all_gather("look whether the checkpoint changed", self._refuse_changed_source)
+        for counts in ranks.all_gather("count what the casts lost", lambda: self._counts):
             self.casts |= counts
         if self._uploads is not None:
-            ranks.on_rank_0("look for uploads that are left", self._uploads.sweep)
+            ranks.broadcast("look for uploads that are left", self._uploads.sweep)
         written = {n: self._receipts.make(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
         receipts = [written[number] for number in range(len(plan.files))]
-        return receipts, ranks.gather("count the work", lambda: self._share)
+        return receipts, ranks.all_gather("count the work", lambda: self._share)
 
     def close(self) -> None:
         """Give back the space of files that were not published. Each rank for itself, also after a failure.
@@ -354,10 +354,12 @@ class Transfer:
         number = next(iter(pending))[0]
         outputs.sync(number)
         for place, ((_, begin), chunks) in enumerate(pending.items()):
-            ranks.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(_Piece(chunks, [] if place else parts)))
+            ranks.shared.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(_Piece(chunks, [] if place else parts)))
         begins = self._pieces[number]
-        if ranks.add(f"pieces/{number}", len(pending)) == len(begins):
-            pieces = [msgspec.msgpack.decode(ranks.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins]
+        if ranks.shared.add(f"pieces/{number}", len(pending)) == len(begins):
+            pieces = [
+                msgspec.msgpack.decode(ranks.shared.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins
+            ]
             sent = sorted(part for piece in pieces for part in piece.parts)
             receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
             # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have

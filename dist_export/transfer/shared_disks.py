@@ -14,8 +14,10 @@ def share_disks(ranks: Ranks, staging: Staging) -> list[int]:
     Which ranks these are, only looking tells: containers of one machine may have disks of their own, and machines a common one.
     Where all see rank 0's directory it is the only one. All ranks.
     """
-    first = ranks.on_rank_0("make a directory for shards", staging.make)
-    folders = ranks.gather("look for a directory for shards", lambda: first if os.path.isdir(first) else staging.make())
+    first = ranks.broadcast("make a directory for shards", staging.make)
+    folders = ranks.all_gather(
+        "look for a directory for shards", lambda: first if os.path.isdir(first) else staging.make()
+    )
     known = list(dict.fromkeys(folders))
     if len(known) == 1:
         staging.join(first)
@@ -26,6 +28,6 @@ def share_disks(ranks: Ranks, staging: Staging) -> list[int]:
         staging.join(known[place])
         return place
 
-    chosen = ranks.gather("look for directories of others", choose)
+    chosen = ranks.all_gather("look for directories of others", choose)
     numbers = {place: number for number, place in enumerate(sorted(set(chosen)))}
     return [numbers[place] for place in chosen]

@@ -20,7 +20,7 @@ def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
     Units that are bound to a disk have queues of their own, those of ``<phase>/disk``.
     """
     for worker in range(ranks.rank * threads, (ranks.rank + 1) * threads):
-        ranks.open_queue(f"{phase}/{worker}")
+        ranks.shared.open_queue(f"{phase}/{worker}")
 
 
 def take_units(
@@ -41,7 +41,7 @@ def take_units(
     """
     own = [unit for unit in units if unit.owner == ranks.rank]  # in this rank's memory, so nobody else can run them
     while own and not ranks.has_failure():
-        place = ranks.claim(f"{phase}/own/{ranks.rank}", len(own))
+        place = ranks.shared.claim(f"{phase}/own/{ranks.rank}", len(own))
         if place is None:
             break
         yield own[place], False
@@ -64,14 +64,14 @@ def _take(
     dealt = _deal(units, len(workers))
     queues, firsts, lengths = dealt.queues, dealt.firsts, dealt.lengths
     while not ranks.has_failure():
-        place = ranks.claim(f"{phase}/{worker}", len(queues[mine]))
+        place = ranks.shared.claim(f"{phase}/{worker}", len(queues[mine]))
         if place is None:
             break
         yield units[queues[mine][place]], False
     looks = _places_to_look_at(mine, len(queues))
     seen = next(looks)
     while not ranks.has_failure():
-        taken = np.array(ranks.taken([f"{phase}/{workers[number]}" for number in seen.tolist()]), np.int64)
+        taken = np.array(ranks.shared.count_taken([f"{phase}/{workers[number]}" for number in seen.tolist()]), np.int64)
         front = firsts[seen] + np.minimum(taken[:, 0], lengths[seen])
         back = np.maximum(firsts[seen] + lengths[seen] - taken[:, 1], front)
         left = dealt.bytes_until[back] - dealt.bytes_until[front]
@@ -81,7 +81,7 @@ def _take(
                 return
             continue
         victim = int(seen[left.argmax()])
-        place = ranks.claim(f"{phase}/{workers[victim]}", len(queues[victim]), from_end=True)
+        place = ranks.shared.claim(f"{phase}/{workers[victim]}", len(queues[victim]), from_end=True)
         if place is not None:
             yield units[queues[victim][place]], workers[victim] // threads != ranks.rank
 

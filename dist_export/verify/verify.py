@@ -63,9 +63,9 @@ def verify(
     directory = open_directory(path, storage_options)
     bounds = Bounds(max_memory, _choose_threads() if threads is None else threads)
     survey = Survey(directory, finite=finite)
-    work = ranks.on_rank_0("read the manifests", survey.take)
+    work = ranks.broadcast("read the manifests", survey.take)
     if work is None:
-        return ranks.on_rank_0("report", lambda: survey.report)
+        return ranks.broadcast("report", lambda: survey.report)
     keep_freed_memory()
     num_shares = ranks.world_size * bounds.threads
     mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
@@ -82,7 +82,7 @@ def verify(
             scan_share(directory, work, values),
         )
 
-    outcomes = ranks.gather("read the files", lambda: run_threads(read, list(zip(*shares, strict=True))))
+    outcomes = ranks.all_gather("read the files", lambda: run_threads(read, list(zip(*shares, strict=True))))
     found = [outcome for by_thread in outcomes for outcome in by_thread]
     counts = add_counts(work, [ids for _, ids, _ in found])
     is_proven = proven_tables(work, counts)
@@ -95,7 +95,7 @@ def verify(
         except (EndedError, OSError) as error:  # all of it has been read once
             raise UserError(f"{survey.directory.url}: {CHANGED} ({reason_of(error)}); run verify again") from error
 
-    searched = ranks.gather("search for ids that stand twice", lambda: run_threads(look, dealt))
+    searched = ranks.all_gather("search for ids that stand twice", lambda: run_threads(look, dealt))
     repeats = [repeat for repeat in counts.repeats if is_proven[repeat.table]]
     repeats = add_repeats(repeats + [repeat for by_thread in searched for its in by_thread for repeat in its])
 
@@ -106,7 +106,7 @@ def verify(
         survey.refuse_replaced()
         return survey.report
 
-    return ranks.on_rank_0("put the findings together", finish)
+    return ranks.broadcast("put the findings together", finish)
 
 
 def _choose_threads() -> int:

@@ -22,7 +22,7 @@ def main() -> None:
     """Join as an export does, and count."""
     before = count()
     with join(timeout_secs=60.0, is_own_process=True) as ranks:
-        found = ranks.gather("count the sockets", lambda: count() - before)
+        found = ranks.all_gather("count the sockets", lambda: count() - before)
     if ranks.rank == 0:
         print(f"sockets of a rank: {max(found)}", flush=True)
 

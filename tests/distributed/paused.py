@@ -61,7 +61,7 @@ def around(owner, name, before, after=None):
 
 
 def patch() -> None:
-    real_gather = Ranks.gather
+    real_gather = Ranks.all_gather
 
     def gather(self, step, work, **options):
         def arrive_and_work():
@@ -72,7 +72,7 @@ def patch() -> None:
             self, step, work if getattr(work, "__name__", "") == "_nothing" else arrive_and_work, **options
         )
 
-    Ranks.gather = gather
+    Ranks.all_gather = gather
     real_run = UnitRunner.run
 
     def run(self, unit):

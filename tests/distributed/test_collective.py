@@ -28,7 +28,7 @@ def share_a_failure(rank: int) -> None:
         with pytest.raises(
             StepFailedError, match=r"'write shards' failed on rank 1 of 3: model-000001: No space"
         ) as caught:
-            ranks.gather("write shards", work)
+            ranks.all_gather("write shards", work)
         assert caught.value.exit_code == 1
         assert ranks.has_failure(), "also those that are busy can see it"
 
@@ -46,12 +46,12 @@ def hear_of_rank_0(rank: int) -> None:
 
     with join(timeout_secs=30) as ranks:
         for size in (0, 10, 3_000_000):
-            assert ranks.on_rank_0("build", lambda size=size: build(size)) == b"x" * size
-        assert ranks.on_rank_0("tell nothing", lambda: None) is None
+            assert ranks.broadcast("build", lambda size=size: build(size)) == b"x" * size
+        assert ranks.broadcast("tell nothing", lambda: None) is None
         with pytest.raises((StepFailedError, AttributeError, TypeError, pickle.PicklingError)) as caught:
-            ranks.on_rank_0("tell what cannot be told", lambda: lambda: None)
+            ranks.broadcast("tell what cannot be told", lambda: lambda: None)
         assert rank == 0 or isinstance(caught.value, StepFailedError)
-        assert ranks.on_rank_0("go on", lambda: rank) == 0, "the ranks are still in step"
+        assert ranks.broadcast("go on", lambda: rank) == 0, "the ranks are still in step"
 
 
 def test_what_rank_0_tells_reaches_all(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def share_a_mistake(_: int) -> None:
 
     with join(timeout_secs=30) as ranks:
         with pytest.raises(StepFailedError) as caught:
-            ranks.gather("open", work)
+            ranks.all_gather("open", work)
         assert str(caught.value) == "index is missing", "a fault that all ranks meet is told without ranks"
         assert caught.value.exit_code == 2
 
@@ -79,7 +79,7 @@ def keep_a_bugs_traceback(rank: int) -> None:
             raise KeyError("bug")
 
     with join(timeout_secs=30) as ranks, pytest.raises(KeyError if rank == 0 else StepFailedError):
-        ranks.gather("plan", work)
+        ranks.all_gather("plan", work)
 
 
 def test_a_bug_is_itself_where_it_happened(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def stop_waiting(rank: int) -> None:
     ranks = join(timeout_secs=30)
     if rank == 1:
         return  # this rank ends without a word
-    ranks.gather("write", lambda: 1)
+    ranks.all_gather("write", lambda: 1)
 
 
 def test_nobody_waits_for_a_dead_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def claim_all(_: int) -> None:
         mine: list[int] = []
 
         def claim() -> None:
-            while (number := ranks.claim("queue", 200, from_end=ranks.rank == 1)) is not None:
+            while (number := ranks.shared.claim("queue", 200, from_end=ranks.rank == 1)) is not None:
                 mine.append(number)
 
         threads = [threading.Thread(target=claim) for _ in range(2)]
@@ -115,12 +115,12 @@ def claim_all(_: int) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        everyone = [number for share in ranks.gather("compare", lambda: mine) for number in share]
+        everyone = [number for share in ranks.all_gather("compare", lambda: mine) for number in share]
         assert sorted(everyone) == list(range(200)), "each number goes to one claimer"
-        ranks.add("bytes", 5)
-        ranks.gather("wait", lambda: None)
-        assert ranks.add("bytes", 0) == 5 * ranks.world_size
-        front, back = ranks.taken(["queue"])[0]
+        ranks.shared.add("bytes", 5)
+        ranks.all_gather("wait", lambda: None)
+        assert ranks.shared.add("bytes", 0) == 5 * ranks.world_size
+        front, back = ranks.shared.count_taken(["queue"])[0]
         assert front + back == 200 + 2 * ranks.world_size, "each claimer was told once that there is no more"
         assert back >= 2
 
@@ -133,8 +133,8 @@ def use_the_jobs_group(_: int) -> None:
     default = dist.group.WORLD
     for _ in range(2):
         with join(timeout_secs=30) as ranks:
-            assert ranks.claim("same", 9) in (0, 1)
-            assert ranks.gather("names", dist.get_rank) == list(range(ranks.world_size))
+            assert ranks.shared.claim("same", 9) in (0, 1)
+            assert ranks.all_gather("names", dist.get_rank) == list(range(ranks.world_size))
         assert dist.group.WORLD is default
         assert len(dist.distributed_c10d._world.pg_map) == 1, "no group is left behind"
         total = torch.ones(1)
@@ -181,13 +181,22 @@ def test_a_collective_step_that_all_ranks_reach_is_like_any_other(tmp_path: Path
 def test_one_process_needs_no_group() -> None:
     with join(timeout_secs=1) as ranks:
         assert (ranks.rank, ranks.world_size) == (0, 1)
-        assert ranks.gather("x", lambda: 3) == [3]
-        assert [ranks.claim("q", 4), ranks.claim("q", 4), ranks.claim("q", 4, from_end=True)] == [0, 1, 3]
-        assert [ranks.claim("q", 4), ranks.claim("q", 4), ranks.claim("q", 4, from_end=True)] == [2, None, None]
-        assert ranks.taken(["q", "other"]) == [(4, 2), (0, 0)]
+        assert ranks.all_gather("x", lambda: 3) == [3]
+        claim = ranks.shared.claim
+        assert [claim("q", 4), claim("q", 4), claim("q", 4, from_end=True)] == [
+            0,
+            1,
+            3,
+        ]
+        assert [claim("q", 4), claim("q", 4), claim("q", 4, from_end=True)] == [
+            2,
+            None,
+            None,
+        ]
+        assert ranks.shared.count_taken(["q", "other"]) == [(4, 2), (0, 0)]
         assert not dist.is_initialized()
         with pytest.raises(ExportError, match="x: f: No space"):
-            ranks.gather("x", lambda: (_ for _ in ()).throw(OSError(28, "No space", "f")))
+            ranks.all_gather("x", lambda: (_ for _ in ()).throw(OSError(28, "No space", "f")))
 
 
 def test_rank_0_speaks_before_the_others_go() -> None:

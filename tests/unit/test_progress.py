@@ -141,7 +141,7 @@ def test_all_bytes_are_done_at_the_end_also_where_shards_are_taken_over(
     def transferring(self: Reporter, total_bytes: int, *, reused_bytes: int = 0) -> Iterator[None]:
         with real(self, total_bytes, reused_bytes=reused_bytes):
             yield
-        seen.append((total_bytes, reused_bytes, self._ranks.add(COUNTER, 0)))
+        seen.append((total_bytes, reused_bytes, self._ranks.shared.add(COUNTER, 0)))
 
     monkeypatch.setattr(Reporter, "transferring", transferring)
 
