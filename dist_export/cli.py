@@ -144,7 +144,7 @@ def _inspect(argv: list[str]) -> int:
     parser.add_argument(
         "--format", choices=formats, default="auto", help="default: as its files tell, of DCP and a dump both"
     )
-    for option, what in (("--tables", "tables"), ("--optimizer_slots", "optimizer state")):
+    for option, what in (("--treat_as_tables", "tables"), ("--optimizer_slots", "optimizer state")):
         text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
         parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
     text = "of a checkpoint with several states, such as a model and its EMA, the path of the one to show; default: the model's"
@@ -157,7 +157,7 @@ def _inspect(argv: list[str]) -> int:
         "follow_links": arguments.follow_links,
         "asked": arguments.format,
         "settings": TensorSettings(
-            tuple(arguments.tables), tuple(arguments.optimizer_slots), state_root=arguments.state_root
+            tuple(arguments.treat_as_tables), tuple(arguments.optimizer_slots), state_root=arguments.state_root
         ),
     }
     run = describe_run(path, arguments.storage_options, **options)

@@ -131,7 +131,7 @@ def open_reader(
 
     Raises:
         CheckpointError: no format is recognised, or the checkpoint is not complete.
-        ConfigError: ``tables`` or ``state_root`` for a format that says itself which tensors are tables.
+        ConfigError: ``treat_as_tables`` or ``state_root`` for a format that says itself which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
     if found is None:
@@ -220,10 +220,10 @@ def _open_dcp_and_dump(directory: Directory, settings: TensorSettings) -> Checkp
 
 
 def _refuse_settings(directory: Directory, settings: TensorSettings, found: str) -> None:
-    if settings.tables:
+    if settings.treat_as_tables:
         raise ConfigError(
-            f"tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
-            "take tables out"
+            f"treat_as_tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
+            "take treat_as_tables out"
         )
     if settings.state_root is not None:
         raise ConfigError(

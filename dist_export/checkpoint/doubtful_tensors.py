@@ -27,7 +27,7 @@ def note_left(
     Args:
         left: (name, shape) of what is neither a table nor, with a model, in the program.
         states: (tail, shape) of optimizer state of no table; a tail names the parameter, then the slot.
-        kept_dense: names that a pattern of ``tables`` matches and the program keeps.
+        kept_dense: names that a pattern of ``treat_as_tables`` matches and the program keeps.
         weights: what the model says, where there is one.
         left_out: (full name, name within its state, shape) of what is in another state than the model's, and no copy of it.
     """
@@ -63,7 +63,7 @@ def _note_doubtful(
     return [
         f"{name!r} of shape {list(shape)} is in no table, though it "
         f"{_why(shape, is_by_row=(within, shape) in by_row)}: if rows of it are looked up, they are in no file. To export it as "
-        f'a table say {needs}tables: ["{name}"]'
+        f'a table say {needs}treat_as_tables: ["{name}"]'
         for name, within, shape in found
         if len(shape) == 2 and (shape[0] > MANY_ROWS or (within, shape) in by_row)
     ]
@@ -83,7 +83,7 @@ def _note_unused(names: Sequence[str], weights: ModelWeights) -> list[str]:
 
 
 def _note_kept_dense(names: Sequence[str]) -> list[str]:
-    """Return a note on what a pattern of ``tables`` matches and the program keeps; nothing where there is none."""
+    """Return a note on what a pattern of ``treat_as_tables`` matches and the program keeps; nothing where there is none."""
     if not names:
         return []
     return [f"tables matches {few(names)}, which stay in the program: they are within the dense arch"]

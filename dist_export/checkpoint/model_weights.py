@@ -110,7 +110,7 @@ class Roles(NamedTuple):
 
         Args:
             name: as the checkpoint has it.
-            is_asked: whether a pattern of the setting ``tables`` matches it.
+            is_asked: whether a pattern of the setting ``treat_as_tables`` matches it.
             is_in_collection: whether its name is that of a weight of an embedding collection.
         """
         if name in self.tables:

@@ -13,7 +13,7 @@ WHOLE = "."
 class TensorSettings(NamedTuple):
     """For formats that hold tensors and say nothing of tables. All readers of one checkpoint get the same ones."""
 
-    tables: tuple[str, ...] = ()
+    treat_as_tables: tuple[str, ...] = ()
     """Patterns of tensors that are tables, besides those that are known without."""
     optimizer_slots: tuple[str, ...] = ()
     """Patterns of tensors that are optimizer state, besides ``<root>.state.<parameter>.<slot>``."""

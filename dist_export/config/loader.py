@@ -65,6 +65,7 @@ RENAMED = {
     "on_unfit": "on_overflow",
     "on_emptied": "on_empty_table",
     "on_existing": "on_unfinished",
+    "tables": "treat_as_tables",
 }
 """Settings under the names that they had before."""
 
@@ -104,6 +105,8 @@ def parse_path(parser: ArgumentParser, argv: Sequence[str]) -> Any:
     argv = with_underscores(argv)
     for option, text in zip(argv, [*argv, ""][1:], strict=True):
         name, equals, value = option.removeprefix("--").partition("=")
+        if option.startswith("--") and name in RENAMED:
+            raise ConfigError(f"--{name} is no option of {parser.prog}{_nearest(name, ())}")
         if option.startswith("--") and name in _EXAMPLES and not _is_mapping(value if equals else text):
             raise ConfigError(f"--{name} is something else; expected {_expected(name)}")
     try:

@@ -59,7 +59,7 @@ class ExportConfig:
     """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
-    tables: list[str] = field(default_factory=list)
+    treat_as_tables: list[str] = field(default_factory=list)
     """Patterns of further tensors that are tables, for checkpoints that do not say so; with model its embeddings are tables"""
     optimizer_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors that are optimizer state"""
@@ -210,7 +210,7 @@ class ExportConfig:
             raise ConfigError(
                 f"format is live, which exports the model's own tables, but ckpt_dir is {self.ckpt_dir!r}; set ckpt_dir: null"
             )
-        for name in ("tables", "optimizer_slots", "state_root", "dynamicemb_dims"):
+        for name in ("treat_as_tables", "optimizer_slots", "state_root", "dynamicemb_dims"):
             if getattr(self, name):
                 raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
         if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
@@ -257,8 +257,8 @@ class ExportConfig:
         unused += [name for name in ("default_row", "dynamicemb_dims") if getattr(self, name)]
         if unused and not self.need_export_sparse:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
-        if self.tables and not self.need_export_sparse and self.model is None:
-            raise ConfigError("tables says which tensors are tables, but need_export_sparse is false")
+        if self.treat_as_tables and not self.need_export_sparse and self.model is None:
+            raise ConfigError("treat_as_tables says which tensors are tables, but need_export_sparse is false")
         if asked and not self.filter_sparse_opt:
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "

@@ -14,7 +14,9 @@ from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.storage.directory import Directory
 
-NO_TABLES = "no tables: no matrix lies below embedding_bags or embeddings; --tables PATTERN names those that are"
+NO_TABLES = (
+    "no tables: no matrix lies below embedding_bags or embeddings; --treat_as_tables PATTERN names those that are"
+)
 
 
 def describe_source(

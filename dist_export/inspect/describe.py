@@ -71,9 +71,9 @@ def describe(
         return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if not is_package and found is None:
         raise find_nothing(directory, asked=asked)
-    if settings.tables or settings.optimizer_slots or settings.state_root is not None:
+    if settings.treat_as_tables or settings.optimizer_slots or settings.state_root is not None:
         raise ConfigError(
-            f"{path} is no DCP checkpoint and no other that holds tensors alone; --tables, --optimizer_slots "
+            f"{path} is no DCP checkpoint and no other that holds tensors alone; --treat_as_tables, --optimizer_slots "
             "and --state_root are for those"
         )
     if is_package:

@@ -88,7 +88,7 @@ def open_checkpoint(
 def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
     """Return what the settings say of the tensors of a checkpoint, and the model, where one is exported."""
     return TensorSettings(
-        tables=tuple(config.tables),
+        treat_as_tables=tuple(config.treat_as_tables),
         optimizer_slots=tuple(config.optimizer_slots),
         weights=weights,
         state_root=config.state_root,

@@ -36,7 +36,7 @@ EXAMPLES = {
     "follow_links": "true",
     "filter_sparse_opt": "true",
     "num_shards": "8",
-    "tables": '["*_emb.weight"]',
+    "treat_as_tables": '["*_emb.weight"]',
     "optimizer_slots": '["*.momentum1"]',
     "state_root": "ema",
     "drop_slots": "[step_filter]",

@@ -24,7 +24,7 @@ def main(fixtures: Path, out: Path, threads: int) -> None:
                 "export_dir": str(out / case / str(num_shards)),
                 "filter_sparse_opt": True,
                 "num_shards": num_shards,
-                "tables": TORCHREC_CASES[case],
+                "treat_as_tables": TORCHREC_CASES[case],
                 "keep_slots": ["exp_avg"] if case == "dtensor_adam" else [],
                 "threads": threads,
             }

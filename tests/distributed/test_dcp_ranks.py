@@ -98,7 +98,7 @@ def test_tables_and_dense_parameters_that_torch_shared_out(world_size: int, tmp_
                 "ckpt_dir": str(tmp_path / "ckpt"),
                 "export_dir": str(package),
                 "filter_sparse_opt": True,
-                "tables": tables,
+                "treat_as_tables": tables,
                 "num_shards": num_shards,
                 "keep_slots": ["exp_avg"],
             }

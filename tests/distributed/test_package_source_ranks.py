@@ -22,7 +22,7 @@ def export_chain(_: int, source: str, out: str) -> None:
     memory_budget._CAST_VALUES = 64  # so that every part has many blocks
     work_units.UNIT_BYTES = 1 << 10
     steps = [
-        {"tables": TABLES, "num_shards": 3, "dtype": {"*": "int8"}, "to_hash_tables": ["*item*"]},
+        {"treat_as_tables": TABLES, "num_shards": 3, "dtype": {"*": "int8"}, "to_hash_tables": ["*item*"]},
         {"num_shards": 2, "rename_tables": {"*item*": "item"}, "prune": [{"tables": ["*item*"], "norm_at_most": 1.0}]},
         {"num_shards": 4, "dtype": {"item": "float16", "*": "float32"}},
     ]

@@ -21,8 +21,8 @@ import dist_export
 pytestmark = pytest.mark.distributed
 
 CASES: dict[str, dict[str, Any]] = {
-    "several": {"tables": TABLES},
-    "transposed.pt": {"tables": ["*"], "keep_slots": ["sum"]},
+    "several": {"treat_as_tables": TABLES},
+    "transposed.pt": {"treat_as_tables": ["*"], "keep_slots": ["sum"]},
     "dump": {"on_duplicate": "first"},
 }
 
@@ -104,7 +104,7 @@ def test_shards_that_torch_writes_come_together(tmp_path: Path) -> None:
     model = make_model()
     for num_shards in (1, 2, 3):
         out = tmp_path / str(num_shards)
-        settings = {"filter_sparse_opt": True, "tables": TABLES, "num_shards": num_shards}
+        settings = {"filter_sparse_opt": True, "treat_as_tables": TABLES, "num_shards": num_shards}
         dist_export.export({"ckpt_dir": str(tmp_path / "in"), "export_dir": str(out), **settings})
         assert_same(read_numbered(out), {name: model[name] for name in (USER, ITEM)})
     dense = dense_of(tmp_path / "in", TABLES).load()

@@ -110,7 +110,7 @@ def test_nothing_that_lies_in_or_beside_an_optimizer_is_forgotten(tmp_path: Path
         "emb.weight": torch.ones(20, 4),
     }
     torch.save(state, tmp_path / "m.pt")
-    account = export(tmp_path / "m.pt", tmp_path / "out", tables=["emb.weight"]).account
+    account = export(tmp_path / "m.pt", tmp_path / "out", treat_as_tables=["emb.weight"]).account
     every = [3, 2, 6, 1, 1, 2 * 20 * 4]
     assert account.num_bytes == account.total == 4 * sum(every) + sum(array.nbytes for array in arrays)
     assert account.tensors == 2 + 5 + len(arrays)
@@ -181,7 +181,11 @@ def test_all_that_a_plain_checkpoint_holds_is_accounted_for(
     write: Callable[..., Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     source, held = write(tmp_path / "ckpt")
-    view = {"tables": ["*user.weight", "*item.weight"], "dtype": {"*user*": "float16"}, "drop_tables": ["*slot*"]}
+    view = {
+        "treat_as_tables": ["*user.weight", "*item.weight"],
+        "dtype": {"*user*": "float16"},
+        "drop_tables": ["*slot*"],
+    }
     view |= {"keep_slots": ["exp_avg"]}
     if settings:
         del view["drop_tables"]  # a collection of the dense arch is no table then
@@ -371,7 +375,7 @@ def test_a_tensor_that_is_lost_fails_the_export(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(room, "other_tensor", lose)
         with pytest.raises(CommitError, match="account of its payload does not add up"):
-            export(source, tmp_path / "out", tables=["*user.weight"])
+            export(source, tmp_path / "out", treat_as_tables=["*user.weight"])
         assert not (tmp_path / "out" / "manifest.json").exists()
 
 

@@ -304,7 +304,7 @@ def test_the_timeout_of_the_file_counts_from_the_start(
 
 
 @pytest.mark.parametrize("command", ["export", "plan", "inspect"])
-@pytest.mark.parametrize("tables", [[], ["--tables", "x"]])
+@pytest.mark.parametrize("tables", [[], ["--treat_as_tables", "x"]])
 @pytest.mark.parametrize("format_", ["auto", "dcp", "safetensors", "torch", "dynamicemb", "recis"])
 def test_a_place_without_a_checkpoint_is_told_with_what_was_looked_for(
     command: str, tables: list[str], format_: str, tmp_path: Path, capsys

@@ -229,8 +229,8 @@ def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> N
 
 
 def test_a_live_model_says_what_its_tables_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tables is for checkpoints, but format is live"):
-        dist_export.ExportConfig(export_dir=str(tmp_path), format="live", tables=["x"])
+    with pytest.raises(ConfigError, match="treat_as_tables is for checkpoints, but format is live"):
+        dist_export.ExportConfig(export_dir=str(tmp_path), format="live", treat_as_tables=["x"])
     with pytest.raises(ConfigError, match="dataset is None"):
         dist_export.Exporter(
             torchrec_shape.build_trained(), "sparse_arch", "dense_arch", None, None, tmp_path, need_export_sparse=False

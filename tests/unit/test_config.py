@@ -200,12 +200,12 @@ def test_what_a_setting_may_be_is_said_with_what_it_is() -> None:
         (["--on_overflow", "clampp"], "on_overflow is 'clampp'; expected error or clamp"),
         (["--atol", "small"], "atol is 'small'; expected a number"),
         (
-            ["--tables", "{a: 1}"],
-            """tables is "{'a': 1}"; expected a list [text, ...], such as""",
+            ["--treat_as_tables", "{a: 1}"],
+            """treat_as_tables is "{'a': 1}"; expected a list [text, ...], such as""",
         ),
         (
-            ["--tables", "{a: 1}"],
-            """on the command line --tables '["*_b"]'""",
+            ["--treat_as_tables", "{a: 1}"],
+            """on the command line --treat_as_tables '["*_b"]'""",
         ),
         (["--storage_options", "hunter2"], "storage_options has the wrong type; expected a YAML mapping such as"),
     ):

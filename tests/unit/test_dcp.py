@@ -55,7 +55,7 @@ def values_of(checkpoint: DcpCheckpoint, tensor: TensorMeta) -> np.ndarray:
 def test_tensors_of_real_checkpoints_are_found_where_they_lie(case: str, torchrec_fixtures: Path) -> None:
     """Tables, slots and dense parameters, read at the found places, equal what torch reads bit for bit."""
     tables = ("t_*.weight",) if case == "dtensor_adam" else ()
-    checkpoint = read(torchrec_fixtures / case, tables=tables)
+    checkpoint = read(torchrec_fixtures / case, treat_as_tables=tables)
     golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)
     assert sorted(table.name.split(".")[-2] for table in checkpoint.tables) == ["t_item", "t_user"]
     tensors = {table.name: table.weight for table in checkpoint.tables} | dict(checkpoint.dense)
@@ -165,9 +165,12 @@ def test_two_directories_are_read_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tables": ("nothing.*",)}, "tables: the pattern 'nothing.*' matches no tensor; .*mlp.weight"),
+        (
+            {"treat_as_tables": ("nothing.*",)},
+            "treat_as_tables: the pattern 'nothing.*' matches no tensor; .*mlp.weight",
+        ),
         ({"optimizer_slots": ("nothing.*",)}, "optimizer_slots: the pattern 'nothing.*' matches no tensor"),
-        ({"tables": ("bias",)}, r"tables names 'bias', which has shape \[3\]"),
+        ({"treat_as_tables": ("bias",)}, r"treat_as_tables names 'bias', which has shape \[3\]"),
     ],
 )
 def test_a_pattern_that_cannot_be_meant_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -300,7 +303,9 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"source   recis checkpoint {recis}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is no DCP checkpoint"):
         describe(str(recis), settings=TensorSettings(("x",)))
-    assert main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--tables", "[x]"]) == 2
+    assert (
+        main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--treat_as_tables", "[x]"]) == 2
+    )
     assert "is a RecIS checkpoint, which says so itself" in capsys.readouterr().err
     shutil.copy(path / ".metadata", recis / ".metadata")
     assert main(["export", "--ckpt_dir", str(recis), *out, "--overwrite", "true"]) == 2
@@ -321,7 +326,9 @@ def test_inspect_shows_a_dcp_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     assert "DCP checkpoint: " in shown
     assert "ebc.embedding_bags.user.weight is shared out in one piece" in shown
     assert "dense      mlp.weight float32 [3, 4]" in shown
-    assert main(["inspect", "--json", "--tables", "mlp.*", "--tables", "*.user.weight", str(path)]) == 0
+    assert (
+        main(["inspect", "--json", "--treat_as_tables", "mlp.*", "--treat_as_tables", "*.user.weight", str(path)]) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert [(table["name"], table["rows"], table["slots"]) for table in found["tables"]] == [
         ("ebc.embedding_bags.user.weight", 10, ["embedding", "momentum1"]),

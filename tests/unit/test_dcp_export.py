@@ -63,7 +63,7 @@ def same(found: dict[Any, torch.Tensor], expected: dict[Any, torch.Tensor]) -> b
 @pytest.mark.parametrize("case", TORCHREC_CASES)
 def test_real_checkpoints_give_the_truth(case: str, num_shards: Any, torchrec_fixtures: Path, tmp_path: Path) -> None:
     """Rows and columns shared out over ranks come together, optimizer state stays behind, and is named."""
-    found = export(torchrec_fixtures / case, tmp_path, num_shards=num_shards, tables=TORCHREC_CASES[case])
+    found = export(torchrec_fixtures / case, tmp_path, num_shards=num_shards, treat_as_tables=TORCHREC_CASES[case])
     truth = golden_of(torchrec_fixtures, case)
     assert same(found, {key: values for key, values in truth.items() if key[1] == "embedding"})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -84,7 +84,11 @@ def test_optimizer_state_that_fits_is_kept_where_asked_for(
     slots = ["momentum1", "exp_avg*"] if case == "row_wise" else ["exp_avg*"]
     slots = slots[:1]
     found = export(
-        torchrec_fixtures / case, tmp_path, num_shards=num_shards, tables=TORCHREC_CASES[case], keep_slots=slots
+        torchrec_fixtures / case,
+        tmp_path,
+        num_shards=num_shards,
+        treat_as_tables=TORCHREC_CASES[case],
+        keep_slots=slots,
     )
     assert same(found, golden_of(torchrec_fixtures, case))
     assert len(found) == (4 if case == "row_wise" else 6)
@@ -191,7 +195,7 @@ def test_plain_tables_are_named_by_the_user(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "no tensor of this DCP checkpoint is a table" in error
     assert "user.weight [9, 4], mlp.weight [3, 4]" in error
-    arguments += ["--filter_sparse_opt", "true", "--tables", "['user.*']"]
+    arguments += ["--filter_sparse_opt", "true", "--treat_as_tables", "['user.*']"]
     assert main(["plan", *arguments]) == 0
     shown = capsys.readouterr().out
     assert "source: dcp checkpoint (recognised by .metadata, or model/.metadata)" in shown
@@ -209,8 +213,16 @@ def test_settings_that_cannot_be_met_are_one_line(tmp_path: Path) -> None:
         export(tmp_path / "ckpt", tmp_path / "out", keep_slots=["momentum2"])
     with pytest.raises(CheckpointError, match="optimizer_slots: the pattern 'momentum2' matches no"):
         export(tmp_path / "ckpt", tmp_path / "out", optimizer_slots=["momentum2"])
-    with pytest.raises(ConfigError, match="tables says which tensors are tables, but need_export_sparse is false"):
-        export(tmp_path / "ckpt", tmp_path / "out", tables=["mlp.*"], need_export_sparse=False, filter_sparse_opt=False)
+    with pytest.raises(
+        ConfigError, match="treat_as_tables says which tensors are tables, but need_export_sparse is false"
+    ):
+        export(
+            tmp_path / "ckpt",
+            tmp_path / "out",
+            treat_as_tables=["mlp.*"],
+            need_export_sparse=False,
+            filter_sparse_opt=False,
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -57,7 +57,7 @@ def test_tables_come_out_as_they_went_in(num_shards: int, tmp_path: Path) -> Non
     found = []
     for number, place in enumerate((one, one.parent, tmp_path / "index", tmp_path / "bare")):
         out = tmp_path / f"out{number}"
-        manifest = export(place, out, tables=TABLES, num_shards=num_shards)
+        manifest = export(place, out, treat_as_tables=TABLES, num_shards=num_shards)
         assert manifest.source.format == "safetensors"
         assert_same(
             read_numbered(out), {**tables_of(model), "half.embeddings.x.weight": model["half.embeddings.x.weight"]}
@@ -87,7 +87,7 @@ def test_dense_parameters_are_loaded_by_name(tmp_path: Path) -> None:
 def test_what_inspect_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "in", make_model())
     save(tmp_path / "in", make_model(), "copy.safetensors")
-    assert main(["inspect", str(tmp_path / "in"), "--tables", "*item.weight"]) == 0
+    assert main(["inspect", str(tmp_path / "in"), "--treat_as_tables", "*item.weight"]) == 0
     shown = capsys.readouterr().out
     assert f"safetensors checkpoint: {tmp_path / 'in'}" in shown
     assert "dense      dense_arch.mlp.bias float32 [3]" in shown
@@ -142,7 +142,7 @@ def test_what_torch_itself_writes(tmp_path: Path) -> None:
     model = make_model()
     dcp.save(model, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path / "in")), no_dist=True)
     assert (tmp_path / "in" / INDEX).exists()
-    export(tmp_path / "in", tmp_path / "out", tables=TABLES, num_shards=2)
+    export(tmp_path / "in", tmp_path / "out", treat_as_tables=TABLES, num_shards=2)
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
 
 
@@ -255,8 +255,8 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
         CheckpointError,
         match=r"a safetensors checkpoint and a checkpoint of torch\.save; say which .* format: safetensors or format: torch",
     ):
-        export(folder, tmp_path / "out", tables=TABLES)
-    export(folder, tmp_path / "out", tables=TABLES, format="torch")
+        export(folder, tmp_path / "out", treat_as_tables=TABLES)
+    export(folder, tmp_path / "out", treat_as_tables=TABLES, format="torch")
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
     (folder / "notes.bin").write_bytes(b"x")
     assert detect_format(open_place(folder / "notes.bin")) is None
@@ -266,7 +266,7 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     torch.save(model, shard.parent / "model.pt")
     assert detect_format(open_place(shard.parent)) == "recis"
     with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take tables out"):
-        export(shard.parent, tmp_path / "other", tables=TABLES)
+        export(shard.parent, tmp_path / "other", treat_as_tables=TABLES)
 
 
 def helpers() -> dict[str, Any]:

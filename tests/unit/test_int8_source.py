@@ -60,7 +60,7 @@ def hashed(tmp_path: Path) -> Path:
 def numbered(tmp_path: Path) -> Path:
     """A package with two tables by row number, rows of int8."""
     torch.save(make_model(), tmp_path / "ckpt.pt")
-    export(tmp_path / "ckpt.pt", tmp_path / "first", tables=TABLES, dtype={"*": "int8"}, num_shards=3)
+    export(tmp_path / "ckpt.pt", tmp_path / "first", treat_as_tables=TABLES, dtype={"*": "int8"}, num_shards=3)
     return tmp_path / "first"
 
 

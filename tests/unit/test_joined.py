@@ -414,7 +414,7 @@ def test_a_name_that_settings_give_to_a_table_may_be_taken(tmp_path: Path) -> No
     with pytest.raises(
         CheckpointError, match=r"table 'item' stands twice: as 'item' of shape \[20, 16\]|two tables are"
     ):
-        export(source, tmp_path / "other", tables=["item"])
+        export(source, tmp_path / "other", treat_as_tables=["item"])
 
 
 def test_a_table_that_the_dump_lacks_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,9 @@ def test_the_models_embeddings_are_tables_without_a_setting(write: Callable[...,
 def test_patterns_add_to_them_and_take_nothing_from_the_program(write: Callable[..., Path], tmp_path: Path) -> None:
     state = embedding_model.build_trained().state_dict()
     source = write(tmp_path / "ckpt", state)
-    manifest = export(source, tmp_path / "out", tables=["*user.weight", "teacher.*", "*position.weight"], **SETTINGS)
+    manifest = export(
+        source, tmp_path / "out", treat_as_tables=["*user.weight", "teacher.*", "*position.weight"], **SETTINGS
+    )
     expected = {name: state[name] for name in (*TABLES, "teacher.weight")}
     assert_same(read_numbered(tmp_path / "out"), expected)
     assert any("dense_arch.position.weight" in note and "stay in the program" in note for note in manifest.notes)
@@ -164,10 +166,10 @@ def test_without_a_model_each_matrix_that_looks_like_a_table_is_named(tmp_path: 
             ),
         )
     ):
-        manifest = export(source, tmp_path / f"out{number}", tables=["*user.weight"])
+        manifest = export(source, tmp_path / f"out{number}", treat_as_tables=["*user.weight"])
         named = [note.partition("'")[2].partition("'")[0] for note in manifest.notes if "is in no table" in note]
         assert sorted(named) == ["a.long.weight", "a.rowwise.weight", "a.rowwise_too.weight"]
-        report = make_report(load_config({**load(source, tmp_path), "tables": ["*user.weight"]}), world_size=2)
+        report = make_report(load_config({**load(source, tmp_path), "treat_as_tables": ["*user.weight"]}), world_size=2)
         assert [note for note in report["notes"] if "is in no table" in note] == [
             note for note in manifest.notes if "is in no table" in note
         ]
@@ -186,14 +188,14 @@ def test_a_matrix_of_another_state_that_looks_like_a_table_is_named(tmp_path: Pa
     optimizer = {"state": {"rowwise.weight": {"sum": torch.zeros(9)}}, "param_groups": [{"lr": 1}]}
     whole = {"model": model, "ema": model, "sparse": BESIDE, "optimizer": optimizer}
     source = save_torch(tmp_path / "torch", whole)
-    manifest = export(source, tmp_path / "out", tables=["*emb.weight"])
+    manifest = export(source, tmp_path / "out", treat_as_tables=["*emb.weight"])
     named = [note for note in manifest.notes if "is in no table" in note]
     assert sorted(note.partition("'")[2].partition("'")[0] for note in named) == [
         "sparse.rowwise.weight",
         "sparse.user.weight",
     ]
-    assert all('say state_root: . and tables: ["sparse.' in note for note in named)
-    export(source, tmp_path / "all", tables=["sparse.user.weight"], state_root=".")
+    assert all('say state_root: . and treat_as_tables: ["sparse.' in note for note in named)
+    export(source, tmp_path / "all", treat_as_tables=["sparse.user.weight"], state_root=".")
     assert list(read_numbered(tmp_path / "all")) == ["sparse.user.weight"]
 
 
@@ -202,7 +204,7 @@ def test_a_matrix_of_another_state_of_dcp_is_named(tmp_path: Path) -> None:
     model = {"emb.weight": torch.zeros(9, 2), "mlp.weight": torch.zeros(3, 2)}
     teacher = {"emb.weight": torch.zeros(MANY_ROWS + 1, 2), "mlp.weight": torch.zeros(3, 2)}
     source = save_dcp(tmp_path / "dcp", {"model": model, "teacher": teacher})
-    manifest = export(source, tmp_path / "out", tables=["*emb.weight"])
+    manifest = export(source, tmp_path / "out", treat_as_tables=["*emb.weight"])
     (named,) = [note for note in manifest.notes if "is in no table" in note]
     assert named.startswith("'teacher.emb.weight'")
 

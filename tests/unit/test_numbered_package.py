@@ -494,7 +494,7 @@ def test_packages_of_torchrec_checkpoints_hold_their_rows(
     case: str, num_shards: int | str, torchrec_fixtures: Path, tmp_path: Path
 ) -> None:
     golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)
-    named = {"tables": ["t_*.weight"]} if case == "dtensor_adam" else {}
+    named = {"treat_as_tables": ["t_*.weight"]} if case == "dtensor_adam" else {}
     export(torchrec_fixtures / case, tmp_path / "out", num_shards=num_shards, **named)
     report = verify(str(tmp_path / "out"), finite=True)
     assert report.findings == []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dist_export
+from dist_export.cli import main
 from dist_export.config.loader import RENAMED, build_parser, load_config, parse_settings
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
@@ -31,6 +32,14 @@ def test_an_old_name_is_an_error_that_names_the_new_one(old: str, new: str, tmp_
         dist_export.Exporter(None, "", "", None, "in", "out", **{old: "x"}).export()
     assert new in ExportConfig.__dataclass_fields__
     assert old not in ExportConfig.__dataclass_fields__
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_commands_for_a_path_name_the_new_option_too(command: str, tmp_path: Path, capsys) -> None:
+    assert main([command, str(tmp_path), "--tables", "x*"]) == 2
+    assert (
+        f"--tables is no option of dist_export {command}; it is called treat_as_tables now" in capsys.readouterr().err
+    )
 
 
 def parse(*argv: str) -> ExportConfig:

@@ -17,7 +17,9 @@ import dist_export
 def numbered(tmp_path: Path) -> Path:
     """A package with two tables by row number, one of them with a default row."""
     torch.save(make_model(), tmp_path / "ckpt.pt")
-    export(tmp_path / "ckpt.pt", tmp_path / "first", tables=TABLES, num_shards=3, default_row={"*user*": "zeros"})
+    export(
+        tmp_path / "ckpt.pt", tmp_path / "first", treat_as_tables=TABLES, num_shards=3, default_row={"*user*": "zeros"}
+    )
     return tmp_path / "first"
 
 

@@ -159,8 +159,8 @@ def test_a_newest_one_that_the_settings_do_not_fit_is_an_error_and_no_older_one_
     for step, name in ((1, "old"), (2, "new")):
         weight = torch.randn(5, 4)
         write_chunks(tmp_path / "run" / f"step-{step}", {f"m.{name}.weight": (weight, [((0, 0), weight)])})
-    with pytest.raises(CheckpointError, match=r"step-2: tables: the pattern '\*old\*' matches no tensor"):
-        find(tmp_path / "run", tables=["*old*"])
+    with pytest.raises(CheckpointError, match=r"step-2: treat_as_tables: the pattern '\*old\*' matches no tensor"):
+        find(tmp_path / "run", treat_as_tables=["*old*"])
 
 
 def test_a_run_without_tables_is_found_for_its_dense_arch(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_inspect_lists_a_run_of_other_formats_with_patterns(tmp_path: Path, caps
         ["step-2", "complete,", "the", "latest"],
         ["step-1", "complete"],
     ]
-    lines = inspect(capsys, tmp_path, "--tables", "nothing*").splitlines()
+    lines = inspect(capsys, tmp_path, "--treat_as_tables", "nothing*").splitlines()
     assert "step-2  unclear: " in lines[2]
     assert "nothing*" in lines[2]
 

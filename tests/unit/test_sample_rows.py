@@ -62,7 +62,7 @@ def export_model(model: nn.Module, ckpt: Path | None, out: Path, dataset: Any = 
 def test_a_model_with_tables_of_other_names_is_refused(tmp_path: Path) -> None:
     ckpt = write_trained(tmp_path / "ckpt", prefix="")
     with pytest.raises(ModelError) as caught:
-        export(ckpt, tmp_path / "out", tables=["t_*"], **SETTINGS)
+        export(ckpt, tmp_path / "out", treat_as_tables=["t_*"], **SETTINGS)
     message = str(caught.value)
     assert "sparse_arch.ebc.embedding_bags.t_user" in message
     assert "t_user.weight, t_item.weight" in message or "t_item.weight, t_user.weight" in message
@@ -78,7 +78,7 @@ def test_it_is_the_users_mistake_on_the_command_line(tmp_path: Path, capsys: pyt
         "ckpt_dir": ckpt,
         "export_dir": tmp_path / "out",
         "filter_sparse_opt": True,
-        "tables": "[t_*]",
+        "treat_as_tables": "[t_*]",
         **SETTINGS,
     }
     assert main([f"--{name}={value}" for name, value in settings.items()]) == 2
@@ -88,7 +88,7 @@ def test_it_is_the_users_mistake_on_the_command_line(tmp_path: Path, capsys: pyt
 def test_the_dense_arch_alone_needs_no_table_of_the_checkpoint(tmp_path: Path) -> None:
     ckpt = write_trained(tmp_path / "ckpt", prefix="")
     settings = {**SETTINGS, "num_shards": None, "need_export_sparse": False, "filter_sparse_opt": False}
-    manifest = export(ckpt, tmp_path / "out", tables=["t_*"], **settings)
+    manifest = export(ckpt, tmp_path / "out", treat_as_tables=["t_*"], **settings)
     assert sum("is no table of the checkpoint" in note for note in manifest.notes) == 2
     assert "with the program as written: " in summary_of(manifest)
 

@@ -371,10 +371,10 @@ def test_a_frozen_one_does_not(tmp_path: Path) -> None:
     trained = Model(BY_ID["forward"], 1)
     model = scripted_model(2, "frozen")
     tables = ["sparse_arch.*.weight"]
-    manifest = export(tmp_path, model, trained, dtype={"*": "bfloat16"}, tables=tables)
+    manifest = export(tmp_path, model, trained, dtype={"*": "bfloat16"}, treat_as_tables=tables)
     assert "sparse_arch is scripted and has a constant of its shape" in manifest.drift.not_measured
     with pytest.raises(ModelError, match="cannot be measured"):
-        export(tmp_path / "bounded", model, trained, tables=tables, max_drift=1.0)
+        export(tmp_path / "bounded", model, trained, treat_as_tables=tables, max_drift=1.0)
 
 
 def test_batches_that_look_nothing_up_measure_nothing(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_batches_that_look_nothing_up_measure_nothing(tmp_path: Path) -> None:
 
     trained, model = Model(BY_ID["forward"], 1), Model(BY_ID["forward"], 1)
     model.sparse_arch = Blind()
-    manifest = export(tmp_path, model, trained, tables=["sparse_arch.*.weight"])
+    manifest = export(tmp_path, model, trained, treat_as_tables=["sparse_arch.*.weight"])
     assert manifest.drift.not_measured == "no batch was seen to look up a table of the package"
 
 

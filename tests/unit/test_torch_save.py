@@ -39,7 +39,7 @@ def tables_of(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("num_shards", NUM_SHARDS)
 def test_tables_come_out_as_they_went_in(num_shards: int, tmp_path: Path) -> None:
     model = make_model()
-    export(save(tmp_path / "in" / "ckpt.pt", model), tmp_path / "out", tables=TABLES, num_shards=num_shards)
+    export(save(tmp_path / "in" / "ckpt.pt", model), tmp_path / "out", treat_as_tables=TABLES, num_shards=num_shards)
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
 
 
@@ -70,13 +70,13 @@ def test_tensors_that_do_not_lie_row_after_row(tmp_path: Path, monkeypatch: pyte
     path = save(tmp_path / "ckpt.pt", tables)
     for num_shards in (1, 4):
         out = tmp_path / str(num_shards)
-        export(path, out, tables=["*"], num_shards=num_shards)
+        export(path, out, treat_as_tables=["*"], num_shards=num_shards)
         assert_same(read_numbered(out), {name: tensor.contiguous() for name, tensor in tables.items()})
 
 
 def test_tables_without_rows(tmp_path: Path) -> None:
     model = {"a.weight": torch.empty(0, 4), "b.weight": torch.ones(1, 4)}
-    export(save(tmp_path / "ckpt.pt", model), tmp_path / "out", tables=["*"], num_shards=3)
+    export(save(tmp_path / "ckpt.pt", model), tmp_path / "out", treat_as_tables=["*"], num_shards=3)
     assert_same(read_numbered(tmp_path / "out"), model)
 
 
@@ -89,7 +89,7 @@ def test_a_training_loop_keeps_the_model_under_a_key(key: str, tmp_path: Path) -
     sum(parameter.sum() for parameter in parameters).backward()
     optimizer.step()
     whole = {key: OrderedDict(model), "optimizer": optimizer.state_dict(), "epoch": 3, "rng": torch.ones(4)}
-    manifest = export(save(tmp_path / "ckpt.pt", whole), tmp_path / "out", tables=TABLES)
+    manifest = export(save(tmp_path / "ckpt.pt", whole), tmp_path / "out", treat_as_tables=TABLES)
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
     notes = "\n".join(manifest.notes)
     assert "optimizer state by number (optimizer) belongs to no table and is not read" in notes
@@ -107,7 +107,7 @@ def test_what_stands_beside_the_model_is_not_made(tmp_path: Path) -> None:
     }
     for number, content in enumerate(({"model": model, **beside}, {**model, **beside})):
         path = save(tmp_path / f"{number}.pt", content)
-        export(path, tmp_path / str(number), tables=TABLES)
+        export(path, tmp_path / str(number), treat_as_tables=TABLES)
         assert_same(read_numbered(tmp_path / str(number)), tables_of(model))
         assert list(dense_of(path, TABLES).load()) == ["dense_arch.mlp.weight", "dense_arch.mlp.bias"]
 
@@ -127,7 +127,7 @@ def test_optimizer_state_by_name_is_a_slot(tmp_path: Path) -> None:
         },
     }
     path = save(tmp_path / "ckpt.pt", whole)
-    manifest = export(path, tmp_path / "out", tables=TABLES)
+    manifest = export(path, tmp_path / "out", treat_as_tables=TABLES)
     (user,) = (table for table in manifest.tables if table.name == USER)
     assert {slot.name: (slot.reason, slot.shape) for slot in user.dropped} == {
         "exp_avg": ("optimizer", (8,)),
@@ -135,9 +135,9 @@ def test_optimizer_state_by_name_is_a_slot(tmp_path: Path) -> None:
         "sum": ("optimizer", ()),
     }
     with pytest.raises(PlanError, match=r"item.weight.sum' has shape \[103\], which does not go with the 61 rows"):
-        export(path, tmp_path / "bad", tables=TABLES, keep_slots=["*item.weight.sum"])
+        export(path, tmp_path / "bad", treat_as_tables=TABLES, keep_slots=["*item.weight.sum"])
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
-    export(path, tmp_path / "kept", tables=TABLES, keep_slots=["exp_avg", "*user.weight.sum"], num_shards=3)
+    export(path, tmp_path / "kept", treat_as_tables=TABLES, keep_slots=["exp_avg", "*user.weight.sum"], num_shards=3)
     expected = {**tables_of(model), f"{USER}.exp_avg": momentum, f"{USER}.sum": row_wise}
     assert_same(read_numbered(tmp_path / "kept"), expected)
 
@@ -164,11 +164,11 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
         save(tmp_path / "in" / file, {name: tensor for name, tensor in model.items() if weight_map[name] == file})
     index = tmp_path / "in" / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    export(tmp_path / "in", tmp_path / "out", tables=TABLES, num_shards=2)
+    export(tmp_path / "in", tmp_path / "out", treat_as_tables=TABLES, num_shards=2)
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
     index.write_text(json.dumps({"weight_map": weight_map | {USER: names[1]}}))
     with pytest.raises(CheckpointError, match=f"says that '{USER}' is in {names[1]}, but it is in {names[0]}"):
-        export(tmp_path / "in", tmp_path / "other", tables=TABLES)
+        export(tmp_path / "in", tmp_path / "other", treat_as_tables=TABLES)
 
 
 def test_dense_parameters_are_loaded_by_name(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_dense_arch_is_traced_with_the_parameters_of_the_file(tmp_path: Path) 
 
 def test_what_inspect_and_plan_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "ckpt.pt", make_model())
-    assert main(["inspect", str(path), "--tables", "*item.weight", "--json"]) == 0
+    assert main(["inspect", str(path), "--treat_as_tables", "*item.weight", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(t["name"], t["rows"], t["shape"], t["dtype"], t["slots"]) for t in found["tables"]] == [
         (USER, 103, [8], "float32", ["embedding"]),
@@ -250,17 +250,24 @@ def test_only_kept_tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_no_table_is_known(tmp_path: Path) -> None:
     path = save(tmp_path / "ckpt.pt", {"item.weight": torch.ones(3, 2), "b": torch.ones(3)})
     with pytest.raises(
-        CheckpointError, match=r"name those that are tables with tables: \[patterns\]. Its matrices: item.weight$"
+        CheckpointError,
+        match=r"name those that are tables with treat_as_tables: \[patterns\]. Its matrices: item.weight$",
     ):
         export(path, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"tables: the pattern 'user\*' matches no tensor; .* item.weight"):
-        export(path, tmp_path / "out", tables=["user*"])
+    with pytest.raises(
+        CheckpointError, match=r"treat_as_tables: the pattern 'user\*' matches no tensor; .* item.weight"
+    ):
+        export(path, tmp_path / "out", treat_as_tables=["user*"])
     with pytest.raises(CheckpointError, match=r"the table 'b' has shape \[3\]; a table has rows and columns"):
-        export(path, tmp_path / "out", tables=["b"])
+        export(path, tmp_path / "out", treat_as_tables=["b"])
     with pytest.raises(PlanError, match=r"cannot be copied as it is: .*Set filter_sparse_opt: true"):
-        export(path, tmp_path / "out", tables=["item*"], filter_sparse_opt=False)
+        export(path, tmp_path / "out", treat_as_tables=["item*"], filter_sparse_opt=False)
     with pytest.raises(CheckpointError, match="complex64, which no package can hold"):
-        export(save(tmp_path / "c.pt", {"c": torch.ones(2, 2, dtype=torch.complex64)}), tmp_path / "out", tables=["c"])
+        export(
+            save(tmp_path / "c.pt", {"c": torch.ones(2, 2, dtype=torch.complex64)}),
+            tmp_path / "out",
+            treat_as_tables=["c"],
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -269,7 +276,7 @@ def test_a_link_to_the_file_is_followed(tmp_path: Path) -> None:
     model = make_model()
     save(tmp_path / "store" / "blob", model)
     (tmp_path / "latest").symlink_to(tmp_path / "store" / "blob")
-    export(tmp_path / "latest", tmp_path / "out", tables=TABLES)
+    export(tmp_path / "latest", tmp_path / "out", treat_as_tables=TABLES)
     assert_same(read_numbered(tmp_path / "out"), tables_of(model))
 
 
@@ -282,7 +289,7 @@ def test_a_store_is_read_like_a_directory(tmp_path: Path) -> None:
     for place in ("memory://plain/in/ckpt.pt", "memory://plain/in"):
         out = tmp_path / str(len(place))
         assert detect_format(open_place(place)) == "torch"
-        export(place, out, tables=TABLES, num_shards=2)
+        export(place, out, treat_as_tables=TABLES, num_shards=2)
         assert_same(read_numbered(out), tables_of(model))
         loaded = dense_of(place, tables=TABLES).load()
         assert same(loaded["dense_arch.mlp.bias"], model["dense_arch.mlp.bias"])
@@ -299,7 +306,7 @@ def test_a_file_that_is_saved_again_meanwhile(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(steps, "check", check)
     with pytest.raises(ExportError, match=r"last.ckpt: changed while it was being exported.* No manifest was written"):
-        export(path, tmp_path / "out", tables=TABLES)
+        export(path, tmp_path / "out", treat_as_tables=TABLES)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -411,7 +418,7 @@ def test_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for length in np.linspace(0, len(raw) - 1, 40).astype(int).tolist():
         path.write_bytes(raw[:length])
         with pytest.raises(CheckpointError):
-            export(path, tmp_path / "out", tables=TABLES)
+            export(path, tmp_path / "out", treat_as_tables=TABLES)
 
 
 @pytest.mark.parametrize("names", [("a.pt", "b.pt"), ("model.pth", "optim.bin")])
@@ -421,8 +428,8 @@ def test_several_files_without_an_index(names: tuple[str, ...], tmp_path: Path) 
     with pytest.raises(
         CheckpointError, match=r"holds several files of torch.save .*give the one that is meant as ckpt_dir"
     ):
-        export(tmp_path / "in", tmp_path / "out", tables=TABLES)
-    export(tmp_path / "in" / names[0], tmp_path / "out", tables=TABLES)
+        export(tmp_path / "in", tmp_path / "out", treat_as_tables=TABLES)
+    export(tmp_path / "in" / names[0], tmp_path / "out", treat_as_tables=TABLES)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

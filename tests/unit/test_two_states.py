@@ -95,7 +95,7 @@ def export(source: Path, target: Path, **settings: Any) -> dist_export.Manifest:
         source,
         target,
         filter_sparse_opt=True,
-        tables=TABLES,
+        treat_as_tables=TABLES,
         progress=False,
         **settings,
     )
@@ -141,7 +141,7 @@ def test_a_state_root_that_is_not_there_is_refused(case: str, tmp_path: Path) ->
                 "ckpt_dir": str(source),
                 "export_dir": str(tmp_path / "out"),
                 "filter_sparse_opt": True,
-                "tables": ["ema.*"],
+                "treat_as_tables": ["ema.*"],
             }
         )
     assert not (tmp_path / "out").exists()

@@ -78,14 +78,14 @@ def test_an_odd_tensor_of_torch_save_is_no_obstacle(case: str, tmp_path: Path) -
     """The table and the other parameters are exported; the note and ``inspect`` have the reason; a table of it is refused."""
     make, reason = ODD[case]
     source = save_odd(tmp_path / "ckpt.pt", "dense.odd", quiet(make))
-    manifest = export(source, tmp_path / "out", tables=["emb.weight"])
+    manifest = export(source, tmp_path / "out", treat_as_tables=["emb.weight"])
     assert torch.equal(read_numbered(tmp_path / "out")["emb.weight"], TABLE)
     assert any("not read: dense.odd" in note and reason in note for note in manifest.notes)
     found = describe(str(source), settings=TensorSettings(("emb.weight",)))
     assert [its["name"] for its in found["skipped"]] == ["dense.odd"]
     assert any("not read   dense.odd" in line and reason in line for line in render(found))
     with pytest.raises(UserError, match=f"the table 'dense.odd' cannot be exported: it is .*{reason}"):
-        export(source, tmp_path / "other", tables=["emb.weight", "dense.o*"])
+        export(source, tmp_path / "other", treat_as_tables=["emb.weight", "dense.o*"])
     loaded = dense_of(source, ["emb.weight"]).load()
     assert isinstance(loaded["dense.odd"], UntakenState)
     assert torch.equal(loaded["dense.b"], torch.ones(2))
@@ -136,7 +136,7 @@ def test_the_reason_is_in_the_error_where_the_dense_arch_needs_the_tensor(needed
         tmp_path / "ckpt.pt",
         tmp_path / "out",
         filter_sparse_opt=True,
-        tables=["sparse_arch.emb.weight"],
+        treat_as_tables=["sparse_arch.emb.weight"],
         progress=False,
     )
     if not needed:
@@ -152,13 +152,13 @@ def test_float8_of_dcp_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     packed = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     state = {"model": {"emb.weight": TABLE, "mlp.w": FLOAT8, "mlp.packed": packed}}
     source = dcp_writer.save(tmp_path / "ckpt", state)
-    export(source, tmp_path / "out", tables=["emb.weight"])
+    export(source, tmp_path / "out", treat_as_tables=["emb.weight"])
     assert torch.equal(read_numbered(tmp_path / "out")["emb.weight"], TABLE)
     loaded = dense_of(source, ["emb.weight"]).load()
     assert loaded["mlp.w"].dtype == torch.float8_e4m3fn
     assert torch.equal(loaded["mlp.w"].float(), FLOAT8.float())
     with pytest.raises(UserError, match=r"'model.mlp.w' is of float8_e4m3fn, which no package can hold"):
-        export(source, tmp_path / "other", tables=["mlp.w"])
+        export(source, tmp_path / "other", treat_as_tables=["mlp.w"])
 
 
 def test_a_dtype_of_dcp_that_torch_may_have_one_day_is_no_obstacle(tmp_path: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_dtype_of_dcp_that_torch_may_have_one_day_is_no_obstacle(tmp_path: Pat
     metadata = source / ".metadata"
     raw = metadata.read_bytes()
     metadata.write_bytes(raw.replace(b"float8_e4m3fn", b"float9_e4m3fn"))
-    manifest = export(source, tmp_path / "out", tables=["emb.weight"])
+    manifest = export(source, tmp_path / "out", treat_as_tables=["emb.weight"])
     assert any("not read: mlp.w: of dtype float9_e4m3fn, which is not read" in note for note in manifest.notes)
     with pytest.raises(UserError, match="float9_e4m3fn, which no package can hold"):
-        export(source, tmp_path / "other", tables=["mlp.w"])
+        export(source, tmp_path / "other", treat_as_tables=["mlp.w"])
     metadata.write_bytes(raw.replace(b"float8_e4m3fn", b"load_e4m3fn_x"))
     with pytest.raises(UserError, match=r"asks for torch.load_e4m3fn_x"):
-        export(source, tmp_path / "other", tables=["emb.weight"])
+        export(source, tmp_path / "other", treat_as_tables=["emb.weight"])
 
 
 def test_dtypes_of_safetensors_that_nobody_asked_for_are_no_obstacle(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_dtypes_of_safetensors_that_nobody_asked_for_are_no_obstacle(tmp_path: P
         "a.later": ("F9_X", [2, 2], b"\x12\x34\x56"),
     }
     source = write_foreign(tmp_path / "ckpt", tensors)
-    manifest = export(source, tmp_path / "out", tables=["emb.weight"])
+    manifest = export(source, tmp_path / "out", treat_as_tables=["emb.weight"])
     assert torch.equal(read_numbered(tmp_path / "out")["emb.weight"], TABLE)
     assert {"a.f4", "a.f6", "a.later"} == {
         name for name in tensors if any(f"not read: {name}: of dtype" in note for note in manifest.notes)
@@ -198,10 +198,10 @@ def test_dtypes_of_safetensors_that_nobody_asked_for_are_no_obstacle(tmp_path: P
     with pytest.raises(
         UserError, match=r"the table 'a.later' cannot be exported: it is of dtype F9_X, which is not read"
     ):
-        export(source, tmp_path / "other", tables=["emb.weight", "a.later"])
+        export(source, tmp_path / "other", treat_as_tables=["emb.weight", "a.later"])
     short = write_foreign(tmp_path / "short", {**tensors, "a.f4": ("F4", [2, 2], b"\x12\x34\x56")})
     with pytest.raises(UserError, match=r"'a.f4' is F4 \[2, 2\], 2 bytes, but its data_offsets span 3"):
-        export(short, tmp_path / "other", tables=["emb.weight"])
+        export(short, tmp_path / "other", treat_as_tables=["emb.weight"])
 
 
 @pytest.fixture
@@ -227,5 +227,5 @@ def test_files_of_one_ranks_shards_are_told(num_files: int, mesh: Any, tmp_path:
         UserError,
         match=r"'user.weight'.* a DTensor, of which the file holds one rank's shards; save with torch.distributed.checkpoint",
     ):
-        export(tmp_path / "ckpt", tmp_path / "out", tables=["user.weight"])
+        export(tmp_path / "ckpt", tmp_path / "out", treat_as_tables=["user.weight"])
     assert not (tmp_path / "out").exists()

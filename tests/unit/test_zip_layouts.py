@@ -73,7 +73,7 @@ def test_a_file_that_was_packed_anew_is_what_torch_load_says(layout: str, tmp_pa
             flat = torch.frombuffer(raw[offset : offset + count * itemsize], dtype=want.dtype)
             read = flat.as_strided(sizes, [stride // itemsize for stride in strides])
             assert bytes_of(read) == bytes_of(want), tensor
-    export(path, tmp_path / "out", tables=["ebc.*"])
+    export(path, tmp_path / "out", treat_as_tables=["ebc.*"])
     assert_same(read_numbered(tmp_path / "out"), {name: value for name, value in expected.items() if "ebc" in name})
 
 
@@ -125,7 +125,7 @@ def test_a_zip_that_two_readers_could_read_differently_is_refused(case: str, tmp
     path = save(tmp_path / "ckpt.pt", make_packed_state())
     path.write_bytes(change(write_zip(read_members(path.read_bytes()))))
     with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
-        export(path, tmp_path / "out", tables=["ebc.*"])
+        export(path, tmp_path / "out", treat_as_tables=["ebc.*"])
     assert "\n" not in str(caught.value)
 
 

@@ -172,7 +172,7 @@ class _Kinds(NamedTuple):
     state: dict[str, str]
     """Optimizer state -> what stands behind ``state``."""
     kept_dense: list[str]
-    """Of ``dense``, the names within the model of what a pattern of ``tables`` matches."""
+    """Of ``dense``, the names within the model of what a pattern of ``treat_as_tables`` matches."""
     skipped: list[Skipped]
     roles: Roles
 
@@ -195,7 +195,7 @@ def _tell_apart(
         if name not in state.names:
             continue
         within = state.names[name]
-        is_asked, is_in = patterns.match("tables", name, within), is_in_collection(within, tensor.shape)
+        is_asked, is_in = patterns.match("treat_as_tables", name, within), is_in_collection(within, tensor.shape)
         reason = explain_unread(tensor.dtype)
         if roles.is_table(within, is_asked=is_asked, is_in_collection=is_in):
             _refuse_no_table(where, name, tensor)
@@ -235,7 +235,7 @@ def say_objects(sizes: Mapping[str, int]) -> str:
 def _refuse_no_table(where: str, name: str, tensor: TensorMeta) -> None:
     if len(tensor.shape) != 2:
         raise CheckpointError(
-            f"{where}: tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
+            f"{where}: treat_as_tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
         )
     if tensor.dtype not in CODE_BY_TORCH:
         raise CheckpointError(f"{where}: table {name!r} is of {tensor.dtype}, which no package can hold")

@@ -210,6 +210,6 @@ def _no_tables(found: DcpCheckpoint) -> str:
     matrices = [f"{name} {list(tensor.shape)}" for name, tensor in found.dense if len(tensor.shape) == 2]
     return (
         f"{found.directory.url}: no tensor of this DCP checkpoint is a table, for no matrix lies below embedding_bags or "
-        "embeddings; name those that are with tables: [patterns], or set need_export_sparse: false. "
+        "embeddings; name those that are with treat_as_tables: [patterns], or set need_export_sparse: false. "
         f"Its matrices: {listed(matrices)}"
     )

@@ -1,7 +1,8 @@
 """Tensors that are known by name and place: which are tables, their slots and dense parameters. Pure.
 
 For formats that hold tensors and say nothing of tables. A table is a weight that the model looks rows up in; without a model a
-matrix below torchrec's embedding collections; and in either case one that the setting ``tables`` names. Its rows go by number.
+matrix below torchrec's embedding collections; and in either case one that the setting ``treat_as_tables`` names. Its rows go by
+number.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def sort_tensors(
     state: list[tuple[str, StoredTensor]] = []
     for tensor in tensors:
         if tensor.name in chosen.optimizer:
-            patterns.match("tables", tensor.name)
+            patterns.match("treat_as_tables", tensor.name)
             state.append((state_tail(tensor.name, chosen.known) or tensor.name, tensor))
     kinds = _tell_apart(tensors, chosen, settings, patterns, where=where, reasons=unread.reasons)
     tables, other = _join_slots(kinds.weights, state, patterns, unread.reasons)
@@ -165,7 +166,7 @@ class _Kinds(NamedTuple):
     """With tables that the program needs too."""
     skipped: list[Skipped]
     kept_dense: list[str]
-    """Names of what a pattern of ``tables`` matches and the program keeps."""
+    """Names of what a pattern of ``treat_as_tables`` matches and the program keeps."""
     roles: Roles
 
 
@@ -198,7 +199,7 @@ def _tell_apart(
         if tensor.name not in chosen.names:
             continue
         within = tensor._replace(name=chosen.names[tensor.name])
-        is_asked = patterns.match("tables", tensor.name, within.name)
+        is_asked = patterns.match("treat_as_tables", tensor.name, within.name)
         is_in = is_in_collection(within.name, within.shape)
         is_table = roles.is_table(within.name, is_asked=is_asked, is_in_collection=is_in)
         reason = reasons.get(tensor.name) or explain_unread(within.dtype)
@@ -234,7 +235,7 @@ class PatternMatches:
     """Patterns of the settings, and which of them matched something."""
 
     def __init__(self, settings: TensorSettings) -> None:
-        self._patterns = {"tables": settings.tables, "optimizer_slots": settings.optimizer_slots}
+        self._patterns = {"treat_as_tables": settings.treat_as_tables, "optimizer_slots": settings.optimizer_slots}
         self.unmatched = {(setting, pattern) for setting, its in self._patterns.items() for pattern in its}
         """(setting, pattern) of those that have matched nothing so far."""
 
@@ -278,7 +279,7 @@ def say_no_tables(found: Sorted, where: str) -> str:
     """Return what to tell where no table is known."""
     return (
         f"{where}: no matrix lies below embedding_bags or embeddings, as torchrec names its tables; name those that are "
-        f"tables with tables: [patterns]. Its matrices: {listed(found.matrices)}"
+        f"tables with treat_as_tables: [patterns]. Its matrices: {listed(found.matrices)}"
     )
 
 
