@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -242,7 +243,13 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportCon
         settings.setdefault("format", "live")
     _refuse_unknown(settings, where="the config")
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
-    return _parse(build_parser(), settings, [])[0]
+    return _parse(_parser_of_mappings() if settings.get("export_dir") is not None else build_parser(), settings, [])[0]
+
+
+@functools.cache
+def _parser_of_mappings() -> ArgumentParser:
+    """Return the parser of complete settings without arguments, which leave it as it is. Making one takes longer than parsing."""
+    return build_parser()
 
 
 def _parse(
@@ -262,14 +269,15 @@ def _parse(
     typed = {name: value for name, value in settings.items() if name not in opaque and value is not None}
     try:
         # defaults are taken as they are, so the file's settings are checked on their own first
-        checked = vars(parser.parse_object({"export_dir": "", **typed}))
-        parser.set_defaults({name: checked[name] for name in typed})
-        parsed = parser.parse_args(join_nested(argv))
+        parsed = parser.parse_object({"export_dir": "", **typed}, defaults=False)
+        if argv or "export_dir" not in typed:
+            parser.set_defaults({name: parsed[name] for name in typed})
+            parsed = parser.parse_args(join_nested(argv))
     except (ArgumentError, ValueError, TypeError) as error:
         raise _translate(error) from None
     values: dict[str, Any] = {}
     for name in _FIELDS:
-        value = parsed[name]
+        value = parsed.get(name)
         if hasattr(value, "as_dict"):
             value = value.as_dict()
         if name in opaque and not any(

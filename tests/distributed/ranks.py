@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 
 
 def run_ranks(
@@ -24,7 +23,7 @@ def run_ranks(
     timeout: float = 90,
     may_end: tuple[int, ...] = (),
 ) -> list[Any]:
-    """Call ``fn(rank, *args)`` on each rank, in a process of its own with gloo as its default group.
+    """Call ``fn(rank, *args)`` on each rank, in a warm process of its own with gloo as its default group.
 
     Return what each call returned, in rank order; results and arguments are pickled, so ``fn`` is a top-level function.
 
@@ -37,20 +36,8 @@ def run_ranks(
         AssertionError: a rank failed or was still running; with the tracebacks of all that failed.
     """
     store = Path(store)
-    context = mp.get_context("spawn")
-    workers = [
-        context.Process(target=_run_rank, args=(fn, rank, world_size, str(store), timeout, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    deadline = time.monotonic() + timeout
-    for worker in workers:
-        worker.join(max(0.0, deadline - time.monotonic()))
-    late = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
-    for rank in late:
-        workers[rank].kill()
-        workers[rank].join()
+    workers = [warm.start(_run_rank, fn, rank, world_size, str(store), timeout, args) for rank in range(world_size)]
+    late = warm.wait(workers, timeout)
     results, failures = [], []
     for rank, worker in enumerate(workers):
         found = _result_of(store, rank)

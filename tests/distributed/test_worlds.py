@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fixture_cases import CASES, NUM_SHARDS, share_pairs
 from recis_writer import read_back, read_dense
+from warm import run_command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.fixtures]
 
@@ -32,15 +34,7 @@ def torchrun(
 def one_rank(recis_fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one rank writes, for all cases and shard counts."""
     out = tmp_path_factory.mktemp("one_rank")
-    done = subprocess.run(
-        [sys.executable, "distributed/export_cases.py", str(recis_fixtures), str(out), "1"],
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_command(1, "distributed/export_cases.py", str(recis_fixtures), str(out), "1")
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -52,12 +46,17 @@ def test_one_rank_gives_the_truth(one_rank: Path, recis_fixtures: Path) -> None:
             check_against_truth(one_rank / case / str(num_shards), recis_fixtures, case)
 
 
-@pytest.mark.parametrize(("world_size", "threads"), [(2, 3), (3, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "threads", "launch"), [(2, 3, torchrun), (3, 1, run_command), (4, 2, run_command)]
+)
 def test_bytes_do_not_depend_on_the_number_of_ranks_and_threads(
-    world_size: int, threads: int, one_rank: Path, recis_fixtures: Path, tmp_path: Path
+    world_size: int, threads: int, launch: Any, one_rank: Path, recis_fixtures: Path, tmp_path: Path
 ) -> None:
-    """Shards, indexes and manifest (but for its run section) are those of one rank with one thread."""
-    done = torchrun(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads))
+    """Shards, indexes and manifest (but for its run section) are those of one rank with one thread.
+
+    Ranks that torchrun starts also differ in the seed of ``hash()``; those of the warm pool share one.
+    """
+    done = launch(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads))
     assert done.returncode == 0, done.stderr[-4000:]
     for case, num_shards in share_pairs(CASES, NUM_SHARDS, world_size):
         check_against_one_rank(tmp_path / case / str(num_shards), one_rank / case / str(num_shards))
