@@ -265,7 +265,7 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     (shard.parent / "index").write_text("{}")
     torch.save(model, shard.parent / "model.pt")
     assert detect_format(open_place(shard.parent)) == "recis"
-    with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take tables out"):
+    with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take treat_as_tables out"):
         export(shard.parent, tmp_path / "other", treat_as_tables=TABLES)
 
 
