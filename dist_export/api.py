@@ -41,7 +41,7 @@ class Exporter:
         fg: Any = None,
         fg_conf_or_path: Any = None,
         mc_conf_or_path: Any = None,
-        filter_sparse_opt: bool = False,
+        filter_sparse_opt: bool | None = None,
         add_subfolder: bool = False,
         need_export_sparse: bool = True,
         **settings: Any,
@@ -64,7 +64,8 @@ class Exporter:
             fg: an object with ``get_fg_conf()`` and ``get_mc_conf()``.
             fg_conf_or_path: feature generator configuration, or the path of its JSON file; goes before ``fg``.
             mc_conf_or_path: the same for the blocks.
-            filter_sparse_opt: drop optimizer state and write new shards.
+            filter_sparse_opt: True drops optimizer state and writes new shards, False copies the sparse files byte for byte. None
+                is False for a RecIS checkpoint, as in RecIS, and True for every other format.
             add_subfolder: put the package into ``<yyyymmdd>000000/data`` below ``export_dir``.
             need_export_sparse: False exports the dense arch alone.
             settings: any other setting of an export.

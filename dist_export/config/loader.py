@@ -22,7 +22,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
     set_parsing_settings,
 )
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.schema import FORMER_VALUES, ExportConfig
 from dist_export.config.strict_yaml import load_yaml
 from dist_export.errors import ConfigError
 
@@ -369,6 +369,8 @@ def _translate(error: Exception) -> ConfigError:
         return ConfigError(" ".join(text.split()))
     value = re.search(r"Given value: (.*)", text) or re.search(r"Got value: (.*)", text)
     name = key[1]
+    if value is not None and (former := FORMER_VALUES.get((name, value[1].strip()))):
+        return ConfigError(former)
     is_shown = value is not None and name.split(".", maxsplit=1)[0] not in _SECRET
     found = f" is {value[1].strip()!r}" if value is not None and is_shown else " has the wrong type"
     hint = ""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError
-from dist_export.formats.digests import XXH3, missing_package
+from dist_export.formats.digests import missing_package
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
@@ -24,6 +24,9 @@ MAX_THREADS = 64
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 """What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
+
+FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
+"""(setting, value that it had before) -> the error."""
 
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
@@ -55,8 +58,9 @@ class ExportConfig:
     """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
     follow_links: bool = False
     """Read files of the checkpoint that are links leading out of it, as caches of downloads have; false refuses them"""
-    filter_sparse_opt: bool = False
-    """Drop optimizer state and write new shards; false copies the sparse files byte for byte"""
+    filter_sparse_opt: bool | None = None
+    """Drop optimizer state and write new shards; false copies the sparse files byte for byte. Null is false for RecIS, whose
+    files can be served as they are, and true for every other format"""
     num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
     """With the filter: shards to write; a number, world_size (what null means) or source"""
     treat_as_tables: list[str] = field(default_factory=list)
@@ -98,9 +102,10 @@ class ExportConfig:
     """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
     on_empty_table: Literal["error", "allow"] = "error"
     """A table with rows of which the rules of prune leave none: error, or allow, which exports it empty"""
-    digest: Literal["xxh3", "sha256", "blake3", "none", "require"] = "xxh3"
-    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel; require is
-    xxh3, and of bytes that the export itself has read: an S3 store then copies nothing on its own"""
+    digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
+    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
+    server_side_copy: bool = True
+    """Let an S3 store that holds both source and target copy byte ranges itself; false reads and sends all bytes"""
     max_memory: Union[int, str] = "512MiB"  # noqa: UP007
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
     threads: int | None = None
@@ -217,11 +222,6 @@ class ExportConfig:
             object.__setattr__(self, "filter_sparse_opt", True)
 
     @property
-    def digest_algorithm(self) -> str:
-        """The algorithm of ``digest``, or ``none``."""
-        return XXH3 if self.digest == "require" else self.digest
-
-    @property
     def options_of_target(self) -> dict[str, Any]:
         """The options for the file system of ``export_dir``."""
         return self.storage_options if self.target_storage_options is None else self.target_storage_options
@@ -242,7 +242,9 @@ class ExportConfig:
             raise ConfigError(f"max_memory is {self.max_memory!r}; give {MIN_MEMORY_BYTES >> 20}MiB or more")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; give a number from 1 to {MAX_THREADS}, or null")
-        package = missing_package(self.digest_algorithm)
+        if former := FORMER_VALUES.get(("digest", self.digest)):
+            raise ConfigError(former)
+        package = missing_package(self.digest)
         if package is not None:
             raise ConfigError(f"digest is {self.digest}, which needs the package {package}: pip install {package}")
 
@@ -259,7 +261,7 @@ class ExportConfig:
             raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
         if self.treat_as_tables and not self.need_export_sparse and self.model is None:
             raise ConfigError("treat_as_tables says which tensors are tables, but need_export_sparse is false")
-        if asked and not self.filter_sparse_opt:
+        if asked and self.filter_sparse_opt is False:  # null is checked once the format is known
             raise ConfigError(
                 f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
                 "set filter_sparse_opt: true"

@@ -112,7 +112,7 @@ def account_export(
     payload = checkpoint.payload
     if checkpoint.format in (RECIS, LIVE) and not checkpoint.has_state_tables:
         payload = _add_dense(payload, dense_state)
-    fates = Fates(taken, is_filtered=planned is not None and config.filter_sparse_opt)
+    fates = Fates(taken, is_filtered=planned is not None and bool(config.filter_sparse_opt))
     account = make_account(payload, checkpoint, None if planned is None else planned.plan, tables, fates)
     check_account(account, payload, checkpoint.directory.url)
     return account

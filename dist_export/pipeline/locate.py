@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import xxhash
 
+from dist_export.checkpoint.detect import RECIS, detect_format
 from dist_export.checkpoint.model_weights import ModelWeights
+from dist_export.checkpoint.package_source import find_package
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
@@ -18,7 +20,7 @@ from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.redact import conceal
 from dist_export.registry import base
-from dist_export.storage.urls import open_directory
+from dist_export.storage.urls import open_directory, open_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Locations:
     export_dir: str
     source_uri: str
     """The registry's version that ``ckpt_dir`` is; empty for a path."""
+    filter_sparse_opt: bool
+    """Whether new shards are written; the setting, or what it is by default for the checkpoint's format."""
     step: int | None
     """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
     register: str
@@ -37,8 +41,10 @@ class Locations:
     notes: tuple[str, ...]
 
     def apply(self, config: ExportConfig) -> ExportConfig:
-        """Return the settings with paths in the place of what was given."""
-        return config.with_changes(ckpt_dir=self.ckpt_dir, export_dir=self.export_dir)
+        """Return the settings with paths in the place of what was given, and with what the format decides."""
+        return config.with_changes(
+            ckpt_dir=self.ckpt_dir, export_dir=self.export_dir, filter_sparse_opt=self.filter_sparse_opt
+        )
 
 
 def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None) -> Locations:
@@ -47,14 +53,15 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
     ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors.
 
     Raises:
-        ConfigError: a URI that no registry resolves.
-        CheckpointError: no complete checkpoint, or none of the step.
+        ConfigError: a URI that no registry resolves; a setting that needs new shards, where files are copied.
+        CheckpointError: no complete checkpoint, or none of the step; one that looks like several formats.
     """
     if config.ckpt_dir is None:  # a model in memory
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
         found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+    config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     target = base.find_registry(config.export_dir, config.registry_options)
     if target is not None:
@@ -73,11 +80,23 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
     return Locations(
         ckpt_dir=found.directory,
         export_dir=export_dir,
+        filter_sparse_opt=bool(config.filter_sparse_opt),
         source_uri=resolved.uri if resolved.uri != resolved.directory else "",
         step=found.step,
         register=register,
         notes=tuple(notes),
     )
+
+
+def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
+    """Return whether new shards are written, where the setting is null by the checkpoint's format."""
+    if config.filter_sparse_opt is not None or ckpt_dir is None:
+        return config.filter_sparse_opt is not False
+    directory = open_place(ckpt_dir, config.storage_options, follow_links=config.follow_links)
+    found = detect_format(directory, asked=config.format)
+    if found is None:  # a RecIS checkpoint of dense parameters alone, or no checkpoint, which its reader says
+        return config.need_export_sparse
+    return found != RECIS or find_package(directory) is not None
 
 
 def register_package(config: ExportConfig, locations: Locations, manifest: Manifest, directory: str) -> str:

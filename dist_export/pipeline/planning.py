@@ -154,7 +154,7 @@ def open_tables(
     """
     checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config, weights))
     if checkpoint.format == RECIS and weights is not None:
-        checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=config.filter_sparse_opt)
+        checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=bool(config.filter_sparse_opt))
     chosen = choose_tables(ranks, checkpoint, config)
     if needs_fallbacks(chosen):
         unknown = chosen

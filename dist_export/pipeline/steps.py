@@ -253,7 +253,7 @@ def transfer_and_trace(export: ExportState) -> ExportState:
             task.reporter,
             beside=trace,
             in_place=export.in_place,
-            digest=config.digest_algorithm,
+            digest=config.digest,
             may_copy=may_copy_within(export.places, config),
         )
     return export.grown(receipts=tuple(receipts), shares=tuple(shares), reused=reused, casts=casts)
@@ -377,7 +377,7 @@ def _write_small_files(export: ExportState) -> list[FileEntry]:
     if not in_place:
         note_small_files(target, list(small))
         remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
-    return write_small_files(target, small, digest=export.task.config.digest_algorithm, keep=keep)
+    return write_small_files(target, small, digest=export.task.config.digest, keep=keep)
 
 
 def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:

@@ -109,7 +109,7 @@ def may_copy_within(places: Places, config: ExportConfig) -> bool:
     It is one store where both are reached with the same options.
     """
     is_one_store = places.source is not None and places.source.is_same_store(places.target)
-    return places.target.s3 is not None and is_one_store and config.digest != "require"
+    return places.target.s3 is not None and is_one_store and config.server_side_copy
 
 
 def _next_to(final: Directory) -> Directory:

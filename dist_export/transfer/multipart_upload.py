@@ -184,7 +184,7 @@ class Uploads:
         if self._needs_sha256 and not done.sha256:
             raise TransferError(
                 f"{where}: the store tells no SHA-256 of the bytes that it copies itself, so nothing would vouch for them. "
-                "Set digest: require, which sends them through the export, or digest: none"
+                "Set server_side_copy: false, which sends them through the export, or digest: none"
             )
         return done
 

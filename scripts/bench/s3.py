@@ -87,7 +87,7 @@ def _run_case(bench: Bench, name: str, source: Source, server: Any, root: str) -
 
     contenders: dict[str, Callable[[str], tuple[int, int]]] = {
         "ours, copied by the store": export,
-        "ours, digest: require": lambda out: export(out, digest="require"),
+        "ours, server_side_copy: false": lambda out: export(out, server_side_copy=False),
         "download, filter, upload": download,
         "peer: DCP's writer (no reading)": write_with_dcp,
     }

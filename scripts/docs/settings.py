@@ -56,6 +56,7 @@ EXAMPLES = {
     "prune": '[{tables: "user_*", slot: step_filter, below: 10}]',
     "on_empty_table": "allow",
     "digest": "sha256",
+    "server_side_copy": "false",
     "max_memory": "2GiB",
     "threads": "2",
     "need_export_sparse": "false",

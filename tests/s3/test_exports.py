@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -187,15 +188,25 @@ def test_parts_that_do_not_fit_their_digest(large: Path, store: Store) -> None:
     assert "its parts do not add up" in finding
 
 
-@pytest.mark.parametrize("digest", ["require", "none"])
-def test_digest_decides_who_copies(digest: str, large: Path, store: Store) -> None:
+@pytest.mark.parametrize(
+    ("settings", "digest", "is_copied"),
+    [
+        ({"server_side_copy": False}, "xxh3", False),
+        ({"server_side_copy": False, "digest": "sha256"}, "sha256", False),
+        ({"server_side_copy": False, "digest": "none"}, "", False),
+        ({"digest": "none"}, "", True),
+    ],
+)
+def test_settings_decide_who_copies(
+    settings: dict[str, Any], digest: str, is_copied: bool, large: Path, store: Store
+) -> None:
     before = TRAFFIC.snapshot()
-    manifest = store.export(store.put_tree(large, "ckpt"), store.url("out"), digest=digest)
+    manifest = store.export(store.put_tree(large, "ckpt"), store.url("out"), **settings)
     copied = TRAFFIC.since(before)["copied"]
     shard = manifest.files[0]
     assert shard.parts is msgspec.UNSET
-    assert (copied == 0, shard.digest.partition(":")[0]) == ((True, "xxh3") if digest == "require" else (False, ""))
-    if digest == "require":
+    assert (copied > 0, shard.digest.partition(":")[0]) == (is_copied, digest)
+    if not is_copied:
         assert any("nothing copied within the store" in line for line in dist_export_summary(manifest))
     assert verify(store.url("out"), store.options).findings == []
 
@@ -228,11 +239,11 @@ def dist_export_summary(manifest: dist_export.Manifest) -> list[str]:
     return summarize(manifest, [], "s3://somewhere")
 
 
-@pytest.mark.parametrize("digest", ["xxh3", "require"])
-def test_a_rerun_takes_over_parts_and_shards(digest: str, large: Path, store: Store, monkeypatch) -> None:
+@pytest.mark.parametrize("server_side_copy", [True, False])
+def test_a_rerun_takes_over_parts_and_shards(server_side_copy: bool, large: Path, store: Store, monkeypatch) -> None:
     """Cut off before its last file is made of its parts: the next run sends no part again that the store still has."""
     remote = store.put_tree(large, "ckpt")
-    store.export(remote, store.url("expected"), digest=digest)
+    store.export(remote, store.url("expected"), server_side_copy=server_side_copy)
     real, completed = multipart_upload.Uploads.complete, []
 
     def cut_off(self, number, parts) -> None:
@@ -244,10 +255,10 @@ def test_a_rerun_takes_over_parts_and_shards(digest: str, large: Path, store: St
     with monkeypatch.context() as patched:
         patched.setattr(multipart_upload.Uploads, "complete", cut_off)
         with pytest.raises(Exception, match="cut off"):
-            store.export(remote, store.url("out"), digest=digest, threads=1)
+            store.export(remote, store.url("out"), server_side_copy=server_side_copy, threads=1)
     assert len(store.uploads("out")) == 1
     before = TRAFFIC.snapshot()
-    manifest = store.export(remote, store.url("out"), digest=digest, threads=1)
+    manifest = store.export(remote, store.url("out"), server_side_copy=server_side_copy, threads=1)
     assert manifest.run["reused_shards"] == 1
     assert TRAFFIC.since(before)["uploaded"] < MIB, "parts are compared, not sent"
     assert without_manifest(store.files("out")) == without_manifest(store.files("expected"))

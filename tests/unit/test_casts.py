@@ -228,7 +228,7 @@ def test_settings_that_cannot_be_met(tmp_path: Path) -> None:
     assert slot_of(manifest, "cube").shape == (2, 3)
     assert read_back(tmp_path / "out")["cube"]["embedding"].tobytes() == np.ones((5, 2, 3), np.float16).tobytes()
     with pytest.raises(ConfigError, match="dtype needs new shards"):
-        ExportConfig(ckpt_dir="a", export_dir="b", dtype={"a": "float16"})
+        ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=False, dtype={"a": "float16"})
     with pytest.raises(ConfigError, match="'a' is to be 'float8'; rows can be cast to float16, bfloat16"):
         ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=True, dtype={"a": "float8"})
     with pytest.raises(ConfigError, match="on_overflow"):

@@ -204,7 +204,7 @@ def test_an_error_says_how_to_keep_one_row(tmp_path, tables):
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_a_copy_cannot_drop_rows(keep):
     with pytest.raises(ConfigError, match=r"on_duplicate needs new shards.*set filter_sparse_opt: true"):
-        dist_export.ExportConfig(ckpt_dir="a", export_dir="b", on_duplicate=keep)
+        dist_export.ExportConfig(ckpt_dir="a", export_dir="b", on_duplicate=keep, filter_sparse_opt=False)
     with pytest.raises(ConfigError, match="on_duplicate says how to export the tables, but need_export_sparse is"):
         dist_export.ExportConfig(
             ckpt_dir="a", export_dir="b", on_duplicate=keep, filter_sparse_opt=True, need_export_sparse=False

@@ -85,3 +85,19 @@ def test_a_list_without_its_value_is_an_error() -> None:
         parse("--drop_slots")
     with pytest.raises(ConfigError):
         parse("--drop_slots", "--num_shards=2")
+
+
+def test_a_former_value_is_an_error_that_names_the_new_setting(tmp_path: Path) -> None:
+    """Of digest, in a mapping, in YAML, on the command line, and in a config that was built by hand."""
+    says = "digest: require is no value any more; set server_side_copy: false instead"
+    with pytest.raises(ConfigError, match=says):
+        load_config({**PLACES, "digest": "require"})
+    (tmp_path / "export.yaml").write_text("ckpt_dir: in\nexport_dir: out\ndigest: require\n")
+    with pytest.raises(ConfigError, match=says):
+        load_config(tmp_path / "export.yaml")
+    with pytest.raises(ConfigError, match=says):
+        parse("--digest", "require")
+    with pytest.raises(ConfigError, match=says):
+        ExportConfig(ckpt_dir="in", export_dir="out", digest="require")  # type: ignore[arg-type]
+    assert parse("--server-side-copy=false").server_side_copy is False
+    assert parse().server_side_copy is True

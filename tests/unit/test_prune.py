@@ -68,7 +68,9 @@ def test_a_rule_that_is_none_is_refused_when_the_config_is_built(rules, message)
 
 def test_a_copy_leaves_nothing_behind():
     with pytest.raises(ConfigError, match=r"prune needs new shards.*set filter_sparse_opt: true"):
-        dist_export.ExportConfig(ckpt_dir="a", export_dir="b", prune=[{"tables": "a", "norm_at_most": 0}])
+        dist_export.ExportConfig(
+            ckpt_dir="a", export_dir="b", filter_sparse_opt=False, prune=[{"tables": "a", "norm_at_most": 0}]
+        )
 
 
 # ---- exports ---------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_an_error_before_anything_is_written(tmp_path, source,
 @pytest.mark.parametrize("name", ["select_tables", "drop_tables", "to_hash_tables"])
 def test_a_copy_and_an_export_without_tables_take_no_such_settings(name):
     with pytest.raises(ConfigError, match=f"{name} needs new shards.*set filter_sparse_opt: true"):
-        dist_export.ExportConfig(ckpt_dir="a", export_dir="b", **{name: ["x"]})
+        dist_export.ExportConfig(ckpt_dir="a", export_dir="b", filter_sparse_opt=False, **{name: ["x"]})
     with pytest.raises(ConfigError, match="need_export_sparse is false"):
         dist_export.ExportConfig(
             ckpt_dir="a", export_dir="b", filter_sparse_opt=True, need_export_sparse=False, **{name: ["x"]}
