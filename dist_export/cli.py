@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.interrupts import INTERRUPTS
 from dist_export.runtime.terminal import SCREEN
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 _COMMANDS = ("export", "plan", "inspect", "verify")
 
@@ -64,23 +61,19 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    from dist_export.config.loader import build_parser, parse_settings
+    from dist_export.config.loader import parse_settings
     from dist_export.config.schema import ExportConfig
 
-    parser = build_parser("dist_export", has_help=_wants_text(argv))
-    if _wants_text(argv):
-        _print_text(parser, argv)
     if not argv:
-        print(
-            "dist_export: nothing to do; give --config FILE, or --ckpt_dir and --export_dir (--help)", file=sys.stderr
-        )
-        return 2
+        raise ConfigError("nothing to do; give --config FILE, or --ckpt_dir and --export_dir (--help)")
+    if _is_answered(argv, {}) or _has_printed_config(argv, {}):
+        return 0
 
     def work() -> list[str]:
         from dist_export.model.user_objects import build_objects
         from dist_export.pipeline.run import run_export
 
-        config = ranks.run("read the settings", lambda: parse_settings(parser, argv))
+        config = ranks.run("read the settings", lambda: parse_settings(argv))
         objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
         return run_export(ranks, config, objects, is_shown=config.progress)[1]
 
@@ -88,7 +81,7 @@ def _export(argv: list[str]) -> int:
 
     # The settings are read again once the ranks know each other: so even a misspelt key is told once, by rank 0.
     try:
-        timeout_secs = parse_settings(parser, argv).timeout
+        timeout_secs = parse_settings(argv).timeout
     except ConfigError:
         timeout_secs = ExportConfig.timeout
     ranks = join(timeout_secs=timeout_secs, is_own_process=True)
@@ -114,15 +107,17 @@ def _export(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from dist_export.config.loader import build_parser, parse_with_extras
+    from dist_export.config.describe import Option
+    from dist_export.config.loader import parse_with_extras
     from dist_export.pipeline.dry_run import make_report, render_report
 
-    parser = build_parser("dist_export plan", has_help=_wants_text(argv))
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--world_size", type=int, default=None, help="ranks to plan for; default $WORLD_SIZE or 1")
-    if _wants_text(argv):
-        _print_text(parser, argv)
-    config, asked = parse_with_extras(parser, argv)
+    options = {
+        "json": Option(hint=bool, default=False, is_flag=True, text="Print the plan as JSON."),
+        "world_size": Option(hint=int | None, default=None, text="Ranks to plan for. Null takes $WORLD_SIZE, or 1."),
+    }
+    if _is_answered(argv, {"Options of plan": options}) or _has_printed_config(argv, options):
+        return 0
+    config, asked = parse_with_extras(argv, options)
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if asked["world_size"] is None else asked["world_size"]
     if world_size < 1:
         raise ConfigError(f"--world_size is {world_size}; give a number from 1 up")
@@ -134,73 +129,65 @@ def _plan(argv: list[str]) -> int:
 
 def _inspect(argv: list[str]) -> int:
     from dist_export.checkpoint.tensor_settings import TensorSettings
-    from dist_export.config.loader import build_path_parser, parse_path
+    from dist_export.config.loader import PATH_OPTIONS, SOURCE_OPTIONS, parse_path
     from dist_export.inspect.describe import describe, render
     from dist_export.pipeline.run_listing import describe_run, render_run
 
-    parser = build_path_parser("dist_export inspect", "Show a checkpoint, the checkpoints of a run, or a package.")
-    parser.add_argument("--follow_links", action="store_true", help="read files that are links out of the directory")
-    formats = ("auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb")
-    parser.add_argument(
-        "--format", choices=formats, default="auto", help="default: as its files tell, of DCP and a dump both"
-    )
-    for option, what in (("--treat_as_tables", "tables"), ("--optimizer_slots", "optimizer state")):
-        text = f"where the checkpoint does not say it: a pattern of further {what}; may be given several times"
-        parser.add_argument(option, action="append", default=[], metavar="PATTERN", help=text)
-    text = "of a checkpoint with several states, such as a model and its EMA, the path of the one to show; default: the model's"
-    parser.add_argument("--state_root", default=None, metavar="PATH", help=text)
-    text = "of a DynamicEmb dump: dimensions of tables by pattern, as YAML such as '{user: 16}'"
-    parser.add_argument("--dynamicemb_dims", type=dict[str, int], default={}, help=text)
-    arguments = parse_path(parser, argv)
-    path = _resolve(arguments)
+    usage = "usage: dist_export inspect PATH [--key value ...]\n\nShow a checkpoint, the checkpoints of a run, or a package."
+    if _is_answered(argv, {"Options": {**PATH_OPTIONS, **SOURCE_OPTIONS}}, usage=usage):
+        return 0
+    asked = parse_path("inspect", argv, SOURCE_OPTIONS)
+    path = _resolve(asked)
     options = {
-        "follow_links": arguments.follow_links,
-        "asked": arguments.format,
+        "follow_links": asked["follow_links"],
+        "asked": asked["format"],
         "settings": TensorSettings(
-            tuple(arguments.treat_as_tables), tuple(arguments.optimizer_slots), state_root=arguments.state_root
+            tuple(asked["treat_as_tables"]), tuple(asked["optimizer_slots"]), state_root=asked["state_root"]
         ),
     }
-    run = describe_run(path, arguments.storage_options, **options)
+    run = describe_run(path, asked["storage_options"], **options)
     if run is not None:
-        _print_json(run) if arguments.json else _print_lines(render_run(run))
+        _print_json(run) if asked["json"] else _print_lines(render_run(run))
         return 0
-    found = describe(path, arguments.storage_options, **options, dynamicemb_dims=arguments.dynamicemb_dims)
-    _print_json(found) if arguments.json else _print_lines(render(found))
+    found = describe(path, asked["storage_options"], **options, dynamicemb_dims=asked["dynamicemb_dims"])
+    _print_json(found) if asked["json"] else _print_lines(render(found))
     return 0
 
 
 def _verify(argv: list[str]) -> int:
-    from dist_export.config.loader import build_path_parser, parse_path
-    from dist_export.config.schema import ExportConfig, parse_bytes
+    from dist_export.config.describe import SETTINGS, Option
+    from dist_export.config.loader import PATH_OPTIONS, parse_path
+    from dist_export.config.schema import parse_bytes
     from dist_export.runtime.ranks import join
     from dist_export.verify.verify import verify
 
-    parser = build_path_parser(
-        "dist_export verify",
-        "Check a package, or a directory that RecIS wrote: exit 0 sound, 1 unsound, 2 neither of the two, or none that can be "
-        "read. Under torchrun the ranks share the work.",
+    usage = (
+        "usage: dist_export verify PATH [--key value ...]\n\nCheck a package, or a directory that RecIS wrote. Exit code 0: "
+        "sound; 1: unsound; 2: neither of the two, or it cannot be read. Under torchrun the ranks share the work."
     )
-    parser.add_argument("--finite", action="store_true", help="also read all float values, to find NaN and infinities")
-    parser.add_argument("--max_memory", default=ExportConfig.max_memory, help="of each rank")
-    parser.add_argument("--threads", type=int | None, default=None, help="of each rank; null: its cores, 4 at most")
-    parser.add_argument("--timeout", type=float, default=ExportConfig.timeout, help="seconds to wait for another rank")
-    arguments = parse_path(parser, argv)
-    max_memory = parse_bytes(arguments.max_memory, setting="max_memory")
-    if not 0 < arguments.timeout < float("inf"):
-        raise ConfigError(f"--timeout is {arguments.timeout}; give seconds above 0")
-    ranks = join(timeout_secs=arguments.timeout, is_own_process=True)
+    finite = Option(
+        hint=bool, default=False, is_flag=True, text="Also read all float values, to find NaN and infinities."
+    )
+    options = {"finite": finite, **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")}}
+    if _is_answered(argv, {"Options": {**PATH_OPTIONS, **options}}, usage=usage):
+        return 0
+    asked = parse_path("verify", argv, options)
+    max_memory = parse_bytes(asked["max_memory"], setting="max_memory")
+    if not 0 < asked["timeout"] < float("inf"):
+        raise ConfigError(f"--timeout is {asked['timeout']}; give seconds above 0")
+    ranks = join(timeout_secs=asked["timeout"], is_own_process=True)
     INTERRUPTS.describe = ranks.describe_interrupt
     try:
-        path = ranks.broadcast("find the package", lambda: _resolve(arguments))
+        path = ranks.broadcast("find the package", lambda: _resolve(asked))
         report = verify(
             path,
-            arguments.storage_options,
-            finite=arguments.finite,
+            asked["storage_options"],
+            finite=asked["finite"],
             max_memory=max_memory,
-            threads=arguments.threads,
+            threads=asked["threads"],
             ranks=ranks,
         )
-        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments.json else _print_lines(report.render()))
+        ranks.tell_once(lambda: _print_json(report.as_json()) if asked["json"] else _print_lines(report.render()))
     except KeyboardInterrupt:
         _tell_interrupt(ranks.leave_interrupted())
         return INTERRUPTED
@@ -213,25 +200,36 @@ def _verify(argv: list[str]) -> int:
     return 1 if report.count() else 0
 
 
-def _resolve(arguments: Any) -> str:
+def _resolve(asked: Mapping[str, Any]) -> str:
     """Return the directory that the path means: itself, or what a registry says."""
     from dist_export.registry import base
 
-    return base.resolve(arguments.path, arguments.registry_options).directory
+    return base.resolve(asked["path"], asked["registry_options"]).directory
 
 
-def _print_text(parser: ArgumentParser, argv: list[str]) -> None:
-    """Let the parser print help or the config, and exit."""
-    from dist_export.config.loader import join_nested
+def _is_answered(argv: Sequence[str], groups: Mapping[str, Mapping[str, Any]], *, usage: str = "") -> bool:
+    """Print the help of a command if that is asked for; without ``usage`` the settings follow."""
+    asked = {argument.replace("_", "-") for argument in argv} & {"-h", "--help", "--help-all"}
+    if asked:
+        from dist_export.config.describe import read_groups, render_help
+        from dist_export.config.loader import USAGE
 
-    try:
-        parser.parse_args(join_nested(argv))
-    except (ValueError, TypeError) as error:  # it has exited unless an argument is wrong
-        raise ConfigError(" ".join(str(error).split())) from None
+        groups = groups if usage else {**groups, **read_groups()}
+        _print_lines(render_help(usage or USAGE, groups, shows_all="--help-all" in asked))
+    return bool(asked)
 
 
-def _wants_text(argv: Sequence[str]) -> bool:
-    return any(argument in ("-h", "--help") or argument.startswith("--print_config") for argument in argv)
+def _has_printed_config(argv: Sequence[str], options: Mapping[str, Any]) -> bool:
+    """Print the settings that result as YAML, if that is asked for. ConfigError for settings that an export refuses."""
+    rest = [argument for argument in argv if argument not in ("--print_config", "--print-config")]
+    if len(rest) == len(argv):
+        return False
+    import yaml
+
+    from dist_export.config.loader import parse_with_extras
+
+    print(yaml.safe_dump(vars(parse_with_extras(rest, options)[0]), sort_keys=False), end="")
+    return True
 
 
 def _configure_logging() -> None:

@@ -7,7 +7,7 @@ import keyword
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args
+from typing import Any, Literal, get_args
 
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
@@ -21,6 +21,8 @@ MIN_MEMORY_BYTES = 64 << 20
 """Less than this does not hold the buffers and a useful number of ids."""
 
 MAX_THREADS = 64
+
+CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb"]
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 """What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
@@ -37,143 +39,173 @@ _MAX_BATCHES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Every setting of an export. ``launch/export.yaml`` lists them with their defaults."""
+    """Every setting of an export, in groups.
 
+    ``--help``, ``launch/export.yaml`` and the page of settings are made of the text below each setting (see ``describe.py``).
+    """
+
+    # ---- Where from and where to ----
     ckpt_dir: str | None = None
-    """The checkpoint to export: a directory, a file, an fsspec URL or a registry's URI; or a run with several; null: live"""
+    """The checkpoint to export: a directory, a file of torch.save or safetensors, an fsspec URL, or a registry's URI
+    (models:/ctr/3, models:/ctr@champion). A training run with several checkpoints (ckpt_<step>, step-<n>, checkpoint-<n>) gives
+    its latest complete one. Null with format: live."""
     export_dir: str
-    """Where the package goes: a directory, an fsspec URL, or a registry's URI"""
+    """Where the package goes: a directory, an fsspec URL, or a registry's URI (models:/ctr; registry_options say where that
+    is)."""
     step: int | None = None
-    """Of a run, the training step to export; null takes the latest checkpoint that is complete"""
+    """The training step to export from a run; null takes the latest complete checkpoint. A single checkpoint must be of this
+    step."""
     register: str | None = None
-    """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference"""
+    """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference."""
     registry_options: dict[str, Any] = field(default_factory=dict)
-    """Options for the registries of ckpt_dir, export_dir and register; under a scheme, as models: {...}, for that one alone"""
-    format: Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb", "live"] = "auto"
-    """Format of the checkpoint; auto goes by its files, and takes a DCP checkpoint and the DynamicEmb dump beside it together,
-    as dcp+dynamicemb does; dcp (torch.distributed.checkpoint) or dynamicemb takes that one alone. live: the model in memory"""
+    """Options for the registries of the three settings above. MLflow: registry_uri, and location, the directory below which
+    packages of new versions go. Options under a scheme are for that registry alone: {models: {location: /serving}, my: {root:
+    /data}}."""
+    format: CheckpointFormat | Literal["live"] = "auto"
+    """Format of the checkpoint: recis, dcp (torch.distributed.checkpoint), safetensors, torch (torch.save) or dynamicemb. auto
+    goes by its files; it takes a DCP checkpoint and the DynamicEmb dump beside it together (dcp+dynamicemb). dcp or dynamicemb
+    takes this one alone. live: no checkpoint; the tables of the model (see model) are exported as they are in memory."""
     overwrite: bool = False
-    """Replace a package that is in export_dir already; it stays readable until the new one is committed"""
+    """Replace a package that is already in export_dir. The old package stays readable until the new one is committed."""
     on_unfinished: Literal["resume", "restart", "error"] = "resume"
-    """What to do with an unfinished export in export_dir: go on with it, begin anew, or stop"""
+    """What to do if export_dir holds an unfinished export: go on with it (resume), begin anew (restart), or stop (error)."""
     follow_links: bool = False
-    """Read files of the checkpoint that are links leading out of it, as caches of downloads have; false refuses them"""
+    """Read files of the checkpoint that are links out of its directory, as in caches of downloads. False refuses them."""
+
+    # ---- The tables ----
     filter_sparse_opt: bool | None = None
-    """Drop optimizer state and write new shards; false copies the sparse files byte for byte. Null is false for RecIS, whose
-    files can be served as they are, and true for every other format"""
-    num_shards: Union[int, Literal["world_size", "source"], None] = None  # noqa: UP007 -- jsonargparse on 3.10 reads this
-    """With the filter: shards to write; a number, world_size (what null means) or source"""
+    """True drops optimizer state and writes new shards. False copies the sparse files byte for byte. Null is false for a RecIS
+    checkpoint, as in RecIS, whose files can be served as they are, and true for every other format."""
+    num_shards: int | Literal["world_size", "source"] | None = None
+    """How many shards to write (needs filter_sparse_opt): a number, world_size (the same as null), or source."""
     treat_as_tables: list[str] = field(default_factory=list)
-    """Patterns of further tensors that are tables, for checkpoints that do not say so; with model its embeddings are tables"""
+    """Patterns of further tensors that are tables, if the checkpoint does not say so. With model, its embeddings are tables
+    anyway."""
     optimizer_slots: list[str] = field(default_factory=list)
-    """Patterns of further slots and dense tensors that are optimizer state"""
+    """Patterns of further slots and dense tensors that are optimizer state."""
     state_root: str | None = None
-    """Of several states in the checkpoint, such as a model and its EMA, the path of the one to export; null takes the
-    model's; . takes all under their full names"""
+    """Which state to export, by its path, if the checkpoint has several (such as a model and its EMA). Null takes the model's.
+    "." takes all under their full names."""
     drop_slots: list[str] = field(default_factory=list)
-    """Patterns of further slots and dense tensors to drop, such as step_filter"""
+    """Patterns of further slots and dense tensors to drop, such as step_filter."""
     keep_slots: list[str] = field(default_factory=list)
-    """Patterns of optimizer state to keep all the same"""
-    dtype: Union[dict[str, CastDtype], list[dict[str, CastDtype]]] = field(default_factory=dict)  # noqa: UP007
-    """With the filter, dtypes of embeddings as {pattern of tables: dtype}, or a list of such; the first match counts"""
+    """Patterns of optimizer state to keep."""
+    dtype: dict[str, CastDtype] | list[dict[str, CastDtype]] = field(default_factory=dict)
+    """Dtypes of embeddings as {pattern of tables: dtype}, or a list of such mappings; the first match counts (needs
+    filter_sparse_opt). A dtype is float16, bfloat16, float32, int8 (row-wise, with scale and bias), or source, which leaves the
+    tables as they are."""
     on_overflow: Literal["error", "clamp"] = "error"
-    """Values that the dtype cannot hold: out of range or NaN; clamp takes the nearest that it can, and 0 for NaN in int8"""
+    """What to do with values that the dtype cannot hold, out of range or NaN. error fails the export. clamp writes the nearest
+    value that fits, and 0 for NaN in int8; the manifest counts them."""
     on_misplaced: Literal["repair", "error"] = "repair"
-    """Rows outside the slice that their part claims: repair moves them with the filter; a copy refuses them either way"""
+    """What to do with rows outside the slice of their part. repair moves them (needs filter_sparse_opt). A copy always refuses
+    them."""
     on_duplicate: Literal["error", "first", "last"] = "error"
-    """With the filter, ids that stand more than once in a table: keep the first or the last row, in the order of parts"""
+    """What to do with an id that has several rows in a table: error, or keep the first or the last row, in the order of parts."""
     select_tables: list[str] = field(default_factory=list)
-    """Patterns of the tables to export; none means all"""
+    """Patterns of the tables to export; none means all. Here and below, tables have the names of the checkpoint."""
     drop_tables: list[str] = field(default_factory=list)
-    """Patterns of tables to leave out"""
+    """Patterns of tables to leave out."""
     rename_tables: dict[str, str] = field(default_factory=dict)
-    """New names of tables, as {pattern: name}; {0}, {1} in a name are what the first and second wildcard stood for"""
+    """New names of tables, as {pattern: name}. {0} and {1} in a name are the texts that the first and the second wildcard
+    matched."""
     to_hash_tables: list[str] = field(default_factory=list)
-    """Patterns of tables whose rows go by number, to be written with these numbers as ids, as hash tables"""
-    default_row: dict[str, Union[Literal["zeros"], list[float]]] = field(default_factory=dict)  # noqa: UP007
-    """What serving takes for ids that a table lacks, by pattern of tables: zeros, or the values of a row"""
+    """Patterns of row-indexed tables to write as hash tables, with the row numbers as ids."""
+    default_row: dict[str, Literal["zeros"] | list[float]] = field(default_factory=dict)
+    """The row that serving uses for ids without a row, as {pattern: zeros} or {pattern: [0.5, ...]}."""
     dynamicemb_dims: dict[str, int] = field(default_factory=dict)
-    """Dimensions of the tables of a DynamicEmb dump, by pattern: its files do not state them, so that they are compared"""
+    """Dimensions of the tables of a DynamicEmb dump, as {pattern: dimension}. Its files do not state them; the export
+    compares."""
     allow_hashed_ids: list[str] = field(default_factory=list)
-    """Patterns of managed-collision tables whose module changes ids before it looks for them, as serving must do too"""
+    """Patterns of managed-collision tables (torchrec's MCH and HashZCH) whose module changes ids before the lookup, with an
+    input_hash_func. The package has the changed ids, and serving must change ids in the same way."""
     allow_missing_tables: list[str] = field(default_factory=list)
-    """Patterns of embeddings of the sparse arch that the checkpoint may lack; scores have the model's own rows of them"""
+    """Patterns of embeddings of the sparse arch that need not be in the checkpoint. Scores have the model's own rows of them."""
     prune: list[dict[str, Any]] = field(default_factory=list)
-    """Rows to leave behind: rules {tables, slot, below}, {tables, norm_at_most}, {tables, deny} and {tables, allow}"""
+    """Rows to leave out, as a list of rules: {tables: "user_*", slot: step_filter, below: 10}, {tables: "*", norm_at_most: 0},
+    {tables: item, deny: ids.npy} or {tables: item, allow: ids.txt}."""
     on_empty_table: Literal["error", "allow"] = "error"
-    """A table with rows of which the rules of prune leave none: error, or allow, which exports it empty"""
+    """What to do if the rules of prune leave no row of a table: error, or allow, which exports the table empty."""
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
-    """Digest of the package's files; none leaves the shards without one, and copies them inside the kernel"""
+    """Digest of the package's files: xxh3, sha256 or blake3. none leaves the shards without one, and the kernel copies them."""
     server_side_copy: bool = True
-    """Let an S3 store that holds both source and target copy byte ranges itself; false reads and sends all bytes"""
-    max_memory: Union[int, str] = "512MiB"  # noqa: UP007
-    """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB"""
+    """Let an S3 store that holds source and target copy byte ranges by itself. Their digest is then the SHA-256 that the store
+    computes. False sends all bytes through the export, and the digest is that of the bytes that it has read."""
+    max_memory: int | str = "512MiB"
+    """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None
-    """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most"""
+    """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most."""
     need_export_sparse: bool = True
-    """False exports the dense arch alone"""
+    """False exports the dense arch alone."""
     add_subfolder: bool = False
-    """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data"""
+    """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data."""
+
+    # ---- The dense arch ----
     model: str | None = None
-    """package.module:callable that returns the model; without it the tables are exported alone"""
+    """package.module:callable that returns the model. Without it the tables are exported alone."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for model"""
+    """Keyword arguments for model."""
     sparse_model_name: str = "sparse_arch"
-    """Path of the sparse arch within the model"""
+    """Path of the sparse arch within the model."""
     dense_model_name: str = "dense_arch"
-    """Path of the dense arch within the model, and the prefix of its parameters in model.pt"""
+    """Path of the dense arch within the model, and the prefix of its parameters in model.pt."""
     dataset: str | None = None
-    """package.module:callable that returns an iterable of batches; a few are taken, see drift_batches"""
+    """package.module:callable that returns an iterable of batches. A few are taken (see drift_batches)."""
     dataset_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for dataset"""
+    """Keyword arguments for dataset."""
     allow_missing_dense: list[str] = field(default_factory=list)
-    """Patterns of dense parameters that the checkpoint may lack; the model's own values are exported"""
+    """Patterns of dense parameters that need not be in the checkpoint. The model's own values are exported."""
     allow_unexpected_dense: list[str] = field(default_factory=list)
-    """Patterns of dense parameters that the dense arch may lack; they are left out, as RecIS leaves them"""
+    """Patterns of dense parameters that need not be in the dense arch. They are left out, as by RecIS."""
     export_folder_name: str = "fx_user_model"
-    """Folder of the dense arch within the package"""
+    """Folder of the dense arch within the package."""
     export_model_name: str = "user_model"
-    """Name of the FX module within that folder"""
+    """Name of the FX module within that folder."""
     export_outputs: list[str] | None = None
-    """Names of the outputs in order; null takes a dict's keys, or torch_output_<i>"""
+    """Names of the outputs, in order. Null takes the keys of a dict, or torch_output_<i>."""
     max_batch_size: int = 204800
-    """The largest batch that serving may send"""
+    """The largest batch that serving may send."""
     dynamic_dims: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Further free dimensions, as {input: {dim: name}}"""
+    """Further free dimensions, as {input: {dim: name}}."""
     device: str | None = None
-    """Device to trace on; null takes that of the dense arch"""
+    """Device to trace on. Null takes the device of the dense arch."""
     archive_format: Literal["pt2", "legacy"] = "pt2"
-    """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)"""
+    """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)."""
     atol: float = 1e-6
-    """Absolute part of the tolerance between written program and model"""
+    """Absolute part of the tolerance between written program and model."""
     rtol: float = 1e-5
-    """Relative part: of the value, or of the usual size in its column where that is larger"""
+    """Relative part of the tolerance: of the value, or of the usual size in its column if that is larger."""
     drift_batches: int = 4
-    """Batches, at most, on which the package is compared with the unmodified model; 0 leaves the comparison out"""
-    max_drift: Union[float, dict[str, float], None] = None  # noqa: UP007
-    """Largest drift (max_abs) of any output, or by output; more than that fails the export; null allows any"""
+    """How many batches, at most, to compare the package with the unmodified model. 0 leaves the comparison out."""
+    max_drift: float | dict[str, float] | None = None
+    """Largest drift (max_abs) of any output, or by output. A larger drift fails the export. Null allows any."""
+
+    # ---- The feature generator ----
     fg: str | None = None
-    """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()"""
+    """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()."""
     fg_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for fg"""
-    fg_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
-    """Feature generator configuration, or the path of its JSON file; exported as fg.json"""
-    mc_conf_or_path: Union[str, dict[str, Any], None] = None  # noqa: UP007
-    """Block configuration, or the path of its JSON file"""
+    """Keyword arguments for fg."""
+    fg_conf_or_path: str | dict[str, Any] | None = None
+    """Feature generator configuration, or the path of its JSON file; exported as fg.json."""
+    mc_conf_or_path: str | dict[str, Any] | None = None
+    """Block configuration, or the path of its JSON file."""
     fg_rules: Literal["rtp", "none"] = "rtp"
-    """Whose limits the feature generator configuration must keep besides RecIS's own"""
+    """Which limits the feature generator configuration must keep in addition to RecIS's own."""
+
+    # ---- How ----
     storage_options: dict[str, Any] = field(default_factory=dict)
-    """Options for the file system of ckpt_dir and export_dir (fsspec)"""
-    events: Union[bool, str] = False  # noqa: UP007
-    """What happened as JSON lines, added to this file or fsspec URL; true takes <export_dir>.events.jsonl"""
+    """Options for the file system of ckpt_dir and export_dir (fsspec)."""
+    target_storage_options: dict[str, Any] | None = None
+    """Options for the file system of export_dir, if they differ from those of ckpt_dir. Null takes storage_options."""
+    events: bool | str = False
+    """Write events as JSON lines to this file or fsspec URL. Lines are added. True takes <export_dir>.events.jsonl."""
     metrics: str | None = None
-    """File or fsspec URL for the figures of the export as Prometheus text, for a collector that reads files"""
-    target_storage_options: Union[dict[str, Any], None] = None  # noqa: UP007
-    """Options for the file system of export_dir, where they are not those of ckpt_dir; null takes storage_options"""
+    """Write the figures of the export as Prometheus text to this file or fsspec URL, for a collector that reads files."""
     progress: bool = True
-    """Show the progress of the export; from Python the closing summary, too"""
+    """Show the progress of the export: in one line on a terminal, else in lines of the log; from Python the closing summary,
+    too."""
     timeout: float = 1800.0
-    """Seconds without any progress after which a rank counts as hung, and the export ends"""
+    """Seconds without any progress after which a rank counts as hung, and the export ends."""
 
     def __post_init__(self) -> None:
         """Refuse what can be refused without reading anything. ConfigError names the setting."""

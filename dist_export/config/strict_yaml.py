@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -29,15 +30,26 @@ class _Loader(yaml.SafeLoader):
         super().fetch_flow_collection_start(token_class)
 
 
-def load_yaml(text: str) -> Any:
+class _ArgumentLoader(_Loader):
+    """Takes 1e-7 as the number that it is in JSON and YAML 1.2. In files it stays text: a password may look so."""
+
+
+_ArgumentLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str, *, has_exponents: bool = False) -> Any:
     """Return the values of one YAML document: plain ones, never an object of Python.
+
+    With ``has_exponents``, as on a command line, 1e-7 is a number.
 
     Raises:
         yaml.YAMLError: with ``problem`` and ``problem_mark``: no YAML; a key twice in one mapping; more values than
             settings have; a value that its own type cannot hold, such as a date that is none.
     """
     try:
-        loader = _Loader(text)
+        loader = (_ArgumentLoader if has_exponents else _Loader)(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -1,7 +1,7 @@
-"""Write docs/reference/settings.md from the settings themselves: python -m scripts.docs.settings [--check].
+"""Write docs/reference/settings.md and launch/export.yaml from the settings: python -m scripts.docs.settings [--check].
 
-Names, types and defaults come from ``ExportConfig``, groups and texts from ``launch/export.yaml``. ``identity.HOW`` says whether
-a setting shapes the package. Only the examples are written here; a test loads each of them.
+Groups, names, types, defaults and texts are those of ``config/schema.py``. ``identity.HOW`` says whether a setting shapes the
+package. Only the examples are written here; a test loads each of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.describe import read_groups, render_yaml
 from dist_export.pipeline.config_agreement import MAY_DIFFER
 from dist_export.pipeline.identity import HOW
 
@@ -101,10 +101,17 @@ THROUGH = {
 }
 """What shapes a package, but not by how it is spelt: two spellings that lead to the same give the same package."""
 
+_YAML_HEAD = (
+    "# Every setting of dist_export with its default. Copy it, keep what you change, and run:",
+    "#   torchrun --nproc-per-node 2 -m dist_export --config export.yaml",
+    "# On the command line, --key value replaces the value here; nested keys have dots (--model_args.dim 16).",
+    "# Relative paths are relative to the working directory. This file is written by scripts/docs/settings.py.",
+)
+
 _HEAD = """\
 # Settings
 
-<!-- Written by scripts/docs/settings.py. Do not edit it: change launch/export.yaml or the script, and run the script again. -->
+<!-- Written by scripts/docs/settings.py. Change dist_export/config/schema.py, and run the script. -->
 
 Each setting has the same name in a YAML file, on the command line (`--key value`) and in Python (a keyword).
 A value on the command line replaces the value of the file. See [the command line](command-line.md) for nested keys and lists.
@@ -118,22 +125,6 @@ settings must be equal on all ranks.
 A *pattern* matches names: `*` stands for any characters, `?` for one. A pattern that matches nothing is an error. Write
 quotes around a pattern that begins with `*`, because YAML needs them.
 """
-
-
-def read_groups() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return (title, [(setting, text)]) as ``launch/export.yaml`` has them, in its order."""
-    groups: list[tuple[str, list[tuple[str, str]]]] = []
-    comment: list[str] = []
-    for line in YAML.read_text().splitlines():
-        if title := re.fullmatch(r"# ---- (.*) ----", line):
-            groups.append((title[1], []))
-            comment = []
-        elif line.startswith("# "):
-            comment.append(line[2:])
-        elif setting := re.match(r"(\w+):", line):
-            groups[-1][1].append((setting[1], " ".join(comment)))
-            comment = []
-    return groups
 
 
 def say_type(hint: Any) -> str:
@@ -162,13 +153,11 @@ def say_type(hint: Any) -> str:
     return words[hint]
 
 
-def say_default(field: dataclasses.Field[Any]) -> str:
+def say_default(default: Any) -> str:
     """Return a default as YAML, or that there is none."""
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{json.dumps(field.default_factory())}`"
-    if field.default is dataclasses.MISSING:
+    if default is dataclasses.MISSING:
         return "none: it must be set"
-    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
 def escape(text: str) -> str:
@@ -197,21 +186,19 @@ def _mark_setting(found: re.Match[str]) -> str:
 
 def render() -> str:
     """Return the page."""
-    fields = {field.name: field for field in dataclasses.fields(ExportConfig)}
-    hints = typing.get_type_hints(ExportConfig)
     lines = [_HEAD]
-    for title, settings in read_groups():
+    for title, settings in read_groups().items():
         lines.append(f"## {title}\n")
-        for name, text in settings:
+        for name, option in settings.items():
             scope = THROUGH.get(name, "no" if name in HOW else "yes")
             ranks = "yes" if name in MAY_DIFFER else "no"
             lines += [
                 f"### `{name}`\n",
-                f"{escape(text)}\n",
+                f"{escape(option.text)}\n",
                 "| | |",
                 "|---|---|",
-                f"| Type | {say_type(hints[name])} |",
-                f"| Default | {say_default(fields[name])} |",
+                f"| Type | {say_type(option.hint)} |",
+                f"| Default | {say_default(option.default)} |",
                 f"| Example | `{name}: {EXAMPLES[name]}` |",
                 f"| Shapes the package | {scope} |",
                 f"| May differ between ranks | {ranks} |",
@@ -220,18 +207,24 @@ def render() -> str:
     return "\n".join(lines)
 
 
+def render_files() -> dict[Path, str]:
+    """Return the files with what they should hold."""
+    return {PAGE: render(), YAML: "\n".join([*_YAML_HEAD, *render_yaml(read_groups()), ""])}
+
+
 def main() -> int:
-    """Write the page, or say with ``--check`` whether it is what it should be."""
+    """Write the files, or say with ``--check`` whether they are what they should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     is_check = parser.parse_args().check
-    text = render()
-    if not is_check:
-        PAGE.write_text(text)
-    elif not PAGE.is_file() or PAGE.read_text() != text:
-        print(f"{PAGE.relative_to(ROOT)} is not up to date; run python -m scripts.docs.settings", file=sys.stderr)
-        return 1
-    return 0
+    code = 0
+    for path, text in render_files().items():
+        if not is_check:
+            path.write_text(text)
+        elif not path.is_file() or path.read_text() != text:
+            print(f"{path.relative_to(ROOT)} is not up to date; run python -m scripts.docs.settings", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 
 import dist_export
 from dist_export.cli import main
-from dist_export.config.loader import RENAMED, build_parser, load_config, parse_settings
+from dist_export.config.arguments import RENAMED
+from dist_export.config.loader import load_config, parse_settings
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 
@@ -27,7 +28,7 @@ def test_an_old_name_is_an_error_that_names_the_new_one(old: str, new: str, tmp_
         load_config(tmp_path / "export.yaml")
     for option in (f"--{old}", f"--{old.replace('_', '-')}"):
         with pytest.raises(ConfigError, match=says):
-            parse_settings(build_parser(), ["--ckpt_dir=in", "--export_dir=out", option, "x"])
+            parse_settings(["--ckpt_dir=in", "--export_dir=out", option, "x"])
     with pytest.raises((ConfigError, TypeError), match=says):
         dist_export.Exporter(None, "", "", None, "in", "out", **{old: "x"}).export()
     assert new in ExportConfig.__dataclass_fields__
@@ -43,7 +44,7 @@ def test_commands_for_a_path_name_the_new_option_too(command: str, tmp_path: Pat
 
 
 def parse(*argv: str) -> ExportConfig:
-    return parse_settings(build_parser(), ["--ckpt_dir=in", "--export_dir=out", "--filter_sparse_opt=true", *argv])
+    return parse_settings(["--ckpt_dir=in", "--export_dir=out", "--filter_sparse_opt=true", *argv])
 
 
 def test_dashes_stand_for_underscores_in_names_alone() -> None:

@@ -1,0 +1,90 @@
+"""Arguments of a command: ``--name value``, ``--name=value``, ``--name.key value``, ``--name+ value``, and flags."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from dist_export.config.describe import Option
+from dist_export.config.strict_yaml import load_yaml
+from dist_export.config.values import convert, lay_over, read_text
+from dist_export.errors import ConfigError
+
+RENAMED = {
+    "as_hash": "to_hash_tables",
+    "on_unfit": "on_overflow",
+    "on_emptied": "on_empty_table",
+    "on_existing": "on_unfinished",
+    "tables": "treat_as_tables",
+}
+"""Settings under the names that they had before."""
+
+
+def read_arguments(
+    argv: Sequence[str], options: Mapping[str, Option], *, values: Mapping[str, Any], what: str = "option"
+) -> tuple[dict[str, Any], list[str]]:
+    """Return ``values`` with what the arguments say in their place, and the arguments that are no option.
+
+    Later arguments go before earlier ones: a whole value replaces what was there, ``--name.key`` is laid over it, and ``--name+``
+    is added to it. In names a dash is an underscore.
+
+    Raises:
+        ConfigError: an option that is unknown, abbreviated, without its value, or whose value is of another type.
+    """
+    found, others, rest = dict(values), [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, text = argument.partition("=")
+        if not option.startswith("--"):
+            others.append(argument)
+            continue
+        first, *keys = option[2:].split(".")
+        adds, name = first.endswith("+"), first.removesuffix("+").replace("-", "_")
+        if name not in options:
+            raise ConfigError(f"--{name} is no {what}{say_nearest(name, options)}")
+        known = options[name]
+        if known.is_flag:
+            found[name] = read_text(name, text, bool) if equals else True
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{option} needs a value")
+            text = rest.pop(0)
+        before = found.get(name, known.default)
+        if keys:
+            value = lay_over(before, _nest(option, before, keys, text))
+            found[name] = convert(name, value, known.hint)
+        else:
+            one_more = adds and text.lstrip().startswith("{")  # a rule of prune
+            found[name] = value = read_text(name, f"[{text}]" if one_more else text, known.hint)
+            if adds and not (isinstance(value, list) and isinstance(before, (list, type(None)))):
+                raise ConfigError(f"{option} adds to a list, and {name} is none")
+            if adds or known.adds:
+                found[name] = [*(before or []), *value]
+    return found, others
+
+
+def say_nearest(name: str, names: Iterable[str]) -> str:
+    """Return what an unknown name may have meant, for a message."""
+    if name in RENAMED:
+        return f"; it is called {RENAMED[name]} now"
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"; did you mean {close[0]}?" if close else "; dist_export --help lists them"
+
+
+def _nest(option: str, before: Any, keys: Sequence[str], text: str) -> Any:
+    """Return the value of ``--name.a.b text`` as ``{a: {b: value}}``."""
+    for key in keys[:-1]:
+        before = before.get(key, {}) if isinstance(before, Mapping) else before
+        if not isinstance(before, Mapping):
+            raise ConfigError(f"{option[2:]} lies below a value")
+    try:
+        value = load_yaml(text, has_exponents=True)
+    except yaml.YAMLError:
+        raise ConfigError(f"{option[2:]} is no YAML") from None
+    for key in reversed(keys):
+        value = {key: value}
+    return value

@@ -1,0 +1,125 @@
+"""Values of settings: from the text of a command line, or as YAML and Python have them, to their types."""
+
+from __future__ import annotations
+
+import numbers
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import yaml
+
+from dist_export.config.describe import say_type
+from dist_export.config.schema import FORMER_VALUES
+from dist_export.config.strict_yaml import load_yaml
+from dist_export.errors import ConfigError
+
+SECRET = ("storage_options", "target_storage_options", "registry_options")
+"""Settings whose values no message shows."""
+
+_EXAMPLES = {
+    "registry_options": '{"registry_uri": "http://HOST:PORT"}',
+    "storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
+    "target_storage_options": '{"client_kwargs": {"endpoint_url": "http://HOST:PORT"}}',
+}
+
+_EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+", re.ASCII)
+"""A number in JSON and YAML 1.2, but text in YAML 1.1, which wants a dot and a sign."""
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Return a value of YAML or Python as the type of a setting.
+
+    Where no text is expected, one text is a list of it, or is read as on the command line. What is handed on to the caller's code
+    and to file systems (``Any``) keeps its types.
+
+    Raises:
+        ConfigError: it cannot be of this type; the value is not shown where it may be a secret.
+    """
+    kinds = _kinds_of(hint)
+    if isinstance(value, str) and str not in kinds:
+        return [value] if list[str] in kinds else read_text(name, value, hint)
+    return _to_type(name, value, hint)
+
+
+def read_text(name: str, text: str, hint: Any) -> Any:
+    """Return the value that an argument stands for: the text itself where text is expected, else YAML.
+
+    One plain text is a list of it, where a list of texts is expected.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    kinds = _kinds_of(hint)
+    if list[str] in kinds and not text.lstrip().startswith(("[", "{", "- ")) and text.strip() not in ("null", "~", ""):
+        return [text]
+    try:
+        value = load_yaml(text, has_exponents=True)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str) and str in kinds:
+        return text
+    try:
+        return _to_type(name, value, hint)
+    except ConfigError:
+        if str in kinds:  # a date, or a number
+            return text
+        raise
+
+
+def lay_over(below: Any, value: Any) -> Any:
+    """Return ``value``, and of mappings also what ``below`` has beside it, key by key, however deep."""
+    if not isinstance(below, Mapping) or not isinstance(value, Mapping):
+        return value
+    return {**below, **{key: lay_over(below.get(key), its) for key, its in value.items()}}
+
+
+def describe_expected(name: str, hint: Any) -> str:
+    """Return what a setting takes, with an example where that helps."""
+    if name in _EXAMPLES:
+        return f"a YAML mapping such as '{_EXAMPLES[name]}'"
+    text = say_type(hint)
+    return text + (
+        f', such as ["a", "*_b"]; on the command line --{name} \'["*_b"]\'' if text.startswith("a list") else ""
+    )
+
+
+def _kinds_of(hint: Any) -> tuple[Any, ...]:
+    """Return the types of which a value may be."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _to_type(name: str, value: Any, hint: Any) -> Any:
+    keys_are_text = not isinstance(value, Mapping) or all(isinstance(key, str) for key in value)
+    for candidate in (value, _with_numbers(value)):
+        try:
+            found = msgspec.convert(candidate, hint, str_keys=True)
+        except msgspec.ValidationError:
+            continue
+        return found if "Any" not in str(hint) else value
+    found = " has the wrong type" if name in SECRET else f" is {value!r}"
+    found = " has keys that are no text" if not keys_are_text and dict[str, Any] in _kinds_of(hint) else found
+    former = FORMER_VALUES.get((name, value)) if isinstance(value, str) else None
+    raise ConfigError(former or f"{name}{found}; expected {describe_expected(name, hint)}")
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return a value with numbers of other libraries as Python's own, and texts such as 1e-7 as the numbers that they are."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(its) for key, its in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_numbers(its) for its in value]
+    if isinstance(value, str):
+        return float(value) if _EXPONENT.fullmatch(value) else value
+    if isinstance(value, (bool, int)):
+        return value
+    return (
+        int(value)
+        if isinstance(value, numbers.Integral)
+        else float(value)
+        if isinstance(value, numbers.Real)
+        else value
+    )
