@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
-import xxhash
 from torch import nn
 
 from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.model.value_digest import Digester
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""What each module has: registers and hooks."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def list_own_values(dense_arch: nn.Module, state: Mapping[str, Any], *, dense_model_name: str) -> list[str]:
     """Return names of what ``dense_arch`` holds and ``state``, the checkpoint's, did not give it. Rank 0.
 
-    They are parameters, buffers (those that no state_dict has, too), extra state, and tensors that are plain attributes.
-    Plain numbers count as code.
+    They are parameters, buffers (those that no state_dict has, too), extra state, and whatever else holds tensors or arrays:
+    attributes of the modules and of their classes, objects, functions and unregistered modules in them, and what their methods
+    have closed over or read as globals. Plain numbers count as code.
     """
     given = {_plain_key(name) for name, value in state.items() if not isinstance(value, UntakenState)}
     prefix = f"{_plain_key(dense_model_name)}." if dense_model_name else ""
@@ -25,58 +30,72 @@ def list_own_values(dense_arch: nn.Module, state: Mapping[str, Any], *, dense_mo
     return sorted({*missing, *_list_unsaved(dense_arch)})
 
 
-def digest_own_values(dense_arch: nn.Module, names: Collection[str]) -> str | None:
+def digest_own_values(dense_arch: nn.Module, names: Collection[str], *, skip: Collection[int] = ()) -> str | None:
     """Return a digest of the values of these names, as :func:`list_own_values` gives them; None where one cannot be read.
 
     Args:
         dense_arch: the caller's own, wrappers included. It must not have run since it was built, or have run alike.
+        names: of the values.
+        skip: ids of objects that do not count: the modules that the dense arch is in.
 
     Tensors that lie on several ranks, or on none, and extra state cannot be read.
     """
     held: dict[str, Any] = {}
     for path, module in dense_arch.named_modules():
-        own = {**vars(module), **module._parameters, **module._buffers}  # noqa: SLF001 -- no module lists these
+        own = {**_list_attributes(module), **module._parameters, **module._buffers}  # noqa: SLF001 -- no module lists these
         held |= {_plain_key(f"{path}.{name}" if path else name): value for name, value in own.items()}
-    hasher = xxhash.xxh3_128()
+    digester = Digester({*_list_registered(dense_arch), *skip})
     for name in sorted(names):
-        if _plain_key(name) not in held or not _hash_value(held[_plain_key(name)], hasher):
+        if _plain_key(name) not in held:
             return None
-        hasher.update(f"\0{name}\0".encode())
-    return f"xxh3:{hasher.hexdigest()}"
-
-
-def _hash_value(value: Any, hasher: xxhash.xxh3_128, depth: int = 3) -> bool:
-    """Take in a value; return whether it could be."""
-    if isinstance(value, torch.Tensor):
-        if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided or value.is_meta:
-            return False
-        hasher.update(f"{value.dtype} {list(value.shape)} ".encode())
-        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        hasher.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
-        return True
-    if isinstance(value, (list, tuple, dict)) and depth:
-        hasher.update(f"{type(value).__name__} {len(value)} ".encode())
-        members = [member for item in value.items() for member in item] if isinstance(value, dict) else value
-        return all(_hash_value(member, hasher, depth - 1) for member in members)
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        hasher.update(f"{type(value).__name__} {value!r} ".encode())
-        return True
-    return False
+        digester.add(name)
+        _take_in(digester, held[_plain_key(name)])
+    return digester.digest
 
 
 def _list_unsaved(dense_arch: nn.Module) -> Iterator[str]:
+    skip = _list_registered(dense_arch)
     for path, module in dense_arch.named_modules():
         unsaved = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-        registered = ("_parameters", "_buffers", "_modules")
-        unsaved += [name for name, value in vars(module).items() if name not in registered and _holds_tensor(value)]
+        for name, value in _list_attributes(module).items():
+            digester = Digester(skip)
+            _take_in(digester, value)
+            unsaved += [name] if digester.has_arrays else []
         yield from (f"{path}.{name}" if path else name for name in unsaved)
 
 
-def _holds_tensor(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return depth > 0 and any(_holds_tensor(member, depth - 1) for member in members)
+def _list_registered(module: nn.Module) -> frozenset[int]:
+    """Return the ids of what torch registers in a module: it is named as such, and does not count where it is referred to."""
+    return frozenset(map(id, [*module.modules(), *module.parameters(), *module.buffers()]))
+
+
+def _list_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module has by name, its class included, besides what torch registers and what torch's classes have."""
+    mine = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    for name in _HOOKS:  # by the order in which they run; they are numbered through the process
+        if hooks := getattr(module, name):
+            mine[name] = list(hooks.values())
+    for kind in type(module).__mro__:
+        if not kind.__module__.startswith("torch."):
+            mine = {name: value for name, value in vars(kind).items() if not _is_of_class(name)} | mine
+    return mine
+
+
+def _is_of_class(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _take_in(digester: Digester, value: Any) -> None:
+    """Take in a value of a module; of its methods what they have besides their code."""
+    if isinstance(value, property):
+        for function in (value.fget, value.fset, value.fdel):
+            _take_in(digester, function)
+        return
+    plain = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if isinstance(plain, types.FunctionType) and not plain.__module__.startswith("torch."):
+        digester.add_values_of(plain)
+    else:
+        digester.add(plain)
 
 
 def _plain_key(name: str) -> str:

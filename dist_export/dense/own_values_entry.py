@@ -25,4 +25,7 @@ class OwnValues(NamedTuple):
         from dist_export.dense.own_values import digest_own_values
         from dist_export.model.unwrap import find_arch
 
-        return digest_own_values(find_arch(self.model, self.dense_model_name, "dense_model_name"), names)
+        dense_arch = find_arch(self.model, self.dense_model_name, "dense_model_name")
+        steps = self.dense_model_name.split(".") if self.dense_model_name else []
+        above = [find_arch(self.model, ".".join(steps[:length]), "dense_model_name") for length in range(len(steps))]
+        return digest_own_values(dense_arch, names, skip=frozenset(map(id, above)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.formats.recis import MERGED
 from dist_export.manifest import MANIFEST, Manifest
 from dist_export.model.user_objects import Objects
+from dist_export.model.value_digest import digest_value
 from dist_export.pipeline.inputs import FG
 from dist_export.plan.target_slices import resolve_num_shards
 from dist_export.storage.directory import Directory, digest_file
@@ -38,6 +40,8 @@ HOW = (
     "progress",
 )
 """Settings that do not shape the package, or do so through what they lead to."""
+ARGUMENTS = ("model_args", "dataset_args", "fg_args")
+"""Settings whose values may be any objects, where the caller is a program."""
 
 
 class Told(NamedTuple):
@@ -53,7 +57,11 @@ class Told(NamedTuple):
 
 def identify_settings(config: ExportConfig) -> str:
     """Return the digest of the settings that shape a package. Cheap: nothing but settings is looked at."""
-    settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in (*HOW, "ckpt_dir")]
+    settings = [
+        (name, _digest_arguments(value) if name in ARGUMENTS else value)
+        for name, value in sorted(vars(config).items())
+        if name not in (*HOW, "ckpt_dir")
+    ]
     source = None if config.ckpt_dir is None else open_directory(config.ckpt_dir, config.storage_options)
     where = source and (source.path if source.is_local else source.url)
     return _digest([where, settings])
@@ -107,12 +115,28 @@ def has_settings(manifest: Manifest, config: ExportConfig) -> bool:
 
 def _digest(values: Any) -> str:
     # not with sorted keys: the order of patterns counts
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(values, enc_hook=_name_type))
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(values, enc_hook=_digest_object))
 
 
-def _name_type(value: Any) -> str:
-    """Return what stands for an object that is no plain value, as Python callers may give."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _digest_object(value: Any) -> str:
+    """Return a digest of an object that is no plain value, as Python callers may give; without one a word of no other export."""
+    return digest_value(value).digest or uuid.uuid4().hex
+
+
+def _digest_arguments(arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _digest_object(value)) for name, value in sorted(arguments.items())]
+
+
+def find_incomparable(config: ExportConfig) -> str:
+    """Return why no package counts as this very export, whatever is in it, as a sentence; empty where one may."""
+    for setting in ARGUMENTS:
+        for name, value in getattr(config, setting).items():
+            if unknown := digest_value(value).unknown:
+                return (
+                    f"{setting}.{name} holds a {unknown}, whose content cannot be compared: so no package counts as already "
+                    "exported"
+                )
+    return ""
 
 
 def _digest_list(path: str, config: ExportConfig) -> str:

@@ -16,7 +16,7 @@ from dist_export.formats.recis import MERGED
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
-from dist_export.pipeline.identity import Told, identify_export
+from dist_export.pipeline.identity import Told, find_incomparable, identify_export
 from dist_export.pipeline.inputs import (
     FG,
     encode_fg,
@@ -137,6 +137,8 @@ def read_source(export: ExportState) -> ExportState:
         identity = ranks.broadcast(
             "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
         )
+    if incomparable := find_incomparable(config):
+        notes.append(incomparable)
     read = Source(
         checkpoint=checkpoint,
         fg_conf=fg_conf,

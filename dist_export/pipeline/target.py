@@ -15,7 +15,7 @@ from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.errors import ConfigError, PackageError
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
-from dist_export.pipeline.identity import has_settings
+from dist_export.pipeline.identity import find_incomparable, has_settings
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory, open_place
@@ -245,8 +245,8 @@ def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest 
         if config.overwrite:
             return None
         raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
-            f"settings. {places.way_out}"
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
+            f"{_say_other(config)}. {places.way_out}"
         )
     if names := manifest.run.get(OWN_VALUES):
         known, now = manifest.run.get(OWN_DIGEST), places.model.digest(names)
@@ -276,7 +276,8 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
-        raise ConfigError(f"{there}. {_say_way_out(final, in_place=in_place)}")
+        why = _say_other(config) if find_incomparable(config) else ""
+        raise ConfigError(f"{there}{why}. {_say_way_out(final, in_place=in_place)}")
     if in_place:
         raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
     if not final.is_local:
@@ -286,6 +287,11 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         )
     if (reason := swap.why_not_replaceable(final.path)) is not None:
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
+
+
+def _say_other(config: ExportConfig) -> str:
+    why = find_incomparable(config)
+    return f", and {why}" if why else " of another source or other settings"
 
 
 def _say_way_out(final: Directory, *, in_place: bool) -> str:

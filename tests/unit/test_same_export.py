@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import shutil
+import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,12 +340,58 @@ def test_a_copy_of_the_package_is_the_package(source: Path, tmp_path: Path) -> N
     assert content(tmp_path / "moved").keys() == {MANIFEST, *(file.path for file in first.files)} - {MANIFEST}
 
 
+GLOBAL = [torch.ones(1)]
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: object
+
+
+def read_global(_: object) -> torch.Tensor:
+    return GLOBAL[0]
+
+
+def scaled_by(dense_arch: Scaled, kind: str) -> torch.Tensor:
+    return torch.as_tensor(OTHER_KINDS[kind][1](dense_arch))
+
+
+OTHER_KINDS = {
+    "array": (lambda self, held: setattr(self, "own", held.numpy()), lambda self: self.own),
+    "dataclass": (lambda self, held: setattr(self, "own", Settings(held)), lambda self: self.own.scale),
+    "array in it": (lambda self, held: setattr(self, "own", Settings(held.numpy())), lambda self: self.own.scale),
+    "closure": (lambda self, held: setattr(self, "own", lambda: held), lambda self: self.own()),
+    "class": (lambda self, held: setattr(type(self), "own", held), lambda self: self.own),
+    "modules": (lambda self, held: setattr(self, "own", [Held(held)]), lambda self: self.own[0].scale),
+    "modules by name": (lambda self, held: setattr(self, "own", {"a": Held(held)}), lambda self: self.own["a"].scale),
+    "method": (lambda self, held: setattr(type(self), "own", lambda self: held), lambda self: self.own()),
+    "global": (
+        lambda self, held: (GLOBAL.__setitem__(0, held), setattr(type(self), "read_global", read_global)),
+        lambda self: self.read_global(),
+    ),
+}
+"""How a module may hold a value that torch does not register, and how it gets at it."""
+
+
+class Held(torch.nn.Module):
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+
 class Scaled(tiny_model.DenseArch):
     """Holds values that no checkpoint of the plain one has."""
+
+    own: object = None
 
     def __init__(self, kind: str, value: float) -> None:
         super().__init__()
         held = torch.full((1,), value)
+        self.kind, self.is_other = kind, kind in OTHER_KINDS
+        if self.is_other:
+            self.__class__ = type("Scaled", (Scaled,), {})
+            OTHER_KINDS[kind][0](self, held)
+            return
         if kind == "parameter":
             self.scale = torch.nn.Parameter(held)
         elif kind == "attribute":
@@ -352,11 +402,13 @@ class Scaled(tiny_model.DenseArch):
             self.register_buffer("scale", held, persistent=kind == "saved buffer")
 
     def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        scale = self.scales[0] if hasattr(self, "scales") else self.scale
+        scale = self.scales[0] if hasattr(self, "scales") else getattr(self, "scale", None)
+        if self.is_other:
+            scale = scaled_by(self, self.kind)
         return {name: scores * scale for name, scores in super().forward(blocks).items()}
 
 
-@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list"])
+@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list", *OTHER_KINDS])
 def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
 
@@ -370,12 +422,43 @@ def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path
         ).export()  # fmt: skip
 
     first = run(1.0)
-    assert first.run["own_values"] == ["scales" if kind == "list" else "scale"]
+    own = "read_global" if kind == "global" else "own" if kind in OTHER_KINDS else "scale"
+    assert first.run["own_values"] == ["scales" if kind == "list" else own]
     before = states(out)
     with pytest.raises(ConfigError, match=r"has values of the model itself \(run.own_values names them\).*overwrite"):
         run(5.0)
     assert states(out) == before
     assert run(5.0, overwrite=True).digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("make", "is_same"),
+    [
+        (lambda value: {"value": value}, True),
+        (lambda value: np.full(3, float(value)), True),
+        (lambda value: torch.full((3,), float(value)), True),
+        (lambda value: types.SimpleNamespace(value=[value]), True),
+        (lambda value: functools.partial(max, value), True),
+        (lambda value: lambda: value, True),
+        (lambda value: [threading.Lock(), value], False),
+    ],
+    ids=["dict", "array", "tensor", "object", "partial", "closure", "lock"],
+)
+def test_the_content_of_arguments_counts(make, is_same: bool, tmp_path: Path, monkeypatch) -> None:
+    """Python callers may give any object. What cannot be compared is never the same, and the first export says so."""
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+    monkeypatch.setattr(tiny_model, "build_with", lambda **_: tiny_model.build_model(), raising=False)
+    more = {"model": "tiny_model:build_with", "dataset": "tiny_model:build_dataset", "num_shards": 2}
+    first = export(source, out, **more, model_args={"its": make(1)})
+    told = f"model_args.its holds a {type(threading.Lock()).__module__}.lock, whose content cannot be compared"
+    assert any(told in note for note in first.notes) is not is_same
+    before = states(out)
+    if is_same:
+        assert export(source, out, **more, model_args={"its": make(1)}) == first
+    with pytest.raises(ConfigError, match="is there already: export_dir holds a committed package") as refused:
+        export(source, out, **more, model_args={"its": make(2 if is_same else 1)})
+    assert (told in str(refused.value)) is not is_same
+    assert states(out) == before
 
 
 def test_a_package_of_another_version_is_said(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -444,7 +527,7 @@ def test_the_file_system_of_a_path_is_that_of_the_deepest_mount(monkeypatch, tmp
         assert local_io.file_system_of(str(tmp_path / path)) == kind
 
 
-@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list"])
+@pytest.mark.parametrize("kind", ["parameter", "saved buffer", "buffer", "attribute", "list", *OTHER_KINDS])
 def test_values_of_the_model_itself_that_are_the_same_are_the_same_export(kind: str, tmp_path: Path) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
     more = {"allow_missing_dense": ["scale"]} if kind in ("parameter", "saved buffer") else {}
@@ -463,10 +546,6 @@ def test_values_of_the_model_itself_that_are_the_same_are_the_same_export(kind: 
     assert states(out) == before
 
 
-class Opaque:
-    """What a digest cannot tell from another one."""
-
-
 def test_values_that_cannot_be_read_are_never_the_same() -> None:
     arch = Scaled("buffer", 1.0)
     digest = own_values.digest_own_values(arch, ["scale"])
@@ -475,5 +554,22 @@ def test_values_that_cannot_be_read_are_never_the_same() -> None:
     assert own_values.digest_own_values(arch, ["scale", "gone"]) is None
     arch.scale = torch.ones(1, device="meta")
     assert own_values.digest_own_values(arch, ["scale"]) is None
-    arch.held = [torch.ones(1), Opaque()]
+    arch.held = [torch.ones(1), threading.Lock()]
     assert own_values.digest_own_values(arch, ["held"]) is None
+
+
+def test_what_refers_to_registered_modules_has_no_values_of_its_own(tmp_path: Path) -> None:
+    """A list of the layers, and a way back to the model: the checkpoint has these values."""
+    source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
+
+    def run() -> dist_export.Manifest:
+        model = tiny_model.build_model()
+        model.dense_arch.listed = [*model.dense_arch.children()]
+        model.dense_arch.numbers = {"scale": [1.0, 2.0], "of": model.dense_arch.children}
+        return dist_export.Exporter(
+            model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True
+        ).export()  # fmt: skip
+
+    first = run()
+    assert "own_values" not in first.run
+    assert run() == first
