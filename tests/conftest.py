@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import shortcuts
 
 if TYPE_CHECKING:
     from fault_cases import Bench
     from s3_server import S3Server
+
+shortcuts.take()
 
 FIXTURES = "DIST_EXPORT_FIXTURES"
 REQUIRED = "DIST_EXPORT_REQUIRE_FIXTURES"

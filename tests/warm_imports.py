@@ -13,6 +13,7 @@ import warnings
 import hypothesis  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest  # noqa: F401
+import shortcuts
 import torch
 import torch.distributed
 
@@ -46,6 +47,7 @@ def trace_once() -> None:
 
 
 torch.set_num_threads(1)
+shortcuts.take()
 trace_once()
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
 gc.collect()
