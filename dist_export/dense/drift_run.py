@@ -24,6 +24,7 @@ from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift import OutputDrift, refuse_drift
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.found_rows import LOCATION_BYTES
+from dist_export.dense.probe import compare_reads
 from dist_export.dense.reference import Reference, ReferenceRunner, run_with_others
 from dist_export.dense.reference_check import check_reference, describe_other_inputs
 from dist_export.dense.row_lookup import RowFinder
@@ -91,7 +92,11 @@ class DriftRun:
     """Ids of all batches, by the model's name of the table; sorted, without duplicates."""
     notes: list[str] = field(default_factory=list)
     counts: DriftCounts = field(default_factory=DriftCounts)
+    _first_reads: list[SampleRows] = field(default_factory=list)
+    """What the sparse arch read when it was first given each batch."""
     _kept: list[_Kept] = field(default_factory=list)
+    _sample: list[SampleRows] = field(default_factory=list)
+    """What the sample showed before the unmodified model ran."""
     _looked_up: list[SampleRows] = field(default_factory=list)
     _outputs: dict[str, OutputDrift] = field(default_factory=dict)
     _num_batches: int = 0
@@ -177,8 +182,9 @@ class DriftRun:
         def run() -> str:
             what = "it" if place else SAMPLE
             try:
-                blocks, _ = run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=recorder, what=what)
+                blocks, rows = run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=recorder, what=what)
                 kept.append(blocks.outline())
+                self.compare_reads(place, rows)
             except ModelError as error:
                 if not place:
                     raise
@@ -204,6 +210,13 @@ class DriftRun:
             fitting += 1
         return fitting
 
+    def compare_reads(self, place: int, rows: SampleRows) -> None:
+        """Note in ``rows`` where the batch at ``place`` has read other rows than the first time. This rank's."""
+        if place == len(self._first_reads):
+            self._first_reads.append(rows.without_digests())
+        elif place < len(self._first_reads):
+            rows.unseen |= compare_reads(self._first_reads[place], rows)
+
     def whole_tables(self) -> dict[str, int]:
         """Return the tables that any batch has read as a whole, each with the number of its rows in the model."""
         return {whole.table: whole.num_rows for rows in self._looked_up for whole in rows.whole.values()}
@@ -215,7 +228,8 @@ class DriftRun:
             ModelError: on all ranks.
         """
         if self.config.need_export_sparse and self.config.drift_batches:
-            looked = Looked.at([sample], has_asked=any(len(ids) for ids in self.wanted.values()))
+            self._sample = [sample.without_digests()]
+            looked = Looked.at(self._sample, has_asked=any(len(ids) for ids in self.wanted.values()))
             refuse_early(self.ranks, self.config, why_unmeasured(self.ranks, looked))
 
     def check_names(self, sample: DenseSample) -> None:
@@ -242,11 +256,17 @@ class DriftRun:
                     self.batches = self.batches[:place]
                     break
             assert reference is not None
+            self.compare_reads(place, reference.rows)
             if self.ranks.rank == 0:
                 blocks = {} if reads_package else read_blocks(reference.blocks).tensors
                 bare = dataclasses.replace(reference, blocks={}, args=(), kwargs={}, rows=SampleRows())
                 self._kept.append(_Kept(bare, describe_other_inputs(reference), blocks))
             self._looked_up.append(reference.rows.without_digests())
+        if self.config.need_export_sparse and self._looked_up:
+            refuse_early(self.ranks, self.config, self._why_unmeasured())
+
+    def _why_unmeasured(self) -> str:
+        return why_unmeasured(self.ranks, Looked.at([*self._sample, *self._looked_up]))
 
     def score(
         self,
@@ -287,6 +307,7 @@ class DriftRun:
                 again = functools.partial(run_again, data)
                 step = "score a batch from the shards"
                 blocks, rows = self.ranks.run(step, again, may_block=True) if place else first
+                self.compare_reads(place, rows)
                 self.counts.add(self._looked_up[place], rows)
 
             def add(place: int = place, blocks: Blocks | None = blocks) -> None:
@@ -299,7 +320,7 @@ class DriftRun:
         if not self._looked_up:
             return None
         if self.config.need_export_sparse:
-            reason = why_unmeasured(self.ranks, Looked.at(self._looked_up))
+            reason = self._why_unmeasured()
             refuse_late(self.ranks, self.config, reason)
             if reason:
                 return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)

@@ -81,7 +81,18 @@ class Feed:
         """Return rows as they are written (uint8, (n, bytes)) in the checkpoint's dtype."""
         slot = self._finder.embedding_of(table)
         dtype = getattr(torch, DTYPES[slot.dtype].torch)
-        return torch.from_numpy(self._finder.decode(table, rows).reshape(-1)).view(dtype).reshape(-1, *slot.inner_shape)
+        values = (
+            torch.from_numpy(self._finder.decode(table, rows).reshape(-1)).view(dtype).reshape(-1, *slot.inner_shape)
+        )
+        return other_rows(values) if table in self._finder.poisoned else values
+
+
+def other_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of the same shape and dtype, each of which has other values in every column. Signs and sizes change."""
+    if not rows.is_floating_point():
+        return rows + 1
+    columns = torch.arange(1, rows[0].numel() + 1 if len(rows) else 1, dtype=torch.float64).reshape(rows.shape[1:])
+    return (rows.double() * -0.5 + 0.125 * columns.sqrt() + 0.25).to(rows.dtype)
 
 
 class WeightFeed(Feed):
@@ -123,6 +134,8 @@ class WeightFeed(Feed):
     def take(self, ids: np.ndarray) -> None:
         """Feed these rows (int64, any order), each once. The model itself complains of numbers that are no row's."""
         new = self.new_of(ids[(ids >= 0) & (ids < len(self.weight))])
+        if len(new):
+            self._counts.note_reads(self.table, self.comparable(new))
         if self._whole is not None and not self._finder.is_recording:
             has_row, is_left = (flags[new] for flags in self._whole)
             num_left = int(np.count_nonzero(is_left))
@@ -130,6 +143,10 @@ class WeightFeed(Feed):
         elif len(new):
             with torch.no_grad():
                 self.feed(new)
+
+    def comparable(self, ids: np.ndarray) -> np.ndarray:
+        """Return those of the rows that are the same each time a batch is looked up."""
+        return ids
 
     def feed(self, ids: np.ndarray) -> None:
         """Put these rows into the weight."""
@@ -163,6 +180,7 @@ class WeightFeed(Feed):
         Raises:
             ModelError: the table, whose own values are kept meanwhile, is larger than the memory budget.
         """
+        self._counts.whole_reads.add(self.table)
         if self._whole is not None or self._finder.is_recording:
             return
         num_bytes = self.weight.numel() * self.weight.element_size()
@@ -236,8 +254,13 @@ class RawIdFeed(WeightFeed):
             return (places, *args[1:]), kwargs
         return args, {**kwargs, "ids" if "ids" in kwargs else "input": places}
 
+    def comparable(self, ids: np.ndarray) -> np.ndarray:
+        """Return none: which row an unknown id falls back to depends on whose rows are put in."""
+        return ids[:0]
+
     def take_whole(self, how: str) -> None:
         """Note that its rows are read without ids: which raw ids they are of is not asked then."""
+        self._counts.whole_reads.add(self.table)
         self._counts.unseen[self.table] = f"its rows go by raw id, and the sparse arch reads it as a whole ({how})"
 
     def feed(self, ids: np.ndarray) -> None:

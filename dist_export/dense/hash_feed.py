@@ -70,6 +70,7 @@ class HashFeed(Feed):
         with self._by_itself():
             new = self.new_of(self.numbers_of(self.ids_of(args, kwargs)))
             if len(new):
+                self._counts.note_reads(self.tables[0], new)
                 with torch.no_grad():
                     self.feed(new)
                 if self._reads is not None:

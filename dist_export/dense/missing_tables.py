@@ -52,7 +52,9 @@ def refuse_missing(
     Raises:
         ModelError: on all ranks, for those of any rank; for a pattern that matches no embedding.
     """
-    told = ranks.all_gather("look for tables that the checkpoint lacks", lambda: (list(missing), list(rows.embeddings)))
+    told = ranks.all_gather(
+        "look for tables that the checkpoint lacks", lambda: (list(missing), [*rows.embeddings, *rows.unregistered])
+    )
     lacking = sorted({name for names, _ in told for name in names})
     every = sorted({name for _, names in told for name in names})
 
@@ -76,6 +78,11 @@ def refuse_missing(
             )
 
     ranks.run("match the model's tables", refuse)
+
+
+def is_let_pass(path: str, config: ExportConfig) -> bool:
+    """Whether ``allow_missing_tables`` names what is at a path within the model."""
+    return any(_matches(path, pattern, config) for pattern in config.allow_missing_tables)
 
 
 def _matches(name: str, pattern: str, config: ExportConfig) -> bool:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_export.dense.origins import Origins, address_of, tensors_in
+
 _MOST_ROWS = 1024
 """A part of a table that is read as it lies counts as ids up to here, and as the whole table above."""
 
@@ -71,7 +73,10 @@ class _Watched(NamedTuple):
 class TableReads:
     """Watches the memory of weights while a sparse arch runs. Any rank, for itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, origins: Origins | None = None, is_within_table: Callable[[], bool] = bool) -> None:
+        """``origins`` is shown what operators get and give, except while ``is_within_table``: then a table uses its memory."""
+        self._origins = origins
+        self._is_within_table = is_within_table
         self._watched: dict[int, list[_Watched]] = {}
         """Address of a storage -> what is watched in it."""
         self._called: list[Feed] = []
@@ -101,20 +106,27 @@ class TableReads:
         """Within this block, see what happens while ``sparse_arch`` is called; what others read says nothing of blocks."""
         held: list[contextlib.ExitStack] = []
 
-        def begin(*_: Any) -> None:
+        def begin(_: nn.Module, given: Any) -> None:
+            if self._origins is not None:
+                self._origins.begin(given)
             stack = contextlib.ExitStack()
             stack.enter_context(_Operators(self))
             stack.enter_context(_Methods(self))
             held.append(stack)
 
-        def end(*_: Any) -> None:
+        def end() -> None:
             if held:
                 held.pop().close()
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            end()
+            if self._origins is not None:
+                self._origins.end(output)
 
         # a scripted module refuses the bound methods, and calls the hooks all the same
         handles = [
             nn.Module.register_forward_pre_hook(sparse_arch, begin, prepend=True),
-            nn.Module.register_forward_hook(sparse_arch, end, always_call=True),
+            nn.Module.register_forward_hook(sparse_arch, after, always_call=True),
         ]
         try:
             yield
@@ -151,13 +163,21 @@ class TableReads:
         if name in _READS_NOTHING:
             return
         with self.unseen():
+            if self._origins is not None and not self._is_within_table():
+                for tensor in (*tensors_in(args), *tensors_in(kwargs)):
+                    self._origins.look(tensor, name)
             for place, value in enumerate(args):
                 is_view = schema is not None and place < len(schema.arguments) and _is_view(schema.arguments[place])
                 if not is_view:
-                    for tensor in _tensors_in(value):
+                    for tensor in tensors_in(value):
                         self._see(tensor, _ids_in(name, place, args), name)
-            for tensor in _tensors_in(kwargs):
+            for tensor in tensors_in(kwargs):
                 self._see(tensor, None, name)
+
+    def see_result(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what an operator has given."""
+        if self._origins is not None:
+            self._origins.made(output, (args, kwargs))
 
     def see_method(self, tensor: Any, name: str) -> None:
         """Look at a method that gives memory away."""
@@ -194,7 +214,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self._reads.see_operator(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        self._reads.see_result(output, args, kwargs or {})
+        return output
 
 
 class _Methods(TorchFunctionMode):
@@ -258,27 +280,6 @@ def _is_view(argument: Any) -> bool:
     """Whether an operator gives a view of an argument back and does not write into it."""
     alias = argument.alias_info
     return alias is not None and not alias.is_write
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-
-
-def address_of(tensor: torch.Tensor) -> int:
-    """Return the address of a tensor's storage, 0 for one that has no memory of its own."""
-    if tensor.layout != torch.strided or hasattr(tensor, "device_mesh"):
-        return 0
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a subclass without a storage
-        return 0
 
 
 def _extent(tensor: torch.Tensor) -> int:

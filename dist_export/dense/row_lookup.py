@@ -85,6 +85,10 @@ class RowFinder:
         """Table -> ids that will be asked for, and were not yet."""
         self._recorded: dict[str, list[np.ndarray]] | None = None
         self._pruned = pruned or {}
+        self.poisoned: frozenset[str] = frozenset()
+        """Tables of which other rows are put into the model than the checkpoint has. Of a :meth:`probe`."""
+        self.flipped: frozenset[str] = frozenset()
+        """Tables of which rows that nobody asks for are changed meanwhile. Of a :meth:`probe`."""
         self.located = LocatedRows(checkpoint)
         """Where the rows of looked-up ids are, those that rules leave behind too; of hash tables, by number."""
 
@@ -96,6 +100,20 @@ class RowFinder:
         """Return what finds no row and notes what it was asked for. The model then uses its own rows."""
         view = copy.copy(self)
         view._recorded = {}  # noqa: SLF001 -- of this very class
+        return view
+
+    def probe(self, *, poisoned: Collection[str] = (), flipped: Collection[str] = ()) -> RowFinder:
+        """Return what finds the same rows, for a run that shows what a sparse arch depends on. What it finds is not kept.
+
+        Args:
+            poisoned: tables that get other rows than the checkpoint has.
+            flipped: tables whose memory in the model is changed where no rows are put.
+        """
+        view = copy.copy(self)
+        view._found = dict(self._found)  # noqa: SLF001 -- of this very class
+        view._wanted, view.left_behind, view._replaced = {}, Counter(), set()  # noqa: SLF001
+        view.located = LocatedRows(self._checkpoint)
+        view.poisoned, view.flipped = frozenset(poisoned), frozenset(flipped)
         return view
 
     @property

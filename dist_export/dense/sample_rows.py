@@ -47,6 +47,17 @@ class SampleRows:
         """Tables that rows cannot be put into, of a model that is exported from memory: it has used its own."""
         self.unseen: dict[str, str] = {}
         """Other tables of which the model has used its own rows -> why it could be given no others."""
+        self.tables: set[str] = set()
+        """Tables, by the model's names, whose rows can be put into a matrix or a module of the sparse arch."""
+        self.reads: dict[str, np.ndarray] = {}
+        """By the model's name of a table, the rows or ids (int64, sorted, unique) that were read; also when recording."""
+        self.whole_reads: set[str] = set()
+        """Tables, by the same names, of which an operator read all rows."""
+        self.unregistered: dict[str, str] = {}
+        """Parameters that the sparse arch read and does not register: where they are -> class, dtype and shape."""
+        self.outside: dict[tuple[int, ...], str] = {}
+        """Shapes of other floating-point tensors that were there before the call and are neither registered nor of the batch ->
+        the operator that read one."""
         self.whole: dict[str, WholeTable] = {}
         """By the table's name in the checkpoint."""
         self.rows: dict[str, dict[int, str | None]] = {}
@@ -59,6 +70,11 @@ class SampleRows:
         """How many rows came from the checkpoint, for ids or as a part of a whole table."""
         whole = sum(its.num_found for its in self.whole.values())
         return self.asked.total() - self.missing.total() - self.left_behind.total() + whole
+
+    def note_reads(self, table: str, ids: np.ndarray) -> None:
+        """Take in rows or ids (int64, sorted, without duplicates) that were read of a table."""
+        before = self.reads.get(table)
+        self.reads[table] = ids if before is None else np.union1d(before, ids)
 
     def without_digests(self) -> SampleRows:
         """Return the counts alone: the digests of all rows would be there for each batch."""

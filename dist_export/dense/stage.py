@@ -25,12 +25,13 @@ from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.load_state import list_taken, load_dense_parameters
-from dist_export.dense.missing_tables import find_missing, refuse_missing
+from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
+from dist_export.dense.probe import Probe, refuse_unregistered
 from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.dense.reference_check import (
     ReferenceFigures,
@@ -184,6 +185,7 @@ class DenseStage:
             may_block=True,
         )
         self._looked_up = rows
+        self._look_at_dependence(sparse_arch, blocks, rows)
         counted = ranks.all_gather(
             "count the ids of the sample",
             lambda: (
@@ -211,6 +213,9 @@ class DenseStage:
         if finder is not None:
             is_any_known = any(its[-1] for its in counted)
             refuse_missing(ranks, config, rows, lacking, finder.table_names(), is_any_known=is_any_known)
+        notes += refuse_unregistered(
+            ranks, rows, lambda path: is_let_pass(path, config), is_exported=config.need_export_sparse
+        )
         self._drift.look_for_gaps(rows)
         left = left_behind.total()
         notes += note_rows(
@@ -234,6 +239,16 @@ class DenseStage:
         ranks.broadcast("compare the order of the blocks", lambda: self._compare_orders(outlines))
         notes += self._run_reference(sparse_arch, dense_arch, finder)
         return notes
+
+    def _look_at_dependence(self, sparse_arch: nn.Module, blocks: Blocks, rows: SampleRows) -> None:
+        """Note in ``rows`` the tables of which the blocks are not made, or not alone, of what was put in. All ranks."""
+        self._drift.compare_reads(0, rows)
+        finder = self._finder
+        if finder is not None:
+            probe = Probe(
+                self._ranks, sparse_arch, self._data, finder, sparse_model_name=self._config.sparse_model_name
+            )
+            rows.unseen |= probe.look(blocks, rows, changes_rows=bool(self._casts) or bool(self._config.prune))
 
     def _run_reference(self, sparse_arch: nn.Module, dense_arch: nn.Module, finder: RowFinder | None) -> list[str]:
         """Run the caller's own model on the batch, with the checkpoint's own rows and dense parameters. All ranks."""

@@ -9,6 +9,7 @@ tables of an ``EmbeddingBagCollection`` that is not sharded. However a matrix is
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ from dist_export.checkpoint.managed_collisions import find_table
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.dense.feeds import RawIdFeed, WeightFeed
 from dist_export.dense.hash_feed import HashFeed
-from dist_export.dense.reads import TableReads, address_of
+from dist_export.dense.origins import Origins, address_of
+from dist_export.dense.reads import TableReads
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_names import TableNames
@@ -52,21 +54,24 @@ def checkpoint_rows(
     """
     undo: list[Callable[[], None]] = []
     handles: list[RemovableHandle] = []
-    reads = TableReads()
+    busy: set[str] = set()
+    reads = TableReads(Origins(sparse_arch, sparse_model_name, counts), lambda: bool(busy))
     try:
         names = TableNames(finder, sparse_model_name)
         modules = _modules_with_paths(sparse_arch)
         with torch.no_grad():
             states = _put_raw_ids(modules, names, finder, undo)
         lookups = _watch_lookups(modules, names, finder, counts, states, handles)
-        feeds = _Feeds(names, finder, counts, undo, reads, handles)
+        feeds = _Feeds(names, finder, counts, undo, reads, handles, busy)
         for module, paths in modules:
             feeds.add_module(module, paths, states, lookups)
         for module, paths in modules:
             feeds.add_tensors(module, paths)
         feeds.watch()
+        counts.tables |= feeds.tables
+        feeds.flip()
         feeds.look_into_scripts(modules)
-        counts.knows_a_table = bool(feeds.is_any or counts.sharded_tables) or any(
+        counts.knows_a_table = bool(feeds.tables or counts.sharded_tables) or any(
             names.has(name) for name, _ in sparse_arch.named_parameters()
         )
         with reads.within(sparse_arch):
@@ -90,7 +95,9 @@ class _Feeds:
         undo: list[Callable[[], None]],
         reads: TableReads,
         handles: list[RemovableHandle],
+        busy: set[str],
     ) -> None:
+        """``busy`` has the hash tables that are being looked up."""
         self._names = names
         self._finder = finder
         self._counts = counts
@@ -101,14 +108,10 @@ class _Feeds:
         """id() of a weight -> what feeds it: one for each module that has it."""
         self._unknown: list[tuple[str, torch.Tensor]] = []
         """Embeddings whose own name is no table's."""
-        self._tables: set[str] = set()
+        self.tables: set[str] = set()
+        """Tables of the checkpoint that the model has."""
         self._hashed: list[HashFeed] = []
-        self._busy: set[str] = set()
-
-    @property
-    def is_any(self) -> bool:
-        """Whether any table of the model is one of the checkpoint."""
-        return bool(self._tables)
+        self._busy = busy
 
     def add_module(
         self,
@@ -123,7 +126,7 @@ class _Feeds:
             feed = HashFeed(module, names.join(paths[0]), finder, self._counts, self._undo, self._busy)
             feed.take_over(self._undo)
             self._hashed.append(feed)
-            self._tables.update(feed.tables)
+            self.tables.update(feed.tables)
             return
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return
@@ -181,7 +184,7 @@ class _Feeds:
             its = [f"{path}.{name}".removeprefix(".") for path in paths] + (paths if name == "weight" else [])
             found = (self._names.find(path) for path in its if path)
             table = next((table for table in found if table is not None), None)
-            if table is None or self._finder.rows_by_number(table) is None or self._is_sharded(table, tensor):
+            if table is None or self._is_sharded(table, tensor):
                 continue
             if is_of_library(module) and self._finder.rows_by_number(table) != len(tensor):
                 self._counts.unseen[table] = (
@@ -204,7 +207,7 @@ class _Feeds:
 
     def _add(self, feed: WeightFeed, weight: torch.Tensor) -> None:
         self._by_weight.setdefault(id(weight), []).append(feed)
-        self._tables.add(feed.table)
+        self.tables.add(feed.table)
 
     def watch(self) -> None:
         """Begin to watch the memory of all that was taken in."""
@@ -221,6 +224,24 @@ class _Feeds:
         for hashed in self._hashed:
             hashed.watch(self._reads)
 
+    def flip(self) -> None:
+        """Change the memory of tables whose rows that nobody asks for are to show in the blocks, if any is read all the same.
+
+        Bits are flipped in place, so that it costs no memory, and the same again puts them back.
+        """
+        done: set[tuple[int, ...]] = set()
+        for feed in (feed for its in self._by_weight.values() for feed in its):
+            weight = feed.weight
+            span = address_of(weight), weight.storage_offset(), *weight.shape, *weight.stride()
+            # memory that nothing was ever written to becomes real by a flip
+            can_flip = (
+                weight.dtype in _FLIPS and weight.numel() * weight.element_size() <= self._finder.max_memory_bytes
+            )
+            if feed.table in self._finder.flipped and can_flip and span not in done:
+                done.add(span)
+                flip_bits(weight)
+                self._undo.insert(0, functools.partial(flip_bits, weight))
+
     def look_into_scripts(self, modules: list[tuple[nn.Module, list[str]]]) -> None:
         """Note tables that may be constants of scripted code, as ``torch.jit.freeze`` makes them: they have no names."""
         finder = self._finder
@@ -228,11 +249,27 @@ class _Feeds:
             shapes = constants_of(module)
             for table in finder.exported_names() if shapes else ():
                 shape = finder.rows_by_number(table), *finder.embedding_of(table).inner_shape
-                if table not in self._tables and shape in shapes:
+                if table not in self.tables and shape in shapes:
                     self._counts.unseen[table] = (
                         f"{self._names.join(plain_name(paths[0])) or 'the sparse arch'} is scripted and has a constant of its "
                         "shape, as torch.jit.freeze makes of a weight; give the module that is not frozen"
                     )
+
+
+_FLIPS = {
+    torch.float64: (torch.int64, 0x3F0123456789ABCD),
+    torch.float32: (torch.int32, 0x38123456),
+    torch.bfloat16: (torch.int16, 0x3812),
+    torch.float16: (torch.int16, 0x1256),
+}
+"""Of a dtype: the integers of its size, and bits to flip. No usual value stays near what it was, and 0 becomes another one."""
+
+
+def flip_bits(weight: torch.Tensor) -> None:
+    """Change all values of a weight, of a dtype of ``_FLIPS``, in place; twice gives what was there before."""
+    integers, bits = _FLIPS[weight.dtype]
+    with torch.no_grad():
+        weight.view(integers).bitwise_xor_(bits)
 
 
 _SHARDED = (
