@@ -74,7 +74,6 @@ def test_tables_that_become_hash_tables(tmp_path: Path) -> None:
 def test_a_package_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_path: Path) -> None:
     """The tables were passed over in silence: the sample had random rows."""
     torch.save(build(2).state_dict(), tmp_path / "ckpt.pt")
-    tables = ["sparse_arch.*"]
     dist_export.Exporter(
         None,
         "sparse_arch",
@@ -83,7 +82,7 @@ def test_a_package_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_pa
         str(tmp_path / "ckpt.pt"),
         str(tmp_path / "first"),
         filter_sparse_opt=True,
-        tables=tables,
+        treat_as_tables=["sparse_arch.*"],
         to_hash_tables=["*"],
     ).export(progress=False)
     dense = {name: value for name, value in build(2).state_dict().items() if name.startswith("dense_arch")}
