@@ -17,7 +17,8 @@ from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
 from dist_export.storage.directory import Directory
 from dist_export.transfer.casting import Counts
-from dist_export.transfer.executor import Share, Transfer
+from dist_export.transfer.executor import Transfer
+from dist_export.transfer.work_done import Share
 from dist_export.workdir.state import Receipt, withdraw_receipts
 
 logger = logging.getLogger(__name__)

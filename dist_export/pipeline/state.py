@@ -24,7 +24,7 @@ from dist_export.reporting.progress import Reporter
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.transfer.casting import Counts
-from dist_export.transfer.executor import Share
+from dist_export.transfer.work_done import Share
 from dist_export.workdir.presence import Written
 from dist_export.workdir.state import Receipt
 

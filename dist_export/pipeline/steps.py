@@ -54,7 +54,7 @@ from dist_export.plan.selection import is_trainer_state
 from dist_export.reporting.progress import Reporter, summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import WORK_DIRECTORY, Directory, local_tree
-from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_unfit
 from dist_export.transfer.prune_filter import find_pruned
 from dist_export.workdir.presence import Written, note_written, refuse_vanished

@@ -24,8 +24,8 @@ from dist_export.reporting.display import Display, Moment, Speedometer, open_dis
 from dist_export.reporting.events import Events
 from dist_export.runtime.io_activity import current_stage_since, in_stage
 from dist_export.runtime.ranks import Ranks
-from dist_export.storage.retry import TRAFFIC
-from dist_export.transfer.executor import Share
+from dist_export.storage.traffic import TRAFFIC
+from dist_export.transfer.work_done import Share
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The one place where requests to an object store are tried again, and where what went to and fro is counted."""
+"""The one place where requests to an object store are tried again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 import logging
 import random
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from dist_export.redact import conceal
+from dist_export.storage.traffic import TRAFFIC
 
 logger = logging.getLogger(__name__)
 
@@ -61,34 +60,6 @@ _TRANSIENT_NAMES = frozenset(
         "ServerTimeoutError",
     }
 )
-
-
-class Traffic:
-    """What this process has exchanged with object stores. Any thread."""
-
-    NAMES = ("downloaded", "uploaded", "copied", "requests", "retries")
-    """Bytes of objects that came here, went from here, and were copied within the store; requests; those tried again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-
-    def add(self, **counts: int) -> None:
-        """Add to some counts."""
-        with self._lock:
-            self._counts.update(counts)
-
-    def snapshot(self) -> dict[str, int]:
-        """Return all counts so far."""
-        with self._lock:
-            return {name: self._counts[name] for name in self.NAMES}
-
-    def since(self, before: dict[str, int]) -> dict[str, int]:
-        """Return what has been added since a snapshot."""
-        return {name: count - before[name] for name, count in self.snapshot().items()}
-
-
-TRAFFIC = Traffic()
 
 
 def with_retries(call: Callable[[bool], T], where: str, *, is_known: bool = True) -> T:

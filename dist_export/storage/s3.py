@@ -7,24 +7,19 @@ and their limits: Amazon's S3 API reference; the same parts of it are served by 
 from __future__ import annotations
 
 import base64
-import concurrent.futures
 import contextlib
 import errno
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from dist_export.errors import UserError
-from dist_export.storage.retry import TRAFFIC, why_unreachable, with_retries
+from dist_export.storage.retry import why_unreachable, with_retries
 from dist_export.storage.s3_conditions import get_matching, is_refused
+from dist_export.storage.traffic import TRAFFIC
 
 T = TypeVar("T")
-
-MAX_PARTS = 10_000
-
-_FILE_PART_BYTES = 8 << 20
 
 _PROTOCOLS = ("s3", "s3a")
 _MOST_CONNECTIONS = 64
@@ -377,38 +372,6 @@ class S3:
         """Give an upload up; its parts go. Nothing where there is no such upload."""
         with contextlib.suppress(FileNotFoundError):
             self._call("abort_multipart_upload", path, UploadId=upload)
-
-
-def put_file(s3: S3, local: str, path: str, *, note_progress: Callable[[], None]) -> None:
-    """Put a local file up in parts, two at a time; on an error nothing of it stays."""
-    size = os.path.getsize(local)
-    part_bytes = _FILE_PART_BYTES
-    while -(-size // part_bytes) > MAX_PARTS:
-        part_bytes *= 2
-    with open(local, "rb") as file:
-        if size <= part_bytes:
-            s3.put(path, file.read())
-            return
-        upload = s3.begin_upload(path)
-
-        def send(number: int) -> UploadedPart:
-            part = s3.upload_part(path, upload, number + 1, os.pread(file.fileno(), part_bytes, number * part_bytes))
-            note_progress()
-            return part
-
-        try:
-            with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="upload") as pool:
-                parts = list(pool.map(send, range(-(-size // part_bytes))))
-            s3.complete_upload(path, upload, parts)
-        except BaseException:
-            s3.abort_upload(path, upload)
-            raise
-
-
-def composite_checksum(sha256s: Sequence[bytes]) -> str:
-    """Return the checksum that a store keeps of an object that was uploaded in parts, from those of its parts."""
-    whole = hashlib.sha256(b"".join(sha256s)).digest()
-    return f"{base64.b64encode(whole).decode()}-{len(sha256s)}"
 
 
 def _bare(etag: str) -> str:

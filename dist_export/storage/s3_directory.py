@@ -11,8 +11,9 @@ from dist_export.storage.directory import FileStat, Location
 from dist_export.storage.fsspec_directory import FsspecDirectory
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
-from dist_export.storage.s3 import S3, put_file
+from dist_export.storage.s3 import S3
 from dist_export.storage.s3_reader import S3Reader
+from dist_export.storage.s3_upload import put_file
 
 _FEW_FILES = 8
 """So many are asked for one by one: the directory may hold thousands of others."""

@@ -10,7 +10,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -34,34 +33,11 @@ from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.resume import Receipts
 from dist_export.transfer.shared_disks import share_disks
 from dist_export.transfer.unit_runner import UnitRunner
+from dist_export.transfer.work_done import ChunkDigests, Piece, Share, chunks_of_files, join_digests
 from dist_export.transfer.work_stealing import open_queues, take_units
 from dist_export.workdir.state import Receipt, write_receipt
 
 logger = logging.getLogger(__name__)
-
-ChunkDigests = dict[tuple[int, int], list[bytes]]
-"""(output file, first byte) -> digests of the chunks from there on."""
-
-
-class Share(NamedTuple):
-    """What one rank did."""
-
-    rank: int
-    num_units: int = 0
-    num_helped: int = 0
-    """Of these, units that were another rank's to begin with."""
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    def plus(self, other: Share) -> Share:
-        """Return both together."""
-        return Share(
-            self.rank,
-            self.num_units + other.num_units,
-            self.num_helped + other.num_helped,
-            self.num_bytes + other.num_bytes,
-            self.seconds + other.seconds,
-        )
 
 
 class Transfer:
@@ -164,7 +140,7 @@ class Transfer:
                 return hashed
 
             shares = ranks.all_gather("verify shards of an interrupted export", hash_again)
-            found = _chunks_of_files(_join_digests(shares))
+            found = chunks_of_files(join_digests(shares))
             whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
             self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
         self._reused |= vouched
@@ -231,18 +207,18 @@ class Transfer:
             ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
             return self._digests
 
-        found = _join_digests(ranks.all_gather("write shards", finish_writing))
+        found = join_digests(ranks.all_gather("write shards", finish_writing))
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
             # read back from the page cache, most of it; only where nothing is written is this the work to be shown
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
-            found |= _join_digests(ranks.all_gather("hash shards", hash_shards))
+            found |= join_digests(ranks.all_gather("hash shards", hash_shards))
         ranks.all_gather("look whether the checkpoint changed", self._refuse_changed_source)
         for counts in ranks.all_gather("count what the casts lost", lambda: self._counts):
             self.casts |= counts
         if self._uploads is not None:
             ranks.broadcast("look for uploads that are left", self._uploads.sweep)
-        written = {n: self._receipts.make(n, chunks) for n, chunks in _chunks_of_files(found).items()} | self._reused
+        written = {n: self._receipts.make(n, chunks) for n, chunks in chunks_of_files(found).items()} | self._reused
         receipts = [written[number] for number in range(len(plan.files))]
         return receipts, ranks.all_gather("count the work", lambda: self._share)
 
@@ -296,7 +272,7 @@ class Transfer:
         if is_counted:
             self._share = functools.reduce(Share.plus, (share for _, share in shares), self._share)
         self._share = self._share._replace(seconds=self._share.seconds + time.perf_counter() - started)
-        return _join_digests([digests for digests, _ in shares])
+        return join_digests([digests for digests, _ in shares])
 
     def _run_taken(
         self,
@@ -354,11 +330,11 @@ class Transfer:
         number = next(iter(pending))[0]
         outputs.sync(number)
         for place, ((_, begin), chunks) in enumerate(pending.items()):
-            ranks.shared.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(_Piece(chunks, [] if place else parts)))
+            ranks.shared.put(f"piece/{number}/{begin}", msgspec.msgpack.encode(Piece(chunks, [] if place else parts)))
         begins = self._pieces[number]
         if ranks.shared.add(f"pieces/{number}", len(pending)) == len(begins):
             pieces = [
-                msgspec.msgpack.decode(ranks.shared.take(f"piece/{number}/{begin}"), type=_Piece) for begin in begins
+                msgspec.msgpack.decode(ranks.shared.take(f"piece/{number}/{begin}"), type=Piece) for begin in begins
             ]
             sent = sorted(part for piece in pieces for part in piece.parts)
             receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
@@ -401,13 +377,6 @@ class Transfer:
         return self._target.open_reader(self._plan.files[number].name)
 
 
-class _Piece(NamedTuple):
-    """What a thread hands in of a file: digests, and the parts that it has uploaded."""
-
-    chunks: list[bytes]
-    parts: list[UploadedPart]
-
-
 def _plan_uploads(
     plan: SparsePlan, target: Directory, limits: Limits, *, may_copy: bool, digest: str
 ) -> Uploads | None:
@@ -415,15 +384,3 @@ def _plan_uploads(
         return None
     parts = plan_parts(plan, part_bytes=limits.part_bytes, may_copy=may_copy)
     return Uploads(plan, target, parts, needs_sha256=digest != NONE)
-
-
-def _join_digests(shares: list[ChunkDigests]) -> ChunkDigests:
-    return {key: digests for share in shares for key, digests in share.items()}
-
-
-def _chunks_of_files(found: ChunkDigests) -> dict[int, list[bytes]]:
-    """Return the chunk digests of each file, in order."""
-    chunks: dict[int, list[bytes]] = {}
-    for number, begin in sorted(found):
-        chunks.setdefault(number, []).extend(found[number, begin])
-    return chunks

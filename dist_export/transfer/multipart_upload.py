@@ -22,8 +22,9 @@ from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import Directory
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
-from dist_export.storage.s3 import S3, UploadedPart, composite_checksum
+from dist_export.storage.s3 import S3, UploadedPart
 from dist_export.storage.s3_conditions import is_refused
+from dist_export.storage.s3_upload import composite_checksum
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.workdir.state import UPLOADS
 

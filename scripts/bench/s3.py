@@ -45,7 +45,7 @@ def _run_case(bench: Bench, name: str, source: Source, server: Any, root: str) -
     import s3fs
 
     import dist_export
-    from dist_export.storage.retry import TRAFFIC
+    from dist_export.storage.traffic import TRAFFIC
 
     scratch = bench.place.directory / "s3"
     generate(scratch / "ckpt", source)

@@ -21,7 +21,7 @@ from dist_export.formats.digests import digest_of_parts
 from dist_export.inspect.describe import describe
 from dist_export.package.reader import open_package
 from dist_export.pipeline.dry_run import make_report, render_report
-from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer import multipart_upload
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock

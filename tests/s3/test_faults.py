@@ -19,7 +19,7 @@ import dist_export
 from dist_export.cli import main
 from dist_export.errors import DistExportError
 from dist_export.storage import retry
-from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import multipart_upload
 from dist_export.verify.verify import verify

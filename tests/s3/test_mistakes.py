@@ -16,8 +16,8 @@ import dist_export
 from dist_export.cli import main
 from dist_export.errors import ConfigError, PackageError
 from dist_export.storage import retry
-from dist_export.storage.retry import TRAFFIC
 from dist_export.storage.s3 import S3
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.workdir import lock
 from dist_export.workdir.state import UPLOADS
 

@@ -17,7 +17,7 @@ from dist_export import cli
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, ExportError
 from dist_export.reporting.events import EVENTS, METRICS, Events, failure_of, samples_of
-from dist_export.storage.retry import TRAFFIC
+from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.unit_runner import UnitRunner
 
 SAMPLE = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? \S+')

@@ -8,7 +8,8 @@ import socket
 import pytest
 
 from dist_export.storage import retry
-from dist_export.storage.retry import TRAFFIC, is_transient, with_retries
+from dist_export.storage.retry import is_transient, with_retries
+from dist_export.storage.traffic import TRAFFIC
 
 
 class ClientError(Exception):
