@@ -23,6 +23,12 @@ import torch.multiprocessing as mp
 TESTS = Path(__file__).resolve().parent
 
 
+class Ended(subprocess.CompletedProcess[str]):
+    """How a command ended. ``codes`` are the exit codes of its ranks."""
+
+    codes: list[int | None]
+
+
 def start(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
@@ -45,9 +51,7 @@ def wait(processes: list[ForkServerProcess], timeout: float) -> list[int]:
     return late
 
 
-def run_command(
-    world_size: int, *command: str, cwd: Path = TESTS, timeout: float = 240, **more: str
-) -> subprocess.CompletedProcess[str]:
+def run_command(world_size: int, *command: str, cwd: Path = TESTS, timeout: float = 240, **more: str) -> Ended:
     """Run a script, or ``-m`` and a module, on each of some ranks, as ``python`` or a launcher would run it.
 
     The result is put together as torchrun's would be: what all ranks said, and 0 if all ended well, else 1; of one rank
@@ -79,8 +83,9 @@ def run_command(
     if late:
         raise subprocess.TimeoutExpired(list(command), timeout, *said)
     codes = [process.exitcode for process in processes]
-    code = codes[0] if world_size == 1 else int(any(codes))
-    return subprocess.CompletedProcess(list(command), code, *said)
+    done = Ended(list(command), codes[0] if world_size == 1 else int(any(codes)), *said)  # type: ignore[arg-type]
+    done.codes = codes
+    return done
 
 
 def _run(command: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
