@@ -33,15 +33,16 @@ class Feed:
         self._counts = counts
         self._undo = undo
         self._fed = np.zeros(0, np.int64)
-        self.sharing: list[Feed] = []
+        self.sharing: list[WeightFeed] = []
         """What feeds other tables into the same memory: what one puts there, the others have to put there anew."""
 
     def new_of(self, ids: np.ndarray) -> np.ndarray:
         """Return those of the ids (int64) that were not fed yet, sorted and without duplicates, and note them as fed."""
         new = np.setdiff1d(np.unique(ids), self._fed, assume_unique=True)
         self._fed = np.union1d(self._fed, new)
-        for other in self.sharing:
+        for other in self.sharing if len(new) else ():
             other._fed = np.setdiff1d(other._fed, new, assume_unique=True)  # noqa: SLF001 -- of its own kind
+            other._whole = None  # noqa: SLF001
         return new
 
     def ids_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -114,7 +115,8 @@ class WeightFeed(Feed):
         super().__init__(finder, counts, undo, kind)
         self.weight = weight.detach()
         self.table = table
-        self._own_undo: list[Callable[[], None]] = []
+        self.own_undo: list[Callable[[], None]] = []
+        """What gives back the memory of this table; those that share it have one list."""
         self._whole: tuple[np.ndarray, np.ndarray] | None = None
         """Of a table that was put in whole: which rows there are, and which rules leave behind (bool, (rows,))."""
         slot = finder.embedding_of(table)
@@ -155,6 +157,9 @@ class WeightFeed(Feed):
         if self._finder.is_recording:
             self._finder.record(self.table, ids)
             return
+        if self._finder.is_live:
+            for other in self.sharing:  # its rows are in this very memory: what is put here would be found as its own
+                self._finder.keep(other.table, ids)
         held, rows, _ = self.rows_of(self.table, ids)
         if self.puts_default:
             self.weight[torch.from_numpy(ids).to(self.weight.device)] = self._default()
@@ -167,7 +172,7 @@ class WeightFeed(Feed):
         def put_back() -> None:
             weight[places] = before
 
-        for undo in (self._undo, self._own_undo):
+        for undo in (self._undo, self.own_undo):
             undo.append(put_back)
 
     def _default(self) -> torch.Tensor:
@@ -195,11 +200,22 @@ class WeightFeed(Feed):
                 f"model for the sample; its {num_bytes:,} bytes are more than max_memory. Raise max_memory, or look rows up by "
                 "id: nn.Embedding, F.embedding, weight[ids], torch.index_select"
             )
+        for other in self.sharing:
+            other._fed, other._whole = other._fed[:0], None  # noqa: SLF001 -- of its own kind
         with torch.no_grad():
-            for step in reversed(self._own_undo):  # a model in memory is the source of its own rows
+            for step in reversed(self.own_undo):  # a model in memory is the source of its own rows
                 step()
             self._keep(slice(None))
             self._feed_whole(how)
+
+    def note_ambiguous(self, how: str) -> None:
+        """Note it where settings make other rows of the one table than of the other: either may be meant."""
+        for other in self.sharing:
+            if self._finder.differ_by_settings(self.table, other.table):
+                self._counts.unseen[self.table] = (
+                    f"it and {other.table!r} have one weight in the model and other settings, and "
+                    f"{how} reads it past their modules"
+                )
 
     def _feed_whole(self, how: str) -> None:
         finder, table = self._finder, self.table

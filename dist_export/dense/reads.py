@@ -61,6 +61,9 @@ class Feed(Protocol):
     def take_whole(self, how: str) -> None:
         """Put all rows there, for the operator ``how`` does not say which it reads."""
 
+    def note_ambiguous(self, how: str) -> None:
+        """Note that an operator reads the weight of several tables, and none of their modules is called."""
+
 
 class _Watched(NamedTuple):
     """A range of bytes of a storage."""
@@ -199,8 +202,10 @@ class TableReads:
             else:
                 found.setdefault((watched.begin, watched.end), []).append(watched.feed)
         for feeds in found.values():
-            called = next((feed for feed in reversed(self._called) if any(feed is its for its in feeds)), feeds[0])
-            _tell(called, tensor, ids, how)
+            called = next((feed for feed in reversed(self._called) if any(feed is its for its in feeds)), None)
+            if called is None and len(feeds) > 1:
+                feeds[0].note_ambiguous(how)
+            _tell(called or feeds[0], tensor, ids, how)
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

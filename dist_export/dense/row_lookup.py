@@ -169,6 +169,12 @@ class RowFinder:
         """Return all that was found of a table so far, None where nothing was looked up."""
         return self._found.get(self._numbers[table])
 
+    def differ_by_settings(self, one: str, other: str) -> bool:
+        """Whether settings may make other rows of the one table than of the other, where both have the same in the source."""
+        defaults = [self._checkpoint.tables[self._numbers[table]].default_row for table in (one, other)]
+        is_pruned = self._is_pruned is not None or any(map(len, self._pruned.values()))
+        return is_pruned or self._cast_of(one) != self._cast_of(other) or defaults[0] != defaults[1]
+
     def changes_rows(self, whole: Mapping[str, int]) -> bool:
         """Whether settings change what any lookup so far gives: by a cast, a rule of prune, a choice among duplicates.
 
@@ -306,19 +312,24 @@ class RowFinder:
         if self._only is not None and len(ids):
             return self._find_allowed(table, ids, self._only)
         number = self._numbers[table]
-        known = self._found.get(number)
-        new = np.union1d(ids, self._wanted.pop(table)) if table in self._wanted else ids
-        new = new if known is None else np.setdiff1d(new, known.ids, assume_unique=True)
-        if known is None or len(new):
-            found = self._scan(number, self.stored_embedding(table), new)
-            known = self._found[number] = found if known is None else known.join(found)
-        answer = known.of(ids)
+        answer = self.keep(table, ids).of(ids)
         if self._is_unmodified:
             return answer.has_row, answer.rows
         # of an id that stands twice, one row may stay where rules leave the other behind
         left = int(np.count_nonzero(answer.is_pruned & ~answer.is_kept))
         self.left_behind[self._checkpoint.tables[number].name] += left
         return answer.is_kept, self._encode(table, answer.kept)
+
+    def keep(self, table: str, ids: np.ndarray) -> FoundRows:
+        """Look up what a table holds of ids (int64, sorted, without duplicates), and keep it. Returns all that is kept."""
+        number = self._numbers[table]
+        known = self._found.get(number)
+        new = np.union1d(ids, self._wanted.pop(table)) if table in self._wanted else ids
+        new = new if known is None else np.setdiff1d(new, known.ids, assume_unique=True)
+        if known is None or len(new):
+            found = self._scan(number, self.stored_embedding(table), new)
+            known = self._found[number] = found if known is None else known.join(found)
+        return known
 
     def pieces(self, table: str, num_rows: int) -> Iterator[np.ndarray]:
         """Yield the numbers of all rows in order, as many at once as fit into the memory budget with room to spare."""

@@ -53,6 +53,7 @@ from dist_export.dense.sample_notes import (
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
+from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
@@ -245,6 +246,7 @@ class DenseStage:
         self._drift.compare_reads(0, rows)
         finder = self._finder
         if finder is not None:
+            refuse_torn_tables(self._ranks, finder, rows)
             probe = Probe(
                 self._ranks, sparse_arch, self._data, finder, sparse_model_name=self._config.sparse_model_name
             )

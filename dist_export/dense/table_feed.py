@@ -69,6 +69,7 @@ def checkpoint_rows(
             feeds.add_tensors(module, paths)
         feeds.watch()
         counts.tables |= feeds.tables
+        counts.tied |= feeds.tied()
         feeds.flip()
         feeds.look_into_scripts(modules)
         counts.knows_a_table = bool(feeds.tables or counts.sharded_tables) or any(
@@ -215,6 +216,7 @@ class _Feeds:
         for its in self._by_weight.values():
             for feed in its:
                 feed.sharing = [other for other in its if other.table != feed.table]
+                feed.own_undo = its[0].own_undo
                 if self._finder.is_live and len({feed.table for feed in its}) > 1:
                     feed.puts_default = False  # it would be read as the row of the other table that has this weight
                 self._reads.watch(feed)
@@ -223,6 +225,14 @@ class _Feeds:
         self._counts.unknown_tables += [path for path, weight in self._unknown if address_of(weight) not in known]
         for hashed in self._hashed:
             hashed.watch(self._reads)
+
+    def tied(self) -> dict[tuple[str, str], int]:
+        """Return pairs of tables for which the model has one and the same weight, with the number of its rows."""
+        found: dict[tuple[str, str], int] = {}
+        for feeds in self._by_weight.values():
+            names = sorted({feed.table for feed in feeds})
+            found |= {(names[0], name): len(feeds[0].weight) for name in names[1:]}
+        return found
 
     def flip(self) -> None:
         """Change the memory of tables whose rows that nobody asks for are to show in the blocks, if any is read all the same.

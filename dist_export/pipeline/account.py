@@ -275,7 +275,8 @@ class _Ledger:
         names = {table.name_in_source for table in checkpoint.tables} | {table.name for table in checkpoint.left_out}
         source = self._aliases.get(name, name)
         is_first = source not in self._counted and (name == source or source not in names)
-        self._counted.add(source)
+        if is_first:
+            self._counted.add(source)
         return is_first
 
     def close(self) -> AccountEntry:

@@ -6,16 +6,18 @@ The truth is two separate tables in plain torch, one side with the trained rows,
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import dist_export
-from dist_export.errors import DriftError
+from dist_export.errors import DriftError, ModelError
 from dist_export.manifest import Manifest
 
 ROWS, DIM = 50, 4
@@ -111,3 +113,66 @@ def test_a_model_in_memory_has_one_row_for_both(table: str, tmp_path: Path) -> N
     with pytest.raises(DriftError, match="cannot be measured"):
         export(build(2), tmp_path / "bound", None, max_drift=10.0, **settings)
     assert not (tmp_path / "bound" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("table", ["*user*", "*item*"])
+def test_a_cast_of_one_name_of_a_model_in_memory(table: str, tmp_path: Path) -> None:
+    """The second name was looked up in memory that had the first one's cast rows: a ParityError."""
+    model = build(2)
+    trained = copy.deepcopy(model)
+    manifest = export(model, tmp_path / "out", None, dtype={table: "int8"})
+    assert manifest.drift is not None
+    ((_, drift),) = manifest.drift.outputs.items()
+    expected = true_drift(trained, tmp_path / "out")
+    assert expected > 1e-5
+    assert drift.max_abs == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(model.sparse_arch.user.weight, trained.sparse_arch.user.weight)
+
+
+@pytest.mark.parametrize("kept", [USER, ITEM])
+@pytest.mark.parametrize("how", ["torch", "dcp"])
+def test_a_checkpoint_that_has_one_of_the_names(how: str, kept: str, tmp_path: Path) -> None:
+    """The account counted the tensor under neither name where the kept one sorts last: it asked for a report."""
+    state = {name: value for name, value in build(2).state_dict().items() if name not in {USER, ITEM} - {kept}}
+    if how == "torch":
+        torch.save(state, tmp_path / "ckpt.pt")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=tmp_path / "ckpt.pt", no_dist=True)
+    manifest = export(build(7), tmp_path / "out", str(tmp_path / "ckpt.pt"))
+    assert {table.name for table in manifest.tables} == {USER, ITEM}
+    assert manifest.drift is not None
+    assert [drift.max_abs for drift in manifest.drift.outputs.values()] == [0.0]
+
+
+@pytest.mark.parametrize("row", [0, 49])
+def test_two_values_for_one_weight_are_refused_by_name(row: int, tmp_path: Path) -> None:
+    """The sample had the rows of either, as the lookups went; the trained model held one of them for both."""
+    state = {name: value.clone() for name, value in build(2).state_dict().items()}
+    state[ITEM][row, 2] += 1
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(ModelError, match=rf"'{ITEM}' and '{USER}', but .*first in row {row}:"):
+        export(build(7), tmp_path / "out", str(tmp_path / "ckpt.pt"))
+    assert not (tmp_path / "out").exists()
+
+
+class Functional(Two):
+    """Looks rows up past the modules: whose name they are read by is not to be seen."""
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"user": nn.functional.embedding(ids, self.user.weight), "item": self.item.weight[ids]}
+
+
+@pytest.mark.parametrize("table", ["*user*", "*item*", "*"])
+def test_a_read_past_the_modules_may_be_of_either_table(table: str, tmp_path: Path) -> None:
+    """It was taken for one of the first table: the drift was that of its settings on both sides, or 0."""
+    torch.save(build(2).state_dict(), tmp_path / "ckpt.pt")
+    model = build(7)
+    model.sparse_arch.__class__ = Functional
+    manifest = export(model, tmp_path / "out", str(tmp_path / "ckpt.pt"), dtype={table: "int8"})
+    assert manifest.drift is not None
+    if table == "*":
+        assert max(drift.max_abs for drift in manifest.drift.outputs.values()) > 1e-5
+    else:
+        assert "have one weight in the model" in manifest.drift.not_measured
