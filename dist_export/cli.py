@@ -13,7 +13,7 @@ from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.interrupts import INTERRUPTS
 from dist_export.runtime.terminal import SCREEN
 
-_COMMANDS = ("export", "plan", "inspect", "verify")
+_COMMANDS = ("export", "init", "plan", "inspect", "verify")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
 def _run(command: str, argv: list[str]) -> int:
     """Return the exit code of a command, where it failed for a reason that is told in one line."""
     try:
-        return {"export": _export, "plan": _plan, "inspect": _inspect, "verify": _verify}[command](argv)
+        commands = {"export": _export, "init": _init, "plan": _plan, "inspect": _inspect, "verify": _verify}
+        return commands[command](argv)
     except DistExportError as error:
         return _fail(error)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
@@ -106,6 +107,25 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _init(argv: list[str]) -> int:
+    from dist_export.config.loader import INIT_OPTIONS, parse_path
+
+    usage = (
+        "usage: dist_export init CKPT [--out FILE] [--key value ...]\n\nWrite a commented config that exports the tables of a "
+        "checkpoint.\nSettings that are given as --key value go into it."
+    )
+    if _is_answered(argv, {"Options": {"out": INIT_OPTIONS["out"]}}, usage=usage):
+        return 0
+    arguments = parse_path("init", argv, INIT_OPTIONS, has_defaults=False)
+    from dist_export.pipeline.draft_config import draft_config, write_draft
+
+    path, out = arguments.pop("path"), arguments.pop("out", None)
+    lines = draft_config({"ckpt_dir": path, "export_dir": "package", **arguments})
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(lines)) if out is None else write_draft(lines, out)
+    return 0
+
+
 def _plan(argv: list[str]) -> int:
     from dist_export.config.describe import Option
     from dist_export.config.loader import parse_with_extras
@@ -117,13 +137,13 @@ def _plan(argv: list[str]) -> int:
     }
     if _is_answered(argv, {"Options of plan": options}) or _has_printed_config(argv, options):
         return 0
-    config, asked = parse_with_extras(argv, options)
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if asked["world_size"] is None else asked["world_size"]
+    config, arguments = parse_with_extras(argv, options)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if arguments["world_size"] is None else arguments["world_size"]
     if world_size < 1:
         raise ConfigError(f"--world_size is {world_size}; give a number from 1 up")
     report = make_report(config, world_size=world_size)
     if int(os.environ.get("RANK", "0")) == 0:
-        _print_json(report) if asked["json"] else _print_lines(render_report(report))
+        _print_json(report) if arguments["json"] else _print_lines(render_report(report))
     return 0
 
 
@@ -134,23 +154,24 @@ def _inspect(argv: list[str]) -> int:
     from dist_export.pipeline.run_listing import describe_run, render_run
 
     usage = "usage: dist_export inspect PATH [--key value ...]\n\nShow a checkpoint, the checkpoints of a run, or a package."
-    if _is_answered(argv, {"Options": {**PATH_OPTIONS, **SOURCE_OPTIONS}}, usage=usage):
+    options = {**PATH_OPTIONS, **SOURCE_OPTIONS}
+    if _is_answered(argv, {"Options": options}, usage=usage):
         return 0
-    asked = parse_path("inspect", argv, SOURCE_OPTIONS)
-    path = _resolve(asked)
-    options = {
-        "follow_links": asked["follow_links"],
-        "asked": asked["format"],
+    arguments = parse_path("inspect", argv, options)
+    path = _resolve(arguments)
+    source = {
+        "follow_links": arguments["follow_links"],
+        "asked": arguments["format"],
         "settings": TensorSettings(
-            tuple(asked["treat_as_tables"]), tuple(asked["optimizer_slots"]), state_root=asked["state_root"]
+            tuple(arguments["treat_as_tables"]), tuple(arguments["optimizer_slots"]), state_root=arguments["state_root"]
         ),
     }
-    run = describe_run(path, asked["storage_options"], **options)
+    run = describe_run(path, arguments["storage_options"], **source)
     if run is not None:
-        _print_json(run) if asked["json"] else _print_lines(render_run(run))
+        _print_json(run) if arguments["json"] else _print_lines(render_run(run))
         return 0
-    found = describe(path, asked["storage_options"], **options, dynamicemb_dims=asked["dynamicemb_dims"])
-    _print_json(found) if asked["json"] else _print_lines(render(found))
+    found = describe(path, arguments["storage_options"], **source, dynamicemb_dims=arguments["dynamicemb_dims"])
+    _print_json(found) if arguments["json"] else _print_lines(render(found))
     return 0
 
 
@@ -168,26 +189,30 @@ def _verify(argv: list[str]) -> int:
     finite = Option(
         hint=bool, default=False, is_flag=True, text="Also read all float values, to find NaN and infinities."
     )
-    options = {"finite": finite, **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")}}
-    if _is_answered(argv, {"Options": {**PATH_OPTIONS, **options}}, usage=usage):
+    options = {
+        **PATH_OPTIONS,
+        "finite": finite,
+        **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")},
+    }
+    if _is_answered(argv, {"Options": options}, usage=usage):
         return 0
-    asked = parse_path("verify", argv, options)
-    max_memory = parse_bytes(asked["max_memory"], setting="max_memory")
-    if not 0 < asked["timeout"] < float("inf"):
-        raise ConfigError(f"--timeout is {asked['timeout']}; give seconds above 0")
-    ranks = join(timeout_secs=asked["timeout"], is_own_process=True)
+    arguments = parse_path("verify", argv, options)
+    max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
+    if not 0 < arguments["timeout"] < float("inf"):
+        raise ConfigError(f"--timeout is {arguments['timeout']}; give seconds above 0")
+    ranks = join(timeout_secs=arguments["timeout"], is_own_process=True)
     INTERRUPTS.describe = ranks.describe_interrupt
     try:
-        path = ranks.broadcast("find the package", lambda: _resolve(asked))
+        path = ranks.broadcast("find the package", lambda: _resolve(arguments))
         report = verify(
             path,
-            asked["storage_options"],
-            finite=asked["finite"],
+            arguments["storage_options"],
+            finite=arguments["finite"],
             max_memory=max_memory,
-            threads=asked["threads"],
+            threads=arguments["threads"],
             ranks=ranks,
         )
-        ranks.tell_once(lambda: _print_json(report.as_json()) if asked["json"] else _print_lines(report.render()))
+        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments["json"] else _print_lines(report.render()))
     except KeyboardInterrupt:
         _tell_interrupt(ranks.leave_interrupted())
         return INTERRUPTED
@@ -200,23 +225,23 @@ def _verify(argv: list[str]) -> int:
     return 1 if report.count() else 0
 
 
-def _resolve(asked: Mapping[str, Any]) -> str:
+def _resolve(arguments: Mapping[str, Any]) -> str:
     """Return the directory that the path means: itself, or what a registry says."""
     from dist_export.registry import base
 
-    return base.resolve(asked["path"], asked["registry_options"]).directory
+    return base.resolve(arguments["path"], arguments["registry_options"]).directory
 
 
 def _is_answered(argv: Sequence[str], groups: Mapping[str, Mapping[str, Any]], *, usage: str = "") -> bool:
     """Print the help of a command if that is asked for; without ``usage`` the settings follow."""
-    asked = {argument.replace("_", "-") for argument in argv} & {"-h", "--help", "--help-all"}
-    if asked:
+    wanted = {argument.replace("_", "-") for argument in argv} & {"-h", "--help", "--help-all"}
+    if wanted:
         from dist_export.config.describe import read_groups, render_help
         from dist_export.config.loader import USAGE
 
         groups = groups if usage else {**groups, **read_groups()}
-        _print_lines(render_help(usage or USAGE, groups, shows_all="--help-all" in asked))
-    return bool(asked)
+        _print_lines(render_help(usage or USAGE, groups, shows_all="--help-all" in wanted))
+    return bool(wanted)
 
 
 def _has_printed_config(argv: Sequence[str], options: Mapping[str, Any]) -> bool:

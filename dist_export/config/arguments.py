@@ -10,7 +10,7 @@ import yaml
 
 from dist_export.config.describe import Option
 from dist_export.config.strict_yaml import load_yaml
-from dist_export.config.values import convert, lay_over, read_text
+from dist_export.config.values import lay_over, read_text, read_value
 from dist_export.errors import ConfigError
 
 RENAMED = {
@@ -24,7 +24,7 @@ RENAMED = {
 
 
 def read_arguments(
-    argv: Sequence[str], options: Mapping[str, Option], *, values: Mapping[str, Any], what: str = "option"
+    argv: Sequence[str], options: Mapping[str, Option], *, values: Mapping[str, Any], kind: str = "option"
 ) -> tuple[dict[str, Any], list[str]]:
     """Return ``values`` with what the arguments say in their place, and the arguments that are no option.
 
@@ -34,7 +34,7 @@ def read_arguments(
     Raises:
         ConfigError: an option that is unknown, abbreviated, without its value, or whose value is of another type.
     """
-    found, others, rest = dict(values), [], list(argv)
+    result, others, rest = dict(values), [], list(argv)
     while rest:
         argument = rest.pop(0)
         option, equals, text = argument.partition("=")
@@ -44,27 +44,27 @@ def read_arguments(
         first, *keys = option[2:].split(".")
         adds, name = first.endswith("+"), first.removesuffix("+").replace("-", "_")
         if name not in options:
-            raise ConfigError(f"--{name} is no {what}{say_nearest(name, options)}")
+            raise ConfigError(f"--{name} is no {kind}{say_nearest(name, options)}")
         known = options[name]
         if known.is_flag:
-            found[name] = read_text(name, text, bool) if equals else True
+            result[name] = read_text(name, text, bool) if equals else True
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{option} needs a value")
             text = rest.pop(0)
-        before = found.get(name, known.default)
+        before = result.get(name, known.default)
         if keys:
             value = lay_over(before, _nest(option, before, keys, text))
-            found[name] = convert(name, value, known.hint)
+            result[name] = read_value(name, value, known.hint)
         else:
             one_more = adds and text.lstrip().startswith("{")  # a rule of prune
-            found[name] = value = read_text(name, f"[{text}]" if one_more else text, known.hint)
+            result[name] = value = read_text(name, f"[{text}]" if one_more else text, known.hint)
             if adds and not (isinstance(value, list) and isinstance(before, (list, type(None)))):
                 raise ConfigError(f"{option} adds to a list, and {name} is none")
             if adds or known.adds:
-                found[name] = [*(before or []), *value]
-    return found, others
+                result[name] = [*(before or []), *value]
+    return result, others
 
 
 def say_nearest(name: str, names: Iterable[str]) -> str:

@@ -13,11 +13,12 @@ from dist_export.config.arguments import read_arguments, say_nearest
 from dist_export.config.describe import SETTINGS, Option
 from dist_export.config.schema import CheckpointFormat, ExportConfig
 from dist_export.config.strict_yaml import load_yaml
-from dist_export.config.values import convert
+from dist_export.config.values import read_value
 from dist_export.errors import ConfigError
 
 USAGE = """\
 usage: dist_export --config FILE [--key value ...]        export (under torchrun: on all ranks); also dist_export export
+       dist_export init CKPT [--out FILE]                 write a commented config that exports the tables of a checkpoint
        dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
        dist_export inspect PATH                           show a checkpoint or a package
        dist_export verify PATH                            check a package
@@ -34,21 +35,38 @@ PATH_OPTIONS = {
 """What each command takes that looks at one path."""
 
 SOURCE_OPTIONS = {
-    name: dataclasses.replace(SETTINGS[name], adds=SETTINGS[name].hint == list[str])
+    name: dataclasses.replace(
+        SETTINGS[name], adds=SETTINGS[name].hint == list[str], is_flag=SETTINGS[name].hint is bool
+    )
     for name in ("follow_links", "treat_as_tables", "optimizer_slots", "state_root", "dynamicemb_dims")
 } | {"format": dataclasses.replace(SETTINGS["format"], hint=CheckpointFormat)}
 """What each command takes that looks at a checkpoint."""
 
 
-def parse_path(command: str, argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values of a command that looks at one path, the path as ``path``. ConfigError for what is wrong."""
-    options = {**PATH_OPTIONS, **options}
-    defaults = {name: option.default for name, option in options.items()}
-    values, paths = read_arguments(argv, options, values=defaults, what=f"option of dist_export {command}")
-    if not paths:
-        raise ConfigError(f"which path? Usage: dist_export {command} PATH [--key value ...]")
-    if len(paths) > 1:
-        raise ConfigError(f"{paths[1]!r} is one path too many. Usage: dist_export {command} PATH [--key value ...]")
+_NOT_OF_TABLES = ("ckpt_dir", "need_export_sparse", "model", "model_args", "dataset", "dataset_args")
+
+INIT_OPTIONS = {
+    "out": Option(
+        hint=str, default=None, text="File to write, which must not be there yet. Without it, the config is printed."
+    ),
+    **{name: option for name, option in SETTINGS.items() if name not in _NOT_OF_TABLES},
+    "format": SOURCE_OPTIONS["format"],
+}
+"""What ``init`` takes."""
+
+
+def parse_path(
+    command: str, argv: Sequence[str], options: Mapping[str, Option], *, has_defaults: bool = True
+) -> dict[str, Any]:
+    """Return the values of a command that looks at one path, the path as ``path``. ConfigError for what is wrong.
+
+    Without ``has_defaults`` options that are not given are left out.
+    """
+    defaults = {name: option.default for name, option in options.items() if has_defaults}
+    values, paths = read_arguments(argv, options, values=defaults, kind=f"option of dist_export {command}")
+    usage = f"Usage: dist_export {command} PATH [--key value ...]"
+    if len(paths) != 1:
+        raise ConfigError(f"{paths[1]!r} is one path too many. {usage}" if paths else f"which path? {usage}")
     return {**values, "path": paths[0]}
 
 
@@ -67,11 +85,11 @@ def parse_with_extras(argv: Sequence[str], extras: Mapping[str, Option]) -> tupl
     settings: dict[str, Any] = {}
     for path in files:
         settings |= _read_yaml(path)
-    values, others = read_arguments(rest, {**SETTINGS, **extras}, values=_to_types(settings), what="setting")
+    values, others = read_arguments(rest, {**SETTINGS, **extras}, values=_to_types(settings), kind="setting")
     if others:
         raise ConfigError(f"{others[0]!r} belongs to no option; settings are given as --key value")
-    given = {name: values.pop(name, option.default) for name, option in extras.items()}
-    return _build(values), given
+    extra_values = {name: values.pop(name, option.default) for name, option in extras.items()}
+    return _build(values), extra_values
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:
@@ -87,7 +105,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportCon
 
 def _to_types(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a file or a mapping in their types. A key that was left empty in YAML means its default."""
-    return {name: convert(name, value, SETTINGS[name].hint) for name, value in settings.items() if value is not None}
+    return {name: read_value(name, value, SETTINGS[name].hint) for name, value in settings.items() if value is not None}
 
 
 def _build(values: Mapping[str, Any]) -> ExportConfig:

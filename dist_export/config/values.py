@@ -30,7 +30,7 @@ _EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+", re.ASCII)
 """A number in JSON and YAML 1.2, but text in YAML 1.1, which wants a dot and a sign."""
 
 
-def convert(name: str, value: Any, hint: Any) -> Any:
+def read_value(name: str, value: Any, hint: Any) -> Any:
     """Return a value of YAML or Python as the type of a setting.
 
     Where no text is expected, one text is a list of it, or is read as on the command line. What is handed on to the caller's code
@@ -74,7 +74,7 @@ def lay_over(below: Any, value: Any) -> Any:
     """Return ``value``, and of mappings also what ``below`` has beside it, key by key, however deep."""
     if not isinstance(below, Mapping) or not isinstance(value, Mapping):
         return value
-    return {**below, **{key: lay_over(below.get(key), its) for key, its in value.items()}}
+    return {**below, **{key: lay_over(below.get(key), inner) for key, inner in value.items()}}
 
 
 def describe_expected(name: str, hint: Any) -> str:
@@ -96,30 +96,24 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
     keys_are_text = not isinstance(value, Mapping) or all(isinstance(key, str) for key in value)
     for candidate in (value, _with_numbers(value)):
         try:
-            found = msgspec.convert(candidate, hint, str_keys=True)
+            converted = msgspec.convert(candidate, hint, str_keys=True)
         except msgspec.ValidationError:
             continue
-        return found if "Any" not in str(hint) else value
-    found = " has the wrong type" if name in SECRET else f" is {value!r}"
-    found = " has keys that are no text" if not keys_are_text and dict[str, Any] in _kinds_of(hint) else found
+        return converted if "Any" not in str(hint) else value
+    shown = " has the wrong type" if name in SECRET else f" is {value!r}"
+    shown = " has keys that are no text" if not keys_are_text and dict[str, Any] in _kinds_of(hint) else shown
     former = FORMER_VALUES.get((name, value)) if isinstance(value, str) else None
-    raise ConfigError(former or f"{name}{found}; expected {describe_expected(name, hint)}")
+    raise ConfigError(former or f"{name}{shown}; expected {describe_expected(name, hint)}")
 
 
 def _with_numbers(value: Any) -> Any:
     """Return a value with numbers of other libraries as Python's own, and texts such as 1e-7 as the numbers that they are."""
     if isinstance(value, Mapping):
-        return {key: _with_numbers(its) for key, its in value.items()}
+        return {key: _with_numbers(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_numbers(its) for its in value]
+        return [_with_numbers(item) for item in value]
     if isinstance(value, str):
         return float(value) if _EXPONENT.fullmatch(value) else value
-    if isinstance(value, (bool, int)):
+    if isinstance(value, (bool, int)) or not isinstance(value, numbers.Real):
         return value
-    return (
-        int(value)
-        if isinstance(value, numbers.Integral)
-        else float(value)
-        if isinstance(value, numbers.Real)
-        else value
-    )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from s3_cases import MIB, Store, export_and_die, export_on_rank, files_of, witho
 from s3_server import S3Server
 
 import dist_export
+from dist_export.cli import main
 from dist_export.config.loader import load_config
 from dist_export.errors import CommitError, ConfigError, PackageError, TransferError
 from dist_export.formats.digests import digest_of_parts
@@ -186,6 +188,18 @@ def test_parts_that_do_not_fit_their_digest(large: Path, store: Store) -> None:
     store.fs.pipe_file(f"{store.root}/out/manifest.json", encode_manifest(changed))
     (finding,) = verify(store.url("out"), store.options).findings
     assert "its parts do not add up" in finding
+
+
+def test_init_writes_a_config_for_a_checkpoint_on_the_store(small: Path, store: Store, tmp_path: Path) -> None:
+    """Its file exports the same shards as no file, with the options of the store that were given."""
+    remote, file = store.put_tree(small, "ckpt"), str(tmp_path / "export.yaml")
+    options = f"--storage_options={json.dumps(store.options)}"
+    assert main(["init", remote, "--out", file, options]) == 0
+    assert main(["--config", file, "--export_dir", store.url("with")]) == 0
+    dist_export.export({"ckpt_dir": remote, "export_dir": store.url("without"), "storage_options": store.options})
+    shards = {name: data for name, data in store.files("with").items() if name.endswith(".safetensors")}
+    assert shards
+    assert shards.items() <= store.files("without").items()
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_plan_says_is_what_export_writes(checkpoint: Path, tmp_path: Path, 
         ),
         (["--config", "{tmp}/none.yaml"], 2, "No such file"),
         ([], 2, "nothing to do"),
-        (["stray"], 2, "'stray' is no command; the commands are export, plan, inspect, verify"),
+        (["stray"], 2, "'stray' is no command; the commands are export, init, plan, inspect, verify"),
         (["inspect", "{tmp}/none"], 2, "does not exist"),
         (["inspect", "{tmp}"], 2, "holds no files; looked for manifest.json (package), index"),
         (["verify", "{tmp}/none"], 2, "does not exist"),
@@ -195,14 +195,14 @@ def test_a_run_and_an_unfinished_save_are_called_so(checkpoint: Path, tmp_path: 
 
 def test_options_deep_in_a_mapping_are_all_kept(checkpoint: Path, tmp_path: Path) -> None:
     """Given one by one, for every command; the parser alone would keep the last one of each mapping."""
-    from dist_export.config.loader import parse_path, parse_settings
+    from dist_export.config.loader import PATH_OPTIONS, parse_path, parse_settings
 
     options = ["--storage_options.key", "K", "--storage_options.client_kwargs.endpoint_url=http://h:1"]
     options += ["--storage_options.client_kwargs.config.a", "{x: 1}", "--storage_options.client_kwargs.config.b", "no"]
     expected = {"key": "K", "client_kwargs": {"endpoint_url": "http://h:1", "config": {"a": {"x": 1}, "b": False}}}
     settings = parse_settings(["--ckpt_dir", str(checkpoint), "--export_dir", str(tmp_path), *options])
     assert settings.storage_options == expected
-    assert parse_path("verify", [str(checkpoint), *options], {})["storage_options"] == expected
+    assert parse_path("verify", [str(checkpoint), *options], PATH_OPTIONS)["storage_options"] == expected
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

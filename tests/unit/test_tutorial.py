@@ -53,7 +53,7 @@ def test_output_is_compared_line_by_line(expected: str, missing: str | None) -> 
 def test_scores_from_the_package_are_those_of_the_trainer_and_all_commands_print_what_the_page_says(
     tmp_path: Path,
 ) -> None:
-    """Runs training, plan, export on two ranks, a second export, verify, and lookups: each as the page has it."""
+    """Runs training, init, plan, export on two ranks, a second export, verify, and lookups: each as the page has it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     printed: dict[str, str] = {}
@@ -75,4 +75,4 @@ def test_scores_from_the_package_are_those_of_the_trainer_and_all_commands_print
     scores = [re.findall(r"items 41 and 42: (.*)", text) for text in printed.values()]
     trainer, package = (found[0] for found in scores if found)
     assert trainer == package
-    assert len(printed) == 6
+    assert len(printed) == 7
