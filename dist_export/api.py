@@ -13,7 +13,8 @@ from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects, build_objects
 from dist_export.pipeline.run import run_export
 from dist_export.reporting.display import show_lines
-from dist_export.runtime.ranks import Ranks, join
+from dist_export.runtime.joining import join
+from dist_export.runtime.ranks import Ranks
 
 
 class Exporter:

@@ -78,7 +78,7 @@ def _export(argv: list[str]) -> int:
         objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
         return run_export(ranks, config, objects, is_shown=config.progress)[1]
 
-    from dist_export.runtime.ranks import join
+    from dist_export.runtime.joining import join
 
     # The settings are read again once the ranks know each other: so even a misspelt key is told once, by rank 0.
     try:
@@ -179,7 +179,7 @@ def _verify(argv: list[str]) -> int:
     from dist_export.config.describe import SETTINGS, Option
     from dist_export.config.loader import PATH_OPTIONS, parse_path
     from dist_export.config.schema import parse_bytes
-    from dist_export.runtime.ranks import join
+    from dist_export.runtime.joining import join
     from dist_export.verify.verify import verify
 
     usage = (

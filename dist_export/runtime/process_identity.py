@@ -12,6 +12,10 @@ PARENT = os.getppid()
 """Whoever started this process, as of the import of this module, which is before that of torch takes its seconds: a
 launcher that dies meanwhile is missed all the same."""
 
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+"""Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
+the shell that did it."""
+
 _ZOMBIE = ("Z", "X", "x")
 
 
@@ -69,3 +73,8 @@ def _read_stat(pid: int) -> tuple[str, str] | None:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return fields[0], fields[19]
+
+
+def find_launcher() -> int | None:
+    """Return the process id of the launcher without which this process must not go on; None where there is none."""
+    return PARENT if any(name in os.environ for name in _LAUNCHERS) else None

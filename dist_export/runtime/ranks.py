@@ -1,30 +1,22 @@
-"""The only module that talks to ``torch.distributed``: collectives over gloo, and failures shared by all ranks.
+"""Collectives over gloo, with failures that all ranks share. Only this room talks to ``torch.distributed``.
 
 Payload never travels here. Every method below says on which ranks it is called.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 import pickle
-import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from dist_export.errors import ConfigError, DistExportError, ExportError, StepFailedError
+from dist_export.errors import DistExportError, ExportError, StepFailedError
 from dist_export.redact import first_line
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
-from dist_export.runtime.process_identity import PARENT
-from dist_export.runtime.rendezvous import agree_on_start, connect_anew
+from dist_export.runtime.process_identity import find_launcher
 from dist_export.runtime.shared_store import SharedStore
 from dist_export.runtime.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -32,23 +24,12 @@ logger = logging.getLogger(__name__)
 
 _ARRIVAL_SECS = 5.0
 
-_NO_LIMIT = timedelta(days=30)
-"""A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
-
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
-"""Environment variables of launchers that live as long as their ranks. Ranks that were started by hand may outlive
-the shell that did it."""
-
 _SMALL_BYTES = 1024
 """Up to here a result of rank 0 travels with the gather that tells how the step went."""
 
-_sequence = itertools.count()
-"""Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
-so every rank counts alike."""
-
 
 class Ranks:
-    """The ranks of this export. Build with :func:`join`; a single process gets one without any group."""
+    """The ranks of this export; :func:`~dist_export.runtime.joining.join` makes them. A single process has no group."""
 
     def __init__(
         self,
@@ -75,7 +56,7 @@ class Ranks:
             world_size,
             watched_store,
             timeout_secs=timeout_secs,
-            launcher=_launcher(),
+            launcher=find_launcher(),
             request_stop=self.request_stop,
             has_failure=self.has_failure,
         )
@@ -328,106 +309,6 @@ class Ranks:
         self.close()
 
 
-def alone() -> Ranks:
-    """Return the ranks of a process that works by itself, whatever job it belongs to."""
-    return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=0.0)
-
-
-def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
-    """Join the other ranks of this job. All ranks, in the same order of calls.
-
-    A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
-    without either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on; not
-    where the process is somebody else's and alone.
-
-    Args:
-        timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
-        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
-    """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    # until the ranks know each other only the launcher can be watched; without it they would wait for its store
-    early = Watchdog(
-        rank,
-        world_size,
-        None,
-        timeout_secs=timeout_secs,
-        launcher=_launcher(),
-        request_stop=_ignore,
-        has_failure=lambda: False,
-    )
-    early.start()
-    try:
-        ranks = _join(timeout_secs)
-    finally:
-        early.stop()
-    if ranks.world_size > 1 or is_own_process:
-        ranks.watch(catches_sigterm=is_own_process and threading.current_thread() is threading.main_thread())
-    return ranks
-
-
-def _join(timeout_secs: float) -> Ranks:
-    timeout = timedelta(seconds=timeout_secs)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started == 1 and not _is_initialized():
-        return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
-    import torch._C._distributed_c10d as torch_store
-    import torch.distributed as dist
-
-    owns = not dist.is_initialized()
-    if owns:
-        try:
-            _start_group(timeout)
-        except (ValueError, RuntimeError, TimeoutError) as error:
-            raise ConfigError(
-                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {first_line(error)}. Start them with "
-                "torchrun, or unset WORLD_SIZE to export with one rank"
-            ) from error
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
-    prefix = f"dist_export/{next(_sequence)}"
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
-    return Ranks(
-        dist.get_rank(),
-        dist.get_world_size(),
-        torch_store.PrefixStore(prefix, store),
-        group,
-        owns_default_group=owns,
-        timeout_secs=timeout_secs,
-        watched_store=connect_anew(store, f"{prefix}/watchdog"),
-    )
-
-
-def _launcher() -> int | None:
-    """Return the process id of the launcher without which this process must not go on; None where there is none."""
-    return PARENT if any(name in os.environ for name in _LAUNCHERS) else None
-
-
-def _start_group(timeout: timedelta) -> None:
-    import torch._C._distributed_c10d as torch_store
-    import torch.distributed as dist
-
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group("gloo", timeout=timeout)
-        return
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept = torch_store.TCPStore(host, port, world_size, False, timeout)
-    name = agree_on_start(
-        torch_store.PrefixStore("dist_export/start", kept), rank, world_size, timeout_secs=timeout.total_seconds()
-    )
-    store = torch_store.PrefixStore(f"dist_export/{name}", kept)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _is_initialized() -> bool:
-    import sys
-
-    if "torch" not in sys.modules:  # a group cannot exist before torch is imported
-        return False
-    import torch.distributed as dist
-
-    return bool(dist.is_available() and dist.is_initialized())
-
-
 def _describe(error: Exception, say_on_disk: Callable[[], str]) -> tuple[str, int]:
     if isinstance(error, DistExportError):
         return str(error), error.exit_code
@@ -437,10 +318,6 @@ def _describe(error: Exception, say_on_disk: Callable[[], str]) -> tuple[str, in
             1,
         )
     return f"{type(error).__name__}: {first_line(error)}", 1
-
-
-def _ignore(_: str) -> None:
-    return None
 
 
 def _nothing() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from dist_export.errors import EndedError, UserError
 from dist_export.redact import reason_of
-from dist_export.runtime.ranks import Ranks, alone
+from dist_export.runtime.joining import alone
+from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.urls import open_directory
 from dist_export.verify.combine import conclude

@@ -32,7 +32,7 @@ def _prepare_export(job: dict[str, Any]) -> Work:
     """dist_export, called as a program would call it."""
     from dist_export.model.user_objects import Objects
     from dist_export.pipeline.run import run_export
-    from dist_export.runtime.ranks import join
+    from dist_export.runtime.joining import join
 
     config = _make_config(job)
 
@@ -50,7 +50,7 @@ def _prepare_plan(job: dict[str, Any]) -> Work:
     from dist_export.commit.publish import describe_tables, list_versions, render_indexes
     from dist_export.manifest import FileEntry, Manifest, SourceEntry, encode_manifest, seal
     from dist_export.pipeline.planning import open_checkpoint, plan_sparse
-    from dist_export.runtime.ranks import join
+    from dist_export.runtime.joining import join
     from dist_export.storage.urls import open_directory
 
     config = _make_config(job)

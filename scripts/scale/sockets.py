@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 
 
 def count() -> int:

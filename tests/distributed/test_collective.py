@@ -13,7 +13,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from dist_export.errors import CheckpointError, ExportError, StepFailedError
-from dist_export.runtime.ranks import Ranks, join
+from dist_export.runtime.joining import join
+from dist_export.runtime.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 

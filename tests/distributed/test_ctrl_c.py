@@ -158,10 +158,10 @@ def test_a_rank_that_waits_for_others_that_never_come(rank: int, tmp_path: Path)
     started = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     started |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(crash.free_port())}
     script = (
-        "import sys\nfrom pathlib import Path\nfrom dist_export.runtime import ranks\nmark = Path(sys.argv.pop(1))\n"
-        "real = ranks._start_group\n"
+        "import sys\nfrom pathlib import Path\nfrom dist_export.runtime import joining\nmark = Path(sys.argv.pop(1))\n"
+        "real = joining._start_group\n"
         "def start(*arguments):\n    mark.touch()\n    real(*arguments)\n"
-        "ranks._start_group = start\nfrom dist_export.__main__ import run\nrun()"
+        "joining._start_group = start\nfrom dist_export.__main__ import run\nrun()"
     )
     arguments = ["--ckpt_dir", str(tmp_path), "--export_dir", str(tmp_path / "out")]
     command = [sys.executable, "-c", script, str(tmp_path / "mark"), *arguments]

@@ -124,13 +124,13 @@ def test_a_launcher_that_dies_before_the_ranks_know_each_other(tmp_path: Path) -
     script = tmp_path / "early.py"
     script.write_text(
         "import os, sys, time\n"
-        "from dist_export.runtime import ranks\n"
-        "real = ranks._start_group\n"
+        "from dist_export.runtime import joining\n"
+        "real = joining._start_group\n"
         "def wait(timeout):\n"
         "    open(f\"{os.environ['PAUSE_MARK']}{os.environ['RANK']}\", 'w').close()\n"
         "    time.sleep(2)\n"
         "    return real(timeout)\n"
-        "ranks._start_group = wait\n"
+        "joining._start_group = wait\n"
         "from dist_export.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -34,7 +34,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import DistExportError
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.io_activity import ACTIVITY
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
 
 pytestmark = pytest.mark.distributed

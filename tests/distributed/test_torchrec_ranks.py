@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dist_export
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.verify.verify import verify
 
 pytestmark = pytest.mark.distributed

@@ -23,7 +23,7 @@ from dist_export.plan import work_units as plan_units
 from dist_export.plan.memory_budget import Limits
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import assign
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage import range_reader
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.staging import Staging

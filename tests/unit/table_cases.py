@@ -10,7 +10,7 @@ from torch import nn
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import run_sparse_arch
 from dist_export.pipeline.planning import open_checkpoint
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
 
 

@@ -336,19 +336,19 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     arguments, expected, checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """The ranks wait for each other as long as the settings say, also where only the file says it."""
-    import dist_export.runtime.ranks
+    import dist_export.runtime.joining
 
     file = tmp_path / "export.yaml"
     file.write_text(f"ckpt_dir: {checkpoint}\nexport_dir: {tmp_path / 'out'}\ntimeout: 7\n")
     seen: list[float] = []
-    real = dist_export.runtime.ranks.join
+    real = dist_export.runtime.joining.join
 
     def join(*, timeout_secs: float, is_own_process: bool):
         assert is_own_process
         seen.append(timeout_secs)
         return real(timeout_secs=timeout_secs)
 
-    monkeypatch.setattr(dist_export.runtime.ranks, "join", join)
+    monkeypatch.setattr(dist_export.runtime.joining, "join", join)
     main(["--config", str(file), *arguments])
     assert seen == [expected]
 

@@ -285,7 +285,7 @@ def test_dimensions_of_a_model_are_those_of_its_sparse_arch() -> None:
 def test_a_width_is_compared_with_the_model(name: str, tmp_path: Path) -> None:
     from dist_export.config.schema import ExportConfig
     from dist_export.pipeline.inputs import open_source
-    from dist_export.runtime.ranks import join
+    from dist_export.runtime.joining import join
     from dist_export.storage.urls import open_place
 
     source = write(tmp_path / "in", torch.randn(10, 8).bfloat16())

@@ -25,7 +25,7 @@ from dist_export.reporting import display
 from dist_export.reporting.display import LineStream, LogDisplay, Moment, Speedometer, describe_moment
 from dist_export.reporting.progress import COUNTER, Reporter, summarize
 from dist_export.runtime.io_activity import in_stage
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.transfer.work_done import Share
 
 TESTS = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import pytest
 from dist_export.errors import PlanError
 from dist_export.plan.memory_budget import Limits
 from dist_export.plan.work_units import Unit, assign
-from dist_export.runtime.ranks import Ranks, join
+from dist_export.runtime.joining import join
+from dist_export.runtime.ranks import Ranks
 from dist_export.transfer.work_stealing import open_queues, take_units
 
 

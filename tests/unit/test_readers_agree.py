@@ -18,7 +18,7 @@ from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.formats.dtypes import DTYPES
 from dist_export.pipeline.planning import open_checkpoint
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_place
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -16,7 +16,7 @@ from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.errors import ModelError
 from dist_export.formats.dtypes import CODE_BY_NAME
 from dist_export.formats.row_encodings import RowCast
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 
 IDS = [3, 5, 8, 1000003]
 

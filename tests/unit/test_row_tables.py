@@ -24,7 +24,7 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.pipeline.planning import open_checkpoint, plan_sparse
 from dist_export.plan.plan import SparsePlan
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)

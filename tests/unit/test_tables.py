@@ -12,7 +12,7 @@ from torch import nn
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ModelError
 from dist_export.pipeline.planning import open_checkpoint
-from dist_export.runtime.ranks import join
+from dist_export.runtime.joining import join
 from dist_export.storage.range_reader import RangeReader
 from dist_export.storage.urls import open_directory
 

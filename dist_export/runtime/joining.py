@@ -1,0 +1,125 @@
+"""Joining the ranks of a job: a process group that is there, one that ``torchrun`` asks for, or none."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from dist_export.errors import ConfigError
+from dist_export.redact import first_line
+from dist_export.runtime.process_identity import find_launcher
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.rendezvous import agree_on_start, connect_anew
+from dist_export.runtime.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_NO_LIMIT = timedelta(days=30)
+"""A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
+
+_sequence = itertools.count()
+"""Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
+so every rank counts alike."""
+
+
+def alone() -> Ranks:
+    """Return the ranks of a process that works by itself, whatever job it belongs to."""
+    return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=0.0)
+
+
+def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
+    """Join the other ranks of this job. All ranks, in the same order of calls.
+
+    A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
+    without either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on; not
+    where the process is somebody else's and alone.
+
+    Args:
+        timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
+        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # until the ranks know each other only the launcher can be watched; without it they would wait for its store
+    early = Watchdog(
+        rank,
+        world_size,
+        None,
+        timeout_secs=timeout_secs,
+        launcher=find_launcher(),
+        request_stop=_ignore,
+        has_failure=lambda: False,
+    )
+    early.start()
+    try:
+        ranks = _join(timeout_secs)
+    finally:
+        early.stop()
+    if ranks.world_size > 1 or is_own_process:
+        ranks.watch(catches_sigterm=is_own_process and threading.current_thread() is threading.main_thread())
+    return ranks
+
+
+def _join(timeout_secs: float) -> Ranks:
+    timeout = timedelta(seconds=timeout_secs)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1 and not _is_initialized():
+        return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    owns = not dist.is_initialized()
+    if owns:
+        try:
+            _start_group(timeout)
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            raise ConfigError(
+                f"WORLD_SIZE is {started}, but the ranks cannot find each other: {first_line(error)}. Start them with "
+                "torchrun, or unset WORLD_SIZE to export with one rank"
+            ) from error
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    prefix = f"dist_export/{next(_sequence)}"
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
+    return Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch_store.PrefixStore(prefix, store),
+        group,
+        owns_default_group=owns,
+        timeout_secs=timeout_secs,
+        watched_store=connect_anew(store, f"{prefix}/watchdog"),
+    )
+
+
+def _start_group(timeout: timedelta) -> None:
+    import torch._C._distributed_c10d as torch_store
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = torch_store.TCPStore(host, port, world_size, False, timeout)
+    name = agree_on_start(
+        torch_store.PrefixStore("dist_export/start", kept), rank, world_size, timeout_secs=timeout.total_seconds()
+    )
+    store = torch_store.PrefixStore(f"dist_export/{name}", kept)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _is_initialized() -> bool:
+    import sys
+
+    if "torch" not in sys.modules:  # a group cannot exist before torch is imported
+        return False
+    import torch.distributed as dist
+
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def _ignore(_: str) -> None:
+    return None
