@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from fixture_cases import CASES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
 from row_model import truth_of_model
 from sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
@@ -539,7 +540,7 @@ def test_tables_whose_rows_go_by_number(num_shards: int, dtype: str, is_in_strip
     assert written == np.ascontiguousarray(expected).tobytes()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     rows=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     num_parts=st.integers(1, 4),

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from recis_writer import PartSpec, make_rows, make_tables, read_back, split_table, write_checkpoint
 from row_model import model_of, truth_of_model
 from sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
@@ -27,10 +28,11 @@ from dist_export.pipeline.dry_run import render_report
 from dist_export.plan import memory_budget as plan_limits
 from dist_export.plan.dropped_rows import DroppedRows
 from dist_export.plan.memory_budget import Limits
+from dist_export.storage.urls import open_directory
 from dist_export.transfer import duplicates
 from dist_export.verify.verify import verify
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(40)
 KEPT = ("id", "embedding")
 
 
@@ -300,7 +302,7 @@ def test_a_gather_that_skips_other_rows_than_the_plan_says_is_found(tmp_path, mo
 
 def test_the_proof_subtracts_rows_and_ids_of_what_was_dropped(exported):
     planned, target, _ = exported
-    found = [audit.audit_files(planned.plan, dist_export.pipeline.steps.Directory(target), range(2))]
+    found = [audit.audit_files(planned.plan, open_directory(target), range(2))]
     check_accounts(planned.plan, planned.census, found)
     dropped = planned.plan.dropped
     one_less = DroppedRows(part=dropped.part[1:], row=dropped.row[1:], id=dropped.id[1:], reason=dropped.reason[1:])

@@ -8,9 +8,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from properties import examples
 
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.row_encodings import BF16, F16, F32, F64, INT8_ROWWISE, LARGEST, U8, RowCast, decode_int8
@@ -231,7 +232,7 @@ def test_special_values_of_halves() -> None:
     assert np.signbit(found).tolist() == np.signbit(np.array([-np.nan, np.nan], np.float32)).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     values=arrays.arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(1, 9)), elements=st.floats(width=32)),
     target=st.sampled_from([(F16, ""), (BF16, ""), (U8, INT8_ROWWISE)]),

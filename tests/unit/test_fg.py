@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.dense import fg as fg_module
 from dist_export.dense.fg import (
@@ -813,7 +814,7 @@ BLOCKS = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     fg_conf=st.builds(lambda entries: {"features": entries}, ENTRIES) | ANYTHING,
     mc_conf=BLOCKS | ANYTHING,
@@ -833,7 +834,7 @@ def test_whatever_is_given_either_passes_or_is_a_config_error(fg_conf, mc_conf, 
         assert block.width is None or block.width > 0
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(conf=st.dictionaries(SCALARS, ANYTHING, max_size=3))
 def test_whatever_mapping_is_loaded_is_json_or_a_config_error(conf):
     try:

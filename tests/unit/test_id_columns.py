@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import read_runs
 from dist_export.storage.range_reader import Stream
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(100)
 
 
 class Memory:

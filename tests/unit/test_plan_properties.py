@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.formats.dtypes import CODE_BY_TORCH
@@ -28,7 +29,7 @@ from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets
 from dist_export.plan.work_units import assign, plan_units
 
-PROPERTY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(120)
 FLOAT, LONG = CODE_BY_TORCH["float32"], CODE_BY_TORCH["int64"]
 
 

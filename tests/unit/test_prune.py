@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import tiny_model
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numbered_cases import numbered_tables, write_numbered
+from properties import examples
 from recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
 from row_model import is_inside, model_of, truth_of_model
 from sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, shrink
@@ -30,7 +31,7 @@ from dist_export.transfer import prune_filter as pruning_room
 from dist_export.transfer.prune_filter import PruneReader, find_pruned
 from dist_export.verify.verify import verify
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(60)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

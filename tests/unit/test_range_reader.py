@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.errors import TransferError
 from dist_export.storage import s3_reader
@@ -90,7 +91,7 @@ def test_a_stream_reads_ahead_of_its_use_and_no_further(store: FakeStore) -> Non
     assert threading.get_ident() not in store.threads
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@examples(50)
 @given(st.integers(0, 5000), st.integers(1, 9000), st.integers(1, 4000), st.integers(1, 3000))
 def test_a_stream_gives_every_byte_once(offset: int, length: int, window: int, piece: int) -> None:
     store = FakeStore()

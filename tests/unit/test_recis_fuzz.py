@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from fuzzing import damage_bytes, damage_json, damage_shard
 from hostile_cases import limited_memory
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from properties import examples
 from recis_writer import INDEX, MERGED, TENSORKEY, make_tables, read_back, write_checkpoint
 from sparse_cases import export, open_source
 
@@ -65,13 +66,7 @@ def damage(raw: bytes, edit, stop: int) -> bytes:
 
 
 @given(name=st.sampled_from(FILES), changes=st.lists(edits(), min_size=1, max_size=2))
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_is_refused_or_harmless(sound, tmp_path, name, changes):
     folder = tmp_path / "in"
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.ids import duplicates
 from dist_export.ids.duplicates import HeldIds, has_repeats
 
-PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(150)
 
 
 def unique_ids(count, seed=0):

@@ -16,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 from dcp_writer import write_chunks
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from sparse_cases import run, shrink
 
 from dist_export.checkpoint.metadata import Checkpoint
@@ -27,7 +28,7 @@ from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
 
-PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(150)
 DTYPES = (torch.float32, torch.float16, torch.int8, torch.float64)
 LAYOUTS = ("packed", "transposed", "padded", "within", "every second")
 

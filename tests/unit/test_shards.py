@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from recis_writer import (
     PartSpec,
     make_rows,
@@ -22,7 +23,7 @@ from sparse_cases import ADAM, assert_exact, copy, export, open_source, plan, re
 from dist_export.errors import PlanError
 from dist_export.formats.safetensors import decode_header
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PROPERTY = examples(60)
 
 
 def tiles(planned):

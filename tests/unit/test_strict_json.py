@@ -4,8 +4,9 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dist_export.errors import CheckpointError
 from dist_export.formats import strict_json
@@ -22,7 +23,7 @@ VALUES = st.recursive(
 
 
 @given(document=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), VALUES, max_size=5))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@examples(200)
 def test_every_spelling_of_a_document_gives_the_same_values(document):
     for spelling in (
         {"separators": (",", ":")},

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pytest
 import tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numbered_cases import numbered_tables, write_numbered
+from properties import examples
 from recis_writer import Raw, make_tables, split_table, truth_of, write_checkpoint
 from sparse_cases import assert_exact, content, export, open_source
 
@@ -65,7 +66,7 @@ def test_what_is_left_is_written_as_if_the_rest_had_never_been(tmp_path, source)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@examples(400)
 @given(st.text("ab-]*?[!^.", max_size=7), st.lists(st.text("ab-]^!.", max_size=5), min_size=1, max_size=8))
 def test_a_pattern_for_new_names_matches_what_any_other_pattern_matches(pattern, names):
     try:
