@@ -26,7 +26,8 @@ from dist_export.pipeline.locate import Locations, locate
 from dist_export.pipeline.planning import open_tables, plan_sparse
 from dist_export.pipeline.run_dir import list_checkpoints
 from dist_export.plan.selection import select
-from dist_export.runtime.ranks import Ranks, join
+from dist_export.runtime.joining import join
+from dist_export.runtime.ranks import Ranks
 from dist_export.storage.urls import open_place
 
 _SHOWN_TABLES = 50
