@@ -11,7 +11,8 @@ from dist_export.checkpoint.detect import detect_format, holds_tables, open_dens
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights, merge_weights
 from dist_export.config.schema import ExportConfig
-from dist_export.dense.fg import Features, check_conf, collect_confs, has_hashed_input
+from dist_export.dense.fg import Features, check_conf
+from dist_export.dense.fg_load import collect_confs, has_hashed_input
 from dist_export.errors import ConfigError, PlanError
 from dist_export.formats.recis import EMBEDDING_SLOT, MERGED
 from dist_export.formats.safetensors import decode_object

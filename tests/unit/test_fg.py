@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from properties import examples
 
 from dist_export.dense import fg as fg_module
-from dist_export.dense.fg import (
-    Features,
-    check_conf,
-    check_inputs,
-    check_tables,
-    collect_confs,
-    has_hashed_input,
-    load_conf,
-)
+from dist_export.dense.fg import Features, check_conf, check_inputs, check_tables
+from dist_export.dense.fg_load import collect_confs, has_hashed_input, load_conf
 from dist_export.errors import ConfigError
 
 

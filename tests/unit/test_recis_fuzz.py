@@ -28,7 +28,8 @@ from sparse_cases import export, open_source
 from dist_export.archive.pt2 import pack_program
 from dist_export.archive.safe_load import check_archive, load_program
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.dense.fg import check_conf, load_conf
+from dist_export.dense.fg import check_conf
+from dist_export.dense.fg_load import load_conf
 from dist_export.errors import CheckpointError, ConfigError, DistExportError, PackageError, UserError
 from dist_export.manifest import compute_digest, decode_manifest, encode_manifest
 
