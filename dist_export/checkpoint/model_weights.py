@@ -35,6 +35,10 @@ class ModelWeights(NamedTuple):
     """Weights of embeddings that are in neither arch."""
     ties: frozenset[tuple[str, ...]] = frozenset()
     """Names of one and the same weight, two or more each and in order."""
+    embeddings: frozenset[str] = frozenset()
+    """Plain paths of the ``nn.Embedding`` and ``nn.EmbeddingBag`` within the sparse arch."""
+    dense_names: frozenset[str] = frozenset()
+    """Plain names, within the dense arch, of its parameters and of the buffers that are saved."""
 
     def sort(self, names: Iterable[str]) -> Roles:
         """Say what the tensors of these names, as a checkpoint has them, are to the model.
@@ -131,5 +135,6 @@ def merge_weights(found: Sequence[ModelWeights]) -> ModelWeights:
     return first._replace(
         tables=frozenset().union(*(its.tables for its in found)),
         elsewhere=frozenset().union(*(its.elsewhere for its in found)),
+        embeddings=frozenset().union(*(its.embeddings for its in found)),
         ties=frozenset().union(*(its.ties for its in found)),
     )

@@ -6,39 +6,32 @@ Training loops save a model beside its moving average (EMA, SWA), under keys of 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from dist_export.checkpoint.arch_roots import find_arch_roots, find_model_root
 from dist_export.checkpoint.model_weights import plain_name  # copies of one model differ in wrappers
+from dist_export.checkpoint.state_keys import (
+    COLLECTIONS,
+    COPY_WORDS,
+    MODEL_KEYS,
+    STATE_WORDS,
+    Member,
+    Root,
+    dotted,
+    find_roots,
+    is_copy,
+    is_copy_of,
+    is_own,
+    list_some,
+    nested_root,
+    words_of,
+)
 from dist_export.checkpoint.tensor_settings import WHOLE, TensorSettings
 from dist_export.errors import UnaskedError
-
-MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""What training loops call the model in what they save; the first part of a parameter's name is then not of the model."""
-
-COLLECTIONS = frozenset({"embedding_bags", "embeddings"})
-"""What torchrec's embedding collections call the module that holds their tables."""
-_COPY_WORDS = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow"})
-"""Words in the key of what is a copy of a model."""
-_STATE_WORDS = frozenset({"model", "module", "state", "dict", "net", "network", "weights", "params", "parameters"})
-"""Words in the key of a whole model's state, whatever it is a model of."""
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_SHOWN = 8
-
-Root = tuple[str, ...]
-"""Keys of nested dicts, from the outermost."""
-
-
-class Member(NamedTuple):
-    """One tensor of a checkpoint, as far as it matters here."""
-
-    name: str
-    path: Root
-    """The keys that lead to it; of the name alone where the checkpoint is flat, or does not tell."""
-    shape: tuple[int, ...]
+from dist_export.humanize import count
 
 
 class State(NamedTuple):
@@ -53,6 +46,8 @@ class State(NamedTuple):
     left_out: dict[str, str]
     """Full name -> dotted root of the state that it lies in, of each tensor that is not read."""
     notes: tuple[str, ...]
+    several: str = ""
+    """What to add to an error where tensors are missed: the states that the checkpoint holds; empty where it holds one."""
 
     def list_others(self, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return (full name, name within its state, shape) of what is not read and is no copy of anything that is read.
@@ -67,6 +62,10 @@ class State(NamedTuple):
         """Return what to add to an error where a pattern matches nothing; empty where no other state has it."""
         root = next((root for name, root in self.left_out.items() if fnmatchcase(name, pattern)), None)
         return "" if root is None else f"; it matches tensors of {root!r}, which are left out: set state_root: {root}"
+
+    def tell_several(self) -> str:
+        """Return what to add to an error on a tensor that is not there; empty where the checkpoint holds one state."""
+        return self.several and f"; {self.several}"
 
 
 def say_left_out(settings: TensorSettings) -> str:
@@ -104,7 +103,8 @@ def choose_state(
         names, left_out, notes = _choose(rest, settings, where=where, leaves_rest=leaves_rest)
         if all(within in spellings[name] for name, within in names.items()):
             known = frozenset(spelling for its in spellings.values() for spelling in its)
-            return State(names, frozenset(optimizer), known, left_out, notes)
+            several = "" if settings.state_root else _say_several(rest)
+            return State(names, frozenset(optimizer), known, left_out, notes, several)
         for name, within in names.items():
             spellings[name].add(within)
 
@@ -115,49 +115,53 @@ _Choice = tuple[dict[str, str], dict[str, str], tuple[str, ...]]
 
 def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
     if settings.state_root is None:
-        return _choose_model(members, settings.model_paths, where=where, leaves_rest=leaves_rest)
+        names, gone, notes = _choose_model(members, settings, where=where, leaves_rest=leaves_rest)
+        return names, gone, (*notes, *_note_average(members, names, settings.model_paths, where))
     if settings.state_root == WHOLE:
         return {member.name: member.name for member in members}, {}, ()
     begin = f"{settings.state_root}."
     below = [member for member in members if member.name.startswith(begin)]
-    roots = _roots(members)
+    roots = find_roots(members)
     if not below:
         raise UnaskedError(
             f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are "
             f"{_count_roots(members, roots)}"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
-    names, gone, notes = _choose_model(inner, settings.model_paths, where=where, leaves_rest=leaves_rest)
+    names, gone, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest)
     outside = {m.name: _root_of(m, roots) for m in members if not m.name.startswith(begin)}
     if outside:
-        told = _listed(sorted(set(outside.values())))
+        told = list_some(sorted(set(outside.values())))
         notes = (f"{where}: state_root takes what {settings.state_root!r} holds; left out: {told}", *notes)
     left_out = {begin + name: begin + root for name, root in gone.items()} | outside
     return {begin + name: within for name, within in names.items()}, left_out, notes
 
 
-def _choose_model(members: Sequence[Member], model_paths: Sequence[str], *, where: str, leaves_rest: bool) -> _Choice:
+def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
     """Choose among the keys of nested dicts, then among the beginnings of names."""
-    roots = _roots(members)
-    root_of = {member.name: _nested_root(member, roots) for member in members}
+    model_paths = settings.model_paths
+    roots = find_roots(members)
+    root_of = {member.name: nested_root(member, roots) for member in members}
     by_root: dict[Root, dict[str, tuple[int, ...]]] = {}
     for member in members:
         root = root_of[member.name]
         by_root.setdefault(root, {})[plain_name(_below(member, root))] = member.shape
+    if settings.weights is not None and (arches := find_arch_roots(by_root, settings.weights)):
+        return _choose_arches(members, root_of, arches, where=where)
     rivals = _find_rivals(by_root)
     chosen = _pick(rivals)
     if chosen is not None and not _is_state(chosen, rivals, by_root):
         chosen = None
     if not rivals and leaves_rest:
         keys = [root for root in by_root if len(root) == 1 and root[0] in MODEL_KEYS]
-        chosen = keys[0] if len(keys) == 1 else None
+        chosen = keys[0] if len(keys) == 1 else find_model_root(by_root, settings.weights)
     gone = {root for root in by_root if chosen is not None and root != chosen and (root in rivals or leaves_rest)}
     left_out = {m.name: _root_of(m, roots) for m in members if root_of[m.name] in gone}
     is_alone = len(by_root) == 1 and any("." in member.path[-1] for member in members)
     strips = chosen is not None or (not rivals and (is_alone or not leaves_rest))
     found = {
         member.name: (
-            _below(member, root) if strips and not _is_own(_dotted(root), model_paths) else member.name,
+            _below(member, root) if strips and not is_own(dotted(root), model_paths) else member.name,
             member.shape,
         )
         for member in members
@@ -165,12 +169,71 @@ def _choose_model(members: Sequence[Member], model_paths: Sequence[str], *, wher
     }
     names, copies, notes = _choose_flat(found, model_paths, where=where)
     if left_out:
-        notes = (_say_choice(where, _dotted(chosen or ()), left_out.values()), *notes)
-    if rivals and chosen is None and any(_is_copy_of(by_root[a], by_root[b]) for a in rivals for b in rivals if a != b):
-        told = _listed(sorted({_root_of(m, roots) for m in members if root_of[m.name] in rivals}))
+        notes = (_say_choice(where, dotted(chosen or ()), left_out.values()), *notes)
+    if rivals and chosen is None and any(is_copy_of(by_root[a], by_root[b]) for a in rivals for b in rivals if a != b):
+        told = list_some(sorted({_root_of(m, roots) for m in members if root_of[m.name] in rivals}))
         several = f"{where} holds several states with the same names: {told}"
         notes = (f"{several}; each is taken under its full name, and state_root takes one of them", *notes)
     return names, left_out | copies, notes
+
+
+def _choose_arches(
+    members: Sequence[Member], root_of: Mapping[str, Root], arches: Mapping[Root, str], *, where: str
+) -> _Choice:
+    """Take sparse and dense arch from the roots that hold one of them each; what lies beside them is left out."""
+    names = {
+        member.name: f"{arches[root]}.{_below(member, root)}"
+        for member in members
+        if (root := root_of[member.name]) in arches
+    }
+    left_out = {
+        member.name: dotted(root_of[member.name]) or member.name for member in members if member.name not in names
+    }
+    told = " and ".join(f"{dotted(root)!r} holds the model's {path}" for root, path in sorted(arches.items()))
+    beside = f"; left out: {list_some(sorted(set(left_out.values())))}" if left_out else ""
+    return names, left_out, (f"{where}: by the names of their tensors {told}{beside}",)
+
+
+def _note_average(
+    members: Sequence[Member], names: Mapping[str, str], model_paths: Sequence[str], where: str
+) -> tuple[str, ...]:
+    """Return a note where all matrices that are read are of what is called a moving average, and there is nothing else."""
+    roots = find_roots(members)
+    found = set()
+    for member in members:
+        if member.name in names and len(member.shape) > 1:
+            root = nested_root(member, roots)
+            is_average = any(map(is_copy, root)) and not is_own(dotted(root), model_paths)
+            found.add(dotted(root) if is_average else _copy_path(names[member.name], model_paths))
+    if not found or "" in found:
+        return ()
+    told = list_some(sorted(found))
+    return (
+        f"{where}: {told} is a moving average by its name, and what is exported: the checkpoint holds no other state",
+    )
+
+
+def _say_several(members: Sequence[Member]) -> str:
+    """Return which states there are, for an error; empty for one. Flat names tell where each has tensors of the same names."""
+    roots = find_roots(members)
+    by_root: dict[str, dict[str, tuple[int, ...]]] = {}
+    for member in members:
+        root = dotted(nested_root(member, roots))
+        by_root.setdefault(root, {})[member.name.removeprefix(f"{root}.")] = member.shape
+    if len([root for root in by_root if root]) < 2:
+        by_root = {}
+        for member in members:
+            root, _, below = member.name.partition(".")
+            by_root.setdefault(root if below else "", {})[below or member.name] = member.shape
+        rivals = [a for a in by_root for b in by_root if a != b and a and b and is_copy_of(by_root[a], by_root[b])]
+        by_root = {root: by_root[root] for root in dict.fromkeys(rivals)}
+    states = [f"{root} ({count(len(its), 'tensor')})" for root, its in sorted(by_root.items()) if root]
+    if len(states) < 2:
+        return ""
+    first = min(filter(None, by_root))
+    return (
+        f"it holds {len(states)} states: {list_some(states)}; state_root takes one of them, such as state_root: {first}"
+    )
 
 
 def _choose_flat(
@@ -189,7 +252,7 @@ def _choose_flat(
     original_of: dict[str, str] = {}
     doubtful: list[str] = []
     for path, its in copies.items():
-        alike = {root: model for root, model in _siblings(path, others).items() if _is_copy_of(its, model)}
+        alike = {root: model for root, model in _siblings(path, others).items() if is_copy_of(its, model)}
         parent, _, key = path.rpartition(".")
         originals = [
             root
@@ -208,7 +271,7 @@ def _choose_flat(
         return kept, {}, told
     root, *more = sorted(set(original_of.values()))
     note = _say_choice(where, root, left_out.values())
-    is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not _is_own(root, model_paths)
+    is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not is_own(root, model_paths)
     if is_model and all(within.startswith(f"{root}.") or "state" in within.split(".") for within in kept.values()):
         kept = {name: within.removeprefix(f"{root}.") for name, within in kept.items()}
     return kept, left_out, (note, *told)
@@ -220,10 +283,10 @@ def _copy_path(name: str, model_paths: Sequence[str]) -> str:
     for place, element in enumerate(elements[:-1]):
         if element in COLLECTIONS:  # a table may be called anything
             return ""
-        if _is_copy(element):
+        if is_copy(element):
             path = ".".join(elements[: place + 1])
             is_within = any(f".{own}." in f".{path}." for own in model_paths if own)
-            return "" if is_within or _is_own(path, model_paths) else path
+            return "" if is_within or is_own(path, model_paths) else path
     return ""
 
 
@@ -240,42 +303,14 @@ def _siblings(path: str, others: Mapping[str, tuple[int, ...]]) -> dict[str, dic
     return found
 
 
-def _roots(members: Iterable[Member]) -> set[Root]:
-    """Return the keys that state_dicts were saved under: the names in one have dots, which keys of nested dicts have not.
-
-    Where a state is nested itself, down to its tensors, a key that is a model's or a copy's tells.
-    """
-    found = set()
-    for member in members:
-        parent = member.path[:-1]
-        is_outermost = len(parent) == 1 and not member.path[-1].isdigit()  # else a list of tensors
-        if is_outermost or (parent and "." in member.path[-1]):
-            found.add(parent)
-    found = {root for root in found if not any("." in key for key in root)}
-    for member in members:
-        if len(member.path) > 2 and not any(member.path[:length] in found for length in range(1, len(member.path))):
-            places = [n for n, key in enumerate(member.path[:-1], 1) if key in COLLECTIONS or _is_state_key(key)]
-            found.update(member.path[:place] for place in places[:1] if member.path[place - 1] not in COLLECTIONS)
-    return found
-
-
-def _nested_root(member: Member, roots: set[Root]) -> Root:
-    """Return the longest root that a tensor lies below; none where its name is not made of its keys."""
-    if member.name == ".".join(member.path):
-        for length in range(len(member.path) - 1, 0, -1):
-            if member.path[:length] in roots:
-                return member.path[:length]
-    return ()
-
-
 def _nested_names(members: Sequence[Member]) -> dict[str, str]:
     """Return what tensors are called below the keys of nested dicts, optimizer state as it is."""
-    roots = _roots(member for member in members if "state" not in member.path[:-1])
-    return {member.name: _below(member, _nested_root(member, roots)) for member in members}
+    roots = find_roots(member for member in members if "state" not in member.path[:-1])
+    return {member.name: _below(member, nested_root(member, roots)) for member in members}
 
 
 def _below(member: Member, root: Root) -> str:
-    return member.name.removeprefix(f"{_dotted(root)}.") if root else member.name
+    return member.name.removeprefix(f"{dotted(root)}.") if root else member.name
 
 
 def _cut_path(member: Member, length: int) -> Root:
@@ -301,7 +336,7 @@ def _find_rivals(by_root: Mapping[Root, Mapping[str, tuple[int, ...]]]) -> list[
 
 def _pick(rivals: Sequence[Root]) -> Root | None:
     """Return the model's root among those of states with the same names; None where it cannot be told."""
-    originals = [root for root in rivals if not any(map(_is_copy, root))]
+    originals = [root for root in rivals if not any(map(is_copy, root))]
     if len(originals) > 1:
         originals = [root for root in originals if root and root[-1] in MODEL_KEYS]
         least = min(map(len, originals), default=0)
@@ -316,7 +351,7 @@ def _is_state(chosen: Root, rivals: Sequence[Root], by_root: Mapping[Root, Mappi
     is_rest = not any(shape for root, its in by_root.items() if root not in rivals for shape in its.values())
     return all(
         _is_surely_copy(
-            next(filter(_is_copy, root), ""), by_root[root], "".join(chosen[-1:]), by_root[chosen], is_rest=is_rest
+            next(filter(is_copy, root), ""), by_root[root], "".join(chosen[-1:]), by_root[chosen], is_rest=is_rest
         )
         for root in rivals
         if root != chosen
@@ -335,26 +370,13 @@ def _is_surely_copy(
         model: the tensors of that.
         is_rest: whether there is nothing else in the checkpoint.
     """
-    words = _words(key) - _COPY_WORDS - _STATE_WORDS
+    words = words_of(key) - COPY_WORDS - STATE_WORDS
     is_model = not original or original in MODEL_KEYS
     if is_model and not words:
-        return _is_copy_of(copy, model)
+        return is_copy_of(copy, model)
     tensors = {name: shape for name, shape in copy.items() if shape}  # a copy counts its updates
     is_whole = len(tensors) > 1 and all(model.get(name) == shape for name, shape in tensors.items())
-    return is_whole and (is_model or (is_rest and words in (set(), _words(original) - _STATE_WORDS)))
-
-
-def _is_copy(key: str) -> bool:
-    return not _COPY_WORDS.isdisjoint(_words(key))
-
-
-def _is_state_key(key: str) -> bool:
-    """Whether a key is a model's or that of its copy, and names nothing else."""
-    return key in MODEL_KEYS or (_is_copy(key) and _words(key) <= _COPY_WORDS | _STATE_WORDS)
-
-
-def _words(key: str) -> set[str]:
-    return {word.lower() for word in _WORD.findall(key)}
+    return is_whole and (is_model or (is_rest and words in (set(), words_of(original) - STATE_WORDS)))
 
 
 def _holds_all(root: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
@@ -362,43 +384,23 @@ def _holds_all(root: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
     return all(name.startswith(f"{root}.") for name, shape in tensors.items() if shape)
 
 
-def _is_copy_of(copy: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether at least half of a copy's tensors are the model's by name and shape."""
-    same = sum(model.get(name) == shape for name, shape in copy.items())
-    return 2 * same >= max(len(copy), 1)
-
-
-def _is_own(root: str, model_paths: Sequence[str]) -> bool:
-    """Whether a root is the begin of a path within the model that the export asks for."""
-    return bool(root) and any(path == root or path.startswith(f"{root}.") for path in model_paths)
-
-
 def _root_of(member: Member, roots: set[Root]) -> str:
     """Return the dotted root of a tensor, for messages and for ``state_root``."""
-    return _dotted(_nested_root(member, roots)) or member.name.partition(".")[0]
+    return dotted(nested_root(member, roots)) or member.name.partition(".")[0]
 
 
 def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
     counts = Counter(_root_of(member, roots) for member in members)
-    return _listed([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
+    return list_some([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
 
 
 def _say_choice(where: str, chosen: str, gone: Iterable[str]) -> str:
     what = f"what {chosen!r} holds" if chosen else "what lies beside them"
-    return f"{where}: the model is {what}; left out: {_listed(sorted(set(gone)))} (state_root takes another one)"
+    return f"{where}: the model is {what}; left out: {list_some(sorted(set(gone)))} (state_root takes another one)"
 
 
 def _say_doubtful(where: str, paths: Sequence[str]) -> str:
     return (
-        f"{where}: {_listed(sorted(paths))} may be a moving average by its name, which is not certain: it is taken with the "
+        f"{where}: {list_some(sorted(paths))} may be a moving average by its name, which is not certain: it is taken with the "
         "rest (state_root takes one state alone)"
     )
-
-
-def _dotted(root: Root) -> str:
-    return ".".join(root)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + more

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from dist_export.checkpoint.model_weights import is_below, plain_name
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.known_tables import KnownTables
 from dist_export.dense.sample_notes import refuse_foreign_tables
 from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.table_names import TableNames
 from dist_export.errors import ModelError
 from dist_export.humanize import few
 from dist_export.runtime.ranks import Ranks
@@ -63,19 +66,9 @@ def refuse_missing(
             refuse_foreign_tables(
                 tables, missing, is_any_known=is_any_known, sparse_model_name=config.sparse_model_name
             )
-        for pattern in config.allow_missing_tables:
-            if not any(_matches(name, pattern, config) for name in every):
-                raise ModelError(
-                    f"{SETTING}: the pattern {pattern!r} matches no embedding of the sparse arch, which has "
-                    f"{few(every) or 'none'}"
-                )
-        refused = [name for name in lacking if not any(_matches(name, p, config) for p in config.allow_missing_tables)]
-        if refused and config.need_export_sparse:
-            raise ModelError(
-                f"{few(refused)}: no table of the checkpoint, so the scores would be of the model's own rows, which no file of "
-                "the package has. Nothing was written. Give the checkpoint that has "
-                f"{'it' if len(refused) == 1 else 'them'}; or {SETTING}: [patterns] lets the model's own rows pass"
-            )
+        if idle := _tell_idle(config, every):
+            raise ModelError(idle)
+        _refuse(config, lacking)
 
     ranks.run("match the model's tables", refuse)
 
@@ -83,6 +76,65 @@ def refuse_missing(
 def is_let_pass(path: str, config: ExportConfig) -> bool:
     """Whether ``allow_missing_tables`` names what is at a path within the model."""
     return any(_matches(path, pattern, config) for pattern in config.allow_missing_tables)
+
+
+def refuse_missing_by_name(
+    config: ExportConfig, weights: ModelWeights, checkpoint: Checkpoint, dense_state: Collection[str]
+) -> list[str]:
+    """Refuse what :func:`refuse_missing` does, as far as names tell: for a plan, which runs no sample.
+
+    Args:
+        config: the settings.
+        weights: what the model says.
+        checkpoint: the tables as they are exported.
+        dense_state: names of the dense parameters of the checkpoint.
+
+    Returns:
+        A note on a pattern that matches none: it may be of a module that is not registered, which the sample finds.
+
+    Raises:
+        ModelError: an embedding that the checkpoint lacks, or that the settings leave out.
+    """
+    exported = {table.name_in_source: number for number, table in enumerate(checkpoint.tables)}
+    left_out = {table.name: table.reason for table in checkpoint.left_out}
+    names = TableNames(KnownTables(exported, left_out), weights.sparse_name)
+    put = {plain_name(name) for name in dense_state}
+    ties = {name: tie for tie in weights.ties for name in tie}
+    begin = f"{weights.sparse_name}." if weights.sparse_name else ""
+    dense = weights.dense_name
+    is_dense_within = dense != weights.sparse_name and is_below(dense, weights.sparse_name)
+    lacking = []
+    for path in sorted(weights.embeddings):
+        weight = f"{path}.weight"
+        spellings = [name.removesuffix(".weight") for name in ties.get(weight, (weight,))]
+        is_known = any(names.find(its.removeprefix(begin)) is not None for its in spellings)
+        if not is_known and weight not in put and not (is_dense_within and is_below(path, dense)):
+            lacking.append(path)
+    _refuse(config, lacking)
+    idle = _tell_idle(config, sorted(weights.embeddings))
+    return [f"{idle}. The export refuses it, unless it is of a module that is not registered"] if idle else []
+
+
+def _tell_idle(config: ExportConfig, every: Sequence[str]) -> str:
+    """Return what is wrong with a pattern that matches none of ``every`` embedding; empty where each matches one."""
+    for pattern in config.allow_missing_tables:
+        if not any(_matches(name, pattern, config) for name in every):
+            return (
+                f"{SETTING}: the pattern {pattern!r} matches no embedding of the sparse arch, which has "
+                f"{few(every) or 'none'}"
+            )
+    return ""
+
+
+def _refuse(config: ExportConfig, lacking: Sequence[str]) -> None:
+    """Refuse those of ``lacking`` that no pattern matches."""
+    refused = [name for name in lacking if not any(_matches(name, p, config) for p in config.allow_missing_tables)]
+    if refused and config.need_export_sparse:
+        raise ModelError(
+            f"{few(refused)}: no table of the checkpoint, so the scores would be of the model's own rows, which no file of "
+            "the package has. Nothing was written. Give the checkpoint that has "
+            f"{'it' if len(refused) == 1 else 'them'}; or {SETTING}: [patterns] lets the model's own rows pass"
+        )
 
 
 def _matches(name: str, pattern: str, config: ExportConfig) -> bool:

@@ -16,12 +16,12 @@ from dist_export.checkpoint.id_reader import read_ids
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.dense.found_rows import FoundRows, LocatedRows, number_pieces
-from dist_export.errors import ModelError
+from dist_export.dense.known_tables import KnownTables
 from dist_export.formats.recis import EMBEDDING_SLOT, is_in_slice
 from dist_export.formats.row_encodings import RowCast, encode_values
 
 
-class RowFinder:
+class RowFinder(KnownTables):
     """Looks rows of a checkpoint up by id. Any rank, for itself; no collective.
 
     What was found is kept, so that a table is scanned once for an id, whoever asks for it, and with :meth:`unmodified` too.
@@ -71,11 +71,12 @@ class RowFinder:
         self._dropped_in = dropped_in
         self._is_pruned = is_pruned
         names = names or {}
-        self._numbers = {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)}
-        """By the names that the model has, as all methods take and give them but ``written_name``."""
+        super().__init__(  # by the names that the model has, as all methods take and give them but ``written_name``
+            {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)},
+            {table.name: table.reason for table in checkpoint.left_out},
+        )
         self.left_behind: Counter[str] = Counter()
         """Ids that were asked for, and that rules leave behind, by the table's name in ``checkpoint``."""
-        self._left_out = {table.name: table.reason for table in checkpoint.left_out}
         self._found: dict[int, FoundRows] = {}
         """Table -> what is known of it already."""
         self._replaced: set[str] = set()
@@ -195,19 +196,6 @@ class RowFinder:
             if any((self.decode(table, cast) != plain).any() for cast, plain in zip(rows, own, strict=True)):
                 return True
         return False
-
-    def has_table(self, table: str) -> bool:
-        """Whether the checkpoint has this table. ModelError where it has, but the settings leave it out."""
-        if table in self._left_out and table not in self._numbers:
-            raise ModelError(
-                f"the model looks rows of table {table!r} up, which {self._left_out[table]} leaves out of the package; export "
-                "it too, or export a model that does not use it"
-            )
-        return table in self._numbers
-
-    def table_names(self) -> list[str]:
-        """Return the names of all tables, those that are left out as well."""
-        return [*self._numbers, *(name for name in self._left_out if name not in self._numbers)]
 
     def exported_names(self) -> list[str]:
         """Return the names of the tables that are exported."""

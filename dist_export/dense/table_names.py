@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_export.checkpoint.model_weights import plain_name
-from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.known_tables import KnownTables
 from dist_export.errors import ModelError
 
 _WEIGHT = ".weight"
@@ -16,7 +16,7 @@ class TableNames:
     Paths count from the model or, where the checkpoint is of the sparse arch alone, from that.
     """
 
-    def __init__(self, finder: RowFinder, prefix: str) -> None:
+    def __init__(self, finder: KnownTables, prefix: str) -> None:
         self._finder = finder
         self._prefix = prefix
         self._by_path: dict[str, list[str]] = {}

@@ -55,10 +55,25 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
         dense_name=dense_name,
         tables=frozenset(tables),
         elsewhere=frozenset(elsewhere),
+        embeddings=frozenset(
+            plain_name(_join(sparse_name, path))
+            for path, module in sparse_arch.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        ),
+        dense_names=frozenset(_list_saved(dense_arch)),
         ties=frozenset(
             tuple(sorted(names)) for names in by_weight.values() if len(names) > 1 and not names.isdisjoint(tables)
         ),
     )
+
+
+def _list_saved(module: nn.Module) -> Iterator[str]:
+    """Yield the plain names of parameters and of buffers that a state_dict has, without asking for one: it may be collective."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        held = {**child._parameters, **child._buffers}  # noqa: SLF001 -- no module lists which buffers are saved
+        for name, value in held.items():
+            if value is not None and name not in child._non_persistent_buffers_set:  # noqa: SLF001
+                yield plain_name(_join(path, name))
 
 
 def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:

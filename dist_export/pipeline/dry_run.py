@@ -69,6 +69,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         "dense": None if config.model is None else f"{config.dense_model_name} of {config.model}",
         "notes": [
             *found.located.notes,
+            *found.notes,
             *(checkpoint.warnings if checkpoint is not None else ()),
             *found.features.notes,
             *note_renamed(found.fg_conf, checkpoint),

@@ -37,6 +37,7 @@ class Found:
     fg_conf: dict[str, Any] | None
     features: Features
     dense_state: Sequence[tuple[str, str, tuple[int, ...]]]
+    notes: tuple[str, ...] = ()
 
 
 def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
@@ -89,6 +90,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
             dense_state = mistakes.collect(
                 lambda: ranks.broadcast("read the dense parameters", describe_dense), (), ignored=ignored
             )
+    notes: list[str] = []
     confs = None
     if objects is not None or config.fg is None:  # what is given as a file can be read all the same
         given = Objects() if objects is None else objects
@@ -99,6 +101,14 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         sparse = checkpoint
         mistakes.collect(lambda: ranks.run("choose what to keep", lambda: choose(sparse, config, world_size)), None)
         mistakes.collect(lambda: ranks.run("read the rules for rows", lambda: read_pruning(sparse, config)), None)
+    if checkpoint is not None and weights is not None and objects is not None and objects.dataset is not None:
+        from dist_export.dense.missing_tables import refuse_missing_by_name  # a plan of tables alone needs no torch
+
+        held, tables, names = weights, checkpoint, [name for name, *_ in dense_state]
+        notes = mistakes.collect(
+            lambda: ranks.run("match the model's tables", lambda: refuse_missing_by_name(config, held, tables, names)),
+            notes,
+        )
     mistakes.refuse()
     assert located is not None
     assert places is not None
@@ -114,4 +124,5 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         fg_conf=confs[0],
         features=confs[2],
         dense_state=dense_state,
+        notes=tuple(notes),
     )

@@ -19,6 +19,7 @@ from torch import nn
 
 import dist_export
 from dist_export.cli import main
+from dist_export.config.loader import load_config
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import CommitError, ModelError
 from dist_export.formats.dtypes import CODE_BY_NAME
@@ -135,6 +136,38 @@ def test_a_table_that_the_checkpoint_lacks_is_an_error_before_anything_is_writte
         ModelError, match=r"allow_missing_tables: the pattern 'item' matches no embedding .*t_item.*t_user"
     ):
         export(ckpt, tmp_path / "out", allow_missing_tables=["item"], **SETTINGS)
+
+
+def plan(ckpt: Path, target: Path, **settings: Any) -> dict[str, Any]:
+    config = {"ckpt_dir": str(ckpt), "export_dir": str(target), "filter_sparse_opt": True, **SETTINGS, **settings}
+    return make_report(load_config(config), world_size=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"drop_tables": ["*t_user*"]}],
+    ids=["missing", "left out"],
+)
+def test_a_plan_says_of_tables_what_the_export_says(settings: dict[str, Any], tmp_path: Path) -> None:
+    state = torchrec_shape.build_trained().state_dict()
+    ckpt = save(tmp_path / "ckpt", {"model": state}) if "drop_tables" in settings else lacking_item(tmp_path)
+    said = []
+    for ask in (plan, export):
+        with pytest.raises(ModelError) as caught:
+            ask(ckpt, tmp_path / "out", **{**SETTINGS, **settings})
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_what_may_be_exported_is_made(tmp_path: Path) -> None:
+    """A table that is missing and may be, one that is tied to a table of another name, and a whole checkpoint."""
+    report = plan(lacking_item(tmp_path), tmp_path / "out", allow_missing_tables=[ITEM, "item"])
+    assert any(
+        "the pattern 'item' matches no embedding of the sparse arch, which has" in its for its in report["notes"]
+    )
+    whole = save(tmp_path / "whole", {"model": torchrec_shape.build_trained().state_dict()})
+    plan(whole, tmp_path / "out")
 
 
 @pytest.mark.parametrize("pattern", [ITEM, f"{ITEM}.weight", "ebc.*.t_item", "*t_*"])

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dist_export.checkpoint.state_roots import Member, State, choose_state
+from dist_export.checkpoint.state_keys import Member
+from dist_export.checkpoint.state_roots import State, choose_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UnaskedError
 

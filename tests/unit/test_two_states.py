@@ -195,3 +195,107 @@ def test_formats_that_hold_one_model_refuse_state_root(tmp_path: Path) -> None:
         dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": "ema"})
     with pytest.raises(UserError, match="state_root is ''"):
         dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": ""})
+
+
+def arches_of(model: Model) -> dict[str, Any]:
+    return {"sparse": model.sparse_arch.state_dict(), "dense": model.dense_arch.state_dict()}
+
+
+def save_torch_whole(path: Path, states: dict[str, Any]) -> Path:
+    torch.save(states, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+NESTED: dict[str, Callable[[Path, dict[str, Any]], Path]] = {"torch": save_torch_whole, "dcp": dcp_writer.save}
+
+
+def export_plain(source: Path, target: Path, **settings: Any) -> dist_export.Manifest:
+    """Without patterns: the model alone says which tensors are tables."""
+    return dist_export.Exporter(
+        make_model(1), "sparse_arch", "dense_arch", [make_batch()], source, target, filter_sparse_opt=True, progress=False,
+        **settings,
+    ).export()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda states: states,
+        lambda states: {**states, "optimizer": {"state": {0: {"exp_avg": torch.ones(8)}}, "param_groups": []}},
+        lambda states: {"model": states, "step": torch.tensor(3)},
+        lambda states: {**states, "ema_sparse": states["sparse"], "ema_dense": states["dense"]},
+        lambda states: {**states, "other": {"conv.weight": torch.ones(3, 3)}},
+    ],
+    ids=["alone", "optimizer", "within model", "averages", "another"],
+)
+def test_arches_that_were_saved_apart_are_the_model(kind: str, nest, tmp_path: Path) -> None:
+    """``{"sparse": ..., "dense": ...}``: the names tell which root is which arch, and the note says so."""
+    trained = make_model(2)
+    manifest = export_plain(NESTED[kind](tmp_path / "ckpt", nest(arches_of(trained))), tmp_path / "out")
+    assert_is(tmp_path / "out", manifest, trained)
+    assert any("dense' holds the model's dense_arch and " in note for note in manifest.notes)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_arches_are_not_guessed(kind: str, tmp_path: Path) -> None:
+    """A root that lacks a parameter of the dense arch is not it."""
+    states = arches_of(make_model(2))
+    del states["dense"]["mlp.bias"]
+    source = NESTED[kind](tmp_path / "ckpt", states)
+    with pytest.raises(
+        UserError, match=r"it holds 2 states: dense \(1 tensor\), sparse \(2 tensors\)|dense_model_name is"
+    ):
+        export_plain(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("root", ["", "nets"])
+@pytest.mark.parametrize("kind", [*NESTED, "safetensors"])
+@pytest.mark.parametrize("names", [("student", "teacher"), ("generator", "discriminator")])
+def test_several_states_are_named_and_state_root_takes_one(kind: str, root: str, names, tmp_path: Path) -> None:
+    models = {name: make_model(number) for number, name in enumerate(names, 2)}
+    states: dict[str, Any] = {name: model.state_dict() for name, model in models.items()}
+    if root:
+        states = {root: states if kind != "safetensors" else flatten(states)}
+    source = (SAVERS | NESTED)[kind](tmp_path / "ckpt", states)
+    begin = f"{root}." if root else ""
+    told = ", ".join(f"{begin}{name} \\(4 tensors\\)" for name in sorted(names))
+    if not (kind == "safetensors" and root):  # flat names of several parts do not tell where a state begins
+        with pytest.raises(UserError, match=rf"it holds 2 states: {told}; state_root takes one of them") as refused:
+            export_plain(source, tmp_path / "out")
+        assert "\n" not in str(refused.value)
+    for name, model in models.items():
+        manifest = export_plain(source, tmp_path / name, state_root=begin + name)
+        assert_is(tmp_path / name, manifest, model)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_state_beside_the_model_is_left_out_by_name(kind: str, tmp_path: Path) -> None:
+    trained = make_model(2)
+    states = {"discriminator": {"conv.weight": torch.ones(3, 3)}, "generator": trained.state_dict()}
+    manifest = export_plain(NESTED[kind](tmp_path / "ckpt", states), tmp_path / "out")
+    assert_is(tmp_path / "out", manifest, trained)
+    assert any("discriminator" in note or "conv.weight" in note for note in manifest.notes)
+    assert manifest.account.left_out.popitem()[1] == 36
+
+
+@pytest.mark.parametrize("kind", [*NESTED, "safetensors", "nested"])
+@pytest.mark.parametrize("key", ["ema", "model_ema", "swa_model"])
+def test_an_average_alone_is_exported_and_said_to_be_one(kind: str, key: str, tmp_path: Path) -> None:
+    average = make_model(2)
+    states = {key: average.state_dict()}
+    if kind == "nested":
+        source = save_torch_whole(tmp_path / "ckpt", {"state": {**states, "step": 3}})
+    else:
+        source = (SAVERS | NESTED)[kind](tmp_path / "ckpt", states)
+    path = f"state.{key}" if kind == "nested" else key
+    more = {"state_root": key} if kind == "safetensors" else {}
+    manifest = export_plain(source, tmp_path / "out", **more)
+    assert_is(tmp_path / "out", manifest, average)
+    said = any(f"{path} is a moving average by its name, and what is exported" in note for note in manifest.notes)
+    assert said is not bool(more), "a caller who names it knows"
+
+
+def test_a_model_of_that_name_is_no_average(tmp_path: Path) -> None:
+    source = save_torch_whole(tmp_path / "ckpt", {"model": make_model(2).state_dict()})
+    assert not any("moving average" in note for note in export_plain(source, tmp_path / "out").notes)

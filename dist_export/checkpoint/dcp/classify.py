@@ -14,7 +14,8 @@ from dist_export.checkpoint.doubtful_tensors import note_left
 from dist_export.checkpoint.indexed_tables import fits_table
 from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
-from dist_export.checkpoint.state_roots import MODEL_KEYS, State, say_left_out
+from dist_export.checkpoint.state_keys import MODEL_KEYS
+from dist_export.checkpoint.state_roots import State, say_left_out
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors.classify import (
     PatternMatches,
@@ -213,7 +214,8 @@ def _refuse_unmatched(where: str, patterns: PatternMatches, state: State, matric
     if missed := patterns.first_unmatched():
         setting, pattern = missed
         raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}; its matrices besides "
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}{state.tell_several()}; its "
+            "matrices besides "
             f"tables: {listed([state.names[name] for name in matrices])}{objects}"
         )
 

@@ -17,7 +17,8 @@ from dist_export.checkpoint.dcp.extra_state import Leaf, find_leaves
 from dist_export.checkpoint.dcp.metadata import Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.dcp_files import METADATA, MODEL, OPTIMIZER, find_metadata
 from dist_export.checkpoint.payload import OtherTensor, count_payload
-from dist_export.checkpoint.state_roots import Member, choose_state
+from dist_export.checkpoint.state_keys import Member
+from dist_export.checkpoint.state_roots import choose_state
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors.classify import PatternMatches, Skipped
 from dist_export.checkpoint.torch_items import Item, ItemFinder
@@ -58,6 +59,8 @@ class DcpCheckpoint:
     """What would be dense, and cannot be read."""
     left_out: tuple[Skipped, ...] = ()
     """Tensors of other states than the model's."""
+    several: str = ""
+    """The states that the checkpoint holds, for errors; empty where it holds one."""
     notes: tuple[str, ...] = ()
     """What was chosen, and what is skipped, each a sentence."""
     unmatched_slots: frozenset[str] = frozenset()
@@ -106,6 +109,7 @@ def read_dcp(
         directory=directory,
         files=dict(sorted(found.files.items())),
         stats=found.stats,
+        several=state.several,
         metadata=found.digests,
         objects=tuple(found.objects),
         extra_states={

@@ -21,7 +21,8 @@ from dist_export.checkpoint.indexed_tables import TensorTable
 from dist_export.checkpoint.model_weights import Roles
 from dist_export.checkpoint.payload import DENSE, STATE, OtherTensor, other_tensor
 from dist_export.checkpoint.raw_ids import Piece, StoredTensor
-from dist_export.checkpoint.state_roots import COLLECTIONS, Member, State, choose_state, say_left_out
+from dist_export.checkpoint.state_keys import COLLECTIONS, Member
+from dist_export.checkpoint.state_roots import State, choose_state, say_left_out
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import CheckpointError, UnaskedError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES, explain_unread
@@ -75,6 +76,8 @@ class Sorted:
     """Tensors of other states than the model's. In the order of the checkpoint."""
     notes: tuple[str, ...] = ()
     """What was chosen, and what is skipped, each a sentence."""
+    several: str = ""
+    """The states that the checkpoint holds, for errors; empty where it holds one."""
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name within the model of a module's extra state -> the keys that lead to it."""
 
@@ -124,7 +127,8 @@ def sort_tensors(
         setting, pattern = missed
         matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
         raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}; its matrices besides "
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; its "
+            "matrices besides "
             f"tables: {listed(matrices)}"
         )
     doubtful = note_left(
@@ -153,6 +157,7 @@ def sort_tensors(
             *list_others([*(its for its in kinds.skipped if its.name in own), *left_out]),
         ),
         aliases=(*roles.table_aliases, *roles.dense_aliases),
+        several=chosen.several,
         notes=(*chosen.notes, *note_skipped(kinds.skipped, where), *doubtful),
         extra={chosen.names[name]: path for name, path in extra.items() if name in chosen.names},
     )
@@ -277,8 +282,9 @@ def _name_once(slots: list[tuple[str, StoredTensor]]) -> tuple[tuple[str, Stored
 
 def say_no_tables(found: Sorted, where: str) -> str:
     """Return what to tell where no table is known."""
+    several = found.several and f"{found.several}. With all of them "
     return (
-        f"{where}: no matrix lies below embedding_bags or embeddings, as torchrec names its tables; name those that are "
+        f"{where}: {several}no matrix lies below embedding_bags or embeddings, as torchrec names its tables; name those that are "
         f"tables with treat_as_tables: [patterns]. Its matrices: {listed(found.matrices)}"
     )
 
