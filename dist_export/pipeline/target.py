@@ -245,8 +245,8 @@ def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest 
         if config.overwrite:
             return None
         raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
-            f"{_say_other(config)}. {places.way_out}"
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
+            f"settings{_say_incomparable(config)}. {places.way_out}"
         )
     if names := manifest.run.get(OWN_VALUES):
         known, now = manifest.run.get(OWN_DIGEST), places.model.digest(names)
@@ -276,8 +276,7 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
-        why = _say_other(config) if find_incomparable(config) else ""
-        raise ConfigError(f"{there}{why}. {_say_way_out(final, in_place=in_place)}")
+        raise ConfigError(f"{there}{_say_incomparable(config)}. {_say_way_out(final, in_place=in_place)}")
     if in_place:
         raise ConfigError(f"{there}, in the checkpoint itself, which overwrite does not touch. Remove that file first")
     if not final.is_local:
@@ -289,9 +288,9 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
 
 
-def _say_other(config: ExportConfig) -> str:
+def _say_incomparable(config: ExportConfig) -> str:
     why = find_incomparable(config)
-    return f", and {why}" if why else " of another source or other settings"
+    return why and f" ({why})"
 
 
 def _say_way_out(final: Directory, *, in_place: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,17 +148,66 @@ def test_arrays_of_numpy_and_keys_that_are_no_names_are_left_out_by_name(tmp_pat
     assert "not read: ('a', 'b'), more.None.c: below a key that is neither a text nor a number" in notes
 
 
-@pytest.mark.parametrize("is_lost", [True, False])
-def test_bytes_of_a_file_that_no_tensor_accounts_for_are_told(*, is_lost: bool, tmp_path: Path) -> None:
+def save_with(folder: Path, **more: Any) -> Path:
+    folder.mkdir()
+    torch.save({"ebc.embedding_bags.price.weight": torch.randn(50, 8), **more}, folder / "all.pt")
+    return folder
+
+
+def make_objects() -> dict[str, tuple[Any, dict[str, int]]]:
+    """What holds tensors and is no container -> the bytes of each of these by name."""
+    rate, array = torch.ones(6), np.arange(5.0)
+    itself = argparse.Namespace(rate=rate, more=[{"a": array}])
+    itself.itself = itself
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": [{"lr": 0.1, "seen": itself}]}
+    return {
+        "namespace": (argparse.Namespace(rate=rate, steps=3), {"its.rate": 24}),
+        "one that refers to itself": (itself, {"its.rate": 24, "its.more.0.a": 40}),
+        "in a list": ([1, argparse.Namespace(rate=rate)], {"its.1.rate": 24}),
+        "in an optimizer": (optimizer, {"its.param_groups.0.seen.rate": 24, "its.param_groups.0.seen.more.0.a": 40}),
+        "counter": (Counter({"a": 2}), {}),
+        "deep": (argparse.Namespace(a=_nest(rate, 60)), {".".join(["its", "a", *["0"] * 60]): 24}),
+    }
+
+
+def _nest(value: Any, times: int) -> Any:
+    for _ in range(times):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("name", make_objects())
+def test_tensors_in_objects_are_left_out_by_name(name: str, tmp_path: Path) -> None:
+    value, expected = make_objects()[name]
+    manifest = export(save_with(tmp_path / "ckpt", its=value), tmp_path / "out")
+    account = account_of(manifest)
+    held = {other.name: other.num_bytes for other in account.others if other.reason.startswith("in an object of ")}
+    assert held == expected
+    assert sum(n for why, n in account.left_out.items() if why.startswith("in an object of ")) == sum(expected.values())
+    notes = "\n".join(manifest.notes)
+    assert all(its[:100] in notes for its in expected)
+    assert "of no tensor" not in notes
+
+
+def test_bytes_of_a_file_that_no_tensor_accounts_for_are_told(tmp_path: Path) -> None:
     """The zip's storages are counted, whatever the walk through what the pickle describes comes across."""
-    (tmp_path / "ckpt").mkdir()
-    seen = argparse.Namespace(rate=torch.ones(6) if is_lost else 0.1)  # objects are not walked through
-    optimizer = {"state": {0: {"exp_avg": torch.ones(3, 5)}}, "param_groups": [{"lr": 0.1, "seen": seen}]}
-    state = {"ebc.embedding_bags.price.weight": torch.randn(50, 8), "optimizer": optimizer}
-    torch.save(state, tmp_path / "ckpt" / "all.pt")
-    notes = "\n".join(export(tmp_path / "ckpt", tmp_path / "out").notes)
-    assert ("24 B in 1 storage of the file are of no tensor" in notes) == is_lost
-    assert ("of no tensor" in notes) == is_lost
+    manifest = export(save_with(tmp_path / "ckpt", raw=torch.ones(6).untyped_storage()), tmp_path / "out")
+    assert any("24 B in 1 storage of the file are of no tensor" in note for note in manifest.notes)
+    assert account_of(manifest).left_out["a storage of no tensor that is found"] == 24
+
+
+def test_an_object_in_one_piece_of_dcp_has_an_entry(tmp_path: Path) -> None:
+    """Whether it holds tensors only unpickling tells; learning rates and steps are too small to."""
+    state = {
+        "ebc": {"embedding_bags.price.weight": torch.randn(50, 8)},
+        "args": argparse.Namespace(rate=torch.ones(50_000)),
+    }
+    source = save_dcp(tmp_path / "ckpt", {**state, "epoch": 3})
+    manifest = export(source, tmp_path / "out")
+    (entry,) = [other for other in account_of(manifest).others if other.reason.startswith("an object in one piece")]
+    assert (entry.name, entry.fate) == ("args", "left_out")
+    assert entry.num_bytes > 200_000
+    assert any("not read: args (" in note for note in manifest.notes)
 
 
 def write_dcp(folder: Path) -> tuple[Path, tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 
 _LARGE_BYTES = 1 << 16
 """An object of this size may be a whole state_dict: steps and learning rates take a kilobyte."""
+_OBJECT = "an object in one piece, which may hold tensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +233,18 @@ def say_objects(sizes: Mapping[str, int]) -> str:
         f"; it holds objects in one piece: {told}. A state_dict in one piece was saved with flatten_state_dict=False; save it "
         "with flatten_state_dict=True, which is the default of dcp.save"
     )
+
+
+def list_large(sizes: Mapping[str, int], known: AbstractSet[str]) -> tuple[OtherTensor, ...]:
+    """Return what may hold tensors and is no tensor, as the account has it: large objects that are not among those ``known``."""
+    large = {name: size for name, size in sizes.items() if size >= _LARGE_BYTES and name not in known}
+    return tuple(OtherTensor(name, "", (size,), size, _OBJECT) for name, size in large.items())
+
+
+def note_large(objects: Sequence[OtherTensor], where: str) -> list[str]:
+    """Return a note on :func:`list_large`."""
+    told = [f"{its.name} ({its.num_bytes:,} bytes)" for its in objects]
+    return [f"{where}: not read: {listed(told)}: {_OBJECT}"] if told else []
 
 
 def _refuse_no_table(where: str, name: str, tensor: TensorMeta) -> None:

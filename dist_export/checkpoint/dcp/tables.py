@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import xxhash
 
-from dist_export.checkpoint.dcp.classify import DcpTable, optimizer_roots, say_objects, sort_dcp, state_tail
+from dist_export.checkpoint.dcp.classify import (
+    DcpTable,
+    list_large,
+    note_large,
+    optimizer_roots,
+    say_objects,
+    sort_dcp,
+    state_tail,
+)
 from dist_export.checkpoint.dcp.extra_state import Leaf, find_leaves
 from dist_export.checkpoint.dcp.metadata import Chunk, TensorMeta, decode_metadata
 from dist_export.checkpoint.dcp_files import METADATA, MODEL, OPTIMIZER, find_metadata
@@ -105,6 +113,8 @@ def read_dcp(
         directory.url, tensors, state, optimizers, settings, patterns, objects=objects, has_more_slots=has_more_slots
     )
     counted = count_payload((tensor.dtype, tensor.shape) for tensor in tensors.values())
+    large = list_large(found.objects, {leaf.key for leaves in extra.values() for leaf in leaves})
+    kinds = kinds._replace(others=(*kinds.others, *large), notes=(*kinds.notes, *note_large(large, directory.url)))
     return DcpCheckpoint(
         directory=directory,
         files=dict(sorted(found.files.items())),
@@ -117,8 +127,8 @@ def read_dcp(
             for path, leaves in extra.items()
             if (name := ".".join(path)) in state.names
         },
-        num_tensors=counted[0],
-        num_bytes=counted[1],
+        num_tensors=counted[0] + len(large),
+        num_bytes=counted[1] + sum(its.num_bytes for its in large),
         **kinds._asdict(),
     )
 

@@ -15,7 +15,7 @@ from dist_export.checkpoint.raw_ids import Piece
 from dist_export.checkpoint.tensors.extra_state import holds_foreign_objects, list_extra_states, make_extra_state
 from dist_export.checkpoint.torch_items import Item, open_range
 from dist_export.errors import CheckpointError
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_machine import PickleError, Record
 from dist_export.formats.strict_json import is_text
 from dist_export.formats.torch_pickle import PickledTensor, as_array, as_tensor, itemsize_of, load_archive
 from dist_export.formats.torch_zip import StateArchive, check_state_archive
@@ -26,6 +26,7 @@ _MAX_DEPTH = 32
 _MAX_NAME = 4_096
 _ARRAY = "stored as an array of numpy"
 _ODD_KEY = "below a key that is neither a text nor a number"
+_NO_TENSOR = "a storage of no tensor that is found"
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Begins what torch wrote before 1.6."""
@@ -97,13 +98,22 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
     of_optimizers, further = _list_of_optimizers(members, where, most)
     odd = (*members.odd, *further)
-    rest = (*of_optimizers, *odd)
-    by_reason = {why: [its.name for its in odd if its.kind == why] for why in (_ARRAY, _ODD_KEY)}
-    notes += [f"not read: {few(names)}: {why}" for why, names in by_reason.items() if names]
-    lost = [its for key, (_, its) in archive.storages.items() if its and key not in members.storages]
-    if lost and "" not in members.storages:
-        told = f"{amount(sum(lost))} in {count(len(lost), 'storage')}"
-        notes.append(f"{told} of the file are of no tensor above: they are in objects that are not read, or in none")
+    by_reason: dict[str, list[str]] = {}
+    for its in odd:
+        by_reason.setdefault(its.kind, []).append(its.name)
+    notes += [f"not read: {few(names)}: {why}" for why, names in by_reason.items()]
+    is_known = "" not in members.storages
+    lost = {k: n for k, (_, n) in archive.storages.items() if is_known and n and k not in members.storages}
+    if lost:
+        told = f"{amount(sum(lost.values()))} in {count(len(lost), 'storage')}"
+        notes.append(
+            f"{told} of the file are of no tensor that is found: they are in objects that are not read, or in none"
+        )
+    rest = (
+        *of_optimizers,
+        *odd,
+        *(OtherTensor(f"{archive.root}data/{key}", "", (n,), n, _NO_TENSOR) for key, n in lost.items()),
+    )
     return TorchFile(tuple(tensors), tuple(f"{where}: {note}" for note in notes), rest, tuple(list_extra_states(root)))
 
 
@@ -190,6 +200,16 @@ def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("state"), Mapping) and "param_groups" in value
 
 
+def _members_of(value: Any) -> list[tuple[str, Any]]:
+    """Return what a container or an object of a pickle holds, by name; what an object was made of has numbers."""
+    if type(value) is Record:
+        own = value.state if type(value.state) is dict else {} if value.state is None else {"state": value.state}
+        found = [*enumerate(value.arguments), *own.items()]
+    else:
+        found = [*value.items()] if type(value) is dict else [*enumerate(value)]
+    return [(str(key) if isinstance(key, (str, int)) else _say_key(key), member) for key, member in found]
+
+
 class _Members:
     """Walks through nested dicts and lists. What lies in many places is walked through as often, up to a limit."""
 
@@ -205,7 +225,8 @@ class _Members:
         self.storages: set[str] = set() if storages is None else storages
         """Keys of the storages that tensors lie in; an empty one where a tensor cannot be read, which tells no storage."""
         self.odd: list[OtherTensor] = []
-        """Arrays of numpy, and tensors below keys that make no name; each with the reason."""
+        """Arrays of numpy, tensors below keys that make no name, and what is in objects; each with the reason."""
+        self._objects: set[int] = set()
 
     def walk(self, root: Any) -> Iterator[tuple[tuple[str, ...], PickledTensor]]:
         """Yield the keys that lead to a tensor, and the tensor."""
@@ -238,6 +259,8 @@ class _Members:
             yield from self._walk(
                 path, {key: its for key, its in value.items() if key not in ("state", "param_groups")}
             )
+        elif type(value) is Record:
+            self._look_into(path, value)
         elif type(value) in (dict, list, tuple):
             for key, member in value.items() if type(value) is dict else enumerate(value):
                 if isinstance(member, (str, int, float, type(None))):
@@ -247,6 +270,24 @@ class _Members:
                 else:
                     for below, found in self._walk(self._join(path, _say_key(key)), member):
                         self.odd.append(other_tensor(".".join(below), found.dtype, found.shape, _ODD_KEY))
+
+    def _look_into(self, path: tuple[str, ...], record: Record) -> None:
+        """Note the tensors and arrays in an object, which may refer to itself: each counts once. None of them is read."""
+        reason = f"in an object of {record.kind.removeprefix('builtins.')}"
+        waiting: list[tuple[tuple[str, ...], Any]] = [(path, record)]
+        while waiting:
+            where, value = waiting.pop()
+            tensor, array = as_tensor(value), as_array(value)
+            name = ".".join(where)[:_MAX_NAME]
+            if tensor is not None:
+                self.storages.add("" if tensor.storage is None else tensor.storage.key)
+                self.odd.append(other_tensor(name, tensor.dtype, tensor.shape, reason))
+            elif array is not None:
+                self.odd.append(OtherTensor(name, "", *array, reason))
+            elif type(value) in (Record, dict, list, tuple) and id(value) not in self._objects:
+                self._objects.add(id(value))
+                members = _members_of(value)
+                waiting += [((*where, key), its) for key, its in reversed(members)]
 
     def _join(self, path: tuple[str, ...], key: str | int) -> tuple[str, ...]:
         joined = (*path, str(key))
