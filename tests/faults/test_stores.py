@@ -192,8 +192,8 @@ TARGET = {
 
 def shorten_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a lease that nobody renews be over soon."""
-    monkeypatch.setattr(lock, "LEASE_SECS", 5.0)
-    monkeypatch.setattr(lock, "RENEW_SECS", 1.0)
+    monkeypatch.setattr(lock, "LEASE_SECS", 2.0)
+    monkeypatch.setattr(lock, "RENEW_SECS", 0.4)
 
 
 def assert_fails(url: str, word: str, part: str, **settings: Any) -> DistExportError:
