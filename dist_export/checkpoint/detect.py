@@ -78,8 +78,8 @@ def list_candidates(directory: Directory) -> list[str]:
     names = set(directory.names())
     is_recis = not names.isdisjoint((INDEX, TENSORKEY))
     package = find_package(directory) if MANIFEST in names else None
-    if package is not None and has_numbered(package):
-        return [PACKAGE]
+    if package is not None and (has_numbered(package) or is_recis):
+        return [PACKAGE if has_numbered(package) else RECIS]  # what else lies there is no part of it
     found = [RECIS] if is_recis else []
     if METADATA in names or (not is_recis and find_metadata(directory)):
         found.append(DCP)
@@ -200,6 +200,11 @@ def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointRea
     return reader if package is None else PackageSource(directory, package, reader)
 
 
+def _open_recis_dense(directory: Directory, _: TensorSettings) -> DenseParameters:
+    # a package has no model.pt: one that lies beside it is somebody else's
+    return RecisDense(directory) if find_package(directory) is None else PackageDense(directory)
+
+
 def _open_package(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
     _refuse_settings(directory, settings, PACKAGE)
     package = find_package(directory)
@@ -247,9 +252,7 @@ _PLAIN: dict[str | None, type[SafetensorsReader | TorchReader]] = {
 }
 
 FORMATS: dict[str, Format] = {
-    RECIS: Format(
-        "a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, lambda directory, _: RecisDense(directory)
-    ),
+    RECIS: Format("a RecIS checkpoint", f"{INDEX} and {TENSORKEY}", _open_recis, _open_recis_dense),
     DCP: Format(
         "a DCP checkpoint",
         f"{METADATA}, or model/{METADATA}",

@@ -22,8 +22,12 @@ from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import INT8_ROWWISE, U8
+from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.storage.directory import Directory
+
+_OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp", ".metadata")
+"""Ends of the names of files that may hold tensors of a checkpoint."""
 
 
 def find_package(directory: Directory) -> Manifest | None:
@@ -107,12 +111,17 @@ class PackageSource:
 
     def _list_notes(self) -> list[str]:
         where = self._directory.url
-        return [
+        own = {MANIFEST, *(file.path for file in self._manifest.files), *(file.name for file in self.files)}
+        foreign = [name for name in self._directory.names() if name not in own and name.endswith(_OF_CHECKPOINTS)]
+        notes = [
             _tell_lost(f"{where}: table {table.name!r}", slot)
             for table in self._manifest.tables
             for slot in table.kept
             if slot.casts or slot.encoding is not msgspec.UNSET
         ]
+        if foreign:
+            notes.append(f"{where} is a package, and these files are no part of it: {few(foreign)}; they are not read")
+        return notes
 
     def _fingerprint(self, of_shards: str = "") -> str:
         """Return a fingerprint that covers the manifest too, and ``of_shards``, that of the reader of the shards."""

@@ -71,8 +71,21 @@ def load_dense_parameters(
     if left_out:
         notes.append(f"dense parameters of the checkpoint that the dense arch lacks are left out: {_listed(left_out)}")
     if recast:
-        notes.append(f"dense parameters cast to the dtype of the dense arch: {_listed(recast)}")
+        notes += _note_recast({key: (found[key], expected[key][1]) for key in recast})
     return tuple(notes)
+
+
+def _note_recast(pairs: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Return a note for each pair of dtypes on parameters, (the checkpoint's, the dense arch's) by key."""
+    by_dtypes: dict[tuple[str, str], list[str]] = {}
+    for key, values in pairs.items():
+        held, own = (str(value.dtype).removeprefix("torch.") for value in values)
+        by_dtypes.setdefault((held, own), []).append(key)
+    return [
+        f"dense parameters are {held} in the checkpoint and {own} in the dense arch: they are cast, and the program has them "
+        f"as {own}: {_listed(keys)}"
+        for (held, own), keys in sorted(by_dtypes.items())
+    ]
 
 
 def list_taken(dense_arch: nn.Module, names: Iterable[str], *, dense_model_name: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ from dist_export.checkpoint.id_reader import first_source_of
 from dist_export.checkpoint.metadata import Checkpoint, CheckpointReader
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_reader import PackageReader
+from dist_export.checkpoint.package_source import find_package
 from dist_export.checkpoint.recis.plain_tables import find_state_tables, note_state_tables, open_state
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -153,7 +154,7 @@ def open_tables(
     ``weights`` are what it says of the checkpoint's tensors.
     """
     checkpoint = open_checkpoint(ranks, directory, asked=config.format, settings=tensor_settings_of(config, weights))
-    if checkpoint.format == RECIS and weights is not None:
+    if checkpoint.format == RECIS and weights is not None and find_package(directory) is None:
         checkpoint = _add_state_tables(ranks, checkpoint, weights, is_filtered=bool(config.filter_sparse_opt))
     chosen = choose_tables(ranks, checkpoint, config)
     if needs_fallbacks(chosen):

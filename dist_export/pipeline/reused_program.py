@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import msgspec
 
-from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.metadata import TableMeta
 from dist_export.checkpoint.package_source import find_package
 from dist_export.commit.publish import DenseMeta
 from dist_export.errors import CheckpointError
 from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.recis import DENSE_SUFFIX, MERGED, MergedEntry
-from dist_export.manifest import FileEntry, Manifest, TableEntry
-from dist_export.pipeline.inputs import FG
+from dist_export.manifest import DEFAULT_ROWS, SAMPLE_ROWS, FileEntry, Manifest, TableEntry
+from dist_export.pipeline.inputs import FG, note_renamed
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
@@ -26,6 +29,8 @@ class TakenOver:
         self._source: Directory | None = None
         self._manifest: Manifest | None = None
         self._files: tuple[FileEntry, ...] = ()
+        self._names: dict[str, str] = {}
+        """Of renamed tables, the name in the source -> the one in the package."""
 
     def look(self, source: Directory, plan: SparsePlan, *, has_own: bool) -> list[str]:
         """Decide what is taken over, and return what is to be told of it; nothing of a source that has none of it.
@@ -49,17 +54,22 @@ class TakenOver:
         if has_own or not is_plain or plan.is_copy or not keeps_rows(plan, manifest):
             note = (
                 f"{source.url} is a package; of it the tables are exported, and {told} are not carried over, which only an "
-                "export that changes no table, row or default row does: export from the checkpoint for a package with a program"
+                "export does that changes no row or default row and leaves out no table. Export from the checkpoint for a package "
+                "with a program"
             )
             return [note]
         self._source, self._manifest, self._files = source, manifest, files
+        self._names = {table.name_in_source: table.name for table in plan.checkpoint.tables}
         self.read()  # so that what is damaged is told before anything is written
         scores = "" if folder is None else "; no score was compared anew, parity and drift are those of that package"
-        return [f"{told} were taken over from {source.url} byte by byte, as no row changed{scores}"]
+        renamed = note_renamed({}, plan.checkpoint) if any(file.path == FG for file in files) else []
+        return [f"{told} were taken over from {source.url} byte by byte, as no row changed{scores}", *renamed]
 
     def read(self) -> dict[str, bytes]:
         """Return the files by path, each held against its digest in the source's manifest. CheckpointError."""
-        return {} if self._source is None else {file.path: _read(self._source, file) for file in self._files}
+        if self._source is None:
+            return {}
+        return {file.path: _rename(file.path, _read(self._source, file), self._names) for file in self._files}
 
     def dense_state(self) -> DenseMeta:
         """Return the dense parameters that the source's merged manifest lists for its program."""
@@ -82,7 +92,11 @@ class TakenOver:
 
 
 def keeps_rows(plan: SparsePlan, manifest: Manifest) -> bool:
-    """Whether a package that is written by a plan has each table of its source as it is, but for the shards."""
+    """Whether a package that is written by a plan has each table of its source as it is, except for shards and names.
+
+    No name of a table is in a program: its inputs are called as the blocks of the model. The lists of the sample's rows have
+    names of tables, which follow.
+    """
     checkpoint = plan.checkpoint
     entries = {table.name: table for table in manifest.tables}
     return (
@@ -90,16 +104,23 @@ def keeps_rows(plan: SparsePlan, manifest: Manifest) -> bool:
         and not len(plan.dropped)
         and not checkpoint.left_out
         and not casts_by_table(checkpoint, plan.selection)
-        and {table.name for table in checkpoint.tables} == set(entries)
-        and all(_is_same(checkpoint, number, entries[table.name]) for number, table in enumerate(checkpoint.tables))
+        and {table.name_in_source for table in checkpoint.tables} == set(entries)
+        and all(_is_same(table, entries[table.name_in_source]) for table in checkpoint.tables)
     )
 
 
-def _is_same(checkpoint: Checkpoint, number: int, entry: TableEntry) -> bool:
-    table = checkpoint.tables[number]
+def _is_same(table: TableMeta, entry: TableEntry) -> bool:
     default = None if entry.default_row is msgspec.UNSET else entry.default_row
     was_hashed = entry.is_hashed is msgspec.UNSET or entry.is_hashed
-    return table.name_in_source == table.name and table.is_hashed == was_hashed and table.default_row == default
+    return table.is_hashed == was_hashed and table.default_row == default
+
+
+def _rename(path: str, data: bytes, names: Mapping[str, str]) -> bytes:
+    """Return a file of the program's folder with the new names of tables; as it is where it has none of them."""
+    if path.rpartition("/")[2] not in (SAMPLE_ROWS, DEFAULT_ROWS) or all(name == its for name, its in names.items()):
+        return data
+    renamed = {names.get(name, name): value for name, value in json.loads(data).items()}
+    return (json.dumps(dict(sorted(renamed.items())), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _read(source: Directory, file: FileEntry) -> bytes:

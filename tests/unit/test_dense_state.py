@@ -133,7 +133,11 @@ def test_an_allowed_pattern_does_not_excuse_others() -> None:
 def test_another_dtype_is_cast_and_noted() -> None:
     net = make_net()
     state = state_for(net) | {"dense_arch.mlp.weight": torch.full((3, 2), 7, dtype=torch.bfloat16)}
-    assert load(net, state) == ("dense parameters cast to the dtype of the dense arch: mlp.weight",)
+    (told,) = load(net, state)
+    assert told.startswith(
+        "dense parameters are bfloat16 in the checkpoint and float32 in the dense arch: they are cast"
+    )
+    assert told.endswith("the program has them as float32: mlp.weight")
     assert net["mlp"].weight.dtype == torch.float32
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_model
+import torch
+from safetensors.torch import save_file
 from sparse_cases import export
 
 import dist_export
@@ -69,7 +73,6 @@ def test_an_export_that_changes_no_row_takes_the_program_over(first: Path, tmp_p
     "settings",
     [
         {"dtype": {"u": "float32"}},
-        {"rename_tables": {"u": "v"}},
         {"prune": [{"tables": ["item_emb"], "norm_at_most": 2.0}]},
         {"drop_tables": ["item_emb"]},
         {"default_row": {"u": "zeros"}},
@@ -90,11 +93,33 @@ def test_an_export_that_changes_a_row_leaves_the_program_behind(
 
 
 def test_plan_tells_the_same(first: Path, tmp_path: Path) -> None:
-    for settings, words in (({}, "were taken over from"), ({"rename_tables": {"u": "v"}}, "not carried over")):
+    for settings, words in (({}, "were taken over from"), ({"default_row": {"u": "zeros"}}, "not carried over")):
         config = ExportConfig(
             ckpt_dir=str(first), export_dir=str(tmp_path / "again"), filter_sparse_opt=True, **settings
         )
         assert sum(words in note for note in make_report(config, world_size=2)["notes"]) == 1
+
+
+def test_other_names_of_tables_are_no_other_program(first: Path, tmp_path: Path) -> None:
+    """Two of them may even change places: the program has no name of a table in it, and gives the scores that it gave."""
+    manifest = export(first, tmp_path / "again", num_shards=2, rename_tables={"u": "item_emb", "item_emb": "u"})
+    before = dist_export.open_package(first).manifest
+    files, old_files = dense_files(tmp_path / "again"), dense_files(first)
+    for name in ("fx_user_model/sample_rows.json", "fx_user_model/default_rows.json"):
+        listed, was = json.loads(files.pop(name)), json.loads(old_files.pop(name))
+        assert listed == {"u": was["item_emb"], "item_emb": was["u"]}
+    assert files == old_files
+    assert (manifest.dense, manifest.parity, manifest.drift) == (before.dense, before.parity, before.drift)
+    assert list_dense(tmp_path / "again") == list_dense(first)
+    assert any("fg.json names tables as the trainer does, the package otherwise" in note for note in manifest.notes)
+    assert verify(str(tmp_path / "again")).findings == []
+    with dist_export.open_package(first) as old, dist_export.open_package(tmp_path / "again") as new:
+        for was, is_now in (("u", "item_emb"), ("item_emb", "u")):
+            scored = json.loads((first / "fx_user_model" / "sample_rows.json").read_bytes())[was]
+            ids = np.array([row["id"] for row in scored])
+            rows, has_row = old.lookup(was, ids)
+            assert has_row.any()
+            assert all(map(np.array_equal, (rows, has_row), new.lookup(is_now, ids)))
 
 
 @pytest.mark.parametrize("is_shorter", [True, False])
@@ -111,3 +136,36 @@ def test_a_damaged_file_is_refused_before_anything_is_written(is_shorter: bool, 
     with pytest.raises(UserError, match=r"graph\.txt is not what the package's manifest\.json says"):
         export(source, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.fixture
+def beside(first: Path, tmp_path: Path) -> Path:
+    """A copy of the package, to which somebody has added files."""
+    return Path(shutil.copytree(first, tmp_path / "beside"))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "last.ckpt", "pytorch_model.bin", "other.safetensors", ".metadata"])
+def test_files_beside_a_package_are_no_part_of_it(name: str, first: Path, beside: Path, tmp_path: Path) -> None:
+    """They shape nothing, whatever they hold, and a note names them."""
+    state = {f"dense_arch.{key}": its + 1 for key, its in tiny_model.build_model().dense_arch.state_dict().items()}
+    if name == ".metadata":
+        (beside / name).write_bytes(b"x")
+    elif name == "other.safetensors":
+        save_file({"foreign.weight": torch.ones(3, 3)}, beside / name)
+    else:
+        torch.save(state, beside / name)
+    again, clean = export(beside, tmp_path / "again"), export(first, tmp_path / "clean")
+    assert [(file.path, file.digest) for file in again.files] == [(file.path, file.digest) for file in clean.files]
+    assert again.account == clean.account
+    assert any(f"these files are no part of it: {name}; they are not read" in note for note in again.notes)
+    assert not any("no part of it" in note for note in clean.notes)
+
+
+def test_a_model_is_not_loaded_from_a_file_beside_a_package(tmp_path: Path) -> None:
+    """Its names may fit: these are the values of some other training."""
+    beside = tmp_path / "beside"
+    export(tiny_model.write_tiny_checkpoint(tmp_path / "another"), beside)
+    shutil.copy(tmp_path / "another" / "model.pt", beside / "model.pt")
+    with pytest.raises(UserError, match="is a package, which has a program and no dense parameters"):
+        export(beside, tmp_path / "out", model="tiny_model:build_model", dataset="tiny_model:build_dataset")
+    assert not (tmp_path / "out").exists()
