@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
@@ -11,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import command, s3, scaling, scenarios
+from scripts.bench import command, scaling, scenarios
 from scripts.bench.processes import ROOT
-from scripts.bench.report import HOW_TO_READ, describe_machine, write_json
+from scripts.bench.report import HOW_TO_READ, describe_machine
 from scripts.bench.rounds import Place
 from scripts.bench.scenarios import Bench
 
@@ -30,7 +29,6 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "growth": scaling.run_growth,
     "metadata": scaling.run_metadata,
     "command": command.run_command,
-    "s3": s3.run_s3,
 }
 ON_DISK = ("filter", "reshard")
 """A copy and a gather; at dim 64 alone, for a disk takes its time."""
@@ -39,19 +37,10 @@ ON_DISK = ("filter", "reshard")
 def main() -> int:
     """Run the scenarios that were asked for; return 1 where anything failed."""
     given = _parse()
-    from dist_export.config.schema import ExportConfig
-
-    known = frozenset(field.name for field in dataclasses.fields(ExportConfig))
     settings = {"max_memory": given.max_memory} if given.max_memory else {}
-    unknown = settings.keys() - known
-    if unknown:
-        print(f"this version of dist_export has no setting {', '.join(sorted(unknown))}", file=sys.stderr)
-        return 2
     machine = describe_machine()
     print(f"{HOW_TO_READ}\n\n{machine}")
-    if "digest" not in known:
-        print("\nThis version of dist_export cannot do without digests: there are no rows for that.")
-    document: dict[str, Any] = {"machine": machine, "size_gb": given.size, "rounds": given.rounds, "results": []}
+    results: list[dict[str, Any]] = []
     failures: list[str] = []
     for where in given.where:
         parent = given.tmpfs if where == "tmpfs" else given.disk
@@ -62,8 +51,7 @@ def main() -> int:
                 size=given.size,
                 rounds=given.rounds,
                 settings=settings,
-                known=known,
-                results=document["results"],
+                results=results,
                 failures=failures,
             )
             for name in given.only:
@@ -72,11 +60,9 @@ def main() -> int:
                 started = time.monotonic()
                 SCENARIOS[name](bench)
                 print(f"\n({name}, {where}: {time.monotonic() - started:.0f} s in all)", flush=True)
-                if given.json:
-                    write_json(given.json, {**document, "failures": failures})
     if failures:
         print(f"\n{len(failures)} FAILED: {', '.join(failures)}")
-    elif not document["results"]:
+    elif not results:
         print("\nnothing was measured: on disk run " + ", ".join(ON_DISK))
         return 1
     return 1 if failures else 0
@@ -96,9 +82,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="a directory on a tmpfs")
     parser.add_argument("--disk", type=Path, default=ROOT / ".cache", help="a directory on a disk")
     parser.add_argument("--max-memory", help="the setting max_memory of every export, such as 512MiB")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all figures there, those of each round included"
-    )
     given = parser.parse_args()
     if given.size <= 0 or given.rounds < 1:
         parser.error("--size and --rounds must be above 0")

@@ -6,7 +6,6 @@ kept rows alone where it could not skip the others, and no check of what it wrot
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -104,16 +103,10 @@ def _prepare_plan(job: dict[str, Any]) -> Work:
 
 
 def _make_config(job: dict[str, Any]) -> Any:
-    """Return the settings of an export; those that this version of dist_export does not have are left out."""
+    """Return the settings of an export."""
     from dist_export.config.schema import ExportConfig
 
-    known = {field.name for field in dataclasses.fields(ExportConfig)}
-    return ExportConfig(
-        ckpt_dir=job["source"],
-        export_dir=job["target"],
-        filter_sparse_opt=True,
-        **{name: value for name, value in job["settings"].items() if name in known},
-    )
+    return ExportConfig(ckpt_dir=job["source"], export_dir=job["target"], filter_sparse_opt=True, **job["settings"])
 
 
 def _prepare_safetensors(job: dict[str, Any]) -> Work:
@@ -263,25 +256,6 @@ def _prepare_torch_source(job: dict[str, Any]) -> Work:
     return work
 
 
-def _prepare_dcp_probe(job: dict[str, Any]) -> Work:
-    """Ask DCP for one whole safetensors file of a state with int64 ids, and return what it says; not timed."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    def work(_: MemoryWatch) -> dict[str, Any]:
-        state = {"table.id": torch.arange(8), "table.embedding": torch.zeros(8, 2)}
-        writer = dcp.HuggingFaceStorageWriter(job["target"], save_distributed=True, enable_consolidation=True)
-        try:
-            dcp.save(state, storage_writer=writer)
-        except CheckpointException as error:  # no Exception, but a BaseException
-            lines = [line for line in str(error).splitlines() if "Error" in line]
-            return {"answer": lines[-1].strip() if lines else type(error).__name__}
-        return {"answer": "consolidated int64 ids without an error"}
-
-    return work
-
-
 def is_kept(key: str) -> bool:
     """Whether a block of a generated source is one that an export keeps."""
     return key.split("/", 1)[0].rsplit(".", 1)[1] in KEPT_SLOTS
@@ -309,5 +283,4 @@ _PREPARE: dict[str, Callable[[dict[str, Any]], Work]] = {
     "dcp_to_torch": _prepare_dcp_to_torch,
     "torchrec_rows": _prepare_torchrec_source,
     "torchrec_columns": _prepare_torchrec_source,
-    "dcp_probe": _prepare_dcp_probe,
 }

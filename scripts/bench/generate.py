@@ -8,11 +8,9 @@ Nothing of dist_export is used, so that a mistake there cannot hide behind the s
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,36 +270,3 @@ def _write_text(path: Path, begin: str, between: str, lines: Iterator[str], end:
 
 METADATA_SCALE = Source(rows=1024 * 16, dim=16, tables=250, shards=1024, files_per_shard=4, holes="all_but_ids")
 """A million blocks in 4,096 files, 16 rows a part: what is slow with it is slow for the metadata's sake."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint in RecIS's format.")
-    parser.add_argument("directory", type=Path, help="must not be there yet")
-    parser.add_argument("--metadata-scale", action="store_true", help="1,024 shards x 4 files x 250 tables x 4 slots")
-    parser.add_argument("--rows", type=int, default=100_000, help="of each table, over all shards")
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--tables", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=2, help="optimizer slots of each table")
-    parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--files-per-shard", type=int, default=2)
-    parser.add_argument("--holes", choices=("none", "dropped", "all_but_ids"), default="none")
-    given = parser.parse_args()
-    source = METADATA_SCALE
-    if not given.metadata_scale:
-        source = Source(
-            rows=given.rows,
-            dim=given.dim,
-            tables=given.tables,
-            num_dropped=given.slots,
-            shards=given.shards,
-            files_per_shard=given.files_per_shard,
-            holes=given.holes,
-        )
-    started = time.perf_counter()
-    generate(given.directory, source)
-    seconds = time.perf_counter() - started
-    print(f"{given.directory}: {source.num_blocks:,} blocks, {source.kept_bytes:,} bytes to keep, {seconds:.1f} s")
-
-
-if __name__ == "__main__":
-    main()

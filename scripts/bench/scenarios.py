@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.bench.generate import Source
-from scripts.bench.processes import ContenderError, run_once
+from scripts.bench.processes import ContenderError
 from scripts.bench.report import render_case, summarize
 from scripts.bench.rounds import Case, Contender, Place, run_case
 
@@ -27,8 +27,6 @@ class Bench:
     rounds: int
     settings: dict[str, Any]
     """Of every export."""
-    known: frozenset[str]
-    """The settings that this version of dist_export has."""
     results: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -69,11 +67,11 @@ class Bench:
         print(f"\n{text}", flush=True)
 
     def exports(self, ranks: tuple[int, ...], *, without_digests: bool = True) -> Iterator[Contender]:
-        """Yield exports with so many ranks, each with digests and, where this version can, without."""
+        """Yield exports with so many ranks, each with digests, and without."""
         for number in ranks:
             label = f"{number} rank{'s' if number > 1 else ''}"
             yield Contender(label=f"{label}, digests", ranks=number)
-            if without_digests and "digest" in self.known:
+            if without_digests:
                 yield Contender(label=f"{label}, no digests", ranks=number, settings={"digest": "none"})
 
     def _need_room(self, case: Case) -> None:
@@ -109,28 +107,6 @@ def run_filter(bench: Bench) -> None:
                 reference=REFERENCE,
             )
         )
-        if peers:
-            _note_on_peers(bench)
-
-
-def _note_on_peers(bench: Bench) -> None:
-    scratch = bench.place.directory / "probe"
-    try:
-        (told,) = run_once(
-            "what DCP can do", {"kind": "dcp_probe", "source": "", "target": str(scratch / "out"), "settings": {}},
-            scratch=scratch,
-        )  # fmt: skip
-    except ContenderError as error:
-        bench.fail("what DCP can do", error)
-        return
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    bench.note(
-        "The peers copy rows and no more: none writes RecIS's indexes, moves a row to another shard of a hash table, "
-        "counts rows, looks for ids that stand twice, or keeps a digest. safetensors and torch keep the trainer's "
-        "number of files. DCP and torch read files of their own that hold the kept rows alone, as RecIS's they cannot; "
-        f"DCP writes one safetensors file a shard, but asked to consolidate a sharded save with ids it says: {told['answer']}"
-    )
 
 
 def run_merge(bench: Bench) -> None:
@@ -165,9 +141,6 @@ def _run_change(bench: Bench, name: str, *, shards: int, num_shards: int, withou
 
 def run_cast(bench: Bench) -> None:
     """The filter's work with rows in another dtype, beside the plain copy of the kept bytes. Not on disk."""
-    if "dtype" not in bench.known:
-        bench.note("This version of dist_export has no setting dtype: cast is left out.")
-        return
     for dim in DIMS:
         casts = (
             Contender(label=f"1 rank, {dtype}", settings={"dtype": {"*": dtype}})
@@ -186,9 +159,6 @@ def run_cast(bench: Bench) -> None:
 
 def run_prune(bench: Bench) -> None:
     """Half of the rows stay behind, by a list of ids; and also with a rule that looks at every row's norm. Not on disk."""
-    if "prune" not in bench.known:
-        bench.note("This version of dist_export leaves no rows behind.")
-        return
     bench.run(
         Case(
             name="prune 2 -> 2, dim 64, half of the rows",

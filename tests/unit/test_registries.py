@@ -277,6 +277,21 @@ def test_the_order_of_patterns_makes_another_package() -> None:
     assert len(keys) == 2
 
 
+def test_a_null_filter_and_its_value_for_the_format_are_one_package(toy: None, tmp_path: Path) -> None:
+    """Its directory is chosen by the settings that count, so that a job with the value spelt out finds it."""
+    write_checkpoint(tmp_path / "ckpt", make_tables({"t": 3}, num_parts=1))
+    settings = {
+        "ckpt_dir": str(tmp_path / "ckpt"),
+        "export_dir": "mos:ctr",
+        "registry_options": {"root": str(tmp_path)},
+    }
+    of_null, of_false, of_true = (
+        locate.locate(dist_export.ExportConfig(**settings, filter_sparse_opt=value), needs_dense=False).export_dir
+        for value in (None, False, True)
+    )
+    assert of_null == of_false != of_true
+
+
 def test_a_package_is_registered_once(client: Any, name: str, database: str, tmp_path: Path) -> None:
     registry = MlflowRegistry(registry_uri=database)
     package = Registered(
