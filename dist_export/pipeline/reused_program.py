@@ -54,8 +54,8 @@ class TakenOver:
         if has_own or not is_plain or plan.is_copy or not keeps_rows(plan, manifest):
             note = (
                 f"{source.url} is a package; of it the tables are exported, and {told} are not carried over, which only an "
-                "export does that changes no row or default row and leaves out no table. Export from the checkpoint for a package "
-                "with a program"
+                "export does that changes no row or default row and leaves out no table. Export from the checkpoint for a "
+                "package with a program"
             )
             return [note]
         self._source, self._manifest, self._files = source, manifest, files
