@@ -1,4 +1,4 @@
-"""What the watchdogs of the ranks tell each other through the job's store."""
+"""The records that the watchdogs of the ranks exchange through the job's store."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dist_export.runtime.process_identity import Identity
 
 
 class Store(Protocol):
-    """What is asked of the job's store. Every call may raise RuntimeError when it is gone."""
+    """The methods of the job's store that are used here. Every call may raise RuntimeError when the store is gone."""
 
     def set(self, key: str, value: str) -> Any:
         """Set a key."""
 
     def get(self, key: str) -> bytes:
-        """Return a key's value, of one that is known to be there."""
+        """Return the value of a key that is known to exist."""
 
     def check(self, keys: list[str]) -> bool:
-        """Return whether all keys are there."""
+        """Return whether all keys exist."""
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        """Set a key if it has the expected value, or none and ``expected`` is empty; return what it has then."""
+        """Set a key if it has the value ``expected``, or if it is not set and ``expected`` is empty; return its value then."""
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -30,28 +30,28 @@ class Beat(msgspec.Struct, frozen=True):
 
     number: int
     doing: str
-    """Step and file."""
+    """The step and the file."""
     has_left: bool = False
 
 
 class End(msgspec.Struct, frozen=True):
-    """Why the export is over, as the first rank to find out recorded it."""
+    """Why the export is over. The first rank that notices writes it."""
 
     text: str
     host: str
     rank: int
     is_raised: bool = False
-    """Whether that rank raised an error, of which ranks that poll for it hear by themselves."""
+    """Whether that rank raised an error. Ranks that poll for failures then learn of it without this record."""
     exit_code: int = 1
 
 
 def encode(value: msgspec.Struct) -> str:
-    """Return a record as the store keeps it."""
+    """Return a record as text for the store."""
     return msgspec.json.encode(value).decode()
 
 
 def has_ended(store: Store, rank: int, me: Identity) -> bool:
-    """Whether a rank has left, is known to be dead, or has never arrived. RuntimeError where the store is gone."""
+    """Return whether a rank has left, is dead, or has never arrived. RuntimeError if the store is gone."""
     if not store.check([f"who/{rank}", f"beat/{rank}"]):
         return True
     identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)

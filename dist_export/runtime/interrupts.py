@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: the export stops cleanly, and if it cannot, it ends all the same, with exit code 130."""
+"""Ctrl-C on the command line: the export stops cleanly within seconds, or is ended with exit code 130."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from types import FrameType
 from dist_export.runtime.terminal import SCREEN
 
 EXIT_CODE = 130
-"""128 + SIGINT, as shells say of a program that SIGINT has ended."""
+"""128 + SIGINT, the code that shells report for a program that SIGINT has ended."""
 GRACE_SECS = 5.0
-"""So long an interrupted process may take to stop by itself: to finish a unit of work and to clear away."""
+"""How long an interrupted process may take to finish a work unit and clean up by itself."""
 _AGAIN_SECS = 1.0
-"""A SIGINT sooner than that is the same one: torchrun passes the terminal's on to ranks that have had it."""
+"""A SIGINT that comes sooner than this is the same one: torchrun sends the terminal's SIGINT to ranks a second time."""
 
 
 class Interrupts:
-    """Takes SIGINT while the block runs. One for the process; entered in the main thread.
+    """Handles SIGINT while the block runs. One object for the process; entered in the main thread.
 
-    The first SIGINT raises KeyboardInterrupt in the main thread. That may be in a call that does not return, or in code that
-    swallows the exception: so a thread ends the process after GRACE_SECS, or when the user asks again.
+    The first SIGINT raises KeyboardInterrupt in the main thread. That thread may be in a call that does not return, or in
+    code that swallows the exception. Therefore a second thread ends the process after GRACE_SECS, or at the next Ctrl-C.
     """
 
     def __init__(self) -> None:
         self.has_come = False
-        """Whether the process was interrupted, and ends for that reason."""
+        """Whether the process was interrupted, and ends because of it."""
         self.describe: Callable[[], str] = _describe
-        """What to say of it, as one line without an end."""
+        """Returns the message about the interrupt, as one line without a line break."""
         self._reader = self._writer = -1
         self._handler: object = None
         self._wakeup = -1
@@ -42,10 +42,10 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         is_main = threading.current_thread() is threading.main_thread()
-        # a process in the background of a script ignores SIGINT, and a program that calls this may have plans of its own
+        # a script's background process ignores SIGINT, and a program that calls this may have its own handler
         if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            # written to at once, also while the main thread is in a call that does not return
+            # the descriptor is written at once, even while the main thread is in a call that does not return
             self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._handler = signal.signal(signal.SIGINT, self._take)
             self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)
@@ -67,9 +67,9 @@ class Interrupts:
     def _take(self, _number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.has_come and now - self._raised_at < _AGAIN_SECS:
-            return  # it would only disturb the clean-up after the first one
+            return  # a second exception would only disturb the clean-up after the first one
         self.has_come, self._raised_at = True, now
-        os.write(self._writer, bytes([signal.SIGINT]))  # somebody else may have taken the wakeup descriptor
+        os.write(self._writer, bytes([signal.SIGINT]))  # other code may have taken the wakeup descriptor
         raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -88,7 +88,7 @@ class Interrupts:
                 self._leave()
 
     def _leave(self) -> None:
-        """End the process at once, its children too; on each machine the first rank says so."""
+        """End the process and its children at once. The first rank of each machine prints the message."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, f"{SCREEN.close()}dist_export: {self.describe()}\n".encode())
@@ -97,7 +97,7 @@ class Interrupts:
 
 
 def end_children() -> None:
-    """End the processes that this one has started with multiprocessing, as its regular end does: nobody waits for them."""
+    """End the processes that this one started with multiprocessing, as a regular exit does: nobody waits for them."""
     if "multiprocessing" in sys.modules:
         import multiprocessing
 

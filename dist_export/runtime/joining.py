@@ -1,4 +1,4 @@
-"""Joining the ranks of a job: a process group that is there, one that ``torchrun`` asks for, or none."""
+"""Join the ranks of a job: an existing process group, one that ``torchrun`` asks for, or a single process."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _NO_LIMIT = timedelta(days=30)
-"""A rank may wait for as long as another one gets on with its work; the watchdog looks whether it does."""
+"""A rank waits without a limit while another one makes progress. The watchdog checks that it does."""
 
 _sequence = itertools.count()
-"""Exports of one process, counted: two in one job must not share keys in the job's store. Exports are collective,
-so every rank counts alike."""
+"""The number of the export within this process: two exports in one job must not share keys in the job's store.
+Exports are collective, so every rank counts the same."""
 
 
 def alone() -> Ranks:
-    """Return the ranks of a process that works by itself, whatever job it belongs to."""
+    """Return the ranks of a process that works alone, even if it belongs to a job."""
     return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=0.0)
 
 
 def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     """Join the other ranks of this job. All ranks, in the same order of calls.
 
-    A process group that is already there is used through a gloo subgroup; under ``torchrun`` one is started; a process
-    without either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on; not
-    where the process is somebody else's and alone.
+    An existing process group is used through a gloo subgroup. Under ``torchrun`` a group is started. A process without
+    either is alone. Until :meth:`Ranks.close` a watchdog ends this process when the export cannot go on. There is no
+    watchdog if the process is alone and not ``is_own_process``.
 
     Args:
-        timeout_secs: a rank that has got nothing done for so long hangs, and the export is over.
-        is_own_process: this process is there for the export alone, so SIGTERM is the export's to handle.
+        timeout_secs: seconds without progress after which a rank counts as hanging and the export ends.
+        is_own_process: this process exists only for the export, so the export handles SIGTERM.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    # until the ranks know each other only the launcher can be watched; without it they would wait for its store
+    # until the ranks know each other, only the launcher can be watched; if it died, they would wait for its store
     early = Watchdog(
         rank,
         world_size,

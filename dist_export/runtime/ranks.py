@@ -1,6 +1,6 @@
-"""Collectives over gloo, with failures that all ranks share. Only this room talks to ``torch.distributed``.
+"""Collectives over gloo; all ranks share a failure. Only this room talks to ``torch.distributed``.
 
-Payload never travels here. Every method below says on which ranks it is called.
+Payload is never sent through them. Every method below says which ranks call it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _ARRIVAL_SECS = 5.0
 
 _SMALL_BYTES = 1024
-"""Up to here a result of rank 0 travels with the gather that tells how the step went."""
+"""A result of rank 0 up to this size is sent with the gather that reports how the step went."""
 
 
 class Ranks:
@@ -63,10 +63,10 @@ class Ranks:
         self.shared = SharedStore(
             store if world_size > 1 else None, ask=self._ask, note_progress=self._watchdog.note_progress
         )
-        """What the ranks leave for each other without waiting."""
+        """Counters, queues and values that ranks share without waiting."""
 
     def watch(self, *, catches_sigterm: bool) -> None:
-        """Start the watchdog, which ends this process when the export cannot go on. Main thread of any rank."""
+        """Start the watchdog, which ends this process when the export cannot go on. Called in the main thread of any rank."""
         self._watchdog.start(catches_sigterm=catches_sigterm)
 
     @property
@@ -75,47 +75,47 @@ class Ranks:
         return self._watchdog.step
 
     def note_on_disk(self, say: Callable[[], str]) -> None:
-        """Say from now on by ``say`` what is on disk, in the message of whatever ends the export. Any rank.
+        """Use ``say`` to describe what is on disk, in every message that ends the export. Any rank.
 
-        It is called when the message is made, from any thread; it must neither raise nor hang.
+        It is called when the message is made, from any thread. It must neither raise nor hang.
         """
         self._watchdog.say_on_disk = say
 
     def describe_interrupt(self) -> str:
-        """Return what to say of a SIGINT, as one line. Any thread."""
+        """Return the message about a SIGINT, as one line. Any thread."""
         return self._watchdog.describe_interrupt()
 
     def leave_interrupted(self) -> str:
-        """Have the other ranks end too; return what this one is to tell, nothing where another one tells it. Any rank."""
+        """End the other ranks too; return the message that this rank prints, empty if another rank prints it. Any rank."""
         text = self.describe_interrupt()
         self.announce_failure()
         return text if self._watchdog.fail("interrupted", exit_code=INTERRUPTED) else ""
 
     def request_stop(self, reason: str) -> None:
-        """Make this rank fail with ``reason`` where its next work would begin, and so all ranks. Any thread."""
+        """Make this rank, and so all ranks, fail with ``reason`` before its next piece of work. Any thread."""
         self._stop = reason
         self.announce_failure()
 
     def refuse_to_go_on(self) -> None:
-        """Raise ExportError if this rank was asked to stop, for what ends early then. Any rank."""
+        """Raise ExportError if this rank was asked to stop. Work that can end early calls it. Any rank."""
         if self._stop:
             raise ExportError(f"{self._stop}. {self._watchdog.tail()}")
 
     def refuse_orphans(self) -> None:
-        """Raise ExportError if the launcher of this rank is gone: nobody waits for what it does. Any rank."""
+        """Raise ExportError if the launcher of this rank is gone, because then nobody waits for the result. Any rank."""
         if self._watchdog.is_orphan:
             raise ExportError(f"{self._watchdog.orphan_text()}. {self._watchdog.say_on_disk()}. Run the export again")
 
     def all_gather(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> list[T]:
         """Run ``work`` on every rank and return the results in rank order. All ranks.
 
-        ``work`` issues no collective of its own: ranks that did not fail would wait in it for the one that did. Where
-        that cannot be helped, for the caller's model is collective, ``may_block`` lets a rank that failed alone raise
-        its own error instead of waiting; the launcher then ends the others.
+        ``work`` must issue no collective of its own: the ranks that did not fail would wait in it for the one that did.
+        If the caller's model is collective, this cannot be avoided. Then ``may_block`` lets a rank that failed raise its own
+        error if the others do not arrive; the launcher then ends them.
 
         Raises:
-            StepFailedError: on all ranks, if ``work`` raised a known error on any; the text names those ranks. An
-                unexpected exception is raised as itself where it happened, so that a bug keeps its traceback.
+            StepFailedError: on all ranks, if ``work`` raised a known error on any rank; the text names those ranks. An
+                unexpected exception is raised unchanged on the rank where it happened, so that a bug keeps its traceback.
         """
         result: T | None = None
         failure: tuple[str, int] | None = None
@@ -126,9 +126,9 @@ class Ranks:
             if has_work:
                 self.refuse_to_go_on()
             result = work()
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the other ranks must hear of it
+        except Exception as error:  # noqa: BLE001 -- the other ranks must learn of any error
             raised = error
-        except SystemExit as error:  # a model or dataset that exits must not make the export look done
+        except SystemExit as error:  # a model or dataset that exits must not look like a successful export
             raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
         finally:
             self._watchdog.pause()
@@ -165,7 +165,7 @@ class Ranks:
     def broadcast(self, step: str, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and return its result on every rank. All ranks; raises as :meth:`all_gather` does.
 
-        A gather gives every rank as much room as the largest result takes, for each rank: what is not small is broadcast.
+        A gather gives every rank room for the largest result of each rank, so larger results are broadcast instead.
         """
         kept: list[T] = []
 
@@ -178,13 +178,13 @@ class Ranks:
 
         told = self.all_gather(step, keep if self.rank == 0 else _nothing)[0]
         if self.rank > 0 and told is not None:
-            return cast("T", pickle.loads(told))  # noqa: S301 -- of this job's rank 0, as all that the ranks exchange
+            return cast("T", pickle.loads(told))  # noqa: S301 -- it comes from rank 0 of this job, like all exchanged data
         if self.world_size > 1 and told is None:
             self._broadcast_large(step, kept)
         return kept[0]
 
     def _broadcast_large(self, step: str, kept: list[Any]) -> None:
-        """Put what rank 0 has in ``kept`` into that of the others. All ranks."""
+        """Copy ``kept`` of rank 0 into ``kept`` of the other ranks. All ranks."""
         import torch.distributed as dist
 
         outcomes = kept if self.rank == 0 else [None]
@@ -195,17 +195,17 @@ class Ranks:
         kept[:] = outcomes
 
     def run(self, step: str, work: Callable[[], T], *, may_block: bool = False) -> T:
-        """Run ``work`` on every rank and return this rank's own result, which need not travel. All ranks."""
+        """Run ``work`` on every rank and return this rank's own result, which is not sent to other ranks. All ranks."""
         kept: list[T] = []
         self.all_gather(step, lambda: kept.append(work()), may_block=may_block)
         return kept[0]
 
     def _meet(self, step: str, raised: Exception | None, failure: tuple[str, int] | None) -> None:
-        """Come together after a step that may have left some ranks in a collective of the caller's model.
+        """Wait for the other ranks after a step that may have left some of them in a collective of the caller's model.
 
         Raises:
-            Exception: this rank's own error, where it failed and others did not come within a few seconds.
-            StepFailedError: where another rank has left for that reason.
+            Exception: this rank's own error, if it failed and the others did not arrive within a few seconds.
+            StepFailedError: if another rank has left because of its own error.
         """
         self._watchdog.hears = True
         self._wait_for_others(step, raised, failure)
@@ -227,19 +227,19 @@ class Ranks:
             if raised is not None and failure is not None and waited > _ARRIVAL_SECS:
                 self._store.set(f"{place}/why", f"{self.rank} {failure[1]} {failure[0]}")
                 self._store.add(f"{place}/left", 1)
-                self._watchdog.fail(failure[0])  # ends those that wait in the model's own collective
+                self._watchdog.fail(failure[0])  # ends the ranks that wait in the model's own collective
                 raise raised
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
             arrived = self._ask(lambda: int(self._store.add(place, 0)))
 
     def announce_failure(self) -> None:
-        """Let ranks that are busy know that one has failed. Any rank."""
+        """Tell busy ranks that one rank has failed. Any rank."""
         self._has_failed = True
         if self.world_size > 1:
             try:
                 self._store.add("failed", 1)
-            except RuntimeError as error:  # the rank that hosts the store is gone, and with it whoever could hear this
+            except RuntimeError as error:  # the rank that hosts the store is gone, and no rank can be reached
                 logger.debug("the failure could not be announced: %s", error)
 
     def has_failure(self) -> bool:
@@ -247,21 +247,21 @@ class Ranks:
         return self._has_failed or (self.world_size > 1 and self._ask(lambda: int(self._store.add("failed", 0))) > 0)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """Ask the job's store; where it is gone this process ends, or this raises ExportError."""
+        """Call the job's store. If it is gone, the watchdog ends this process, or this raises ExportError."""
         try:
             return call()
         except RuntimeError as error:
             raise self._lost("ask the job's store", error) from error
 
     def _lost(self, step: str, error: RuntimeError) -> ExportError:
-        """Wait for the watchdog, which finds out who is dead and ends this process; return the error for when it does not."""
+        """Wait for the watchdog, which finds the dead rank and ends this process; return the error to raise if it does not."""
         self._watchdog.wait_for_end()
         return ExportError(f"lost contact with another rank during '{step}': {first_line(error)}")
 
     def tell_once(self, tell: Callable[[], None]) -> None:
-        """Run ``tell`` on rank 0 while the other ranks wait for it, at most ten seconds. All ranks that get there.
+        """Run ``tell`` on rank 0 while the other ranks wait, for at most ten seconds. All ranks that reach this call.
 
-        torchrun ends all ranks as soon as one exits, so the one that speaks must be through by then.
+        torchrun ends all ranks as soon as one exits, so rank 0 must have printed its message by then.
         """
         if self.rank == 0:
             try:
@@ -274,11 +274,11 @@ class Ranks:
             deadline = time.monotonic() + 10
             while int(self._store.add("told", 0)) == 0 and time.monotonic() < deadline:
                 time.sleep(0.05)
-        except RuntimeError:  # rank 0 hosts the store: when that is gone, rank 0 is, and there is no one to wait for
+        except RuntimeError:  # rank 0 hosts the store: if the store is gone, rank 0 is gone too
             return
 
     def close(self) -> None:
-        """Leave the group. All ranks; the job's own default group stays."""
+        """Leave the group. All ranks; the job's own default group is kept."""
         self._watchdog.stop()
         if self._group is None:
             return
@@ -292,14 +292,14 @@ class Ranks:
             dist.destroy_process_group(group)
 
     def _wait_to_leave(self) -> None:
-        """Let the process that may host the store be the last to go, unless the export failed and nobody waits for anybody."""
+        """Let rank 0, which may host the store, leave last. If the export failed, no rank waits."""
         try:
             left = int(self._store.add("closed", 1))
             deadline = time.monotonic() + _ARRIVAL_SECS
             while self.rank == 0 and left < self.world_size and time.monotonic() < deadline and not self._has_failed:
                 time.sleep(0.002)
                 left = int(self._store.add("closed", 0))
-        except RuntimeError as error:  # it has gone before this rank
+        except RuntimeError as error:  # the host of the store left before this rank
             logger.debug("the store was gone when this rank left: %s", error)
 
     def __enter__(self) -> Ranks:

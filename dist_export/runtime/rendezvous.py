@@ -1,7 +1,7 @@
-"""Tell one start of a job from an earlier one in the same store.
+"""Distinguish one start of a job from an earlier start in the same store.
 
 torchrun keeps one store over all restarts (torch 2.13: ``DynamicRendezvousHandler`` shares its TCPStore), and on several
-machines its agents count restarts differently. Ranks that were started anew would find the addresses of dead ones there.
+machines its agents count restarts differently. Without this, restarted ranks would find the addresses of dead ranks there.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dist_export.runtime.heartbeat import Store
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.5
 
 _STORE_SECS = 5
-"""What a call of the watchdog on the job's store may take."""
+"""Time limit for one call of the watchdog to the job's store."""
 
 _RANKS_A_SECOND = 20_000
-"""So often the store is asked by all ranks together, once the first pauses are over."""
+"""How often all ranks together ask the store, once the first short pauses are over."""
 
 
 def agree_on_start(store: Store, rank: int, world_size: int, *, timeout_secs: float) -> str:
-    """Return a name that the ranks of this start have in common, and no earlier ones. All ranks.
+    """Return a name that the ranks of this start share, and that no earlier start used. All ranks.
 
-    Rank 0 makes the name up. Another rank believes a name only once rank 0 has answered a word that this very process
-    said under it: what an earlier start left behind cannot do that.
+    Rank 0 makes up the name. Another rank writes a random word under that name and accepts the name only once rank 0
+    has answered with the same word. Keys of an earlier start cannot contain that answer.
 
     Raises:
-        TimeoutError: the ranks did not all arrive; the text names those that rank 0 misses.
+        TimeoutError: not all ranks arrived; the text names those that rank 0 misses.
     """
     word = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_secs
@@ -69,7 +69,7 @@ def _ask(store: Store, word: str, rank: int) -> str | None:
 
 
 def connect_anew(store: Any, prefix: str) -> Any:
-    """Return a connection of one's own to the same store, which calls of other threads do not hold up."""
+    """Return a separate connection to the same store, which calls of other threads do not delay."""
     import torch._C._distributed_c10d as torch_store
 
     if hasattr(store, "clone"):  # torch 2.9

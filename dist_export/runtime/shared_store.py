@@ -1,6 +1,6 @@
-"""What the ranks leave for each other without waiting: counters, queues of work, and a few bytes under a key.
+"""Counters, queues of work and small values that ranks share without waiting.
 
-Nothing here is a collective: any rank and any thread calls it at any time. A single process keeps it in memory.
+Nothing here is a collective: any rank and any thread may call it at any time. A single process keeps it in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class SharedStore:
     def __init__(
         self, store: Any, *, ask: Callable[[Callable[[], Any]], Any], note_progress: Callable[[], None]
     ) -> None:
-        """Keep what is shared in ``store``, a store of ``torch.distributed``, or in this process for None.
+        """Keep the shared data in ``store``, a store of ``torch.distributed``, or in this process if it is None.
 
         Args:
             store: the job's store, within the export's own prefix.
-            ask: runs one call to the store, and deals with a store that is gone.
-            note_progress: called when this rank has counted something, which shows that it does not hang.
+            ask: runs one call to the store, and handles a store that is gone.
+            note_progress: called when this rank has added to a counter, which shows that it does not hang.
         """
         self._store = store
         self._ask = ask
@@ -40,30 +40,30 @@ class SharedStore:
             with self._lock:
                 self._counters[counter] = self._counters.get(counter, 0) + amount
                 return self._counters[counter]
-        if amount:  # reading is no progress: the display does it all the time
+        if amount:  # a read is no progress: the display reads all the time
             self._note_progress()
         return int(self._ask(lambda: self._store.add(f"add/{counter}", amount)))
 
     def put(self, key: str, value: bytes) -> None:
-        """Leave a few bytes for whoever asks for ``key``."""
+        """Store a few bytes under ``key``, for any rank."""
         if self._store is None:
             self._values[key] = value
         else:
             self._ask(lambda: self._store.set(f"put/{key}", value))
 
     def take(self, key: str) -> bytes:
-        """Return what some rank has left under ``key``, and is known to have left."""
+        """Return the value under ``key``, which a rank is known to have stored."""
         return self._values[key] if self._store is None else bytes(self._ask(lambda: self._store.get(f"put/{key}")))
 
     def open_queue(self, queue: str) -> None:
-        """Make a queue known, so that :meth:`count_taken` finds it. One rank does it, in a step before the queue is used."""
+        """Create a queue, so that :meth:`count_taken` finds it. One rank calls it, in a step before the queue is used."""
         self.add(f"queue/{queue}", 0)
 
     def claim(self, queue: str, length: int, *, from_end: bool = False) -> int | None:
-        """Return the number of an item that no other call gets, None when all are taken.
+        """Return the number of an item that no other call gets; None if all items are taken.
 
-        One counter holds how many were taken from the front (low half) and from the end (high half), so a single
-        addition decides. A rank that helps takes from the end, the owner from the front; they meet once.
+        One counter holds how many items were taken from the front (low half) and from the end (high half), so a single
+        addition decides. The owner takes from the front; a rank that steals work takes from the end.
         """
         taken = self.add(f"queue/{queue}", _FROM_END if from_end else 1)
         front, back = taken % _FROM_END, taken // _FROM_END
@@ -72,7 +72,7 @@ class SharedStore:
         return length - back if from_end else front - 1
 
     def count_taken(self, queues: list[str]) -> list[tuple[int, int]]:
-        """Return for each queue how often an item was asked for from its front and from its end."""
+        """Return for each queue how often an item was requested from its front and from its end."""
         if self._store is None:
             counts = [self.add(f"queue/{queue}", 0) for queue in queues]
         else:

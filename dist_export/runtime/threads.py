@@ -1,4 +1,4 @@
-"""Run one function for several shares of work, a thread each. Every error is heard: the first one is raised."""
+"""Run one function for several shares of work, with a thread for each. The first error is raised."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import TypeVar
 import numpy as np
 
 _KEPT_BYTES = (32 << 20) - (1 << 16)
-"""Just under glibc's own limit for that bound."""
+"""Just under glibc's own maximum for that threshold."""
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep buffers of up to 32 MiB for their next use instead of giving each back to the system.
+    """Make the allocator reuse freed buffers of up to 32 MiB instead of giving each back to the system.
 
-    glibc raises that bound to the size of the largest block that it has given back (mallopt(3), M_MMAP_THRESHOLD); until
-    then every array of a census costs page faults, more of them than work. An array that is never touched is enough.
+    glibc raises its threshold to the size of the largest block that it has given back (mallopt(3), M_MMAP_THRESHOLD). Before
+    that, every array of a census causes page faults, and they take longer than the work. One untouched array is enough.
     """
     np.empty(_KEPT_BYTES, np.uint8)
 
 
 def run_threads(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
-    """Return what ``work`` returned for each share, in order; a single share needs no thread."""
+    """Return the results of ``work`` for each share, in order. A single share runs without a new thread."""
     if len(shares) == 1:
         return [work(shares[0])]
     with concurrent.futures.ThreadPoolExecutor(len(shares), thread_name_prefix="share") as pool:

@@ -1,13 +1,14 @@
-"""Ends this process when the export cannot go on, and says why: so that nobody waits for a dead rank, and no orphan commits.
+"""Ends this process and says why, when the export cannot go on: no rank waits for a dead rank, and no orphan commits.
 
-Two threads on each rank, beside whatever the main thread is in:
+Each rank has two threads beside its main thread:
 
-- *beat* writes a sign of life into the job's store, over a connection of its own, and reads that of the next rank in the
-  ring: one rank watches one other, whatever the world size, and of a run of dead ranks the one before it is alive.
-- *guard* looks at the launcher, at the clock and at beat itself: a store call on a cut link hangs for minutes despite its
-  timeout, and then only a thread that makes no such call can end the process.
+- *beat* writes a sign of life into the job's store, over its own connection, and reads that of the next rank in the
+  ring. One rank watches one other, whatever the world size. If several neighbours are dead, the rank before them is alive.
+- *guard* checks the launcher, the clock and beat itself. A store call on a cut link hangs for minutes despite its
+  timeout; then only a thread that makes no such call can end the process.
 
-Whoever finds that the export is over leaves a record in the store; the first to do so tells it. All others end quietly.
+A rank that finds that the export is over writes a record into the store. The first to do so prints it. All others end
+without a message.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from dist_export.runtime.terminal import SCREEN
 
 BEAT_SECS = 1.0
 STEP_SECS = 0.1
-"""So long after a rank has begun a step the others can know which one it died in."""
+"""How long after the begin of a step other ranks can read which step a rank is in."""
 TICK_SECS = 0.25
 SILENT_SECS = 6.0
-"""A rank of another machine, or a store, that has been silent for so long is dead. With a beat before it, one after it and
-a second to speak this stays under ten seconds."""
+"""A rank of another machine, or a store, that is silent for this long is dead. One beat before it, one beat after it and
+a second to print the message keep the total under ten seconds."""
 STOP_SECS = 20.0
-"""A job that was asked to stop has so long to stop by itself. torchrun and SLURM wait 30 seconds."""
+"""How long a job that was asked to stop may take to stop by itself. torchrun and SLURM wait 30 seconds."""
 
 _END = "end"
 _ADVICE = "Run the same command again to go on"
 
 
 class Watchdog:
-    """Build on every rank of an export, start, stop. The attributes may be set from any thread."""
+    """Watches one export: build it on every rank, start it, stop it. The attributes may be set from any thread."""
 
     def __init__(
         self,
@@ -57,28 +58,28 @@ class Watchdog:
         has_failure: Callable[[], bool],
         finish: Callable[[str | None, float, int], None] | None = None,
     ) -> None:
-        """Nothing runs before :meth:`start`.
+        """Keep the arguments. No thread runs before :meth:`start`.
 
         Args:
             rank: this rank.
             world_size: of the export.
             store: a connection that no other thread uses; None for a single process.
-            timeout_secs: a rank that has got nothing done for so long hangs.
-            launcher: process id of the launcher without which this process must not go on; None where there is none.
+            timeout_secs: seconds without progress after which a rank counts as hanging.
+            launcher: process id of the launcher without which this process must not go on; None if there is none.
             request_stop: makes the main thread stop at the next step, with the reason as its error.
-            has_failure: whether a rank has announced a failure, which the main threads are about to tell.
-            finish: ends the process, after telling what it gets, if anything, and waiting for some seconds, with an exit
-                code; for tests.
+            has_failure: returns whether a rank has announced a failure, which the main threads are about to print.
+            finish: prints a message, or nothing for None, waits for some seconds, and ends the process with an exit code;
+                tests replace it.
         """
         self.step = "start"
         self.is_busy = False
-        """Whether this rank is at work: waiting for others is no hang of its own."""
+        """Whether this rank works. A rank that waits for others does not hang."""
         self.hears = False
-        """Whether the main thread polls for failures of other ranks by itself, and then tells them."""
+        """Whether the main thread polls for failures of other ranks, and prints them itself."""
         self.say_on_disk: Callable[[], str] = lambda: "Nothing was written"
-        """Says what is on disk, when a message is made: another rank may have committed since."""
+        """Returns what is on disk when a message is made: another rank may have committed in the meantime."""
         self.moves = 0
-        """Grows with all progress that is not a call on a file."""
+        """Grows with all progress except calls on files."""
         self._rank = rank
         self._world_size = world_size
         self._store = store
@@ -93,26 +94,26 @@ class Watchdog:
         self._cycles = 0
         self._why = ""
         self._first_here: Identity | None = None
-        """The first rank of this machine, which speaks where there is no store left to decide who does."""
+        """The first rank of this machine. It prints the message if no store is left to decide which rank does."""
         self._is_asked_to_stop = False
         self._is_stopping = False
         self._stopping_secs = 0.0
         self._sigterm: SigtermPipe | None = None
         self._threads: list[threading.Thread] = []
         self._watched = rank
-        """The rank that this one watches, and what it last knew of it."""
+        """The rank that this one watches. The next three attributes are what is known about it."""
         self._identity: Identity | None = None
         self._number = -2
         self._silent_since = 0.0
 
     def start(self, *, catches_sigterm: bool = False) -> None:
-        """Start both threads. With ``catches_sigterm``, from the main thread alone, SIGTERM becomes a clean stop."""
+        """Start both threads. With ``catches_sigterm``, allowed only in the main thread, SIGTERM becomes a clean stop."""
         if catches_sigterm:
             self._sigterm = SigtermPipe()
         loops = [("guard", self._run_guard)]
         if self._store is not None:
             self._store.set(f"who/{self._rank}", encode(self._me))
-            # at once: a rank that dies before its first beat must be missed too
+            # written at once: a rank that dies before its first beat must be noticed too
             self._store.set(f"beat/{self._rank}", encode(Beat(-1, self.doing)))
             loops.append(("beat", self._run_beat))
         for name, loop in loops:
@@ -121,21 +122,21 @@ class Watchdog:
             thread.start()
 
     def begin(self, step: str, *, is_busy: bool) -> None:
-        """Say what the main thread does from now on. ``is_busy``: it works, and does not wait for others."""
+        """Record the step of the main thread. ``is_busy``: it works, and does not wait for others."""
         self.step, self.is_busy = step, is_busy
         self.moves += 1
 
     def pause(self) -> None:
-        """Say that the main thread has done its work, and waits for others."""
+        """Record that the main thread has done its work and waits for others."""
         self.is_busy = False
         self.moves += 1
 
     def note_progress(self) -> None:
-        """Say that this rank gets on, with something that is no call on a file. Any thread."""
+        """Record progress of this rank that is not a call on a file. Any thread."""
         self.moves += 1
 
     def stop(self) -> None:
-        """Say that this rank has left on its own account, and end both threads."""
+        """Record that this rank has left by itself, and end both threads."""
         self._is_over.set()
         self._wake.set()
         if self._sigterm is not None:
@@ -149,30 +150,30 @@ class Watchdog:
 
     @property
     def doing(self) -> str:
-        """The step that this rank is in, and the file."""
+        """The step that this rank is in, and the file that it reads or writes."""
         where = ACTIVITY.oldest()
         return f"'{self.step}'" + (f" at {where}" if where else "")
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the launcher is gone. Cheap: asked once more right before the commit."""
+        """Whether the launcher is gone. The check is cheap, and is made again right before the commit."""
         return self._launcher is not None and os.getppid() != self._launcher
 
     def orphan_text(self) -> str:
-        """Return what to say of a launcher that is gone."""
+        """Return the message about a launcher that is gone."""
         return (
             f"rank {self._rank} of {self._world_size}: its launcher (process {self._launcher} on {self._me.host}) is gone; "
             f"this rank was in {self.doing}"
         )
 
     def describe_interrupt(self) -> str:
-        """Return what to say of a SIGINT."""
+        """Return the message about a SIGINT."""
         return f"interrupted in {self.doing}. {self.tail()}"
 
     def fail(self, text: str, *, exit_code: int = 1) -> bool:
-        """Record, for ranks that wait where no exception reaches them, why this rank leaves. It tells ``text`` itself.
+        """Record why this rank leaves, for ranks that wait where no exception reaches them. The caller prints ``text``.
 
-        Returns whether it is the first to leave, of those that share this rank's machine if the store is gone.
+        Returns whether this rank is the first to leave; if the store is gone, whether it is the first rank of its machine.
         """
         self.stop()
         if self._store is None:
@@ -180,11 +181,11 @@ class Watchdog:
         end = End(text, self._me.host, self._rank, is_raised=True, exit_code=exit_code)
         try:
             return msgspec.json.decode(self._store.compare_set(_END, "", encode(end)), type=End) == end
-        except RuntimeError:  # without the store there is nobody left to hear it
+        except RuntimeError:  # without the store no rank can read it
             return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def wait_for_end(self) -> None:
-        """Wait as long as it takes to find out which rank is dead, which ends this process. Returns if none is."""
+        """Wait until a dead rank is found, which ends this process. Return after some seconds if none is found."""
         if self._threads:
             self._wake.set()
             self._is_over.wait(SILENT_SECS + 3 * BEAT_SECS)
@@ -197,7 +198,7 @@ class Watchdog:
         while not self._is_over.is_set():
             self._wait_for_tick()
             now = time.monotonic()
-            # a machine that slept, or a thread that held the interpreter for long, is no sign of a hang
+            # after a sleep of the machine, or a thread that held the interpreter, the time that passed is no sign of a hang
             passed = min(now - last, 4 * TICK_SECS)
             last = now
             silent = 0.0 if self._cycles != cycles else silent + passed
@@ -209,7 +210,7 @@ class Watchdog:
                 self._stop_cleanly()
             self._stopping_secs += passed if self._is_stopping else 0.0
             if INTERRUPTS.has_come:
-                continue  # this process ends for that reason, and within seconds
+                continue  # the interrupt ends this process within seconds
             if self.is_orphan:
                 self._end(self.orphan_text())
             elif self._store is not None and silent > SILENT_SECS:
@@ -230,11 +231,11 @@ class Watchdog:
         if sigterm is None:
             self._is_over.wait(TICK_SECS)
         elif sigterm.wait(TICK_SECS):
-            self._is_asked_to_stop = True  # it may come twice, as under SLURM
+            self._is_asked_to_stop = True  # SIGTERM may come twice, as under SLURM
             self._wake.set()
 
     def _end(self, why: str) -> None:
-        """Have beat record why, as far as the store still answers, and end."""
+        """Let beat record why, if the store still answers, and end."""
         self._why = self._why or why
         self._wake.set()
         if self._store is None or not self._is_over.wait(2 * BEAT_SECS):
@@ -252,7 +253,7 @@ class Watchdog:
             self._store.set(f"beat/{self._rank}", encode(Beat(self._cycles, self.doing, has_left=True)))
         except RuntimeError as error:  # torch's errors of its store
             if not self._is_over.is_set() and not INTERRUPTS.has_come:
-                time.sleep(TICK_SECS)  # where the launcher hosts it, guard knows better
+                time.sleep(TICK_SECS)  # if the launcher hosts the store, guard has the better message
                 self._leave_without_store(
                     self._why
                     or f"rank {self._rank} of {self._world_size}: the job's store is gone, and with it the process that "
@@ -260,7 +261,7 @@ class Watchdog:
                 )
 
     def _wait_for_beat(self, store: Store) -> None:
-        """Wait for the next beat, or until something is to be done; tell of a new step on the way, outside of its path."""
+        """Wait for the next beat, or until there is work. Write a new step at once, without a full beat."""
         told, until = self.step, time.monotonic() + BEAT_SECS
         while not self._wake.wait(STEP_SECS) and time.monotonic() < until:
             if self.step != told:
@@ -269,7 +270,7 @@ class Watchdog:
         self._wake.clear()
 
     def _beat(self, store: Store) -> None:
-        """Give a sign of life, look for an end, look at the next rank."""
+        """Write a sign of life, check whether the export is over, and check the next rank."""
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local and self._first_here is None and store.check([f"who/{self._rank - local}"]):
             self._first_here = msgspec.json.decode(store.get(f"who/{self._rank - local}"), type=Identity)
@@ -324,11 +325,11 @@ class Watchdog:
 
     def _record_death(self, store: Store, who: str, beat: Beat) -> None:
         again = msgspec.json.decode(store.get(f"beat/{self._watched}"), type=Beat)
-        if not again.has_left:  # it may have left between the two looks
+        if not again.has_left:  # it may have left between the two reads
             self._record(store, f"{who} died in {beat.doing}")
 
     def _record(self, store: Store, why: str) -> None:
-        """Leave the reason for all ranks, unless one is there already, and end."""
+        """Write the reason for all ranks, unless there is one already, and end."""
         end = End(why, self._me.host, self._rank)
         kept = msgspec.json.decode(store.compare_set(_END, "", encode(end)), type=End)
         if kept == end:
@@ -338,9 +339,9 @@ class Watchdog:
             self._follow(store)
 
     def _let_rank_0_end(self, store: Store) -> None:
-        """Wait until rank 0, which commits, has seen that the export is over: what is on disk is settled then.
+        """Wait until rank 0, which commits, has seen that the export is over. After that the files on disk no longer change.
 
-        Where SIGTERM is not caught there is no time for it: the launcher ends this rank as soon as another one has ended.
+        If SIGTERM is not caught, there is no time for it: the launcher ends this rank as soon as another one has ended.
         """
         deadline = time.monotonic() + 2 * BEAT_SECS
         with contextlib.suppress(RuntimeError):  # rank 0 may host the store
@@ -350,13 +351,13 @@ class Watchdog:
                 time.sleep(STEP_SECS)
 
     def _follow(self, store: Store) -> None:
-        """End as another rank has recorded; on another machine than its own, one rank says it there too."""
+        """End as another rank has recorded. On each other machine the first rank prints the message too."""
         end = msgspec.json.decode(store.get(_END), type=End)
         is_elsewhere = end.host != self._me.host and os.environ.get("LOCAL_RANK", "0") == "0"
         self._leave(self._tell(end.text) if is_elsewhere else None, exit_code=end.exit_code)
 
     def _find_out_why_to_stop(self, store: Store) -> None:
-        """SIGTERM comes from a scheduler, or from torchrun because a rank died: the rank that died goes first."""
+        """Report a rank that died, if there is one, because torchrun then sends SIGTERM; otherwise stop cleanly."""
         local, here = int(os.environ.get("LOCAL_RANK", self._rank)), os.environ.get("LOCAL_WORLD_SIZE")
         first = self._rank - local
         for rank in range(first, first + int(here or self._world_size)):
@@ -371,7 +372,7 @@ class Watchdog:
 
     def _stop_cleanly(self) -> None:
         self._is_stopping = True
-        if not self._has_failure():  # else the main threads know already, and what they say goes first
+        if not self._has_failure():  # otherwise the main threads know already, and their message comes first
             self._request_stop(f"stopped by SIGTERM, which came in {self.doing}")
 
     # ---- the end ----
@@ -380,13 +381,13 @@ class Watchdog:
         return f"dist_export: {why}. {self.tail()}\n"
 
     def tail(self) -> str:
-        """Return how every message of an end ends: what is on disk now, and what to do."""
+        """Return the end of every last message: what is on disk now, and what to do."""
         return f"{self.say_on_disk()}. {_ADVICE}"
 
     def _leave_without_store(self, why: str) -> None:
-        """End where nobody can be asked who tells it: on each machine its first rank does, if it still runs."""
+        """End without the store. On each machine the first rank prints the message, if it still runs."""
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        is_early = self._store is None and not is_first  # before the ranks know each other the first one speaks
+        is_early = self._store is None and not is_first  # before the ranks know each other the first one prints it
         if is_early or (self._first_here is not None and self._first_here.is_alive(self._me) is not False):
             self._leave(None)
             return
@@ -399,7 +400,7 @@ class Watchdog:
 
 def _finish(text: str | None, wait_secs: float, exit_code: int) -> None:
     """End the process at once: the main thread may be where no exception reaches it."""
-    with contextlib.suppress(OSError):  # whoever read it is gone too
+    with contextlib.suppress(OSError):  # the reader of standard error may be gone too
         os.write(2, (SCREEN.close() + (text or "")).encode())
     end_children()
     time.sleep(wait_secs)
