@@ -1,6 +1,6 @@
-"""A directory of any store: listing, ranged reads, files that appear whole.
+"""A directory of any store: listing, ranged reads, and files that appear whole.
 
-Each back end is a subclass in a module of its own, which gives the primitives: :class:`LocalDirectory`,
+Each back end is a subclass in its own module, which implements the primitives: :class:`LocalDirectory`,
 :class:`S3Directory`, :class:`FsspecDirectory`. :func:`dist_export.storage.urls.open_directory` returns the right one.
 """
 
@@ -29,7 +29,7 @@ _SHOWN_FOLDERS = 6
 PARTIAL_SUFFIX = ".partial"
 
 WORK_DIRECTORY = ".dist_export"
-"""In the target, while an export is not committed: its lock, and a receipt for each shard that is whole."""
+"""In the target, while an export is not committed: its lock, and a receipt for each finished shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +39,27 @@ class FileStat:
     size: int
     version: str
     inode: int = 0
-    """Of a local file."""
+    """Only for a local file."""
     changed: int = 0
-    """Of a local file: when its inode was changed last, in ns. No program can set it back."""
+    """Only for a local file: when its inode last changed, in ns. No program can set it back."""
     trace: tuple[int, ...] = ()
-    """Of the two the ones that the file system keeps: see :func:`~dist_export.storage.file_systems.trace_of`."""
+    """The inode and the change time, if the file system keeps them: see :func:`~dist_export.storage.file_systems.trace_of`."""
     links: int = 0
-    """Of a local file: its names. One more or less changes the inode, and not the content."""
+    """Only for a local file: the number of its names. A new or removed name changes the inode, but not the content."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a directory is, and how it is reached."""
+    """Where a directory is, and how to reach it."""
 
     given: str
-    """The URL as it was given, with its credentials."""
+    """The URL as the user gave it, with its credentials."""
     path: str
-    """On its file system."""
+    """The path on its file system."""
     storage_options: dict[str, Any] | None = None
     follow_links: bool = False
     only: str | None = None
-    """The file that the URL names: the directory is taken to hold that file alone, whatever else lies there."""
+    """The file that the URL names. The directory then shows only that file, whatever else it holds."""
 
     def child(self, name: str) -> Location:
         """Return the location of the directory ``name`` in this one."""
@@ -69,41 +69,41 @@ class Location:
 
 
 class Directory:
-    """One directory. Cheap to build; touches nothing until asked. Errors are OSErrors that name the file.
+    """One directory. Cheap to build; does nothing until a method is called. Errors are OSErrors that name the file.
 
-    What is read lies in the directory: a link that leads out of it is an OSError, unless links are followed. The
+    A file that is read must be in the directory. A link that leads out of it is an OSError, unless links are followed. The
     directory itself may be a link.
     """
 
     is_local = False
     """Whether it is read and written with plain system calls."""
     s3: S3 | None = None
-    """The store's own requests, where it speaks S3."""
+    """The store's own requests, if it speaks S3."""
     is_shared = True
     """Whether other processes see what is written here."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
         self.url = conceal(location.given)
-        """As it was given, without credentials."""
+        """The URL as the user gave it, without credentials."""
         self.path = location.path
 
-    # ---- what a back end gives ----
+    # ---- what a back end implements ----
 
     def child(self, name: str) -> Directory:
         """Return the directory ``name`` in this one."""
         raise NotImplementedError
 
     def _list(self, *, folders: bool) -> Iterable[str]:
-        """Yield the names of the files, or of the directories, directly in the directory. FileNotFoundError for none."""
+        """Yield the names of the files, or of the directories, directly in the directory. FileNotFoundError if it is missing."""
         raise NotImplementedError
 
     def walk(self) -> Iterator[str]:
-        """Yield the paths within the directory of all files in it and below it, in no order that is promised."""
+        """Yield the paths within the directory of all files in it and below it, in no particular order."""
         raise NotImplementedError
 
     def _look(self, name: str) -> None:
-        """Raise FileNotFoundError or NotADirectoryError unless ``name`` (the directory itself for "") is there."""
+        """Raise FileNotFoundError or NotADirectoryError unless ``name`` (the directory itself for "") exists."""
         raise NotImplementedError
 
     def _stat(self, name: str) -> FileStat:
@@ -128,11 +128,11 @@ class Directory:
         raise NotImplementedError
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file unless there is one of this name; return whether it was written."""
+        """Write a small file unless one of this name exists; return whether it was written."""
         raise NotImplementedError
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
-        """Put a local file here under ``name``; ``note_progress`` is called now and then meanwhile."""
+        """Put a local file here under ``name``; ``note_progress`` is called from time to time."""
         raise NotImplementedError
 
     def _remove(self, name: str) -> None:
@@ -142,44 +142,44 @@ class Directory:
         raise NotImplementedError
 
     def is_same_store(self, other: Directory) -> bool:
-        """Whether both are reached through one file system with the same options."""
+        """Return whether both are reached through one file system with the same options."""
         raise NotImplementedError
 
     def is_same(self, other: Directory) -> bool:
-        """Whether both are one directory, different spellings included."""
+        """Return whether both are the same directory, even if they are spelled differently."""
         return self.is_same_store(other) and self.path == other.path
 
     def why_not_there(self) -> str | None:
-        """Return why nothing can be here, where that is known to have another reason than that nobody wrote it."""
+        """Return why nothing can be here, if a cause is known other than that nobody wrote it."""
         return None
 
     def why_not_writable(self) -> str | None:
-        """Return why no file could be made here, as far as can be seen without writing; None where it can."""
+        """Return why no file can be made here; None if no reason is visible without writing."""
         return self.why_not_there()
 
     # ---- names ----
 
     @property
     def storage_options(self) -> dict[str, Any] | None:
-        """What the store was opened with."""
+        """The options that the store was opened with."""
         return self._location.storage_options
 
     @property
     def follows_links(self) -> bool:
-        """Whether links that lead out of the directory are read."""
+        """Whether links that lead out of the directory are followed."""
         return self._location.follow_links
 
     def names_file(self) -> bool:
-        """Return whether the path is that of a file. Asks the store."""
+        """Return whether the path is that of a file. Sends a request to a store."""
         raise NotImplementedError
 
     @property
     def is_file(self) -> bool:
-        """Whether the URL is that of a file."""
+        """Whether the URL names a file."""
         return self._location.only is not None
 
     def locate(self, name: str) -> str:
-        """Return the URL of ``name`` as it can be opened: with what was given, credentials included. Not for messages."""
+        """Return the URL of ``name`` in the form that can be opened, credentials included. Not for messages."""
         return f"{self._location.given.rstrip('/')}/{name}"
 
     def join(self, name: str) -> str:
@@ -187,19 +187,19 @@ class Directory:
         return f"{self.path}/{name}"
 
     def find(self, name: str) -> str:
-        """Return the path of a file that is to be read. OSError where a link leads out of the directory."""
+        """Return the path of a file to read. OSError if a link leads out of the directory."""
         return self.join(name)
 
     def describe(self, name: str) -> str:
         """Return ``name`` with the URL as the user gave it, for messages."""
         return self.url if name == self._location.only else f"{self.url.rstrip('/')}/{name}"
 
-    # ---- looking ----
+    # ---- listing ----
 
     def names(self) -> list[str]:
-        """Return the names of all files directly in the directory, sorted; empty where there is no directory.
+        """Return the names of all files directly in the directory, sorted; empty if the directory does not exist.
 
-        A loop of links counts as a file: opening it tells what is wrong.
+        A loop of links counts as a file: the error comes when it is opened.
         """
         if self._location.only is not None:
             return [self._location.only]
@@ -210,7 +210,7 @@ class Directory:
             return []
 
     def folders(self) -> list[str]:
-        """Return the names of all directories directly in the directory, sorted; empty where there is no directory."""
+        """Return the names of all directories directly in the directory, sorted; empty if it does not exist."""
         if self._location.only is not None:
             return []
         try:
@@ -220,9 +220,9 @@ class Directory:
             return []
 
     def exists(self, name: str = "") -> bool:
-        """Return whether ``name`` (the directory itself by default) is there. OSError where the system does not tell.
+        """Return whether ``name`` (the directory itself by default) exists. OSError if the system cannot answer.
 
-        An error is no absence: a package that cannot be looked at would be overwritten.
+        An error does not mean that it is missing: otherwise a package that cannot be read would be overwritten.
         """
         if self._hides(name):
             return False
@@ -238,7 +238,7 @@ class Directory:
         return True
 
     def stat(self, name: str) -> FileStat:
-        """Return size and version of a file. FileNotFoundError where there is none."""
+        """Return size and version of a file. FileNotFoundError if it does not exist."""
         if self._hides(name):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
         with naming_any(self.describe(name)):
@@ -248,7 +248,7 @@ class Directory:
         return self._location.only is not None and name not in ("", self._location.only)
 
     def stat_many(self, names: Iterable[str]) -> dict[str, FileStat]:
-        """Return size and version of files directly in the directory. FileNotFoundError where one is missing."""
+        """Return size and version of files directly in the directory. FileNotFoundError if one is missing."""
         wanted = list(names)
         found = self.find_many(wanted)
         missing = next((name for name in wanted if name not in found), None)
@@ -257,7 +257,7 @@ class Directory:
         return found
 
     def find_many(self, names: Iterable[str]) -> dict[str, FileStat]:
-        """Return what :meth:`stat_many` does, without those that are missing."""
+        """Return the same as :meth:`stat_many`, but leave out the files that are missing."""
         found: dict[str, FileStat] = {}
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -267,7 +267,7 @@ class Directory:
     # ---- reading ----
 
     def read(self, name: str) -> bytes:
-        """Return a whole (small) file. OSError for one that is no regular file, or larger than any index can be."""
+        """Return a whole (small) file. OSError if it is no regular file, or has more than 4 GiB."""
         size = self._small_size(name)
         with naming_any(self.describe(name)):
             data = self._read(name)
@@ -276,11 +276,11 @@ class Directory:
         return data
 
     def read_text(self, name: str) -> bytes:
-        """Return a whole text file, such as JSON. OSError as :meth:`read`, and where a byte is zero."""
+        """Return a whole text file, such as JSON. OSError as :meth:`read`, and if a byte is zero."""
         return self._read_text(name)
 
     def _read_text(self, name: str) -> bytes:
-        data = self.read(name)  # a store has no sparse files, and answers one request sooner than many
+        data = self.read(name)  # a store has no sparse files, and one request is faster than many
         if 0 in data:
             raise OSError(errno.EILSEQ, "holds a zero byte where text should be: it is damaged", self.describe(name))
         return data
@@ -299,37 +299,37 @@ class Directory:
             self._make()
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file that appears whole and durable, or not at all; ``name`` may lie in a subdirectory.
+        """Write a small file that appears whole and durable, or not at all; ``name`` may be in a subdirectory.
 
         Raises:
-            OSError: it could not be written, and is not there.
-            TransferError: the same, but what may be there of it could not be removed.
+            OSError: it could not be written, and does not exist.
+            TransferError: it could not be written, and what may be left of it could not be removed.
         """
         where = self.describe(name)
         with ACTIVITY.of(where), naming_any(where):
             self._write(name, data)
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
             self._remove(name)
 
     def remove_tree(self, name: str) -> None:
-        """Remove a directory with all that is in it, if it is there."""
+        """Remove a directory with all its content, if it exists."""
         with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):
             self._remove_tree(name)
 
     # ---- for messages ----
 
     def say_missing(self) -> str:
-        """Return what to say of a directory that holds nothing: that it is not there, or its bucket is not, or it is empty.
+        """Return the end of a sentence about a directory without files: it or its bucket does not exist, or it is empty.
 
-        OSError where the system does not tell.
+        OSError if the system cannot answer.
         """
         return "holds no files" if self.exists() else self.why_not_there() or "does not exist"
 
     def tell_folders(self) -> str:
-        """Return a sentence for an error about what is not here: it may lie in a directory here. Empty where there is none."""
+        """Return a sentence for an error about a missing file: it may be in one of these directories. Empty if there are none."""
         folders = self.folders()
         if len(folders) < 2:
             return f". It holds the directory {folders[0]}: give that" if folders else ""
@@ -338,12 +338,12 @@ class Directory:
 
 
 def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:
-    """Return the digest of a file, read once through a small buffer."""
+    """Return the digest of a file. The file is read once, through a small buffer."""
     return digest_pieces(read_pieces(directory, name), algorithm)
 
 
 def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
-    """Yield a file's content from begin to end, over one reused buffer of 1 MiB."""
+    """Yield a file's content from start to end, in one reused buffer of 1 MiB."""
     size = directory.stat(name).size
     buffer = memoryview(bytearray(min(1 << 20, max(size, 1))))
     with directory.open_reader(name) as reader, reader.ahead(0, size) as stream:

@@ -1,4 +1,4 @@
-"""What a file system keeps of a file besides its size and time of modification, which any program can set back."""
+"""Identify a file by more than its size and modification time, which any program can set back."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dist_export.storage import local_io
 _WITH_INODES = frozenset(
     ["bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"]
 )
-"""Local file systems: a file has one inode as long as it is there."""
+"""Local file systems. A file keeps its inode as long as it exists."""
 _WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
-"""Those that keep the time of a file's last change, the same on every machine. Others may make it up at each mount."""
+"""File systems that keep the time of a file's last change, equal on all machines. Others may invent it at each mount."""
 _MOST_PLACES = 4_096
 _kinds: dict[tuple[int, str], str] = {}
-"""(device, folder) -> kind of file system."""
+"""(device, directory) -> kind of file system."""
 
 
 def trace_of(found: os.stat_result, path: str) -> tuple[int, ...]:
-    """Return (inode, time of the last change in ns) of the file at a local path, as far as its file system keeps them.
+    """Return (inode, time of the last change in ns) of the file at a local path, if its file system keeps them.
 
-    The inode is 0 where only the time is kept; nothing is returned where neither is. The system is asked once for each folder
+    The inode is 0 if only the time is kept; the tuple is empty if neither is kept. The system is asked once for each directory
     and device.
     """
-    place = (found.st_dev, os.path.dirname(path))  # links in a folder may lead to other devices
+    place = (found.st_dev, os.path.dirname(path))  # links in a directory may lead to other devices
     if place not in _kinds:
         if len(_kinds) >= _MOST_PLACES:
             _kinds.clear()

@@ -1,4 +1,4 @@
-"""A directory of any store that fsspec knows. The stores differ in what they promise; the least is taken for granted."""
+"""A directory of any store that fsspec knows. The stores give different guarantees; only the weakest are relied on."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import FileReader, RangeReader
 
 _VERSIONS = ("ETag", "etag", "mtime", "LastModified", "created")
-"""Entries of a store's answer that change with the content, the best first."""
+"""Keys of a store's answer that change with the content; the most reliable comes first."""
 
 
 class FsspecDirectory(Directory):
-    """A directory behind a file system of fsspec."""
+    """A directory on a file system of fsspec."""
 
     def __init__(self, location: Location, fs: fsspec.AbstractFileSystem) -> None:
         super().__init__(location)
         self.fs = fs
         protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
-        self.is_shared = "memory" not in protocols  # that one lives in one process
+        self.is_shared = "memory" not in protocols  # that file system exists in one process only
 
     def child(self, name: str) -> FsspecDirectory:
         """Return the directory ``name`` in this one."""
         return type(self)(self._location.child(name), self.fs)
 
     def names_file(self) -> bool:
-        """Return whether the path is that of a file. Asks the store."""
+        """Return whether the path is that of a file. Sends a request to a store."""
         return bool(self.fs.isfile(self.path))
 
     def _list(self, *, folders: bool) -> Iterator[str]:
@@ -47,7 +47,7 @@ class FsspecDirectory(Directory):
         yield from (path.strip("/").removeprefix(f"{root}/") for path in self.fs.find(self.path))
 
     def _look(self, name: str) -> None:
-        self.fs.info(self.join(name) if name else self.path)  # fs.exists takes an error for an absence
+        self.fs.info(self.join(name) if name else self.path)  # fs.exists reports an error as a missing file
 
     def _stat(self, name: str) -> FileStat:
         info = self.fs.info(self.join(name))
@@ -80,13 +80,13 @@ class FsspecDirectory(Directory):
             raise
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file unless there is one of this name; return whether it was written."""
+        """Write a small file unless one of this name exists; return whether it was written."""
         try:
             with naming_any(self.describe(name)), self.fs.open(self.join(name), "xb") as file:
                 file.write(data)
         except FileExistsError:
             return False
-        except OSError as error:  # some stores answer so to a condition that does not hold
+        except OSError as error:  # some stores report a failed condition like this
             if error.errno != errno.EINVAL or not self.exists(name):
                 raise
             return False
@@ -103,12 +103,12 @@ class FsspecDirectory(Directory):
         self.fs.rm(self.join(name), recursive=True)
 
     def is_same_store(self, other: Directory) -> bool:
-        """Whether both are reached through one file system with the same options."""
+        """Return whether both are reached through one file system with the same options."""
         return isinstance(other, FsspecDirectory) and bool(self.fs == other.fs)
 
 
 class _Progress(fsspec.Callback):  # type: ignore[misc]
-    """Shows that an upload gets on: a whole shard may take longer than a hang is waited for."""
+    """Reports progress of an upload: sending a whole shard may take longer than ``timeout``."""
 
     def __init__(self, note_progress: Callable[[], None], **more: Any) -> None:
         super().__init__(**more)

@@ -32,10 +32,10 @@ class LocalDirectory(Directory):
         return os.path.isfile(self.path)
 
     def find(self, name: str) -> str:
-        """Return the path of a file that is to be read. OSError where a link leads out of the directory."""
+        """Return the path of a file to read. OSError if a link leads out of the directory."""
         path = self.join(name)
         if self.follows_links or name == self._location.only or not self._has_link(name):
-            return path  # what the user names may be a link, as the directory itself may be
+            return path  # the path that the user gives may be a link
         found, root = os.path.realpath(path), os.path.realpath(self.path)
         if os.path.commonpath([found, root]) != root:
             raise OSError(
@@ -55,7 +55,7 @@ class LocalDirectory(Directory):
             yield from (entry.name for entry in found if (_is_folder if folders else _may_be_file)(entry))
 
     def walk(self) -> Iterator[str]:
-        """Yield the paths within the directory of all files below it. Links to directories are not gone into."""
+        """Yield the paths within the directory of all files below it. Links to directories are not followed."""
         for folder, _, names in os.walk(self.path):
             within = os.path.relpath(folder, self.path)
             yield from (name if within == "." else f"{within}/{name}" for name in names)
@@ -97,18 +97,18 @@ class LocalDirectory(Directory):
         folder, partial = os.path.dirname(path), path + PARTIAL_SUFFIX
         make_directories(folder)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)  # not through a link that might stand there
+            os.unlink(partial)  # if it is a link, its target must not be written to
         try:
             write_new(partial, data)
             os.replace(partial, path)
         except OSError:
-            with contextlib.suppress(OSError):  # what failed before this is what the user must hear of
+            with contextlib.suppress(OSError):  # the first error is the one that the user must see
                 os.unlink(partial)
             raise
         try:
             sync_directory(folder)
         except OSError as error:
-            self._take_back(name, error)  # it is there now, and may not be after a crash
+            self._take_back(name, error)  # the file exists now, but may be lost in a crash
             raise
 
     def _take_back(self, name: str, error: Exception) -> None:
@@ -118,7 +118,7 @@ class LocalDirectory(Directory):
             raise leftover_error(self.describe(name), error, second) from error
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small file unless there is one of this name; return whether it was written."""
+        """Write a small file unless one of this name exists; return whether it was written."""
         make_directories(os.path.dirname(self.join(name)))
         try:
             write_new(self.join(name), data)
@@ -127,7 +127,7 @@ class LocalDirectory(Directory):
         return True
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
-        """Move a file here that is durable and on the same file system; the rename is durable too."""
+        """Move a file here that is durable and on the same file system; the rename becomes durable too."""
         os.replace(local, self.join(name))
         sync_directory(self.path)
         note_progress()
@@ -139,20 +139,20 @@ class LocalDirectory(Directory):
         shutil.rmtree(self.join(name))
 
     def is_same_store(self, other: Directory) -> bool:
-        """Whether both are local."""
+        """Return whether both are local."""
         return other.is_local
 
     def is_same(self, other: Directory) -> bool:
-        """Whether both are one directory, symbolic links and bind mounts included."""
+        """Return whether both are the same directory, also through symbolic links and bind mounts."""
         if not other.is_local:
             return False
         try:
             return os.path.samefile(self.path, other.path)
-        except OSError:  # one of them is not there yet
+        except OSError:  # one of them does not exist yet
             return os.path.realpath(self.path) == os.path.realpath(other.path)
 
     def why_not_writable(self) -> str | None:
-        """Return why no file could be made here, as far as can be seen without writing; None where it can."""
+        """Return why no file can be made here; None if no reason is visible without writing."""
         nearest = Path(self.path)
         while not os.path.lexists(nearest) and nearest.parent != nearest:
             nearest = nearest.parent
@@ -165,7 +165,7 @@ class LocalDirectory(Directory):
 
 
 def leftover_error(where: str, error: Exception, second: Exception) -> TransferError:
-    """Return the error for a file that failed (``error``) and that cannot be removed (``second``)."""
+    """Return the error for a file whose writing failed (``error``) and whose removal failed too (``second``)."""
     return TransferError(
         f"{where}: writing it failed ({reason_of(error)}), and what may be there of it cannot be "
         f"removed ({reason_of(second)}). Remove it and run the export again"
@@ -174,7 +174,7 @@ def leftover_error(where: str, error: Exception, second: Exception) -> TransferE
 
 @contextlib.contextmanager
 def _possible_path(path: str) -> Iterator[None]:
-    """Say of a path that no file can have, such as one with a zero byte, that nothing is there."""
+    """Raise FileNotFoundError for a path that no file can have, such as one with a zero byte."""
     try:
         yield
     except ValueError:

@@ -1,4 +1,4 @@
-"""System calls on local files: made durable, and with errors that say which file they are about."""
+"""System calls on local files: writes are durable, and errors name the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_export.errors import DistExportError
 from dist_export.redact import first_line, reason_of
 
 _FILE_NAME_BYTES = 128
-"""That the longest path within a package takes, and that of a file on its way."""
+"""Room for the longest path within a package, and for its temporary name."""
 
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT,
@@ -22,36 +22,36 @@ _NUMBERS = {
     PermissionError: errno.EACCES,
     TimeoutError: errno.ETIMEDOUT,
 }
-"""Of errors that stores raise without a number."""
+"""Numbers for errors that stores raise without one."""
 
 
 def sync_directory(path: str) -> None:
-    """Make a rename in ``path`` durable, where the file system knows such a thing."""
+    """Make a rename in ``path`` durable, if the file system supports it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with naming(path):
             os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # so some network file systems say that they do not
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # network file systems without support return these
             raise
     finally:
         close_quietly(fd)
 
 
 def make_directories(path: str) -> None:
-    """Make a local directory and its parents, as far as they are not there; the new ones survive a crash."""
+    """Make a local directory and its missing parents; the new ones survive a crash."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     make_directories(parent)
-    with contextlib.suppress(FileExistsError):  # another rank was faster; a file there shows when it is written into
+    with contextlib.suppress(FileExistsError):  # another rank was faster; if it is a file, a later write fails
         os.mkdir(path)
-    with contextlib.suppress(PermissionError):  # a parent that may be written to but not read cannot be synced
+    with contextlib.suppress(PermissionError):  # a parent that can be written to but not read cannot be synced
         sync_directory(parent)
 
 
 def write_new(path: str, data: bytes) -> None:
-    """Make a local file with this content, durable."""
+    """Create a local file with this content, and make it durable."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         left = memoryview(data)
@@ -61,39 +61,39 @@ def write_new(path: str, data: bytes) -> None:
     except BaseException:
         close_quietly(fd)
         raise
-    os.close(fd)  # some file systems write only now, and tell only now that they could not
+    os.close(fd)  # some file systems write only now, and report a failure only now
 
 
 def refuse_zero(written: int) -> int:
-    """Return how many bytes a call took; OSError for none, which would be tried again for ever."""
+    """Return how many bytes a call took; OSError for zero, because the call would be repeated forever."""
     if not written:
         raise OSError(errno.EIO, "the file system took no bytes")
     return written
 
 
 def close_quietly(fd: int) -> None:
-    """Close what was only read, or what another error has spoilt already: that one is to be told."""
+    """Close a file that was only read, or one that already failed, so that the earlier error is the one reported."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Let an error of the system say which file or directory it is about: calls on descriptors do not."""
+    """Add the file or directory to an error of the system: calls on descriptors do not name it."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is not None:
             raise
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
-        is_path = isinstance(error, (FileNotFoundError, FileExistsError))  # stores give them the path for a text
-        reason = os.strerror(number) if is_path else reason_of(error).removesuffix(".")  # a sentence goes on behind it
-        raise OSError(number, reason, where) from error  # of the same class: Python takes it from the number
+        is_path = isinstance(error, (FileNotFoundError, FileExistsError))  # stores put the path into their text
+        reason = os.strerror(number) if is_path else reason_of(error).removesuffix(".")  # more text follows it
+        raise OSError(number, reason, where) from error  # Python derives the same class from the number
 
 
 @contextlib.contextmanager
 def naming_any(where: str) -> Iterator[None]:
-    """Let also what is no OSError become one: stores, and torch's writers, raise what their libraries do."""
+    """Do as :func:`naming`, and turn other exceptions into OSError: stores and torch's writers raise their own types."""
     with naming(where):
         try:
             yield
@@ -101,15 +101,15 @@ def naming_any(where: str) -> Iterator[None]:
             raise
         except Exception as error:
             cause = error.__context__
-            if isinstance(cause, OSError):  # a library that noticed that a call had failed, in its own words
+            if isinstance(cause, OSError):  # a library noticed a failed call and raised its own error
                 raise OSError(cause.errno or errno.EIO, reason_of(cause), where) from error
             raise OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", where) from error
 
 
 def why_no_directory(path: str) -> str | None:
-    """Return why no directory can be made at ``path``, or no file in it; None where it can. It tries, and leaves nothing behind.
+    """Return why no directory can be made at ``path``, or no file in it; None if it can. It tries, and cleans up.
 
-    On one rank: what another one makes there meanwhile stays as it is.
+    Called on one rank. What another process makes there in the meantime is kept.
     """
     nearest = Path(path)
     while not os.path.lexists(nearest) and nearest.parent != nearest:
@@ -126,7 +126,7 @@ def why_no_directory(path: str) -> str | None:
 
 
 def reserve(fd: int, num_bytes: int) -> None:
-    """Give a file its size, and its space where the file system can reserve it."""
+    """Set the size of a file, and reserve its space if the file system can."""
     try:
         os.posix_fallocate(fd, 0, num_bytes)
     except OSError as error:
@@ -136,7 +136,7 @@ def reserve(fd: int, num_bytes: int) -> None:
 
 
 def is_in_memory(path: str) -> bool:
-    """Whether a local path lies on a tmpfs; False where the system does not tell."""
+    """Return whether a local path is on a tmpfs; False if the system does not report it."""
     try:
         device = os.stat(path).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
@@ -149,14 +149,14 @@ def is_in_memory(path: str) -> bool:
 
 
 def file_system_of(path: str) -> str:
-    """Return the kind of file system that a local path lies on, as the system calls it; empty where it does not tell."""
+    """Return the kind of file system that a local path is on, as the system names it; empty if it is not reported."""
     real = os.path.realpath(path)
     kind, longest = "", -1
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 words = line.split()
-                # "36 35 0:28 / /mnt/a\\040b rw shared:4 - ext4 /dev/sda1 rw": proc(5); of two on one place the later is seen
+                # "36 35 0:28 / /mnt/a\\040b rw shared:4 - ext4 /dev/sda1 rw": proc(5); a later mount hides an earlier one
                 point = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), words[4])
                 is_above = real == point or real.startswith(point.rstrip("/") + "/")
                 if is_above and len(point) >= longest and "-" in words:

@@ -1,4 +1,4 @@
-"""Files opened for reading at positions: one of them, or many within the limit on descriptors."""
+"""Files that are open for reads at positions: a single file, or many within the limit on descriptors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dist_export.storage.local_io import close_quietly, naming_any
 
 _PIECE_BYTES = 4 << 20
 WINDOW_BYTES = 8 << 20
-"""What a stream reads ahead of its use, and a second time as much."""
+"""How many bytes a stream reads ahead. Up to twice as much is in memory."""
 _MAX_OPEN = 256
 OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-"""Non-blocking, for a pipe under a file's name would let the open wait for ever."""
+"""Non-blocking, because opening a pipe with a file's name would block forever."""
 _OTHER_DESCRIPTORS = 200
 """Left for sockets, libraries and the caller's own files."""
 
@@ -30,9 +30,9 @@ ReaderT = TypeVar("ReaderT", bound="RangeReader")
 
 
 class RangeReader(Protocol):
-    """A file that is open for reading at positions. A back end implements ``_fill`` and ``close``.
+    """A file that is open for reads at positions. A back end implements ``_fill`` and ``close``.
 
-    ``Directory.open_reader`` returns the one that fits where the file is.
+    ``Directory.open_reader`` returns the right one for its store.
     """
 
     where: str
@@ -40,7 +40,7 @@ class RangeReader(Protocol):
 
     @property
     def fd(self) -> int:
-        """The file descriptor of a local file, -1 elsewhere."""
+        """The file descriptor of a local file; -1 for any other file."""
         return -1
 
     @property
@@ -49,7 +49,7 @@ class RangeReader(Protocol):
         return False
 
     def _fill(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from byte ``offset`` on. EndedError where the file ends before that."""
+        """Fill ``view`` from byte ``offset`` on. EndedError if the file ends before that."""
         ...
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class RangeReader(Protocol):
         return
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from byte ``offset`` on. EndedError where the file ends before that."""
+        """Fill ``view`` from byte ``offset`` on. EndedError if the file ends before that."""
         ACTIVITY.begin(self.where)
         try:
             self._fill(view, offset)
@@ -65,12 +65,12 @@ class RangeReader(Protocol):
             ACTIVITY.end()
 
     def read_many(self, ranges: Sequence[tuple[memoryview, int]]) -> None:
-        """Fill several views, each from its byte on, in any order. EndedError where the file ends before one's end."""
+        """Fill several views, each from its own byte on, in any order. EndedError if the file ends before one is full."""
         for view, offset in ranges:
             self.read_into(view, offset)
 
     def fetch(self, begin: int, end: int) -> bytes:
-        """Return bytes ``begin`` to ``end``. EndedError where the file ends before that."""
+        """Return bytes ``begin`` to ``end``. EndedError if the file ends before that."""
         data = bytearray(end - begin)
         self.read_into(memoryview(data), begin)
         return bytes(data)
@@ -78,8 +78,8 @@ class RangeReader(Protocol):
     def read_text(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of text from byte ``offset`` on, read in pieces.
 
-        Text holds no zero byte, and the hole of a sparse file reads as nothing else: so no more is ever held than the
-        file really has, whatever length it claims.
+        Text contains no zero byte, but the hole of a sparse file reads as zeros. So this never holds more than the file
+        really contains, whatever length it claims.
 
         Raises:
             OSError: a zero byte.
@@ -100,9 +100,9 @@ class RangeReader(Protocol):
         return b"".join(pieces)
 
     def ahead(self, offset: int, num_bytes: int, *, window_bytes: int = WINDOW_BYTES) -> Stream:
-        """Return a stream of ``num_bytes`` from byte ``offset`` on, to be read from begin to end and closed.
+        """Return a stream of ``num_bytes`` from byte ``offset`` on, to be read from start to end and closed.
 
-        Of an object of S3, what comes next is on its way while what came is used; at most twice ``window_bytes`` are held.
+        An object of S3 is fetched ahead while earlier bytes are used; at most twice ``window_bytes`` are in memory.
         """
         return Stream(self, offset, num_bytes, window_bytes=window_bytes)
 
@@ -124,7 +124,7 @@ class LocalReader(RangeReader):
     """A file on a disk, read with ``preadv``. Any thread."""
 
     def __init__(self, where: str, fd: int) -> None:
-        """Take over the descriptor ``fd``. OSError, and it is closed, where it is of no regular file."""
+        """Take over the descriptor ``fd``. If it is no regular file, close it and raise OSError."""
         self.where = where
         self._fd = fd
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -141,7 +141,7 @@ class LocalReader(RangeReader):
         while filled < len(view):
             try:
                 count = os.preadv(self._fd, [view[filled:]], offset + filled)
-            except OSError as error:  # an error of the disk names no file of itself
+            except OSError as error:  # an error of the disk does not name the file
                 raise OSError(error.errno, f"{error.strerror} at byte {offset + filled:,}", self.where) from error
             if count == 0:
                 raise self.ended(offset + filled, len(view) - filled)
@@ -182,7 +182,7 @@ class FileReader(RangeReader):
 
 
 class Stream:
-    """A range of a file, read from begin to end. One thread; closed by whoever opened it."""
+    """A range of a file, read from start to end. One thread; the caller that opened it closes it."""
 
     def __init__(self, reader: RangeReader, offset: int, num_bytes: int, *, window_bytes: int) -> None:
         self._reader = reader
@@ -197,7 +197,7 @@ class Stream:
             self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
     def read_into(self, view: memoryview) -> None:
-        """Fill ``view`` with the next bytes. EndedError where the file ends before that."""
+        """Fill ``view`` with the next bytes. EndedError if the file ends before that."""
         assert self._position + len(view) <= self._end
         if not self._reader.is_ranged:
             self._reader.read_into(view, self._position)
@@ -235,7 +235,7 @@ class Stream:
         return self._pool.submit(self._reader.fetch, begin, self._asked) if begin < self._end else None
 
     def close(self) -> None:
-        """Let go of what was read ahead."""
+        """Release what was read ahead."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -1,4 +1,4 @@
-"""The one place where requests to an object store are tried again."""
+"""Repeat failed requests to an object store. This is the only place that does."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SPAN_SECS = 60.0
-"""How long a request is tried for: a server that is started anew answers after 10 to 20 seconds."""
+"""How many seconds a request is repeated: a restarted server answers after 10 to 20 seconds."""
 LEAST_RETRIES = 2
-"""Also where a single try has taken longer than that: a large copy whose answer did not come."""
+"""Retries that are made even if one try took longer than that, such as a large copy whose answer did not come."""
 FIRST_SECS = 0.2
 LONGEST_SECS = 5.0
 
 _TOLD_FROM = 4
-"""The number of the first new try that is told: some two seconds after the first one."""
+"""The number of the first retry that is logged as a warning, about two seconds after the first try."""
 
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = (
@@ -42,7 +42,7 @@ _TRANSIENT_CODES = (
 )
 _TRANSIENT_NAMES = frozenset(
     {
-        # botocore and aiohttp, which are not imported here: an export to a disk does without them
+        # botocore and aiohttp; they are not imported here, because an export to a disk does not need them
         "ClientConnectionError",
         "ClientConnectorError",
         "ClientOSError",
@@ -63,13 +63,13 @@ _TRANSIENT_NAMES = frozenset(
 
 
 def with_retries(call: Callable[[bool], T], where: str, *, is_known: bool = True) -> T:
-    """Return what ``call`` returns, tried again for :data:`SPAN_SECS` with growing pauses while its errors are transient.
+    """Return the result of ``call``. Transient errors repeat it for :data:`SPAN_SECS`, with growing pauses.
 
     Args:
-        call: makes the request; told whether an earlier try may have reached the store.
+        call: makes the request; its argument is whether an earlier try may have reached the store.
         where: the object, for the log.
-        is_known: whether this store has ever answered; else a host that the name service does not know is taken for a
-            mistake, after :data:`LEAST_RETRIES`.
+        is_known: whether this store has ever answered. If not, a host that the name service does not know is taken
+            for a mistake after :data:`LEAST_RETRIES`.
     """
     deadline = time.monotonic() + SPAN_SECS
     pause, number = FIRST_SECS, 0
@@ -83,20 +83,20 @@ def with_retries(call: Callable[[bool], T], where: str, *, is_known: bool = True
                 raise
             TRAFFIC.add(retries=1)
             number += 1
-            # a hiccup is no news; of a store that is away also hears who calls open_package and has set no logging up
+            # a short failure is not worth a warning; a longer one also reaches users who have not configured logging
             level = logging.DEBUG if number < _TOLD_FROM else logging.WARNING if number == _TOLD_FROM else logging.INFO
             left = max(0.0, deadline - time.monotonic())
             logger.log(level, "%s: %s; trying again (%d) for %.0f s at most", where, _say(error), number, left)
-            # all ranks meet a store's trouble at one moment, and must not all come back at one moment
-            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- nothing secret hangs on it
+            # a store's failure hits all ranks at the same moment, and they must not all retry at the same moment
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- not used for security
             pause = min(pause * 2, LONGEST_SECS)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed a little later."""
+    """Return whether the same request may succeed a little later."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        if isinstance(response, dict):  # botocore's ClientError: the store has answered, and its answer decides
+        if isinstance(response, dict):  # botocore's ClientError: the store has answered, so its answer decides
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response.get("Error", {}).get("Code", ""))
             return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or code in map(str, _TRANSIENT_STATUS)
@@ -108,7 +108,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def why_unreachable(error: BaseException) -> str | None:
-    """Return why no server was reached at all, for its address is wrong or it is away; None where one was."""
+    """Return why no server was reached, such as a wrong address or a stopped server; None if one was reached."""
     causes = list(_causes(error))
     if not any(type(cause).__name__ == "EndpointConnectionError" for cause in causes):
         return None
@@ -117,7 +117,7 @@ def why_unreachable(error: BaseException) -> str | None:
 
 
 def is_unknown_host(error: BaseException) -> bool:
-    """Whether the name service said that there is no such host; not where it did not answer itself."""
+    """Return whether the name service said that the host does not exist; False if the name service did not answer."""
     unknown = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
     return any(isinstance(cause, socket.gaierror) and cause.errno in unknown for cause in _causes(error))
 

@@ -1,7 +1,7 @@
-"""Requests to one S3 store, through s3fs: each a single request, tried again in one place (``retries.py``) and counted.
+"""Requests to one S3 store, through s3fs. Each is a single request, is repeated in one place (``retry.py``) and is counted.
 
-s3fs's own retries and botocore's are switched off (:class:`S3`). Paths are ``bucket/key``. Source of the requests
-and their limits: Amazon's S3 API reference; the same parts of it are served by MinIO, Ceph and SeaweedFS.
+The retries of s3fs and botocore are switched off (:class:`S3`). Paths are ``bucket/key``. Source of the requests
+and their limits: Amazon's S3 API reference. MinIO, Ceph and SeaweedFS serve the same parts of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_CONNECTIONS = 64
 _DELETED_AT_ONCE = 1000
 
 _ANSWERED: set[str] = set()
-"""File systems, by fsspec's token of their options, whose store has answered this process once."""
+"""File systems, by fsspec's token of their options, whose store has answered this process at least once."""
 
 
 class Found(NamedTuple):
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 class UploadedPart(NamedTuple):
-    """A part of an upload that the store has. ``sha256`` is empty where the store does not tell it."""
+    """A part of an upload that the store has. ``sha256`` is empty if the store does not report it."""
 
     number: int
     etag: str
@@ -46,7 +46,7 @@ class UploadedPart(NamedTuple):
 
 
 def adapt_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for fsspec; those of S3 without botocore's retries and without listings that are remembered."""
+    """Return options for fsspec. For S3, botocore's retries and fsspec's cache of listings are switched off."""
     if protocol not in _PROTOCOLS:
         return dict(options)
     config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 120, "max_pool_connections": _MOST_CONNECTIONS}
@@ -56,21 +56,21 @@ def adapt_options(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_s3(fs: Any) -> bool:
-    """Whether a file system of fsspec is s3fs's."""
+    """Return whether a file system of fsspec is s3fs's."""
     protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     return bool(set(_PROTOCOLS) & set(protocols))
 
 
 def _prefix_of(folder: str) -> str:
-    """Return what the keys of all objects below a folder (``bucket/key``) begin with."""
+    """Return the common prefix of the keys of all objects below a folder (``bucket/key``)."""
     return f"{folder}/".partition("/")[2]
 
 
 class S3:
-    """Objects of one store. Any thread. Errors are s3fs's: OSError, FileNotFoundError where there is no such object."""
+    """Objects of one store. Any thread. Errors are s3fs's: OSError, and FileNotFoundError if an object does not exist."""
 
     def __init__(self, fs: Any) -> None:
-        fs.retries = 1  # s3fs reads it at each request; 1 is a single try
+        fs.retries = 1  # s3fs reads it at each request; 1 means a single try
         self._fs = fs
 
     def _call(self, method: str, path: str, **more: Any) -> dict[str, Any]:
@@ -81,23 +81,23 @@ class S3:
         return dict(self._ask_again(lambda _: self._try(method, **arguments), where))
 
     def _ask_again(self, call: Callable[[bool], T], where: str) -> T:
-        """Do as :func:`with_retries`, and tell of an address that leads nowhere, or of a name that is none.
+        """Do as :func:`with_retries`, and explain an address that cannot be reached or a name that is not valid.
 
         Raises:
-            UserError: what the library refuses to ask for, such as a bucket of no possible name.
+            UserError: the library refuses to send the request, for example because of an invalid bucket name.
         """
         token = str(getattr(self._fs, "_fs_token", id(self._fs)))
         try:
             found = with_retries(call, where, is_known=token in _ANSWERED)
         except Exception as error:
-            if type(error).__name__ == "ParamValidationError":  # botocore's; what is wrong stands in its second line
+            if type(error).__name__ == "ParamValidationError":  # botocore's; the reason is in its second line
                 reason = " ".join(str(error).split()).removeprefix("Parameter validation failed: ")
-                # no ValueError, which says of a path that nothing can be there
+                # not a ValueError, which means that nothing can exist at this path
                 raise UserError(f"s3://{where}: {reason}") from error
             reached = why_unreachable(error)
             if reached is None:
                 if isinstance(error, OSError) or getattr(error, "response", None):
-                    _ANSWERED.add(token)  # what is neither came of no request, such as credentials that are not found
+                    _ANSWERED.add(token)  # other errors, such as missing credentials, come without a request
                 raise
             client = getattr(self._fs, "_s3", None)
             endpoint = getattr(getattr(client, "meta", None), "endpoint_url", "its endpoint")
@@ -113,7 +113,7 @@ class S3:
     def _try(self, method: str, **arguments: Any) -> dict[str, Any]:
         body = arguments.pop("Body", None)
         if body is not None:
-            arguments["Body"] = io.BytesIO(body)  # a new one each time; aiohttp is slow with bytes, and says so
+            arguments["Body"] = io.BytesIO(body)  # new for each try; aiohttp warns that bytes are slow
         return dict(self._fs.call_s3(method, **arguments))
 
     def head(self, path: str) -> Found:
@@ -121,21 +121,21 @@ class S3:
         try:
             found = self._call("head_object", path)
         except PermissionError:
-            self.get(path, 0, 1)  # a HEAD is answered without a word; a GET is refused with the store's reason
+            self.get(path, 0, 1)  # a refused HEAD gives no reason; a refused GET gives the store's reason
             raise
         return Found(int(found["ContentLength"]), str(found["ETag"]))
 
     def checksum(self, path: str) -> str:
-        """Return the SHA-256 that the store keeps of an object, as it writes it; empty where it keeps none."""
+        """Return the SHA-256 that the store keeps of an object, in the store's notation; empty if it keeps none."""
         return str(self._call("head_object", path, ChecksumMode="ENABLED").get("ChecksumSHA256") or "")
 
     def objects(self, folder: str, *, is_deep: bool = False) -> Iterator[tuple[str, Found]]:
-        """Yield (path within ``folder``, object) of the objects in it, a page of 1,000 at a time, ordered by path."""
+        """Yield (path within ``folder``, object) for each object in it, ordered by path, in pages of 1,000."""
         prefix = _prefix_of(folder)
         for page in self._pages(folder, {} if is_deep else {"Delimiter": "/"}):
             for entry in page.get("Contents") or ():
                 name = entry["Key"][len(prefix) :]
-                if name and not name.endswith("/"):  # consoles make empty objects that stand for folders
+                if name and not name.endswith("/"):  # consoles create empty objects to represent folders
                     yield name, Found(int(entry["Size"]), str(entry["ETag"]))
 
     def folders(self, folder: str) -> Iterator[str]:
@@ -146,7 +146,7 @@ class S3:
                 yield entry["Prefix"][len(prefix) :].rstrip("/")
 
     def _pages(self, folder: str, more: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield a listing of what is below ``folder``, a page of at most 1,000 entries at a time."""
+        """Yield a listing of the objects below ``folder``, in pages of at most 1,000 entries."""
         bucket = folder.partition("/")[0]
         while True:
             page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=_prefix_of(folder), **more)
@@ -156,26 +156,26 @@ class S3:
             more = {**more, "ContinuationToken": page["NextContinuationToken"]}
 
     def has_any(self, folder: str) -> bool:
-        """Whether there is an object in ``folder`` or below it."""
+        """Return whether there is an object in ``folder`` or below it."""
         bucket, _, prefix = f"{folder}/".partition("/")
         page = self._ask("list_objects_v2", folder, Bucket=bucket, Prefix=prefix, MaxKeys=1)
         return bool(page.get("Contents"))
 
     def why_no_bucket(self, path: str) -> str | None:
-        """Return why nothing is and nothing can be below ``path``, where its bucket is the reason; None otherwise."""
+        """Return why nothing can exist below ``path``, if its bucket is the reason; None otherwise."""
         bucket = path.partition("/")[0]
         try:
             self._ask("head_bucket", bucket, Bucket=bucket)
         except FileNotFoundError:
             return f"there is no bucket {bucket!r}"
         except PermissionError:
-            return None  # it may be used all the same
+            return None  # the bucket may still be usable
         return None
 
     def get(self, path: str, begin: int = 0, end: int | None = None, *, etag: str = "") -> bytes:
-        """Return bytes ``begin`` to ``end`` of an object, fewer where it ends before.
+        """Return bytes ``begin`` to ``end`` of an object; fewer if it ends before.
 
-        With ``etag`` only of the object that has this ETag: OSError(ESTALE) where another one is there now.
+        With ``etag`` only the object with this ETag is read: OSError(ESTALE) if it was replaced by another one.
         """
         if end is not None and end <= begin:
             return b""
@@ -188,7 +188,7 @@ class S3:
         return data
 
     def get_ranges(self, path: str, ranges: Sequence[tuple[int, int]], *, etag: str = "") -> list[bytes]:
-        """Return several ranges (first byte, byte after the last), asked for at once; only those that failed are asked again.
+        """Return several ranges (first byte, byte after the last), requested at once; only failed ones are repeated.
 
         ``etag`` as in :meth:`get`.
         """
@@ -226,17 +226,17 @@ class S3:
         return [b"" if data is None else data for data in found]
 
     def put(self, path: str, data: bytes) -> str:
-        """Write an object, whatever is there; return its ETag."""
+        """Write an object, even if one exists; return its ETag."""
         found = self._call("put_object", path, Body=data)
         TRAFFIC.add(uploaded=len(data))
         return str(found["ETag"])
 
     def put_if(self, path: str, data: bytes, *, etag: str | None) -> str | None:
-        """Write an object only if there is none (``etag`` None) or only over the one with this ETag; return the new ETag.
+        """Write an object only if there is none (``etag`` None), or only over the one with this ETag; return the new ETag.
 
-        None where the condition does not hold. A try whose answer was lost has the condition fail for the next one (also
-        aiohttp tries once more where a connection that was kept open has been cut): so what is there is compared, and
-        ``data`` must not be what another process would write.
+        Returns None if the condition does not hold. If the answer to a try is lost, the condition fails for the next try.
+        (aiohttp also repeats a request if a kept-alive connection was cut.) Therefore the object in the store is compared
+        with ``data``, which must differ from what any other process would write.
         """
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         bucket, _, key = path.partition("/")
@@ -247,7 +247,7 @@ class S3:
             except FileNotFoundError:
                 if etag is None:
                     raise
-                return None  # it is gone, so it is not the one that was meant
+                return None  # the object is gone, so it cannot have this ETag
             except OSError as error:
                 if not is_refused(error):
                     raise
@@ -277,7 +277,7 @@ class S3:
     # ---- uploads in parts ----
 
     def list_uploads(self, folder: str) -> Iterator[tuple[str, str]]:
-        """Yield (name, upload id) of the uploads to objects directly in ``folder`` that were neither finished nor given up."""
+        """Yield (name, upload id) of the unfinished uploads to objects directly in ``folder``."""
         bucket, _, prefix = f"{folder}/".partition("/")
         more: dict[str, Any] = {}
         while True:
@@ -291,11 +291,11 @@ class S3:
             more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def begin_upload(self, path: str) -> str:
-        """Begin an upload in parts, each with its SHA-256; return its id."""
+        """Begin an upload in parts, each of them with a SHA-256; return its id."""
         return str(self._call("create_multipart_upload", path, ChecksumAlgorithm="SHA256")["UploadId"])
 
     def list_parts(self, path: str, upload: str) -> dict[int, UploadedPart] | None:
-        """Return the parts that an upload has, by number; None where there is no such upload."""
+        """Return the parts of an upload, by number; None if the upload does not exist."""
         parts: dict[int, UploadedPart] = {}
         more: dict[str, Any] = {}
         while True:
@@ -312,7 +312,7 @@ class S3:
             more = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def upload_part(self, path: str, upload: str, number: int, data: bytes) -> UploadedPart:
-        """Send a part; the store compares it with its SHA-256."""
+        """Send a part with its SHA-256, which the store checks."""
         sha256 = hashlib.sha256(data).digest()
         found = self._call(
             "upload_part",
@@ -328,7 +328,7 @@ class S3:
     def copy_part(
         self, path: str, upload: str, number: int, source: str, *, begin: int, end: int, etag: str
     ) -> UploadedPart:
-        """Let the store copy bytes ``begin`` to ``end`` of ``source`` into a part, if its ETag still is ``etag``."""
+        """Make the store copy bytes ``begin`` to ``end`` of ``source`` into a part, if its ETag is still ``etag``."""
         bucket, _, key = source.partition("/")
         found = self._call(
             "upload_part_copy",
@@ -344,7 +344,7 @@ class S3:
         return UploadedPart(number, _bare(found["ETag"]), end - begin, sha256)
 
     def complete_upload(self, path: str, upload: str, parts: Sequence[UploadedPart]) -> None:
-        """Make an object of the parts."""
+        """Assemble the object from the parts."""
         listed = [
             {"PartNumber": part.number, "ETag": part.etag}
             | ({"ChecksumSHA256": base64.b64encode(part.sha256).decode()} if part.sha256 else {})
@@ -362,14 +362,14 @@ class S3:
                     UploadId=upload,
                     MultipartUpload={"Parts": listed},
                 )
-            except FileNotFoundError:  # where an earlier try did it, and its answer was lost, the upload is gone
+            except FileNotFoundError:  # an earlier try may have succeeded and its answer been lost
                 if not is_again or self.head(path).size != size:
                     raise
 
         self._ask_again(ask, path)
 
     def abort_upload(self, path: str, upload: str) -> None:
-        """Give an upload up; its parts go. Nothing where there is no such upload."""
+        """Abort an upload and remove its parts. Does nothing if the upload does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self._call("abort_multipart_upload", path, UploadId=upload)
 

@@ -1,4 +1,4 @@
-"""Requests to an S3 store that hold under a condition alone, and how the answer is known that it does not hold."""
+"""Conditional requests to an S3 store, and how to recognize that the condition does not hold."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import fsspec.asyn
 
 
 def get_matching(fs: Any, path: str, ranges: Sequence[tuple[int, int]], etag: str) -> list[Any]:
-    """Return ranges (first byte, byte after the last) of the object that has this ETag, asked for at once.
+    """Return ranges (first byte, byte after the last) of the object that has this ETag, requested at once.
 
-    Each outcome is bytes, or the exception of that request. s3fs's own methods take no conditions.
+    Each result is bytes, or the exception of that request. s3fs's own methods take no conditions.
     """
     bucket, _, key = path.partition("/")
 
@@ -31,7 +31,7 @@ def get_matching(fs: Any, path: str, ranges: Sequence[tuple[int, int]], etag: st
 
 
 def is_refused(error: BaseException) -> bool:
-    """Whether a request was answered with: its condition does not hold."""
+    """Return whether the store answered that the condition of a request does not hold."""
     cause = error.__cause__
     response = getattr(cause, "response", None) or getattr(error, "response", None)
     if isinstance(error, FileExistsError):

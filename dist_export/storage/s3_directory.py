@@ -1,4 +1,4 @@
-"""A directory of an S3 store: requests of our own, conditional writes, listings for many files at once."""
+"""A directory of an S3 store, with its own requests: conditional writes, and listings for many files at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_export.storage.s3_reader import S3Reader
 from dist_export.storage.s3_upload import put_file
 
 _FEW_FILES = 8
-"""So many are asked for one by one: the directory may hold thousands of others."""
+"""Fewer files than this are requested one by one, because the directory may hold thousands of others."""
 
 
 class S3Directory(FsspecDirectory):
@@ -52,7 +52,7 @@ class S3Directory(FsspecDirectory):
         return FileStat(*self.s3.head(self.join(name)))
 
     def find_many(self, names: Iterable[str]) -> dict[str, FileStat]:
-        """Return what :meth:`stat_many` does, without those that are missing: a request for each thousand that are there."""
+        """Return the same as :meth:`stat_many` without missing files; one request for each thousand objects in the directory."""
         wanted = list(names)
         if len(wanted) < _FEW_FILES:
             return super().find_many(wanted)
@@ -68,15 +68,15 @@ class S3Directory(FsspecDirectory):
         return S3Reader(self.describe(name), self.s3, self.join(name))
 
     def _make(self) -> None:
-        """Nothing: a prefix is there once an object has it, and to make a bucket is not ours."""
+        """Do nothing: a prefix exists once an object has it, and buckets are not created here."""
 
     def _write(self, name: str, data: bytes) -> None:
-        self.s3.put(self.join(name), data)  # whole or not at all: there is nothing to take back
+        self.s3.put(self.join(name), data)  # whole or not at all, so there is nothing to remove
 
     def write_if(self, name: str, data: bytes, *, version: str | None) -> str | None:
         """Write an object only if there is none (``version`` None), or only over the one of this version.
 
-        Returns the new version, None where the condition does not hold. ``data`` must be this process's own: where the
+        Returns the new version, or None if the condition does not hold. ``data`` must be unique to this process: if the
         answer to a first try is lost, an object with the same content counts as written.
         """
         where = self.describe(name)
@@ -84,11 +84,11 @@ class S3Directory(FsspecDirectory):
             return self.s3.put_if(self.join(name), data, etag=version)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a small object unless there is one of this name; return whether it was written."""
+        """Write a small object unless one of this name exists; return whether it was written."""
         return self.write_if(name, data, version=None) is not None
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
-        """Put a local file here under ``name``, in parts; ``note_progress`` is called after each."""
+        """Put a local file here under ``name``, in parts; ``note_progress`` is called after each part."""
         put_file(self.s3, local, self.join(name), note_progress=note_progress)
 
     def _remove(self, name: str) -> None:
@@ -98,6 +98,6 @@ class S3Directory(FsspecDirectory):
         self.s3.delete_tree(self.join(name))
 
     def why_not_there(self) -> str | None:
-        """Return that there is no such bucket, where that is so."""
+        """Return that the bucket does not exist, if that is the case."""
         with naming_any(self.url):
             return self.s3.why_no_bucket(self.path)

@@ -1,4 +1,4 @@
-"""Objects of S3 read at positions: few requests for what lies close together, several at a time for what is long."""
+"""Read objects of S3 at positions: ranges close together share a request, and a long range is fetched in parallel."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dist_export.storage.range_reader import WINDOW_BYTES, RangeReader
 from dist_export.storage.s3 import S3
 
 _HEAD_BYTES = 64 << 10
-"""What the first small read brings along: most headers are shorter."""
+"""How much the first small read fetches: most headers are shorter."""
 _REQUEST_BYTES = 4 << 20
-"""Of one request: longer ones gain nothing, and several at a time do."""
+"""Size of one request. Longer ones are not faster; several at once are."""
 _REQUESTS_AT_ONCE = 16
 _NEAR_BYTES = 64 << 10
-"""A gap that is read along, because another request would take longer."""
+"""A gap up to this size is read too, because another request would take longer."""
 
 
 class S3Reader(RangeReader):
-    """An object of S3. The first read brings along what lies behind it, so that a header takes one request."""
+    """An object of S3. The first read also fetches the bytes after it, so that a header takes one request."""
 
     def __init__(self, where: str, s3: S3, path: str, *, etag: str = "") -> None:
-        """Ask nothing yet: the first read says whether it is there. With ``etag``, only that version of it is read."""
+        """Send no request yet: the first read fails if the object is missing. With ``etag``, only that version is read."""
         self.where = where
         self._s3 = s3
         self._path = path
         self._etag = etag
         self._head = b""
-        """The first bytes of the object, once any of them was asked for."""
+        """The first bytes of the object, once one of them was read."""
 
     @property
     def is_ranged(self) -> bool:
@@ -36,9 +36,9 @@ class S3Reader(RangeReader):
         return True
 
     def read_many(self, ranges: Sequence[tuple[memoryview, int]]) -> None:
-        """Fill several views, each from its byte on, in any order. EndedError where the object ends before one's end.
+        """Fill several views, each from its own byte on, in any order. EndedError if the object ends before one is full.
 
-        Ranges that nearly touch are read as one, and several are asked for at once.
+        Ranges that are close together are read as one, and several requests are sent at once.
         """
         if len(ranges) < 2:
             super().read_many(ranges)
@@ -60,7 +60,7 @@ class S3Reader(RangeReader):
             ACTIVITY.end()
 
     def fetch(self, begin: int, end: int) -> bytes:
-        """Return a range, its pieces asked for at once. EndedError where the object ends before."""
+        """Return a range; its pieces are requested at once. EndedError if the object ends before the range does."""
         pieces = [(first, min(first + _REQUEST_BYTES, end)) for first in range(begin, end, _REQUEST_BYTES)]
         with naming_any(self.where):
             found = self._s3.get_ranges(self._path, pieces, etag=self._etag)
@@ -78,7 +78,7 @@ class S3Reader(RangeReader):
         if done:
             view[: len(done)] = done
         if len(done) < len(view):
-            if self._head and len(self._head) < _HEAD_BYTES:  # the object is that short
+            if self._head and len(self._head) < _HEAD_BYTES:  # the whole object is in the head
                 raise self.ended(max(len(self._head), offset), end - max(len(self._head), offset))
             view[len(done) :] = self.fetch(offset + len(done), end)
 
@@ -86,7 +86,7 @@ class S3Reader(RangeReader):
 def _group_ranges(
     ranges: Sequence[tuple[memoryview, int]],
 ) -> Iterator[list[tuple[int, int, list[int]]]]:
-    """Yield what to ask for at once: (first byte, byte after the last, which of ``ranges`` lie in it)."""
+    """Yield groups of requests to send at once: (first byte, byte after the last, indices of ``ranges`` inside it)."""
     group: list[tuple[int, int, list[int]]] = []
     num_bytes = 0
     for number in sorted(range(len(ranges)), key=lambda number: ranges[number][1]):

@@ -1,4 +1,4 @@
-"""A local file put up to S3, and the checksum that a store keeps of an object that came in parts."""
+"""Upload a local file to S3, and compute the checksum that a store keeps of an object uploaded in parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE_PART_BYTES = 8 << 20
 
 
 def put_file(s3: S3, local: str, path: str, *, note_progress: Callable[[], None]) -> None:
-    """Put a local file up in parts, two at a time; on an error nothing of it stays."""
+    """Upload a local file in parts, two at a time; on an error nothing of it stays."""
     size = os.path.getsize(local)
     part_bytes = _FILE_PART_BYTES
     while -(-size // part_bytes) > MAX_PARTS:
@@ -42,6 +42,6 @@ def put_file(s3: S3, local: str, path: str, *, note_progress: Callable[[], None]
 
 
 def composite_checksum(sha256s: Sequence[bytes]) -> str:
-    """Return the checksum that a store keeps of an object that was uploaded in parts, from those of its parts."""
+    """Return the checksum that a store keeps of an object uploaded in parts, from the SHA-256 of each part."""
     whole = hashlib.sha256(b"".join(sha256s)).digest()
     return f"{base64.b64encode(whole).decode()}-{len(sha256s)}"

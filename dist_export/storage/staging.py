@@ -24,8 +24,8 @@ def _note_progress() -> None:
 class Staging:
     """Where output files are built before they get their final names. Every process builds its own for one target.
 
-    On a local target the file grows beside its final place under a temporary name, so a rename publishes it. For other
-    stores it grows in a local temporary directory, which ranks share that see the same disk, and is put up whole.
+    On a local target the file is built beside its final path under a temporary name, so a rename publishes it. For other
+    stores it is built in a local temporary directory, then uploaded whole. Ranks that see the same disk share that directory.
     """
 
     def __init__(self, target: Directory) -> None:
@@ -34,18 +34,18 @@ class Staging:
 
     @functools.cached_property
     def _temporary(self) -> str | None:
-        """The local directory for another store's files; made when first asked for, in a step that may fail."""
+        """The local directory for another store's files. It is made at the first use, in a step that may fail."""
         return None if self._target.is_local else self.make()
 
     def make(self) -> str:
-        """Make a local directory for another store's files, which :meth:`close` removes, and return it."""
+        """Make and return a local directory for another store's files; :meth:`close` removes it."""
         if not self._made:
             self._made = tempfile.mkdtemp(prefix=_PREFIX)
         return self._made
 
     def join(self, folder: str) -> None:
         """Build files in a directory that this or another rank has made."""
-        self.__dict__["_temporary"] = folder  # the cached property's place
+        self.__dict__["_temporary"] = folder  # where the cached property keeps its value
 
     def path(self, name: str) -> str:
         """Return the local path under which ``name`` is being built."""
@@ -62,10 +62,10 @@ class Staging:
         return is_in_memory(self._target.path if self._temporary is None else self._temporary)
 
     def check_room(self, num_bytes: int) -> None:
-        """Refuse to begin on a tmpfs that has not got so many bytes left; other file systems tell in :meth:`create`.
+        """Refuse to begin if the target is a tmpfs without enough space; :meth:`create` checks other file systems.
 
         Raises:
-            TransferError: no space.
+            TransferError: less than ``num_bytes`` bytes are free.
         """
         if not self._is_in_memory:
             return
@@ -79,17 +79,17 @@ class Staging:
             )
 
     def create(self, name: str, num_bytes: int, *, has_holes: bool = False) -> None:
-        """Make an empty file of ``num_bytes`` with its space reserved, so that a full disk shows at once.
+        """Make an empty file of ``num_bytes`` and reserve its space, so that a full disk is reported at once.
 
-        Where the file system cannot reserve, the file is only given its size, and a full disk shows while it is filled.
-        So on a tmpfs, where reserving costs as much as writing (:meth:`check_room` looks there), and where the file
+        The file is only given its size, and a full disk is noticed while it is filled, in three cases: the file system
+        cannot reserve; it is a tmpfs, where reserving costs as much as writing (:meth:`check_room` checks it); the file
         ``has_holes`` that are not filled.
 
         Raises:
             TransferError: no space.
         """
         path = self.path(name)
-        self.remove(name)  # whatever is there, a link into the checkpoint included, must not be written through
+        self.remove(name)  # an existing file, for example a link into the checkpoint, must not be written to
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         ACTIVITY.begin(path)
         try:
@@ -105,10 +105,10 @@ class Staging:
             ) from error
         finally:
             ACTIVITY.end()
-            close_quietly(fd)  # there is nothing in it yet
+            close_quietly(fd)  # the file has no content yet
 
     def remove(self, name: str) -> None:
-        """Remove a file that is being built, if there is one."""
+        """Remove a file that is being built, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(name))
 
@@ -122,6 +122,6 @@ class Staging:
                 os.unlink(self.path(name))
 
     def close(self) -> None:
-        """Remove the local directory that this process has made, if there is one."""
+        """Remove the local directory that this process has made, if it made one."""
         if self._made:
             shutil.rmtree(self._made, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What this process has exchanged with object stores, counted."""
+"""Count what this process exchanges with object stores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import Counter
 
 
 class Traffic:
-    """What this process has exchanged with object stores. Any thread."""
+    """Counts of what this process has exchanged with object stores. Any thread."""
 
     NAMES = ("downloaded", "uploaded", "copied", "requests", "retries")
-    """Bytes of objects that came here, went from here, and were copied within the store; requests; those tried again."""
+    """Bytes downloaded, uploaded and copied within the store; number of requests; number of retries."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class Traffic:
             return {name: self._counts[name] for name in self.NAMES}
 
     def since(self, before: dict[str, int]) -> dict[str, int]:
-        """Return what has been added since a snapshot."""
+        """Return how much the counts have grown since a snapshot."""
         return {name: count - before[name] for name, count in self.snapshot().items()}
 
 

@@ -1,4 +1,4 @@
-"""URLs of directories: checked, and opened by the back end that fits."""
+"""Check URLs of directories, and open them with the right back end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STORES = tuple(sorted({"file", "memory", *_PACKAGES}))
 
 
 def known_protocols() -> set[str]:
-    """Return the protocols of all fsspec URLs that could be opened, those whose package is missing included."""
+    """Return the protocols of all fsspec URLs that could be opened, even if their package is missing."""
     return {*fsspec.available_protocols(), *fsspec.registry}
 
 
@@ -46,12 +46,12 @@ def open_directory(
     follow_links: bool = False,
     is_file: bool = False,
 ) -> Directory:
-    """Return the directory at ``url``, which need not be there. Touches nothing.
+    """Return the directory at ``url``, which need not exist. Sends no request.
 
-    With ``is_file`` the URL is a file's: its directory is taken to hold that file alone, whatever else lies there.
+    With ``is_file`` the URL names a file: its directory then shows only that file, whatever else it holds.
 
     Raises:
-        ConfigError: a URL, or options, that no store takes; a package that is missing.
+        ConfigError: a URL or options that no store accepts, or a missing package.
     """
     given = os.fspath(url)
     shown = conceal(given)
@@ -78,7 +78,7 @@ def _protocol_of(url: str) -> str:
 
 
 def _reach(given: str, shown: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path on it. ConfigError where there is none."""
+    """Return fsspec's file system for a URL, and the path on it. ConfigError if there is none."""
     if "::" in given:
         # an alias could hide that the target is the source, whose files would then be overwritten
         raise ConfigError(f"{shown}: chained URLs are not taken; give the URL of the store itself")
@@ -99,7 +99,7 @@ def _reach(given: str, shown: str, storage_options: dict[str, Any] | None) -> tu
 def open_place(
     url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None, *, follow_links: bool = False
 ) -> Directory:
-    """Return the directory at ``url``; where a file is there, the directory that it lies in, as if that held it alone."""
+    """Return the directory at ``url``. If ``url`` is a file, return its parent directory, which then shows only that file."""
     directory = open_directory(url, storage_options, follow_links=follow_links)
     if not directory.names_file():
         return directory
