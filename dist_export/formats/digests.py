@@ -1,7 +1,7 @@
-"""Digests of files: of each 64 MiB-aligned chunk, and a root over these, so that several writers or readers share a file.
+"""Digests of files: one of each 64 MiB-aligned chunk, and a root over these. So several writers or readers can share a file.
 
 A digest is written ``<algorithm>:<hex>``; the root is the algorithm over the chunk digests, concatenated in order.
-``none`` stands for no digest, and its text is empty.
+``none`` means no digest, and its text is empty.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ XXH3 = "xxh3"
 SHA256 = "sha256"
 NONE = "none"
 SHA256_PARTS = "sha256-parts"
-"""Of files that an S3 store puts together: the sha256 over those of the parts, whose boundaries are written down."""
+"""For files that an S3 store assembles: the sha256 over the sha256 of each part. The part sizes are recorded."""
 ALGORITHMS = (XXH3, SHA256, "blake3", NONE)
 
 _EXTRA = {"blake3": "blake3"}
-"""Algorithms that need a package of their own, and the extra that installs it."""
+"""Algorithms that need a package of their own -> that package."""
 
 
 class Hasher(Protocol):
-    """What all algorithms have in common."""
+    """The common interface of all algorithms."""
 
     def update(self, data: memoryview, /) -> object:
-        """Take in bytes."""
+        """Add bytes."""
 
     def digest(self) -> bytes:
-        """Return the digest of what was taken in."""
+        """Return the digest of the bytes so far."""
 
 
 def missing_package(algorithm: str) -> str | None:
-    """Return the package that an algorithm needs and that is not installed; None where it can be used."""
+    """Return the package that an algorithm needs and that is not installed; None if the algorithm can be used."""
     package = _EXTRA.get(algorithm)
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
 def start_hash(algorithm: str) -> Callable[[], Hasher]:
-    """Return what makes a new hasher of an algorithm.
+    """Return a function that makes a new hasher of an algorithm.
 
     Raises:
-        PackageError: an algorithm that is unknown, or whose package is missing.
+        PackageError: the algorithm is unknown, or its package is missing.
     """
     if algorithm == XXH3:
         return xxhash.xxh3_128
@@ -65,14 +65,14 @@ def start_hash(algorithm: str) -> Callable[[], Hasher]:
 
 
 def algorithm_of(digest: str) -> str:
-    """Return the algorithm of a digest's text, ``none`` for an empty one."""
+    """Return the algorithm of a digest's text; ``none`` for an empty text."""
     return digest.partition(":")[0] if digest else NONE
 
 
 def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
-    """Return the digest of each chunk; ``pieces`` cover a chunk-aligned range in order, cut anyhow.
+    """Return the digest of each chunk. ``pieces`` cover a chunk-aligned range in order; they may have any length.
 
-    At least one digest: that of no bytes, where there are none.
+    Returns at least one digest: without any bytes, the digest of no bytes.
     """
     new = start_hash(algorithm)
     digests: list[bytes] = []
@@ -94,7 +94,7 @@ def hash_chunks(pieces: Iterable[memoryview], algorithm: str) -> list[bytes]:
 
 
 def hash_whole(pieces: Iterable[memoryview], algorithm: str) -> bytes:
-    """Return the digest of bytes that come in pieces, not cut into chunks."""
+    """Return the digest of bytes that come in pieces, without dividing them into chunks."""
     hasher = start_hash(algorithm)()
     for piece in pieces:
         hasher.update(piece)
@@ -107,7 +107,7 @@ def digest_of_parts(sha256s: Iterable[bytes]) -> str:
 
 
 def root_digest(chunk_digests: Iterable[bytes], algorithm: str = XXH3) -> str:
-    """Return the digest of a file from those of its chunks."""
+    """Return the digest of a file from the digests of its chunks."""
     hasher = start_hash(algorithm)()
     hasher.update(memoryview(b"".join(chunk_digests)))
     return f"{algorithm}:{hasher.digest().hex()}"

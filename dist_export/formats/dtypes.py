@@ -1,7 +1,7 @@
-"""The dtypes that a RecIS safetensors file may hold, and their names in the other worlds.
+"""The dtypes that a RecIS safetensors file may contain, and their names in other libraries.
 
-Source: RecIS's C++ writer and reader, which know these and nothing else. ``bool`` (lower case) is what its writer
-puts down for torch's bool and what neither its own reader nor the safetensors library accepts; ``BOOL`` is right.
+Source: RecIS's C++ writer and reader, which know only these. Its writer names torch's bool ``bool`` (lower case), which
+neither its own reader nor the safetensors library accepts; ``BOOL`` is correct.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES: tuple[Dtype, ...] = (
     Dtype("F64", "float64", "<f8", 8),
     Dtype("F32", "float32", "<f4", 4),
     Dtype("F16", "float16", "<f2", 2),
-    Dtype("BF16", "bfloat16", "<u2", 2),  # numpy has no bfloat16: the bits, as unsigned 16-bit integers
+    Dtype("BF16", "bfloat16", "<u2", 2),  # numpy has no bfloat16: its bits are read as unsigned 16-bit integers
     Dtype("I64", "int64", "<i8", 8),
     Dtype("I32", "int32", "<i4", 4),
     Dtype("I16", "int16", "<i2", 2),
@@ -44,32 +44,32 @@ OTHER_DTYPES: tuple[Dtype, ...] = (
     Dtype("F8_E4M3FNUZ", "float8_e4m3fnuz", "|u1", 1),
     Dtype("F8_E5M2FNUZ", "float8_e5m2fnuz", "|u1", 1),
     Dtype("F8_E8M0", "float8_e8m0fnu", "|u1", 1),
-    Dtype("", "float4_e2m1fn_x2", "|u1", 1),  # two values a byte; the safetensors library counts them one by one, as F4
+    Dtype("", "float4_e2m1fn_x2", "|u1", 1),  # two values in a byte; the safetensors library counts each value, as F4
     Dtype("", "complex32", "<u4", 4),
     Dtype("C64", "complex64", "<c8", 8),
     Dtype("", "complex128", "<c16", 16),
 )
-"""Further ones that a dense parameter of a checkpoint may have, as torch reads them. No table of a package has them.
+"""Further dtypes that a dense parameter of a checkpoint may have, named as in torch. No table of a package has them.
 
 Source: torch 2.13's dtypes of whole bytes, and the names of safetensors 0.8."""
 
 ITEMSIZES: dict[str, int] = {dtype.torch: dtype.itemsize for dtype in (*DTYPES, *OTHER_DTYPES)}
-"""Torch name -> bytes of an element, of each dtype that is read."""
+"""Torch name -> bytes of an element, for each dtype that is read."""
 
 PACKED_BITS: dict[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-"""Safetensors name -> bits of an element, of dtypes whose elements share bytes."""
+"""Safetensors name -> bits of an element, for dtypes whose elements share bytes."""
 
 
 _NAME = re.compile(r"bool|(?:q?u?int|b?float|complex|bits)\d[a-z0-9_]{0,31}")
 
 
 def is_torch_dtype(name: str) -> bool:
-    """Whether ``torch.<name>`` is a dtype by its name: one that torch has, or may have one day."""
+    """Return whether ``torch.<name>`` has the form of a dtype's name, also of a future one."""
     return _NAME.fullmatch(name) is not None
 
 
 def explain_unread(dtype: str) -> str:
-    """Return why a tensor of a dtype (torch's name, or the file's own) is not read; empty where it is."""
+    """Return why a tensor of a dtype (torch's name, or the file's own) is not read; empty if it is read."""
     if dtype in ITEMSIZES:
         return ""
     if dtype.startswith(("qint", "quint")):

@@ -1,7 +1,7 @@
-"""What ``torch.save`` wrote before torch 1.6, or writes when asked to: pickles one behind the other, then storages.
+"""The format of ``torch.save`` before torch 1.6, which it still writes on request: several pickles, then storages.
 
-Source: torch 2.13's ``serialization.py``, ``_legacy_save`` and ``_legacy_load``. Torch reserves what the pickle says of each
-storage before it reads any, so that is held against the length of the file first.
+Source: torch 2.13's ``serialization.py``, ``_legacy_save`` and ``_legacy_load``. Torch allocates the sizes that the pickle
+claims before it reads any storage. Therefore their sum is compared with the length of the file first.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ _VERSION = 1001
 
 
 def load_legacy(raw: bytes | mmap.mmap) -> Any:
-    """Return what a file of the older format describes, as :func:`find_legacy` does."""
+    """Return the object that a file of the older format describes, as :func:`find_legacy` does."""
     return find_legacy(raw)[0]
 
 
 def find_legacy(raw: bytes | mmap.mmap) -> tuple[Any, int]:
-    """Return what a file of the older format describes, and where its payload begins: of each storage eight bytes, values.
+    """Return the object that a file of the older format describes, and where its payload begins.
 
-    As :func:`~dist_export.formats.torch_pickle.load_pickled`; objects of any class are records. Payload is not read.
+    The payload is eight bytes for each storage, then its values. It is not read. As in
+    :func:`~dist_export.formats.torch_pickle.load_pickled`; objects of any class become records.
 
     Raises:
-        PickleError: it is no such file, is damaged, or does not hold the bytes that its storages claim.
+        PickleError: it is no such file, is damaged, or is shorter than its storages claim.
     """
     storages: dict[str, Storage] = {}
 

@@ -1,4 +1,4 @@
-"""The entries of ``manifest.json``, as data. See :mod:`dist_export.manifest` for the whole."""
+"""The entries of ``manifest.json``, as data. :mod:`dist_export.manifest` has the whole manifest."""
 
 from __future__ import annotations
 
@@ -7,78 +7,78 @@ from typing import Annotated
 import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-"""Of rows, bytes or elements: what a file can hold."""
+"""A number of rows, bytes or elements, within the limits of a file."""
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=64)]
 
 
 class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the rows came from."""
+    """Where the rows come from."""
 
     path: str
-    """As the config gave it; where that was a registry's URI or a training run, the checkpoint that it meant."""
+    """The path from the config. If that was a registry's URI or a training run, the checkpoint that it resolved to."""
     format: str
     fingerprint: str
     num_files: Count
     num_bytes: Count
     uri: str | msgspec.UnsetType = msgspec.UNSET
-    """The registry's version, where the checkpoint was named by a registry's URI."""
+    """The version in the registry, if the config named the checkpoint by a registry's URI."""
     step: int | msgspec.UnsetType = msgspec.UNSET
-    """The training step, where the checkpoint was one of a run's."""
+    """The training step, if the checkpoint is one of a run."""
 
 
 class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What a slot's values lost when they were cast, over the rows that the package has."""
+    """The error that casting a slot's values caused, over the rows of the package."""
 
     source_dtype: str
-    """Of the checkpoint; ``int8_rowwise`` where it is a package whose rows have that encoding."""
+    """The dtype in the checkpoint; ``int8_rowwise`` if the source is a package whose rows have that encoding."""
     values: Count
-    """That were cast."""
+    """The number of values that were cast."""
     max_abs_error: float
     mean_abs_error: float
-    """Over the values that fit."""
+    """The mean over the values that fit."""
     nans: Count = 0
     out_of_range: Count = 0
-    """Values that do not fit and were clamped; of NaN only int8 has none, and holds 0."""
+    """Values that do not fit and were clamped. NaN is kept, except in int8, which has no NaN: there it becomes 0."""
 
 
 class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot of a table that was kept, or dropped with ``reason``."""
+    """One slot of a table. It was kept, or dropped for ``reason``."""
 
     name: str
     dtype: str
     """torch's name, such as float32."""
     shape: Shape
-    """Of one row."""
+    """The shape of one row."""
     num_bytes: Count
-    """Of a kept slot in the shards, of a dropped one in the source."""
+    """Bytes in the shards for a kept slot, in the source for a dropped one."""
     reason: str = ""
     encoding: str | msgspec.UnsetType = msgspec.UNSET
-    """``int8_rowwise`` where each row is ``dim`` bytes (uint8), then scale and bias (little-endian float32): a value is
-    ``byte * scale + bias``. Left out where rows are plain values of ``dtype``."""
+    """``int8_rowwise``: each row is ``dim`` bytes (uint8), then scale and bias (little-endian float32); a value is
+    ``byte * scale + bias``. Absent if rows are plain values of ``dtype``."""
     dim: Count | msgspec.UnsetType = msgspec.UNSET
-    """The values of one row, with an encoding; ``shape`` is in bytes then."""
+    """The number of values in one row, if there is an encoding; ``shape`` is in bytes then."""
     cast: CastEntry | msgspec.UnsetType = msgspec.UNSET
-    """Where ``dtype`` is not that of the checkpoint."""
+    """Present if ``dtype`` is not the dtype of the checkpoint."""
     earlier_casts: tuple[CastEntry, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Where the source is a package: the casts that its rows went through before, oldest first, each of the rows then. What
-    they took is not in ``cast``, whose source is what they left."""
+    """If the source is a package: the earlier casts of its rows, oldest first, each over the rows of that time. Their errors
+    are not in ``cast``, which starts from their result."""
 
     @property
     def casts(self) -> tuple[CastEntry, ...]:
-        """All casts that the rows have gone through, oldest first."""
+        """All casts of the rows, oldest first."""
         earlier = () if self.earlier_casts is msgspec.UNSET else self.earlier_casts
         return earlier if self.cast is msgspec.UNSET else (*earlier, self.cast)
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The rows of a table that lie in one file."""
+    """The rows of a table in one file."""
 
     file: str
     slice: str
-    """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END; of a table without ids, rows BEGIN to END of SIZE."""
+    """BEGIN@END@SIZE: the ids with BEGIN <= uint64(id) mod SIZE < END; in a row-indexed table, rows BEGIN to END of SIZE."""
     rows: Count
     first_row: Count | msgspec.UnsetType = msgspec.UNSET
-    """The number of the part's first row, for a table whose rows go by number."""
+    """The number of the part's first row, for a row-indexed table."""
     keys: dict[str, str]
     """Slot -> name of the block in the file."""
 
@@ -90,35 +90,35 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_in: Count
     rows_out: Count
     rows_dropped: dict[str, Count]
-    """Reason -> rows: ``duplicate`` where another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
-    ``allow_list`` where a rule left them behind; ``empty`` where a row of a managed-collision table has no id. A reason that
-    dropped none is not listed."""
+    """Reason -> rows: ``duplicate`` if another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
+    ``allow_list`` for pruned rows; ``empty`` for rows of a managed-collision table without an id. A reason without rows is
+    not listed."""
     misplaced: Count
-    """Rows of the source that lay in another slice than the one that their part claims; 0 in a copy, which refuses them."""
+    """Misplaced rows of the source: rows outside the slice of their part. 0 in a copy, which refuses them."""
     repaired: Count = 0
-    """Of these, rows that are in the right slice now; the rest was dropped."""
+    """Misplaced rows that are in the right slice now; the others were dropped."""
     duplicates: Count = 0
-    """Rows of the source, but those that rules left behind, beyond one for each id."""
+    """Rows of the source beyond one for each id, without pruned rows."""
     id_sum: str
     """Sum of the mixed ids modulo 2**64, in hexadecimal."""
     kept: tuple[SlotEntry, ...]
     dropped: tuple[SlotEntry, ...]
     parts: tuple[PartEntry, ...]
     is_hashed: bool | msgspec.UnsetType = msgspec.UNSET
-    """False where rows go by number: the table has no ids here. Left out, and true, for hash tables."""
+    """False for a row-indexed table: it has no ids here. Absent, which means true, for hash tables."""
     source_name: str | msgspec.UnsetType = msgspec.UNSET
-    """The table's name in the source, where it is another one."""
+    """The table's name in the source, if it differs."""
     default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
-    """What serving is to take for an id that the table has not, where that was said: ``zeros``, or the values of a row."""
+    """What serving must use for an out-of-vocabulary id, if the settings define it: ``zeros``, or the values of a row."""
 
     @property
     def is_row_indexed(self) -> bool:
-        """Whether rows are found by their number, and not by an id."""
+        """Whether rows are found by their row number, and not by an id."""
         return self.is_hashed is False
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A table of the source that the settings left out."""
+    """A table of the source that the settings exclude."""
 
     name: str
     rows: Count
@@ -127,26 +127,26 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PruneEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One rule of ``prune``, as the settings have it, and what it did."""
+    """One rule of ``prune``, as in the settings, and what it did."""
 
     tables: tuple[str, ...]
     reason: str
-    """Under which ``rows_dropped`` counts what it took."""
+    """The reason under which ``rows_dropped`` counts these rows."""
     slot: str | msgspec.UnsetType = msgspec.UNSET
     below: int | float | msgspec.UnsetType = msgspec.UNSET
     norm_at_most: int | float | msgspec.UnsetType = msgspec.UNSET
     deny: str | msgspec.UnsetType = msgspec.UNSET
     allow: str | msgspec.UnsetType = msgspec.UNSET
     ids: Count | msgspec.UnsetType = msgspec.UNSET
-    """In the list."""
+    """The number of ids in the list."""
     ids_digest: str | msgspec.UnsetType = msgspec.UNSET
-    """``xxh3:<hex>``: xxh3-128 over the list's ids as little-endian int64, in order and each once."""
+    """``xxh3:<hex>``: xxh3-128 over the list's ids as little-endian int64, sorted, without duplicates."""
     rows: Count
-    """That it took, of those that earlier rules had left."""
+    """The rows that this rule pruned, among those that earlier rules left."""
 
 
 class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A dense tensor among the sparse files; ``reason`` where it was dropped."""
+    """A dense tensor among the sparse files. If it was dropped, ``reason`` says why."""
 
     name: str
     dtype: str
@@ -155,11 +155,11 @@ class DenseTensorEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartDigest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A part of a file that was put together within an S3 store."""
+    """A part of a file that was assembled within an S3 store."""
 
     num_bytes: Count
     sha256: str
-    """In hexadecimal, as the store has computed it."""
+    """In hexadecimal, as the store computed it."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,11 +169,11 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Relative to the package, with forward slashes."""
     num_bytes: Count
     digest: str
-    """``<algorithm>:<hex>``: the algorithm (xxh3 is xxh3-128, sha256, blake3) over the digests that it gives for the
-    file's chunks of 64 MiB, one behind the other. Empty for a shard that was exported without a digest.
-    ``sha256-parts:<hex>`` is the sha256 over those of ``parts``, one behind the other."""
+    """``<algorithm>:<hex>``: the algorithm (xxh3 is xxh3-128, sha256, blake3) over the concatenated digests of the file's
+    64 MiB chunks, which use the same algorithm. Empty for a shard that was exported without a digest.
+    ``sha256-parts:<hex>`` is the sha256 over the concatenated digests of ``parts``."""
     parts: tuple[PartDigest, ...] | msgspec.UnsetType = msgspec.UNSET
-    """Of a file that an S3 store has copied parts of by itself: its parts in order."""
+    """The parts in order, for a file of which an S3 store copied parts itself."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,7 +182,7 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     dtype: str
     shape: tuple[Count | str, ...]
-    """A free dimension is given by its name; ``batch`` is the first of every input."""
+    """A free dimension is its name. The first dimension of every input is ``batch``."""
 
 
 class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,33 +193,33 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Path of the exported program, relative to the package."""
     archive_format: str
     inputs: tuple[TensorEntry, ...]
-    """In call order; each is a keyword of the program."""
+    """In call order. Each is a keyword argument of the program."""
     outputs: tuple[TensorEntry, ...]
     """In the order in which the program returns them."""
     dropped_inputs: tuple[str, ...]
     max_batch_size: Count
     input_order: tuple[str, ...] = ()
-    """Inputs, dropped ones too, in the order of the sparse arch's mapping, in which the dense arch got them."""
+    """All inputs, dropped ones too, in the order of the sparse arch's mapping, which is how the dense arch got them."""
     constants: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
-    """Entries of that mapping that are no tensors, as Python writes them: they are constants of the program."""
+    """Entries of that mapping that are not tensors, as Python literals. They are constants of the program."""
     torch: str = ""
     """The version of torch that wrote the folder."""
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The sample batch, scored by the written program on rows of the written shards, against the model on the checkpoint's.
+    """The sample batch, scored by the written program on rows of the written shards, and by the model on rows of the checkpoint.
 
-    Where ``reads_rows`` is false, on what the model's sparse arch gave without any row of theirs. The largest differences
-    by output.
+    If ``reads_rows`` is false, both use the outputs of the model's sparse arch, without any row of the shards. The figures
+    are the largest differences, by output.
     """
 
     rows: Count
-    """Of the batch."""
+    """The rows of the batch."""
     reads_rows: bool
-    """Whether any row of the sample was read from the written shards; else only the program comes from files."""
+    """Whether any row of the sample was read from the written shards. If not, only the program comes from files."""
     reference: str = ""
-    """What the program was compared with: as :attr:`ParityEntry.reference`, or ``copy``, the plain copy of the dense arch on
-    rows as serving gets them, where settings change a row of the batch (cast, prune, duplicates)."""
+    """What the program was compared with: as :attr:`ParityEntry.reference`, or ``copy``: the plain copy of the dense arch on
+    rows as serving gets them. ``copy`` is used if settings (cast, prune, duplicates) change a row of the batch."""
     max_abs: dict[str, float]
     max_rel: dict[str, float]
     max_ulp: dict[str, int]
@@ -228,13 +228,13 @@ class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):
 class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The written program against the model: the largest differences over all batch sizes, by output.
 
-    At the size of the whole batch it is compared with the caller's own model on the checkpoint's own rows, at the other sizes
-    with a plain copy of the dense arch.
+    At the size of the whole batch, the reference is the caller's own model on the checkpoint's own rows. At the other sizes
+    it is a plain copy of the dense arch.
     """
 
     reference: str = ""
-    """``model``: what the caller's dense arch returned within ``model(batch)``; ``arches``: what
-    ``dense_arch(sparse_arch(batch))`` gave, where the model did not run as a whole."""
+    """``model``: the output of the caller's dense arch within ``model(batch)``; ``arches``: the output of
+    ``dense_arch(sparse_arch(batch))``, if the model did not run as a whole."""
     batch_sizes: tuple[int, ...]
     atol: float
     rtol: float
@@ -246,11 +246,11 @@ class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccountTensor(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A tensor of the source in no table of the package, and what became of it."""
+    """A tensor of the source that is in no table of the package, and what happened to it."""
 
     name: str
     dtype: str
-    """torch's name; empty where it is not known."""
+    """torch's name; empty if it is not known."""
     shape: Shape
     num_bytes: Count
     fate: str
@@ -259,24 +259,24 @@ class AccountTensor(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class AccountEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of each tensor and byte of the source's payload: the four parts add up to ``num_bytes``."""
+    """What happened to each tensor and byte of the source's payload: the four parts add up to ``num_bytes``."""
 
     tensors: Count
     num_bytes: Count
-    """Of all tensors, as dtypes and shapes say."""
+    """Bytes of all tensors, computed from dtypes and shapes."""
     exported: Count
-    """In the shards; where rows are cast to a wider dtype, the bytes that they had in the source."""
+    """Bytes in the shards. If rows are cast to a wider dtype, the bytes that they had in the source."""
     in_program: Count
     dropped: dict[str, Count]
-    """Reason -> bytes: those of slots and dense tensors, those of ``rows_dropped``, and ``cast``: what a narrower dtype saves."""
+    """Reason -> bytes of slots, dense tensors and the rows of ``rows_dropped``; ``cast``: bytes that a narrower dtype saves."""
     left_out: dict[str, Count]
-    """Reason -> bytes: a setting, ``no_model``, ``not_served``, or a phrase."""
+    """Reason -> bytes. The reason is a setting, ``no_model``, ``not_served``, or a phrase."""
     others: tuple[AccountTensor, ...]
-    """All that is in no table, by name."""
+    """All tensors that are in no table, by name."""
 
     @property
     def total(self) -> int:
-        """What the four parts add up to."""
+        """The sum of the four parts."""
         return self.exported + self.in_program + sum(self.dropped.values()) + sum(self.left_out.values())
 
 
@@ -287,11 +287,11 @@ class DriftOutputEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Largest absolute difference of two finite values."""
     mean_abs: float
     pairs: Count
-    """Pairs of rows of a batch, within a column of the output, that differ on both sides."""
+    """Pairs of rows of a batch, within a column of the output, whose values differ in both the package and the model."""
     pairs_swapped: Count
-    """Of these, pairs whose order is another one."""
+    """Pairs of these whose order changes."""
     not_finite: Count = 0
-    """Values that are infinite or NaN on one side alone; they are in no other figure."""
+    """Values that are infinite or NaN on one side only; no other figure includes them."""
 
 
 class DriftEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,9 +299,9 @@ class DriftEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     batches: Count
     rows: Count
-    """Of these batches."""
+    """The rows of these batches."""
     outputs: dict[str, DriftOutputEntry]
     skipped: Count = 0
-    """Batches whose blocks have another shape than the program takes, so that it cannot score them."""
+    """Batches that the program cannot score, because their blocks have a different shape from the one that it takes."""
     not_measured: str | msgspec.UnsetType = msgspec.UNSET
-    """Why there are no figures: the model has read rows that the export could not give it, so both sides had its own."""
+    """Why there are no figures: the model read rows that the export could not replace, so both sides used its own rows."""

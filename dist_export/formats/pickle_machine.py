@@ -1,42 +1,42 @@
-"""A pickle read without running any of it, and without more memory or time than its length warrants.
+"""Read a pickle without running any of it, with memory and time in proportion to its length.
 
-Python's own reader builds whatever a pickle describes: a few bytes make it hash a key of 2^60 parts, or reserve gigabytes
-for an index that nothing uses. This one knows protocols 2 to 5 as they are written today (source: the opcodes that
-``pickletools`` of the standard library documents). Every step costs a bounded amount: numbers, texts and containers become
-what they are, each name becomes what the caller's ``find`` gives for it, and a call is made of that alone. Nothing is
-imported, no key is hashed whose hash was not bounded first, and sets are not built at all.
+Python's own reader builds everything that a pickle describes: a few bytes make it hash a key of 2^60 parts, or reserve
+gigabytes for an index that nothing uses. This reader knows protocols 2 to 5 as they are written today (source: the opcodes
+that ``pickletools`` of the standard library documents). Every step has a bounded cost. Numbers, texts and containers become
+Python values. Each name becomes the value that the caller's ``find`` returns for it, and only such values are called.
+Nothing is imported, no key is hashed before its cost is bounded, and sets are never built.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # what Python itself reads names of protocol 2 with
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python's own mapping of names of protocol 2
 from collections.abc import Callable
 from typing import Any
 
 _MAX_ARGUMENTS = 64
 _MAX_NAME = 1_000
 _MAX_KEY = 1 << 16
-"""Of a text, in characters. Two long texts that are equal are compared to their ends, each time one is a key."""
+"""Limit of a text, in characters. Each time a text is a key, it is compared with equal texts to the end."""
 _MAX_KEY_PARTS = 64
 _MAX_KEY_TEXT = 4_096
-"""Of a tuple that is a key: its parts, and the characters in them."""
+"""Limits of a tuple that is a key: its parts, and the characters in them."""
 _MAX_COLLISIONS = 16
-"""Different keys of one hash. Numbers and tuples of one hash are easily made, and looking up one compares it with all."""
+"""Limit of different keys with one hash. Such keys are easy to make, and each lookup compares a key with all of them."""
 _HASH_BITS = 61
-"""Python's hash of a smaller whole number is that number."""
+"""Python's hash of a smaller integer is that integer."""
 _MAX_INT_BYTES = 64
 
 _U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 
 
 class PickleError(ValueError):
-    """The pickle is damaged, or says what nothing that is read here says. The text is the middle of a sentence."""
+    """The pickle is damaged, or contains something that this reader does not support. The text is the middle of a sentence."""
 
 
 class _CallerError(Exception):
-    """What the caller's own function raised, and what here would be a sign of damage: it is a bug, and stays one."""
+    """Wraps an exception of the caller's own function that would mean damage here. It is a bug, and must stay visible."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -44,22 +44,22 @@ class _CallerError(Exception):
 
 
 _SIGNS = (IndexError, struct.error)
-"""Raised here where a pickle ends too early, or takes what is not there."""
+"""Exceptions that are raised here if a pickle ends too early, or takes a value that is not there."""
 
 
 class Global:
-    """What a pickle names: a class or a function, which only stands here."""
+    """A class or a function that a pickle names; the object only represents the name."""
 
     __slots__ = ("make", "name")
 
     def __init__(self, name: str, make: Callable[..., Any] | None = None) -> None:
-        """``make`` is called, with the pickle's own arguments, where the pickle makes an object of the name."""
+        """Keep the name. ``make`` is called with the pickle's own arguments, when the pickle makes an object of the name."""
         self.name = name
         self.make = make
 
 
 class Record:
-    """An object of a class that only its name is known of."""
+    """An object of a class of which only the name is known."""
 
     __slots__ = ("arguments", "kind", "state")
 
@@ -67,16 +67,16 @@ class Record:
         self.kind = kind
         self.arguments = arguments
         self.state: Any = None
-        """What it was restored from; a reference to it, so that no copy is made."""
+        """The state that it was restored from, by reference, so that no copy is made."""
 
 
 def recorded(name: str) -> Global:
-    """Return a name whose objects are records."""
+    """Return a global whose objects become records."""
     return Global(name, lambda *arguments: Record(name, arguments))
 
 
 class Machine:
-    """Reads one pickle, from ``start`` on in ``raw``. After it, ``end`` is the position behind it."""
+    """Reads one pickle, from ``start`` on in ``raw``. Afterwards ``end`` is the position behind it."""
 
     def __init__(
         self,
@@ -89,8 +89,8 @@ class Machine:
         """Read nothing yet.
 
         Args:
-            find: what a name (module, name) stands for: a :class:`Global`, or any value. PickleError where it is refused.
-            persistent: what a reference out of the pickle (its id, of any kind) stands for. None refuses all.
+            find: returns the value for a name (module, name): a :class:`Global`, or any value. PickleError if it is refused.
+            persistent: returns the value for a reference out of the pickle (its id, of any kind). None refuses all.
         """
         self.raw = raw
         self.start = start
@@ -103,11 +103,11 @@ class Machine:
         self._protocol = 0
 
     def load(self) -> Any:
-        """Return what the pickle describes. It may be nested without bounds, and one container may lie in many places.
+        """Return the object that the pickle describes. It may be nested without limit, and may contain one container many times.
 
         Raises:
-            PickleError: it is damaged, cut short, of another protocol, or names, calls or hashes what it may not. Whatever else
-                the caller's functions raise passes through.
+            PickleError: it is damaged, cut short, of another protocol, or names, calls or hashes something that is not
+                allowed. Other exceptions of the caller's functions pass through.
         """
         try:
             return self._load()
@@ -117,19 +117,19 @@ class Machine:
             raise caught.error from None
 
     def charge(self, amount: int) -> None:
-        """Count ``amount`` members or bytes that a call copies. PickleError where more are copied than the pickle is long."""
+        """Count ``amount`` members or bytes that a call copies. PickleError if the total is out of proportion to the length."""
         self._allowance -= amount
         if self._allowance < 0:
             raise PickleError("copies the same content again and again; it is made to take for ever")
 
     def charge_state(self, state: Any) -> None:
-        """Count what an object is restored from, where each attribute is set by itself."""
+        """Count the state that an object is restored from, because each attribute is set separately."""
         for attributes in state if type(state) is tuple and len(state) == 2 else (state,):
             if type(attributes) is dict:
                 self.charge(4 * len(attributes))
 
     def check_key(self, key: Any) -> None:
-        """Refuse a key whose hash or comparison could take for ever. PickleError."""
+        """Refuse a key whose hash or comparison could take very long. PickleError."""
         kind = type(key)
         if kind is str or kind is bytes:
             if len(key) > _MAX_KEY:
@@ -186,7 +186,7 @@ class Machine:
                 self.charge_state(state)
                 if type(restored) is Record and restored.state is None:
                     restored.state = state
-                elif type(restored) is not dict:  # an OrderedDict's own attributes are of no interest
+                elif type(restored) is not dict:  # an OrderedDict's own attributes are not used
                     raise PickleError(f"restores a {type(restored).__name__}, or one object twice")
             elif opcode == 0x7D:  # EMPTY_DICT
                 stack.append({})
@@ -244,7 +244,7 @@ class Machine:
             self._memo.append(value)
         elif place < len(self._memo):
             self._memo[place] = value
-        else:  # Python's reader would make room for all that are left out
+        else:  # Python's reader would reserve memory for all numbers in between
             raise PickleError(f"numbers what it repeats {place:,} after {len(self._memo):,}")
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -262,7 +262,7 @@ class Machine:
             key = items[place]
             if type(key) is not str or len(key) > _MAX_KEY:
                 self.check_key(key)
-            if type(target) is dict:  # what is set in an object of another class is of no interest
+            if type(target) is dict:  # items of other classes are not used
                 target[key] = items[place + 1]
 
     def _name(self, module: Any, name: Any) -> Any:
@@ -279,12 +279,12 @@ class Machine:
         return self._found[key]
 
     def _rare(self, opcode: int, stack: list[Any]) -> list[Any]:
-        """Do what a rare opcode says; return the stack that goes on."""
+        """Run a rare opcode; return the stack to continue with."""
         if opcode in _PUSHED:
             stack.append(_PUSHED[opcode]())
         elif opcode == 0x32:  # DUP
             stack.append(stack[-1])
-        elif opcode == 0x30:  # POP, which takes a mark where that is on top
+        elif opcode == 0x30:  # POP; it removes a mark if that is on top
             if not stack:
                 return self._below.pop()
             stack.pop()
@@ -311,7 +311,7 @@ class Machine:
         return stack
 
     def _close(self, opcode: int, items: list[Any]) -> list[Any]:
-        """Do what an opcode says that takes all ``items`` down to the last mark; return the stack below it."""
+        """Run an opcode that takes all ``items`` down to the last mark; return the stack below it."""
         if opcode not in _CLOSING:
             raise PickleError(f"has the opcode {opcode:#04x}, which no such file has")
         stack = self._below.pop()
@@ -328,12 +328,12 @@ class Machine:
     def _extend(self, target: Any, items: list[Any]) -> None:
         if type(target) is list:
             target.extend(items)
-        elif type(target) is not Record:  # as for items of a dict
+        elif type(target) is not Record:  # items of other classes are not used, as in _set_items
             raise PickleError(f"appends to a {type(target).__name__}")
 
 
 def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of the caller's."""
+    """Call a function of the caller."""
     try:
         return function(*arguments)
     except _SIGNS as error:
@@ -341,7 +341,7 @@ def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _measure_key(key: tuple[Any, ...]) -> None:
-    """Refuse a tuple with many parts, counted as often as they are in it, or with long ones."""
+    """Refuse a tuple with too many parts, counting repeated ones each time, or with too long ones."""
     waiting: list[Any] = [key]
     parts = length = 0
     while waiting:
@@ -386,7 +386,7 @@ _READ: dict[int, tuple[struct.Struct | int, Callable[[bytes], Any]]] = {
     0x8A: (_U8, _integer),  # LONG1
     0x8B: (_U32, _integer),  # LONG4
 }
-"""Opcode -> (bytes that follow, or how their number is written; what is made of them)."""
+"""Opcode -> (number of bytes that follow, or the format of that number; function that converts them)."""
 
 _PUSHED: dict[int, Callable[[], Any]] = {
     0x5D: list,

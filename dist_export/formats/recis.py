@@ -1,6 +1,6 @@
 """Names, slices and index files of a RecIS directory. Pure: strings and numbers in and out.
 
-Source: RecIS's C++ writer and reader (1.0 to 1.2) and the checkpoints that they leave.
+Source: RecIS's C++ writer and reader (1.0 to 1.2), and checkpoints that they wrote.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ INDEX = "index"
 TENSORKEY = "tensorkey.json"
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 FILTER_STEP = "@filter_global_step"
-"""Ends the name of the step of RecIS's filter hook in ``model.pt``: ``<child>@filter_global_step``, int64, shape [1]."""
+"""End of the name under which RecIS's filter hook saves its step in ``model.pt``: ``<child>@filter_global_step``, int64, [1]."""
 DENSE_STATE = "model.pt"
 DENSE_SUFFIX = "^ "
-"""Ends the key of every dense tensor among the sparse files: a caret and one space."""
+"""End of the key of every dense tensor among the sparse files: a caret and one space."""
 
 _MAX_NAME_BYTES = 200
 
 ID_SLOT = "id"
 EMBEDDING_SLOT = "embedding"
 CHILD_BITS = 52
-"""A coalesced table keeps its child's index in the 12 bits above these, in memory only."""
+"""A coalesced table keeps its child's index in the 12 bits above these, but only in memory."""
 
 
 class Slice(NamedTuple):
@@ -40,22 +40,22 @@ class Slice(NamedTuple):
 
 
 def parse_slice(text: str) -> Slice | None:
-    """Parse ``BEGIN@END@SIZE``, zero-padded or not. None where it is no slice or an impossible one."""
+    """Parse ``BEGIN@END@SIZE``, zero-padded or not. Return None if it is no slice, or an impossible one."""
     numbers = text.split("@")
     if len(numbers) != 3 or not all(number.isascii() and number.isdigit() and len(number) < 32 for number in numbers):
-        return None  # Python refuses to convert thousands of digits
+        return None  # the length is limited because Python refuses to convert thousands of digits
     found = Slice(*(int(number) for number in numbers))
     return found if 0 <= found.begin <= found.end <= found.size < 1 << 62 and found.size > 0 else None
 
 
 def format_slice(part: Slice) -> str:
-    """Return the slice as RecIS writes it, begin and end padded to the width of the size."""
+    """Return the slice as RecIS writes it: begin and end are padded to the width of the size."""
     width = len(str(part.size))
     return f"{part.begin:0{width}}@{part.end:0{width}}@{part.size}"
 
 
 def split_evenly(size: int, num_shards: int) -> np.ndarray:
-    """Return the ``num_shards + 1`` boundaries (int64) of RecIS's ``gen_slice``: the first shards take the rest."""
+    """Return the ``num_shards + 1`` boundaries (int64) of RecIS's ``gen_slice``: the first shards get the remainder."""
     quotient, rest = divmod(size, num_shards)
     shard = np.arange(num_shards + 1, dtype=np.int64)
     boundaries: np.ndarray = shard * quotient + np.minimum(shard, rest)
@@ -63,9 +63,9 @@ def split_evenly(size: int, num_shards: int) -> np.ndarray:
 
 
 def places_of(ids: np.ndarray, size: int) -> np.ndarray:
-    """Return ``uint64(id) mod size`` (uint64) of int64 ids: the place that decides which slice owns a row."""
+    """Return ``uint64(id) mod size`` (uint64) of int64 ids. It decides which slice owns a row."""
     unsigned = ids.view(np.uint64)
-    if size & (size - 1) == 0:  # a mask costs a tenth of a division, and RecIS's own size is 65536
+    if size & (size - 1) == 0:  # a mask takes a tenth of the time of a division, and RecIS's own size is 65536
         masked: np.ndarray = unsigned & np.uint64(size - 1)
         return masked
     places: np.ndarray = unsigned % np.uint64(size)
@@ -73,7 +73,7 @@ def places_of(ids: np.ndarray, size: int) -> np.ndarray:
 
 
 def mix(ids: np.ndarray) -> np.ndarray:
-    """Spread int64 ids over all 64 bits (uint64), one to one.
+    """Map int64 ids one to one to uint64, spread over all 64 bits.
 
     The multiplier is 2**64 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, section 6.4).
     """
@@ -83,7 +83,7 @@ def mix(ids: np.ndarray) -> np.ndarray:
 
 
 def is_place_in(places: np.ndarray, part: Slice) -> np.ndarray:
-    """Return which places (uint64) lie in the slice (bool)."""
+    """Return which values of ``uint64(id) mod size`` (uint64) are in the slice (bool)."""
     inside: np.ndarray = (places >= np.uint64(part.begin)) & (places < np.uint64(part.end))
     return inside
 
@@ -104,20 +104,20 @@ def key_stem(table: str, slot: str) -> str:
 
 
 def row_key_stem(table: str, slot: str) -> str:
-    """Return the key of a table whose rows go by number, without its part: as TorchEasyRec has it, the parameter's name."""
+    """Return the key of a row-indexed table, without its part: as in TorchEasyRec, the parameter's name."""
     return table if slot == EMBEDDING_SLOT else f"{table}.{slot}"
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is a file's own name: no separator, no parent, no control character."""
+    """Return whether ``name`` is a plain file name: no separator, no parent, no control character."""
     return bool(name) and name not in (".", "..") and "/" not in name and "\\" not in name and name.isprintable()
 
 
 def is_payload_name(name: str) -> bool:
-    """Whether ``name`` can be that of a data file: a plain name that is not, and cannot hide as, one of the small files.
+    """Return whether ``name`` can be the name of a data file: plain, and not a name that the small files have.
 
-    A copy takes the name over: ``manifest.json`` would commit a package that is not written yet, and a name as long as
-    the system allows leaves no room for the ending of a file that is not finished.
+    A copy keeps the name. With the name ``manifest.json`` it would commit an unfinished package. A name of the maximum
+    length leaves no room for the suffix of an unfinished file.
     """
     is_taken = name == INDEX or name.startswith(".") or name.endswith((".json", ".pt"))
     return is_plain_name(name) and not is_taken and len(name.encode()) <= _MAX_NAME_BYTES
@@ -129,7 +129,7 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 
 def encode_index(file_by_key: dict[str, str]) -> bytes:
-    """Return the content of ``index``. File numbers are contiguous from 0, for RecIS's reader indexes by them."""
+    """Return the content of ``index``. File numbers are contiguous from 0, because RecIS's reader uses them as indices."""
     names = sorted(set(file_by_key.values()))
     number = {name: i for i, name in enumerate(names)}
     blocks = {key: number[file_by_key[key]] for key in sorted(file_by_key)}
@@ -137,17 +137,17 @@ def encode_index(file_by_key: dict[str, str]) -> bytes:
 
 
 def encode_sorted(entries: Mapping[str, object]) -> bytes:
-    """Return a JSON object with its keys sorted and four spaces of indentation, as RecIS's json files have."""
+    """Return a JSON object with sorted keys and four spaces of indentation, like RecIS's JSON files."""
     return encode_indented({key: entries[key] for key in sorted(entries)})
 
 
 def encode_indented(document: Mapping[str, object]) -> bytes:
-    """Return a JSON object with four spaces of indentation, as RecIS's json files have."""
+    """Return a JSON object with four spaces of indentation, like RecIS's JSON files."""
     return msgspec.json.format(msgspec.json.encode(document), indent=4)
 
 
 class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=True):
-    """One entry of the merged manifest, in any style; the fields in the order in which RecIS writes them."""
+    """One entry of the merged manifest, in any style. The fields have the order in which RecIS writes them."""
 
     data_offsets: tuple[int, int] | msgspec.UnsetType = msgspec.UNSET
     dense: bool
@@ -158,7 +158,7 @@ class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=
     hashmap_value: str | msgspec.UnsetType = msgspec.UNSET
     is_hashmap: bool | msgspec.UnsetType = msgspec.UNSET
     memory: int | msgspec.UnsetType = msgspec.UNSET
-    """Bytes; of TorchEasyRec's entries, which RecIS's do not have."""
+    """Bytes. TorchEasyRec's entries have it, RecIS's do not."""
     name: str | msgspec.UnsetType = msgspec.UNSET
     shape: tuple[int, ...]
 
@@ -166,7 +166,7 @@ class MergedEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False, kw_only=
 def embedding_entry(key: str, id_key: str | None, code: int, shape: tuple[int, ...]) -> MergedEntry:
     """Return the merged manifest's entry of one embedding block; ``shape`` is that of this part.
 
-    ``id_key`` is None for a table whose rows go by number, which TorchEasyRec describes so.
+    ``id_key`` is None for a row-indexed table, in the form that TorchEasyRec uses.
     """
     return MergedEntry(
         dense=False,
@@ -183,5 +183,5 @@ def embedding_entry(key: str, id_key: str | None, code: int, shape: tuple[int, .
 
 
 def dense_entry(name: str, torch_dtype: str, shape: tuple[int, ...]) -> MergedEntry:
-    """Return the merged manifest's entry of a dense tensor, ``name`` with ``^ `` where it lies among the sparse files."""
+    """Return the merged manifest's entry of a dense tensor; ``name`` ends with ``^ `` if it is among the sparse files."""
     return MergedEntry(dense=True, dimension=0, dtype=torch_dtype, is_hashmap=False, name=name, shape=shape)

@@ -18,45 +18,45 @@ from dist_export.formats.strict_json import KeyTwiceError, decode_canonical, dec
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Indexes:
-    """What RecIS's loader goes by. Each name of ``index`` has a place, from 0 up; columns are by place."""
+    """The index data that RecIS's loader uses. Each name of ``index`` has a number from 0 up, which indexes the columns."""
 
     keys: tuple[str, ...]
-    """The names in ``index``: sparse blocks and, with ``^ `` behind them, dense tensors."""
+    """The names in ``index``: sparse blocks, and dense tensors, which end with ``^ ``."""
     place_of_key: dict[str, int]
     file: np.ndarray
-    """int32: where in ``files`` the block is."""
+    """int32: index into ``files`` of the file that has the block."""
     files: tuple[str, ...]
     stem: np.ndarray
-    """int32: the part of the internal name before the caret, a place in ``stems``; -1 where tensorkey.json has none."""
+    """int32: index into ``stems`` of the internal name before the caret; -1 if tensorkey.json has no entry."""
     slice: np.ndarray
-    """int32: the part behind the caret, a place in ``slices``; -1 where tensorkey.json has none."""
+    """int32: index into ``slices`` of the text behind the caret; -1 if tensorkey.json has no entry."""
     stems: tuple[str, ...]
     """``<table>@<slot>``"""
     slices: tuple[str, ...]
-    """``BEGIN@END@SIZE``, in any spelling."""
+    """``BEGIN@END@SIZE``, in the spelling of the file."""
     strays: dict[str, str]
-    """What tensorkey.json names and ``index`` does not: key -> internal name."""
+    """Entries of tensorkey.json that ``index`` does not have: key -> internal name."""
 
     def internal_of(self, place: int) -> str | None:
-        """Return the internal name ``<table>@<slot>^<slice>`` that tensorkey.json gives; None where it gives none."""
+        """Return the internal name ``<table>@<slot>^<slice>`` from tensorkey.json; None if it has no entry."""
         if self.stem[place] < 0:
             return None
         return f"{self.stems[self.stem[place]]}^{self.slices[self.slice[place]]}"
 
     @property
     def file_of_key(self) -> dict[str, int]:
-        """Block -> place in ``files``, as the file says it."""
+        """Block -> index into ``files``, in the file's order."""
         return dict(zip(self.keys, self.file.tolist(), strict=True))
 
     @property
     def internal_of_key(self) -> dict[str, str]:
-        """Sparse block -> internal name, as the file says it."""
+        """Sparse block -> internal name, as in tensorkey.json."""
         named = np.flatnonzero(self.stem >= 0).tolist()
         return {self.keys[place]: self.internal_of(place) or "" for place in named} | self.strays
 
 
 class BlockName(NamedTuple):
-    """The internal name of a sparse block, taken apart."""
+    """The internal name of a sparse block, split into its parts."""
 
     table: str
     slot: str
@@ -76,8 +76,8 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
     """Decode both files of the directory ``where``.
 
     Raises:
-        CheckpointError: not JSON or not of the form that RecIS's reader takes; file numbers with gaps, with which that
-            reader crashes; a file name that leads out of the directory.
+        CheckpointError: not JSON, or not the form that RecIS's reader takes; file numbers with gaps, which make that
+            reader crash; a file name that leads out of the directory.
     """
     blocks, numbers = _decode_index(raw_index, where)
     files = sorted(numbers, key=numbers.__getitem__)
@@ -96,7 +96,9 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
         )
     file = np.fromiter(blocks.values(), np.int32, len(blocks))
     keys = tuple(blocks)
-    blocks.update(zip(keys, range(len(keys)), strict=True))  # in place: a second dict of all keys would cost as much
+    blocks.update(
+        zip(keys, range(len(keys)), strict=True)
+    )  # in place: a second dict of all keys would double the memory
     return read_members(
         raw_tensorkey,
         _TENSORKEY_DECODER,
@@ -106,14 +108,14 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
 
 
 def split_internal(internal: str) -> BlockName | None:
-    """Take ``<table>@<slot>^<slice>`` apart; None where it is no such name. A table's own name may hold an ``@``."""
+    """Split ``<table>@<slot>^<slice>``; None if it is no such name. A table's own name may contain an ``@``."""
     stem, _, text = internal.rpartition("^")
     name, part = split_stem(stem), parse_slice(text)
     return BlockName(*name, part) if name is not None and part is not None else None
 
 
 def split_stem(stem: str) -> tuple[str, str] | None:
-    """Take ``<table>@<slot>`` apart; None where one of them is missing."""
+    """Split ``<table>@<slot>``; None if one of the two is missing."""
     table, _, slot = stem.rpartition("@")
     return (table, slot) if table and slot else None
 
@@ -142,7 +144,7 @@ def _match_tensorkey(
     pieces: Iterable[dict[str, Any]],
     where: str,
 ) -> Indexes:
-    """Find the place of every entry of tensorkey.json, which comes in ``pieces``."""
+    """Find the number of every entry of tensorkey.json, which comes in ``pieces``."""
     columns = np.full((2, len(keys)), -1, np.int32)
     stems: Numbering[str] = Numbering()
     slices: Numbering[str] = Numbering()
@@ -189,7 +191,7 @@ def _refuse_odd_name(piece: dict[str, Any], where: str) -> None:
 
 
 class _Places:
-    """Finds keys in ``index``. Both files are sorted, so the next piece mostly begins where the last one ended."""
+    """Finds keys in ``index``. Both files are sorted, so the next piece usually begins where the last one ended."""
 
     def __init__(self, keys: tuple[str, ...], place_of_key: dict[str, int]) -> None:
         self._keys = keys
@@ -197,7 +199,7 @@ class _Places:
         self._next = 0
 
     def of(self, piece: dict[str, Any]) -> np.ndarray:
-        """Return the place of each key (int32), -1 for one that ``index`` does not name."""
+        """Return the number of each key (int32); -1 for a key that ``index`` does not have."""
         first, last = self._next, self._next + len(piece)
         if self._keys[first:last] == tuple(piece):
             found = np.arange(first, last, dtype=np.int32)

@@ -1,11 +1,11 @@
-"""Rows of floats in another dtype: the numbers, and how they lie on disk. Pure numpy, bits and arithmetic.
+"""Cast rows of floats to another dtype, and define their bytes on disk. Pure numpy, bits and arithmetic.
 
-float16 and bfloat16 are rounded once, to nearest, ties to even, from whatever the source is. ``int8_rowwise`` is FBGEMM's fused
+float16 and bfloat16 are rounded once, to nearest, ties to even, from any source dtype. ``int8_rowwise`` is FBGEMM's fused
 8-bit row-wise layout, which torchrec's quantized tables have (``FloatOrHalfToFused8BitRowwiseQuantizedSBFloat`` in FBGEMM's
-``QuantUtils.cc``; plain torch has it as ``torch.ops.quantized.embedding_bag_byte_prepack``): a row of ``dim`` values is
-``dim`` bytes ``q`` (uint8), then ``scale`` and ``bias``, each a little-endian float32: ``dim + 8`` bytes, and no alignment.
+``QuantUtils.cc``; plain torch has it as ``torch.ops.quantized.embedding_bag_byte_prepack``). A row of ``dim`` values is
+``dim`` bytes ``q`` (uint8), then ``scale`` and ``bias``, each a little-endian float32: ``dim + 8`` bytes, without alignment.
 With ``range = max - min`` of the row, in float32 throughout: ``scale = range / 255``, ``bias = min``,
-``q = round((value - min) * (255 / (range + 1e-8)))``, and a reader takes ``q * scale + bias``.
+``q = round((value - min) * (255 / (range + 1e-8)))``. A reader computes ``q * scale + bias``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_export.formats.dtypes import CODE_BY_NAME, DTYPES
 INT8_ROWWISE = "int8_rowwise"
 """The encoding's name in ``manifest.json``; the block's dtype is U8."""
 TAIL_BYTES = 8
-"""Scale and bias, behind the values of a row."""
+"""Bytes of scale and bias, after the values of a row."""
 
 F64, F32, F16, BF16, U8 = (CODE_BY_NAME[name] for name in ("F64", "F32", "F16", "BF16", "U8"))
 FLOATS = (F64, F32, F16, BF16)
@@ -31,55 +31,55 @@ _EPSILON = np.float32(1e-8)
 _LEVELS = np.float32(255)
 _MAX_F32 = float(np.finfo(np.float32).max)
 _HALF_RANGE = np.float32(1.7e38)
-"""Rows of int8 are kept within this, so that max - min is a float32."""
+"""Rows of int8 are clamped to this range, so that max - min is a finite float32."""
 
 LARGEST = {F16: 65504.0, BF16: float(np.array([0x7F7F << 16], np.uint32).view(np.float32)[0]), F32: _MAX_F32}
-"""The largest value of a dtype that rows can be cast to. Of int8, the largest row is ``_HALF_RANGE`` to either side."""
+"""The largest value of each dtype that rows can be cast to. For int8 the limit is ``_HALF_RANGE`` on either side."""
 
 
 class Outcome(NamedTuple):
-    """What became of some rows that were cast."""
+    """The result of casting some rows."""
 
     nans: int
     out_of_range: int
     """Infinities, and finite values that the dtype cannot hold."""
     first: int
-    """The row of the first value that is one of these, -1 where all fit."""
+    """The row of the first such value, or NaN; -1 if all values fit."""
     worst: float
     total: float
-    """Largest absolute error, and the sum of all, over the values that fit."""
+    """Largest absolute error, and the sum of all errors, over the values that fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowCast:
-    """How rows of ``dim`` values go from one dtype to another; ``encoding`` is empty or ``int8_rowwise``."""
+    """A cast of rows of ``dim`` values from one dtype to another; ``encoding`` is empty or ``int8_rowwise``."""
 
     source: int
     target: int
-    """Indexes into ``layout.dtypes.DTYPES``."""
+    """Both are indexes into ``formats.dtypes.DTYPES``."""
     encoding: str
     dim: int
     source_encoding: str = ""
-    """How the rows are packed that are read, as ``encoding``: from ``int8_rowwise`` they go to plain floats."""
+    """The encoding of the rows that are read, as ``encoding``. ``int8_rowwise`` is cast to plain floats."""
 
     @property
     def source_bytes(self) -> int:
-        """Of a row as it is stored."""
+        """Bytes of a row as it is read."""
         return _row_bytes(self.source, self.source_encoding, self.dim)
 
     @property
     def source_name(self) -> str:
-        """What they are read as: torch's name of the dtype, or the encoding."""
+        """The type of the rows that are read: torch's name of the dtype, or the encoding."""
         return self.source_encoding or DTYPES[self.source].torch
 
     @property
     def target_bytes(self) -> int:
-        """Of a row as it is written."""
+        """Bytes of a row as it is written."""
         return _row_bytes(self.target, self.encoding, self.dim)
 
     @property
     def name(self) -> str:
-        """What it makes of them, for people."""
+        """The type of the rows that are written, for people."""
         return "int8" if self.encoding else DTYPES[self.target].torch
 
     @property
@@ -88,7 +88,7 @@ class RowCast:
         return f"+-{float(_HALF_RANGE):.3g}" if self.encoding else f"+-{LARGEST[self.target]:.6g}"
 
     def encode_into(self, out: np.ndarray, rows: np.ndarray) -> Outcome:
-        """Cast rows. Values that do not fit are clamped; NaN stays NaN, and is 0 in int8.
+        """Cast rows. Values that do not fit are clamped. NaN stays NaN, and becomes 0 in int8.
 
         Args:
             out: uint8, (n, target_bytes), contiguous; filled.
@@ -111,7 +111,7 @@ class RowCast:
         return out
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Return written rows in the source's dtype again: uint8, (n, source_bytes). Of a source of plain values."""
+        """Return written rows in the source's dtype: uint8, (n, source_bytes). The source must be plain values."""
         bits = np.ascontiguousarray(rows).reshape(-1)
         if self.encoding:
             values = decode_int8(bits.reshape(len(rows), self.target_bytes))
@@ -135,7 +135,7 @@ def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np
     numbers = np.array(values, np.float64)
     if encoding:
         return RowCast(F64, U8, encoding, len(numbers)).encode(numbers.view(np.uint8).reshape(1, -1)).reshape(-1)
-    if dtype == BF16:  # rounded to the nearest, of two that are as near to the even one
+    if dtype == BF16:  # rounded to nearest, ties to even
         bits = numbers.astype(np.float32).view(np.uint32)
         stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     else:
@@ -168,7 +168,7 @@ def _as_float32(values: np.ndarray, code: int) -> np.ndarray:
 
 
 def _encode_floats(out: np.ndarray, values: np.ndarray, cast: RowCast) -> Outcome:
-    """Cast flat values; ``out`` holds bfloat16 as its bits."""
+    """Cast flat values; ``out`` has bfloat16 as its bits."""
     singles = _to_odd(values) if cast.source == F64 and cast.target != F32 else _as_float32(values, cast.source)
     magnitude = singles.view("<u4") & np.uint32(0x7FFF_FFFF)
     highest = int(magnitude.max())
@@ -192,13 +192,13 @@ def _encode_floats(out: np.ndarray, values: np.ndarray, cast: RowCast) -> Outcom
         written = magnitude.view("<f4")
     if cast.source == F64:
         errors = np.abs(np.abs(values) - written)
-    else:  # two floats as near to each other as these have a difference that is a float too
+    else:  # two floats as close as these have a difference that is exactly a float
         errors = np.subtract(magnitude.view("<f4"), written, out=written if cast.target != F32 else None)
         np.abs(errors, out=errors)
     first = -1
     if len(nans) or len(beyond):
         errors[nans] = errors[beyond] = 0
-        # the bits of a NaN stay as far as there is room for them
+        # a NaN keeps as many of its bits as the dtype has room for
         out[nans] = _quiet(kept.view("<u4"), cast.target).view(out.dtype)
         first = int(min(nans[:1].tolist() + beyond[:1].tolist())) // cast.dim
     worst = float(errors.max())
@@ -207,14 +207,15 @@ def _encode_floats(out: np.ndarray, values: np.ndarray, cast: RowCast) -> Outcom
 
 
 _FIRST_BEYOND = {F16: 0x477F_F000, BF16: 0x7F7F_8000, F32: 0x7F80_0000}
-"""The bits of the least positive float32 that rounds to infinity."""
+"""The bits of the smallest positive float32 that rounds to infinity."""
 
 
 def _write_float16(out: np.ndarray, bits: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     """Fill ``out`` (uint16) from float32 bits without NaN that are in range; return the magnitudes that it holds (float32).
 
-    To a value of exponent e, 2**(e + 13) is added, of which the last bit is worth as much as that of a float16 there; so the
-    sum is rounded as the float16 has to be. Below the least normal float16 the last bit stays that of the least.
+    For a value of exponent e, 2**(e + 13) is added. The last bit of that sum has the weight of the last bit of a float16
+    there, so the sum is rounded as the float16 must be. Below the smallest normal float16 the last bit keeps the weight that
+    it has there.
     """
     shift = magnitude & np.uint32(0x7F80_0000)
     np.maximum(shift, _LEAST[: len(shift)] if len(shift) <= len(_LEAST) else _LEAST[0], out=shift)
@@ -222,7 +223,7 @@ def _write_float16(out: np.ndarray, bits: np.ndarray, magnitude: np.ndarray) -> 
     total: np.ndarray = magnitude.view("<f4") + shift.view("<f4")
     sign = bits >> np.uint32(16)
     sign &= np.uint32(0x8000)
-    # in the lower half of the bits, the sum has the fraction with its leading bit; the exponent comes 1 short for it
+    # the lower half of the sum has the fraction and its leading bit, so the exponent is added 1 lower
     sign += total.view("<u4")
     sign += shift >> np.uint32(13)
     sign += np.uint32(0x0800)
@@ -232,11 +233,11 @@ def _write_float16(out: np.ndarray, bits: np.ndarray, magnitude: np.ndarray) -> 
 
 
 _LEAST = np.full(1 << 15, 0x3880_0000, np.uint32)
-"""The exponent of the least normal float16 in a float32; numpy compares two arrays faster than an array and a number."""
+"""The exponent of the smallest normal float16, as float32 bits. numpy compares two arrays faster than an array and a number."""
 
 
 def _round_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return bfloat16 bits (uint16) of float32 bits, NaN among them."""
+    """Return bfloat16 bits (uint16) of float32 bits, which may include NaN."""
     odd = bits >> np.uint32(16)
     odd &= np.uint32(1)
     odd += np.uint32(0x7FFF)
@@ -250,7 +251,7 @@ def _round_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _quiet(bits: np.ndarray, code: int) -> np.ndarray:
-    """Return the NaNs of these float32 bits in another dtype, quiet, with sign and upper bits."""
+    """Return the NaNs of these float32 bits in another dtype, as quiet NaNs with the same sign and upper bits."""
     quiet: np.ndarray
     if code == F32:
         quiet = (bits | np.uint32(0x0040_0000)).astype("<u4")
@@ -263,9 +264,9 @@ def _quiet(bits: np.ndarray, code: int) -> np.ndarray:
 
 
 def _to_odd(values: np.ndarray) -> np.ndarray:
-    """Return float64 values as float32, those that lie between two as the one with an odd last bit.
+    """Return float64 values as float32; a value between two float32 becomes the one whose last bit is odd.
 
-    Rounded once more to half as many bits they come out as if rounded once, since an odd last bit is no tie.
+    A second rounding, to half as many bits, then gives the same result as one rounding, because an odd last bit is no tie.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         singles: np.ndarray = values.astype(np.float32)
@@ -285,7 +286,7 @@ def _encode_int8(out: np.ndarray, singles: np.ndarray, values: np.ndarray, cast:
     num_rows = len(out)
     if not num_rows:
         return Outcome(0, 0, -1, 0.0, 0.0)
-    # a column of this matrix is a row, so that what is done to each row is done to many at once
+    # a column of this matrix is a row, so that numpy handles many rows in one operation
     columns = np.ascontiguousarray(singles.reshape(num_rows, cast.dim).T)
     low, high = columns.min(axis=0), columns.max(axis=0)
     is_nan = is_beyond = None

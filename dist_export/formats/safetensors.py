@@ -1,8 +1,8 @@
-"""Safetensors headers, in and out, as RecIS writes and reads them. Pure: bytes and columns, no files.
+"""Read and write safetensors headers as RecIS does. Pure: bytes and columns, no files.
 
 A file is 8 bytes (little-endian u64, the header's length N), N bytes of JSON, then the data. Each entry has ``dtype``,
-``shape`` and ``data_offsets`` relative to the end of the header. Source: the safetensors format specification, and
-for padding and order the files that RecIS's C++ writer leaves.
+``shape`` and ``data_offsets`` relative to the end of the header. Source: the safetensors format specification; for
+padding and order, the files that RecIS's C++ writer writes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dist_export.formats.strict_json import decode_canonical, decode_object, sho
 __all__ = ["Header", "decode_foreign_header", "decode_header", "decode_object", "encode_header", "header_length"]
 
 MAX_HEADER_BYTES = 1 << 30
-"""A header longer than this is taken for an attack. A block costs about 120 bytes: this is nine million blocks."""
+"""A longer header is treated as an attack. A block takes about 120 bytes, so this allows nine million blocks."""
 
 _MAX_SIZE = 1 << 62
-"""No size is beyond what a file can have."""
+"""No file can have a larger size."""
 
 _MAX_DIMS = 64
-"""As torch and numpy have it. The product of very many sizes is a number that takes minutes to compute."""
+"""The limit of torch and numpy. The product of very many sizes is a number that takes minutes to compute."""
 
 _MAX_FAST_WIDTH = 1 << 40
-"""Rows of more elements than this are looked at one by one, in integers of any length."""
+"""Rows of more elements than this are checked one by one, with integers of any length."""
 
 _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
 
@@ -52,8 +52,8 @@ class Header:
     """The entries of one file as parallel columns, in header order.
 
     ``begins`` and ``ends`` (int64) are absolute positions in the file, in bytes. ``dtypes`` (int8) index ``DTYPES``.
-    A shape comes in two columns: ``rows`` (int64), the first dimension, -1 for a scalar; and ``inner`` (int32), which
-    indexes ``inner_shapes``, for the other dimensions.
+    A shape has two columns: ``rows`` (int64) is the first dimension, -1 for a scalar; ``inner`` (int32) indexes
+    ``inner_shapes``, which has the other dimensions.
     """
 
     keys: tuple[str, ...]
@@ -81,7 +81,7 @@ class Header:
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One block; the fields in the order in which RecIS and the safetensors library write them."""
+    """One block. The fields have the order in which RecIS and the safetensors library write them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ _DECODER = msgspec.json.Decoder(dict[str, _Entry])
 
 
 def header_length(prefix: bytes, *, path: str, file_size: int) -> int:
-    """Return N from the first 8 bytes of a file of ``file_size`` bytes; CheckpointError where it cannot be true."""
+    """Return N from the first 8 bytes of a file of ``file_size`` bytes; CheckpointError if it is impossible."""
     if len(prefix) < 8:
         raise CheckpointError(
             f"{path}: {file_size} bytes, too short for a safetensors file; it is truncated, so save or copy it again"
@@ -110,8 +110,8 @@ def decode_header(raw: bytes, *, path: str, file_size: int) -> Header:
     """Decode and check the JSON header ``raw`` of a file of ``file_size`` bytes.
 
     Raises:
-        CheckpointError: not JSON, a key twice, an unknown dtype, a length that does not follow from dtype and shape,
-            blocks that overlap or leave a hole, or data that do not end where the file ends.
+        CheckpointError: not JSON, a duplicate key, an unknown dtype, a length that does not follow from dtype and shape,
+            blocks that overlap or leave a hole, or data that does not end at the end of the file.
     """
     data_start = 8 + len(raw)
     entries = decode_canonical(raw, _DECODER)
@@ -127,7 +127,7 @@ class ForeignEntry(NamedTuple):
 
     name: str
     dtype: str
-    """Torch's name; the file's own where torch has none, or where elements share bytes."""
+    """Torch's name. The file's own name if torch has none, or if elements share bytes."""
     shape: tuple[int, ...]
     begin: int
     """Absolute position in the file, in bytes."""
@@ -135,10 +135,10 @@ class ForeignEntry(NamedTuple):
 
 
 def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tuple[ForeignEntry, ...], dict[str, str]]:
-    """Decode and check the header of a file of any writer: more dtypes than RecIS has, and ``__metadata__``.
+    """Decode and check the header of a file of any writer, with more dtypes than RecIS has, and with ``__metadata__``.
 
-    Returns its tensors in header order, and the metadata. CheckpointError as :func:`decode_header`, except for dtypes that are
-    not known: how many bytes such a tensor has is what the file says.
+    Returns its tensors in header order, and the metadata. CheckpointError as :func:`decode_header`, except that unknown dtypes
+    are accepted: the number of bytes of such a tensor is taken from the file.
     """
     document = decode_object(raw, what=f"{path}: header")
     metadata = document.pop("__metadata__", None)
@@ -163,7 +163,7 @@ def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tup
 
 
 def encode_header(entries: Iterable[tuple[str, int, tuple[int, ...], int]]) -> bytes:
-    """Return the length prefix and header of a file whose blocks lie one behind the other.
+    """Return the length prefix and header of a file whose blocks are contiguous.
 
     Args:
         entries: (key, dtype code, shape, num_bytes) in file order.
@@ -181,7 +181,7 @@ def encode_header(entries: Iterable[tuple[str, int, tuple[int, ...], int]]) -> b
 
 
 def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = False) -> Header | None:
-    """Return the columns; None where a number or a dtype is none that a file can have."""
+    """Return the columns; None if a file cannot have one of the numbers or dtypes."""
     blocks = list(entries.values())
     names = [block.dtype for block in blocks]
     number: Numbering[tuple[int, ...]] = Numbering()
@@ -195,7 +195,7 @@ def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = 
     except (KeyError, OverflowError):
         return None
     if rows.min(initial=0) < 0 and any(block.shape and block.shape[0] < 0 for block in blocks):
-        return None  # -1 is our own word for a scalar
+        return None  # -1 is used here for a scalar
     return Header(
         keys=tuple(entries),
         dtypes=dtypes,
@@ -210,7 +210,7 @@ def _build(entries: dict[str, _Entry], *, data_start: int, has_metadata: bool = 
 
 
 def _is_sound(header: Header, *, data_start: int, file_size: int) -> bool:
-    """Whether the blocks lie one behind the other from first to last byte, each as long as dtype and shape say."""
+    """Return whether the blocks are contiguous from the first to the last byte, and as long as dtype and shape require."""
     if not len(header.keys):
         return data_start == file_size
     if max(map(len, header.inner_shapes)) >= _MAX_DIMS:
@@ -220,7 +220,7 @@ def _is_sound(header: Header, *, data_start: int, file_size: int) -> bool:
         return False
     row_bytes = np.array(widths, np.int64)[header.inner] * _ITEMSIZES[header.dtypes]
     rows = np.abs(header.rows)  # a scalar is as long as one row
-    if (rows.astype(np.float64) * row_bytes).max() > file_size:  # or the product might not fit into 64 bits
+    if (rows.astype(np.float64) * row_bytes).max() > file_size:  # otherwise the product might not fit into 64 bits
         return False
     return bool(
         header.begins[0] == data_start
@@ -231,7 +231,7 @@ def _is_sound(header: Header, *, data_start: int, file_size: int) -> bool:
 
 
 def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
-    """Decode one entry after the other: any order and spelling, and a message for whatever is wrong."""
+    """Decode entry by entry: accepts any order and spelling, and has a message for each fault."""
     document = decode_object(raw, what=f"{path}: header")
     metadata = document.pop("__metadata__", None)
     data_start = 8 + len(raw)
@@ -246,7 +246,7 @@ def _decode_slowly(raw: bytes, *, path: str, file_size: int) -> Header:
 def _decode_entries(
     document: dict[str, Any], bits: Mapping[str, int], *, data_start: int, file_size: int, path: str
 ) -> dict[str, _Entry]:
-    """Decode entries one by one, each as long as dtype (``bits`` an element) and shape say and within the file."""
+    """Decode entries one by one. Check their length against dtype (``bits`` per element) and shape, and against the file."""
     entries: dict[str, _Entry] = {}
     for key, value in document.items():
         entry = entries[key] = _decode_entry(value, bits, where=f"{path}: {key!r}")

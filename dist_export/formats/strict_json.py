@@ -1,8 +1,8 @@
-"""JSON as strict as untrusted files need it, and fast where they are written as programs write them. Pure.
+"""Decode JSON as strictly as untrusted files require, and fast if a program wrote it. Pure.
 
-msgspec decodes ten times as fast as the standard library and, like it, keeps the last of two equal keys. What comes out
-equal to the input when it is encoded again held no key twice, no escapes that were not needed and no numbers in another
-spelling. Only such documents take the fast way; all others go through the standard library, which also has the messages.
+msgspec decodes ten times as fast as the standard library. Like it, msgspec keeps the last of two equal keys. If encoding
+the result gives the input again, the input had no duplicate key, no unnecessary escapes and no numbers in another
+spelling. Only such documents are decoded by msgspec; the standard library decodes all others, and has the messages.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ T = TypeVar("T")
 Result = TypeVar("Result")
 
 _PIECE_BYTES = 4 << 20
-"""A long object is decoded in pieces of about this size, so that no second copy of it is ever whole in memory."""
+"""A long object is decoded in pieces of about this size, so that memory never holds a complete second copy of it."""
 
 _ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
-    """Decode a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no absurd nesting, no half surrogates.
+    """Decode a JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no deep nesting, no half surrogates.
 
     Raises:
         CheckpointError: beginning with ``what``.
@@ -35,12 +35,12 @@ def decode_object(raw: bytes | str, *, what: str) -> dict[str, Any]:
 
 
 def is_text(name: str) -> bool:
-    """Whether a text can be written into JSON: half a surrogate pair cannot."""
+    """Return whether a text can be written as JSON: half a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def show(value: Any) -> str:
-    """Return ``value`` as one short line for a message, whatever it is."""
+    """Return any ``value`` as one short line for a message."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists within lists
@@ -49,7 +49,7 @@ def show(value: Any) -> str:
 
 
 def decode_canonical(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
-    """Decode what is compact, or indented by four spaces, exactly as msgspec itself would write it; None for all else.
+    """Decode JSON that msgspec itself would write like this, compact or indented by four spaces; return None otherwise.
 
     Such a document has no duplicate key. Spaces and newlines may follow it.
     """
@@ -65,7 +65,7 @@ def decode_canonical(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
 
 
 class KeyTwiceError(Exception):
-    """Raised by what :func:`read_members` calls, when it meets a key again that an earlier piece had."""
+    """Raised by the ``take`` of :func:`read_members`, if a key of an earlier piece comes again."""
 
 
 def read_members(
@@ -75,13 +75,13 @@ def read_members(
     *,
     what: str,
 ) -> Result:
-    """Decode a JSON object as strictly as :func:`decode_object` does, in pieces, and return what ``take`` makes of them.
+    """Decode a JSON object as strictly as :func:`decode_object` does, in pieces, and return the result of ``take``.
 
     Args:
-        decoder: of the type that the members should have. A piece that is not of that type, or not canonical, comes as
-            plain values instead.
-        take: gets the pieces, dicts of the members in their order; may be called a second time with one piece that holds
-            all. Raises KeyTwiceError for a key that two pieces have.
+        decoder: of the type that the members should have. A piece that is not of that type, or not canonical, is passed
+            as plain values instead.
+        take: gets the pieces, dicts of the members in their order. It may be called a second time, with one piece that
+            holds all members. Raises KeyTwiceError for a key that two pieces have.
 
     Raises:
         CheckpointError: beginning with ``what``.
@@ -103,13 +103,13 @@ def _decode_pieces(
         try:
             yield decode_object(piece, what=what)
         except CheckpointError:
-            raise KeyTwiceError from None  # of the whole, so that the message counts lines and columns from its start
+            raise KeyTwiceError from None  # decode the whole again, so that the message counts lines from its start
 
 
 def _split(raw: bytes) -> Iterator[bytes]:
     """Cut an object that is indented by four spaces into objects of its next members; any other stays whole.
 
-    Whatever stands in ``raw``: where each piece is a JSON object, ``raw`` is one, and has just the members of the pieces.
+    If each piece is a JSON object, ``raw`` is one too, and has exactly the members of the pieces.
     """
     stop = len(raw)
     while stop and raw[stop - 1] in b" \n":
@@ -141,7 +141,7 @@ def _decode_slowly(raw: bytes | str, what: str) -> Any:
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-        if "\\u" in text:  # half a surrogate pair is valid JSON and no text: it could not be written again
+        if "\\u" in text:  # half a surrogate pair is valid JSON but not a text, and could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply to be genuine") from None

@@ -1,7 +1,7 @@
-"""What ``torch.save`` pickles, as plain values: containers, numbers, texts, and tensors that know no more than their place.
+"""Read pickles of ``torch.save`` as plain values: containers, numbers, texts, and tensors that only know their position.
 
 Source: the functions of torch 2.13's ``torch/_utils.py`` and ``torch/_tensor.py`` that a pickled tensor names, and the
-list of names that ``torch.load(weights_only=True)`` admits. None of them is called: a tensor is what its arguments say.
+list of names that ``torch.load(weights_only=True)`` allows. None of them is called: a tensor is described by its arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_export.formats.torch_zip import StateArchive
 _MAX_DIMS = 64
 _MAX_SIZE = 1 << 62
 _FREE_COPIES = 16
-"""Of a storage. Tensors share their indices or scales with a few others; what more copies take is counted."""
+"""Limit for each storage. Tensors share their indices or scales with a few others; further copies are counted."""
 _BITS = re.compile(r"[a-z]+?(\d+)(x\d+)?(_\w+)?")
 _STORAGES = {
     "Double": "float64",
@@ -42,12 +42,12 @@ _STORAGES = {
     "QUInt2x4": "quint2x4",
     "Untyped": "uint8",
 }
-"""Begin of a storage's class -> dtype of its elements."""
+"""Start of a storage class's name -> dtype of its elements."""
 _INERT = re.compile(
     r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|argparse\.Namespace"
     r"|pathlib\.(_local\.)?PosixPath|datetime\.(datetime|date|timedelta)|torch\.device"
 )
-"""What training loops keep beside tensors: the best score, the arguments, the time. None of it is made."""
+"""Objects that training loops save beside tensors: the best score, the arguments, the time. None of them is built."""
 _ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
 _TENSOR_CLASSES = re.compile(
     r"torch\.distributed\.(\w+\.)*(DTensor|ShardedTensor)|torch\.nested\.(\w+\.)*NestedTensor|torch\.nested\.(\w+\.)*_rebuild_njt"
@@ -56,40 +56,40 @@ _OF_TENSOR_CLASSES = re.compile(
     r"torch\.distributed\.(_\w+|tensor|device_mesh|distributed_c10d)(\.\w+)*|torch\.(strided|jagged)"
     r"|torch\._dynamo\.decorators\._DimRange"
 )
-"""What tensors of these classes are described with."""
+"""Classes that describe tensors of these classes."""
 _NAMED = re.compile(
     r"torch\.per_\w+|torch\.(\w+\.|cuda\.sparse\.)?\w+Tensor"
     rf"|torch\.(cuda\.|storage\.)?({'|'.join(_STORAGES)}|Typed)Storage"
 )
-"""What tensors are said to be of, and never made by a call: that would take memory of any size."""
+"""Classes of tensors and storages. They are never called, because that would reserve memory of any size."""
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
 
 class Storage(NamedTuple):
-    """Bytes that tensors lie in."""
+    """Bytes that contain the values of tensors."""
 
     key: str
-    """Names it in the file."""
+    """Its name in the file."""
     dtype: str
     """Torch's name."""
     num_bytes: int
-    """As the pickle says."""
+    """The size that the pickle claims."""
 
 
 class PickledTensor(NamedTuple):
-    """A tensor as a pickle describes it; it may lie beyond its storage only where it has no elements."""
+    """A tensor as a pickle describes it. Only a tensor without elements may lie outside its storage."""
 
     dtype: str
-    """Torch's name; empty where that is not known."""
+    """Torch's name; empty if it is not known."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     """In elements."""
     first: int
-    """Where it begins in its storage, in elements."""
+    """The offset in its storage, in elements."""
     storage: Storage | None
     """None where ``reason`` is not empty."""
     reason: str = ""
-    """Why its values cannot be taken from the bytes of a storage; empty where they can."""
+    """Why its values cannot be read from the bytes of a storage; empty if they can."""
 
 
 def load_pickled(
@@ -100,18 +100,18 @@ def load_pickled(
     is_any_known: bool = False,
     foreign: set[str] | None = None,
 ) -> tuple[Any, int]:
-    """Return what a pickle of ``torch.save`` describes, and the position behind it. Runs nothing of it.
+    """Return the object that a pickle of ``torch.save`` describes, and the position behind it. Runs nothing of it.
 
-    Dicts of any class are dicts. What is of no interest is a :class:`~dist_export.formats.pickle_machine.Record`.
+    Dicts of any class become dicts. Objects that are not used become a :class:`~dist_export.formats.pickle_machine.Record`.
 
     Args:
-        storage_of: is handed each storage that the pickle asks for. PickleError where there is no such one.
-        start: where in ``raw`` the pickle begins.
-        is_any_known: objects of any class are records; else a class that torch refuses is an error.
-        foreign: is given the names of classes that torch refuses.
+        storage_of: is called with each storage that the pickle uses. Raises PickleError if it does not exist.
+        start: position in ``raw`` where the pickle begins.
+        is_any_known: objects of any class become records. If false, a class that torch refuses is an error.
+        foreign: the names of classes that torch refuses are added to it.
 
     Raises:
-        PickleError: it is damaged, or names what is neither a tensor nor harmless.
+        PickleError: it is damaged, or names something that is neither a tensor nor harmless.
     """
     names = _Names(storage_of, is_any_known=is_any_known, foreign=set() if foreign is None else foreign)
     machine = names.machine = Machine(raw, names.find, names.refer, start=start)
@@ -119,10 +119,10 @@ def load_pickled(
 
 
 def load_archive(archive: StateArchive, *, is_any_known: bool = False, foreign: set[str] | None = None) -> Any:
-    """Return what the pickle of an archive describes. Each storage is there, of the size that the pickle says.
+    """Return the object that the pickle of an archive describes. Each storage must exist with the size that the pickle claims.
 
     Raises:
-        PickleError: as :func:`load_pickled`, or a storage is not there or of another size.
+        PickleError: as :func:`load_pickled`, or a storage is missing or has another size.
     """
 
     def check(storage: Storage) -> None:
@@ -138,16 +138,16 @@ def load_archive(archive: StateArchive, *, is_any_known: bool = False, foreign: 
 
 
 def as_tensor(value: Any) -> PickledTensor | None:
-    """Return what a value of a pickle says of a tensor; None where it is none."""
+    """Return a value of a pickle as a tensor; None if it is no tensor."""
     if type(value) is PickledTensor:
         return value
-    if type(value) is Record and _TENSOR_CLASSES.fullmatch(value.kind):  # restored from a state that tells no place
+    if type(value) is Record and _TENSOR_CLASSES.fullmatch(value.kind):  # its state does not contain its position
         return PickledTensor("", (), (), 0, None, _class_reason(value.kind))
     return None
 
 
 def as_array(value: Any) -> tuple[tuple[int, ...], int] | None:
-    """Return (shape, size in bytes) of an array of numpy, as far as its state tells them; None where the value is none."""
+    """Return (shape, size in bytes) of a numpy array, if its state has them, else ((), 0); None if the value is no array."""
     if type(value) is not Record or not _ARRAY.fullmatch(value.kind):
         return None
     match value.state:  # version, shape, dtype, order, content; objects are a list
@@ -157,13 +157,13 @@ def as_array(value: Any) -> tuple[tuple[int, ...], int] | None:
 
 
 def itemsize_of(dtype: str) -> int:
-    """Return the bytes of an element of torch's dtype of this name."""
+    """Return the bytes of an element of the torch dtype with this name."""
     found = _BITS.fullmatch(dtype)
     return 1 if found is None else max(1, int(found[1]) // 8)
 
 
 class _Names:
-    """What the names in such a pickle stand for."""
+    """Gives each name in such a pickle its value."""
 
     machine: Machine
 
@@ -208,14 +208,14 @@ class _Names:
         if self._is_any_known:
             self._foreign.add(full)
             return recorded(full)
-        return Global(full, functools.partial(_refuse_call, full))  # the class of a tensor is named, and never called
+        return Global(full, functools.partial(_refuse_call, full))  # a tensor's class may be named, but never called
 
     def refer(self, reference: Any) -> Storage:
         match reference:
             case ("storage", Global() as kind, str(key), _, int(numel), *more) if more in (
                 [],
                 [None],
-            ):  # older ones have None
+            ):  # pickles of older versions have None
                 dtype = _STORAGES.get(kind.name.rpartition(".")[2].removesuffix("Storage"))
                 if dtype is not None:
                     storage = Storage(key, dtype, numel * itemsize_of(dtype))
@@ -224,7 +224,7 @@ class _Names:
         raise PickleError("asks for what is no storage of a tensor; it is no file of torch.save")
 
     def _encode(self, *arguments: Any) -> bytes:
-        match arguments:  # what protocol 2 makes of bytes
+        match arguments:  # how protocol 2 writes bytes
             case (str(text), "latin1" | "latin-1"):
                 self.machine.charge(len(text))
                 try:
@@ -279,7 +279,7 @@ class _Names:
         return _viewed(_plain(storage, first, shape, strides, _dtype_of(dtype)), metadata)
 
     def _from_type(self, *arguments: Any) -> Any:
-        """Return a tensor of a subclass, or with attributes; given are how it is made, its class, arguments, and attributes."""
+        """Return a tensor of a subclass, or with attributes, from its function, its class, its arguments and its attributes."""
         match arguments:
             case (Global() as function, Global(), tuple(), _) if _TENSOR_CLASSES.fullmatch(function.name):
                 return PickledTensor("", (), (), 0, None, _class_reason(function.name))
@@ -332,7 +332,7 @@ class _Names:
         return _without(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)
 
     def _note_copied(self, *tensors: Any) -> None:
-        """Count what torch writes out, or reads through, when it makes another tensor of these."""
+        """Count the bytes that torch copies or reads when it makes another tensor from these."""
         for tensor in tensors:
             _refuse_expanded(tensor)
             if tensor.storage is not None:
@@ -342,7 +342,7 @@ class _Names:
 
 
 def _refuse_expanded(tensor: Any) -> None:
-    """Refuse a tensor that is more than is stored of it: torch writes out what it makes another tensor of."""
+    """Refuse a tensor that is larger than its storage, because torch would write it out in full."""
     if not isinstance(tensor, PickledTensor):
         raise PickleError("makes a tensor in a way that torch does not")
     if tensor.storage is not None:
@@ -392,7 +392,7 @@ def _plain(storage: Any, first: Any, shape: Any, strides: Any, dtype: str) -> Pi
 
 
 def _viewed(tensor: PickledTensor, metadata: Any) -> PickledTensor:
-    """Return the tensor, whose values may be the negatives or conjugates of what is stored."""
+    """Return the tensor; if ``metadata`` says that values are stored negated or conjugated, without its storage."""
     if metadata is None:
         return tensor
     if not isinstance(metadata, dict) or len(metadata) > 8:

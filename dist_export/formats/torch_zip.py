@@ -1,9 +1,9 @@
-"""What a zip of ``torch.save`` holds, and where: told by the zip itself, whoever packed it.
+"""Find what a zip of ``torch.save`` contains, and where, from the zip itself, with any packer.
 
-Torch takes positions and lengths on trust: a member that was compressed comes out as the packed bytes, a storage that
-claims more bytes than its member has goes on into its neighbour, and where torch *computes* positions it goes by the order
-and padding that its own writer has. So members are looked up here: in the zip's directory, and in their own headers, which
-must agree. Any layout is read in which each member is stored as it is. Source: PKWARE's APPNOTE 6.3.
+Torch trusts positions and lengths. It reads a compressed member as its packed bytes. It lets a storage that claims more
+bytes than its member has continue into the next member. Where torch *computes* positions, it assumes the order and
+padding of its own writer. Therefore members are looked up here in the zip's directory and in their own headers, which
+must agree. Any layout is accepted in which each member is stored uncompressed. Source: PKWARE's APPNOTE 6.3.
 """
 
 from __future__ import annotations
@@ -16,53 +16,53 @@ from typing import IO, NamedTuple
 from dist_export.errors import CheckpointError
 
 _MAX_PICKLE_BYTES = 256 << 20
-"""The names, shapes and positions of two million tensors."""
+"""Enough for the names, shapes and positions of two million tensors."""
 _LOCAL_HEADER_BYTES = 30
 _REASON = re.compile(r"WeightsUnpickler error: .*?(?=\. Please use|$)|Trying to load unsupported .*", re.MULTILINE)
-"""Behind it torch advises Python calls, which nobody can make from the command line."""
+"""After this text torch recommends Python calls, which do not help on the command line."""
 
 _END = struct.Struct("<4s4H2LH")
-"""The record that a zip ends with, its comment apart."""
+"""The last record of a zip, without its comment."""
 _MAX_COMMENT_BYTES = 0xFFFF
 _IN_ZIP64 = 0xFFFFFFFF
 _IS_UTF8 = 0x800
 
 
 class StateArchive(NamedTuple):
-    """What a zip of ``torch.save`` says of itself, checked."""
+    """The checked content of a zip of ``torch.save``."""
 
     pickled: bytes
     """The content of its ``data.pkl``."""
     root: str
-    """The folder that all members are in, with a slash."""
+    """The folder of all members, with a slash."""
     storages: dict[str, tuple[int, int]]
-    """Key of a storage -> (position in the file, size in bytes). The pickle need not ask for each."""
+    """Key of a storage -> (position in the file, size in bytes). The pickle need not use each of them."""
     is_big_endian: bool
-    """Whether torch would turn the bytes of each element around."""
+    """Whether torch would swap the bytes of each element."""
 
 
 def is_zip(file: IO[bytes]) -> bool:
-    """Whether the file begins as a zip. What ``torch.save`` wrote before torch 1.6 is none."""
+    """Return whether the file begins as a zip. A file that ``torch.save`` wrote before torch 1.6 does not."""
     file.seek(0)
     return file.read(4) == b"PK\x03\x04"
 
 
 def say_refusal(error: Exception) -> str:
-    """Return in one line why ``torch.load`` refused a file, without its advice to load it unprotected."""
+    """Return in one line why ``torch.load`` refused a file, without its advice to load it without protection."""
     found = _REASON.search(str(error)) or re.search(r"\S.*", str(error))
     return found[0] if found else type(error).__name__
 
 
 def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
-    """Find the members of a zip that ``torch.save`` wrote, or that holds what it wrote. Reads no payload.
+    """Find the members of a zip that ``torch.save`` wrote, or of a repacked one. Reads no payload.
 
     Args:
-        file: seekable; left anywhere.
+        file: seekable; its position afterwards is undefined.
         where: for messages.
 
     Raises:
-        CheckpointError: it is cut short, or no such zip; a member is packed, overlaps another one, has its name, or is
-            called otherwise by its own header; the bytes of its elements are in an unknown order.
+        CheckpointError: it is cut short, or no such zip; a member is compressed, overlaps another one, has the name of
+            another one, or its own header has a different name; the byte order of its elements is unknown.
     """
     directory = _find_directory(file, where)
     try:
@@ -76,7 +76,7 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
             if pickled not in sizes:
                 raise CheckpointError(f"{where} is a zip, but none that torch.save writes: it has no data.pkl")
             root = pickled.removesuffix("data.pkl")
-            for name, num_bytes in sizes.items():  # torch reads all but the storages into memory
+            for name, num_bytes in sizes.items():  # torch reads all members except storages into memory
                 if num_bytes > _MAX_PICKLE_BYTES and not name.startswith(f"{root}data/"):
                     raise CheckpointError(f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs")
             raw = archive.read(pickled)
@@ -99,12 +99,12 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
 
 
 def _find_directory(file: IO[bytes], where: str) -> int:
-    """Return where the zip's directory begins, as its last record says. That must end with the file, with its comment.
+    """Return where the zip's directory begins, from its last record. That record and its comment must end the file.
 
-    zipfile and torch both look further up for such a record, and need not find the same one.
+    zipfile and torch both search backwards for such a record, and may find different ones.
     """
     size = file.seek(0, 2)
-    file.seek(max(size - _END.size - 2, 0))  # as a rule there is no comment, and then no more is read
+    file.seek(max(size - _END.size - 2, 0))  # usually there is no comment, and no more needs to be read
     tail = file.read()
     if len(tail) < _END.size or not tail[-_END.size :].startswith(b"PK\x05\x06"):
         file.seek(max(size - _END.size - _MAX_COMMENT_BYTES, 0))
@@ -121,7 +121,7 @@ def _find_directory(file: IO[bytes], where: str) -> int:
 
 
 def _read_zip64(file: IO[bytes], end: int) -> int:
-    """Return where the directory begins where the last record, at ``end``, has no room for that; beyond it where nothing says."""
+    """Return where the directory begins, if the last record (at ``end``) has no room for it; return ``end`` if it is unknown."""
     file.seek(max(end - 20, 0))
     locator = file.read(20)
     if len(locator) == 20 and locator.startswith(b"PK\x06\x07"):
@@ -133,7 +133,7 @@ def _read_zip64(file: IO[bytes], end: int) -> int:
 
 
 def _refuse_numpy(archive: zipfile.ZipFile, where: str) -> None:
-    """Say of an archive that ``numpy.savez`` wrote, packed or not, what it is: it cannot be saved again as something else."""
+    """Refuse an archive that ``numpy.savez`` wrote, and say what it is: saving it again would not help."""
     names = archive.namelist()
     if names and all(name.endswith(".npy") for name in names):
         raise CheckpointError(
@@ -150,7 +150,7 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tup
     end = 0
     for entry in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = entry.orig_filename
-        if name.casefold() in seen:  # torch does not look at the case
+        if name.casefold() in seen:  # torch ignores the case
             raise CheckpointError(f"{where}: two members are called {name!r}; it is no file of torch.save")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise CheckpointError(
