@@ -1,7 +1,7 @@
-"""Which tables get another dtype, and what their rows become. Pure.
+"""Choose the tables that are cast to another dtype, and the layout of their cast rows. Pure.
 
-A table's embedding alone is cast. That its rows are written otherwise than they lie is seen in ``Selection.kept``, whose slots
-are as written; so the layout, the routes and the buffers follow from there.
+Only the embedding of a table is cast. ``Selection.kept`` describes slots as they are written, so it shows which slots are
+cast. The layout, the segments and the buffers follow from it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from dist_export.formats.row_encodings import BF16, F64, FLOATS, INT8_ROWWISE, T
 from dist_export.plan.selection import Selection
 
 SOURCE = "source"
-"""Leaves a table as it is, where a later pattern would match it."""
+"""Leaves a table in its stored dtype, even if a later pattern matches it."""
 
 INT8 = "int8"
-"""The setting's name of ``int8_rowwise``."""
+"""The name of ``int8_rowwise`` in the settings."""
 
 
 class CastCount(NamedTuple):
     """What the values of some rows of one table lost when they were cast."""
 
     values: int = 0
-    """That were cast, rows that are left behind not counted."""
+    """Values that were cast, without those of dropped and pruned rows."""
     nans: int = 0
     out_of_range: int = 0
     worst: float = 0.0
     total: float = 0.0
-    """Largest absolute error, and the sum of all, over the values that fit."""
+    """The sum of absolute errors over the values that fit; ``worst`` is the largest of them."""
     first_row: int = -1
-    """The row of the part that has the first value that does not fit; -1 where all do."""
+    """The row, within its part, of the first value that does not fit; -1 if all values fit."""
     first_id: int = 0
 
     @property
     def unfit(self) -> int:
-        """The values that do not fit."""
+        """The number of values that do not fit."""
         return self.nans + self.out_of_range
 
 
@@ -53,8 +53,8 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
 
     Args:
         checkpoint: the source.
-        selection: what is kept of it, as stored.
-        dtypes: (pattern of table names, dtype) in order; the first that matches counts.
+        selection: the slots that are kept, as stored.
+        dtypes: (pattern of table names, dtype) in order; the first pattern that matches a table decides.
 
     Raises:
         PlanError: a pattern that matches no table, or rows that cannot be cast.
@@ -77,21 +77,21 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
 
 
 def cast_of(stored: SlotMeta, written: SlotMeta) -> RowCast | None:
-    """Return what makes rows of one slot of the other; None where they are the same."""
+    """Return the cast from the stored slot to the written slot; None if both have one dtype and encoding."""
     if (stored.dtype, stored.encoding) == (written.dtype, written.encoding):
         return None
     return RowCast(stored.dtype, written.dtype, written.encoding, math.prod(stored.values_shape), stored.encoding)
 
 
 def check_defaults(checkpoint: Checkpoint, selection: Selection) -> None:
-    """Refuse default rows that the dtype in which their table is written cannot hold. PlanError."""
+    """Raise PlanError if the dtype in which a table is written cannot hold its default row."""
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
         default = table.default_row
         if default is None or isinstance(default, str):
             continue
         slot = next(slot for slot in slots if slot.name == EMBEDDING_SLOT)
         if not slot.encoding and cast_of(table.slots[slot.column], slot) is None:
-            continue  # it was held against the source's dtype
+            continue  # already checked against the stored dtype
         cast = RowCast(F64, slot.dtype, slot.encoding, math.prod(slot.values_shape))
         rows = np.array([default], np.float64).view(np.uint8)
         outcome = cast.encode_into(np.empty((1, cast.target_bytes), np.uint8), rows)
@@ -103,7 +103,7 @@ def check_defaults(checkpoint: Checkpoint, selection: Selection) -> None:
 
 
 def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, RowCast]:
-    """Return the casts of all tables that have one, by the table's name."""
+    """Return the cast of each table that is cast, by table name."""
     found = {}
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
         for slot in slots:
@@ -114,9 +114,9 @@ def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, Ro
 
 
 def note_unreadable(checkpoint: Checkpoint, selection: Selection) -> list[str]:
-    """Return a note where rows have a dtype that RecIS's loader has no embeddings of: it reads F64, F32, F16 and I8.
+    """Return a note for each written dtype that RecIS's loader cannot read. It reads embeddings of F64, F32, F16 and I8.
 
-    Of what does not come from RecIS, only tables that to_hash_tables makes RecIS's are for that loader.
+    If the source is not a RecIS checkpoint, that loader can only read tables that ``to_hash_tables`` turns into hash tables.
     """
     names: dict[str, list[str]] = {}
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):

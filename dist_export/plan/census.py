@@ -1,4 +1,4 @@
-"""What the id columns say, as counts: which rows go to which target. Data and pure functions; reading is elsewhere."""
+"""Count the rows that go to each target, as the id columns tell. Data and pure functions; ``transfer/`` reads the ids."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dist_export.errors import CheckpointError, PlanError
 from dist_export.plan.target_slices import Targets
 
 GRANULE_ROWS = 1 << 20
-"""Rows are counted in granules of this many, so that several ranks can gather from one part."""
+"""Rows in a granule. Rows are counted by granule, so that several ranks can gather from one part."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Census:
-    """Counts of a share of the parts, or of all.
+    """Counts of some or all parts.
 
-    ``part``, ``granule``, ``target`` and ``rows`` (int64) are parallel and sorted in this order; runs without rows
-    are left out. The other columns are parallel to ``counted``.
+    ``part``, ``granule``, ``target`` and ``rows`` (int64) are parallel and sorted in this order. Runs without rows are
+    omitted. The other columns are parallel to ``counted``.
     """
 
     part: np.ndarray
@@ -32,28 +32,28 @@ class Census:
     counted: np.ndarray
     """int64: the parts that were counted, sorted."""
     misplaced: np.ndarray
-    """int64: rows whose id lies outside the slice that the part claims."""
+    """int64: the misplaced rows of each part."""
     id_sum: np.ndarray
-    """uint64: the sum of the mixed ids, modulo 2**64; equal before and after wherever the rows went."""
+    """uint64: the sum of the mixed ids, modulo 2**64. Moving rows between parts does not change the total."""
     pruned: PrunedRows | None = None
-    """What the rules of ``prune`` leave behind; None where there are none. Such rows are not in ``rows``, but in
-    ``misplaced`` and ``id_sum``, which are of all rows of the source."""
+    """Counts of pruned rows; None if there are no rules. ``rows`` does not include pruned rows. ``misplaced`` and
+    ``id_sum`` do, because they cover all rows of the source."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PrunedRows:
-    """Counts of the rows that rules leave behind, as columns parallel to ``Census.counted``."""
+    """Counts of pruned rows, as columns parallel to ``Census.counted``."""
 
     rows: np.ndarray
-    """int64, (n, rules): by place among the rules of the part's table."""
+    """int64, (n, rules): the column is the index of the rule among the rules of the part's table."""
     misplaced: np.ndarray
-    """int64: of these, rows outside the slice of their part."""
+    """int64: the pruned rows that are misplaced."""
     id_sum: np.ndarray
     """uint64: the sum of their mixed ids, modulo 2**64."""
 
 
 def prune_none(num_parts: int, most_rules: int) -> PrunedRows:
-    """Return the counts of parts of which nothing is left behind; no table has more than ``most_rules``."""
+    """Return the counts of parts without pruned rows. ``most_rules`` is the largest number of rules of a table."""
     return PrunedRows(
         rows=np.zeros((num_parts, most_rules), np.int64),
         misplaced=np.zeros(num_parts, np.int64),
@@ -62,7 +62,7 @@ def prune_none(num_parts: int, most_rules: int) -> PrunedRows:
 
 
 class UniqueTask(NamedTuple):
-    """A share of the search for ids that stand twice: the ids of ``parts`` whose mixed bits begin with ``bucket``."""
+    """One task of the search for duplicates: the ids of ``parts`` whose mixed bits begin with ``bucket``."""
 
     table: int
     parts: tuple[int, ...]
@@ -71,7 +71,7 @@ class UniqueTask(NamedTuple):
 
 
 def merge_censuses(shares: Sequence[Census]) -> Census:
-    """Join the shares of all ranks into one, in the order of parts whatever the shares were."""
+    """Join the shares of all ranks into one census. Its order is that of the parts and does not depend on the shares."""
     runs = np.stack(
         [np.concatenate([getattr(s, name) for s in shares]) for name in ("part", "granule", "target", "rows")]
     )
@@ -103,12 +103,12 @@ def _merge_pruned(shares: Sequence[Census], order: np.ndarray) -> PrunedRows | N
 
 
 def leave_out(census: Census, *, part: np.ndarray, row: np.ndarray, target: np.ndarray, where: str) -> Census:
-    """Return the census with these rows (int64: part, row within it, target) no longer counted by target.
+    """Return the census without these rows (int64: part, row within the part, target) in its counts by target.
 
-    ``misplaced`` and ``id_sum`` stay those of all rows.
+    ``misplaced`` and ``id_sum`` still cover all rows.
 
     Raises:
-        CheckpointError: more rows would go than were counted, so the source, which is at ``where``, changed in between.
+        CheckpointError: there are more rows to leave out than were counted. The source at ``where`` changed in between.
     """
     runs = np.stack([census.part, census.granule, census.target, census.rows])
     runs = _sum_runs(np.concatenate([runs, _count_runs(part, row // GRANULE_ROWS, target) * [[1], [1], [1], [-1]]], 1))
@@ -119,7 +119,7 @@ def leave_out(census: Census, *, part: np.ndarray, row: np.ndarray, target: np.n
 
 
 def _count_runs(part: np.ndarray, granule: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Count rows by part, granule and target (int64 (4, n), sorted), without copies of all columns at once."""
+    """Count rows by part, granule and target (int64 (4, n), sorted), without copying all columns at once."""
     order = np.lexsort((target, granule, part))
     is_first = np.zeros(len(order), bool)
     is_first[:1] = True
@@ -132,16 +132,16 @@ def _count_runs(part: np.ndarray, granule: np.ndarray, target: np.ndarray) -> np
 
 
 def _sum_runs(runs: np.ndarray) -> np.ndarray:
-    """Sort runs (int64 (4, n)) and add up those of the same part, granule and target."""
+    """Sort runs (int64 (4, n)) and add up runs of the same part, granule and target."""
     runs = runs[:, np.lexsort((runs[2], runs[1], runs[0]))]
     starts = np.flatnonzero(np.any(np.diff(runs[:3], axis=1, prepend=-1) != 0, axis=0))
     return np.concatenate([runs[:3, starts], np.add.reduceat(runs[3:], starts, axis=1)])
 
 
 def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | None = None) -> list[list[int]]:
-    """Deal the parts out for counting, balanced by rows; those of one file stay together, so that it is opened once.
+    """Split the parts into shares for counting, balanced by rows. A share takes parts in file order, to open few files.
 
-    ``among`` (int64) are the parts to deal out; by default those of all tables whose rows go by id.
+    ``among`` (int64) are the parts to split; by default the parts of all hash tables.
     """
     if checkpoint.memory is not None:
         return _share_by_owner(checkpoint, checkpoint.memory, num_shares, among)
@@ -161,7 +161,7 @@ def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | 
 def _share_by_owner(
     checkpoint: Checkpoint, memory: Memory, num_shares: int, among: np.ndarray | None
 ) -> list[list[int]]:
-    """Deal parts that lie in memory out to the threads of the ranks that hold them: nobody else can count them."""
+    """Split parts in memory among the threads of the ranks that hold them. No other rank can read them."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     threads = num_shares // memory.world_size
     dealt = [0] * num_shares
@@ -177,7 +177,7 @@ def _share_by_owner(
 
 
 def _id_file(checkpoint: Checkpoint, part: int) -> int:
-    """Return the file that tells a part's ids; where none are stored, that of its first rows."""
+    """Return the file of a part's ids. If it has no ids, return the file of its first stored slot or strip."""
     files = checkpoint.blocks.file[part]
     stored = files[files >= 0]
     if len(stored):
@@ -188,10 +188,10 @@ def _id_file(checkpoint: Checkpoint, part: int) -> int:
 def deal_unique_tasks(
     checkpoint: Checkpoint, tasks: Sequence[UniqueTask], rank: int, world_size: int
 ) -> list[UniqueTask]:
-    """Return the tasks of one rank: every n-th, or in memory those whose ids it holds.
+    """Return the tasks of one rank: every n-th task, or for a checkpoint in memory the tasks whose ids the rank holds.
 
     Raises:
-        PlanError: ids of one table that several ranks hold in memory would have to be compared with each other.
+        PlanError: a task compares ids that several ranks hold in memory.
     """
     memory = checkpoint.memory
     if memory is None:
@@ -215,15 +215,15 @@ def deal_unique_tasks(
 
 
 def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) -> list[UniqueTask]:
-    """Return what is still to be searched for ids that stand twice, once every part of up to ``held_ids`` has been.
+    """Return the search for duplicates that remains after each part of up to ``held_ids`` rows was searched alone.
 
-    Disjoint slices without misplaced rows prove uniqueness across parts. Where slices overlap or rows are misplaced,
-    all parts of the table are searched together; what is too much to be held at once is searched in buckets.
+    Disjoint slices without misplaced rows prove that no id is in two parts. If slices overlap or rows are misplaced, all
+    parts of the table are searched together. Ids that do not fit into memory at once are searched in buckets.
     """
     tasks = []
     for table, meta in enumerate(checkpoint.tables):
         if not meta.has_ids:
-            continue  # numbers stand once
+            continue  # row numbers are unique
         parts = checkpoint.parts.of_table(table)
         begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
         is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
@@ -237,7 +237,7 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
 
 
 def count_numbered_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:
-    """Return the census of all tables whose rows go by number: their slices tell, and nothing is read."""
+    """Return the census of all row-indexed tables. The slices give the counts, so nothing is read."""
     parts = checkpoint.parts
     is_numbered = np.array([not table.is_hashed for table in checkpoint.tables], bool)
     counted = np.flatnonzero(is_numbered[parts.table]) if len(parts) else np.zeros(0, np.int64)
@@ -264,7 +264,7 @@ def count_numbered_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> C
 
 
 def count_rows_by_target(checkpoint: Checkpoint, targets: Sequence[Targets], census: Census) -> list[np.ndarray]:
-    """Return for each table the rows (int64) of each target."""
+    """Return for each table the number of rows (int64) of each target."""
     table_of_run = checkpoint.parts.table[census.part]
     counts = []
     for table, target in enumerate(targets):

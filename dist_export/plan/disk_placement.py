@@ -1,9 +1,9 @@
-"""Deal files out to the disks that they are built on, where ranks of several machines share none. Pure.
+"""Choose the disk on which each file is built, when ranks of several machines share no disk. Pure.
 
-A file that cannot go to its store as it comes (gathered rows fall into it, or the store takes whole files alone) is put
-together on a disk first. Whatever writes into it runs on a rank that sees this disk, so a gather whose rows go to files of two
-disks is run at both, each of which reads all of its rows and writes its own. Neighbouring slices get rows of the same parts,
-and neighbouring files hold them: so disks get runs of neighbours, and few gathers are run twice.
+Some files cannot be sent to their store piece by piece: rows are gathered into them, or the store only takes whole files.
+Such a file is built on a disk first, and only ranks that see this disk write into it. A gather for files on two disks runs
+once at each disk. Each run reads all rows and writes those for its disk. Neighbouring files often get rows of the same
+parts. Each disk therefore gets a run of neighbouring files, so that few gathers run twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def find_homes(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[
     """Return the disk on which each of the files ``numbers`` is built.
 
     Args:
-        plan: of the export.
-        numbers: of the files that are built on a disk, in order.
-        disk_of_rank: for each rank the number of the disk that it sees, from 0 on.
+        plan: the plan of the export.
+        numbers: the files that are built on a disk, in order.
+        disk_of_rank: for each rank the number of the disk that it sees, counted from 0.
 
     Raises:
         TransferError: a file gets rows from the memory of ranks that share no disk.
@@ -40,14 +40,14 @@ def find_homes(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[
 
 
 def files_of(plan: SparsePlan, gather: Gather) -> np.ndarray:
-    """Return the files (int64) that the rows of a gather go to, by its targets; all slots of a target are in one file."""
+    """Return the file (int64) of each target of a gather. All slots of a target are in one file."""
     table = int(plan.checkpoint.parts.table[gather.part])
     files: np.ndarray = plan.blocks.file[plan.blocks_of(table, gather.columns[0])[gather.targets]]
     return files
 
 
 def owners_of(plan: SparsePlan, gather: Gather) -> set[int]:
-    """Return the ranks that hold the rows of a gather; of column shards there are several, and each moves its columns."""
+    """Return the ranks that hold the rows of a gather in memory. With column shards, several ranks each move their columns."""
     checkpoint = plan.checkpoint
     assert checkpoint.memory is not None
     files = []
@@ -60,7 +60,7 @@ def owners_of(plan: SparsePlan, gather: Gather) -> set[int]:
 
 
 def _homes_of_memory(plan: SparsePlan, numbers: frozenset[int], disk_of_rank: Sequence[int]) -> Mapping[int, int]:
-    """Return the disks of files that get rows from memory: only its own rank reads that, so they are built on its disk."""
+    """Return the disk of each file that gets rows from memory: the disk of the rank that holds the rows."""
     homes: dict[int, int] = {}
     for gather in plan.gathers:
         disks = {disk_of_rank[owner] for owner in owners_of(plan, gather)}

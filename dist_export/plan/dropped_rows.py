@@ -1,8 +1,8 @@
-"""Rows that are left behind: which they are, why, and what the account of rows says of them. Data and pure functions.
+"""List dropped rows, with the reason for each, and summarize them for the account of rows. Data and pure functions.
 
-Whoever finds rows to leave behind names part, row, id and reason. All else follows from these: the counts by target
-that the layout leaves out, the sums that the check before the commit proves, and the row numbers that a gather skips.
-Rows that rules leave behind (``plan/prune.py``) may be most of a table: they are counted by the census, and listed nowhere.
+Each dropped row is listed by part, row, id and reason. From this list follow the counts by target that the layout leaves
+out, the sums that the check before the commit compares, and the row numbers that a gather skips.
+Pruned rows (``plan/prune.py``) may be most of a table. The census counts them, and nothing lists them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REASONS = (DUPLICATE,)
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class DroppedRows:
-    """The rows that stay behind with all their slots, as parallel columns ordered by part and row; each stands once."""
+    """Rows that are not exported, with all their slots. Parallel columns, ordered by part and row, each row once."""
 
     part: np.ndarray
     """int64."""
@@ -36,13 +36,13 @@ class DroppedRows:
     id: np.ndarray
     """int64."""
     reason: np.ndarray
-    """uint8: a place in ``REASONS``."""
+    """uint8: an index into ``REASONS``."""
 
     def __len__(self) -> int:
         return len(self.part)
 
     def rows_in(self, part: int, first_row: int, num_rows: int) -> np.ndarray:
-        """Return which of the rows from ``first_row`` on are dropped: their numbers (int64) counted from there, sorted."""
+        """Return the dropped rows among ``num_rows`` rows from ``first_row`` on (int64, sorted, relative to ``first_row``)."""
         first, last = np.searchsorted(self.part, [part, part + 1])
         rows = self.row[first:last]
         begin, end = np.searchsorted(rows, [first_row, first_row + num_rows])
@@ -51,23 +51,23 @@ class DroppedRows:
 
 
 class DroppedAccount(NamedTuple):
-    """What the account of one table says of its dropped rows."""
+    """The dropped and pruned rows of one table, as its account of rows states them."""
 
     rows_by_reason: dict[str, int]
     """Without reasons that dropped none."""
     misplaced: int
-    """Of these, rows that lay outside the slice of their part."""
+    """The misplaced rows among them."""
     id_sum: int
     """Sum of their mixed ids modulo 2**64."""
 
     @property
     def rows(self) -> int:
-        """All dropped rows."""
+        """The number of these rows."""
         return sum(self.rows_by_reason.values())
 
 
 def drop_nothing() -> DroppedRows:
-    """Return what most exports leave behind."""
+    """Return an empty list of dropped rows."""
     none = np.zeros(0, np.int64)
     return DroppedRows(part=none, row=none, id=none, reason=none.astype(np.uint8))
 
@@ -76,8 +76,8 @@ def drop_repeats(checkpoint: Checkpoint, found: np.ndarray, *, keep: Literal["fi
     """Keep one row of each id and drop the others.
 
     Args:
-        found: int64 (3, n): part, row within it and id of all rows whose id stands more than once in its table.
-        keep: which row of an id stays: the first or the last in the order of ``Parts``, which is by slice, then by row.
+        found: int64 (3, n): part, row within the part, and id of all rows whose id is a duplicate.
+        keep: which row of an id is kept: the first or the last in the order of ``Parts``, which is by slice, then by row.
     """
     part, row, ids = found
     table = checkpoint.parts.table[part]
@@ -90,7 +90,7 @@ def drop_repeats(checkpoint: Checkpoint, found: np.ndarray, *, keep: Literal["fi
 
 
 def count_kept(checkpoint: Checkpoint, targets: tuple[Targets, ...], census: Census, dropped: DroppedRows) -> Census:
-    """Return the census without the dropped rows: what goes to each target from each part and granule."""
+    """Return the census without the dropped rows: the rows that go to each target from each part and granule."""
     if not len(dropped):
         return census
     owners = np.zeros(len(dropped), np.int64)
@@ -109,9 +109,9 @@ def account_for(
     pruned: PrunedRows | None,
     pruning: Pruning | None,
 ) -> DroppedAccount:
-    """Return the account of the dropped rows of one table: those that are listed, and those of the whole census' rules.
+    """Return the account of the dropped and pruned rows of one table.
 
-    With ``pruned`` go the rules that it counts, ``pruning``.
+    ``pruned`` covers all parts. If it is given, ``pruning`` must hold the rules that it counts.
     """
     mine = _slice_of(checkpoint, dropped, table)
     part, ids = dropped.part[mine], dropped.id[mine]
@@ -126,7 +126,7 @@ def account_for(
     assert pruning is not None
     its = checkpoint.parts.of_table(table)
     rows = dict.fromkeys(prune_rules.REASONS, 0)
-    rules = pruning.rules[table]  # of other tables there may be more
+    rules = pruning.rules[table]  # ``pruned`` has more columns if another table has more rules
     for rule, count in zip(rules, pruned.rows[its].sum(axis=0)[: len(rules)].tolist(), strict=True):
         rows[rule.reason] += count
     return DroppedAccount(
@@ -143,7 +143,7 @@ def _slice_of(checkpoint: Checkpoint, dropped: DroppedRows, table: int) -> slice
 
 
 def _is_inside(checkpoint: Checkpoint, part: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Whether rows of one table lie in the slices of their parts (bool)."""
+    """Return whether each row of one table is in the slice of its part (bool)."""
     if not len(part):
         return np.zeros(0, bool)
     parts = checkpoint.parts
@@ -153,7 +153,7 @@ def _is_inside(checkpoint: Checkpoint, part: np.ndarray, ids: np.ndarray) -> np.
 
 
 def _owners_of(checkpoint: Checkpoint, target: Targets, part: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the target (int64) of each row of one table, as the census has it."""
+    """Return the target (int64) of each row of one table, by the same rule as the census."""
     owners = target.owners_of(places_of(ids, target.size), own=None).astype(np.int64)
     if not target.has_overlap:
         return owners

@@ -1,8 +1,8 @@
-"""Cut output files into the parts of an upload to S3: bytes that come from here, and ranges that the store itself copies. Pure.
+"""Cut output files into the parts of an upload to S3: bytes that a rank sends, and ranges that the store itself copies. Pure.
 
-A part has 5 MiB at least, but for the last of a file, and a file has 10,000 parts at most (Amazon's S3 API reference,
-"Multipart upload limits"). The layout of a shard puts blocks first that hold no copied run as long as that, on every
-storage (:func:`find_large`): so header and small runs fill one part together, and the bytes are the same everywhere.
+A part has at least 5 MiB, except the last part of a file. A file has at most 10,000 parts (Amazon's S3 API reference,
+"Multipart upload limits"). The layout of a shard puts blocks without a copied run of 5 MiB first (:func:`find_large`), so
+that the header and the small runs fill one part together. It does so on every storage, so that the bytes are the same.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ MIN_PART_BYTES = 5 << 20
 MAX_PARTS = 10_000
 
 _REMOTE_BYTES = 256 << 20
-"""Of one copy within the store: several at a time are faster than a long one, which may have 5 GiB."""
+"""Bytes of one copy within the store. S3 allows 5 GiB, but several copies at a time are faster than a long one."""
 _MOST_GRID_BYTES = 64 << 20
-"""A part may not reach over the end of a unit of work, which is a run of chunks of so many bytes."""
+"""The most bytes of a part that a rank sends. A work unit is a run of chunks of this size, and no part may cross its end."""
 
 
 class Part(NamedTuple):
-    """Bytes ``begin`` to ``end`` of an output file; where the store copies them, from a byte of a source file on."""
+    """Bytes ``begin`` to ``end`` of an output file. If the store copies them, they begin at a byte of a source file."""
 
     begin: int
     end: int
     source_file: int = -1
-    """-1 for bytes that are sent from here."""
+    """-1 for bytes that a rank sends."""
     source_offset: int = 0
 
     @property
     def is_remote(self) -> bool:
-        """Whether the store copies it."""
+        """Whether the store copies this part."""
         return self.source_file >= 0
 
 
 @dataclass(frozen=True, slots=True)
 class FileParts:
-    """The parts of one file, in order; numbered from 1 in an upload."""
+    """The parts of one file, in order. An upload numbers them from 1."""
 
     parts: tuple[Part, ...]
     has_remote: bool
-    """Whether the store copies any of them; then each part has a digest of its own."""
+    """Whether the store copies any part. Then each part has its own digest."""
     is_built: bool = False
-    """Whether gathered rows fall into it: then what is sent from here is put together on a disk first."""
+    """Whether rows are gathered into the file. Then the bytes that ranks send are built on a disk first."""
 
 
 def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int, FileParts]:
-    """Return the parts of each output file, but for those that are built on a disk as a whole before they go up.
+    """Return the parts of each output file, except files that are built as a whole on a disk before the upload.
 
-    Those are files that gathered rows fall into and of which the store can copy nothing.
+    Rows are gathered into those files, and the store can copy no range of them.
 
     Args:
-        plan: of the export.
-        part_bytes: of a part that is sent from here, 8 MiB at least; a part may have nearly twice as many.
-        may_copy: whether source and target are one store.
+        plan: the plan of the export.
+        part_bytes: size of a part that a rank sends, at least 8 MiB. A part may have nearly twice as many bytes.
+        may_copy: whether source and target are in one store.
 
     Raises:
         PlanError: a shard that is too large for an upload in parts.
@@ -85,7 +85,7 @@ def plan_parts(plan: SparsePlan, *, part_bytes: int, may_copy: bool) -> dict[int
 
 
 def count_client_bytes(plan: SparsePlan, parts: dict[int, FileParts]) -> tuple[int, int]:
-    """Return the bytes of shards that go through this side: read from the source, and sent to the target."""
+    """Return the bytes of shards that the ranks read from the source, and those that they send to the target."""
     header = {number: len(file.header) for number, file in enumerate(plan.files)}
     sent = read = 0
     for number, file in enumerate(plan.files):
@@ -99,7 +99,7 @@ def count_client_bytes(plan: SparsePlan, parts: dict[int, FileParts]) -> tuple[i
 
 
 def _cut_remote(plan: SparsePlan, number: int, part_bytes: int) -> list[Part] | None:
-    """Return parts with the long runs copied by the store; None where there is no such run."""
+    """Return parts in which the store copies the long runs; None if there is no long run, or no allowed cut."""
     size = plan.files[number].num_bytes
     least = MIN_PART_BYTES
     while least <= size:
@@ -108,7 +108,7 @@ def _cut_remote(plan: SparsePlan, number: int, part_bytes: int) -> list[Part] | 
             return None
         if len(parts) <= MAX_PARTS:
             return parts
-        least *= 2  # so many runs are not copied one by one: the shorter ones go through here, several in a part
+        least *= 2  # too many parts: the ranks send the shorter runs, several in one part
     return None
 
 
@@ -121,7 +121,7 @@ def _cut_at(plan: SparsePlan, number: int, part_bytes: int, least: int) -> list[
     for row in rows.tolist():
         run_begin, run_bytes = int(copies.offset[row]), int(copies.num_bytes[row])
         end = run_begin + run_bytes
-        # what lies before the run must fill a part, if need be with bytes of the run
+        # the bytes before the run must fill a part; if they are too few, bytes of the run are added
         begin = run_begin if run_begin == cursor else max(run_begin, cursor + MIN_PART_BYTES)
         if end - begin < MIN_PART_BYTES:
             continue
@@ -170,15 +170,15 @@ def find_large(
     census: Census,
     num_targets: Sequence[int],
 ) -> np.ndarray:
-    """Return which blocks (bool) hold a run of bytes that a store could copy as a part of its own.
+    """Return which blocks (bool) hold a run of bytes that a store could copy as a separate part.
+
+    The blocks are ordered by table, slot and target, as in ``SparsePlan.blocks``.
 
     Args:
         checkpoint: the source.
         kept: the slots that are kept, by table.
-        census: of the kept rows.
-        num_targets: of each table.
-
-    The blocks are by table, slot and target, as ``SparsePlan.blocks`` has them.
+        census: the counts of the kept rows.
+        num_targets: the number of targets of each table.
     """
     found = [np.zeros(0, bool)]
     parts, source = checkpoint.parts, checkpoint.blocks
@@ -195,7 +195,7 @@ def find_large(
         is_whole = np.zeros(len(part), bool)
         if len(starts):
             is_whole = np.repeat(np.add.reduceat(rows, starts) == parts.rows[part[starts]], lengths)
-            if meta.is_hashed:  # rows of a part that go to several targets are moved one by one
+            if meta.is_hashed:  # if rows of a part go to several targets, they are gathered
                 is_whole &= np.repeat(lengths == 1, lengths)
         for slot in kept[table]:
             is_copied = is_whole & (slot == meta.slots[slot.column]) & (source.file[part, slot.column] >= 0)

@@ -1,4 +1,4 @@
-"""What the ranks will write, as data: files, blocks, byte ranges and rows that are gathered. Pure."""
+"""Describe as data what the ranks write: files, blocks, byte ranges and gathers. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_export.plan.target_slices import Targets
 
 
 class OutputFile(NamedTuple):
-    """One shard file to be written: ``header`` (may be empty), then the payload."""
+    """One shard file to write: ``header`` (may be empty), then the payload."""
 
     name: str
     num_bytes: int
@@ -25,7 +25,7 @@ class OutputFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Copies:
-    """Byte ranges that go over unchanged, as parallel int64 columns, ordered by file and place there."""
+    """Byte ranges that are copied unchanged, as parallel int64 columns, ordered by file and offset."""
 
     file: np.ndarray
     offset: np.ndarray
@@ -40,11 +40,11 @@ class Copies:
 class Gather(NamedTuple):
     """Rows ``first_row`` to ``first_row + num_rows`` of a part that are moved row by row.
 
-    They go to several targets, or are dropped in part, or some of their slots do not lie as they are to be written.
+    They go to several targets, or some rows are dropped or pruned, or some slots are not stored as they are written.
 
     ``targets``, ``counts`` and ``first_target_rows`` (int64) are parallel: how many rows each target gets, and the row
-    of the target's block where they begin. The rest of ``num_rows`` stands in ``SparsePlan.dropped``, or is what
-    ``SparsePlan.pruning`` leaves behind.
+    of the target's block where they begin. The other rows are in ``SparsePlan.dropped`` or pruned by
+    ``SparsePlan.pruning``.
     """
 
     part: int
@@ -54,17 +54,17 @@ class Gather(NamedTuple):
     counts: np.ndarray
     first_target_rows: np.ndarray
     columns: tuple[int, ...]
-    """The slots that are moved so, as in ``SlotMeta.column``; the others of these rows go over as byte ranges."""
+    """The slots that are gathered, as in ``SlotMeta.column``. The other slots of these rows are copied as byte ranges."""
 
     @property
     def num_kept(self) -> int:
-        """The rows that are moved."""
+        """The number of rows that are moved."""
         return int(self.counts.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class OutputBlocks:
-    """The blocks of all tables in the output, as parallel columns; all int64 but ``key``."""
+    """The blocks of all tables in the output, as parallel columns. All are int64 except ``key``."""
 
     key: tuple[str, ...]
     file: np.ndarray
@@ -84,25 +84,25 @@ class OutputBlocks:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan:
-    """All that the ranks will write. The same on every rank, whatever their number."""
+    """Everything that the ranks write. It is the same on every rank and for every number of ranks."""
 
     checkpoint: Checkpoint
     selection: Selection
     targets: tuple[Targets, ...]
-    """Of each table; empty in a copy."""
+    """The targets of each table; empty in a copy."""
     num_shards: int
     is_copy: bool
     files: tuple[OutputFile, ...]
     blocks: OutputBlocks
     dense_files: tuple[tuple[str, int], ...]
-    """(key, file) of each dense tensor among the sparse files of the output."""
+    """(key, file) of each dense tensor in the shard files of the output."""
     copies: Copies
     gathers: tuple[Gather, ...]
     dropped: DroppedRows
-    """Rows that no shard gets; none in a copy."""
+    """Rows that go to no shard; none in a copy."""
     digest: str
     pruning: Pruning | None = None
-    """Rules that tell of further rows that no shard gets; None where there are none."""
+    """Rules that prune further rows; None if there are none."""
 
     @property
     def num_bytes(self) -> int:
@@ -114,14 +114,14 @@ class SparsePlan:
         return self.selection.kept[table]
 
     def has_casts(self, gather: Gather) -> bool:
-        """Whether rows of a gather are written in another dtype than they are stored in."""
+        """Whether a slot of the gather's table is written in another dtype than it is stored in."""
         table = int(self.checkpoint.parts.table[gather.part])
         stored = self.checkpoint.tables[table].slots
         return any(stored[slot.column].dtype != slot.dtype for slot in self.slots_of(table))
 
     @functools.cached_property
     def _rows_of_blocks(self) -> dict[tuple[int, int], np.ndarray]:
-        """For each (table, slot column), where the block of each target stands in ``blocks``."""
+        """For each (table, slot column), the index in ``blocks`` of the block of each target."""
         order = np.lexsort((self.blocks.target, self.blocks.column, self.blocks.table))
         kinds = np.stack([self.blocks.table[order], self.blocks.column[order]], axis=1)
         starts = np.flatnonzero(np.any(np.diff(kinds, axis=0, prepend=-1) != 0, axis=1))
@@ -129,5 +129,5 @@ class SparsePlan:
         return {(int(kinds[start, 0]), int(kinds[start, 1])): rows for start, rows in zip(starts, pieces, strict=True)}
 
     def blocks_of(self, table: int, column: int) -> np.ndarray:
-        """Return the places in ``blocks`` of one slot of a table, by target."""
+        """Return the indices in ``blocks`` of one slot of a table, by target."""
         return self._rows_of_blocks[table, column]

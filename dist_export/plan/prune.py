@@ -1,7 +1,7 @@
-"""Which rows the rules of ``prune`` leave behind: a rule looks at a row's id or at one of its slots. Pure.
+"""Find the rows that the rules of ``prune`` leave out. A rule reads the id of a row or one of its slots. Pure.
 
-No list of these rows is ever made: the census evaluates the rules once, whoever moves rows evaluates them again on the same
-bytes. So all arithmetic here has one order, whatever the number of rows at a time.
+Pruned rows are never listed. The census evaluates the rules once, and each gather evaluates them again on the same bytes.
+Both results must agree, so the order of all arithmetic here does not depend on how many rows are evaluated at a time.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from dist_export.formats.row_encodings import decode_int8
 from dist_export.plan.table_view import no_match
 
 KEPT = 0
-"""The code of a row that no rule applies to; else 1 + the place of the rule among those of its table."""
+"""The code of a row to which no rule applies. Other codes are 1 + the index of the rule among the rules of its table."""
 
 _BIT = (1 << np.arange(8)).astype(np.uint8)
 _PIECE_IDS = 1 << 16
 
 _BLOCK_IDS = 256
-"""The first of each so many ids of a list stay in a core's cache."""
+"""Ids in a block of a list. The first id of each block stays in a core's cache."""
 
 
 class IdList:
-    """Finds ids that are in a list. Any thread."""
+    """Finds ids in a list. Safe to use from any thread."""
 
     def __init__(self, ids: np.ndarray) -> None:
-        """``ids``: int64, sorted, each once."""
+        """Build the sieve for ``ids``: int64, sorted, without duplicates."""
         self.ids = ids
         self.digest = xxhash.xxh3_128_digest(ids.data)
         self._heads = ids[::_BLOCK_IDS].copy()
-        bits = len(ids).bit_length() + 3  # 8 to 16 for each id, so that of 8 others at most one passes
+        bits = len(ids).bit_length() + 3  # 8 to 16 bits for each id: at most one in 8 ids that are not listed passes
         self._shift = np.uint64(64 - bits)
         self._sieve = np.zeros(1 << (bits - 3), np.uint8)
         for first in range(0, len(ids), _PIECE_IDS):
@@ -53,7 +53,7 @@ class IdList:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Bytes that the list takes in memory."""
         return int(self.ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ class IdList:
         return (hashed >> np.uint64(3)).view(np.int64), _BIT[(hashed & np.uint64(7)).view(np.int64)]
 
     def _holds(self, ids: np.ndarray) -> np.ndarray:
-        """Search, step by step for all at once: what one id waits for from memory the others wait for at the same time."""
+        """Return which ids are in the list (bool). Each step of the binary search is one pass, so that memory waits overlap."""
         if not len(ids):
             return np.zeros(0, bool)
         last = len(self.ids) - 1
@@ -89,18 +89,18 @@ class TableRule(NamedTuple):
 
     reason: str
     slot: SlotMeta | None
-    """The slot that it looks at; None for the ids."""
+    """The slot that the rule reads; None for the ids."""
     limit: int | float
     ids: IdList | None
     place: int | None = 0
-    """In the setting ``prune``; None for a rule that is not of the settings."""
+    """Index in the setting ``prune``; None for a rule that is not in the settings."""
 
     def applies(self, ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Return which rows go (bool, (n,)). Comparisons with NaN are false, so such rows stay.
+        """Return which rows are pruned (bool, (n,)). Rows with NaN in the slot are kept, because comparisons are false.
 
         Args:
             ids: int64 (n,).
-            rows: slot column -> uint8 (n * row_bytes,), of the slots that rules look at.
+            rows: slot column -> uint8 (n * row_bytes,), for the slots that rules read.
         """
         if self.reason == EMPTY:
             is_empty: np.ndarray = ids == np.int64(self.limit)
@@ -115,35 +115,35 @@ class TableRule(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Pruning:
-    """The rules of each table, in the order in which they are tried; the first that applies gives the reason."""
+    """The rules of each table, in the order in which they are tried. The first rule that applies gives the reason."""
 
     rules: tuple[tuple[TableRule, ...], ...]
     asked: tuple[RowRule, ...] = ()
-    """As the settings have them."""
+    """The rules as the settings state them."""
     lists: Mapping[str, IdList] = field(default_factory=dict)
-    """Path -> the ids of the file, as the settings name it."""
+    """Path, as in the settings -> the ids of that file."""
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether any table has a rule."""
         return any(self.rules)
 
     @property
     def most_rules(self) -> int:
-        """Of any one table."""
+        """The largest number of rules of one table."""
         return max(map(len, self.rules), default=0)
 
     @property
     def num_bytes(self) -> int:
-        """What the lists of ids take in memory."""
+        """Bytes that the lists of ids take in memory."""
         lists = {id(rule.ids): rule.ids for rules in self.rules for rule in rules if rule.ids is not None}
         return sum(its.num_bytes for its in lists.values())
 
     def columns_of(self, table: int) -> tuple[int, ...]:
-        """Return the slots that the rules of a table look at."""
+        """Return the slots that the rules of a table read."""
         return tuple(sorted({rule.slot.column for rule in self.rules[table] if rule.slot is not None}))
 
     def digest(self) -> bytes:
-        """Return a digest of all that decides, the listed ids included."""
+        """Return a digest of everything that decides which rows are pruned, with the listed ids."""
         hasher = xxhash.xxh3_128()
         for table, rules in enumerate(self.rules):
             for rule in rules:
@@ -154,21 +154,21 @@ class Pruning:
 
 
 def prune_nothing(checkpoint: Checkpoint) -> Pruning:
-    """Return what most exports have."""
+    """Return no rules for any table."""
     return Pruning(rules=tuple(() for _ in checkpoint.tables))
 
 
 def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mapping[str, IdList]) -> Pruning:
-    """Say which rules apply to which table.
+    """Return the rules of each table.
 
     Args:
         checkpoint: the tables that are exported.
-        rules: as the settings have them, in order.
-        lists: path -> its ids, of the files that rules name.
+        rules: the rules in the order of the settings.
+        lists: path -> ids, for the files that the rules name.
 
     Raises:
-        PlanError: a pattern that matches no table, a table without the slot or with several values a row in it, or one whose
-            rows go by number.
+        PlanError: a pattern matches no table, a table does not have the slot or has several values a row in it, or a table
+            is row-indexed.
     """
     names = [table.name_in_source for table in checkpoint.tables]
     found = [_leave_empty_rows(table) for table in checkpoint.tables]
@@ -184,14 +184,14 @@ def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mappin
 
 
 def _leave_empty_rows(table: TableMeta) -> list[TableRule]:
-    """Return the rule that leaves rows without an id behind, where a table may have such rows."""
+    """Return the rule that leaves out rows without an id; no rule if a table cannot have such rows."""
     return [] if table.empty_id is None else [TableRule(EMPTY, None, table.empty_id, None, None)]
 
 
 def match_rules(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Return which rule leaves each row behind (uint16, (n,)): 0 for one that is kept, else 1 + a place in ``rules``.
+    """Return which rule prunes each row (uint16, (n,)): 0 for a row that is kept, else 1 + an index into ``rules``.
 
-    Arguments are as :meth:`TableRule.applies` takes them.
+    ``ids`` and ``rows`` are those of :meth:`TableRule.applies`.
     """
     codes = np.zeros(len(ids), np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -265,11 +265,11 @@ def _is_below(values: np.ndarray, limit: float) -> np.ndarray:
 
 def _is_short(values: np.ndarray, limit: float) -> np.ndarray:
     """Return which rows have an L2 norm of at most ``limit``."""
-    if limit == 0:  # also of values whose squares are too small for a number
+    if limit == 0:  # compare the values, because squares of tiny values are rounded to 0
         is_zero: np.ndarray = np.logical_not((values != 0).any(axis=1))
         return is_zero
     sums = np.zeros(len(values), np.float64)
-    # value by value: numpy's own sums depend on how many rows there are at a time
+    # add value by value, because numpy's own sums depend on the number of rows
     for column in np.asarray(values.T, np.float64, order="C"):
         sums += column * column
     short: np.ndarray = np.less_equal(np.sqrt(sums), limit)

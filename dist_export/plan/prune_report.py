@@ -1,4 +1,4 @@
-"""What the rules of ``prune`` did, rule by rule: notes on what cannot be meant, and tables that nothing is left of. Pure."""
+"""Report what each rule of ``prune`` did: notes on likely mistakes, and tables that are left without rows. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 3
 
 
 def count_by_rule(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows) -> np.ndarray:
-    """Return the rows that each rule left behind: int64, (tables, rules), the rules in the order of the setting."""
+    """Return how many rows each rule pruned: int64, (tables, rules), with the rules in the order of the setting."""
     counts = np.zeros((len(checkpoint.tables), len(pruning.asked)), np.int64)
     for table, rules in enumerate(pruning.rules):
         rows = pruned.rows[checkpoint.parts.of_table(table)].sum(axis=0)
@@ -26,7 +26,7 @@ def count_by_rule(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows) 
 
 
 def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> None:
-    """Refuse to leave nothing of a table that has rows. PlanError names the first such table and what each rule took."""
+    """Raise PlanError if the rules prune all rows of a table. It names the first such table and the rows of each rule."""
     emptied = _find_emptied(checkpoint, pruning, pruned)
     if emptied:
         others = f", nor of {count(len(emptied) - 1, 'other table')}" if len(emptied) > 1 else ""
@@ -37,7 +37,7 @@ def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows 
 
 
 def note_rules(checkpoint: Checkpoint, pruning: Pruning | None, pruned: PrunedRows | None) -> list[str]:
-    """Return notes on tables that the rules leave nothing of, and on lists of ids to deny that no row has."""
+    """Return notes on tables whose rows are all pruned, and on deny lists that prune no row."""
     if pruning is None or pruned is None:
         return []
     emptied = _find_emptied(checkpoint, pruning, pruned)
@@ -52,7 +52,7 @@ def note_rules(checkpoint: Checkpoint, pruning: Pruning | None, pruned: PrunedRo
 
 
 def _find_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> list[str]:
-    """Return a sentence on each table that has rows, and of which the rules leave none."""
+    """Return a sentence for each table that has rows and loses all of them to the rules."""
     if pruned is None:
         return []
     told = []

@@ -1,7 +1,7 @@
-"""Which way rows go: as byte ranges where they lie as they are to be written, else gathered row by row. Pure.
+"""Cut rows into segments: byte ranges if they are stored as they are written, else gathers. Pure.
 
-A part whose rows all go to one target is moved as byte ranges, whatever its slice says; only parts whose rows part ways
-and parts that leave rows behind are gathered. Merging shards is thus always copying.
+If all rows of a part go to one target, its slots are copied as byte ranges, whatever its slice is. A part is gathered if
+its rows go to several targets, or if some of them are dropped or pruned. Merging shards therefore copies byte ranges.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from dist_export.plan.plan import Copies, Gather, SparsePlan
 
 
 def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
-    """Say for every run of a census of kept rows where they go: byte ranges (5, n) and gathers."""
+    """Return the byte ranges, int64 (5, n), and the gathers that move the rows of a census of kept rows.
+
+    A byte range is a column of file, offset, source file, source offset and number of bytes.
+    """
     parts, source = plan.checkpoint.parts, plan.checkpoint.blocks
     segments: list[np.ndarray] = []
     gathers: list[Gather] = []
@@ -31,7 +34,7 @@ def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gath
         base = _rows_before(target, rows)
         starts = np.flatnonzero(np.diff(part, prepend=-1))
         is_kept_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
-        is_ordered = not plan.checkpoint.tables[table].is_hashed  # then each run is of rows that are neighbours
+        is_ordered = not plan.checkpoint.tables[table].is_hashed  # then the rows of a run are neighbours
         if is_ordered:
             is_range = np.repeat(is_kept_whole, np.diff(np.append(starts, len(part))))
             ranges, split = np.flatnonzero(is_range), np.flatnonzero(~is_range)
@@ -40,7 +43,7 @@ def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gath
             is_whole &= is_kept_whole
             ranges = starts[is_whole]
             split = np.flatnonzero(np.repeat(~is_whole, np.diff(np.append(starts, len(part)))))
-        # where a range begins in its part, and its rows: of a whole part all, though these may stand in several runs
+        # the first row of a range in its part, and its rows. A whole part is one range, though it may have several runs
         begin = _rows_before(part, rows)[ranges]
         num_rows = rows[ranges] if is_ordered else parts.rows[part[ranges]]
         by_rows: dict[int, list[int]] = {}
@@ -83,7 +86,7 @@ def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gath
 
 
 def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:
-    """Return for each of these parts (bool) whether the rows of a slot lie in the source as they are to be written."""
+    """Return for each of these parts (bool) whether the source stores the rows of a slot as they are written."""
     if slot != checkpoint.tables[table].slots[slot.column] or checkpoint.memory is not None:
         return np.zeros(len(part), bool)
     is_copied: np.ndarray = checkpoint.blocks.file[part, slot.column] >= 0
@@ -91,7 +94,7 @@ def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndar
 
 
 def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return for each run, in order, the rows that earlier runs have put into the same target."""
+    """Return for each run the number of rows that earlier runs put into the same target."""
     order = np.argsort(target, kind="stable")
     sums = np.cumsum(rows[order]) - rows[order]
     first_of_target = np.flatnonzero(np.diff(target[order], prepend=-1))
@@ -102,7 +105,7 @@ def _rows_before(target: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def join_ranges(segments: Sequence[np.ndarray]) -> Copies:
-    """Order byte ranges by place in the output and join those that are neighbours on both sides."""
+    """Sort byte ranges by file and offset in the output, and join ranges that are neighbours on both sides."""
     columns = np.concatenate([np.zeros((5, 0), np.int64), *segments], axis=1)
     columns = columns[:, columns[4] > 0]
     columns = columns[:, np.lexsort((columns[1], columns[0]))]

@@ -1,8 +1,8 @@
-"""What is kept and what is dropped, by name. Pure.
+"""Select the slots and dense tensors to keep, by name. Pure.
 
 Source of the optimizer names: RecIS's sparse optimizers (SparseAdam, SparseAdamW, SparseAdamWTF, SparseAdagrad,
-SparseAdagradSum, SparseRowWiseAdagrad, SparseRowWiseAdagradSum). A ``step_filter`` slot is no optimizer state: the
-eviction of old rows goes on reading it.
+SparseAdagradSum, SparseRowWiseAdagrad, SparseRowWiseAdagradSum). A ``step_filter`` slot is not optimizer state, because
+the eviction of old rows still reads it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPTIMIZER_DENSE = frozenset(
     | {"sparse_adagrad_step", "sparse_row_wise_adagrad_step", "sparse_row_wise_adagrad_sum_step"}
 )
 _BY_TABLE = "sparse_row_wise_adagrad_"
-"""Begins the dense names of RowWiseAdagrad and RowWiseAdagradSum."""
+"""The dense names of RowWiseAdagrad and RowWiseAdagradSum begin with this."""
 
 BY_OPTIMIZER = "optimizer"
 BY_PATTERN = "drop_slots"
@@ -45,16 +45,16 @@ class Selection:
     """The outcome of :func:`select`."""
 
     kept: tuple[tuple[SlotMeta, ...], ...]
-    """For each table of the checkpoint, the slots that stay, as they are written: id, embedding, then the rest in source
-    order. A table whose rows go by number has no id."""
+    """For each table of the checkpoint, the slots that are kept, as they are written: id, embedding, then the others in
+    source order. A row-indexed table has no id."""
     dropped: tuple[tuple[tuple[SlotMeta, str], ...], ...]
-    """For each table, the slots that go, each with the reason: ``optimizer`` or ``drop_slots``."""
+    """For each table, the slots that are dropped, each with the reason: ``optimizer`` or ``drop_slots``."""
     kept_dense: tuple[DenseTensor, ...]
     dropped_dense: tuple[tuple[DenseTensor, str], ...]
 
 
 def select_all(checkpoint: Checkpoint) -> Selection:
-    """Keep everything: a copy without a filter."""
+    """Return a selection that keeps everything, for a copy without a filter."""
     return Selection(
         kept=tuple(table.slots[0 if table.is_hashed else 1 :] for table in checkpoint.tables),
         dropped=tuple(() for _ in checkpoint.tables),
@@ -70,14 +70,14 @@ def select(
     drop_slots: tuple[str, ...] = (),
     keep_slots: tuple[str, ...] = (),
 ) -> Selection:
-    """Decide for each slot and each dense tensor among the sparse files.
+    """Decide which slots, and which dense tensors among the sparse files, are kept.
 
-    Patterns are shell-style and match a slot (``step_filter``), a table's slot (``user_emb.step_filter``) or a dense
-    tensor's name. ``id`` and ``embedding`` always stay and match no pattern.
+    Patterns are shell-style. They match a slot (``step_filter``), a slot of one table (``user_emb.step_filter``) or the
+    name of a dense tensor. ``id`` and ``embedding`` are always kept and match no pattern.
 
     Raises:
-        PlanError: a pattern matches nothing, one thing is named both to keep and to drop, or what is to be kept does not
-            go with the rows of its table.
+        PlanError: a pattern matches nothing, a name is both kept and dropped, or the shape of a kept slot does not match
+            the rows of its table.
     """
     settings = {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
     unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
@@ -145,11 +145,11 @@ def select(
 
 
 def is_trainer_state(name: str) -> bool:
-    """Whether a dense tensor of RecIS is a counter that only training reads."""
+    """Return whether a dense tensor of RecIS is a counter that only training reads."""
     return name.endswith(FILTER_STEP)
 
 
 def _is_optimizer_dense(name: str) -> bool:
-    # RowWiseAdagrad over several tables saves one step for each, with the table's name in the middle; that of a
-    # coalesced group is no table on disk, so the name is not compared with the tables
+    # RowWiseAdagrad saves one step for each table, with the table's name in the middle. The name of a coalesced group is
+    # no table on disk, so it is not compared with the tables
     return name in OPTIMIZER_DENSE or (name.startswith(_BY_TABLE) and name.endswith("_step"))

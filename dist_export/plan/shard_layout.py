@@ -1,4 +1,4 @@
-"""The second stage of planning: every header, offset and segment of the output, from headers and the census. Pure."""
+"""Plan every header, offset and segment of the output from the headers of the source and the census. Pure."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ def plan_shards(
     dropped: DroppedRows | None = None,
     pruning: Pruning | None = None,
 ) -> SparsePlan:
-    """Lay out the output shards: one file a shard, tables in source order but small runs first, dense tensors in shard 0.
+    """Lay out the output shards: one file a shard, with the dense tensors in shard 0.
+
+    In a shard, blocks without a long copied run come first. Otherwise blocks are in the order of tables and slots.
 
     Args:
-        census: of all rows of the source, but those that ``pruning`` leaves behind.
-        dropped: further rows that are left behind; by default none.
-        pruning: the rules that the census has followed; by default none.
-        num_shards: as :func:`~dist_export.plan.target_slices.resolve_num_shards` gives it; None for the source's slices.
+        census: counts of all rows of the source except pruned rows.
+        dropped: further rows that no shard gets; by default none.
+        pruning: the rules that the census followed; by default none.
+        num_shards: the result of :func:`~dist_export.plan.target_slices.resolve_num_shards`; None for the source's slices.
+
+    Raises:
+        PlanError: two blocks would have one key, or rows are to be cast whose columns several ranks hold in memory.
     """
     _refuse_changed_pieces(checkpoint, selection)
     count = num_shards or max((len(target.slices) for target in targets), default=1)
@@ -59,7 +64,7 @@ def plan_shards(
         blocks.offset[mine] = edges[: len(mine)]
         if shard == 0:
             dense_offsets = edges[len(mine) : -1].tolist()
-        if entries:  # like RecIS, a shard without a block leaves no file
+        if entries:  # as in RecIS, a shard without blocks has no file
             blocks.file[mine] = len(files)
             files.append(OutputFile(shard_name(shard, count), int(edges[-1]), header))
     plan = SparsePlan(
@@ -86,7 +91,7 @@ def plan_shards(
 
 
 def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None:
-    """Refuse to write rows otherwise than they are where no rank has whole rows, but columns of them in its memory."""
+    """Raise PlanError if rows are to be changed, but several ranks hold their columns in memory and none has whole rows."""
     strips, memory = checkpoint.strips, checkpoint.memory
     if memory is None or not len(strips.part):
         return
@@ -104,7 +109,7 @@ def _refuse_changed_pieces(checkpoint: Checkpoint, selection: Selection) -> None
 
 
 def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
-    """Take every payload file over as it is."""
+    """Plan a copy of every payload file, unchanged."""
     parts, source = checkpoint.parts, checkpoint.blocks
     part, column = np.nonzero(source.file >= 0)
     first_part = np.searchsorted(parts.table, np.arange(len(checkpoint.tables)))
@@ -147,7 +152,7 @@ def plan_copy(checkpoint: Checkpoint, selection: Selection) -> SparsePlan:
 def _list_blocks(
     checkpoint: Checkpoint, selection: Selection, targets: Sequence[Targets], rows_by_target: Sequence[np.ndarray]
 ) -> OutputBlocks:
-    """Return the blocks of all tables, by table, slot and target; ``file`` and ``offset`` are still to be filled in."""
+    """Return the blocks of all tables, by table, slot and target. The caller fills in ``file`` and ``offset``."""
     keys: list[str] = []
     columns = [np.zeros((7, 0), np.int64)]
     for table, meta in enumerate(checkpoint.tables):
@@ -190,7 +195,7 @@ def _list_entries(
 
 
 def _split_by_shard(blocks: OutputBlocks, count: int, is_large: np.ndarray) -> list[np.ndarray]:
-    """Return for each shard its blocks (int64): those without a long run first, else in the order of tables and slots."""
+    """Return the blocks (int64) of each shard: those without a long run first, each group in the order of tables and slots."""
     order = np.lexsort((is_large, blocks.target))
     return np.split(order, np.searchsorted(blocks.target[order], np.arange(1, count)))
 
@@ -209,13 +214,13 @@ def _refuse_one_key_twice(keys: Sequence[str]) -> None:
 
 
 def _seal(plan: SparsePlan, *, copies: Copies, gathers: tuple[Gather, ...]) -> SparsePlan:
-    """Add the segments and the digest over everything that decides what is written."""
+    """Return the plan with its segments and a digest of everything that decides what is written."""
     digest = xxhash.xxh3_128(f"{plan.checkpoint.fingerprint} {plan.checkpoint.disk_state}".encode())
     for file in plan.files:
         digest.update(f"{file.name}\0{file.num_bytes}\0".encode() + file.header)
     for name in ("file", "offset", "source_file", "source_offset", "num_bytes"):
         digest.update(np.ascontiguousarray(getattr(copies, name)).tobytes())
-    for name in ("begin", "end", "size"):  # rows of a gather go where the slices say
+    for name in ("begin", "end", "size"):  # the slices decide the targets of gathered rows
         digest.update(np.ascontiguousarray(getattr(plan.blocks, name)).tobytes())
     for gather in gathers:
         digest.update(np.array([*gather[:3], *gather.columns], np.int64).tobytes())

@@ -1,6 +1,7 @@
-"""Which tables are exported, under which names, and how they are found: a view of the checkpoint for all that follows. Pure.
+"""Select and rename the tables to export, and set how their rows are found. Pure.
 
-Settings name tables as the checkpoint does; patterns are shell-style.
+The result is a view of the checkpoint, which all later stages use. Settings use the table names of the checkpoint.
+Patterns are shell-style.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import F32
 
 HASH_SIZE = 65536
-"""Of the slices of RecIS's hash tables."""
+"""The size of the slice space of RecIS's hash tables."""
 
 ZEROS = "zeros"
 
@@ -40,7 +41,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSettings:
-    """What the settings say of tables."""
+    """The settings about tables."""
 
     select: Sequence[str] = ()
     drop: Sequence[str] = ()
@@ -49,16 +50,16 @@ class TableSettings:
     default_row: Mapping[str, DefaultRow] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether they say anything."""
+        """Whether any of them is set."""
         return bool(self.select or self.drop or self.rename or self.to_hash_tables or self.default_row)
 
 
 def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
-    """Return the checkpoint with the tables that are exported alone, under their new names; files and dense tensors stay.
+    """Return the checkpoint with only the exported tables, under their new names. Files and dense tensors stay.
 
     Raises:
-        PlanError: a pattern that matches no table, two tables of one name, a name that a package cannot hold, a default row
-            that is no row of its table, ``to_hash_tables`` for a table that is a hash table already, or no table left.
+        PlanError: a pattern matches no table, two tables get one name, a package cannot hold a name, a default row does not
+            fit its table, ``to_hash_tables`` names a table that is already a hash table, or no table remains.
     """
     if not asked:
         return checkpoint
@@ -99,14 +100,18 @@ def view_tables(checkpoint: Checkpoint, asked: TableSettings) -> Checkpoint:
 
 
 def _as_default(asked: DefaultRow | None, own: tuple[float, ...] | str | None) -> tuple[float, ...] | str | None:
-    """Return the default row that is asked for, else that of the source, which packages have."""
+    """Return the default row of the settings, else that of the source. Only packages have one."""
     if asked is None:
         return own
     return asked if isinstance(asked, str) else tuple(map(float, asked))
 
 
 def first_match(setting: str, values: Mapping[str, Value], names: Sequence[str]) -> list[Value | None]:
-    """Return for each table's name the value of the first pattern that matches it. PlanError if one matches none."""
+    """Return for each table name the value of the first pattern that matches it; None if there is none.
+
+    Raises:
+        PlanError: a pattern matches no table.
+    """
     _matching(setting, list(values), names)
     return [next((value for pattern, value in values.items() if fnmatchcase(name, pattern)), None) for name in names]
 
@@ -119,7 +124,7 @@ def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
 
 
 def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> list[bool]:
-    """Return which names one of the patterns matches."""
+    """Return which names match at least one pattern. Raises PlanError if a pattern matches no name."""
     mistakes = Mistakes()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -129,7 +134,7 @@ def _matching(setting: str, patterns: Sequence[str], names: Sequence[str]) -> li
 
 
 def _reasons_to_leave(names: Sequence[str], asked: TableSettings) -> list[str | None]:
-    """Return for each table the setting that leaves it out, None where it stays."""
+    """Return for each table the setting that leaves it out; None for a table that is kept."""
     mistakes = Mistakes()
     everything = [True] * len(names)
     is_selected = (
@@ -146,7 +151,7 @@ def _reasons_to_leave(names: Sequence[str], asked: TableSettings) -> list[str | 
 
 
 def _rename(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
-    """Return the new name of each table; the first pattern that matches gives it."""
+    """Return the new name of each table. The first pattern that matches decides."""
     rules = [(pattern, _compile(pattern), template) for pattern, template in rename.items()]
     for pattern, matcher, _ in rules:
         if not any(matcher(name) for name in names):
@@ -166,7 +171,7 @@ def _rename(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
 
 
 def _compile(pattern: str) -> Callable[[str], re.Match[str] | None]:
-    """Return what matches a shell-style pattern as fnmatch does, with a group for each ``*`` and ``?``."""
+    """Return a matcher of a shell-style pattern that matches as fnmatch does, with a group for each ``*`` and ``?``."""
     pieces = []
     for part in _WILDCARD.findall(pattern):
         if part == "*":
@@ -199,7 +204,7 @@ def _fill(pattern: str, hit: re.Match[str], template: str) -> str:
 
 
 def _why_no_name(name: str) -> str | None:
-    """Return why a package cannot hold a table of this name, None where it can."""
+    """Return why a package cannot hold a table of this name; None if it can."""
     if not name or name != name.strip():
         return "is empty, or begins or ends with a space"
     if not name.isprintable():
@@ -244,12 +249,12 @@ def _take_tables(
     becomes_hash: Sequence[bool],
     reasons: Sequence[str | None],
 ) -> Checkpoint:
-    """Return the checkpoint with these tables alone: parts, blocks and strips numbered anew."""
+    """Return the checkpoint with only these tables. Parts, blocks and strips are renumbered."""
     parts, blocks, strips = checkpoint.parts, checkpoint.blocks, checkpoint.strips
     number_of = np.full(len(checkpoint.tables), -1, np.int64)
     number_of[list(kept)] = np.arange(len(kept))
     table = number_of[parts.table]
-    mine = np.flatnonzero(table >= 0)  # the order of tables stays, and so does that of parts
+    mine = np.flatnonzero(table >= 0)  # tables and parts keep their order
     place_of = np.full(len(parts), -1, np.int64)
     place_of[mine] = np.arange(len(mine))
     to_hash_tables = np.array(becomes_hash, bool)[table[mine]] if len(mine) else np.zeros(0, bool)

@@ -1,7 +1,7 @@
-"""The slices of the output shards, and which of them owns a row. Pure.
+"""Define the slices of the output shards, and find the slice that owns a row. Pure.
 
-A row belongs to the slice with ``begin <= uint64(id) mod size < end`` (RecIS's rule). Where rows go by number, ``size`` is
-their number, and a slice is a range of rows.
+A row belongs to the slice with ``begin <= uint64(id) mod size < end`` (RecIS's rule). In a row-indexed table, ``size`` is
+the number of rows, and a slice is a range of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_export.errors import PlanError
 from dist_export.formats.recis import Slice, is_place_in, split_evenly
 
 _MAX_LOOKUP = 1 << 20
-"""Slice sizes up to this (RecIS's own is 65536) are looked up in a table, which is faster than a binary search."""
+"""Up to this size (RecIS uses 65536), owners are looked up in an array, which is faster than a binary search."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +26,14 @@ class Targets:
 
     slices: tuple[Slice, ...]
     breaks: np.ndarray
-    """int64, sorted: where the owner of a place may change; the first is 0."""
+    """int64, sorted: the places (``id mod size``) at which the owner may change. The first is 0."""
     owners: np.ndarray
-    """The target that owns the places from ``breaks[i]`` on; uint8, uint16 or int32, as short as their number allows."""
+    """The target that owns the places from ``breaks[i]`` on: uint8, uint16 or int32, the smallest that fits."""
     lookup: np.ndarray | None
-    """The owner by place (of length size), where size is small enough."""
+    """The owner of each place, of length ``size``; None if ``size`` is too large."""
     number_of: Mapping[Slice, int]
     has_overlap: bool
-    """Whether a place may lie in several slices, as with ``source`` it may."""
+    """Whether a place may be in several slices. This is possible with ``source``."""
 
     @property
     def size(self) -> int:
@@ -41,10 +41,11 @@ class Targets:
         return self.slices[0].size
 
     def owners_of(self, places: np.ndarray, *, own: int | None) -> np.ndarray:
-        """Return the target of each place (uint64, below size): a new array of the dtype of ``owners``.
+        """Return the target of each place (uint64, below ``size``): a new array of the dtype of ``owners``.
 
         Args:
-            own: a target that is asked first: with ``source`` slices that overlap, a row stays where it is.
+            places: uint64, ``id mod size``.
+            own: the target that holds the rows now. If slices overlap and it contains a place, it stays the owner.
         """
         index = places.view(np.int64)
         if self.lookup is not None:
@@ -56,7 +57,7 @@ class Targets:
         return found
 
     def single_owner(self, lowest: int, highest: int, *, own: int | None) -> int | None:
-        """Return the target that owns all places from lowest to highest; None where there are several."""
+        """Return the target that owns all places from lowest to highest; None if there are several, or possibly several."""
         if own is not None and self.slices[own].begin <= lowest and highest < self.slices[own].end:
             return own
         if own is not None and self.has_overlap:
@@ -70,10 +71,10 @@ class Targets:
 
 
 def resolve_num_shards(checkpoint: Checkpoint, num_shards: int | str, *, world_size: int) -> int | None:
-    """Return the number of output shards, None for ``source``.
+    """Return the number of output shards; None for ``source``.
 
     Raises:
-        PlanError: more shards than a table's slice space has places.
+        PlanError: there are more shards than places in the slice space of a table.
     """
     if num_shards == "source":
         return None
@@ -89,10 +90,10 @@ def resolve_num_shards(checkpoint: Checkpoint, num_shards: int | str, *, world_s
 
 
 def plan_targets(checkpoint: Checkpoint, num_shards: int | None) -> tuple[Targets, ...]:
-    """Return the targets of each table: ``num_shards`` even slices, or with None those of the source.
+    """Return the targets of each table: ``num_shards`` even slices, or for None the slices of the source.
 
-    The source's slices may leave gaps (a rank without rows may have left its part out); each gap becomes a slice of
-    its own, so that every possible id has an owner.
+    The source's slices may have gaps, because a rank without rows may not write its part. Each gap becomes a separate
+    slice, so that every possible id has an owner.
     """
     planned = []
     known: dict[tuple[Slice, ...], Targets] = {}
@@ -127,10 +128,10 @@ def _build(slices: tuple[Slice, ...]) -> Targets:
     size = slices[0].size
     breaks = np.unique(np.array([0, *(s.begin for s in slices), *(s.end for s in slices)], np.int64))
     breaks = breaks[breaks < size]
-    # as short as can be: sorting rows by owner then takes one or two passes
+    # the smallest dtype, because sorting rows by owner then takes only one or two passes
     dtype = np.uint8 if len(slices) <= 1 << 8 else np.uint16 if len(slices) <= 1 << 16 else np.int32
     owners = np.zeros(len(breaks), dtype)
-    for target in reversed(range(len(slices))):  # of overlapping slices the first one owns
+    for target in reversed(range(len(slices))):  # if slices overlap, the first one owns
         first, last = np.searchsorted(breaks, [slices[target].begin, slices[target].end])
         owners[first:last] = target
     lookup = None

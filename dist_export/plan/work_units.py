@@ -1,7 +1,7 @@
-"""Cut the plan into units of work and deal them out to the threads of the ranks. Pure.
+"""Cut the plan into work units and assign them to the threads of the ranks. Pure.
 
-A copy unit is a run of whole digest chunks of one output file, so that whoever writes it can also hash it. Chunks that
-gathered rows fall into are hashed afterwards, from the file, in units of their own.
+A copy unit is a run of whole digest chunks of one output file, so that the thread that writes it also hashes it. Chunks
+with gathered rows are read back from the file and hashed later, in separate units.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dist_export.plan.multipart import FileParts
 from dist_export.plan.plan import SparsePlan
 
 UNIT_BYTES = 256 << 20
-"""The most that one unit moves: small enough to even out the ranks, large enough that claiming it costs nothing."""
+"""The most bytes that one unit moves: small enough to balance the ranks, large enough that claiming a unit costs little."""
 
 
 class Unit(NamedTuple):
-    """One piece of work.
+    """One work unit.
 
     ``copy``: write bytes ``begin`` to ``end`` of output ``number`` and, if ``is_hashed``, return the chunk digests.
-    ``gather``: move the rows of ``plan.gathers[begin:end]``; ``number`` is -1, for they go to several outputs.
+    ``gather``: move the rows of ``plan.gathers[begin:end]``. ``number`` is -1, because they go to several outputs.
     ``remote``: let the store copy bytes ``begin`` to ``end``, one part of an upload, into output ``number``.
-    ``send``: send bytes ``begin`` to ``end`` of output ``number``, one part of an upload, from where they were built.
-    ``hash``: read the same range of output ``number`` back and return the chunk digests.
+    ``send``: send bytes ``begin`` to ``end`` of output ``number``, one part of an upload, from the disk with the built file.
+    ``hash``: read bytes ``begin`` to ``end`` of output ``number`` back and return the chunk digests.
 
-    A file is whole when all of its ranges with ``is_hashed`` are done, also where no digest is asked for.
+    A file is complete when all its ranges with ``is_hashed`` are done, even if no digest is computed.
     """
 
     kind: str
@@ -39,17 +39,17 @@ class Unit(NamedTuple):
     end: int
     is_hashed: bool
     num_bytes: int
-    """Bytes moved, or read back: the work that the unit is."""
+    """Bytes that are moved or read back. This is the cost of the unit."""
     owner: int = -1
-    """The rank that holds the rows of a gather in its memory, and so runs it; -1 for what any rank may run."""
+    """The only rank that may run the unit, because it holds the rows of the gather in memory; -1 for any rank."""
     disk: int = -1
-    """The disk on which the output is built, so that only ranks that see it may run this; -1 where all ranks see it."""
+    """The disk on which the output is built. Only ranks that see it may run the unit; -1 if all ranks see it."""
     reused_bytes: int = 0
-    """Of ``num_bytes``, those of files that are whole already: they are read, for the rows beside them, and not written."""
+    """The part of ``num_bytes`` for files that are already complete. These rows are read together with others, not written."""
 
     @property
     def moved_bytes(self) -> int:
-        """The bytes that this adds to what is there."""
+        """The bytes that this unit adds to the target."""
         return self.num_bytes - self.reused_bytes
 
 
@@ -61,11 +61,15 @@ def plan_units(
     by_parts: Mapping[int, FileParts] | None = None,
     homes: Mapping[int, int] | None = None,
 ) -> tuple[list[Unit], list[Unit]]:
-    """Return the units of the writing phase and those of the hashing phase after it, without the files in ``skip``.
+    """Return the units of the writing phase and those of the hashing phase after it.
 
-    Gathers that cast are run also for files in ``skip``, for what their rows lose is to be told, unless they are in ``counted``.
-    Files in ``by_parts``, which the store copies parts of, have a unit for each part. ``homes`` is on which disk a file is built,
-    where the ranks share none (:func:`~dist_export.plan.disk_placement.find_homes`).
+    Args:
+        plan: the plan of the export.
+        skip: files that are already complete. They get no units, except gathers that cast, whose losses must be counted.
+        counted: gathers in ``plan.gathers`` whose losses are already counted.
+        by_parts: files that are uploaded in parts. They get one unit for each part.
+        homes: the disk on which each file is built, if the ranks share no disk
+            (:func:`~dist_export.plan.disk_placement.find_homes`).
     """
     homes = homes or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
@@ -116,7 +120,7 @@ def _plan_part_units(
                 writing.append(Unit("remote", number, begin, end, True, end - begin))
             elif not files[number].is_built:
                 writing.append(Unit("copy", number, begin, end, True, end - begin))
-            else:  # what is copied into it now; it goes up when the gathered rows are there too
+            else:  # copy the byte ranges to the disk now, and send the part after the gathers
                 disk = homes.get(number, -1)
                 writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end), disk=disk))
                 sending.append(Unit("send", number, begin, end, True, end - begin, disk=disk))
@@ -124,7 +128,7 @@ def _plan_part_units(
 
 
 class _Gathers:
-    """Puts neighbouring gathers of one table together while they stay within UNIT_BYTES: small parts are many."""
+    """Joins neighbouring gathers of one table into units of up to UNIT_BYTES, because there may be many small parts."""
 
     def __init__(
         self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], homes: Mapping[int, int]
@@ -136,7 +140,7 @@ class _Gathers:
         self._home[list(homes)] = list(homes.values())
 
     def group(self, numbers: Sequence[int], *, owner: int = -1, disk: int = -1) -> list[Unit]:
-        """Return units of those of the gathers ``numbers`` that have something to do; what goes to other disks counts nothing."""
+        """Return units for the gathers ``numbers`` that have something to do. Rows for other disks cost nothing."""
         plan = self._plan
         units: list[Unit] = []
         last_table = -1
@@ -163,7 +167,7 @@ class _Gathers:
 
 
 def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
-    """Return units that read whole files back, for files that are there already."""
+    """Return units that read whole files back, for files that are already in the target."""
     return [
         Unit("hash", number, begin, end, True, end - begin)
         for number in files
@@ -172,9 +176,9 @@ def plan_hash_units(plan: SparsePlan, files: list[int]) -> list[Unit]:
 
 
 def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
-    """Deal the units out to the threads of all ranks, in runs of equal bytes: so a file has few writers.
+    """Assign the units to the threads of all ranks, in runs of equal bytes, so that a file has few writers.
 
-    Every unit counts for its bytes and a little more, since opening and claiming cost something too.
+    The cost of a unit is its bytes plus a little for opening files and claiming the unit.
     """
     costs = np.array([unit.num_bytes + 4096 for unit in units], np.int64)
     middles = np.cumsum(costs) - costs / 2
@@ -184,7 +188,7 @@ def assign(units: list[Unit], num_workers: int) -> list[list[int]]:
 
 
 class _CopiedBytes:
-    """How many bytes of a range come from copies or the header, not from gathers."""
+    """Counts the bytes of a range that come from copies or the header, and not from gathers."""
 
     def __init__(self, plan: SparsePlan) -> None:
         self._plan = plan
@@ -206,7 +210,7 @@ class _CopiedBytes:
 
 
 def _runs(num_bytes: int, gathered: frozenset[int]) -> list[tuple[int, int, bool]]:
-    """Cut a file into runs of whole chunks of one kind, each at most UNIT_BYTES; an empty file is one empty run."""
+    """Cut a file into runs of whole chunks, all gathered or none, of at most UNIT_BYTES. An empty file is one empty run."""
     runs: list[tuple[int, int, bool]] = []
     for chunk in range(max(1, -(-num_bytes // CHUNK_BYTES))):
         begin, end = chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, num_bytes)
@@ -227,7 +231,7 @@ def _chunks_with_gathers(plan: SparsePlan) -> dict[int, frozenset[int]]:
                 continue
             block = plan.blocks_of(table, slot.column)[gather.targets]
             begins = plan.blocks.offset[block] + gather.first_target_rows * slot.row_bytes
-            lasts = begins + gather.counts * slot.row_bytes - 1  # before the first where a row has no bytes
+            lasts = begins + gather.counts * slot.row_bytes - 1  # less than begin if rows have no bytes
             for file, begin, last in zip(
                 plan.blocks.file[block].tolist(), begins.tolist(), lasts.tolist(), strict=True
             ):
