@@ -1,7 +1,7 @@
-"""Cast rows on their way from source to shard, and count what they lose: values that do not fit, and errors.
+"""Cast rows on their way from source to shard, and count their losses: values that do not fit, and errors.
 
-What is counted must not depend on who casts which rows when, but sums of floats depend on their order. So errors are summed by
-blocks of rows that are cut from the beginning of each gather, then the blocks of a gather in order, then the gathers.
+The counts must not depend on which thread casts which rows when, but sums of floats depend on their order. Errors are therefore
+summed in a fixed order: by block of rows from the beginning of each gather, then over the blocks, then over the gathers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
 
 Counts = dict[int, CastCount]
-"""By place in ``SparsePlan.gathers``."""
+"""Losses by index into ``SparsePlan.gathers``."""
 
 
 def convert(
@@ -33,16 +33,16 @@ def convert(
     dropped: np.ndarray,
     id_of: Callable[[int], int],
 ) -> CastCount:
-    """Cast rows of one gather that are neighbours, and return ``count`` with these added.
+    """Cast neighbouring rows of one gather, and return ``count`` with their losses added.
 
     Args:
-        cast: what to do.
-        rows: uint8, (n, source_bytes); rows that are left behind are overwritten.
-        out: uint8, (n, target_bytes); filled.
-        count: of the rows of the gather before these, whose number is a multiple of ``cast_rows``.
-        first_row: of these rows within their part.
-        dropped: which of them are left behind (int64, from the first on): they count for nothing.
-        id_of: gives the id of a row of the part.
+        cast: the cast.
+        rows: uint8, (n, source_bytes). Dropped rows are overwritten.
+        out: uint8, (n, target_bytes). It is filled.
+        count: the losses of the gather's rows before these. Their number is a multiple of ``cast_rows``.
+        first_row: the number of the first of these rows within its part.
+        dropped: which of these rows are dropped or pruned (int64, relative to the first). They are not counted.
+        id_of: returns the id of a row of the part.
     """
     rows[dropped] = 0
     step = cast_rows(cast.dim)
@@ -70,13 +70,13 @@ def convert(
 
 
 def write_counts(target: Directory, plan: SparsePlan, counts: Counts) -> None:
-    """Keep what gathers lost beside the receipts, so that a rerun need not cast the rows of whole shards once more."""
+    """Store the losses of gathers beside the receipts, so that a rerun need not cast rows of complete shards again."""
     note = _Note(plan=_name_of(plan), counts={str(number): count for number, count in counts.items()})
     target.write(f"{WORK_DIRECTORY}/{_PREFIX}{min(counts)}.json", msgspec.json.encode(note))
 
 
 def read_counts(target: Directory, plan: SparsePlan) -> Counts:
-    """Return what an interrupted export of this very plan kept."""
+    """Return the losses that an interrupted export of the same plan stored."""
     found: Counts = {}
     kept = target.child(WORK_DIRECTORY)
     for name in kept.names():
@@ -85,29 +85,29 @@ def read_counts(target: Directory, plan: SparsePlan) -> Counts:
         try:
             note = msgspec.json.decode(kept.read(name), type=_Note)
         except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
-            continue  # cut short by a crash: these rows are cast once more
+            continue  # truncated by a crash: these rows are cast again
         if note.plan == _name_of(plan):
             found |= {int(number): count for number, count in note.counts.items()}
     return found
 
 
 _PREFIX = "losses-"
-"""Behind the marker of a commit, in the order of names: it is to be the last that is cleared away."""
+"""Sorts after the name of the commit marker, because these files must be removed last."""
 
 
 class _Note(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     counts: dict[str, CastCount]
-    """By place in the plan's gathers."""
+    """Losses by index into the plan's gathers."""
 
 
 def _name_of(plan: SparsePlan) -> str:
-    """Name the plan, which covers the source too, and the version, which sums up errors in its own way."""
+    """Return a name of the plan, which covers the source, and of the version, because versions may sum errors differently."""
     return f"{VERSION} {plan.digest}"
 
 
 def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
-    """Raise where values did not fit. TransferError names table, numbers and the first place."""
+    """Raise TransferError if values do not fit. It names the tables, the counts and the first row of each table."""
     parts = plan.checkpoint.parts
     unfit: dict[int, list[int]] = {}
     for number in sorted(counts):

@@ -1,6 +1,6 @@
-"""Find the rows whose id stands more than once in their table: collect such ids, read where they stand, tell all ranks.
+"""Find the rows of duplicates: collect duplicate ids, read the id columns again to find their rows, and send these to all ranks.
 
-Only tables in which the census or the search after it met such an id are read again, once.
+Only tables with duplicates, found by the census or by the search after it, are read again. They are read once.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dist_export.runtime.threads import run_threads
 from dist_export.transfer.prune_filter import PruneReader
 
 _EXCHANGED_ROWS = 1 << 16
-"""All ranks together exchange no more at a time: gloo takes room for the largest share from every rank."""
+"""Rows that all ranks together exchange at a time. gloo allocates the size of the largest share for every rank."""
 
 _MAX_SIEVE_BITS = 20
-"""A sieve of this many places stays in a core's cache."""
+"""Bits of an index into a sieve. A sieve of 2**20 entries stays in a core's cache."""
 
 
 class RepeatedIds:
-    """What becomes of ids that stand twice: the first one is an error, or all are collected. Any thread of a rank."""
+    """Collects duplicates, or refuses the first one. Safe to use from any thread of a rank."""
 
     def __init__(self, checkpoint: Checkpoint, *, most: int | None) -> None:
-        """``most``: the most ids to collect; None refuses the first."""
+        """Collect at most about ``most`` ids. If it is None, refuse the first duplicate."""
         self._checkpoint = checkpoint
         self._most = most
         self._found: list[np.ndarray] = []
@@ -42,11 +42,11 @@ class RepeatedIds:
         self._lock = threading.Lock()
 
     def add(self, ids: np.ndarray, parts: Sequence[int]) -> None:
-        """Take in the ids (int64, sorted) of parts of one table; those that have an equal neighbour stand twice.
+        """Add the ids (int64, sorted) of parts of one table. Ids with an equal neighbour are duplicates.
 
         Raises:
-            CheckpointError: there is one, and the first one is an error.
-            PlanError: more were collected than may be held.
+            CheckpointError: there is a duplicate, and ``most`` is None.
+            PlanError: more duplicates were collected than memory may hold.
         """
         is_twice = ids[1:] == ids[:-1]
         if not is_twice.any():
@@ -59,12 +59,12 @@ class RepeatedIds:
         with self._lock:
             self._found.append(np.stack([np.full_like(twice, table), twice]))
             self._count += len(twice)
-            # the census and the search may both have met an id, so only twice as many prove that there are too many
+            # the census and the search may both find an id, so only twice as many prove that there are too many
             if self._count > 2 * self._most:
                 raise too_many(self._checkpoint, [table], self._most, None)
 
     def collected(self) -> np.ndarray:
-        """Return table and id (int64 (2, n), sorted) of all that came, each once, and let go of them."""
+        """Return table and id (int64 (2, n), sorted, each pair once) of all collected duplicates, and forget them."""
         found = np.concatenate([np.zeros((2, 0), np.int64), *self._found], axis=1)
         self._found.clear()
         return _sort_once(found)
@@ -89,9 +89,9 @@ def find_repeated_rows(
     limits: Limits,
     pruning: Pruning | None = None,
 ) -> np.ndarray:
-    """Return part, row and id (int64 (3, n)) of all rows whose id was met twice, in any order. All ranks.
+    """Return part, row and id (int64 (3, n)) of all rows of duplicates, in any order. All ranks.
 
-    Rows that rules leave behind are not among them, so that what is kept of an id is a row that the rules keep.
+    Pruned rows are not among them. So the row of an id that is kept is one that the rules keep.
 
     Raises:
         PlanError: the rows beyond one of each id are more than ``limits.dropped_rows``.
@@ -99,7 +99,7 @@ def find_repeated_rows(
     most = limits.dropped_rows
 
     def check_ids(count: int) -> None:
-        if count > 2 * most:  # as in RepeatedIds.add: two ranks may have met one id
+        if count > 2 * most:  # as in RepeatedIds.add, two ranks may find one id
             raise too_many(checkpoint, [], most, None)
 
     ids = _sort_once(_exchange(ranks, "ids that stand twice", repeated.collected, check_ids))
@@ -126,7 +126,7 @@ def find_repeated_rows(
 
 
 def too_many(checkpoint: Checkpoint, tables: Sequence[int], most: int, needed: int | None) -> PlanError:
-    """Return the error for more rows to leave behind than may be held; ``needed`` where their number is known."""
+    """Return the error for more dropped rows than memory may hold. ``needed`` is their number, or None if it is not known."""
     memory = "max_memory" if needed is None else f"max_memory to {-(-needed * DROPPED_ROW_BYTES >> 20)}MiB"
     found = f"more than {most:,}" if needed is None else f"{needed:,}"
     others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
@@ -145,9 +145,10 @@ def _locate(
     most: int,
     pruning: Pruning | None,
 ) -> list[np.ndarray]:
-    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts that the sieve of their table holds.
+    """Return part, row and id (int64 (3, n), in pieces) of the rows in these parts whose id is in the sieve of their table.
 
-    More than ``room`` of them prove that more than ``most`` would be left behind, which is a PlanError.
+    Raises:
+        PlanError: there are more than ``room`` such rows, which proves that more than ``most`` rows would be dropped.
     """
     found: list[np.ndarray] = []
     count = 0
@@ -171,17 +172,17 @@ def _locate(
 
 
 def _without_pruned(found: np.ndarray, prune: PruneReader) -> np.ndarray:
-    """Return the rows (int64 (3, n), ordered by part) that rules keep."""
+    """Return the rows (int64 (3, n), ordered by part) that the rules keep."""
     edges = np.flatnonzero(np.diff(found[0], prepend=-1))
     gone = [prune.is_pruned(int(its[0, 0]), its[1], its[2]) for its in np.split(found, edges[1:], axis=1)]
     return found[:, ~np.concatenate(gone)]
 
 
 def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> np.ndarray:
-    """Return the places in a run (int64, sorted) of ids that the sieve of their table holds back."""
+    """Return the indices in a run (int64, sorted) of ids that are in the sieve of their table."""
     if len(run.blocks) == 1:
         return sieves[int(tables[0])].find(run.ids)
-    edges = np.flatnonzero(np.diff(tables)) + 1  # neighbours of one table are looked at together
+    edges = np.flatnonzero(np.diff(tables)) + 1  # neighbouring blocks of one table are searched together
     begins = [0, *run.starts[edges].tolist(), len(run.ids)]
     firsts = [0, *edges.tolist()]
     found = [
@@ -192,21 +193,21 @@ def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> n
 
 
 class _Sieve:
-    """Finds a few ids among many: a small table tells at a glance what is not among them, the rest is searched for.
+    """Finds a few ids among many. A small array rules out most ids, and the others are searched for.
 
-    Any thread.
+    Safe to use from any thread.
     """
 
     def __init__(self, ids: np.ndarray) -> None:
-        """``ids``: int64, sorted, each once, at least one."""
+        """Build the sieve for ``ids``: int64, sorted, without duplicates, at least one."""
         self._ids = ids
-        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 4)  # of many tables each has few ids and a small sieve
+        bits = min(_MAX_SIEVE_BITS, len(ids).bit_length() + 4)  # few ids get a small sieve: there may be many tables
         self._shift = np.uint64(64 - bits)
         self._may_hold = np.zeros(1 << bits, bool)
         self._may_hold[(mix(ids) >> self._shift).view(np.int64)] = True
 
     def find(self, ids: np.ndarray) -> np.ndarray:
-        """Return the places (int64, sorted) of those that are held."""
+        """Return the indices (int64, sorted) of ids that are in the sieve's list."""
         candidates = np.flatnonzero(self._may_hold[(mix(ids) >> self._shift).view(np.int64)])
         its = ids[candidates]
         places = np.minimum(np.searchsorted(self._ids, its), len(self._ids) - 1)
@@ -215,9 +216,9 @@ class _Sieve:
 
 
 def _exchange(ranks: Ranks, what: str, find: Callable[[], np.ndarray], check: Callable[[int], None]) -> np.ndarray:
-    """Return the columns (int64 (k, n)) that ``find`` found on all ranks, joined; a few rows travel at a time. All ranks.
+    """Return the columns (int64 (k, n)) that ``find`` returns on all ranks, joined. All ranks.
 
-    ``check`` is given their number before they travel, and may raise.
+    Ranks exchange a few rows at a time. Before that, ``check`` gets the total number of rows, and may raise.
     """
     mine = ranks.run(f"find {what}", find)
     counts = ranks.all_gather(f"count {what}", lambda: mine.shape[1])
@@ -234,7 +235,7 @@ def _exchange(ranks: Ranks, what: str, find: Callable[[], np.ndarray], check: Ca
 
 
 def _sort_once(pairs: np.ndarray) -> np.ndarray:
-    """Return table and id (int64 (2, n)) sorted, each pair once."""
+    """Sort pairs of table and id (int64 (2, n)), and return each pair once."""
     pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
     is_first = np.ones(pairs.shape[1], bool)
     is_first[1:] = (np.diff(pairs, axis=1) != 0).any(axis=0)

@@ -1,7 +1,7 @@
-"""A rank's part of the plan, carried out: claim units, run them, publish whole files with a receipt each.
+"""Carry out a rank's part of the plan: claim units, run them, and publish each complete file with a receipt.
 
-The order on every rank: ``prepare`` (collective), ``write`` (no collective, so it may run beside other work in a
-thread), ``finish`` (collective).
+The order on every rank: ``prepare`` (collective), ``write`` (no collective, so it may run in a thread beside other
+work), ``finish`` (collective).
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Transfer:
         may_copy: bool = False,
         count_bytes: Callable[[int], None],
     ) -> None:
-        """Nothing is touched before ``prepare``.
+        """Set up the transfer. It reads and writes nothing before ``prepare``.
 
         Args:
             ranks: the ranks of the export.
-            plan: what is to be written; the same on all ranks.
-            target: where to.
-            limits: threads of each rank and what they may hold; the same on all ranks.
+            plan: the plan to carry out; the same on all ranks.
+            target: the export directory.
+            limits: threads of each rank and their memory budget; the same on all ranks.
             digest: algorithm of the shards' digests, or ``none``.
-            in_place: the files are there already and are only hashed.
-            may_copy: on S3, whether the store copies byte ranges by itself.
+            in_place: whether the files are already in the target and are only hashed.
+            may_copy: on S3, whether the store may copy byte ranges itself.
             count_bytes: called with the bytes of each finished unit, for a progress display.
         """
         self._ranks = ranks
@@ -82,37 +82,37 @@ class Transfer:
         self._writing: list[Unit] = []
         self._hashing: list[Unit] = []
         self._pieces: dict[int, list[int]] = {}
-        """Where the hashed units of each file that is to be written begin; the file is whole when all are done."""
+        """The first bytes of the hashed units of each file. The file is complete when all of them are done."""
         self._reserved: list[str] = []
         self._disk_of_rank: Sequence[int] = ()
-        """Which ranks see a common disk, where files are built on several of them."""
+        """The disk that each rank sees, if files are built on several disks; else empty."""
         self._homes: dict[int, int] = {}
-        """On which of them each such file is built."""
+        """The disk on which each of those files is built."""
         self._elsewhere: frozenset[int] = frozenset()
-        """Those of them that are not built on this rank's disk."""
+        """The files that are built on a disk that this rank does not see."""
         self._share = Share(ranks.rank)
         self._counts: Counts = {}
-        """What rows lost that this rank has cast; on rank 0 also what an interrupted run had counted."""
+        """The losses of the rows that this rank cast. On rank 0 also the losses that an interrupted run counted."""
         self.casts: Counts = {}
-        """What all rows of all ranks lost by their casts. After ``finish``."""
+        """The losses of all casts of all ranks. After ``finish``."""
 
     @property
     def num_bytes(self) -> int:
-        """The bytes that all ranks are to move, or to hash where nothing is moved. After ``prepare``."""
+        """The bytes that all ranks move, or hash if the transfer is in place. After ``prepare``."""
         return sum(unit.moved_bytes for unit in (self._hashing if self._in_place else self._writing))
 
     @property
     def num_reused(self) -> int:
-        """How many shards of an interrupted run were still whole. The same on every rank after ``prepare``."""
+        """How many complete shards of an interrupted run are reused. The same on every rank. After ``prepare``."""
         return len(self._reused)
 
     @property
     def reused_bytes(self) -> int:
-        """The bytes of these shards, which nobody moves again."""
+        """The bytes of the reused shards."""
         return sum(self._plan.files[number].num_bytes for number in self._reused)
 
     def prepare(self) -> None:
-        """Find shards of an interrupted run that are whole, clear away the rest, reserve space. All ranks."""
+        """Find complete shards of an interrupted run, remove half-written files, and reserve space. All ranks."""
         ranks, plan = self._ranks, self._plan
         threads = self._limits.threads
 
@@ -136,7 +136,7 @@ class Transfer:
 
             def hash_again() -> ChunkDigests:
                 hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
-                ranks.refuse_to_go_on()  # a rank that was asked to stop has left files out
+                ranks.refuse_to_go_on()  # a rank that was asked to stop did not hash all its files
                 return hashed
 
             shares = ranks.all_gather("verify shards of an interrupted export", hash_again)
@@ -172,13 +172,13 @@ class Transfer:
             neighbours = [rank for rank, disk in enumerate(disks) if disk == disks[ranks.rank]]
             for number in here[neighbours.index(ranks.rank) :: len(neighbours)]:
                 self._reserved.append(plan.files[number].name)
-                has_holes = number in remote  # what the store copies is never written here
+                has_holes = number in remote  # ranges that the store copies are never written here
                 self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
 
         ranks.all_gather("reserve space for the shards", reserve)
 
     def _share_disks(self, built: list[int]) -> None:
-        """Find out on which disks files are built. All ranks."""
+        """Choose the disk on which each file is built. All ranks."""
         ranks, disk_of_rank = self._ranks, share_disks(self._ranks, self._staging)
         if len(set(disk_of_rank)) == 1:
             return
@@ -188,14 +188,17 @@ class Transfer:
         self._elsewhere = frozenset(number for number, disk in self._homes.items() if disk != mine)
 
     def write(self) -> None:
-        """Copy and gather: own units first, then those of whoever is behind. Any thread; no collective."""
+        """Copy and gather: own units first, then units of slower ranks. Any thread; no collective."""
         self._digests.update(self._run_units("write", self._writing, self._open_staged, is_counted=True))
 
     def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
-        """Hash what could not be hashed on the way. All ranks; receipts in the order of the files, all of them published.
+        """Wait for the writing, hash the remaining chunks, and check that the source did not change. All ranks.
 
         Args:
-            wait_for_write: returns when ``write`` has, or raises what it raised.
+            wait_for_write: returns when ``write`` has returned, or raises its error.
+
+        Returns:
+            The receipts of all files, in the order of the files, and the work of each rank. All files are published.
         """
         ranks, plan = self._ranks, self._plan
 
@@ -204,13 +207,13 @@ class Transfer:
             if self._disk_of_rank:
                 open_queues(ranks, "hash/disk", self._limits.threads)
             wait_for_write()
-            ranks.refuse_to_go_on()  # a rank that was asked to stop has left its work undone
+            ranks.refuse_to_go_on()  # a rank that was asked to stop did not finish its units
             return self._digests
 
         found = join_digests(ranks.all_gather("write shards", finish_writing))
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
-            # read back from the page cache, most of it; only where nothing is written is this the work to be shown
+            # mostly read back from the page cache, so progress counts this only if the transfer is in place
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= join_digests(ranks.all_gather("hash shards", hash_shards))
         ranks.all_gather("look whether the checkpoint changed", self._refuse_changed_source)
@@ -223,14 +226,14 @@ class Transfer:
         return receipts, ranks.all_gather("count the work", lambda: self._share)
 
     def close(self) -> None:
-        """Give back the space of files that were not published. Each rank for itself, also after a failure.
+        """Remove reserved files that were not published. Each rank by itself, also after a failure.
 
-        Not before the last step in which another rank could write into them.
+        Call this only after the last step in which another rank may write into them.
         """
         for name in self._reserved:
             try:
                 self._staging.remove(name)
-            except OSError as error:  # what failed before this is what the user must hear of
+            except OSError as error:  # do not hide the failure before this one
                 logger.warning("the space of an unfinished file could not be given back: %s", error)
         self._staging.close()
 
@@ -260,7 +263,7 @@ class Transfer:
                 done = self._run_taken(taken, runner, outputs, is_counted=is_counted)
                 is_whole = True
             except BaseException:
-                self._ranks.announce_failure()  # the other threads stop at their next unit, as the other ranks do
+                self._ranks.announce_failure()  # the other threads and ranks stop at their next unit
                 raise
             finally:
                 runner.close()
@@ -282,7 +285,7 @@ class Transfer:
         *,
         is_counted: bool,
     ) -> tuple[ChunkDigests, Share]:
-        """Run units as they come; return the digests, and what was done."""
+        """Run the units, and return the digests and the work done."""
         digests: ChunkDigests = {}
         pending: ChunkDigests = {}
         uncounted = 0
@@ -295,7 +298,7 @@ class Transfer:
             if isinstance(outputs, PartWriter):
                 sent = outputs.take_parts(unit.number)
                 parts += sent
-                if self._has_remote(unit.number):  # such a unit is one part
+                if self._has_remote(unit.number):  # a unit of such a file is one part
                     chunks = [part.sha256 for part in sent]
             if unit.is_hashed:
                 digests[unit.number, unit.begin] = chunks
@@ -313,16 +316,16 @@ class Transfer:
         return digests, done
 
     def _keep_counts(self, counts: Counts) -> None:
-        """Take over what the rows of whole gathers lost, here and for a rerun."""
+        """Move the losses of finished gathers into this rank's counts, and store them for a rerun."""
         if counts:
             write_counts(self._target, self._plan, counts)
             self._counts.update(counts)  # a gather is run by one thread
             counts.clear()
 
     def _hand_in(self, pending: ChunkDigests, parts: list[UploadedPart], outputs: StagedFiles | PartWriter) -> None:
-        """Make a file's finished pieces durable and say so; whoever hands in its last piece publishes the file.
+        """Make finished pieces of a file durable and announce them. The thread with the last piece publishes the file.
 
-        Pieces of one file are handed in together, for each time costs a sync.
+        Pieces of one file are handed in together, because each call costs a sync.
         """
         if not pending:
             return
@@ -338,8 +341,8 @@ class Transfer:
             ]
             sent = sorted(part for piece in pieces for part in piece.parts)
             receipt = self._receipts.make(number, [chunk for piece in pieces for chunk in piece.chunks], sent)
-            # The receipt before the shard, so that no shard is left without one. What an attempt of another plan may have
-            # left under that name goes first: without a digest the receipt would vouch for it.
+            # Write the receipt before the shard, so that no shard is without one. First remove a file of another plan with
+            # that name: without a digest the receipt would vouch for it.
             self._target.remove(receipt.name)
             write_receipt(self._target, receipt)
             if self._uploads is not None and number in self._uploads:
@@ -357,10 +360,10 @@ class Transfer:
         return self._uploads.begin([number for number in numbers if number in self._uploads])
 
     def _refuse_changed_source(self) -> None:
-        """Compare this rank's share of the source files with what they were when their headers were read."""
+        """Raise TransferError if one of this rank's share of source files changed since its header was read."""
         checkpoint = self._plan.checkpoint
         if checkpoint.memory is not None:
-            return  # training stands still while it exports
+            return  # training does not run during the export
         mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
         stats = checkpoint.directory.stat_many([file.name for file in mine])
         for file in mine:

@@ -1,4 +1,4 @@
-"""Read the id columns once: count rows by target, test slices, find ids that stand twice. Keeps to the limits."""
+"""Read the id columns once: count rows by target, find misplaced rows and duplicates. Keeps to the memory budget."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def take_census(
     repeated: RepeatedIds | None = None,
     pruning: Pruning | None = None,
 ) -> Census:
-    """Count a share of the parts; each rank has its own share and issues no collective.
+    """Count a share of the parts. Each rank has its own share and issues no collective.
 
     Args:
-        held_ids: the most ids (8 bytes each) to hold at once in search of repeats; larger parts are left to
-            :func:`check_unique`.
-        repeated: takes in ids that stand twice; by default the first one is an error.
-        pruning: rules that leave rows behind, which are counted apart; of slots only those that rules look at are read.
+        held_ids: the most ids (8 bytes each) to hold at once in the search for duplicates. :func:`check_unique` searches
+            larger parts.
+        repeated: collects duplicates; by default the first one is an error.
+        pruning: rules of ``prune``. Pruned rows are counted separately. Only slots that rules read are read.
 
     Raises:
-        CheckpointError: an id stands twice in one part, or in parts that were read together, and that is an error.
+        CheckpointError: one part, or parts that are read together, have a duplicate, and that is an error.
     """
     numbers = np.array(parts, np.int64)
     with open_sources(checkpoint) as readers, RowReader(checkpoint) as rows:
@@ -56,17 +56,17 @@ def take_census(
 def check_unique(
     checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, repeated: RepeatedIds | None = None
 ) -> None:
-    """Search a share of the tasks for ids that stand twice in a table, for ``repeated``; by default one is an error."""
+    """Search a share of the tasks for duplicates. ``repeated`` collects them; by default the first one is an error."""
     for task in tasks:
         _search(checkpoint, task, held_ids, repeated or RepeatedIds(checkpoint, most=None))
 
 
 _COUNTED = 0
-"""Stands for no object's id."""
+"""Marks a block that is already counted. No object has this ``id()``."""
 
 
 class _Counter:
-    """Takes in runs of ids and adds them up."""
+    """Counts the rows of runs of ids, and searches them for duplicates."""
 
     def __init__(
         self,
@@ -87,16 +87,16 @@ class _Counter:
         rows = checkpoint.parts.rows[parts]
         has_ids = np.array([table.has_ids for table in checkpoint.tables], bool)[checkpoint.parts.table[parts]]
         self._is_held = (rows > id_columns.RUN_ROWS) & (rows <= held_ids) & has_ids
-        """Which parts come in several runs and are held until their last one."""
+        """Which parts come in several runs. Their ids are held until the last run."""
         self._held = HeldIds(int(rows[self._is_held].max(initial=0)))
         self._runs: list[np.ndarray] = []
         self._misplaced = np.zeros(len(parts), np.int64)
         self._id_sum = np.zeros(len(parts), np.uint64)
         self._counts = np.zeros(0, np.int64)
-        """Rows by target of the granule that a large part is at."""
+        """Rows by target in the current granule of a large part."""
 
     def census(self) -> Census:
-        """Return what was counted."""
+        """Return the counts."""
         columns = np.concatenate([np.zeros((4, 0), np.int64), *self._runs], axis=1)
         return Census(
             part=columns[0],
@@ -110,12 +110,12 @@ class _Counter:
         )
 
     def count(self, run: IdRun) -> None:
-        """Take in the next run."""
+        """Count the next run."""
         if len(run.blocks) == 1:
             self._count_piece(run)
             self._search_piece(run)
             return
-        # tables whose slices are the same are counted together, however many they are
+        # tables with the same slices are counted together
         parts = self._parts[run.blocks]
         rows = self._checkpoint.parts.rows[parts]
         tables = self._checkpoint.parts.table[parts]
@@ -141,7 +141,7 @@ class _Counter:
                 self._repeated.add(np.sort(ids[table_of_row == table]), its_parts)
 
     def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
-        """Return the ids of a piece of one block that rules keep; the others are counted apart."""
+        """Return the ids of a piece of one block that the rules keep. Count the others as pruned."""
         part = int(self._parts[row])
         if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
             return ids
@@ -158,7 +158,7 @@ class _Counter:
         return kept
 
     def _count_piece(self, run: IdRun) -> None:
-        """Count one block, or a piece of it; most often all its ids are where they should be and have one target."""
+        """Count one block, or a piece of it. Usually no row is misplaced and all rows have one target."""
         row = int(run.blocks[0])
         part = int(self._parts[row])
         num_rows = int(self._checkpoint.parts.rows[part])
@@ -187,7 +187,7 @@ class _Counter:
             self._runs.append(np.stack([np.full_like(present, part), granule, present, self._counts[present]]))
 
     def _search_piece(self, run: IdRun) -> None:
-        """Search one block, or hold a piece of it, for ids that stand twice, whether rules keep their rows or not."""
+        """Search one block for duplicates, or hold a piece of it. Pruned rows are searched too."""
         row = int(run.blocks[0])
         part = int(self._parts[row])
         num_rows = int(self._checkpoint.parts.rows[part])
@@ -205,7 +205,7 @@ class _Counter:
                 self._repeated.add(self._held.sorted_ids(), (part,))
 
     def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
-        """Count whole blocks with the same targets, all in one sweep."""
+        """Count whole blocks with the same targets in one pass."""
         parts = self._checkpoint.parts
         numbers = self._parts[rows_of_census]
         rows = parts.rows[numbers]
@@ -234,7 +234,7 @@ class _Counter:
 
 
 def without_empty(checkpoint: Checkpoint, part: int, ids: np.ndarray) -> np.ndarray:
-    """Return the ids of rows of a part without those that stand for no id, which may stand many times."""
+    """Return the ids of a part's rows without the id of empty rows, which may occur many times."""
     empty = checkpoint.tables[checkpoint.parts.table[part]].empty_id
     if empty is None:
         return ids
@@ -243,7 +243,7 @@ def without_empty(checkpoint: Checkpoint, part: int, ids: np.ndarray) -> np.ndar
 
 
 def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return which of the ids of blocks, of these tables and numbers of rows, stand for an id (bool)."""
+    """Return which ids are not those of empty rows (bool). ``tables`` and ``rows`` are parallel to the blocks of ``ids``."""
     empty = [checkpoint.tables[table].empty_id for table in tables.tolist()]
     may_be_empty = np.repeat([number is not None for number in empty], rows)
     found: np.ndarray = ~may_be_empty | (ids != np.repeat(np.array([number or 0 for number in empty], np.int64), rows))
@@ -251,7 +251,7 @@ def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: n
 
 
 def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: RepeatedIds) -> None:
-    """Look for repeats among the ids of a task; where its bucket holds more than may be held, among those of its halves."""
+    """Search the ids of a task for duplicates. If its bucket has more than ``held_ids`` ids, search each half of it."""
     held = _collect(checkpoint, task, held_ids)
     if held is None:
         for half in (0, 1):
@@ -266,7 +266,7 @@ def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: R
 
 
 def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:
-    """Return the ids of a task's bucket, None where they are too many."""
+    """Return the ids of a task's bucket; None if there are too many."""
     held = HeldIds(min(held_ids, int(checkpoint.parts.rows[list(task.parts)].sum())))
     shift = np.uint64(64 - task.bucket_bits)
     for part in task.parts:
@@ -274,6 +274,6 @@ def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds
             its = without_empty(checkpoint, part, ids)
             chosen = its[(mix(its) >> shift) == np.uint64(task.bucket)] if task.bucket_bits else its
             if not held.add(chosen):
-                # mixing is one to one, so what shares all 64 bits is one id
+                # mixing is one to one, so ids that share all 64 bits are equal
                 return held if task.bucket_bits == 64 else None
     return held

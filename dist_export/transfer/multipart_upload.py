@@ -1,8 +1,8 @@
-"""Shards that grow in an S3 store: uploads in parts that all ranks send, or let the store copy. Rank 0 begins them.
+"""Upload shards to an S3 store in parts. All ranks send parts, or let the store copy them. Rank 0 begins the uploads.
 
-The order: ``begin`` on rank 0, ``join`` on every rank with what it returned, then each thread's :class:`PartWriter`;
-``complete`` by whoever knows that all parts are there. An upload stays when an export is killed: ``begin`` of the next one
-finds it and takes over the parts that are whole, or gives it up.
+The order: ``begin`` on rank 0, ``join`` with its result on every rank, then a :class:`PartWriter` in each thread. The
+thread that knows that all parts are sent calls ``complete``. If an export is killed, its uploads stay in the store. ``begin``
+of the next export finds them, and reuses their parts or aborts them.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ _REQUESTS_AT_ONCE = 8
 
 
 class _Record(msgspec.Struct, frozen=True):
-    """What rank 0 notes of the uploads that it began."""
+    """The uploads that rank 0 began, as it records them."""
 
     layout: str
-    """Of which plan they are, and how it is cut into parts."""
+    """Identifies the plan and how it is cut into parts."""
     uploads: dict[str, str]
     """File -> upload id."""
 
 
 class Begun(msgspec.Struct, frozen=True):
-    """One upload: its id, and the parts that an earlier attempt has left in it, by number."""
+    """One upload: its id, and the parts that an interrupted export sent, by number."""
 
     upload: str
     there: dict[int, UploadedPart]
 
 
 class Uploads:
-    """The uploads of one export. One for each process, shared by its threads."""
+    """The uploads of one export. One object for each process, shared by its threads."""
 
     def __init__(self, plan: SparsePlan, target: Directory, parts: dict[int, FileParts], *, needs_sha256: bool) -> None:
-        """Nothing is asked of the store yet.
+        """Set up the uploads without a request to the store.
 
         Args:
-            plan: of the export.
-            target: on S3.
-            parts: of each file that is uploaded in parts, by its number.
-            needs_sha256: whether a part that the store copies must come with its SHA-256.
+            plan: the plan of the export.
+            target: the export directory, on S3.
+            parts: the parts of each file that is uploaded in parts, by file number.
+            needs_sha256: whether the store must return the SHA-256 of each part that it copies.
         """
         assert target.s3 is not None
         self.plan = plan
@@ -76,11 +76,11 @@ class Uploads:
         return number in self.parts and self.parts[number].has_remote
 
     def is_built(self, number: int) -> bool:
-        """Whether this file, or what of it is sent from here, is put together on a disk first."""
+        """Whether this file, or the bytes of it that ranks send, is built on a disk first."""
         return number not in self.parts or self.parts[number].is_built
 
     def begin(self, numbers: Sequence[int]) -> dict[int, Begun]:
-        """Find or begin the uploads of these files, and give up those of other shards in the directory. Rank 0."""
+        """Find or begin the uploads of these files, and abort uploads of other shards in the directory. Rank 0."""
         layout = self._layout()
         noted = self._read_record()
         names = {self.plan.files[number].name: number for number in numbers if self.parts[number].parts}
@@ -115,7 +115,7 @@ class Uploads:
         return begun
 
     def join(self, begun: dict[int, Begun]) -> None:
-        """Take over what rank 0 has begun. Every rank."""
+        """Use the uploads that rank 0 began. Every rank."""
         self._begun = begun
 
     def _layout(self) -> str:
@@ -131,7 +131,7 @@ class Uploads:
             return None
 
     def send(self, number: int, place: int, data: bytes) -> UploadedPart:
-        """Send the part at ``place`` of a file, unless the store has just these bytes already."""
+        """Send the part at index ``place`` of a file, unless the store already has the same bytes."""
         begun = self._begun[number]
         there = begun.there.get(place + 1)
         if there is not None and there.size == len(data):
@@ -147,10 +147,10 @@ class Uploads:
             ACTIVITY.end()
 
     def copy(self, number: int, place: int) -> UploadedPart:
-        """Let the store copy the part at ``place`` of a file, unless it has done so.
+        """Let the store copy the part at index ``place`` of a file, unless it already did.
 
         Raises:
-            TransferError: the source has changed, or the store tells no SHA-256 and one is needed.
+            TransferError: the source changed, or a SHA-256 is needed and the store returns none.
         """
         begun, part = self._begun[number], self.parts[number].parts[place]
         there = begun.there.get(place + 1)
@@ -190,16 +190,16 @@ class Uploads:
         return done
 
     def complete(self, number: int, parts: Sequence[UploadedPart]) -> None:
-        """Make the object of all its parts, in order."""
+        """Complete the object from all its parts, in order."""
         name = self.plan.files[number].name
         with naming_any(self._target.describe(name)):
             if number in self._begun:
                 self._s3.complete_upload(self._path(number), self._begun[number].upload, parts)
-            else:  # no bytes are no part
+            else:  # an empty file has no parts, and so no upload
                 self._s3.put(self._path(number), b"")
 
     def sweep(self) -> None:
-        """Give up what is left once all files are there: an upload whose beginning was asked for twice. Rank 0."""
+        """Abort uploads that remain when all files are complete, such as one that was begun twice. Rank 0."""
         names = {file.name for file in self.plan.files}
         with naming_any(self._target.url):
             for name, upload in list(self._s3.list_uploads(self._target.path)):
@@ -207,7 +207,7 @@ class Uploads:
                     self._s3.abort_upload(self._target.join(name), upload)
 
     def checksum(self, parts: Sequence[UploadedPart]) -> str:
-        """Return the checksum that the store will keep of the object; empty where not all parts have one."""
+        """Return the checksum that the store will keep for the object; empty if a part has none."""
         if not parts or not all(part.sha256 for part in parts):
             return ""
         return composite_checksum([part.sha256 for part in parts])
@@ -217,35 +217,35 @@ class Uploads:
 
 
 class PartWriter:
-    """As :class:`~dist_export.transfer.output_files.StagedFiles`, for files of which some are uploaded in parts. One a thread.
+    """Writes as :class:`~dist_export.transfer.output_files.StagedFiles` does, but uploads some files in parts. One a thread.
 
-    Such a file is written in runs of whole parts, each from begin to end: a part is sent when its last byte is there.
+    An uploaded file is written in runs of whole parts, each from begin to end. A part is sent when its last byte is written.
     """
 
     def __init__(self, staged: StagedFiles, uploads: Uploads) -> None:
         self._staged = staged
         self._uploads = uploads
         self._places: dict[int, dict[int, int]] = {}
-        """Of each file: first byte of a part -> where it stands among the parts."""
+        """For each file: first byte of a part -> index of the part."""
         self._current: tuple[int, int] | None = None
         self._buffer = io.BytesIO()
-        """The part so far. Its value, and what the store's library reads it from, are the same memory."""
+        """The bytes of the current part. Its value and the memory that the store's library reads are the same."""
         self._sent: dict[int, list[UploadedPart]] = {}
 
     def write(self, number: int, view: memoryview, offset: int) -> None:
-        """Take in bytes of output ``number`` from byte ``offset`` on."""
+        """Write bytes of output ``number`` from byte ``offset`` on."""
         if self._uploads.is_built(number):
             self._staged.write(number, view, offset)
         else:
             self.send(number, view, offset)
 
     def write_columns(self, number: int, rows: memoryview, offset: int, row_bytes: int, begin: int, end: int) -> None:
-        """Write columns of rows; a file that gets rows from the memory of ranks is built first."""
+        """Write columns of rows. A file that gets rows from the memory of ranks is always built on a disk."""
         assert self._uploads.is_built(number)
         self._staged.write_columns(number, rows, offset, row_bytes, begin, end)
 
     def send(self, number: int, view: memoryview, offset: int) -> None:
-        """Take in bytes that go up as a part when its last one is there."""
+        """Add bytes to the current part, and send the part when its last byte is added."""
         while view:
             if self._current is None:
                 self._current = number, self._place(number, offset)
@@ -265,22 +265,22 @@ class PartWriter:
         self._keep(number, self._uploads.copy(number, self._place(number, begin)))
 
     def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
-        """Copy inside the kernel what can be, and return how many bytes that was."""
+        """Copy inside the kernel as many bytes as possible, and return their number."""
         if not self._uploads.is_built(number):
             return 0
         return self._staged.copy(number, offset, source, source_offset, num_bytes)
 
     def take_parts(self, number: int) -> list[UploadedPart]:
-        """Return the parts that were sent since the last call."""
+        """Return the parts of a file that were sent since the last call."""
         assert self._current is None or self._current[0] != number
         return self._sent.pop(number, [])
 
     def sync(self, number: int) -> None:
-        """Make durable what was written into output ``number`` here."""
+        """Make the bytes durable that this writer wrote into output ``number``."""
         self._staged.sync(number)
 
     def close(self, *, sync: bool) -> None:
-        """Close all descriptors; ``sync`` makes the content durable before."""
+        """Close all descriptors. With ``sync``, make the content durable first."""
         self._staged.close(sync=sync)
 
     def _keep(self, number: int, part: UploadedPart) -> None:

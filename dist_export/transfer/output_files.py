@@ -1,4 +1,4 @@
-"""The output files of a transfer under their temporary names: written at positions, copied into by the kernel, synced."""
+"""Write the output files of a transfer under their temporary names: write at offsets, copy inside the kernel, and sync."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KernelCopy = Callable[[int, int, int, int, int], int]
 
 
 def copy_file_range(source: int, output: int, source_offset: int, offset: int, count: int) -> int:
-    """Copy within the kernel, or share the blocks where the file system can (XFS, Btrfs, NFS 4.2)."""
+    """Copy within the kernel, or share the blocks if the file system supports it (XFS, Btrfs, NFS 4.2)."""
     return os.copy_file_range(source, output, count, source_offset, offset)
 
 
@@ -32,14 +32,14 @@ def send_file(source: int, output: int, source_offset: int, offset: int, count: 
 
 
 KERNEL_COPIES: tuple[KernelCopy, ...] = (copy_file_range, send_file)
-"""In the order in which they are tried. Which of them a kernel, a file system or a container allows, only trying tells."""
+"""In the order in which they are tried. There is no other way to know which of them kernel, file system and container allow."""
 
 
 class StagedFiles:
     """Descriptors of the output files under their temporary names. One for each thread.
 
-    What was written through a descriptor is made durable before it is closed: on a network file system only the
-    writer's own ``fsync`` does that.
+    Written bytes are made durable before their descriptor is closed, because on a network file system only the writer's
+    own ``fsync`` does that.
     """
 
     def __init__(self, plan: SparsePlan, staging: Staging, *, max_open: int = 64) -> None:
@@ -73,10 +73,10 @@ class StagedFiles:
             ACTIVITY.end()
 
     def write_columns(self, number: int, rows: memoryview, offset: int, row_bytes: int, begin: int, end: int) -> None:
-        """Write bytes ``begin`` to ``end`` of each row alone, for rows of ``row_bytes`` that go to byte ``offset``.
+        """Write only bytes ``begin`` to ``end`` of each row, for rows of ``row_bytes`` that begin at byte ``offset``.
 
-        In a call for each row, not through a mapping: of that a network file system may write back whole pages, and so what
-        another machine has written between.
+        Each row is one call. A memory mapping is not used, because a network file system may write back whole pages of it,
+        over bytes that another machine wrote in between.
         """
         fd = self._fd(number)
         self._is_dirty.add(number)
@@ -94,10 +94,10 @@ class StagedFiles:
             ACTIVITY.end()
 
     def copy(self, number: int, offset: int, source: RangeReader, source_offset: int, num_bytes: int) -> int:
-        """Copy a range of a local file into output ``number`` without its bytes coming here; return how many went over.
+        """Copy a range of a local file into output ``number`` inside the kernel; return the number of bytes copied.
 
-        Fewer than ``num_bytes`` where the kernel will not: what is left must be read and written. That is also how an
-        error of a disk gets its name: whether reading or writing fails, only doing it apart tells.
+        If the kernel copies fewer than ``num_bytes``, the caller must read and write the rest. Doing both separately also
+        shows whether reading or writing fails, so other errors are not raised here.
 
         Raises:
             TransferError: the disk is full.
@@ -110,7 +110,9 @@ class StagedFiles:
                 while done < num_bytes:
                     ACTIVITY.begin(self._plan.files[number].name)
                     count = kernel_copy(source.fd, fd, source_offset + done, offset + done, num_bytes - done)
-                    if count == 0:  # the source ends here, as reading it will tell, or the call does not suit the file
+                    if (
+                        count == 0
+                    ):  # the source ends here, which reading it reports, or the call does not support the file
                         break
                     done += count
             except OSError as error:
@@ -123,13 +125,13 @@ class StagedFiles:
         return done
 
     def sync(self, number: int) -> None:
-        """Make durable what was written into output ``number`` here; an error of the disk shows now."""
+        """Make the bytes durable that this object wrote into output ``number``. Raises TransferError if the disk fails."""
         fd = self._fds.get(number, -1)
         if fd >= 0 and number in self._is_dirty:
             self._sync(number, fd)
 
     def close(self, *, sync: bool) -> None:
-        """Close all descriptors; ``sync`` makes the content durable before. Without it, errors are not told: one is already."""
+        """Close all descriptors. With ``sync``, make the content durable first. Without it, an error is known: raise no other."""
         try:
             while sync and self._fds:
                 self._close(*self._fds.popitem())
@@ -146,7 +148,7 @@ class StagedFiles:
             raise
         try:
             os.close(fd)
-        except OSError as error:  # some file systems write only now, and tell only now that they could not
+        except OSError as error:  # some file systems write, and report errors, only when a file is closed
             raise self._failure(number, "its content cannot be made durable", error) from error
 
     def _sync(self, number: int, fd: int) -> None:

@@ -1,4 +1,4 @@
-"""Evaluate the rules of ``prune`` on rows of the source: for the census, for whoever moves rows, and for single lookups."""
+"""Evaluate the rules of ``prune`` on rows of the source, for the census, for gathers and for single rows."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.plan.prune import KEPT, Pruning, match_rules
 
 _PIECE_BYTES = 256 << 10
-"""Of a slot that is looked at: as numbers of 64 bits it takes some times as much, and is to stay near the core."""
+"""Bytes of a slot that are read at once. As 64-bit numbers they take several times as much, and must fit a core's cache."""
 
 IsPruned = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
-"""(part, rows within it, their ids) -> which of them are left behind (bool)."""
+"""(part, rows within the part, their ids) -> which of the rows are pruned (bool)."""
 
 
 class PruneReader:
-    """Reads the slots that rules look at, and no others. One for each thread, over a reader of its own."""
+    """Evaluates rules, and reads only the slots that they use. One for each thread, with a separate reader."""
 
     def __init__(self, checkpoint: Checkpoint, pruning: Pruning, reader: RowReader) -> None:
         self._checkpoint = checkpoint
         self._pruning = pruning
         self._reader = reader
         self.has_rules = np.array([bool(rules) for rules in pruning.rules], bool)
-        """By table."""
+        """Whether a table has rules, by table."""
 
     def rules(self, part: int, first_row: int, ids: np.ndarray) -> np.ndarray:
-        """Return which rule leaves each of the rows from ``first_row`` on behind (uint16), as ``plan.prune.match_rules``.
+        """Return which rule prunes each row from ``first_row`` on (uint16), with the codes of ``plan.prune.match_rules``.
 
-        ``ids`` (int64) are those of the rows.
+        ``ids`` (int64) are the ids of the rows.
         """
         table = int(self._checkpoint.parts.table[part])
         slots = [self._checkpoint.tables[table].slots[column] for column in self._pruning.columns_of(table)]
@@ -47,7 +47,10 @@ class PruneReader:
         return found
 
     def is_pruned(self, part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return which rows of a part (int64: their numbers; and their ids) are left behind (bool). Read one by one."""
+        """Return which rows of a part are pruned (bool). Rows are read one by one.
+
+        ``rows`` (int64) are row numbers within the part, and ``ids`` (int64) are the ids of these rows.
+        """
         if not self.has_rules[self._checkpoint.parts.table[part]]:
             return np.zeros(len(rows), bool)
         codes = [
@@ -58,7 +61,7 @@ class PruneReader:
 
 
 def find_pruned(checkpoint: Checkpoint, pruning: Pruning | None) -> IsPruned | None:
-    """Return what tells of single rows whether they are left behind; None where there are no rules. Any thread."""
+    """Return a function that tells whether single rows are pruned; None if there are no rules. Any thread may call it."""
     if not pruning:
         return None
     rules = pruning

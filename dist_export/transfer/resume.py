@@ -1,4 +1,4 @@
-"""What vouches for shards: a receipt for each that is whole, and which of an interrupted export's still hold."""
+"""Make a receipt for each complete shard, and find the receipts of an interrupted export that are still valid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Receipts:
-    """The receipts of one plan's shards in ``target``. Reads and makes them; nothing is written here."""
+    """The receipts of one plan's shards in ``target``. It makes and reads receipts, but does not write them."""
 
     def __init__(self, plan: SparsePlan, target: Directory, uploads: Uploads | None, *, digest: str) -> None:
         self._plan = plan
@@ -27,7 +27,7 @@ class Receipts:
         self._digest = digest
 
     def make(self, number: int, chunks: Sequence[bytes], sent: Sequence[UploadedPart] = ()) -> Receipt:
-        """Return what vouches for a file: ``chunks`` are the digests of its chunks, or of its parts where the store copies."""
+        """Return the receipt of a file. ``chunks`` are the digests of its chunks, or of its parts if the store copies parts."""
         file = self._plan.files[number]
         digest = ""
         parts: tuple[PartDigest, ...] = ()
@@ -47,9 +47,11 @@ class Receipts:
         )
 
     def find(self) -> tuple[dict[int, Receipt], dict[int, Receipt]]:
-        """Return the receipts of this very plan whose shards are there; remove half-written files. Rank 0.
+        """Return the receipts of the same plan whose shards exist, and remove half-written files. Rank 0.
 
-        The second are those whose shard an S3 store vouches for, by the checksum that it keeps; the others are to be read.
+        Returns:
+            First the receipts of shards that must be read to check them. Then those of shards whose checksum in the S3
+            store proves them.
         """
         found, vouched, others = {}, {}, 0
         self._target.make()

@@ -1,4 +1,4 @@
-"""Which ranks see a common disk for files that are built before they go to a store. Needs the ranks and a temporary directory."""
+"""Find the ranks that see a common disk, for files that are built before they are sent to a store."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dist_export.storage.staging import Staging
 
 
 def share_disks(ranks: Ranks, staging: Staging) -> list[int]:
-    """Let ranks that see one disk build files in one directory there; return the number of each rank's disk, from 0 on.
+    """Let ranks that see one disk build files in one directory, and return the number of each rank's disk. All ranks.
 
-    Which ranks these are, only looking tells: containers of one machine may have disks of their own, and machines a common one.
-    Where all see rank 0's directory it is the only one. All ranks.
+    Each rank looks for the directories of the others, because containers of one machine may have separate disks, and several
+    machines may share one. Disks are numbered from 0. If all ranks see rank 0's directory, it is the only one.
     """
     first = ranks.broadcast("make a directory for shards", staging.make)
     folders = ranks.all_gather(

@@ -1,4 +1,4 @@
-"""What a thread does for one unit: copy a range, gather rows, or hash what is there. ``copy`` builds no tensor."""
+"""Run one work unit in a thread: copy or send a range, gather rows, or hash written bytes. ``copy`` builds no tensor."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.prune_filter import PruneReader
 
 _BUFFER_BYTES = 1 << 20
-"""Of one read, hash and write: what a core's own cache holds is read twice as fast as what is larger."""
+"""Bytes of one read, hash and write. They fit in a core's own cache, which makes them twice as fast as larger ones."""
 
 
 class UnitRunner:
-    """Runs units of one plan, one after the other. Holds open files and one buffer; one for each thread."""
+    """Runs units of one plan, one after the other. It holds open files and one buffer. One for each thread."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class UnitRunner:
         """Prepare to run units.
 
         Args:
-            plan: what the units are cut from.
+            plan: the plan of the units.
             outputs: the files to write.
-            written: the same files by number, for hashing what is there.
-            limits: what a thread may hold.
+            written: readers of the same files by number, to hash written bytes.
+            limits: the memory budget.
             digest: the algorithm of the chunks' digests, or ``none``.
-            skip: output files that are whole already.
+            skip: output files that this rank must not write: complete files, and files on disks that it does not see.
         """
         self._plan = plan
         self._outputs = outputs
@@ -59,16 +59,16 @@ class UnitRunner:
         self._rows = RowReader(plan.checkpoint)
         self._prune = PruneReader(plan.checkpoint, plan.pruning, self._rows) if plan.pruning else None
         self.counts: Counts = {}
-        """What the rows of the gathers that were run lost by their casts."""
+        """The losses of casts in the gathers that were run."""
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
     def close(self) -> None:
-        """Close what was opened for reading; the outputs belong to the caller."""
+        """Close the files that were opened for reading. The outputs belong to the caller."""
         self._rows.close()
         self._written.close()
 
     def run(self, unit: Unit) -> list[bytes]:
-        """Do the work of a unit and return the digests of its chunks, none for one that is not hashed."""
+        """Run a unit and return the digests of its chunks; none if the unit is not hashed."""
         if unit.kind == "gather":
             self._gather(range(unit.begin, unit.end))
             return []
@@ -89,14 +89,14 @@ class UnitRunner:
         pieces = self._copy(unit, is_hashed=is_hashed) if unit.kind == "copy" else self._read_back(unit)
         if is_hashed:
             return hash_chunks(pieces, self._digest)
-        for _ in pieces:  # the work is done as a side effect of asking for the next piece
+        for _ in pieces:  # the generator does the work
             pass
         return []
 
     def _copy(self, unit: Unit, *, is_hashed: bool) -> Iterator[memoryview]:
-        """Write the unit's range and yield what was written, piece by piece, in order; gathered gaps are left out.
+        """Write the unit's range and yield the written pieces in order, without gaps for gathered rows.
 
-        What is not hashed goes over inside the kernel where it can, and is not yielded.
+        Bytes that are not hashed are copied inside the kernel if possible. Those are not yielded.
         """
         header = self._plan.files[unit.number].header
         if unit.begin < len(header):
@@ -134,10 +134,10 @@ class UnitRunner:
                 yield piece
 
     def _gather(self, numbers: range) -> None:
-        """Read each block once, in chunks; order a chunk's rows by target and write each target's share in one call.
+        """Read each block once, in chunks. Sort a chunk's rows by target, and write the rows of each target in one call.
 
-        Rows of neighbouring parts share a chunk where they are neighbours in every target too, as they are but for the
-        parts between them that went over whole: so that small parts do not make small writes.
+        Rows of neighbouring parts share a chunk if they are also neighbours in every target, so that small parts do not
+        cause small writes. They are neighbours unless a part between them is copied as byte ranges.
         """
         chunk = _Chunk(self._plan, self._plan.gathers[numbers[0]], self._limits)
         for number in numbers:
@@ -191,7 +191,7 @@ class UnitRunner:
                 rows, free = self._read_rows(chunk, slot.column, cast, kept)
             moved = rows
             if order is not None:
-                kind = np.dtype((np.void, slot.row_bytes))  # one item a row, so that take moves rows, not bytes
+                kind = np.dtype((np.void, slot.row_bytes))  # one item is one row, so take moves whole rows
                 moved = free[: len(order) * slot.row_bytes]
                 np.take(rows.view(kind), order, out=moved.view(kind), mode="clip")
             view = moved.data
@@ -204,12 +204,12 @@ class UnitRunner:
                 if pieces_of_rows is None:
                     self._outputs.write(file, view[begin:end], position)
                     continue
-                for first, last in pieces_of_rows:  # the rest of a row is in the memory of other ranks, who write it
+                for first, last in pieces_of_rows:  # other ranks hold the other columns in memory, and write them
                     self._outputs.write_columns(file, view[begin:end], position, slot.row_bytes, first, last)
         chunk.moved(counts)
 
     def _pruned_rows(self, chunk: _Chunk, ids: np.ndarray) -> np.ndarray | None:
-        """Return which rows of a chunk the rules leave behind (bool); None where its table has no rules."""
+        """Return which rows of a chunk are pruned (bool); None if its table has no rules."""
         if self._prune is None or not self._prune.has_rules[chunk.table]:
             return None
         found, begin = np.empty(len(ids), bool), 0
@@ -222,7 +222,7 @@ class UnitRunner:
     def _read_rows(
         self, chunk: _Chunk, column: int, cast: RowCast | None, kept: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of a slot as they are to be written, and the buffer that is free then (both uint8, flat)."""
+        """Return the rows of a slot as they are written, and the buffer that is now free (both uint8, flat)."""
         plan = self._plan
         stored = plan.checkpoint.tables[chunk.table].slots[column]
         rows = chunk.rows_in[: chunk.num_rows * stored.row_bytes]
@@ -274,13 +274,13 @@ class _Piece(NamedTuple):
     first_row: int
     num_rows: int
     gather: int
-    """Place in ``SparsePlan.gathers``."""
+    """Index into ``SparsePlan.gathers``."""
     target: int | None
-    """Where all rows of that gather go, in their order; None where they part ways or are dropped in part."""
+    """The target of all rows of that gather, in their order; None if there are several targets, or rows that do not go."""
 
 
 class _Chunk:
-    """Rows of one table that are moved together, and where the next rows of each target go."""
+    """Rows of one table that are moved together, and the next row to write in each target."""
 
     def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
         self.table = int(plan.checkpoint.parts.table[gather.part])
@@ -298,46 +298,46 @@ class _Chunk:
         self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
         self.pieces: list[_Piece] = []
         self.num_rows = 0
-        """The rows in ``pieces``."""
+        """The number of rows in ``pieces``."""
         self.rows_in = np.empty(self._capacity * widest, np.uint8)
         self.rows_out = np.empty(self._capacity * widest, np.uint8)
         self.next_rows = np.zeros(num_targets, np.int64)
-        """Where the rows in ``pieces`` go, by target."""
+        """The first row of each target that the rows in ``pieces`` fill."""
         self._planned = np.full(num_targets, -1, np.int64)
-        """Where rows after those go; -1 for a target that got none yet."""
+        """The row of each target after the planned gathers; -1 for a target without rows so far."""
 
     @property
     def num_free(self) -> int:
-        """The rows that there is still room for."""
+        """The number of rows that still fit."""
         return self._capacity - self.num_rows
 
     def room_for(self, left: int) -> int:
-        """Return how many of so many rows of a gather to take in: whole blocks of a cast, but for the last."""
+        """Return how many of ``left`` rows of a gather to add: all, or as many whole blocks of a cast as fit."""
         return left if left <= self.num_free else self.num_free // self._step * self._step
 
     def add(self, piece: _Piece) -> None:
-        """Take in rows, as many as there is room for."""
+        """Add rows. They must fit."""
         self.pieces.append(piece)
         self.num_rows += piece.num_rows
 
     def moved(self, counts: np.ndarray) -> None:
-        """Forget the rows, of which each target got so many."""
+        """Remove all rows after they are written. ``counts`` are the rows that each target got."""
         self.next_rows += counts
         self.pieces.clear()
         self.num_rows = 0
 
     def follows(self, gather: Gather) -> bool:
-        """Whether the rows of a gather come, in every target, right behind those that came before."""
+        """Return whether the rows of a gather directly follow the planned rows in every target."""
         if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
             return False
-        is_in_memory = self._plan.checkpoint.memory is not None  # there each part may have other columns on this rank
+        is_in_memory = self._plan.checkpoint.memory is not None  # then this rank may hold other columns of each part
         if is_in_memory and self._part not in (-1, gather.part):
             return False
         planned = self._planned[gather.targets]
         return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
 
     def plan_rows(self, gather: Gather) -> None:
-        """Take note of where the rows of a gather go."""
+        """Plan the rows of each target that a gather fills."""
         self._part = gather.part
         is_new = self._planned[gather.targets] < 0
         self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
@@ -347,7 +347,7 @@ class _Chunk:
 def _order_rows(
     plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece], kept: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a chunk that are moved (int64), in the order of their targets, and how many each target gets."""
+    """Return the rows of a chunk that are moved (int64), sorted by target, and how many rows each target gets."""
     owners = _owners_of(plan, table, ids, pieces)
     if kept is not None:
         owners = owners.take(kept)
@@ -361,7 +361,7 @@ def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_
     places = places_of(ids, target_of.size)
     if not target_of.has_overlap:
         return target_of.owners_of(places, own=None)
-    owners, begin = [], 0  # a row stays in its part's own slice, so each piece is asked for itself
+    owners, begin = [], 0  # a row stays in the slice of its part, so each piece is looked up separately
     for part, _, num_rows, *_ in pieces:
         own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
         owners.append(target_of.owners_of(places[begin : begin + num_rows], own=own))
@@ -370,7 +370,7 @@ def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_
 
 
 def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece], is_pruned: np.ndarray | None) -> np.ndarray | None:
-    """Return the rows of a chunk that are moved (int64), None where all are. ``is_pruned``: bool, by row of the chunk."""
+    """Return the rows of a chunk that are moved (int64); None if all are. ``is_pruned``: bool, by row of the chunk."""
     dropped, begin = [], 0
     for part, first_row, num_rows, *_ in pieces:
         rows = plan.dropped.rows_in(part, first_row, num_rows)

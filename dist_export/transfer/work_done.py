@@ -1,4 +1,4 @@
-"""What a rank and its threads report of their work: digests of chunks, pieces of files, counts."""
+"""Define what ranks and threads report about their work: digests of chunks, pieces of files, and counts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import NamedTuple
 from dist_export.storage.s3 import UploadedPart
 
 ChunkDigests = dict[tuple[int, int], list[bytes]]
-"""(output file, first byte) -> digests of the chunks from there on."""
+"""(output file, first byte) -> digests of the chunks from that byte on."""
 
 
 class Share(NamedTuple):
-    """What one rank did."""
+    """The work of one rank."""
 
     rank: int
     num_units: int = 0
     num_helped: int = 0
-    """Of these, units that were another rank's to begin with."""
+    """The units among them that were assigned to another rank."""
     num_bytes: int = 0
     seconds: float = 0.0
 
     def plus(self, other: Share) -> Share:
-        """Return both together."""
+        """Return the sum of both, with this rank's number."""
         return Share(
             self.rank,
             self.num_units + other.num_units,
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a thread hands in of a file: digests, and the parts that it has uploaded."""
+    """Finished bytes of a file: the digests of their chunks, and the parts that the thread uploaded."""
 
     chunks: list[bytes]
     parts: list[UploadedPart]

@@ -1,4 +1,4 @@
-"""Hand out units of work: a thread takes its own first, then from whoever has most left. Needs the job's store alone."""
+"""Hand out work units: a thread takes its own first, then steals from the thread with most left. Only needs the job's store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dist_export.plan.work_units import Unit, assign
 from dist_export.runtime.ranks import Ranks
 
 IN_SIGHT, LOOKS = 256, 2
-"""A helper looks at so many queues at once, and so often finds nothing before it is done."""
+"""A helper reads IN_SIGHT queues at once. It is done after it finds LOOKS such sets empty."""
 
 
 def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
-    """Make the queues of this rank's threads known. All ranks, in a step before the phase begins.
+    """Open the queues of this rank's threads. All ranks, in a step before the phase begins.
 
-    Units that are bound to a disk have queues of their own, those of ``<phase>/disk``.
+    Units that are bound to a disk have separate queues, those of ``<phase>/disk``.
     """
     for worker in range(ranks.rank * threads, (ranks.rank + 1) * threads):
         ranks.shared.open_queue(f"{phase}/{worker}")
@@ -26,20 +26,23 @@ def open_queues(ranks: Ranks, phase: str, threads: int) -> None:
 def take_units(
     ranks: Ranks, phase: str, units: list[Unit], *, worker: int, threads: int, disk_of_rank: Sequence[int] = ()
 ) -> Iterator[tuple[Unit, bool]]:
-    """Yield units that nobody else gets, each with whether it was another rank's; stop early once a rank has failed.
+    """Yield units that no other thread gets, each with whether it was assigned to another rank. Stop if a rank fails.
 
-    Whoever has nothing left helps whoever has most left, of those in its sight. Helpers take from the end of a queue: its
-    owner is at another file then, and two writers of one file wait for each other. Any rank, one iterator a thread.
+    A thread without units of its own takes from the thread with most left, among the queues that it reads. It takes from
+    the end of the queue, where the owner is not writing: two writers of one file wait for each other. Any rank, one
+    iterator for each thread.
 
     Args:
         ranks: the ranks of the export.
-        phase: names the queues; each is used once.
+        phase: the name of the queues. Each name is used once.
         units: the same list on every rank.
         worker: the number of this thread among those of all ranks.
-        threads: of each rank.
-        disk_of_rank: the disk that each rank sees, where units are bound to one: those are taken first.
+        threads: the number of threads of each rank.
+        disk_of_rank: the disk that each rank sees, if units are bound to disks. Those units are taken first.
     """
-    own = [unit for unit in units if unit.owner == ranks.rank]  # in this rank's memory, so nobody else can run them
+    own = [
+        unit for unit in units if unit.owner == ranks.rank
+    ]  # rows in this rank's memory, which no other rank can read
     while own and not ranks.has_failure():
         place = ranks.shared.claim(f"{phase}/own/{ranks.rank}", len(own))
         if place is None:
@@ -59,7 +62,7 @@ def take_units(
 def _take(
     ranks: Ranks, phase: str, units: list[Unit], workers: Sequence[int], *, worker: int, threads: int
 ) -> Iterator[tuple[Unit, bool]]:
-    """Yield units that these ``workers`` share, of whom ``worker`` is one."""
+    """Yield units of a list that ``workers`` share. ``worker`` is one of them."""
     mine = workers.index(worker)
     dealt = _deal(units, len(workers))
     queues, firsts, lengths = dealt.queues, dealt.firsts, dealt.lengths
@@ -87,13 +90,13 @@ def _take(
 
 
 class _Dealt(NamedTuple):
-    """The units by worker: queues are runs of neighbours, see assign."""
+    """The units by worker. Queues are runs of neighbouring units, see ``assign``."""
 
     queues: list[list[int]]
     firsts: np.ndarray
     lengths: np.ndarray
     bytes_until: np.ndarray
-    """Of the units before each, and a byte for each so that an empty one counts."""
+    """The bytes of all units before each unit, plus one byte for each of them, so that an empty unit counts."""
 
 
 def _deal(units: list[Unit], num_workers: int) -> _Dealt:
@@ -104,10 +107,10 @@ def _deal(units: list[Unit], num_workers: int) -> _Dealt:
 
 
 def _places_to_look_at(worker: int, num_queues: int) -> Iterator[np.ndarray]:
-    """Yield the queues that a helper looks at together: all of them, or of many the next ones after its own, LOOKS times.
+    """Yield the sets of queues that a helper reads together: all of them, or LOOKS sets of the next ones after its own.
 
-    The job's store would have to read a counter for each queue and helper, 10^8 of them for 10,000 workers. Every queue is still
-    in sight of hundreds of helpers.
+    If every helper read every queue, the job's store would read 10^8 counters for 10,000 workers. Hundreds of helpers still
+    read every queue.
     """
     if num_queues <= IN_SIGHT:
         yield np.arange(num_queues)
