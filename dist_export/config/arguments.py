@@ -1,4 +1,4 @@
-"""Arguments of a command: ``--name value``, ``--name=value``, ``--name.key value``, ``--name+ value``, and flags."""
+"""Read the arguments of a command: ``--name value``, ``--name=value``, ``--name.key value``, ``--name+ value``, and flags."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ RENAMED = {
     "on_existing": "on_unfinished",
     "tables": "treat_as_tables",
 }
-"""Settings under the names that they had before."""
+"""Former names of settings -> their names now."""
 
 
 def read_arguments(
     argv: Sequence[str], options: Mapping[str, Option], *, values: Mapping[str, Any], kind: str = "option"
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return ``values`` with what the arguments say in their place, and the arguments that are no option.
+    """Return ``values`` overridden by the arguments, and the arguments that are no options.
 
-    Later arguments go before earlier ones: a whole value replaces what was there, ``--name.key`` is laid over it, and ``--name+``
-    is added to it. In names a dash is an underscore.
+    Later arguments override earlier ones: a whole value replaces the one before, ``--name.key`` is merged into it, and
+    ``--name+`` is added to it. In names a dash means an underscore.
 
     Raises:
-        ConfigError: an option that is unknown, abbreviated, without its value, or whose value is of another type.
+        ConfigError: an option is unknown, abbreviated, without its value, or its value has another type.
     """
     result, others, rest = dict(values), [], list(argv)
     while rest:
@@ -68,7 +68,7 @@ def read_arguments(
 
 
 def say_nearest(name: str, names: Iterable[str]) -> str:
-    """Return what an unknown name may have meant, for a message."""
+    """Return a suggestion for an unknown name, for a message."""
     if name in RENAMED:
         return f"; it is called {RENAMED[name]} now"
     close = difflib.get_close_matches(name, sorted(names), n=1)

@@ -1,4 +1,4 @@
-"""Settings in words: their groups and texts as ``schema.py`` has them, their types, and ``--help``."""
+"""Describe settings: their groups and texts from ``schema.py``, their types, and ``--help``."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ FIRST = (
     "dataset",
     "storage_options",
 )
-"""The settings that most people need: ``--help`` explains them alone."""
+"""The settings that most people need. ``--help`` explains only these."""
 
 _WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """An option of a command. A setting is one."""
+    """An option of a command. Settings are options."""
 
     hint: Any
     """The type of its value."""
     default: Any
     text: str = ""
     is_flag: bool = False
-    """It takes no value."""
+    """The option takes no value."""
     adds: bool = False
-    """A list to which each further use adds."""
+    """The value is a list, and each further use adds to it."""
 
 
 _HINTS = typing.get_type_hints(ExportConfig)
@@ -59,11 +59,11 @@ SETTINGS = {
     )
     for field in dataclasses.fields(ExportConfig)
 }
-"""Every setting as an option, without its text. ``MISSING`` is the default of what must be set."""
+"""Every setting as an option, without its text. ``MISSING`` is the default of a setting that must be set."""
 
 
 def read_groups() -> dict[str, dict[str, Option]]:
-    """Return title -> setting -> option, as ``schema.py`` has them: titles are comments there, and texts are below fields."""
+    """Return title -> setting -> option from the source of ``schema.py``: a comment is a title, and the text is below a field."""
     lines = inspect.getsource(ExportConfig).splitlines()
     titles = {
         number: match[1] for number, line in enumerate(lines, 1) if (match := re.search(r"# ---- (.*) ----", line))
@@ -107,7 +107,7 @@ def render_yaml(groups: Mapping[str, Mapping[str, Option]]) -> list[str]:
 
 
 def render_help(usage: str, groups: Mapping[str, Mapping[str, Option]], *, shows_all: bool) -> list[str]:
-    """Return the lines of ``--help``: the settings that most people need, and the names of all; or the texts of all."""
+    """Return the lines of ``--help``: the texts of :data:`FIRST` and the names of all; with ``shows_all`` all texts."""
     lines = [*usage.splitlines(), ""]
     texts = {name: option.text for options in read_groups().values() for name, option in options.items()}
     groups = {

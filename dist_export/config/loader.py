@@ -1,4 +1,4 @@
-"""Settings from YAML files, a mapping and the command line. Errors in one line."""
+"""Read settings from YAML files, a mapping and the command line. Errors have one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATH_OPTIONS = {
     ),
     "registry_options": dataclasses.replace(SETTINGS["registry_options"], text="Options for the registry of a URI."),
 }
-"""What each command takes that looks at one path."""
+"""Options of each command that reads one path."""
 
 SOURCE_OPTIONS = {
     name: dataclasses.replace(
@@ -40,7 +40,7 @@ SOURCE_OPTIONS = {
     )
     for name in ("follow_links", "treat_as_tables", "optimizer_slots", "state_root", "dynamicemb_dims")
 } | {"format": dataclasses.replace(SETTINGS["format"], hint=CheckpointFormat)}
-"""What each command takes that looks at a checkpoint."""
+"""Options of each command that reads a checkpoint."""
 
 
 _NOT_OF_TABLES = ("ckpt_dir", "need_export_sparse", "model", "model_args", "dataset", "dataset_args")
@@ -52,15 +52,15 @@ INIT_OPTIONS = {
     **{name: option for name, option in SETTINGS.items() if name not in _NOT_OF_TABLES},
     "format": SOURCE_OPTIONS["format"],
 }
-"""What ``init`` takes."""
+"""Options of ``init``."""
 
 
 def parse_path(
     command: str, argv: Sequence[str], options: Mapping[str, Option], *, has_defaults: bool = True
 ) -> dict[str, Any]:
-    """Return the values of a command that looks at one path, the path as ``path``. ConfigError for what is wrong.
+    """Return the values of a command that reads one path, with the path as ``path``. ConfigError for a mistake.
 
-    Without ``has_defaults`` options that are not given are left out.
+    Without ``has_defaults``, options that are not in ``argv`` are left out.
     """
     defaults = {name: option.default for name, option in options.items() if has_defaults}
     values, paths = read_arguments(argv, options, values=defaults, kind=f"option of dist_export {command}")
@@ -71,7 +71,7 @@ def parse_path(
 
 
 def parse_settings(argv: Sequence[str]) -> ExportConfig:
-    """Parse command-line arguments, ``--config FILE`` among them; a file's settings give way to all others.
+    """Parse command-line arguments, ``--config FILE`` among them. All other arguments override the settings of files.
 
     Raises:
         ConfigError: an unknown or abbreviated key, a wrong type, a file that cannot be read.
@@ -80,7 +80,7 @@ def parse_settings(argv: Sequence[str]) -> ExportConfig:
 
 
 def parse_with_extras(argv: Sequence[str], extras: Mapping[str, Option]) -> tuple[ExportConfig, dict[str, Any]]:
-    """Do as :func:`parse_settings`, and return the values of ``extras``, which are no settings, beside the config."""
+    """Do as :func:`parse_settings`, and also return the values of ``extras``, which are options but no settings."""
     files, rest = _split_config(argv)
     settings: dict[str, Any] = {}
     for path in files:
@@ -96,7 +96,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportCon
     """Build the config from a mapping or the path of a YAML file. ConfigError for unknown keys and wrong types."""
     settings = dict(config) if isinstance(config, Mapping) else _read_yaml(os.fspath(config))
     if isinstance(config, Mapping) and settings.get("ckpt_dir", "") is None:
-        # a None in Python is meant; in YAML it may be a key that was forgotten, and a fresh model would be exported
+        # None in Python is deliberate. In YAML it may be a forgotten value, and then a fresh model would be exported
         settings.setdefault("format", "live")
     _refuse_unknown(settings, where="the config")
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
@@ -104,7 +104,7 @@ def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportCon
 
 
 def _to_types(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a file or a mapping in their types. A key that was left empty in YAML means its default."""
+    """Return the settings of a file or a mapping in their types. An empty key in YAML means the default."""
     return {name: read_value(name, value, SETTINGS[name].hint) for name, value in settings.items() if value is not None}
 
 
@@ -148,7 +148,7 @@ def _refuse_unknown(settings: Mapping[Any, Any], *, where: str) -> None:
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the ``--config`` arguments out; return their files and the other arguments."""
+    """Remove the ``--config`` arguments; return their files and the other arguments."""
     files: list[str] = []
     rest: list[str] = []
     arguments = iter(argv)

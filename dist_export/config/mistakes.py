@@ -1,4 +1,4 @@
-"""Mistakes of a user, collected so that all of them are told at once."""
+"""Collect a user's mistakes, so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _HEADING = re.compile(r"\d+ mistakes:")
 
 
 class Mistakes:
-    """Goes on after a mistake for as long as what comes next does not need what was wrong."""
+    """Collects mistakes. Work continues as long as it does not depend on something that was wrong."""
 
     def __init__(self) -> None:
         self._found: list[DistExportError] = []
 
     def collect(self, work: Callable[[], T], default: T, *, ignored: tuple[type[DistExportError], ...] = ()) -> T:
-        """Return what ``work`` returns, or ``default`` where it raises a mistake of the user, which is kept.
+        """Return the result of ``work``; if it raises a mistake of the user, keep that and return ``default``.
 
         Args:
-            work: what may raise; what is no mistake of the user's goes through.
-            default: is returned after a mistake.
-            ignored: mistakes that follow from one that was found before, and are not told.
+            work: may raise any error. Errors that are not mistakes of the user pass through.
+            default: the result after a mistake.
+            ignored: mistakes that follow from an earlier one, and are not reported.
         """
         try:
             return work()
@@ -37,15 +37,15 @@ class Mistakes:
         return default
 
     def add(self, error: UserError) -> None:
-        """Keep a mistake."""
+        """Add a mistake."""
         self._found.append(error)
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Return whether there are any mistakes."""
         return bool(self._found)
 
     def refuse(self) -> None:
-        """Raise the mistake that was found; where there are several, one error with a line for each. Nothing without any."""
+        """Raise the mistake; for several, one error with a line for each. Do nothing if there are none."""
         if not self._found:
             return
         if len(self._found) == 1:

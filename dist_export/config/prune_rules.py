@@ -1,4 +1,4 @@
-"""The rules of ``prune``: which rows are left behind, as the settings say it. Checked before anything is read."""
+"""Parse the rules of ``prune``, which say which rows to leave out. They are checked before any file is read."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ DENY_LIST = "deny_list"
 ALLOW_LIST = "allow_list"
 
 EMPTY = "empty"
-"""The row of a managed-collision table that no id has; it is left behind without a rule of the settings."""
+"""A row of a managed-collision table that no id has. It is pruned without a rule in the settings."""
 
 REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY)
-"""Why a row was left behind, as the account of rows names it."""
+"""Reasons why a row was pruned, as named in ``rows_dropped``."""
 
 _KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")
 _FORMS = "{tables, slot, below}, {tables, norm_at_most}, {tables, deny} or {tables, allow}"
 
 
 _EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+", re.ASCII)
-"""``1e-7``: a number in JSON and YAML 1.2, but text in YAML 1.1, which wants a dot. Not told apart where YAML is read, for
-PyYAML writes a password that looks so without quotes."""
+"""``1e-7`` is a number in JSON and YAML 1.2, but text in YAML 1.1, which requires a dot. The YAML reader keeps it as text,
+because PyYAML writes a password of that form without quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRule:
-    """One rule. A row that it applies to is left behind with all its slots."""
+    """One rule. A row that it applies to is pruned with all its slots."""
 
     tables: tuple[str, ...]
     """Patterns of tables, by their names in the checkpoint."""
     reason: str
     slot: str = ""
-    """``slot_value``: the slot to look at, one number a row."""
+    """``slot_value``: the slot to compare, with one number per row."""
     limit: int | float = 0
-    """``slot_value``: rows below it go; ``norm``: rows whose embedding has an L2 norm of at most this. NaN is kept."""
+    """``slot_value``: rows below it are pruned. ``norm``: rows whose embedding has at most this L2 norm. NaN is kept."""
     path: str = ""
-    """``deny_list``, ``allow_list``: the file of ids. Rows with one of these go, or those without."""
+    """The file of ids. ``deny_list`` prunes rows with one of these ids, ``allow_list`` all other rows."""
 
 
 def parse_rules(rules: Sequence[Mapping[str, Any]]) -> tuple[RowRule, ...]:
-    """Read the setting ``prune``, in its order.
+    """Parse the setting ``prune``, in its order.
 
     Raises:
-        ConfigError: a rule that is none; it names the rule by its place and the key.
+        ConfigError: a rule is not valid. The message has the index of the rule and the key.
     """
     if not isinstance(rules, (list, tuple)):
         raise ConfigError(f"prune is {rules!r}; expected a list of rules such as {_FORMS}")
@@ -100,7 +100,7 @@ def _number(rule: Mapping[str, Any], key: str, where: str) -> int | float:
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         value = float(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not -1e308 < value < 1e308:  # also of an integer that no float can be
+    if not is_number or not -1e308 < value < 1e308:  # refuses integers too that no float can represent
         raise ConfigError(f"{where}.{key} is {value!r}; give a finite number")
     number: int | float = value
     return number

@@ -1,4 +1,4 @@
-"""The settings of an export, checked when they are built, before any rank reads a byte."""
+"""The settings of an export. They are checked when they are built, before any rank reads a byte."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _SPEC = re.compile(r"[\w.]+:[\w.]+$")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
 
 MIN_MEMORY_BYTES = 64 << 20
-"""Less than this does not hold the buffers and a useful number of ids."""
+"""The buffers and a useful number of ids need at least this."""
 
 MAX_THREADS = 64
 
 CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb"]
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
-"""What rows can be cast to; int8 is row-wise, with scale and bias; source leaves them as they are."""
+"""Dtypes that rows can be cast to. int8 is row-wise, with scale and bias; source keeps the dtype."""
 
 FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
-"""(setting, value that it had before) -> the error."""
+"""(setting, its former value) -> the error."""
 
 _MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
+"""Four months. The functions that get a timeout cannot count much further."""
 _MAX_BATCHES = 10_000
-"""Four months; what a timeout is given to cannot count much further."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Every setting of an export, in groups.
 
-    ``--help``, ``launch/export.yaml`` and the page of settings are made of the text below each setting (see ``describe.py``).
+    ``--help``, ``launch/export.yaml`` and the page of settings are made from the text below each setting (see ``describe.py``).
     """
 
     # ---- Where from and where to ----
@@ -208,7 +208,7 @@ class ExportConfig:
     """Seconds without any progress after which a rank counts as hung, and the export ends."""
 
     def __post_init__(self) -> None:
-        """Refuse what can be refused without reading anything. ConfigError names the setting."""
+        """Refuse settings that can be refused without reading a file. ConfigError names the setting."""
         mistakes = Mistakes()
         if self.is_live:
             mistakes.collect(self._check_live, None)
@@ -239,7 +239,7 @@ class ExportConfig:
 
     @property
     def is_live(self) -> bool:
-        """Whether the tables are the model's own, in the memory of the ranks."""
+        """Whether the tables are those of the model in the memory of the ranks."""
         return self.format == "live"
 
     def _check_live(self) -> None:
@@ -250,7 +250,7 @@ class ExportConfig:
         for name in ("treat_as_tables", "optimizer_slots", "state_root", "dynamicemb_dims"):
             if getattr(self, name):
                 raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
-        if not self.filter_sparse_opt:  # there are no files to copy: new shards are written either way
+        if not self.filter_sparse_opt:  # there are no files to copy, so new shards are written in any case
             object.__setattr__(self, "filter_sparse_opt", True)
 
     @property
@@ -363,7 +363,7 @@ class ExportConfig:
             raise ConfigError("max_drift bounds the drift, but drift_batches is 0, which leaves it out")
 
     def with_changes(self, **changes: Any) -> ExportConfig:
-        """Return a copy with some settings changed, checked anew."""
+        """Return a copy with some settings changed, and check it."""
         return dataclasses.replace(self, **changes)
 
 
@@ -385,7 +385,7 @@ def parse_bytes(text: int | str, *, setting: str) -> int:
 
 
 def check_output_names(names: list[str]) -> None:
-    """Refuse output names that are empty or stand twice."""
+    """Refuse output names that are empty or duplicate."""
     for place, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"export_outputs: name {place} is {name!r}; every output needs a name")

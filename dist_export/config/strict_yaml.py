@@ -1,4 +1,4 @@
-"""YAML as strict as settings need it: PyYAML's safe loader, without keys that stand twice and aliases that explode."""
+"""Read YAML as strictly as settings require: PyYAML's safe loader, without duplicate keys and without explosive aliases."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 _MAX_NODES = 100_000
-"""Values, with what aliases repeat counted each time: nine lines can stand for a billion values."""
+"""Limit of values, counting each use of an alias: nine lines can represent a billion values."""
 
 _MAX_DEPTH = 64
-"""Of brackets within brackets."""
+"""Limit of nested brackets."""
 
 
 class UnsafeYamlError(yaml.YAMLError):
-    """What PyYAML would read, or fall over, and no settings file needs."""
+    """YAML that PyYAML would read, or crash on, but that no settings file needs."""
 
     def __init__(self, problem: str, mark: yaml.Mark | None = None) -> None:
         super().__init__(problem)
@@ -25,13 +25,13 @@ class UnsafeYamlError(yaml.YAMLError):
 
 class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        if self.flow_level >= _MAX_DEPTH:  # the scanner takes a second for a thousand
+        if self.flow_level >= _MAX_DEPTH:  # the scanner needs a second for a thousand levels
             raise UnsafeYamlError("it is nested too deeply", self.get_mark())
         super().fetch_flow_collection_start(token_class)
 
 
 class _ArgumentLoader(_Loader):
-    """Takes 1e-7 as the number that it is in JSON and YAML 1.2. In files it stays text: a password may look so."""
+    """Reads 1e-7 as a number, as JSON and YAML 1.2 do. In files it stays text, because a password may have that form."""
 
 
 _ArgumentLoader.add_implicit_resolver(
@@ -40,13 +40,13 @@ _ArgumentLoader.add_implicit_resolver(
 
 
 def load_yaml(text: str, *, has_exponents: bool = False) -> Any:
-    """Return the values of one YAML document: plain ones, never an object of Python.
+    """Return the values of one YAML document. They are plain values, never other Python objects.
 
     With ``has_exponents``, as on a command line, 1e-7 is a number.
 
     Raises:
-        yaml.YAMLError: with ``problem`` and ``problem_mark``: no YAML; a key twice in one mapping; more values than
-            settings have; a value that its own type cannot hold, such as a date that is none.
+        yaml.YAMLError: with ``problem`` and ``problem_mark``: no YAML; a duplicate key in a mapping; more values than
+            settings need; a value that does not fit its own type, such as an impossible date.
     """
     try:
         loader = (_ArgumentLoader if has_exponents else _Loader)(text)
@@ -60,12 +60,18 @@ def load_yaml(text: str, *, has_exponents: bool = False) -> Any:
             loader.dispose()
     except RecursionError:
         raise UnsafeYamlError("it is nested too deeply") from None
-    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # a tag on what it cannot be
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a tag on an unsuitable value
         raise UnsafeYamlError(f"a value is not of its type ({error})") from None
 
 
 def _check(root: yaml.Node, loader: _Loader) -> None:
-    """Refuse mappings with a key twice, and more nodes than settings have, by their number when all aliases are followed."""
+    """Refuse mappings with a duplicate key, and more nodes than settings need, counting the nodes of each alias again."""
     sizes: dict[int, int] = {}
     entered: set[int] = set()
 
@@ -96,7 +102,7 @@ def _refuse_twice(node: yaml.MappingNode, loader: _Loader) -> None:
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise UnsafeYamlError("a key is a list or a mapping", key.start_mark)
-        # by value, for 1, 0x1 and true are one key of a dict; of << two are one mistake as well
+        # compared by value, because 1, 0x1 and true are the same key of a dict; two << are refused too
         value = key.value if key.tag == "tag:yaml.org,2002:merge" else loader.construct_object(key)
         if value in seen:
             raise UnsafeYamlError(f"the key {key.value!r} stands there twice", key.start_mark)

@@ -1,4 +1,4 @@
-"""Values of settings: from the text of a command line, or as YAML and Python have them, to their types."""
+"""Convert values of settings to their types, from text of the command line, from YAML and from Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_export.config.strict_yaml import load_yaml
 from dist_export.errors import ConfigError
 
 SECRET = ("storage_options", "target_storage_options", "registry_options")
-"""Settings whose values no message shows."""
+"""Settings whose values are never shown in a message."""
 
 _EXAMPLES = {
     "registry_options": '{"registry_uri": "http://HOST:PORT"}',
@@ -27,17 +27,17 @@ _EXAMPLES = {
 }
 
 _EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+", re.ASCII)
-"""A number in JSON and YAML 1.2, but text in YAML 1.1, which wants a dot and a sign."""
+"""A number in JSON and YAML 1.2, but text in YAML 1.1, which requires a dot and a sign."""
 
 
 def read_value(name: str, value: Any, hint: Any) -> Any:
     """Return a value of YAML or Python as the type of a setting.
 
-    Where no text is expected, one text is a list of it, or is read as on the command line. What is handed on to the caller's code
-    and to file systems (``Any``) keeps its types.
+    If the setting takes no text, a text becomes a list of one text, or is read as on the command line. Values that are passed
+    to the caller's code and to file systems (``Any``) keep their types.
 
     Raises:
-        ConfigError: it cannot be of this type; the value is not shown where it may be a secret.
+        ConfigError: it cannot be converted to this type. The message hides the value if it may be a secret.
     """
     kinds = _kinds_of(hint)
     if isinstance(value, str) and str not in kinds:
@@ -46,9 +46,9 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def read_text(name: str, text: str, hint: Any) -> Any:
-    """Return the value that an argument stands for: the text itself where text is expected, else YAML.
+    """Return the value of an argument: the text itself if the setting takes text, otherwise the text read as YAML.
 
-    One plain text is a list of it, where a list of texts is expected.
+    If the setting takes a list of texts, one plain text becomes a list of one text.
 
     Raises:
         ConfigError: it is neither.
@@ -65,20 +65,20 @@ def read_text(name: str, text: str, hint: Any) -> Any:
     try:
         return _to_type(name, value, hint)
     except ConfigError:
-        if str in kinds:  # a date, or a number
+        if str in kinds:  # YAML made a date or a number of it
             return text
         raise
 
 
 def lay_over(below: Any, value: Any) -> Any:
-    """Return ``value``, and of mappings also what ``below`` has beside it, key by key, however deep."""
+    """Return ``value``; if both are mappings, add the keys that only ``below`` has, at every depth."""
     if not isinstance(below, Mapping) or not isinstance(value, Mapping):
         return value
     return {**below, **{key: lay_over(below.get(key), inner) for key, inner in value.items()}}
 
 
 def describe_expected(name: str, hint: Any) -> str:
-    """Return what a setting takes, with an example where that helps."""
+    """Return a description of the values that a setting takes, for some settings with an example."""
     if name in _EXAMPLES:
         return f"a YAML mapping such as '{_EXAMPLES[name]}'"
     text = say_type(hint)
@@ -88,7 +88,7 @@ def describe_expected(name: str, hint: Any) -> str:
 
 
 def _kinds_of(hint: Any) -> tuple[Any, ...]:
-    """Return the types of which a value may be."""
+    """Return the types that a value may have."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
@@ -107,7 +107,7 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Return a value with numbers of other libraries as Python's own, and texts such as 1e-7 as the numbers that they are."""
+    """Return a value with numbers of other libraries as Python's own, and texts such as 1e-7 as numbers."""
     if isinstance(value, Mapping):
         return {key: _with_numbers(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
