@@ -1,7 +1,7 @@
-"""torchrec's managed-collision modules in the sample: they get what the checkpoint knows of raw ids, and tell rows by raw id.
+"""Run torchrec's managed-collision modules in the sample with the checkpoint's raw ids.
 
-A module maps raw ids to rows of an embedding, and what the package has is raw ids. So the modules are given the state of the
-checkpoint for one run, and an embedding that is asked for a row gets the row of the raw id that the state has for it.
+A module maps raw ids to rows of an embedding, but the package stores rows by raw id. Therefore the modules get the state of
+the checkpoint for one run, and an embedding that looks up a row gets the row of the raw id that the state maps to it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SETTING = "allow_hashed_ids"
 
 
 class RawIdState(NamedTuple):
-    """Which raw id has which row, by one managed-collision module of the checkpoint."""
+    """The row of each raw id, in the state of one managed-collision module of the checkpoint."""
 
     ids: np.ndarray
     """int64, (rows,)."""
     rows: np.ndarray | None
-    """int64, (rows,): the row of each of ``ids``; None where entry i is of row i."""
+    """int64, (rows,): the row of each of ``ids``; None if entry i belongs to row i."""
     empty: int
 
     def ids_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the raw id of each row (int64, (n,)), ``empty`` for one that has none."""
+        """Return the raw id of each row (int64, (n,)); ``empty`` for a row without one."""
         if self.rows is None:
             its: np.ndarray = self.ids[rows]
             return its
@@ -43,19 +43,19 @@ class RawIdState(NamedTuple):
 
 
 class IdLookups:
-    """What a module of HashZCH is asked for. Serving knows ids alone, and gives none of them the row of another one.
+    """Corrects the lookups of a HashZCH module. Serving looks up ids only, and never gives an id the row of another one.
 
-    The module's answers become what serving gives: the slot that an id owns, and for an id that owns none one without an id,
-    or the number after the last where every slot has one.
+    The module's answers become those of serving: the slot that an id owns. An id that owns none gets a slot without an id,
+    or, if every slot has an id, the number after the last slot.
     """
 
     def __init__(self, state: RawIdState, *, is_kept: bool, count: Callable[[int, bool], None]) -> None:
         """Take a state of HashZCH.
 
         Args:
-            state: which id has which slot.
-            is_kept: whether the module's answers stay as they are, and unknown ids are only counted.
-            count: called with how many further unknown ids there are, and whether any id got the row of another one.
+            state: the slot of each id.
+            is_kept: whether the module's answers are kept, and unknown ids are only counted.
+            count: called with the number of new unknown ids, and with whether any id got the row of another one.
         """
         self._ids, self._empty = state.ids, state.empty
         self._order = np.argsort(state.ids, kind="stable")
@@ -65,16 +65,16 @@ class IdLookups:
         self._count = count
         self._unknown = np.zeros(0, np.int64)
         self.is_counted = False
-        """Whether unknown ids of a lookup were counted here, so that nobody else need."""
+        """Whether unknown ids of a lookup were counted here, so that no other code needs to."""
 
     def after_lookup(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Change the module's answer in its place: a tensor of slots, or by name what has ``values()``."""
+        """Change the module's answer in place: a tensor of slots, or a mapping to objects with ``values()``."""
         asked = args[0] if args else kwargs.get("features")
         pairs = [(asked, output)]
         if isinstance(asked, Mapping) and isinstance(output, Mapping):
             pairs = [(asked[name].values(), output[name].values()) for name in asked if name in output]
         for ids, slots in pairs:
-            # with disable_fallback there is no slot for an unknown id: then nobody gets a row of another one
+            # with disable_fallback an unknown id gets no slot, so no id gets a row of another one
             if isinstance(ids, torch.Tensor) and isinstance(slots, torch.Tensor) and ids.shape == slots.shape:
                 self._take(ids, slots)
 
@@ -97,19 +97,19 @@ class IdLookups:
 
 
 class FurtherRow:
-    """Gives an embedding one row more for one lookup: its weight is the rows that are asked for, and that one."""
+    """Adds one row to an embedding for one lookup: its weight becomes the rows that are looked up, and that row."""
 
     def __init__(self, module: nn.Embedding | nn.EmbeddingBag) -> None:
         self._module = module
         self._before: tuple[nn.Parameter, int | None] | None = None
 
     def put(self, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Let the number after the last be ``row`` ((dim,)) in the next lookup; return what to ask for ``ids`` with."""
+        """Make ``row`` ((dim,)) the row after the last one in the next lookup; return the ids to use instead of ``ids``."""
         module = self._module
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         places: torch.Tensor
         asked, places = torch.unique(ids, return_inverse=True)
-        rows = [weight.detach()[asked[:-1]], row.to(weight)[None]]  # sorted, so it is the last
+        rows = [weight.detach()[asked[:-1]], row.to(weight)[None]]  # ids are sorted, so the further row is the last
         self._before = weight, module.padding_idx
         module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
         padding = [] if module.padding_idx is None else torch.nonzero(asked == module.padding_idx).flatten().tolist()
@@ -117,14 +117,14 @@ class FurtherRow:
         return places.to(ids.dtype)
 
     def take_back(self, *_: Any) -> None:
-        """After the lookup, also where it failed."""
+        """Restore the embedding after the lookup, also after a failed one."""
         if self._before is not None:
             self._module.weight, self._module.padding_idx = self._before
             self._before = None
 
 
 def read_raw_ids(table: TableMeta) -> RawIdState | None:
-    """Return what the checkpoint knows of a table's raw ids; None where its rows do not go by raw id."""
+    """Return the raw ids that the checkpoint has for a table; None if its rows are not found by raw id."""
     if table.raw_ids is None:
         return None
     ids, rows = table.raw_ids.load()
@@ -132,12 +132,12 @@ def read_raw_ids(table: TableMeta) -> RawIdState | None:
 
 
 def is_collision_module(module: nn.Module) -> bool:
-    """Whether a module maps raw ids to rows of a table."""
+    """Return whether a module maps raw ids to rows of a table."""
     return any(isinstance(getattr(module, name, None), torch.Tensor) for name in (SORTED_IDS, IDENTITIES))
 
 
 def put_state(module: nn.Module, path: str, state: RawIdState, undo: list[Callable[[], None]]) -> None:
-    """Give a module the checkpoint's state; ``undo`` gets what puts its own back.
+    """Give a module the checkpoint's state; append to ``undo`` a function that restores its own.
 
     Raises:
         ModelError: the module has another number of rows, or is of another kind.
@@ -156,7 +156,7 @@ def put_state(module: nn.Module, path: str, state: RawIdState, undo: list[Callab
             "whole table, so give a model that is not sharded, with as many rows"
         )
     values = [state.ids]
-    if state.rows is not None:  # shards lie behind each other in a checkpoint, and a whole module searches sorted ids
+    if state.rows is not None:  # a checkpoint has one shard after the other, but a whole module searches sorted ids
         order = np.argsort(state.ids, kind="stable")
         values = [state.ids[order], state.rows[order]]
     for tensor, value in zip(tensors, values, strict=True):
@@ -164,7 +164,7 @@ def put_state(module: nn.Module, path: str, state: RawIdState, undo: list[Callab
 
 
 def _put(held: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
-    """Write a value into a tensor, and return what puts its own back."""
+    """Write a value into a tensor; return a function that restores the tensor."""
     before = held.clone()
     held.copy_(value.reshape(held.shape))
 
@@ -175,7 +175,7 @@ def _put(held: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
 
 
 def say_changed_ids(module: nn.Module) -> str:
-    """Return how a managed-collision module changes ids before it looks for them; empty where it does not."""
+    """Return how a managed-collision module changes ids before the lookup; empty if it does not."""
     own: Any = module
     if getattr(own, "_input_hash_func", None) is not None:
         return "hashes ids with its input_hash_func"
@@ -185,10 +185,10 @@ def say_changed_ids(module: nn.Module) -> str:
 
 
 def refuse_hashed_ids(model: nn.Module, tables: Sequence[TableMeta], allowed: Sequence[str]) -> None:
-    """Refuse tables whose module changes ids before it looks for them, for then the package's ids are no raw ids.
+    """Refuse tables whose module changes ids before the lookup, because then the package's ids are no raw ids.
 
     Raises:
-        ModelError: there is one that no pattern of ``allowed`` matches.
+        ModelError: there is such a table, and no pattern of ``allowed`` matches it.
     """
     by_name: Mapping[str, TableMeta] = {t.name_in_source: t for t in tables if t.raw_ids is not None}
     for path, module in model.named_modules():

@@ -1,9 +1,13 @@
-"""Find the weights of embeddings in the caller's model, by which a checkpoint's tables are known. Looks at no values.
+"""Find the weights of embeddings in the caller's model, which identify a checkpoint's tables. Reads no values.
 
-A table is the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, of a module that looks like one (``num_embeddings``,
-``embedding_dim`` and a weight, as tensor-parallel embeddings have), or of an embedding collection of torchrec's naming, whose
-tables lie below ``embedding_bags`` or ``embeddings``; in the sparse arch also a matrix that a module of the caller's own holds,
-for its code may look rows up. torchrec's sharded collections show theirs in ``state_dict()`` alone.
+A table is one of these:
+
+- the weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``;
+- the weight of a module with ``num_embeddings`` and ``embedding_dim``, such as a tensor-parallel embedding;
+- a table of a collection with torchrec's names, below ``embedding_bags`` or ``embeddings``;
+- in the sparse arch, a matrix of a module of the caller's own, because its code may look up rows in it.
+
+torchrec's sharded collections list their tables only in ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -27,10 +31,10 @@ _SCRIPTED_HOLDERS = frozenset({"Embedding", "EmbeddingBag", "ParameterDict", "Pa
 
 
 def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -> ModelWeights:
-    """Look through the model. Every rank at once, for a sharded module's ``state_dict()`` may be collective.
+    """Find the weights of a model. Called on all ranks at once, because a sharded module's ``state_dict()`` may be collective.
 
     Raises:
-        ModelError: there is no such arch, or a sharded collection does not tell its tables.
+        ModelError: an arch does not exist, or ``state_dict()`` of a sharded collection fails.
     """
     sparse_name, dense_name = plain_name(sparse_model_name), plain_name(dense_model_name)
     sparse_arch = find_arch(model, sparse_model_name, "sparse_model_name")
@@ -68,7 +72,7 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
 
 
 def _list_saved(module: nn.Module) -> Iterator[str]:
-    """Yield the plain names of parameters and of buffers that a state_dict has, without asking for one: it may be collective."""
+    """Yield the plain names of parameters and saved buffers without a call of state_dict(), which may be collective."""
     for path, child in module.named_modules(remove_duplicate=False):
         held = {**child._parameters, **child._buffers}  # noqa: SLF001 -- no module lists which buffers are saved
         for name, value in held.items():
@@ -77,7 +81,7 @@ def _list_saved(module: nn.Module) -> Iterator[str]:
 
 
 def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield (plain name within the model, weight) of each embedding within a module; a weight under each of its names."""
+    """Yield (plain name within the model, weight) of each embedding within a module; a shared weight under each of its names."""
     for path, module in root.named_modules(remove_duplicate=False):
         if unwrap(module) is not module:
             continue
@@ -92,7 +96,7 @@ def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield (plain name within the model, matrix) of each that a module of the caller's own holds: its code may look rows up."""
+    """Yield (plain name within the model, matrix) of each module of the caller's own, whose code may look up rows in it."""
     for path, module in root.named_modules(remove_duplicate=False):
         if is_of_library(module):
             continue
@@ -102,10 +106,10 @@ def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def is_of_library(module: nn.Module) -> bool:
-    """Whether a module is of a kind of torch or torchrec, which tells whether it looks rows up."""
+    """Return whether a module's class belongs to torch or torchrec, so that it is known whether it looks up rows."""
     if isinstance(
         module, torch.jit.ScriptModule
-    ):  # of any class, which it names; its own class is of torch in any case
+    ):  # scripted from any class, whose name it keeps; its own class always belongs to torch
         kind = getattr(module, "original_name", "")
         return isinstance(getattr(nn, kind, None), type) and kind not in _SCRIPTED_HOLDERS
     is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
@@ -114,13 +118,13 @@ def is_of_library(module: nn.Module) -> bool:
 
 
 def constants_of(module: nn.Module) -> set[tuple[int, ...]]:
-    """Return the shapes of the matrices that scripted code holds as constants; nothing of a module that is not scripted."""
+    """Return the shapes of the matrices that scripted code contains as constants; empty if the module is not scripted."""
     if not isinstance(module, torch.jit.ScriptModule):
         return set()
     script: Any = module
     try:
         found = (node.output() for node in script.graph.findAllNodes("prim::Constant"))
-    except RuntimeError:  # a part whose forward nobody calls has none
+    except RuntimeError:  # a part whose forward is never called has no graph
         return set()
     values = (output.toIValue() for output in found if output.type().kind() == "TensorType")
     return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.dim() == 2}

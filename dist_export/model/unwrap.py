@@ -1,7 +1,7 @@
-"""A plain copy of the dense arch: no DDP, FSDP or ``torch.compile`` around any module, full tensors, no gradients.
+"""Make a plain copy of the dense arch: no DDP, FSDP or ``torch.compile`` around any module, full tensors, no gradients.
 
-The export loads an older checkpoint's weights into the copy and traces it, so the caller's model, which may be in the
-middle of training, stays as it is.
+The export loads the checkpoint's weights into the copy and traces it. The caller's model, which may be in the middle of
+training, does not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from dist_export.errors import ModelError
 
 _FOREIGN = ("torch.distributed", "torch.nn.parallel")
-"""Where hooks come from that would gather, scatter or synchronize what the copy holds whole."""
+"""Modules of hooks that would gather, scatter or synchronize tensors; the copy already has these whole."""
 
 
 def copy_dense_arch(module: nn.Module) -> nn.Module:
@@ -30,11 +30,11 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
-        ModelError: a parameter that cannot be gathered, with the reason; a scripted module; a tensor without values, or of
-            a kind that no program holds.
+        ModelError: a parameter cannot be gathered, with the reason; a module is scripted; a tensor has no values, or is of
+            a kind that a program cannot contain.
     """
     scripted = [name or "itself" for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
-    if scripted:  # its copy would compute with the original's values, and torch.export traces none
+    if scripted:  # its copy would compute with the original's values, and torch.export cannot trace it
         raise ModelError(
             f"the dense arch is scripted by torch.jit ({scripted[0]}), which torch.export does not trace. Nothing was written. "
             "Give the module as it was before torch.jit.script or torch.jit.trace"
@@ -46,7 +46,7 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
 
 
 def refuse_unplain(module: nn.Module) -> None:
-    """Refuse parameters and buffers that are no plain tensors with values. ModelError names the first."""
+    """Refuse parameters and buffers that are no plain tensors with values. ModelError names the first one."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             continue
@@ -80,12 +80,12 @@ def move_to(module: nn.Module, device: torch.device) -> None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Take wrappers off one module: DataParallel, DDP, FSDP, ``torch.compile``, torchrec's DistributedModelParallel."""
+    """Remove the wrappers of one module: DataParallel, DDP, FSDP, ``torch.compile``, torchrec's DistributedModelParallel."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)):
             module = cast("nn.Module", module.module)
         elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = cast("nn.Module", module._orig_mod)  # noqa: SLF001 -- torch.compile's wrapper has no public way to its inside
+            module = cast("nn.Module", module._orig_mod)  # noqa: SLF001 -- torch.compile's wrapper has no public access to it
         elif isinstance(getattr(module, "_dmp_wrapped_module", None), nn.Module):
             module = cast("nn.Module", module._dmp_wrapped_module)  # noqa: SLF001 -- the same for torchrec
         else:
@@ -93,7 +93,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def find_arch(model: Any, name: str, setting: str) -> nn.Module:
-    """Return a submodule by its path, through wrappers. ModelError where ``setting`` names none."""
+    """Return a submodule by its path, through wrappers. ModelError if ``setting`` names no module."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     module: nn.Module = model
@@ -110,13 +110,13 @@ def find_arch(model: Any, name: str, setting: str) -> nn.Module:
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether a lazy module has not seen its first input yet, so that this parameter has no shape."""
+    """Return whether a lazy module has not seen its first input yet, so that this parameter has no shape."""
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
 @contextlib.contextmanager
 def _whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Give FSDP (version 1) modules their whole parameters for a while."""
+    """Give FSDP (version 1) modules their whole parameters while the block runs."""
     if not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
         yield
         return
@@ -125,7 +125,7 @@ def _whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 class _Copier:
-    """Copies a tree of modules; what is shared inside the tree is shared inside the copy."""
+    """Copies a tree of modules. Objects that are shared within the tree are shared within the copy."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -136,12 +136,12 @@ class _Copier:
 
     def copy(self) -> nn.Module:
         plain = self._allocate(self._root)
-        for original, new in self._inner:  # grows while modules turn up in plain attributes
+        for original, new in self._inner:  # grows when modules are found in plain attributes
             self._fill(original, new)
         return plain
 
     def _allocate(self, wrapped: nn.Module) -> nn.Module:
-        """Make the copies with their tensors first, so that references among modules and views of tensors find them."""
+        """Make all module copies with their tensors first, so that references among modules and views of tensors find them."""
         original = unwrap(wrapped)
         if id(original) not in self._memo:
             kind = _plain_class(original)
@@ -151,7 +151,7 @@ class _Copier:
             for place in ("_parameters", "_buffers"):
                 tensors = original.__dict__[place].items()
                 new.__dict__[place] = {name: self._copy_tensor(tensor, original) for name, tensor in tensors}
-            for child in original._modules.values():  # noqa: SLF001 -- children() leaves out what stands there twice
+            for child in original._modules.values():  # noqa: SLF001 -- children() leaves out duplicates
                 if child is not None:
                     self._allocate(child)
         new = self._memo[id(original)]
@@ -195,7 +195,7 @@ class _Copier:
         if isinstance(value, torch.Tensor):
             return self._copy_view(value, owner)
         if isinstance(value, nn.Module):
-            # a link to what holds the dense arch must not draw in the whole model
+            # a reference to a module that contains the dense arch must not copy the whole model
             return value if any(child is self._root for child in value.modules()) else self._allocate(value)
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self._copy_attribute(value.__self__, owner))
@@ -205,7 +205,7 @@ class _Copier:
             return type(value)((key, self._copy_attribute(item, owner)) for key, item in value.items())
         try:
             return copy.deepcopy(value, self._memo)
-        except Exception:  # noqa: BLE001 -- process groups, streams, locks, graphs: what cannot be copied is shared
+        except Exception:  # noqa: BLE001 -- objects that cannot be copied (process groups, streams, locks) are shared
             return value
 
     def _copy_view(self, tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor | None:
@@ -224,7 +224,7 @@ class _Copier:
 
 
 def _gather(tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """Return the whole of a DTensor; of another tensor, itself without history."""
+    """Return the whole of a DTensor; return any other tensor itself, without its history."""
     if hasattr(tensor, "local_shards"):
         raise ModelError(
             f"a parameter of {type(owner).__name__} is a ShardedTensor, which has no way to be gathered on every rank; "
@@ -242,7 +242,7 @@ def _gather(tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor:
 
 
 def _as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Take off a subclass that behaves as a tensor does; one with a behaviour of its own stays."""
+    """Return a subclass with a tensor's own behaviour as a plain tensor; a subclass with other behaviour stays."""
     kind = type(tensor)
     own = [getattr(kind, name, None) for name in ("__torch_function__", "__torch_dispatch__")]
     if kind is torch.Tensor or own[0] is None or own[1] is not _NO_DISPATCH:
@@ -266,16 +266,16 @@ def _is_foreign(hook: Any) -> bool:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` has made this module its own."""
+    """Return whether FSDP2's ``fully_shard`` was applied to this module."""
     try:
         from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # before torch 2.6 under another path; there is no FSDP2 module then
+    except ImportError:  # before torch 2.6 it has another path, and there are no FSDP2 modules
         return False
     return isinstance(module, FSDPModule)
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that the user wrote: FSDP2's ``fully_shard`` puts a subclass of its own in front of it."""
+    """Return the class that the user wrote: FSDP2's ``fully_shard`` replaces it with a subclass."""
     if not is_fully_sharded(module):
         return type(module)
     from torch.distributed.fsdp import FSDPModule

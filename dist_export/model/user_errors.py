@@ -1,4 +1,4 @@
-"""Say what went wrong inside the user's model, and at which of its lines."""
+"""Describe errors inside the user's model, with the line of the user's code."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _GUARD_LOG = "torch.fx.experimental.symbolic_shapes"
 
 
 def said(error: BaseException) -> str:
-    """Return the kind of an error and its first line that says something."""
+    """Return the type of an error and the first line of its text that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
 def blame(error: BaseException) -> str:
-    """Return `` at <file>:<line> (<code>)``, the innermost line of the user's own code; empty where there is none."""
+    """Return `` at <file>:<line> (<code>)``, the innermost line of the user's own code; empty if there is none."""
     place = _innermost([(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)])
-    if not place:  # torch.export may drop the traceback, but quotes it
+    if not place:  # torch.export may drop the traceback, but its text contains it
         place = blame_text(str(error))
     return place
 
 
 def blame_text(text: str) -> str:
-    """Return the same of a traceback as text, such as a node of a graph has."""
+    """Do the same as :func:`blame` for a traceback as text, such as a node of a graph has."""
     return _innermost([(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text)])
 
 
 @contextlib.contextmanager
 def watch_sizes() -> Iterator[list[str]]:
-    """Within this block, note the user's lines that narrow a free size down, as ``blame`` does.
+    """Within this block, record the user's lines that fix a free size, as ``blame`` does.
 
-    torch.export says that a size became a constant, but not where. Its log of guards is written while the user's line
-    runs, so the stack at that time tells.
+    torch.export reports that a size became a constant, but not where. It writes its log of guards while the user's line
+    runs, so the stack at that time shows the line.
     """
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The caller's own objects: a model, a dataset, a feature generator, given as such or as ``package.module:callable``."""
+"""Build the caller's objects: a model, a dataset, a feature generator, from ``package.module:callable``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_export.errors import ConfigError, DistExportError, ModelError
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """What an export takes besides its settings. All None for an export of the tables alone."""
+    """The objects that an export takes besides its settings. All are None if only the tables are exported."""
 
     model: Any = None
     dataset: Any = None
@@ -26,12 +26,13 @@ class Objects:
 
 
 def build_objects(config: ExportConfig, *, tells_all: bool = False) -> Objects:
-    """Import and call what the config names; the working directory is importable. Every rank for itself.
+    """Import and call what the config names. The working directory is importable. Every rank calls it for itself.
 
-    With ``tells_all`` what is wrong with one of them is told together with what is wrong with the others.
+    With ``tells_all`` the mistakes of all objects are reported together.
 
     Raises:
-        ConfigError: a module or callable that is not there, arguments that it does not take, a model without a dataset.
+        ConfigError: a module or callable does not exist, or does not take its arguments; a model has no dataset.
+        ModelError: importing or calling the user's code failed, or it returned None.
     """
     if config.model is not None and config.dataset is None and not (config.is_live and config.need_export_sparse):
         raise ConfigError("model is set but dataset is not; the dense arch is traced with one batch of it")
@@ -91,7 +92,7 @@ def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
 
 
 def _tell(error: BaseException) -> str:
-    """Return what an error of the user's own code says, and the innermost line of it."""
+    """Return the text of an error of the user's own code, and its innermost line."""
     frames = traceback.extract_tb(error.__traceback__)
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, SyntaxError):
@@ -104,7 +105,7 @@ def _check_arguments(setting: str, spec: str, found: Any, arguments: Mapping[str
 
     try:
         signature = inspect.signature(found)
-    except (TypeError, ValueError):  # some builtins have none; calling them tells
+    except (TypeError, ValueError):  # some builtins have none; a call reports wrong arguments
         return
     try:
         signature.bind(**arguments)

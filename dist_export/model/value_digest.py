@@ -1,8 +1,8 @@
-"""What Python values hold, as a digest: two values of one digest have the same content, in other processes too.
+"""Compute digests of Python values: two values with the same digest have the same content, also in different processes.
 
-Numbers and texts count by value, arrays by their bytes, containers by their members, objects by what pickling or their attributes
-say, functions by what they have closed over. Classes, modules and functions that can be imported count by name, because code is
-not compared. What hides its content, such as a lock or an open file, has no digest.
+Numbers and texts count by value, arrays by their bytes, containers by their members, objects by their pickled state or
+their attributes, functions by their closed-over values. Classes, modules and functions that can be imported count by name,
+because code is not compared. An object that hides its content, such as a lock or an open file, has no digest.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import xxhash
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, bytearray)
 _MOST_VALUES = 100_000
 _UNCOUNTED = frozenset({"training"})
-"""Attributes of torch's modules that are no values of theirs; so are those that each module has, as hooks."""
+"""Attributes of torch's modules that do not count. The attributes that every module has, such as hooks, do not either."""
 
 
 def digest_value(value: Any, *, skip: Collection[int] = ()) -> Digester:
-    """Return what became of a value: its digest, or what of it has none. ``skip`` as that of :class:`Digester`."""
+    """Return the digester of a value, with its digest or the type that has none. ``skip`` as in :class:`Digester`."""
     digester = Digester(skip)
     digester.add(value)
     return digester
 
 
 class Digester:
-    """Takes values in, one after the other."""
+    """Computes one digest of several values, which are added one after the other."""
 
     def __init__(self, skip: Collection[int] = ()) -> None:
-        """``skip``: ids of objects that do not count, whatever they hold."""
+        """Start without values. ``skip``: ids of objects that do not count, whatever they contain."""
         self.unknown = ""
-        """The type of the first value that has no digest; empty as long as all have one."""
+        """The type of the first value that has no digest; empty while all values have one."""
         self.has_arrays = False
-        """Whether a tensor or an array was among the values, or what may hide one."""
+        """Whether one of the values is a tensor or an array, or may hide one."""
         self._skip = frozenset(skip)
         self._hasher = xxhash.xxh3_128()
         self._seen: dict[int, int] = {}
@@ -45,11 +45,11 @@ class Digester:
 
     @property
     def digest(self) -> str | None:
-        """The digest of all that was taken in; None where something has none."""
+        """The digest of all values so far; None if one of them has no digest."""
         return None if self.unknown else f"xxh3:{self._hasher.hexdigest()}"
 
     def add(self, value: Any) -> None:
-        """Take in a value, be it one of those that do not count, and all that it holds."""
+        """Add a value, even if it is in ``skip``, with everything in it."""
         try:
             if id(value) in self._skip:
                 self._add_new(value)
@@ -59,15 +59,15 @@ class Digester:
             self._refuse("value that is nested too deeply")
 
     def add_values_of(self, function: Any, *, with_globals: bool = True) -> None:
-        """Take in what a function has besides its code: closed-over values, defaults, and arrays that it reads as globals."""
+        """Add the values of a function besides its code: closed-over values, defaults, and arrays that it reads as globals."""
         for value in (function.__defaults__, function.__kwdefaults__):
             self._add(value)
         for cell in function.__closure__ or ():
             try:
                 self._add(cell.cell_contents)
-            except ValueError:  # nothing is in it yet
+            except ValueError:  # the cell is empty
                 self._say("cell")
-        of_torch = str(function.__globals__.get("__name__")).startswith("torch.")  # a decorator of torch's, as a rule
+        of_torch = str(function.__globals__.get("__name__")).startswith("torch.")  # usually a decorator of torch
         for name in function.__code__.co_names if with_globals and not of_torch else ():
             value = function.__globals__.get(name)
             if _is_tensor(value) or _is_array(value) or type(value) in (list, tuple, dict):
@@ -93,7 +93,7 @@ class Digester:
             self._refuse(f"value of more than {_MOST_VALUES:,} parts")
         else:
             self._seen[id(value)] = len(self._alive)
-            self._alive.append(value)  # else another one may get its id
+            self._alive.append(value)  # otherwise another object may get the same id
             self._add_new(value)
 
     def _add_new(self, value: Any) -> None:
@@ -148,9 +148,7 @@ class Digester:
         if isinstance(value, types.MethodType):
             self._add(value.__func__)
         elif isinstance(value, types.FunctionType):
-            is_local = (
-                "<" in value.__qualname__
-            )  # a lambda, or a function within another one: the name does not tell which
+            is_local = "<" in value.__qualname__  # a lambda or an inner function, whose name does not identify it
             if is_local:
                 self._add_bytecode(value.__code__)
             self.add_values_of(value, with_globals=is_local)
@@ -192,16 +190,16 @@ class Digester:
         try:
             reduce = copyreg.dispatch_table.get(kind)
             reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)
-        except Exception:  # noqa: BLE001 -- objects of any class say in their own way that they cannot be pickled
+        except Exception:  # noqa: BLE001 -- each class reports in its own way that it cannot be pickled
             self._refuse(name_of(kind))
-            self._add_items(attributes)  # for arrays
+            self._add_items(attributes)  # to find arrays
             return
         if isinstance(reduced, str):
             self._say(reduced)
             self._add_items(attributes)
             return
         function, arguments, state, members, items = (*reduced, None, None, None)[:5]
-        # without a way of its own to be pickled an object is its attributes, and __getstate__ may leave some out
+        # an object without its own pickling is its attributes, because __getstate__ may leave some out
         self._add_each([function, arguments, state if has_own or reduce is not None else attributes])
         self._add_each(members or ())
         self._add_each(part for item in items or () for part in item)
