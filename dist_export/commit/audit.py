@@ -1,4 +1,4 @@
-"""Compare what was written with what was planned and with the source, from the written files themselves."""
+"""Read the written files back, and compare them with the plan and the source."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dist_export.storage.range_reader import OpenReaders
 
 
 class TableAccount(NamedTuple):
-    """What the written files hold of one table."""
+    """The rows and ids of one table in the written files."""
 
     rows: int
     id_sum: int
-    """Sum of the mixed ids modulo 2**64."""
+    """Sum of the mixed ids, modulo 2**64."""
 
 
 def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int, TableAccount]:
-    """Read back headers and id columns of these output files; return rows and ids by table.
+    """Read back headers and id columns of these output files, and return rows and ids by table.
 
-    Any rank, for its share; no collective.
+    Any rank, for its share of the files. No collective.
 
     Raises:
-        CommitError: a file's size or header is not the planned one, or an id lies outside the slice of its shard.
+        CommitError: the size or header of a file is not the planned one, or an id is outside the slice of its shard.
     """
     mine = np.array(numbers, np.int64)
     with OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers:
@@ -56,7 +56,7 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
             tables = blocks.table[held]
             np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
             np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
-        # of a table without ids the headers tell the rows, and what is in the blocks their digests
+        # for a table without ids, the headers give the rows, and digests protect the content of the blocks
         first_column = np.array(
             [plan.slots_of(table)[0].column for table in range(len(plan.checkpoint.tables))], np.int64
         )
@@ -70,7 +70,7 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
 def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> None:
     blocks = plan.blocks
     lengths = np.diff(np.append(run.starts, len(run.ids)))
-    for size in np.unique(blocks.size[held]).tolist():  # one, as a rule
+    for size in np.unique(blocks.size[held]).tolist():  # usually one size
         places = places_of(run.ids, size).view(np.int64)
         lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
         is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
@@ -89,12 +89,12 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
 
 
 def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, TableAccount]]) -> list[TableAccount]:
-    """Compare the rows and ids of all ranks' files with those of the source; return the totals by table.
+    """Compare the rows and ids of all ranks' files with those of the source, and return the totals by table.
 
-    Expected are the rows of the source less those that the plan leaves behind.
+    The expected rows are those of the source without dropped and pruned rows.
 
     Raises:
-        CommitError: a row is missing, there is one too many, or an id is another one.
+        CommitError: the number of rows differs, or the ids differ.
     """
     totals = []
     for table, meta in enumerate(plan.checkpoint.tables):
@@ -119,9 +119,9 @@ def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, Tabl
 
 
 def check_entries(entries: Sequence[TableEntry]) -> None:
-    """Compare the rows that each table's entry states: in, out, dropped by reason, and by part. CommitError if not equal.
+    """Check that rows in, out, dropped by reason, and by part add up in each table's entry. Raises CommitError if not.
 
-    What is published is checked, after all that made it.
+    This checks the entries that are published, after everything that made them.
     """
     for entry in entries:
         dropped = sum(entry.rows_dropped.values())
@@ -134,7 +134,7 @@ def check_entries(entries: Sequence[TableEntry]) -> None:
 
 
 def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Reduce each block's values; a single block takes the way that uses the processor's vectors."""
+    """Reduce the values of each block. A single block uses ``reduce``, which is vectorized."""
     if len(starts) == 1:
         whole: np.ndarray = operation.reduce(values, keepdims=True)
         return whole

@@ -1,4 +1,4 @@
-"""Rank 0: write the indexes that serving and RecIS read, account for every row, and publish the manifest last."""
+"""Write the indexes that serving and RecIS read, account for every row, and publish the manifest last. Rank 0."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
 
 
 def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]:
-    """Return the content of the json files that go with the shards, by name, in the order in which to write them.
+    """Return the content of the JSON files beside the shards, by name, in the order in which to write them.
 
-    In a copy only the merged manifest is ours; the others go over as they are.
+    In a copy, only the merged manifest is new. The other files are copied unchanged.
     """
     order = sorted(range(len(plan.blocks.key)), key=plan.blocks.key.__getitem__)
     rendered = {MERGED: _render_merged(plan, dense_state, order)}
@@ -73,7 +73,7 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
         return rendered
     is_hashed = np.array([table.is_hashed for table in plan.checkpoint.tables], bool)
     if len(is_hashed) and not is_hashed.any() and not plan.dense_files:
-        return rendered  # RecIS's loader knows no table without ids
+        return rendered  # RecIS's loader has no tables without ids
     order = [row for row, table in zip(order, plan.blocks.table[order].tolist(), strict=True) if is_hashed[table]]
     key = plan.blocks.key
     names = [file.name for file in plan.files]
@@ -83,7 +83,7 @@ def render_indexes(plan: SparsePlan, dense_state: DenseMeta) -> dict[str, bytes]
 
 
 def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int]) -> bytes:
-    """Return the merged manifest; ``order`` is that of the sorted keys of blocks."""
+    """Return the merged manifest. ``order`` lists the blocks in the order of their keys."""
     blocks = plan.blocks
     id_rows = np.flatnonzero(blocks.column == 0)
     id_keys = {
@@ -109,10 +109,10 @@ def _render_merged(plan: SparsePlan, dense_state: DenseMeta, order: Sequence[int
             entries[key] = embedding_entry(key, id_keys.get((table, target)), slot.dtype, (rows, *slot.inner_shape))
     for tensor, (key, _) in zip(plan.selection.kept_dense, plan.dense_files, strict=True):
         entries[key] = dense_entry(key, DTYPES[tensor.dtype].torch, tensor.shape)
-    # as in RecIS, the parameters of model.pt follow the sorted part, in their own order
+    # as in RecIS, the parameters of model.pt come after the sorted part, in their own order
     document = {key: entries[key] for key in sorted(entries)}
     for name, dtype, shape in dense_state:
-        document.setdefault(name, dense_entry(name, dtype, shape))  # a block of the shards goes before a namesake
+        document.setdefault(name, dense_entry(name, dtype, shape))  # a block with the same name takes precedence
     return encode_indented(document)
 
 
@@ -132,7 +132,7 @@ def _list_internal_names(plan: SparsePlan, order: Sequence[int]) -> dict[str, st
 
 
 def describe_tables(plan: SparsePlan, census: Census, accounts: Sequence[TableAccount]) -> tuple[TableEntry, ...]:
-    """Return the manifest's entries of all tables, with ``accounts`` of the written files by table."""
+    """Return the manifest's entries of all tables. ``accounts`` describe the written files, by table."""
     entries = []
     texts = _SliceTexts()
     parts = plan.checkpoint.parts
@@ -170,7 +170,7 @@ def describe_left_out(checkpoint: Checkpoint | None) -> tuple[LeftOutEntry, ...]
 
 
 def describe_rules(plan: SparsePlan, census: Census) -> tuple[PruneEntry, ...] | msgspec.UnsetType:
-    """Return the manifest's entries of the rules that left rows behind."""
+    """Return the manifest's entries of the rules of ``prune``."""
     if plan.pruning is None or census.pruned is None or not plan.pruning.asked:
         return msgspec.UNSET
     rows = count_by_rule(plan.checkpoint, plan.pruning, census.pruned).sum(axis=0).tolist()
@@ -184,7 +184,7 @@ def _describe_rule(rule: RowRule, ids: IdList | None, rows: int) -> PruneEntry:
         path = conceal(rule.path)
         named = {"deny": path} if rule.reason == DENY_LIST else {"allow": path}
         return msgspec.structs.replace(entry, **named, ids=len(ids), ids_digest=f"xxh3:{ids.digest.hex()}")
-    limit = rule.limit if abs(rule.limit) < 1 << 63 else float(rule.limit)  # JSON readers know no larger integers
+    limit = rule.limit if abs(rule.limit) < 1 << 63 else float(rule.limit)  # JSON readers do not accept larger integers
     if rule.reason == NORM:
         return msgspec.structs.replace(entry, norm_at_most=limit)
     return msgspec.structs.replace(entry, slot=rule.slot, below=limit)
@@ -193,15 +193,15 @@ def _describe_rule(rule: RowRule, ids: IdList | None, rows: int) -> PruneEntry:
 def add_casts(
     plan: SparsePlan, entries: Sequence[TableEntry], counts: Mapping[int, CastCount]
 ) -> tuple[TableEntry, ...]:
-    """Return the tables' entries with what their values lost by casts; the same whoever counted what.
+    """Return the tables' entries with the losses of casts. The result does not depend on which rank counted them.
 
     Args:
-        plan: what was written.
-        entries: of all tables.
-        counts: by gather.
+        plan: the plan of the export.
+        entries: the entries of all tables.
+        counts: the losses by gather.
 
     Raises:
-        CommitError: other values were cast than were written.
+        CommitError: the number of cast values is not that of written values.
     """
     by_table: dict[int, list[CastCount]] = {}
     for number in sorted(counts):  # sums of floats depend on their order
@@ -240,7 +240,7 @@ def add_casts(
 def describe_dense_tensors(
     plan: SparsePlan, trainer_state: DenseMeta = ()
 ) -> tuple[tuple[DenseTensorEntry, ...], tuple[DenseTensorEntry, ...]]:
-    """Return the manifest's entries of the dense tensors among the sparse files: kept, dropped; ``trainer_state`` is too."""
+    """Return the manifest's entries of the dense tensors among the sparse files: kept, and dropped with ``trainer_state``."""
     return (
         tuple(_describe_dense(tensor) for tensor in plan.selection.kept_dense),
         (
@@ -256,9 +256,9 @@ def describe_dense_tensors(
 def write_small_files(
     target: Directory, files: Mapping[str, bytes], *, digest: str = XXH3, keep: frozenset[str] = frozenset()
 ) -> list[FileEntry]:
-    """Write files in the given order; return their entries. Those in ``keep`` that are there already are not touched.
+    """Write files in the given order, and return their entries. Files in ``keep`` are not written if they already exist.
 
-    They have a digest whatever the shards have: it costs nothing, and an index that was damaged is found.
+    These files always have a digest, even if the shards have none. It costs little, and it reveals a damaged index.
     """
     algorithm = XXH3 if digest == NONE else digest
     entries = []
@@ -270,10 +270,10 @@ def write_small_files(
 
 
 def publish(target: Directory, manifest: Manifest) -> None:
-    """Write the manifest: from here on ``target`` is a package.
+    """Write the manifest. From then on, ``target`` is a package.
 
     Raises:
-        CommitError: on S3, where it is written only if there is none: another export was faster.
+        CommitError: on S3, another export already wrote a manifest. There it is written only if there is none.
     """
     begin_commit(target)
     content = encode_manifest(manifest)
@@ -287,7 +287,7 @@ def publish(target: Directory, manifest: Manifest) -> None:
 
 
 def list_versions() -> dict[str, str]:
-    """Return the versions of what wrote the package."""
+    """Return the versions of the software that wrote the package."""
     return {
         "dist_export": VERSION,
         "python": platform.python_version(),
@@ -312,7 +312,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
             file=names[file],
             slice=text,
             rows=rows,
-            first_row=min(begin, rows_in) if is_numbered else msgspec.UNSET,  # slices of an empty table are of one row
+            first_row=min(begin, rows_in) if is_numbered else msgspec.UNSET,  # slices of an empty table have one row
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
         for file, target, rows, begin, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)
@@ -320,7 +320,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
 
 
 class _SliceTexts(dict[tuple[int, int, int], str]):
-    """Slices as RecIS writes them. All tables mostly have the same ones, and so the same strings."""
+    """Slices as RecIS writes them, cached. Most tables have the same slices, and so share the strings."""
 
     def __missing__(self, part: tuple[int, int, int]) -> str:
         text = self[part] = format_slice(Slice(*part))
