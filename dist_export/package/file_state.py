@@ -1,4 +1,4 @@
-"""What tells a file of a package from another one under its name: its state, and where that is in doubt its content."""
+"""Tell a file of a package from another file with the same name: by its state, and in doubt by its content."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _PIECE_BYTES = 1 << 20
 
 
 class FileState(NamedTuple):
-    """What tells a file from another one under its name, and from itself after a change."""
+    """The state of a file. It differs for another file with the same name, and after a change of the file."""
 
     size: int
     version: tuple[int | str, ...]
-    """Device, inode and time of modification on a disk, a store's version elsewhere."""
+    """Device, inode and time of modification on a disk; elsewhere the store's version."""
     changed: int = 0
-    """Time of the last change of the inode, which nobody can set back; of links to it, too."""
+    """Time of the last change of the inode, in ns. Nobody can set it back. A change of the inode's links changes it too."""
     links: int = 0
 
     def is_same(self, now: FileState) -> bool:
-        """Whether a file that is in the state ``now`` has the content that it had in this one."""
-        # removing or linking it changes its inode, and not its content
+        """Return whether a file in the state ``now`` has the content that it had in this state."""
+        # removing or adding a link changes the inode, but not the content
         is_kept = self.changed == now.changed or self.links != now.links
         return self.size == now.size and self.version == now.version and is_kept
 
     def may_be_same(self, now: FileState) -> bool:
-        """Whether the times alone are other ones, as after chmod or touch: then the content tells."""
+        """Return whether at most the times differ, as after chmod or touch. Then the content decides."""
         return bool(self.changed) and self.size == now.size and self.version[:2] == now.version[:2]
 
 
@@ -39,7 +39,7 @@ def state_of(found: os.stat_result) -> FileState:
 
 
 def read_pieces_of(fd: int) -> Iterator[memoryview]:
-    """Yield the content of an open file from begin to end, over one reused buffer."""
+    """Yield the content of an open file from begin to end, through one reused buffer."""
     buffer, offset = memoryview(bytearray(_PIECE_BYTES)), 0
     while count := os.preadv(fd, [buffer], offset):
         yield buffer[:count]
@@ -47,6 +47,6 @@ def read_pieces_of(fd: int) -> Iterator[memoryview]:
 
 
 def can_hash(digest: str) -> bool:
-    """Whether a whole file can be held against this digest here."""
+    """Return whether a whole file can be checked against this digest with the installed packages."""
     algorithm = algorithm_of(digest)
     return bool(digest) and algorithm in ALGORITHMS and missing_package(algorithm) is None

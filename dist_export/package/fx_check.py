@@ -1,4 +1,4 @@
-"""Check the FX folder of a package: its weights, and its code, must be those of the exported program."""
+"""Check the FX folder of a package: its weights and its code must be those of the exported program."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def check_fx_folder(
     package: Package, entry: DenseEntry, program: ExportedProgram, findings: list[str], checked: list[str]
 ) -> None:
-    """Make the FX module of the program anew, and compare it with what the package has. Nothing of its code is run.
+    """Make the FX module of the program again, and compare it with the package's. The package's code is not run.
 
-    The text of the code depends on the version of torch, so it is compared where that is the one that wrote the package.
+    The text of the code depends on the version of torch. It is compared only if this version wrote the package.
     """
     import torch
 
@@ -82,11 +82,11 @@ def _compare_weights(raw: bytes, folder: str, weights: dict[str, torch.Tensor], 
     for name, expected in weights.items():
         if not _is_same(raw, archive, held[name], expected):
             findings.append(f"{where}: {name!r} is not the weight of the exported program")
-            return  # one is enough to know the file
+            return  # one finding is enough for a file
 
 
 def _is_same(raw: bytes, archive: StateArchive, value: Any, expected: torch.Tensor) -> bool:
-    """Whether a tensor of the file has the dtype, shape and bytes that are expected."""
+    """Return whether a tensor of the file has the expected dtype, shape and bytes."""
     import torch
 
     found = as_tensor(value)

@@ -1,8 +1,8 @@
-"""The files of one package as they were when it was opened: whatever happens to its directory, these are read, or none.
+"""Read the files of one package as they were when it was opened, or raise an error. Later changes of its directory are not read.
 
-A package on a disk is replaced by exchanging directories. So its directory is held by descriptor, under which its files
-stay until they are removed; a file that was opened before that is read even then. On a store every read is of the object
-that was there at the opening (``If-Match``). What was put under a file's name since then is never taken for it.
+A package on a disk is replaced by exchanging directories. The directory is therefore held by a descriptor, under which
+its files stay until they are removed. A file that is already open can be read even then. On an S3 store, every read is
+of the object that existed when the package was opened (``If-Match``). A new file with the same name is never read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReade
 from dist_export.storage.s3_reader import S3Reader
 
 _MAX_HELD = 256
-"""Descriptors of a package's files that are kept."""
+"""The most descriptors of a package's files that are kept open."""
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
-"""So many objects are asked for one by one; of more the store lists what lies beside them."""
+"""Up to this many objects are requested one by one. For more, their folders are listed."""
 
 
 class _Held:
-    """A file that is open, and for how many lookups at this moment."""
+    """An open file, and the number of lookups that use it now."""
 
     def __init__(self, reader: RangeReader) -> None:
         self.reader = reader
@@ -41,25 +41,26 @@ class _Held:
 
 
 class OpenedFiles:
-    """The files of a package. Any thread. Whatever is wrong with one is a PackageError.
+    """The files of a package. Safe to use from any thread. If a file is missing, damaged or changed, it raises PackageError.
 
-    It reads as a :class:`~dist_export.storage.directory.Directory` does, as far as a package is read.
+    It has the methods of :class:`~dist_export.storage.directory.Directory` that reading a package needs.
     """
 
     def __init__(self, directory: Directory) -> None:
-        """Hold the directory. OSError where there is none, or none that can be looked at."""
+        """Hold the directory. Raises OSError if it is missing or cannot be opened."""
         self.url = directory.url
         self._directory = directory
         self._known: dict[str, FileState | None] = {}
-        """Of each file that was looked at; None where it was missing then."""
+        """The recorded state of each file; None if the file was missing."""
         self._digests: dict[str, str] = {}
-        """Of whole files, as the package states them."""
+        """The digests of whole files, as the package states them."""
         self._anchor = ""
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._lock = threading.Lock()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._last_fd = soft // 2
-        """Descriptors above it are the caller's own: the lowest free one is always given out."""
+        """No file is kept open with this descriptor or a higher one, so that at least half of them are left to the caller.
+        The system always gives out the lowest free descriptor."""
         self._folder = -1
         if directory.is_local:
             self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -68,7 +69,7 @@ class OpenedFiles:
     # ---- at the opening ----
 
     def anchor(self, name: str) -> bytes:
-        """Return the content of the file by which the package is known. OSError where it cannot be read."""
+        """Return the content of the file that identifies the package. Raises OSError if it cannot be read."""
         self._anchor = name
         self._known[name] = self._find(name)
         if self._known[name] is None:
@@ -78,13 +79,16 @@ class OpenedFiles:
         return content
 
     def vouch(self, digests: Mapping[str, str]) -> None:
-        """Take in what the package states of the content of its files: by it a file is known whose times alone change."""
+        """Add the digests that the package states for its files. They identify a file if only its times change."""
         self._digests |= digests
 
     def note(self, names: Iterable[str]) -> bool:
-        """Note the state of files, for all later reads to be of these; return whether they are those of the anchor.
+        """Record the states of files. All later reads are of files in these states.
 
-        Of stores other than S3 that is done at a file's first read: it may take a request for each.
+        On stores other than S3, a state is recorded at the first read of a file, because each one may take a request.
+
+        Returns:
+            Whether the files belong to the same package as the anchor.
         """
         if self._directory.is_local or self._directory.s3 is not None:
             self._known |= self._find_all([name for name in names if name not in self._known])
@@ -92,11 +96,11 @@ class OpenedFiles:
         return is_whole and self._is_anchored()
 
     def hold(self, names: Iterable[str]) -> None:
-        """Open files on a disk now, as many as may be held: they can be read even when they are removed."""
+        """Open files on a disk now, as many as may be kept open. They can be read even after they are removed."""
         if self._folder < 0:
             return
         for name in list(dict.fromkeys(names))[:_MAX_HELD]:
-            with contextlib.suppress(OSError, PackageError):  # whoever reads it tells
+            with contextlib.suppress(OSError, PackageError):  # a later read reports it
                 held = self._take(name)
                 self._give_back(name, held)
                 if held.reader.fd >= self._last_fd:
@@ -105,16 +109,16 @@ class OpenedFiles:
     # ---- reads ----
 
     def describe(self, name: str) -> str:
-        """Return ``name`` with the URL as the user gave it, for messages."""
+        """Return ``name`` with the URL that the user gave, for messages."""
         return self._directory.describe(name)
 
     def exists(self, name: str) -> bool:
-        """Whether the package had such a file when it was opened."""
+        """Return whether the package had such a file when it was opened."""
         with self._telling(name):
             return self._get_state(name) is not None
 
     def stat(self, name: str) -> FileStat:
-        """Return the size that a file had, and its version."""
+        """Return the recorded size and version of a file."""
         with self._telling(name):
             known = self._require(name)
         return FileStat(known.size, str(known.version))
@@ -130,8 +134,8 @@ class OpenedFiles:
             return bytes(data)
 
     def read_text(self, name: str) -> bytes:
-        """Return a whole text file, such as JSON. A zero byte is damage."""
-        if self._folder < 0:  # a store has no sparse files, and answers one request sooner than many
+        """Return a whole text file, such as JSON. Raises PackageError if it holds a zero byte, because it is damaged."""
+        if self._folder < 0:  # a store has no sparse files, and one request is faster than many
             data = self.read(name)
             if 0 in data:
                 raise PackageError(f"{self.describe(name)} holds a zero byte where text should be: it is damaged")
@@ -142,7 +146,7 @@ class OpenedFiles:
 
     @contextlib.contextmanager
     def open_reader(self, name: str) -> Iterator[RangeReader]:
-        """Open a file for ranged reads, and look afterwards whether it was the package's all the while."""
+        """Open a file for ranged reads. At the end, check that it was the package's file all the time."""
         held: _Held | None = None
         with self._telling(name):
             try:
@@ -150,7 +154,7 @@ class OpenedFiles:
                 yield held.reader
             except (OSError, DistExportError):
                 if held is not None:
-                    self._refuse_changed(name, held)  # else what came of a change would be told in its place
+                    self._refuse_changed(name, held)  # report the change itself, not its consequence
                 raise
             else:
                 self._refuse_changed(name, held)
@@ -159,9 +163,9 @@ class OpenedFiles:
                     self._give_back(name, held)
 
     def is_current(self) -> bool:
-        """Whether all files that were noted are still there as they were, and what is under the package's path is it."""
+        """Return whether the package is still under its path, and all recorded files are unchanged."""
         if self._anchor not in self._known:
-            return True  # it could not be looked at: nothing was noted that could have changed
+            return True  # no state was recorded, so nothing can have changed
         try:
             if not (self._is_in_place() and self._is_anchored()):
                 return False
@@ -171,7 +175,7 @@ class OpenedFiles:
         return all(name in found and self._is_same(name, found[name]) for name in list(self._known))
 
     def close(self) -> None:
-        """Let go of the directory and of all files."""
+        """Close the directory and all files."""
         self._close()
 
     # ---- within ----
@@ -202,7 +206,7 @@ class OpenedFiles:
         return self._is_same(self._anchor, self._find(self._anchor))
 
     def _is_in_place(self) -> bool:
-        """Whether the directory that is held is still the one under the package's path."""
+        """Return whether the directory that is held is still the one under the package's path."""
         if self._folder < 0:
             return True
         try:
@@ -217,12 +221,12 @@ class OpenedFiles:
             return None
 
     def _find_all(self, names: Iterable[str]) -> dict[str, FileState | None]:
-        """Return the states of files, None for those that are missing; without those that cannot be looked at."""
+        """Return the states of files; None for a missing file. A file whose state cannot be read is left out."""
         wanted, s3 = list(names), self._directory.s3
         found: dict[str, FileState | None] = {}
         if s3 is None or len(wanted) <= _FEW_FILES:
             for name in wanted:
-                with contextlib.suppress(OSError):  # whoever reads it tells
+                with contextlib.suppress(OSError):  # a later read reports it
                     found[name] = self._find(name)
             return found
         by_folder: dict[str, list[str]] = {}
@@ -242,7 +246,7 @@ class OpenedFiles:
         return state_of(os.stat(name, dir_fd=self._folder))
 
     def _take(self, name: str) -> _Held:
-        """Return a file that is open, and is the one that was noted. OSError; ESTALE where it is another one."""
+        """Open a file, or return it if it is open. Raises OSError: ESTALE if it is not in the recorded state."""
         with self._lock:
             held = self._held.get(name)
             if held is not None:
@@ -276,7 +280,7 @@ class OpenedFiles:
         return held
 
     def _shrink(self, most: int) -> None:
-        """Close files that nobody reads at this moment, those first that were not read for longest. With the lock."""
+        """Close files that no lookup uses now, the least recently used first. The caller holds the lock."""
         for name in [name for name, held in self._held.items() if not held.uses]:
             if len(self._held) <= most:
                 return
@@ -305,7 +309,7 @@ class OpenedFiles:
         return fd
 
     def _refuse_link_out(self, name: str, fd: int) -> None:
-        """Refuse a link that leads out of the directory, as :meth:`Directory.find` does."""
+        """Raise OSError for a link that leads out of the directory, as :meth:`Directory.find` does."""
         steps = name.split("/")
         paths = ("/".join(steps[:length]) for length in range(1, len(steps) + 1))
         if self._directory.follows_links or not any(map(self._is_link, paths)):
@@ -320,7 +324,7 @@ class OpenedFiles:
         return stat.S_ISLNK(os.stat(path, dir_fd=self._folder, follow_symlinks=False).st_mode)
 
     def _refuse_changed(self, name: str, held: _Held) -> None:
-        """Refuse what was read of a file that was changed meanwhile. S3 has done so with each answer."""
+        """Raise OSError (ESTALE) if a file changed while it was read. S3 checks this for each request."""
         if self._directory.s3 is not None:
             return
         now = self._find(name) if self._folder < 0 else state_of(os.fstat(held.reader.fd))
@@ -328,7 +332,7 @@ class OpenedFiles:
             raise OSError(errno.ESTALE, "has changed")
 
     def _is_same(self, name: str, now: FileState | None, fd: int = -1) -> bool:
-        """Whether a file that is in the state ``now``, and open as ``fd`` if that is none below 0, is the package's."""
+        """Return whether a file in the state ``now`` is the package's. ``fd`` is its descriptor; -1 if it is not open."""
         known = self._known[name]
         if known is None or now is None:
             return known is now is None
@@ -346,9 +350,9 @@ class OpenedFiles:
             close_quietly(fd)
 
     def _has_content(self, name: str, now: FileState, fd: int) -> bool:
-        """Whether a file whose times alone have changed has the content that the package states; then its state is noted.
+        """Return whether a file of which only the times changed has the content that the package states.
 
-        The whole file is read for that, once for each change.
+        The whole file is read for this. If it has that content, its new state is recorded, so each change costs one read.
         """
         known, stated = self._known[name], self._digests.get(name, "")
         if known is None or fd < 0 or not known.may_be_same(now) or not can_hash(stated):
@@ -360,7 +364,7 @@ class OpenedFiles:
 
     @contextlib.contextmanager
     def _telling(self, name: str) -> Iterator[None]:
-        """Let what a disk or a store does not give be a PackageError."""
+        """Turn errors of a disk or a store into PackageError."""
         try:
             yield
         except EndedError as error:

@@ -1,4 +1,4 @@
-"""Open an exported directory: read its manifest, look rows up, load the dense program. Imports no exporter."""
+"""Open an exported directory: read its manifest, look rows up, load the dense program. Does not import the exporter."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 _RUN_ROWS = 1 << 20
 _TRIES = 10
-"""To open a package that is replaced at this very moment."""
+"""Attempts to open a package that is being replaced."""
 
 
 def is_sound_encoding(slot: SlotEntry) -> bool:
-    """Whether a slot's encoding is one that is known here, and its rows can be of that."""
+    """Return whether the encoding of a slot is known, and its dtype and shape match it."""
     return (
         slot.encoding == INT8_ROWWISE
         and slot.dtype == DTYPES[U8].torch
@@ -42,34 +42,34 @@ def is_sound_encoding(slot: SlotEntry) -> bool:
 
 
 class Package:
-    """A committed package. ``manifest`` describes it; nothing else is read until asked for.
+    """A committed package. ``manifest`` describes it. Other files are only read when they are needed.
 
-    It stays the package that it was when it was opened, whatever is put in its place, or says by a PackageError that it was
-    replaced. Any thread may read it.
+    It reads the package that was opened. If that was replaced and can no longer be read, it raises PackageError. Any thread
+    may read it.
     """
 
     def __init__(self, directory: Directory) -> None:
-        """Open it. Errors as :func:`open_package`."""
+        """Open the package in a directory. Raises the errors of :func:`open_package`."""
         self.directory = directory
         self.files, self.manifest = _open(directory)
         self._headers: dict[str, Header] = {}
         self._indexes: Indexes | None = None
 
     def hold(self) -> None:
-        """Open on a disk what lookups and :meth:`load_program` read, as far as descriptors go.
+        """Open the files on a disk that lookups and :meth:`load_program` read, as many as descriptors allow.
 
-        What is open can be read on when the package is replaced and removed.
+        An open file can still be read after the package is replaced and removed.
         """
         dense = self.manifest.dense
         shards = (part.file for table in self.manifest.tables for part in table.parts)
         self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *shards])
 
     def close(self) -> None:
-        """Close all files. They are closed as well when nobody refers to the package any more."""
+        """Close all files. They are also closed when the last reference to the package is gone."""
         self.files.close()
 
     def __reduce__(self) -> tuple[Any, tuple[Directory, str]]:
-        """Be opened anew in another process, which gets no descriptors of this one; refused there if it was replaced."""
+        """Let another process open the package again, without the descriptors. It raises PackageError if it was replaced."""
         return _open_again, (self.directory, self.manifest.digest)
 
     def __enter__(self) -> Package:
@@ -79,7 +79,7 @@ class Package:
         self.close()
 
     def table(self, name: str) -> TableEntry:
-        """Return a table's entry in the manifest. PackageError where there is no such table."""
+        """Return a table's entry in the manifest. Raises PackageError if there is no such table."""
         found = next((table for table in self.manifest.tables if table.name == name), None)
         if found is None:
             names = ", ".join(table.name for table in self.manifest.tables) or "none"
@@ -91,19 +91,23 @@ class Package:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids, read from the shards without loading the table.
 
-        Of a table whose rows go by number an id is the number of a row, from 0 up, and only rows that were asked for are
-        read; of a hash table the columns of ids are too.
+        For a row-indexed table, an id is a row number, counted from 0, and only the requested rows are read. For a hash
+        table, the id columns are read too.
 
         Args:
-            table: its name.
-            ids: int64, any shape ``(...)``, repetitions allowed.
+            table: the name of the table.
+            ids: int64, any shape ``(...)``. Ids may repeat.
             slot: ``embedding``, or another slot that was kept.
-            raw: give the rows as they are stored, uint8 of shape ``(..., row_bytes)``.
+            raw: whether to return rows as they are stored, uint8 of shape ``(..., row_bytes)``.
 
         Returns:
-            Rows of shape ``(..., dim)`` in the table's dtype (bfloat16, which numpy lacks, and rows of int8 with scale and
-            bias as float32); for ids that the table does not hold the table's ``default_row``, zeros where the manifest
-            has none and for other slots; and which ids it holds, bool of shape ``(...)``.
+            First the rows, of shape ``(..., dim)`` in the table's dtype. bfloat16, which numpy lacks, and rows of int8 with
+            scale and bias are float32. Out-of-vocabulary ids get the table's ``default_row``; zeros if the manifest has none,
+            and for other slots. Then whether each id has a row, bool of shape ``(...)``.
+
+        Raises:
+            PackageError: the table or slot does not exist, or the package is damaged or was replaced.
+            TypeError: the ids are not integers.
         """
         entry = self.table(table)
         kept = next((found for found in entry.kept if found.name == slot), None)
@@ -121,7 +125,7 @@ class Package:
                 f"{kept.dtype} {list(kept.shape)}"
             )
         asked = np.asarray(ids)
-        if asked.dtype.kind not in "iu" and asked.size:  # a float column would be cut to other ids without a word
+        if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
             raise TypeError(f"ids are integers, found {asked.dtype}")
         if asked.dtype == np.uint64:
             asked = asked.view(np.int64)
@@ -163,9 +167,10 @@ class Package:
         return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
 
     def default_row(self, table: str) -> np.ndarray:
-        """Return what :meth:`lookup` gives for an id that a table does not hold, as it would be stored: uint8, (row_bytes,).
+        """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
 
-        PackageError where the table has no embedding of a dtype that is known, or its default row is no row of it.
+        Raises:
+            PackageError: the table has no embedding of a known dtype, or its default row has the wrong number of values.
         """
         entry = self.table(table)
         kept = next((slot for slot in entry.kept if slot.name == EMBEDDING_SLOT and slot.dtype in CODE_BY_TORCH), None)
@@ -189,9 +194,9 @@ class Package:
         return row
 
     def load_program(self) -> ExportedProgram:
-        """Return the traced dense arch; its archive is looked into before anything is unpickled.
+        """Return the traced dense arch. Its archive is checked before anything is unpickled.
 
-        Call it as ``program.module()(**inputs)`` with ``manifest.dense.inputs``; it returns a Tensor, or a tuple in the
+        Call it as ``program.module()(**inputs)`` with ``manifest.dense.inputs``. It returns a Tensor, or a tuple in the
         order of ``manifest.dense.outputs``.
         """
         if self.manifest.dense is None:
@@ -200,7 +205,7 @@ class Package:
         return load_program(self.files.read(name))
 
     def header(self, name: str) -> Header:
-        """Return the header of one shard file, read once."""
+        """Return the header of one shard file. It is read only once."""
         if name not in self._headers:
             self._headers[name] = read_header(self.files, name)
         return self._headers[name]
@@ -217,7 +222,7 @@ class Package:
     def _read_rows(
         self, table: str, part: PartEntry, slot: str, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray
     ) -> None:
-        """Read the rows of a part whose numbers (sorted) were asked for, neighbours in one call."""
+        """Read the requested rows of a part into ``rows``. ``unique`` are sorted row numbers; neighbours are read in one call."""
         if not isinstance(part.first_row, int) or slot not in part.keys:
             raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
         last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
@@ -248,7 +253,7 @@ class Package:
         has_row: np.ndarray,
         rows: np.ndarray,
     ) -> None:
-        # in a copy, a writer of the trainer may have put ids and rows into different files
+        # in a copy, the trainer may have written ids and rows into different files
         slot_file = file if slot_key in self.header(file).keys else self._file_of(slot_key)
         header, slot_header = self.header(file), self.header(slot_file)
         if id_key not in header.keys or slot_key not in slot_header.keys:
@@ -279,7 +284,7 @@ class Package:
 
 
 def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
-    """Return the files of a package, and its manifest: both of one package, also while another one takes its place."""
+    """Return the files and the manifest of a package. Both are of one package, even if it is being replaced."""
     for is_last in (*[False] * (_TRIES - 1), True):
         files: OpenedFiles | None = None
         try:
@@ -291,7 +296,7 @@ def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
             if files.note(paths):
                 return files, manifest
         except (OSError, PackageError) as error:
-            # the package may have been replaced at this moment, and what was opened is being removed
+            # the package may just have been replaced, so that the opened directory is being removed
             if files is None or is_last or files.is_current():
                 raise _refusal(directory, error) from error
         files.close()
@@ -307,7 +312,7 @@ def _open_again(directory: Directory, digest: str) -> Package:
 
 
 def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportError:
-    """Return what to say of a directory that cannot be opened as a package."""
+    """Return the error for a directory that cannot be opened as a package."""
     if isinstance(error, PackageError):
         return error
     try:
@@ -333,7 +338,8 @@ def open_package(
 
     Raises:
         UserError: there is no such directory, or no such version.
-        PackageError: no manifest, so no package; one that is damaged or of a later schema; or none that can be read.
+        PackageError: there is no manifest, so this is no package, or the manifest cannot be read, is damaged, or has a later
+            schema.
     """
     found = base.resolve(os.fspath(path), registry_options or {})
     package = Package(open_directory(found.directory, storage_options))

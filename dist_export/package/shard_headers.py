@@ -14,7 +14,7 @@ from dist_export.storage.range_reader import RangeReader
 
 
 class Files(Protocol):
-    """What is asked of a directory, or of the files of a package that is open."""
+    """The methods that reading needs, of a directory or of the files of an open package."""
 
     url: str
 
@@ -22,7 +22,7 @@ class Files(Protocol):
         """Return ``name`` with the directory's URL, for messages."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file."""
@@ -38,12 +38,12 @@ class Files(Protocol):
 
 
 def fact_of(error: DistExportError) -> str:
-    """Return what an error says, without the advice that is for exports alone."""
+    """Return the text of an error, without the advice that only applies to exports."""
     return error.fact if isinstance(error, EndedError) else str(error)
 
 
 def read_header(directory: Files, name: str) -> Header:
-    """Read and check the header of one shard file. PackageError where it is missing, truncated or untrue."""
+    """Read and check the header of one shard file. Raises PackageError if it is missing, truncated or wrong."""
     where = directory.describe(name)
     try:
         size = directory.stat(name).size
@@ -61,7 +61,7 @@ def read_header(directory: Files, name: str) -> Header:
 
 
 def read_indexes(directory: Files) -> Indexes:
-    """Read ``index`` and ``tensorkey.json``. PackageError where one is missing or not what RecIS's loader takes."""
+    """Read ``index`` and ``tensorkey.json``. Raises PackageError if one is missing, or RecIS's loader would refuse it."""
     missing = [name for name in (INDEX, TENSORKEY) if not directory.exists(name)]
     if missing:
         raise PackageError(f"{directory.describe(missing[0])} is missing; RecIS's loader needs it")
