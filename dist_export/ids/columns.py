@@ -1,4 +1,4 @@
-"""Read the id columns of many blocks in cache-sized runs: neighbours in a file together, large ones piece by piece."""
+"""Read the id columns of many blocks in cache-sized runs: neighbours in a file together, large blocks in pieces."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from dist_export.storage.range_reader import RangeReader
 
 RUN_ROWS = 1 << 16
-"""A run holds less than twice as many ids: what is computed from 1 MiB of them stays in a core's cache."""
+"""A run has less than twice as many ids: data computed from 1 MiB of ids stays in a core's cache."""
 
 ID_BYTES = 8
 
 
 class Readers(Protocol):
-    """Open files by number, as :class:`~dist_export.storage.directory.OpenReaders` has them."""
+    """Open files by number, such as :class:`~dist_export.storage.range_reader.OpenReaders`."""
 
     def __getitem__(self, number: int, /) -> RangeReader:
         """Return the reader of a file."""
@@ -27,8 +27,8 @@ class Readers(Protocol):
 class IdRun(NamedTuple):
     """Ids of several whole blocks, or a piece of one.
 
-    ``ids`` (int64) lies over a buffer that the next run overwrites. ``blocks`` says which blocks these are, ``starts``
-    (int64, parallel) where the rows of each begin in ``ids``. ``first_row`` is 0 but for a later piece of a large block.
+    ``ids`` (int64) is in a buffer that the next run overwrites. ``blocks`` are the indices of these blocks; ``starts``
+    (int64, parallel) is where the rows of each begin in ``ids``. ``first_row`` is 0, except in a later piece of a large block.
     """
 
     ids: np.ndarray
@@ -38,13 +38,13 @@ class IdRun(NamedTuple):
 
 
 def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.ndarray) -> Iterator[IdRun]:
-    """Yield the ids of blocks, ordered by file and place there; blocks without rows are left out.
+    """Yield the ids of blocks, ordered by file and position. Blocks without rows are left out.
 
     Args:
         readers: the files by number.
         file: int64 (n,), the file of each block.
         offset: int64 (n,), its absolute position in bytes.
-        rows: int64 (n,), its ids.
+        rows: int64 (n,), its number of ids.
     """
     order = np.lexsort((offset, file))
     order = order[rows[order] > 0]
@@ -75,7 +75,7 @@ def read_runs(readers: Readers, file: np.ndarray, offset: np.ndarray, rows: np.n
 
 
 def _group(order: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Cut the blocks into groups of less than 2 * RUN_ROWS rows; one with more than RUN_ROWS is a group of its own."""
+    """Divide the blocks into groups of less than 2 * RUN_ROWS rows. A block with more than RUN_ROWS is a separate group."""
     if not len(order):
         return []
     is_large = rows[order] > RUN_ROWS

@@ -1,8 +1,8 @@
-"""Find out whether an id stands twice, without sorting: numpy sorts 64-bit integers at 50 ns each, this costs about 10.
+"""Check for duplicate ids without sorting: numpy sorts 64-bit integers at 50 ns each, this takes about 10.
 
-Each id writes its number into a hash table in one sweep, then looks who wrote last. Who finds another number there has
-lost to an id of equal hash: if the two are equal, that is a repeat; else the losers, a fifth of all, try again among
-themselves under another hash. Nothing is left to chance: equal ids always meet.
+In one sweep each id writes its number into a hash table, then reads which number is there. An id that reads another
+number has lost to an id with an equal hash. If the two ids are equal, that is a duplicate. Otherwise the losers, a fifth of
+all ids, try again among themselves with another hash. The result does not depend on chance: equal ids always meet.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _MULTIPLIERS = tuple(
         0xBF58476D1CE4E5B9,
     )
 )
-"""Of one hash each: odd constants with well-mixed bits, from the finalizers of murmur3 and splitmix64 and from xxh64."""
+"""One for each hash: odd constants with well-mixed bits, from the finalizers of murmur3 and splitmix64 and from xxh64."""
 
 _FEW = 1 << 10
-"""So many ids are sorted: a sweep costs more than that."""
+"""Up to this many ids are sorted, because a sweep takes longer."""
 
 _DIRECT_IDS = 1 << 19
-"""Up to so many ids the table of one sweep stays near the cores; more are dealt into buckets as they come."""
+"""Up to this many ids the table of one sweep stays in the cache. More ids are divided into buckets as they arrive."""
 
 _BUCKET_IDS = 1 << 17
 _MAX_BUCKET_BITS = 8
 
 _DEAL_IDS = 1 << 16
-"""So many ids are dealt at a time: they stay near the core, and each bucket gets a piece worth copying."""
+"""How many ids are divided into buckets at a time: they stay in the cache, and each bucket gets enough ids to copy."""
 
 
 def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
-    """Whether an int64 id stands twice, within one group where ``groups`` (int64, parallel) are given."""
+    """Return whether an int64 id is duplicate; with ``groups`` (int64, parallel), whether it is within one group."""
     left = ids.view(np.uint64)
     for multiplier in _MULTIPLIERS:
         if len(left) <= _FEW:
@@ -68,26 +68,26 @@ def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
 
 
 class HeldIds:
-    """Ids that come in runs, held until all are there; many are dealt into buckets of equal hash on the way."""
+    """Collects ids that arrive in runs. If there are many, they are divided into buckets of equal hash as they arrive."""
 
     def __init__(self, capacity: int) -> None:
-        """``capacity``: the most ids that will be held at once; 8 bytes each are taken now, for all that come."""
+        """Allocate memory. ``capacity``: the most ids at a time; 8 bytes each are allocated once and reused."""
         self._ids = np.empty(capacity, np.int64)
         self.expect(capacity)
 
     def expect(self, count: int) -> None:
-        """Forget all ids and wait for at most ``count`` new ones. Memory once touched is dear, so it is used again."""
+        """Forget all ids and prepare for at most ``count`` new ones. Memory is reused, because new memory is slow at first."""
         self._room = min(count, len(self._ids))
         self._bits = 0
         if count > _DIRECT_IDS:
             self._bits = min(_MAX_BUCKET_BITS, (count // _BUCKET_IDS).bit_length())
         self._edges: list[np.ndarray] = []
-        """For each deal, where the ids of each bucket begin, and the end of the last."""
+        """For each deal, where the ids of each bucket begin, and the end of the last bucket."""
         self._num_dealt = 0
         self._count = 0
 
     def add(self, ids: np.ndarray) -> bool:
-        """Take in a run of ids; False where there is no room for them."""
+        """Add a run of ids; return False if there is no room for them."""
         end = self._count + len(ids)
         if end > self._room:
             return False
@@ -98,7 +98,7 @@ class HeldIds:
         return True
 
     def has_repeats(self) -> bool:
-        """Whether an id stands twice among all that came."""
+        """Return whether an id is duplicate among all ids so far."""
         if not self._bits:
             return has_repeats(self._ids[: self._count])
         self._deal()
@@ -110,18 +110,18 @@ class HeldIds:
         return False
 
     def sorted_ids(self) -> np.ndarray:
-        """Return all ids, sorted in place. The last thing to ask for."""
+        """Return all ids, sorted in place. Call it last."""
         ids = self._ids[: self._count]
         ids.sort()
         return ids
 
     def _deal(self) -> None:
-        """Order the ids that came since the last time by bucket."""
+        """Order the ids that arrived since the last call by bucket."""
         fresh = self._ids[self._num_dealt : self._count]
         mixed = fresh.view(np.uint64) * _MULTIPLIERS[-1]
         mixed >>= np.uint64(64 - self._bits)
         buckets = mixed.astype(np.uint8)
-        order = np.argsort(buckets, kind="stable")  # a radix sort, for bytes are short
+        order = np.argsort(buckets, kind="stable")  # a radix sort, because the keys are bytes
         fresh[:] = fresh.take(order)
         self._edges.append(self._num_dealt + np.searchsorted(buckets.take(order), np.arange((1 << self._bits) + 1)))
         self._num_dealt = self._count

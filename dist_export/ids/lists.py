@@ -1,4 +1,4 @@
-"""Lists of ids from files: npy, parquet (through pyarrow), or text with one id a line. Never more of them than may be held."""
+"""Read lists of ids from files: npy, parquet (through pyarrow), or text with one id per line. Memory is limited."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _ID_BYTES = 8
 def read_id_list(
     path: str, *, most_bytes: int, setting: str, storage_options: dict[str, Any] | None = None
 ) -> np.ndarray:
-    """Return the ids of a file (int64, sorted, each once). Any rank, for itself.
+    """Return the ids of a file (int64, sorted, without duplicates). Any rank, for itself.
 
-    What the file is its first bytes tell. Unsigned 64-bit numbers become the signed ones of the same bits, as in RecIS.
+    The first bytes of the file decide its format. Unsigned 64-bit numbers become the signed ones with the same bits, as in RecIS.
 
     Args:
         path: a local file, or an fsspec URL of one.
-        most_bytes: what the list may take, 8 bytes an id; as much again is held while it is read.
-        setting: what names the file, for messages.
+        most_bytes: limit of the list, at 8 bytes per id; reading it takes as much memory again.
+        setting: the setting that names the file, for messages.
         storage_options: for the file system of a URL.
 
     Raises:
-        ConfigError: the file cannot be read, or holds anything else than ids.
-        PlanError: it holds more ids than may be held.
+        ConfigError: the file cannot be read, or contains something other than ids.
+        PlanError: it contains more ids than the limit allows.
     """
     where = f"{setting}: {path}"
     scheme, is_url, rest = path.partition("://")
@@ -48,7 +48,7 @@ def read_id_list(
     folder = f"{scheme}://{folder}" if is_url else folder
     directory = open_directory(
         folder or ".", storage_options if is_url else None, follow_links=True
-    )  # the user has named this very file
+    )  # the user has named this file, so it may be a link
     try:
         size = directory.stat(name).size
         reader = directory.open_reader(name)
@@ -73,14 +73,14 @@ def read_id_list(
 
 
 class _Room:
-    """How many ids there is room for."""
+    """A limit on the number of ids."""
 
     def __init__(self, where: str, most_bytes: int) -> None:
         self.where = where
         self._most = most_bytes // _ID_BYTES
 
     def take(self, count: int, *, is_all: bool = True) -> None:
-        """Refuse more ids than there is room for. PlanError."""
+        """Refuse more ids than the limit. PlanError."""
         if count > self._most:
             least = "" if is_all else "at least "
             raise PlanError(
@@ -97,7 +97,7 @@ def _read_npy(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except Exception as error:  # noqa: BLE001 -- numpy has Python parse the header, which raises anything
+    except Exception as error:  # noqa: BLE001 -- numpy parses the header as Python, which can raise any exception
         said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(f"{room.where} is no npy file that can be read: {said}") from None
     if dtype.kind not in "iu" or len(shape) != 1:
@@ -158,7 +158,7 @@ def _read_text(reader: RangeReader, size: int, room: _Room) -> np.ndarray:
 
 
 def _read_lines(reader: RangeReader, size: int, where: str) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield the lines of a file, many at a time, each time with the number of the first, counted from 1."""
+    """Yield the lines of a file, many at a time, each time with the number of the first line, counted from 1."""
     rest, number = b"", 1
     for first in range(0, size, _PIECE_BYTES):
         piece = bytearray(min(_PIECE_BYTES, size - first))

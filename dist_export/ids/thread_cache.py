@@ -1,4 +1,4 @@
-"""Things that are costly to make and large to hold: each thread holds what it asked for last, and no longer."""
+"""Cache values that are slow to make and large: each thread keeps only the value that it requested last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class HeldValues(Generic[T]):
-    """Gives what another thread holds to whoever asks for the same; else makes it anew. Any thread."""
+    """Returns the value of another thread that has the same key, or makes a new one. Any thread."""
 
     def __init__(self) -> None:
         self._mine = threading.local()
@@ -19,15 +19,15 @@ class HeldValues(Generic[T]):
         self._lock = threading.Lock()
 
     def let_go(self) -> None:
-        """Hold nothing any more in this thread."""
+        """Release this thread's value."""
         self._mine.key = self._mine.value = None
 
     def get(self, key: Hashable, fetch: Callable[[], T]) -> T:
-        """Return the value under ``key``, which ``fetch`` gives where no thread has it."""
+        """Return the value under ``key``; call ``fetch`` if no thread has it."""
         if getattr(self._mine, "key", None) == key:
             held: T = self._mine.value
             return held
-        self.let_go()  # before the next one is made, not after
+        self.let_go()  # before the next one is made, so that memory never holds both
         with self._lock:
             found = self._known.get(key)
             if found is None:
