@@ -1,7 +1,7 @@
-"""Model registries in the place of paths: which checkpoint a URI means, where a package goes, and its new version.
+"""Use model registries like paths: find the checkpoint of a URI, the directory of a package, and its new version.
 
-A registry is found by the entry point group ``dist_export.registries``, under the scheme of its URIs: ``models`` for
-``models:/ctr/3``. Alibaba's Mos has none in its URIs (``model.<project>.<name>``); there the name is ``mos``.
+A registry is found through the entry point group ``dist_export.registries``, under the scheme of its URIs: ``models`` for
+``models:/ctr/3``. URIs of Alibaba's Mos have no scheme (``model.<project>.<name>``); their entry point is named ``mos``.
 """
 
 from __future__ import annotations
@@ -25,67 +25,67 @@ MOS = "mos"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
 _ROOTED = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*:/")
 _LOCAL = ("file", "local")
-"""Protocols that fsspec takes with one slash too."""
+"""Protocols that fsspec also accepts with one slash."""
 
 _CLOSE = 0.75
-"""Likeness from which a scheme counts as another one misspelt."""
+"""Similarity from which an unknown scheme counts as a misspelt known one."""
 
 _MOS = re.compile(r"model\.[\w-]+\.\w[^:]*")
 
 
 class Resolved(NamedTuple):
-    """What a URI means now."""
+    """The current meaning of a URI."""
 
     directory: str
-    """Path or fsspec URL."""
+    """A path or an fsspec URL."""
     uri: str
-    """The URI with what was open in it filled in: a version instead of an alias."""
+    """The URI with its exact version: an alias is replaced by the version."""
 
 
 class Registered(NamedTuple):
-    """What a registry is told of a committed package. Nothing is uploaded: the registry refers to ``directory``."""
+    """The data of a committed package for a registry. Nothing is uploaded: the registry refers to ``directory``."""
 
     directory: str
     """An absolute path, or an fsspec URL."""
     source: str
-    """The checkpoint: a URI where it came from a registry, else as ``directory``; empty for a model in memory."""
+    """The checkpoint: a URI if it came from a registry, otherwise as ``directory``; empty for a model in memory."""
     digest: str
-    """Of the manifest."""
+    """The digest of the manifest."""
     inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
     """(name, torch dtype name, shape with names for free dimensions) of the dense arch; empty without one."""
     outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
     versions: dict[str, str]
-    """Of what wrote the package."""
+    """The versions of the software that wrote the package."""
 
 
 class Registry(Protocol):
-    """What an entry point gives, called with its ``registry_options`` as keywords. Called on rank 0 alone.
+    """The class that an entry point names. It is called with its ``registry_options`` as keywords, only on rank 0.
 
-    ConfigError is for what the user can mend. Anything else that is raised is told in one line, with its type.
+    Methods raise ConfigError for mistakes that the user can correct. Other exceptions are reported in one line, with their type.
 
-    It may have a method ``check(uri)`` besides, which is called before anything is written, and raises ConfigError where no
+    A registry may also have a method ``check(uri)``. It is called before anything is written, and raises ConfigError if no
     new version can be made under ``uri``.
     """
 
     def resolve(self, uri: str) -> Resolved:
-        """Return the directory that a URI in ``ckpt_dir`` means. ConfigError where the registry has no such thing."""
+        """Return the directory that a URI in ``ckpt_dir`` means. ConfigError if the registry does not have it."""
 
     def place(self, uri: str, *, key: str) -> str:
-        """Return where the package of a new version under ``uri`` goes; the same for the same ``key``.
+        """Return where the package of a new version under ``uri`` goes. The same ``key`` gives the same directory.
 
-        A rerun of an unfinished export has the same key, and so goes on with what is there.
+        A rerun of an unfinished export has the same key, so it resumes that export.
         """
 
     def register(self, uri: str, package: Registered) -> str:
-        """Register a committed package as a new version and return its URI; the one that is there if it is already."""
+        """Register a committed package as a new version and return its URI. If it is registered already, return that version."""
 
 
 def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
     """Return the registry that a URI belongs to; None for a path or an fsspec URL.
 
     Raises:
-        ConfigError: a Mos URI without a resolver, a scheme that nothing here knows, a package that is missing, options that
-            the registry does not take.
+        ConfigError: a Mos URI without a resolver, an unknown scheme, a missing package, or options that the registry does
+            not take.
     """
     scheme = scheme_of(uri)
     if scheme is None:
@@ -110,7 +110,7 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
         registry: Registry = found[0].load()(**options_of(scheme, options))
     except ConfigError:
         raise
-    except Exception as error:  # a resolver is anybody's code
+    except Exception as error:  # a resolver is third-party code
         raise ConfigError(
             f"{uri}: the resolver {found[0].value} cannot be used: {_say(error)}. Options that only one registry takes stand "
             f"under its scheme: registry_options: {{{scheme}: {{...}}}}"
@@ -121,7 +121,7 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
 def options_of(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options for the registry of one scheme.
 
-    A mapping under the scheme of a resolver that is there is for that one alone; whatever else there is, is for all.
+    A mapping under the scheme of an installed resolver is only for that resolver. All other options are for every registry.
     """
     schemes = list_schemes()
     own = {key: value for key, value in options.items() if key in schemes and isinstance(value, Mapping)}
@@ -130,12 +130,12 @@ def options_of(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_schemes() -> list[str]:
-    """Return the schemes for which there is a resolver."""
+    """Return the schemes that have a resolver."""
     return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
 
 
 def scheme_of(uri: str) -> str | None:
-    """Return the name under which the registry of a URI is looked for; None for what can only be a path."""
+    """Return the entry point name for the registry of a URI; None if the text can only be a path."""
     if os.path.exists(uri):
         return None
     if _MOS.fullmatch(uri):
@@ -145,7 +145,7 @@ def scheme_of(uri: str) -> str | None:
 
 
 def _refuse_unknown(uri: str, scheme: str) -> None:
-    """Refuse what would become a local directory with the name of a scheme: a slip in one."""
+    """Refuse a misspelt scheme, which would otherwise become the name of a local directory."""
     if _ROOTED.match(uri) is None:
         return
     protocols, schemes = known_protocols(), list_schemes()
@@ -163,7 +163,7 @@ def _refuse_unknown(uri: str, scheme: str) -> None:
 
 
 def resolve(uri: str, options: Mapping[str, Any]) -> Resolved:
-    """Return what a URI means; a path or an fsspec URL means itself. One rank. ConfigError as the registry says."""
+    """Return the meaning of a URI; a path or an fsspec URL means itself. One rank. ConfigError from the registry."""
     registry = find_registry(uri, options)
     if registry is None:
         return Resolved(uri, uri)
@@ -171,17 +171,17 @@ def resolve(uri: str, options: Mapping[str, Any]) -> Resolved:
 
 
 def place(registry: Registry, uri: str, *, key: str) -> str:
-    """Return where the package of a new version goes. One rank. ConfigError as the registry says."""
+    """Return where the package of a new version goes. One rank. ConfigError from the registry."""
     return _asking(f"{uri}: its registry has no place for a package", lambda: registry.place(uri, key=key))
 
 
 def require(uri: str, options: Mapping[str, Any]) -> Registry:
-    """Return the registry of a URI under which a new version can be made, as far as it can tell by now. ConfigError."""
+    """Return the registry of a URI. ConfigError if it already knows that it cannot make a new version there."""
     registry = find_registry(uri, options)
     if registry is None:
         names = ", ".join(list_schemes()) or "none"
         raise ConfigError(f"{uri} is no URI of a registry; there are resolvers for {names}")
-    check = getattr(registry, "check", None)  # resolvers need not have it
+    check = getattr(registry, "check", None)  # the method is optional
     if check is not None:
         _asking(f"{uri}: its registry makes no version there", lambda: check(uri))
     return registry
@@ -191,7 +191,7 @@ def register(uri: str, options: Mapping[str, Any], package: Registered, *, advic
     """Register a committed package and return the URI of its version; ``advice`` says what to do if that fails. One rank.
 
     Raises:
-        ExportError: the registry does not take it; the package is committed all the same.
+        ExportError: the registry refuses it. The package is committed nevertheless.
     """
     try:
         return require(uri, options).register(uri, package)
@@ -207,10 +207,10 @@ def _asking(what: str, ask: Callable[[], T]) -> T:
         return ask()
     except ConfigError:
         raise
-    except Exception as error:  # a resolver is anybody's code
+    except Exception as error:  # a resolver is third-party code
         raise ConfigError(f"{what}: {_say(error)}") from error
 
 
 def _say(error: Exception) -> str:
-    """Return what an error says, with its type where the text is not meant to be read without: a KeyError's is a key."""
+    """Return the text of an error. If it is not one of ours, add its type: the text of a KeyError is only the key."""
     return first_line(error) if isinstance(error, DistExportError) else f"{type(error).__name__}: {first_line(error)}"

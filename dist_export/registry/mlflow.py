@@ -1,7 +1,7 @@
 """MLflow's model registry: ``models:/<name>/<version>`` and ``models:/<name>@<alias>``.
 
-Needs ``mlflow-skinny`` (with ``sqlalchemy`` and ``alembic`` for a database as the store). The registry's address is
-MLflow's own business: ``MLFLOW_REGISTRY_URI`` or ``MLFLOW_TRACKING_URI``, or the option ``registry_uri``.
+Needs ``mlflow-skinny`` (with ``sqlalchemy`` and ``alembic`` if the store is a database). MLflow's own settings give the
+registry's address: ``MLFLOW_REGISTRY_URI`` or ``MLFLOW_TRACKING_URI``. The option ``registry_uri`` overrides them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _LOCATION_TAG = "dist_export.location"
 _DIGEST_TAG = "dist_export.digest"
 _NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
 _NO_RUNS = ("databricks", "uc:")
-"""Registries that are no store of runs as well."""
+"""Registries that do not store runs too."""
 _MAX_TAG_CHARS = 4000
-"""MLflow 2 takes 5,000 in a tag's value."""
+"""MLflow 2 allows 5,000 characters in a tag's value."""
 
 
 class MlflowRegistry:
     """One registry; see :class:`~dist_export.registry.base.Registry`."""
 
     def __init__(self, registry_uri: str | None = None, location: str | None = None) -> None:
-        """Connect when asked.
+        """Keep the options. The connection is made by the first call.
 
         Args:
             registry_uri: address of the registry; by default MLflow's settings.
@@ -47,7 +47,7 @@ class MlflowRegistry:
         self._location = location
 
     def resolve(self, uri: str) -> Resolved:
-        """Return the source of a version. ConfigError where there is no such version, or nothing at its source."""
+        """Return the source of a version. ConfigError if the version or the directory at its source does not exist."""
         name, version, alias = _parse(uri)
         if version is None and alias is None:
             raise ConfigError(f"{uri}: give a version or an alias: models:/{name}/<version> or models:/{name}@<alias>")
@@ -71,7 +71,7 @@ class MlflowRegistry:
         return Resolved(directory, pinned)
 
     def check(self, uri: str) -> None:
-        """Refuse what is no name of a model, or names a version. ConfigError."""
+        """Refuse a URI that is no name of a model, or that names a version. ConfigError."""
         name, version, alias = _parse(uri)
         if version is not None or alias is not None:
             raise ConfigError(f"{uri}: a package becomes a new version, so give the name alone: models:/{name}")
@@ -94,7 +94,7 @@ class MlflowRegistry:
         return f"{location.rstrip('/')}/{name}/{key}"
 
     def register(self, uri: str, package: Registered) -> str:
-        """Make a new version that refers to the package; the one that has its digest already if there is one."""
+        """Make a new version that refers to the package. If a version with its digest exists, return that one."""
         name, *_ = _parse(uri)
         tags = {
             _DIGEST_TAG: package.digest,
@@ -118,7 +118,7 @@ class MlflowRegistry:
 
     @contextlib.contextmanager
     def _asking(self, uri: str) -> Iterator[MlflowClient]:
-        """Yield a client; whatever MLflow and its stores raise becomes a ConfigError that says which registry was asked."""
+        """Yield a client. Exceptions of MLflow and its stores become a ConfigError that names the registry's address."""
         make = _import_client()
         from mlflow.exceptions import MlflowException
 
@@ -133,7 +133,7 @@ class MlflowRegistry:
             raise ConfigError(f"{uri}: {what}; {self._where()}") from error
 
     def _tracking_uri(self) -> str | None:
-        """Return the address for runs, which are not asked for: where none is set MLflow would make a database for them."""
+        """Return the address for runs. They are not used, but without an address MLflow would make a database for them."""
         from mlflow import is_tracking_uri_set
 
         if is_tracking_uri_set():  # type: ignore[no-untyped-call]
@@ -147,7 +147,7 @@ class MlflowRegistry:
         return self._registry_uri or str(get_registry_uri())
 
     def _where(self) -> str:
-        """Return the registry's address, and how to give another; for messages, which show no credentials."""
+        """Return the registry's address, and how to change it; for messages, which show no credentials."""
         if self._registry_uri:
             return f"the registry asked is {self._address()}, as registry_options say"
         return (
@@ -156,12 +156,12 @@ class MlflowRegistry:
         )
 
     def _refuse_empty(self, uri: str) -> None:
-        """Refuse a file of SQLite that is not there: MLflow would make an empty one, in the working directory by default."""
+        """Refuse an SQLite file that does not exist: MLflow would make an empty one, by default in the working directory."""
         if not self._has_database():
             raise ConfigError(f"{uri}: the registry's database is not there; {self._where()}")
 
     def _has_database(self) -> bool:
-        """Whether the registry is none in a file of SQLite, or that file is there."""
+        """Return whether the registry is no SQLite file, or its file exists."""
         address = self._address()
         file = unquote(address.partition("?")[0].removeprefix("sqlite:///"))
         return not address.startswith("sqlite:///") or os.path.exists(file)
@@ -184,14 +184,14 @@ def _import_client() -> type[MlflowClient]:
 
 
 def _find_model(client: MlflowClient, name: str) -> Any:
-    """Return a registered model, None where there is none of this name."""
+    """Return a registered model; None if there is none of this name."""
     from mlflow.exceptions import MlflowException
 
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != _NOT_THERE:
-            raise  # a registry that does not answer has no say in whether the model is there
+            raise  # if the registry does not answer, it is unknown whether the model exists
         return None
 
 
