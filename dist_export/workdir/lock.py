@@ -1,4 +1,4 @@
-"""One export at a time in a directory: a lock that all ranks hold on a shared disk, a lease on stores that have no locks."""
+"""Allow one export at a time in a directory: a lock that all ranks share on a disk, a lease on stores without locks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dist_export.storage.s3_directory import S3Directory
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECS = 12.0
-"""Ranks of an export that was killed end within ten seconds; whoever comes right after it waits for that."""
+"""Ranks of a killed export end within ten seconds. An export that starts right after it waits for that long."""
 LEASE_SECS = 30.0
-"""A lease that was not renewed for so long is over."""
+"""A lease expires if it is not renewed for this long."""
 RENEW_SECS = 5.0
 
 _LOCK = f"{WORK_DIRECTORY}/lock"
@@ -35,14 +35,14 @@ Release = Callable[[], None]
 
 
 def lock(directory: Directory, *, patience_secs: float | None = None) -> Release:
-    """Claim a local or shared directory for this export, alone; return what gives it back. Rank 0, before the others.
+    """Lock a local or shared directory for this export; return the function that releases it. Rank 0, before the others.
 
-    It ends as an exclusive ``flock``, which proves that no rank of another export is left, not even one whose launcher
-    died, and becomes a shared one for :func:`join_lock`. The descriptor is this process's own: a child that was forked
-    later does not keep the lock alive.
+    An exclusive ``flock`` comes first. It proves that no rank of another export is left, not even one whose launcher died.
+    It then becomes a shared one for :func:`join_lock`. The descriptor belongs to this process: a child that is forked later
+    does not keep the lock.
 
     Raises:
-        ConfigError: another export holds it.
+        ConfigError: another export has the lock.
     """
     directory.make()
     deadline = time.monotonic() + (PATIENCE_SECS if patience_secs is None else patience_secs)
@@ -51,13 +51,13 @@ def lock(directory: Directory, *, patience_secs: float | None = None) -> Release
         try:
             make_directories(directory.join(WORK_DIRECTORY))
             fd = _open(directory)
-        except FileNotFoundError:  # an export that ends removes it
+        except FileNotFoundError:  # an export that ended has removed the file or its directory
             continue
         if _try(fd, fcntl.LOCK_EX) and _is_current(directory, fd):
             with naming(directory.describe(_LOCK)):
                 os.ftruncate(fd, 0)
                 os.write(fd, str(identify()).encode())
-            # not atomic: whoever got in between has the directory, and this one is refused
+            # this step is not atomic: if another export gets the lock in between, this one is refused
             if _try(fd, fcntl.LOCK_SH):
                 return _closer(fd)
         holder = os.pread(fd, 200, 0).decode(errors="replace") or "unknown"
@@ -73,7 +73,7 @@ def lock(directory: Directory, *, patience_secs: float | None = None) -> Release
 
 
 def join_lock(directory: Directory) -> Release:
-    """Hold the lock that rank 0 has. Every other rank, after :func:`lock`."""
+    """Share the lock of rank 0. Every other rank, after :func:`lock`."""
     fd = _open(directory)
     if not _try(fd, fcntl.LOCK_SH):
         holder = os.pread(fd, 200, 0).decode(errors="replace")
@@ -97,7 +97,7 @@ def _try(fd: int, kind: int) -> bool:
 
 
 def _is_current(directory: Directory, fd: int) -> bool:
-    """Whether the lock is still the file under its name: an export that ended meanwhile has removed it."""
+    """Return whether the lock is still the file under its name: an export that has ended removes the file."""
     try:
         return os.path.samestat(os.stat(directory.join(_LOCK)), os.fstat(fd))
     except FileNotFoundError:
@@ -109,9 +109,9 @@ def _closer(fd: int) -> Release:
 
     def close() -> None:
         if is_open.pop() if is_open else False:
-            close_quietly(fd)  # the claim ends with it, whatever the disk says of the file's text
+            close_quietly(fd)  # this releases the lock even if the disk reports an error for the file's content
 
-    os.register_at_fork(after_in_child=close)  # else a child that outlives this rank would hold the lock
+    os.register_at_fork(after_in_child=close)  # otherwise a child that outlives this rank would keep the lock
     return close
 
 
@@ -122,14 +122,15 @@ class _Holder(msgspec.Struct, frozen=True):
     who: str
     job: str
     renewed: int
-    """How often: that it changes shows a holder that lives, whatever the clocks say."""
+    """The number of renewals. If it changes, the holder is alive; no clock is compared."""
 
 
 class Lease:
-    """A claim on a directory of an object store: an object that is created only if absent, and renewed. Rank 0.
+    """Exclusive right to a directory of an object store: an object that is created only if absent, and renewed. Rank 0.
 
-    A lease that nobody renews for :data:`LEASE_SECS` is over. Of several that want it then, one wins: on S3 whoever first
-    replaces the object as it was read, elsewhere whoever first creates the object that is named after the old lease's token.
+    A lease that is not renewed for :data:`LEASE_SECS` expires. If several exports want it then, one wins. On S3 it is the first
+    to replace the object in the version that it read. On other stores it is the first to create the object that is named
+    after the old lease's token.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Lease:
         """Take the lease and keep it until :meth:`release`.
 
         Raises:
-            ConfigError: another export holds it and renews it.
+            ConfigError: another export has it and renews it.
         """
         self._directory = directory
         self._s3_directory = directory if isinstance(directory, S3Directory) else None
@@ -147,7 +148,7 @@ class Lease:
         self._holder = _Holder(uuid.uuid4().hex, str(identify()), _job(), 0)
         self._garbage: list[str] = []
         self._version: str | None = None
-        """On S3: of the lease as this export wrote it last; it is renewed only if it is still that."""
+        """On S3: the version of the lease that this export wrote last. The lease is renewed only if it still has that version."""
         self._found_version: str | None = None
         self._acquire()
         self._is_over = threading.Event()
@@ -161,7 +162,7 @@ class Lease:
         while not self._create():
             found = self._read()
             if found is None:
-                continue  # it was given back between the two looks
+                continue  # it was released between the two requests
             if last is not None and found != last:
                 raise ConfigError(
                     f"{self._directory.url}: another export ({found.who}) is writing there; wait for it, or give another "
@@ -189,7 +190,7 @@ class Lease:
         return self._replace(None)
 
     def _replace(self, version: str | None) -> bool:
-        """Write the lease on S3 over the one of ``version``, None for none; return whether it was that."""
+        """Write the lease on S3 if the present one has ``version`` (None: there is none); return whether it was written."""
         content = msgspec.json.encode(self._holder)
         assert self._s3_directory is not None
         written = self._s3_directory.write_if(_LEASE, content, version=version)
@@ -202,7 +203,7 @@ class Lease:
             return self._replace(self._found_version)
         token = old.token
         while not self._directory.create(heir := f"{_LEASE}-{token}", self._holder.token.encode()):
-            # somebody was first; if it never wrote the lease, it died in between, and its own heir is looked for
+            # another export was first; if it died before it wrote the lease, look for the one that took over from it
             self._garbage.append(heir)
             time.sleep(self._lease_secs)
             if self._read() != old:
@@ -214,7 +215,7 @@ class Lease:
 
     def _read(self) -> _Holder | None:
         try:
-            if self._s3_directory is not None:  # the version before the content: a newer content is not replaced then
+            if self._s3_directory is not None:  # the version is read first, so that a newer lease is not replaced
                 self._found_version = self._directory.stat(_LEASE).version
             return msgspec.json.decode(self._directory.read(_LEASE), type=_Holder)
         except FileNotFoundError:
@@ -229,7 +230,7 @@ class Lease:
             try:
                 if not self._renew():
                     return
-            except Exception as error:  # noqa: BLE001 -- a store's hiccup; what counts is whether the lease still stands
+            except Exception as error:  # noqa: BLE001 -- one failed request matters only if the lease is lost
                 logger.warning("%s could not be renewed: %s", self._directory.describe(_LEASE), error)
 
     def _renew(self) -> bool:
@@ -246,7 +247,7 @@ class Lease:
         return True
 
     def refuse_if_lost(self) -> None:
-        """Look once more whether the lease is this export's. CommitError where it is not: right before the commit."""
+        """Check once more, right before the commit, that this export still has the lease. CommitError if it does not."""
         found = self._read()
         if self._lost or found is None or found.token != self._holder.token:
             why = self._lost or ("it is gone" if found is None else f"{found.who} has it")
@@ -256,7 +257,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Release the lease."""
         self._is_over.set()
         self._thread.join(self._renew_secs)
         try:
@@ -264,13 +265,13 @@ class Lease:
             if found is not None and found.token == self._holder.token:
                 for name in (*self._garbage, _LEASE):
                     self._directory.remove(name)
-        except (ConfigError, OSError) as error:  # it runs out by itself, and how the export ended is what counts
+        except (ConfigError, OSError) as error:  # the lease expires by itself, and must not hide how the export ended
             logger.warning("%s could not be given back: %s", self._directory.describe(_LEASE), error)
 
 
 def _job() -> str:
-    """Return a name of this torchrun job that another one does not have, empty where there is none."""
+    """Return a name that only this torchrun job has; empty if there is none."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if run in ("", "none"):  # what torchrun calls all jobs that were not given a name
+    if run in ("", "none"):  # torchrun uses "none" for every job without a name
         return ""
     return f"{run} at {os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"

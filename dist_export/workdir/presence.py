@@ -1,4 +1,4 @@
-"""The files that an export has written: noted when they are there, and looked at once more right before the commit."""
+"""Record the files that an export has written, and check them again right before the commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_export.storage.directory import Directory, FileStat
 from dist_export.workdir.state import Receipt, write_receipt
 
 Written = dict[str, FileStat]
-"""Of each file its size, and what tells it from another one: inode and time on a disk, a store's version."""
+"""File -> its size, with the inode and time on a disk, or the version on a store, which identify its content."""
 
 _SHARD_SUFFIX = ".safetensors"
 
@@ -35,7 +35,7 @@ def note_written(target: Directory, sizes: Mapping[str, int]) -> Written:
 
 
 def find_loss(directory: Directory, sizes: Mapping[str, int]) -> str | None:
-    """Return what is wrong with the first file that is not there at its size in bytes; None where all are."""
+    """Return what is wrong with the first file that is missing or has another size (in bytes); None if all are right."""
     found = _look(directory, sizes)
     for name, num_bytes in sizes.items():
         if name not in found:
@@ -46,12 +46,13 @@ def find_loss(directory: Directory, sizes: Mapping[str, int]) -> str | None:
 
 
 def refuse_vanished(target: Directory, written: Written, *, in_place: bool) -> None:
-    """Refuse a commit whose files are not those that were noted, and checked since. Rank 0, right before the manifest.
+    """Refuse a commit if files differ from those that were recorded and checked. Rank 0, right before the manifest.
 
-    What vouches for such a shard is withdrawn, so that the next run writes it anew; ``in_place`` the shards are the source's.
+    The receipt of such a shard is withdrawn, so that the next run writes the shard again. With ``in_place`` it is not,
+    because the shards are those of the source.
 
     Raises:
-        CommitError: somebody else has removed, replaced or changed a file.
+        CommitError: a file was removed, replaced or changed by another program.
     """
     now = _look(target, written)
     wrong = [name for name, found in written.items() if now.get(name) != found]
@@ -71,7 +72,7 @@ def _refusal(target: Directory, name: str, what: str) -> CommitError:
 
 
 def _look(target: Directory, names: Iterable[str]) -> dict[str, FileStat]:
-    """Return the states of the files that are there; on S3 by a request for each thousand of a folder's, not one for each."""
+    """Return the states of the files that exist; on S3 with one request for each thousand files of a directory."""
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(posixpath.dirname(name), []).append(posixpath.basename(name))

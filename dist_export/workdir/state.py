@@ -1,4 +1,4 @@
-"""What an export keeps in ``.dist_export`` while it is not committed, and what a later one finds there and clears away."""
+"""The working state in ``.dist_export`` of an uncommitted export, which a later export reads and removes."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from dist_export.workdir import swap
 logger = logging.getLogger(__name__)
 
 MARKER = f"{WORK_DIRECTORY}/committing"
-"""Written right before the manifest: where both are, a commit was cut off in its clean-up."""
+"""Written right before the manifest. If both exist, a commit was interrupted during its clean-up."""
 
 UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
-"""The uploads to an S3 store that are under way; without it a rerun gives them up instead of going on with them."""
+"""The running uploads to an S3 store. Without this file a rerun aborts them instead of resuming them."""
 
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
 _SHARD_SUFFIX = ".safetensors"
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """Says that one shard file is whole, and of which plan it is; a plan's digest covers its source's fingerprint."""
+    """Records that one shard file is finished, and its plan. A plan's digest covers its source's fingerprint."""
 
     plan: str
     name: str
     num_bytes: int
     digest: str
     parts: tuple[PartDigest, ...] = ()
-    """Of a file that an S3 store has copied parts of: their sizes and digests, as in the manifest."""
+    """For a file of which an S3 store has copied parts: their sizes and digests, as in the manifest."""
     stored: str = ""
-    """The checksum that an S3 store keeps of the whole file: with it a shard need not be read again."""
+    """The checksum that an S3 store keeps of the whole file. With it the shard need not be read again."""
 
 
 def write_receipt(target: Directory, receipt: Receipt) -> None:
-    """Vouch for a shard."""
+    """Write the receipt of a shard."""
     target.write(_receipt_name(receipt.name), msgspec.json.encode(receipt))
 
 
 def read_receipt(target: Directory, shard: str) -> Receipt | None:
-    """Return what vouches for a shard; None where nothing does, or the receipt was cut short by a crash."""
+    """Return the receipt of a shard; None if there is none, or if a crash cut it short."""
     try:
         receipt = msgspec.json.decode(target.read(_receipt_name(shard)), type=Receipt)
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -53,9 +53,9 @@ def read_receipt(target: Directory, shard: str) -> Receipt | None:
 
 
 def withdraw_receipts(target: Directory) -> None:
-    """Let nothing vouch for the shards, which were found to be wrong: else a rerun would take them over and fail like this one.
+    """Withdraw the receipts of shards that were found to be wrong. Otherwise a rerun would reuse them and fail again.
 
-    The receipts stay, for they say whose the shards are.
+    The files of the receipts stay, because they show that the shards belong to an export.
     """
     for shard in _list_receipted(target):
         write_receipt(target, Receipt(plan="", name=shard, num_bytes=0, digest=""))
@@ -66,9 +66,9 @@ def _receipt_name(shard: str) -> str:
 
 
 def list_attempt(target: Directory) -> list[str]:
-    """Return what an uncommitted export left in ``target``: shards, partial ones, small files, the record of uploads.
+    """Return the files that an uncommitted export left in ``target``: shards, partial ones, small files, the record of uploads.
 
-    Of an export to S3 that record is all that tells of it until its first shard is whole, for parts are no objects.
+    For an export to S3 that record is the only trace until its first shard is finished, because parts are no objects.
     """
     there = target.names()
     work = target.child(WORK_DIRECTORY).names()
@@ -79,7 +79,7 @@ def list_attempt(target: Directory) -> list[str]:
 
 
 def remove_attempt(target: Directory) -> None:
-    """Remove what an uncommitted export left, so that nothing of it is taken over."""
+    """Remove the files that an uncommitted export left, so that none of them is reused."""
     for name in list_attempt(target):
         target.remove(name)
     for shard in _list_receipted(target):
@@ -88,12 +88,12 @@ def remove_attempt(target: Directory) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file was being written when its export ended."""
+    """Return whether a file was being written when its export ended."""
     return name.startswith(".") and name.endswith(PARTIAL_SUFFIX)
 
 
 def note_small_files(target: Directory, names: list[str]) -> None:
-    """Write down what is about to be written, and remove what an earlier, uncommitted attempt wrote and this one does not."""
+    """Record the names of files to be written, and remove those that only an earlier, uncommitted export wrote."""
     for name in _read_small_files(target):
         if name not in names:
             target.remove(name)
@@ -104,12 +104,12 @@ def _read_small_files(target: Directory) -> list[str]:
     try:
         names = msgspec.json.decode(target.read(_SMALL_FILES), type=list[str])
     except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
-        return []  # none, or cut short by a crash, before any of these files was written
+        return []  # there is none, or a crash cut it short before any of these files was written
     return [name for name in names if all(map(is_plain_name, name.split("/")))]
 
 
 def remove_strays(target: Directory, planned: set[str]) -> None:
-    """Remove shards that an uncommitted attempt of another plan left: those that have a receipt but no use."""
+    """Remove shards that an uncommitted export with another plan left: they have a receipt, but are not in this plan."""
     for shard in _list_receipted(target):
         if shard not in planned:
             target.remove(shard)
@@ -120,15 +120,15 @@ def _list_receipted(target: Directory) -> list[str]:
 
 
 def _receipted(work: list[str]) -> list[str]:
-    """Return the shards whose receipts are among the names of the work directory's files."""
+    """Return the shards that have a receipt, from the names of the files in the working directory."""
     shards = [name.removesuffix(".json") for name in work if name.endswith(f"{_SHARD_SUFFIX}.json")]
     return [shard for shard in shards if is_plain_name(shard)]
 
 
 def list_strangers(target: Directory, named: set[str]) -> list[str]:
-    """Return what lies in ``target`` and is neither the package's nor an attempt's: it is left alone.
+    """Return the foreign files in ``target``: those of neither the package nor an unfinished export. They are kept.
 
-    Files, and directories with a slash at the end: an export into the parent of other exports is most likely a slip.
+    Directories have a slash at the end: an export into the parent of other exports is most likely a mistake.
     """
     known = {path.partition("/")[0] for path in named} | {MANIFEST, WORK_DIRECTORY}
     files = [name for name in target.names() if name not in known and not is_partial(name)]
@@ -136,14 +136,14 @@ def list_strangers(target: Directory, named: set[str]) -> list[str]:
 
 
 def begin_commit(target: Directory) -> None:
-    """Say that the manifest comes next."""
+    """Record that the manifest is written next."""
     target.write(MARKER, b"")
 
 
 def finish_commit(final: Directory) -> list[str]:
-    """Clear away what only a rerun would need, and a package that was replaced; return what was kept of that one.
+    """Remove the working state and a replaced package; return the foreign files of the latter that were kept.
 
-    The package is committed: what cannot be removed is told, and left.
+    The package is committed. If a file cannot be removed, that is logged and the file is left.
     """
     kept: list[str] = []
     if final.is_local:

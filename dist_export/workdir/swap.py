@@ -1,4 +1,4 @@
-"""Put a finished directory in the place of another one, in one step where the file system has such a step."""
+"""Replace a directory with a finished one, in one step if the file system supports it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def beside(path: str, what: str) -> str:
 
 
 def why_not_replaceable(path: str) -> str | None:
-    """Return why the directory ``path`` could not be replaced, as far as can be seen before; None where it can."""
+    """Return why the directory ``path`` cannot be replaced; None if no reason is visible in advance."""
     real = os.path.realpath(path)
     if os.path.ismount(real):
         return "is a mount point, which cannot be renamed"
@@ -36,12 +36,12 @@ def why_not_replaceable(path: str) -> str | None:
 
 
 def is_cut_off(path: str) -> bool:
-    """Whether a replacement without exchange was cut between its two renames, so that nothing is under ``path``."""
+    """Return whether a replacement without exchange was interrupted between its two renames, so that ``path`` is missing."""
     return os.path.isdir(beside(path, "old")) and not os.path.exists(os.path.realpath(path))
 
 
 def recover(path: str) -> None:
-    """Put the old directory back after such a cut."""
+    """Restore the old directory after such an interruption."""
     if is_cut_off(path):
         real = os.path.realpath(path)
         os.rename(beside(path, "old"), real)
@@ -49,13 +49,13 @@ def recover(path: str) -> None:
 
 
 def replace_directory(new: str, path: str) -> str:
-    """Give the directory ``new`` the name ``path``; return where the one that was there is now.
+    """Rename the directory ``new`` to ``path``; return where the old directory is now.
 
-    By ``renameat2(RENAME_EXCHANGE)``: a reader finds the one or the other, never none. File systems without it (NFS) get
-    two renames, with a moment between them in which nothing is under that name; :func:`recover` mends a crash there.
+    ``renameat2(RENAME_EXCHANGE)`` is used: a reader sees either directory, and one is always there. File systems without it
+    (NFS) get two renames. Between them the name is missing for a moment; :func:`recover` repairs a crash there.
 
     Raises:
-        CommitError: neither could be done; the old directory is in its place.
+        CommitError: neither worked, and the old directory is in its place; or both did, but a crash may undo it.
     """
     real = os.path.realpath(path)
     old = new
@@ -84,7 +84,7 @@ def replace_directory(new: str, path: str) -> str:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Exchange two directories; return whether the system can. renameat2(2)."""
+    """Exchange two directories; return whether the system supports it. See renameat2(2)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # glibc before 2.28, or another libc
@@ -99,7 +99,7 @@ def _exchange(one: str, other: str) -> bool:
 
 
 def discard(old: str, final: Directory, *, named: set[str]) -> list[str]:
-    """Remove a replaced package; return the names of what was not part of it, which is kept in the new one.
+    """Remove a replaced package; move its foreign files into the new one, and return their names.
 
     Args:
         old: where the old package is now.
@@ -119,7 +119,7 @@ def discard(old: str, final: Directory, *, named: set[str]) -> list[str]:
             return kept
         os.rename(os.path.join(old, entry), final.join(entry))
         kept.append(entry)
-    # under another name first: half an old package must never be taken for the beginning of a new one
+    # renamed first, because half of an old package must never look like the beginning of a new one
     trash = beside(final.path, f"trash-{token}")
     os.rename(old, trash)
     shutil.rmtree(trash)
@@ -127,7 +127,7 @@ def discard(old: str, final: Directory, *, named: set[str]) -> list[str]:
 
 
 def empty_trash(path: str) -> None:
-    """Remove what is left of old packages whose removal was cut off."""
+    """Remove the rest of old packages whose removal was interrupted."""
     parent, prefix = os.path.split(beside(path, "trash-"))
     for name in os.listdir(parent):
         if name.startswith(prefix):
