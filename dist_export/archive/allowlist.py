@@ -1,6 +1,7 @@
-"""What the members of an exported program may say: lists of the pickle opcodes, operators and expressions in use.
+"""Allow the pickle opcodes, operators and expressions that exported programs use, and refuse all others.
 
-They are lists of the allowed, not of the forbidden: a new torch may need an entry, and fails closed until it gets one.
+The lists contain what is allowed, not what is forbidden. A new torch may need a new entry; until it has one, its files are
+refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class UnsafeContentError(Exception):
-    """A member says something that exported programs do not say. The text is the middle of a sentence."""
+    """A member contains something that exported programs do not contain. The text is the middle of a sentence."""
 
 
 _OPCODES = re.compile(
@@ -24,7 +25,7 @@ _OPCODES = re.compile(
     r"NEWFALSE|BININT|BININT1|BININT2|LONG1|BINFLOAT|BINUNICODE|SHORT_BINUNICODE|BINPERSID|APPEND|APPENDS|"
     r"SETITEM|SETITEMS|BINPUT|LONG_BINPUT|MEMOIZE|BINGET|LONG_BINGET|GLOBAL|STACK_GLOBAL|REDUCE"
 )
-"""What a ``torch.save`` of tensors in containers is made of. No BUILD, NEWOBJ, INST, OBJ or EXT: they reach further."""
+"""The opcodes of a ``torch.save`` of tensors in containers. No BUILD, NEWOBJ, INST, OBJ or EXT, which can do more."""
 
 _DTYPES = r"bool|u?int\d+|b?float16|float(32|64|8_\w+|4_\w+)|complex(32|64|128)"
 _GLOBALS = re.compile(
@@ -69,18 +70,18 @@ _GUARD_ATTRIBUTES = re.compile(
 )
 _IDENTIFIER = re.compile(r"(?!\d)\w*")
 _PLAIN = re.compile(r"[^\"'\\\x00-\x1f]*")
-"""Names that end up in quotes in generated code."""
+"""Names that are quoted in generated code."""
 _CONTAINERS = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 
 
 def check_pickle(data: bytes) -> None:
-    """Refuse a pickle that names anything but what tensors are rebuilt with. Reads opcodes; runs nothing.
+    """Refuse a pickle that names anything except the functions that rebuild tensors. Reads opcodes; runs nothing.
 
     Raises:
         UnsafeContentError: An opcode or a global is not on the list, or the pickle is broken.
     """
     memo: dict[Any, str | None] = {}
-    # The strings on top of the stack, as far as that is known: STACK_GLOBAL takes its two names from there.
+    # The strings on top of the stack, if they are known: STACK_GLOBAL takes its two names from there.
     top: list[str | None] = []
     for opcode, argument in _opcodes_of(data):
         if not _OPCODES.fullmatch(opcode):
@@ -103,7 +104,7 @@ def check_pickle(data: bytes) -> None:
 
 
 def _opcodes_of(data: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield the opcodes of a pickle with what stands behind each, one at a time."""
+    """Yield the opcodes of a pickle with their arguments, one at a time."""
     try:
         for opcode, argument, _ in pickletools.genops(data):
             yield opcode.name, argument
@@ -117,10 +118,10 @@ def _check_global(name: str) -> None:
 
 
 def expect(value: Any, kind: type[T], what: str) -> T:
-    """Return a value of JSON that must be of a type.
+    """Return a value of JSON, after a check of its type.
 
     Raises:
-        UnsafeContentError: It is of another one. ``what`` names it.
+        UnsafeContentError: It has another type. ``what`` names it.
     """
     if type(value) is not kind:
         raise UnsafeContentError(f"not the JSON of an exported program: {what} is a {type(value).__name__}")
@@ -131,9 +132,9 @@ def check_program(document: dict[str, Any]) -> None:
     """Refuse the JSON of a program if loading or calling it could run more than torch operators.
 
     Raises:
-        UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list, or something
-            that is looked at is of another type than programs have.
-        ValueError: A text that should be JSON is none.
+        UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list, or a value
+            that is checked has a different type from that in programs.
+        ValueError: A text that should be JSON is not.
         RecursionError: It is nested too deeply.
     """
     for symbol, limits in expect(document.get("range_constraints", {}), dict, "range_constraints").items():
@@ -150,14 +151,14 @@ def read_version(document: dict[str, Any]) -> str:
     """Return the version of a program's schema, such as "8.20".
 
     Raises:
-        UnsafeContentError: It has none of two whole numbers.
+        UnsafeContentError: It has no version of two whole numbers.
     """
     version = expect(document.get("schema_version"), dict, "schema_version")
     return ".".join(str(expect(version.get(part), int, f"the {part} version")) for part in ("major", "minor"))
 
 
 def _check_values(value: Any) -> None:
-    """Look at the keys that carry code, wherever they are; a key may also be a tensor's name, and then holds no text.
+    """Check the keys that contain code, at any depth. Such a key may also be the name of a tensor; its value is no text then.
 
     Names of nodes, arguments and attributes count as code: FX writes them into the source that it compiles.
     """
@@ -171,7 +172,7 @@ def _check_values(value: Any) -> None:
         if key in ("forward_arg_names", "field_names") and item is not None:
             for name in item if isinstance(item, list) else [item]:
                 _check_name(_IDENTIFIER, name)
-        elif key == "constant_input":  # of a text that was given for a tensor, torch makes a guard, in quotes
+        elif key == "constant_input":  # torch makes a guard with a quoted text, if a text is given instead of a tensor
             _check_values(item)
             given = expect(item, dict, "constant_input").get("value")
             for text in expect(given, dict, "the value of a constant_input").values():
@@ -233,7 +234,7 @@ def _is_key(value: str | bytes) -> bool:
 
 
 def _check_treespec(spec: Any, *, depth: int) -> None:
-    """At depth 1 are the arguments: the keys of that dict are the parameters of a function that FX writes."""
+    """Check a container. At depth 1 are the arguments: the keys of that dict are parameters of a function that FX writes."""
     spec = expect(spec, dict, "a container of inputs or outputs")
     kind, context = spec.get("type"), spec.get("context")
     if not isinstance(kind, str | None) or kind not in _CONTAINERS or "__enum__" in str(context):

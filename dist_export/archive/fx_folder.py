@@ -1,6 +1,6 @@
-"""The FX folder of a dense export: a plain Python package that holds the program's graph as code, and its weights.
+"""Write the FX folder of a dense export: a plain Python package with the program's graph as code, and its weights.
 
-``GraphModule.to_folder`` does not do: it refuses what ``ExportedProgram.module()`` gives, writes the absolute path of
+``GraphModule.to_folder`` cannot be used. It refuses the result of ``ExportedProgram.module()``, writes the absolute path of
 the weights into the code, and pickles the children.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 GRAPH = "graph.txt"
-"""Beside the folder."""
+"""Written beside the folder."""
 
 STATE_DICT_NAME = "state_dict.pt"
 MODULE_NAME = "module.py"
@@ -53,12 +53,12 @@ def write_fx_folder(exported_program: ExportedProgram, folder: Path, module_name
 
     Raises:
         ConfigError: ``module_name`` cannot be the name of a class.
-        TraceError: The graph holds something other than operators, tensors and subgraphs of those.
+        TraceError: The graph contains something other than operators, tensors and subgraphs of those.
     """
     source, weights = render_fx_module(exported_program, module_name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE_DICT_NAME
-    with naming_any(str(path)), path.open("wb") as file:  # given a path, torch.save would put its name into the file
+    with naming_any(str(path)), path.open("wb") as file:  # with a path, torch.save would write its name into the file
         torch.save(weights, file)
     for name, text in ((MODULE_NAME, source), (INIT_NAME, INIT_TEXT)):
         with naming(str(folder / name)):
@@ -66,13 +66,13 @@ def write_fx_folder(exported_program: ExportedProgram, folder: Path, module_name
 
 
 def render_fx_module(exported_program: ExportedProgram, module_name: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return the text of ``module.py``, and by name the tensors of ``state_dict.pt``, of the class ``module_name``.
+    """Return the text of ``module.py``, and the tensors of ``state_dict.pt`` by name, for the class ``module_name``.
 
     The same program and the same torch give the same text.
 
     Raises:
         ConfigError: ``module_name`` cannot be the name of a class.
-        TraceError: The graph holds something other than operators, tensors and subgraphs of those.
+        TraceError: The graph contains something other than operators, tensors and subgraphs of those.
     """
     module = _flatten(exported_program)
     reserved = {"Path", *module.graph.python_code("self").globals}
@@ -82,7 +82,7 @@ def render_fx_module(exported_program: ExportedProgram, module_name: str) -> tup
 
 
 def graph_text(exported_program: ExportedProgram) -> str:
-    """Return the text of ``graph.txt``: the FX graph that the folder holds, then the Python code made from it."""
+    """Return the text of ``graph.txt``: the FX graph in the folder, then the Python code made from it."""
     module = _flatten(exported_program)
     code = module.graph.python_code("self").src.strip()
     return f"{module.graph}\n\n{code}\n"
@@ -106,20 +106,20 @@ def _flatten(exported_program: ExportedProgram) -> fx.GraphModule:
 
 
 def _name_arguments(exported_program: ExportedProgram, graph: fx.Graph) -> None:
-    """Give keyword inputs their own names: FX writes ``User`` as ``user`` and loses letters beyond ASCII."""
+    """Give keyword inputs their own names: FX writes ``User`` as ``user`` and drops letters beyond ASCII."""
     in_spec = exported_program.call_spec.in_spec
-    children = getattr(in_spec, "children", None)  # a method, a property or not there, by version
+    children = getattr(in_spec, "children", None)  # a method, a property or missing, depending on the version
     positional, keywords = children() if callable(children) else in_spec.children_specs
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     names = list(keywords.context or ())
     if positional.num_leaves or keywords.num_leaves != len(names) or len(arguments) != len(names):
-        return  # nested or positional inputs: one argument a tensor, named by FX
+        return  # nested or positional inputs: one argument per tensor, named by FX
     for node, name in zip(arguments, names, strict=True):
         node.target = name
 
 
 def _flatten_attributes(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Move what ``graph`` reads from ``owner`` to the top level of a new module. Subgraphs stay children."""
+    """Move the attributes of ``owner`` that ``graph`` reads to the top level of a new module. Subgraphs stay children."""
     _drop_dead_nodes(graph)
     root = nn.Module()
     taken = {*dir(root), "forward", "_forward"}
@@ -139,7 +139,10 @@ def _flatten_attributes(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
             _attach(root, name, value)
         node.target = names[id(value)]
     module = fx.GraphModule(root, graph)
-    for name, value in root.named_children():  # GraphModule copies tensors that the graph reads, and not always these
+    for (
+        name,
+        value,
+    ) in root.named_children():  # GraphModule copies tensors that the graph reads, but not always children
         setattr(module, name, value)
     return module
 
@@ -187,7 +190,7 @@ def _free_name(wanted: str, taken: set[str]) -> str:
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on the CPU in a storage of its size: of a view, ``torch.save`` writes all that is viewed."""
+    """Return the tensor on the CPU in a storage of its own size: ``torch.save`` writes the whole storage of a view."""
     tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor
@@ -210,7 +213,7 @@ _LOAD_STATE_DICT = (
 def _render_classes(
     module: fx.GraphModule, class_name: str, imports: set[str], *, last_lines: tuple[str, ...] = ()
 ) -> str:
-    """Return the class of ``module``, after those of its subgraphs, and add what they need to ``imports``."""
+    """Return the class of ``module`` after the classes of its subgraphs; add their imports to ``imports``."""
     before: list[str] = []
     init = ["super().__init__()"]
     for name, parameter in module.named_parameters(recurse=False):
@@ -237,15 +240,15 @@ def _render_classes(
 def _render_empty(tensor: torch.Tensor) -> str:
     if tensor.is_contiguous():
         return f"torch.empty({list(tensor.shape)}, dtype={tensor.dtype})"
-    # Kernels may sum in another order over another layout, so the layout is kept too.
+    # Kernels may sum in a different order with a different layout, so the layout is kept too.
     return f"torch.empty_strided({list(tensor.shape)}, {list(tensor.stride())}, dtype={tensor.dtype})"
 
 
 def _render_forward(module: fx.GraphModule, imports: set[str]) -> str:
     """Return the source of ``forward``.
 
-    FX writes ``torch.ops...`` and ``device(...)``, which an input of that name would hide, as it does in the program's
-    own module. The code then moves to ``_forward`` with other argument names.
+    FX writes ``torch.ops...`` and ``device(...)``. An input with such a name would hide them, as in the program's own
+    module. In that case the code goes to ``_forward``, with other argument names.
     """
     graph = copy.deepcopy(module.graph)
     known = graph.python_code("self").globals

@@ -1,7 +1,7 @@
-"""The zip layout of ``torch.export.save`` up to torch 2.7, and the program's JSON cut down to what that torch knows.
+"""The zip layout of ``torch.export.save`` up to torch 2.7, and the program's JSON reduced to the fields of that version.
 
-torch 2.7 hands every field that it reads to a constructor, so one unknown field makes a file unreadable there. What it
-knows is written down below: it is the format's definition for us, not something to look up in the torch at hand.
+torch 2.7 passes every field that it reads to a constructor, so one unknown field makes a file unreadable there. The
+fields that it knows are listed below. This list defines the format here; it is not read from the installed torch.
 """
 
 from __future__ import annotations
@@ -159,11 +159,11 @@ UNIONS: dict[str, dict[str, str]] = {
 SCALAR_TYPES = frozenset({*range(14), 28, 29, 30})
 
 _EXPENDABLE = frozenset({("ExportedProgram", "guards_code"), ("Node", "name")})
-"""Later fields that may hold something and still go: checks of the inputs' shapes, and names for debugging."""
+"""Later fields that may have a value and are removed nevertheless: checks of the inputs' shapes, and debugging names."""
 
 
 def has_dtype(dtype: torch.dtype) -> bool:
-    """Whether schema 8.7 has this dtype."""
+    """Return whether schema 8.7 has this dtype."""
     from torch._export.serde.serialize import _TORCH_TO_SERIALIZE_DTYPE
 
     number = _TORCH_TO_SERIALIZE_DTYPE.get(dtype)
@@ -171,7 +171,7 @@ def has_dtype(dtype: torch.dtype) -> bool:
 
 
 def pack_legacy(exported_program: ExportedProgram) -> bytes:
-    """Return the program as the zip that torch 2.7 reads, of schema 8.7 at most. The members are stored, undated.
+    """Return the program as the zip that torch 2.7 reads, with schema 8.7 at most. Members are uncompressed, without dates.
 
     Raises:
         TraceError: The program needs an argument type or a dtype that schema 8.7 does not have.
@@ -200,10 +200,10 @@ def pack_legacy(exported_program: ExportedProgram) -> bytes:
 
 
 def prune(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a serialized ExportedProgram with only what schema 8.7 knows, and with that version on it.
+    """Return a serialized ExportedProgram with only the fields of schema 8.7, and with that version.
 
     Raises:
-        TraceError: Something cannot be left out without changing what the program computes.
+        TraceError: Something cannot be left out without changing the result of the program.
     """
     pruned: dict[str, Any] = _prune("ExportedProgram", document, "$")
     version = pruned["schema_version"]
@@ -234,7 +234,7 @@ def _prune(kind: str, value: Any, where: str) -> Any:
         return {tag: _prune(UNIONS[kind][tag], content, f"{where}.{tag}")}
     fields = STRUCTS[kind]
     for name, content in value.items():
-        # An empty later field says what its absence says; a full one may say something that torch 2.7 must not miss.
+        # An empty later field means the same as a missing one; a full one may be something that torch 2.7 must know.
         if name not in fields and content not in (None, False, [], {}, "") and (kind, name) not in _EXPENDABLE:
             raise _unknown(where, f"{kind}.{name}")
     return {name: _prune(kind_, value[name], f"{where}.{name}") for name, kind_ in fields.items() if name in value}

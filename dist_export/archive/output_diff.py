@@ -1,4 +1,4 @@
-"""How far two tensors of outputs are apart: absolutely, relatively, and in units in the last place."""
+"""Measure the difference of two output tensors: absolute, relative, and in units in the last place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
-"""Integers of the same width, whose order is that of the floats."""
+"""Integers of the same width, which have the same order as the floats."""
 
 
 class Difference(NamedTuple):
@@ -20,11 +20,11 @@ class Difference(NamedTuple):
 
     max_abs: float
     max_rel: float
-    """Of values below ``atol`` relative to ``atol``: they are as good as zero."""
+    """For values below ``atol``, relative to ``atol``, because such values count as zero."""
     max_ulp: int
-    """How many floats of the dtype lie between, plus one; for a NaN beside a number as many as the dtype has."""
+    """The number of floats between the two, plus one. For NaN against a number: the number of floats of the dtype."""
     row: int
-    """The first dimension's place where the absolute difference is largest."""
+    """The index in the first dimension with the largest absolute difference."""
     is_close: bool
     """``|found - expected| <= atol + rtol * max(|expected|, usual size)`` everywhere; integers and bools must be equal."""
 
@@ -40,12 +40,12 @@ def compare(
 ) -> Difference:
     """Compare two tensors of one shape and dtype.
 
-    The usual size of a value is the median of the magnitudes in its column, over the first dimension: a value near zero may be
-    a small difference of large terms, and is rounded as those are. A few huge values do not move a median.
+    The usual size of a value is the median of the magnitudes in its column, over the first dimension. A value near zero may be
+    a small difference of large terms, with the rounding of those terms. A few huge values do not change a median.
 
     Args:
-        like: (rows, ...) the same output for more rows, for its usual sizes; None takes ``expected``.
-        rounding: (...) how far rounding was seen to move values, by column; the tolerance grows by it.
+        like: (rows, ...) the same output for more rows, to compute usual sizes; None takes ``expected``.
+        rounding: (...) the observed effect of rounding on values, by column; it is added to the tolerance.
     """
     expected, found = expected.detach().cpu(), found.detach().cpu()
     if not expected.numel():
@@ -75,7 +75,7 @@ def compare(
 
 
 def has_same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of any dtype have the same dtype, shape and values. NaN equals NaN, +0 equals -0."""
+    """Return whether two tensors have the same dtype (any), shape and values. NaN equals NaN, +0 equals -0."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     one, other = _comparable(one), _comparable(other)
@@ -83,7 +83,7 @@ def has_same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values in a dtype that torch compares: of the newer ones it has little more than casts."""
+    """Return the values in a dtype that torch can compare: for newer dtypes it has little more than casts."""
     tensor = tensor.detach().cpu()
     if tensor.is_complex():
         return torch.view_as_real(
@@ -98,9 +98,9 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 
 def usual_sizes(like: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
-    """Return the median magnitude of each column (..., float64), of ``like`` where its columns are those of ``expected``.
+    """Return the median magnitude of each column (..., float64), of ``like`` if its columns are those of ``expected``.
 
-    Columns run over the first dimension. Values that are not finite do not count; a column without others has the size 0.
+    Columns run over the first dimension. Values that are not finite are ignored; a column without finite values has size 0.
     """
     is_like = like is not None and like.dim() and like.shape[1:] == expected.shape[1:] and like.shape[0]
     values = (like if is_like and like is not None else expected).detach().cpu().to(torch.float64).abs()
@@ -116,23 +116,23 @@ def describe_allowed(atol: float, rtol: float) -> str:
 
 def _max_ulp(expected: torch.Tensor, found: torch.Tensor, is_same: torch.Tensor) -> int:
     bits = _BITS.get(expected.dtype)
-    if bits is None:  # the 8-bit floats, which no output has had so far
+    if bits is None:  # the 8-bit floats, which outputs do not have so far
         return 0
     is_nan = expected.isnan() != found.isnan()
     if bool(is_nan.any()):
         return 1 << (8 * expected.element_size())
     places = [_place(tensor.contiguous().view(bits).to(torch.int64), bits) for tensor in (expected, found)]
-    # two float64 of different signs can be more than 2**63 apart: the halves of both are subtracted apart
+    # two float64 of different signs can be more than 2**63 apart, so the upper and lower halves are subtracted separately
     high = (places[0] >> 32) - (places[1] >> 32)
     low = (places[0] & 0xFFFFFFFF) - (places[1] & 0xFFFFFFFF)
     far = torch.where(is_same, torch.zeros_like(high), high).abs()
-    candidates = (far >= far.max() - 1) & ~is_same  # the halves differ by less than one of the other
+    candidates = (far >= far.max() - 1) & ~is_same  # a difference of the lower halves is less than one of the upper
     pairs = zip(high[candidates].tolist(), low[candidates].tolist(), strict=True)
     return max((abs((one << 32) + other) for one, other in pairs), default=0)
 
 
 def _place(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Map the bits of floats to integers in their order: both zeros to 0, negative ones below."""
+    """Map the bits of floats to integers in the same order: both zeros to 0, negative floats below 0."""
     return torch.where(bits < 0, torch.iinfo(dtype).min - bits, bits)
 
 

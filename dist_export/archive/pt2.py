@@ -1,4 +1,4 @@
-"""The bytes of ``exported_model.pt``: an ExportedProgram packed without a trace of the machine that packed it."""
+"""Make the bytes of ``exported_model.pt``: an ExportedProgram without information about the machine that packed it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 ArchiveFormat = Literal["pt2", "legacy"]
 
 _MACHINE_BOUND_META = frozenset({"stack_trace", "source_fn_stack", "custom", "from_node"})
-"""Node metadata that quotes source files or holds free text. ``nn_module_stack`` and ``torch_fn`` stay: they name
-classes and functions only, and unflattening a program needs the former."""
+"""Node metadata that quotes source files or contains free text. ``nn_module_stack`` and ``torch_fn`` stay: they name
+only classes and functions, and unflattening a program needs the former."""
 
 
 def pack_program(exported_program: ExportedProgram, *, archive_format: ArchiveFormat) -> bytes:
-    """Return the bytes of ``exported_model.pt``. Writes no file; the program is as before when this returns.
+    """Return the bytes of ``exported_model.pt``. Writes no file. The program is unchanged when this returns.
 
-    The same program gives the same bytes in every process with the same torch: no time, no path, no file name is in
-    them, and the root folder of a PT2 archive is always ``archive``.
+    The same program gives the same bytes in every process with the same torch: they contain no time, no path and no file
+    name, and the root folder of a PT2 archive is always ``archive``.
 
     Args:
         exported_program: Traced on the CPU.
-        archive_format: ``pt2`` is the archive of torch >= 2.8. ``legacy`` is the zip that torch 2.7 reads, as does
-            every later torch so far.
+        archive_format: ``pt2`` is the archive of torch >= 2.8. ``legacy`` is the zip that torch 2.7 and, so far, every
+            later torch reads.
 
     Raises:
-        ConfigError: The format is unknown, or ``pt2`` is asked of a torch that cannot write it.
-        TraceError: The program uses something that the legacy format has no words for.
+        ConfigError: The format is unknown, or this torch cannot write ``pt2``.
+        TraceError: The program uses something that the legacy format cannot express.
     """
     if archive_format not in ("pt2", "legacy"):
         raise ConfigError(f"archive_format is {archive_format!r}; it must be 'pt2' or 'legacy'")
@@ -47,7 +47,7 @@ def pack_program(exported_program: ExportedProgram, *, archive_format: ArchiveFo
             raise ConfigError(
                 f"archive_format 'pt2' needs torch >= 2.8 and this is {torch.__version__}; use archive_format 'legacy'"
             )
-        # A buffer has no name: saved to a path, the archive's root folder would take the name of the file.
+        # A buffer has no name. With a path, the archive's root folder would get the name of the file.
         buffer = io.BytesIO()
         torch.export.save(exported_program, buffer)
     return buffer.getvalue()
@@ -55,7 +55,7 @@ def pack_program(exported_program: ExportedProgram, *, archive_format: ArchiveFo
 
 @contextmanager
 def _hidden_sources(exported_program: ExportedProgram) -> Iterator[None]:
-    """Take the metadata that names source files off every node, and put it back on the way out.
+    """Remove the metadata that names source files from every node, and restore it afterwards.
 
     A copy of the program would be cleaner, but copying also copies the weights.
     """

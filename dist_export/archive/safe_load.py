@@ -1,8 +1,8 @@
-"""A look at ``exported_model.pt`` before torch opens it. ``torch.export.load`` runs what an archive tells it to run.
+"""Check ``exported_model.pt`` before torch opens it, because ``torch.export.load`` runs code that an archive contains.
 
-Five things in an archive are code in disguise: pickles; expressions of sizes, which sympy evaluates; guards, and names
-of inputs and weights, which are compiled when the program becomes a module; and operators, which are looked up anywhere
-in torch (``torch.os.system`` is found by name). Each is held to a list of what exported programs contain.
+Five kinds of content are code: pickles; size expressions, which sympy evaluates; guards; names of inputs and weights,
+which are compiled, like guards, when the program becomes a module; and operators, which torch looks up anywhere in itself
+(it finds ``torch.os.system`` by name). Each kind is compared with a list of what exported programs contain.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _REBUILD = "export the model anew, or ask whoever sent the file"
 
 @dataclass(frozen=True)
 class ArchiveInfo:
-    """What an archive says of itself, once it has passed."""
+    """The description of an archive that has passed the check."""
 
     format: Literal["pt2", "legacy"]
     schema_version: str
-    """Of the program's JSON: "8.20"."""
+    """The version of the program's JSON, such as "8.20"."""
     member_names: tuple[str, ...]
-    """As in the zip, in its order: with the root folder, if the archive has one."""
+    """The names in the zip, in its order, with the root folder if the archive has one."""
 
 
 def check_archive(source: Source) -> ArchiveInfo:
@@ -73,13 +73,13 @@ def check_archive(source: Source) -> ArchiveInfo:
 
 
 def load_program(source: Source) -> ExportedProgram:
-    """Check the archive, then load it with ``torch.export.load``. Holds the whole archive in memory, twice for a while.
+    """Check the archive, then load it with ``torch.export.load``. Memory holds the whole archive, for a while twice.
 
-    torch reads a copy made of the members that were checked, since two zip readers can differ on one file, and opens
-    each pickle with ``weights_only=True`` before anything opens it without.
+    torch reads a copy made of the checked members, because two zip readers can read one file differently. Each pickle is
+    opened with ``weights_only=True`` before it is opened without.
 
     Raises:
-        PackageError: As :func:`check_archive`, and where torch cannot make a program of what it found.
+        PackageError: As :func:`check_archive`, and if torch cannot make a program from the content.
     """
     archive_info, members = _read_checked(source)
     import torch
@@ -105,7 +105,7 @@ def load_program(source: Source) -> ExportedProgram:
 
 
 def _read_checked(source: Source) -> tuple[ArchiveInfo, dict[str, bytes]]:
-    """Return the archive's description and its members, named as below the root folder."""
+    """Return the archive's description and its members, with names relative to the root folder."""
     label = _describe(source)
     data = _read(source, label)
     raw = _read_zip(data, label)
@@ -113,7 +113,7 @@ def _read_checked(source: Source) -> tuple[ArchiveInfo, dict[str, bytes]]:
     if "version" in raw and _LEGACY_PROGRAM in raw:
         return ArchiveInfo("legacy", _check_legacy(raw, label), names), raw
     roots = {name.split("/", 1)[0] for name in names}
-    # a member that is called as the root folder itself is none that torch writes
+    # torch writes no member with the name of the root folder itself
     if len(roots) != 1 or f"{next(iter(roots))}/archive_format" not in raw or not roots.isdisjoint(raw):
         raise _refusal(label, names[0], "neither a PT2 archive nor the legacy layout of torch.export.save")
     members = {name.split("/", 1)[1]: content for name, content in raw.items()}
@@ -144,9 +144,9 @@ def _read(source: Source, label: str) -> bytes:
 
 
 def _read_zip(data: bytes, label: str, inside: str = "") -> dict[str, bytes]:
-    """Return every member of a zip, having looked at what the directory claims before unpacking any."""
+    """Return every member of a zip. The sizes in its directory are checked before any member is unpacked."""
     where = f"{label}: {inside}" if inside else label
-    # zipfile looks further up for a directory, and in an archive cut short finds that of a zip within.
+    # zipfile also searches further up for a directory; in a truncated archive it finds that of a zip inside.
     if not data.startswith(b"PK\x03\x04") or data[-22:-18] != b"PK\x05\x06" or any(data[-2:]):
         raise PackageError(
             f"{where}: not a zip archive, or truncated (it does not begin and end as one); copy it again"
@@ -166,7 +166,7 @@ def _check_directory(infos: list[zipfile.ZipInfo], num_bytes: int, label: str, i
         raise _refusal(label, inside or "(directory)", "a directory of nothing, or of another file's members")
     if len(infos) > MAX_MEMBERS:
         raise _refusal(label, inside or "(directory)", f"{len(infos):,} members, more than {MAX_MEMBERS:,}")
-    # Readers that ignore case find the first of two names, and zipfile the last.
+    # Readers that ignore case find the first of two equal names, and zipfile finds the last.
     count = Counter(entry.filename.casefold() for entry in infos)
     total = 0
     for entry in infos:
@@ -176,7 +176,7 @@ def _check_directory(infos: list[zipfile.ZipInfo], num_bytes: int, label: str, i
             raise _refusal(label, at + repr(name)[1:-1], "a member name that leaves the archive or is malformed")
         if count[name.casefold()] > 1:
             raise _refusal(label, at + name, "two members of this name")
-        # torch stores its members as they are, so that none can unpack to more than the file
+        # torch stores its members uncompressed, so that none can unpack to more than the file
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
             raise _refusal(label, at + name, "a member that is compressed or encrypted")
         total += entry.file_size
@@ -238,7 +238,7 @@ def _parse_json(content: bytes) -> dict[str, Any]:
 
     document = json.loads(content, object_pairs_hook=unique)
     if not isinstance(document, dict):
-        raise ValueError("not an object")  # noqa: TRY004 -- as what json says of text that is none
+        raise ValueError("not an object")  # noqa: TRY004 -- json raises the same for text that is not JSON
     return document
 
 
@@ -264,14 +264,14 @@ def _is_pickle_member(name: str) -> bool:
 
 
 def _check_torch_pickle(content: bytes, label: str, name: str) -> None:
-    """Refuse what ``torch.load`` would not take for a plain ``torch.save`` zip, then look at the pickle in it."""
+    """Refuse a file that ``torch.load`` would not read as a plain ``torch.save`` zip, then check the pickle in it."""
     if not content:  # no example inputs
         return
     members = _read_zip(content, label, name)
     roots = {member.split("/", 1)[0] for member in members}
     pickles = [member for member in members if member.endswith(".pkl")]
     root = next(iter(roots))
-    # constants.pkl would make torch.load take the file for TorchScript, which is code.
+    # constants.pkl would make torch.load read the file as TorchScript, which is code.
     if len(roots) != 1 or pickles != [f"{root}/data.pkl"] or any(".py" in m or "/code/" in m for m in members):
         raise _refusal(label, name, "not the layout of torch.save")
     try:
@@ -293,7 +293,7 @@ def _repack_pt2(members: dict[str, bytes]) -> io.BytesIO:
     import torch
 
     buffer = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(buffer)  # noqa: SLF001 -- aligns the members as torch's reader wants them
+    writer = torch._C.PyTorchFileWriter(buffer)  # noqa: SLF001 -- aligns the members as torch's reader requires
     for name, content in members.items():
         if not _WRITTEN_BY_TORCH.match(name):
             writer.write_record(name, content, len(content))
@@ -312,7 +312,7 @@ def _repack_legacy(members: dict[str, bytes]) -> io.BytesIO:
 
 
 def _load_quietly(file: io.BytesIO) -> ExportedProgram:
-    """Load without torch's warnings that a legacy archive is no PT2 archive: that is known, and wanted."""
+    """Load without torch's warnings that a legacy archive is not a PT2 archive, because that is intended."""
     import logging
 
     import torch

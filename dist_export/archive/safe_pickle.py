@@ -1,9 +1,9 @@
-"""Read the pickles of sample tensors in a dense folder without running what a pickle may say.
+"""Read the pickles of sample tensors in a dense folder without running code that a pickle may contain.
 
-They are what ``pickle`` makes of tensors: ``torch._utils._rebuild_tensor_v2`` over ``torch.storage._load_from_bytes``, and
-``_rebuild_tensor_v3``, which names the dtype, for the dtypes that have no storage class (float8, uint16, complex32 and others).
-Only these names are known here, and neither is called: a tensor is made of what is left at the end, once its sizes were
-compared with what its storage holds.
+``pickle`` writes tensors as ``torch._utils._rebuild_tensor_v2`` over ``torch.storage._load_from_bytes``. For dtypes without
+a storage class (float8, uint16, complex32 and others) it writes ``_rebuild_tensor_v3``, which names the dtype. Only these
+names are accepted here, and neither is called. Tensors are made at the end, after their sizes were compared with the
+content of their storages.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class _Tensor(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype | None = None
-    """None takes that of the storage."""
+    """None takes the dtype of the storage."""
 
 
 def read_sample_pickle(raw: bytes, *, where: str) -> Tensors:
-    """Return what was pickled: a tensor, a tuple of tensors, or a dict of them by name.
+    """Return the pickled object: a tensor, a tuple of tensors, or a dict of tensors by name.
 
     Raises:
-        PackageError: it is cut short, names anything else, or holds anything else.
+        PackageError: it is cut short, or names or contains anything else.
     """
     try:
         found = Machine(raw, _find).load()
@@ -126,7 +126,7 @@ def _make(tensor: _Tensor, storages: dict[int, Any]) -> torch.Tensor:
         if flat.dtype != torch.uint8:
             raise PickleError(f"a tensor of {tensor.dtype} lies over a storage of {flat.dtype}")
         flat = flat[: len(flat) // tensor.dtype.itemsize * tensor.dtype.itemsize].view(tensor.dtype)
-    if math.prod(tensor.sizes) > len(flat):  # also one that is spread over few values: a sample is written in full
+    if math.prod(tensor.sizes) > len(flat):  # also refuses an expanded view, because a sample is written in full
         raise PickleError(f"a tensor of {math.prod(tensor.sizes):,} values over a storage of {len(flat):,}")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.sizes, tensor.strides, strict=True))
     if math.prod(tensor.sizes) and last >= len(flat):
@@ -135,7 +135,7 @@ def _make(tensor: _Tensor, storages: dict[int, Any]) -> torch.Tensor:
 
 
 def _load_storage(raw: bytes) -> torch.Tensor:
-    """Return the values of a storage (shape [n]), once what the pickle in it says was compared with what it holds."""
+    """Return the values of a storage (shape [n]), after the size in its pickle was compared with its content."""
     if raw.startswith(b"PK"):
         archive = check_state_archive(io.BytesIO(raw), where="a storage")
         held = _expect_storage(load_archive(archive))
@@ -146,7 +146,7 @@ def _load_storage(raw: bytes) -> torch.Tensor:
         first = archive.storages[held.key][0]
     else:
         described, end = find_legacy(raw)
-        held, first = _expect_storage(described), end + 8  # behind the number of values
+        held, first = _expect_storage(described), end + 8  # the number of values comes first
         is_whole = len(raw) >= first + held.num_bytes
         if not is_whole or raw[end:first] != struct.pack("<q", held.num_bytes // itemsize_of(held.dtype)):
             raise PickleError("a storage has another number of values than it says")
