@@ -41,7 +41,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: a process that opens a package pays for no exporter."""
+    """Import an exported name at its first use, so that a process that only opens a package does not import the exporter."""
     if name in _HOMES:
         import importlib
 

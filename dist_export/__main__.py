@@ -11,7 +11,7 @@ def run() -> None:
         from dist_export.cli import main
 
         code = main(sys.argv[1:])
-    except KeyboardInterrupt:  # before it could be told from an error, or after
+    except KeyboardInterrupt:  # it came before or after main() handles it
         code = 130
     sys.exit(code)
 

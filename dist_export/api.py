@@ -1,4 +1,4 @@
-"""What other programs call: ``Exporter`` with RecIS's parameters, ``export`` with a config, ``open_package``."""
+"""The Python API: ``Exporter`` with RecIS's parameters, and ``export`` with a config."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Exporter:
     The parameters are RecIS's. Further keywords are any other settings of
     :class:`~dist_export.config.schema.ExportConfig`, such as ``num_shards`` or ``allow_missing_dense``.
 
-    Call :meth:`export` on all ranks of a running job, or in one process alone. A process group that is there is used
-    through a subgroup of its own; the model is left as it was.
+    Call :meth:`export` on all ranks of a running job, or in a single process. An existing process group is used through a
+    separate subgroup. The model is not changed.
     """
 
     def __init__(
@@ -47,28 +47,28 @@ class Exporter:
         need_export_sparse: bool = True,
         **settings: Any,
     ) -> None:
-        """Check the settings. ConfigError (also a ValueError) names the one that is wrong.
+        """Check the settings. ConfigError (also a ValueError) names the wrong setting.
 
         Args:
-            model: holds the sparse arch and the dense arch; None exports the tables alone.
+            model: contains the sparse arch and the dense arch; None exports only the tables.
             sparse_model_name: path of the sparse arch within ``model``.
             dense_model_name: path of the dense arch within ``model``, and prefix of its parameters in ``model.pt``.
-            dataset: an iterable of batches for the sparse arch; a few are taken. None, where ``ckpt_dir`` is None, exports the
-                tables alone.
-            ckpt_dir: the checkpoint; None exports the tables of ``model`` as they are in memory, with no checkpoint in
-                between, and its dense parameters with them.
-            export_dir: where the package goes.
+            dataset: an iterable of batches for the sparse arch; a few are taken. None, if ``ckpt_dir`` is None, exports only
+                the tables.
+            ckpt_dir: the checkpoint. None exports the tables of ``model`` from memory, without a checkpoint, with its dense
+                parameters.
+            export_dir: where the package is written.
             dense_optimizer: its gradients are cleared.
             export_folder_name: folder of the dense arch in the package.
             export_model_name: name of the FX module in that folder.
             export_outputs: names of the outputs, in order.
             fg: an object with ``get_fg_conf()`` and ``get_mc_conf()``.
-            fg_conf_or_path: feature generator configuration, or the path of its JSON file; goes before ``fg``.
+            fg_conf_or_path: feature generator configuration, or the path of its JSON file; overrides ``fg``.
             mc_conf_or_path: the same for the blocks.
             filter_sparse_opt: True drops optimizer state and writes new shards, False copies the sparse files byte for byte. None
                 is False for a RecIS checkpoint, as in RecIS, and True for every other format.
             add_subfolder: put the package into ``<yyyymmdd>000000/data`` below ``export_dir``.
-            need_export_sparse: False exports the dense arch alone.
+            need_export_sparse: False exports only the dense arch.
             settings: any other setting of an export.
         """
         self.config = load_config(
@@ -98,12 +98,12 @@ class Exporter:
         """Export; return the manifest of the committed package. All ranks.
 
         Args:
-            progress: whether rank 0 shows the progress and the closing summary, in one line on a terminal and through
-                the logger ``dist_export`` elsewhere; None takes the setting of that name, which is true by default.
+            progress: whether rank 0 shows the progress and the closing summary: on a terminal in one line, elsewhere through
+                the logger ``dist_export``. None takes the setting of that name, which is true by default.
 
         Raises:
-            UserError: for what the caller can mend; nothing was written. In one process.
-            ExportError: a failed export; no manifest was written. In one process.
+            UserError: a mistake that the caller can correct; nothing was written. In a single process.
+            ExportError: a failed export; no manifest was written. In a single process.
             StepFailedError: either of them on any of several ranks, with the text of each; its ``exit_code`` is 2 or 1.
         """
         with join(timeout_secs=self.config.timeout) as ranks:
@@ -117,7 +117,7 @@ def export(
 
     Returns the manifest of the committed package; shows the progress and raises as :meth:`Exporter.export`.
     """
-    # a config that was built by hand has not had its types checked
+    # the types in a config that was built by hand have not been checked
     settings = load_config(vars(config) if isinstance(config, ExportConfig) else config)
     with join(timeout_secs=settings.timeout) as ranks:
         objects = ranks.run("build the model and the dataset", lambda: build_objects(settings), may_block=True)

@@ -1,4 +1,4 @@
-"""The command line: arguments to config, config to run, errors to one line and an exit code."""
+"""The command line: turns arguments into a config, runs it, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMANDS = ("export", "init", "plan", "inspect", "verify")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return the exit code: 0 good, 1 a failed export or an unsound package, 2 the user's mistake or a bad source, 130 Ctrl-C."""
+    """Run a command; return 0 (good), 1 (failed export, unsound package), 2 (user's mistake, bad source) or 130 (Ctrl-C)."""
     if list(argv) == ["--version"]:
         from dist_export._version import VERSION
 
@@ -40,23 +40,25 @@ def main(argv: Sequence[str]) -> int:
         except Exception as error:
             if not INTERRUPTS.has_come:
                 raise
-            _tell_interrupt(f"{INTERRUPTS.describe()} ({type(error).__name__})")  # what code of the model made of it
+            _tell_interrupt(f"{INTERRUPTS.describe()} ({type(error).__name__})")  # the model's code may convert Ctrl-C
             return INTERRUPTED
         return INTERRUPTED if code and INTERRUPTS.has_come else code
 
 
 def _run(command: str, argv: list[str]) -> int:
-    """Return the exit code of a command, where it failed for a reason that is told in one line."""
+    """Run a command and return its exit code. Known errors are printed in one line."""
     try:
         commands = {"export": _export, "init": _init, "plan": _plan, "inspect": _inspect, "verify": _verify}
         return commands[command](argv)
     except DistExportError as error:
         return _fail(error)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of the output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if "://" not in str(error.filename):  # what is no store's answer is a bug, and keeps its traceback
+        if "://" not in str(
+            error.filename
+        ):  # an error that does not come from a store is a bug, and keeps its traceback
             raise
         return _fail(UserError(f"{error.filename}: {error.strerror}"))
 
@@ -80,7 +82,7 @@ def _export(argv: list[str]) -> int:
 
     from dist_export.runtime.joining import join
 
-    # The settings are read again once the ranks know each other: so even a misspelt key is told once, by rank 0.
+    # The settings are read again after the ranks have joined, so that rank 0 alone reports a mistake in them.
     try:
         timeout_secs = parse_settings(argv).timeout
     except ConfigError:
@@ -226,14 +228,14 @@ def _verify(argv: list[str]) -> int:
 
 
 def _resolve(arguments: Mapping[str, Any]) -> str:
-    """Return the directory that the path means: itself, or what a registry says."""
+    """Return the directory of a path: the path itself, or the directory that a registry gives."""
     from dist_export.registry import base
 
     return base.resolve(arguments["path"], arguments["registry_options"]).directory
 
 
 def _is_answered(argv: Sequence[str], groups: Mapping[str, Mapping[str, Any]], *, usage: str = "") -> bool:
-    """Print the help of a command if that is asked for; without ``usage`` the settings follow."""
+    """Print the help of a command if it is requested; return whether it was. Without ``usage`` it includes the settings."""
     wanted = {argument.replace("_", "-") for argument in argv} & {"-h", "--help", "--help-all"}
     if wanted:
         from dist_export.config.describe import read_groups, render_help
@@ -245,7 +247,7 @@ def _is_answered(argv: Sequence[str], groups: Mapping[str, Mapping[str, Any]], *
 
 
 def _has_printed_config(argv: Sequence[str], options: Mapping[str, Any]) -> bool:
-    """Print the settings that result as YAML, if that is asked for. ConfigError for settings that an export refuses."""
+    """Print the resulting settings as YAML if requested; return whether they were. ConfigError if an export refuses them."""
     rest = [argument for argument in argv if argument not in ("--print_config", "--print-config")]
     if len(rest) == len(argv):
         return False
@@ -269,7 +271,7 @@ def _configure_logging() -> None:
 
 
 def _name_stage(record: logging.LogRecord) -> bool:
-    """Give a record the stage that the export is in; the line of a stage's end names it itself."""
+    """Add the stage of the export to a log record. The line at the end of a stage names it itself."""
     from dist_export.runtime.io_activity import current_stage
 
     stage = current_stage()
@@ -278,7 +280,7 @@ def _name_stage(record: logging.LogRecord) -> bool:
 
 
 class _OneLine(logging.Formatter):
-    """Makes messages printable, for they may quote foreign names; a traceback keeps its lines."""
+    """Makes messages printable, because they may quote foreign names. A traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
         return printable(super().formatMessage(record))
@@ -297,13 +299,13 @@ def _tell(error: DistExportError, *, rank: int) -> None:
 
 
 def _tell_interrupt(text: str) -> None:
-    """Say why this process ends; nothing where another one does."""
+    """Print why this process ends; print nothing if another process does."""
     if text:
         print(f"{SCREEN.prefix()}dist_export: {text}", file=sys.stderr, flush=True)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print lines that may hold foreign names, each of them as one line."""
+    """Print lines that may contain foreign names, each of them as one line."""
     for line in lines:
         print(printable(line))
 
@@ -312,7 +314,7 @@ def _print_json(value: object) -> None:
     import msgspec
 
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    # outside of texts JSON is printable, and within them an escape says the same
+    # JSON is printable except in its texts, where an escape means the same character
     print("\n".join(line if line.isprintable() else _escape(line) for line in text.split("\n")))
 
 

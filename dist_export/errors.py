@@ -1,18 +1,18 @@
-"""Every error that dist_export raises on purpose. Anything else that escapes is a bug and keeps its traceback."""
+"""Every error that dist_export raises on purpose. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 from dist_export.redact import conceal
 
 _MAX_LINE = 4_000
-"""A foreign name may be as long as its file. What was expected and what to do stand at the end, so the middle goes."""
+"""A foreign name may be as long as its file. The expected value and the advice are at the end, so the middle is cut out."""
 
 
 def printable(text: str) -> str:
-    """Return ``text`` as one line that a terminal may be given: what is not printable becomes an escape, as in ``repr``.
+    """Return ``text`` as one printable line for a terminal. Other characters become escapes, as in ``repr``.
 
-    Names in checkpoints and packages are other people's: they may hold line breaks, terminal escape codes, marks that
-    turn the direction of writing, or half a surrogate pair, which cannot be written out at all. Credentials go, too.
+    Names in checkpoints and packages come from other people. They may contain line breaks, terminal escape codes, marks that
+    reverse the direction of writing, or half a surrogate pair, which cannot be encoded. Credentials are removed too.
     """
     text = conceal(text)
     if text.isprintable():
@@ -21,9 +21,9 @@ def printable(text: str) -> str:
 
 
 class DistExportError(Exception):
-    """The root of the tree. ``exit_code`` is what the command line returns: 1, or 2 where the user can mend it.
+    """The base class. ``exit_code`` is the exit code of the command line: 1, or 2 if the user can correct the mistake.
 
-    Each argument is one line, made printable here, whatever foreign name is in it.
+    Each argument is one line. It is made printable here, whatever foreign name it contains.
     """
 
     exit_code = 1
@@ -50,15 +50,15 @@ class CheckpointError(UserError):
 
 
 class UnaskedError(CheckpointError):
-    """The checkpoint may be whole, but does not tell what is asked of it: a pattern finds nothing, a format is not said."""
+    """The checkpoint may be whole, but lacks something that was requested: a pattern finds nothing, or no format is known."""
 
 
 class PlanError(UserError):
-    """The settings ask for something that this checkpoint cannot give."""
+    """The settings request something that this checkpoint does not have."""
 
 
 class ModelError(UserError):
-    """The model, its dataset or its dense parameters do not fit each other or what serving can load."""
+    """The model, its dataset or its dense parameters do not match each other, or serving cannot load them."""
 
 
 class ExportError(DistExportError):
@@ -70,7 +70,7 @@ class TransferError(ExportError):
 
 
 class EndedError(TransferError):
-    """A file ends before bytes that were to be read. ``fact`` is that alone, for whom its advice is not meant."""
+    """A file ends before bytes that were to be read. ``fact`` is the text without the advice, for callers with other advice."""
 
     def __init__(self, fact: str, advice: str) -> None:
         super().__init__(f"{fact}; {advice}")
@@ -78,11 +78,11 @@ class EndedError(TransferError):
 
 
 class TraceError(ExportError):
-    """``torch.export`` refused the dense arch, or what it wrote cannot be loaded."""
+    """``torch.export`` refused the dense arch, or cannot load what it wrote."""
 
 
 class ParityError(ExportError):
-    """The written program does not give what the model gives."""
+    """The written program and the model give different outputs."""
 
 
 class DriftError(ExportError):
@@ -90,7 +90,7 @@ class DriftError(ExportError):
 
 
 class CommitError(ExportError):
-    """What was written is not what was planned. The message says what is on disk."""
+    """The written files differ from the plan. The message says what is on disk."""
 
 
 class PackageError(DistExportError):
@@ -98,7 +98,7 @@ class PackageError(DistExportError):
 
 
 class StepFailedError(DistExportError):
-    """A step failed on at least one rank. Raised on every rank, with the text of each failure by rank."""
+    """A step failed on at least one rank. It is raised on every rank, with the text of each failure by rank."""
 
     def __init__(self, step: str, failures: dict[int, str], *, world_size: int, exit_code: int = 1) -> None:
         self.step = step
@@ -106,7 +106,7 @@ class StepFailedError(DistExportError):
         self.exit_code = exit_code
         told = list(dict.fromkeys(failures[rank] for rank in sorted(failures)))
         if len(told) == 1 and len(failures) == world_size:
-            super().__init__(*told[0].split("\n  "))  # everyone met the same fault: no rank is special
+            super().__init__(*told[0].split("\n  "))  # all ranks have the same error, so no rank is named
         else:
             ranks = ", ".join(str(rank) for rank in sorted(failures))
             lines = "; ".join(told).split("\n  ")
@@ -116,5 +116,5 @@ class StepFailedError(DistExportError):
 def _shorten(line: str) -> str:
     if len(line) <= _MAX_LINE:
         return line
-    half = _MAX_LINE // 2 - 40  # so that what comes out stays as it is, when it is told again
+    half = _MAX_LINE // 2 - 40  # the result is short enough to stay unchanged when it is shortened again
     return f"{line[:half]} ... ({len(line):,} characters) ... {line[-half:]}"

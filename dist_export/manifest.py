@@ -1,4 +1,4 @@
-"""The package manifest: what is in an exported directory, as data and as JSON. Imports no torch: serving can read it.
+"""The package manifest: the content of a package, as data and as JSON. Imports no torch, so that serving can read it.
 
 ``manifest.json`` is written last and is the commit. Readers ignore fields that they do not know.
 """
@@ -72,11 +72,11 @@ __all__ = [
 MANIFEST = "manifest.json"
 SAMPLE_ROWS = "sample_rows.json"
 """In the dense folder: table -> [{"id", "row"}] of the ids that rank 0's sample looked up, each with the xxh3-64 of its
-row, or null for an id that the table has not."""
+row, or null for an out-of-vocabulary id."""
 DEFAULT_ROWS = "default_rows.json"
-"""In the dense folder: table -> xxh3-64 of the row, as it would be stored, that the sample had for ids without a row."""
+"""In the dense folder: table -> xxh3-64 of the row, in its stored form, that the sample used for ids without a row."""
 OUTPUTS = "outputs_dict.json"
-"""In the dense folder: the model's outputs for the sample by name, in the form of ``inputs_dict.json``."""
+"""In the dense folder: the model's outputs for the sample by name, in the format of ``inputs_dict.json``."""
 
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1
@@ -97,9 +97,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[TableEntry, ...]
     left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     account: AccountEntry | msgspec.UnsetType = msgspec.UNSET
-    """Left out where the source does not tell what it holds besides tables."""
+    """Absent if the source does not list what it contains besides tables."""
     prune: tuple[PruneEntry, ...] | msgspec.UnsetType = msgspec.UNSET
-    """In the order in which the rules were tried; left out where there are none."""
+    """The rules in the order in which they were applied; absent if there are none."""
     dense_tensors: tuple[DenseTensorEntry, ...]
     dropped_dense_tensors: tuple[DenseTensorEntry, ...]
     files: tuple[FileEntry, ...]
@@ -111,12 +111,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """xxh3-128 over the manifest's JSON without ``digest`` and ``run``."""
     run: dict[str, Any] = {}
-    """What varies from run to run: times, durations, export_dir, world_size and what each rank moved, the ids that the sample
-    batches asked for. Not in the digest."""
+    """Values that differ from run to run: times, durations, export_dir, world_size, what each rank moved, and the ids that the
+    sample batches looked up. Not in the digest."""
 
     @property
     def num_bytes(self) -> int:
-        """The size of all files but the manifest itself."""
+        """The size of all files except the manifest itself."""
         return sum(file.num_bytes for file in self.files)
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compute_digest(document: dict[str, Any]) -> str:
-    """Return what ``digest`` should be, from the manifest as plain JSON values, fields unknown to us included."""
+    """Return the correct ``digest`` of a manifest given as plain JSON values, including fields that are unknown here."""
     bare = {name: value for name, value in document.items() if name not in ("digest", "run")}
     return "xxh3:" + xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare, order="sorted"))
 
@@ -145,7 +145,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(raw: bytes, *, where: str) -> Manifest:
-    """Read a manifest. PackageError where it is no manifest, of a later schema, or was changed after the commit."""
+    """Read a manifest. PackageError if it is no manifest, has a later schema, or was changed after the commit."""
     try:
         head = msgspec.json.decode(raw, type=_Head)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-        # one that we would write just so has no field that we do not know, and need not be held as plain values too
+        # if encoding it gives the same bytes, it has no unknown fields, and need not be decoded to plain values too
         is_ours = encode_manifest(manifest) == raw
         digest = _digest_of(manifest) if is_ours else compute_digest(decode_object(raw, what=where))
     except CheckpointError as error:
@@ -172,13 +172,13 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
 
 
 def _digest_of(manifest: Manifest) -> str:
-    """Return :func:`compute_digest` of a manifest, without making plain values of it: structs are sorted too."""
+    """Return :func:`compute_digest` of a manifest without converting it to plain values: structs are sorted too."""
     values = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     return compute_digest({name: value for name, value in values.items() if value is not msgspec.UNSET})
 
 
 def _check_paths(manifest: Manifest, where: str) -> None:
-    """Refuse a path that leads out of the package; everything that a reader opens is named by one of these."""
+    """Refuse a path that leads out of the package. A reader opens only files that are named by one of these paths."""
     paths = [entry.path for entry in manifest.files]
     paths += [part.file for table in manifest.tables for part in table.parts]
     if manifest.dense is not None:
@@ -190,7 +190,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
 
 
 def _check_rows(manifest: Manifest, where: str) -> None:
-    """Refuse rows that no table has: a reader makes room for as many as it is asked for."""
+    """Refuse rows that are too large for any table, because a reader reserves memory for the claimed size."""
     for table in manifest.tables:
         for slot in table.kept:
             if math.prod(slot.shape) * _MAX_ITEMSIZE > _MAX_ROW_BYTES:

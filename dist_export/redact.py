@@ -1,4 +1,4 @@
-"""Credentials that this process was given: known here, so that no error, log line, report or manifest shows them."""
+"""Hide the credentials of this process, so that no error, log line, report or manifest shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 _MASK = "***"
 _MIN_LENGTH = 6
-"""Shorter texts are no secrets, and blotting them out everywhere would make messages unreadable."""
+"""Shorter texts do not count as secrets, because hiding them everywhere would make messages unreadable."""
 
 _SENSITIVE = re.compile(
     r"key|secret|token|passw|credential|signature|connection_string|sas|auth|cookie|private|^pat$", re.IGNORECASE
@@ -47,7 +47,7 @@ def _note_all(value: Any) -> None:
 
 
 def _note_userinfo(userinfo: str) -> None:
-    """Remember the password of a URL, which a library's error may show without the scheme: ``u:PASSWORD@host/path``."""
+    """Remember the password of a URL, because a library's error may show it without the scheme: ``u:PASSWORD@host/path``."""
     _, colon, password = userinfo.partition(":")
     if colon and password and password != _MASK:
         _secrets.update(f"{form}@" for form in (userinfo, unquote(userinfo), f":{password}", f":{unquote(password)}"))
@@ -55,9 +55,9 @@ def _note_userinfo(userinfo: str) -> None:
 
 
 def conceal(text: str) -> str:
-    """Return ``text`` without credentials: those that were noted, a URL's userinfo, and signatures in its query.
+    """Return ``text`` without credentials: those that were recorded, a URL's userinfo, and signatures in its query.
 
-    A password in a URL is noted: what is shown later may have it without the rest of the URL.
+    A password in a URL is recorded, because later texts may contain it without the rest of the URL.
     """
     if "://" in text:
         for userinfo in _USERINFO.findall(text):
@@ -72,10 +72,10 @@ def conceal(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error says, in a line, without its file and without credentials."""
+    """Return the reason of an error in one line, without its file and without credentials."""
     return conceal(getattr(error, "strerror", None) or first_line(error))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without credentials; its type where there is none."""
+    """Return the first line of an error's text, without credentials; its type if it has no text."""
     return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
