@@ -122,6 +122,8 @@ def _init(argv: list[str]) -> int:
     from dist_export.pipeline.draft_config import draft_config, write_draft
 
     path, out = arguments.pop("path"), arguments.pop("out", None)
+    if out is not None and os.path.lexists(out):
+        raise ConfigError(f"{out}: File exists. Nothing was written; give another --out")
     lines = draft_config({"ckpt_dir": path, "export_dir": "package", **arguments})
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(lines)) if out is None else write_draft(lines, out)
