@@ -59,8 +59,8 @@ class OpenedFiles:
         self._lock = threading.Lock()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._last_fd = soft // 2
-        """No file is kept open with this descriptor or a higher one, so that at least half of them are left to the caller.
-        The system always gives out the lowest free descriptor."""
+        """If a file gets this descriptor or a higher one, an older file is closed, so that about half of all descriptors are
+        left to the caller. The system always gives out the lowest free descriptor."""
         self._folder = -1
         if directory.is_local:
             self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,6 +1,6 @@
-"""All blocks of a directory as columns: its headers matched with ``index`` and ``tensorkey.json``.
+"""Read all blocks of a directory as columns: match its headers with ``index`` and ``tensorkey.json``.
 
-What the three say differently is a finding, and reading goes on: by the headers where ``index`` is missing or damaged.
+A difference between the three is a finding, and reading continues. If ``index`` is missing or damaged, the headers replace it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _HEADERS_AT_ONCE = 128
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Blocks:
-    """The blocks of all headers that could be read, as parallel columns of length n in the order of files and headers."""
+    """The blocks of all readable headers, as parallel columns of length n in the order of files and headers."""
 
     files: tuple[str, ...]
     has_index: bool
     """Whether ``files`` and their order are those of ``index``."""
     is_whole: bool
-    """Whether every block is known, with its name: else nothing can be said of what seems to be missing."""
+    """Whether every block and its name are known. If not, missing blocks are not findings."""
     keys: tuple[str, ...]
     """The names in the headers, by place."""
     place_of_key: dict[str, int]
-    """From the names in ``index``, where a dense tensor has the suffix whatever its header says."""
+    """Name in ``index`` -> place. A dense tensor always has the suffix there, even if its header has none."""
     row_of_place: np.ndarray
-    """int64: -1 for a name that no header has."""
+    """int64: the row of each name; -1 for a name that no header has."""
     place: np.ndarray
     """int32"""
     file: np.ndarray
@@ -52,28 +52,28 @@ class Blocks:
     rows: np.ndarray
     """int64: the first dimension, -1 for a scalar."""
     inner: np.ndarray
-    """int32: the other dimensions, a place in ``inner_shapes``."""
+    """int32: the other dimensions, as an index into ``inner_shapes``."""
     inner_shapes: tuple[tuple[int, ...], ...]
     begin: np.ndarray
     end: np.ndarray
     """int64: absolute positions in the file, in bytes."""
     stem: np.ndarray
-    """int32: the internal name before the caret, a place in ``stems``; -1 for a dense tensor, -2 where it is not known."""
+    """int32: the internal name before the caret, as an index into ``stems``; -1 for a dense tensor, -2 if it is not known."""
     text: np.ndarray
-    """int32: the internal name behind the caret, a place in ``texts``; -1 where ``stem`` is negative."""
+    """int32: the internal name after the caret, as an index into ``texts``; -1 if ``stem`` is negative."""
     stems: tuple[tuple[str, str], ...]
     """Table and slot."""
     texts: tuple[str, ...]
     """Slices, in any spelling."""
     table: np.ndarray
-    """int32: a place in ``tables``; -1 where ``stem`` is negative."""
+    """int32: an index into ``tables``; -1 if ``stem`` is negative."""
     tables: tuple[str, ...]
     slice: np.ndarray
-    """int32: a place in ``slices``; -1 where ``stem`` is negative."""
+    """int32: an index into ``slices``; -1 if ``stem`` is negative."""
     slices: np.ndarray
     """int64 (n, 3): begin, end and size."""
     is_numbered: np.ndarray
-    """bool: of a table whose rows go by number. The manifest names it, and no index does."""
+    """bool: whether the block is of a row-indexed table. The manifest names such a block, and no index does."""
 
     def __len__(self) -> int:
         return len(self.place)
@@ -105,14 +105,14 @@ class Blocks:
         return f"{table}@{slot}^{format_slice(self.slice_of(row))}"
 
     def find(self, keys: Iterable[str], count: int) -> np.ndarray:
-        """Return the row of each of ``count`` keys (int64), -1 where there is none."""
+        """Return the row of each of ``count`` keys (int64); -1 for a key without a row."""
         place = np.fromiter(map(self.place_of_key.get, keys, repeat(-1)), np.int64, count)
         if not len(self.row_of_place):
             return np.full(count, -1, np.int64)
         return np.where(place >= 0, self.row_of_place[place], np.int64(-1))
 
     def is_slot(self, name: str) -> np.ndarray:
-        """Return which blocks are of this slot of any table (bool)."""
+        """Return which blocks are of this slot, in any table (bool)."""
         of_stem: np.ndarray = np.array([slot == name for _, slot in self.stems] + [False], bool)
         found: np.ndarray = of_stem[np.maximum(self.stem, -1)]
         return found
@@ -126,14 +126,14 @@ def read_blocks(
     *,
     numbered: NumberedBlocks | None = None,
 ) -> Blocks:
-    """Read indexes and headers; what is wrong with them or between them goes to ``report``.
+    """Read indexes and headers, and report what is wrong with them or differs between them.
 
     Args:
-        directory: what is checked.
-        shards: files to go by where ``index`` does not tell.
-        unreadable: files that something is already known to be wrong with; they are left alone.
-        report: takes in what is found.
-        numbered: blocks of tables whose rows go by number, as the manifest has them; by default there are none.
+        directory: the directory to check.
+        shards: the files to read if ``index`` cannot be used.
+        unreadable: files with a finding already. They are not read.
+        report: gets the findings.
+        numbered: blocks of row-indexed tables, from the manifest; by default there are none.
     """
     numbered = numbered or NumberedBlocks()
     raw_index = None if INDEX in unreadable else read_small(directory, INDEX, report, numbered)
@@ -168,7 +168,7 @@ class _Reader:
         self._kept: dict[str, Header] = {}
 
     def index_by_headers(self, shards: Sequence[str]) -> dict[str, str]:
-        """Return key -> file as an index would have it; a dense tensor gets its suffix where the name shows it."""
+        """Return key -> file as ``index`` would, from the headers. Keys are the names in the headers, with no suffix added."""
         found: dict[str, str] = {}
         for name, header in self._headers(shards):
             self._kept[name] = header
@@ -244,9 +244,9 @@ class _Reader:
         )
 
     def _headers(self, names: Sequence[str]) -> Iterator[tuple[str, Header]]:
-        """Yield the headers that can be read; what is wrong with the others is told."""
+        """Yield the headers that can be read, and report the others."""
         wanted = [name for name in names if name not in self._unreadable]
-        if self._directory.is_local:  # threads would only get in each other's way
+        if self._directory.is_local:  # threads would only delay each other
             yield from self._sound(zip(wanted, map(self._read, wanted), strict=True))
             return
         with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -262,7 +262,7 @@ class _Reader:
                 self._report.add(name, "header", header)
 
     def _read(self, name: str) -> Header | str:
-        """Return a file's header, or what is wrong with it; nothing for a file of which that is told already."""
+        """Return a file's header, or the text of a finding."""
         kept = self._kept.pop(name, None)
         if kept is not None:
             return kept
@@ -285,7 +285,7 @@ class _Reader:
             )
 
     def _places(self, name: str, header: Header, expected: np.ndarray) -> np.ndarray:
-        """Find each block of a file among the names of the index; those that it does not name are numbered behind."""
+        """Return the place of each block of a file among the names of the index. Other blocks get new places after those."""
         indexes = self._indexes
         here = expected.tolist()
         place_here = {indexes.keys[place]: place for place in here}
@@ -294,9 +294,9 @@ class _Reader:
             key = header.keys[row]
             known = indexes.place_of_key.get(key)
             if known is not None:
-                if self._is_numbered[known]:  # the manifest's tables are compared with what was found where
+                if self._is_numbered[known]:  # compared later with the manifest's tables
                     self._elsewhere.append((name, known))
-                elif self._has_index:  # without one, that it stands twice has been told
+                elif self._has_index:  # without an index, the second file was already reported
                     self._report.add(
                         name, INDEX, f"holds {key!r}, but index says that it is in {indexes.files[indexes.file[known]]}"
                     )
@@ -313,14 +313,14 @@ class _Reader:
                 place[row] = known
                 continue
             if self._numbered and key not in indexes.strays and not self._numbered.is_hashed(key):
-                self._unstated.add(key)  # told where the manifest's tables are compared
+                self._unstated.add(key)  # reported when the manifest's tables are compared
             else:
                 self._report.add(name, INDEX, f"holds {key!r}, but index does not name it; RecIS's loader loses it")
             place[row] = len(indexes.keys) + self._extra[key]
         return place
 
     def _join(self, columns: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-        """Join the columns of all files; of a block that stands twice, the one where the index says counts."""
+        """Join the columns of all files. If two files hold a block, the one that the index names counts."""
         kinds = (np.int32, np.int32, np.int8, np.int64, np.int32, np.int64, np.int64)
         place, file, *others = (
             np.concatenate([np.zeros(0, kind), *(found[number] for found in columns)])
@@ -355,7 +355,7 @@ class _Reader:
     def _name(
         self, place: np.ndarray, keys: tuple[str, ...], *, has_tensorkey: bool
     ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
-        """Return stem and slice of each row, and what these numbers stand for."""
+        """Return the numbers of stem and slice of each row, and the stems and slices by number."""
         indexes = self._indexes
         stems: Numbering[str] = Numbering(zip(indexes.stems, range(len(indexes.stems)), strict=True))
         texts: Numbering[str] = Numbering(zip(indexes.slices, range(len(indexes.slices)), strict=True))

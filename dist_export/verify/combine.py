@@ -1,4 +1,4 @@
-"""Put together what all ranks found in the payload, and call the dense program. Rank 0."""
+"""Report what all ranks found in the payload, and run the dense program. Rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLICE_ELEMENTS = 1 << 20
 
 
 def conclude(survey: Survey, counts: IdCounts, repeats: list[Repeats], odd: list[Odd]) -> None:
-    """Add what the payload said, and call the dense program."""
+    """Add the findings about the payload to the report, and run the dense program."""
     if survey.blocks is not None:
         _tell_of_ids(survey, survey.blocks, counts, repeats)
         if survey.is_finite_asked:
@@ -125,7 +125,7 @@ def _tell_of_values(survey: Survey, blocks: Blocks, odd: list[Odd]) -> None:
 
 
 def _check_dense_state(survey: Survey) -> None:
-    """Look for values of model.pt that are not finite, slice by slice: it may be mapped and large."""
+    """Find values in model.pt that are not finite. Tensors are read slice by slice, because the file may be mapped and large."""
     if survey.directory.exists(DENSE_STATE) and not any(f.file == DENSE_STATE for f in survey.report.found):
         import torch
 
@@ -156,10 +156,10 @@ def _check_dense(survey: Survey, entry: DenseEntry) -> None:
         survey.report.add(missing[0], "dense", "not among the files of the manifest, so nothing vouches for it")
         return
     if any(path == entry.program or path.startswith(f"{entry.folder}/") for path in survey.bad):
-        return  # told already
+        return  # already reported
     lines: list[str] = []
     try:
-        # rows of tables that are known to be damaged would be found a second time
+        # do not report rows of damaged tables a second time
         check_dense(survey.package, entry, lines, survey.report.checked, looks_up_rows=not survey.report.count())
     finally:
         survey.report.add_lines("dense", lines)

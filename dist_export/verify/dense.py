@@ -1,4 +1,4 @@
-"""Check the dense arch of a package: its files agree, the program reproduces the stored outputs, the sample's rows are there."""
+"""Check the dense arch of a package: its files agree, the program gives the stored outputs, and the sample's rows exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Values(TypedDict):
-    """A sample's input, in inputs_dict.json."""
+    """One tensor of the sample, as in inputs_dict.json."""
 
     dtype: str
     shape: list[int]
@@ -40,16 +40,16 @@ class _SampleRow(TypedDict):
 
 
 _MAX_ATOL, _MAX_RTOL = 1e-6, 1e-5
-"""For a package whose manifest has no parity."""
+"""Tolerances for a package whose manifest states no parity."""
 
 
 def check_dense(
     package: Package, entry: DenseEntry, findings: list[str], checked: list[str], *, looks_up_rows: bool = True
 ) -> None:
-    """Load the program (after a look into its archive), call it on the stored sample, compare with the stored outputs.
+    """Load the program after a check of its archive, run it on the stored sample, and compare with the stored outputs.
 
-    Needs neither the model's code nor the job; of the folder's Python code nothing is imported. ``looks_up_rows``: whether
-    the tables are sound so far, so that the sample's rows can be looked up in them.
+    This needs neither the model's code nor the job, and imports no Python code of the folder. ``looks_up_rows``: whether to
+    look the sample's rows up, because no table has a finding so far.
     """
     folder = package.files
     try:
@@ -71,7 +71,7 @@ def check_dense(
         findings.append(f"{entry.folder}/output_base.pkl: {len(expected)} outputs, the manifest names {len(names)}")
     try:
         found = _call(program, inputs)
-    except Exception as error:  # noqa: BLE001 -- whatever a foreign program raises, it does not run
+    except Exception as error:  # noqa: BLE001 -- any error of a foreign program is a finding
         findings.append(f"{entry.program}: fails on the stored sample: {type(error).__name__}: {_first_line(error)}")
         return
     if len(found) != len(names):
@@ -130,7 +130,7 @@ def _compare(
 def _read_sample(
     folder: Files, entry: DenseEntry, findings: list[str]
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Return the sample's inputs by name, and what output_info.json says; its files must agree with each other."""
+    """Return the sample's inputs by name, and the outputs of output_info.json. Report files that disagree."""
     from dist_export.archive.output_diff import has_same_values
     from dist_export.archive.safe_pickle import read_sample_pickle
 
@@ -167,7 +167,7 @@ def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findi
 
 
 def _expect_kind(what: str, tensor: torch.Tensor, stated: TensorEntry, findings: list[str]) -> None:
-    """Compare dtype and shape of a tensor of the sample with the manifest's; sizes that have a name there are free."""
+    """Compare dtype and shape of a tensor of the sample with the manifest's. A size with a name there may be any number."""
     is_shape = tensor.dim() == len(stated.shape) and all(
         isinstance(size, str) or size == found for size, found in zip(stated.shape, tensor.shape, strict=True)
     )
@@ -222,7 +222,7 @@ def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
 
 
 def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checked: list[str]) -> None:
-    """Look the sample's ids up in the shards: rows that are not those that were scored are found, by table and id."""
+    """Look the sample's ids up in the shards, and report by table and id if a row is not the one that was scored."""
     where = f"{entry.folder}/{SAMPLE_ROWS}"
     before = len(findings)
     total = there = 0
@@ -235,7 +235,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
             digest = xxhash.xxh3_64_hexdigest(found[place].tobytes()) if has_row[place] else None
             if digest != row["row"]:
                 findings.append(f"{where}: table {table!r} no longer has the row of id {row['id']} that was scored")
-                break  # one is enough to know the table
+                break  # one finding is enough for a table
     if len(findings) > before:
         return
     if there:
@@ -246,7 +246,7 @@ def _check_rows(package: Package, entry: DenseEntry, findings: list[str], checke
 
 
 def _check_default_rows(package: Package, entry: DenseEntry, findings: list[str]) -> None:
-    """Compare what lookups give for ids without a row with what the sample had for them."""
+    """Compare the row that lookups give for out-of-vocabulary ids with the row that the sample had for them."""
     where = f"{entry.folder}/{DEFAULT_ROWS}"
     recorded = _read_json(package.files, where, dict[str, str])
     names = {table.name for table in package.manifest.tables}
@@ -262,10 +262,10 @@ def _check_default_rows(package: Package, entry: DenseEntry, findings: list[str]
 
 
 def _read_json(directory: Files, name: str, kind: Any) -> Any:
-    """Return what a json file holds, which must be of a type. PackageError where it is not."""
+    """Return the content of a JSON file. Raises PackageError if it is not of type ``kind``."""
     try:
         found = json.loads(directory.read(name))  # the sample may hold NaN, which Python's json reads and writes
-        msgspec.convert(found, kind)  # which would leave out what the type does not name
+        msgspec.convert(found, kind)  # only to check the type: the result lacks fields that the type does not name
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{name}: {error}") from None
     return found

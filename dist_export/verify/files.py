@@ -43,7 +43,7 @@ class ChunkDigests(NamedTuple):
 def check_sizes(
     directory: Directory, manifest: Manifest, listing: Listing, report: Report
 ) -> tuple[tuple[tuple[str, int, str], ...], frozenset[str]]:
-    """Return (path, bytes, digest) of what is to be hashed, and the files that something is wrong with already."""
+    """Return (path, bytes, digest) of the files to hash, and the files that already have a finding."""
     to_hash: dict[str, tuple[str, int, str]] = {}
     bad: set[str] = {path for path in listing.files if listing.leads_out(path)}
     for entry in manifest.files:
@@ -88,7 +88,7 @@ def _fault_of_parts(entry: FileEntry) -> str:
 def find_parts(
     manifest: Manifest, to_hash: tuple[tuple[str, int, str], ...]
 ) -> dict[int, tuple[tuple[int, bytes], ...]]:
-    """Return bytes and SHA-256 of each part of files that were put together within a store, by their place in ``to_hash``."""
+    """Return bytes and SHA-256 of each part of files that a store assembled from parts, by their index in ``to_hash``."""
     parts = {entry.path: entry.parts for entry in manifest.files if entry.parts is not msgspec.UNSET}
     return {
         place: tuple((part.num_bytes, bytes.fromhex(part.sha256)) for part in parts[path])
@@ -98,7 +98,7 @@ def find_parts(
 
 
 def cut_files(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return file, first byte and bytes (int64) of each chunk, or part, of the files that are to be hashed."""
+    """Return file, first byte and bytes (int64) of each chunk, or part, of the files to hash."""
     files = enumerate(work.digest_files)
     sizes = [size if digest and place not in work.digest_parts else 0 for place, (_, size, digest) in files]
     columns = [np.stack(cut(np.array(sizes, np.int64), digests.CHUNK_BYTES))]
@@ -141,7 +141,7 @@ def hash_share(directory: Directory, work: Work, chosen: slice) -> list[ChunkDig
 
 
 def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> None:
-    """Put the chunks' digests together and compare each file's with the manifest's."""
+    """Compute the digest of each file from those of its chunks, and compare it with the manifest's."""
     by_file: dict[int, list[ChunkDigests]] = {}
     for share in shares:
         by_file.setdefault(share.file, []).append(share)

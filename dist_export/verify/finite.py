@@ -1,4 +1,4 @@
-"""Find values that are not finite, by their bits: through small buffers, bfloat16 and float16 included, nothing widened."""
+"""Find values that are not finite by their bits, in small buffers. bfloat16 and float16 are not widened."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dist_export.verify.work_split import Work, cut
 
 _PIECE_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 18
-"""What is computed from so many bytes stays in a core's cache. A multiple of every item's size."""
+"""Intermediate results for this many bytes stay in a core's cache. It is a multiple of every item size."""
 
 
 class _Bits(NamedTuple):
-    """How a float dtype shows what is not finite: all bits of the exponent are set, and for NaN some of the fraction."""
+    """The bits of a float dtype. In a value that is not finite, all exponent bits are set; in NaN also some fraction bits."""
 
     unsigned: str
     exponent: int
@@ -37,17 +37,17 @@ BITS = {
     )
     if dtype.name == name
 }
-"""By place in ``DTYPES``; other dtypes are always finite."""
+"""Bits by index into ``DTYPES``. Values of other dtypes are always finite."""
 
 
 class Odd(NamedTuple):
-    """Values of a block that are not finite; or ``error``, where they could not be read."""
+    """Values of a block that are not finite, or ``error`` if the block could not be read."""
 
     block: int
     nans: int
     infs: int
     first: int
-    """The element of the block that is the first of them."""
+    """The index within the block of the first such value."""
     error: str = ""
 
 
@@ -57,7 +57,7 @@ def cut_values(work: Work) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
-    """Look through a run of the pieces of :func:`cut_values`. Any rank, any thread."""
+    """Scan a run of the pieces of :func:`cut_values`. Any rank, any thread."""
     found: list[Odd] = []
     buffer = np.empty(_BUFFER_BYTES, np.uint8)
     columns = (column[chosen].tolist() for column in cut_values(work))
@@ -83,7 +83,7 @@ def scan_share(directory: Directory, work: Work, chosen: slice) -> list[Odd]:
 
 
 def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: int) -> list[Odd]:
-    """Look at scale and bias of the rows of ``int8_rowwise`` that begin in these bytes of a block."""
+    """Scan scale and bias of the rows of ``int8_rowwise`` that begin in these bytes of a block."""
     width = int(work.value_width[block])
     found: list[Odd] = []
     step = max(1, _BUFFER_BYTES // width)
@@ -106,7 +106,7 @@ def _scan_tails(readers: OpenReaders, work: Work, block: int, begin: int, size: 
 
 
 def add_odd(shares: list[list[Odd]]) -> list[Odd]:
-    """Join what was found of each block."""
+    """Join the results of each block."""
     return _add([odd for share in shares for odd in share])
 
 

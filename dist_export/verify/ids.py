@@ -1,7 +1,8 @@
-"""Read every id once: its slice, the sum of the mixed ids by table, and whether an id stands twice in its table.
+"""Read every id: check its slice, sum up the mixed ids by table, and find duplicates.
 
-Within a part repeats are searched as it is read; disjoint slices whose ids are all their own prove that there are none
-across parts. Where that proof fails, and for columns too long to be held, ids are searched by buckets of equal mixed bits.
+Each part is searched for duplicates while it is read. Disjoint slices without misplaced rows prove that no id is in two
+parts. Without this proof, and for columns that do not fit in memory, ids are read again and searched in buckets of equal
+mixed bits.
 """
 
 from __future__ import annotations
@@ -22,40 +23,40 @@ from dist_export.storage.range_reader import OpenReaders
 from dist_export.verify.work_split import Work, cut
 
 _PIECE_ROWS = 1 << 22
-"""Columns that are too long to be held are counted in pieces of so many ids."""
+"""Ids in a piece. Columns that do not fit in memory are counted in pieces."""
 
 _GPU_KEYS = np.uint64((1 << 64) - 2)
-"""-1 and -2, as unsigned integers: the least of the two."""
+"""The smaller of -1 and -2 as unsigned integers."""
 
 
 class Repeats(NamedTuple):
-    """Ids of a table that stand twice."""
+    """The duplicates of a table."""
 
     table: int
     rows: int
-    """Those beyond one for each id."""
+    """The rows beyond one for each id."""
     first: int
-    """The least of these ids."""
+    """The smallest duplicate; if one id fills a bucket of its own, that id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class IdCounts:
-    """What a share of the id columns says; all arrays by table or by column of ids."""
+    """The counts of a share of the id columns. All arrays are by table or by id column."""
 
     id_sum: np.ndarray
     """uint64 by table: the sum of the mixed ids modulo 2**64."""
     gpu_keys: np.ndarray
-    """int64 by column of ids: those that RecIS's table on a GPU cannot hold."""
+    """int64 by id column: the ids that a table of RecIS on a GPU cannot hold."""
     misplaced: dict[int, tuple[int, int, int]]
-    """Column of ids -> how many lie outside of its slice, the row of the first of them, and that id."""
+    """Id column -> number of misplaced rows, the first such row, and its id."""
     repeats: tuple[Repeats, ...]
-    """Within one part."""
+    """Duplicates within one part."""
     errors: tuple[tuple[str, str], ...]
-    """(file, what) where a file could not be read to its end."""
+    """(file, error) for files that could not be read to the end."""
 
 
 class UniqueTask(NamedTuple):
-    """Columns of ids of one table, of which the ids whose mixed bits begin with ``bucket`` are searched together."""
+    """One task of the search for duplicates: the ids of these columns whose mixed bits begin with ``bucket``."""
 
     table: int
     columns: tuple[int, ...]
@@ -64,7 +65,7 @@ class UniqueTask(NamedTuple):
 
 
 def cut_ids(work: Work, held_ids: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return column, first row and rows (int64) of each piece in which the ids are counted."""
+    """Return column, first row and rows (int64) of each piece of the id columns."""
     return cut(work.id_rows, _PIECE_ROWS, most_whole=held_ids)
 
 
@@ -83,14 +84,14 @@ def count_share(directory: Directory, work: Work, chosen: slice, *, held_ids: in
 
 
 def proven_tables(work: Work, counts: IdCounts) -> np.ndarray:
-    """Return for which tables (bool) slices prove that no id is in two parts: they are disjoint, and hold their own ids."""
+    """Return for which tables (bool) the slices prove that no id is in two parts: disjoint slices, and no misplaced row."""
     is_proven: np.ndarray = work.is_disjoint.copy()
     is_proven[work.id_table[list(counts.misplaced)]] = False
     return is_proven
 
 
 def plan_unique(work: Work, is_proven: np.ndarray, *, held_ids: int) -> list[UniqueTask]:
-    """Return what is still to be searched: all of the tables for which nothing is proven, and columns too long to hold."""
+    """Return the remaining search for duplicates: all parts of tables without a proof, and columns too long for memory."""
     tasks = []
     order = np.argsort(work.id_table, kind="stable")
     edges = np.searchsorted(work.id_table[order], np.arange(len(is_proven) + 1)).tolist()
@@ -109,7 +110,7 @@ def plan_unique(work: Work, is_proven: np.ndarray, *, held_ids: int) -> list[Uni
 
 
 def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_ids: int) -> list[Repeats]:
-    """Search a share of the tasks. Any rank, any thread. OSError or TransferError where a file cannot be read."""
+    """Search a share of the tasks. Any rank, any thread. Raises OSError or TransferError if a file cannot be read."""
     found = []
     with _open(directory, work) as readers:
         for task in tasks:
@@ -118,7 +119,7 @@ def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_id
 
 
 def add_counts(work: Work, shares: list[IdCounts]) -> IdCounts:
-    """Join the counts of all shares, in whatever way the columns were shared out."""
+    """Join the counts of all shares. The result does not depend on how the columns were shared."""
     id_sum = np.zeros(len(work.is_disjoint), np.uint64)
     gpu_keys = np.zeros(len(work.id_rows), np.int64)
     misplaced: dict[int, tuple[int, int, int]] = {}
@@ -138,7 +139,7 @@ def add_counts(work: Work, shares: list[IdCounts]) -> IdCounts:
 
 
 def add_repeats(found: list[Repeats]) -> list[Repeats]:
-    """Join what was found of each table."""
+    """Join the duplicates of each table."""
     by_table: dict[int, Repeats] = {}
     for table, rows, first in found:
         known = by_table.get(table, Repeats(table, 0, first))
@@ -147,13 +148,13 @@ def add_repeats(found: list[Repeats]) -> list[Repeats]:
 
 
 class _Counter:
-    """Takes in runs of ids and adds them up."""
+    """Counts runs of ids, and searches them for duplicates."""
 
     def __init__(self, work: Work, column: np.ndarray, first: np.ndarray, rows: np.ndarray, held_ids: int) -> None:
         self._work = work
         self._column = column
         self._first = first
-        # longer columns, and tables whose slices prove nothing, are searched afterwards
+        # longer columns, and tables whose slices are not disjoint, are searched later
         self._is_searched = (rows == work.id_rows[column]) & (rows <= held_ids)
         self._is_searched &= work.is_disjoint[work.id_table[column]]
         self._is_held = self._is_searched & (rows > id_columns.RUN_ROWS)
@@ -165,7 +166,7 @@ class _Counter:
         self._repeats: list[Repeats] = []
 
     def counts(self, errors: tuple[tuple[str, str], ...]) -> IdCounts:
-        """Return what was counted."""
+        """Return the counts."""
         return IdCounts(
             id_sum=self._id_sum,
             gpu_keys=self._gpu_keys,
@@ -175,7 +176,7 @@ class _Counter:
         )
 
     def count(self, run: IdRun) -> None:
-        """Take in the next run: one block or a piece of it, or several whole blocks."""
+        """Count the next run: one block or a piece of it, or several whole blocks."""
         column = self._column[run.blocks]
         table = self._work.id_table[column]
         np.add.at(self._id_sum, table, _reduce(np.add, mix(run.ids), run.starts))
@@ -197,7 +198,7 @@ class _Counter:
     def _check_slices(self, run: IdRun, column: np.ndarray) -> None:
         stops = np.append(run.starts[1:], len(run.ids))
         edges = self._work.id_slice[column]
-        for size in np.unique(edges[:, 2]).tolist():  # one, as a rule
+        for size in np.unique(edges[:, 2]).tolist():  # usually one size
             places = places_of(run.ids, size).view(np.int64)
             lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
             is_wrong = ((lowest < edges[:, 0]) | (highest >= edges[:, 1])) & (edges[:, 2] == size)
@@ -210,7 +211,7 @@ class _Counter:
                 self._misplaced[number] = (count + len(strangers), known[0], known[1])
 
     def _find_repeats(self, run: IdRun, table: np.ndarray) -> None:
-        """Find repeats within each of several whole blocks; tables that are searched as a whole are left out."""
+        """Find duplicates within each of several whole blocks, except blocks of tables that are searched as a whole later."""
         if not self._is_searched[run.blocks].any():
             return
         groups = None if len(run.blocks) == 1 else np.repeat(run.blocks, np.diff(np.append(run.starts, len(run.ids))))
@@ -231,10 +232,10 @@ def _count_repeats(table: int, ordered: np.ndarray) -> Repeats:
 
 
 def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Repeats]:
-    """Search a bucket; where it holds more than may be held, its halves."""
+    """Search a bucket for duplicates. If it has more than ``held_ids`` ids, search each half of it."""
     if (
         task.bucket_bits == 64
-    ):  # mixing is one to one, so what shares all 64 bits is one id, that stands too often to be held
+    ):  # mixing is one to one, so ids that share all 64 bits are equal: one id with too many rows to hold
         return _count_equal(readers, work, task)
     held = _collect(readers, work, task, held_ids)
     if held is None:
@@ -250,7 +251,7 @@ def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -
 
 
 def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> HeldIds | None:
-    """Return the ids of a bucket, None where they are too many."""
+    """Return the ids of a bucket; None if there are too many."""
     columns = np.array(task.columns, np.int64)
     held = HeldIds(min(held_ids, int(work.id_rows[columns].sum())))
     shift = np.uint64(64 - task.bucket_bits)
@@ -263,7 +264,7 @@ def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) 
 
 
 def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Repeats]:
-    """Count the ids of a bucket that can hold but one."""
+    """Count the rows of a bucket that only one id can be in."""
     columns = np.array(task.columns, np.int64)
     rows, first = 0, 0
     for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
@@ -278,7 +279,7 @@ def _open(directory: Directory, work: Work) -> OpenReaders:
 
 
 def _name_error(error: DistExportError | OSError, work: Work) -> tuple[str, str]:
-    """Return the file that an error is of, as well as it tells, and the error in one line."""
+    """Return the file of an error, as far as its text names one, and the error in one line."""
     text = (error.strerror or str(error)) if isinstance(error, OSError) else fact_of(error)
     where = str(getattr(error, "filename", "") or text)
     file = next((name for name in work.shards if f"/{name}" in where), "shards")
@@ -286,7 +287,7 @@ def _name_error(error: DistExportError | OSError, work: Work) -> tuple[str, str]
 
 
 def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Reduce each block's values; a single block takes the way that uses the processor's vectors."""
+    """Reduce the values of each block. A single block uses ``reduce``, which is vectorized."""
     if len(starts) == 1:
         whole: np.ndarray = operation.reduce(values, keepdims=True)
         return whole

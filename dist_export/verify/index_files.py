@@ -1,4 +1,4 @@
-"""Read ``index`` and ``tensorkey.json`` for ``verify``: what is wrong with one of them is told, the other one still counts."""
+"""Read ``index`` and ``tensorkey.json`` for ``verify``. If one of them is damaged, report it and still use the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_export.verify.report import Report
 
 
 def decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
-    """Decode both files at once; None where one of them is damaged, so that each is to be looked at by itself."""
+    """Decode both files at once. Return None if one of them is damaged; then decode each one separately."""
     try:
         return decode_indexes(raw_index, raw_tensorkey, where="")
     except CheckpointError:
@@ -19,7 +19,10 @@ def decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
 
 
 def read_small(directory: Directory, name: str, report: Report, numbered: NumberedBlocks) -> bytes | None:
-    """Return the content of an index file, None where it cannot be had, which is told; an empty one where none is needed."""
+    """Return the content of an index file. If it is missing and not needed, return an empty one.
+
+    If it is needed and missing, or cannot be read, add a finding and return None.
+    """
     try:
         return directory.read_text(name)
     except FileNotFoundError:
@@ -37,7 +40,10 @@ def read_small(directory: Directory, name: str, report: Report, numbered: Number
 
 
 def decodable(name: str, raws: tuple[bytes, bytes], report: Report) -> bytes | None:
-    """Return the one of the two that is of the file ``name``, if it can be decoded beside the empty other one."""
+    """Return the raw content of ``name`` from the pair ``raws`` if it can be decoded; else add a finding and return None.
+
+    The other one of the pair must be empty.
+    """
     try:
         decode_indexes(*raws, where="")
     except CheckpointError as error:
@@ -47,5 +53,5 @@ def decodable(name: str, raws: tuple[bytes, bytes], report: Report) -> bytes | N
 
 
 def without(path: str, message: str) -> str:
-    """Return a reader's message without the path that it begins with."""
+    """Return a reader's message without the path at its beginning."""
     return message.removeprefix(path).removeprefix(":").strip()

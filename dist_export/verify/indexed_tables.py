@@ -1,4 +1,4 @@
-"""Tables whose rows go by number, as ``verify`` sees them: no index names their blocks, so the manifest is what tells of them."""
+"""Find and check the blocks of row-indexed tables for ``verify``. No index names these blocks; only the manifest does."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dist_export.verify.listing import SHARD
 from dist_export.verify.report import Report
 
 _NO_SLICE = "0@0@1"
-"""Stands for a slice that is none; that it is none is told where the tables of the manifest are checked."""
+"""Replaces a text that is no slice. The check of the manifest's tables reports that text."""
 
 
 @dataclass(frozen=True, eq=False)
 class NumberedBlocks:
-    """The blocks of these tables; false where there are none."""
+    """The blocks of row-indexed tables. It is false if there are none."""
 
     names: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     """Key -> table, slot and slice."""
@@ -28,31 +28,31 @@ class NumberedBlocks:
     shards: tuple[str, ...] = ()
     """The files of the package that may hold them."""
     needs_index: bool = True
-    """Whether the package has what ``index`` is for: a hash table or a dense tensor among the shards."""
+    """Whether the package needs ``index``: it has a hash table, or a dense tensor among the shards."""
     manifest: Manifest | None = None
 
     def __bool__(self) -> bool:
         return bool(self.names)
 
     def is_hashed(self, key: str) -> bool:
-        """Whether the manifest gives a block to a hash table."""
+        """Return whether the manifest says that a block is of a hash table."""
         return key in self._hashed
 
     @functools.cached_property
     def _hashed(self) -> frozenset[str]:
-        """The blocks of hash tables; asked for where a block is in doubt, and most packages have none."""
+        """The blocks of hash tables. Computed only if a block is in doubt, which is rare."""
         tables = self.manifest.tables if self.manifest is not None else ()
         return frozenset(
             key for table in tables if not table.is_row_indexed for part in table.parts for key in part.keys.values()
         )
 
     def add_to(self, indexes: Indexes, report: Report, *, is_read: bool) -> tuple[Indexes, np.ndarray]:
-        """Return the indexes with these blocks added, and which places (bool) are theirs.
+        """Return the indexes with these blocks added, and which places (bool) are those of these blocks.
 
         Args:
-            indexes: of the directory, or what stands in for them.
-            report: hears of each block that an index does name.
-            is_read: whether these are the directory's own.
+            indexes: the indexes of the directory, or their replacement.
+            report: gets a finding for each of these blocks that an index names.
+            is_read: whether ``index`` was read from the directory.
         """
         files = dict.fromkeys(indexes.files)
         files.update(dict.fromkeys(self.shards))
@@ -100,7 +100,7 @@ _WHY_NOT = "whose rows go by number; RecIS's loader knows no table without ids"
 
 
 def list_numbered(manifest: Manifest) -> NumberedBlocks:
-    """Return the blocks that a manifest gives to tables whose rows go by number."""
+    """Return the blocks of row-indexed tables in a manifest."""
     names: dict[str, tuple[str, str, str]] = {}
     file_of: dict[str, str] = {}
     for table in manifest.tables:
@@ -120,7 +120,7 @@ def list_numbered(manifest: Manifest) -> NumberedBlocks:
 
 
 def check_ranges(table: TableEntry, report: Report) -> None:
-    """Check that the parts of a table are its rows from first to last, named by their order: at most one finding."""
+    """Check that the parts of a table hold its rows in order, and have the right names. Adds at most one finding."""
     total, reached = sum(part.rows for part in table.parts), 0
     for number, part in enumerate(table.parts):
         end = reached + part.rows

@@ -1,4 +1,4 @@
-"""What lies in a directory besides what it says of itself: strays, leftovers, links that lead out, names that mislead."""
+"""Find files that a directory should not have: unnamed shards, leftovers, links that lead out, misleading names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LEFTOVER = re.compile(r"ckpt-.*\.(tmp|json|index)|.*\.tmp|\d+tensorkey\.json|\d
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a directory, by paths relative to it, with forward slashes, sorted."""
+    """The files of a directory: sorted paths relative to it, with forward slashes."""
 
     files: tuple[str, ...]
     links_out: dict[str, str]
-    """Link (a file or a directory) -> where it leads, outside of the directory."""
+    """Link (to a file or a directory) -> its target outside the directory."""
 
     def leads_out(self, path: str) -> bool:
-        """Whether a path goes through a link that leads out of the directory."""
+        """Return whether a path goes through a link that leads out of the directory."""
         return bool(self.links_out) and any(path == link or path.startswith(f"{link}/") for link in self.links_out)
 
     def shards(self) -> list[str]:
@@ -35,7 +35,7 @@ class Listing:
 
 
 def list_files(directory: Directory, *, is_deep: bool) -> Listing:
-    """List a directory, with what is below it where ``is_deep``. Links to directories are not gone into."""
+    """List a directory, with its subdirectories if ``is_deep``. Links to directories are not followed."""
     if not directory.is_local:
         if not is_deep:
             return Listing(tuple(directory.names()), {})
@@ -64,7 +64,7 @@ def _walk(folder: str, prefix: str, root: str, links: dict[str, str], *, is_deep
 
 
 def check_listing(listing: Listing, report: Report) -> None:
-    """Tell of links that lead out and of names that no honest program gives."""
+    """Report links that lead out of the directory, and names that cannot be printed."""
     for link, target in listing.links_out.items():
         report.add(link, "link", f"is a link that leads out of the directory, to {target}; put the file itself there")
     for path in listing.files:
@@ -73,9 +73,9 @@ def check_listing(listing: Listing, report: Report) -> None:
 
 
 def check_package_files(listing: Listing, manifest: Manifest, indexed: tuple[str, ...], report: Report) -> None:
-    """Tell of files that the manifest does not name. A shard among them would mislead whoever lists the directory."""
+    """Report files that the manifest does not name. A shard among them would mislead readers that list the directory."""
     named = {entry.path for entry in manifest.files} | {MANIFEST, *indexed}
-    is_in_place = manifest.mode == "in_place"  # what lay in the checkpoint before is the trainer's
+    is_in_place = manifest.mode == "in_place"  # then other shards may be the trainer's
     for path in listing.files:
         if path in named or not path.isprintable():
             continue
@@ -86,7 +86,7 @@ def check_package_files(listing: Listing, manifest: Manifest, indexed: tuple[str
 
 
 def check_recis_files(listing: Listing, indexed: tuple[str, ...], report: Report) -> None:
-    """Tell of what a crashed or an earlier save has left in a directory that RecIS wrote."""
+    """Report files that a crashed or an earlier save left in a directory that RecIS wrote."""
     for path in listing.files:
         if _LEFTOVER.fullmatch(path):
             report.add(path, "leftover", "is what a save that crashed leaves behind; the save may lack files")

@@ -1,4 +1,4 @@
-"""Compare the tables of a package's manifest with its shards, both ways, and the account of its rows with itself."""
+"""Compare the tables of a package's manifest with its shards, both ways, and check that its account of rows adds up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
 
 
 class _Comparison:
-    """Looks blocks up by the columns of a table's parts: single parts are looked at where something differs."""
+    """Compares the blocks of all parts of a table at once, as columns. Single parts are examined only if something differs."""
 
     def __init__(self, blocks: Blocks, report: Report) -> None:
         self._blocks = blocks
@@ -83,16 +83,16 @@ class _Comparison:
             if blocks.is_whole:
                 for place in np.flatnonzero(has_key & (row < 0)).tolist():
                     report.add(MANIFEST, _CHECK, f"block {keys[place]!r} of table {table.name!r} is in no shard")
-            # what tensorkey.json does not name has been told
+            # blocks that tensorkey.json does not name are already reported
             place = np.flatnonzero(has_key & (row >= 0) & (blocks.stem[row] != -2 if len(blocks) else False))
             row = row[place]
             self._is_claimed[row] = True
-            # in a copy, the other blocks of a part may lie in other files than its ids
+            # in a copy, the other blocks of a part may be in other files than its ids
             is_here = slot.name == ID_SLOT or by_number
             is_wrong = (
                 (blocks.table[row] != self._table.get(table.name, -2))
                 | (self._slot_of(row) != slot.name)
-                | ((blocks.slice[row] != part_slice[place]) & (not by_number))  # the headers tell of no rows' numbers
+                | ((blocks.slice[row] != part_slice[place]) & (not by_number))  # headers have no row numbers
                 | ((blocks.file[row] != file[place]) & is_here)
                 | (blocks.is_numbered[row] != by_number)
                 | (blocks.dtype[row] != CODE_BY_TORCH.get(slot.dtype, -1))
@@ -175,7 +175,7 @@ def _check_account(entry: TableEntry, report: Report) -> None:
     numbers = (entry.rows_in, entry.rows_out, entry.misplaced, *entry.rows_dropped.values())
     if min(numbers) < 0 or entry.misplaced > entry.rows_in:
         report.add(MANIFEST, "account", f"the account of table {entry.name!r} has numbers that cannot be: {numbers}")
-    # a misplaced row is repaired or dropped, and a row is dropped as a duplicate only where one was found
+    # a misplaced row is repaired or dropped, and a row is only dropped as a duplicate if a duplicate was found
     is_possible = (
         0 <= entry.repaired <= entry.misplaced <= entry.repaired + dropped
         and entry.rows_dropped.get("duplicate", 0) <= entry.duplicates <= dropped

@@ -1,4 +1,4 @@
-"""Compare the merged manifest, which serving reads and RecIS does not, with the headers: ours, and RecIS's in any style."""
+"""Compare the merged manifest with the headers: ours, and RecIS's in any style. Serving reads this file, and RecIS does not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dist_export.verify.parts import FoundParts
 from dist_export.verify.report import Report
 
 _EMBEDDING = ".embedding"
-"""Anywhere in a key, this makes RecIS list a block as an embedding."""
+"""RecIS lists a block as an embedding if its key contains this."""
 _DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
 
 DenseState = dict[str, tuple[str, tuple[int, ...]]]
@@ -46,9 +46,9 @@ def check_merged(
     """Compare all entries with the blocks, both ways.
 
     Args:
-        is_ours: written by an export: each entry is known to the letter. Else it is RecIS's, of any version.
-        must_be: whether the file must be there and name tables: RecIS does without.
-        dense_state: what ``model.pt`` holds, where there is one that was read.
+        is_ours: whether an export wrote the file, so that each entry is known exactly. Else any version of RecIS wrote it.
+        must_be: whether the file must exist and name tables. RecIS does not need it.
+        dense_state: the content of ``model.pt``; None if it was not read.
     """
     tell = report.add if must_be else report.note
     try:
@@ -87,7 +87,7 @@ class _Comparison:
         self._is_embedding = blocks.is_slot(EMBEDDING_SLOT)
 
     def run(self, pieces: Iterable[dict[str, Any]]) -> None:
-        """Compare all entries, which come in pieces; may be called again with all of them in one."""
+        """Compare all entries, which come in pieces. It may be called again with all entries in one piece."""
         self.findings: list[str] = []
         self.notes: list[str] = []
         is_listed = np.zeros(len(self._blocks), bool)
@@ -104,7 +104,7 @@ class _Comparison:
             for (key, entry), row in zip(piece.items(), rows.tolist(), strict=True):
                 if row < 0:
                     self._check_stranger(key, entry)
-                elif self._blocks.stem[row] == -2:  # whose block it is cannot be told, and that has been said
+                elif self._blocks.stem[row] == -2:  # the table of this block is not known, which is already reported
                     continue
                 elif entry != self._expected(key, row):
                     num_old += self._check_other(key, entry, row)
@@ -115,11 +115,11 @@ class _Comparison:
         self._check_all_listed(is_listed, others)
 
     def _expected(self, key: str, row: int) -> MergedEntry | None:
-        """Return the entry that a block should have in the new style; None where it should have none."""
+        """Return the entry that a block should have in the new style; None if it should have none."""
         blocks = self._blocks
         if blocks.stem[row] < 0:
             return dense_entry(key, blocks.torch_dtype(row), blocks.shape(row))
-        if blocks.rows[row] < 0:  # a scalar, which no table has: told elsewhere
+        if blocks.rows[row] < 0:  # a scalar, which no table has. Another check reports it
             return None
         if not self._is_ours:
             if _EMBEDDING not in key:
@@ -133,7 +133,7 @@ class _Comparison:
         return embedding_entry(key, blocks.key(ids) if ids >= 0 else "", int(blocks.dtype[row]), blocks.shape(row))
 
     def _check_other(self, key: str, entry: Any, row: int) -> bool:
-        """Say in what an entry differs; return whether it is one that only the old style has."""
+        """Report how an entry differs, and return whether it is one that only the old style has."""
         found = _plain(entry)
         if found is None:
             self.findings.append(f"the entry {key!r} should be an object")
@@ -150,7 +150,7 @@ class _Comparison:
             wanted = _plain(expected) or {}
             if blocks.is_numbered[row] and found.get("is_hashmap") is False:
                 wanted["hashmap_key"] = None
-            elif not wanted.get("hashmap_key"):  # that the part has no ids, or those of two parts, has been said
+            elif not wanted.get("hashmap_key"):  # the part has no ids, or those of two parts: already reported
                 wanted.pop("hashmap_key", None)
         if not self._is_ours and found.get("dtype") == "":  # RecIS's name for bool
             wanted.pop("dtype")
@@ -160,7 +160,7 @@ class _Comparison:
         return expected is None
 
     def _check_stranger(self, key: str, entry: Any) -> None:
-        """Say what is wrong with an entry that names no block: it should be a parameter of model.pt."""
+        """Report an entry that names no block and is no parameter of model.pt."""
         found = _plain(entry)
         if found is None:
             self.findings.append(f"the entry {key!r} should be an object")
@@ -180,7 +180,7 @@ class _Comparison:
             )
 
     def _check_all_listed(self, is_listed: np.ndarray, others: set[str]) -> None:
-        """Say which blocks serving should find and does not, and which it finds without their ids."""
+        """Report blocks that serving should find and does not, and blocks that it finds without their ids."""
         blocks = self._blocks
         needed = self._is_embedding | (blocks.stem == -1)
         for row in np.flatnonzero(needed & ~is_listed).tolist():

@@ -1,4 +1,4 @@
-"""What a directory is, and what its names, sizes, manifests and headers say: read and compared by rank 0."""
+"""Find out what a directory is, and read and compare its names, sizes, manifests and headers. Rank 0."""
 
 from __future__ import annotations
 
@@ -36,44 +36,44 @@ from dist_export.verify.report import Report
 from dist_export.verify.work_split import Work
 
 _DAMAGE = (DistExportError, OSError, ValueError, OverflowError, RecursionError)
-"""What a damaged directory may make a check raise. Anything else is a bug of ours, and keeps its traceback."""
+"""Errors that a check may raise for a damaged directory. Any other error is a bug, and keeps its traceback."""
 
 
 CHANGED = "was replaced or changed while it was being checked, so nothing can be said of it"
 
 
 class Survey:
-    """What rank 0 knows of the directory: its metadata before the payload is read, and the report."""
+    """The state of a verification on rank 0: the metadata of the directory, and the report."""
 
     def __init__(self, directory: Directory, *, finite: bool) -> None:
         self.report = Report()
         self.directory = directory
         self.is_finite_asked = finite
         self.package: Package | None = None
-        """With its manifest; None where there is none that can be read."""
+        """The package with its manifest; None if there is no readable one."""
         self.blocks: Blocks | None = None
         self.id_rows = np.zeros(0, np.int64)
-        """The rows of ``blocks`` that are columns of ids, in the order of the work."""
+        """The rows of ``blocks`` that are id columns, in the order of the work."""
         self.value_rows = np.zeros(0, np.int64)
-        """Those whose values are to be finite."""
+        """The rows of ``blocks`` whose values should be finite."""
         self.bad: frozenset[str] = frozenset()
-        """Files that something is wrong with, so that they are not read: it has been told."""
+        """Files with a finding. They are not read."""
 
     @property
     def manifest(self) -> Manifest | None:
-        """The manifest; None where there is none that can be read."""
+        """The manifest; None if there is no readable one."""
         return None if self.package is None else self.package.manifest
 
     def refuse_replaced(self) -> None:
-        """Refuse a package that was not the same all the while: what was found is of neither. UserError. At the end."""
+        """Raise UserError if the package changed during the verification, because the findings mix two states. At the end."""
         if self.package is not None and not self.package.files.is_current():
             raise UserError(f"{self.directory.url}: {CHANGED}; run verify again")
 
     def take(self) -> Work | None:
-        """Read and compare all metadata; return what is to be read of the payload, None where nothing is.
+        """Read and compare all metadata, and return the payload to read; None if there is nothing to read.
 
         Raises:
-            UserError: it cannot be looked at, or is nothing that can be checked.
+            UserError: the directory cannot be read, or holds nothing that can be checked.
         """
         report, directory = self.report, self.directory
         try:
@@ -81,7 +81,7 @@ class Survey:
             if report.kind == "interrupted export":
                 return None
             listing = list_files(directory, is_deep=report.kind == "package")
-        except OSError as error:  # a store that is not reached or lets nobody in is no unsound package
+        except OSError as error:  # an unreachable store does not make a package unsound
             raise UserError(
                 f"{error.filename or directory.url} cannot be read: {error.strerror or error}. Nothing was checked"
             ) from error
@@ -98,10 +98,10 @@ class Survey:
         return self._plan(to_hash, parts)
 
     def _recognize(self) -> None:
-        """Find out what the directory is. UserError where it is nothing that can be checked."""
+        """Find out what the directory is. Raises UserError if it holds nothing that can be checked."""
         directory, report = self.directory, self.report
         names = directory.names()
-        # also one that is no file: whoever made that meant to have a package
+        # a manifest that is no regular file counts too, because a package was meant
         if os.path.lexists(directory.join(MANIFEST)) if directory.is_local else MANIFEST in names:
             try:
                 self.package = Package(directory)
@@ -130,7 +130,7 @@ class Survey:
             )
 
     def _compare(self, listing: Listing) -> FoundParts:
-        """Read indexes and headers, and compare all that speaks of tables."""
+        """Read indexes and headers, and compare everything that describes tables."""
         report, directory, manifest = self.report, self.directory, self.manifest
         listed = set() if manifest is None else {entry.path for entry in manifest.files}
         shards = [name for name in listing.shards() if manifest is None or name in listed]
@@ -183,7 +183,7 @@ class Survey:
             )
 
     def _read_dense_state(self, listing: Listing) -> DenseState | None:
-        """Return what model.pt of a checkpoint holds; None where there is none, or none that can be read."""
+        """Return the parameters in model.pt of a checkpoint; None if it is missing or cannot be read."""
         if DENSE_STATE not in listing.files or self.package is not None or listing.leads_out(DENSE_STATE):
             return None
         try:
@@ -231,7 +231,7 @@ class Survey:
         )
 
     def _row_widths(self, blocks: Blocks) -> np.ndarray:
-        """Return for each block the bytes of a row where its rows have scale and bias (int64), else 0."""
+        """Return for each block the bytes of a row (int64) if its rows have scale and bias, else 0."""
         widths = np.zeros(len(blocks), np.int64)
         stems = {name: number for number, name in enumerate(blocks.stems)}
         for table in self.manifest.tables if self.manifest is not None else ():
@@ -243,7 +243,7 @@ class Survey:
         return widths
 
     def guard(self, what: str, check: Callable[[], Any]) -> Any:
-        """Return what a check returns; whatever a damaged directory makes it raise is a finding."""
+        """Run a check and return its result. If it raises because the directory is damaged, add a finding and return None."""
         try:
             return check()
         except _DAMAGE as error:

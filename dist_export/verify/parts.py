@@ -1,4 +1,4 @@
-"""Check that the blocks of a directory make whole tables: slots of equal length, slices that fit, names that differ."""
+"""Check that the blocks of a directory form complete tables: equal lengths of slots, matching slices, unique names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_export.verify.report import Report
 RECIS_SIZE = 65536
 """The slice size that all of RecIS's Python layer uses."""
 _MAX_RECIS_ROWS = (1 << 31) - 1
-"""RecIS counts the rows of a table on a rank in 32 bits."""
+"""RecIS counts the rows of a table on a rank in 32-bit integers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -23,9 +23,9 @@ class FoundParts:
     """The parts of all tables: parallel columns, ordered by table and slice."""
 
     part: np.ndarray
-    """int64 by row of the blocks: the part of a hash table's block, -1 for others."""
+    """int64 by row of the blocks: the part of a hash table's block; -1 for other blocks."""
     id_row: np.ndarray
-    """int64: the row of the part's id block; -1 where there is none, or the blocks of two parts cannot be told apart."""
+    """int64: the row of the part's id block; -1 if there is none, or if blocks of two parts cannot be told apart."""
     table: np.ndarray
     """int64"""
     is_disjoint: np.ndarray
@@ -36,9 +36,9 @@ def check_parts(blocks: Blocks, report: Report, *, must_cover: bool) -> FoundPar
     """Check kinds, lengths, names and slices of all blocks of hash tables.
 
     Args:
-        blocks: all blocks, those of tables whose rows go by number too; these have neither ids nor slices of ids.
-        report: takes in what is found.
-        must_cover: whether slices that leave a gap are wrong; a checkpoint may leave out a part without rows.
+        blocks: all blocks. Blocks of row-indexed tables are not checked, because they have neither ids nor slices of ids.
+        report: gets the findings.
+        must_cover: whether a gap between slices is a finding. A checkpoint may omit a part without rows.
     """
     rows = np.flatnonzero((blocks.stem >= 0) & ~blocks.is_numbered)
     num_slices = max(len(blocks.slices), 1)
@@ -68,7 +68,7 @@ def check_parts(blocks: Blocks, report: Report, *, must_cover: bool) -> FoundPar
 
 
 def _check_kinds(blocks: Blocks, rows: np.ndarray, report: Report) -> np.ndarray:
-    """Return which of the blocks can be their slot's (bool); the others, and slots that differ over parts, are told."""
+    """Return which blocks have a possible dtype and shape for their slot (bool). Report others, and slots that differ by part."""
     stem = blocks.stem[rows]
     known = np.full(len(blocks.stems), -1, np.int64)
     known[stem[::-1]] = rows[::-1]  # the first block of each table and slot
@@ -106,7 +106,7 @@ def _kind(blocks: Blocks, row: int) -> str:
 
 
 def _check_names(blocks: Blocks, rows: np.ndarray, number: np.ndarray, num_parts: int, report: Report) -> np.ndarray:
-    """Return in which parts two blocks stand for one slot (bool); internal names that are not unique are told."""
+    """Return which parts have two blocks for one slot (bool). Report internal names that are not unique."""
     num_stems = max(len(blocks.stems), 1)
     slot = number * num_stems + blocks.stem[rows]
     order = np.argsort(slot, kind="stable")
@@ -155,7 +155,7 @@ def _check_complete(
     is_shared: np.ndarray,
     report: Report,
 ) -> None:
-    """Tell of parts without ids or without a slot that other parts of the table have, where they have rows."""
+    """Report parts without ids, and parts with rows that lack a slot which other parts of the table have."""
     slots_of_table: list[list[int]] = [[] for _ in blocks.tables]
     numbers = {name: place for place, name in enumerate(blocks.tables)}
     present = np.unique(blocks.stem[rows]).tolist()
@@ -171,7 +171,7 @@ def _check_complete(
     has_no_ids = np.bincount(number, weights=blocks.is_slot(ID_SLOT)[rows], minlength=len(table)) == 0
     rows_of_part = np.where(id_row >= 0, blocks.rows[id_row], 0)
     is_bare = (held == 1) & (num_slots > 1) & ~has_no_ids
-    is_shared = np.isin(table, table[is_shared])  # what is missing in one of its parts may be a block of another's name
+    is_shared = np.isin(table, table[is_shared])  # the missing block of one part may have the name of another part
     doubtful = has_no_ids | is_bare | ((held < num_slots) & (rows_of_part > 0))
     for part in np.flatnonzero(doubtful & ~is_shared).tolist():
         its_rows = rows[number == part]
@@ -195,7 +195,7 @@ def _check_complete(
 def _check_slices(
     blocks: Blocks, table: np.ndarray, edges: np.ndarray, report: Report, *, must_cover: bool
 ) -> np.ndarray:
-    """Return by table whether its slices are disjoint and of one size; sizes, gaps and overlaps are told."""
+    """Return by table whether its slices are disjoint and of one size. Report sizes, gaps and overlaps."""
     is_disjoint = np.ones(len(blocks.tables), bool)
     starts = np.searchsorted(table, np.arange(len(blocks.tables) + 1)).tolist()
     begins, ends, sizes = (edges[:, column] for column in range(3))
@@ -245,7 +245,7 @@ def _check_slices(
 
 
 def check_prefixes(blocks: Blocks, report: Report) -> None:
-    """Note names that RecIS 1.0's CheckpointReader takes for others: it finds blocks by how their names begin."""
+    """Report names that RecIS 1.0's CheckpointReader confuses, because it finds blocks by the beginning of their names."""
     names = sorted(
         {f"{table}@{slot}" for table, slot in blocks.stems}
         | {blocks.key(row).removesuffix("^ ") for row in np.flatnonzero(blocks.stem == -1).tolist()}

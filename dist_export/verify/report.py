@@ -1,4 +1,4 @@
-"""What a verification found: findings and notes, each one line about one file, in a fixed order."""
+"""Collect the findings and notes of a verification. Each is one line about one file, in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import NamedTuple
 from dist_export.errors import printable
 
 _MOST_ALIKE = 10
-"""So many findings of one check in one file are told one by one; of the rest the number is enough."""
+"""Findings of one check in one file that are listed. The others are only counted."""
 
 _MAX_TEXT = 2000
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, or, among the notes, legal and surprising."""
+    """One fault, or in a note, something legal but surprising."""
 
     file: str
     """Relative to the directory."""
     check: str
-    """Which check it is of; docs/how-to/verify-in-ci.md lists the names."""
+    """The name of the check. docs/how-to/verify-in-ci.md lists the names."""
     message: str
 
     @property
     def line(self) -> str:
-        """The finding for people."""
+        """The finding as text for people."""
         return f"{self.file}: {self.message}"
 
 
 class Report:
-    """What a verification found, and what it looked at."""
+    """The findings of a verification, and a list of what it checked."""
 
     def __init__(self, kind: str = "package") -> None:
         self.kind = kind
         """``package``, ``interrupted export``, or ``RecIS directory``, which has no manifest.json."""
         self.checked: list[str] = []
-        """What was looked at and found sound, for people."""
+        """What was checked and is sound, as text for people."""
         self._found: dict[bool, list[Finding]] = {True: [], False: []}
         self._alike: dict[tuple[bool, str, str], int] = {}
 
@@ -44,18 +44,18 @@ class Report:
         self._take(Finding(file, check, message), is_finding=True)
 
     def note(self, file: str, check: str, message: str) -> None:
-        """Add a note: it does not make the directory unsound."""
+        """Add a note. It does not make the directory unsound."""
         self._take(Finding(file, check, message), is_finding=False)
 
     def add_lines(self, check: str, lines: Iterable[str]) -> None:
-        """Add findings that come as ``<file>: <what>``."""
+        """Add findings from lines of the form ``<file>: <message>``."""
         for line in lines:
             file, _, message = line.partition(": ")
             self.add(file, check, message)
 
     @property
     def findings(self) -> list[str]:
-        """One line for each finding; empty where all is sound."""
+        """One line for each finding; empty if everything is sound."""
         return [finding.line for finding in self.found]
 
     @property
@@ -69,11 +69,11 @@ class Report:
         return self._told(is_finding=False)
 
     def count(self) -> int:
-        """Return how many findings there are, told or not."""
+        """Return the number of findings, listed or not."""
         return sum(number for (is_finding, _, _), number in self._alike.items() if is_finding)
 
     def render(self) -> list[str]:
-        """Return the report line by line, for people: findings, notes, then what was checked or how much is wrong."""
+        """Return the report as lines for people: findings, notes, then what was checked or the number of findings."""
         lines = [*self.findings, *(f"note: {note.line}" for note in self.notes)]
         if not self.count():
             return lines + self.checked
@@ -104,7 +104,7 @@ class Report:
 
 
 def _one_line(text: str) -> str:
-    """Return foreign text as one short line that a terminal may be given."""
+    """Return foreign text as one short line that is safe to print on a terminal."""
     if len(text) > _MAX_TEXT:
         text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
     return printable(text)

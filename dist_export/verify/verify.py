@@ -1,8 +1,8 @@
 """Check a package against its manifest and itself, or a directory that RecIS wrote against itself.
 
-The order: rank 0 reads names, sizes, manifests and headers and compares them. Then all ranks read payload, shared out by
-bytes: digests, ids, and values where asked for. Rank 0 puts together what they found and calls the dense program. Every
-finding is one line; none is an exception. What an earlier check could not read, later ones leave out.
+First, rank 0 reads and compares names, sizes, manifests and headers. Then all ranks read the payload, shared by bytes:
+digests, ids, and values if ``finite`` is set. Rank 0 joins the results and runs the dense program. Every finding is one
+line, and none is an exception. Later checks skip files that an earlier check could not read.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def verify(
     threads: int | None = None,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Check the directory at ``path``. All ranks of ``ranks``; each returns the whole report.
+    """Check the directory at ``path``. All ranks of ``ranks`` call this, and each returns the whole report.
 
     Args:
-        finite: whether all float values are read too, to find NaN and infinities.
-        max_memory: bytes that a rank may hold beside the metadata, which take about 1 kB a block.
-        threads: of each rank; by default the cores that it has to itself, 4 at most.
-        ranks: who shares the work; by default this process alone.
+        path: the directory, or its fsspec URL.
+        storage_options: options for its file system.
+        finite: whether to read all float values too, to find NaN and infinities.
+        max_memory: bytes that a rank may hold in addition to the metadata, which take about 1 kB a block.
+        threads: threads of each rank; by default the number of cores for each rank, at most 4.
+        ranks: the ranks that share the work; by default only this process.
 
     Raises:
-        UserError: there is no such directory, or nothing in it that could be checked; a setting that cannot be; a package
-            that was replaced or changed meanwhile.
+        UserError: the directory is missing or holds nothing that can be checked, a setting is impossible, or the package
+            was replaced or changed in between.
         StepFailedError: the same, on several ranks.
     """
     ranks = alone() if ranks is None else ranks
@@ -93,7 +95,7 @@ def verify(
     def look(share: list[UniqueTask]) -> list[Repeats]:
         try:
             return search(directory, work, share, held_ids=bounds.held_ids)
-        except (EndedError, OSError) as error:  # all of it has been read once
+        except (EndedError, OSError) as error:  # the same files were readable before, so they changed
             raise UserError(f"{survey.directory.url}: {CHANGED} ({reason_of(error)}); run verify again") from error
 
     searched = ranks.all_gather("search for ids that stand twice", lambda: run_threads(look, dealt))
