@@ -82,7 +82,7 @@ def _export(argv: list[str]) -> int:
 
     from dist_export.runtime.joining import join
 
-    # The settings are read again after the ranks have joined, so that rank 0 alone reports a mistake in them.
+    # The settings are read again after the ranks have joined, so that only rank 0 reports a mistake in them.
     try:
         timeout_secs = parse_settings(argv).timeout
     except ConfigError:

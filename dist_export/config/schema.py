@@ -59,16 +59,16 @@ class ExportConfig:
     """A registry's URI, such as models:/ctr: the committed package becomes a new version there, by reference."""
     registry_options: dict[str, Any] = field(default_factory=dict)
     """Options for the registries of the three settings above. MLflow: registry_uri, and location, the directory below which
-    packages of new versions go. Options under a scheme are for that registry alone: {models: {location: /serving}, my: {root:
+    packages of new versions go. Options under a scheme are for that registry only: {models: {location: /serving}, my: {root:
     /data}}."""
     format: CheckpointFormat | Literal["live"] = "auto"
     """Format of the checkpoint: recis, dcp (torch.distributed.checkpoint), safetensors, torch (torch.save) or dynamicemb. auto
-    goes by its files; it takes a DCP checkpoint and the DynamicEmb dump beside it together (dcp+dynamicemb). dcp or dynamicemb
-    takes this one alone. live: no checkpoint; the tables of the model (see model) are exported as they are in memory."""
+    detects it from the files, and reads a DCP checkpoint together with the DynamicEmb dump beside it (dcp+dynamicemb). dcp or
+    dynamicemb reads only that one. live: no checkpoint; the tables of the model (see model) are exported from memory."""
     overwrite: bool = False
     """Replace a package that is already in export_dir. The old package stays readable until the new one is committed."""
     on_unfinished: Literal["resume", "restart", "error"] = "resume"
-    """What to do if export_dir holds an unfinished export: go on with it (resume), begin anew (restart), or stop (error)."""
+    """What to do if export_dir holds an unfinished export: resume it, restart from the beginning, or stop with an error."""
     follow_links: bool = False
     """Read files of the checkpoint that are links out of its directory, as in caches of downloads. False refuses them."""
 
@@ -85,7 +85,7 @@ class ExportConfig:
     """Patterns of further slots and dense tensors that are optimizer state."""
     state_root: str | None = None
     """Which state to export, by its path, if the checkpoint has several (such as a model and its EMA). Null takes the model's.
-    "." takes all under their full names."""
+    "." takes all states, with their full names."""
     drop_slots: list[str] = field(default_factory=list)
     """Patterns of further slots and dense tensors to drop, such as step_filter."""
     keep_slots: list[str] = field(default_factory=list)
@@ -114,13 +114,13 @@ class ExportConfig:
     default_row: dict[str, Literal["zeros"] | list[float]] = field(default_factory=dict)
     """The row that serving uses for ids without a row, as {pattern: zeros} or {pattern: [0.5, ...]}."""
     dynamicemb_dims: dict[str, int] = field(default_factory=dict)
-    """Dimensions of the tables of a DynamicEmb dump, as {pattern: dimension}. Its files do not state them; the export
-    compares."""
+    """Dimensions of the tables of a DynamicEmb dump, as {pattern: dimension}. Its files do not state them. If a
+    file's width differs, the export fails."""
     allow_hashed_ids: list[str] = field(default_factory=list)
     """Patterns of managed-collision tables (torchrec's MCH and HashZCH) whose module changes ids before the lookup, with an
     input_hash_func. The package has the changed ids, and serving must change ids in the same way."""
     allow_missing_tables: list[str] = field(default_factory=list)
-    """Patterns of embeddings of the sparse arch that need not be in the checkpoint. Scores have the model's own rows of them."""
+    """Patterns of embeddings of the sparse arch that need not be in the checkpoint. Scores use the model's own rows of them."""
     prune: list[dict[str, Any]] = field(default_factory=list)
     """Rows to leave out, as a list of rules: {tables: "user_*", slot: step_filter, below: 10}, {tables: "*", norm_at_most: 0},
     {tables: item, deny: ids.npy} or {tables: item, allow: ids.txt}."""
@@ -129,20 +129,20 @@ class ExportConfig:
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
     """Digest of the package's files: xxh3, sha256 or blake3. none leaves the shards without one, and the kernel copies them."""
     server_side_copy: bool = True
-    """Let an S3 store that holds source and target copy byte ranges by itself. Their digest is then the SHA-256 that the store
-    computes. False sends all bytes through the export, and the digest is that of the bytes that it has read."""
+    """Let an S3 store that has both source and target copy byte ranges itself. Their digest is then the SHA-256 that the store
+    computes. False sends all bytes through the export, and the digest is that of the bytes that it reads."""
     max_memory: int | str = "512MiB"
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None
     """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most."""
     need_export_sparse: bool = True
-    """False exports the dense arch alone."""
+    """False exports only the dense arch."""
     add_subfolder: bool = False
     """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data."""
 
     # ---- The dense arch ----
     model: str | None = None
-    """package.module:callable that returns the model. Without it the tables are exported alone."""
+    """package.module:callable that returns the model. Without it only the tables are exported."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for model."""
     sparse_model_name: str = "sparse_arch"
@@ -176,7 +176,7 @@ class ExportConfig:
     rtol: float = 1e-5
     """Relative part of the tolerance: of the value, or of the usual size in its column if that is larger."""
     drift_batches: int = 4
-    """How many batches, at most, to compare the package with the unmodified model. 0 leaves the comparison out."""
+    """How many batches, at most, to compare the package with the unmodified model. 0 disables the comparison."""
     max_drift: float | dict[str, float] | None = None
     """Largest drift (max_abs) of any output, or by output. A larger drift fails the export. Null allows any."""
 
@@ -202,8 +202,8 @@ class ExportConfig:
     metrics: str | None = None
     """Write the figures of the export as Prometheus text to this file or fsspec URL, for a collector that reads files."""
     progress: bool = True
-    """Show the progress of the export: in one line on a terminal, else in lines of the log; from Python the closing summary,
-    too."""
+    """Show the progress of the export: in one line on a terminal, otherwise in lines of the log. From Python it also shows the
+    closing summary."""
     timeout: float = 1800.0
     """Seconds without any progress after which a rank counts as hung, and the export ends."""
 

@@ -323,7 +323,7 @@ class Machine:
             self._extend(stack[-1], [])
         elif opcode == 0x91:  # FROZENSET
             stack.append(Record("frozenset"))
-        return stack  # POP_MARK, else
+        return stack  # otherwise POP_MARK
 
     def _extend(self, target: Any, items: list[Any]) -> None:
         if type(target) is list:

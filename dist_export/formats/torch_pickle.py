@@ -87,7 +87,7 @@ class PickledTensor(NamedTuple):
     first: int
     """The offset in its storage, in elements."""
     storage: Storage | None
-    """None where ``reason`` is not empty."""
+    """None if ``reason`` is not empty."""
     reason: str = ""
     """Why its values cannot be read from the bytes of a storage; empty if they can."""
 

@@ -1,4 +1,4 @@
-"""Find what a zip of ``torch.save`` contains, and where, from the zip itself, with any packer.
+"""Find the members of a zip of ``torch.save``, and their positions, whichever program packed it.
 
 Torch trusts positions and lengths. It reads a compressed member as its packed bytes. It lets a storage that claims more
 bytes than its member has continue into the next member. Where torch *computes* positions, it assumes the order and

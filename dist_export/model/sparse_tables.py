@@ -100,7 +100,7 @@ def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     for path, module in root.named_modules(remove_duplicate=False):
         if is_of_library(module):
             continue
-        for name, parameter in module._parameters.items():  # noqa: SLF001 -- its own alone
+        for name, parameter in module._parameters.items():  # noqa: SLF001 -- only its own
             if parameter is not None and not is_lazy(parameter) and parameter.dim() == 2:
                 yield plain_name(_join(prefix, _join(path, name))), parameter
 
