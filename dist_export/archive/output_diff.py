@@ -109,6 +109,32 @@ def usual_sizes(like: torch.Tensor | None, expected: torch.Tensor) -> torch.Tens
     return values.where(values.isfinite(), torch.nan).nanmedian(dim=0).values.nan_to_num(0, 0, 0)
 
 
+_TIMES = 4
+"""How many times the measured rounding two programs may be apart: each has its own, and the sample does not show the largest."""
+
+_MOST = 1e-3
+"""The most that a measurement adds, of an output's usual size: a network that rounding moves further is refused."""
+
+_ROUNDINGS = 8
+"""Where an output's dtype is so narrow that this many roundings are more than that, this many."""
+
+
+def measure_rounding(exact: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+    """Return what rounding allows each column of an output: the largest difference, some times, and at most a share of its size.
+
+    Args:
+        exact: the output (rows, ...) as it was computed in float64.
+        value: as it was computed in the network's own dtypes.
+
+    Returns (...) float64; None where the output has no columns of floats.
+    """
+    if not (value.is_floating_point() and value.dim() and exact.shape == value.shape and value.numel()):
+        return None
+    apart = (exact.double() - value.double()).abs().cpu().nan_to_num(0, 0, 0).amax(dim=0)
+    most = max(_MOST, _ROUNDINGS * torch.finfo(value.dtype).eps)
+    return torch.minimum(_TIMES * apart, most * usual_sizes(None, value))
+
+
 def describe_allowed(atol: float, rtol: float) -> str:
     """Return the tolerance in words, for an error."""
     return f"atol {atol:g} + rtol {rtol:g} * (|value| or the output's usual size)"

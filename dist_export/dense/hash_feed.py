@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.feeds import Feed
+from dist_export.dense.hash_access import HashAccess, Learned, memory_of
 from dist_export.dense.reads import TableReads
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
@@ -25,7 +25,6 @@ from dist_export.formats.recis import CHILD_BITS
 from dist_export.model.user_errors import said
 
 _ID_MASK = (1 << CHILD_BITS) - 1
-_RUN_IDS = 1 << 20
 
 
 class HashFeed(Feed):
@@ -56,10 +55,15 @@ class HashFeed(Feed):
                     f"{', '.join(finder.table_names()) or 'none'}"
                 )
         self._path = path
-        self._lacking: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Ids as the module is asked for them (int64, (n,)), and the row that it gives for them."""
+        self._lacking: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        """Table, ids as the module is asked for them (int64, (n,)), and the row that serving gives for them."""
+        self._defaulted = np.zeros(0, np.int64)
+        """Those of these ids that have it in the module."""
         self._lookup: Callable[..., Any] = module.forward
         """The module's own."""
+        self._access = HashAccess(
+            module, self._lookup, finder.learned.setdefault(id(module), Learned()), max_bytes=finder.max_memory_bytes
+        )
         self._busy = busy
         self._reads: TableReads | None = None
 
@@ -75,7 +79,8 @@ class HashFeed(Feed):
                     self.feed(new)
                 if self._reads is not None:
                     self.watch(self._reads)
-            return self.fill(args, kwargs, self._lookup(*args, **kwargs))
+            output = self.fill(args, kwargs, self._lookup(*args, **kwargs))
+            return self._lookup(*args, **kwargs) if output is None else output
 
     @property
     def _is_busy(self) -> bool:
@@ -126,15 +131,8 @@ class HashFeed(Feed):
         """Let code that reads the module's memory past its methods be seen, also after rows were put in."""
         self._reads = reads
         reads.forget(self.note_unseen)
-        for tensor in self._memory():
+        for tensor in memory_of(self._module):
             reads.watch_memory(tensor, self.note_unseen)
-
-    def _memory(self) -> Iterator[torch.Tensor]:
-        """Yield the tensors that the module holds, as far as Python shows them."""
-        holders = [vars(self._module), self._module._parameters, self._module._buffers]  # noqa: SLF001 -- its memory
-        for value in itertools.chain.from_iterable(holder.values() for holder in holders):
-            inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
-            yield from (item for item in inner if isinstance(item, torch.Tensor) and item.is_floating_point())
 
     def feed(self, ids: np.ndarray) -> None:
         """Insert the rows of these ids, as the module is asked for them."""
@@ -160,52 +158,86 @@ class HashFeed(Feed):
         self._insert(name, held | high, rows)
         if len(lacking):
             default = self.values_of(name, self._finder.default_row(name)[None])[0]
-            self._lacking.append((torch.from_numpy(lacking | high), default))
+            self._lacking.append((name, torch.from_numpy(lacking | high), default))
 
     def fill(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Put the default row in the place of what the table gives for ids without a row, as serving does."""
+        """Put the default row in the place of what the table gives for ids without a row, as serving does.
+
+        A table that does more than look rows up gets the default row inserted for them. Returns None where it has to be asked
+        once more.
+        """
         ids = self.ids_of(args, kwargs)
-        for lacking, default in self._lacking:
+        for name, lacking, default in self._lacking:
             is_lacking = torch.isin(ids, lacking.to(ids.device, ids.dtype))
-            if not isinstance(output, torch.Tensor) or output.shape != (*ids.shape, *default.shape):
-                self._counts.left_to_model += int(is_lacking.sum())  # it does more than look rows up
-                if bool(is_lacking.any()):
-                    self._counts.without_default.update(self.tables)
+            if not bool(is_lacking.any()):
                 continue
-            where = is_lacking.reshape(*ids.shape, *[1] * default.dim())
-            output = torch.where(where, default.to(output), output)
+            is_rows = isinstance(output, torch.Tensor) and output.shape == (*ids.shape, *default.shape)
+            if not is_rows or self._access.learned.is_more_than_lookup:
+                self._insert_defaults(name, lacking, default)
+                output = None
+            elif output is not None:
+                where = is_lacking.reshape(*ids.shape, *[1] * default.dim())
+                output = torch.where(where, default.to(output), output)
         return output
 
+    def _insert_defaults(self, name: str, lacking: torch.Tensor, default: torch.Tensor) -> None:
+        new = np.setdiff1d(lacking.numpy(), self._defaulted, assume_unique=True)
+        if not len(new):
+            return
+        self._defaulted = np.union1d(self._defaulted, new)
+        with torch.no_grad():
+            self._insert(name, new, default.expand(len(new), *default.shape).contiguous())
+        if self._reads is not None:
+            self.watch(self._reads)
+
     def _insert(self, name: str, held: np.ndarray, rows: torch.Tensor) -> None:
+        """Put rows in. What the table had for these ids itself is put back later; where that cannot be, it is left alone."""
         if not len(held):
             return
+        access = self._access
+        ids = torch.from_numpy(np.ascontiguousarray(held)).to(access.device)
+        is_live, device = access.has_own(ids), access.device
+        new, known = ids[~is_live], ids[is_live]
+        self._put(name, new, rows[~is_live.cpu()])
+        access.learned.inserted = np.union1d(access.learned.inserted, new.cpu().numpy())
+        if not len(known):
+            return
+        own = access.own_rows(known, rows[is_live.cpu()])
+        if own is None:
+            self._counts.unseen[name] = (
+                "its forward gives other rows than were inserted, and it has no embeddings() that gives its own, so nothing was "
+                "put in the place of rows that could not be put back"
+            )
+            return
+        if own.shape[1:] != rows.shape[1:]:
+            raise self._other_width(name, own, rows)
         module: Any = self._module
-        live = module.ids()
-        device = live.device
-        ids = torch.from_numpy(np.ascontiguousarray(held)).to(device)
-        is_live = torch.zeros_like(ids, dtype=torch.bool)
-        for some in live.reshape(-1).split(_RUN_IDS):  # isin sorts what it is given, so never all of a table
-            is_live |= torch.isin(ids, some)
-        known = ids[is_live]
-        if len(known):
-            before = self._lookup(known).detach().clone()
-            self._check_width(name, before, rows)
-            self._undo.append(lambda: module.insert(known, before.to(device)))
+        self._undo.append(lambda: module.insert(known, own.to(device)))
+        self._put(name, known, rows[is_live.cpu()])
+
+    def _put(self, name: str, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        if not len(ids):
+            return
         try:
-            module.insert(ids, rows.to(device))
+            self._access.insert(ids, rows)
         except Exception as error:
             raise ModelError(
                 f"table {name!r}: {self._path} does not take the checkpoint's rows, {rows.dtype} {list(rows.shape[1:])}: "
                 f"{said(error)}"
             ) from error
-        self._check_width(name, self._lookup(ids[:1]), rows)
-
-    def _check_width(self, name: str, own: torch.Tensor, rows: torch.Tensor) -> None:
-        if own.shape[1:] != rows.shape[1:]:
-            raise ModelError(
-                f"table {name!r} has rows of {list(rows.shape[1:])} in the checkpoint, the model's ({self._path}) are "
-                f"{list(own.shape[1:])}"
+        answer = self._access.look_at(ids, rows)
+        if answer is not None and answer.shape[1:] != rows.shape[1:]:
+            raise self._other_width(name, answer, rows)
+        if self._access.keeps_rows:
+            self._counts.unseen[name] = (
+                "its forward gives rows that it keeps from earlier calls, not those that are inserted"
             )
+
+    def _other_width(self, name: str, own: torch.Tensor, rows: torch.Tensor) -> ModelError:
+        return ModelError(
+            f"table {name!r} has rows of {list(rows.shape[1:])} in the checkpoint, the model's ({self._path}) are "
+            f"{list(own.shape[1:])}"
+        )
 
 
 def _methods_of(kind: type) -> list[str]:

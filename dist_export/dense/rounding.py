@@ -8,24 +8,14 @@ dense arch runs once more in float64, and what that changes is what rounding has
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from dist_export.archive.output_diff import Difference, compare, usual_sizes
+from dist_export.archive.output_diff import Difference, compare, measure_rounding
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.model.unwrap import copy_dense_arch
-
-_TIMES = 4
-"""How many times the measured rounding two programs may be apart: each has its own, and the sample does not show the largest."""
-
-_MOST = 1e-3
-"""The most that a measurement adds, of an output's usual size: a network that rounding moves further is refused."""
-
-_ROUNDINGS = 8
-"""Where an output's dtype is so narrow that this many roundings are more than that, this many."""
 
 
 class Rounding:
@@ -51,15 +41,15 @@ class Rounding:
 
     def _measure(self) -> list[torch.Tensor | None]:
         sample = self._sample
-        exact = _in_float64(sample.dense_arch)
+        wide_arch = _in_float64(sample.dense_arch)
         device = next(iter(sample.inputs.values())).device
         inputs = {name: tensor.detach().to(device, copy=True) for name, tensor in self._tensors.items()}
         with exporting(sample.dense_arch), torch.no_grad():
             rounded = sample.flatten(sample.call({name: tensor.clone() for name, tensor in inputs.items()}))
         wide = {name: t.double() if t.is_floating_point() else t.clone() for name, t in inputs.items()}
-        with exporting(exact), torch.no_grad():
-            expected = sample.flatten(exact(sample.blocks.fill(wide)))
-        return _by_column(expected, rounded)
+        with exporting(wide_arch), torch.no_grad():
+            expected = sample.flatten(wide_arch(sample.blocks.fill(wide)))
+        return [measure_rounding(exact, value) for exact, value in zip(expected, rounded, strict=True)]
 
 
 def compare_scores(
@@ -95,16 +85,3 @@ def _in_float64(dense_arch: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 vars(module)[name] = value.double()
     return exact
-
-
-def _by_column(expected: Sequence[Any], rounded: Sequence[Any]) -> list[torch.Tensor | None]:
-    """Return the largest finite difference of each column, some times, and at most a share of its usual size."""
-    measured: list[torch.Tensor | None] = []
-    for exact, value in zip(expected, rounded, strict=True):
-        if not (value.is_floating_point() and value.dim() and exact.shape == value.shape and value.numel()):
-            measured.append(None)
-            continue
-        apart = (exact.double() - value.double()).abs().cpu().nan_to_num(0, 0, 0).amax(dim=0)
-        most = max(_MOST, _ROUNDINGS * torch.finfo(value.dtype).eps)
-        measured.append(torch.minimum(_TIMES * apart, most * usual_sizes(None, value)))
-    return measured

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,8 @@ class RowFinder(KnownTables):
         """Table -> ids that will be asked for, and were not yet."""
         self._recorded: dict[str, list[np.ndarray]] | None = None
         self._pruned = pruned or {}
+        self.learned: dict[int, Any] = {}
+        """By ``id()`` of a hash table of the model, what runs with this finder and its views have learned of it."""
         self.poisoned: frozenset[str] = frozenset()
         """Tables of which other rows are put into the model than the checkpoint has. Of a :meth:`probe`."""
         self.flipped: frozenset[str] = frozenset()

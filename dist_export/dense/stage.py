@@ -404,6 +404,7 @@ class DenseStage:
                 pruned=self._pruned,
                 max_memory_bytes=self._config.max_memory_bytes,
             )
+            finder.learned = {} if self._finder is None else self._finder.learned
             wanted = self._drift.wanted
             if self._parameters is None:  # of a model in memory, what another rank holds is not looked for
                 wanted = {table: ids[self._is_own_row(table, ids)] for table, ids in wanted.items()}

@@ -109,13 +109,15 @@ def open_source(
     model: Any = None,
     *,
     weights: ModelWeights | None = None,
+    exports_dense: bool = False,
 ) -> Checkpoint | None:
     """Open the checkpoint, or look at ``model`` in memory; None for a dense-only export of a source without tables.
 
-    ``weights`` are what the model of a checkpoint says.
+    ``weights`` are what the model of a checkpoint says; ``exports_dense``: whether a model in memory is traced.
     """
     if source is None:
         from dist_export.live.assemble import open_live
+        from dist_export.live.left_out import add_others, list_others
         from dist_export.model.unwrap import find_arch  # a copy of files needs no torch
 
         name = config.sparse_model_name
@@ -128,7 +130,13 @@ def open_source(
         sparse_arch = ranks.run("look into the model", look)
         if not config.need_export_sparse:
             return None
-        return choose_tables(ranks, open_live(ranks, sparse_arch, sparse_model_name=name), config)
+        checkpoint = open_live(ranks, sparse_arch, sparse_model_name=name)
+        names = [table.name for table in checkpoint.tables]
+        dense_name = config.dense_model_name if exports_dense else None
+        others = ranks.all_gather(
+            "tell what is no table", lambda: list_others(model, names, dense_model_name=dense_name)
+        )
+        return choose_tables(ranks, add_others(checkpoint, others), config)
     if not config.need_export_sparse:
 
         def look_for_tables() -> bool:

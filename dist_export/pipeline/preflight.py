@@ -78,7 +78,9 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
     if located is not None:
         source = open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
         checkpoint = mistakes.collect(
-            lambda: open_source(ranks, config, source, model=model, weights=weights), None, ignored=ignored
+            lambda: open_source(ranks, config, source, model=model, weights=weights, exports_dense=True),
+            None,
+            ignored=ignored,
         )
 
         def describe_dense() -> Sequence[tuple[str, str, tuple[int, ...]]]:

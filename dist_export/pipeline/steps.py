@@ -117,7 +117,9 @@ def read_source(export: ExportState) -> ExportState:
     ranks, config, objects, source = task.ranks, task.config, task.objects, places.source
     small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
     with task.reporter.stage("read"):
-        checkpoint = open_source(ranks, config, source, model=objects.model, weights=task.weights)
+        checkpoint = open_source(
+            ranks, config, source, model=objects.model, weights=task.weights, exports_dense=objects.dataset is not None
+        )
         notes = list(checkpoint.warnings if checkpoint is not None else ())
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import msgspec
@@ -13,7 +14,7 @@ import xxhash
 from dist_export.errors import DistExportError, PackageError
 from dist_export.formats.dtypes import explain_unread
 from dist_export.formats.recis import EMBEDDING_SLOT
-from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
+from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
 from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
@@ -92,7 +93,8 @@ def check_dense(
                 f"{stated.get('dtype')} {stated.get('shape')}"
             )
             continue
-        told.append(_compare(entry, package.manifest.parity, name, tensor, base, findings))
+        judge = _Judge(package.manifest.parity, name, functools.partial(_measure, program, inputs, place, tensor))
+        told.append(judge.compare(entry, tensor, base, findings))
     checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
     check_fx_folder(package, entry, program, findings, checked)
     if package.manifest.tables and looks_up_rows:
@@ -100,31 +102,59 @@ def check_dense(
         _check_default_rows(package, entry, findings)
 
 
-def _compare(
-    entry: DenseEntry,
-    parity: ParityEntry | None,
-    name: str,
-    found: torch.Tensor,
-    base: torch.Tensor,
-    findings: list[str],
-) -> str:
-    from dist_export.archive.output_diff import compare, describe_allowed
+class _Judge:
+    """Compares an output with what was stored. The manifest's tolerance counts as far as its own figures need it."""
 
-    if base.shape != found.shape or base.dtype != found.dtype:
-        findings.append(
-            f"{entry.folder}/output_base.pkl: output {name!r} is {base.dtype} {list(base.shape)}, the program gives "
-            f"{found.dtype} {list(found.shape)}"
-        )
-        return f"{name} is not comparable"
-    atol, rtol = (_MAX_ATOL, _MAX_RTOL) if parity is None else (parity.atol, parity.rtol)
-    worst = compare(base, found, atol=atol, rtol=rtol)
-    figures = f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, {worst.max_ulp:,} ULP"
-    if not worst.is_close:
-        findings.append(
-            f"{entry.program}: output {name!r} is not what was stored in output_base.pkl: {figures}, in row {worst.row}; "
-            f"allowed is {describe_allowed(atol, rtol)}"
-        )
-    return f"{name} {figures}"
+    def __init__(self, parity: ParityEntry | None, name: str, measure: Callable[[], torch.Tensor | None]) -> None:
+        """``measure`` gives the rounding of the program, which is added where the tolerance alone does not do."""
+        self._name = name
+        self._measure = measure
+        self._stated = (_MAX_ATOL, _MAX_RTOL) if parity is None else (parity.atol, parity.rtol)
+        seen = 0.0 if parity is None else parity.max_abs.get(name, 0.0)
+        self._atol = min(self._stated[0], _MAX_ATOL + seen)
+        self._rtol = min(self._stated[1], _MAX_RTOL)
+
+    def compare(self, entry: DenseEntry, found: torch.Tensor, base: torch.Tensor, findings: list[str]) -> str:
+        """Add findings; return the figures."""
+        from dist_export.archive.output_diff import compare, describe_allowed, usual_sizes
+
+        name = self._name
+        if base.shape != found.shape or base.dtype != found.dtype:
+            findings.append(
+                f"{entry.folder}/output_base.pkl: output {name!r} is {base.dtype} {list(base.shape)}, the program gives "
+                f"{found.dtype} {list(found.shape)}"
+            )
+            return f"{name} is not comparable"
+        atol, rtol = self._atol, self._rtol
+        worst = compare(base, found, atol=atol, rtol=rtol)
+        if not worst.is_close and base.is_floating_point() and (atol or rtol):
+            worst = compare(base, found, atol=atol, rtol=rtol, rounding=self._measure())
+        figures = f"max abs {worst.max_abs:.2g}, max rel {worst.max_rel:.2g}, {worst.max_ulp:,} ULP"
+        if not worst.is_close:
+            findings.append(
+                f"{entry.program}: output {name!r} is not what was stored in output_base.pkl: {figures}, in row {worst.row}; "
+                f"allowed is {describe_allowed(atol, rtol)}"
+            )
+        if base.is_floating_point() and base.numel():
+            usual = float(usual_sizes(None, base).max())
+            if self._stated[0] > max(_MAX_ATOL, usual) or self._stated[1] > 1:
+                findings.append(
+                    f"{MANIFEST}: parity.atol {self._stated[0]:g} and rtol {self._stated[1]:g} allow output {name!r} to be "
+                    f"anything: its usual size is {usual:.2g}"
+                )
+        return f"{name} {figures}"
+
+
+def _measure(program: Any, inputs: Mapping[str, torch.Tensor], place: int, found: torch.Tensor) -> torch.Tensor | None:
+    """Return how far rounding moves an output, measured by the program in float64; None where it does not run so."""
+    from dist_export.archive.output_diff import measure_rounding
+
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    try:
+        exact = _call(program, wide, is_wide=True)[place]
+    except Exception:  # noqa: BLE001 -- the tolerance stays what it is then
+        return None
+    return measure_rounding(exact, found)
 
 
 def _read_sample(
@@ -141,6 +171,11 @@ def _read_sample(
     where = f"{entry.folder}/inputs_dict.pkl"
     pickled = read_sample_pickle(folder.read(where), where=where)
     _expect_names(f"{entry.folder}/params_order.json", order, entry.inputs, findings)
+    every = [*(tensor.name for tensor in entry.inputs), *entry.dropped_inputs]
+    if entry.input_order and sorted(entry.input_order) != sorted(every):
+        findings.append(
+            f"{MANIFEST}: dense.input_order is {list(entry.input_order)}, the inputs and dropped inputs are {sorted(every)}"
+        )
     _expect_names(
         f"{entry.folder}/output_info.json", [o.get("OutputNodeName") for o in outputs], entry.outputs, findings
     )
@@ -210,11 +245,12 @@ def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
         raise PackageError(f"{where} has no values of shape {entry['shape']}: {_first_line(error)}") from None
 
 
-def _call(program: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
+def _call(program: Any, inputs: dict[str, torch.Tensor], *, is_wide: bool = False) -> list[Any]:
     import torch
 
+    module = program.module().double() if is_wide else program.module()
     with torch.no_grad():
-        output = program.module()(**inputs)
+        output = module(**inputs)
     outputs = [output] if isinstance(output, torch.Tensor) else list(output)
     if not all(isinstance(found, torch.Tensor) for found in outputs):
         raise PackageError("it returns what is no tensor")

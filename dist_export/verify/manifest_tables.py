@@ -7,8 +7,9 @@ import math
 import msgspec
 import numpy as np
 
-from dist_export.formats.dtypes import CODE_BY_TORCH
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
+from dist_export.formats.row_encodings import U8
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.reader import is_sound_encoding
 from dist_export.verify.blocks import Blocks
@@ -77,6 +78,13 @@ class _Comparison:
                 report.add(
                     MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
                 )
+            # a cast makes floats, or rows with an encoding: bytes alone would be taken for the values
+            is_bare = slot.encoding is msgspec.UNSET and (
+                slot.dim is not msgspec.UNSET or (slot.cast is not msgspec.UNSET and slot.dtype == DTYPES[U8].torch)
+            )
+            if is_bare:
+                what = f"of {slot.dtype} {list(slot.shape)} has no encoding, though its rows were cast or have a dim"
+                report.add(MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} {what}")
             keys = [part.keys.get(slot.name) for part in table.parts]
             has_key = np.array([key is not None for key in keys], bool)
             row = blocks.find((key or "" for key in keys), number)

@@ -378,7 +378,10 @@ def test_a_model_in_memory(tmp_path: Path) -> None:
     dense = {name: value for name, value in model.items() if name.startswith("dense_arch.")}
     assert account.exported == bytes_in(tables)[1]
     assert account.in_program == bytes_in(dense)[1]
-    assert account.tensors == len(tables) + len(dense)
+    names = {"sparse_arch.user.weight", "sparse_arch.item.weight", *dense}
+    rest = [value for name, value in model.items() if name not in names]
+    assert account.left_out == {"not_served": bytes_in(rest)[1]}
+    assert (account.tensors, account.num_bytes) == (len(model), bytes_in(model)[1])
 
 
 @pytest.mark.parametrize("is_deduplicated", [False, True])

@@ -1,0 +1,111 @@
+"""A manifest whose digest was computed anew: what it says and the files show otherwise is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.formats.package_entries import DenseEntry, ParityEntry
+from dist_export.manifest import compute_digest
+from dist_export.verify.dense import _Judge
+from dist_export.verify.verify import verify
+
+IDS = torch.arange(16)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, 4), nn.Embedding(40, 4)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"user": self.user(ids), "item": self.item(ids), "unused": ids.float()[:, None]}
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ctr": torch.sigmoid(self.linear(torch.cat([blocks["user"], blocks["item"]], dim=1)))}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.sparse_arch, self.dense_arch = Sparse(), Dense()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("forged")
+    torch.save(Model().state_dict(), folder / "ckpt.pt")
+    settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4}
+    dist_export.Exporter(
+        Model(), "sparse_arch", "dense_arch", iter([IDS]), str(folder / "ckpt.pt"), str(folder / "out"), **settings
+    ).export(progress=False)
+    return folder / "out"
+
+
+def bare(doc: dict[str, Any], *names: str) -> None:
+    for slot in (slot for table in doc["tables"] for slot in table["kept"]):
+        for name in names:
+            slot.pop(name, None)
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "encoding": (lambda doc: bare(doc, "encoding"), "has no encoding"),
+    "encoding and dim": (lambda doc: bare(doc, "encoding", "dim"), "has no encoding"),
+    "encoding and cast": (lambda doc: bare(doc, "encoding", "cast"), "has no encoding"),
+    "atol": (lambda doc: doc["parity"].update(atol=10.0), "to be anything"),
+    "rtol": (lambda doc: doc["parity"].update(rtol=2.0), "to be anything"),
+    "input order": (lambda doc: doc["dense"].update(input_order=["item", "other", "user"]), "dense.input_order"),
+    "input order twice": (lambda doc: doc["dense"].update(input_order=["item", "item", "user"]), "dense.input_order"),
+    "dropped inputs": (lambda doc: doc["dense"].update(dropped_inputs=[]), "dense.input_order"),
+}
+
+
+@pytest.mark.parametrize("what", [None, *FORGED])
+def test_what_the_files_show_otherwise_is_found(package: Path, what: str | None) -> None:
+    path = package / "manifest.json"
+    raw = path.read_bytes()
+    doc = json.loads(raw)
+    change, told = FORGED[what] if what else (lambda _: None, "")
+    change(doc)
+    doc["digest"] = compute_digest(doc)
+    try:
+        path.write_text(json.dumps(doc))
+        findings = [str(finding) for finding in verify(str(package)).findings]
+    finally:
+        path.write_bytes(raw)
+    assert bool(findings) == bool(what)
+    assert not what or any(told in finding for finding in findings), findings
+
+
+def findings_of(seen: float, atol: float, rounding: torch.Tensor | None) -> list[str]:
+    """Compare scores that are 3e-5 apart."""
+    parity = ParityEntry(batch_sizes=(2,), atol=atol, rtol=1e-5, max_abs={"ctr": seen}, max_rel={})
+    entry = DenseEntry(
+        folder="f", program="p", archive_format="pt2", inputs=(), outputs=(), dropped_inputs=(), max_batch_size=2
+    )
+    base = torch.tensor([[0.5], [0.25]])
+    findings: list[str] = []
+    _Judge(parity, "ctr", lambda: rounding).compare(entry, base + 3e-5, base, findings)
+    return findings
+
+
+def test_the_tolerance_is_what_rounding_and_the_figures_need() -> None:
+    """A network whose rounding the export had measured was unsound to verify; a larger atol let any score pass."""
+    assert findings_of(0.0, 1e-6, torch.tensor([1e-4])) == []
+    assert findings_of(4e-5, 1e-3, None) == []
+    assert findings_of(0.0, 1e-6, None)
+    assert findings_of(0.0, 1e-3, None)
