@@ -90,6 +90,10 @@ class HashAccess:
             self.keeps_rows |= bool((is_changed & is_same).any())
         return answer
 
+    def ask(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Return what ``forward`` gives for ids (int64, (n,)), None where that is not a row for each."""
+        return _ask(self._lookup, ids)
+
     def own_rows(self, ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
         """Return the rows (n, ...) that the table holds for ids that it has, None where nothing tells them.
 

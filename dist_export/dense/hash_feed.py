@@ -204,6 +204,9 @@ class HashFeed(Feed):
             return
         own = access.own_rows(known, rows[is_live.cpu()])
         if own is None:
+            answer = access.ask(known)
+            if answer is not None and answer.shape[1:] != rows.shape[1:]:
+                raise self._other_width(name, answer, rows)
             self._counts.unseen[name] = (
                 "its forward gives other rows than were inserted, and it has no embeddings() that gives its own, so nothing was "
                 "put in the place of rows that could not be put back"
