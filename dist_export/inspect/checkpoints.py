@@ -1,4 +1,4 @@
-"""``inspect`` of a plain checkpoint or a DynamicEmb dump: tables and dense parameters, from headers and sizes alone."""
+"""Describe a plain checkpoint or a DynamicEmb dump for ``inspect``: tables and dense parameters, from headers and sizes only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_TABLES = (
 def describe_source(
     directory: Directory, *, asked: str, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return what an export would read, as plain values. CheckpointError where it could not read it."""
+    """Return what an export would read, as plain values. Raises CheckpointError if an export could not read it."""
     reader = open_reader(directory, asked=asked, settings=settings)
     found: Checkpoint | None = None
     if holds_tables(directory, asked, settings):
@@ -46,18 +46,18 @@ def describe_source(
 
 
 def render_source(found: dict[str, Any]) -> list[str]:
-    """Return line by line what only such a source has; nothing for anything else."""
+    """Return the lines that only such a source has; none for other kinds."""
     lines = [f"  dense      {t['name']} {t['dtype']} {t['shape']}" for t in found.get("parameters", [])]
     return lines + [f"  note       {warning}" for warning in found.get("warnings", [])]
 
 
 def describe_skipped(tensors: Sequence[Skipped]) -> list[dict[str, Any]]:
-    """Return tensors that are not read as plain values."""
+    """Return the tensors that are not read, as plain values."""
     return [{"name": its.name, "dtype": its.dtype, "shape": list(its.shape), "reason": its.reason} for its in tensors]
 
 
 def render_skipped(found: dict[str, Any]) -> list[str]:
-    """Return a line for each tensor that is not read; those of other states are told by their root alone."""
+    """Return a line for each tensor in ``skipped``. Tensors in ``left_out`` get no lines."""
     return [f"  not read   {t['name']} {t['dtype']} {t['shape']}: {t['reason']}" for t in found.get("skipped", [])]
 
 

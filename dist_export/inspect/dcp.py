@@ -1,4 +1,4 @@
-"""``inspect`` of a DCP checkpoint: tables and how they were shared out, optimizer slots, dense parameters; the dump beside it."""
+"""Describe a DCP checkpoint for ``inspect``: tables and their sharding, optimizer slots, dense parameters, a dump beside it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from dist_export.storage.directory import Directory
 def describe_dcp(
     directory: Directory, *, asked: str, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return what the checkpoint holds as plain values, once it is known to be complete and its tables are found.
+    """Check that the checkpoint is complete and its tables can be read, and return its content as plain values.
 
-    Reads the metadata and the head of each item that is a piece of a table, no payload; of a dump, sizes of files.
+    This reads the metadata and the head of each item that is a piece of a table, but no payload. For a dump, it reads the
+    sizes of files.
 
     Args:
-        asked: its format, that of DCP alone or that with a dump.
+        directory: the checkpoint.
+        asked: its format: DCP alone, or DCP with a dump.
+        settings: the settings about its tensors.
+        dynamicemb_dims: for a dump: pattern of tables -> dimension.
 
     Raises:
-        CheckpointError: a checkpoint that could not be exported.
+        CheckpointError: the checkpoint cannot be exported.
     """
     with_dump = asked == DCP_AND_DUMP
     beside = read_beside(directory, settings, with_dump=with_dump)
@@ -58,7 +62,7 @@ def describe_dcp(
 def _add_dump(
     described: dict[str, Any], directory: Directory, settings: TensorSettings, dynamicemb_dims: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return what both hold: the tables of the dump as the export joins them to those that are described."""
+    """Return the description of both: add the tables of the dump, as the export joins them, to the described tables."""
     reader = open_reader(directory, asked=DCP_AND_DUMP, settings=settings)
     joined = reader.assemble([reader.read_headers(range(len(reader.files)))])
     joined = confirm_widths(joined, dynamicemb_dims, {})
@@ -73,7 +77,7 @@ def _add_dump(
 
 
 def render_dcp(found: dict[str, Any]) -> list[str]:
-    """Return line by line what only a DCP checkpoint has; nothing for anything else."""
+    """Return the lines that only a DCP checkpoint has; none for other kinds."""
     if "dense_parameters" not in found:
         return []
     lines = []
@@ -119,4 +123,4 @@ def _describe_table(table: DcpTable, strided: int) -> dict[str, Any]:
 
 def _itemsize(dtype: str) -> int:
     code = CODE_BY_TORCH.get(dtype)
-    return 0 if code is None else DTYPES[code].itemsize  # state of a dtype that no package has; tables are of none
+    return 0 if code is None else DTYPES[code].itemsize  # only optimizer state can have a dtype that no package has

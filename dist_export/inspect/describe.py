@@ -1,4 +1,4 @@
-"""``inspect``: what a checkpoint or a package holds, from headers and manifests alone. Needs no torch for tables."""
+"""Describe a checkpoint or a package for ``inspect``, from headers and manifests only. Needs no torch for tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_place
 
 _MAX_NAME_WIDTH = 64
-"""Of the column of tables; a longer name moves the rest of its own line alone."""
+"""The most characters of the column of table names. A longer name only moves the rest of its own line."""
 
 
 def describe(
@@ -45,19 +45,20 @@ def describe(
     settings: TensorSettings = TensorSettings(),  # noqa: B008 -- immutable
     dynamicemb_dims: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Return what is at ``path`` as plain values: a package where there is a manifest, else a checkpoint.
+    """Return what is at ``path`` as plain values: a package if there is a manifest, else a checkpoint.
 
     Args:
         path: a directory or a file of a checkpoint, or an fsspec URL of one.
-        storage_options: for its file system.
+        storage_options: options for its file system.
         follow_links: whether files may be links that lead out of the directory.
-        asked: the format of a checkpoint; with ``auto`` its files tell.
-        settings: of a checkpoint that does not say it: what its tensors are.
-        dynamicemb_dims: of a DynamicEmb dump: pattern of tables -> dimension.
+        asked: the format of a checkpoint; ``auto`` detects it from the files.
+        settings: how to classify tensors, for a checkpoint that does not say which are tables.
+        dynamicemb_dims: for a DynamicEmb dump: pattern of tables -> dimension.
 
     Raises:
-        CheckpointError: nothing of these is there, or it cannot be read.
-        ConfigError: patterns for what says itself what its tables are.
+        CheckpointError: there is no package and no checkpoint, or the checkpoint cannot be read.
+        UserError: the package cannot be read.
+        ConfigError: a setting does not apply to this format.
     """
     directory = open_place(path, storage_options, follow_links=follow_links)
     is_package = asked == AUTO and directory.exists(MANIFEST)
@@ -86,7 +87,7 @@ def describe(
 
 
 def render(found: dict[str, Any]) -> list[str]:
-    """Return the description line by line, for people."""
+    """Return the description as lines for people."""
     lines = [f"{found['kind']}: {found['path']}"]
     lines += [
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
@@ -116,7 +117,7 @@ def render(found: dict[str, Any]) -> list[str]:
 
 
 def render_errors(cast: dict[str, Any]) -> str:
-    """Return what the values of a table lost when they were cast, for people."""
+    """Return the losses of a cast as text for people."""
     unfit = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
     told = "".join(f", {number:,} {what} (clamped)" for number, what in unfit if number)
     return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
@@ -193,7 +194,7 @@ def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
     total = 0
 
     def name_of(key: str) -> tuple[str, str] | None:
-        """Return table and slot of a block, None for a dense tensor."""
+        """Return table and slot of a block; None for a dense tensor."""
         place = indexes.place_of_key.get(key)
         if place is not None and indexes.stem[place] >= 0:
             return name_of_stem[int(indexes.stem[place])]
@@ -219,7 +220,7 @@ def _describe_checkpoint(directory: Directory) -> dict[str, Any]:
                 table["slots"].append(slot)
             if slot == ID_SLOT:
                 table["parts"] += 1
-                table["rows"] += max(rows, 0)  # a scalar has none; an export refuses it
+                table["rows"] += max(rows, 0)  # a scalar has no rows, and an export refuses it
             elif slot == EMBEDDING_SLOT:
                 table["shape"] = list(header.inner_shapes[inner])
                 table["dtype"] = DTYPES[code].torch

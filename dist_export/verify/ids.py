@@ -36,7 +36,7 @@ class Repeats(NamedTuple):
     rows: int
     """The rows beyond one for each id."""
     first: int
-    """The smallest duplicate; if one id fills a bucket of its own, that id."""
+    """The smallest duplicate."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
