@@ -1,4 +1,4 @@
-"""The account of a checkpoint's payload, as text for people."""
+"""Write the account of a checkpoint's payload as text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LEFT_OUT = "left_out"
 
 
 def say_account(account: AccountEntry) -> str:
-    """Return the account for people."""
+    """Return the account as text for people."""
 
     def by_reason(what: str, sizes: Mapping[str, int]) -> str:
         reasons = ", ".join(f"{reason} {amount(size)}" for reason, size in sizes.items())

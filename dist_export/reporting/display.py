@@ -1,4 +1,4 @@
-"""How an export's progress looks: one line that is drawn anew on a terminal, lines of the library's logger elsewhere."""
+"""Show the progress of an export: one line that is redrawn on a terminal, or lines of the library's logger elsewhere."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 _LOG_SECS = 5.0
 _DRAW_SECS = 0.2
 _SPEED_SECS = 10.0
-"""A speed is that of the last few seconds."""
+"""A speed is measured over this many seconds."""
 
 
 class Moment(NamedTuple):
-    """What an export is doing. The bytes are those of all ranks."""
+    """The state of an export at one moment. The bytes are those of all ranks."""
 
     stage: str
     step: str
-    """What the stage is at, as the ranks name their steps."""
+    """The current step of the stage, as the ranks name it."""
     secs: float
-    """Since the stage began."""
+    """Seconds since the stage began."""
     done: int = 0
     total: int = 0
-    """Zero where no bytes are being moved."""
+    """Zero if no bytes are being moved."""
     speed: float = 0.0
-    """Bytes a second; zero where none have come lately."""
+    """Bytes a second; zero if none were moved recently."""
 
 
 def describe_moment(moment: Moment) -> str:
@@ -59,7 +59,7 @@ def describe_moment(moment: Moment) -> str:
 
 def _describe_stage(moment: Moment) -> str:
     if moment.total and moment.stage != "transfer":
-        return moment.stage  # beside the transfer, which the step belongs to
+        return moment.stage  # the step belongs to the transfer, which runs beside this stage
     return moment.step if moment.step.startswith(moment.stage) else f"{moment.stage}: {moment.step}"
 
 
@@ -76,7 +76,7 @@ class Speedometer:
         self._seen: deque[tuple[float, int]] = deque()
 
     def measure(self, now: float, done: int) -> float:
-        """Return the speed after ``done`` bytes at ``now`` seconds; zero where it is not known, or nothing has moved."""
+        """Return the speed after ``done`` bytes at ``now`` seconds; zero if it is not known, or nothing was moved."""
         self._seen.append((now, done))
         while len(self._seen) > 2 and now - self._seen[1][0] >= _SPEED_SECS:
             self._seen.popleft()
@@ -88,21 +88,21 @@ class Display(Protocol):
     """Shows moments. Rank 0; one thread."""
 
     wait_secs: float
-    """From one moment to the next."""
+    """Seconds from one moment to the next."""
 
     def show(self, moment: Moment) -> None:
-        """Show a moment in the place of the one before."""
+        """Show a moment instead of the previous one."""
 
 
 class LogDisplay:
-    """Writes a line to the library's logger where something has changed since the last one."""
+    """Writes a line to the library's logger if something changed since the last line."""
 
     def __init__(self) -> None:
         self.wait_secs = _LOG_SECS
         self._last: tuple[object, ...] = ()
 
     def show(self, moment: Moment) -> None:
-        """Log the moment unless the last line says it already; time alone is no news."""
+        """Log the moment, unless only the time differs from the last line."""
         news = (moment.done, moment.total, moment.stage, moment.step)
         if news != self._last:
             self._last = news
@@ -110,7 +110,7 @@ class LogDisplay:
 
 
 class TerminalDisplay:
-    """Draws moments in the last line of a terminal. Open and close it; in between :meth:`print_line` is for all else."""
+    """Draws moments in the last line of a terminal. Open and close it. In between, print other lines by :meth:`print_line`."""
 
     def __init__(self, stream: Any) -> None:
         self.wait_secs = _DRAW_SECS
@@ -126,13 +126,13 @@ class TerminalDisplay:
         )
 
     def open(self) -> None:
-        """Draw from now on."""
+        """Begin to draw."""
         self._live.start()
-        self._console.show_cursor(True)  # a process that is killed would leave the terminal without one
+        self._console.show_cursor(True)  # otherwise a killed process would leave the terminal without a cursor
         SCREEN.has_bar = True
 
     def close(self) -> None:
-        """Clear the line, and draw no more."""
+        """Clear the line, and stop drawing."""
         SCREEN.has_bar = False
         self._live.stop()
 
@@ -150,12 +150,12 @@ class TerminalDisplay:
         self._live.refresh()
 
     def print_line(self, line: str) -> None:
-        """Write a line above the one that is drawn, as it is. Any thread."""
+        """Write a line unchanged above the drawn one. Any thread."""
         self._console.print(Text(line), soft_wrap=True)
 
 
 class LineStream:
-    """In the place of a stream: hands on whole lines until it is closed, and is the stream itself from then on."""
+    """Replaces a stream. It passes on whole lines until ``close_lines``, and then writes to the stream itself."""
 
     def __init__(self, stream: Any, print_line: Callable[[str], None]) -> None:
         self._stream = stream
@@ -164,7 +164,7 @@ class LineStream:
         self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
-        """Hand on the lines that are whole now."""
+        """Pass on the lines that are now complete."""
         with self._lock:
             if self._print_line is None:
                 return cast("int", self._stream.write(text))
@@ -180,11 +180,11 @@ class LineStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush the stream; what is no whole line yet waits for its end."""
+        """Flush the stream. An incomplete line still waits for its end."""
         self._stream.flush()
 
     def close_lines(self) -> None:
-        """Write to the stream itself from now on, beginning with what was no whole line."""
+        """Write to the stream itself from now on, beginning with the incomplete line."""
         with self._lock:
             self._print_line = None
             self._stream.write(self._rest)
@@ -195,32 +195,32 @@ class LineStream:
 
 
 def _after_return(line: str) -> str:
-    """Return what a terminal shows of a line that goes back to its beginning, as that of another progress bar does."""
+    """Return the text that a terminal shows for a line with carriage returns, such as that of another progress bar."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 @contextlib.contextmanager
 def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
-    """Open the display of an export for as long as the block runs. All ranks; only rank 0 has one, the others get None.
+    """Open the display of an export while the block runs. All ranks. Only rank 0 has a display; the others get None.
 
-    On a terminal all that this process writes to standard output, standard error and log handlers goes above the line that
-    is drawn; what other ranks on that terminal write clears the line first.
+    On a terminal, everything that this process writes to standard output, standard error and log handlers goes above the
+    drawn line. Output of other ranks on that terminal clears the line first.
     """
     stream = sys.stderr
     if not _is_terminal(stream):
         yield LogDisplay() if rank == 0 else None
         return
     if rank:
-        SCREEN.has_bar = world_size > 1  # it stays so: rank 0 may be the last to close its display
+        SCREEN.has_bar = world_size > 1  # it is never reset, because rank 0 may close its display last
         with _through_lines(_after_erasing(stream)):
             yield None
         return
     display = TerminalDisplay(stream)
-    if not display._console.is_interactive:  # noqa: SLF001 -- one that cannot move its cursor, as TERM=dumb says
+    if not display._console.is_interactive:  # noqa: SLF001 -- a terminal that cannot move its cursor (TERM=dumb)
         yield LogDisplay()
         return
     with _through_lines(display.print_line):
-        with contextlib.suppress(OSError):  # a terminal that goes away is no reason for an export to fail
+        with contextlib.suppress(OSError):  # an export does not fail because its terminal is gone
             display.open()
         try:
             yield display
@@ -230,20 +230,20 @@ def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
 
 
 def show_lines(lines: Iterable[str]) -> None:
-    """Show the closing summary: on standard error where that is a terminal, else through the library's logger."""
+    """Show the closing summary: on standard error if that is a terminal, else through the library's logger."""
     if not _is_terminal(sys.stderr):
         for line in lines:
             logger.info("%s", line)
         return
-    with contextlib.suppress(OSError):  # it went away: the package is there all the same
+    with contextlib.suppress(OSError):  # the terminal is gone, but the package is complete
         sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
 
 
 def _is_terminal(stream: Any) -> bool:
-    """Whether a stream is a terminal; programs put all kinds of objects into ``sys.stderr``."""
+    """Return whether a stream is a terminal. Programs put all kinds of objects into ``sys.stderr``."""
     try:
         return bool(stream.isatty())
-    except (AttributeError, ValueError):  # none at all, none of its own, or closed
+    except (AttributeError, ValueError):  # there is no stream or no such method, or the stream is closed
         return False
 
 
@@ -257,7 +257,7 @@ def _after_erasing(stream: Any) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def _through_lines(print_line: Callable[[str], None]) -> Iterator[None]:
-    """Take what goes to the terminal, by ``sys.stdout``, ``sys.stderr`` or a log handler, line by line while the block runs."""
+    """Pass terminal output of ``sys.stdout``, ``sys.stderr`` and log handlers to ``print_line`` while the block runs."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     streams = {name: LineStream(stream, print_line) for name, stream in before.items() if _is_terminal(stream)}
     by_id = {id(before[name]): stream for name, stream in streams.items()}

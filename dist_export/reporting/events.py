@@ -1,7 +1,7 @@
-"""What an export did, for machines: JSON lines as it goes on, and Prometheus text at its end. Written by rank 0.
+"""Report an export to machines: events as JSON lines while it runs, and Prometheus text at its end. Rank 0 writes both.
 
-An event has ``time`` (UTC, RFC 3339), ``event``, ``rank``, ``attempt``, ``step`` (of the training run) where there is one, and
-what :data:`EVENTS` says. Source of the text format: Prometheus, "Text-based format", version 0.0.4.
+An event has ``time`` (UTC, RFC 3339), ``event``, ``rank``, ``attempt``, ``step`` of the training run if it is known, and the
+fields in :data:`EVENTS`. Source of the text format: Prometheus, "Text-based format", version 0.0.4.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ METRICS = {
     "dist_export_store_uploaded_bytes": "Bytes that all ranks wrote to an S3 store.",
     "dist_export_store_copied_bytes": "Bytes that an S3 store copied on its own.",
 }
-"""What each figure says. All are gauges: each export sets them anew, and nothing adds up over exports."""
+"""The meaning of each metric. All are gauges: each export sets them again, and they do not add up over exports."""
 
 _IN_BYTES = ("downloaded", "uploaded", "copied")
 
@@ -56,10 +56,10 @@ Sample = tuple[str, Mapping[str, str], float]
 
 
 class Events:
-    """The events of one export. On rank 0 they go to a file; other ranks hand theirs in at the end."""
+    """The events of one export. Rank 0 writes them to a file, and gets those of other ranks at the end."""
 
     def __init__(self, config: ExportConfig, export_dir: str, *, rank: int, step: int | None) -> None:
-        """Write nothing yet. ``step``: of the training run, where one is known."""
+        """Set up without writing. ``step``: the step of the training run; None if it is not known."""
         self._rank = rank
         self._url = _place_of(config, export_dir)
         self._options = config.options_of_target
@@ -67,10 +67,10 @@ class Events:
         self._lines: list[dict[str, Any]] = []
         self._is_told = False
         self._before: bytes | None = None
-        """What earlier attempts left in the file; None until it has been read."""
+        """The content of the file from earlier attempts; None before it is read."""
 
     def add(self, event: str, **fields: Any) -> None:
-        """Take down what has happened, one of :data:`EVENTS`."""
+        """Add an event, one of :data:`EVENTS`. Rank 0 also writes the file."""
         step = {} if self._step is None else {"step": self._step}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         told = {name: conceal(value) if isinstance(value, str) else value for name, value in fields.items()}
@@ -83,18 +83,18 @@ class Events:
         return self._lines
 
     def take_in(self, others: Iterable[list[dict[str, Any]]]) -> None:
-        """Add the events of other ranks."""
+        """Add the events of other ranks, and write the file."""
         for lines in others:
             self._lines += lines
         self._write()
 
     def _write(self) -> None:
-        """Write all events anew: there are a few dozen. An export does not fail for want of its log, which is told once."""
+        """Write all events again; there are only a few dozen. If this fails, it logs one warning, and the export continues."""
         if not self._url:
             return
         folder, _, name = self._url.rpartition("/")
         try:
-            # a link there is the user's own choice; it is replaced by the file, as every file that is written whole
+            # a link in the path is the user's choice. A link to the file itself is replaced, as for all written files
             directory = open_directory(folder or ".", self._options, follow_links=True)
             if self._before is None:
                 self._before = directory.read(name) if directory.exists(name) else b""
@@ -108,7 +108,7 @@ class Events:
 
 
 def write_metrics(url: str, options: Mapping[str, Any], samples: Iterable[Sample]) -> None:
-    """Write samples as Prometheus text. Rank 0. A failure is told, and does not fail the export."""
+    """Write samples as Prometheus text. Rank 0. If this fails, it logs a warning, and the export does not fail."""
     lines: list[str] = []
     last = None
     for name, labels, value in sorted(samples, key=lambda sample: sample[0]):
@@ -127,7 +127,7 @@ def write_metrics(url: str, options: Mapping[str, Any], samples: Iterable[Sample
 def samples_of(
     manifest: Manifest, *, export_dir: str, seconds: Mapping[str, float], rank_bytes: Mapping[int, int]
 ) -> list[Sample]:
-    """Return the figures of an export that succeeded."""
+    """Return the samples of an export that succeeded."""
     package = {"package": conceal(export_dir)}
     samples: list[Sample] = [
         ("dist_export_success", package, 1.0),
@@ -145,7 +145,7 @@ def samples_of(
     samples += [
         ("dist_export_moved_bytes", {**package, "rank": str(rank)}, float(value)) for rank, value in rank_bytes.items()
     ]
-    store = manifest.run.get("store")  # of a package that is there already, which no digest covers
+    store = manifest.run.get("store")  # no digest covers ``run``, so in an existing package it may hold anything
     for name, value in store.items() if isinstance(store, dict) else ():
         if not isinstance(value, int | float):
             continue
@@ -155,7 +155,7 @@ def samples_of(
 
 
 def failure_of(export_dir: str) -> list[Sample]:
-    """Return the figures of an export that failed."""
+    """Return the samples of an export that failed."""
     package = {"package": conceal(export_dir)}
     return [
         ("dist_export_success", package, 0.0),

@@ -1,4 +1,4 @@
-"""What the user sees while an export runs: stages with their times, all ranks' bytes, a closing summary. Rank 0 only."""
+"""Show users what an export does: stages with their times, the bytes of all ranks, and a closing summary. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ COUNTER = "bytes"
 
 
 class Reporter:
-    """Times stages on every rank, and has them shown on rank 0 if it is to show anything."""
+    """Times stages on every rank, and shows progress on rank 0 if that is enabled."""
 
     def __init__(self, ranks: Ranks, *, is_shown: bool, events: Events | None = None) -> None:
-        """Show nothing yet.
+        """Set up without showing anything.
 
         Args:
             ranks: the ranks of the export.
-            is_shown: whether progress is shown; else only the ends of stages are logged.
-            events: where stages and results are taken down too.
+            is_shown: whether progress is shown. If not, only the ends of stages are logged.
+            events: gets stages and results too.
         """
         self._ranks = ranks
         self._events = events
@@ -51,7 +51,7 @@ class Reporter:
         self._total_bytes = 0
         self.seconds: dict[str, float] = {}
         self.shares: Sequence[Share] = ()
-        """What each rank moved, once it is known."""
+        """The work of each rank. Set by ``note_result``."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Reporter:
             logger.info("%s: %.2f s", name, self.seconds[name])
 
     def note_result(self, manifest: Manifest, shares: Sequence[Share]) -> None:
-        """Take down what was moved, by table and by this rank."""
+        """Add events for the moved bytes of this rank, and on rank 0 for drift and for each table."""
         self.shares = shares
         if self._events is None:
             return
@@ -90,12 +90,12 @@ class Reporter:
             self._events.add("table", table=table.name, rows=table.rows_out, dropped=table.rows_dropped, bytes=kept)
 
     def note_registered(self, uri: str) -> None:
-        """Take down the package's new version in a registry. Rank 0."""
+        """Add an event for the package's new version in a registry. Rank 0."""
         if self._events is not None:
             self._events.add("registered", uri=uri)
 
     def count_bytes(self, num_bytes: int) -> None:
-        """Add to the bytes of all ranks. Any rank, any thread."""
+        """Add to the number of bytes of all ranks. Any rank, any thread."""
         self._ranks.shared.add(COUNTER, num_bytes)
 
     @contextlib.contextmanager
@@ -103,8 +103,8 @@ class Reporter:
         """Show the bytes of all ranks while the block runs.
 
         Args:
-            total_bytes: all that the package's shards take.
-            reused_bytes: of these, what an interrupted export has left; they are done from the start.
+            total_bytes: the bytes of all shards of the package.
+            reused_bytes: the part of them that is reused from an interrupted export. They count as done from the start.
         """
         self._reused_bytes, self._total_bytes = reused_bytes, total_bytes
         try:
@@ -114,7 +114,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def showing(self) -> Iterator[None]:
-        """Show what the export does while the block runs: in one line of a terminal, else in lines of the logger. All ranks."""
+        """Show progress while the block runs: one line of a terminal, or lines of the logger. All ranks."""
         if not self._is_shown:
             yield
             return
@@ -142,19 +142,19 @@ class Reporter:
             if total := self._total_bytes:
                 try:
                     moved = self._ranks.shared.add(COUNTER, 0)
-                except ExportError:  # the other ranks are gone, of which the main thread tells
+                except ExportError:  # the other ranks are gone, which the main thread reports
                     return
                 moment = moment._replace(
                     done=self._reused_bytes + moved, total=total, speed=speedometer.measure(now, moved)
                 )
             try:
                 display.show(moment)
-            except OSError:  # the terminal is gone, and the export goes on without it
+            except OSError:  # the terminal is gone, and the export continues without it
                 return
 
 
 def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[str]:
-    """Return the closing summary of an export, line by line."""
+    """Return the closing summary of an export as lines."""
     kept = sum(slot.num_bytes for table in manifest.tables for slot in table.kept)
     dropped = sum(slot.num_bytes for table in manifest.tables for slot in table.dropped)
     lines = [f"package: {where}", f"  files    {len(manifest.files)}, {amount(manifest.num_bytes)}"]
@@ -208,7 +208,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
             what = "rows and program as written"
             if manifest.drift is not None and manifest.drift.not_measured is not msgspec.UNSET:
                 what += ", and rows of the model's own (see the drift)"
-            if not files.reads_rows:  # it may be the model's own rows, or a model without tables
+            if not files.reads_rows:  # the model's own rows, or a model without tables
                 what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
             lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
@@ -231,7 +231,7 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
 
 
 def summarize_same(manifest: Manifest, where: str) -> list[str]:
-    """Return the summary of a package that an export found to be its own: what was exported then, and that it was not now."""
+    """Return the summary for a target that already holds the same package: its content, and that nothing was written."""
     first, *rest = _summarize_read(manifest, where)
     when = manifest.run.get("started", "")
     lines = [
@@ -250,14 +250,14 @@ def summarize_same(manifest: Manifest, where: str) -> list[str]:
 
 
 def summarize_again(manifest: Manifest) -> list[str]:
-    """Return the closing summary from the manifest alone, each line printable."""
+    """Return the closing summary from the manifest only. Each line is printable."""
     return [printable(line) for line in _summarize_read(manifest, None)]
 
 
 def _summarize_read(manifest: Manifest, where: str | None) -> list[str]:
-    """Return the summary of a manifest that was read. ``run`` may hold anything: no digest covers it.
+    """Return the summary of a manifest that was read. ``run`` may hold anything, because no digest covers it.
 
-    ``where`` None: the place and the shares of the ranks are those of ``run``.
+    If ``where`` is None, the directory and the shares of the ranks are taken from ``run``.
     """
     try:
         if where is not None:
@@ -270,7 +270,7 @@ def _summarize_read(manifest: Manifest, where: str | None) -> list[str]:
 
 
 def _say_drift(drift: DriftEntry, counts: dict[str, int]) -> str:
-    """Return the drift of the output that drifts most, and what it was measured on."""
+    """Return as text the drift of the output that drifts most, and the rows on which it was measured."""
     if drift.not_measured is not msgspec.UNSET:
         return f"not measured: {drift.not_measured}"
     figures = "none"
@@ -294,7 +294,7 @@ _DRIFT_COUNTS = {"without_row": "without a row in the checkpoint", "pruned": "pr
 
 
 def _views(manifest: Manifest) -> list[str]:
-    """Return what was left out and renamed."""
+    """Return lines about tables that were left out or renamed."""
     lines = []
     left_out = manifest.left_out_tables or ()
     if left_out:
@@ -306,7 +306,7 @@ def _views(manifest: Manifest) -> list[str]:
 
 
 def _casts(manifest: Manifest) -> list[str]:
-    """Return a line for each kind of cast: how many tables, what it saved, and the largest error with its table."""
+    """Return a line for each kind of cast: the number of tables, the saved bytes, and the largest error with its table."""
     kinds: dict[tuple[str, str], list[tuple[TableEntry, SlotEntry, CastEntry]]] = {}
     for table in manifest.tables:
         for slot in table.kept:
@@ -336,7 +336,7 @@ def _stored_bytes(slot: SlotEntry, cast: CastEntry) -> int:
 
 
 def _say_traffic(store: dict[str, int], source: str) -> str:
-    """Return what all ranks have exchanged with S3, all of it: other than the plan's figures these are not of shards alone."""
+    """Return as text all traffic of all ranks with S3. Unlike the figures of the plan, it is not only that of shards."""
     figures = say_figures(
         *(amount(store[name]) if store[name] else "" for name in ("downloaded", "uploaded", "copied")),
         is_within=bool(store["uploaded"]) and source.startswith(("s3://", "s3a://")),
@@ -346,10 +346,13 @@ def _say_traffic(store: dict[str, int], source: str) -> str:
 
 
 def say_figures(downloaded: str, uploaded: str, copied: str, *, is_within: bool) -> str:
-    """Return what went to and fro between an export and a store; empty texts are left out.
+    """Return the traffic between an export and a store as text. Empty figures are omitted.
 
     Args:
-        is_within: whether source and target both lie on a store, so that it could have copied bytes itself.
+        downloaded: bytes read from the store, as text.
+        uploaded: bytes sent to the store, as text.
+        copied: bytes that the store copied itself, as text.
+        is_within: whether source and target are both on a store, so that it could copy bytes itself.
     """
     figures = [f"{text} {name}" for text, name in ((downloaded, "downloaded"), (uploaded, "uploaded")) if text]
     if copied or is_within:
