@@ -57,7 +57,7 @@ def describe_skipped(tensors: Sequence[Skipped]) -> list[dict[str, Any]]:
 
 
 def render_skipped(found: dict[str, Any]) -> list[str]:
-    """Return a line for each tensor in ``skipped``. Tensors in ``left_out`` get no lines."""
+    """Return a line for each tensor in ``skipped``. Tensors of other states (``left_out``) get none: notes name their states."""
     return [f"  not read   {t['name']} {t['dtype']} {t['shape']}: {t['reason']}" for t in found.get("skipped", [])]
 
 

@@ -29,7 +29,7 @@ INT8 = "int8"
 
 
 class CastCount(NamedTuple):
-    """What the values of some rows of one table lost when they were cast."""
+    """The losses of a cast of some rows of one table."""
 
     values: int = 0
     """Values that were cast, without those of dropped and pruned rows."""

@@ -1,4 +1,4 @@
-"""Count the rows that go to each target, as the id columns tell. Data and pure functions; ``transfer/`` reads the ids."""
+"""Hold the counts of the id columns: the rows that go to each target. Data and pure functions; ``transfer/`` reads the ids."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class RepeatedIds:
     """Collects duplicates, or refuses the first one. Safe to use from any thread of a rank."""
 
     def __init__(self, checkpoint: Checkpoint, *, most: int | None) -> None:
-        """Collect at most about ``most`` ids. If it is None, refuse the first duplicate."""
+        """Collect nothing yet. ``most``: the most ids to collect; None refuses the first duplicate."""
         self._checkpoint = checkpoint
         self._most = most
         self._found: list[np.ndarray] = []

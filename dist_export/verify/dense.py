@@ -50,7 +50,7 @@ def check_dense(
     """Load the program after a check of its archive, run it on the stored sample, and compare with the stored outputs.
 
     This needs neither the model's code nor the job, and imports no Python code of the folder. ``looks_up_rows``: whether to
-    look the sample's rows up, because no table has a finding so far.
+    look the sample's rows up in the tables; false if there are findings already.
     """
     folder = package.files
     try:
@@ -103,10 +103,13 @@ def check_dense(
 
 
 class _Judge:
-    """Compares an output with what was stored. The manifest's tolerance counts as far as its own figures need it."""
+    """Compares an output with the stored one. The tolerance is that of the manifest, within limits.
+
+    The limits are 1e-5 relative, and 1e-6 absolute plus the largest difference that the manifest states for the output.
+    """
 
     def __init__(self, parity: ParityEntry | None, name: str, measure: Callable[[], torch.Tensor | None]) -> None:
-        """``measure`` gives the rounding of the program, which is added where the tolerance alone does not do."""
+        """Set the tolerance. ``measure`` returns the program's rounding, which is added if the tolerance is exceeded."""
         self._name = name
         self._measure = measure
         self._stated = (_MAX_ATOL, _MAX_RTOL) if parity is None else (parity.atol, parity.rtol)
@@ -115,7 +118,7 @@ class _Judge:
         self._rtol = min(self._stated[1], _MAX_RTOL)
 
     def compare(self, entry: DenseEntry, found: torch.Tensor, base: torch.Tensor, findings: list[str]) -> str:
-        """Add findings; return the figures."""
+        """Add findings, and return the figures as text."""
         from dist_export.archive.output_diff import compare, describe_allowed, usual_sizes
 
         name = self._name
@@ -146,13 +149,13 @@ class _Judge:
 
 
 def _measure(program: Any, inputs: Mapping[str, torch.Tensor], place: int, found: torch.Tensor) -> torch.Tensor | None:
-    """Return how far rounding moves an output, measured by the program in float64; None where it does not run so."""
+    """Return how far rounding moves an output, measured by a run in float64; None if the program cannot run in float64."""
     from dist_export.archive.output_diff import measure_rounding
 
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     try:
         exact = _call(program, wide, is_wide=True)[place]
-    except Exception:  # noqa: BLE001 -- the tolerance stays what it is then
+    except Exception:  # noqa: BLE001 -- then nothing is added to the tolerance
         return None
     return measure_rounding(exact, found)
 

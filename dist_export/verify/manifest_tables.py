@@ -78,7 +78,7 @@ class _Comparison:
                 report.add(
                     MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
                 )
-            # a cast makes floats, or rows with an encoding: bytes alone would be taken for the values
+            # a cast writes floats, or rows with an encoding. Without the encoding, their bytes would be read as values
             is_bare = slot.encoding is msgspec.UNSET and (
                 slot.dim is not msgspec.UNSET or (slot.cast is not msgspec.UNSET and slot.dtype == DTYPES[U8].torch)
             )
