@@ -45,7 +45,7 @@ class Targets:
 
         Args:
             places: uint64, ``id mod size``.
-            own: the target that holds the rows now. If slices overlap and it contains a place, it stays the owner.
+            own: the target with the slice of the rows' part, if any. If slices overlap, it owns all places in its slice.
         """
         index = places.view(np.int64)
         if self.lookup is not None:
