@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "distributed")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 
 import crash  # noqa: E402
 import tiny_model  # noqa: E402

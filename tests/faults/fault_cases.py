@@ -71,7 +71,7 @@ def build_shim(folder: Path) -> Path | str:
 
 def environment(shim: Path, **more: str) -> dict[str, str]:
     """Return the environment of a process with the shim."""
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "unit")])
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     return os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
 
 

@@ -102,7 +102,7 @@ for name in ("mlp", "transformer", "shapes"):
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     """Neither the hash seed nor the working directory is in the archive."""
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     running = []
     for seed in ("1", "2"):
         cwd = tmp_path / seed
