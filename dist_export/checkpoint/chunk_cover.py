@@ -22,11 +22,15 @@ def check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[Any], where:
     for chunk in chunks:
         offsets, sizes = chunk[0], chunk[1]
         if len(offsets) != len(shape) or len(sizes) != len(shape):
-            raise CheckpointError(f"{where}: {name!r} has shape {list(shape)}, but a chunk of shape {list(sizes)}")
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {list(shape)}, but a chunk of shape {list(sizes)}"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
         for offset, size, whole in zip(offsets, sizes, shape, strict=True):
             if offset + size > whole:
                 raise CheckpointError(
                     f"{where}: {name!r} has shape {list(shape)}, but a chunk of {list(sizes)} at {list(offsets)}"
+                    ". Copy the checkpoint again, or take an earlier one"
                 )
         if 0 not in sizes:
             solid.append((offsets, sizes))
@@ -57,7 +61,10 @@ def _check_grid(name: str, shape: tuple[int, ...], solid: list[Any], cut: list[i
     for count in cells:
         total *= count
     if total > _MAX_CELLS:
-        raise CheckpointError(f"{where}: {name!r} is cut into {total:,} pieces, which nobody does")
+        raise CheckpointError(
+            f"{where}: {name!r} is cut into {total:,} pieces, which nobody does"
+            ". Copy the checkpoint again, or take an earlier one"
+        )
     places = [{edge: place for place, edge in enumerate(its)} for its in edges]
     taken = np.zeros(cells, np.uint8)
     for offsets, sizes in solid:
@@ -75,6 +82,7 @@ def _check_grid(name: str, shape: tuple[int, ...], solid: list[Any], cut: list[i
 def _overlap(name: str, offsets: tuple[int, ...], where: str) -> CheckpointError:
     return CheckpointError(
         f"{where}: chunks of {name!r} overlap at {list(offsets)}; it cannot be told which one counts"
+        ". Copy the checkpoint again, or take an earlier one"
     )
 
 

@@ -53,7 +53,10 @@ class JoinedReader:
         second = self._second.assemble([share.second for share in shares])
         joined = join_checkpoints(first, second, kind=self._kind)
         if not joined.tables:
-            raise CheckpointError(f"{joined.directory.url}: no table with a row; {'; '.join(joined.warnings)}")
+            raise CheckpointError(
+                f"{joined.directory.url}: no table with a row; {'; '.join(joined.warnings)}"
+                "; set need_export_sparse: false for an export without tables"
+            )
         return joined
 
 

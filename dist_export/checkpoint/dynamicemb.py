@@ -133,7 +133,9 @@ class DynamicEmbReader:
             rows.append(counted)
             placed.append(columns)
         if not tables and not self._with_dcp:
-            raise CheckpointError(f"{self.directory.url}: no table of the dump has a row")
+            raise CheckpointError(
+                f"{self.directory.url}: no table of the dump has a row. Dump the tables when they have rows"
+            )
         parts = np.concatenate([np.zeros(0, np.int64), *rows])
         of_table = np.repeat(np.arange(len(rows)), np.array([len(its) for its in rows], np.int64))
         width = max((len(table.slots) for table in tables), default=2)
@@ -210,6 +212,7 @@ class DynamicEmbReader:
                 missing = next(rank for rank in range(world_size) if (rank, world_size) not in its)
                 raise CheckpointError(
                     f"{where}: that of rank {missing} of {world_size} is missing; the dump did not finish, or was copied in part"
+                    ". Copy the whole dump again, or take an earlier one"
                 )
             state = f"{table}_opt_values" if is_first else f"{table}_emb_opt_values"
             stems = {
@@ -257,6 +260,7 @@ class DynamicEmbReader:
         if absent:
             raise CheckpointError(
                 f"{self.directory.describe(prefix + absent[0])} is missing; the dump did not finish, or was copied in part"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         return [prefix + name for name in expected]
 
@@ -265,6 +269,7 @@ class DynamicEmbReader:
         if size % row_bytes:
             raise CheckpointError(
                 f"{self.directory.describe(name)} has {size:,} bytes, no multiple of {row_bytes} for {what}; it is cut short"
+                ". Copy the whole dump again, or take an earlier one"
             )
         return size // row_bytes
 
@@ -321,6 +326,7 @@ class DynamicEmbReader:
                 raise CheckpointError(
                     f"{self.directory.describe(name)} has {size:,} bytes, but there are {count:,} keys, and {row_bytes:,} bytes "
                     f"for each of them make {count * row_bytes:,}; the files are not of one dump"
+                    ". Copy the whole dump again, or take an earlier one"
                 )
         return row_bytes
 

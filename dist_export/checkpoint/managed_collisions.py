@@ -79,7 +79,10 @@ def find_collisions(
             )
         ids = buffers.get(IDENTITIES) or buffers[SORTED_IDS]
         if table in found:
-            raise CheckpointError(f"{where}: {found[table].ids!r} and {ids!r} both are of the table {table!r}")
+            raise CheckpointError(
+                f"{where}: {found[table].ids!r} and {ids!r} both are of the table {table!r}"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
         for name in buffers.values():
             _check_tensor(name, *tensors[name], rows=tables[table][0], where=where)
         is_mch, segments = IDENTITIES not in buffers, f"{owner}.{SEGMENTS}" if owner else SEGMENTS
@@ -175,4 +178,5 @@ def _check_tensor(name: str, dtype: str, shape: tuple[int, ...], *, rows: int, w
     if dtype != "int64" or shape not in expected:
         raise CheckpointError(
             f"{where}: {name!r} is {dtype} {list(shape)}, but its table has {rows:,} rows; expected int64 {list(expected[-1])}"
+            ". Copy the checkpoint again, or take an earlier one"
         )

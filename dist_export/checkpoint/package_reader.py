@@ -84,7 +84,10 @@ class PackageReader:
         try:
             merged = _DECODER.decode(directory.read_text(MERGED))
         except msgspec.MsgspecError as error:
-            raise CheckpointError(f"{directory.describe(MERGED)} is not what was written: {error}") from None
+            raise CheckpointError(
+                f"{directory.describe(MERGED)} is not what was written: {error}"
+                ". Copy the package again, or export it anew"
+            ) from None
         self._numbered = frozenset(
             key for key, entry in merged.items() if not entry.dense and entry.is_hashmap is False
         )
@@ -155,6 +158,7 @@ class PackageReader:
         if found is None or not shape:
             raise CheckpointError(
                 f"{self._directory.describe(self.files[number].name)}: block {header.keys[row]!r} is no part of a table"
+                ". Copy the package again, or export it anew"
             )
         return NumberedBlock(
             table=found["table"],
@@ -175,6 +179,7 @@ class PackageReader:
             raise CheckpointError(
                 f"{self._directory.url}: the shards hold parts {', '.join(str(block.number) for block in blocks[:8])} of "
                 f"{first.total} of table {name!r}, or parts of several kinds"
+                ". Copy the package again, or export it anew"
             )
         row_bytes = math.prod(first.shape[1:]) * DTYPES[first.dtype].itemsize
         embedding = SlotMeta(

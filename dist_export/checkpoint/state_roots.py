@@ -126,6 +126,7 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
         raise UnaskedError(
             f"{where}: state_root is {settings.state_root!r}, but no tensor lies below it; there are "
             f"{_count_roots(members, roots)}"
+            "; set state_root to one of them"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
     names, gone, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest)

@@ -109,6 +109,7 @@ class ItemFinder:
         if found.shape != shape or found.dtype != dtype:
             raise CheckpointError(
                 f"{where} is torch.{found.dtype} {list(found.shape)}, but .metadata says torch.{dtype} {list(shape)}"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         itemsize = itemsize_of(dtype)
         strides = tuple(stride * itemsize for stride in found.strides)
@@ -121,6 +122,7 @@ class ItemFinder:
             raise CheckpointError(
                 f"{where}: a tensor lies in {found.storage.num_bytes:,} bytes of '{archive.root}data/{found.storage.key}', "
                 f"which has {size:,}; it is damaged, or made to deceive"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         num_bytes = math.prod(shape) * itemsize
         if num_bytes > max(size, _MAX_REPEATED_BYTES):
@@ -139,7 +141,9 @@ def decode_item(pickled: bytes, where: str) -> PickledTensor:
         raise CheckpointError(f"{where} cannot be read (torch.load with weights_only=True): {error}") from None
     found = as_tensor(value)
     if found is None:
-        raise CheckpointError(f"{where} is a {type(value).__name__}, expected a strided tensor")
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}, expected a strided tensor; save it as a plain tensor"
+        )
     if found.reason in ("negated", "conjugated"):
         raise NotPlainError(f"{where} is stored negated or conjugated; save it again as it is meant")
     if found.reason:

@@ -85,14 +85,18 @@ def decode_indexes(raw_index: bytes, raw_tensorkey: bytes, *, where: str) -> Ind
         raise CheckpointError(
             f"{where}/{INDEX}: the numbers in file_index are {sorted(numbers.values())[:8]}, not 0 to {len(files) - 1}; "
             "RecIS's reader crashes on that"
+            "; save or copy it again"
         )
     bad = next((name for name in files if not is_payload_name(name)), None)
     if bad is not None:
-        raise CheckpointError(f"{where}/{INDEX}: {bad!r} is no name of a data file in this directory")
+        raise CheckpointError(
+            f"{where}/{INDEX}: {bad!r} is no name of a data file in this directory; save or copy it again"
+        )
     if blocks and not (min(blocks.values()) >= 0 and max(blocks.values()) < len(files)):
         stray = next(key for key, number in blocks.items() if not 0 <= number < len(files))
         raise CheckpointError(
             f"{where}/{INDEX}: {stray!r} is in file {blocks[stray]}, but there are {len(files)} files"
+            "; save or copy it again"
         )
     file = np.fromiter(blocks.values(), np.int32, len(blocks))
     keys = tuple(blocks)
@@ -132,7 +136,7 @@ def _decode_index(raw: bytes, where: str) -> tuple[dict[str, int], dict[str, int
 def _numbered(document: dict[str, Any], name: str, where: str) -> dict[str, int]:
     value = document.get(name)
     if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
-        raise CheckpointError(f"{where}/{INDEX}: {name} should be a map from a name to a number")
+        raise CheckpointError(f"{where}/{INDEX}: {name} should be a map from a name to a number; save or copy it again")
     return value
 
 
@@ -187,6 +191,7 @@ def _refuse_odd_name(piece: dict[str, Any], where: str) -> None:
         if not isinstance(name, str) or split_internal(name) is None:
             raise CheckpointError(
                 f"{where}/{TENSORKEY}: {key!r} maps to {show(name)}; expected <table>@<slot>^BEGIN@END@SIZE"
+                "; save or copy it again"
             )
 
 

@@ -102,6 +102,7 @@ def header_length(prefix: bytes, *, path: str, file_size: int) -> int:
         raise CheckpointError(
             f"{path}: says that its header has {length:,} bytes, but the file has {file_size:,}; "
             "it is truncated or no safetensors file"
+            "; save or copy it again"
         )
     return int(length)
 
@@ -145,7 +146,9 @@ def decode_foreign_header(raw: bytes, *, path: str, file_size: int) -> tuple[tup
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        raise CheckpointError(f"{path}: __metadata__ is {show(metadata)}; expected texts by name")
+        raise CheckpointError(
+            f"{path}: __metadata__ is {show(metadata)}; expected texts by name; save or copy it again"
+        )
     entries = _decode_entries(document, _FOREIGN_BITS, data_start=8 + len(raw), file_size=file_size, path=path)
     offsets = np.array([entry.data_offsets for entry in entries.values()], np.int64).reshape(-1, 2)
     _check_tiling(tuple(entries), offsets[:, 0], offsets[:, 1], data_size=file_size - 8 - len(raw), path=path)
@@ -257,6 +260,7 @@ def _decode_entries(
             raise CheckpointError(
                 f"{path}: {key!r} is {entry.dtype} {list(entry.shape)}, {num_bytes:,} bytes, but its data_offsets span "
                 f"{end - begin:,}"
+                "; save or copy it again"
             )
         if data_start + end > file_size:
             raise CheckpointError(
@@ -268,20 +272,23 @@ def _decode_entries(
 
 def _decode_entry(entry: object, bits: Mapping[str, int], *, where: str) -> _Entry:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where} should be an object with dtype, shape and data_offsets")
+        raise CheckpointError(f"{where} should be an object with dtype, shape and data_offsets; save or copy it again")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or (dtype not in bits and (bits is _BITS or not _DTYPE_NAME.fullmatch(dtype))):
         known = " ".join(known.name for known in DTYPES) if bits is _BITS else "names such as " + " ".join(bits)
         holds = "a RecIS checkpoint holds" if bits is _BITS else "expected"
-        raise CheckpointError(f"{where} has dtype {show(dtype)}; {holds} {known}")
+        raise CheckpointError(f"{where} has dtype {show(dtype)}; {holds} {known}; save or copy it again")
     shape = _sizes(entry.get("shape"))
     if shape is None:
         raise CheckpointError(
             f"{where} has shape {show(entry.get('shape'))}; expected a list of at most {_MAX_DIMS} sizes from 0 up"
+            "; save or copy it again"
         )
     offsets = _sizes(entry.get("data_offsets"))
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {show(entry.get('data_offsets'))}; expected [begin, end]")
+        raise CheckpointError(
+            f"{where} has data_offsets {show(entry.get('data_offsets'))}; expected [begin, end]; save or copy it again"
+        )
     return _Entry(dtype, shape, (offsets[0], offsets[1]))
 
 
@@ -303,7 +310,7 @@ def _check_tiling(keys: tuple[str, ...], begins: np.ndarray, ends: np.ndarray, *
     if len(wrong):
         row = int(order[wrong[0]])
         kind = "overlaps the block before it" if begins[row] < previous_end[wrong[0]] else "leaves a hole before it"
-        raise CheckpointError(f"{path}: {keys[row]!r} {kind}")
+        raise CheckpointError(f"{path}: {keys[row]!r} {kind}; save or copy it again")
     end = int(ends.max()) if len(order) else 0
     if end != data_size:
         raise CheckpointError(

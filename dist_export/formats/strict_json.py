@@ -144,13 +144,13 @@ def _decode_slowly(raw: bytes | str, what: str) -> Any:
         if "\\u" in text:  # half a surrogate pair is valid JSON but not a text, and could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise CheckpointError(f"{what} is nested too deeply to be genuine") from None
+        raise CheckpointError(f"{what} is nested too deeply to be genuine; save or copy it again") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise CheckpointError(f"{what} is not the JSON it should be: {error}") from None
+        raise CheckpointError(f"{what} is not the JSON it should be: {error}; save or copy it again") from None
     return value
 
 
 def _as_object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} should be a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{what} should be a JSON object, found {type(value).__name__}; save or copy it again")
     return value

@@ -78,7 +78,10 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
             root = pickled.removesuffix("data.pkl")
             for name, num_bytes in sizes.items():  # torch reads all members except storages into memory
                 if num_bytes > _MAX_PICKLE_BYTES and not name.startswith(f"{root}data/"):
-                    raise CheckpointError(f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs")
+                    raise CheckpointError(
+                        f"{where}: {name!r} has {num_bytes:,} bytes, more than any state_dict needs"
+                        "; save the state_dict alone"
+                    )
             raw = archive.read(pickled)
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in sizes else b"little"
     except (
@@ -92,7 +95,9 @@ def check_state_archive(file: IO[bytes], *, where: str) -> StateArchive:
     ) as error:
         raise CheckpointError(f"{where} is a damaged zip: {error}; save or copy it again") from None
     if order not in (b"little", b"big"):
-        raise CheckpointError(f"{where}: its bytes are in the order {order[:20]!r}; expected b'little' or b'big'")
+        raise CheckpointError(
+            f"{where}: its bytes are in the order {order[:20]!r}; expected b'little' or b'big'; save or copy it again"
+        )
     data = f"{root}data/"
     storages = {name.removeprefix(data): (starts[name], sizes[name]) for name in sizes if name.startswith(data)}
     return StateArchive(raw, root, storages, order == b"big")
@@ -170,5 +175,8 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tup
         sizes[name] = entry.file_size
         seen.add(name.casefold())
     if end > archive.start_dir:
-        raise CheckpointError(f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive")
+        raise CheckpointError(
+            f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive"
+            "; save or copy it again"
+        )
     return sizes, starts

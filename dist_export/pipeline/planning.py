@@ -138,7 +138,9 @@ def _blame_export(work: Callable[[], T]) -> T:
     try:
         return work()
     except CheckpointError as error:
-        raise CommitError(f"{error}. No manifest was written, so there is no package; run the export again") from error
+        # it is no checkpoint, and nobody has another copy of it
+        fact = str(error).removesuffix(". Copy the checkpoint again, or take an earlier one")
+        raise CommitError(f"{fact}. No manifest was written, so there is no package; run the export again") from error
 
 
 def open_tables(

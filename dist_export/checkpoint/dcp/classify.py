@@ -215,8 +215,8 @@ def _refuse_unmatched(where: str, patterns: PatternMatches, state: State, matric
     if missed := patterns.first_unmatched():
         setting, pattern = missed
         raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}{state.tell_several()}; its "
-            "matrices besides "
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}{state.tell_several()}; "
+            "give one of its matrices besides "
             f"tables: {listed([state.names[name] for name in matrices])}{objects}"
         )
 
@@ -251,9 +251,12 @@ def _refuse_no_table(where: str, name: str, tensor: TensorMeta) -> None:
     if len(tensor.shape) != 2:
         raise CheckpointError(
             f"{where}: treat_as_tables names {name!r}, which has shape {list(tensor.shape)}; a table has two dimensions"
+            "; take it out of treat_as_tables"
         )
     if tensor.dtype not in CODE_BY_TORCH:
-        raise CheckpointError(f"{where}: table {name!r} is of {tensor.dtype}, which no package can hold")
+        raise CheckpointError(
+            f"{where}: table {name!r} is of {tensor.dtype}, which no package can hold; save it in another dtype"
+        )
 
 
 def describe_sharding(tensor: TensorMeta) -> str:

@@ -95,11 +95,16 @@ def decode_metadata(raw: bytes, *, where: str, file_sizes: Callable[[str], int |
     try:
         document = machine.load()
     except PickleError as error:
-        raise CheckpointError(f"{where} is damaged, it is no pickle that can be read: {error}") from None
+        raise CheckpointError(
+            f"{where} is damaged, it is no pickle that can be read: {error}"
+            ". Copy the checkpoint again, or take an earlier one"
+        ) from None
     try:
         return _Builder(machine, document, where, file_sizes).build()
     except PickleError as error:
-        raise CheckpointError(f"{where} is no metadata of {_MODULE}: {error}") from None
+        raise CheckpointError(
+            f"{where} is no metadata of {_MODULE}: {error}. Copy the checkpoint again, or take an earlier one"
+        ) from None
 
 
 def _find(module: str, name: str, where: str) -> Global:
@@ -159,7 +164,10 @@ class _Builder:
             chunks.append(Chunk(offsets, sizes, *self._place(info, name, offsets)))
         self._cells += check_cover(name, shape, chunks, self._where)
         if self._cells > _MAX_CELLS:
-            raise CheckpointError(f"{self._where}: its tensors are cut into {self._cells:,} pieces, which nobody does")
+            raise CheckpointError(
+                f"{self._where}: its tensors are cut into {self._cells:,} pieces, which nobody does"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
         return TensorMeta(name, shape, _dtype_of(properties), tuple(chunks))
 
     def _place(self, info: Any, name: str, offset: tuple[int, ...] | None) -> tuple[str, int, int, bool]:
@@ -175,16 +183,22 @@ class _Builder:
         if file not in self._sizes if type(file) is str else True:
             if type(file) is not str or len(file) > _MAX_NAME or file.startswith("/") or not _is_plain(file):
                 shown = f"{file!r:.200}" if type(file) is str else f"a {type(file).__name__}"
-                raise CheckpointError(f"{where}: {name!r}{at} lies in {shown}, which is no file of the checkpoint")
+                raise CheckpointError(
+                    f"{where}: {name!r}{at} lies in {shown}, which is no file of the checkpoint"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
             self._sizes[file] = self._file_sizes(file)
         size = self._sizes[file]
         if size is None:
-            raise CheckpointError(f"{where}: {file} is missing, which holds {name!r}{at}; the save did not finish")
+            raise CheckpointError(
+                f"{where}: {file} is missing, which holds {name!r}{at}; the save did not finish, or was copied in part. Copy the "
+                "checkpoint again, or take an earlier one"
+            )
         begin, num_bytes = _numbers((begin, num_bytes))
         if begin + num_bytes > size:
             raise CheckpointError(
                 f"{where}: {name!r}{at} ends at byte {begin + num_bytes:,} of {file}, which has {size:,}; the file is "
-                "cut short, or the save did not finish"
+                "cut short, or the save did not finish. Copy the checkpoint again, or take an earlier one"
             )
         return file, begin, num_bytes, bool(transforms)
 

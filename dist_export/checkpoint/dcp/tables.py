@@ -151,7 +151,10 @@ class _AllMetadata(NamedTuple):
 def _read_all_metadata(directory: Directory) -> _AllMetadata:
     paths = find_metadata(directory)
     if not paths:
-        raise CheckpointError(f"{directory.url}: no {METADATA} and no {MODEL}/{METADATA}; this is no DCP checkpoint")
+        raise CheckpointError(
+            f"{directory.url}: no {METADATA} and no {MODEL}/{METADATA}; this is no DCP checkpoint"
+            "; give the directory that holds it as ckpt_dir"
+        )
     found = _AllMetadata({}, {}, {}, {}, {}, {}, {})
     for path in paths:
         folder = path.removesuffix(METADATA)

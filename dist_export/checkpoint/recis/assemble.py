@@ -45,7 +45,10 @@ class SparseBlocks:
 
     def error(self, row: int, text: str) -> CheckpointError:
         """Return the error that names a block and its file."""
-        return CheckpointError(f"{self.where[self.file[row]]}: block {self.keys[row]!r} {text}")
+        return CheckpointError(
+            f"{self.where[self.file[row]]}: block {self.keys[row]!r} {text}"
+            ". Copy the checkpoint again, or take an earlier one"
+        )
 
 
 def build_parts(blocks: SparseBlocks) -> tuple[tuple[TableMeta, ...], Parts, Blocks]:
@@ -163,6 +166,7 @@ class _Builder:
             raise CheckpointError(
                 f"{blocks.where[blocks.file[row]]}: holds {blocks.keys[row]!r}, but no file holds the "
                 f"{' or '.join(missing)} block of table {name!r}"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         slots = []
         order = [ID_SLOT, EMBEDDING_SLOT, *(slot for slot in kind_of if slot not in (ID_SLOT, EMBEDDING_SLOT))]
@@ -246,6 +250,7 @@ class _Builder:
             raise CheckpointError(
                 f"{blocks.where[blocks.file[row_of[bad, 0]]]}: a part of table {tables[table[bad]].name!r} has slice size "
                 f"{edges[bad, 2]}, another one {edges[first[bad], 2]}; RecIS's loader takes rows of one size only"
+                ". Copy the checkpoint again, or take an earlier one"
             )
 
     def _refuse_part(self, table: TableMeta, part_slice: Slice, rows: list[int]) -> None:
@@ -256,7 +261,9 @@ class _Builder:
         what = f"the part of table {table.name!r} with slice {part_slice.begin}:{part_slice.end}"
         for needed in (ID_SLOT, EMBEDDING_SLOT):
             if needed not in row_of:
-                raise CheckpointError(f"{file}: {what} has no {needed} block")
+                raise CheckpointError(
+                    f"{file}: {what} has no {needed} block. Copy the checkpoint again, or take an earlier one"
+                )
         num_ids = int(blocks.rows[row_of[ID_SLOT]])
         for slot, row in row_of.items():
             if blocks.rows[row] != num_ids:
@@ -266,7 +273,10 @@ class _Builder:
                     "on into the next block",
                 )
         absent = next(slot.name for slot in table.slots if slot.name not in row_of)
-        raise CheckpointError(f"{file}: {what} has {num_ids:,} rows but no {absent}, which other parts have")
+        raise CheckpointError(
+            f"{file}: {what} has {num_ids:,} rows but no {absent}, which other parts have"
+            ". Copy the checkpoint again, or take an earlier one"
+        )
 
 
 def _natural(suffix: str) -> tuple[list[int], str]:

@@ -85,19 +85,26 @@ class _Matching:
             row = int(np.flatnonzero(times[headers.place] > 1)[-1])
             raise CheckpointError(
                 f"{self._where[headers.file[row]]} holds {self._key(row)!r}, a second dense tensor of that name"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         for place in np.flatnonzero(times == 0).tolist():
             key = index.keys[place]
             bare = index.place_of_key.get(key.removesuffix(DENSE_SUFFIX), place)
             if not times[bare]:
-                raise CheckpointError(f"{self._where[index.file[place]]} should hold {key!r} by {INDEX}, but does not")
+                raise CheckpointError(
+                    f"{self._where[index.file[place]]} should hold {key!r} by {INDEX}, but does not"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
         is_held = np.zeros(len(index.keys), bool)
         is_held[headers.place[~headers.is_bare]] = True
         bare_keys = {self._key(row) for row in np.flatnonzero(headers.is_bare).tolist()}
         unheld = [index.keys[place] for place in np.flatnonzero((index.stem >= 0) & ~is_held).tolist()]
         unheld += [key for key in index.strays if key not in bare_keys]
         if unheld:
-            raise CheckpointError(f"{self._tensorkey} names {unheld[0]!r}, which no file of the checkpoint holds")
+            raise CheckpointError(
+                f"{self._tensorkey} names {unheld[0]!r}, which no file of the checkpoint holds"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
 
     def _name_by_hand(self, row: int) -> str | None:
         """Return the internal name of a block that tensorkey.json does not name by its place; None for a dense tensor."""
@@ -109,7 +116,10 @@ class _Matching:
         if internal is None and (is_bare or key.endswith(DENSE_SUFFIX)):
             name = key.removesuffix(DENSE_SUFFIX)
             if name in self._dense:
-                raise CheckpointError(f"{where} holds {key!r}, a second dense tensor of that name")
+                raise CheckpointError(
+                    f"{where} holds {key!r}, a second dense tensor of that name"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
             if is_bare:
                 self._bare.append(key)
             begin, end = int(headers.begin[row]), int(headers.end[row])
@@ -126,11 +136,13 @@ class _Matching:
             raise CheckpointError(
                 f"{where} holds {key!r}, which {TENSORKEY} does not name; RecIS's loader would lose its rows without a "
                 "word"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         internal = internal or key
         if split_internal(internal) is None:
             raise CheckpointError(
                 f"{where}: block {key!r} has the internal name {internal!r}; expected <table>@<slot>^BEGIN@END@SIZE"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         return internal
 

@@ -102,14 +102,19 @@ class _Comparison:
         where = self._where
         entry = _plain(stated) if isinstance(stated, MergedEntry) else stated
         if not isinstance(entry, dict):
-            raise CheckpointError(f"{where}: the entry {key!r} should be an object")
+            raise CheckpointError(
+                f"{where}: the entry {key!r} should be an object. Copy the checkpoint again, or take an earlier one"
+            )
         # RecIS saves a dense tensor with "/part_" in its name under the bare name
         row = self._find(key)
         if row is None and entry.get("dense"):
             row = self._find(key.removesuffix(DENSE_SUFFIX))
         if row is None:
             if not entry.get("dense") or key.endswith(DENSE_SUFFIX):
-                raise CheckpointError(f"{where} names {key!r}, which no file of the checkpoint holds")
+                raise CheckpointError(
+                    f"{where} names {key!r}, which no file of the checkpoint holds"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
             return
         shape, code = self._headers.shape(row), int(self._headers.dtype[row])
         if entry.get("shape") != list(shape):
@@ -119,10 +124,14 @@ class _Comparison:
             )
         named = entry.get("dtype")
         if named and named not in (DTYPES[code].name, DTYPES[code].torch):
-            raise CheckpointError(f"{where}: {key!r} is {show(named)}, its file says {DTYPES[code].name}")
+            raise CheckpointError(
+                f"{where}: {key!r} is {show(named)}, its file says {DTYPES[code].name}"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
         if entry.get("is_hashmap") and [entry.get("dimension")] != list(shape[-1:]):
             raise CheckpointError(
                 f"{where}: {key!r} has dimension {show(entry.get('dimension'))}, its file says {list(shape)}"
+                ". Copy the checkpoint again, or take an earlier one"
             )
 
     def _find(self, key: str) -> int | None:
@@ -146,7 +155,10 @@ class _Comparison:
                 continue
             key = key.removesuffix(DENSE_SUFFIX) if is_bare[row] else key
             if "^" not in key and not is_named(key) and not is_named(key + DENSE_SUFFIX):
-                raise CheckpointError(f"{self._where} does not name {key!r}, which a file of the checkpoint holds")
+                raise CheckpointError(
+                    f"{self._where} does not name {key!r}, which a file of the checkpoint holds"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
 
 
 def _plain(entry: MergedEntry) -> dict[str, Any]:

@@ -65,7 +65,10 @@ def _load(directory: Directory) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) and is_text(name) for name in state):
-        raise CheckpointError(f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors")
+        raise CheckpointError(
+            f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors"
+            "; save the state_dict"
+        )
     _refuse_repeated(state, where)
     return {
         name: UntakenState("it is a nested tensor") if _is_nested(value) else value for name, value in state.items()

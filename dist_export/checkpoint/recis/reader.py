@@ -77,6 +77,7 @@ class RecisReader:
         if absent:
             raise CheckpointError(
                 f"{directory.describe(absent[0])} is missing; {INDEX} names it ({len(absent)} missing)"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         self.files: tuple[SourceFile, ...] = tuple(_stat_files(directory, self._index.files))
         order = np.argsort(self._index.file, kind="stable").astype(np.int32)
@@ -183,11 +184,15 @@ class RecisReader:
                 place[row] = index.place_of_key.get(key + DENSE_SUFFIX, -1)
                 is_bare[row] = True
             if place[row] < 0:
-                raise CheckpointError(f"{where} holds {key!r}, which {INDEX} does not name; a loader would lose it")
+                raise CheckpointError(
+                    f"{where} holds {key!r}, which {INDEX} does not name; a loader would lose it"
+                    ". Copy the checkpoint again, or take an earlier one"
+                )
             expected = index.file[place[row]]
             if expected != number:
                 raise CheckpointError(
                     f"{where} holds {key!r}, but {INDEX} says that it is in {self.files[expected].name}"
+                    ". Copy the checkpoint again, or take an earlier one"
                 )
         return to_columns(header, file=number, place=place, is_bare=is_bare)
 

@@ -127,8 +127,8 @@ def sort_tensors(
         setting, pattern = missed
         matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
         raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; its "
-            "matrices besides "
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; "
+            "give one of its matrices besides "
             f"tables: {listed(matrices)}"
         )
     doubtful = note_left(
@@ -316,11 +316,13 @@ def join_pieces(
         if held and (shape is not None or known[1] is not None):
             raise CheckpointError(
                 f"{paths[piece.file]} holds {name!r}, which {paths[held[0].file]} holds too; it cannot be told which counts"
+                ": remove the file that is not of this save"
             )
         if dtype != known[0] or len(piece.sizes) != len((held or [piece])[0].sizes):
             raise CheckpointError(
                 f"{paths[piece.file]}: {name!r} is {dtype} {list(piece.sizes)}, but a piece of it in "
                 f"{paths[held[0].file]} is {known[0]} {list(held[0].sizes)}"
+                ". Copy the checkpoint again, or take an earlier one"
             )
         held.append(piece)
     tensors = []
@@ -339,14 +341,19 @@ def join_pieces(
 def _refuse_no_table(tensor: StoredTensor, reason: str, where: str) -> None:
     """Refuse a tensor that the settings or its name make a table, and that can be none; ``reason``: why it is not read."""
     if reason:
-        raise CheckpointError(f"{where}: the table {tensor.name!r} cannot be exported: it is {reason}")
+        raise CheckpointError(
+            f"{where}: the table {tensor.name!r} cannot be exported: it is {reason}; save it as a plain tensor"
+        )
     what = f"{where}: the table {tensor.name!r} has shape {list(tensor.shape)}"
     if len(tensor.shape) != 2 or not tensor.shape[1]:
-        raise CheckpointError(f"{what}; a table has rows and columns")
+        raise CheckpointError(f"{what}; a table has rows and columns; if treat_as_tables names it, take it out there")
     if tensor.shape[1] > _MAX_COLUMNS:
-        raise CheckpointError(f"{what}; no row has so many columns")
+        raise CheckpointError(f"{what}; no row has so many columns; if treat_as_tables names it, take it out there")
     if tensor.dtype not in CODE_BY_TORCH:
-        raise CheckpointError(f"{where}: the table {tensor.name!r} is of {tensor.dtype}, which no package can hold")
+        raise CheckpointError(
+            f"{where}: the table {tensor.name!r} is of {tensor.dtype}, which no package can hold"
+            "; save it in another dtype"
+        )
     itemsize = DTYPES[CODE_BY_TORCH[tensor.dtype]].itemsize
     for piece in tensor.pieces:
         reach = itemsize  # of the dimensions with smaller strides

@@ -126,7 +126,9 @@ def _read_entries(raw: bytes, size: int, number: int, where: str) -> list[Entry]
     entries = []
     for name, dtype, shape, begin, _ in found:
         if not name or not is_text(name):
-            raise CheckpointError(f"{where} holds a tensor called {name!r}; a table or parameter needs a name")
+            raise CheckpointError(
+                f"{where} holds a tensor called {name!r}; a table or parameter needs a name; save it with one"
+            )
         first = (0,) * len(shape) if offsets is None else _offsets_of(offsets.get(name), shape, f"{where}: {name!r}")
         strides = []
         stride = ITEMSIZES.get(dtype, 0)  # where it is not read, only the shape counts
@@ -148,5 +150,6 @@ def _offsets_of(info: object, shape: tuple[int, ...], where: str) -> tuple[int, 
     ):
         raise CheckpointError(
             f"{where}: {_SHARDING} says {show(info)}; expected saved_offsets with {len(shape)} numbers from 0 up"
+            ". Copy the checkpoint again, or take an earlier one"
         )
     return tuple(offsets)

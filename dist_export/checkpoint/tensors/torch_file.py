@@ -79,7 +79,9 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         )
     root, archive = _load_without_payload(reader, size)
     if not isinstance(root, Mapping) and not _is_list_of_states(root):
-        raise CheckpointError(f"{where} holds {_say_kind(root)}, expected a state_dict or a dict that has one")
+        raise CheckpointError(
+            f"{where} holds {_say_kind(root)}, expected a state_dict or a dict that has one; save the state_dict"
+        )
     most = len(archive.pickled)  # each member takes a byte at least, where it does not lie in several places
     members = _Members(where, most)
     tensors: list[Located] = []
@@ -237,6 +239,7 @@ class _Members:
         if len(path) > _MAX_DEPTH or self._left < 0:
             raise CheckpointError(
                 f"{self._where}: what {'.'.join(path)!r:.200} holds is nested too deeply, or without end"
+                "; save the state_dict alone"
             )
         tensor, array = as_tensor(value), as_array(value)
         if array is not None:
@@ -248,6 +251,7 @@ class _Members:
             if not self._is_all and (not name or not is_text(name)):
                 raise CheckpointError(
                     f"{self._where} holds a tensor called {name!r}; a table or parameter needs a name"
+                    "; save the state_dict, whose tensors have names"
                 )
             yield path, tensor
         elif _is_optimizer(value) and not self._is_all:
@@ -294,5 +298,6 @@ class _Members:
         if sum(map(len, joined)) + len(path) > _MAX_NAME:
             raise CheckpointError(
                 f"{self._where} holds a name of more than {_MAX_NAME:,} characters: {'.'.join(joined)!r:.200}"
+                "; save the state_dict alone"
             )
         return joined

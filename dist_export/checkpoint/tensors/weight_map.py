@@ -23,13 +23,22 @@ def read_weight_map(directory: Directory, name: str) -> dict[str, str]:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
     weight_map = decode_object(raw, what=where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: weight_map is {show(weight_map)}; expected a file by tensor")
+        raise CheckpointError(
+            f"{where}: weight_map is {show(weight_map)}; expected a file by tensor"
+            ". Copy the checkpoint again, or take an earlier one"
+        )
     names = set(directory.names())
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file):
-            raise CheckpointError(f"{where}: {tensor!r} lies in {show(file)}, which is no file of the checkpoint")
+            raise CheckpointError(
+                f"{where}: {tensor!r} lies in {show(file)}, which is no file of the checkpoint"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
         if file not in names:
-            raise CheckpointError(f"{directory.describe(file)} is missing; {name} says that it holds {tensor!r}")
+            raise CheckpointError(
+                f"{directory.describe(file)} is missing; {name} says that it holds {tensor!r}"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
     return weight_map
 
 
@@ -47,7 +56,13 @@ def match_weight_map(weight_map: Mapping[str, str], found: Iterable[tuple[str, s
                 f"{where} does not name {tensor!r}, which {file} holds; they are not of the same save"
             )
         if weight_map[tensor] != file:
-            raise CheckpointError(f"{where} says that {tensor!r} is in {weight_map[tensor]}, but it is in {file}")
+            raise CheckpointError(
+                f"{where} says that {tensor!r} is in {weight_map[tensor]}, but it is in {file}"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
     for tensor, file in weight_map.items():
         if tensor not in held:
-            raise CheckpointError(f"{where} says that {tensor!r} is in {file}, which does not hold it")
+            raise CheckpointError(
+                f"{where} says that {tensor!r} is in {file}, which does not hold it"
+                ". Copy the checkpoint again, or take an earlier one"
+            )
