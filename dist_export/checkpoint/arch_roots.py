@@ -24,6 +24,8 @@ def find_arch_roots(by_root: Mapping[Root, Collection[str]], weights: ModelWeigh
     sparse, dense = weights.sparse_name, weights.dense_name
     if not sparse or not dense or is_below(sparse, dense) or is_below(dense, sparse):
         return {}
+    if any(not weights.tables.isdisjoint(its) for its in by_root.values()):
+        return {}  # a root has tables under their names within the model: that one is meant
     tables = {name.removeprefix(f"{sparse}.") for name in weights.tables}
     holders = [_find_holders(by_root, tables), _find_holders(by_root, weights.dense_names)]
     if any(len(its) != 1 for its in holders) or holders[0] == holders[1]:
@@ -34,9 +36,13 @@ def find_arch_roots(by_root: Mapping[Root, Collection[str]], weights: ModelWeigh
 
 
 def find_model_root(by_root: Mapping[Root, Collection[str]], weights: ModelWeights | None) -> Root | None:
-    """Return the one root that holds all tables of the model by their names; None where none does, or several do."""
-    found = [] if weights is None else _find_holders(by_root, weights.tables)
-    return found[0] if len(found) == 1 else None
+    """Return the one root that holds all tables of the model by their names, and no other one a parameter of its dense arch."""
+    if weights is None:
+        return None
+    found = _find_holders(by_root, weights.tables)
+    dense = {f"{weights.dense_name}.{name}" if weights.dense_name else name for name in weights.dense_names}
+    is_whole = not any(not dense.isdisjoint(its) for root, its in by_root.items() if root not in found)
+    return found[0] if len(found) == 1 and is_whole else None
 
 
 def _find_holders(by_root: Mapping[Root, Collection[str]], names: Collection[str]) -> Sequence[Root]:

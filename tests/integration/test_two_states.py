@@ -238,6 +238,15 @@ def test_arches_that_were_saved_apart_are_the_model(kind: str, nest, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", NESTED)
+def test_a_whole_model_beside_arches_is_the_model(kind: str, tmp_path: Path) -> None:
+    trained, other = make_model(2), make_model(3)
+    source = NESTED[kind](tmp_path / "ckpt", {**arches_of(other), "model": trained.state_dict()})
+    manifest = export_plain(source, tmp_path / "out")
+    assert_is(tmp_path / "out", manifest, trained)
+    assert manifest.account.left_out.popitem()[1] == 1476
+
+
+@pytest.mark.parametrize("kind", NESTED)
 def test_arches_are_not_guessed(kind: str, tmp_path: Path) -> None:
     """A root that lacks a parameter of the dense arch is not it."""
     states = arches_of(make_model(2))
@@ -247,6 +256,17 @@ def test_arches_are_not_guessed(kind: str, tmp_path: Path) -> None:
         UserError, match=r"it holds 2 states: dense \(1 tensor\), sparse \(2 tensors\)|dense_model_name is"
     ):
         export_plain(source, tmp_path / "out")
+
+
+def test_a_root_with_tables_alone_is_not_the_model(tmp_path: Path) -> None:
+    """Where another one has the dense arch: neither is left out."""
+    state = make_model(2).state_dict()
+    states = {
+        "a": {name: its for name, its in state.items() if name.startswith("sparse_arch.")},
+        "b": {name: its for name, its in state.items() if name.startswith("dense_arch.")},
+    }
+    with pytest.raises(UserError, match=r"it holds 2 states: a \(2 tensors\), b \(2 tensors\)"):
+        export_plain(save_torch_whole(tmp_path / "ckpt", states), tmp_path / "out")
 
 
 @pytest.mark.parametrize("root", ["", "nets"])
