@@ -33,7 +33,7 @@ def test_control_messages_grow_with_the_ranks_and_no_faster(tmp_path: Path) -> N
     small, large = (control.measure(world_size, tmp_path / str(world_size)) for world_size in (8, 32))
     assert (small.receipts, large.receipts) == (8, 32)
     assert (small.gathers, small.broadcasts) == (large.gathers, large.broadcasts)
-    assert large.gathers < 50
+    assert large.gathers < 60
     per_rank = [found.gather_bytes / found.world_size for found in (small, large)]
     assert per_rank[1] < 2 * per_rank[0] + 1000
     assert large.largest_own < 1.5 * small.largest_own + 1000
