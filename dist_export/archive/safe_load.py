@@ -188,7 +188,11 @@ def _check_pt2(members: dict[str, bytes], label: str) -> str:
     if members["archive_format"] != b"pt2":
         raise _refusal(label, "archive_format", f"{members['archive_format'][:20]!r} where 'pt2' was expected")
     if members.get("byteorder", b"little").decode(errors="replace") != sys.byteorder:
-        raise _refusal(label, "byteorder", f"{members['byteorder'][:20]!r}, and this machine is {sys.byteorder} endian")
+        raise _refusal(
+            label,
+            "byteorder",
+            f"{members.get('byteorder', b'little')[:20]!r}, and this machine is {sys.byteorder} endian",
+        )
     schema_version = None
     for name, content in members.items():
         if name.startswith("data/aotinductor/"):

@@ -60,7 +60,7 @@ class DenseTensor:
 
     name: str
     dtype: int
-    """Index into ``layout.dtypes.DTYPES``."""
+    """Index into ``formats.dtypes.DTYPES``."""
     shape: tuple[int, ...]
     file: int
     offset: int

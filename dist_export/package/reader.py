@@ -232,7 +232,7 @@ class Package:
         header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]
         place = header.keys.index(key) if key in header.keys else -1
         num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
-        if int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+        if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
             raise PackageError(f"{self.directory.describe(part.file)}: {key!r} is not what the manifest says of it")
         has_row[begin:end] = True
         if not row_bytes:

@@ -258,8 +258,11 @@ class S3:
         return self._ask_again(ask, path)
 
     def _etag_if_same(self, path: str, data: bytes) -> str | None:
-        found = self.head(path)
-        return found.etag if found.size == len(data) and self.get(path) == data else None
+        try:
+            found = self.head(path)
+            return found.etag if found.size == len(data) and self.get(path) == data else None
+        except FileNotFoundError:  # another process has removed it since it refused the write
+            return None
 
     def delete(self, path: str) -> None:
         """Remove an object, if there is one."""

@@ -8,6 +8,7 @@ from s3_cases import Store
 from s3_server import S3Server
 
 from dist_export.storage.directory import Directory
+from dist_export.storage.s3 import S3
 from dist_export.storage.s3_directory import S3Directory
 from dist_export.storage.urls import open_directory
 
@@ -41,3 +42,20 @@ def test_a_bucket_that_is_not_there_is_named(store: Store) -> None:
     directory = open_directory("s3://no-such-bucket/x", store.options)
     assert directory.why_not_writable() == "there is no bucket 'no-such-bucket'"
     assert directory.say_missing() == "there is no bucket 'no-such-bucket'"
+
+
+def test_an_object_that_goes_while_it_is_compared_is_not_ours(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease is given back between the refused write and the look at what refused it."""
+    directory = open_directory(store.url("dir"), store.options)
+    assert isinstance(directory, S3Directory)
+    directory.write("f", b"the other's")
+    real = S3.head
+
+    def head(self: S3, path: str):
+        directory.remove("f")
+        return real(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(S3, "head", head)
+        assert directory.write_if("f", b"ours", version=None) is None
+    assert directory.write_if("f", b"ours", version=None) is not None
