@@ -82,7 +82,9 @@ class Origins:
 
     def _note(self, tensor: torch.Tensor, address: int) -> None:
         path = next((path for path, held in self._hidden() if address_of(held) == address), None)
-        self._counts.unregistered.setdefault(path or f"a parameter of {list(tensor.shape)} elsewhere", _describe(tensor))
+        self._counts.unregistered.setdefault(
+            path or f"a parameter of {list(tensor.shape)} elsewhere", _describe(tensor)
+        )
 
     def _hidden(self) -> list[tuple[str, torch.Tensor]]:
         return list(hidden_parameters(self._arch, self._path))
