@@ -55,12 +55,16 @@ def digest_own_values(dense_arch: nn.Module, names: Collection[str], *, skip: Co
 
 def _list_unsaved(dense_arch: nn.Module) -> Iterator[str]:
     skip = _list_registered(dense_arch)
+    known: dict[int, tuple[bool, Any]] = {}
+    """id() of a value -> whether it holds arrays, and the value, which must not go while its id counts."""
     for path, module in dense_arch.named_modules():
         unsaved = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
         for name, value in _list_attributes(module).items():
-            digester = Digester(skip)
-            _take_in(digester, value)
-            unsaved += [name] if digester.has_arrays else []
+            if id(value) not in known:  # many modules have one class
+                digester = Digester(skip)
+                _take_in(digester, value)
+                known[id(value)] = (digester.has_arrays, value)
+            unsaved += [name] if known[id(value)][0] else []
         yield from (f"{path}.{name}" if path else name for name in unsaved)
 
 
