@@ -30,7 +30,7 @@ __all__ = [
     "open_package",
 ]
 
-_HOMES = {
+_MODULE_OF = {
     "Exporter": "dist_export.api",
     "export": "dist_export.api",
     "ExportConfig": "dist_export.config.schema",
@@ -42,10 +42,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import an exported name at its first use, so that a process that only opens a package does not import the exporter."""
-    if name in _HOMES:
+    if name in _MODULE_OF:
         import importlib
 
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 
 _MAX_LINE = 4_000
 """A foreign name may be as long as its file. The expected value and the advice are at the end, so the middle is cut out."""
@@ -14,7 +14,7 @@ def printable(text: str) -> str:
     Names in checkpoints and packages come from other people. They may contain line breaks, terminal escape codes, marks that
     reverse the direction of writing, or half a surrogate pair, which cannot be encoded. Credentials are removed too.
     """
-    text = conceal(text)
+    text = redact_text(text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

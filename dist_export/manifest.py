@@ -130,8 +130,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def compute_digest(document: dict[str, Any]) -> str:
     """Return the correct ``digest`` of a manifest given as plain JSON values, including fields that are unknown here."""
-    bare = {name: value for name, value in document.items() if name not in ("digest", "run")}
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare, order="sorted"))
+    plain = {name: value for name, value in document.items() if name not in ("digest", "run")}
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain, order="sorted"))
 
 
 def seal(manifest: Manifest) -> Manifest:

@@ -54,7 +54,7 @@ def _note_userinfo(userinfo: str) -> None:
         _note_all([password, unquote(password)])
 
 
-def conceal(text: str) -> str:
+def redact_text(text: str) -> str:
     """Return ``text`` without credentials: those that were recorded, a URL's userinfo, and signatures in its query.
 
     A password in a URL is recorded, because later texts may contain it without the rest of the URL.
@@ -73,9 +73,9 @@ def conceal(text: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Return the reason of an error in one line, without its file and without credentials."""
-    return conceal(getattr(error, "strerror", None) or first_line(error))
+    return redact_text(getattr(error, "strerror", None) or first_line(error))
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without credentials; its type if it has no text."""
-    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    return redact_text(next(iter(str(error).strip().splitlines()), type(error).__name__))

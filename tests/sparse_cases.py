@@ -20,7 +20,7 @@ from dist_export.pipeline.planning import PlannedSparse, open_checkpoint, plan_s
 from dist_export.plan import census as plan_census
 from dist_export.plan import segments as plan_routes
 from dist_export.plan import work_units as plan_units
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import assign
 from dist_export.runtime.joining import join
@@ -96,7 +96,7 @@ def run(plan: SparsePlan, folder: Path, *, world_size: int = 1, seed: int | None
     assert sorted(unit for queue in queues for unit in queue) == list(range(len(writing)))
     outputs = [StagedFiles(plan, staging) for _ in queues]
     runners = [
-        UnitRunner(plan, its, OpenReaders(lambda _: None), limits=Limits(64 << 20, 1), digest="xxh3")  # type: ignore[arg-type,return-value]
+        UnitRunner(plan, its, OpenReaders(lambda _: None), budget=MemoryBudget(64 << 20, 1), digest="xxh3")  # type: ignore[arg-type,return-value]
         for its in outputs
     ]
     work = [(rank, unit) for rank, queue in enumerate(queues) for unit in queue]
@@ -118,7 +118,7 @@ def shrink(monkeypatch: Any, *, chunk: int = 64, unit: int = 128, granule: int =
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     monkeypatch.setattr(plan_units, "UNIT_BYTES", unit)
     monkeypatch.setattr(transfer_units, "_BUFFER_BYTES", buffer)
-    monkeypatch.setattr(Limits, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
+    monkeypatch.setattr(MemoryBudget, "gather_rows", lambda _, row_bytes, __: max(1, buffer // max(row_bytes, 1)))
     for module in (plan_census, plan_routes, transfer_census):
         monkeypatch.setattr(module, "GRANULE_ROWS", granule)
     monkeypatch.setattr(columns, "RUN_ROWS", granule)

@@ -137,11 +137,11 @@ def check_program(document: dict[str, Any]) -> None:
         ValueError: A text that should be JSON is not.
         RecursionError: It is nested too deeply.
     """
-    for symbol, limits in expect(document.get("range_constraints", {}), dict, "range_constraints").items():
+    for symbol, bounds in expect(document.get("range_constraints", {}), dict, "range_constraints").items():
         _check_expression(symbol)
-        for limit in expect(limits, dict, "a range").values():
+        for limit in expect(bounds, dict, "a range").values():
             if limit is not None and type(limit) is not int:
-                raise UnsafeContentError(f"a range {str(limits)[:100]!r}")
+                raise UnsafeContentError(f"a range {str(bounds)[:100]!r}")
     for guard in expect(document.get("guards_code", []), list, "guards_code"):
         _check_guard(guard)
     _check_values(document)

@@ -147,10 +147,10 @@ def _max_ulp(expected: torch.Tensor, found: torch.Tensor, is_same: torch.Tensor)
     is_nan = expected.isnan() != found.isnan()
     if bool(is_nan.any()):
         return 1 << (8 * expected.element_size())
-    places = [_place(tensor.contiguous().view(bits).to(torch.int64), bits) for tensor in (expected, found)]
+    positions = [_place(tensor.contiguous().view(bits).to(torch.int64), bits) for tensor in (expected, found)]
     # two float64 of different signs can be more than 2**63 apart, so the upper and lower halves are subtracted separately
-    high = (places[0] >> 32) - (places[1] >> 32)
-    low = (places[0] & 0xFFFFFFFF) - (places[1] & 0xFFFFFFFF)
+    high = (positions[0] >> 32) - (positions[1] >> 32)
+    low = (positions[0] & 0xFFFFFFFF) - (positions[1] & 0xFFFFFFFF)
     far = torch.where(is_same, torch.zeros_like(high), high).abs()
     candidates = (far >= far.max() - 1) & ~is_same  # a difference of the lower halves is less than one of the upper
     pairs = zip(high[candidates].tolist(), low[candidates].tolist(), strict=True)

@@ -65,10 +65,10 @@ def _check_grid(name: str, shape: tuple[int, ...], solid: list[Any], cut: list[i
             f"{where}: {name!r} is cut into {total:,} pieces, which nobody does"
             ". Copy the checkpoint again, or take an earlier one"
         )
-    places = [{edge: place for place, edge in enumerate(its)} for its in edges]
+    positions = [{edge: place for place, edge in enumerate(its)} for its in edges]
     taken = np.zeros(cells, np.uint8)
     for offsets, sizes in solid:
-        at = tuple(slice(places[n][offsets[d]], places[n][offsets[d] + sizes[d]]) for n, d in enumerate(cut))
+        at = tuple(slice(positions[n][offsets[d]], positions[n][offsets[d] + sizes[d]]) for n, d in enumerate(cut))
         if taken[at].any():
             raise _overlap(name, offsets, where)
         taken[at] = 1

@@ -13,7 +13,7 @@ from dist_export.checkpoint.dcp_files import METADATA, find_metadata
 from dist_export.checkpoint.dense import DenseParameters, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
 from dist_export.checkpoint.metadata import CheckpointReader
-from dist_export.checkpoint.package_source import PackageDense, PackageSource, find_package, has_numbered
+from dist_export.checkpoint.package_source import PackageDense, PackageSource, find_package, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import safetensors, torch_save
@@ -78,8 +78,8 @@ def list_candidates(directory: Directory) -> list[str]:
     names = set(directory.names())
     is_recis = not names.isdisjoint((INDEX, TENSORKEY))
     package = find_package(directory) if MANIFEST in names else None
-    if package is not None and (has_numbered(package) or is_recis):
-        return [PACKAGE if has_numbered(package) else RECIS]  # what else lies there is no part of it
+    if package is not None and (has_row_indexed(package) or is_recis):
+        return [PACKAGE if has_row_indexed(package) else RECIS]  # what else lies there is no part of it
     found = [RECIS] if is_recis else []
     if METADATA in names or (not is_recis and find_metadata(directory)):
         found.append(DCP)

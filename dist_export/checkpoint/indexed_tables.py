@@ -60,7 +60,7 @@ class BuiltTables(NamedTuple):
     made: tuple[RawIds, ...]
 
 
-def build_numbered(tables: Sequence[TensorTable], *, where: str) -> BuiltTables:
+def build_row_indexed(tables: Sequence[TensorTable], *, where: str) -> BuiltTables:
     """Make tables of tensors. CheckpointError where rows would be put together from more strips than can be held."""
     layout = _Layout(where)
     metas = tuple(layout.add(table) for table in tables)

@@ -33,7 +33,7 @@ _REQUESTS_AT_ONCE = 16
 _DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
 
 
-class NumberedBlock(NamedTuple):
+class RowIndexedBlock(NamedTuple):
     """The embeddings of one part of a table whose rows go by number."""
 
     table: str
@@ -51,7 +51,7 @@ class PackageShare(NamedTuple):
 
     columns: HeaderColumns
     """Of the blocks that ``index`` names."""
-    numbered: tuple[NumberedBlock, ...]
+    row_indexed: tuple[RowIndexedBlock, ...]
 
 
 class PackageReader:
@@ -88,7 +88,7 @@ class PackageReader:
                 f"{directory.describe(MERGED)} is not what was written: {error}"
                 ". Copy the package again, or export it anew"
             ) from None
-        self._numbered = frozenset(
+        self._row_indexed = frozenset(
             key for key, entry in merged.items() if not entry.dense and entry.is_hashmap is False
         )
         self.files: tuple[SourceFile, ...] = tuple(self._stat(name) for name in self._index.files)
@@ -100,19 +100,21 @@ class PackageReader:
         else:
             with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
                 headers = list(pool.map(self._read_header, files))
-        columns, numbered = [], []
+        columns, row_indexed = [], []
         for number, header in zip(files, headers, strict=True):
-            places = [self._index.place_of_key.get(key, -1) for key in header.keys]
-            known = [row for row, place in enumerate(places) if place >= 0]
+            positions = [self._index.place_of_key.get(key, -1) for key in header.keys]
+            known = [row for row, place in enumerate(positions) if place >= 0]
             columns.append(
-                to_columns(_take(header, known), file=number, place=np.array([places[row] for row in known], np.int32))
+                to_columns(
+                    _take(header, known), file=number, place=np.array([positions[row] for row in known], np.int32)
+                )
             )
-            numbered += [
+            row_indexed += [
                 self._to_block(number, header, row)
                 for row, key in enumerate(header.keys)
-                if places[row] < 0 and key in self._numbered
+                if positions[row] < 0 and key in self._row_indexed
             ]
-        return PackageShare(join_columns(columns), tuple(numbered))
+        return PackageShare(join_columns(columns), tuple(row_indexed))
 
     def assemble(self, shares: Sequence[PackageShare]) -> Checkpoint:
         """Put hash tables and numbered ones together. CheckpointError where a block or a part is missing."""
@@ -120,17 +122,17 @@ class PackageReader:
         where = tuple(self._directory.describe(file.name) for file in self.files)
         matched = match_blocks(headers, self._index, where=where, tensorkey=self._directory.describe(TENSORKEY))
         tables, parts, blocks = build_parts(matched.sparse)
-        by_table: dict[str, list[NumberedBlock]] = {}
-        for block in sorted(block for share in shares for block in share.numbered):
+        by_table: dict[str, list[RowIndexedBlock]] = {}
+        for block in sorted(block for share in shares for block in share.row_indexed):
             by_table.setdefault(block.table, []).append(block)
-        numbered = [self._build_table(name, its) for name, its in by_table.items()]
+        row_indexed = [self._build_table(name, its) for name, its in by_table.items()]
         return Checkpoint(
             format="package",
             directory=self._directory,
             files=self.files,
-            tables=(*tables, *(table for table, _ in numbered)),
-            parts=_join_parts(parts, len(tables), [its for _, its in numbered]),
-            blocks=_join_blocks(blocks, [block for _, its in numbered for block in its]),
+            tables=(*tables, *(table for table, _ in row_indexed)),
+            parts=_join_parts(parts, len(tables), [its for _, its in row_indexed]),
+            blocks=_join_blocks(blocks, [block for _, its in row_indexed for block in its]),
             dense=matched.dense,
             fingerprint="",
             copy_hindrances=(),
@@ -153,14 +155,14 @@ class PackageReader:
             raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
         return decode_header(raw, path=where, file_size=file.size)
 
-    def _to_block(self, number: int, header: Header, row: int) -> NumberedBlock:
+    def _to_block(self, number: int, header: Header, row: int) -> RowIndexedBlock:
         found, shape = _PART.fullmatch(header.keys[row]), header.shape(row)
         if found is None or not shape:
             raise CheckpointError(
                 f"{self._directory.describe(self.files[number].name)}: block {header.keys[row]!r} is no part of a table"
                 ". Copy the package again, or export it anew"
             )
-        return NumberedBlock(
+        return RowIndexedBlock(
             table=found["table"],
             number=int(found["number"]),
             total=int(found["total"]),
@@ -170,7 +172,7 @@ class PackageReader:
             offset=int(header.begins[row]),
         )
 
-    def _build_table(self, name: str, blocks: list[NumberedBlock]) -> tuple[TableMeta, list[NumberedBlock]]:
+    def _build_table(self, name: str, blocks: list[RowIndexedBlock]) -> tuple[TableMeta, list[RowIndexedBlock]]:
         first = blocks[0]
         is_whole = [block.number for block in blocks] == list(range(first.total))
         if not is_whole or any(
@@ -198,10 +200,10 @@ def _take(header: Header, rows: list[int]) -> Header:
     )
 
 
-def _join_parts(parts: Parts, num_tables: int, numbered: list[list[NumberedBlock]]) -> Parts:
+def _join_parts(parts: Parts, num_tables: int, row_indexed: list[list[RowIndexedBlock]]) -> Parts:
     """Put the parts of numbered tables behind those of ``num_tables`` hash tables."""
     columns = [np.stack([parts.table, parts.begin, parts.end, parts.size, parts.rows, np.zeros_like(parts.table)])]
-    for table, blocks in enumerate(numbered, num_tables):
+    for table, blocks in enumerate(row_indexed, num_tables):
         rows = np.array([block.shape[0] for block in blocks], np.int64)
         end = np.cumsum(rows)
         size = np.full_like(rows, max(int(end[-1]), 1))
@@ -210,16 +212,16 @@ def _join_parts(parts: Parts, num_tables: int, numbered: list[list[NumberedBlock
     return Parts(table=table_column, begin=begin, end=end, size=size, rows=rows, first_row=first_row)
 
 
-def _join_blocks(blocks: Blocks, numbered: list[NumberedBlock]) -> Blocks:
+def _join_blocks(blocks: Blocks, row_indexed: list[RowIndexedBlock]) -> Blocks:
     """Put the blocks of numbered tables, two slots each, behind those of hash tables."""
     num_parts, num_slots = blocks.file.shape
-    shape = (num_parts + len(numbered), max(num_slots, 2))
+    shape = (num_parts + len(row_indexed), max(num_slots, 2))
     file = np.full(shape, ABSENT, np.int32)
     offset = np.zeros(shape, np.int64)
     key = np.full(shape, None, object)
     file[:num_parts, :num_slots], offset[:num_parts, :num_slots] = blocks.file, blocks.offset
     key[:num_parts, :num_slots] = blocks.key
-    file[num_parts:, 1] = [block.file for block in numbered]
-    offset[num_parts:, 1] = [block.offset for block in numbered]
-    key[num_parts:, 1] = [f"{block.table}/part_{block.number}_{block.total}" for block in numbered]
+    file[num_parts:, 1] = [block.file for block in row_indexed]
+    offset[num_parts:, 1] = [block.offset for block in row_indexed]
+    key[num_parts:, 1] = [f"{block.table}/part_{block.number}_{block.total}" for block in row_indexed]
     return Blocks(file=file, offset=offset, key=key)

@@ -58,7 +58,7 @@ def find_package(directory: Directory) -> Manifest | None:
     return manifest if is_needed and manifest.tables else None
 
 
-def has_numbered(manifest: Manifest) -> bool:
+def has_row_indexed(manifest: Manifest) -> bool:
     """Whether a package has a table whose rows go by number."""
     return any(table.is_hashed is False for table in manifest.tables)
 

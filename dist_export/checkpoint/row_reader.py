@@ -46,9 +46,9 @@ class RowReader:
         if memory is None or int(checkpoint.blocks.file[part, column]) != IN_STRIPS:
             return None
         strips = checkpoint.strips
-        places = strips.of(part, column)
-        held = [place for place in places if memory.owner[strips.file[place]] == memory.rank]
-        if len(held) == len(places):
+        positions = strips.of(part, column)
+        held = [place for place in positions if memory.owner[strips.file[place]] == memory.rank]
+        if len(held) == len(positions):
             return None
         pieces: list[tuple[int, int]] = []
         for place in held:

@@ -45,8 +45,8 @@ def find_roots(members: Iterable[Member]) -> set[Root]:
     found = {root for root in found if not any("." in key for key in root)}
     for member in members:
         if len(member.path) > 2 and not any(member.path[:length] in found for length in range(1, len(member.path))):
-            places = [n for n, key in enumerate(member.path[:-1], 1) if key in COLLECTIONS or is_state_key(key)]
-            found.update(member.path[:place] for place in places[:1] if member.path[place - 1] not in COLLECTIONS)
+            positions = [n for n, key in enumerate(member.path[:-1], 1) if key in COLLECTIONS or is_state_key(key)]
+            found.update(member.path[:place] for place in positions[:1] if member.path[place - 1] not in COLLECTIONS)
     return found
 
 

@@ -115,8 +115,8 @@ _Choice = tuple[dict[str, str], dict[str, str], tuple[str, ...]]
 
 def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
     if settings.state_root is None:
-        names, gone, notes = _choose_model(members, settings, where=where, leaves_rest=leaves_rest)
-        return names, gone, (*notes, *_note_average(members, names, settings.model_paths, where))
+        names, removed, notes = _choose_model(members, settings, where=where, leaves_rest=leaves_rest)
+        return names, removed, (*notes, *_note_average(members, names, settings.model_paths, where))
     if settings.state_root == WHOLE:
         return {member.name: member.name for member in members}, {}, ()
     begin = f"{settings.state_root}."
@@ -129,12 +129,12 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
             "; set state_root to one of them"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
-    names, gone, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest)
+    names, removed, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest)
     outside = {m.name: _root_of(m, roots) for m in members if not m.name.startswith(begin)}
     if outside:
         told = list_some(sorted(set(outside.values())))
         notes = (f"{where}: state_root takes what {settings.state_root!r} holds; left out: {told}", *notes)
-    left_out = {begin + name: begin + root for name, root in gone.items()} | outside
+    left_out = {begin + name: begin + root for name, root in removed.items()} | outside
     return {begin + name: within for name, within in names.items()}, left_out, notes
 
 
@@ -156,8 +156,8 @@ def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where:
     if not rivals and leaves_rest:
         keys = [root for root in by_root if len(root) == 1 and root[0] in MODEL_KEYS]
         chosen = keys[0] if len(keys) == 1 else find_model_root(by_root, settings.weights)
-    gone = {root for root in by_root if chosen is not None and root != chosen and (root in rivals or leaves_rest)}
-    left_out = {m.name: _root_of(m, roots) for m in members if root_of[m.name] in gone}
+    removed = {root for root in by_root if chosen is not None and root != chosen and (root in rivals or leaves_rest)}
+    left_out = {m.name: _root_of(m, roots) for m in members if root_of[m.name] in removed}
     is_alone = len(by_root) == 1 and any("." in member.path[-1] for member in members)
     strips = chosen is not None or (not rivals and (is_alone or not leaves_rest))
     found = {
@@ -166,7 +166,7 @@ def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where:
             member.shape,
         )
         for member in members
-        if (root := root_of[member.name]) not in gone
+        if (root := root_of[member.name]) not in removed
     }
     names, copies, notes = _choose_flat(found, model_paths, where=where)
     if left_out:
@@ -395,9 +395,9 @@ def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
     return list_some([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
 
 
-def _say_choice(where: str, chosen: str, gone: Iterable[str]) -> str:
+def _say_choice(where: str, chosen: str, removed: Iterable[str]) -> str:
     what = f"what {chosen!r} holds" if chosen else "what lies beside them"
-    return f"{where}: the model is {what}; left out: {list_some(sorted(set(gone)))} (state_root takes another one)"
+    return f"{where}: the model is {what}; left out: {list_some(sorted(set(removed)))} (state_root takes another one)"
 
 
 def _say_doubtful(where: str, paths: Sequence[str]) -> str:

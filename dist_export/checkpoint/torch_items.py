@@ -20,7 +20,7 @@ _END_BYTES = 4096
 """What a zip says of itself lies in its first and its last bytes: two reads are enough, which counts on object stores."""
 
 
-_MAX_REPEATED_BYTES = 1 << 30
+_MAX_EXPANDED_BYTES = 1 << 30
 """An expanded tensor repeats what its item holds, up to this size; more is no parameter but a trap."""
 
 
@@ -125,7 +125,7 @@ class ItemFinder:
                 ". Copy the checkpoint again, or take an earlier one"
             )
         num_bytes = math.prod(shape) * itemsize
-        if num_bytes > max(size, _MAX_REPEATED_BYTES):
+        if num_bytes > max(size, _MAX_EXPANDED_BYTES):
             raise CheckpointError(
                 f"{where} has shape {list(shape)}, {num_bytes:,} bytes, made of {size:,} that are stored; save it again, "
                 "contiguous"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import CommitError
-from dist_export.formats.recis import Slice, is_in_slice, mix, places_of
+from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
 from dist_export.ids.columns import IdRun, read_runs
 from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
@@ -60,10 +60,10 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
         first_column = np.array(
             [plan.slots_of(table)[0].column for table in range(len(plan.checkpoint.tables))], np.int64
         )
-        bare = np.flatnonzero((first_column[blocks.table] > 0) & np.isin(blocks.file, mine))
-        bare = bare[blocks.column[bare] == first_column[blocks.table[bare]]]
-        np.add.at(rows_of_table, blocks.table[bare], blocks.rows[bare])
-        present = np.unique(blocks.table[np.concatenate([chosen, bare])]).tolist()
+        row_indexed = np.flatnonzero((first_column[blocks.table] > 0) & np.isin(blocks.file, mine))
+        row_indexed = row_indexed[blocks.column[row_indexed] == first_column[blocks.table[row_indexed]]]
+        np.add.at(rows_of_table, blocks.table[row_indexed], blocks.rows[row_indexed])
+        present = np.unique(blocks.table[np.concatenate([chosen, row_indexed])]).tolist()
     return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
 
 
@@ -71,8 +71,8 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
     blocks = plan.blocks
     lengths = np.diff(np.append(run.starts, len(run.ids)))
     for size in np.unique(blocks.size[held]).tolist():  # usually one size
-        places = places_of(run.ids, size).view(np.int64)
-        lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
+        positions = hash_slots(run.ids, size).view(np.int64)
+        lowest, highest = _reduce(np.minimum, positions, run.starts), _reduce(np.maximum, positions, run.starts)
         is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
         wrong = np.flatnonzero(is_wrong & (blocks.size[held] == size))
         if len(wrong):
@@ -80,10 +80,10 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
             part = Slice(*(int(column[block]) for column in (blocks.begin, blocks.end, blocks.size)))
             start = int(run.starts[wrong[0]])
             ids = run.ids[start : start + int(lengths[wrong[0]])]
-            strangers = np.flatnonzero(~is_in_slice(ids, part))
+            foreign = np.flatnonzero(~is_in_slice(ids, part))
             raise CommitError(
                 f"{target.describe(plan.files[int(blocks.file[block])].name)}: {blocks.key[block]!r} holds "
-                f"{len(strangers):,} ids outside its slice {part.begin}:{part.end}, first {int(ids[strangers[0]])}. "
+                f"{len(foreign):,} ids outside its slice {part.begin}:{part.end}, first {int(ids[foreign[0]])}. "
                 f"{_NOTHING_PUBLISHED}"
             )
 

@@ -53,7 +53,7 @@ from dist_export.plan.plan import OutputBlocks, SparsePlan
 from dist_export.plan.prune import IdList
 from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 from dist_export.storage.directory import Directory
 from dist_export.storage.s3_directory import S3Directory
 from dist_export.workdir.state import begin_commit
@@ -181,7 +181,7 @@ def describe_rules(plan: SparsePlan, census: Census) -> tuple[PruneEntry, ...] |
 def _describe_rule(rule: RowRule, ids: IdList | None, rows: int) -> PruneEntry:
     entry = PruneEntry(tables=rule.tables, reason=rule.reason, rows=rows)
     if ids is not None:
-        path = conceal(rule.path)
+        path = redact_text(rule.path)
         named = {"deny": path} if rule.reason == DENY_LIST else {"allow": path}
         return msgspec.structs.replace(entry, **named, ids=len(ids), ids_digest=f"xxh3:{ids.digest.hex()}")
     limit = rule.limit if abs(rule.limit) < 1 << 63 else float(rule.limit)  # JSON readers do not accept larger integers
@@ -209,8 +209,8 @@ def add_casts(
     added = []
     for table, (meta, entry) in enumerate(zip(plan.checkpoint.tables, entries, strict=True)):
         slots = []
-        for slot, bare in zip(plan.slots_of(table), entry.kept, strict=True):
-            described = bare
+        for slot, plain in zip(plan.slots_of(table), entry.kept, strict=True):
+            described = plain
             cast = cast_of(meta.slots[slot.column], slot)
             if cast is not None:
                 found = by_table.get(table, [])
@@ -220,9 +220,9 @@ def add_casts(
                         f"table {entry.name!r}: {values:,} values of {slot.name!r} were cast, the shards hold "
                         f"{entry.rows_out * cast.dim:,}. No manifest was written; run the export again"
                     )
-                fit = sum(count.values - count.unfit for count in found)
+                fit = sum(count.values - count.overflow for count in found)
                 described = msgspec.structs.replace(
-                    bare,
+                    plain,
                     cast=CastEntry(
                         source_dtype=cast.source_name,
                         values=values,
@@ -302,7 +302,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
         rows = plan.blocks_of(table, slot.column).tolist()
         targets = blocks.target[rows].tolist()
         keys_by_slot.append((slot.name, {target: blocks.key[row] for target, row in zip(targets, rows, strict=True)}))
-    is_numbered = not plan.checkpoint.tables[table].is_hashed
+    is_row_indexed = not plan.checkpoint.tables[table].is_hashed
     rows_in = int(plan.checkpoint.parts.rows[plan.checkpoint.parts.of_table(table)].sum())
     ids = plan.blocks_of(table, plan.slots_of(table)[0].column)
     columns = (column[ids].tolist() for column in (blocks.file, blocks.target, blocks.rows, blocks.begin))
@@ -312,7 +312,7 @@ def _describe_parts(plan: SparsePlan, table: int, texts: _SliceTexts) -> list[Pa
             file=names[file],
             slice=text,
             rows=rows,
-            first_row=min(begin, rows_in) if is_numbered else msgspec.UNSET,  # slices of an empty table have one row
+            first_row=min(begin, rows_in) if is_row_indexed else msgspec.UNSET,  # slices of an empty table have one row
             keys={slot: keys[target] for slot, keys in keys_by_slot if target in keys},
         )
         for file, target, rows, begin, text in zip(*columns, texts.of(blocks, ids.tolist()), strict=True)

@@ -355,8 +355,8 @@ class ExportConfig:
             raise ConfigError(f"drift_batches is {self.drift_batches}; give a number from 0 to {_MAX_BATCHES:,}")
         if self.max_drift is None:
             return
-        limits = self.max_drift if isinstance(self.max_drift, dict) else {"": self.max_drift}
-        for name, limit in limits.items():
+        bounds = self.max_drift if isinstance(self.max_drift, dict) else {"": self.max_drift}
+        for name, limit in bounds.items():
             if not 0 <= limit < float("inf"):
                 raise ConfigError(f"max_drift{name and f'.{name}'} is {limit}; give a finite number from 0 up")
         if not self.drift_batches:

@@ -326,14 +326,14 @@ def _mappings_in(value: Any) -> Iterator[Mapping[Any, Any]]:
 # ---- another order ------------------------------------------------------------------------------------------------
 
 
-def _reorder(form: _Mapping, places: Mapping[str, int]) -> _Mapping:
+def _reorder(form: _Mapping, positions: Mapping[str, int]) -> _Mapping:
     """Return the form with the entries of every mapping by the place of their first tensor; others stay behind theirs."""
     ranked: list[tuple[int, tuple[Any, _Entry]]] = []
     last = -1
     for key, item in form.items:
         names = list(_leaves(item))
-        last = min(places[name] for name in names) if names else last
-        ranked.append((last, (key, _reorder(item, places) if isinstance(item, _Mapping) else item)))
+        last = min(positions[name] for name in names) if names else last
+        ranked.append((last, (key, _reorder(item, positions) if isinstance(item, _Mapping) else item)))
     items = tuple(item for _, item in sorted(ranked, key=lambda pair: pair[0]))
     return _Mapping(form.template, items, _reordered(form.refill))
 
@@ -343,10 +343,10 @@ def _reordered(refill: Callable[[Any, list[tuple[Any, Any]]], Any]) -> Callable[
         return _as_dict
 
     def fill(template: Any, items: list[tuple[Any, Any]]) -> Any:
-        emptied = template.copy() if refill is _as_proxy else copy.copy(template)
+        empty_tables = template.copy() if refill is _as_proxy else copy.copy(template)
         try:
-            emptied.clear()
-            filled = _as_copy(emptied, items)
+            empty_tables.clear()
+            filled = _as_copy(empty_tables, items)
         except Exception:  # noqa: BLE001 -- a class that cannot be emptied: the order is what matters here
             return dict(items)
         if not _is_as_filled(filled, items):

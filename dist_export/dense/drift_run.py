@@ -234,8 +234,8 @@ class DriftRun:
 
     def check_names(self, sample: DenseSample) -> None:
         """Refuse bounds for outputs that are not there. Rank 0. ConfigError names them."""
-        limits = self.config.max_drift
-        unknown = [name for name in limits if name not in sample.output_names] if isinstance(limits, dict) else []
+        bounds = self.config.max_drift
+        unknown = [name for name in bounds if name not in sample.output_names] if isinstance(bounds, dict) else []
         if unknown:
             raise ConfigError(
                 f"max_drift: {few(unknown)} is no output of the dense arch; its outputs: {', '.join(sample.output_names)}"
@@ -259,8 +259,8 @@ class DriftRun:
             self.compare_reads(place, reference.rows)
             if self.ranks.rank == 0:
                 blocks = {} if reads_package else read_blocks(reference.blocks).tensors
-                bare = dataclasses.replace(reference, blocks={}, args=(), kwargs={}, rows=SampleRows())
-                self._kept.append(_Kept(bare, describe_other_inputs(reference), blocks))
+                slim = dataclasses.replace(reference, blocks={}, args=(), kwargs={}, rows=SampleRows())
+                self._kept.append(_Kept(slim, describe_other_inputs(reference), blocks))
             self._looked_up.append(reference.rows.without_digests())
         if self.config.need_export_sparse and self._looked_up:
             refuse_early(self.ranks, self.config, self._why_unmeasured())

@@ -165,12 +165,12 @@ class WeightFeed(Feed):
             self.weight[torch.from_numpy(ids).to(self.weight.device)] = self._default()
         self.weight[torch.from_numpy(held).to(self.weight.device)] = rows.to(self.weight)
 
-    def _keep(self, places: torch.Tensor | slice) -> None:
+    def _keep(self, positions: torch.Tensor | slice) -> None:
         weight = self.weight
-        before = weight[places].clone()
+        before = weight[positions].clone()
 
         def put_back() -> None:
-            weight[places] = before
+            weight[positions] = before
 
         for undo in (self._undo, self.own_undo):
             undo.append(put_back)
@@ -265,10 +265,10 @@ class RawIdFeed(WeightFeed):
         if self._lookups is None or not bool((ids == len(self._state.ids)).any()):
             return None
         default = self.values_of(self.table, self._finder.default_row(self.table)[None])[0]
-        places = self.further.put(ids, default)
+        positions = self.further.put(ids, default)
         if args:
-            return (places, *args[1:]), kwargs
-        return args, {**kwargs, "ids" if "ids" in kwargs else "input": places}
+            return (positions, *args[1:]), kwargs
+        return args, {**kwargs, "ids" if "ids" in kwargs else "input": positions}
 
     def comparable(self, ids: np.ndarray) -> np.ndarray:
         """Return none: which row an unknown id falls back to depends on whose rows are put in."""

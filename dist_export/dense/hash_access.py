@@ -106,8 +106,8 @@ class HashAccess:
         if callable(getattr(self._module, "embeddings", None)):
             every, order = self._module.ids().reshape(-1).sort()
             whole = self._module.embeddings().detach()
-            places = order[torch.searchsorted(every, ids.to(every.dtype))]
-            found: torch.Tensor = whole[places.to(whole.device)].clone()
+            positions = order[torch.searchsorted(every, ids.to(every.dtype))]
+            found: torch.Tensor = whole[positions.to(whole.device)].clone()
             return found
         if not self.learned.is_known:
             self._try_on_copy(ids, like)

@@ -146,8 +146,8 @@ class HashFeed(Feed):
                     f"the coalesced table {self._path} was asked for child {child}, but has {len(self._children)}: "
                     f"{self._children}"
                 )
-            bare = np.sort(ids[child_of_id == child] & _ID_MASK)
-            self._feed_table(self._children[child], bare, np.uint64(child << CHILD_BITS).astype(np.int64))
+            id_bits = np.sort(ids[child_of_id == child] & _ID_MASK)
+            self._feed_table(self._children[child], id_bits, np.uint64(child << CHILD_BITS).astype(np.int64))
 
     def _feed_table(self, name: str, ids: np.ndarray, high: Any) -> None:
         """Feed one table; ``high`` is what the module's own ids have above the bits of these (int64)."""

@@ -365,14 +365,14 @@ class RowFinder(KnownTables):
                 if not reader.is_held(part, slot.column):
                     continue  # in the memory of another rank
                 first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
-                places = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
-                found.has_row[places] = found.is_kept[places] = True
-                if self._dropped_in is not None and len(places):
+                positions = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
+                found.has_row[positions] = found.is_kept[positions] = True
+                if self._dropped_in is not None and len(positions):
                     dropped = self._dropped_in(part, 0, num_rows) + first_row
-                    found.is_kept[places[np.isin(ids[places], dropped)]] = False
-                if not len(places) or not slot.row_bytes:
+                    found.is_kept[positions[np.isin(ids[positions], dropped)]] = False
+                if not len(positions) or not slot.row_bytes:
                     continue
-                for run in np.split(places, np.flatnonzero(np.diff(ids[places]) != 1) + 1):
+                for run in np.split(positions, np.flatnonzero(np.diff(ids[positions]) != 1) + 1):
                     wanted = found.rows[run[0] : run[-1] + 1].reshape(-1)
                     reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
         found.kept[found.is_kept] = found.rows[found.is_kept]
@@ -391,10 +391,10 @@ class RowFinder(KnownTables):
                 if not (reader.is_held(part, 0) and reader.is_held(part, slot.column)):
                     continue  # in the memory of another rank, whose table this rank's model does not ask
                 for held in read_ids(checkpoint, part):
-                    places = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
-                    wanted = np.flatnonzero(ids[places] == held)
+                    positions = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
+                    wanted = np.flatnonzero(ids[positions] == held)
                     if len(wanted):
-                        self._fill(found, reader, slot, part, first, held, wanted, places[wanted])
+                        self._fill(found, reader, slot, part, first, held, wanted, positions[wanted])
                     first += len(held)
 
     def _fill(
@@ -406,7 +406,7 @@ class RowFinder(KnownTables):
         first: int,
         held: np.ndarray,
         wanted: np.ndarray,
-        places: np.ndarray,
+        positions: np.ndarray,
     ) -> None:
         """Take in the rows ``first + wanted`` of a part, whose ids ``held[wanted]`` are those at ``places``."""
         if not self._is_written:
@@ -416,14 +416,14 @@ class RowFinder(KnownTables):
             is_kept &= ~np.isin(wanted, self._dropped_in(part, first, len(held)))
         if self._is_pruned is not None and is_kept.any():
             is_left = self._is_pruned(part, first + wanted[is_kept], held[wanted[is_kept]])
-            found.is_pruned[places[is_kept][is_left]] = True
+            found.is_pruned[positions[is_kept][is_left]] = True
             is_kept[is_kept] = ~is_left
         rows = np.zeros((len(wanted), slot.row_bytes), np.uint8)
         if slot.row_bytes:
             reader.read_each_into(rows, part, slot.column, first + wanted)
         # of an id that stands several times in one run, numpy takes the last, as the runs themselves do
-        found.has_row[places], found.rows[places] = True, rows
-        found.is_kept[places[is_kept]], found.kept[places[is_kept]] = True, rows[is_kept]
+        found.has_row[positions], found.rows[positions] = True, rows
+        found.is_kept[positions[is_kept]], found.kept[positions[is_kept]] = True, rows[is_kept]
 
     def _cast_of(self, table: str) -> RowCast | None:
         return self._casts.get(self.written_name(table))

@@ -139,12 +139,12 @@ def _check_table(
     assert before is not None
     ids, parts, rows = source.located.of(source.number_of(table))
     states = _judge(table, rules, lists, source, ids, parts, rows)
-    places: dict[int, list[int]] = {}
+    positions: dict[int, list[int]] = {}
     for place, number in enumerate(ids.tolist()):
-        places.setdefault(number, []).append(place)
+        positions.setdefault(number, []).append(place)
     was_kept = dict(zip(before.ids.tolist(), before.is_kept.tolist(), strict=True))
     is_there = {} if now is None else dict(zip(now.ids.tolist(), now.has_row.tolist(), strict=True))
-    for number, its in places.items():
+    for number, its in positions.items():
         kept = [place for place in its if states[place] is False]
         if not kept and any(states[place] is None for place in its):
             continue

@@ -84,12 +84,12 @@ def refuse_other_orders(
         ModelError: an output differs by more than ``atol`` and ``rtol`` allow, or the dense arch fails on that order.
     """
     usual = tuple(sample.blocks.tensors)
-    places: dict[tuple[str, ...], str] = {}
+    positions: dict[tuple[str, ...], str] = {}
     for rank, its in enumerate(outlines):
         for number, outline in enumerate(its):
-            places.setdefault(outline.order, f"for batch {number} of rank {rank}")
-    places.pop(usual, None)
-    for order, place in places.items():
+            positions.setdefault(outline.order, f"for batch {number} of rank {rank}")
+    positions.pop(usual, None)
+    for order, place in positions.items():
         found = sample.flatten(run_eagerly(sample.dense_arch, sample.blocks.in_order(order)))
         for name, expected, other in zip(sample.output_names, sample.outputs, found, strict=True):
             if expected.shape != other.shape or not compare(expected, other, atol=atol, rtol=rtol).is_close:

@@ -80,9 +80,9 @@ class SampleRows:
 
     def without_digests(self) -> SampleRows:
         """Return the counts alone: the digests of all rows would be there for each batch."""
-        bare = copy.copy(self)
-        bare.rows = {}
-        return bare
+        counts = copy.copy(self)
+        counts.rows = {}
+        return counts
 
     def count(
         self, table: str, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray, *, num_left_behind: int = 0

@@ -130,10 +130,10 @@ def _decode_index(raw: bytes, where: str) -> tuple[dict[str, int], dict[str, int
     if found is not None:
         return found.block_index, found.file_index
     document = decode_object(raw, what=f"{where}/{INDEX}")
-    return _numbered(document, "block_index", where), _numbered(document, "file_index", where)
+    return _row_indexed(document, "block_index", where), _row_indexed(document, "file_index", where)
 
 
-def _numbered(document: dict[str, Any], name: str, where: str) -> dict[str, int]:
+def _row_indexed(document: dict[str, Any], name: str, where: str) -> dict[str, int]:
     value = document.get(name)
     if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
         raise CheckpointError(f"{where}/{INDEX}: {name} should be a map from a name to a number; save or copy it again")
@@ -153,7 +153,7 @@ def _match_tensorkey(
     stems: Numbering[str] = Numbering()
     slices: Numbering[str] = Numbering()
     strays: dict[str, str] = {}
-    places = _Places(keys, place_of_key)
+    positions = _Columns(keys, place_of_key)
     for piece in pieces:
         known = len(stems), len(slices)
         if not set(map(type, piece.values())) <= {str}:
@@ -163,7 +163,7 @@ def _match_tensorkey(
         part = np.fromiter([slices[behind] for _, _, behind in split], np.int32, len(split))
         if not all(map(split_stem, list(stems)[known[0] :])) or not all(map(parse_slice, list(slices)[known[1] :])):
             _refuse_odd_name(piece, where)
-        place = places.of(piece)
+        place = positions.of(piece)
         is_known = place >= 0
         if (columns[0, place[is_known]] >= 0).any():
             raise KeyTwiceError
@@ -195,7 +195,7 @@ def _refuse_odd_name(piece: dict[str, Any], where: str) -> None:
             )
 
 
-class _Places:
+class _Columns:
     """Finds keys in ``index``. Both files are sorted, so the next piece usually begins where the last one ended."""
 
     def __init__(self, keys: tuple[str, ...], place_of_key: dict[str, int]) -> None:

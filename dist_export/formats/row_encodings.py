@@ -309,8 +309,8 @@ def _encode_int8(out: np.ndarray, singles: np.ndarray, values: np.ndarray, cast:
     nans = beyond = 0
     first = -1
     if is_nan is not None and is_beyond is not None:
-        is_unfit = is_nan | is_beyond
-        errors[is_unfit] = 0
+        overflows = is_nan | is_beyond
+        errors[overflows] = 0
         nans, beyond = int(np.count_nonzero(is_nan)), int(np.count_nonzero(is_beyond))
-        first = int(np.flatnonzero(is_unfit.any(axis=0))[0])
+        first = int(np.flatnonzero(overflows.any(axis=0))[0])
     return Outcome(nans, beyond, first, float(errors.max()), float(errors.sum()))

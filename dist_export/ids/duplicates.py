@@ -35,7 +35,7 @@ _DEAL_IDS = 1 << 16
 """How many ids are divided into buckets at a time: they stay in the cache, and each bucket gets enough ids to copy."""
 
 
-def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
+def has_duplicates(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
     """Return whether an int64 id is duplicate; with ``groups`` (int64, parallel), whether it is within one group."""
     left = ids.view(np.uint64)
     for multiplier in _MULTIPLIERS:
@@ -46,11 +46,11 @@ def has_repeats(ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
         if groups is not None:
             hashed ^= groups.view(np.uint64) * _MULTIPLIERS[-1]
         hashed >>= np.uint64(64 - bits)
-        places = hashed.view(np.int64)
+        positions = hashed.view(np.int64)
         table = np.empty(1 << bits, np.int32)
         numbers = np.arange(len(left), dtype=np.int32)
-        table[places] = numbers
-        winners = table[places]
+        table[positions] = numbers
+        winners = table[positions]
         losers = np.flatnonzero(winners != numbers)
         winners = winners[losers]
         is_equal = left[losers] == left[winners]
@@ -97,15 +97,15 @@ class HeldIds:
             self._deal()
         return True
 
-    def has_repeats(self) -> bool:
+    def has_duplicates(self) -> bool:
         """Return whether an id is duplicate among all ids so far."""
         if not self._bits:
-            return has_repeats(self._ids[: self._count])
+            return has_duplicates(self._ids[: self._count])
         self._deal()
         edges = np.stack(self._edges)
         for bucket in range(1 << self._bits):
             pieces = [self._ids[begin:end] for begin, end in edges[:, bucket : bucket + 2].tolist()]
-            if has_repeats(np.concatenate(pieces)):
+            if has_duplicates(np.concatenate(pieces)):
                 return True
         return False
 

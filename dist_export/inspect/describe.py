@@ -118,8 +118,8 @@ def render(found: dict[str, Any]) -> list[str]:
 
 def render_errors(cast: dict[str, Any]) -> str:
     """Return the losses of a cast as text for people."""
-    unfit = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
-    told = "".join(f", {number:,} {what} (clamped)" for number, what in unfit if number)
+    overflow = [(cast["out_of_range"], "out of range"), (cast["nans"], "NaN")]
+    told = "".join(f", {number:,} {what} (clamped)" for number, what in overflow if number)
     return f"largest error {cast['max_abs_error']:.3g}, mean {cast['mean_abs_error']:.3g}{told}"
 
 

@@ -23,7 +23,7 @@ from dist_export.errors import CheckpointError, ModelError
 from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.recis import CHILD_BITS, Slice, split_evenly
 from dist_export.live.memory import FetchedRows, HeldTensors, LookedUpRows, RowSource, TensorRows
-from dist_export.model.sparse_tables import bare_matrices
+from dist_export.model.sparse_tables import plain_matrices
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import said
 
@@ -123,7 +123,7 @@ def find_live_tables(sparse_arch: nn.Module, *, sparse_model_name: str, rank: in
         if steps[-1] == "weight" and _COLLECTIONS & {*steps[-3:-2]} and full.removesuffix(".weight") not in done:
             done.add(full.removesuffix(".weight"))
             _add_weight(found, full, value, None)
-    for full, matrix in bare_matrices(sparse_arch, sparse_model_name):
+    for full, matrix in plain_matrices(sparse_arch, sparse_model_name):
         if full not in done and full.removesuffix(".weight") not in done:
             done.add(full)
             _add_weight(found, full, matrix, None)

@@ -82,8 +82,8 @@ class IdLookups:
         wanted, given = (its.detach().reshape(-1).to("cpu", torch.int64).numpy() for its in (ids, slots))
         if not len(wanted) or not len(self._ids):
             return
-        places = np.minimum(np.searchsorted(self._ids, wanted, sorter=self._order), len(self._ids) - 1)
-        own = self._order[places]
+        positions = np.minimum(np.searchsorted(self._ids, wanted, sorter=self._order), len(self._ids) - 1)
+        own = self._order[positions]
         is_known = (self._ids[own] == wanted) & (wanted != self._empty)
         own = np.where(is_known, own, self._free)
         owner = self._ids[np.clip(given, 0, len(self._ids) - 1)]
@@ -107,14 +107,14 @@ class FurtherRow:
         """Make ``row`` ((dim,)) the row after the last one in the next lookup; return the ids to use instead of ``ids``."""
         module = self._module
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        places: torch.Tensor
-        asked, places = torch.unique(ids, return_inverse=True)
+        positions: torch.Tensor
+        asked, positions = torch.unique(ids, return_inverse=True)
         rows = [weight.detach()[asked[:-1]], row.to(weight)[None]]  # ids are sorted, so the further row is the last
         self._before = weight, module.padding_idx
         module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
         padding = [] if module.padding_idx is None else torch.nonzero(asked == module.padding_idx).flatten().tolist()
         module.padding_idx = padding[0] if padding else None
-        return places.to(ids.dtype)
+        return positions.to(ids.dtype)
 
     def take_back(self, *_: Any) -> None:
         """Restore the embedding after the lookup, also after a failed one."""

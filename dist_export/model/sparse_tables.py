@@ -42,7 +42,7 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
     dense_within_sparse = dense_name != sparse_name and is_below(dense_name, sparse_name)
     tables: dict[str, Any] = {
         name: weight
-        for name, weight in (*_weights_of(sparse_arch, sparse_name), *bare_matrices(sparse_arch, sparse_name))
+        for name, weight in (*_weights_of(sparse_arch, sparse_name), *plain_matrices(sparse_arch, sparse_name))
         if not (dense_within_sparse and is_below(name, dense_name))
     }
     elsewhere = {
@@ -95,7 +95,7 @@ def _weights_of(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _in_collection(_join(prefix, name), parameter)
 
 
-def bare_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+def plain_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield (plain name within the model, matrix) of each module of the caller's own, whose code may look up rows in it."""
     for path, module in root.named_modules(remove_duplicate=False):
         if is_of_library(module):

@@ -272,9 +272,9 @@ class Package:
             for first in range(0, num_rows, _RUN_ROWS):
                 ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
                 reader.read_into(ids.data.cast("B"), id_begin + first * 8)
-                places = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
-                found = np.flatnonzero(sought[places] == ids)
-                targets = wanted[places[found]]
+                positions = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
+                found = np.flatnonzero(sought[positions] == ids)
+                targets = wanted[positions[found]]
                 has_row[targets] = True
                 if row_bytes:
                     begins = (slot_begin + (first + found) * row_bytes).tolist()

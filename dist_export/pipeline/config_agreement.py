@@ -10,7 +10,7 @@ import xxhash
 
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 from dist_export.runtime.ranks import Ranks
 
 MAY_DIFFER = frozenset(
@@ -68,7 +68,7 @@ def _say_values(name: str, values: Sequence[bytes]) -> str:
     told = []
     for value, ranks in ranks_by_value.items():
         more = f" and {len(ranks) - _SHOWN_RANKS} more" if len(ranks) > _SHOWN_RANKS else ""
-        text = conceal(value.decode())
+        text = redact_text(value.decode())
         shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
         told.append(f"{shown} (rank {', '.join(map(str, ranks[:_SHOWN_RANKS]))}{more})")
     return f"{name} is {', '.join(told)}"

@@ -27,10 +27,10 @@ from dist_export.pipeline.account import (
     note_dense_left,
 )
 from dist_export.pipeline.inputs import note_renamed
-from dist_export.pipeline.planning import PlannedSparse, note_numbered_tables, plan_sparse
+from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
 from dist_export.pipeline.preflight import look_at_all
 from dist_export.pipeline.reused_program import TakenOver
-from dist_export.pipeline.target import Places, may_copy_within, refuse_foreign_files
+from dist_export.pipeline.target import ExportPaths, may_copy_within, refuse_foreign_files
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped_rows import DUPLICATE, account_for
 from dist_export.plan.multipart import FileParts, count_client_bytes, plan_parts
@@ -56,9 +56,9 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
             "plan could look at. The export itself refuses what is wrong before it writes anything"
         )
     found = look_at_all(ranks, config, world_size)
-    config, places, source, checkpoint = found.config, found.places, found.source, found.checkpoint
+    config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint
     report: dict[str, Any] = {
-        "export_dir": places.final.url,
+        "export_dir": paths.final.url,
         "source": source.url,
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
@@ -80,21 +80,21 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
     shards = [file.name for file in plan.files]
-    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(places, shards))
+    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, shards))
     has_own = config.model is not None or found.fg_conf is not None
     report["notes"] += ranks.broadcast(
         "look for a program to take over", lambda: TakenOver().look(source, plan, has_own=has_own)
     )
-    report["notes"] += note_numbered_tables(plan)
+    report["notes"] += describe_row_indexed_tables(plan)
     report["notes"] += note_unreadable(checkpoint, plan.selection)
     report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
-    if not places.is_replacing and places.final.exists(MANIFEST):
+    if not paths.is_replacing and paths.final.exists(MANIFEST):
         report["notes"].append(
             "export_dir holds a package of these settings; an export says so and writes nothing if it is of this very source"
         )
-    if places.is_replacing:
+    if paths.is_replacing:
         report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
-    if places.in_place:
+    if paths.in_place:
         report["notes"].append(
             "export_dir is ckpt_dir: its files stay as they are, the package is completed around them"
         )
@@ -110,18 +110,18 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     parameters = found.dense_state
     trainer_state = [name for name, *_ in parameters if config.filter_sparse_opt and is_trainer_state(name)]
     report["dense_tensors"]["dropped"] += trainer_state
-    if not places.in_place and (config.model is None or config.dataset is None):
+    if not paths.in_place and (config.model is None or config.dataset is None):
         left = [it for it in list_dense_left(parameters, plan) if it not in trainer_state]
         report["dense_tensors"]["in_no_file"] = left
         report["notes"] += note_dense_left(left, checkpoint)
     parts = {}
-    may_copy = may_copy_within(places, config)
-    if places.target.s3 is not None and not places.in_place:
-        parts = plan_parts(plan, part_bytes=planned.limits.part_bytes, may_copy=may_copy)
-    if source.s3 is not None or places.target.s3 is not None:
-        report["store"] = _store(planned, places, parts)
+    may_copy = may_copy_within(paths, config)
+    if paths.target.s3 is not None and not paths.in_place:
+        parts = plan_parts(plan, part_bytes=planned.budget.part_bytes, may_copy=may_copy)
+    if source.s3 is not None or paths.target.s3 is not None:
+        report["store"] = _store(planned, paths, parts)
     writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
-    threads = planned.limits.threads
+    threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
     report["threads"] = threads
@@ -206,7 +206,7 @@ def _say_row(row: tuple[float, ...] | str) -> str:
     return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
 
 
-def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) -> dict[str, int]:
+def _store(planned: PlannedSparse, paths: ExportPaths, parts: dict[int, FileParts]) -> dict[str, int]:
     """Return the bytes that go through the export, in each direction, and those that the store copies itself."""
     plan = planned.plan
     read, sent = count_client_bytes(plan, parts)
@@ -216,7 +216,7 @@ def _store(planned: PlannedSparse, places: Places, parts: dict[int, FileParts]) 
         for number, table in enumerate(checkpoint.tables)
         if table.has_ids
     )
-    is_s3 = [places.source is not None and places.source.s3 is not None, places.target.s3 is not None]
+    is_s3 = [paths.source is not None and paths.source.s3 is not None, paths.target.s3 is not None]
     return {
         "downloaded": read if is_s3[0] else 0,
         "uploaded": sent if is_s3[1] else 0,

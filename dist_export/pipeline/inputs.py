@@ -171,8 +171,8 @@ def find_dense(
     if source is None:
         return None
     if checkpoint is not None and checkpoint.has_state_tables:
-        numbered = [table.name_in_source for table in checkpoint.tables if not table.has_ids]
-        return RecisDense(source, tables=frozenset([*numbered, *(table.name for table in checkpoint.left_out)]))
+        row_indexed = [table.name_in_source for table in checkpoint.tables if not table.has_ids]
+        return RecisDense(source, tables=frozenset([*row_indexed, *(table.name for table in checkpoint.left_out)]))
     found = detect_format(source, asked=config.format) if checkpoint is None else checkpoint.format
     return open_dense(source, found, tensor_settings_of(config, weights))
 

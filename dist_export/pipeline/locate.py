@@ -18,7 +18,7 @@ from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 from dist_export.registry import base
 from dist_export.storage.urls import open_directory, open_place
 
@@ -69,9 +69,9 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         export_dir = base.place(target, config.export_dir, key=_key_of(config, found.directory))
     if register:
         base.require(register, config.registry_options)
-        if conceal(export_dir) != export_dir:
+        if redact_text(export_dir) != export_dir:
             raise ConfigError(
-                f"export_dir {conceal(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
+                f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
                 "them into target_storage_options"
             )
     notes = list(found.notes)
@@ -106,7 +106,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     dense = manifest.dense
     package = base.Registered(
         directory=_absolute(directory, config.options_of_target),
-        source=conceal(locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options)),
+        source=redact_text(locations.source_uri or _absolute(locations.ckpt_dir or "", config.storage_options)),
         digest=manifest.digest,
         inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),

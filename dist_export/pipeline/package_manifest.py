@@ -21,8 +21,8 @@ from dist_export.pipeline.account import account_export, fates_by_entry
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.state import ExportState
-from dist_export.redact import conceal
-from dist_export.workdir.state import list_strangers
+from dist_export.redact import redact_text
+from dist_export.workdir.state import list_foreign_files
 
 
 def describe_package(
@@ -43,7 +43,7 @@ def describe_package(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
         source=SourceEntry(
-            path=conceal(config.ckpt_dir or ""),
+            path=redact_text(config.ckpt_dir or ""),
             format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
             fingerprint="" if checkpoint is None else checkpoint.fingerprint,
             num_files=0 if checkpoint is None else len(checkpoint.files),
@@ -106,14 +106,14 @@ def _describe_run(export: ExportState, files: tuple[FileEntry, ...]) -> dict[str
     task, dense = export.task, export.dense
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(task.started)),
-        "export_dir": conceal(task.export_dir),
+        "export_dir": redact_text(task.export_dir),
         "world_size": task.ranks.world_size,
         "ranks": [share._asdict() for share in export.shares],
         "seconds": {name: round(seconds, 3) for name, seconds in task.reporter.seconds.items()},
         "sample": None if dense is None else dense.counts,
         **({"drift": dense.drift_counts} if dense is not None and dense.drift_counts else {}),
         "reused_shards": export.reused,
-        "left_alone": [] if export.in_place else list_strangers(export.target, {file.path for file in files}),
+        "left_alone": [] if export.in_place else list_foreign_files(export.target, {file.path for file in files}),
         "identity": export.source.identity,
         **({} if dense is None else dense.own_values),
         **({} if export.exchanged is None else {"store": export.exchanged}),

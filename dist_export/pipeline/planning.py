@@ -30,17 +30,17 @@ from dist_export.plan.casts import cast_slots, check_defaults
 from dist_export.plan.census import (
     Census,
     UniqueTask,
-    count_numbered_rows,
+    count_row_indexed_rows,
     deal_unique_tasks,
     merge_censuses,
     plan_unique_tasks,
     share_parts,
 )
-from dist_export.plan.dropped_rows import drop_nothing, drop_repeats
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.dropped_rows import drop_duplicates, drop_nothing
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.prune import IdList, Pruning, plan_pruning
-from dist_export.plan.prune_report import refuse_emptied
+from dist_export.plan.prune_report import refuse_empty_tables
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shard_layout import plan_copy, plan_shards
 from dist_export.plan.table_view import TableSettings, view_tables
@@ -48,7 +48,7 @@ from dist_export.plan.target_slices import Targets, plan_targets, resolve_num_sh
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.directory import Directory
-from dist_export.transfer.duplicates import RepeatedIds, find_repeated_rows
+from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
 from dist_export.transfer.id_scan import check_unique, take_census
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class PlannedSparse:
 
     plan: SparsePlan
     census: Census
-    limits: Limits
+    budget: MemoryBudget
 
     @property
     def id_lists(self) -> dict[str, np.ndarray]:
@@ -235,42 +235,42 @@ def plan_sparse(
     checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
     pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
-    limits = ranks.broadcast("share out the memory", lambda: limits_of(config, taken=pruning.num_bytes))
-    shares = share_parts(checkpoint, ranks.world_size * limits.threads)
-    mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+    budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
+    shares = share_parts(checkpoint, ranks.world_size * budget.threads)
+    mine = shares[ranks.rank * budget.threads : (ranks.rank + 1) * budget.threads]
 
     keep_freed_memory()
-    repeated = RepeatedIds(checkpoint, most=None if config.on_duplicate == "error" else limits.dropped_rows)
+    duplicates = DuplicateIds(checkpoint, most=None if config.on_duplicate == "error" else budget.dropped_rows)
 
     def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=limits.held_ids, repeated=repeated, pruning=pruning)
+        return take_census(checkpoint, targets, share, held_ids=budget.held_ids, duplicates=duplicates, pruning=pruning)
 
     counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
-    numbered = ranks.run("count numbered rows", lambda: count_numbered_rows(checkpoint, targets))
-    census = merge_censuses([*counts, numbered])
-    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=limits.held_ids)
+    row_indexed = ranks.run("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
+    census = merge_censuses([*counts, row_indexed])
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=budget.held_ids)
     tasks = ranks.run(
         "share out the search for repeated ids",
         lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
     )
 
     def search(share: list[UniqueTask]) -> None:
-        check_unique(checkpoint, share, held_ids=limits.held_ids, repeated=repeated)
+        check_unique(checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates)
 
     ranks.all_gather(
         "search for ids that stand twice",
-        lambda: run_threads(search, [tasks[thread :: limits.threads] for thread in range(limits.threads)])[:0],
+        lambda: run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])[:0],
     )
 
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
-        found = find_repeated_rows(ranks, checkpoint, repeated, limits, pruning)
-        dropped = drop_repeats(checkpoint, found, keep=config.on_duplicate)
+        found = find_duplicate_rows(ranks, checkpoint, duplicates, budget, pruning)
+        dropped = drop_duplicates(checkpoint, found, keep=config.on_duplicate)
 
     def lay_out() -> SparsePlan:
         if config.on_empty_table == "error":
-            refuse_emptied(checkpoint, pruning, census.pruned)
+            refuse_empty_tables(checkpoint, pruning, census.pruned)
         if config.filter_sparse_opt:
             return plan_shards(
                 checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning
@@ -280,10 +280,10 @@ def plan_sparse(
     plan = ranks.run("lay out the shards", lay_out)
     digests = ranks.all_gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
-    return PlannedSparse(plan=plan, census=census, limits=limits)
+    return PlannedSparse(plan=plan, census=census, budget=budget)
 
 
-def note_numbered_tables(plan: SparsePlan) -> list[str]:
+def describe_row_indexed_tables(plan: SparsePlan) -> list[str]:
     """Return a note on row-indexed tables, which not every server reads; nothing without such tables."""
     names = [table.name for table in plan.checkpoint.tables if not table.is_hashed]
     if not names:
@@ -309,7 +309,7 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
     return plan_pruning(checkpoint, rules, lists)
 
 
-def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
+def budget_of(config: ExportConfig, *, taken: int = 0) -> MemoryBudget:
     """Return what a rank may hold and how many threads it gets: by default the cores that it has to itself, 4 at most.
 
     ``taken``: bytes of ``max_memory`` that are held all the while.
@@ -318,7 +318,7 @@ def limits_of(config: ExportConfig, *, taken: int = 0) -> Limits:
     if threads is None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)) // max(ranks_here, 1)))
-    return Limits(config.max_memory_bytes - taken, threads)
+    return MemoryBudget(config.max_memory_bytes - taken, threads)
 
 
 def _refuse_different(digests: list[str], source: str) -> None:

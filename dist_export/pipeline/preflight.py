@@ -16,7 +16,7 @@ from dist_export.model.user_objects import Objects, build_objects
 from dist_export.pipeline.inputs import find_dense, look_for_weights, open_source, read_confs
 from dist_export.pipeline.locate import Locations, locate
 from dist_export.pipeline.planning import choose, read_pruning
-from dist_export.pipeline.target import Places, open_places, place_of
+from dist_export.pipeline.target import ExportPaths, open_paths, place_of
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.storage.local_io import why_no_directory
@@ -31,7 +31,7 @@ class Found:
     config: ExportConfig
     """With the paths that were found."""
     located: Locations
-    places: Places
+    paths: ExportPaths
     source: Directory
     checkpoint: Checkpoint | None
     fg_conf: dict[str, Any] | None
@@ -66,12 +66,12 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         ignored=ignored,
     )
     config = config if located is None else located.apply(config)
-    places = mistakes.collect(lambda: open_places(ranks, config, place_of(config)), None)
-    if places is not None and places.target.is_local:
-        target = places.target
+    paths = mistakes.collect(lambda: open_paths(ranks, config, place_of(config)), None)
+    if paths is not None and paths.target.is_local:
+        target = paths.target
         reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
         if reason is not None:
-            mistakes.add(ConfigError(f"export_dir {places.final.url}: {reason}"))
+            mistakes.add(ConfigError(f"export_dir {paths.final.url}: {reason}"))
     source: Directory | None = None
     checkpoint: Checkpoint | None = None
     dense_state: Sequence[tuple[str, str, tuple[int, ...]]] = ()
@@ -113,14 +113,14 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         )
     mistakes.refuse()
     assert located is not None
-    assert places is not None
+    assert paths is not None
     assert source is not None
     assert confs is not None
     return Found(
         weights=weights,
         config=config,
         located=located,
-        places=places,
+        paths=paths,
         source=source,
         checkpoint=checkpoint,
         fg_conf=confs[0],

@@ -40,7 +40,7 @@ def transfer(
         ranks,
         planned.plan,
         target,
-        limits=planned.limits,
+        budget=planned.budget,
         digest=digest,
         in_place=in_place,
         may_copy=may_copy,
@@ -76,7 +76,7 @@ def transfer(
 
 def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[TableEntry, ...]:
     """Account for every row from the written files; return the tables' entries for the manifest. All ranks."""
-    threads = planned.limits.threads
+    threads = planned.budget.threads
     workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
     mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
 

@@ -19,7 +19,7 @@ from dist_export.model.user_objects import Objects
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.reused_program import TakenOver
-from dist_export.pipeline.target import Places
+from dist_export.pipeline.target import ExportPaths
 from dist_export.reporting.progress import Reporter
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
@@ -79,7 +79,7 @@ class ExportState:
     """What is known after a step. Each step returns a new one with more; fields that come later are empty."""
 
     task: Task
-    places: Places
+    paths: ExportPaths
     notes: tuple[str, ...] = ()
     read: Source | None = None
     planned: PlannedSparse | None = None
@@ -119,12 +119,12 @@ class ExportState:
     @property
     def target(self) -> Directory:
         """The directory in which files are written."""
-        return self.places.target
+        return self.paths.target
 
     @property
     def in_place(self) -> bool:
         """Whether the package is made of the checkpoint's own files, which stay as they are."""
-        return self.places.in_place
+        return self.paths.in_place
 
     def grown(self, *, notes: tuple[str, ...] | list[str] = (), **changes: Any) -> ExportState:
         """Return a state with ``changes``, and with more ``notes``."""

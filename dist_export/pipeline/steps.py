@@ -31,7 +31,7 @@ from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
 from dist_export.pipeline.planning import (
     PlannedSparse,
-    note_numbered_tables,
+    describe_row_indexed_tables,
     open_written,
     plan_sparse,
 )
@@ -40,11 +40,11 @@ from dist_export.pipeline.source_changes import look_at_small_files, refuse_chan
 from dist_export.pipeline.state import ExportState, Source, Task
 from dist_export.pipeline.target import (
     claim,
-    commit_places,
+    commit_paths,
     find_committed,
     find_same,
     may_copy_within,
-    open_places,
+    open_paths,
     settle,
 )
 from dist_export.pipeline.target_state import OnDisk
@@ -55,7 +55,7 @@ from dist_export.reporting.progress import Reporter, summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import WORK_DIRECTORY, Directory, local_tree
 from dist_export.storage.traffic import TRAFFIC
-from dist_export.transfer.casting import refuse_unfit
+from dist_export.transfer.casting import refuse_overflow
 from dist_export.transfer.prune_filter import find_pruned
 from dist_export.workdir.presence import Written, note_written, refuse_vanished
 from dist_export.workdir.state import note_small_files, remove_strays
@@ -95,9 +95,7 @@ def export_located(
             started=time.time(),
             traffic=TRAFFIC.snapshot(),
         )
-        export = ExportState(
-            task=task, places=open_places(ranks, config, export_dir, objects.model), notes=located.notes
-        )
+        export = ExportState(task=task, paths=open_paths(ranks, config, export_dir, objects.model), notes=located.notes)
         for step in STEPS:
             export = step(export)
             if export.manifest is not None:
@@ -113,8 +111,8 @@ def export_located(
 
 def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
-    task, places = export.task, export.places
-    ranks, config, objects, source = task.ranks, task.config, task.objects, places.source
+    task, paths = export.task, export.paths
+    ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
     small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
     with task.reporter.stage("read"):
         checkpoint = open_source(
@@ -161,7 +159,7 @@ def find_same_package(export: ExportState) -> ExportState:
     registered: list[str] = []
 
     def look() -> Manifest | None:
-        same = find_same(export.places, task.config, export.source.identity)
+        same = find_same(export.paths, task.config, export.source.identity)
         return same and _register(task, same, registered)
 
     same = task.ranks.broadcast("look for the same export", look)
@@ -178,8 +176,8 @@ def plan_tables(export: ExportState) -> ExportState:
     notes: list[str] = []
     with task.reporter.stage("plan"):
         planned = plan_sparse(task.ranks, checkpoint, config, world_size=task.ranks.world_size)
-        plan, where = planned.plan, export.places.source
-        notes += note_numbered_tables(plan)
+        plan, where = planned.plan, export.paths.source
+        notes += describe_row_indexed_tables(plan)
         notes += note_unreadable(checkpoint, plan.selection)
         if not export.in_place and (objects.model is None or objects.dataset is None):
             notes += note_dense_left(list_dense_left(export.dense_state, plan), checkpoint)
@@ -214,26 +212,26 @@ def sample_model(export: ExportState) -> ExportState:
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
-def claim_target(export: ExportState) -> ExportState:
+def lock_target(export: ExportState) -> ExportState:
     """Take the target for this export alone, or end with the package that an earlier attempt committed. All ranks."""
     task, planned = export.task, export.planned
     ranks, config, identity = task.ranks, task.config, export.source.identity
     shards = [] if planned is None else [file.name for file in planned.plan.files]
-    places = settle(ranks, export.places, config, identity, shards)
-    refuse_if_lost = claim(ranks, places, config, identity, task.held.callback)
+    paths = settle(ranks, export.paths, config, identity, shards)
+    refuse_if_lost = claim(ranks, paths, config, identity, task.held.callback)
     registered: list[str] = []
 
     def register(manifest: Manifest) -> Manifest:
         return _register(task, manifest, registered)
 
     committed = ranks.broadcast(
-        "look for a committed package", lambda: find_committed(places, config, identity, and_then=register)
+        "look for a committed package", lambda: find_committed(paths, config, identity, and_then=register)
     )
     if committed is not None:
-        return export.grown(places=places, manifest=committed, is_same=True, registered=tuple(registered))
-    ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(places.final, places.target)))
-    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(_scratch(places.target)))
-    return export.grown(places=places, refuse_if_lost=refuse_if_lost, scratch=scratch)
+        return export.grown(paths=paths, manifest=committed, is_same=True, registered=tuple(registered))
+    ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(paths.final, paths.target)))
+    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(_scratch(paths.target)))
+    return export.grown(paths=paths, refuse_if_lost=refuse_if_lost, scratch=scratch)
 
 
 def transfer_and_trace(export: ExportState) -> ExportState:
@@ -258,7 +256,7 @@ def transfer_and_trace(export: ExportState) -> ExportState:
             beside=trace,
             in_place=export.in_place,
             digest=config.digest,
-            may_copy=may_copy_within(export.places, config),
+            may_copy=may_copy_within(export.paths, config),
         )
     return export.grown(receipts=tuple(receipts), shares=tuple(shares), reused=reused, casts=casts)
 
@@ -275,7 +273,7 @@ def check_shards(export: ExportState) -> ExportState:
         # what comes later was not checked
         ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
-            ranks.run("look for values that do not fit", lambda: refuse_unfit(plan, casts))
+            ranks.run("look for values that do not fit", lambda: refuse_overflow(plan, casts))
         tables: tuple[TableEntry, ...] = add_casts(plan, check(ranks, planned, target), casts)
         if plan.checkpoint.memory is not None:
             compare_live(ranks, planned, target)
@@ -310,7 +308,7 @@ def score_sample(export: ExportState) -> ExportState:
 
 def count_requests(export: ExportState) -> ExportState:
     """Add up the requests to stores, if one is used. All ranks."""
-    task, source = export.task, export.places.source
+    task, source = export.task, export.paths.source
     if (source is None or source.s3 is None) and export.target.s3 is None:
         return export
     counts = task.ranks.all_gather("count the requests", lambda: TRAFFIC.since(dict(task.traffic)))
@@ -324,14 +322,14 @@ def commit(export: ExportState) -> ExportState:
 
     def publish_package() -> Manifest:
         manifest = seal(export.taken_over.describe(describe_export(export)))
-        refuse_changed_files(export.places.source, read.small_files)
+        refuse_changed_files(export.paths.source, read.small_files)
         if read.checkpoint is not None:
             refuse_changed_payload(read.checkpoint)
         export.refuse_if_lost()
         task.ranks.refuse_orphans()
         refuse_vanished(export.target, export.written, in_place=export.in_place)
         publish(export.target, manifest)
-        for name in commit_places(export.places, and_then=lambda: _register(task, manifest, registered)):
+        for name in commit_paths(export.paths, and_then=lambda: _register(task, manifest, registered)):
             logger.info("%s was not part of the old package, and was kept", name)
         return manifest
 
@@ -345,7 +343,7 @@ STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     find_same_package,
     plan_tables,
     sample_model,
-    claim_target,
+    lock_target,
     transfer_and_trace,
     check_shards,
     write_rest,

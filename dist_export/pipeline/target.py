@@ -19,17 +19,17 @@ from dist_export.pipeline.identity import find_incomparable, has_settings
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory, open_place
-from dist_export.workdir import lock as claims
+from dist_export.workdir import lock as lock_file
 from dist_export.workdir import swap
 from dist_export.workdir.presence import find_loss
-from dist_export.workdir.state import MARKER, finish_commit, list_attempt, remove_attempt
+from dist_export.workdir.state import MARKER, finish_commit, list_working_state, remove_working_state
 
 _MENDED_IN_SETTINGS = (errno.EACCES, errno.EPERM, errno.EHOSTUNREACH)
 """A store that lets nobody in, or is not reached at all. Other errors of a store may be gone the next time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
+class ExportPaths:
     """The directories of an export; the same on all ranks."""
 
     source: Directory | None
@@ -61,7 +61,7 @@ def place_of(config: ExportConfig) -> str:
     return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
 
 
-def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> Places:
+def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> ExportPaths:
     """Look at source and target; refuse what would destroy something, or what other ranks cannot see. All ranks.
 
     ``model`` is the caller's, whose own values a package may have.
@@ -69,7 +69,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
 
     def check() -> tuple[Directory | None, Directory]:
         try:
-            return _check_places(ranks, config, export_dir)
+            return _check_paths(ranks, config, export_dir)
         except OSError as error:
             if "://" not in str(error.filename) or error.errno not in _MENDED_IN_SETTINGS:
                 raise
@@ -81,7 +81,7 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
     def look() -> bool:
         """Return whether there is an old package that is to be replaced."""
         if final.is_local and swap.is_cut_off(final.path):
-            release = claims.lock(open_directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
+            release = lock_file.lock(open_directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
             try:
                 swap.recover(final.path)
             finally:
@@ -90,11 +90,11 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
         if is_old:
             _refuse_package(final, config, in_place=in_place)
         if config.on_unfinished == "error" and not _has_restarted():
-            _refuse_attempt(_next_to(final) if is_old else final)
+            _refuse_working_state(_next_to(final) if is_old else final)
         return is_old
 
     is_replacing = ranks.broadcast("look at export_dir", look)
-    return Places(
+    return ExportPaths(
         source=source,
         final=final,
         target=_next_to(final) if is_replacing else final,
@@ -103,20 +103,20 @@ def open_places(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any 
     )
 
 
-def may_copy_within(places: Places, config: ExportConfig) -> bool:
+def may_copy_within(paths: ExportPaths, config: ExportConfig) -> bool:
     """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
 
     It is one store where both are reached with the same options.
     """
-    is_one_store = places.source is not None and places.source.is_same_store(places.target)
-    return places.target.s3 is not None and is_one_store and config.server_side_copy
+    is_one_store = paths.source is not None and paths.source.is_same_store(paths.target)
+    return paths.target.s3 is not None and is_one_store and config.server_side_copy
 
 
 def _next_to(final: Directory) -> Directory:
     return open_directory(swap.beside(final.path, "next"))
 
 
-def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory | None, Directory]:
+def _check_paths(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[Directory | None, Directory]:
     source = None
     if config.ckpt_dir is not None:
         source = open_place(config.ckpt_dir, config.storage_options, follow_links=config.follow_links)
@@ -140,7 +140,7 @@ def _check_places(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[
         )
     if final.is_local and os.path.exists(final.path) and not os.path.isdir(final.path):
         raise ConfigError(f"export_dir {final.url} is a file, not a directory")
-    if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_attempt(final):
+    if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_working_state(final):
         raise ConfigError(
             f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
             "somebody's export, which would be overwritten. Give another export_dir"
@@ -160,32 +160,32 @@ def _has_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def settle(ranks: Ranks, places: Places, config: ExportConfig, identity: str, shards: list[str]) -> Places:
+def settle(ranks: Ranks, paths: ExportPaths, config: ExportConfig, identity: str, shards: list[str]) -> ExportPaths:
     """Decide about what is in export_dir, now that it is known which export this is. All ranks.
 
     Raises:
         ConfigError: a package of another export that may not be replaced; a file that no export of ours left, under the
             name of one of ``shards`` or of an index.
     """
-    final = places.final
+    final = paths.final
 
     def look() -> bool:
-        refuse_foreign_files(places, shards)
-        if places.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
-            return places.is_replacing
-        if _read_same(places, config, identity) is not None:
+        refuse_foreign_files(paths, shards)
+        if paths.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
+            return paths.is_replacing
+        if _read_same(paths, config, identity) is not None:
             return False
-        _refuse_package(final, config, in_place=places.in_place)
+        _refuse_package(final, config, in_place=paths.in_place)
         return True
 
     is_replacing = ranks.broadcast("look at the package that is there", look)
-    return dataclasses.replace(places, target=_next_to(final) if is_replacing else final)
+    return dataclasses.replace(paths, target=_next_to(final) if is_replacing else final)
 
 
-def refuse_foreign_files(places: Places, shards: list[str]) -> None:
+def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
     """Refuse a file that no export of ours left, under the name of one of ``shards`` or of an index. ConfigError. Rank 0."""
-    final = places.final
-    if final.exists(MANIFEST) or places.in_place or list_attempt(final):
+    final = paths.final
+    if final.exists(MANIFEST) or paths.in_place or list_working_state(final):
         return  # where an export of ours was at work, a shard that lost its receipt is written anew
     planned = [*shards, *((TENSORKEY, MERGED) if shards else ())]
     foreign = sorted(set(final.names()) & set(planned))
@@ -196,7 +196,7 @@ def refuse_foreign_files(places: Places, shards: list[str]) -> None:
         )
 
 
-def find_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+def find_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
     """Return the manifest of the package in export_dir if it is this very export's, whoever started that one. Rank 0.
 
     Schedulers start jobs again that have ended well. Nothing is claimed and nothing written. It is no matter for an export that
@@ -205,10 +205,10 @@ def find_same(places: Places, config: ExportConfig, identity: str) -> Manifest |
     Raises:
         ConfigError: it is another export's, or not whole.
     """
-    final = places.final
-    if places.is_replacing or _begins_anew(config) or not final.exists(MANIFEST) or final.exists(MARKER):
+    final = paths.final
+    if paths.is_replacing or _begins_anew(config) or not final.exists(MANIFEST) or final.exists(MARKER):
         return None
-    return _read_same(places, config, identity)
+    return _read_same(paths, config, identity)
 
 
 def _begins_anew(config: ExportConfig) -> bool:
@@ -233,23 +233,23 @@ def _is_of(final: Directory, identity: str) -> bool:
         return False
 
 
-def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest | None:
+def _read_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
     """Return the manifest in ``final`` if it is of this very export, and its files are there; None where it may be replaced.
 
     Raises:
         ConfigError: it may not.
     """
-    final = places.final
+    final = paths.final
     manifest = _read_manifest(final)
     if manifest.run.get("identity") != identity:
         if config.overwrite:
             return None
         raise ConfigError(
             f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
-            f"settings{_say_incomparable(config)}. {places.way_out}"
+            f"settings{_say_incomparable(config)}. {paths.way_out}"
         )
     if names := manifest.run.get(OWN_VALUES):
-        known, now = manifest.run.get(OWN_DIGEST), places.model.digest(names)
+        known, now = manifest.run.get(OWN_DIGEST), paths.model.digest(names)
         if config.overwrite and (known is None or known != now):
             return None
         if known is None or known != now:
@@ -260,11 +260,11 @@ def _read_same(places: Places, config: ExportConfig, identity: str) -> Manifest 
             )
             raise ConfigError(
                 f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, "
-                f"but its program has values of the model itself (run.{OWN_VALUES} names them), {why}. {places.way_out}"
+                f"but its program has values of the model itself (run.{OWN_VALUES} names them), {why}. {paths.way_out}"
             )
     loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
     if loss is not None and not config.overwrite:
-        raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {places.way_out}")
+        raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {paths.way_out}")
     return manifest if loss is None else None
 
 
@@ -302,8 +302,8 @@ def _say_way_out(final: Directory, *, in_place: bool) -> str:
     return "Set overwrite: true to replace it, or give another export_dir, or remove the old package first"
 
 
-def _refuse_attempt(directory: Directory) -> None:
-    left = list_attempt(directory)
+def _refuse_working_state(directory: Directory) -> None:
+    left = list_working_state(directory)
     if left:
         raise ConfigError(
             f"{directory.url} holds an unfinished export ({len(left)} files, such as {left[0]}), and on_unfinished is error. "
@@ -312,7 +312,11 @@ def _refuse_attempt(directory: Directory) -> None:
 
 
 def claim(
-    ranks: Ranks, places: Places, config: ExportConfig, identity: str, release: Callable[[claims.Release], object]
+    ranks: Ranks,
+    paths: ExportPaths,
+    config: ExportConfig,
+    identity: str,
+    release: Callable[[lock_file.Release], object],
 ) -> Callable[[], None]:
     """Claim the directories for this export, and clear away what a restart does not want. All ranks.
 
@@ -322,26 +326,26 @@ def claim(
     Returns:
         What raises CommitError if the claim was lost; for rank 0, right before the commit.
     """
-    final, target = places.final, places.target
+    final, target = paths.final, paths.target
     checks: list[Callable[[], None]] = []
-    directories = [final, target] if places.is_replacing else [final]
+    directories = [final, target] if paths.is_replacing else [final]
 
     def lock() -> None:
         if not final.is_local:
-            lease = claims.Lease(final)
+            lease = lock_file.Lease(final)
             release(lease.release)
             checks.append(lease.refuse_if_lost)
             return
         for directory in directories:
-            release(claims.lock(directory))
+            release(lock_file.lock(directory))
 
     def join() -> None:
         for directory in directories if ranks.rank and final.is_local else ():
-            release(claims.join_lock(directory))
+            release(lock_file.join_lock(directory))
 
     ranks.broadcast("claim export_dir", lock)
     ranks.run("claim export_dir", join)
-    ranks.broadcast("look at what is there", lambda: _begin(places, config, identity))
+    ranks.broadcast("look at what is there", lambda: _begin(paths, config, identity))
 
     def refuse_if_lost() -> None:
         for check in checks:
@@ -350,25 +354,25 @@ def claim(
     return refuse_if_lost
 
 
-def _begin(places: Places, config: ExportConfig, identity: str) -> None:
+def _begin(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
     """Look again, now that nobody else is there, and prepare the target. Rank 0."""
-    final, target = places.final, places.target
-    has_come = final.exists(MANIFEST) and not places.is_replacing and not may_be_committed(final)
+    final, target = paths.final, paths.target
+    has_come = final.exists(MANIFEST) and not paths.is_replacing and not may_be_committed(final)
     if has_come and (_begins_anew(config) or not _is_of(final, identity)):
         raise ConfigError(
-            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {places.way_out}"
+            f"{final.describe(MANIFEST)} is there already: another export has just committed a package. {paths.way_out}"
         )
-    if places.is_replacing:
+    if paths.is_replacing:
         target.remove(MANIFEST)  # whole, but it never took the old one's place: its shards are taken over
-    is_committed = not places.is_replacing and final.exists(MANIFEST)
+    is_committed = not paths.is_replacing and final.exists(MANIFEST)
     # of a model in memory nothing tells whether it is still the one that an unfinished export saw
-    is_new = config.on_unfinished == "restart" or places.source is None
-    if is_new and not places.in_place and not is_committed:
-        remove_attempt(target)
+    is_new = config.on_unfinished == "restart" or paths.source is None
+    if is_new and not paths.in_place and not is_committed:
+        remove_working_state(target)
 
 
 def find_committed(
-    places: Places, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+    paths: ExportPaths, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
 ) -> Manifest | None:
     """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
 
@@ -377,25 +381,25 @@ def find_committed(
     Raises:
         ConfigError: it is another export's.
     """
-    final = places.final
-    if places.is_replacing or not final.exists(MANIFEST):
+    final = paths.final
+    if paths.is_replacing or not final.exists(MANIFEST):
         return None
-    manifest = _read_same(places, config, identity)
+    manifest = _read_same(paths, config, identity)
     if manifest is None:  # a package that came since settle
-        raise ConfigError(f"{final.describe(MANIFEST)}: another export has just committed a package. {places.way_out}")
+        raise ConfigError(f"{final.describe(MANIFEST)}: another export has just committed a package. {paths.way_out}")
     and_then(manifest)
     finish_commit(final)
     return manifest
 
 
-def commit_places(places: Places, and_then: Callable[[], object] = lambda: None) -> list[str]:
+def commit_paths(paths: ExportPaths, and_then: Callable[[], object] = lambda: None) -> list[str]:
     """Put the package, whole in its target, where it belongs, and clear away. Rank 0.
 
     What ``and_then`` does a rerun does too, until nothing of the attempt is left.
 
     Returns the names of what a replaced package's directory held besides, which is in the new one now.
     """
-    if places.is_replacing:
-        swap.replace_directory(places.target.path, places.final.path)
+    if paths.is_replacing:
+        swap.replace_directory(paths.target.path, paths.final.path)
     and_then()
-    return finish_commit(places.final)
+    return finish_commit(paths.final)

@@ -43,7 +43,7 @@ class CastCount(NamedTuple):
     first_id: int = 0
 
     @property
-    def unfit(self) -> int:
+    def overflow(self) -> int:
         """The number of values that do not fit."""
         return self.nans + self.out_of_range
 

@@ -201,11 +201,11 @@ def deal_unique_tasks(
         parts = [part for part in task.parts if checkpoint.parts.rows[part]]
         owners = sorted({int(memory.owner[_id_file(checkpoint, part)]) for part in parts})
         if len(owners) > 1:
-            claims = [checkpoint.parts.slice_of(part) for part in parts[:2]]
+            slices = [checkpoint.parts.slice_of(part) for part in parts[:2]]
             raise PlanError(
                 f"table {checkpoint.tables[task.table].name!r} lies in the memory of ranks {', '.join(map(str, owners))}, and "
                 "some rows are outside the slice of their rank, or the slices overlap (the first two are "
-                f"{' and '.join(f'{c.begin}:{c.end} of {c.size}' for c in claims)}), so an id may stand on two of them. A "
+                f"{' and '.join(f'{c.begin}:{c.end} of {c.size}' for c in slices)}), so an id may stand on two of them. A "
                 "table states its slice as RecIS's Slice in the attribute slice; without one each rank counts as the "
                 "holder of its even share. Save a checkpoint and export that"
             )
@@ -236,11 +236,11 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
     return tasks
 
 
-def count_numbered_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:
+def count_row_indexed_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:
     """Return the census of all row-indexed tables. The slices give the counts, so nothing is read."""
     parts = checkpoint.parts
-    is_numbered = np.array([not table.is_hashed for table in checkpoint.tables], bool)
-    counted = np.flatnonzero(is_numbered[parts.table]) if len(parts) else np.zeros(0, np.int64)
+    is_row_indexed = np.array([not table.is_hashed for table in checkpoint.tables], bool)
+    counted = np.flatnonzero(is_row_indexed[parts.table]) if len(parts) else np.zeros(0, np.int64)
     runs = [np.zeros((4, 0), np.int64)]
     for part in counted.tolist():
         begin, rows = parts.first_row_of(part), int(parts.rows[part])

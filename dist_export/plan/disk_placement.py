@@ -17,7 +17,7 @@ from dist_export.errors import TransferError
 from dist_export.plan.plan import Gather, SparsePlan
 
 
-def find_homes(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[int]) -> dict[int, int]:
+def find_placements(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[int]) -> dict[int, int]:
     """Return the disk on which each of the files ``numbers`` is built.
 
     Args:
@@ -33,10 +33,10 @@ def find_homes(plan: SparsePlan, numbers: Sequence[int], disk_of_rank: Sequence[
     middles = np.cumsum(sizes) - sizes / 2
     until = np.cumsum(np.bincount(disk_of_rank, minlength=num_disks)) / len(disk_of_rank)
     disks = np.searchsorted(until, middles / max(int(sizes.sum()), 1), side="right").clip(max=num_disks - 1)
-    homes = dict(zip(numbers, disks.tolist(), strict=True))
+    placements = dict(zip(numbers, disks.tolist(), strict=True))
     if plan.checkpoint.memory is not None:
-        homes |= _homes_of_memory(plan, frozenset(numbers), disk_of_rank)
-    return homes
+        placements |= _placements_in_memory(plan, frozenset(numbers), disk_of_rank)
+    return placements
 
 
 def files_of(plan: SparsePlan, gather: Gather) -> np.ndarray:
@@ -59,17 +59,17 @@ def owners_of(plan: SparsePlan, gather: Gather) -> set[int]:
     return {int(checkpoint.memory.owner[file]) for file in files}
 
 
-def _homes_of_memory(plan: SparsePlan, numbers: frozenset[int], disk_of_rank: Sequence[int]) -> Mapping[int, int]:
+def _placements_in_memory(plan: SparsePlan, numbers: frozenset[int], disk_of_rank: Sequence[int]) -> Mapping[int, int]:
     """Return the disk of each file that gets rows from memory: the disk of the rank that holds the rows."""
-    homes: dict[int, int] = {}
+    placements: dict[int, int] = {}
     for gather in plan.gathers:
         disks = {disk_of_rank[owner] for owner in owners_of(plan, gather)}
         for number in numbers.intersection(files_of(plan, gather).tolist()):
-            if len(disks | {homes.get(number, min(disks))}) > 1:
+            if len(disks | {placements.get(number, min(disks))}) > 1:
                 raise TransferError(
                     f"{plan.files[number].name} gets rows from the memory of ranks on several machines, and is put together on "
                     "a disk before it goes to its store: set TMPDIR to a directory that all machines share, or save a "
                     "checkpoint and export that"
                 )
-            homes[number] = min(disks)
-    return homes
+            placements[number] = min(disks)
+    return placements

@@ -14,7 +14,7 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config import prune_rules
-from dist_export.formats.recis import mix, places_of
+from dist_export.formats.recis import hash_slots, mix
 from dist_export.plan.census import Census, PrunedRows, leave_out
 from dist_export.plan.prune import Pruning
 from dist_export.plan.target_slices import Targets
@@ -72,7 +72,7 @@ def drop_nothing() -> DroppedRows:
     return DroppedRows(part=none, row=none, id=none, reason=none.astype(np.uint8))
 
 
-def drop_repeats(checkpoint: Checkpoint, found: np.ndarray, *, keep: Literal["first", "last"]) -> DroppedRows:
+def drop_duplicates(checkpoint: Checkpoint, found: np.ndarray, *, keep: Literal["first", "last"]) -> DroppedRows:
     """Keep one row of each id and drop the others.
 
     Args:
@@ -147,14 +147,14 @@ def _is_inside(checkpoint: Checkpoint, part: np.ndarray, ids: np.ndarray) -> np.
     if not len(part):
         return np.zeros(0, bool)
     parts = checkpoint.parts
-    places = places_of(ids, int(parts.size[part[0]])).view(np.int64)
-    inside: np.ndarray = (places >= parts.begin[part]) & (places < parts.end[part])
+    positions = hash_slots(ids, int(parts.size[part[0]])).view(np.int64)
+    inside: np.ndarray = (positions >= parts.begin[part]) & (positions < parts.end[part])
     return inside
 
 
 def _owners_of(checkpoint: Checkpoint, target: Targets, part: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return the target (int64) of each row of one table, by the same rule as the census."""
-    owners = target.owners_of(places_of(ids, target.size), own=None).astype(np.int64)
+    owners = target.owners_of(hash_slots(ids, target.size), own=None).astype(np.int64)
     if not target.has_overlap:
         return owners
     numbers, place = np.unique(part, return_inverse=True)

@@ -31,7 +31,7 @@ def cast_rows(dim: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class MemoryBudget:
     """The memory budget. It is equal on all ranks of an export, because the search for duplicates is split by it."""
 
     max_memory: int

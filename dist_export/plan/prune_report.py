@@ -25,14 +25,14 @@ def count_by_rule(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows) 
     return counts
 
 
-def refuse_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> None:
+def refuse_empty_tables(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> None:
     """Raise PlanError if the rules prune all rows of a table. It names the first such table and the rows of each rule."""
-    emptied = _find_emptied(checkpoint, pruning, pruned)
-    if emptied:
-        others = f", nor of {count(len(emptied) - 1, 'other table')}" if len(emptied) > 1 else ""
+    empty_tables = _find_empty(checkpoint, pruning, pruned)
+    if empty_tables:
+        others = f", nor of {count(len(empty_tables) - 1, 'other table')}" if len(empty_tables) > 1 else ""
         raise PlanError(
-            f"{emptied[0]}{others}, so serving would find no row in it. Nothing was written. Mend the rule, leave the table out "
-            "with drop_tables, or set on_empty_table: allow"
+            f"{empty_tables[0]}{others}, so serving would find no row in it. Nothing was written. Mend the rule, leave the table "
+            "out with drop_tables, or set on_empty_table: allow"
         )
 
 
@@ -40,18 +40,18 @@ def note_rules(checkpoint: Checkpoint, pruning: Pruning | None, pruned: PrunedRo
     """Return notes on tables whose rows are all pruned, and on deny lists that prune no row."""
     if pruning is None or pruned is None:
         return []
-    emptied = _find_emptied(checkpoint, pruning, pruned)
-    others = count(len(emptied) - _SHOWN, "other table")
-    more = [f"the rules of prune leave nothing of {others}"] if len(emptied) > _SHOWN else []
+    empty_tables = _find_empty(checkpoint, pruning, pruned)
+    others = count(len(empty_tables) - _SHOWN, "other table")
+    more = [f"the rules of prune leave nothing of {others}"] if len(empty_tables) > _SHOWN else []
     rows = count_by_rule(checkpoint, pruning, pruned).sum(axis=0).tolist()
-    return [*emptied[:_SHOWN], *more] + [
+    return [*empty_tables[:_SHOWN], *more] + [
         f"prune[{place}].deny: no row of its tables has an id of {rule.path}, or an earlier rule took those that have one"
         for place, rule in enumerate(pruning.asked)
         if rule.reason == DENY_LIST and not rows[place]
     ]
 
 
-def _find_emptied(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> list[str]:
+def _find_empty(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | None) -> list[str]:
     """Return a sentence for each table that has rows and loses all of them to the rules."""
     if pruned is None:
         return []

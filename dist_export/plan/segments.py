@@ -15,7 +15,7 @@ from dist_export.plan.census import GRANULE_ROWS, Census
 from dist_export.plan.plan import Copies, Gather, SparsePlan
 
 
-def route(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
+def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], list[Gather]]:
     """Return the byte ranges, int64 (5, n), and the gathers that move the rows of a census of kept rows.
 
     A byte range is a column of file, offset, source file, source offset and number of bytes.

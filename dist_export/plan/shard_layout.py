@@ -17,7 +17,7 @@ from dist_export.plan.dropped_rows import DroppedRows, count_kept, drop_nothing
 from dist_export.plan.multipart import find_large
 from dist_export.plan.plan import Copies, Gather, OutputBlocks, OutputFile, SparsePlan
 from dist_export.plan.prune import Pruning
-from dist_export.plan.segments import join_ranges, route
+from dist_export.plan.segments import join_ranges, plan_segments
 from dist_export.plan.selection import Selection
 from dist_export.plan.target_slices import Targets
 
@@ -82,7 +82,7 @@ def plan_shards(
         digest="",
         pruning=pruning or None,
     )
-    segments, gathers = route(plan, census)
+    segments, gathers = plan_segments(plan, census)
     segments += [
         np.array([[0], [offset], [tensor.file], [tensor.offset], [tensor.num_bytes]], np.int64)
         for tensor, offset in zip(selection.kept_dense, dense_offsets, strict=True)

@@ -40,20 +40,20 @@ class Targets:
         """The size of the slice space."""
         return self.slices[0].size
 
-    def owners_of(self, places: np.ndarray, *, own: int | None) -> np.ndarray:
+    def owners_of(self, positions: np.ndarray, *, own: int | None) -> np.ndarray:
         """Return the target of each place (uint64, below ``size``): a new array of the dtype of ``owners``.
 
         Args:
             places: uint64, ``id mod size``.
             own: the target with the slice of the rows' part, if any. If slices overlap, it owns all places in its slice.
         """
-        index = places.view(np.int64)
+        index = positions.view(np.int64)
         if self.lookup is not None:
             found: np.ndarray = self.lookup.take(index)
         else:
             found = self.owners.take(np.searchsorted(self.breaks, index, side="right") - 1)
         if own is not None and self.has_overlap:
-            found[is_place_in(places, self.slices[own])] = own
+            found[is_place_in(positions, self.slices[own])] = own
         return found
 
     def single_owner(self, lowest: int, highest: int, *, own: int | None) -> int | None:

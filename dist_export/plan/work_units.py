@@ -59,7 +59,7 @@ def plan_units(
     skip: frozenset[int] = frozenset(),
     counted: Collection[int] = (),
     by_parts: Mapping[int, FileParts] | None = None,
-    homes: Mapping[int, int] | None = None,
+    placements: Mapping[int, int] | None = None,
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of the writing phase and those of the hashing phase after it.
 
@@ -69,9 +69,9 @@ def plan_units(
         counted: gathers in ``plan.gathers`` whose losses are already counted.
         by_parts: files that are uploaded in parts. They get one unit for each part.
         homes: the disk on which each file is built, if the ranks share no disk
-            (:func:`~dist_export.plan.disk_placement.find_homes`).
+            (:func:`~dist_export.plan.disk_placement.find_placements`).
     """
-    homes = homes or {}
+    placements = placements or {}
     by_parts = {number: parts for number, parts in (by_parts or {}).items() if number not in skip}
     gathered = _chunks_with_gathers(plan)
     copied = _CopiedBytes(plan)
@@ -83,13 +83,15 @@ def plan_units(
         for begin, end, is_gathered in _runs(file.num_bytes, gathered.get(number, frozenset())):
             num_bytes = copied.within(number, begin, end) if is_gathered else end - begin
             if num_bytes or not is_gathered:
-                writing.append(Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=homes.get(number, -1)))
+                writing.append(
+                    Unit("copy", number, begin, end, not is_gathered, num_bytes, disk=placements.get(number, -1))
+                )
             if is_gathered:
-                hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=homes.get(number, -1)))
-    sent, built = _plan_part_units(by_parts, copied, homes)
+                hashing.append(Unit("hash", number, begin, end, True, end - begin, disk=placements.get(number, -1)))
+    sent, built = _plan_part_units(by_parts, copied, placements)
     writing += sent
     hashing += built
-    gathers = _Gathers(plan, skip, counted, homes)
+    gathers = _Gathers(plan, skip, counted, placements)
     if plan.checkpoint.memory is not None:
         by_owner: dict[int, list[int]] = {}
         for number, gather in enumerate(plan.gathers):
@@ -97,10 +99,10 @@ def plan_units(
                 by_owner.setdefault(owner, []).append(number)
         for owner in sorted(by_owner):
             writing += gathers.group(by_owner[owner], owner=owner)
-    elif homes:
+    elif placements:
         by_disk: dict[int, list[int]] = {}
         for number, gather in enumerate(plan.gathers):
-            for disk in {homes[file] for file in files_of(plan, gather).tolist() if file in homes} or {-1}:
+            for disk in {placements[file] for file in files_of(plan, gather).tolist() if file in placements} or {-1}:
                 by_disk.setdefault(disk, []).append(number)
         for disk in sorted(by_disk):
             writing += gathers.group(by_disk[disk], disk=disk)
@@ -110,7 +112,7 @@ def plan_units(
 
 
 def _plan_part_units(
-    files: Mapping[int, FileParts], copied: _CopiedBytes, homes: Mapping[int, int]
+    files: Mapping[int, FileParts], copied: _CopiedBytes, placements: Mapping[int, int]
 ) -> tuple[list[Unit], list[Unit]]:
     writing: list[Unit] = []
     sending: list[Unit] = []
@@ -121,7 +123,7 @@ def _plan_part_units(
             elif not files[number].is_built:
                 writing.append(Unit("copy", number, begin, end, True, end - begin))
             else:  # copy the byte ranges to the disk now, and send the part after the gathers
-                disk = homes.get(number, -1)
+                disk = placements.get(number, -1)
                 writing.append(Unit("copy", number, begin, end, False, copied.within(number, begin, end), disk=disk))
                 sending.append(Unit("send", number, begin, end, True, end - begin, disk=disk))
     return writing, sending
@@ -131,13 +133,13 @@ class _Gathers:
     """Joins neighbouring gathers of one table into units of up to UNIT_BYTES, because there may be many small parts."""
 
     def __init__(
-        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], homes: Mapping[int, int]
+        self, plan: SparsePlan, skip: frozenset[int], counted: Collection[int], placements: Mapping[int, int]
     ) -> None:
         self._plan = plan
         self._skip = np.array(sorted(skip), np.int64)
         self._counted = counted
-        self._home = np.full(len(plan.files), -1, np.int64)
-        self._home[list(homes)] = list(homes.values())
+        self._placement = np.full(len(plan.files), -1, np.int64)
+        self._placement[list(placements)] = list(placements.values())
 
     def group(self, numbers: Sequence[int], *, owner: int = -1, disk: int = -1) -> list[Unit]:
         """Return units for the gathers ``numbers`` that have something to do. Rows for other disks cost nothing."""
@@ -153,7 +155,7 @@ class _Gathers:
                 last_table = -1
                 continue
             row_bytes = sum(s.row_bytes for s in plan.slots_of(table) if s.column in gather.columns)
-            rows = gather.counts if disk < 0 else np.where(self._home[files] == disk, gather.counts, 0)
+            rows = gather.counts if disk < 0 else np.where(self._placement[files] == disk, gather.counts, 0)
             num_bytes = row_bytes * int(rows.sum())
             reused_bytes = row_bytes * int(rows[np.isin(files, self._skip)].sum())
             is_next = table == last_table and units[-1].end == number

@@ -15,7 +15,7 @@ import msgspec
 
 from dist_export.config.schema import ExportConfig
 from dist_export.manifest import Manifest
-from dist_export.redact import conceal, first_line
+from dist_export.redact import first_line, redact_text
 from dist_export.storage.urls import open_directory
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Events:
         """Add an event, one of :data:`EVENTS`. Rank 0 also writes the file."""
         step = {} if self._step is None else {"step": self._step}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        told = {name: conceal(value) if isinstance(value, str) else value for name, value in fields.items()}
+        told = {name: redact_text(value) if isinstance(value, str) else value for name, value in fields.items()}
         self._lines.append({"time": stamp, "event": event, "rank": self._rank, **step, **told})
         if self._rank == 0:
             self._write()
@@ -128,7 +128,7 @@ def samples_of(
     manifest: Manifest, *, export_dir: str, seconds: Mapping[str, float], rank_bytes: Mapping[int, int]
 ) -> list[Sample]:
     """Return the samples of an export that succeeded."""
-    package = {"package": conceal(export_dir)}
+    package = {"package": redact_text(export_dir)}
     samples: list[Sample] = [
         ("dist_export_success", package, 1.0),
         ("dist_export_finished_timestamp_seconds", package, time.time()),
@@ -156,7 +156,7 @@ def samples_of(
 
 def failure_of(export_dir: str) -> list[Sample]:
     """Return the samples of an export that failed."""
-    package = {"package": conceal(export_dir)}
+    package = {"package": redact_text(export_dir)}
     return [
         ("dist_export_success", package, 0.0),
         ("dist_export_finished_timestamp_seconds", package, time.time()),

@@ -318,8 +318,8 @@ def _casts(manifest: Manifest) -> list[str]:
         before = sum(_stored_bytes(slot, cast) for _, slot, cast in its)
         saved = before - sum(slot.num_bytes for _, slot, _ in its)
         worst = max(its, key=lambda item: item[2].max_abs_error)
-        unfit = sum(cast.nans + cast.out_of_range for _, _, cast in its)
-        clamped = f", {unfit:,} values clamped" if unfit else ""
+        overflow = sum(cast.nans + cast.out_of_range for _, _, cast in its)
+        clamped = f", {overflow:,} values clamped" if overflow else ""
         change = f"saves {amount(saved)}" if saved >= 0 else f"takes {amount(-saved)} more"
         lines.append(
             f"  cast     {count(len(its), 'table')} {source} -> {written}, {change}; largest error "

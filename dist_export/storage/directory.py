@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dist_export.formats.digests import XXH3, digest_pieces
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.local_io import naming_any
 from dist_export.storage.range_reader import RangeReader
@@ -84,7 +84,7 @@ class Directory:
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self.url = conceal(location.given)
+        self.url = redact_text(location.given)
         """The URL as the user gave it, without credentials."""
         self.path = location.path
 

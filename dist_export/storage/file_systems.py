@@ -12,7 +12,7 @@ _WITH_INODES = frozenset(
 """Local file systems. A file keeps its inode as long as it exists."""
 _WITH_CHANGES = frozenset(["beegfs", "ceph", "gpfs", "lustre", "nfs", "nfs4", "wekafs"]) | _WITH_INODES
 """File systems that keep the time of a file's last change, equal on all machines. Others may invent it at each mount."""
-_MOST_PLACES = 4_096
+_MOST_FOLDERS = 4_096
 _kinds: dict[tuple[int, str], str] = {}
 """(device, directory) -> kind of file system."""
 
@@ -25,7 +25,7 @@ def trace_of(found: os.stat_result, path: str) -> tuple[int, ...]:
     """
     place = (found.st_dev, os.path.dirname(path))  # links in a directory may lead to other devices
     if place not in _kinds:
-        if len(_kinds) >= _MOST_PLACES:
+        if len(_kinds) >= _MOST_FOLDERS:
             _kinds.clear()
         _kinds[place] = local_io.file_system_of(path)
     kind = _kinds[place]

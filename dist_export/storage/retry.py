@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from dist_export.redact import conceal
+from dist_export.redact import redact_text
 from dist_export.storage.traffic import TRAFFIC
 
 logger = logging.getLogger(__name__)
@@ -132,4 +132,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _say(error: BaseException) -> str:
-    return conceal(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    return redact_text(next(iter(str(error).strip().splitlines()), type(error).__name__))

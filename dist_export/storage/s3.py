@@ -309,7 +309,7 @@ class S3:
             for entry in page.get("Parts") or ():
                 number = int(entry["PartNumber"])
                 sha256 = base64.b64decode(entry.get("ChecksumSHA256") or "")
-                parts[number] = UploadedPart(number, _bare(entry["ETag"]), int(entry["Size"]), sha256)
+                parts[number] = UploadedPart(number, _unquoted(entry["ETag"]), int(entry["Size"]), sha256)
             if not page.get("IsTruncated"):
                 return parts
             more = {"PartNumberMarker": page["NextPartNumberMarker"]}
@@ -326,7 +326,7 @@ class S3:
             ChecksumSHA256=base64.b64encode(sha256).decode(),
         )
         TRAFFIC.add(uploaded=len(data))
-        return UploadedPart(number, _bare(found["ETag"]), len(data), sha256)
+        return UploadedPart(number, _unquoted(found["ETag"]), len(data), sha256)
 
     def copy_part(
         self, path: str, upload: str, number: int, source: str, *, begin: int, end: int, etag: str
@@ -344,7 +344,7 @@ class S3:
         )["CopyPartResult"]
         TRAFFIC.add(copied=end - begin)
         sha256 = base64.b64decode(found.get("ChecksumSHA256") or "")
-        return UploadedPart(number, _bare(found["ETag"]), end - begin, sha256)
+        return UploadedPart(number, _unquoted(found["ETag"]), end - begin, sha256)
 
     def complete_upload(self, path: str, upload: str, parts: Sequence[UploadedPart]) -> None:
         """Assemble the object from the parts."""
@@ -377,5 +377,5 @@ class S3:
             self._call("abort_multipart_upload", path, UploadId=upload)
 
 
-def _bare(etag: str) -> str:
+def _unquoted(etag: str) -> str:
     return str(etag).strip('"')

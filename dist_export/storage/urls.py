@@ -10,7 +10,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dist_export.errors import ConfigError
-from dist_export.redact import conceal, first_line, note_secrets
+from dist_export.redact import first_line, note_secrets, redact_text
 from dist_export.storage import s3
 from dist_export.storage.directory import Directory, Location
 from dist_export.storage.fsspec_directory import FsspecDirectory
@@ -54,7 +54,7 @@ def open_directory(
         ConfigError: a URL or options that no store accepts, or a missing package.
     """
     given = os.fspath(url)
-    shown = conceal(given)
+    shown = redact_text(given)
     if not isinstance(storage_options, (Mapping, type(None))):
         raise ConfigError(f"{shown}: storage_options is a {type(storage_options).__name__}, expected a mapping")
     note_secrets(storage_options)

@@ -23,7 +23,7 @@ Counts = dict[int, CastCount]
 """Losses by index into ``SparsePlan.gathers``."""
 
 
-def convert(
+def cast_blocks(
     cast: RowCast,
     rows: np.ndarray,
     out: np.ndarray,
@@ -106,15 +106,15 @@ def _name_of(plan: SparsePlan) -> str:
     return f"{VERSION} {plan.digest}"
 
 
-def refuse_unfit(plan: SparsePlan, counts: Counts) -> None:
+def refuse_overflow(plan: SparsePlan, counts: Counts) -> None:
     """Raise TransferError if values do not fit. It names the tables, the counts and the first row of each table."""
     parts = plan.checkpoint.parts
-    unfit: dict[int, list[int]] = {}
+    overflow: dict[int, list[int]] = {}
     for number in sorted(counts):
-        if counts[number].unfit:
-            unfit.setdefault(int(parts.table[plan.gathers[number].part]), []).append(number)
+        if counts[number].overflow:
+            overflow.setdefault(int(parts.table[plan.gathers[number].part]), []).append(number)
     told = []
-    for table, numbers in sorted(unfit.items()):
+    for table, numbers in sorted(overflow.items()):
         meta = plan.checkpoint.tables[table]
         column, cast = next(
             (slot.column, cast)

@@ -17,7 +17,7 @@ from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.recis import mix
 from dist_export.ids.columns import IdRun, read_runs
 from dist_export.plan.census import share_parts
-from dist_export.plan.memory_budget import DROPPED_ROW_BYTES, Limits
+from dist_export.plan.memory_budget import DROPPED_ROW_BYTES, MemoryBudget
 from dist_export.plan.prune import Pruning
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
@@ -30,7 +30,7 @@ _MAX_SIEVE_BITS = 20
 """Bits of an index into a sieve. A sieve of 2**20 entries stays in a core's cache."""
 
 
-class RepeatedIds:
+class DuplicateIds:
     """Collects duplicates, or refuses the first one. Safe to use from any thread of a rank."""
 
     def __init__(self, checkpoint: Checkpoint, *, most: int | None) -> None:
@@ -69,24 +69,24 @@ class RepeatedIds:
         self._found.clear()
         return _sort_once(found)
 
-    def _refuse(self, repeated: int, surplus: int, parts: Sequence[int]) -> None:
+    def _refuse(self, duplicates: int, surplus: int, parts: Sequence[int]) -> None:
         checkpoint = self._checkpoint
         table = checkpoint.tables[checkpoint.parts.table[parts[0]]].name
         files = sorted({first_source_of(checkpoint, part) for part in parts})
         more = f" (or another of {len(files)} files)" if len(files) > 1 else ""
         raise CheckpointError(
             f"{files[0]}{more}: table {table!r} holds the id "
-            f"{repeated} twice ({surplus:,} rows too many among those compared); a loader would keep either row. "
+            f"{duplicates} twice ({surplus:,} rows too many among those compared); a loader would keep either row. "
             "Save the checkpoint anew, or set on_duplicate: first (or last) with filter_sparse_opt: true, which keeps "
             "one row of each id"
         )
 
 
-def find_repeated_rows(
+def find_duplicate_rows(
     ranks: Ranks,
     checkpoint: Checkpoint,
-    repeated: RepeatedIds,
-    limits: Limits,
+    duplicates: DuplicateIds,
+    budget: MemoryBudget,
     pruning: Pruning | None = None,
 ) -> np.ndarray:
     """Return part, row and id (int64 (3, n)) of all rows of duplicates, in any order. All ranks.
@@ -96,18 +96,18 @@ def find_repeated_rows(
     Raises:
         PlanError: the rows beyond one of each id are more than ``limits.dropped_rows``.
     """
-    most = limits.dropped_rows
+    most = budget.dropped_rows
 
     def check_ids(count: int) -> None:
-        if count > 2 * most:  # as in RepeatedIds.add, two ranks may find one id
+        if count > 2 * most:  # as in DuplicateIds.add, two ranks may find one id
             raise too_many(checkpoint, [], most, None)
 
-    ids = _sort_once(_exchange(ranks, "ids that stand twice", repeated.collected, check_ids))
+    ids = _sort_once(_exchange(ranks, "ids that stand twice", duplicates.collected, check_ids))
     if not ids.shape[1]:
         return np.zeros((3, 0), np.int64)
     parts = np.flatnonzero(np.isin(checkpoint.parts.table, ids[0]))
-    shares = share_parts(checkpoint, ranks.world_size * limits.threads, among=parts)
-    mine = shares[ranks.rank * limits.threads : (ranks.rank + 1) * limits.threads]
+    shares = share_parts(checkpoint, ranks.world_size * budget.threads, among=parts)
+    mine = shares[ranks.rank * budget.threads : (ranks.rank + 1) * budget.threads]
     tables, firsts = np.unique(ids[0], return_index=True)
     sieves = {table: _Sieve(its) for table, its in zip(tables.tolist(), np.split(ids[1], firsts[1:]), strict=True)}
 
@@ -174,8 +174,8 @@ def _locate(
 def _without_pruned(found: np.ndarray, prune: PruneReader) -> np.ndarray:
     """Return the rows (int64 (3, n), ordered by part) that the rules keep."""
     edges = np.flatnonzero(np.diff(found[0], prepend=-1))
-    gone = [prune.is_pruned(int(its[0, 0]), its[1], its[2]) for its in np.split(found, edges[1:], axis=1)]
-    return found[:, ~np.concatenate(gone)]
+    pruned = [prune.is_pruned(int(its[0, 0]), its[1], its[2]) for its in np.split(found, edges[1:], axis=1)]
+    return found[:, ~np.concatenate(pruned)]
 
 
 def _find_in_run(run: IdRun, tables: np.ndarray, sieves: dict[int, _Sieve]) -> np.ndarray:
@@ -210,8 +210,8 @@ class _Sieve:
         """Return the indices (int64, sorted) of ids that are in the sieve's list."""
         candidates = np.flatnonzero(self._may_hold[(mix(ids) >> self._shift).view(np.int64)])
         its = ids[candidates]
-        places = np.minimum(np.searchsorted(self._ids, its), len(self._ids) - 1)
-        found: np.ndarray = candidates[self._ids[places] == its]
+        positions = np.minimum(np.searchsorted(self._ids, its), len(self._ids) - 1)
+        found: np.ndarray = candidates[self._ids[positions] == its]
         return found
 
 

@@ -16,8 +16,8 @@ import msgspec
 from dist_export.errors import TransferError
 from dist_export.formats.digests import NONE, root_digest
 from dist_export.plan.casts import casts_by_table
-from dist_export.plan.disk_placement import find_homes
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.disk_placement import find_placements
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.multipart import plan_parts
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import UNIT_BYTES, Unit, plan_hash_units, plan_units
@@ -49,7 +49,7 @@ class Transfer:
         plan: SparsePlan,
         target: Directory,
         *,
-        limits: Limits,
+        budget: MemoryBudget,
         digest: str,
         in_place: bool,
         may_copy: bool = False,
@@ -70,12 +70,12 @@ class Transfer:
         self._ranks = ranks
         self._plan = plan
         self._target = target
-        self._limits = limits
+        self._budget = budget
         self._digest = digest
         self._in_place = in_place
         self._count_bytes = count_bytes
         self._staging = Staging(target)
-        self._uploads = _plan_uploads(plan, target, limits, may_copy=may_copy, digest=digest) if not in_place else None
+        self._uploads = _plan_uploads(plan, target, budget, may_copy=may_copy, digest=digest) if not in_place else None
         self._receipts = Receipts(plan, target, self._uploads, digest=digest)
         self._digests: ChunkDigests = {}
         self._reused: dict[int, Receipt] = {}
@@ -86,7 +86,7 @@ class Transfer:
         self._reserved: list[str] = []
         self._disk_of_rank: Sequence[int] = ()
         """The disk that each rank sees, if files are built on several disks; else empty."""
-        self._homes: dict[int, int] = {}
+        self._placements: dict[int, int] = {}
         """The disk on which each of those files is built."""
         self._elsewhere: frozenset[int] = frozenset()
         """The files that are built on a disk that this rank does not see."""
@@ -114,7 +114,7 @@ class Transfer:
     def prepare(self) -> None:
         """Find complete shards of an interrupted run, remove half-written files, and reserve space. All ranks."""
         ranks, plan = self._ranks, self._plan
-        threads = self._limits.threads
+        threads = self._budget.threads
 
         def look() -> tuple[dict[int, Receipt], dict[int, Receipt]]:
             open_queues(ranks, "reuse", threads)
@@ -151,7 +151,7 @@ class Transfer:
         if built and not self._target.is_local and ranks.world_size > 1:
             self._share_disks(built)
         self._writing, self._hashing = plan_units(
-            plan, skip=frozenset(self._reused), counted=counted, by_parts=remote, homes=self._homes
+            plan, skip=frozenset(self._reused), counted=counted, by_parts=remote, placements=self._placements
         )
         for unit in (*self._writing, *self._hashing):
             if unit.is_hashed:
@@ -183,9 +183,11 @@ class Transfer:
         if len(set(disk_of_rank)) == 1:
             return
         self._disk_of_rank = disk_of_rank
-        self._homes = ranks.run("deal shards out to disks", lambda: find_homes(self._plan, built, disk_of_rank))
+        self._placements = ranks.run(
+            "deal shards out to disks", lambda: find_placements(self._plan, built, disk_of_rank)
+        )
         mine = disk_of_rank[ranks.rank]
-        self._elsewhere = frozenset(number for number, disk in self._homes.items() if disk != mine)
+        self._elsewhere = frozenset(number for number, disk in self._placements.items() if disk != mine)
 
     def write(self) -> None:
         """Copy and gather: own units first, then units of slower ranks. Any thread; no collective."""
@@ -203,9 +205,9 @@ class Transfer:
         ranks, plan = self._ranks, self._plan
 
         def finish_writing() -> ChunkDigests:
-            open_queues(ranks, "hash", self._limits.threads)
+            open_queues(ranks, "hash", self._budget.threads)
             if self._disk_of_rank:
-                open_queues(ranks, "hash/disk", self._limits.threads)
+                open_queues(ranks, "hash/disk", self._budget.threads)
             wait_for_write()
             ranks.refuse_to_go_on()  # a rank that was asked to stop did not finish its units
             return self._digests
@@ -241,7 +243,7 @@ class Transfer:
         self, phase: str, units: list[Unit], open_written: Callable[[int], RangeReader], *, is_counted: bool
     ) -> ChunkDigests:
         started = time.perf_counter()
-        threads = self._limits.threads
+        threads = self._budget.threads
         max_open = share_descriptors(threads)
 
         def work(worker: int) -> tuple[ChunkDigests, Share]:
@@ -252,7 +254,7 @@ class Transfer:
                 self._plan,
                 outputs,
                 written,
-                limits=self._limits,
+                budget=self._budget,
                 digest=self._digest,
                 skip=self._elsewhere.union(self._reused),
             )
@@ -381,9 +383,9 @@ class Transfer:
 
 
 def _plan_uploads(
-    plan: SparsePlan, target: Directory, limits: Limits, *, may_copy: bool, digest: str
+    plan: SparsePlan, target: Directory, budget: MemoryBudget, *, may_copy: bool, digest: str
 ) -> Uploads | None:
     if target.s3 is None:
         return None
-    parts = plan_parts(plan, part_bytes=limits.part_bytes, may_copy=may_copy)
+    parts = plan_parts(plan, part_bytes=budget.part_bytes, may_copy=may_copy)
     return Uploads(plan, target, parts, needs_sha256=digest != NONE)

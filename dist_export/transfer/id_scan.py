@@ -9,14 +9,14 @@ import numpy as np
 from dist_export.checkpoint.id_reader import open_sources, read_id_runs, read_ids
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
-from dist_export.formats.recis import is_place_in, mix, places_of
+from dist_export.formats.recis import hash_slots, is_place_in, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
-from dist_export.ids.duplicates import HeldIds, has_repeats
+from dist_export.ids.duplicates import HeldIds, has_duplicates
 from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.target_slices import Targets
-from dist_export.transfer.duplicates import RepeatedIds
+from dist_export.transfer.duplicates import DuplicateIds
 from dist_export.transfer.prune_filter import PruneReader
 
 
@@ -26,7 +26,7 @@ def take_census(
     parts: Sequence[int],
     *,
     held_ids: int,
-    repeated: RepeatedIds | None = None,
+    duplicates: DuplicateIds | None = None,
     pruning: Pruning | None = None,
 ) -> Census:
     """Count a share of the parts. Each rank has its own share and issues no collective.
@@ -45,7 +45,7 @@ def take_census(
         prune = PruneReader(checkpoint, pruning, rows) if pruning else None
         pruned = prune_none(len(numbers), pruning.most_rules) if pruning else None
         counter = _Counter(
-            checkpoint, targets, numbers, held_ids, repeated or RepeatedIds(checkpoint, most=None), prune, pruned
+            checkpoint, targets, numbers, held_ids, duplicates or DuplicateIds(checkpoint, most=None), prune, pruned
         )
         if len(numbers):  # a checkpoint without tables has no column of ids
             for run in read_id_runs(checkpoint, readers, numbers):
@@ -54,11 +54,11 @@ def take_census(
 
 
 def check_unique(
-    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, repeated: RepeatedIds | None = None
+    checkpoint: Checkpoint, tasks: Sequence[UniqueTask], *, held_ids: int, duplicates: DuplicateIds | None = None
 ) -> None:
     """Search a share of the tasks for duplicates. ``repeated`` collects them; by default the first one is an error."""
     for task in tasks:
-        _search(checkpoint, task, held_ids, repeated or RepeatedIds(checkpoint, most=None))
+        _search(checkpoint, task, held_ids, duplicates or DuplicateIds(checkpoint, most=None))
 
 
 _COUNTED = 0
@@ -74,14 +74,14 @@ class _Counter:
         targets: Sequence[Targets],
         parts: np.ndarray,
         held_ids: int,
-        repeated: RepeatedIds,
+        duplicates: DuplicateIds,
         prune: PruneReader | None,
         pruned: PrunedRows | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._prune = prune
         self._pruned = pruned
-        self._repeated = repeated
+        self._duplicates = duplicates
         self._targets = targets
         self._parts = parts
         rows = checkpoint.parts.rows[parts]
@@ -135,10 +135,10 @@ class _Counter:
         if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
             has_id = _has_id(self._checkpoint, tables, rows, ids)
             ids, table_of_row = ids[has_id], table_of_row[has_id]
-        if has_repeats(ids, table_of_row):
+        if has_duplicates(ids, table_of_row):
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
-                self._repeated.add(np.sort(ids[table_of_row == table]), its_parts)
+                self._duplicates.add(np.sort(ids[table_of_row == table]), its_parts)
 
     def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
         """Return the ids of a piece of one block that the rules keep. Count the others as pruned."""
@@ -146,14 +146,14 @@ class _Counter:
         if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
             return ids
         codes = self._prune.rules(part, first_row, ids)
-        gone = ids[codes != KEPT]
-        if not len(gone):
+        pruned = ids[codes != KEPT]
+        if not len(pruned):
             return ids
         assert self._pruned is not None
         self._pruned.rows[row] += np.bincount(codes, minlength=1 + self._pruned.rows.shape[1])[1:]
-        is_inside = is_place_in(places_of(gone, target.size), self._checkpoint.parts.slice_of(part))
+        is_inside = is_place_in(hash_slots(pruned, target.size), self._checkpoint.parts.slice_of(part))
         self._pruned.misplaced[row] += np.count_nonzero(~is_inside)
-        self._pruned.id_sum[row : row + 1] += mix(gone).sum(dtype=np.uint64)
+        self._pruned.id_sum[row : row + 1] += mix(pruned).sum(dtype=np.uint64)
         kept: np.ndarray = ids[codes == KEPT]
         return kept
 
@@ -166,19 +166,19 @@ class _Counter:
         claimed = self._checkpoint.parts.slice_of(part)
         own = target.index_of(claimed)
         ids, last_row = run.ids, run.first_row + len(run.ids)
-        places = places_of(ids, target.size)
-        lowest, highest = int(places.min()), int(places.max())
+        positions = hash_slots(ids, target.size)
+        lowest, highest = int(positions.min()), int(positions.max())
         if lowest < claimed.begin or highest >= claimed.end:
-            self._misplaced[row] += len(ids) - int(np.count_nonzero(is_place_in(places, claimed)))
+            self._misplaced[row] += len(ids) - int(np.count_nonzero(is_place_in(positions, claimed)))
         self._id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
         if run.first_row % GRANULE_ROWS == 0:
             self._counts = np.zeros(len(target.slices), np.int64)
         kept = self._leave_out_pruned(row, run.first_row, ids, target)
         if len(kept) < len(ids):
-            places = places_of(kept, target.size)
+            positions = hash_slots(kept, target.size)
         owner = target.single_owner(lowest, highest, own=own)
         if owner is None:
-            self._counts += np.bincount(target.owners_of(places, own=own), minlength=len(self._counts))
+            self._counts += np.bincount(target.owners_of(positions, own=own), minlength=len(self._counts))
         else:
             self._counts[owner] += len(kept)
         if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
@@ -194,15 +194,15 @@ class _Counter:
         last_row = run.first_row + len(run.ids)
         ids = without_empty(self._checkpoint, part, run.ids)
         if run.first_row == 0 and last_row == num_rows:
-            if has_repeats(ids):
-                self._repeated.add(np.sort(ids), (part,))
+            if has_duplicates(ids):
+                self._duplicates.add(np.sort(ids), (part,))
             return
         if self._is_held[row]:
             if run.first_row == 0:
                 self._held.expect(num_rows)
             self._held.add(ids)
-            if last_row == num_rows and self._held.has_repeats():
-                self._repeated.add(self._held.sorted_ids(), (part,))
+            if last_row == num_rows and self._held.has_duplicates():
+                self._duplicates.add(self._held.sorted_ids(), (part,))
 
     def _count_small(self, rows_of_census: np.ndarray, ids: np.ndarray, target: Targets) -> None:
         """Count whole blocks with the same targets in one pass."""
@@ -210,12 +210,12 @@ class _Counter:
         numbers = self._parts[rows_of_census]
         rows = parts.rows[numbers]
         starts = np.cumsum(rows) - rows
-        places = places_of(ids, target.size)
-        signed = places.view(np.int64)
+        positions = hash_slots(ids, target.size)
+        signed = positions.view(np.int64)
         is_inside = (signed >= np.repeat(parts.begin[numbers], rows)) & (signed < np.repeat(parts.end[numbers], rows))
         self._misplaced[rows_of_census] = rows - np.add.reduceat(is_inside, starts, dtype=np.int64)
         self._id_sum[rows_of_census] = np.add.reduceat(mix(ids), starts)
-        owners = target.owners_of(places, own=None).astype(np.int64)
+        owners = target.owners_of(positions, own=None).astype(np.int64)
         if target.has_overlap:
             claimed = [target.index_of(parts.slice_of(number)) for number in numbers.tolist()]
             own = np.repeat(np.array([-1 if number is None else number for number in claimed], np.int64), rows)
@@ -250,7 +250,7 @@ def _has_id(checkpoint: Checkpoint, tables: np.ndarray, rows: np.ndarray, ids: n
     return found
 
 
-def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: RepeatedIds) -> None:
+def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, duplicates: DuplicateIds) -> None:
     """Search the ids of a task for duplicates. If its bucket has more than ``held_ids`` ids, search each half of it."""
     held = _collect(checkpoint, task, held_ids)
     if held is None:
@@ -259,10 +259,10 @@ def _search(checkpoint: Checkpoint, task: UniqueTask, held_ids: int, repeated: R
                 checkpoint,
                 task._replace(bucket=2 * task.bucket + half, bucket_bits=task.bucket_bits + 1),
                 held_ids,
-                repeated,
+                duplicates,
             )
-    elif held.has_repeats():
-        repeated.add(held.sorted_ids(), task.parts)
+    elif held.has_duplicates():
+        duplicates.add(held.sorted_ids(), task.parts)
 
 
 def _collect(checkpoint: Checkpoint, task: UniqueTask, held_ids: int) -> HeldIds | None:

@@ -225,7 +225,7 @@ class PartWriter:
     def __init__(self, staged: StagedFiles, uploads: Uploads) -> None:
         self._staged = staged
         self._uploads = uploads
-        self._places: dict[int, dict[int, int]] = {}
+        self._positions: dict[int, dict[int, int]] = {}
         """For each file: first byte of a part -> index of the part."""
         self._current: tuple[int, int] | None = None
         self._buffer = io.BytesIO()
@@ -290,9 +290,9 @@ class PartWriter:
         return self._uploads.parts[number].parts[place]
 
     def _place(self, number: int, begin: int) -> int:
-        places = self._places.get(number)
-        if places is None:
-            places = self._places[number] = {
+        positions = self._positions.get(number)
+        if positions is None:
+            positions = self._positions[number] = {
                 part.begin: place for place, part in enumerate(self._uploads.parts[number].parts)
             }
-        return places[begin]
+        return positions[begin]

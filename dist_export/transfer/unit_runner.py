@@ -10,15 +10,15 @@ import numpy as np
 
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.digests import NONE, hash_chunks
-from dist_export.formats.recis import places_of
+from dist_export.formats.recis import hash_slots
 from dist_export.formats.row_encodings import RowCast
 from dist_export.plan.casts import CastCount, cast_of
-from dist_export.plan.memory_budget import Limits, cast_rows
+from dist_export.plan.memory_budget import MemoryBudget, cast_rows
 from dist_export.plan.plan import Gather, SparsePlan
 from dist_export.plan.prune import KEPT
 from dist_export.plan.work_units import Unit
 from dist_export.storage.range_reader import OpenReaders
-from dist_export.transfer.casting import Counts, convert
+from dist_export.transfer.casting import Counts, cast_blocks
 from dist_export.transfer.multipart_upload import PartWriter
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.prune_filter import PruneReader
@@ -36,7 +36,7 @@ class UnitRunner:
         outputs: StagedFiles | PartWriter,
         written: OpenReaders,
         *,
-        limits: Limits,
+        budget: MemoryBudget,
         digest: str,
         skip: Collection[int] = (),
     ) -> None:
@@ -53,7 +53,7 @@ class UnitRunner:
         self._plan = plan
         self._outputs = outputs
         self._written = written
-        self._limits = limits
+        self._budget = budget
         self._digest = digest
         self._skip = skip
         self._rows = RowReader(plan.checkpoint)
@@ -115,7 +115,7 @@ class UnitRunner:
             shift = int(copies.source_offset[row]) - int(copies.offset[row])
             if not is_hashed and source.fd >= 0:
                 begin += self._outputs.copy(unit.number, begin, source, begin + shift, end - begin)
-            with source.ahead(begin + shift, end - begin, window_bytes=self._limits.window_bytes) as stream:
+            with source.ahead(begin + shift, end - begin, window_bytes=self._budget.window_bytes) as stream:
                 while begin < end:
                     size = min(end - begin, _BUFFER_BYTES)
                     piece = self._buffer[:size]
@@ -126,7 +126,7 @@ class UnitRunner:
 
     def _read_back(self, unit: Unit) -> Iterator[memoryview]:
         reader = self._written[unit.number]
-        window_bytes = self._limits.window_bytes
+        window_bytes = self._budget.window_bytes
         with reader.ahead(unit.begin, unit.end - unit.begin, window_bytes=window_bytes) as stream:
             for begin in range(unit.begin, unit.end, _BUFFER_BYTES):
                 piece = self._buffer[: min(_BUFFER_BYTES, unit.end - begin)]
@@ -139,12 +139,12 @@ class UnitRunner:
         Rows of neighbouring parts share a chunk if they are also neighbours in every target, so that small parts do not
         cause small writes. They are neighbours unless a part between them is copied as byte ranges.
         """
-        chunk = _Chunk(self._plan, self._plan.gathers[numbers[0]], self._limits)
+        chunk = _Chunk(self._plan, self._plan.gathers[numbers[0]], self._budget)
         for number in numbers:
             gather = self._plan.gathers[number]
             if not chunk.follows(gather):
                 self._flush(chunk)
-                chunk = _Chunk(self._plan, gather, self._limits)
+                chunk = _Chunk(self._plan, gather, self._budget)
             chunk.plan_rows(gather)
             is_whole = len(gather.targets) == 1 and gather.num_kept == gather.num_rows
             target = int(gather.targets[0]) if is_whole else None
@@ -238,7 +238,7 @@ class UnitRunner:
         for part, first_row, num_rows, number, _ in chunk.pieces:
             end = begin + num_rows
             dropped = np.flatnonzero(is_left[begin:end])
-            self.counts[number] = convert(
+            self.counts[number] = cast_blocks(
                 cast,
                 rows[begin * cast.source_bytes : end * cast.source_bytes].reshape(num_rows, cast.source_bytes),
                 out[begin * cast.target_bytes : end * cast.target_bytes].reshape(num_rows, cast.target_bytes),
@@ -282,7 +282,7 @@ class _Piece(NamedTuple):
 class _Chunk:
     """Rows of one table that are moved together, and the next row to write in each target."""
 
-    def __init__(self, plan: SparsePlan, gather: Gather, limits: Limits) -> None:
+    def __init__(self, plan: SparsePlan, gather: Gather, budget: MemoryBudget) -> None:
         self.table = int(plan.checkpoint.parts.table[gather.part])
         self.columns = gather.columns
         self._part = -1
@@ -293,7 +293,7 @@ class _Chunk:
         widest = max(max(slot.row_bytes, stored[slot.column].row_bytes) for slot in slots)
         num_targets = len(plan.targets[self.table].slices)
         is_on_store = plan.checkpoint.directory.s3 is not None
-        count_rows = limits.gather_rows_of_store if is_on_store else limits.gather_rows
+        count_rows = budget.gather_rows_of_store if is_on_store else budget.gather_rows
         self._step = max((cast_rows(cast.dim) for cast in self.casts.values()), default=1)
         self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
         self.pieces: list[_Piece] = []
@@ -358,13 +358,13 @@ def _order_rows(
 
 def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
     target_of = plan.targets[table]
-    places = places_of(ids, target_of.size)
+    positions = hash_slots(ids, target_of.size)
     if not target_of.has_overlap:
-        return target_of.owners_of(places, own=None)
+        return target_of.owners_of(positions, own=None)
     owners, begin = [], 0  # a row stays in the slice of its part, so each piece is looked up separately
     for part, _, num_rows, *_ in pieces:
         own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
-        owners.append(target_of.owners_of(places[begin : begin + num_rows], own=own))
+        owners.append(target_of.owners_of(positions[begin : begin + num_rows], own=own))
         begin += num_rows
     return np.concatenate(owners)
 

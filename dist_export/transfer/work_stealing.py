@@ -71,7 +71,7 @@ def _take(
         if place is None:
             break
         yield units[queues[mine][place]], False
-    looks = _places_to_look_at(mine, len(queues))
+    looks = _rows_to_check(mine, len(queues))
     seen = next(looks)
     while not ranks.has_failure():
         taken = np.array(ranks.shared.count_taken([f"{phase}/{workers[number]}" for number in seen.tolist()]), np.int64)
@@ -106,7 +106,7 @@ def _deal(units: list[Unit], num_workers: int) -> _Dealt:
     return _Dealt(queues, np.cumsum(lengths) - lengths, lengths, bytes_until)
 
 
-def _places_to_look_at(worker: int, num_queues: int) -> Iterator[np.ndarray]:
+def _rows_to_check(worker: int, num_queues: int) -> Iterator[np.ndarray]:
     """Yield the sets of queues that a helper reads together: all of them, or LOOKS sets of the next ones after its own.
 
     If every helper read every queue, the job's store would read 10^8 counters for 10,000 workers. Hundreds of helpers still

@@ -21,7 +21,7 @@ from dist_export.formats.safetensors import Header
 from dist_export.package.shard_headers import read_header
 from dist_export.storage.directory import Directory
 from dist_export.verify.index_files import decodable, decode_both, read_small, without
-from dist_export.verify.indexed_tables import NumberedBlocks
+from dist_export.verify.indexed_tables import RowIndexedBlocks
 from dist_export.verify.report import Report
 
 _REQUESTS_AT_ONCE = 16
@@ -72,7 +72,7 @@ class Blocks:
     """int32: an index into ``slices``; -1 if ``stem`` is negative."""
     slices: np.ndarray
     """int64 (n, 3): begin, end and size."""
-    is_numbered: np.ndarray
+    is_row_indexed: np.ndarray
     """bool: whether the block is of a row-indexed table. The manifest names such a block, and no index does."""
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ def read_blocks(
     unreadable: frozenset[str],
     report: Report,
     *,
-    numbered: NumberedBlocks | None = None,
+    row_indexed: RowIndexedBlocks | None = None,
 ) -> Blocks:
     """Read indexes and headers, and report what is wrong with them or differs between them.
 
@@ -135,10 +135,10 @@ def read_blocks(
         report: gets the findings.
         numbered: blocks of row-indexed tables, from the manifest; by default there are none.
     """
-    numbered = numbered or NumberedBlocks()
-    raw_index = None if INDEX in unreadable else read_small(directory, INDEX, report, numbered)
-    raw_tensorkey = None if TENSORKEY in unreadable else read_small(directory, TENSORKEY, report, numbered)
-    reader = _Reader(directory, unreadable, report, numbered)
+    row_indexed = row_indexed or RowIndexedBlocks()
+    raw_index = None if INDEX in unreadable else read_small(directory, INDEX, report, row_indexed)
+    raw_tensorkey = None if TENSORKEY in unreadable else read_small(directory, TENSORKEY, report, row_indexed)
+    reader = _Reader(directory, unreadable, report, row_indexed)
     indexes = None if raw_index is None or raw_tensorkey is None else decode_both(raw_index, raw_tensorkey)
     if indexes is not None:
         del raw_index, raw_tensorkey
@@ -156,12 +156,12 @@ class _Reader:
     """Reads headers one file after the other and matches them with the names of the index."""
 
     def __init__(
-        self, directory: Directory, unreadable: frozenset[str], report: Report, numbered: NumberedBlocks
+        self, directory: Directory, unreadable: frozenset[str], report: Report, row_indexed: RowIndexedBlocks
     ) -> None:
         self._directory = directory
         self._unreadable = unreadable
         self._report = report
-        self._numbered = numbered
+        self._row_indexed = row_indexed
         self._unstated: set[str] = set()
         self._elsewhere: list[tuple[str, int]] = []
         self._is_whole = True
@@ -179,18 +179,18 @@ class _Reader:
 
     def match(self, indexes: Indexes, *, has_index: bool, has_tensorkey: bool) -> Blocks:
         """Return the columns of all blocks."""
-        if self._numbered:
-            indexes, self._is_numbered = self._numbered.add_to(indexes, self._report, is_read=has_index)
+        if self._row_indexed:
+            indexes, self._is_row_indexed = self._row_indexed.add_to(indexes, self._report, is_read=has_index)
         else:
-            self._is_numbered = np.zeros(len(indexes.keys), bool)
+            self._is_row_indexed = np.zeros(len(indexes.keys), bool)
         self._indexes = indexes
         self._has_index = has_index
         self._extra: Numbering[str] = Numbering()
         self._inner: Numbering[tuple[int, ...]] = Numbering()
-        self._bare: dict[int, str] = {}
+        self._row_indexed_keys: dict[int, str] = {}
         order = np.argsort(indexes.file, kind="stable")
         edges = np.searchsorted(indexes.file[order], np.arange(1, max(len(indexes.files), 1)))
-        places_by_file = dict(zip(indexes.files, np.split(order, edges), strict=False))
+        positions_by_file = dict(zip(indexes.files, np.split(order, edges), strict=False))
         numbers = {name: number for number, name in enumerate(indexes.files)}
         is_read = np.zeros(len(indexes.files), bool)
         columns: list[tuple[np.ndarray, ...]] = []
@@ -199,7 +199,7 @@ class _Reader:
             is_read[number] = True
             self._tell_of_header(name, header)
             inner = np.array([self._inner[shape] for shape in header.inner_shapes] or [0], np.int32)[header.inner]
-            place = self._places(name, header, places_by_file[name])
+            place = self._positions(name, header, positions_by_file[name])
             file = np.full(len(place), number, np.int32)
             columns.append((place, file, header.dtypes, header.rows, inner, header.begins, header.ends))
         self._is_whole &= bool(is_read.all())
@@ -208,8 +208,8 @@ class _Reader:
         row_of_place = np.full(len(keys), -1, np.int64)
         row_of_place[place] = np.arange(len(place))
         self._tell_of_missing(row_of_place, is_read)
-        for bare, key in self._bare.items():
-            keys = (*keys[:bare], key, *keys[bare + 1 :])
+        for row_indexed, key in self._row_indexed_keys.items():
+            keys = (*keys[:row_indexed], key, *keys[row_indexed + 1 :])
         stem, text, stems, texts = self._name(place, keys, has_tensorkey=has_tensorkey)
         indexes.place_of_key.update({key: len(indexes.keys) + number for key, number in self._extra.items()})
         split = tuple(split_stem(name) or ("", name) for name in stems)
@@ -240,7 +240,7 @@ class _Reader:
             tables=tuple(tables),
             slice=slice_of_text[text],
             slices=np.array(list(slices), np.int64).reshape(-1, 3),
-            is_numbered=np.append(self._is_numbered, np.zeros(len(self._extra), bool))[place],
+            is_row_indexed=np.append(self._is_row_indexed, np.zeros(len(self._extra), bool))[place],
         )
 
     def _headers(self, names: Sequence[str]) -> Iterator[tuple[str, Header]]:
@@ -284,7 +284,7 @@ class _Reader:
                 name, "bool", "holds a tensor of dtype 'bool', with which RecIS's reader can read no part of the file"
             )
 
-    def _places(self, name: str, header: Header, expected: np.ndarray) -> np.ndarray:
+    def _positions(self, name: str, header: Header, expected: np.ndarray) -> np.ndarray:
         """Return the place of each block of a file among the names of the index. Other blocks get new places after those."""
         indexes = self._indexes
         here = expected.tolist()
@@ -294,7 +294,7 @@ class _Reader:
             key = header.keys[row]
             known = indexes.place_of_key.get(key)
             if known is not None:
-                if self._is_numbered[known]:  # compared later with the manifest's tables
+                if self._is_row_indexed[known]:  # compared later with the manifest's tables
                     self._elsewhere.append((name, known))
                 elif self._has_index:  # without an index, the second file was already reported
                     self._report.add(
@@ -309,10 +309,10 @@ class _Reader:
                     INDEX,
                     f"holds {key!r}, which index names with {DENSE_SUFFIX!r} behind it; RecIS cannot read it",
                 )
-                self._bare[known] = key
+                self._row_indexed_keys[known] = key
                 place[row] = known
                 continue
-            if self._numbered and key not in indexes.strays and not self._numbered.is_hashed(key):
+            if self._row_indexed and key not in indexes.strays and not self._row_indexed.is_hashed(key):
                 self._unstated.add(key)  # reported when the manifest's tables are compared
             else:
                 self._report.add(name, INDEX, f"holds {key!r}, but index does not name it; RecIS's loader loses it")
@@ -341,7 +341,7 @@ class _Reader:
 
     def _tell_of_missing(self, row_of_place: np.ndarray, is_read: np.ndarray) -> None:
         indexes = self._indexes
-        absent = np.flatnonzero((row_of_place[: len(indexes.keys)] < 0) & ~self._is_numbered)
+        absent = np.flatnonzero((row_of_place[: len(indexes.keys)] < 0) & ~self._is_row_indexed)
         for place in absent[is_read[indexes.file[absent]]].tolist():
             self._report.add(
                 INDEX, INDEX, f"{indexes.keys[place]!r} should be in {indexes.files[indexes.file[place]]}, but is not"
@@ -366,7 +366,7 @@ class _Reader:
             number = int(place[row])
             key = keys[number]
             internal = indexes.strays.get(key)
-            if internal is None and (key.endswith(DENSE_SUFFIX) or number in self._bare):
+            if internal is None and (key.endswith(DENSE_SUFFIX) or number in self._row_indexed_keys):
                 continue
             internal = key if internal is None else internal
             if split_internal(internal) is not None:  # a key may be the internal name itself

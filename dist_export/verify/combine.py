@@ -11,16 +11,16 @@ from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, D
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.dense import check_dense
 from dist_export.verify.finite import Odd
-from dist_export.verify.ids import IdCounts, Repeats
+from dist_export.verify.ids import Duplicates, IdCounts
 from dist_export.verify.metadata_checks import Survey
 
 _SLICE_ELEMENTS = 1 << 20
 
 
-def conclude(survey: Survey, counts: IdCounts, repeats: list[Repeats], odd: list[Odd]) -> None:
+def conclude(survey: Survey, counts: IdCounts, duplicates: list[Duplicates], odd: list[Odd]) -> None:
     """Add the findings about the payload to the report, and run the dense program."""
     if survey.blocks is not None:
-        _tell_of_ids(survey, survey.blocks, counts, repeats)
+        _tell_of_ids(survey, survey.blocks, counts, duplicates)
         if survey.is_finite_asked:
             _tell_of_values(survey, survey.blocks, odd)
     if survey.is_finite_asked and survey.package is None:
@@ -30,7 +30,7 @@ def conclude(survey: Survey, counts: IdCounts, repeats: list[Repeats], odd: list
         survey.guard(entry.program, lambda: _check_dense(survey, entry))
 
 
-def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list[Repeats]) -> None:
+def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, duplicates: list[Duplicates]) -> None:
     report = survey.report
     before = report.count()
     for file, message in counts.errors:
@@ -44,12 +44,12 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
             f"{count:,} ids of {blocks.key(row)!r} lie outside its slice {format_slice(part)}, first {first}; RecIS drops "
             "such rows without a word when it loads on several ranks",
         )
-    tables, places = np.unique(blocks.table[survey.id_rows], return_index=True)
+    tables, positions = np.unique(blocks.table[survey.id_rows], return_index=True)
     file_of_table = {
         table: blocks.file_of(int(survey.id_rows[place]))
-        for table, place in zip(tables.tolist(), places.tolist(), strict=True)
+        for table, place in zip(tables.tolist(), positions.tolist(), strict=True)
     }
-    for table, rows, first in repeats:
+    for table, rows, first in duplicates:
         report.add(
             file_of_table[table],
             "unique",
@@ -65,20 +65,22 @@ def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, repeats: list
             "cannot hold them",
         )
     if not counts.errors:
-        known = {found.table for found in repeats}
+        known = {found.table for found in duplicates}
         known |= set(blocks.table[survey.id_rows[list(counts.misplaced)]].tolist())
         _compare_sums(survey, blocks, counts, file_of_table, known)
     if report.count() == before and blocks.is_whole:
         total = int(blocks.rows[survey.id_rows].sum())
         all_there = "all there, unique" if survey.manifest is not None else "unique"
-        by_number = np.flatnonzero(blocks.is_numbered & blocks.is_slot(EMBEDDING_SLOT))
-        num_numbered = len(np.unique(blocks.table[by_number]))
-        if num_numbered < len(blocks.tables) or not num_numbered:
-            tables_and_rows = f"{say(len(blocks.tables) - num_numbered, 'table')}, {say(total, 'row')}"
+        by_number = np.flatnonzero(blocks.is_row_indexed & blocks.is_slot(EMBEDDING_SLOT))
+        num_row_indexed = len(np.unique(blocks.table[by_number]))
+        if num_row_indexed < len(blocks.tables) or not num_row_indexed:
+            tables_and_rows = f"{say(len(blocks.tables) - num_row_indexed, 'table')}, {say(total, 'row')}"
             report.checked.append(f"{tables_and_rows}: {all_there}, each in the slice of its shard")
-        if num_numbered and not report.count():
+        if num_row_indexed and not report.count():
             rows_by_number = say(int(blocks.rows[by_number].sum()), "row")
-            report.checked.append(f"{say(num_numbered, 'table')} by row number, {rows_by_number}: all there, in order")
+            report.checked.append(
+                f"{say(num_row_indexed, 'table')} by row number, {rows_by_number}: all there, in order"
+            )
 
 
 def _compare_sums(

@@ -191,8 +191,8 @@ def _read_sample(
         if name not in full:
             raise PackageError(f"{entry.folder}/inputs_dict.json: has no input {name!r}, which params_order.json names")
         inputs[name] = _to_tensor(full[name], f"{entry.folder}/inputs_dict.json: input {name!r}")
-        bare = {key: value for key, value in full[name].items() if key != "values"}
-        if bare != lite.get(name) or bare.get("idx") != place:
+        row_indexed = {key: value for key, value in full[name].items() if key != "values"}
+        if row_indexed != lite.get(name) or row_indexed.get("idx") != place:
             findings.append(f"{entry.folder}/inputs_dict_lite.json: input {name!r} is not as in inputs_dict.json")
         if isinstance(pickled, dict) and name in pickled and not has_same_values(pickled[name], inputs[name]):
             findings.append(f"{entry.folder}/inputs_dict.pkl: input {name!r} is not that of inputs_dict.json")

@@ -161,8 +161,8 @@ def compare_digests(work: Work, shares: list[ChunkDigests], report: Report) -> N
         digest = root_digest((d for part in parts for d in part.digests), algorithm_of(stated))
         if digest != stated:
             report.add(path, "digest", f"its content is not what was written (digest {digest}, not {stated})")
-    bare = sum(not stated for _, _, stated in work.digest_files)
-    but = f" (sizes alone of {bare}, which were exported without a digest)" if bare else ""
+    row_indexed = sum(not stated for _, _, stated in work.digest_files)
+    but = f" (sizes alone of {row_indexed}, which were exported without a digest)" if row_indexed else ""
     report.checked.insert(
         0, f"{count(len(work.digest_files), 'file')}, {count(num_bytes, 'byte')}: sizes and digests{but}"
     )

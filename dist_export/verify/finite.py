@@ -116,9 +116,9 @@ def _look(bits: np.ndarray, exponent: int, block: int, first: int) -> Odd | None
     count = int(np.count_nonzero(is_odd))
     if not count:
         return None
-    places = np.flatnonzero(is_odd)
-    nans = int(np.count_nonzero(bits[places] & bits.dtype.type((exponent & -exponent) - 1)))
-    return Odd(block, nans, count - nans, first + int(places[0]))
+    positions = np.flatnonzero(is_odd)
+    nans = int(np.count_nonzero(bits[positions] & bits.dtype.type((exponent & -exponent) - 1)))
+    return Odd(block, nans, count - nans, first + int(positions[0]))
 
 
 def _add(found: list[Odd]) -> list[Odd]:

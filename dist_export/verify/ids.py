@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import DistExportError
-from dist_export.formats.recis import Slice, is_in_slice, mix, places_of
+from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun, read_runs
-from dist_export.ids.duplicates import HeldIds, has_repeats
+from dist_export.ids.duplicates import HeldIds, has_duplicates
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
@@ -29,7 +29,7 @@ _GPU_KEYS = np.uint64((1 << 64) - 2)
 """The smaller of -1 and -2 as unsigned integers."""
 
 
-class Repeats(NamedTuple):
+class Duplicates(NamedTuple):
     """The duplicates of a table."""
 
     table: int
@@ -49,7 +49,7 @@ class IdCounts:
     """int64 by id column: the ids that a table of RecIS on a GPU cannot hold."""
     misplaced: dict[int, tuple[int, int, int]]
     """Id column -> number of misplaced rows, the first such row, and its id."""
-    repeats: tuple[Repeats, ...]
+    duplicates: tuple[Duplicates, ...]
     """Duplicates within one part."""
     errors: tuple[tuple[str, str], ...]
     """(file, error) for files that could not be read to the end."""
@@ -109,7 +109,7 @@ def plan_unique(work: Work, is_proven: np.ndarray, *, held_ids: int) -> list[Uni
     return tasks
 
 
-def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_ids: int) -> list[Repeats]:
+def search(directory: Directory, work: Work, tasks: list[UniqueTask], *, held_ids: int) -> list[Duplicates]:
     """Search a share of the tasks. Any rank, any thread. Raises OSError or TransferError if a file cannot be read."""
     found = []
     with _open(directory, work) as readers:
@@ -133,17 +133,17 @@ def add_counts(work: Work, shares: list[IdCounts]) -> IdCounts:
         id_sum=id_sum,
         gpu_keys=gpu_keys,
         misplaced=dict(sorted(misplaced.items())),
-        repeats=tuple(repeats for share in shares for repeats in share.repeats),
+        duplicates=tuple(duplicates for share in shares for duplicates in share.duplicates),
         errors=tuple(sorted({error for share in shares for error in share.errors})),
     )
 
 
-def add_repeats(found: list[Repeats]) -> list[Repeats]:
+def add_duplicates(found: list[Duplicates]) -> list[Duplicates]:
     """Join the duplicates of each table."""
-    by_table: dict[int, Repeats] = {}
+    by_table: dict[int, Duplicates] = {}
     for table, rows, first in found:
-        known = by_table.get(table, Repeats(table, 0, first))
-        by_table[table] = Repeats(table, known.rows + rows, min(known.first, first))
+        known = by_table.get(table, Duplicates(table, 0, first))
+        by_table[table] = Duplicates(table, known.rows + rows, min(known.first, first))
     return [by_table[table] for table in sorted(by_table)]
 
 
@@ -163,7 +163,7 @@ class _Counter:
         self._id_sum = np.zeros(len(work.is_disjoint), np.uint64)
         self._gpu_keys = np.zeros(len(work.id_rows), np.int64)
         self._misplaced: dict[int, tuple[int, int, int]] = {}
-        self._repeats: list[Repeats] = []
+        self._duplicates: list[Duplicates] = []
 
     def counts(self, errors: tuple[tuple[str, str], ...]) -> IdCounts:
         """Return the counts."""
@@ -171,7 +171,7 @@ class _Counter:
             id_sum=self._id_sum,
             gpu_keys=self._gpu_keys,
             misplaced=self._misplaced,
-            repeats=tuple(self._repeats),
+            duplicates=tuple(self._duplicates),
             errors=errors,
         )
 
@@ -185,37 +185,37 @@ class _Counter:
             np.add.at(self._gpu_keys, column, _reduce(np.add, (unsigned >= _GPU_KEYS).astype(np.int64), run.starts))
         self._check_slices(run, column)
         if len(run.blocks) > 1 or len(run.ids) == self._work.id_rows[column[0]]:
-            self._find_repeats(run, table)
+            self._find_duplicates(run, table)
             return
         piece = int(run.blocks[0])
         if self._is_held[piece]:
             if run.first_row == 0:
                 self._held.expect(int(self._rows[piece]))
             self._held.add(run.ids)
-            if run.first_row + len(run.ids) == self._rows[piece] and self._held.has_repeats():
-                self._repeats.append(_count_repeats(int(table[0]), self._held.sorted_ids()))
+            if run.first_row + len(run.ids) == self._rows[piece] and self._held.has_duplicates():
+                self._duplicates.append(_count_duplicates(int(table[0]), self._held.sorted_ids()))
 
     def _check_slices(self, run: IdRun, column: np.ndarray) -> None:
         stops = np.append(run.starts[1:], len(run.ids))
         edges = self._work.id_slice[column]
         for size in np.unique(edges[:, 2]).tolist():  # usually one size
-            places = places_of(run.ids, size).view(np.int64)
-            lowest, highest = _reduce(np.minimum, places, run.starts), _reduce(np.maximum, places, run.starts)
+            positions = hash_slots(run.ids, size).view(np.int64)
+            lowest, highest = _reduce(np.minimum, positions, run.starts), _reduce(np.maximum, positions, run.starts)
             is_wrong = ((lowest < edges[:, 0]) | (highest >= edges[:, 1])) & (edges[:, 2] == size)
             for place in np.flatnonzero(is_wrong).tolist():
                 ids = run.ids[run.starts[place] : stops[place]]
-                strangers = np.flatnonzero(~is_in_slice(ids, Slice(*edges[place].tolist())))
+                foreign = np.flatnonzero(~is_in_slice(ids, Slice(*edges[place].tolist())))
                 number = int(column[place])
-                row = int(self._first[run.blocks[place]]) + run.first_row + int(strangers[0])
-                count, *known = self._misplaced.get(number, (0, row, int(ids[strangers[0]])))
-                self._misplaced[number] = (count + len(strangers), known[0], known[1])
+                row = int(self._first[run.blocks[place]]) + run.first_row + int(foreign[0])
+                count, *known = self._misplaced.get(number, (0, row, int(ids[foreign[0]])))
+                self._misplaced[number] = (count + len(foreign), known[0], known[1])
 
-    def _find_repeats(self, run: IdRun, table: np.ndarray) -> None:
+    def _find_duplicates(self, run: IdRun, table: np.ndarray) -> None:
         """Find duplicates within each of several whole blocks, except blocks of tables that are searched as a whole later."""
         if not self._is_searched[run.blocks].any():
             return
         groups = None if len(run.blocks) == 1 else np.repeat(run.blocks, np.diff(np.append(run.starts, len(run.ids))))
-        if not has_repeats(run.ids, groups):
+        if not has_duplicates(run.ids, groups):
             return
         stops = np.append(run.starts[1:], len(run.ids)).tolist()
         is_searched = self._is_searched[run.blocks].tolist()
@@ -223,15 +223,15 @@ class _Counter:
         for _, its_table, first, last in filter(lambda columns: columns[0], columns):
             ids = np.sort(run.ids[first:last])
             if (ids[1:] == ids[:-1]).any():
-                self._repeats.append(_count_repeats(its_table, ids))
+                self._duplicates.append(_count_duplicates(its_table, ids))
 
 
-def _count_repeats(table: int, ordered: np.ndarray) -> Repeats:
+def _count_duplicates(table: int, ordered: np.ndarray) -> Duplicates:
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return Repeats(table, len(twice), int(ordered[twice[0]]))
+    return Duplicates(table, len(twice), int(ordered[twice[0]]))
 
 
-def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Repeats]:
+def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> list[Duplicates]:
     """Search a bucket for duplicates. If it has more than ``held_ids`` ids, search each half of it."""
     if (
         task.bucket_bits == 64
@@ -241,13 +241,13 @@ def _search(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -
     if held is None:
         bits = task.bucket_bits + 1
         return [
-            repeats
+            duplicates
             for half in (0, 1)
-            for repeats in _search(
+            for duplicates in _search(
                 readers, work, task._replace(bucket=2 * task.bucket + half, bucket_bits=bits), held_ids
             )
         ]
-    return [_count_repeats(task.table, held.sorted_ids())] if held.has_repeats() else []
+    return [_count_duplicates(task.table, held.sorted_ids())] if held.has_duplicates() else []
 
 
 def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) -> HeldIds | None:
@@ -263,15 +263,15 @@ def _collect(readers: OpenReaders, work: Work, task: UniqueTask, held_ids: int) 
     return held
 
 
-def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Repeats]:
+def _count_equal(readers: OpenReaders, work: Work, task: UniqueTask) -> list[Duplicates]:
     """Count the rows of a bucket that only one id can be in."""
     columns = np.array(task.columns, np.int64)
     rows, first = 0, 0
     for run in read_runs(readers, work.id_file[columns], work.id_offset[columns], work.id_rows[columns]):
-        places = np.flatnonzero(mix(run.ids) == np.uint64(task.bucket))
-        if len(places):
-            rows, first = rows + len(places), int(run.ids[places[0]])
-    return [Repeats(task.table, rows - 1, first)] if rows > 1 else []
+        positions = np.flatnonzero(mix(run.ids) == np.uint64(task.bucket))
+        if len(positions):
+            rows, first = rows + len(positions), int(run.ids[positions[0]])
+    return [Duplicates(task.table, rows - 1, first)] if rows > 1 else []
 
 
 def _open(directory: Directory, work: Work) -> OpenReaders:

@@ -6,7 +6,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.recis import INDEX, encode_index
 from dist_export.formats.recis_index import Indexes, decode_indexes
 from dist_export.storage.directory import Directory
-from dist_export.verify.indexed_tables import NumberedBlocks
+from dist_export.verify.indexed_tables import RowIndexedBlocks
 from dist_export.verify.report import Report
 
 
@@ -18,7 +18,7 @@ def decode_both(raw_index: bytes, raw_tensorkey: bytes) -> Indexes | None:
         return None
 
 
-def read_small(directory: Directory, name: str, report: Report, numbered: NumberedBlocks) -> bytes | None:
+def read_small(directory: Directory, name: str, report: Report, row_indexed: RowIndexedBlocks) -> bytes | None:
     """Return the content of an index file. If it is missing and not needed, return an empty one.
 
     If it is needed and missing, or cannot be read, add a finding and return None.
@@ -26,7 +26,7 @@ def read_small(directory: Directory, name: str, report: Report, numbered: Number
     try:
         return directory.read_text(name)
     except FileNotFoundError:
-        if not numbered.needs_index:
+        if not row_indexed.needs_index:
             return encode_index({}) if name == INDEX else b"{}"
         hint = (
             "; RecIS's Exporter leaves it out when it copies, and a save that did not finish has none"

@@ -19,7 +19,7 @@ _NO_SLICE = "0@0@1"
 
 
 @dataclass(frozen=True, eq=False)
-class NumberedBlocks:
+class RowIndexedBlocks:
     """The blocks of row-indexed tables. It is false if there are none."""
 
     names: dict[str, tuple[str, str, str]] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class NumberedBlocks:
 _WHY_NOT = "whose rows go by number; RecIS's loader knows no table without ids"
 
 
-def list_numbered(manifest: Manifest) -> NumberedBlocks:
+def list_row_indexed(manifest: Manifest) -> RowIndexedBlocks:
     """Return the blocks of row-indexed tables in a manifest."""
     names: dict[str, tuple[str, str, str]] = {}
     file_of: dict[str, str] = {}
@@ -110,7 +110,7 @@ def list_numbered(manifest: Manifest) -> NumberedBlocks:
                     names.setdefault(key, (table.name, slot, part.slice))
                     file_of.setdefault(key, part.file)
     are_all = bool(manifest.tables) and all(table.is_row_indexed for table in manifest.tables)
-    return NumberedBlocks(
+    return RowIndexedBlocks(
         names=names,
         file_of=file_of,
         shards=tuple(entry.path for entry in manifest.files if SHARD.fullmatch(entry.path)),

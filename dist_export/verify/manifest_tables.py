@@ -79,10 +79,10 @@ class _Comparison:
                     MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
                 )
             # a cast writes floats, or rows with an encoding. Without the encoding, their bytes would be read as values
-            is_bare = slot.encoding is msgspec.UNSET and (
+            is_row_indexed = slot.encoding is msgspec.UNSET and (
                 slot.dim is not msgspec.UNSET or (slot.cast is not msgspec.UNSET and slot.dtype == DTYPES[U8].torch)
             )
-            if is_bare:
+            if is_row_indexed:
                 what = f"of {slot.dtype} {list(slot.shape)} has no encoding, though its rows were cast or have a dim"
                 report.add(MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} {what}")
             keys = [part.keys.get(slot.name) for part in table.parts]
@@ -102,7 +102,7 @@ class _Comparison:
                 | (self._slot_of(row) != slot.name)
                 | ((blocks.slice[row] != part_slice[place]) & (not by_number))  # headers have no row numbers
                 | ((blocks.file[row] != file[place]) & is_here)
-                | (blocks.is_numbered[row] != by_number)
+                | (blocks.is_row_indexed[row] != by_number)
                 | (blocks.dtype[row] != CODE_BY_TORCH.get(slot.dtype, -1))
                 | (blocks.rows[row] != rows[place])
                 | (blocks.inner[row] != self._inner.get(slot.shape, -1))

@@ -96,14 +96,14 @@ class _Comparison:
         for piece in pieces:
             rows = self._blocks.find(piece, len(piece))
             known = rows[rows >= 0]
-            strangers = [key for key, row in zip(piece, rows.tolist(), strict=True) if row < 0]
-            if is_listed[known].any() or not others.isdisjoint(strangers):
+            foreign = [key for key, row in zip(piece, rows.tolist(), strict=True) if row < 0]
+            if is_listed[known].any() or not others.isdisjoint(foreign):
                 raise KeyTwiceError
             is_listed[known] = True
-            others.update(strangers)
+            others.update(foreign)
             for (key, entry), row in zip(piece.items(), rows.tolist(), strict=True):
                 if row < 0:
-                    self._check_stranger(key, entry)
+                    self._check_foreign_file(key, entry)
                 elif self._blocks.stem[row] == -2:  # the table of this block is not known, which is already reported
                     continue
                 elif entry != self._expected(key, row):
@@ -127,7 +127,7 @@ class _Comparison:
             return embedding_entry(key, key.replace(_EMBEDDING, ".id", 1), int(blocks.dtype[row]), blocks.shape(row))
         if not self._is_embedding[row]:
             return None
-        if blocks.is_numbered[row]:
+        if blocks.is_row_indexed[row]:
             return embedding_entry(key, None, int(blocks.dtype[row]), blocks.shape(row))
         ids = self._parts.id_row[self._parts.part[row]]
         return embedding_entry(key, blocks.key(ids) if ids >= 0 else "", int(blocks.dtype[row]), blocks.shape(row))
@@ -148,7 +148,7 @@ class _Comparison:
             wanted: dict[str, Any] = {"dense": False, "dtype": dtype.name, "shape": list(blocks.shape(row))}
         else:
             wanted = _plain(expected) or {}
-            if blocks.is_numbered[row] and found.get("is_hashmap") is False:
+            if blocks.is_row_indexed[row] and found.get("is_hashmap") is False:
                 wanted["hashmap_key"] = None
             elif not wanted.get("hashmap_key"):  # the part has no ids, or those of two parts: already reported
                 wanted.pop("hashmap_key", None)
@@ -159,7 +159,7 @@ class _Comparison:
                 self.findings.append(f"{key!r} has {name} {found.get(name)!r}, the shards say {value!r}")
         return expected is None
 
-    def _check_stranger(self, key: str, entry: Any) -> None:
+    def _check_foreign_file(self, key: str, entry: Any) -> None:
         """Report an entry that names no block and is no parameter of model.pt."""
         found = _plain(entry)
         if found is None:

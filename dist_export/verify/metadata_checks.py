@@ -20,7 +20,7 @@ from dist_export.storage.directory import WORK_DIRECTORY, Directory
 from dist_export.verify.blocks import Blocks, read_blocks
 from dist_export.verify.files import check_sizes, find_parts
 from dist_export.verify.finite import BITS
-from dist_export.verify.indexed_tables import list_numbered
+from dist_export.verify.indexed_tables import list_row_indexed
 from dist_export.verify.listing import (
     SHARD,
     Listing,
@@ -134,8 +134,8 @@ class Survey:
         report, directory, manifest = self.report, self.directory, self.manifest
         listed = set() if manifest is None else {entry.path for entry in manifest.files}
         shards = [name for name in listing.shards() if manifest is None or name in listed]
-        numbered = None if manifest is None else list_numbered(manifest)
-        blocks = self.blocks = read_blocks(directory, shards, self.bad, report, numbered=numbered)
+        row_indexed = None if manifest is None else list_row_indexed(manifest)
+        blocks = self.blocks = read_blocks(directory, shards, self.bad, report, row_indexed=row_indexed)
         is_new = manifest is not None and manifest.mode == "filter"
         if manifest is None:
             check_recis_files(listing, blocks.files if blocks.has_index else tuple(shards), report)
@@ -143,7 +143,7 @@ class Survey:
                 self._note_mixed(shards)
         else:
             check_package_files(listing, manifest, blocks.files, report)
-            for name in (INDEX, TENSORKEY, MERGED) if numbered is None or numbered.needs_index else (MERGED,):
+            for name in (INDEX, TENSORKEY, MERGED) if row_indexed is None or row_indexed.needs_index else (MERGED,):
                 if name not in listed:
                     report.add(MANIFEST, "manifest", f"does not name {name}, so nothing vouches for it")
             for name in blocks.files:
@@ -169,7 +169,7 @@ class Survey:
             what = f"{count(len(blocks.files), 'shard')}, {count(len(blocks), 'block')}"
             report.checked.append(f"{what}: headers, index, tensorkey.json and merged manifest agree")
         if manifest is not None and not report.count():
-            what = "headers, index, tensorkey.json" if numbered is None or numbered.needs_index else "headers"
+            what = "headers, index, tensorkey.json" if row_indexed is None or row_indexed.needs_index else "headers"
             report.checked.append(f"{count(len(blocks.files), 'shard')}: {what} and merged manifest agree")
         return parts
 
@@ -203,7 +203,7 @@ class Survey:
         is_flat = np.array([not shape for shape in blocks.inner_shapes] + [False], bool)[blocks.inner]
         is_id = (
             (blocks.stem >= 0)
-            & ~blocks.is_numbered
+            & ~blocks.is_row_indexed
             & blocks.is_slot(ID_SLOT)
             & (blocks.dtype == I64)
             & is_flat

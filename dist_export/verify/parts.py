@@ -40,7 +40,7 @@ def check_parts(blocks: Blocks, report: Report, *, must_cover: bool) -> FoundPar
         report: gets the findings.
         must_cover: whether a gap between slices is a finding. A checkpoint may omit a part without rows.
     """
-    rows = np.flatnonzero((blocks.stem >= 0) & ~blocks.is_numbered)
+    rows = np.flatnonzero((blocks.stem >= 0) & ~blocks.is_row_indexed)
     num_slices = max(len(blocks.slices), 1)
     by_value = np.lexsort(blocks.slices.T[::-1]) if len(blocks.slices) else np.zeros(0, np.int64)
     rank = np.empty(len(by_value), np.int64)
@@ -170,9 +170,9 @@ def _check_complete(
     held = np.bincount(number, minlength=len(table))
     has_no_ids = np.bincount(number, weights=blocks.is_slot(ID_SLOT)[rows], minlength=len(table)) == 0
     rows_of_part = np.where(id_row >= 0, blocks.rows[id_row], 0)
-    is_bare = (held == 1) & (num_slots > 1) & ~has_no_ids
+    is_row_indexed = (held == 1) & (num_slots > 1) & ~has_no_ids
     is_shared = np.isin(table, table[is_shared])  # the missing block of one part may have the name of another part
-    doubtful = has_no_ids | is_bare | ((held < num_slots) & (rows_of_part > 0))
+    doubtful = has_no_ids | is_row_indexed | ((held < num_slots) & (rows_of_part > 0))
     for part in np.flatnonzero(doubtful & ~is_shared).tolist():
         its_rows = rows[number == part]
         file = blocks.file_of(int(its_rows[0]))

@@ -20,11 +20,11 @@ from dist_export.verify.combine import conclude
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
 from dist_export.verify.finite import Odd, add_odd, cut_values, scan_share
 from dist_export.verify.ids import (
+    Duplicates,
     IdCounts,
-    Repeats,
     UniqueTask,
     add_counts,
-    add_repeats,
+    add_duplicates,
     count_share,
     cut_ids,
     plan_unique,
@@ -92,20 +92,20 @@ def verify(
     tasks = [] if counts.errors else plan_unique(work, is_proven, held_ids=bounds.held_ids)
     dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
 
-    def look(share: list[UniqueTask]) -> list[Repeats]:
+    def look(share: list[UniqueTask]) -> list[Duplicates]:
         try:
             return search(directory, work, share, held_ids=bounds.held_ids)
         except (EndedError, OSError) as error:  # the same files were readable before, so they changed
             raise UserError(f"{survey.directory.url}: {CHANGED} ({reason_of(error)}); run verify again") from error
 
     searched = ranks.all_gather("search for ids that stand twice", lambda: run_threads(look, dealt))
-    repeats = [repeat for repeat in counts.repeats if is_proven[repeat.table]]
-    repeats = add_repeats(repeats + [repeat for by_thread in searched for its in by_thread for repeat in its])
+    duplicates = [repeat for repeat in counts.duplicates if is_proven[repeat.table]]
+    duplicates = add_duplicates(duplicates + [repeat for by_thread in searched for its in by_thread for repeat in its])
 
     def finish() -> Report:
         if survey.manifest is not None:
             compare_digests(work, [chunk for chunks, _, _ in found for chunk in chunks], survey.report)
-        conclude(survey, counts, repeats, add_odd([odd for _, _, odd in found]))
+        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd in found]))
         survey.refuse_replaced()
         return survey.report
 

@@ -65,7 +65,7 @@ def _receipt_name(shard: str) -> str:
     return f"{WORK_DIRECTORY}/{shard}.json"
 
 
-def list_attempt(target: Directory) -> list[str]:
+def list_working_state(target: Directory) -> list[str]:
     """Return the files that an uncommitted export left in ``target``: shards, partial ones, small files, the record of uploads.
 
     For an export to S3 that record is the only trace until its first shard is finished, because parts are no objects.
@@ -78,9 +78,9 @@ def list_attempt(target: Directory) -> list[str]:
     return sorted({*left, *(name for name in _read_small_files(target) if target.exists(name))})
 
 
-def remove_attempt(target: Directory) -> None:
+def remove_working_state(target: Directory) -> None:
     """Remove the files that an uncommitted export left, so that none of them is reused."""
-    for name in list_attempt(target):
+    for name in list_working_state(target):
         target.remove(name)
     for shard in _list_receipted(target):
         target.remove(_receipt_name(shard))
@@ -125,7 +125,7 @@ def _receipted(work: list[str]) -> list[str]:
     return [shard for shard in shards if is_plain_name(shard)]
 
 
-def list_strangers(target: Directory, named: set[str]) -> list[str]:
+def list_foreign_files(target: Directory, named: set[str]) -> list[str]:
     """Return the foreign files in ``target``: those of neither the package nor an unfinished export. They are kept.
 
     Directories have a slash at the end: an export into the parent of other exports is most likely a mistake.

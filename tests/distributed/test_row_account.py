@@ -14,7 +14,7 @@ from row_model import truth_of_model
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.transfer import duplicates
 from dist_export.verify.verify import verify
 
@@ -136,7 +136,7 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(
 
 
 def refuse(rank: int, sources: str, out: str, room: int) -> str:
-    Limits.dropped_rows = room  # type: ignore[assignment,method-assign]
+    MemoryBudget.dropped_rows = room  # type: ignore[assignment,method-assign]
     try:
         dist_export.export(settings(sources, out, "made", "first", 2))
     except DistExportError as error:
@@ -157,8 +157,8 @@ def drop_other_rows(rank: int, sources: str, out: str) -> str:
     if rank == 1:
         import dist_export.pipeline.planning as planning
 
-        original = planning.drop_repeats
-        planning.drop_repeats = lambda checkpoint, found, keep: original(checkpoint, found, keep="last")
+        original = planning.drop_duplicates
+        planning.drop_duplicates = lambda checkpoint, found, keep: original(checkpoint, found, keep="last")
     try:
         dist_export.export(settings(sources, out, "made", "first", 1))
     except DistExportError as error:

@@ -39,13 +39,13 @@ from dist_export.inspect.describe import describe, render
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.plan import memory_budget
 from dist_export.plan.casts import cast_slots
-from dist_export.plan.census import count_numbered_rows
+from dist_export.plan.census import count_row_indexed_rows
 from dist_export.plan.selection import select
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner
-from dist_export.transfer.casting import convert
+from dist_export.transfer.casting import cast_blocks
 from dist_export.verify.verify import verify
 
 DTYPES = ("float16", "bfloat16", "int8")
@@ -398,9 +398,9 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
 
     def recorded(*args: Any, **more: Any) -> Any:
         calls.append(args)
-        return convert(*args, **more)
+        return cast_blocks(*args, **more)
 
-    monkeypatch.setattr(unit_runner, "convert", recorded)
+    monkeypatch.setattr(unit_runner, "cast_blocks", recorded)
     again = export(tmp_path / "in", tmp_path / "out", **asked)
     assert bool(calls) == bool(lost or kept != "all")
     assert again.run["reused_shards"] == 2 - len(lost)
@@ -532,7 +532,7 @@ def test_tables_whose_rows_go_by_number(num_shards: int, dtype: str, is_in_strip
     if dtype != "source":
         selection = cast_slots(checkpoint, selection, (("t", dtype),))
     targets = plan_targets(checkpoint, num_shards)
-    census = count_numbered_rows(checkpoint, targets)
+    census = count_row_indexed_rows(checkpoint, targets)
     made = plan_shards(checkpoint, selection, targets, census, num_shards=num_shards)
     files = run(made, tmp_path / "out", world_size=2, seed=1)
     written = b"".join(files[file.name][len(file.header) :] for file in made.files)

@@ -11,7 +11,7 @@ from dist_export.ids import columns as id_columns
 from dist_export.ids import duplicates
 from dist_export.ids.duplicates import HeldIds
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.range_reader import RangeReader
 from dist_export.transfer.id_scan import check_unique, take_census
@@ -160,7 +160,7 @@ def set_budget(monkeypatch, budget):
     if budget == "runs":  # every part comes in several runs and is held until the last
         shrink(monkeypatch, granule=20)
     elif budget is not None:
-        monkeypatch.setattr(Limits, "held_ids", budget)
+        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
         monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
         monkeypatch.setattr(duplicates, "_DIRECT_IDS", budget // 4)
         monkeypatch.setattr(duplicates, "_BUCKET_IDS", max(1, budget // 8))
@@ -170,8 +170,8 @@ def set_budget(monkeypatch, budget):
 def test_large_tables_are_searched_in_buckets_that_keep_to_the_budget(tmp_path, monkeypatch, budget):
     set_budget(monkeypatch, budget)
     sizes = []
-    original = HeldIds.has_repeats
-    monkeypatch.setattr(HeldIds, "has_repeats", lambda held: (sizes.append(held._count), original(held))[1])
+    original = HeldIds.has_duplicates
+    monkeypatch.setattr(HeldIds, "has_duplicates", lambda held: (sizes.append(held._count), original(held))[1])
     ids, rows = make_rows(400)
     full = (0, 65536, 65536)
     parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, full) for i in range(2)]

@@ -10,7 +10,7 @@ import pytest
 from dist_export import redact
 from dist_export.config.loader import load_config
 from dist_export.errors import ConfigError
-from dist_export.redact import conceal, note_secrets
+from dist_export.redact import note_secrets, redact_text
 from dist_export.storage.urls import open_directory
 
 
@@ -31,7 +31,7 @@ def forget(monkeypatch) -> None:
 )
 def test_values_under_telling_keys(options: dict) -> None:
     note_secrets(options)
-    assert conceal("it says hush-hush twice: hush-hush") == "it says *** twice: ***"
+    assert redact_text("it says hush-hush twice: hush-hush") == "it says *** twice: ***"
     assert str(ConfigError("hush-hush")) == "***"
 
 
@@ -39,7 +39,7 @@ def test_other_values_stay() -> None:
     note_secrets(
         {"anon": True, "endpoint_url": "http://here:9000", "key": "short", "client_kwargs": {"region": "north-1"}}
     )
-    assert conceal("http://here:9000 short north-1") == "http://here:9000 short north-1"
+    assert redact_text("http://here:9000 short north-1") == "http://here:9000 short north-1"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_other_values_stay() -> None:
     ],
 )
 def test_urls(url: str, shown: str) -> None:
-    assert conceal(f"{url} is not there") == f"{shown} is not there"
+    assert redact_text(f"{url} is not there") == f"{shown} is not there"
 
 
 def test_a_directory_is_opened_as_given_and_shown_without() -> None:
@@ -75,7 +75,7 @@ def test_a_directory_is_opened_as_given_and_shown_without() -> None:
 )
 def test_a_password_of_a_url_is_known_without_its_scheme(url: str, repeated: str, shown: str) -> None:
     """As libraries repeat it, once a directory was opened, or in the very message that has the URL."""
-    assert conceal(f"{repeated} of {url}").startswith(f"{shown} of memory://***@x/y")
+    assert redact_text(f"{repeated} of {url}").startswith(f"{shown} of memory://***@x/y")
     open_directory(url)
     assert str(ConfigError(repeated)) == shown
 

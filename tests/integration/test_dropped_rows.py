@@ -27,7 +27,7 @@ from dist_export.ids import columns
 from dist_export.pipeline.dry_run import render_report
 from dist_export.plan import memory_budget as plan_limits
 from dist_export.plan.dropped_rows import DroppedRows
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import duplicates
 from dist_export.verify.verify import verify
@@ -104,7 +104,7 @@ def test_neither_threads_nor_memory_nor_pieces_decide_which_row_stays(
     if budget == "runs":
         shrink(monkeypatch, granule=5)
     elif budget is not None:
-        monkeypatch.setattr(Limits, "held_ids", budget)
+        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
         monkeypatch.setattr(columns, "RUN_ROWS", 32)
     export(tmp_path / "in", tmp_path / "cut", on_duplicate=keep, num_shards=2, threads=threads)
     assert content(tmp_path / "cut") == whole
@@ -251,7 +251,7 @@ def test_sound_tables_pass_where_misplaced_rows_are_an_error(tmp_path):
 @pytest.mark.parametrize(("room", "said"), [(0, "more than 0"), (9, "10"), (3, "10|more than 3"), (10, None)])
 def test_more_dropped_rows_than_memory_has_room_for_are_refused(tmp_path, monkeypatch, tables, room, said):
     write_checkpoint(tmp_path / "in", tables)
-    monkeypatch.setattr(Limits, "dropped_rows", room)
+    monkeypatch.setattr(MemoryBudget, "dropped_rows", room)
     if said is None:
         assert export(tmp_path / "in", tmp_path / "out", on_duplicate="first").tables[0].duplicates == 10
         return
@@ -261,7 +261,7 @@ def test_more_dropped_rows_than_memory_has_room_for_are_refused(tmp_path, monkey
 
 
 def test_one_id_that_stands_everywhere_is_refused_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(Limits, "dropped_rows", 20)
+    monkeypatch.setattr(MemoryBudget, "dropped_rows", 20)
     monkeypatch.setattr(columns, "RUN_ROWS", 16)
     parts = [PartSpec(np.zeros(200, np.int64), {"embedding": np.zeros((200, 1))}, (0, 8, 8))]
     write_checkpoint(tmp_path / "in", {"t": parts})
@@ -274,7 +274,7 @@ def test_one_id_that_stands_everywhere_is_refused_while_it_is_read(tmp_path, mon
 
 
 def test_the_bound_is_a_share_of_max_memory():
-    assert Limits(512 << 20, 4).dropped_rows == (512 << 20) // plan_limits.DROPPED_ROW_BYTES == 1 << 20
+    assert MemoryBudget(512 << 20, 4).dropped_rows == (512 << 20) // plan_limits.DROPPED_ROW_BYTES == 1 << 20
 
 
 # ---- the account, and that it can fail -------------------------------------------------------------------------------

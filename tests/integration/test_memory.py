@@ -75,14 +75,14 @@ def checkpoint(tmp_path_factory):
 def test_a_part_larger_than_the_budget_keeps_to_it(tmp_path, checkpoint, settings):
     common = {"filter_sparse_opt": True, "max_memory": BUDGET, "threads": 1, **settings}
     warm = {"ckpt_dir": str(checkpoint / "small"), "export_dir": str(tmp_path / "warm"), **common}
-    has_repeats = "on_duplicate" in settings
+    has_duplicates = "on_duplicate" in settings
     large = {
-        "ckpt_dir": str(checkpoint / ("repeats" if has_repeats else "in")),
+        "ckpt_dir": str(checkpoint / ("repeats" if has_duplicates else "in")),
         "export_dir": str(tmp_path / "out"),
         **common,
     }
     found = measure(warm, large)
-    assert found["rows"] == NUM_ROWS - (NUM_REPEATS if has_repeats else 0)
+    assert found["rows"] == NUM_ROWS - (NUM_REPEATS if has_duplicates else 0)
     assert found["peak"] < BUDGET, f"{found['peak'] / (1 << 20):.0f} MiB"
 
 

@@ -111,7 +111,7 @@ def check(entries):
     header = decode_header(raw, path="f", file_size=8 + len(raw) + 32)
     is_bare = np.array([key.startswith("d.") for key in header.keys])  # what index calls "d.embedding/part_9^ "
     names = tuple(f"{key}^ " if bare else key for key, bare in zip(header.keys, is_bare, strict=True))
-    columns = to_columns(header, file=0, place=np.arange(len(names)), is_bare=is_bare)
+    columns = to_columns(header, file=0, place=np.arange(len(names)), is_row_indexed=is_bare)
     places = {name: place for place, name in enumerate(names)}
     for indent in (None, 4):  # as RecIS writes it, and in a spelling that is looked at entry by entry
         raw = json.dumps(entries, indent=indent).encode()

@@ -99,6 +99,6 @@ def test_an_error_of_the_disk_after_the_commit_says_that_the_package_is_there(tm
     def fail(*_, **__):
         raise OSError(28, os.strerror(28), "somewhere")
 
-    monkeypatch.setattr(steps, "commit_places", fail)
+    monkeypatch.setattr(steps, "commit_paths", fail)
     with pytest.raises(ExportError, match=rf"somewhere: No space left.*{tmp_path / 'out'} holds the committed package"):
         export(tmp_path / "ckpt", tmp_path / "out")

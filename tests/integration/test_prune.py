@@ -26,7 +26,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
 from dist_export.manifest import compute_digest
 from dist_export.pipeline import planning as source_room
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.transfer import prune_filter as pruning_room
 from dist_export.transfer.prune_filter import PruneReader, find_pruned
 from dist_export.verify.verify import verify
@@ -243,7 +243,7 @@ def test_neither_threads_nor_memory_nor_pieces_change_what_goes(tmp_path, monkey
         shrink(monkeypatch, granule=5)
         monkeypatch.setattr(pruning_room, "_PIECE_BYTES", 17)
     elif budget is not None:
-        monkeypatch.setattr(Limits, "held_ids", budget)
+        monkeypatch.setattr(MemoryBudget, "held_ids", budget)
     cut = export(tmp_path / "in", tmp_path / "cut", prune=rules, num_shards=2, threads=threads)
     assert content(tmp_path / "whole") == content(tmp_path / "cut")
     assert whole.tables == cut.tables
@@ -318,7 +318,7 @@ def test_lists_may_take_a_quarter_of_the_memory_together(tmp_path, tables, monke
     plan(tmp_path / "in", prune=rules[:2], **settings)
     with pytest.raises(PlanError, match=r"prune\[2\].deny: .*b.npy holds 1,228,800 ids.*room for 868,352"):
         plan(tmp_path / "in", prune=rules, **settings)
-    limits = plan(tmp_path / "in", prune=rules[:2], **settings).limits
+    limits = plan(tmp_path / "in", prune=rules[:2], **settings).budget
     assert limits.max_memory <= (64 << 20) - 1200 * 1024 * 8, "what lists take is not there for other things"
 
 

@@ -109,9 +109,9 @@ def forget_rules(patch) -> None:
 
 
 def break_order(patch) -> None:
-    real = dropped_rows.drop_repeats
+    real = dropped_rows.drop_duplicates
     swapped = {"first": "last", "last": "first"}
-    patch.setattr(planning, "drop_repeats", lambda *args, keep: real(*args, keep=swapped[keep]))
+    patch.setattr(planning, "drop_duplicates", lambda *args, keep: real(*args, keep=swapped[keep]))
 
 
 def widen_lookups(patch) -> None:

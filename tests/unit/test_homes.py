@@ -13,8 +13,8 @@ from sparse_cases import plan, run, shrink
 from test_queues import ranks_of
 
 from dist_export.errors import TransferError
-from dist_export.plan.disk_placement import find_homes
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.disk_placement import find_placements
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
 from dist_export.plan.work_units import Unit, plan_units
 from dist_export.storage.range_reader import OpenReaders
@@ -37,8 +37,8 @@ def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SparsePlan:
 def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, disk_of_rank: list[int]) -> None:
     """By ranks of that disk alone; the bytes are those of an export with one disk."""
     expected = run(split, tmp_path / "one")
-    homes = find_homes(split, range(len(split.files)), disk_of_rank)
-    writing, hashing = plan_units(split, homes=homes)
+    homes = find_placements(split, range(len(split.files)), disk_of_rank)
+    writing, hashing = plan_units(split, placements=homes)
     assert all(unit.disk == homes[unit.number] for unit in (*writing, *hashing) if unit.number >= 0)
     assert sum(unit.num_bytes for unit in writing) == split.num_bytes, "what two disks read is written once"
     for disk in sorted(set(disk_of_rank)):
@@ -52,7 +52,7 @@ def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, dis
         outputs = StagedFiles(split, staging)
         elsewhere = homes.keys() - here
         runner = UnitRunner(
-            split, outputs, OpenReaders(lambda _: None), limits=Limits(64 << 20, 1), digest="none", skip=elsewhere  # type: ignore[arg-type,return-value]
+            split, outputs, OpenReaders(lambda _: None), budget=MemoryBudget(64 << 20, 1), digest="none", skip=elsewhere  # type: ignore[arg-type,return-value]
         )  # fmt: skip
         for unit in writing:
             if unit.disk == disk:
@@ -66,11 +66,11 @@ def test_each_disk_builds_its_files_whole(split: SparsePlan, tmp_path: Path, dis
 
 def test_disks_get_files_by_their_ranks_and_in_runs(split: SparsePlan) -> None:
     """So that few gathers are run at two of them."""
-    homes = find_homes(split, range(8), [0, 1, 1, 1])
+    homes = find_placements(split, range(8), [0, 1, 1, 1])
     assert list(homes.values()) == [0, 0, 1, 1, 1, 1, 1, 1]
-    homes = find_homes(split, range(8), [0, 0, 1, 1])
+    homes = find_placements(split, range(8), [0, 0, 1, 1])
     assert list(homes.values()) == [0, 0, 0, 0, 1, 1, 1, 1]
-    gathers = [unit for unit in plan_units(split, homes=homes)[0] if unit.kind == "gather"]
+    gathers = [unit for unit in plan_units(split, placements=homes)[0] if unit.kind == "gather"]
     run_at = [{g for unit in gathers if unit.disk == disk for g in range(unit.begin, unit.end)} for disk in (0, 1)]
     assert run_at[0] | run_at[1] == set(range(len(split.gathers)))
     parts = {split.gathers[number].part for number in run_at[0] & run_at[1]}
@@ -80,9 +80,9 @@ def test_disks_get_files_by_their_ranks_and_in_runs(split: SparsePlan) -> None:
 
 
 def test_files_that_are_there_are_nobodys(split: SparsePlan) -> None:
-    homes = find_homes(split, [0, 7], [0, 1])
+    homes = find_placements(split, [0, 7], [0, 1])
     assert homes == {0: 0, 7: 1}
-    units = plan_units(split, skip=frozenset(range(1, 7)), homes=homes)[0]
+    units = plan_units(split, skip=frozenset(range(1, 7)), placements=homes)[0]
     gathers = [unit for unit in units if unit.kind == "gather"]
     assert gathers
     assert {unit.disk for unit in gathers} == {0, 1}
@@ -94,9 +94,9 @@ def test_rows_in_memory_are_built_at_their_owner(split: SparsePlan, monkeypatch:
     """What ranks of several machines hold cannot be put together on one disk."""
     owner = np.arange(len(split.checkpoint.files)) % 3
     object.__setattr__(split.checkpoint, "memory", SimpleNamespace(owner=owner))
-    assert set(find_homes(split, range(8), [0, 0, 0, 1]).values()) == {0}
+    assert set(find_placements(split, range(8), [0, 0, 0, 1]).values()) == {0}
     with pytest.raises(TransferError, match=r"memory of ranks on several machines.*TMPDIR"):
-        find_homes(split, range(8), [0, 1, 1])
+        find_placements(split, range(8), [0, 1, 1])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

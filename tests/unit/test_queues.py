@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_export.errors import PlanError
-from dist_export.plan.memory_budget import Limits
+from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.work_units import Unit, assign
 from dist_export.runtime.joining import join
 from dist_export.runtime.ranks import Ranks
@@ -95,9 +95,9 @@ def test_one_process_takes_all():
 
 
 def test_limits_share_the_memory_over_the_threads():
-    one, four = Limits(512 << 20, 1), Limits(512 << 20, 4)
+    one, four = MemoryBudget(512 << 20, 1), MemoryBudget(512 << 20, 4)
     assert one.held_ids == 4 * four.held_ids == 32 << 20
-    for limits in (one, four, Limits(64 << 20, 8)):
+    for limits in (one, four, MemoryBudget(64 << 20, 8)):
         for row_bytes in (1, 4, 32, 256, 4096, 1 << 30):
             for num_targets in (1, 8, 1024, 65536):
                 rows = limits.gather_rows(row_bytes, num_targets)
@@ -106,4 +106,4 @@ def test_limits_share_the_memory_over_the_threads():
                     assert rows * (2 * row_bytes + 24) <= limits.max_memory / limits.threads / 2
     assert one.gather_rows(256, 64) > one.gather_rows(256, 2), "chunks grow with the number of targets"
     with pytest.raises(PlanError, match=r"max_memory leaves 4 MiB to each of 16 threads, which need 8 MiB"):
-        Limits(64 << 20, 16)
+        MemoryBudget(64 << 20, 16)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from dist_export.ids import duplicates
-from dist_export.ids.duplicates import HeldIds, has_repeats
+from dist_export.ids.duplicates import HeldIds, has_duplicates
 
 PROPERTY = examples(150)
 
@@ -33,7 +33,7 @@ def sweep_small_inputs(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 64, 1000, 5000])
 def test_unique_ids_have_no_repeats(kind, count):
-    assert not has_repeats(KINDS[kind](count))
+    assert not has_duplicates(KINDS[kind](count))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,32 +45,32 @@ def test_one_repeat_anywhere_is_found(kind, count):
         first, second = random.choice(count, 2, replace=False)
         twice = ids.copy()
         twice[second] = twice[first]
-        assert has_repeats(twice)
+        assert has_duplicates(twice)
 
 
 @PROPERTY
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-4, 4)), max_size=30))
 def test_groups_are_searched_apart(pairs):
     groups, ids = (np.array([pair[i] for pair in pairs], np.int64) for i in (0, 1))
-    assert has_repeats(ids, groups) == (len(set(pairs)) < len(pairs))
-    assert has_repeats(ids) == (len(set(ids.tolist())) < len(ids))
+    assert has_duplicates(ids, groups) == (len(set(pairs)) < len(pairs))
+    assert has_duplicates(ids) == (len(set(ids.tolist())) < len(ids))
 
 
 def test_many_small_tables_with_the_same_ids_do_not_meet():
     ids = np.tile(np.arange(50, dtype=np.int64), 200)
     groups = np.repeat(np.arange(200), 50)
-    assert not has_repeats(ids, groups)
+    assert not has_duplicates(ids, groups)
     ids[-1] = ids[-2]
-    assert has_repeats(ids, groups)
+    assert has_duplicates(ids, groups)
 
 
 def test_ids_crafted_to_share_every_hash_are_sorted(monkeypatch):
     monkeypatch.setattr(duplicates, "_MULTIPLIERS", (np.uint64(0),) * 6)  # all ids have one hash
     ids = unique_ids(3000)
-    assert not has_repeats(ids)
+    assert not has_duplicates(ids)
     ids[17] = ids[2999]
-    assert has_repeats(ids)
-    assert has_repeats(ids, np.zeros(3000, np.int64))
+    assert has_duplicates(ids)
+    assert has_duplicates(ids, np.zeros(3000, np.int64))
 
 
 @pytest.mark.parametrize("run", [1, 7, 100, 1000])
@@ -84,12 +84,12 @@ def test_held_ids_are_searched_whatever_runs_they_came_in(monkeypatch, direct, r
             ids[650] = ids[3]
         held = HeldIds(len(ids))
         assert all(held.add(ids[first : first + run]) for first in range(0, len(ids), run))
-        assert held.has_repeats() == twice
+        assert held.has_duplicates() == twice
         assert not held.add(ids[:1]), "there is no room left"
         assert held.sorted_ids().tolist() == sorted(ids.tolist())
 
 
 def test_nothing_held_has_no_repeats(monkeypatch):
     monkeypatch.setattr(duplicates, "_DIRECT_IDS", 10)
-    assert not HeldIds(100).has_repeats()
-    assert not HeldIds(0).has_repeats()
+    assert not HeldIds(100).has_duplicates()
+    assert not HeldIds(0).has_duplicates()

@@ -54,10 +54,10 @@ def test_helpers_look_at_few_queues_of_many(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_places_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_stealing, "IN_SIGHT", 4)
-    (everything,) = work_stealing._places_to_look_at(2, 4)
+    (everything,) = work_stealing._rows_to_check(2, 4)
     assert everything.tolist() == [0, 1, 2, 3]
-    looks = list(work_stealing._places_to_look_at(9, 11))
+    looks = list(work_stealing._rows_to_check(9, 11))
     assert [look.tolist() for look in looks] == [[9, 10, 0, 1], [2, 3, 4, 5]]
-    assert [len(look) for look in work_stealing._places_to_look_at(0, 5)] == [4, 1]
-    seen = np.concatenate([np.concatenate(list(work_stealing._places_to_look_at(worker, 50))) for worker in range(50)])
+    assert [len(look) for look in work_stealing._rows_to_check(0, 5)] == [4, 1]
+    seen = np.concatenate([np.concatenate(list(work_stealing._rows_to_check(worker, 50))) for worker in range(50)])
     assert set(np.bincount(seen)) == {8}, "every queue is in sight of as many helpers"

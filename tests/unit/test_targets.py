@@ -6,7 +6,7 @@ from recis_writer import PartSpec, make_tables, write_checkpoint
 from sparse_cases import open_source
 
 from dist_export.errors import PlanError
-from dist_export.formats.recis import Slice, places_of
+from dist_export.formats.recis import Slice, hash_slots
 from dist_export.plan.target_slices import plan_targets, resolve_num_shards
 
 
@@ -38,7 +38,7 @@ def test_every_id_has_the_owner_of_recis_rule(tmp_path, size, num_shards):
     assert targets.slices[-1].end == size
     assert all(left.end == right.begin for left, right in zip(targets.slices, targets.slices[1:], strict=False))
     ids = np.concatenate([IDS, np.random.default_rng(0).integers(-(1 << 63), (1 << 63) - 1, 500, np.int64)])
-    assert targets.owners_of(places_of(ids, targets.size), own=None).tolist() == owners_by_hand(targets, ids)
+    assert targets.owners_of(hash_slots(ids, targets.size), own=None).tolist() == owners_by_hand(targets, ids)
 
 
 def test_the_number_of_shards(tmp_path):
@@ -71,14 +71,14 @@ def test_source_takes_each_distinct_slice_and_fills_gaps(tmp_path, source, expec
     (targets,) = plan_targets(checkpoint_with(tmp_path, source), None)
     assert targets.slices == tuple(Slice(begin, end, 7) for begin, end in expected)
     ids = np.arange(-30, 30)
-    assert targets.owners_of(places_of(ids, targets.size), own=None).tolist() == owners_by_hand(targets, ids)
+    assert targets.owners_of(hash_slots(ids, targets.size), own=None).tolist() == owners_by_hand(targets, ids)
 
 
 def test_with_overlapping_slices_a_row_stays_where_it_is(tmp_path):
     (targets,) = plan_targets(checkpoint_with(tmp_path, [(0, 7, 7), (5, 7, 7)]), None)
     ids = np.arange(7)
-    assert targets.owners_of(places_of(ids, targets.size), own=None).tolist() == [0] * 7
-    assert targets.owners_of(places_of(ids, targets.size), own=1).tolist() == [0] * 5 + [1, 1]
+    assert targets.owners_of(hash_slots(ids, targets.size), own=None).tolist() == [0] * 7
+    assert targets.owners_of(hash_slots(ids, targets.size), own=1).tolist() == [0] * 5 + [1, 1]
     assert targets.index_of(Slice(5, 7, 7)) == 1
     assert targets.index_of(Slice(5, 6, 7)) is None
 

@@ -24,13 +24,13 @@ def find_leaves(
     metadata: DcpMetadata, folder: str, tensors: dict[str, TensorMeta]
 ) -> Iterator[tuple[tuple[Any, ...], Leaf]]:
     """Return (path of a module's extra state, leaf) for each part of one, in the order that they were saved."""
-    places = {name: chunk._replace(file=folder + chunk.file) for name, chunk in metadata.objects.items()}
+    positions = {name: chunk._replace(file=folder + chunk.file) for name, chunk in metadata.objects.items()}
     for name in dict.fromkeys([*metadata.paths, *metadata.tensors, *metadata.objects]):
-        if name not in tensors and name not in places:
+        if name not in tensors and name not in positions:
             continue
         path = metadata.paths.get(name)
         steps = tuple(name.split(".")) if path is None else path
         if depth := find_extra_state(steps):
             is_cut = path is None and depth < len(steps)
             within = steps[:depth] if path is not None else (".".join(steps[:depth]),)
-            yield within, Leaf(None if is_cut else steps[depth:], name, tensors.get(name) or places[name])
+            yield within, Leaf(None if is_cut else steps[depth:], name, tensors.get(name) or positions[name])

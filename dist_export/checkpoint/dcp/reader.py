@@ -19,7 +19,7 @@ from dist_export.checkpoint.dcp.classify import DcpSlot, DcpTable
 from dist_export.checkpoint.dcp.metadata import Chunk, TensorMeta
 from dist_export.checkpoint.dcp.placeholders import read_beside
 from dist_export.checkpoint.dcp.tables import ChunkFinder, DcpCheckpoint
-from dist_export.checkpoint.indexed_tables import TensorTable, build_numbered
+from dist_export.checkpoint.indexed_tables import TensorTable, build_row_indexed
 from dist_export.checkpoint.managed_collisions import attach_collisions, find_collisions, note_collisions, read_state
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.checkpoint.payload import STATE, Payload, other_tensor
@@ -99,16 +99,16 @@ class DcpReader:
 
     def read_headers(self, files: range) -> ItemShare:
         """Find the items of tables and of slots that fit their table, in these files. Reads no payload."""
-        places = [self._number_of[chunk.file] for _, chunk in self._items]
-        mine = [number for number, file in enumerate(places) if file in files]
-        mine.sort(key=lambda number: (places[number], self._items[number][1].begin))
+        positions = [self._number_of[chunk.file] for _, chunk in self._items]
+        mine = [number for number, file in enumerate(positions) if file in files]
+        mine.sort(key=lambda number: (positions[number], self._items[number][1].begin))
         items = np.zeros((4, len(mine)), np.int64)
         finder = ChunkFinder(self.directory)
         with OpenReaders(lambda number: self.directory.open_reader(self.files[number].name)) as readers:
             for column, number in enumerate(mine):
                 tensor, chunk = self._items[number]
                 try:
-                    reader = readers[places[number]]
+                    reader = readers[positions[number]]
                 except OSError as error:
                     where = self.directory.describe(chunk.file)
                     raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from None
@@ -144,7 +144,7 @@ class DcpReader:
             )
             for table in self._found.tables
         ]
-        tables, parts, blocks, strips, made = build_numbered(named, where=self.directory.url)
+        tables, parts, blocks, strips, made = build_row_indexed(named, where=self.directory.url)
         return Checkpoint(
             format="dcp",
             directory=self.directory,

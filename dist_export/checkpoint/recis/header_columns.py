@@ -17,7 +17,7 @@ class HeaderColumns:
 
     place: np.ndarray
     """int32: the block's name, as its place among the names that every rank has read from the checkpoint's index."""
-    is_bare: np.ndarray
+    is_row_indexed: np.ndarray
     """bool: the header has the name without the suffix of dense tensors that the index gives it."""
     file: np.ndarray
     """int32: number of the file."""
@@ -45,11 +45,13 @@ class HeaderColumns:
         return (rows, *self.inner_shapes[self.inner[row]]) if rows >= 0 else ()
 
 
-def to_columns(header: Header, *, file: int, place: np.ndarray, is_bare: np.ndarray | None = None) -> HeaderColumns:
+def to_columns(
+    header: Header, *, file: int, place: np.ndarray, is_row_indexed: np.ndarray | None = None
+) -> HeaderColumns:
     """Return the columns of one header, with ``place`` (int32) of each of its keys."""
     return HeaderColumns(
         place=place,
-        is_bare=np.zeros(len(place), bool) if is_bare is None else is_bare,
+        is_row_indexed=np.zeros(len(place), bool) if is_row_indexed is None else is_row_indexed,
         file=np.full(len(place), file, np.int32),
         dtype=header.dtypes,
         rows=header.rows,
@@ -77,7 +79,7 @@ def join_columns(shares: Sequence[HeaderColumns]) -> HeaderColumns:
 
     return HeaderColumns(
         place=column("place", np.int32),
-        is_bare=column("is_bare", bool),
+        is_row_indexed=column("is_row_indexed", bool),
         file=column("file", np.int32),
         dtype=column("dtype", np.int8),
         rows=column("rows", np.int64),

@@ -21,7 +21,7 @@ class MatchedBlocks:
 
     sparse: SparseBlocks
     dense: tuple[DenseTensor, ...]
-    bare: tuple[str, ...]
+    row_indexed: tuple[str, ...]
     """Names of dense tensors that were saved without the suffix, under which RecIS cannot find them again."""
 
 
@@ -44,7 +44,7 @@ class _Matching:
         self._where = where
         self._tensorkey = tensorkey
         self._dense: dict[str, DenseTensor] = {}
-        self._bare: list[str] = []
+        self._row_indexed: list[str] = []
 
     def match(self) -> MatchedBlocks:
         headers, index = self._headers, self._index
@@ -52,7 +52,7 @@ class _Matching:
         stems: Numbering[str] = Numbering(zip(index.stems, range(len(index.stems)), strict=True))
         texts: Numbering[str] = Numbering(zip(index.slices, range(len(index.slices)), strict=True))
         stem, part = index.stem[headers.place], index.slice[headers.place]
-        stem[headers.is_bare] = -1  # tensorkey.json goes by the name in the header, which is another one
+        stem[headers.is_row_indexed] = -1  # tensorkey.json goes by the name in the header, which is another one
         for row in np.flatnonzero(stem < 0).tolist():
             internal = self._name_by_hand(row)
             if internal is not None:
@@ -75,7 +75,7 @@ class _Matching:
                 slices=tuple(parse_slice(text) or Slice(0, 0, 1) for text in texts),
             ),
             dense=tuple(self._dense.values()),
-            bare=tuple(self._bare),
+            row_indexed=tuple(self._row_indexed),
         )
 
     def _check_nothing_is_missing(self) -> None:
@@ -89,17 +89,17 @@ class _Matching:
             )
         for place in np.flatnonzero(times == 0).tolist():
             key = index.keys[place]
-            bare = index.place_of_key.get(key.removesuffix(DENSE_SUFFIX), place)
-            if not times[bare]:
+            row_indexed = index.place_of_key.get(key.removesuffix(DENSE_SUFFIX), place)
+            if not times[row_indexed]:
                 raise CheckpointError(
                     f"{self._where[index.file[place]]} should hold {key!r} by {INDEX}, but does not"
                     ". Copy the checkpoint again, or take an earlier one"
                 )
         is_held = np.zeros(len(index.keys), bool)
-        is_held[headers.place[~headers.is_bare]] = True
-        bare_keys = {self._key(row) for row in np.flatnonzero(headers.is_bare).tolist()}
+        is_held[headers.place[~headers.is_row_indexed]] = True
+        row_indexed_keys = {self._key(row) for row in np.flatnonzero(headers.is_row_indexed).tolist()}
         unheld = [index.keys[place] for place in np.flatnonzero((index.stem >= 0) & ~is_held).tolist()]
-        unheld += [key for key in index.strays if key not in bare_keys]
+        unheld += [key for key in index.strays if key not in row_indexed_keys]
         if unheld:
             raise CheckpointError(
                 f"{self._tensorkey} names {unheld[0]!r}, which no file of the checkpoint holds"
@@ -112,16 +112,18 @@ class _Matching:
         key = self._key(row)
         where = self._where[headers.file[row]]
         internal = index.strays.get(key)
-        is_bare = internal is None and not key.endswith(DENSE_SUFFIX) and key + DENSE_SUFFIX in index.place_of_key
-        if internal is None and (is_bare or key.endswith(DENSE_SUFFIX)):
+        is_row_indexed = (
+            internal is None and not key.endswith(DENSE_SUFFIX) and key + DENSE_SUFFIX in index.place_of_key
+        )
+        if internal is None and (is_row_indexed or key.endswith(DENSE_SUFFIX)):
             name = key.removesuffix(DENSE_SUFFIX)
             if name in self._dense:
                 raise CheckpointError(
                     f"{where} holds {key!r}, a second dense tensor of that name"
                     ". Copy the checkpoint again, or take an earlier one"
                 )
-            if is_bare:
-                self._bare.append(key)
+            if is_row_indexed:
+                self._row_indexed.append(key)
             begin, end = int(headers.begin[row]), int(headers.end[row])
             self._dense[name] = DenseTensor(
                 name=name,
@@ -149,13 +151,13 @@ class _Matching:
     def _key(self, row: int) -> str:
         """Return the name of a block in its header."""
         key: str = self._index.keys[self._headers.place[row]]
-        return key.removesuffix(DENSE_SUFFIX) if self._headers.is_bare[row] else key
+        return key.removesuffix(DENSE_SUFFIX) if self._headers.is_row_indexed[row] else key
 
     def _keys(self, rows: np.ndarray) -> np.ndarray:
         """Return the names of blocks in their headers, as an array of objects."""
         by_place = np.empty(len(self._index.keys), object)
         by_place[:] = self._index.keys
         keys: np.ndarray = by_place[self._headers.place[rows]]
-        for number in np.flatnonzero(self._headers.is_bare[rows]).tolist():
+        for number in np.flatnonzero(self._headers.is_row_indexed[rows]).tolist():
             keys[number] = self._key(int(rows[number]))
         return keys

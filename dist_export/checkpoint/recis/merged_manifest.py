@@ -59,11 +59,11 @@ class _Comparison:
         for piece in pieces:
             place = np.fromiter(map(self._place_of_key.get, piece, repeat(-1)), np.int64, len(piece))
             known = place[place >= 0]
-            strangers = [key for key in piece if key not in self._place_of_key] if len(known) < len(piece) else []
-            if is_listed[known].any() or not others.isdisjoint(strangers):
+            foreign = [key for key in piece if key not in self._place_of_key] if len(known) < len(piece) else []
+            if is_listed[known].any() or not others.isdisjoint(foreign):
                 raise KeyTwiceError
             is_listed[known] = True
-            others.update(strangers)
+            others.update(foreign)
             doubtful = self._doubtful(piece, place)
             if doubtful:
                 entries = list(piece.items())
@@ -90,7 +90,7 @@ class _Comparison:
         )
         is_sound = (
             (row >= 0)
-            & ~headers.is_bare[row]
+            & ~headers.is_row_indexed[row]
             & (rows == headers.rows[row])
             & (inner == headers.inner[row])
             & ((code == headers.dtype[row]) | (code == _ANY_DTYPE))
@@ -136,9 +136,9 @@ class _Comparison:
 
     def _find(self, key: str) -> int | None:
         """Return the row of the block with this name in its file."""
-        for name, is_bare in ((key, False), (key + DENSE_SUFFIX, True)):
+        for name, is_row_indexed in ((key, False), (key + DENSE_SUFFIX, True)):
             row = self._row_of_place[self._place_of_key.get(name, -1)]
-            if row >= 0 and self._headers.is_bare[row] == is_bare:
+            if row >= 0 and self._headers.is_row_indexed[row] == is_row_indexed:
                 return int(row)
         return None
 
@@ -147,13 +147,13 @@ class _Comparison:
             place = self._place_of_key.get(key)
             return key in others if place is None else bool(is_listed[place])
 
-        place, is_bare = self._headers.place, self._headers.is_bare
+        place, is_row_indexed = self._headers.place, self._headers.is_row_indexed
         for row in np.flatnonzero(~is_listed[place]).tolist():
             key = self._keys[place[row]]
             # RecIS lists every block of a table whose name holds ".embedding", as torchrec's do; we list its embeddings alone
             if not key.rpartition("/part_")[0].endswith(_EMBEDDING):
                 continue
-            key = key.removesuffix(DENSE_SUFFIX) if is_bare[row] else key
+            key = key.removesuffix(DENSE_SUFFIX) if is_row_indexed[row] else key
             if "^" not in key and not is_named(key) and not is_named(key + DENSE_SUFFIX):
                 raise CheckpointError(
                     f"{self._where} does not name {key!r}, which a file of the checkpoint holds"

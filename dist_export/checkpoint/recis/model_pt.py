@@ -18,7 +18,7 @@ from dist_export.formats.torch_pickle import load_archive
 from dist_export.formats.torch_zip import check_state_archive, is_zip, say_refusal
 from dist_export.storage.directory import Directory
 
-_MAX_REPEATED_BYTES = 1 << 30
+_MAX_EXPANDED_BYTES = 1 << 30
 """An expanded tensor repeats what its storage holds, up to this size; more is no parameter but a trap."""
 
 
@@ -69,7 +69,7 @@ def _load(directory: Directory) -> dict[str, Any]:
             f"{where} holds a {type(state).__name__}, expected a state_dict: names mapped to tensors"
             "; save the state_dict"
         )
-    _refuse_repeated(state, where)
+    _refuse_expanded(state, where)
     return {
         name: UntakenState("it is a nested tensor") if _is_nested(value) else value for name, value in state.items()
     }
@@ -123,13 +123,13 @@ def _check_legacy(file: IO[bytes]) -> None:
         raise PickleError("it is empty")
 
 
-def _refuse_repeated(state: dict[str, Any], where: str) -> None:
+def _refuse_expanded(state: dict[str, Any], where: str) -> None:
     import torch
 
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested:
             num_bytes = value.numel() * value.element_size()
-            if num_bytes > max(value.untyped_storage().nbytes(), _MAX_REPEATED_BYTES):
+            if num_bytes > max(value.untyped_storage().nbytes(), _MAX_EXPANDED_BYTES):
                 raise CheckpointError(
                     f"{where}: {name!r} has shape {list(value.shape)}, {num_bytes:,} bytes, made of "
                     f"{value.untyped_storage().nbytes():,} that are stored; save it again, contiguous"

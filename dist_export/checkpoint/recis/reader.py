@@ -82,7 +82,7 @@ class RecisReader:
         self.files: tuple[SourceFile, ...] = tuple(_stat_files(directory, self._index.files))
         order = np.argsort(self._index.file, kind="stable").astype(np.int32)
         starts = np.searchsorted(self._index.file[order], np.arange(1, len(self.files)))
-        self._places_by_file = np.split(order, starts)
+        self._positions_by_file = np.split(order, starts)
         self._has_merged = MERGED in names
         self._warnings = tuple(_list_bystanders(names, set(self._index.files)))
         if not self._has_merged:
@@ -108,7 +108,7 @@ class RecisReader:
         where = tuple(self.directory.describe(file.name) for file in self.files)
         matched = match_blocks(headers, self._index, where=where, tensorkey=self.directory.describe(TENSORKEY))
         tables, parts, blocks = build_parts(matched.sparse)
-        dense, bare = matched.dense, matched.bare
+        dense, row_indexed = matched.dense, matched.row_indexed
         payload = Payload(
             tensors=len(np.unique(matched.sparse.kind)) + len(dense),
             num_bytes=int((headers.end - headers.begin).sum()),
@@ -134,7 +134,7 @@ class RecisReader:
             fingerprint=self._fingerprint(headers),
             copy_hindrances=(
                 *_list_hindrances(self.files, headers, tables, parts),
-                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in bare),
+                *(f"RecIS cannot read {name!r} under the key that its writer gave it" for name in row_indexed),
             ),
             verbatim=_Unchanged(self.directory, {name: self._raw[name] for name in (INDEX, TENSORKEY)}),
             warnings=(*self._warnings, *_list_lookalikes(tables)),
@@ -170,19 +170,19 @@ class RecisReader:
         """Find each block of a file in ``index``."""
         index = self._index
         # a search among the names of this file alone misses the processor's cache a third as often
-        here = self._places_by_file[number].tolist()
+        here = self._positions_by_file[number].tolist()
         place_here = {index.keys[place]: place for place in here}
         place = np.fromiter(map(place_here.get, header.keys, repeat(-1)), np.int32, len(header.keys))
         if (place >= 0).all():
             return to_columns(header, file=number, place=place)
-        is_bare = np.zeros(len(place), bool)
+        is_row_indexed = np.zeros(len(place), bool)
         where = self.directory.describe(self.files[number].name)
         for row, key in enumerate(header.keys):
             place[row] = index.place_of_key.get(key, -1)
             if place[row] < 0:
                 # RecIS saves a dense tensor with "/part_" in its name under the bare name, and indexes it with the suffix
                 place[row] = index.place_of_key.get(key + DENSE_SUFFIX, -1)
-                is_bare[row] = True
+                is_row_indexed[row] = True
             if place[row] < 0:
                 raise CheckpointError(
                     f"{where} holds {key!r}, which {INDEX} does not name; a loader would lose it"
@@ -194,7 +194,7 @@ class RecisReader:
                     f"{where} holds {key!r}, but {INDEX} says that it is in {self.files[expected].name}"
                     ". Copy the checkpoint again, or take an earlier one"
                 )
-        return to_columns(header, file=number, place=place, is_bare=is_bare)
+        return to_columns(header, file=number, place=place, is_row_indexed=is_row_indexed)
 
     def _fingerprint(self, headers: HeaderColumns) -> str:
         """Return the digest of the files' names, sizes, versions and headers, and of the indexes."""
@@ -206,9 +206,9 @@ class RecisReader:
         for number, file in enumerate(self.files):
             first, last = starts[number], starts[number + 1]
             keys = [self._index.keys[place] for place in headers.place[first:last].tolist()]
-            if headers.is_bare[first:last].any():
-                bare = headers.is_bare[first:last].tolist()
-                keys = [key.removesuffix(DENSE_SUFFIX) if b else key for key, b in zip(keys, bare, strict=True)]
+            if headers.is_row_indexed[first:last].any():
+                row_indexed = headers.is_row_indexed[first:last].tolist()
+                keys = [key.removesuffix(DENSE_SUFFIX) if b else key for key, b in zip(keys, row_indexed, strict=True)]
             hasher.update(msgspec.json.encode([file.name, file.size, file.version, keys]))
             hasher.update(begins[8 * first : 8 * last] + dtypes[first:last])
             columns = zip(headers.rows[first:last].tolist(), headers.inner[first:last].tolist(), strict=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from dist_export.checkpoint.extra_state import UntakenState, find_extra_state
-from dist_export.checkpoint.indexed_tables import build_numbered
+from dist_export.checkpoint.indexed_tables import build_row_indexed
 from dist_export.checkpoint.managed_collisions import attach_collisions, find_collisions, note_collisions, read_state
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.checkpoint.payload import OtherTensor, Payload, count_payload
@@ -69,7 +69,7 @@ def make_checkpoint(
         where=directory.url,
     )
     named = [table._replace(collision=read_state(collisions.get(table.name), tensors)) for table in found.tables]
-    tables, parts, blocks, strips, made = build_numbered(named, where=directory.url)
+    tables, parts, blocks, strips, made = build_row_indexed(named, where=directory.url)
     warnings = [*facts.notes, *found.notes, *note_collisions(collisions)]
     if found.other_state:
         warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")

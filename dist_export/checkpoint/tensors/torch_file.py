@@ -95,8 +95,8 @@ def read_torch_file(reader: RangeReader, size: int, number: int) -> TorchFile:
         piece = Piece((0,) * len(tensor.shape), tensor.shape, number, item.offset, item.strides)
         tensors.append(Located(name, tensor.dtype, piece, path, tensor.reason))
     notes = []
-    if members.numbered:
-        told = ", ".join(path or "the file itself" for path in members.numbered)
+    if members.states_by_number:
+        told = ", ".join(path or "the file itself" for path in members.states_by_number)
         notes.append(f"optimizer state by number ({told}) belongs to no table and is not read")
     of_optimizers, further = _list_of_optimizers(members, where, most)
     odd = (*members.odd, *further)
@@ -145,7 +145,7 @@ def _list_of_optimizers(members: _Members, where: str, most: int) -> tuple[list[
 
     That is state by number, and what is in ``param_groups``.
     """
-    states = {f"{path}.state".lstrip("."): state for path, state in members.numbered.items()}
+    states = {f"{path}.state".lstrip("."): state for path, state in members.states_by_number.items()}
     every = _Members(where, most, is_all=True, storages=members.storages)
     found = [*every.walk(states), *every.walk(members.groups)]
     return [other_tensor(".".join(path), tensor.dtype, tensor.shape, STATE) for path, tensor in found], every.odd
@@ -220,7 +220,7 @@ class _Members:
         self._where = where
         self._left = most
         self._is_all = is_all
-        self.numbered: dict[str, Any] = {}
+        self.states_by_number: dict[str, Any] = {}
         """Path of an optimizer -> its state, where that goes by number."""
         self.groups: dict[str, Any] = {}
         """Path of an optimizer's ``param_groups`` -> these: a learning rate may be a tensor."""
@@ -259,7 +259,7 @@ class _Members:
             if all(isinstance(key, str) for key in value["state"]):
                 yield from self._walk((*path, "state"), value["state"])
             else:
-                self.numbered[".".join(path)] = value["state"]
+                self.states_by_number[".".join(path)] = value["state"]
             yield from self._walk(
                 path, {key: its for key, its in value.items() if key not in ("state", "param_groups")}
             )
