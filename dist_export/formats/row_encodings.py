@@ -135,9 +135,8 @@ def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np
     numbers = np.array(values, np.float64)
     if encoding:
         return RowCast(F64, U8, encoding, len(numbers)).encode(numbers.view(np.uint8).reshape(1, -1)).reshape(-1)
-    if dtype == BF16:  # rounded to nearest, ties to even
-        bits = numbers.astype(np.float32).view(np.uint32)
-        stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    if dtype == BF16:
+        stored = _round_bfloat16(_to_odd(numbers).view("<u4"))
     else:
         stored = numbers.astype(DTYPES[dtype].numpy)
     row: np.ndarray = stored.view(np.uint8)

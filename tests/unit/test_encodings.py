@@ -14,7 +14,19 @@ from hypothesis.extra import numpy as arrays
 from properties import examples
 
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.row_encodings import BF16, F16, F32, F64, INT8_ROWWISE, LARGEST, U8, RowCast, decode_int8
+from dist_export.formats.row_encodings import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INT8_ROWWISE,
+    LARGEST,
+    U8,
+    RowCast,
+    decode_int8,
+    encode_values,
+    widen_bfloat16,
+)
 
 NUMPY = {F64: np.float64, F32: np.float32, F16: np.float16, BF16: np.uint16}
 TORCH = {F64: torch.float64, F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
@@ -258,3 +270,10 @@ def test_rows_are_cast_each_for_itself(values: np.ndarray, target: tuple[int, st
     if target[1] and clear.any():
         step = (high.astype(np.float64) - low) / 255 + 1e-7 * np.maximum(np.abs(low), np.abs(high)) + 1e-8
         assert (np.abs(decoded[clear].astype(np.float64) - values[clear]) <= step).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_default_row_in_bfloat16_is_rounded_once(sign: int) -> None:
+    """Just above the middle of two bfloat16; float32 has only the middle itself, which would go to the even one."""
+    (bits,) = encode_values([sign * (1 + 2**-8 + 2**-40)], BF16).view("<u2").tolist()
+    assert widen_bfloat16(np.array([bits], np.uint16)).tolist() == [sign * (1 + 2**-7)]
