@@ -135,10 +135,7 @@ def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np
     numbers = np.array(values, np.float64)
     if encoding:
         return RowCast(F64, U8, encoding, len(numbers)).encode(numbers.view(np.uint8).reshape(1, -1)).reshape(-1)
-    if dtype == BF16:
-        stored = _round_bfloat16(_to_odd(numbers).view("<u4"))
-    else:
-        stored = numbers.astype(DTYPES[dtype].numpy)
+    stored = _round_bfloat16(_to_odd(numbers).view("<u4")) if dtype == BF16 else numbers.astype(DTYPES[dtype].numpy)
     row: np.ndarray = stored.view(np.uint8)
     return row
 
