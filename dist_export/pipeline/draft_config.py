@@ -202,7 +202,7 @@ def _suggest(planned: _Planned, taken: Collection[str]) -> Iterator[str]:
 def _suggest_model(planned: _Planned) -> Iterator[str]:
     if find_package(planned.checkpoint.directory) is not None:
         return  # it has a program, and no parameters for a model
-    yield from _comment(["The model. Without it the tables are exported alone."])
+    yield from _comment(["The model. Without it only the tables are exported."])
     for name, value in (
         ("model", "my_team.models:build_model"),
         ("dataset", "my_team.data:build_dataset"),
