@@ -29,7 +29,8 @@ from dist_export.archive.allowlist import (
 )
 from dist_export.errors import PackageError
 from dist_export.formats.pickle_machine import PickleError
-from dist_export.formats.torch_pickle import Storage, load_pickled
+from dist_export.formats.pickled_tensor import Storage
+from dist_export.formats.torch_pickle import load_pickled
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -10,7 +10,8 @@ import mmap
 from typing import Any
 
 from dist_export.formats.pickle_machine import PickleError
-from dist_export.formats.torch_pickle import Storage, load_pickled
+from dist_export.formats.pickled_tensor import Storage
+from dist_export.formats.torch_pickle import load_pickled
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001

@@ -11,17 +11,32 @@ import math
 import mmap
 import re
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 from dist_export.formats.dtypes import is_torch_dtype
 from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.pickled_tensor import (
+    MAX_DIMS,
+    PickledTensor,
+    Storage,
+    describe_class,
+    itemsize_of,
+    make_from_numpy,
+    make_meta,
+    make_parameter,
+    make_plain,
+    make_view,
+    make_wrapper,
+    pad_arguments,
+    read_dtype,
+    read_sizes,
+    refuse_expanded,
+    without_storage,
+)
 from dist_export.formats.torch_zip import StateArchive
 
-_MAX_DIMS = 64
-_MAX_SIZE = 1 << 62
 _FREE_COPIES = 16
 """Limit for each storage. Tensors share their indices or scales with a few others; further copies are counted."""
-_BITS = re.compile(r"[a-z]+?(\d+)(x\d+)?(_\w+)?")
 _STORAGES = {
     "Double": "float64",
     "Float": "float32",
@@ -63,33 +78,6 @@ _NAMED = re.compile(
 )
 """Classes of tensors and storages. They are never called, because that would reserve memory of any size."""
 _PLAIN_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
-
-
-class Storage(NamedTuple):
-    """Bytes that contain the values of tensors."""
-
-    key: str
-    """Its name in the file."""
-    dtype: str
-    """Torch's name."""
-    num_bytes: int
-    """The size that the pickle claims."""
-
-
-class PickledTensor(NamedTuple):
-    """A tensor as a pickle describes it. Only a tensor without elements may lie outside its storage."""
-
-    dtype: str
-    """Torch's name; empty if it is not known."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """In elements."""
-    first: int
-    """The offset in its storage, in elements."""
-    storage: Storage | None
-    """None if ``reason`` is not empty."""
-    reason: str = ""
-    """Why its values cannot be read from the bytes of a storage; empty if they can."""
 
 
 def load_pickled(
@@ -142,7 +130,7 @@ def as_tensor(value: Any) -> PickledTensor | None:
     if type(value) is PickledTensor:
         return value
     if type(value) is Record and _TENSOR_CLASSES.fullmatch(value.kind):  # its state does not contain its position
-        return PickledTensor("", (), (), 0, None, _class_reason(value.kind))
+        return PickledTensor("", (), (), 0, None, describe_class(value.kind))
     return None
 
 
@@ -151,15 +139,9 @@ def as_array(value: Any) -> tuple[tuple[int, ...], int] | None:
     if type(value) is not Record or not _ARRAY.fullmatch(value.kind):
         return None
     match value.state:  # version, shape, dtype, order, content; objects are a list
-        case (int(), tuple(shape), _, _, bytes(content)) if len(shape) <= _MAX_DIMS:
+        case (int(), tuple(shape), _, _, bytes(content)) if len(shape) <= MAX_DIMS:
             return tuple(size for size in shape if type(size) is int), len(content)
     return (), 0
-
-
-def itemsize_of(dtype: str) -> int:
-    """Return the bytes of an element of the torch dtype with this name."""
-    found = _BITS.fullmatch(dtype)
-    return 1 if found is None else max(1, int(found[1]) // 8)
 
 
 class _Names:
@@ -181,8 +163,8 @@ class _Names:
             "builtins.complex": _complex,
             "torch.Size": self._size,
             "torch.serialization._get_layout": _layout,
-            "torch.nn.parameter.Parameter": _parameter,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch.nn.parameter.Parameter": make_parameter,
+            "torch._utils._rebuild_parameter": make_parameter,
             "torch._utils._rebuild_parameter_with_state": self._parameter_with_state,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor_v2,
@@ -191,9 +173,9 @@ class _Names:
             "torch._utils._rebuild_qtensor": self._quantized,
             "torch._utils._rebuild_sparse_tensor": self._sparse,
             "torch._utils._rebuild_nested_tensor": self._nested,
-            "torch._utils._rebuild_meta_tensor_no_storage": _meta,
-            "torch._utils._rebuild_wrapper_subclass": _wrapper,
-            "torch._utils._rebuild_device_tensor_from_numpy": _from_numpy,
+            "torch._utils._rebuild_meta_tensor_no_storage": make_meta,
+            "torch._utils._rebuild_wrapper_subclass": make_wrapper,
+            "torch._utils._rebuild_device_tensor_from_numpy": make_from_numpy,
             "torch._utils._rebuild_device_tensor_from_cpu_tensor": self._from_cpu,
         }
 
@@ -263,50 +245,52 @@ class _Names:
         match arguments:
             case ():
                 return ()
-            case (tuple() | list(),) if len(arguments[0]) <= _MAX_DIMS:
+            case (tuple() | list(),) if len(arguments[0]) <= MAX_DIMS:
                 return tuple(arguments[0])
         raise PickleError("has a size that is none")
 
     def _tensor(self, *arguments: Any) -> PickledTensor:
-        storage, first, shape, strides, *_ = _padded(arguments, 4)
-        return _plain(storage, first, shape, strides, storage.dtype if isinstance(storage, Storage) else "")
+        storage, first, shape, strides, *_ = pad_arguments(arguments, 4)
+        return make_plain(storage, first, shape, strides, storage.dtype if isinstance(storage, Storage) else "")
 
     def _tensor_v2(self, *arguments: Any) -> PickledTensor:
-        return _viewed(self._tensor(*arguments), _padded(arguments, 7)[6])
+        return make_view(self._tensor(*arguments), pad_arguments(arguments, 7)[6])
 
     def _tensor_v3(self, *arguments: Any) -> PickledTensor:
-        storage, first, shape, strides, _, _, dtype, metadata = _padded(arguments, 8)
-        return _viewed(_plain(storage, first, shape, strides, _dtype_of(dtype)), metadata)
+        storage, first, shape, strides, _, _, dtype, metadata = pad_arguments(arguments, 8)
+        return make_view(make_plain(storage, first, shape, strides, read_dtype(dtype)), metadata)
 
     def _from_type(self, *arguments: Any) -> Any:
         """Return a tensor of a subclass, or with attributes, from its function, its class, its arguments and its attributes."""
         match arguments:
             case (Global() as function, Global(), tuple(), _) if _TENSOR_CLASSES.fullmatch(function.name):
-                return PickledTensor("", (), (), 0, None, _class_reason(function.name))
+                return PickledTensor("", (), (), 0, None, describe_class(function.name))
             case (Global() as function, Global() as kind, tuple() as inner, state) if (
                 function.name.startswith("torch._utils._rebuild_")
                 and function.make is not None
-                and len(inner) <= _MAX_DIMS
+                and len(inner) <= MAX_DIMS
             ):
                 self.machine.charge_state(state)
                 made = function.make(*inner)
                 if isinstance(made, PickledTensor):
                     return (
-                        made if kind.name in _PLAIN_CLASSES or made.reason else _without(made, _class_reason(kind.name))
+                        made
+                        if kind.name in _PLAIN_CLASSES or made.reason
+                        else without_storage(made, describe_class(kind.name))
                     )
         raise PickleError("makes a tensor in a way that torch does not")
 
     def _parameter_with_state(self, *arguments: Any) -> Any:
-        self.machine.charge_state(_padded(arguments, 4)[3])
-        return _parameter(*arguments)
+        self.machine.charge_state(pad_arguments(arguments, 4)[3])
+        return make_parameter(*arguments)
 
     def _quantized(self, *arguments: Any) -> PickledTensor:
-        _, _, _, _, scheme, *_ = _padded(arguments, 5)
+        _, _, _, _, scheme, *_ = pad_arguments(arguments, 5)
         if isinstance(scheme, tuple):
             self._note_copied(*(part for part in scheme[:8] if isinstance(part, PickledTensor)))
         made = self._tensor(*arguments)
-        _refuse_expanded(made)
-        return _without(made, "quantized")
+        refuse_expanded(made)
+        return without_storage(made, "quantized")
 
     def _sparse(self, *arguments: Any) -> PickledTensor:
         match arguments:
@@ -316,99 +300,34 @@ class _Names:
                 sizes = [part for part in data if isinstance(part, (tuple, list))]
                 if tensors and sizes:
                     reason = layout.name.removeprefix("torch.")
-                    return PickledTensor(tensors[-1].dtype, _numbers(sizes[-1]), (), 0, None, reason)
+                    return PickledTensor(tensors[-1].dtype, read_sizes(sizes[-1]), (), 0, None, reason)
         raise PickleError("has a sparse tensor in an unknown way")
 
     def _nested(self, *arguments: Any) -> PickledTensor:
-        self._note_copied(*_padded(arguments, 4)[:4])
+        self._note_copied(*pad_arguments(arguments, 4)[:4])
         return PickledTensor(arguments[0].dtype, (), (), 0, None, "nested")
 
     def _from_cpu(self, *arguments: Any) -> PickledTensor:
-        data, dtype, *_ = _padded(arguments, 4)
+        data, dtype, *_ = pad_arguments(arguments, 4)
         self._note_copied(data)
-        name = _dtype_of(dtype)
+        name = read_dtype(dtype)
         if data.dtype == name:
             return data  # type: ignore[no-any-return]
-        return _without(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)
+        return without_storage(data, f"of {name}, but stored as {data.dtype}")._replace(dtype=name)
 
     def _note_copied(self, *tensors: Any) -> None:
         """Count the bytes that torch copies or reads when it makes another tensor from these."""
         for tensor in tensors:
-            _refuse_expanded(tensor)
+            refuse_expanded(tensor)
             if tensor.storage is not None:
                 count = self._copies[tensor.storage.key] = self._copies.get(tensor.storage.key, 0) + 1
                 if count > _FREE_COPIES:
                     self.machine.charge(math.prod(tensor.shape) * itemsize_of(tensor.dtype))
 
 
-def _refuse_expanded(tensor: Any) -> None:
-    """Refuse a tensor that is larger than its storage, because torch would write it out in full."""
-    if not isinstance(tensor, PickledTensor):
-        raise PickleError("makes a tensor in a way that torch does not")
-    if tensor.storage is not None:
-        num_bytes = math.prod(tensor.shape) * itemsize_of(tensor.dtype)
-        if num_bytes > tensor.storage.num_bytes:
-            raise PickleError(f"makes a tensor of {num_bytes:,} bytes of {tensor.storage.num_bytes:,} that are stored")
-
-
 def _refuse_call(name: str, *_: Any) -> None:
     shown = name.removeprefix("builtins.")
     raise PickleError(f"Unsupported global: GLOBAL {shown} was not an allowed global by default")
-
-
-def _class_reason(name: str) -> str:
-    kind = name.rpartition(".")[2]
-    if name.startswith("torch.distributed."):
-        return f"a {kind}, of which the file holds one rank's shards; save with torch.distributed.checkpoint"
-    return "nested" if kind == "_rebuild_njt" else f"a {kind}"
-
-
-def _padded(arguments: tuple[Any, ...], length: int) -> list[Any]:
-    if len(arguments) > 16:
-        raise PickleError("makes a tensor in a way that torch does not")
-    return [*arguments, *[None] * (length - len(arguments))]
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    if isinstance(values, (tuple, list)) and len(values) <= _MAX_DIMS:
-        found = tuple(values)
-        if all(type(value) is int and 0 <= value < _MAX_SIZE for value in found):
-            return found
-    raise PickleError("has a tensor of impossible sizes")
-
-
-def _plain(storage: Any, first: Any, shape: Any, strides: Any, dtype: str) -> PickledTensor:
-    if not isinstance(storage, Storage) or not dtype:
-        raise PickleError("has a tensor without a storage")
-    (first,), shape, strides = _numbers((first,)), _numbers(shape), _numbers(strides)
-    if len(shape) != len(strides):
-        raise PickleError("has a tensor of impossible sizes")
-    made = PickledTensor(dtype, shape, strides, first, storage)
-    if math.prod(shape):
-        last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if (last + 1) * itemsize_of(dtype) > storage.num_bytes:
-            raise PickleError(f"has a tensor that reaches beyond the {storage.num_bytes:,} bytes that are stored of it")
-    return made
-
-
-def _viewed(tensor: PickledTensor, metadata: Any) -> PickledTensor:
-    """Return the tensor; if ``metadata`` says that values are stored negated or conjugated, without its storage."""
-    if metadata is None:
-        return tensor
-    if not isinstance(metadata, dict) or len(metadata) > 8:
-        raise PickleError("has a tensor in an unknown way")
-    marks = [word for key, word in (("conj", "conjugated"), ("neg", "negated")) if metadata.get(key)]
-    return _without(tensor, " and ".join(marks)) if marks else tensor
-
-
-def _without(tensor: PickledTensor, reason: str) -> PickledTensor:
-    return tensor._replace(storage=None, reason=reason)
-
-
-def _dtype_of(value: Any) -> str:
-    if not isinstance(value, Global) or not value.name.startswith("torch."):
-        raise PickleError("has a tensor without a dtype")
-    return value.name.removeprefix("torch.")
 
 
 def _empty_dict(*arguments: Any) -> dict[Any, Any]:
@@ -429,25 +348,3 @@ def _layout(*arguments: Any) -> Global:
     if len(arguments) != 1 or type(arguments[0]) is not str or len(arguments[0]) > 100:
         raise PickleError("has a layout that is none")
     return Global(arguments[0])
-
-
-def _parameter(*arguments: Any) -> Any:
-    if not arguments or not isinstance(arguments[0], PickledTensor):
-        raise PickleError("has a parameter that is no tensor")
-    return arguments[0]
-
-
-def _meta(*arguments: Any) -> PickledTensor:
-    dtype, shape, *_ = _padded(arguments, 4)
-    return PickledTensor(_dtype_of(dtype), _numbers(shape), (), 0, None, "on the meta device, without values")
-
-
-def _wrapper(*arguments: Any) -> PickledTensor:
-    kind, dtype, shape, *_ = _padded(arguments, 8)
-    reason = _class_reason(kind.name if isinstance(kind, Global) else "tensor of another class")
-    return PickledTensor(_dtype_of(dtype), _numbers(shape), (), 0, None, reason)
-
-
-def _from_numpy(*arguments: Any) -> PickledTensor:
-    _, dtype, *_ = _padded(arguments, 4)
-    return PickledTensor(_dtype_of(dtype), (), (), 0, None, "stored as an array of numpy")

@@ -16,8 +16,9 @@ from dist_export.checkpoint.tensors.extra_state import holds_foreign_objects, li
 from dist_export.checkpoint.torch_items import Item, open_range
 from dist_export.errors import CheckpointError
 from dist_export.formats.pickle_machine import PickleError, Record
+from dist_export.formats.pickled_tensor import PickledTensor, itemsize_of
 from dist_export.formats.strict_json import is_text
-from dist_export.formats.torch_pickle import PickledTensor, as_array, as_tensor, itemsize_of, load_archive
+from dist_export.formats.torch_pickle import as_array, as_tensor, load_archive
 from dist_export.formats.torch_zip import StateArchive, check_state_archive
 from dist_export.humanize import amount, count, few
 from dist_export.storage.range_reader import RangeReader
