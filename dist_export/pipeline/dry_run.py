@@ -28,12 +28,13 @@ from dist_export.pipeline.account import (
 )
 from dist_export.pipeline.inputs import note_renamed
 from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
-from dist_export.pipeline.preflight import look_at_all
+from dist_export.pipeline.preflight import Found, look_at_all
 from dist_export.pipeline.reused_program import TakenOver
 from dist_export.pipeline.target import ExportPaths, may_copy_within, refuse_foreign_files
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped_rows import DUPLICATE, account_for
 from dist_export.plan.multipart import FileParts, count_client_bytes, plan_parts
+from dist_export.plan.plan import SparsePlan
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.work_units import assign, plan_units
@@ -79,60 +80,77 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         return report
     planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
     plan = planned.plan
-    shards = [file.name for file in plan.files]
-    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, shards))
-    has_own = config.model is not None or found.fg_conf is not None
-    report["notes"] += ranks.broadcast(
-        "look for a program to take over", lambda: TakenOver().look(source, plan, has_own=has_own)
-    )
-    report["notes"] += describe_row_indexed_tables(plan)
-    report["notes"] += note_unreadable(checkpoint, plan.selection)
-    report["notes"] += note_rules(checkpoint, plan.pruning, planned.census.pruned)
-    if not paths.is_replacing and paths.final.exists(MANIFEST):
-        report["notes"].append(
-            "export_dir holds a package of these settings; an export says so and writes nothing if it is of this very source"
-        )
-    if paths.is_replacing:
-        report["notes"].append("export_dir holds a package, which is replaced when the new one is whole")
-    if paths.in_place:
-        report["notes"].append(
-            "export_dir is ckpt_dir: its files stay as they are, the package is completed around them"
-        )
+    report["notes"] += _look_at_target(ranks, found, planned)
     report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
     report["tables"] = _tables(planned)
     report["left_out_tables"] = [
         {"name": table.name, "rows": table.rows, "reason": table.reason} for table in plan.checkpoint.left_out
     ]
-    report["dense_tensors"] |= {
+    report["dense_tensors"] = _dense_tensors(found, plan)
+    report["notes"] += note_dense_left(report["dense_tensors"]["in_no_file"], checkpoint)
+    report |= _work(found, planned, world_size)
+    report["account"] = _account(config, planned, found.dense_state, found.weights)
+    report["copied_ranges"] = len(plan.copies)
+    report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
+    return report
+
+
+def _look_at_target(ranks: Ranks, found: Found, planned: PlannedSparse) -> list[str]:
+    """Return notes on the plan, and on what export_dir holds. All ranks; raises as the export does."""
+    config, paths, plan = found.config, found.paths, planned.plan
+    shards = [file.name for file in plan.files]
+    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, shards))
+    has_own = config.model is not None or found.fg_conf is not None
+    notes = ranks.broadcast(
+        "look for a program to take over", lambda: TakenOver().look(found.source, plan, has_own=has_own)
+    )
+    notes += describe_row_indexed_tables(plan)
+    notes += note_unreadable(plan.checkpoint, plan.selection)
+    notes += note_rules(plan.checkpoint, plan.pruning, planned.census.pruned)
+    if not paths.is_replacing and paths.final.exists(MANIFEST):
+        notes.append(
+            "export_dir holds a package of these settings; an export says so and writes nothing if it is of this very source"
+        )
+    if paths.is_replacing:
+        notes.append("export_dir holds a package, which is replaced when the new one is whole")
+    if paths.in_place:
+        notes.append("export_dir is ckpt_dir: its files stay as they are, the package is completed around them")
+    return notes
+
+
+def _dense_tensors(found: Found, plan: SparsePlan) -> dict[str, list[str]]:
+    """Return the names of dense tensors that are kept, dropped, and in no file of the package."""
+    config = found.config
+    trainer_state = [name for name, *_ in found.dense_state if config.filter_sparse_opt and is_trainer_state(name)]
+    left: list[str] = []
+    if not found.paths.in_place and (config.model is None or config.dataset is None):
+        left = [name for name in list_dense_left(found.dense_state, plan) if name not in trainer_state]
+    return {
         "kept": [tensor.name for tensor in plan.selection.kept_dense],
-        "dropped": [tensor.name for tensor, _ in plan.selection.dropped_dense],
+        "dropped": [*(tensor.name for tensor, _ in plan.selection.dropped_dense), *trainer_state],
+        "in_no_file": left,
     }
-    parameters = found.dense_state
-    trainer_state = [name for name, *_ in parameters if config.filter_sparse_opt and is_trainer_state(name)]
-    report["dense_tensors"]["dropped"] += trainer_state
-    if not paths.in_place and (config.model is None or config.dataset is None):
-        left = [it for it in list_dense_left(parameters, plan) if it not in trainer_state]
-        report["dense_tensors"]["in_no_file"] = left
-        report["notes"] += note_dense_left(left, checkpoint)
-    parts = {}
-    may_copy = may_copy_within(paths, config)
+
+
+def _work(found: Found, planned: PlannedSparse, world_size: int) -> dict[str, Any]:
+    """Return what each rank would move, and what a store would see of it."""
+    paths, plan = found.paths, planned.plan
+    work: dict[str, Any] = {}
+    parts: dict[int, FileParts] = {}
     if paths.target.s3 is not None and not paths.in_place:
-        parts = plan_parts(plan, part_bytes=planned.budget.part_bytes, may_copy=may_copy)
-    if source.s3 is not None or paths.target.s3 is not None:
-        report["store"] = _store(planned, paths, parts)
+        parts = plan_parts(plan, part_bytes=planned.budget.part_bytes, may_copy=may_copy_within(paths, found.config))
+    if found.source.s3 is not None or paths.target.s3 is not None:
+        work["store"] = _store(planned, paths, parts)
     writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
     threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
     by_rank = [list(itertools.chain(*queues[rank * threads : (rank + 1) * threads])) for rank in range(world_size)]
-    report["threads"] = threads
-    report["ranks"] = [
+    work["threads"] = threads
+    work["ranks"] = [
         {"rank": rank, "units": len(mine), "bytes": sum(writing[unit].num_bytes for unit in mine)}
         for rank, mine in enumerate(by_rank)
     ]
-    report["account"] = _account(config, planned, parameters, found.weights)
-    report["copied_ranges"] = len(plan.copies)
-    report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
-    return report
+    return work
 
 
 def render_report(report: dict[str, Any]) -> list[str]:

@@ -11,8 +11,9 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features
-from dist_export.errors import ConfigError, UnaskedError
+from dist_export.errors import ConfigError, DistExportError, UnaskedError
 from dist_export.model.user_objects import Objects, build_objects
+from dist_export.pipeline.account import DenseMeta
 from dist_export.pipeline.inputs import find_dense, look_for_weights, open_source, read_confs
 from dist_export.pipeline.locate import Locations, locate
 from dist_export.pipeline.planning import choose, read_pruning
@@ -36,7 +37,7 @@ class Found:
     checkpoint: Checkpoint | None
     fg_conf: dict[str, Any] | None
     features: Features
-    dense_state: Sequence[tuple[str, str, tuple[int, ...]]]
+    dense_state: DenseMeta
     notes: tuple[str, ...] = ()
 
 
@@ -72,45 +73,22 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
         if reason is not None:
             mistakes.add(ConfigError(f"export_dir {paths.final.url}: {reason}"))
-    source: Directory | None = None
-    checkpoint: Checkpoint | None = None
-    dense_state: Sequence[tuple[str, str, tuple[int, ...]]] = ()
-    if located is not None:
-        source = open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
-        checkpoint = mistakes.collect(
-            lambda: open_source(ranks, config, source, model=model, weights=weights, exports_dense=True),
-            None,
-            ignored=ignored,
-        )
-
-        def describe_dense() -> Sequence[tuple[str, str, tuple[int, ...]]]:
-            parameters = find_dense(config, source, checkpoint, weights)
-            assert parameters is not None  # a live model was refused
-            return parameters.describe()
-
-        if checkpoint is not None or not mistakes:
-            dense_state = mistakes.collect(
-                lambda: ranks.broadcast("read the dense parameters", describe_dense), (), ignored=ignored
-            )
-    notes: list[str] = []
+    source = _open_source(config) if located is not None else None
+    checkpoint, dense_state = (
+        (None, ()) if source is None else _look_at_source(ranks, config, source, model, weights, mistakes, ignored)
+    )
     confs = None
     if objects is not None or config.fg is None:  # what is given as a file can be read all the same
         given = Objects() if objects is None else objects
         confs = mistakes.collect(
             lambda: ranks.run("check fg and mc", lambda: read_confs(config, given, checkpoint)), None
         )
-    if checkpoint is not None and config.need_export_sparse and (not ignored or checkpoint.is_of_recis):
-        sparse = checkpoint
-        mistakes.collect(lambda: ranks.run("choose what to keep", lambda: choose(sparse, config, world_size)), None)
-        mistakes.collect(lambda: ranks.run("read the rules for rows", lambda: read_pruning(sparse, config)), None)
-    if checkpoint is not None and weights is not None and objects is not None and objects.dataset is not None:
-        from dist_export.dense.missing_tables import refuse_missing_by_name  # a plan of tables alone needs no torch
-
-        held, tables, names = weights, checkpoint, [name for name, *_ in dense_state]
-        notes = mistakes.collect(
-            lambda: ranks.run("match the model's tables", lambda: refuse_missing_by_name(config, held, tables, names)),
-            notes,
-        )
+    notes: Sequence[str] = ()
+    if checkpoint is not None:
+        if config.need_export_sparse and (not ignored or checkpoint.is_of_recis):
+            _try_choices(ranks, config, checkpoint, world_size, mistakes)
+        if weights is not None and objects is not None and objects.dataset is not None:
+            notes = _match_tables(ranks, config, checkpoint, weights, dense_state, mistakes)
     mistakes.refuse()
     assert located is not None
     assert paths is not None
@@ -127,4 +105,66 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         features=confs[2],
         dense_state=dense_state,
         notes=tuple(notes),
+    )
+
+
+def _open_source(config: ExportConfig) -> Directory:
+    return open_place(config.ckpt_dir or "", config.storage_options, follow_links=config.follow_links)
+
+
+def _look_at_source(
+    ranks: Ranks,
+    config: ExportConfig,
+    source: Directory,
+    model: Any,
+    weights: ModelWeights | None,
+    mistakes: Mistakes,
+    ignored: tuple[type[DistExportError], ...],
+) -> tuple[Checkpoint | None, DenseMeta]:
+    """Return the checkpoint and its dense parameters, as far as they can be read. All ranks."""
+    checkpoint = mistakes.collect(
+        lambda: open_source(ranks, config, source, model=model, weights=weights, exports_dense=True),
+        None,
+        ignored=ignored,
+    )
+    if checkpoint is None and mistakes:
+        return None, ()
+
+    def describe_dense() -> DenseMeta:
+        parameters = find_dense(config, source, checkpoint, weights)
+        assert parameters is not None  # a live model was refused
+        return parameters.describe()
+
+    none: DenseMeta = ()
+    dense = mistakes.collect(
+        lambda: ranks.broadcast("read the dense parameters", describe_dense), none, ignored=ignored
+    )
+    return checkpoint, dense
+
+
+def _try_choices(
+    ranks: Ranks, config: ExportConfig, checkpoint: Checkpoint, world_size: int, mistakes: Mistakes
+) -> None:
+    """Choose tables and read the rules for rows, as the export does. All ranks."""
+    mistakes.collect(lambda: ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size)), None)
+    mistakes.collect(lambda: ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config)), None)
+
+
+def _match_tables(
+    ranks: Ranks,
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    weights: ModelWeights,
+    dense_state: DenseMeta,
+    mistakes: Mistakes,
+) -> Sequence[str]:
+    """Return notes on the model's tables that the checkpoint lacks. All ranks."""
+    from dist_export.dense.missing_tables import refuse_missing_by_name  # a plan of tables alone needs no torch
+
+    names = [name for name, *_ in dense_state]
+    return mistakes.collect(
+        lambda: ranks.run(
+            "match the model's tables", lambda: refuse_missing_by_name(config, weights, checkpoint, names)
+        ),
+        (),
     )
