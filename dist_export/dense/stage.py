@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -20,22 +18,20 @@ from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
+from dist_export.dense.comparison import Comparison
+from dist_export.dense.copied_arch import clear_gradients, device_of, find_arches, load_copy
 from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
-from dist_export.dense.load_state import list_taken, load_dense_parameters
+from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.own_parameters import values_within
-from dist_export.dense.own_values import list_own_values
-from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.dense.pack import check_dtypes
-from dist_export.dense.parity import check_parity, refuse_other_rows, score_from_files
+from dist_export.dense.parity import check_parity, refuse_other_rows
 from dist_export.dense.probe import Probe, refuse_unregistered
 from dist_export.dense.reference import Reference, ReferenceRunner
 from dist_export.dense.reference_check import (
-    ReferenceFigures,
-    check_reference,
     refuse_other_inputs,
     refuse_other_sample,
 )
@@ -55,11 +51,10 @@ from dist_export.dense.sample_notes import (
 from dist_export.dense.sample_rows import SampleRows, hash_row
 from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
-from dist_export.errors import ConfigError, ModelError, ParityError
+from dist_export.errors import ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import DenseEntry, DriftEntry, ParityEntry, TableEntry
-from dist_export.model.unwrap import copy_dense_arch, find_arch, move_to
-from dist_export.model.user_errors import said
+from dist_export.model.unwrap import copy_dense_arch, move_to
 from dist_export.model.user_objects import Objects
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
@@ -132,9 +127,11 @@ class DenseStage:
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
         ranks = self._ranks
-        sparse_arch, dense_arch = ranks.run("look into the model", self._find_arches)
+        sparse_arch, dense_arch = ranks.run(
+            "look into the model", lambda: find_arches(self._objects.model, self._config)
+        )
         self._sparse_arch = sparse_arch
-        ranks.all_gather("clear the gradients", self._clear_gradients)
+        ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied)))
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
@@ -187,46 +184,25 @@ class DenseStage:
         )
         self._looked_up = rows
         self._look_at_dependence(sparse_arch, blocks, rows)
-        counted = ranks.all_gather(
-            "count the ids of the sample",
-            lambda: (
-                dict(rows.asked),
-                dict(rows.missing),
-                dict(rows.left_behind),
-                rows.left_to_model,
-                bool(rows.whole),
-                rows.knows_a_table,
-            ),
-        )
-        asked: Counter[str] = Counter()
-        missing: Counter[str] = Counter()
-        left_behind: Counter[str] = Counter()
-        for rank_asked, rank_missing, rank_left, *_ in counted:
-            asked.update(rank_asked)
-            missing.update(rank_missing)
-            left_behind.update(rank_left)
-        self.counts = {
-            "asked": dict(sorted(asked.items())),
-            "missing": dict(sorted(missing.items())),
-            "left_behind": dict(sorted(left_behind.items())),
-        }
+        counts = count_ids(ranks, rows)
+        self.counts = counts.by_table()
         lacking = find_missing(config, rows, self._put)
         if finder is not None:
-            is_any_known = any(its[-1] for its in counted)
-            refuse_missing(ranks, config, rows, lacking, finder.table_names(), is_any_known=is_any_known)
+            names = finder.table_names()
+            refuse_missing(ranks, config, rows, lacking, names, is_any_known=counts.is_any_known)
         notes += refuse_unregistered(
             ranks, rows, lambda path: is_let_pass(path, config), is_exported=config.need_export_sparse
         )
         self._drift.look_for_gaps(rows)
-        left = left_behind.total()
+        left = counts.left_behind.total()
         notes += note_rows(
             rows,
             finder,
             lacking,
             has_checkpoint=self._parameters is not None,
-            is_asked=bool(asked or any(its[-2] for its in counted)),
+            is_asked=counts.is_asked,
         )
-        notes += note_pruned(left, sum(its[3] for its in counted)) if left else []
+        notes += note_pruned(left, counts.left_to_model) if left else []
         outlines = gather_outlines(
             ranks,
             sparse_arch,
@@ -322,27 +298,9 @@ class DenseStage:
         tensors = read_blocks(reference.blocks).tensors
         if not self._changes_rows:
             refuse_other_sample(self._sample, tensors)
-        figures = self._compare_with_reference(program, tensors)
+        figures = self._comparison().with_reference(program, tensors)
         self.notes += figures.notes
         self.parity = figures.merge_into(parity, reference.kind)
-
-    def _compare_with_reference(
-        self, program: ExportedProgram, tensors: Mapping[str, torch.Tensor], what: str = "the written program"
-    ) -> ReferenceFigures:
-        config = self._config
-        assert self._sample is not None
-        assert self._reference is not None
-        return check_reference(
-            self._sample,
-            self._used,
-            program,
-            self._reference,
-            tensors=tensors,
-            what=what,
-            atol=config.atol,
-            rtol=config.rtol,
-            max_batch_size=config.max_batch_size,
-        )
 
     def score(
         self,
@@ -443,42 +401,16 @@ class DenseStage:
                 "was written"
             ) from error
 
-    def _compare(self, blocks: Blocks | None, target: Directory, *, reads_rows: bool) -> None:
-        """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not.
-
-        Where settings have changed a row of the batch, the model's own scores are others: what was written is compared with
-        the plain copy on the rows as serving gets them then.
-        """
+    def _comparison(self) -> Comparison:
         assert self._sample is not None
         assert self._reference is not None
-        assert self.entry is not None
+        return Comparison(self._config, self._sample, self._used, self._reference)
+
+    def _compare(self, blocks: Blocks | None, target: Directory, *, reads_rows: bool) -> None:
+        """Compare scores of ``blocks``, which the sparse arch gave when it ran again; None where it did not. Rank 0."""
         assert self.parity is not None
-        sample, config = self._sample, self._config
-        program = load_program(target.read(self.entry.program))
-        tensors = read_blocks(self._reference.blocks).tensors if blocks is None else blocks.tensors
-        lacking = [name for name in self._used if name not in tensors]
-        if lacking:
-            raise ParityError(
-                f"the sparse arch no longer gives {lacking[0]!r} when it runs on the sample again. No manifest was written"
-            )
-        if not self._changes_rows:
-            what = "the written program" + (" on rows of the written shards" if reads_rows else "")
-            figures = self._compare_with_reference(program, tensors, what)
-            found = figures.of_files(kind=self._reference.kind, reads_rows=reads_rows)
-        else:
-            inputs = sample.inputs
-            if blocks is not None:
-                check_input_names(tensors)
-                device = next(iter(inputs.values())).device
-                inputs = cut_sample(blocks, device=device, max_batch_size=config.max_batch_size).tensors
-            found = score_from_files(
-                sample,
-                {name: inputs[name].clone() for name in self._used},
-                program,
-                reads_rows=reads_rows,
-                atol=config.atol,
-                rtol=config.rtol,
-            )
+        comparison, program = self._comparison(), self._load_program(target)
+        found = comparison.of_files(program, blocks, changes_rows=self._changes_rows, reads_rows=reads_rows)
         self.parity = msgspec.structs.replace(self.parity, from_files=found)
 
     def _look_at_reference(self) -> list[str]:
@@ -490,27 +422,14 @@ class DenseStage:
         told = "the scores are compared with dense_arch(sparse_arch(batch)), so what forward does between the two is not checked"
         return [f"{reason}: {told}"] if reason else []
 
-    def _clear_gradients(self) -> None:
-        optimizer = self._objects.dense_optimizer
-        if optimizer is None:
-            return
-        if not callable(getattr(optimizer, "zero_grad", None)):
-            raise ModelError(f"dense_optimizer is a {type(optimizer).__name__} without zero_grad()")
-        optimizer.zero_grad()
-
-    def _find_arches(self) -> tuple[nn.Module, nn.Module]:
-        model = self._objects.model
-        return tuple(find_arch(model, name, setting) for setting, name in self._names())  # type: ignore[return-value]
+    def _load(self, copied: nn.Module) -> tuple[str, ...]:
+        loaded = load_copy(copied, self._parameters, self._objects.model, self._config)
+        self.parameters, self.taken, self.own_values = loaded.parameters, loaded.taken, loaded.own_values
+        return loaded.notes
 
     def _names_of(self, checkpoint: Checkpoint) -> dict[str, str]:
         self._model_names = {t.name: t.source_name for t in checkpoint.tables if t.source_name is not None}
         return self._model_names
-
-    def _names(self) -> list[tuple[str, str]]:
-        return [
-            ("sparse_model_name", self._config.sparse_model_name),
-            ("dense_model_name", self._config.dense_model_name),
-        ]
 
     def _is_own_row(self, table: str, ids: np.ndarray) -> np.ndarray:
         """Whether this rank's own table holds these ids (bool) for export, as far as a batch has asked for them."""
@@ -520,36 +439,6 @@ class DenseStage:
             is_known = np.isin(ids, known.ids)
             is_own[is_known] = known.of(ids[is_known]).is_kept
         return is_own
-
-    def _load(self, copied: nn.Module) -> tuple[str, ...]:
-        if self._parameters is None:  # the copy has the values that training left
-            prefix = f"{self._config.dense_model_name}." if self._config.dense_model_name else ""
-            self.parameters = [
-                (prefix + name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
-                for name, value in copied.state_dict().items()
-                if isinstance(value, torch.Tensor)
-            ]
-            self.taken = frozenset(name for name, _, _ in self.parameters)
-            if self._config.ckpt_dir is not None:  # else all of it is, and no two exports are the same one
-                self.own_values = self._describe_own_values(copied, {})
-            return ()
-        state = self._parameters.load()
-        self.own_values = self._describe_own_values(copied, state)
-        self.taken = list_taken(copied, state, dense_model_name=self._config.dense_model_name)
-        return load_dense_parameters(
-            copied,
-            state,
-            dense_model_name=self._config.dense_model_name,
-            allow_missing=self._config.allow_missing_dense,
-            allow_unexpected=self._config.allow_unexpected_dense,
-            where=self._parameters.where,
-        )
-
-    def _describe_own_values(self, copied: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-        name = self._config.dense_model_name
-        names = list_own_values(copied, state, dense_model_name=name)
-        digest = OwnValues(self._objects.model, name).digest(names) if names else None
-        return ({OWN_VALUES: names} if names else {}) | ({OWN_DIGEST: digest} if digest else {})
 
     def _take(self) -> bool:
         self._batches = self._batches or Batches(self._objects.dataset)
@@ -563,7 +452,7 @@ class DenseStage:
 
     def _run(self, copied: nn.Module, blocks: Blocks, features: Features) -> list[str]:
         check_input_names(blocks.tensors)
-        device = self._device_of(copied)
+        device = device_of(copied, self._config.device)
         cut = cut_sample(blocks, device=device, max_batch_size=self._config.max_batch_size)
         check_dynamic_dims(cut.tensors, self._config.dynamic_dims)
         move_to(copied, device)
@@ -572,15 +461,6 @@ class DenseStage:
         self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]
-
-    def _device_of(self, copied: nn.Module) -> torch.device:
-        tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
-        try:
-            device = torch.device(self._config.device or (tensor.device if tensor is not None else "cpu"))
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-            raise ConfigError(f"device is {self._config.device!r}: {said(error)}") from None
-        return device
 
 
 def _refuse_to_run(_: Any) -> tuple[Blocks, SampleRows]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.dense import stage, trace
+from dist_export.dense import copied_arch, stage, trace
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.row_check import expected_name
 from dist_export.errors import DistExportError, ModelError, ParityError
@@ -151,16 +151,16 @@ def drop_an_input(patch) -> None:
 
 
 def load_halves(patch) -> None:
-    real = stage.load_dense_parameters
+    real = copied_arch.load_dense_parameters
 
     def load(copied, state, **more):
         return real(copied, {name: value / 2 for name, value in state.items()}, **more)
 
-    patch.setattr(stage, "load_dense_parameters", load)
+    patch.setattr(copied_arch, "load_dense_parameters", load)
 
 
 def load_nothing(patch) -> None:
-    patch.setattr(stage, "load_dense_parameters", lambda copied, state, **more: ())
+    patch.setattr(copied_arch, "load_dense_parameters", lambda copied, state, **more: ())
 
 
 def spoil_casts(patch) -> None:

@@ -74,15 +74,15 @@ def test_a_deep_network_is_exported_and_verifies(tmp_path: Path) -> None:
 
 
 def test_a_small_error_in_a_deep_network_is_caught(tmp_path: Path, monkeypatch) -> None:
-    from dist_export.dense import stage
+    from dist_export.dense import copied_arch
 
-    real = stage.load_dense_parameters
+    real = copied_arch.load_dense_parameters
 
     def load(copied, state, **more):
         name = "dense_arch.out.weight"
         return real(copied, {**state, name: state[name] * 1.001}, **more)
 
-    monkeypatch.setattr(stage, "load_dense_parameters", load)
+    monkeypatch.setattr(copied_arch, "load_dense_parameters", load)
     with pytest.raises(ParityError, match="differs from the dense arch in model"):
         export(tmp_path, Sequences())
 

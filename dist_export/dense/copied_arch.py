@@ -1,0 +1,97 @@
+"""The two arches within the caller's model, and the copy of the dense arch with the values that the program holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_export.checkpoint.dense import DenseParameters
+from dist_export.config.schema import ExportConfig
+from dist_export.dense.load_state import list_taken, load_dense_parameters
+from dist_export.dense.own_values import list_own_values
+from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
+from dist_export.errors import ConfigError, ModelError
+from dist_export.model.unwrap import find_arch
+from dist_export.model.user_errors import said
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCopy:
+    """What was loaded into the copy."""
+
+    notes: tuple[str, ...] = ()
+    parameters: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    """Of a model in memory: name within the model, torch dtype name and shape of its dense parameters."""
+    taken: frozenset[str] = frozenset()
+    """Names of the checkpoint's tensors, or of the model's parameters, that the program holds."""
+    own_values: dict[str, Any] = field(default_factory=dict)
+    """For the manifest's ``run``: names of what the program holds and the checkpoint did not give, and a digest."""
+
+
+def find_arches(model: Any, config: ExportConfig) -> tuple[nn.Module, nn.Module]:
+    """Return the sparse and the dense arch of the caller's model. ModelError where one is not there."""
+    return (
+        find_arch(model, config.sparse_model_name, "sparse_model_name"),
+        find_arch(model, config.dense_model_name, "dense_model_name"),
+    )
+
+
+def clear_gradients(optimizer: Any) -> None:
+    """Call ``zero_grad`` of the dense optimizer, if there is one. ModelError where it has no such method."""
+    if optimizer is None:
+        return
+    if not callable(getattr(optimizer, "zero_grad", None)):
+        raise ModelError(f"dense_optimizer is a {type(optimizer).__name__} without zero_grad()")
+    optimizer.zero_grad()
+
+
+def load_copy(copied: nn.Module, parameters: DenseParameters | None, model: Any, config: ExportConfig) -> LoadedCopy:
+    """Load the checkpoint's dense parameters into the copy; without any, the copy keeps the values that training left.
+
+    Raises:
+        ModelError: parameters are missing, or are too many, and no setting allows it.
+    """
+    name = config.dense_model_name
+    if parameters is None:
+        prefix = f"{name}." if name else ""
+        held = [
+            (prefix + key, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+            for key, value in copied.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        ]
+        # without ckpt_dir all of the program is the model's own, and no two exports are the same one
+        own_values = {} if config.ckpt_dir is None else _describe_own_values(copied, {}, model, name)
+        return LoadedCopy(parameters=held, taken=frozenset(key for key, _, _ in held), own_values=own_values)
+    state = parameters.load()
+    own_values = _describe_own_values(copied, state, model, name)
+    taken = list_taken(copied, state, dense_model_name=name)
+    notes = load_dense_parameters(
+        copied,
+        state,
+        dense_model_name=name,
+        allow_missing=config.allow_missing_dense,
+        allow_unexpected=config.allow_unexpected_dense,
+        where=parameters.where,
+    )
+    return LoadedCopy(notes, taken=taken, own_values=own_values)
+
+
+def _describe_own_values(copied: nn.Module, state: Mapping[str, Any], model: Any, name: str) -> dict[str, Any]:
+    names = list_own_values(copied, state, dense_model_name=name)
+    digest = OwnValues(model, name).digest(names) if names else None
+    return ({OWN_VALUES: names} if names else {}) | ({OWN_DIGEST: digest} if digest else {})
+
+
+def device_of(copied: nn.Module, asked: str | None) -> torch.device:
+    """Return the device that the setting names, else that of the copy. ConfigError where it is not there."""
+    tensor = next((t for t in (*copied.parameters(), *copied.buffers())), None)
+    try:
+        device = torch.device(asked or (tensor.device if tensor is not None else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ConfigError(f"device is {asked!r}: {said(error)}") from None
+    return device
