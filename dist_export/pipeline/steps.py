@@ -29,14 +29,10 @@ from dist_export.pipeline.inputs import (
 )
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planning import (
-    PlannedSparse,
-    describe_row_indexed_tables,
-    open_written,
-    plan_sparse,
-)
+from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, open_written, plan_sparse
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
+from dist_export.pipeline.source_package import compare_source_ids, compare_source_package
 from dist_export.pipeline.state import ExportState, Source, Task
 from dist_export.pipeline.target import (
     claim,
@@ -341,7 +337,9 @@ def commit(export: ExportState) -> ExportState:
 STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     read_source,
     find_same_package,
+    compare_source_package,
     plan_tables,
+    compare_source_ids,
     sample_model,
     lock_target,
     transfer_and_trace,

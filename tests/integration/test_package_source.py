@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from plain_cases import TABLES, make_model, read_numbered
 from recis_writer import make_tables, write_checkpoint
-from sparse_cases import export
+from sparse_cases import export, plan
 
 import dist_export
+from dist_export.errors import CheckpointError
+from dist_export.formats.recis import MERGED
+from dist_export.manifest import decode_manifest
+from dist_export.pipeline.source_package import refuse_other_ids
+from dist_export.verify.verify import verify
 
 
 @pytest.fixture
@@ -60,3 +67,91 @@ def test_default_rows_of_hash_tables_are_carried_over(tmp_path: Path) -> None:
     first = export(tmp_path / "ckpt", tmp_path / "first", default_row={"user": "zeros"})
     again = export(tmp_path / "first", tmp_path / "again")
     assert again.tables[0].default_row == first.tables[0].default_row == "zeros"
+
+
+SHARD = "model-000000-of-000001.safetensors"
+
+
+def package_of(kind: str, folder: Path, **settings: object) -> Path:
+    """A sound package of one shard: of tables by row number, or of a hash table."""
+    if kind == "rows":
+        torch.save(make_model(), folder / "ckpt.pt")
+        export(folder / "ckpt.pt", folder / "first", treat_as_tables=TABLES, num_shards=1, **settings)
+    else:
+        write_checkpoint(folder / "ckpt", make_tables({"user": 70}, 2))
+        export(folder / "ckpt", folder / "first", num_shards=1, **settings)
+    return folder / "first"
+
+
+def flip(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x40
+    path.write_bytes(raw)
+
+
+def flip_id(path: Path, row: int) -> None:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    (key,) = [key for key, its in header.items() if its.get("dtype") == "I64"]
+    flip(path, 8 + length + header[key]["data_offsets"][0] + 8 * row)
+
+
+@pytest.mark.parametrize("digest", ["xxh3", "sha256"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("rows", {"num_shards": 3}),
+        ("rows", {"dtype": {"*": "float16"}}),
+        ("rows", {"to_hash_tables": ["*"], "num_shards": 2}),
+        ("hash", {"num_shards": 2}),
+        ("hash", {"filter_sparse_opt": False}),
+    ],
+)
+def test_a_damaged_row_is_not_handed_on(kind: str, settings: dict[str, object], digest: str, tmp_path: Path) -> None:
+    """Verify finds it in the source, and could not in a package that was made of it."""
+    first = package_of(kind, tmp_path, digest=digest)
+    flip(first / SHARD, -2)
+    with pytest.raises(CheckpointError, match=rf"{SHARD} its content is not what was written.*`verify` tells more"):
+        export(first, tmp_path / "again", **settings)
+    assert not (tmp_path / "again").exists(), "nothing was written"
+    flip(first / SHARD, -2)
+    assert not verify(str(export(first, tmp_path / "again", **settings) and tmp_path / "again")).findings
+
+
+@pytest.mark.parametrize("name", ["tensorkey.json", "index", MERGED])
+def test_a_damaged_index_of_a_package_is_not_handed_on(name: str, tmp_path: Path) -> None:
+    first = package_of("hash", tmp_path)
+    (first / name).write_bytes((first / name).read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=rf"{name} has .* bytes, the manifest says"):
+        export(first, tmp_path / "again")
+
+
+def test_ids_are_compared_where_shards_have_no_digest(tmp_path: Path) -> None:
+    first = package_of("hash", tmp_path, digest="none")
+    sound = export(first, tmp_path / "sound", num_shards=2)
+    assert any("1 shard without a digest" in note for note in sound.notes)
+    flip_id(first / SHARD, 5)
+    with pytest.raises(CheckpointError, match="table 'user' has other ids than were written"):
+        export(first, tmp_path / "again", num_shards=2)
+    with pytest.raises(CheckpointError, match="table 'user' has other ids than were written"):
+        export(first, tmp_path / "again", num_shards=2, digest="none")
+    assert not (tmp_path / "again").exists()
+
+
+def test_rows_are_counted_against_the_manifest(tmp_path: Path) -> None:
+    first = package_of("rows", tmp_path, digest="none")
+    manifest = decode_manifest((first / "manifest.json").read_bytes(), where="it")
+    table = msgspec.structs.replace(manifest.tables[0], rows_out=manifest.tables[0].rows_out + 1)
+    planned = plan(first, num_shards=1)
+    checkpoint, census = planned.plan.checkpoint, planned.census
+    refuse_other_ids(checkpoint, census, manifest)
+    with pytest.raises(CheckpointError, match=r"rows, and the package's manifest\.json says"):
+        refuse_other_ids(checkpoint, census, msgspec.structs.replace(manifest, tables=(table, *manifest.tables[1:])))
+
+
+def test_without_digests_a_package_is_not_read_again(tmp_path: Path) -> None:
+    first = package_of("rows", tmp_path)
+    flip(first / SHARD, -2)
+    manifest = export(first, tmp_path / "again", num_shards=2, digest="none")
+    assert any("with digest: none its files were not compared" in note for note in manifest.notes)

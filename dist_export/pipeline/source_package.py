@@ -1,0 +1,177 @@
+"""Whether a package that is the source is still what was written: an export from it must not hand damage on as sound.
+
+The files of the tables are read once and compared with the digests in the source's manifest, before anything is written. The
+rows and ids of each table are compared after the ids were counted; that is all that tells of shards without a digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.package_source import find_package
+from dist_export.errors import CheckpointError
+from dist_export.formats.digests import NONE, algorithm_of, missing_package
+from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
+from dist_export.humanize import count
+from dist_export.manifest import Manifest
+from dist_export.pipeline.planning import budget_of
+from dist_export.pipeline.state import ExportState
+from dist_export.plan.census import Census
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import run_threads
+from dist_export.storage.directory import Directory
+from dist_export.verify.files import (
+    ChunkDigests,
+    check_sizes,
+    compare_digests,
+    cut_files,
+    find_parts,
+    hash_share,
+)
+from dist_export.verify.listing import Listing
+from dist_export.verify.report import Report
+from dist_export.verify.work_split import Work, share_out
+
+_CHUNKS_AT_ONCE = 8
+"""Chunks (of 64 MiB) that a thread hashes before it looks whether the export was asked to stop."""
+_WHAT_TO_DO = "`verify` tells more. Copy the package again, or export from the checkpoint that it was made of"
+
+
+def compare_source_package(export: ExportState) -> ExportState:
+    """Compare a source that is a package with the digests in its manifest. All ranks share the bytes; nothing is written.
+
+    With ``digest: none`` no file is read, and a note says so. An export in place is not compared: it adds nothing of its own.
+
+    Raises:
+        CheckpointError: a file is not what was written, or the package for its digests is missing.
+    """
+    task, directory = export.task, export.paths.source
+    if directory is None or export.in_place or not task.config.need_export_sparse:
+        return export
+    if task.config.digest == NONE:
+        manifest = task.ranks.broadcast("look for a package", lambda: _find(directory, export.source.checkpoint))
+        skipped = f"{directory.url} is a package, and with digest: none its files were not compared with its manifest"
+        return export if manifest is None else export.grown(notes=[f"{skipped}; `verify` does that"])
+    work = task.ranks.broadcast("look for a package", lambda: _find_work(directory, export.source.checkpoint))
+    if work is None:
+        return export
+    with task.reporter.stage("compare"):
+        found = _hash(task.ranks, directory, work, threads=budget_of(task.config).threads)
+        task.ranks.broadcast("compare the package with its manifest", lambda: _judge(directory, work, found))
+    without = [path for path, _, digest in work.digest_files if not digest]
+    if not without:
+        return export
+    told = f"{count(len(without), 'shard')} without a digest: of its rows only the number and the ids were compared"
+    return export.grown(notes=[f"{directory.url} is a package with {told}"])
+
+
+def compare_source_ids(export: ExportState) -> ExportState:
+    """Compare the rows and ids of a source that is a package with the account in its manifest. All ranks; reads nothing.
+
+    Raises:
+        CheckpointError: they are not those that were written.
+    """
+    directory, planned = export.paths.source, export.planned
+    if directory is None or export.in_place or planned is None:
+        return export
+
+    def look() -> None:
+        checkpoint = planned.plan.checkpoint
+        manifest = _find(directory, checkpoint)
+        if manifest is not None:
+            refuse_other_ids(checkpoint, planned.census, manifest)
+
+    export.task.ranks.broadcast("compare the ids with the package's manifest", look)
+    return export
+
+
+def refuse_other_ids(checkpoint: Checkpoint, census: Census, manifest: Manifest) -> None:
+    """Compare the rows and ids of each table that is exported with the account of the source's manifest. CheckpointError.
+
+    ``census`` has the ids of all rows of the source, also of those that are left behind.
+    """
+    entries = {table.name: table for table in manifest.tables}
+    for number, table in enumerate(checkpoint.tables):
+        entry = entries.get(table.name_in_source)
+        if entry is None:
+            continue
+        where = f"{checkpoint.directory.url}: table {table.name_in_source!r}"
+        parts = checkpoint.parts.of_table(number)
+        rows = int(checkpoint.parts.rows[parts].sum())
+        if rows != entry.rows_out:
+            raise CheckpointError(
+                f"{where} has {rows:,} rows, and the package's manifest.json says {entry.rows_out:,}; {_WHAT_TO_DO}"
+            )
+        id_sum = f"{int(census.id_sum[parts].sum(dtype=np.uint64)):016x}"
+        if not entry.is_row_indexed and id_sum != entry.id_sum:
+            raise CheckpointError(
+                f"{where} has other ids than were written (sum {id_sum}, and the package's manifest.json says "
+                f"{entry.id_sum}); {_WHAT_TO_DO}"
+            )
+
+
+def _find(directory: Directory, checkpoint: Checkpoint | None) -> Manifest | None:
+    """Return the manifest of the source if its tables are read from the shards that it names; else None. Rank 0."""
+    manifest = find_package(directory)
+    if manifest is None or checkpoint is None:
+        return None
+    shards = {part.file for table in manifest.tables for part in table.parts}
+    return manifest if shards.issuperset(file.name for file in checkpoint.files) else None
+
+
+def _find_work(directory: Directory, checkpoint: Checkpoint | None) -> Work | None:
+    """Return the files to hash, those that an export of the tables reads; None where the source is no package. Rank 0."""
+    manifest = _find(directory, checkpoint)
+    if manifest is None:
+        return None
+    needed = {part.file for table in manifest.tables for part in table.parts} | {INDEX, TENSORKEY, MERGED}
+    files = tuple(file for file in manifest.files if file.path in needed)
+    report = Report()
+    known = msgspec.structs.replace(manifest, files=files)
+    to_hash, _ = check_sizes(directory, known, Listing((), {}), report)
+    _refuse(directory, report)
+    for path, _, digest in to_hash:
+        package = missing_package(algorithm_of(digest))
+        if package is not None:
+            raise CheckpointError(
+                f"{directory.describe(path)} has a digest by {algorithm_of(digest)}, which cannot be compared: pip install "
+                f"{package}, or set digest: none, which exports without a comparison"
+            )
+    return Work(digest_files=to_hash, digest_parts=find_parts(known, to_hash))
+
+
+def _hash(ranks: Ranks, directory: Directory, work: Work, *, threads: int) -> list[ChunkDigests]:
+    """Return the digests of all chunks of the files. All ranks, each its share of the bytes."""
+    mine = slice(ranks.rank * threads, (ranks.rank + 1) * threads)
+    shares = share_out(cut_files(work)[2], ranks.world_size * threads)[mine]
+
+    def read(share: slice) -> list[ChunkDigests]:
+        found: list[ChunkDigests] = []
+        for first in range(share.start, share.stop, _CHUNKS_AT_ONCE):
+            ranks.refuse_to_go_on()
+            found += hash_share(directory, work, slice(first, min(first + _CHUNKS_AT_ONCE, share.stop)))
+        return found
+
+    outcomes = ranks.all_gather("read the package", lambda: run_threads(read, shares))
+    return [chunks for by_thread in outcomes for its in by_thread for chunks in its]
+
+
+def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests]) -> None:
+    report = Report()
+    compare_digests(work, list(found), report)
+    _refuse(directory, report)
+
+
+def _refuse(directory: Directory, report: Report) -> None:
+    """Raise CheckpointError for the first finding, if there is one."""
+    if not report.found:
+        return
+    first = report.found[0]
+    more = f" ({count(len(report.found) - 1, 'more file')} too)" if len(report.found) > 1 else ""
+    raise CheckpointError(
+        f"{directory.describe(first.file)} {first.message}{more}. The package is damaged, and nothing was written; {_WHAT_TO_DO}"
+    )
