@@ -12,6 +12,7 @@ from torch import nn
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_state import list_taken, load_dense_parameters
+from dist_export.dense.modes import ready_to_load
 from dist_export.dense.own_values import list_own_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.errors import ConfigError, ModelError
@@ -69,14 +70,15 @@ def load_copy(copied: nn.Module, parameters: DenseParameters | None, model: Any,
     state = parameters.load()
     own_values = _describe_own_values(copied, state, model, name)
     taken = list_taken(copied, state, dense_model_name=name)
-    notes = load_dense_parameters(
-        copied,
-        state,
-        dense_model_name=name,
-        allow_missing=config.allow_missing_dense,
-        allow_unexpected=config.allow_unexpected_dense,
-        where=parameters.where,
-    )
+    with ready_to_load(copied):
+        notes = load_dense_parameters(
+            copied,
+            state,
+            dense_model_name=name,
+            allow_missing=config.allow_missing_dense,
+            allow_unexpected=config.allow_unexpected_dense,
+            where=parameters.where,
+        )
     return LoadedCopy(notes, taken=taken, own_values=own_values)
 
 

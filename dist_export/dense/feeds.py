@@ -125,6 +125,8 @@ class WeightFeed(Feed):
             raise ModelError(
                 f"table {table!r} has rows of {list(slot.inner_shape)} in the checkpoint, the model has {columns}"
             )
+        self._is_whole_kept = False
+        """Whether all rows were kept because the arch writes into them."""
         num_rows = finder.rows_by_number(table)
         if num_rows is not None and num_rows != len(weight):
             counts.other_sizes.append((table, num_rows, len(weight)))
@@ -207,6 +209,24 @@ class WeightFeed(Feed):
                 step()
             self._keep(slice(None))
             self._feed_whole(how)
+
+    def note_write(self, how: str) -> None:
+        """Keep all rows, to be put back: the operator ``how`` is about to write into them.
+
+        Raises:
+            ModelError: of a model in memory, whose rows are the ones that are exported: the write is refused before it happens.
+        """
+        if self._finder.is_live:
+            raise ModelError(
+                f"table {self.table!r}: the sparse arch writes into it while it runs in eval mode ({how}), so the export itself "
+                "would change the trained rows. Nothing was written. Do this in training only (if self.training), or write "
+                "the changed rows into the table before the export"
+            )
+        num_bytes = self.weight.numel() * self.weight.element_size()
+        if not self._is_whole_kept and num_bytes <= self._finder.max_memory_bytes:
+            self._is_whole_kept = True
+            with torch.no_grad():
+                self._keep(slice(None))
 
     def note_ambiguous(self, how: str) -> None:
         """Note it where settings make other rows of the one table than of the other: either may be meant."""

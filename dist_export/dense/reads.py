@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_export.dense.modes import written_by
 from dist_export.dense.origins import Origins, address_of, tensors_in
 
 _MOST_ROWS = 1024
@@ -60,6 +61,9 @@ class Feed(Protocol):
 
     def take_whole(self, how: str) -> None:
         """Put all rows there, for the operator ``how`` does not say which it reads."""
+
+    def note_write(self, how: str) -> None:
+        """Note that the operator ``how`` is about to write into the weight."""
 
     def note_ambiguous(self, how: str) -> None:
         """Note that an operator reads the weight of several tables, and none of their modules is called."""
@@ -166,6 +170,9 @@ class TableReads:
         if name in _READS_NOTHING:
             return
         with self.unseen():
+            if name not in _IDS_OF:  # a lookup with max_norm shortens the rows that it reads, which are put back
+                for tensor in written_by(func, args, kwargs):
+                    self._see_write(tensor, name)
             if self._origins is not None and not self._is_within_table():
                 for tensor in (*tensors_in(args), *tensors_in(kwargs)):
                     self._origins.look(tensor, name)
@@ -187,6 +194,12 @@ class TableReads:
         if not self._is_busy and isinstance(tensor, torch.Tensor):
             with self.unseen():
                 self._see(tensor, None, name)
+
+    def _see_write(self, tensor: torch.Tensor, how: str) -> None:
+        begin, end = _bytes_of(tensor) if tensor.numel() else (0, 0)
+        for watched in self._watched.get(address_of(tensor), ()):
+            if begin < watched.end and end > watched.begin and not callable(watched.feed):
+                watched.feed.note_write(how)
 
     def _see(self, tensor: torch.Tensor, ids: torch.Tensor | None, how: str) -> None:
         its = self._watched.get(address_of(tensor)) if self._watched else None

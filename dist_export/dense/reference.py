@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from dist_export.dense.eager import uncompiled
+from dist_export.dense.modes import eval_mode, ready_to_load
 from dist_export.dense.own_parameters import buffers_put_back, put_values, state_put_back
 from dist_export.dense.row_lookup import RowFinder
-from dist_export.dense.sample import SAMPLE, copy_containers, eval_mode
+from dist_export.dense.sample import SAMPLE, copy_containers
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import DistExportError, ModelError
@@ -98,7 +99,7 @@ class ReferenceRunner:
             self._dense_arch = copy.deepcopy(own)
             self._fall_back("the dense arch has parameters without a shape (lazy modules)")
         try:
-            with state_put_back(self._dense_arch):
+            with state_put_back(self._dense_arch), ready_to_load(self._dense_arch):
                 if load is not None:
                     state = ranks.run("read the dense parameters for the reference", load)
                     ranks.run(

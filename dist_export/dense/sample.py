@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
+from dist_export.dense.modes import eval_mode
 from dist_export.dense.own_parameters import buffers_put_back
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
@@ -202,20 +203,6 @@ def _slots_of(kind: type) -> list[str]:
     slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = [name for its in slots for name in ([its] if isinstance(its, str) else its)]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
-@contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put all modules into eval mode within this block, and back into their own afterwards."""
-    # torch.jit.freeze takes the mode away, and with it the way to change it
-    training = [(child, child.training) for child in module.modules() if hasattr(child, "training")]
-    if hasattr(module, "training"):
-        module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in training:
-            child.training = mode
 
 
 def _dense_inputs(output: Any) -> Blocks:

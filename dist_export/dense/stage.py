@@ -26,6 +26,7 @@ from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
+from dist_export.dense.modes import refuse_merging
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -131,6 +132,9 @@ class DenseStage:
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
         self._sparse_arch = sparse_arch
+        if checkpoint is not None:
+            path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
+            ranks.run("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied)))
