@@ -7,7 +7,7 @@ sides of that comparison have the change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class OutputDrift:
         self._max_abs = 0.0
         self._sums: list[float] = []
         self._num_values = 0
+        self._num_compared = 0
         self._num_not_finite = 0
         self._pairs = 0
         self._swapped = 0
@@ -44,6 +45,7 @@ class OutputDrift:
         apart = torch.where(_is_same(one, other), torch.zeros((), dtype=torch.float64), (one - other).abs())
         finite = apart.isfinite()
         self._num_values += apart.numel()
+        self._num_compared += int((one.isfinite() & other.isfinite()).sum())
         self._num_not_finite += int((~finite).sum())
         apart = torch.where(finite, apart, torch.zeros_like(apart))
         if apart.numel():
@@ -54,6 +56,11 @@ class OutputDrift:
         pairs, swapped = count_pairs(*(tensor.reshape(tensor.shape[0], -1).numpy() for tensor in (one, other)))
         self._pairs += pairs
         self._swapped += swapped
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there were scores, and none of them was finite in both the package and the model."""
+        return bool(self._num_values) and not self._num_compared
 
     def entry(self) -> DriftOutputEntry:
         """Return the figures as the manifest has them."""
@@ -155,8 +162,15 @@ def count_inversions(keys: np.ndarray, bits: int) -> int:
     return found
 
 
-def refuse_drift(outputs: Mapping[str, DriftOutputEntry], max_drift: float | Mapping[str, float] | None) -> None:
-    """Raise DriftError where an output drifts by more than ``max_drift`` allows, one number for all or one by output."""
+def refuse_drift(
+    outputs: Mapping[str, DriftOutputEntry],
+    max_drift: float | Mapping[str, float] | None,
+    blank: Collection[str] = (),
+) -> None:
+    """Raise DriftError where an output drifts by more than ``max_drift`` allows, one number for all or one by output.
+
+    Of the outputs in ``blank`` no score is finite, so that there is nothing to bound.
+    """
     if max_drift is None:
         return
     told = []
@@ -164,7 +178,9 @@ def refuse_drift(outputs: Mapping[str, DriftOutputEntry], max_drift: float | Map
         limit = max_drift.get(name) if isinstance(max_drift, Mapping) else max_drift
         if limit is None:
             continue
-        if entry.not_finite:
+        if name in blank:
+            told.append(f"{name!r} has no finite score in any batch, so its drift cannot be bounded")
+        elif entry.not_finite:
             told.append(f"{name!r} is not finite on one side alone in {entry.not_finite:,} scores")
         elif entry.max_abs > limit:
             told.append(f"{name!r} by up to {entry.max_abs:.3g} (allowed {limit:g})")

@@ -325,7 +325,8 @@ class DriftRun:
             if reason:
                 return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)
         outputs = {name: drift.entry() for name, drift in self._outputs.items()}
-        self.ranks.broadcast("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift))
+        blank = [name for name, drift in self._outputs.items() if drift.is_blank]
+        self.ranks.broadcast("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift, blank))
         return DriftEntry(batches=self._num_batches, rows=self._num_rows, outputs=outputs, skipped=self._num_skipped)
 
     def gather_counts(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_export.dense.blocks import Blocks
+from dist_export.dense.eager import DenseSample
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import ModelError
@@ -98,6 +99,20 @@ def note_constants(blocks: Blocks) -> list[str]:
     told = ", ".join(f"{place} = {value[:40]}" for place, value in list(blocks.constants.items())[:5])
     more = f" and {len(blocks.constants) - 5:,} more" if len(blocks.constants) > 5 else ""
     return [f"the sparse arch gives entries that are no tensors; they are constants of the program: {told}{more}"]
+
+
+def note_not_finite(sample: DenseSample) -> list[str]:
+    """Return a note on outputs with NaN, or without any finite score: nothing is proven by comparing these."""
+    told = []
+    for name, output in zip(sample.output_names, sample.outputs, strict=True):
+        num_finite, num_values = int(output.isfinite().sum()), output.numel()
+        if num_values and (output.isnan().any() or not num_finite):
+            told.append(f"{name!r} in {num_values - num_finite:,} of {num_values:,}")
+    if not told:
+        return []
+    return [
+        f"the model's scores of the sample are not finite: {', '.join(told)}; these say nothing of parity and drift"
+    ]
 
 
 def refuse_lacking(batches: Sequence[bool]) -> None:

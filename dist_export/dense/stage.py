@@ -44,6 +44,7 @@ from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.dense.sample_notes import (
     note_constants,
+    note_not_finite,
     note_pruned,
     note_rows,
     note_sparse_values,
@@ -303,7 +304,7 @@ class DenseStage:
         if not self._changes_rows:
             refuse_other_sample(self._sample, tensors)
         figures = self._comparison().with_reference(program, tensors)
-        self.notes += figures.notes
+        self.notes += [*figures.notes, *note_not_finite(self._sample)]
         self.parity = figures.merge_into(parity, reference.kind)
 
     def score(

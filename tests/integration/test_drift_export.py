@@ -233,6 +233,14 @@ def failing_model() -> tiny_model.TinyModel:
     return model
 
 
+class NoNumbers(tiny_model.DenseArch):
+    """One of its scores is NaN for every row."""
+
+    def forward(self, blocks):
+        scores = super().forward(blocks)
+        return {"ctr": (scores["ctr"] - 2).sqrt(), "like": scores["like"]}
+
+
 def ends_in_an_error():
     yield from batches(2)
     raise OSError("the next file is gone")
@@ -250,6 +258,18 @@ FAILING = {
         failing_model, lambda: [*batches(2), batch_of(USER_IDS[:3]), *batches(1)], "the dense arch fails on it: ValueError: three"
     ),
 }  # fmt: skip
+
+
+def test_scores_that_are_no_numbers_are_told_and_cannot_be_bounded(tmp_path: Path) -> None:
+    model = tiny_model.build_model()
+    model.dense_arch = NoNumbers()
+    with pytest.raises(DriftError, match=r"max_drift: .*'ctr' has no finite score in any batch") as caught:
+        export(tmp_path, batches(2), model=model, dtype={"user_emb": "int8"}, max_drift=1.0)
+    assert "like" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest = export(tmp_path, batches(2), model=model, dtype={"user_emb": "int8"}, max_drift={"like": 1.0})
+    said = "the model's scores of the sample are not finite: 'ctr' in 6 of 6;"
+    assert any(note.startswith(said) for note in manifest.notes)
 
 
 @pytest.mark.parametrize("case", FAILING)
