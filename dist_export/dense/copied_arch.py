@@ -13,9 +13,11 @@ from dist_export.checkpoint.dense import DenseParameters
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.modes import ready_to_load
+from dist_export.dense.origins import hidden_parameters
 from dist_export.dense.own_values import list_own_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
 from dist_export.errors import ConfigError, ModelError
+from dist_export.humanize import few
 from dist_export.model.unwrap import find_arch
 from dist_export.model.user_errors import said
 
@@ -39,6 +41,19 @@ def find_arches(model: Any, config: ExportConfig) -> tuple[nn.Module, nn.Module]
         find_arch(model, config.sparse_model_name, "sparse_model_name"),
         find_arch(model, config.dense_model_name, "dense_model_name"),
     )
+
+
+def note_unregistered(model: nn.Module, dense_arch: nn.Module, path: str) -> list[str]:
+    """Return a note on parameters that the dense arch keeps in a list, a dict or a closure: no checkpoint holds them."""
+    registered = {id(parameter) for parameter in model.parameters()}
+    names = [name for name, parameter in hidden_parameters(dense_arch, path) if id(parameter) not in registered]
+    if not names:
+        return []
+    note = (
+        f"the dense arch does not register {few(names)}, so no checkpoint holds them: where the program uses them, it has the "
+        "model's own values. Use nn.ModuleList, nn.ModuleDict or nn.ParameterList in place of a list or dict"
+    )
+    return [note]
 
 
 def clear_gradients(optimizer: Any) -> None:

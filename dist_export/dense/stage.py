@@ -19,7 +19,7 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.comparison import Comparison
-from dist_export.dense.copied_arch import clear_gradients, device_of, find_arches, load_copy
+from dist_export.dense.copied_arch import clear_gradients, device_of, find_arches, load_copy, note_unregistered
 from dist_export.dense.drift_run import DriftRun
 from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
@@ -139,6 +139,8 @@ class DenseStage:
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied)))
+        if self._parameters is not None:
+            notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
         batches = ranks.all_gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))

@@ -176,6 +176,28 @@ def test_missing_parameters_that_are_allowed_are_the_models_own(checkpoint: Path
     assert torch.equal(program.state_dict["dense_arch.out.bias"], model.dense_arch.out.bias)
 
 
+class KeepsAList(tiny_model.DenseArch):
+    """Keeps a layer, and a module that is registered elsewhere, in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(1, 1, bias=False)]
+        self.others: list[nn.Module] = []
+
+    def forward(self, blocks):
+        return {name: self.layers[0](score.reshape(-1, 1)) for name, score in super().forward(blocks).items()}
+
+
+def test_a_layer_that_is_not_registered_is_told(checkpoint: Path) -> None:
+    model, dense_arch = tiny_model.build_model(), KeepsAList()
+    dense_arch.load_state_dict(model.dense_arch.state_dict())
+    model.dense_arch = dense_arch
+    model.dense_arch.others.append(model.sparse_arch)
+    notes = run(checkpoint, model).notes
+    (note,) = [note for note in notes if note.startswith("the dense arch does not register")]
+    assert "dense_arch.layers[0].weight," in note
+
+
 def test_parameters_that_the_dense_arch_lacks_are_left_out_where_they_are_allowed(checkpoint: Path) -> None:
     state = tiny_model.trained_dense_state() | {"dense_arch.aux.weight": torch.ones(3)}
     torch.save(state, checkpoint / "model.pt")
