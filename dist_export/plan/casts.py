@@ -20,6 +20,7 @@ from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import BF16, F64, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
 from dist_export.plan.selection import Selection
+from dist_export.plan.table_view import refuse_shadowed
 
 SOURCE = "source"
 """Leaves a table in its stored dtype, even if a later pattern matches it."""
@@ -65,6 +66,7 @@ def cast_slots(checkpoint: Checkpoint, selection: Selection, dtypes: Sequence[tu
             raise PlanError(
                 f"dtype: the pattern {pattern!r} matches no table of the checkpoint, which has {', '.join(names) or 'none'}"
             )
+    refuse_shadowed("dtype", dtypes, names)
     kept = []
     for table, slots in zip(checkpoint.tables, selection.kept, strict=True):
         asked = next((dtype for pattern, dtype in dtypes if fnmatchcase(table.name_in_source, pattern)), None)

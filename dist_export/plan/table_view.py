@@ -110,10 +110,26 @@ def first_match(setting: str, values: Mapping[str, Value], names: Sequence[str])
     """Return for each table name the value of the first pattern that matches it; None if there is none.
 
     Raises:
-        PlanError: a pattern matches no table.
+        PlanError: a pattern matches no table, or only tables that an earlier pattern takes.
     """
     _matching(setting, list(values), names)
+    refuse_shadowed(setting, list(values.items()), names)
     return [next((value for pattern, value in values.items() if fnmatchcase(name, pattern)), None) for name in names]
+
+
+def refuse_shadowed(setting: str, values: Sequence[tuple[str, object]], names: Sequence[str]) -> None:
+    """Refuse a pattern without effect: earlier patterns, with other values, match all of its tables. PlanError."""
+    decided: dict[str, int] = {}
+    for place, (pattern, value) in enumerate(values):
+        mine = [name for name in names if fnmatchcase(name, pattern)]
+        earlier = [values[decided[name]] for name in mine if name in decided]
+        if mine and len(earlier) == len(mine) and all(its != value for _, its in earlier):
+            raise PlanError(
+                f"{setting}: the pattern {pattern!r} has no effect, because {earlier[0][0]!r} comes before it and matches "
+                f"{mine[0]!r}; the first pattern that matches a table counts. Put {pattern!r} first"
+            )
+        for name in mine:
+            decided.setdefault(name, place)
 
 
 def no_match(setting: str, pattern: str, names: Sequence[str]) -> PlanError:
@@ -156,6 +172,7 @@ def _rename(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
     for pattern, matcher, _ in rules:
         if not any(matcher(name) for name in names):
             raise no_match("rename_tables", pattern, names)
+    refuse_shadowed("rename_tables", list(rename.items()), names)
     renamed = []
     taken: dict[str, str] = {}
     for name in names:

@@ -57,6 +57,28 @@ def test_tables_are_selected_left_out_and_renamed_in_one_pass(tmp_path, source, 
     assert dist_export.open_package(tmp_path / "out").lookup("thing", truth["item"]["id"])[1].all()
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("default_row", {"*": "zeros", "item": [1.0] * 8}),
+        ("rename_tables", {"*": "t.{0}", "item": "thing"}),
+        ("dtype", {"*": "float16", "user_*": "bfloat16"}),
+        ("dtype", [{"user_?": "float16"}, {"user_a": "int8"}]),
+    ],
+)
+def test_a_pattern_without_effect_is_refused(tmp_path, source, setting, values):
+    with pytest.raises(PlanError, match=rf"{setting}: the pattern '\S+' has no effect, because '\S+' comes before it"):
+        export(source, tmp_path / "out", **{setting: values})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_is_narrower_or_says_the_same_may_follow(tmp_path, source):
+    dtype = {"user_a": "float16", "user_*": "bfloat16", "user_b": "bfloat16", "*": "source"}
+    manifest = export(source, tmp_path / "out", dtype=dtype)
+    kept = {name: table.kept[1].dtype for name, table in entries(manifest).items()}
+    assert kept == {"user_a": "float16", "user_b": "bfloat16", "item": "float32"}
+
+
 def test_what_is_left_is_written_as_if_the_rest_had_never_been(tmp_path, source):
     """Byte for byte but for the manifest: parts, blocks and strips are numbered anew."""
     tables = make_tables({"user_a": 60, "user_b": 40, "item": 30}, 3)
