@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters
-from dist_export.dense.own_values import list_own_values
-from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
+from dist_export.dense.own_values import list_own_values, list_sparse_values
+from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, SPARSE_DIGEST, SPARSE_VALUES, OwnValues
 from dist_export.errors import ConfigError, ModelError
 from dist_export.humanize import few
 from dist_export.model.unwrap import find_arch
@@ -65,8 +65,17 @@ def clear_gradients(optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def load_copy(copied: nn.Module, parameters: DenseParameters | None, model: Any, config: ExportConfig) -> LoadedCopy:
+def load_copy(
+    copied: nn.Module,
+    parameters: DenseParameters | None,
+    model: Any,
+    config: ExportConfig,
+    *,
+    tables: Collection[str] = (),
+) -> LoadedCopy:
     """Load the checkpoint's dense parameters into the copy; without any, the copy keeps the values that training left.
+
+    ``tables`` are names of the checkpoint's, which give the sparse arch its rows. The model must not have run yet.
 
     Raises:
         ModelError: parameters are missing, or are too many, and no setting allows it.
@@ -84,6 +93,7 @@ def load_copy(copied: nn.Module, parameters: DenseParameters | None, model: Any,
         return LoadedCopy(parameters=held, taken=frozenset(key for key, _, _ in held), own_values=own_values)
     state = parameters.load()
     own_values = _describe_own_values(copied, state, model, name)
+    own_values |= _describe_sparse_values(model, config, [*state, *tables])
     taken = list_taken(copied, state, dense_model_name=name)
     with ready_to_load(copied):
         notes = load_dense_parameters(
@@ -101,6 +111,14 @@ def _describe_own_values(copied: nn.Module, state: Mapping[str, Any], model: Any
     names = list_own_values(copied, state, dense_model_name=name)
     digest = OwnValues(model, name).digest(names) if names else None
     return ({OWN_VALUES: names} if names else {}) | ({OWN_DIGEST: digest} if digest else {})
+
+
+def _describe_sparse_values(model: Any, config: ExportConfig, given: Collection[str]) -> dict[str, Any]:
+    sparse_arch, _ = find_arches(model, config)
+    sparse_name, dense_name = config.sparse_model_name, config.dense_model_name
+    names = list_sparse_values(model, sparse_arch, given, sparse_model_name=sparse_name, dense_model_name=dense_name)
+    digest = OwnValues(model, dense_name, sparse_name).digest_sparse(names) if names else None
+    return {} if digest is None else {SPARSE_VALUES: names, SPARSE_DIGEST: digest}
 
 
 def device_of(copied: nn.Module, asked: str | None) -> torch.device:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from dist_export.checkpoint.extra_state import UntakenState
-from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS, is_below
+from dist_export.model.sparse_tables import keeps_tables
+from dist_export.model.unwrap import find_arch, unwrap
 from dist_export.model.value_digest import Digester
 
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -40,11 +42,72 @@ def digest_own_values(dense_arch: nn.Module, names: Collection[str], *, skip: Co
 
     Tensors that lie on several ranks, or on none, and extra state cannot be read.
     """
+    return _digest(dense_arch.named_modules(), names, skip={*_list_registered(dense_arch), *skip})
+
+
+def list_sparse_values(
+    model: nn.Module, sparse_arch: nn.Module, given: Collection[str], *, sparse_model_name: str, dense_model_name: str
+) -> list[str]:
+    """Return names, within the sparse arch, of what it holds besides tables and the checkpoint did not give it. Rank 0.
+
+    They are what :func:`list_own_values` names of a dense arch. What has no digest (sharded tensors, objects that hide their
+    content) is left out, as are matrices and all that modules which keep tables hold.
+
+    Args:
+        model: the caller's, with both arches in it.
+        sparse_arch: its sparse arch, which must not have run since it was built, or have run alike.
+        given: names of the checkpoint's tables and tensors, within the model.
+        sparse_model_name: the path of the sparse arch.
+        dense_model_name: the path of the dense arch, whose values do not count here.
+    """
+    begin = f"{_plain_key(sparse_model_name)}." if sparse_model_name else ""
+    plain = {_plain_key(name) for name in given}
+    begin = begin if any(name.startswith(begin) for name in plain) else ""
+    skip = _list_registered(model)
+    modules = _list_sparse_modules(model, sparse_arch, dense_model_name)
+    names = set(_list_unsaved_of(modules, skip))
+    for path, module in modules:
+        held, buffers, passing = module._parameters, module._buffers, module._non_persistent_buffers_set  # noqa: SLF001
+        saved = [name for name, its in held.items() if its is not None and its.dim() != 2]
+        saved += [name for name, its in buffers.items() if its is not None and name not in passing]
+        names |= {f"{path}.{name}" if path else name for name in saved}
+    mine = [name for name in sorted(names) if begin + _plain_key(name) not in plain]
+    return [name for name in mine if _digest(modules, [name], skip=skip) is not None]
+
+
+def digest_sparse_values(
+    model: nn.Module, sparse_arch: nn.Module, names: Collection[str], *, dense_model_name: str
+) -> str | None:
+    """Return a digest of the values of these names, as :func:`list_sparse_values` gives them; None where one cannot be read."""
+    modules = _list_sparse_modules(model, sparse_arch, dense_model_name)
+    return _digest(modules, names, skip=_list_registered(model))
+
+
+def _list_sparse_modules(
+    model: nn.Module, sparse_arch: nn.Module, dense_model_name: str
+) -> list[tuple[str, nn.Module]]:
+    """Return path and module of what is in the sparse arch, but for the dense arch and what is in modules that keep tables."""
+    dense = {id(child) for child in find_arch(model, dense_model_name, "dense_model_name").modules()}
+    found: list[tuple[str, nn.Module]] = []
+    passed: list[str] = []
+    for path, module in sparse_arch.named_modules():
+        if any(is_below(path, place) for place in passed):
+            continue
+        if unwrap(module) is not module:
+            continue  # of a wrapper what is in it counts
+        if keeps_tables(module):
+            passed.append(path)
+        elif id(module) not in dense:
+            found.append((path, module))
+    return found
+
+
+def _digest(modules: Iterable[tuple[str, nn.Module]], names: Collection[str], *, skip: Collection[int]) -> str | None:
     held: dict[str, Any] = {}
-    for path, module in dense_arch.named_modules():
+    for path, module in modules:
         own = {**_list_attributes(module), **module._parameters, **module._buffers}  # noqa: SLF001 -- no module lists these
         held |= {_plain_key(f"{path}.{name}" if path else name): value for name, value in own.items()}
-    digester = Digester({*_list_registered(dense_arch), *skip})
+    digester = Digester(skip)
     for name in sorted(names):
         if _plain_key(name) not in held:
             return None
@@ -54,10 +117,13 @@ def digest_own_values(dense_arch: nn.Module, names: Collection[str], *, skip: Co
 
 
 def _list_unsaved(dense_arch: nn.Module) -> Iterator[str]:
-    skip = _list_registered(dense_arch)
+    return _list_unsaved_of(dense_arch.named_modules(), _list_registered(dense_arch))
+
+
+def _list_unsaved_of(modules: Iterable[tuple[str, nn.Module]], skip: Collection[int]) -> Iterator[str]:
     known: dict[int, tuple[bool, Any]] = {}
     """id() of a value -> whether it holds arrays, and the value, which must not go while its id counts."""
-    for path, module in dense_arch.named_modules():
+    for path, module in modules:
         unsaved = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
         for name, value in _list_attributes(module).items():
             if id(value) not in known:  # many modules have one class

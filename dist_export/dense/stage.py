@@ -133,14 +133,14 @@ class DenseStage:
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
         self._sparse_arch = sparse_arch
-        if checkpoint is not None:
-            path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
-            ranks.run("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
-        notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied)))
+        notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))
         if self._parameters is not None:
             notes += note_unregistered(self._objects.model, dense_arch, self._config.dense_model_name)
+        if checkpoint is not None:  # its modes may compute values, which are compared as they were
+            path, is_live = self._config.sparse_model_name, checkpoint.memory is not None
+            ranks.run("look at train() and eval()", lambda: refuse_merging(sparse_arch, path, is_live=is_live))
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
         batches = ranks.all_gather("take a sample batch", self._take)
         ranks.run("look for ranks without a batch", lambda: refuse_lacking(batches))
@@ -429,8 +429,9 @@ class DenseStage:
         told = "the scores are compared with dense_arch(sparse_arch(batch)), so what forward does between the two is not checked"
         return [f"{reason}: {told}"] if reason else []
 
-    def _load(self, copied: nn.Module) -> tuple[str, ...]:
-        loaded = load_copy(copied, self._parameters, self._objects.model, self._config)
+    def _load(self, copied: nn.Module, checkpoint: Checkpoint | None) -> tuple[str, ...]:
+        tables = [] if checkpoint is None else [table.name_in_source for table in checkpoint.tables]
+        loaded = load_copy(copied, self._parameters, self._objects.model, self._config, tables=tables)
         self.parameters, self.taken, self.own_values = loaded.parameters, loaded.taken, loaded.own_values
         return loaded.notes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +12,8 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import is_below, plain_name
 from dist_export.checkpoint.payload import DENSE, OtherTensor, Payload, other_tensor
 from dist_export.humanize import count, few
+from dist_export.model.sparse_tables import keeps_tables
 from dist_export.model.unwrap import is_lazy, unwrap
-
-_KEEPS_TABLES = ("torchrec.", "fbgemm_gpu.")
-"""Modules of these lay tables out in tensors of their own, beside what their lookups need."""
 
 
 def list_others(model: nn.Module, tables: Collection[str], *, dense_model_name: str | None) -> list[OtherTensor]:
@@ -68,7 +65,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     tables: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
         place = plain_name(path)
-        if _is_hash_table(module) or type(module).__module__.startswith(_KEEPS_TABLES):
+        if keeps_tables(module):
             tables = (*tables, place)
         if unwrap(module) is not module or any(is_below(place, table) for table in tables):
             continue
@@ -77,9 +74,3 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in (*module._parameters.items(), *buffers):  # noqa: SLF001 -- its own alone
             if isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
                 yield f"{place}.{name}".removeprefix("."), tensor
-
-
-def _is_hash_table(module: Any) -> bool:
-    return callable(getattr(module, "ids", None)) and any(
-        callable(getattr(module, name, None)) for name in ("insert", "embeddings")
-    )

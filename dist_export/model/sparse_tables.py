@@ -27,6 +27,8 @@ from dist_export.model.user_errors import said
 
 _WEIGHT = "weight"
 _SHARDED = "torchrec.distributed"
+_KEEPS_TABLES = ("torchrec.", "fbgemm_gpu.", "dynamicemb.")
+"""Modules of these lay tables out in tensors of their own, beside what their lookups need."""
 _SCRIPTED_HOLDERS = frozenset({"Embedding", "EmbeddingBag", "ParameterDict", "ParameterList", "Module"})
 
 
@@ -115,6 +117,14 @@ def is_of_library(module: nn.Module) -> bool:
     is_holder = isinstance(module, (nn.ParameterDict, nn.ParameterList))
     comes_with_it = type(module).__module__.startswith(("torch.", "torchrec.", "fbgemm_gpu."))
     return is_collision_module(module) or (comes_with_it and not is_holder)
+
+
+def keeps_tables(module: Any) -> bool:
+    """Return whether a module is a hash table by its surface, or is of a library that lays tables out by itself."""
+    is_hash_table = callable(getattr(module, "ids", None)) and any(
+        callable(getattr(module, name, None)) for name in ("insert", "embeddings")
+    )
+    return is_hash_table or type(module).__module__.startswith(_KEEPS_TABLES)
 
 
 def constants_of(module: nn.Module) -> set[tuple[int, ...]]:

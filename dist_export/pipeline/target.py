@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_export.config.schema import ExportConfig
-from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, OwnValues
+from dist_export.dense.own_values_entry import OwnValues
 from dist_export.errors import ConfigError, PackageError
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
@@ -99,7 +99,7 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
         final=final,
         target=_next_to(final) if is_replacing else final,
         in_place=in_place,
-        model=OwnValues(model, config.dense_model_name),
+        model=OwnValues(model, config.dense_model_name, config.sparse_model_name),
     )
 
 
@@ -248,20 +248,13 @@ def _read_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manif
             f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package of another source or other "
             f"settings{_say_incomparable(config)}. {paths.way_out}"
         )
-    if names := manifest.run.get(OWN_VALUES):
-        known, now = manifest.run.get(OWN_DIGEST), paths.model.digest(names)
-        if config.overwrite and (known is None or known != now):
+    if difference := paths.model.find_difference(manifest.run):
+        if config.overwrite:
             return None
-        if known is None or known != now:
-            why = (
-                "and nothing tells whether they are the same"
-                if known is None or now is None
-                else "which are others now"
-            )
-            raise ConfigError(
-                f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, "
-                f"but its program has values of the model itself (run.{OWN_VALUES} names them), {why}. {paths.way_out}"
-            )
+        raise ConfigError(
+            f"{final.describe(MANIFEST)} is there already: export_dir holds a package of these settings and this source, "
+            f"but {difference}. {paths.way_out}"
+        )
     loss = find_loss(final, {file.path: file.num_bytes for file in manifest.files})
     if loss is not None and not config.overwrite:
         raise ConfigError(f"export_dir {final.url} holds the package of this very export, but {loss}. {paths.way_out}")
