@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.load_hooks import note_load_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters
@@ -104,6 +105,7 @@ def load_copy(
             allow_unexpected=config.allow_unexpected_dense,
             where=parameters.where,
         )
+    notes = (*notes, *note_load_hooks(model, find_arches(model, config)[1]))
     return LoadedCopy(notes, taken=taken, own_values=own_values)
 
 
