@@ -173,5 +173,5 @@ def _refuse(directory: Directory, report: Report) -> None:
     first = report.found[0]
     more = f" ({count(len(report.found) - 1, 'more file')} too)" if len(report.found) > 1 else ""
     raise CheckpointError(
-        f"{directory.describe(first.file)} {first.message}{more}. The package is damaged, and nothing was written; {_WHAT_TO_DO}"
+        f"{directory.describe(first.file)}: {first.message}{more}. The package is damaged, and nothing was written; {_WHAT_TO_DO}"
     )

@@ -12,6 +12,7 @@ from plain_cases import TABLES, make_model
 from ranks import run_ranks
 
 import dist_export
+from dist_export.errors import DistExportError
 from dist_export.plan import memory_budget, work_units
 from dist_export.verify.verify import verify
 
@@ -76,3 +77,24 @@ def test_the_program_is_taken_over_by_one_rank_for_all(tmp_path: Path) -> None:
     assert len(names) > 8
     assert all((again / name).read_bytes() == (first / name).read_bytes() for name in names)
     assert verify(str(again)).findings == []
+
+
+def try_again(_: int, source: str, target: str) -> str:
+    try:
+        return str(export_again(0, source, target))
+    except DistExportError as error:
+        return f"{error.exit_code} {error}"
+
+
+def test_all_ranks_refuse_a_damaged_package(tmp_path: Path) -> None:
+    """Each reads its share of the files, and what one has found ends all of them before anything is written."""
+    torch.save(make_model(), tmp_path / "ckpt.pt")
+    first = {"ckpt_dir": str(tmp_path / "ckpt.pt"), "export_dir": str(tmp_path / "first"), "treat_as_tables": TABLES}
+    dist_export.export({**first, "filter_sparse_opt": True, "num_shards": 3})
+    shard = max((tmp_path / "first").glob("model-*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-2] ^= 1
+    shard.write_bytes(raw)
+    told = run_ranks(try_again, 2, tmp_path / "store", str(tmp_path / "first"), str(tmp_path / "again"), timeout=240)
+    assert all(its.startswith("2 ") and f"{shard.name}: its content is not what was written" in its for its in told)
+    assert not (tmp_path / "again").exists()

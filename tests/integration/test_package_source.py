@@ -112,7 +112,7 @@ def test_a_damaged_row_is_not_handed_on(kind: str, settings: dict[str, object], 
     """Verify finds it in the source, and could not in a package that was made of it."""
     first = package_of(kind, tmp_path, digest=digest)
     flip(first / SHARD, -2)
-    with pytest.raises(CheckpointError, match=rf"{SHARD} its content is not what was written.*`verify` tells more"):
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: its content is not what was written.*`verify` tells more"):
         export(first, tmp_path / "again", **settings)
     assert not (tmp_path / "again").exists(), "nothing was written"
     flip(first / SHARD, -2)
@@ -123,7 +123,7 @@ def test_a_damaged_row_is_not_handed_on(kind: str, settings: dict[str, object], 
 def test_a_damaged_index_of_a_package_is_not_handed_on(name: str, tmp_path: Path) -> None:
     first = package_of("hash", tmp_path)
     (first / name).write_bytes((first / name).read_bytes() + b" ")
-    with pytest.raises(CheckpointError, match=rf"{name} has .* bytes, the manifest says"):
+    with pytest.raises(CheckpointError, match=rf"{name}: has .* bytes, the manifest says"):
         export(first, tmp_path / "again")
 
 
