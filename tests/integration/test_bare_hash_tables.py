@@ -71,7 +71,7 @@ def test_tables_that_become_hash_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": {"*": "int8"}}])
-def test_a_package_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_path: Path) -> None:
     """The tables were passed over in silence: the sample had random rows."""
     torch.save(build(2).state_dict(), tmp_path / "ckpt.pt")
     dist_export.Exporter(
@@ -87,6 +87,7 @@ def test_a_package_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_pa
     ).export(progress=False)
     dense = {name: value for name, value in build(2).state_dict().items() if name.startswith("dense_arch")}
     torch.save(dense, tmp_path / "first" / "model.pt")
+    (tmp_path / "first" / "manifest.json").unlink()  # without it, the files are those of a RecIS checkpoint
     manifest = export(tmp_path / "first", tmp_path / "out", **settings)
     assert manifest.drift is not None
     (drift,) = manifest.drift.outputs.values()

@@ -88,7 +88,7 @@ SAVES = [pytest.param(save, id=save.__name__) for save in (save_torch, save_dcp,
 
 
 def settings_for(save) -> dict[str, object]:
-    return {} if save is save_recis else {"tables": ["emb.weight"]}
+    return {} if save is save_recis else {"treat_as_tables": ["emb.weight"]}
 
 
 @pytest.mark.parametrize("change", SWAPS)
