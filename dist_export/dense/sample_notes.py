@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.row_lookup import RowFinder
@@ -105,8 +107,11 @@ def note_not_finite(sample: DenseSample) -> list[str]:
     """Return a note on outputs with NaN, or without any finite score: nothing is proven by comparing these."""
     told = []
     for name, output in zip(sample.output_names, sample.outputs, strict=True):
-        num_finite, num_values = int(output.isfinite().sum()), output.numel()
-        if num_values and (output.isnan().any() or not num_finite):
+        wide = output.to(
+            torch.complex128 if output.is_complex() else torch.float64
+        )  # float8 has no isfinite of its own
+        num_finite, num_values = int(wide.isfinite().sum()), output.numel()
+        if num_values and (wide.isnan().any() or not num_finite):
             told.append(f"{name!r} in {num_values - num_finite:,} of {num_values:,}")
     if not told:
         return []
