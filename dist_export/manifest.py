@@ -29,6 +29,7 @@ from dist_export.formats.package_entries import (
     PartDigest,
     PartEntry,
     PruneEntry,
+    RowIndexEntry,
     SlotEntry,
     SourceEntry,
     TableEntry,
@@ -59,6 +60,7 @@ __all__ = [
     "PartDigest",
     "PartEntry",
     "PruneEntry",
+    "RowIndexEntry",
     "SlotEntry",
     "SourceEntry",
     "TableEntry",
@@ -180,7 +182,9 @@ def _digest_of(manifest: Manifest) -> str:
 def _check_paths(manifest: Manifest, where: str) -> None:
     """Refuse a path that leads out of the package. A reader opens only files that are named by one of these paths."""
     paths = [entry.path for entry in manifest.files]
-    paths += [part.file for table in manifest.tables for part in table.parts]
+    parts = [part for table in manifest.tables for part in table.parts]
+    paths += [part.file for part in parts]
+    paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
     if manifest.dense is not None:
         paths += [manifest.dense.folder, manifest.dense.program]
     for path in paths:

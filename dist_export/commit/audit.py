@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dist_export.commit.row_indexes import RowIndexWriter, WrittenIndex
 from dist_export.errors import CommitError
 from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
-from dist_export.ids.columns import IdRun, read_runs
+from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import account_for
@@ -26,16 +28,32 @@ class TableAccount(NamedTuple):
     """Sum of the mixed ids, modulo 2**64."""
 
 
-def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int, TableAccount]:
+OpenIndexes = Callable[[Readers], RowIndexWriter]
+"""Returns what writes the row indexes of the shards that are read."""
+
+
+class Audit(NamedTuple):
+    """What was found in some output files."""
+
+    accounts: dict[int, TableAccount]
+    """By table."""
+    indexes: list[WrittenIndex]
+    """The row indexes that were written for these files."""
+
+
+def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexes: OpenIndexes | None = None) -> Audit:
     """Read back headers and id columns of these output files, and return rows and ids by table.
 
-    Any rank, for its share of the files. No collective.
+    Any rank, for its share of the files. No collective. With ``open_indexes``, the row indexes are written from the ids.
 
     Raises:
         CommitError: the size or header of a file is not the planned one, or an id is outside the slice of its shard.
     """
     mine = np.array(numbers, np.int64)
-    with OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers:
+    with (
+        OpenReaders(lambda number: target.open_reader(plan.files[number].name)) as readers,
+        contextlib.nullcontext() if open_indexes is None else contextlib.closing(open_indexes(readers)) as indexes,
+    ):
         for number in numbers:
             file = plan.files[number]
             where = target.describe(file.name)
@@ -46,6 +64,8 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
             readers[number].read_into(memoryview(header), 0)
             if bytes(header) != file.header:
                 raise CommitError(f"{where}: the header on disk is not the planned one. {_NOTHING_PUBLISHED}")
+            if indexes is not None:
+                indexes.begin(number)
         blocks = plan.blocks
         chosen = np.flatnonzero((blocks.column == 0) & np.isin(blocks.file, mine))
         rows_of_table = np.zeros(len(plan.checkpoint.tables), np.int64)
@@ -53,6 +73,8 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
         for run in read_runs(readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
             held = chosen[run.blocks]
             _check_slices(plan, target, held, run)
+            if indexes is not None:
+                indexes.add(held, run)
             tables = blocks.table[held]
             np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
             np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
@@ -64,7 +86,8 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range) -> dict[int
         row_indexed = row_indexed[blocks.column[row_indexed] == first_column[blocks.table[row_indexed]]]
         np.add.at(rows_of_table, blocks.table[row_indexed], blocks.rows[row_indexed])
         present = np.unique(blocks.table[np.concatenate([chosen, row_indexed])]).tolist()
-    return {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
+        accounts = {table: TableAccount(int(rows_of_table[table]), int(sum_of_table[table])) for table in present}
+        return Audit(accounts, [] if indexes is None else indexes.finish())
 
 
 def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> None:

@@ -131,6 +131,9 @@ class ExportConfig:
     server_side_copy: bool = True
     """Let an S3 store that has both source and target copy byte ranges itself. Their digest is then the SHA-256 that the store
     computes. False sends all bytes through the export, and the digest is that of the bytes that it reads."""
+    row_index: bool = True
+    """Write a row index for each part of a hash table, so that an id is found without reading the id column. It takes about 6
+    bytes a row. False leaves it out, and then each lookup reads the ids."""
     max_memory: int | str = "512MiB"
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None

@@ -70,6 +70,21 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True):
         return earlier if self.cast is msgspec.UNSET else (*earlier, self.cast)
 
 
+class RowIndexEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Where the row index of a part is. :mod:`dist_export.formats.row_index` describes its content."""
+
+    file: str
+    """Relative to the package, with forward slashes."""
+    offset: Count
+    """Bytes of the file before the first slot; a multiple of 64."""
+    num_slots: Count
+    """Slots of 4 bytes, the empty one at the end included."""
+    seed: Count
+    """The seed of the hash of ids."""
+    longest_probe: Count
+    """The largest distance of a row from its home slot, in slots."""
+
+
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The rows of a table in one file."""
 
@@ -81,6 +96,8 @@ class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The number of the part's first row, for a row-indexed table."""
     keys: dict[str, str]
     """Slot -> name of the block in the file."""
+    row_index: RowIndexEntry | msgspec.UnsetType = msgspec.UNSET
+    """Absent for a row-indexed table, for a part without rows, and if ``row_index`` is off."""
 
 
 class TableEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,9 +17,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
+
 from dist_export.errors import DistExportError, EndedError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces
 from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
+from dist_export.package.held_file import HeldFile
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.local_io import close_quietly
 from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
@@ -30,14 +33,6 @@ _MAX_HELD = 256
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
 """Up to this many objects are requested one by one. For more, their folders are listed."""
-
-
-class _Held:
-    """An open file, and the number of lookups that use it now."""
-
-    def __init__(self, reader: RangeReader) -> None:
-        self.reader = reader
-        self.uses = 0
 
 
 class OpenedFiles:
@@ -55,7 +50,7 @@ class OpenedFiles:
         self._digests: dict[str, str] = {}
         """The digests of whole files, as the package states them."""
         self._anchor = ""
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held: OrderedDict[str, HeldFile] = OrderedDict()
         self._lock = threading.Lock()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._last_fd = soft // 2
@@ -147,11 +142,29 @@ class OpenedFiles:
     @contextlib.contextmanager
     def open_reader(self, name: str) -> Iterator[RangeReader]:
         """Open a file for ranged reads. At the end, check that it was the package's file all the time."""
-        held: _Held | None = None
+        with self._use(name) as held:
+            yield held.reader
+
+    @contextlib.contextmanager
+    def open_mapped(self, name: str) -> Iterator[np.ndarray | RangeReader]:
+        """Map a file on a disk, as uint8 of shape (num_bytes,). If that is not possible, open it for ranged reads.
+
+        Reading a mapping beyond the end of its file would end the process. So the state of the file is checked before, too. A
+        file of a package is only cut short by a program that writes into it; an export replaces files.
+        """
+        with self._use(name) as held:
+            if self._folder >= 0:
+                self._refuse_changed(name, held)
+            mapping = held.map() if self._folder >= 0 else None
+            yield held.reader if mapping is None else mapping
+
+    @contextlib.contextmanager
+    def _use(self, name: str) -> Iterator[HeldFile]:
+        held: HeldFile | None = None
         with self._telling(name):
             try:
                 held = self._take(name)
-                yield held.reader
+                yield held
             except (OSError, DistExportError):
                 if held is not None:
                     self._refuse_changed(name, held)  # report the change itself, not its consequence
@@ -245,7 +258,7 @@ class OpenedFiles:
             return FileState(found.size, (found.version,))
         return state_of(os.stat(name, dir_fd=self._folder))
 
-    def _take(self, name: str) -> _Held:
+    def _take(self, name: str) -> HeldFile:
         """Open a file, or return it if it is open. Raises OSError: ESTALE if it is not in the recorded state."""
         with self._lock:
             held = self._held.get(name)
@@ -255,7 +268,7 @@ class OpenedFiles:
                 return held
         known = self._require(name)
         if self._folder < 0:
-            return _Held(self._open_in_store(name, known))
+            return HeldFile(self._open_in_store(name, known))
         fd = self._open(name)
         if not (known.is_same(now := state_of(os.fstat(fd))) or self._has_content(name, now, fd)):
             close_quietly(fd)
@@ -268,11 +281,11 @@ class OpenedFiles:
             return directory.open_reader(name)
         return S3Reader(self.describe(name), directory.s3, directory.join(name), etag=str(known.version[0]))
 
-    def _keep(self, name: str, reader: RangeReader) -> _Held:
+    def _keep(self, name: str, reader: RangeReader) -> HeldFile:
         with self._lock:
             held = self._held.get(name)
             if held is None:
-                held = self._held[name] = _Held(reader)
+                held = self._held[name] = HeldFile(reader)
             else:  # another thread was faster
                 reader.close()
             held.uses += 1
@@ -284,13 +297,13 @@ class OpenedFiles:
         for name in [name for name, held in self._held.items() if not held.uses]:
             if len(self._held) <= most:
                 return
-            self._held.pop(name).reader.close()
+            self._held.pop(name).close()
 
-    def _give_back(self, name: str, held: _Held) -> None:
+    def _give_back(self, name: str, held: HeldFile) -> None:
         with self._lock:
             held.uses -= 1
             if held.uses <= 0 and self._held.get(name) is not held:
-                held.reader.close()
+                held.close()
 
     def _open(self, name: str) -> int:
         try:
@@ -323,7 +336,7 @@ class OpenedFiles:
     def _is_link(self, path: str) -> bool:
         return stat.S_ISLNK(os.stat(path, dir_fd=self._folder, follow_symlinks=False).st_mode)
 
-    def _refuse_changed(self, name: str, held: _Held) -> None:
+    def _refuse_changed(self, name: str, held: HeldFile) -> None:
         """Raise OSError (ESTALE) if a file changed while it was read. S3 checks this for each request."""
         if self._directory.s3 is not None:
             return
@@ -378,8 +391,8 @@ class OpenedFiles:
             ) from error
 
 
-def _close_all(folder: int, held: OrderedDict[str, _Held]) -> None:
+def _close_all(folder: int, held: OrderedDict[str, HeldFile]) -> None:
     while held:
-        held.popitem()[1].reader.close()
+        held.popitem()[1].close()
     if folder >= 0:
         close_quietly(folder)

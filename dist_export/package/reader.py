@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,13 @@ import numpy as np
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
-from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, INDEX, TENSORKEY, is_in_slice, parse_slice
-from dist_export.formats.recis_index import Indexes
+from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, PartEntry, SlotEntry, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.opened_files import OpenedFiles
-from dist_export.package.shard_headers import read_header, read_indexes
+from dist_export.package.shard_headers import ShardHeaders
+from dist_export.package.slot_reader import SlotReader
 from dist_export.registry import base
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
@@ -52,8 +51,8 @@ class Package:
         """Open the package in a directory. Raises the errors of :func:`open_package`."""
         self.directory = directory
         self.files, self.manifest = _open(directory)
-        self._headers: dict[str, Header] = {}
-        self._indexes: Indexes | None = None
+        self._headers = ShardHeaders(self.files)
+        self._readers: dict[tuple[str, str], SlotReader] = {}
 
     def hold(self) -> None:
         """Open the files on a disk that lookups and :meth:`load_program` read, as many as descriptors allow.
@@ -61,8 +60,10 @@ class Package:
         An open file can still be read after the package is replaced and removed.
         """
         dense = self.manifest.dense
-        shards = (part.file for table in self.manifest.tables for part in table.parts)
-        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *shards])
+        parts = [part for table in self.manifest.tables for part in table.parts]
+        indexes = (part.row_index.file for part in parts if part.row_index is not msgspec.UNSET)
+        shards = (part.file for part in parts)
+        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *indexes, *shards])
 
     def close(self) -> None:
         """Close all files. They are also closed when the last reference to the package is gone."""
@@ -91,8 +92,8 @@ class Package:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids, read from the shards without loading the table.
 
-        For a row-indexed table, an id is a row number, counted from 0, and only the requested rows are read. For a hash
-        table, the id columns are read too.
+        For a row-indexed table, an id is a row number, counted from 0. For a hash table, the row index finds the rows; a
+        package without one is read by its id columns. On a disk, files stay mapped between calls.
 
         Args:
             table: the name of the table.
@@ -130,41 +131,24 @@ class Package:
         if asked.dtype == np.uint64:
             asked = asked.view(np.int64)
         asked = asked.astype(np.int64)
-        unique, inverse = np.unique(asked.reshape(-1), return_inverse=True)
         row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
-        try:
-            rows = np.zeros((len(unique), row_bytes), np.uint8)
-        except (MemoryError, ValueError):
-            raise PackageError(
-                f"{self.directory.url}: {len(unique):,} rows of table {table!r}, of {row_bytes:,} bytes each by its "
-                "manifest, do not fit into memory; ask for fewer ids"
-            ) from None
-        has_row = np.zeros(len(unique), bool)
-        if entry.is_hashed is False:
-            for part in entry.parts:
-                self._read_rows(table, part, slot, unique, has_row, rows)
-        for part in entry.parts if entry.is_hashed is not False else ():
-            part_slice = parse_slice(part.slice)
-            if part_slice is None:
-                raise PackageError(
-                    f"{self.directory.url}: table {table!r} has the slice {part.slice!r} in its manifest"
-                )
-            wanted = np.flatnonzero(is_in_slice(unique, part_slice))
-            if not {ID_SLOT, slot} <= set(part.keys):
-                raise PackageError(f"{self.directory.url}: a part of table {table!r} has no {ID_SLOT} or no {slot}")
-            if len(wanted) and part.rows:
-                self._find(part.file, part.keys[ID_SLOT], part.keys[slot], unique, wanted, has_row, rows)
+        reader = self._readers.get((table, slot))
+        if reader is None:
+            reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes)
+            self._readers[table, slot] = reader
+        rows, has_row = reader.read(asked.reshape(-1))
         if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
             rows[~has_row] = self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
         shape = asked.shape
+        has_row = has_row.reshape(shape)
         if raw:
-            return rows[inverse].reshape(*shape, row_bytes), has_row[inverse].reshape(shape)
-        values = rows.reshape(-1).view(dtype.numpy).reshape(len(unique), *kept.shape)
+            return rows.reshape(*shape, row_bytes), has_row
+        values = rows.reshape(-1).view(dtype.numpy).reshape(len(rows), *kept.shape)
         if encoding:
             values = decode_int8(rows)
         if kept.dtype == "bfloat16":
             values = widen_bfloat16(values)
-        return values[inverse].reshape(*shape, *values.shape[1:]), has_row[inverse].reshape(shape)
+        return values.reshape(*shape, *values.shape[1:]), has_row
 
     def default_row(self, table: str) -> np.ndarray:
         """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
@@ -206,81 +190,7 @@ class Package:
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""
-        if name not in self._headers:
-            self._headers[name] = read_header(self.files, name)
-        return self._headers[name]
-
-    def _file_of(self, key: str) -> str:
-        """Return the file that ``index`` gives for a block."""
-        if self._indexes is None:
-            self._indexes = read_indexes(self.files)
-        place = self._indexes.place_of_key.get(key)
-        if place is None:
-            raise PackageError(f"{self.directory.describe(INDEX)} does not name {key!r}, which the manifest has")
-        return self._indexes.files[int(self._indexes.file[place])]
-
-    def _read_rows(
-        self, table: str, part: PartEntry, slot: str, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Read the requested rows of a part into ``rows``. ``unique`` are sorted row numbers; neighbours are read in one call."""
-        if not isinstance(part.first_row, int) or slot not in part.keys:
-            raise PackageError(f"{self.directory.url}: a part of table {table!r} has no first_row or no {slot}")
-        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
-        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
-        if begin == end:
-            return
-        header, key, row_bytes = self.header(part.file), part.keys[slot], rows.shape[1]
-        place = header.keys.index(key) if key in header.keys else -1
-        num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
-        if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
-            raise PackageError(f"{self.directory.describe(part.file)}: {key!r} is not what the manifest says of it")
-        has_row[begin:end] = True
-        if not row_bytes:
-            return
-        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
-        with self.files.open_reader(part.file) as reader:
-            for first, last in itertools.pairwise(edges):
-                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
-                reader.read_into(rows[first:last].reshape(-1).data, offset)
-
-    def _find(
-        self,
-        file: str,
-        id_key: str,
-        slot_key: str,
-        unique: np.ndarray,
-        wanted: np.ndarray,
-        has_row: np.ndarray,
-        rows: np.ndarray,
-    ) -> None:
-        # in a copy, the trainer may have written ids and rows into different files
-        slot_file = file if slot_key in self.header(file).keys else self._file_of(slot_key)
-        header, slot_header = self.header(file), self.header(slot_file)
-        if id_key not in header.keys or slot_key not in slot_header.keys:
-            raise PackageError(f"{self.directory.describe(file)} holds no {id_key!r} or no {slot_key!r}")
-        id_place, slot_place = header.keys.index(id_key), slot_header.keys.index(slot_key)
-        id_shape, shape = header.shape(id_place), slot_header.shape(slot_place)
-        code = int(slot_header.dtypes[slot_place])
-        width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[code].itemsize
-        if len(id_shape) != 1 or width != rows.shape[1] or shape[:1] != id_shape:
-            raise PackageError(f"{self.directory.describe(file)}: {slot_key!r} is not what the manifest says of it")
-        id_begin, num_rows = int(header.begins[id_place]), id_shape[0]
-        slot_begin = int(slot_header.begins[slot_place])
-        row_bytes = rows.shape[1]
-        sought = unique[wanted]
-        with self.files.open_reader(file) as reader, self.files.open_reader(slot_file) as slot_reader:
-            for first in range(0, num_rows, _RUN_ROWS):
-                ids = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
-                reader.read_into(ids.data.cast("B"), id_begin + first * 8)
-                positions = np.minimum(np.searchsorted(sought, ids), len(sought) - 1)
-                found = np.flatnonzero(sought[positions] == ids)
-                targets = wanted[positions[found]]
-                has_row[targets] = True
-                if row_bytes:
-                    begins = (slot_begin + (first + found) * row_bytes).tolist()
-                    slot_reader.read_many(
-                        [(rows[target].data, begin) for target, begin in zip(targets.tolist(), begins, strict=True)]
-                    )
+        return self._headers.of(name)
 
 
 def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:

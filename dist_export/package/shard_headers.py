@@ -72,6 +72,30 @@ def read_indexes(directory: Files) -> Indexes:
         raise PackageError(str(error)) from None
 
 
+class ShardHeaders:
+    """The headers of an open package's shards. Each is read only once."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._headers: dict[str, Header] = {}
+        self._indexes: Indexes | None = None
+
+    def of(self, name: str) -> Header:
+        """Return the header of one shard file. PackageError as :func:`read_header`."""
+        if name not in self._headers:
+            self._headers[name] = read_header(self._files, name)
+        return self._headers[name]
+
+    def file_of(self, key: str) -> str:
+        """Return the file that ``index`` gives for a block. PackageError if it gives none."""
+        if self._indexes is None:
+            self._indexes = read_indexes(self._files)
+        place = self._indexes.place_of_key.get(key)
+        if place is None:
+            raise PackageError(f"{self._files.describe(INDEX)} does not name {key!r}, which the manifest has")
+        return self._indexes.files[int(self._indexes.file[place])]
+
+
 def _read(directory: Files, name: str) -> bytes:
     try:
         return directory.read_text(name)

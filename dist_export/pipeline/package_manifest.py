@@ -79,7 +79,7 @@ def describe_export(export: ExportState) -> Manifest:
         FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
         for r in export.receipts
     ]
-    files = (*shards, *export.small_files)
+    files = (*shards, *export.index_files, *export.small_files)
     manifest = describe_package(
         task.config,
         read.checkpoint,

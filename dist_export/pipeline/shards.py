@@ -7,9 +7,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
-from dist_export.commit.audit import TableAccount, audit_files, check_accounts, check_entries
+from dist_export.commit.audit import Audit, audit_files, check_accounts, check_entries
 from dist_export.commit.publish import describe_tables
+from dist_export.commit.row_indexes import RowIndexWriter, WrittenIndex, add_row_indexes
 from dist_export.errors import CommitError
+from dist_export.ids.columns import Readers
 from dist_export.manifest import TableEntry
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.reporting.progress import Reporter
@@ -74,25 +76,39 @@ def transfer(
         job.close()
 
 
-def check(ranks: Ranks, planned: PlannedSparse, target: Directory) -> tuple[TableEntry, ...]:
-    """Account for every row from the written files; return the tables' entries for the manifest. All ranks."""
+def check(
+    ranks: Ranks, planned: PlannedSparse, target: Directory, *, row_index: bool, digest: str, in_place: bool
+) -> tuple[tuple[TableEntry, ...], list[WrittenIndex]]:
+    """Account for every row from the written files, and write their row indexes if ``row_index`` is set. All ranks.
+
+    Returns:
+        The tables' entries for the manifest, and the files of row indexes in the order of the shards.
+    """
     threads = planned.budget.threads
     workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
     mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
 
-    def audit() -> list[dict[int, TableAccount]]:
-        with _withdrawing(target):
-            return run_threads(lambda numbers: audit_files(planned.plan, target, numbers), mine)
+    def open_indexes(readers: Readers) -> RowIndexWriter:
+        held_ids = planned.budget.held_ids
+        return RowIndexWriter(planned.plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
 
-    found = [accounts for shares in ranks.all_gather("check the shards", audit) for accounts in shares]
+    def audit() -> list[Audit]:
+        with _withdrawing(target):
+            return run_threads(
+                lambda numbers: audit_files(planned.plan, target, numbers, open_indexes if row_index else None), mine
+            )
+
+    found = [audited for share in ranks.all_gather("check the shards", audit) for audited in share]
+    indexes = sorted((index for audited in found for index in audited.indexes), key=lambda index: index.file.path)
 
     def account() -> tuple[TableEntry, ...]:
         with _withdrawing(target):
-            entries = describe_tables(planned.plan, planned.census, check_accounts(planned.plan, planned.census, found))
+            accounts = check_accounts(planned.plan, planned.census, [audited.accounts for audited in found])
+            entries = add_row_indexes(describe_tables(planned.plan, planned.census, accounts), indexes)
             check_entries(entries)
         return entries
 
-    return ranks.run("account for the rows", account)
+    return ranks.run("account for the rows", account), indexes
 
 
 def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:

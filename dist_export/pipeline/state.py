@@ -98,6 +98,8 @@ class ExportState:
     reused: int = 0
     casts: Counts = dataclasses.field(default_factory=dict)
     tables: tuple[TableEntry, ...] = ()
+    index_files: tuple[FileEntry, ...] = ()
+    """The files of row indexes."""
     small_files: tuple[FileEntry, ...] = ()
     written: Written = dataclasses.field(default_factory=dict)
     """Each file of the package with its size and version as it was checked. Rank 0."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import DenseMeta, add_casts, publish, render_indexes, write_small_files
+from dist_export.commit.row_indexes import index_name, note_unindexed
 from dist_export.config.schema import ExportConfig
 from dist_export.formats.recis import MERGED
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
@@ -213,6 +214,7 @@ def lock_target(export: ExportState) -> ExportState:
     task, planned = export.task, export.planned
     ranks, config, identity = task.ranks, task.config, export.source.identity
     shards = [] if planned is None else [file.name for file in planned.plan.files]
+    shards += [index_name(name) for name in shards] if config.row_index else []
     paths = settle(ranks, export.paths, config, identity, shards)
     refuse_if_lost = claim(ranks, paths, config, identity, task.held.callback)
     registered: list[str] = []
@@ -270,10 +272,23 @@ def check_shards(export: ExportState) -> ExportState:
         ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
             ranks.run("look for values that do not fit", lambda: refuse_overflow(plan, casts))
-        tables: tuple[TableEntry, ...] = add_casts(plan, check(ranks, planned, target), casts)
+        entries, indexes = check(
+            ranks,
+            planned,
+            target,
+            row_index=task.config.row_index,
+            digest=task.config.digest,
+            in_place=export.in_place,
+        )
+        tables: tuple[TableEntry, ...] = add_casts(plan, entries, casts)
+        index_files = tuple(index.file for index in indexes)
+        ranks.broadcast(
+            "look at the row indexes",
+            lambda: written.update(note_written(target, {file.path: file.num_bytes for file in index_files})),
+        )
         if plan.checkpoint.memory is not None:
             compare_live(ranks, planned, target)
-    return export.grown(tables=tables, written=written)
+    return export.grown(notes=note_unindexed(indexes), tables=tables, index_files=index_files, written=written)
 
 
 def write_rest(export: ExportState) -> ExportState:
@@ -376,7 +391,9 @@ def _write_small_files(export: ExportState) -> list[FileEntry]:
         keep |= frozenset(planned.plan.checkpoint.verbatim) | {MERGED} if in_place else frozenset()
     if not in_place:
         note_small_files(target, list(small))
-        remove_strays(target, set() if planned is None else {file.name for file in planned.plan.files})
+        shards = [] if planned is None else [file.name for file in planned.plan.files]
+        indexes = {file.path for file in export.index_files}
+        remove_strays(target, {*shards, *indexes})
     return write_small_files(target, small, digest=export.task.config.digest, keep=keep)
 
 

@@ -345,10 +345,16 @@ def digest_file(directory: Directory, name: str, algorithm: str = XXH3) -> str:
 def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
     """Yield a file's content from start to end, in one reused buffer of 1 MiB."""
     size = directory.stat(name).size
-    buffer = memoryview(bytearray(min(1 << 20, max(size, 1))))
-    with directory.open_reader(name) as reader, reader.ahead(0, size) as stream:
-        for offset in range(0, size, len(buffer)):
-            piece = buffer[: min(len(buffer), size - offset)]
+    with directory.open_reader(name) as reader:
+        yield from pieces_of(reader, size)
+
+
+def pieces_of(reader: RangeReader, num_bytes: int) -> Iterator[memoryview]:
+    """Yield the first ``num_bytes`` bytes of an open file from start to end, in one reused buffer of 1 MiB."""
+    buffer = memoryview(bytearray(min(1 << 20, max(num_bytes, 1))))
+    with reader.ahead(0, num_bytes) as stream:
+        for offset in range(0, num_bytes, len(buffer)):
+            piece = buffer[: min(len(buffer), num_bytes - offset)]
             stream.read_into(piece)
             yield piece
 

@@ -33,6 +33,7 @@ from dist_export.verify.ids import (
 )
 from dist_export.verify.metadata_checks import CHANGED, Survey
 from dist_export.verify.report import Report
+from dist_export.verify.row_indexes import IndexCount, count_indexes, cut_indexes, report_indexes
 from dist_export.verify.work_split import DEFAULT_MEMORY, Bounds, share_out
 
 _DEFAULT_THREADS = 4
@@ -74,20 +75,26 @@ def verify(
     mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
     shares = [
         share_out(column, num_shares)[mine]
-        for column in (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2])
+        for column in (
+            cut_files(work)[2],
+            cut_ids(work, bounds.held_ids)[2],
+            cut_values(work)[2],
+            cut_indexes(work)[2],
+        )
     ]
 
-    def read(share: tuple[slice, slice, slice]) -> tuple[list[ChunkDigests], IdCounts, list[Odd]]:
-        files, ids, values = share
+    def read(share: tuple[slice, ...]) -> tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount]]:
+        files, ids, values, indexes = share
         return (
             hash_share(directory, work, files),
             count_share(directory, work, ids, held_ids=bounds.held_ids),
             scan_share(directory, work, values),
+            count_indexes(directory, work, indexes),
         )
 
     outcomes = ranks.all_gather("read the files", lambda: run_threads(read, list(zip(*shares, strict=True))))
     found = [outcome for by_thread in outcomes for outcome in by_thread]
-    counts = add_counts(work, [ids for _, ids, _ in found])
+    counts = add_counts(work, [ids for _, ids, _, _ in found])
     is_proven = proven_tables(work, counts)
     tasks = [] if counts.errors else plan_unique(work, is_proven, held_ids=bounds.held_ids)
     dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
@@ -104,8 +111,9 @@ def verify(
 
     def finish() -> Report:
         if survey.manifest is not None:
-            compare_digests(work, [chunk for chunks, _, _ in found for chunk in chunks], survey.report)
-        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd in found]))
+            compare_digests(work, [chunk for chunks, _, _, _ in found for chunk in chunks], survey.report)
+        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd, _ in found]))
+        report_indexes(work, [count for _, _, _, its in found for count in its], survey.report)
         survey.refuse_replaced()
         return survey.report
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.errors import UserError
+from dist_export.manifest import RowIndexEntry
 
 MIN_THREAD_BYTES = 8 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -15,6 +17,19 @@ DEFAULT_MEMORY = 512 << 20
 
 def _no_numbers() -> np.ndarray:
     return np.zeros(0, np.int64)
+
+
+class IndexedPart(NamedTuple):
+    """A part with a row index."""
+
+    entry: RowIndexEntry
+    key: str
+    """The key of its id block."""
+    file: str
+    """The shard with its ids."""
+    offset: int
+    """The absolute position of its ids in the shard, in bytes."""
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -42,6 +57,7 @@ class Work:
     """int64: file, offset, bytes, and dtype (an index into ``DTYPES``) of each block of floats that should be finite."""
     value_width: np.ndarray = field(default_factory=_no_numbers)
     """int64: the bytes of a row of ``int8_rowwise``, whose scale and bias should be finite; 0 for plain floats."""
+    indexes: tuple[IndexedPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

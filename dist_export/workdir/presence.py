@@ -7,12 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from dist_export.errors import CommitError
 from dist_export.storage.directory import Directory, FileStat
-from dist_export.workdir.state import Receipt, write_receipt
+from dist_export.workdir.state import Receipt, has_receipt, write_receipt
 
 Written = dict[str, FileStat]
 """File -> its size, with the inode and time on a disk, or the version on a store, which identify its content."""
-
-_SHARD_SUFFIX = ".safetensors"
 
 
 def note_written(target: Directory, sizes: Mapping[str, int]) -> Written:
@@ -59,7 +57,7 @@ def refuse_vanished(target: Directory, written: Written, *, in_place: bool) -> N
     if not wrong:
         return
     for name in wrong:
-        if name.endswith(_SHARD_SUFFIX) and not in_place:
+        if has_receipt(name) and not in_place:
             write_receipt(target, Receipt(plan="", name=name, num_bytes=0, digest=""))
     raise _refusal(target, wrong[0], "is gone" if wrong[0] not in now else "was replaced or changed")
 

@@ -8,7 +8,8 @@ import msgspec
 
 from dist_export.errors import PackageError
 from dist_export.formats.recis import is_plain_name
-from dist_export.manifest import MANIFEST, PartDigest, decode_manifest
+from dist_export.formats.row_index import SUFFIX as INDEX_SUFFIX
+from dist_export.manifest import MANIFEST, PartDigest, RowIndexEntry, decode_manifest
 from dist_export.storage.directory import PARTIAL_SUFFIX, WORK_DIRECTORY, Directory
 from dist_export.storage.urls import open_directory
 from dist_export.workdir import swap
@@ -22,11 +23,14 @@ UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
 """The running uploads to an S3 store. Without this file a rerun aborts them instead of resuming them."""
 
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
-_SHARD_SUFFIX = ".safetensors"
+_WITH_RECEIPTS = (".safetensors", INDEX_SUFFIX)
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """Records that one shard file is finished, and its plan. A plan's digest covers its source's fingerprint."""
+    """Records that one shard, or the file of its row indexes, is finished, and its plan.
+
+    A plan's digest covers its source's fingerprint.
+    """
 
     plan: str
     name: str
@@ -36,6 +40,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """For a file of which an S3 store has copied parts: their sizes and digests, as in the manifest."""
     stored: str = ""
     """The checksum that an S3 store keeps of the whole file. With it the shard need not be read again."""
+    row_indexes: dict[str, RowIndexEntry | None] = {}
+    """For a file of row indexes: where they are, by the key of the id block; None for a part that has none."""
 
 
 def write_receipt(target: Directory, receipt: Receipt) -> None:
@@ -59,6 +65,11 @@ def withdraw_receipts(target: Directory) -> None:
     """
     for shard in _list_receipted(target):
         write_receipt(target, Receipt(plan="", name=shard, num_bytes=0, digest=""))
+
+
+def has_receipt(name: str) -> bool:
+    """Return whether a file of the package has a receipt while the export is not committed."""
+    return name.endswith(_WITH_RECEIPTS)
 
 
 def _receipt_name(shard: str) -> str:
@@ -109,7 +120,7 @@ def _read_small_files(target: Directory) -> list[str]:
 
 
 def remove_strays(target: Directory, planned: set[str]) -> None:
-    """Remove shards that an uncommitted export with another plan left: they have a receipt, but are not in this plan."""
+    """Remove files that an uncommitted export with another plan left: they have a receipt, but are not in this plan."""
     for shard in _list_receipted(target):
         if shard not in planned:
             target.remove(shard)
@@ -121,8 +132,8 @@ def _list_receipted(target: Directory) -> list[str]:
 
 def _receipted(work: list[str]) -> list[str]:
     """Return the shards that have a receipt, from the names of the files in the working directory."""
-    shards = [name.removesuffix(".json") for name in work if name.endswith(f"{_SHARD_SUFFIX}.json")]
-    return [shard for shard in shards if is_plain_name(shard)]
+    names = [name.removesuffix(".json") for name in work if name.endswith(".json")]
+    return [name for name in names if has_receipt(name) and is_plain_name(name)]
 
 
 def list_foreign_files(target: Directory, named: set[str]) -> list[str]:

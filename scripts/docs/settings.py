@@ -57,6 +57,7 @@ EXAMPLES = {
     "on_empty_table": "allow",
     "digest": "sha256",
     "server_side_copy": "false",
+    "row_index": "false",
     "max_memory": "2GiB",
     "threads": "2",
     "need_export_sparse": "false",

@@ -34,7 +34,7 @@ def edit(target, name, change):
 def test_a_sound_export_has_the_rows_and_ids_of_its_source(exported, monkeypatch, shares, run_rows):
     monkeypatch.setattr(columns, "RUN_ROWS", run_rows)
     planned, target, tables = exported
-    found = [audit_files(planned.plan, target, share) for share in shares]
+    found = [audit_files(planned.plan, target, share).accounts for share in shares]
     totals = check_accounts(planned.plan, planned.census, found)
     assert [total.rows for total in totals] == [120, 40]
     for total, rows in zip(totals, truth_of(tables).values(), strict=True):
@@ -68,7 +68,7 @@ def test_an_id_that_is_another_one_is_found(exported):
         data[offset + 7] ^= 1  # the same slice, another id
 
     edit(target, planned.plan.files[0].name, change)
-    found = [audit_files(planned.plan, target, range(2))]
+    found = [audit_files(planned.plan, target, range(2)).accounts]
     with pytest.raises(CommitError, match="table 'a': the shards hold 120 rows of 120, but their ids are not those"):
         check_accounts(planned.plan, planned.census, found)
 
@@ -91,13 +91,13 @@ def test_another_size_is_found(exported, change):
 
 def test_rows_that_no_rank_reports_are_missing(exported):
     planned, target, _ = exported
-    found = [audit_files(planned.plan, target, range(1))]
+    found = [audit_files(planned.plan, target, range(1)).accounts]
     with pytest.raises(CommitError, match=r"table 'a': the shards hold \d+ rows of 120\. No manifest was written"):
         check_accounts(planned.plan, planned.census, found)
     with pytest.raises(CommitError, match="hold 0 rows of 120"):
         check_accounts(planned.plan, planned.census, [{}])
     with pytest.raises(CommitError, match="hold 240 rows of 120"):
-        check_accounts(planned.plan, planned.census, [*[audit_files(planned.plan, target, range(2))] * 2])
+        check_accounts(planned.plan, planned.census, [audit_files(planned.plan, target, range(2)).accounts] * 2)
 
 
 def test_sums_wrap():
@@ -109,11 +109,10 @@ def test_a_failed_check_stops_the_commit(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in", make_tables({"a": 20}, 2))
     original = dist_export.pipeline.shards.audit_files
 
-    def lose(plan, target, numbers):
-        return {
-            table: TableAccount(total.rows - 1, total.id_sum)
-            for table, total in original(plan, target, numbers).items()
-        }
+    def lose(*arguments):
+        audited = original(*arguments)
+        fewer = {table: TableAccount(rows - 1, id_sum) for table, (rows, id_sum) in audited.accounts.items()}
+        return audited._replace(accounts=fewer)
 
     monkeypatch.setattr(dist_export.pipeline.shards, "audit_files", lose)
     with pytest.raises(CommitError, match="hold 19 rows of 20"):

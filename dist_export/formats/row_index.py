@@ -1,0 +1,229 @@
+"""The row index: finds the row of an id without reading the id column. Pure: arrays in, arrays out.
+
+A row index is an array of slots (little-endian uint32). A slot holds the number of a row, or ``EMPTY``. The hash of an id
+gives its home slot. The row is in the first free slot from there on, so a search ends at an empty slot. The ids themselves
+are not in the index. The id column confirms that a row is the right one.
+
+Slots are filled in the order of (hash, row), so the index depends only on the ids and their rows, and not on the order in
+which they were read. There is no wrap at the end: the slots go on behind the last home slot, and the last one is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+SUFFIX = ".row_index"
+"""Ends the name of the file that holds the row indexes of one shard."""
+MAGIC = b"rowindex\x01\x00\x00\x00\x00\x00\x00\x00"
+"""Begins the file: a name, then the version as little-endian uint64."""
+ALIGNMENT = 64
+"""The slots of each part begin at a multiple of this many bytes. The first begin at byte 64."""
+
+SLOT = np.dtype("<u4")
+EMPTY = np.uint32(0xFFFFFFFF)
+MOST_ROWS = (1 << 32) - 1
+"""A part with more rows has no index, because their numbers do not fit in a slot."""
+
+_LOAD = (7, 10)
+"""Rows for each home slot, as a fraction."""
+MOST_PROBES = 1024
+"""The most slots behind its home slot in which a row may be. The longest run of full slots at this load is about
+``ln(rows) / 0.057`` (Knuth, The Art of Computer Programming 3, section 6.4): 390 for the largest part."""
+SEEDS = 8
+"""If ids were chosen to collide, the longest probe is above ``MOST_PROBES``, and the next seed is tried. No set of ids collides
+for all seeds: the home slots of all of them together have more bits than an id."""
+_ODD = np.uint64(0xD6E8FEB86659FD93)
+"""An odd multiplier with well-mixed bits, from Pelle Evensen's rrxmrrxmsx."""
+_GOLDEN = 0x9E3779B97F4A7C15
+
+_CHUNK_ROWS = 1 << 16
+"""Rows that are placed at once. Their arrays stay in a core's cache."""
+
+
+class DamagedIndexError(ValueError):
+    """The slots cannot be those of this part."""
+
+
+class Column(Protocol):
+    """A column of values, of which single ones are read. A numpy array is one."""
+
+    def take(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return the values at these places (int64)."""
+
+
+def find_fault(
+    *, offset: int, num_slots: int, seed: int, longest_probe: int, num_rows: int, file_size: int
+) -> str | None:
+    """Return why these numbers cannot describe a row index in a file of ``file_size`` bytes; None if they can."""
+    if offset % ALIGNMENT or offset < len(MAGIC):
+        return f"its slots begin at byte {offset:,}, which is no multiple of {ALIGNMENT}"
+    if offset + num_slots * SLOT.itemsize > file_size:
+        return f"its {num_slots:,} slots from byte {offset:,} on do not lie in a file of {file_size:,} bytes"
+    if num_slots <= num_rows:
+        return f"it has {num_slots:,} slots for {num_rows:,} rows"
+    if seed >= SEEDS:
+        return f"its seed is {seed}, and seeds are below {SEEDS}"
+    if longest_probe > MOST_PROBES:
+        return f"its longest probe is {longest_probe:,}, and no more than {MOST_PROBES:,} is possible"
+    return None
+
+
+def count_homes(num_rows: int) -> int:
+    """Return the number of home slots of a part."""
+    rows, slots = _LOAD
+    return max(1, -(-num_rows * slots // rows))
+
+
+def hash_ids(ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return a hash (uint64, below 2**32) of int64 ids: two rounds of xor-shift and multiplication, and the upper 32 bits."""
+    hashed: np.ndarray = ids.view(np.uint64) ^ np.uint64(seed * _GOLDEN % (1 << 64))
+    for _ in range(2):
+        hashed ^= hashed >> np.uint64(32)
+        hashed *= _ODD
+    hashed ^= hashed >> np.uint64(29)
+    hashed >>= np.uint64(32)
+    return hashed
+
+
+def find_homes(hashed: np.ndarray, num_homes: int) -> np.ndarray:
+    """Return the home slot (int64) of hashes, which are changed in place: ``hash * num_homes >> 32``."""
+    whole, rest = num_homes >> 32, num_homes & ((1 << 32) - 1)
+    if not whole:
+        hashed *= np.uint64(rest)
+        hashed >>= np.uint64(32)
+        return hashed.view(np.int64)
+    homes: np.ndarray = hashed * np.uint64(rest)  # the product with all of it would not fit in 64 bits
+    homes >>= np.uint64(32)
+    hashed *= np.uint64(whole)
+    homes += hashed
+    return homes.view(np.int64)
+
+
+def encode_keys(ids: np.ndarray, first_row: int, seed: int) -> np.ndarray:
+    """Return ``hash << 32 | row`` (uint64) of ids in consecutive rows. Sorted, they are in the order of the slots."""
+    keys = hash_ids(ids, seed)
+    keys <<= np.uint64(32)
+    keys |= np.arange(first_row, first_row + len(ids), dtype=np.uint64)
+    return keys
+
+
+class SlotFiller:
+    """Fills the slots of one part, from sorted keys that arrive in ascending runs."""
+
+    def __init__(self, num_rows: int) -> None:
+        """Begin a part with ``num_rows`` rows."""
+        self._num_homes = count_homes(num_rows)
+        self.num_slots = 0
+        """The slots that were returned so far."""
+        self.longest_probe = 0
+        """The largest distance of a row from its home slot so far."""
+
+    def add(self, keys: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the next slots (uint32), for sorted keys that come after all earlier ones."""
+        for first in range(0, len(keys), _CHUNK_ROWS):
+            chunk = keys[first : first + _CHUNK_ROWS]
+            homes = find_homes(chunk >> np.uint64(32), self._num_homes)
+            numbers = np.arange(len(chunk))
+            # each row gets its home slot, or the slot after that of the row before it
+            positions = homes - numbers
+            positions[0] = max(int(positions[0]), self.num_slots)
+            np.maximum.accumulate(positions, out=positions)
+            positions += numbers
+            self.longest_probe = max(self.longest_probe, int((positions - homes).max()))
+            slots = np.full(int(positions[-1]) + 1 - self.num_slots, EMPTY, SLOT)
+            slots[positions - self.num_slots] = chunk.astype(np.uint32)
+            self.num_slots += len(slots)
+            yield slots
+
+    def finish(self) -> np.ndarray:
+        """Return the empty slots at the end: the home slots that are left, and one more, where every search ends."""
+        slots = np.full(max(self._num_homes - self.num_slots, 0) + 1, EMPTY, SLOT)
+        self.num_slots += len(slots)
+        return slots
+
+
+def find_rows(
+    slots: Column,
+    ids: Column,
+    sought: np.ndarray,
+    *,
+    num_slots: int,
+    num_rows: int,
+    seed: int,
+    longest_probe: int,
+) -> np.ndarray:
+    """Return the row of each sought id.
+
+    Args:
+        slots: the slots of the part (uint32).
+        ids: the ids of the part (int64).
+        sought: int64 of shape (n,).
+        num_slots: how many slots there are.
+        num_rows: the rows of the part, at least 1.
+        seed: the seed of its hash.
+        longest_probe: the largest distance of a row from its home slot.
+
+    Returns:
+        int64 of shape (n,); -1 for an id without a row.
+
+    Raises:
+        DamagedIndexError: a slot holds a number that is no row, or a probe leaves the slots.
+    """
+    found = np.full(len(sought), -1, np.int64)
+    positions = find_homes(hash_ids(sought, seed), count_homes(num_rows))
+    places: np.ndarray | None = None  # all
+    for _ in range(longest_probe + 1):
+        if not len(positions):
+            break
+        if int(positions.max()) >= num_slots:
+            raise DamagedIndexError(f"it has {num_slots:,} slots, and a search goes beyond them")
+        rows = slots.take(positions).astype(np.int64)
+        is_used = rows != int(EMPTY)
+        if not is_used.all():
+            used = np.flatnonzero(is_used)
+            rows, positions, sought = rows[used], positions[used], sought[used]
+            places = used if places is None else places[used]
+            if not len(rows):
+                break
+        if int(rows.max()) >= num_rows:
+            raise DamagedIndexError(f"it holds row {int(rows.max()):,}, and the part has {num_rows:,} rows")
+        is_hit = ids.take(rows) == sought
+        hits = np.flatnonzero(is_hit)
+        found[hits if places is None else places[hits]] = rows[hits]
+        left = np.flatnonzero(~is_hit)
+        places = left if places is None else places[left]
+        positions, sought = positions[left] + 1, sought[left]
+    return found
+
+
+def count_rows_at(
+    slots: Column,
+    ids: np.ndarray,
+    first_row: int,
+    *,
+    num_slots: int,
+    num_rows: int,
+    seed: int,
+    longest_probe: int,
+) -> int:
+    """Return how many of these ids, which are in consecutive rows, a search finds at their row.
+
+    A search for an id passes full slots only, so this needs no other id.
+    """
+    positions = find_homes(hash_ids(ids, seed), count_homes(num_rows))
+    rows = np.arange(first_row, first_row + len(ids))
+    num_found = 0
+    for _ in range(longest_probe + 1):
+        inside = positions < num_slots
+        positions, rows = positions[inside], rows[inside]
+        there = slots.take(positions)
+        is_hit = there == rows
+        num_found += int(np.count_nonzero(is_hit))
+        left = np.flatnonzero(~is_hit & (there != EMPTY))
+        positions, rows = positions[left] + 1, rows[left]
+        if not len(rows):
+            break
+    return num_found

@@ -1,0 +1,56 @@
+"""Take single values of a column of a package's file: from a mapping of a file on a disk, or by ranges from a store."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_export.formats.row_index import Column
+from dist_export.storage.range_reader import RangeReader
+
+
+def map_column(data: np.ndarray, offset: int, num_rows: int, dtype: np.dtype) -> Column:
+    """Return a column of a mapped file.
+
+    Args:
+        data: the file, uint8 of shape (num_bytes,).
+        offset: the position of the first value, in bytes; any number.
+        num_rows: the values of the column, which must lie in the file.
+        dtype: the dtype of a value.
+    """
+    column = data[offset : offset + num_rows * dtype.itemsize]
+    if offset % dtype.alignment:
+        return _Unaligned(column.reshape(num_rows, dtype.itemsize), dtype)
+    values: np.ndarray = column.view(dtype)
+    return values
+
+
+class _Unaligned:
+    """Values at any position. numpy would copy the whole column to align it."""
+
+    def __init__(self, column: np.ndarray, dtype: np.dtype) -> None:
+        self._column = column
+        self._dtype = dtype
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        values: np.ndarray = self._column.take(rows, axis=0).view(self._dtype)[:, 0]
+        return values
+
+
+class StoredColumn:
+    """A column of a file in a store, of which ranges are read. Ranges close together share a request."""
+
+    def __init__(self, reader: RangeReader, offset: int, dtype: np.dtype) -> None:
+        self._reader = reader
+        self._offset = offset
+        self._dtype = dtype
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return the values of these rows."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        values = np.empty(len(unique), self._dtype)
+        size = self._dtype.itemsize
+        view = values.data.cast("B")
+        begins = (self._offset + unique * size).tolist()
+        self._reader.read_many([(view[n * size : (n + 1) * size], begin) for n, begin in enumerate(begins)])
+        taken: np.ndarray = values[inverse]
+        return taken

@@ -1,0 +1,294 @@
+"""Read rows of one slot of a table from the shards of an open package."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from dist_export.errors import PackageError
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import ID_SLOT, Slice, hash_slots, is_in_slice, parse_slice
+from dist_export.formats.row_index import (
+    MAGIC,
+    SLOT,
+    Column,
+    DamagedIndexError,
+    find_fault,
+    find_rows,
+)
+from dist_export.manifest import PartEntry, RowIndexEntry, SlotEntry, TableEntry
+from dist_export.package.columns import StoredColumn, map_column
+from dist_export.package.opened_files import OpenedFiles
+from dist_export.package.shard_headers import ShardHeaders
+from dist_export.storage.range_reader import RangeReader
+
+logger = logging.getLogger(__name__)
+
+_RUN_ROWS = 1 << 20
+_IDS = np.dtype("<i8")
+
+
+class _Place(NamedTuple):
+    """Where a part's ids and rows are. Offsets are absolute, in bytes."""
+
+    id_file: str
+    id_offset: int
+    slot_file: str
+    slot_offset: int
+
+
+class SlotReader:
+    """Reads rows of one slot of a table. Any thread may use it."""
+
+    def __init__(
+        self, files: OpenedFiles, headers: ShardHeaders, table: TableEntry, slot: SlotEntry, *, row_bytes: int
+    ) -> None:
+        """Prepare to read; no file is read yet. PackageError if a part of the manifest has no slice or lacks the slot."""
+        self._files = files
+        self._headers = headers
+        self._table = table
+        self._slot = slot.name
+        self._row_bytes = row_bytes
+        self._places: dict[int, _Place] = {}
+        self._checked: set[int] = set()
+        self._has_told = False
+        self._slices: list[Slice] = []
+        if table.is_row_indexed:
+            return
+        for part in table.parts:
+            found = parse_slice(part.slice)
+            if found is None:
+                raise PackageError(f"{files.url}: table {table.name!r} has the slice {part.slice!r} in its manifest")
+            if not {ID_SLOT, self._slot} <= set(part.keys):
+                raise PackageError(f"{files.url}: a part of table {table.name!r} has no {ID_SLOT} or no {self._slot}")
+            self._slices.append(found)
+        self._edges = _find_edges(self._slices)
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of ids (int64, (n,)) as they are stored: uint8 (n, row_bytes), and which ids have one, bool (n,).
+
+        Rows of ids without a row are zeros.
+        """
+        if self._table.is_row_indexed:
+            unique, inverse = np.unique(ids, return_inverse=True)
+            rows, has_row = self._allocate(len(unique))
+            for part in self._table.parts:
+                self._read_numbered(part, unique, has_row, rows)
+            return rows[inverse], has_row[inverse]
+        rows, has_row = self._allocate(len(ids))
+        for number, wanted in self._deal(ids):
+            part = self._table.parts[number]
+            if not part.rows:
+                continue
+            if part.row_index is msgspec.UNSET:
+                self._scan(number, ids, wanted, has_row, rows)
+            else:
+                self._search(number, part.row_index, ids, wanted, has_row, rows)
+        return rows, has_row
+
+    # ---- hash tables ----
+
+    def _allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return np.zeros((num_rows, self._row_bytes), np.uint8), np.zeros(num_rows, bool)
+        except (MemoryError, ValueError):
+            raise PackageError(
+                f"{self._files.url}: {num_rows:,} rows of table {self._table.name!r}, of {self._row_bytes:,} bytes each by its "
+                "manifest, do not fit into memory; ask for fewer ids"
+            ) from None
+
+    def _deal(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each part that owns ids, with the positions of these ids."""
+        if self._edges is None:  # slices of different sizes, or that overlap
+            for number, part_slice in enumerate(self._slices):
+                wanted = np.flatnonzero(is_in_slice(ids, part_slice))
+                if len(wanted):
+                    yield number, wanted
+            return
+        if not len(ids):
+            return
+        begins, ends, numbers = self._edges
+        slots = hash_slots(ids, self._slices[0].size).view(np.int64)
+        owners = np.searchsorted(begins, slots, "right") - 1
+        is_owned = (owners >= 0) & (slots < ends[owners])
+        if len(numbers) == 1 and is_owned.all():
+            yield int(numbers[0]), np.arange(len(ids))
+            return
+        owners = np.where(is_owned, owners, len(numbers))
+        order = np.argsort(owners, kind="stable")
+        bounds = np.searchsorted(owners[order], np.arange(len(numbers) + 1)).tolist()
+        for place, (first, last) in enumerate(itertools.pairwise(bounds)):
+            if first < last:
+                yield int(numbers[place]), order[first:last]
+
+    def _locate(self, number: int) -> _Place:
+        """Return where a part is. Its headers are compared with the manifest once."""
+        place = self._places.get(number)
+        if place is not None:
+            return place
+        part = self._table.parts[number]
+        file, id_key, slot_key = part.file, part.keys[ID_SLOT], part.keys[self._slot]
+        header = self._headers.of(file)
+        # in a copy, the trainer may have written ids and rows into different files
+        slot_file = file if slot_key in header.keys else self._headers.file_of(slot_key)
+        slot_header = self._headers.of(slot_file)
+        if id_key not in header.keys or slot_key not in slot_header.keys:
+            raise PackageError(f"{self._files.describe(file)} holds no {id_key!r} or no {slot_key!r}")
+        id_place, slot_place = header.keys.index(id_key), slot_header.keys.index(slot_key)
+        id_shape, shape = header.shape(id_place), slot_header.shape(slot_place)
+        width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[int(slot_header.dtypes[slot_place])].itemsize
+        if len(id_shape) != 1 or width != self._row_bytes or shape[:1] != id_shape or id_shape[0] != part.rows:
+            raise PackageError(f"{self._files.describe(file)}: {slot_key!r} is not what the manifest says of it")
+        place = _Place(file, int(header.begins[id_place]), slot_file, int(slot_header.begins[slot_place]))
+        self._places[number] = place
+        return place
+
+    def _search(
+        self,
+        number: int,
+        index: RowIndexEntry,
+        ids: np.ndarray,
+        wanted: np.ndarray,
+        has_row: np.ndarray,
+        rows: np.ndarray,
+    ) -> None:
+        """Read the rows of ``ids[wanted]`` by the row index of a part."""
+        place, num_rows = self._locate(number), self._table.parts[number].rows
+        sought = ids[wanted]
+        with self._files.open_mapped(index.file) as index_file, self._files.open_mapped(place.id_file) as id_file:
+            if number not in self._checked:
+                self._check_index(index, num_rows, index_file)
+                self._checked.add(number)
+            try:
+                found = find_rows(
+                    _column(index_file, index.offset, index.num_slots, SLOT),
+                    _column(id_file, place.id_offset, num_rows, _IDS),
+                    sought,
+                    num_slots=index.num_slots,
+                    num_rows=num_rows,
+                    seed=index.seed,
+                    longest_probe=index.longest_probe,
+                )
+            except DamagedIndexError as error:
+                raise self._refuse_index(index, str(error)) from None
+        hits = np.flatnonzero(found >= 0)
+        targets = wanted[hits]
+        has_row[targets] = True
+        if not self._row_bytes or not len(hits):
+            return
+        with self._files.open_mapped(place.slot_file) as slot_file:
+            if isinstance(slot_file, np.ndarray):
+                end = place.slot_offset + num_rows * self._row_bytes
+                block = slot_file[place.slot_offset : end].reshape(num_rows, self._row_bytes)
+                rows[targets] = block.take(found[hits], axis=0)
+                return
+            self._read_many(slot_file, place, targets, found[hits], rows)
+
+    def _check_index(self, index: RowIndexEntry, num_rows: int, file: np.ndarray | RangeReader) -> None:
+        """Refuse an entry of the manifest that cannot be, and a file that is none of row indexes. PackageError."""
+        fault = find_fault(
+            offset=index.offset,
+            num_slots=index.num_slots,
+            seed=index.seed,
+            longest_probe=index.longest_probe,
+            num_rows=num_rows,
+            file_size=self._files.stat(index.file).size,
+        )
+        if fault is not None:
+            raise self._refuse_index(index, fault)
+        magic = file[: len(MAGIC)].tobytes() if isinstance(file, np.ndarray) else file.fetch(0, len(MAGIC))
+        if magic != MAGIC:
+            raise self._refuse_index(index, f"it begins with {magic[:8]!r}, which no file of row indexes does")
+
+    def _refuse_index(self, index: RowIndexEntry, reason: str) -> PackageError:
+        return PackageError(
+            f"{self._files.describe(index.file)}: the row index of table {self._table.name!r} is damaged: {reason}. "
+            "Run verify, and export again"
+        )
+
+    def _scan(self, number: int, ids: np.ndarray, wanted: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+        """Read the rows of ``ids[wanted]`` in a part without a row index, by reading all its ids."""
+        if not self._has_told:
+            self._has_told = True
+            logger.info(
+                "%s: table %r has no row index, so each lookup reads its ids; export it with row_index: true",
+                self._files.url,
+                self._table.name,
+            )
+        place, num_rows = self._locate(number), self._table.parts[number].rows
+        sought, inverse = np.unique(ids[wanted], return_inverse=True)
+        row_of = np.full(len(sought), -1, np.int64)
+        with self._files.open_reader(place.id_file) as reader:
+            for first in range(0, num_rows, _RUN_ROWS):
+                run = np.empty(min(_RUN_ROWS, num_rows - first), np.int64)
+                reader.read_into(run.data.cast("B"), place.id_offset + first * 8)
+                positions = np.minimum(np.searchsorted(sought, run), len(sought) - 1)
+                hits = np.flatnonzero(sought[positions] == run)
+                row_of[positions[hits]] = first + hits
+        found = row_of[inverse]
+        targets = wanted[found >= 0]
+        has_row[targets] = True
+        if self._row_bytes and len(targets):
+            with self._files.open_reader(place.slot_file) as reader:
+                self._read_many(reader, place, targets, found[found >= 0], rows)
+
+    def _read_many(
+        self, reader: RangeReader, place: _Place, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Read rows of a part into ``rows[targets]``; each row once."""
+        unique, first, inverse = np.unique(found, return_index=True, return_inverse=True)
+        begins = (place.slot_offset + unique * self._row_bytes).tolist()
+        reader.read_many([(rows[t].data, begin) for t, begin in zip(targets[first].tolist(), begins, strict=True)])
+        if len(unique) < len(found):
+            rows[targets] = rows[targets[first]][inverse]
+
+    # ---- row-indexed tables ----
+
+    def _read_numbered(self, part: PartEntry, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+        """Read the requested rows of a part into ``rows``. ``unique`` are sorted row numbers; neighbours are read in one call."""
+        if not isinstance(part.first_row, int) or self._slot not in part.keys:
+            raise PackageError(
+                f"{self._files.url}: a part of table {self._table.name!r} has no first_row or no {self._slot}"
+            )
+        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
+        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
+        if begin == end:
+            return
+        header, key, row_bytes = self._headers.of(part.file), part.keys[self._slot], self._row_bytes
+        place = header.keys.index(key) if key in header.keys else -1
+        num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
+        if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+            raise PackageError(f"{self._files.describe(part.file)}: {key!r} is not what the manifest says of it")
+        has_row[begin:end] = True
+        if not row_bytes:
+            return
+        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
+        with self._files.open_reader(part.file) as reader:
+            for first, last in itertools.pairwise(edges):
+                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
+                reader.read_into(rows[first:last].reshape(-1).data, offset)
+
+
+def _find_edges(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return begin, end and number of the slices in ascending order; None unless they are disjoint and have one size."""
+    if len({part.size for part in slices}) != 1:
+        return None
+    begins = np.array([part.begin for part in slices], np.int64)
+    ends = np.array([part.end for part in slices], np.int64)
+    numbers = np.flatnonzero(begins < ends)
+    numbers = numbers[np.argsort(begins[numbers], kind="stable")]
+    begins, ends = begins[numbers], ends[numbers]
+    if not len(numbers) or (ends[:-1] > begins[1:]).any():
+        return None
+    return begins, ends, numbers
+
+
+def _column(file: np.ndarray | RangeReader, offset: int, num_rows: int, dtype: np.dtype) -> Column:
+    if isinstance(file, np.ndarray):
+        return map_column(file, offset, num_rows, dtype)
+    return StoredColumn(file, offset, dtype)
