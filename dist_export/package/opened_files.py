@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import resource
-import stat
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,10 +22,12 @@ from dist_export.errors import DistExportError, EndedError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces
 from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
 from dist_export.package.held_file import HeldFile
+from dist_export.package.links import refuse_link_out
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.local_io import close_quietly
 from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
 from dist_export.storage.s3_reader import S3Reader
+from dist_export.storage.urls import reopen_directory
 
 _MAX_HELD = 256
 """The most descriptors of a package's files that are kept open."""
@@ -52,6 +53,7 @@ class OpenedFiles:
         self._anchor = ""
         self._held: OrderedDict[str, HeldFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._last_fd = soft // 2
         """If a file gets this descriptor or a higher one, an older file is closed, so that about half of all descriptors are
@@ -227,7 +229,15 @@ class OpenedFiles:
         except FileNotFoundError:
             return False
 
+    def _survive_fork(self) -> None:
+        """In a forked child, take a lock that no thread of the parent holds, and for a store a connection of its own."""
+        if self._pid != os.getpid():
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            if self._folder < 0:
+                self._directory = reopen_directory(self._directory)
+
     def _find(self, name: str) -> FileState | None:
+        self._survive_fork()
         try:
             return self._look(name)
         except (FileNotFoundError, NotADirectoryError):
@@ -260,6 +270,7 @@ class OpenedFiles:
 
     def _take(self, name: str) -> HeldFile:
         """Open a file, or return it if it is open. Raises OSError: ESTALE if it is not in the recorded state."""
+        self._survive_fork()
         with self._lock:
             held = self._held.get(name)
             if held is not None:
@@ -304,6 +315,8 @@ class OpenedFiles:
             held.uses -= 1
             if held.uses <= 0 and self._held.get(name) is not held:
                 held.close()
+            if len(self._held) > _MAX_HELD:  # a lookup uses two files at once
+                self._shrink(_MAX_HELD)
 
     def _open(self, name: str) -> int:
         try:
@@ -315,26 +328,12 @@ class OpenedFiles:
                 self._shrink(0)
             fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
         try:
-            self._refuse_link_out(name, fd)
+            if not self._directory.follows_links:
+                refuse_link_out(name, fd, self._folder)
         except OSError:
             close_quietly(fd)
             raise
         return fd
-
-    def _refuse_link_out(self, name: str, fd: int) -> None:
-        """Raise OSError for a link that leads out of the directory, as :meth:`Directory.find` does."""
-        steps = name.split("/")
-        paths = ("/".join(steps[:length]) for length in range(1, len(steps) + 1))
-        if self._directory.follows_links or not any(map(self._is_link, paths)):
-            return
-        found, folder = (os.readlink(f"/proc/self/fd/{number}") for number in (fd, self._folder))
-        if os.path.commonpath([found, folder]) != folder:
-            raise OSError(
-                errno.EPERM, f"is a link that leads out of the directory, to {found}; put the file itself there (cp -L)"
-            )
-
-    def _is_link(self, path: str) -> bool:
-        return stat.S_ISLNK(os.stat(path, dir_fd=self._folder, follow_symlinks=False).st_mode)
 
     def _refuse_changed(self, name: str, held: HeldFile) -> None:
         """Raise OSError (ESTALE) if a file changed while it was read. S3 checks this for each request."""

@@ -15,6 +15,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
 from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
 from dist_export.package.slot_reader import SlotReader
@@ -47,10 +48,14 @@ class Package:
     may read it.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, cache_dir: str | os.PathLike[str] | None = None) -> None:
         """Open the package in a directory. Raises the errors of :func:`open_package`."""
         self.directory = directory
         self.files, self.manifest = _open(directory)
+        self._cache_dir = cache_dir
+        self._cache: LocalCache | None = None
+        if cache_dir is not None and not directory.is_local:
+            self._cache = LocalCache(cache_dir, self.files, self.manifest.digest)
         self._headers = ShardHeaders(self.files)
         self._readers: dict[tuple[str, str], SlotReader] = {}
 
@@ -69,9 +74,9 @@ class Package:
         """Close all files. They are also closed when the last reference to the package is gone."""
         self.files.close()
 
-    def __reduce__(self) -> tuple[Any, tuple[Directory, str]]:
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Let another process open the package again, without the descriptors. It raises PackageError if it was replaced."""
-        return _open_again, (self.directory, self.manifest.digest)
+        return _open_again, (self.directory, self.manifest.digest, self._cache_dir)
 
     def __enter__(self) -> Package:
         return self
@@ -134,7 +139,7 @@ class Package:
         row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
         reader = self._readers.get((table, slot))
         if reader is None:
-            reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes)
+            reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self._cache)
             self._readers[table, slot] = reader
         rows, has_row = reader.read(asked.reshape(-1))
         if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
@@ -213,8 +218,8 @@ def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
     raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
 
 
-def _open_again(directory: Directory, digest: str) -> Package:
-    package = Package(directory)
+def _open_again(directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None) -> Package:
+    package = Package(directory, cache_dir=cache_dir)
     if package.manifest.digest != digest:
         raise PackageError(f"{directory.url}: the package was replaced since it was opened; open it again")
     package.hold()
@@ -243,8 +248,16 @@ def open_package(
     *,
     storage_options: dict[str, Any] | None = None,
     registry_options: dict[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Package:
     """Open the package at ``path``: a directory, an fsspec URL, or a model registry's URI such as ``models:/ctr_serving/3``.
+
+    Args:
+        path: the package.
+        storage_options: options for its file system.
+        registry_options: options for the registry.
+        cache_dir: for a package in a store, a local directory that keeps row indexes and id columns, about 14 bytes a row.
+            Lookups then ask the store for rows alone. Processes may share it; nothing in it is ever removed.
 
     Raises:
         UserError: there is no such directory, or no such version.
@@ -252,6 +265,6 @@ def open_package(
             schema.
     """
     found = base.resolve(os.fspath(path), registry_options or {})
-    package = Package(open_directory(found.directory, storage_options))
+    package = Package(open_directory(found.directory, storage_options), cache_dir=cache_dir)
     package.hold()
     return package

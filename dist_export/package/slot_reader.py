@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dist_export.formats.row_index import (
 )
 from dist_export.manifest import PartEntry, RowIndexEntry, SlotEntry, TableEntry
 from dist_export.package.columns import StoredColumn, map_column
+from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
 from dist_export.storage.range_reader import RangeReader
@@ -46,9 +48,17 @@ class SlotReader:
     """Reads rows of one slot of a table. Any thread may use it."""
 
     def __init__(
-        self, files: OpenedFiles, headers: ShardHeaders, table: TableEntry, slot: SlotEntry, *, row_bytes: int
+        self,
+        files: OpenedFiles,
+        headers: ShardHeaders,
+        table: TableEntry,
+        slot: SlotEntry,
+        *,
+        row_bytes: int,
+        cache: LocalCache | None = None,
     ) -> None:
         """Prepare to read; no file is read yet. PackageError if a part of the manifest has no slice or lacks the slot."""
+        self._cache = cache
         self._files = files
         self._headers = headers
         self._table = table
@@ -160,14 +170,17 @@ class SlotReader:
         """Read the rows of ``ids[wanted]`` by the row index of a part."""
         place, num_rows = self._locate(number), self._table.parts[number].rows
         sought = ids[wanted]
-        with self._files.open_mapped(index.file) as index_file, self._files.open_mapped(place.id_file) as id_file:
-            if number not in self._checked:
-                self._check_index(index, num_rows, index_file)
-                self._checked.add(number)
+        if number not in self._checked:
+            self._check_index(index, num_rows)
+            self._checked.add(number)
+        with (
+            self._open_column(index.file, index.offset, index.num_slots, SLOT) as slots,
+            self._open_column(place.id_file, place.id_offset, num_rows, _IDS) as id_column,
+        ):
             try:
                 found = find_rows(
-                    _column(index_file, index.offset, index.num_slots, SLOT),
-                    _column(id_file, place.id_offset, num_rows, _IDS),
+                    slots,
+                    id_column,
                     sought,
                     num_slots=index.num_slots,
                     num_rows=num_rows,
@@ -189,7 +202,20 @@ class SlotReader:
                 return
             self._read_many(slot_file, place, targets, found[hits], rows)
 
-    def _check_index(self, index: RowIndexEntry, num_rows: int, file: np.ndarray | RangeReader) -> None:
+    @contextlib.contextmanager
+    def _open_column(self, name: str, offset: int, num_values: int, dtype: np.dtype) -> Iterator[Column]:
+        """Open a column of a file: mapped from a disk or from the cache, else by ranges of the store."""
+        if self._cache is not None:
+            data = self._cache.map(name, offset, num_values * dtype.itemsize)
+            yield map_column(data, 0, num_values, dtype)
+            return
+        with self._files.open_mapped(name) as file:
+            if isinstance(file, np.ndarray):
+                yield map_column(file, offset, num_values, dtype)
+            else:
+                yield StoredColumn(file, offset, dtype)
+
+    def _check_index(self, index: RowIndexEntry, num_rows: int) -> None:
         """Refuse an entry of the manifest that cannot be, and a file that is none of row indexes. PackageError."""
         fault = find_fault(
             offset=index.offset,
@@ -201,7 +227,8 @@ class SlotReader:
         )
         if fault is not None:
             raise self._refuse_index(index, fault)
-        magic = file[: len(MAGIC)].tobytes() if isinstance(file, np.ndarray) else file.fetch(0, len(MAGIC))
+        with self._files.open_reader(index.file) as reader:
+            magic = reader.fetch(0, len(MAGIC))
         if magic != MAGIC:
             raise self._refuse_index(index, f"it begins with {magic[:8]!r}, which no file of row indexes does")
 
@@ -286,9 +313,3 @@ def _find_edges(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     if not len(numbers) or (ends[:-1] > begins[1:]).any():
         return None
     return begins, ends, numbers
-
-
-def _column(file: np.ndarray | RangeReader, offset: int, num_rows: int, dtype: np.dtype) -> Column:
-    if isinstance(file, np.ndarray):
-        return map_column(file, offset, num_rows, dtype)
-    return StoredColumn(file, offset, dtype)

@@ -160,6 +160,11 @@ class Directory:
     # ---- names ----
 
     @property
+    def location(self) -> Location:
+        """Where it is, and how to reach it. With credentials: not for messages."""
+        return self._location
+
+    @property
     def storage_options(self) -> dict[str, Any] | None:
         """The options that the store was opened with."""
         return self._location.storage_options

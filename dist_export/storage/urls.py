@@ -96,6 +96,14 @@ def _reach(given: str, shown: str, storage_options: dict[str, Any] | None) -> tu
     return fs, path
 
 
+def reopen_directory(directory: Directory) -> Directory:
+    """Return the same directory with a file system of this process. fsspec's file systems do not survive a fork."""
+    location = directory.location
+    return open_directory(
+        location.given, location.storage_options, follow_links=location.follow_links, is_file=location.only is not None
+    )
+
+
 def open_place(
     url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None, *, follow_links: bool = False
 ) -> Directory:

@@ -21,7 +21,7 @@ from dist_export.errors import CommitError, PackageError
 from dist_export.formats.digests import digest_bytes
 from dist_export.formats.row_index import EMPTY, SLOT
 from dist_export.manifest import Manifest, PartEntry, RowIndexEntry, decode_manifest, encode_manifest, seal
-from dist_export.package import slot_reader
+from dist_export.package import columns, local_cache, slot_reader
 from dist_export.verify.verify import verify
 
 INDEX = "model-000000-of-000002.row_index"
@@ -396,3 +396,40 @@ def test_a_forked_child_reads_the_same_package(package: Path) -> None:
     assert os.read(read, 1) == b"1"
     os.close(read)
     os.close(write)
+
+
+# ---- stores ----
+
+
+def test_a_cache_asks_the_store_for_rows_alone(source: Path, tmp_path: Path, monkeypatch) -> None:
+    url = "memory://row-index/cached"
+    export(source, url, num_shards=2)
+    expected = dist_export.open_package(url).lookup("a", IDS)
+    opened = dist_export.open_package(url, cache_dir=tmp_path / "cache")
+    found = opened.lookup("a", IDS)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    again = dist_export.open_package(url, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(local_cache.LocalCache, "_fetch", None)
+    monkeypatch.setattr(columns.StoredColumn, "take", None)
+    found = again.lookup("a", IDS)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_another_package_is_not_read_from_the_cache(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_checkpoint(other, make_tables({"a": 5_000, "b": 300, "empty": 0}, 3, seed=9))
+    for number, folder in enumerate((source, other)):
+        url = f"memory://row-index/{number}"
+        export(folder, url, num_shards=2)
+        has_row = dist_export.open_package(url, cache_dir=tmp_path / "cache").lookup("a", IDS)[1]
+        assert has_row.all() == (folder is source)
+
+
+def test_a_cache_that_was_cut_short_is_fetched_again(source: Path, tmp_path: Path) -> None:
+    url = "memory://row-index/short"
+    export(source, url, num_shards=2)
+    expected = dist_export.open_package(url, cache_dir=tmp_path / "cache").lookup("a", IDS)
+    for path in (tmp_path / "cache").rglob("*-*"):
+        os.truncate(path, 10)
+    found = dist_export.open_package(url, cache_dir=tmp_path / "cache").lookup("a", IDS)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))

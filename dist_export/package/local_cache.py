@@ -1,0 +1,66 @@
+"""Keep ranges of a store's files on a local disk, so that a lookup asks the store for rows alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dist_export.package.opened_files import OpenedFiles
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.storage.local_io import naming_any
+
+_PIECE_BYTES = 4 << 20
+
+
+class LocalCache:
+    """Ranges of one package's files in a local directory, mapped. Processes may share the directory.
+
+    Each range has a folder named after the package's digest, so a package that replaced another is never mixed with it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], files: OpenedFiles, digest: str) -> None:
+        """Use ``folder``, which is made if it is missing, for the package of this manifest digest."""
+        self._folder = Path(folder) / digest.rpartition(":")[2]
+        self._files = files
+        self._mapped: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def map(self, name: str, begin: int, num_bytes: int) -> np.ndarray:
+        """Return a range of a file, uint8 of shape (num_bytes,). It is fetched only once.
+
+        Raises:
+            PackageError: the store cannot be read, or the package was replaced.
+            OSError: the directory cannot be written.
+        """
+        mapped = self._mapped.get((name, begin, num_bytes))
+        if mapped is None:
+            path = self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}-{begin}-{num_bytes}"
+            if not path.exists() or path.stat().st_size != num_bytes:
+                self._fetch(name, begin, num_bytes, path)
+            mapped = np.memmap(path, np.uint8, "r")
+            self._mapped[name, begin, num_bytes] = mapped
+        return mapped
+
+    def _fetch(self, name: str, begin: int, num_bytes: int, path: Path) -> None:
+        with naming_any(str(path)):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            fd, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=self._folder)
+        try:
+            with (
+                open(fd, "wb") as file,
+                self._files.open_reader(name) as reader,
+                reader.ahead(begin, num_bytes) as stream,
+            ):
+                buffer = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
+                for first in range(0, num_bytes, len(buffer)):
+                    piece = buffer[: min(len(buffer), num_bytes - first)]
+                    stream.read_into(piece)
+                    with ACTIVITY.of(partial), naming_any(partial):
+                        file.write(piece)
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
