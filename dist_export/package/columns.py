@@ -6,6 +6,9 @@ import numpy as np
 
 from dist_export.formats.row_index import Column
 from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.s3_reader import NEAR_BYTES
+
+_MOST_KEPT_BYTES = 256 << 20
 
 
 def map_column(data: np.ndarray, offset: int, num_rows: int, dtype: np.dtype) -> Column:
@@ -37,18 +40,29 @@ class _Unaligned:
 
 
 class StoredColumn:
-    """A column of a file in a store, of which ranges are read. Ranges close together share a request."""
+    """A column of a file in a store, of which ranges are read. Ranges close together share a request.
 
-    def __init__(self, reader: RangeReader, offset: int, dtype: np.dtype) -> None:
+    If the requested values lie so close that nearly all of the column would be read, it is read once and kept. One lookup asks
+    several times.
+    """
+
+    def __init__(self, reader: RangeReader, offset: int, num_values: int, dtype: np.dtype) -> None:
         self._reader = reader
         self._offset = offset
+        self._num_values = num_values
         self._dtype = dtype
+        self._whole: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the values of these rows."""
-        unique, inverse = np.unique(rows, return_inverse=True)
-        values = np.empty(len(unique), self._dtype)
         size = self._dtype.itemsize
+        unique, inverse = np.unique(rows, return_inverse=True)
+        num_bytes = self._num_values * size
+        if self._whole is None and num_bytes <= min(len(unique) * NEAR_BYTES, _MOST_KEPT_BYTES):
+            self._whole = np.frombuffer(self._reader.fetch(self._offset, self._offset + num_bytes), self._dtype)
+        if self._whole is not None:
+            return self._whole.take(rows)
+        values = np.empty(len(unique), self._dtype)
         view = values.data.cast("B")
         begins = (self._offset + unique * size).tolist()
         self._reader.read_many([(view[n * size : (n + 1) * size], begin) for n, begin in enumerate(begins)])

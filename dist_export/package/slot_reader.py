@@ -213,7 +213,7 @@ class SlotReader:
             if isinstance(file, np.ndarray):
                 yield map_column(file, offset, num_values, dtype)
             else:
-                yield StoredColumn(file, offset, dtype)
+                yield StoredColumn(file, offset, num_values, dtype)
 
     def _check_index(self, index: RowIndexEntry, num_rows: int) -> None:
         """Refuse an entry of the manifest that cannot be, and a file that is none of row indexes. PackageError."""

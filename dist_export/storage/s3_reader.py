@@ -14,7 +14,7 @@ _HEAD_BYTES = 64 << 10
 _REQUEST_BYTES = 4 << 20
 """Size of one request. Longer ones are not faster; several at once are."""
 _REQUESTS_AT_ONCE = 16
-_NEAR_BYTES = 64 << 10
+NEAR_BYTES = 64 << 10
 """A gap up to this size is read too, because another request would take longer."""
 
 
@@ -92,7 +92,7 @@ def _group_ranges(
     for number in sorted(range(len(ranges)), key=lambda number: ranges[number][1]):
         view, offset = ranges[number]
         end = offset + len(view)
-        if group and offset - group[-1][1] <= _NEAR_BYTES and end - group[-1][0] <= _REQUEST_BYTES:
+        if group and offset - group[-1][1] <= NEAR_BYTES and end - group[-1][0] <= _REQUEST_BYTES:
             begin, last, members = group[-1]
             members.append(number)
             group[-1] = (begin, max(last, end), members)

@@ -99,7 +99,7 @@ def _count_found(ids: RangeReader, index: HeldFile, part: IndexedPart, first: in
         return 0
     mapping = index.map() if index.reader.fd >= 0 else None
     slots = (
-        StoredColumn(index.reader, entry.offset, SLOT)
+        StoredColumn(index.reader, entry.offset, entry.num_slots, SLOT)
         if mapping is None or len(mapping) < entry.offset + entry.num_slots * SLOT.itemsize
         else map_column(mapping, entry.offset, entry.num_slots, SLOT)
     )

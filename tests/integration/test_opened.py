@@ -22,6 +22,8 @@ from dist_export.package import opened_files, slot_reader
 from dist_export.package.reader import Package
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
+from dist_export.workdir import swap
+from dist_export.workdir.state import finish_commit
 
 IDS = np.arange(40)
 SHARD = "model-000000-of-000004.safetensors"
@@ -132,7 +134,25 @@ def test_what_is_changed_while_it_is_read_is_no_answer(out: Path, monkeypatch) -
         package.lookup("t", IDS)
 
 
-def test_a_writer_in_a_loop_and_readers_all_along(out: Path, tmp_path: Path) -> None:
+def export_again(out: Path, tmp_path: Path) -> None:
+    for turn in range(12):
+        export(tmp_path / f"ckpt-{2 - turn % 2}", out, overwrite=True)
+
+
+def exchange_often(out: Path, tmp_path: Path) -> None:
+    """Put whole packages in each other's place, as a commit does."""
+    for number in (1, 2):
+        export(tmp_path / f"ckpt-{number}", tmp_path / f"out-{number}")
+    for turn in range(200):
+        fresh = shutil.copytree(tmp_path / f"out-{2 - turn % 2}", swap.beside(str(out), "next"))
+        swap.replace_directory(str(fresh), str(out))
+        finish_commit(open_directory(out))
+
+
+@pytest.mark.parametrize("replace", [export_again, exchange_often])
+def test_a_writer_in_a_loop_and_readers_all_along(
+    replace: Callable[[Path, Path], None], out: Path, tmp_path: Path
+) -> None:
     """Each lookup gives the rows of one package, the one that is open, or says that it was replaced."""
     stop = threading.Event()
     wrong: list[object] = []
@@ -159,8 +179,7 @@ def test_a_writer_in_a_loop_and_readers_all_along(out: Path, tmp_path: Path) -> 
     for reader in readers:
         reader.start()
     try:
-        for turn in range(12):
-            export(tmp_path / f"ckpt-{2 - turn % 2}", out, overwrite=True)
+        replace(out, tmp_path)
     finally:
         stop.set()
         for reader in readers:

@@ -38,7 +38,7 @@ class FakeStore:
 def store(monkeypatch) -> FakeStore:
     monkeypatch.setattr(s3_reader, "_HEAD_BYTES", 1000)
     monkeypatch.setattr(s3_reader, "_REQUEST_BYTES", 3000)
-    monkeypatch.setattr(s3_reader, "_NEAR_BYTES", 50)
+    monkeypatch.setattr(s3_reader, "NEAR_BYTES", 50)
     return FakeStore()
 
 
