@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import PartSpec, make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import PackageError, UserError
@@ -22,6 +21,7 @@ from dist_export.package import opened_files
 from dist_export.package.reader import Package
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
+from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 
 IDS = np.arange(40)
 SHARD = "model-000000-of-000004.safetensors"
