@@ -121,8 +121,8 @@ def count_beats(world_size: int, beats: int = 5) -> float:
     for number in range(beats + 1):
         if number == 1:
             store.calls_of.clear()
-        for dog in dogs.values():
-            dog._beat(dog._store)  # noqa: SLF001 -- its second, without waiting for it
+        for rank, dog in dogs.items():
+            dog._beat(store.of(rank))  # noqa: SLF001 -- its second, without waiting for it
             dog._cycles += 1  # noqa: SLF001
     return max(store.calls_of.values()) / beats
 
@@ -131,5 +131,5 @@ def _ignore(_: str) -> None:
     return None
 
 
-def _refuse(text: str | None, _: float) -> None:
+def _refuse(text: str | None, _: float, __: int) -> None:
     raise AssertionError(text)

@@ -6,7 +6,7 @@ import io
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,10 @@ class Case(NamedTuple):
 class Mlp(nn.Module):
     """BatchNorm, a persistent and a non-persistent buffer, a literal, a tied weight, and names that collide."""
 
-    def __init__(self):
+    scale: torch.Tensor
+    offsets: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(8)
         self.weight = nn.Linear(8, 4)
@@ -35,7 +38,13 @@ class Mlp(nn.Module):
         self.register_buffer("offsets", torch.arange(3.0), persistent=False)
         self.unused = nn.Linear(3, 3)
 
-    def forward(self, *, input, self_x, weight):  # noqa: A002 -- the collision is what is tested
+    def forward(
+        self,
+        *,
+        input: torch.Tensor,  # noqa: A002 -- the collision is what is tested
+        self_x: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.relu(self.weight(self.norm(weight))) * self.scale + torch.tensor([1.0, 2.0, 3.0, 4.0])
         rows = torch.arange(input.shape[0], device=input.device)[:, None]
         logit = self.head(hidden) + self.tied(hidden) + input.float().sum(1, keepdim=True) + self.offsets.sum() + rows
@@ -43,20 +52,21 @@ class Mlp(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
-    def forward(self, *, sequence):
+    def forward(self, *, sequence: torch.Tensor) -> torch.Tensor:
         hidden = self.layer(sequence)
-        return self.attention(hidden, hidden, hidden, need_weights=False)[0].mean(1)
+        found: torch.Tensor = self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        return found.mean(1)
 
 
 class Shapes(nn.Module):
     """Symbolic sizes in many guises: products, remainders, a division, a maximum; and six outputs."""
 
-    def forward(self, *, a, b):
+    def forward(self, *, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size = a.shape[0]
         return (
             a.reshape(size * 2, -1).sum(1).reshape(-1, 2),
@@ -71,28 +81,31 @@ class Shapes(nn.Module):
 class LowPrecision(nn.Module):
     """Weights of a small dtype, one of them a transposed view."""
 
-    def __init__(self, dtype):
+    turn: torch.Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6).to(dtype)
         self.dtype = dtype
         self.register_buffer("turn", torch.randn(6, 6).t())
 
-    def forward(self, *, x):
-        return self.linear(x.to(self.dtype)).float() @ self.turn
+    def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear(x.to(self.dtype))
+        return found.float() @ self.turn
 
 
 class Regions(nn.Module):
     """Regions that become subgraphs of their own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
 
-    def forward(self, *, x):
+    def forward(self, *, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            frozen = self.linear(x) * 2
+            frozen: torch.Tensor = self.linear(x) * 2
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = self.linear(x)
+            mixed: torch.Tensor = self.linear(x)
         return frozen + mixed.float()
 
 
@@ -111,11 +124,11 @@ def trace(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Case:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def as_tuple(outputs):
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def rand(*shape):
+def rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
 
 
@@ -137,7 +150,7 @@ def case(name: str) -> Case:
         return _MAKERS[name]()
 
 
-def assert_same(outputs, expected) -> None:
+def assert_same(outputs: Any, expected: tuple[torch.Tensor, ...]) -> None:
     outputs = as_tuple(outputs)
     assert len(outputs) == len(expected)
     for output, wanted in zip(outputs, expected, strict=True):
@@ -149,7 +162,7 @@ def members_of(data: bytes) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def exchange(data: bytes, changes: Mapping[str, bytes | Callable[[bytes], bytes] | None], **kwargs) -> bytes:
+def exchange(data: bytes, changes: Mapping[str, bytes | Callable[[bytes], bytes] | None], **kwargs: Any) -> bytes:
     """Return the zip with members replaced, edited, added, or (None) taken out. ``kwargs`` go to ``ZipFile``."""
     members = members_of(data)
     for name, change in changes.items():

@@ -77,6 +77,9 @@ def rows_of(state: dict[str, torch.Tensor], table: str = "t") -> dict[int, np.nd
 class Mch(nn.Module):
     """Maps raw ids to rows as torchrec's MCH does in eval, from the description of its buffers."""
 
+    _mch_sorted_raw_ids: torch.Tensor
+    _mch_remapped_ids_mapping: torch.Tensor
+
     def __init__(self, rows: int) -> None:
         super().__init__()
         self._input_hash_func: Any = None
@@ -124,8 +127,8 @@ class SparseArch(nn.Module):
         )
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        bags = self.mc._embedding_module.embedding_bags
-        modules = self.mc._managed_collision_collection._managed_collision_modules
+        bags: Any = self.mc.get_submodule("_embedding_module").embedding_bags
+        modules: Any = self.mc.get_submodule("_managed_collision_collection")._managed_collision_modules
         return {name: bags[name](modules[name](batch[name]).reshape(-1, 1)) for name in self._names}
 
 
@@ -135,7 +138,8 @@ class DenseArch(nn.Module):
         self.linear = nn.Linear(dim, 1)
 
     def forward(self, blocks: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.linear(torch.cat(list(blocks.values()), dim=1))
+        scores: torch.Tensor = self.linear(torch.cat(list(blocks.values()), dim=1))
+        return scores
 
 
 class Model(nn.Module):
@@ -145,4 +149,5 @@ class Model(nn.Module):
         self.dense_arch = DenseArch(sum(dim for _, dim in sizes.values()))
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.dense_arch(self.sparse_arch(batch))
+        scores: torch.Tensor = self.dense_arch(self.sparse_arch(batch))
+        return scores

@@ -28,7 +28,7 @@ EBC, EC = f"model.{PATH}.ebc", f"model.{PATH}.ec_dict.16"
 WORLD_SIZE = 3
 DUMPED: dict[str, dict[str, np.ndarray]] = {
     "user": make_table([0, -1, 1 << 62, -(1 << 63), *range(5, 2_000, 7)], 8, seed=1),
-    "item": make_table(range(100, 151), 16, seed=2),
+    "item": make_table(list(range(100, 151)), 16, seed=2),
 }
 
 

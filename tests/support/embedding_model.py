@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,8 @@ class DenseArch(nn.Module):
         self.ebc.embedding_bags = nn.ModuleDict({"slot": nn.EmbeddingBag(6, DIM, mode="sum")})
 
     def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        place = self.position(blocks["place"][:, 0]) + self.ebc.embedding_bags["slot"](blocks["place"] % 6)
+        bags = cast("nn.ModuleDict", self.ebc.embedding_bags)
+        place = self.position(blocks["place"][:, 0]) + bags["slot"](blocks["place"] % 6)
         return {"ctr": torch.sigmoid(self.mlp(torch.cat([blocks["user"], blocks["item"], place], dim=1)))}
 
 

@@ -66,7 +66,7 @@ def trainjob_schema() -> dict[str, Any]:
     """Return the schema of a TrainJob: that of the pydantic model, with unknown keys forbidden."""
     from kubeflow_trainer_api import models
 
-    schema = models.TrainerV1alpha1TrainJob.model_json_schema(by_alias=True)
+    schema: dict[str, Any] = models.TrainerV1alpha1TrainJob.model_json_schema(by_alias=True)
     for name, shape in {"TrainerV1alpha1TrainJob": schema, **schema["$defs"]}.items():
         if name.endswith("Quantity"):
             shape.clear()

@@ -42,7 +42,9 @@ class NumberedReader:
 
     def assemble(self, shares: Any) -> Checkpoint:
         payload = b"head"
-        metas, parts, file, offset, key, strips = [], [], [], [], [], []
+        metas, file, offset, strips = [], [], [], []
+        key: list[list[str | None]] = []
+        parts: list[tuple[int, ...]] = []
         for number, (name, values) in enumerate(self._tables.items()):
             width = 4 * values.shape[1]
             slots = (

@@ -54,7 +54,7 @@ def write_source(
 
     for name, table in tables.items():
         is_hashed = not isinstance(table, Numbered)
-        parts = list(table) if is_hashed else _cut(table)
+        parts = _cut(table) if isinstance(table, Numbered) else list(table)
         slots: dict[str, tuple[str, list[int]]] = {}
         found = []
         for number, part in enumerate(parts):
@@ -179,7 +179,7 @@ class LayoutReader:
 
 def plug_in(monkeypatch: Any) -> None:
     """Let exports open such checkpoints; others are opened as ever."""
-    original = planning.open_reader
+    original = detect.open_reader
 
     def open_reader(directory: Directory, **settings: Any) -> Any:
         return LayoutReader(directory) if directory.exists(LAYOUT) else original(directory, **settings)

@@ -363,10 +363,10 @@ def read_back(directory: str | os.PathLike[str], *, merged: bool = True) -> dict
         assert len({part[2] for part in parts}) == 1, f"{table}: several slice sizes"
         slots = {tuple(part) for part in parts.values()}
         assert len({frozenset(names) for names in slots}) == 1, f"{table}: parts differ in their slots: {slots}"
-        for part, arrays in parts.items():
-            assert {"id", "embedding"} <= set(arrays), f"{table} {part}: no id or no embedding"
-            assert {len(array) for array in arrays.values()} == {len(arrays["id"])}, f"{table} {part}: rows differ"
-            assert owned_by(arrays["id"], part).all(), f"{table} {part}: ids outside the slice, RecIS loses them"
+        for slice_, arrays in parts.items():
+            assert {"id", "embedding"} <= set(arrays), f"{table} {slice_}: no id or no embedding"
+            assert {len(array) for array in arrays.values()} == {len(arrays["id"])}, f"{table} {slice_}: rows differ"
+            assert owned_by(arrays["id"], slice_).all(), f"{table} {slice_}: ids outside the slice, RecIS loses them"
         ids = np.concatenate([arrays["id"] for arrays in parts.values()])
         assert len(np.unique(ids)) == len(ids), f"{table}: an id stands twice"
         order = np.argsort(ids, kind="stable")

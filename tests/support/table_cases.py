@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,10 +21,12 @@ from tests.support.recis_writer import PartSpec, split_table, write_checkpoint
 class HashTable(nn.Module):
     """RecIS's surface: rows by id, an unknown id gives zeros; refuses what RecIS's kernel would refuse."""
 
-    def __init__(self, name: str | None, dim: int = 2, children: list[str] | None = None, dtype=torch.float32) -> None:
+    def __init__(
+        self, name: str | None, dim: int = 2, children: list[str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self._name = name
-        self.children_hashtable = children or [name]
+        self.children_hashtable: list[str] | list[str | None] = children or [name]
         self.rows: dict[int, torch.Tensor] = {}
         self.dim = dim
         self.dtype = dtype
@@ -46,13 +52,13 @@ class HashTable(nn.Module):
 
 
 class Sparse(nn.Module):
-    def __init__(self, fn, **tables: nn.Module) -> None:
+    def __init__(self, fn: Callable[..., torch.Tensor], **tables: nn.Module) -> None:
         super().__init__()
         self.fn = fn
         for name, table in tables.items():
             setattr(self, name, table)
 
-    def forward(self, data):
+    def forward(self, data: Any) -> dict[str, torch.Tensor]:
         return {"x": self.fn(self, data)}
 
 
@@ -61,18 +67,18 @@ def row(i: int, dim: int = 2) -> np.ndarray:
     return np.arange(dim) + (i % 1000)
 
 
-def table_of(ids: list[int], dim: int = 2, dtype="<f4", num_parts: int = 2) -> list[PartSpec]:
+def table_of(ids: list[int], dim: int = 2, dtype: str = "<f4", num_parts: int = 2) -> list[PartSpec]:
     rows = np.stack([row(i, dim) for i in ids]).astype(dtype)
     return split_table(np.array(ids, np.int64), {"embedding": rows, "sparse_adam_exp_avg": rows + 1}, num_parts)
 
 
-def open_finder(folder, tables, misplaced=None) -> RowFinder:
+def open_finder(folder: Path, tables: dict[str, list[PartSpec]], misplaced: Any = None) -> RowFinder:
     """Write a checkpoint of these tables and return what finds its rows."""
     write_checkpoint(folder, tables)
     return RowFinder(open_checkpoint(join(timeout_secs=1), open_directory(folder)), misplaced)
 
 
-def run(sparse: nn.Module, data, finder: RowFinder, name: str = "sparse"):
+def run(sparse: nn.Module, data: Any, finder: RowFinder, name: str = "sparse") -> tuple[torch.Tensor, Any]:
     blocks, counts = run_sparse_arch(sparse, data, sparse_model_name=name, finder=finder)
     return blocks.tensors["x"], counts
 

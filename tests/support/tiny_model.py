@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 
 MODEL = "tests.support.tiny_model:build_model"
 DATASET = "tests.support.tiny_model:build_dataset"
@@ -100,7 +100,7 @@ def build_empty_dataset() -> list[object]:
     return []
 
 
-def tables():
+def tables() -> dict[str, list[PartSpec]]:
     return make_tables({"user_emb": 60, "item_emb": 40}, 2, dim=DIM, seed=3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,10 +34,10 @@ class EmbeddingBagCollection(nn.Module):
 class SparseArch(nn.Module):
     def __init__(self, *, has_hash_table: bool) -> None:
         super().__init__()
-        self.ebc = EmbeddingBagCollection()
+        self.ebc: nn.Module = EmbeddingBagCollection()
         self.city = LookalikeTable("city_emb") if has_hash_table else None
 
-    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         pooled = self.ebc(batch["features"])
         item = pooled["t_item"]
         if self.city is not None:
@@ -81,11 +83,13 @@ class ShardedLookalike(nn.Module):
 
 def build_sharded_model() -> Model:
     model = build_model()
-    model.sparse_arch.ebc = ShardedLookalike(model.sparse_arch.ebc)
+    ebc = model.sparse_arch.ebc
+    assert isinstance(ebc, EmbeddingBagCollection)
+    model.sparse_arch.ebc = ShardedLookalike(ebc)
     return model
 
 
-def build_dataset(rows: int = 5) -> list[tuple[bool, dict]]:
+def build_dataset(rows: int = 5) -> list[tuple[bool, dict[str, Any]]]:
     generator = torch.Generator().manual_seed(8)
     features = {}
     for name, num_rows in ROWS.items():

@@ -15,7 +15,9 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dist_export.pipeline import target
 from dist_export.runtime.ranks import Ranks
@@ -46,11 +48,11 @@ def arrive(name: str) -> None:
     time.sleep(float(os.environ.get("PAUSE_SECS", "600")))
 
 
-def around(owner, name, before, after=None):
+def around(owner: Any, name: str, before: Callable[..., str], after: Callable[..., str] | None = None) -> None:
     """Arrive before and after each call of ``owner.name``."""
     real = getattr(owner, name)
 
-    def call(*arguments, **options):
+    def call(*arguments: Any, **options: Any) -> Any:
         arrive(before(*arguments))
         result = real(*arguments, **options)
         if after is not None:
@@ -63,8 +65,8 @@ def around(owner, name, before, after=None):
 def patch() -> None:
     real_gather = Ranks.all_gather
 
-    def gather(self, step, work, **options):
-        def arrive_and_work():
+    def gather(self: Ranks, step: str, work: Callable[[], Any], **options: Any) -> Any:
+        def arrive_and_work() -> Any:
             arrive(step)
             return work()
 
@@ -72,10 +74,10 @@ def patch() -> None:
             self, step, work if getattr(work, "__name__", "") == "_nothing" else arrive_and_work, **options
         )
 
-    Ranks.all_gather = gather
+    setattr(Ranks, "all_gather", gather)  # noqa: B010 -- types forbid to put another function in its place
     real_run = UnitRunner.run
 
-    def run(self, unit):
+    def run(self: UnitRunner, unit: Any) -> Any:
         arrive("unit")
         if os.environ.get("RANK", "0") != RANK:
             while AT == "unit" and not os.path.exists(MARK):
@@ -83,7 +85,7 @@ def patch() -> None:
             time.sleep(float(os.environ.get("SLOW_SECS", "0")))
         return real_run(self, unit)
 
-    UnitRunner.run = run
+    setattr(UnitRunner, "run", run)  # noqa: B010
     around(Directory, "write", lambda _, name, *__: f"write {name}", lambda _, name, *__: f"written {name}")
     around(Staging, "publish", lambda _, name: f"publish {name}", lambda _, name: f"published {name}")
     around(swap, "replace_directory", lambda *_: "exchange")

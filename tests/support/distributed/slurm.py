@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
@@ -150,7 +150,7 @@ def _idle_nodes(cluster: Cluster) -> int:
     return done.stdout.split().count("idle")
 
 
-def _wait_for(is_true, cluster: Cluster, seconds: float = 60) -> None:
+def _wait_for(is_true: Callable[[], bool], cluster: Cluster, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline, cluster.logs()

@@ -204,7 +204,7 @@ def whole_shards(target: Path) -> int:
 
 def reused_shards(target: Path) -> int:
     """Return how many shards the last export of a package took over."""
-    return json.loads((target / MANIFEST).read_bytes())["run"]["reused_shards"]
+    return int(json.loads((target / MANIFEST).read_bytes())["run"]["reused_shards"])
 
 
 def assert_no_harm(bench: Bench, mode: str, target: Path) -> None:
@@ -217,14 +217,14 @@ def assert_no_harm(bench: Bench, mode: str, target: Path) -> None:
     assert_same_package(target, bench.reference(mode))
 
 
-def assert_ends_well(bench: Bench, mode: str, spec: str, *words: str, **env: str) -> Ended:
+def assert_ends_well(bench: Bench, mode: str, spec: str, *words: str) -> Ended:
     """An export meets a fault; it succeeds all the same, or fails as it should, and the next one completes what is there.
 
     ``words`` stand in the line that tells of a failure, besides the name of a file that met the fault.
     """
     target, source = bench.new_target(), bench.source(mode)
     before, reference = source_state(source), bench.reference(mode)
-    ended = bench.export(mode, target, spec, **env)
+    ended = bench.export(mode, target, spec)
     assert ended.met, f"no call met the fault {spec}: {ended.stderr}"
     assert ended.code is not None, f"it hung: {ended}"
     assert source_state(source) == before

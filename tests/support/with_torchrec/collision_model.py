@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def modules_of(model: nn.Module) -> Any:
     """Return the managed-collision modules by table."""
-    return model.sparse.mc._managed_collision_collection._managed_collision_modules
+    return model.get_submodule("sparse.mc._managed_collision_collection._managed_collision_modules")
 
 
 def hash_ids(ids: torch.Tensor, _: int) -> torch.Tensor:
@@ -60,7 +60,9 @@ class SparseArch(nn.Module):
 
 class Mlp(nn.Sequential):
     def forward(self, blocks: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().forward(torch.cat([blocks["t_mch"], blocks["t_zch"]], dim=1))
+        rows = torch.cat([blocks["t_mch"], blocks["t_zch"]], dim=1)
+        scores: torch.Tensor = super().forward(rows)  # type: ignore[no-untyped-call]
+        return scores
 
 
 class Model(nn.Module):
@@ -70,7 +72,8 @@ class Model(nn.Module):
         self.mlp = Mlp(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        return self.mlp(self.sparse(batch))
+        scores: torch.Tensor = self.mlp(self.sparse(batch))
+        return scores
 
 
 def build_model(*, is_hashed: bool = False) -> Model:
@@ -82,7 +85,11 @@ def build_model(*, is_hashed: bool = False) -> Model:
 def make_batch(ids: dict[str, list[int]]) -> dict[str, Any]:
     """One id a sample and feature."""
     values = torch.tensor([number for name in TABLES for number in ids[name]])
-    return {"features": KeyedJaggedTensor(keys=list(TABLES), values=values, lengths=torch.ones(len(values), dtype=int))}
+    return {
+        "features": KeyedJaggedTensor(
+            keys=list(TABLES), values=values, lengths=torch.ones(len(values), dtype=torch.int64)
+        )
+    }
 
 
 def train(steps: int = 9, *, is_hashed: bool = False) -> Model:
@@ -107,7 +114,7 @@ def place_identities(model: Model, ids: list[int]) -> None:
     """Put each id into the slot that the module maps it to."""
     module = modules_of(model)["t_zch"]
     for number in ids:
-        feature = JaggedTensor(values=torch.tensor([number]), lengths=torch.ones(1, dtype=int))
+        feature = JaggedTensor(values=torch.tensor([number]), lengths=torch.ones(1, dtype=torch.int64))
         slot = int(module.remap({"x": feature})["x"].values())
         while int(module._hash_zch_identities[slot]) != -1:
             slot = (slot + 1) % len(module._hash_zch_identities)

@@ -28,7 +28,9 @@ class SparseArch(nn.Module):
 
 class Mlp(nn.Sequential):
     def forward(self, blocks: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().forward(torch.cat([blocks["t_user"], blocks["t_item"], blocks["numbers"]], dim=1))
+        blocks_by_row = torch.cat([blocks["t_user"], blocks["t_item"], blocks["numbers"]], dim=1)
+        scores: torch.Tensor = super().forward(blocks_by_row)  # type: ignore[no-untyped-call]
+        return scores
 
 
 class Model(nn.Module):

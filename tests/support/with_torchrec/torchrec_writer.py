@@ -63,7 +63,8 @@ class Model(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
         found: torch.Tensor = self.mlp(self.ebc(features).values())
-        return found.sum() + self.ec(features)[f"f_{SEQUENCE}"].values().sum()
+        sequence: torch.Tensor = self.ec(features)[f"f_{SEQUENCE}"].values()
+        return found.sum() + sequence.sum()
 
 
 def shard_model(sizes: dict[str, tuple[int, int]]) -> DistributedModelParallel:
