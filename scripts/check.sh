@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The inner loop: format, lint, rooms, names, types and the unit tests. Arguments go to pytest in place of tests/unit.
+# The inner loop: format, lint, rooms, names, types (of scripts and of the tests' helpers too) and the unit tests. Arguments go to pytest in place of tests/unit.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"

@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/make_env.sh .venv-test test,lint,docs
 export OMP_NUM_THREADS=1
-exec .venv-test/bin/python tests/faults/sweep.py "$@"
+exec .venv-test/bin/python -m tests.support.faults.sweep "$@"

@@ -1,6 +1,6 @@
 """The crash harness: real exports, killed at every place that they come to and at random moments. See soak.sh.
 
-Each kill is checked as in tests/distributed/crash.py: no manifest or a package that verifies; the rerun completes,
+Each kill is checked as in tests/support/distributed/crash.py: no manifest or a package that verifies; the rerun completes,
 verifies, equals an undisturbed export byte for byte, and leaves whole shards as they are.
 """
 
@@ -15,12 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
-
-import crash  # noqa: E402
-import tiny_model  # noqa: E402
-from recis_writer import make_tables, write_checkpoint  # noqa: E402
+from tests.support import ROOT, tiny_model
+from tests.support.distributed import crash
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 VICTIMS = ("rank", "all", "launcher", "everything")
 
@@ -32,7 +29,7 @@ def make_setups(folder: Path) -> dict[str, crash.Setup]:
     tables = ("--ckpt_dir", str(folder / "ckpt"), "--filter_sparse_opt", "true", "--num_shards", "4", "--threads", "1")
     dense = (
         *("--ckpt_dir", str(folder / "tiny"), "--filter_sparse_opt", "true", "--num_shards", "3", "--threads", "1"),
-        *("--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dataset"),
+        *("--model", tiny_model.MODEL, "--dataset", tiny_model.DATASET),
     )
     export("old", folder, ("--ckpt_dir", str(folder / "tiny"), "--filter_sparse_opt", "true"))
     export("tables", folder, tables)
@@ -48,7 +45,7 @@ def make_setups(folder: Path) -> dict[str, crash.Setup]:
 
 def export(name: str, folder: Path, arguments: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "dist_export", *arguments, "--export_dir", str(folder / name)]
-    subprocess.run(command, cwd=crash.TESTS, env=crash.environment(), check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, env=crash.environment(), check=True, capture_output=True)
 
 
 def list_kills(setups: dict[str, crash.Setup], folder: Path) -> list[tuple[str, crash.Kill]]:

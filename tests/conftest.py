@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import shortcuts
+
+from tests.support import shortcuts
 
 if TYPE_CHECKING:
-    from fault_cases import Bench
-    from s3_server import S3Server
+    from tests.support.faults.fault_cases import Bench
+    from tests.support.s3.s3_server import S3Server
 
 shortcuts.take()
 
@@ -52,7 +53,7 @@ def torchrec_fixtures() -> Path:
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Checkpoints, and a server that forks exports with a shim below them that injects faults."""
-    from fault_cases import Bench, build_shim
+    from tests.support.faults.fault_cases import Bench, build_shim
 
     folder = tmp_path_factory.mktemp("faults")
     shim = build_shim(folder)
@@ -68,7 +69,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on loopback; where it is not installed the test skips, or fails if it must run."""
-    from s3_server import S3Server, why_not_here
+    from tests.support.s3.s3_server import S3Server, why_not_here
 
     reason = why_not_here()
     if reason is not None:

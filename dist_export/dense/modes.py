@@ -91,7 +91,7 @@ def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
         child.training = mode
 
 
-class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Guard(TorchDispatchMode):
     """Refuses an operator before it writes into one of these tensors."""
 
     supports_higher_order_operators = True

@@ -221,7 +221,7 @@ class TableReads:
             _tell(called or feeds[0], tensor, ids, how)
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operators(TorchDispatchMode):
     """Shows each operator, those of scripted code too, below autograd and autocast."""
 
     supports_higher_order_operators = True

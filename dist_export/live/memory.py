@@ -251,7 +251,7 @@ def _copy_from_gpu(flat: torch.Tensor, out: torch.Tensor) -> None:
             piece = flat[first : first + CHUNK_BYTES]
             pinned = buffers[turn % 2][: len(piece)]
             pinned.copy_(piece, non_blocking=True)
-            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done: torch.cuda.Event = torch.cuda.Event()
             done.record(stream)
             if pending is not None:
                 _take(*pending)

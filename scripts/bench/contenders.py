@@ -10,11 +10,14 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.bench.generate import KEPT_SLOTS
 from scripts.bench.limit import sync_files
 from scripts.bench.watch import MemoryWatch
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
 
 Work = Callable[[MemoryWatch], dict[str, Any]]
 """Returns what is to be told besides time and memory."""
@@ -145,9 +148,20 @@ def _prepare_torch(job: dict[str, Any]) -> Work:
     return work
 
 
+def _make_empty(reader: FileSystemReader, prefix: str) -> dict[str, Any]:
+    """Return a tensor to load into for each tensor of a DCP checkpoint whose name begins with ``prefix``."""
+    import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+
+
 def _prepare_dcp(job: dict[str, Any]) -> Work:
     """torch.distributed.checkpoint: load the kept tensors of its own checkpoint, save them as safetensors."""
-    import torch
     import torch.distributed.checkpoint as dcp
 
     source, target = job["source"], job["target"]
@@ -155,10 +169,7 @@ def _prepare_dcp(job: dict[str, Any]) -> Work:
 
     def work(_: MemoryWatch) -> dict[str, Any]:
         reader = dcp.FileSystemReader(source)
-        metadata = reader.read_metadata().state_dict_metadata
-        state: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()
-        }
+        state = _make_empty(reader, "")
         dcp.load(state, storage_reader=reader)
         # as many files as the export has: RecIS's own numbering of parts
         places = {name: int(name.rsplit("/part_", 1)[1].split("_")[0]) % num_files + 1 for name in state}
@@ -174,7 +185,6 @@ def _prepare_dcp_whole(job: dict[str, Any]) -> Work:
 
     Of the optimizer state nothing is loaded: DCP reads what it is asked for.
     """
-    import torch
     import torch.distributed.checkpoint as dcp
 
     from scripts.bench.torchrec_source import PREFIX
@@ -184,12 +194,7 @@ def _prepare_dcp_whole(job: dict[str, Any]) -> Work:
 
     def work(_: MemoryWatch) -> dict[str, Any]:
         reader = dcp.FileSystemReader(source)
-        metadata = reader.read_metadata().state_dict_metadata
-        state: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in metadata.items()
-            if name.startswith(f"model.{PREFIX}")
-        }
+        state = _make_empty(reader, f"model.{PREFIX}")
         dcp.load(state, storage_reader=reader, no_dist=True)
         places = {name: number % num_files + 1 for number, name in enumerate(state)}
         writer = dcp.HuggingFaceStorageWriter(target, fqn_to_index_mapping=places)

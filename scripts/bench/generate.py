@@ -102,7 +102,8 @@ class Source:
         mixed = (mixed * np.uint64(0xBF58476D1CE5)) & mask
         mixed ^= mixed >> np.uint64(23)
         low = np.uint64(begin) + ((mixed ^ (mixed >> np.uint64(17))) * np.uint64(31)) % np.uint64(end - begin)
-        return ((mixed << np.uint64(16)) | low).view(np.int64)
+        found: np.ndarray = ((mixed << np.uint64(16)) | low).view(np.int64)
+        return found
 
 
 def count_denied(source: Source) -> int:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scripts.bench.watch import touch_memory
 
@@ -93,7 +93,7 @@ def sync_files(directory: Path) -> None:
             _sync(path)
 
 
-def _run_all(copy: Callable[[list, Path], None], shares: Sequence[list], target: Path) -> None:
+def _run_all(copy: Callable[[list[Any], Path], None], shares: Sequence[list[Any]], target: Path) -> None:
     with ThreadPoolExecutor(len(shares)) as pool:
         for done in [pool.submit(copy, share, target) for share in shares]:
             done.result()

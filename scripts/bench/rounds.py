@@ -126,7 +126,12 @@ class _Runner:
                 self._inputs[source, ""] = generate(self._home / f"source-{next(self._turn)}", source)
             if needs:
                 made = self._home / f"{needs}-{next(self._turn)}"
-                job = {"kind": needs, "source": str(self._inputs[source, ""]), "target": str(made), "settings": {}}
+                job: dict[str, object] = {
+                    "kind": needs,
+                    "source": str(self._inputs[source, ""]),
+                    "target": str(made),
+                    "settings": {},
+                }
                 run_once(needs, job, scratch=self._scratch())
                 self._inputs[source, needs] = made
         if self._case.is_pruned:
@@ -191,7 +196,12 @@ class _Runner:
         scratch = self._scratch()
         scratch.mkdir(parents=True)
         writers = sorted({contender.num_writers for contender in self._case.contenders})
-        job = {"kind": "limit", "source": str(self._limit), "target": str(self._target), "writers": writers}
+        job: dict[str, object] = {
+            "kind": "limit",
+            "source": str(self._limit),
+            "target": str(self._target),
+            "writers": writers,
+        }
         job["touch"] = self._touch
         return Started("the limit", job, ranks=1, scratch=scratch)
 

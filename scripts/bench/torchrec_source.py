@@ -44,7 +44,7 @@ def _write_share(rank: int, source: str, target: str, by: str, meeting: str) -> 
     for name, rows in read_tables(Path(source)):
         whole = torch.from_numpy(rows)
         local = whole.tensor_split(RANKS, 0 if by == "rows" else 1)[rank].contiguous()
-        size = {"shape": whole.shape, "stride": whole.stride()}
+        size: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
         weights[table_fqn(name)] = DTensor.from_local(local, mesh, placement, run_check=False, **size)
         moments[table_fqn(name)] = {
             slot: DTensor.from_local(torch.zeros_like(local), mesh, placement, run_check=False, **size)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ class SparseArch(nn.Module):
         super().__init__()
         self.entries = {entry["feature_name"]: entry for entry in fg["features"]}
         self.blocks = {block: list(names) for block, names in mc.items()}
-        self.place_of = {}  # table name -> (module that holds it, child index or None)
+        self.place_of: dict[
+            str, tuple[str, int | None]
+        ] = {}  # table name -> (module that holds it, child index or None)
         self.tables = nn.ModuleDict()
         for group, children in coalesced.items():
             self.place_of |= {child: (group, index) for index, child in enumerate(children)}
@@ -42,11 +44,11 @@ class SparseArch(nn.Module):
                 self.tables[holder] = ShardedTable(holder, entry["embedding_dimension"], coalesced.get(holder, ()))
 
     def hash_tables(self) -> list[HashTable]:
-        return [sharded.table for sharded in self.tables.values()]
+        return [cast("ShardedTable", sharded).table for sharded in self.tables.values()]
 
     def widths(self) -> dict[str, int]:
         def width(entry: Mapping[str, Any]) -> int:
-            return entry["embedding_dimension" if entry["gen_val_type"] == "lookup" else "value_dimension"]
+            return int(entry["embedding_dimension" if entry["gen_val_type"] == "lookup" else "value_dimension"])
 
         return {block: sum(width(self.entries[name]) for name in names) for block, names in self.blocks.items()}
 
@@ -64,7 +66,7 @@ class SparseArch(nn.Module):
         flat_ids = ids[is_id]
         if child is not None:
             flat_ids = (child << CHILD_SHIFT) | (flat_ids & ID_MASK)
-        rows = self.tables[holder](flat_ids)
+        rows: Tensor = self.tables[holder](flat_ids)
         bags = rows.new_zeros(*ids.shape, rows.shape[1]).index_put((is_id,), rows)
         return bags.sum(dim=1) / is_id.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -100,7 +102,8 @@ class DeepFM(nn.Module):
         self.dense_arch = dense_arch
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.dense_arch(self.sparse_arch(batch))
+        scores: dict[str, Tensor] = self.dense_arch(self.sparse_arch(batch))
+        return scores
 
 
 def build_model(*, fg: str, mc: str, coalesced: Mapping[str, Sequence[str]], dim: int = 16, hidden: int = 64) -> DeepFM:

@@ -63,7 +63,7 @@ def save_checkpoint(
     file_name = f"model-{rank:06}-of-{world_size:06}.safetensors"
     write_safetensors(directory / file_name, blocks)
 
-    described = [(file_name, block._replace(tensor=None)) for block in blocks]
+    described = [(file_name, block._replace(tensor=torch.empty(0))) for block in blocks]  # rows stay on their rank
     by_rank: list[Any] = [None] * world_size
     dist.all_gather_object(by_rank, described)  # returns when every rank's file is whole
     if rank == 0:

@@ -58,7 +58,9 @@ def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarr
     outputs = package.load_program().module()(**inputs)
     if isinstance(outputs, torch.Tensor):
         outputs = (outputs,)
-    names = [output.name for output in package.manifest.dense.outputs]
+    dense = package.manifest.dense
+    assert dense is not None, "the demo exports its dense arch"
+    names = [output.name for output in dense.outputs]
     return {name: output.detach().numpy()[:, 0] for name, output in zip(names, outputs, strict=True)}
 
 
@@ -78,7 +80,8 @@ def pool_rows(package: Any, table: Any, ids: np.ndarray) -> np.ndarray:
     rows, is_found = package.lookup(table.name, ids[is_id] % table.rows_out if table.is_hashed is False else ids[is_id])
     bags = np.zeros((*ids.shape, rows.shape[1]), np.float32)
     bags[is_id] = np.where(is_found[:, None], rows, 0)
-    return bags.sum(axis=1) / is_id.sum(axis=1, keepdims=True, dtype=np.float32).clip(min=1)
+    pooled: np.ndarray = bags.sum(axis=1) / is_id.sum(axis=1, keepdims=True, dtype=np.float32).clip(min=1)
+    return pooled
 
 
 def print_scores(

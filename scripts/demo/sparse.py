@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class HashTable(nn.Module):
     def pop_gradients(self) -> tuple[Tensor, Tensor]:
         """Return the rows touched since the last call, each once, and the sum of the gradients of each."""
         rows = torch.cat([rows for rows, _ in self._lookups])
-        grads = torch.cat([found.grad for _, found in self._lookups])
+        grads = torch.cat([found.grad for _, found in self._lookups if found.grad is not None])
         self._lookups.clear()
         rows, inverse = rows.unique(return_inverse=True)
         return rows, grads.new_zeros(len(rows), self._dim).index_add_(0, inverse, grads)
@@ -123,12 +124,12 @@ class ExchangeRows(torch.autograd.Function):
     """All-to-all of rows; their gradients go back the way the rows came."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, num_sent: list[int], num_received: list[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, num_sent: list[int], num_received: list[int]) -> Tensor:
         ctx.counts = num_sent, num_received
         return exchange(rows, num_sent, num_received)
 
     @staticmethod
-    def backward(ctx, grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None, None]:
         num_sent, num_received = ctx.counts
         return exchange(grads, num_received, num_sent), None, None
 
@@ -152,7 +153,8 @@ class ShardedTable(nn.Module):
         unique, inverse = ids.unique(return_inverse=True)
         world_size = get_world_size()
         if world_size == 1:
-            return self.table(unique)[inverse]
+            rows: Tensor = self.table(unique)
+            return rows[inverse]
 
         ends = torch.tensor([gen_slice(rank, world_size)[1] for rank in range(world_size)])
         owner = torch.bucketize(unique & (SLICE_SIZE - 1), ends, right=True)
@@ -163,7 +165,7 @@ class ShardedTable(nn.Module):
         num_asked, num_served = counts.tolist(), counts_back.tolist()
 
         served = self.table(exchange(unique[order], num_asked, num_served))
-        answers = ExchangeRows.apply(served, num_served, num_asked)
+        answers: Tensor = ExchangeRows.apply(served, num_served, num_asked)  # type: ignore[no-untyped-call]
         return answers[order.argsort()][inverse]
 
 

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def main() -> None:
         for examples in iterate_share(train):
             loss = compute_loss(model(make_batch(fg, examples)), examples)
             loss.backward()
-            average_over_ranks([param.grad for param in model.dense_arch.parameters()])
+            average_over_ranks([param.grad for param in model.dense_arch.parameters() if param.grad is not None])
             dense_optimizer.step()
             dense_optimizer.zero_grad()
             sparse_optimizer.step()
@@ -111,10 +112,11 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def predict(model: DeepFM, batch: Batch) -> dict[str, Tensor]:
     model.eval()
-    return model(batch)
+    scores: dict[str, Tensor] = model(batch)
+    return scores
 
 
-def evaluate(model: DeepFM, fg: dict, test: Sequence[Example]) -> dict[str, float]:
+def evaluate(model: DeepFM, fg: dict[str, Any], test: Sequence[Example]) -> dict[str, float]:
     """Return output name -> area under the ROC curve over all ranks' shares of the test set."""
     pairs = defaultdict(list)
     for examples in iterate_share(test):

@@ -52,7 +52,7 @@ def main() -> None:
         for examples in iterate_share(train):
             loss = compute_loss(model(make_batch(fg, examples)), examples)
             loss.backward()
-            average_over_ranks([param.grad for param in model.parameters()])
+            average_over_ranks([param.grad for param in model.parameters() if param.grad is not None])
             fused_optimizer.step()
             dense_optimizer.step()
             model.zero_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,8 +20,7 @@ from dist_export.runtime.rendezvous import agree_on_start
 from dist_export.runtime.watchdog import Watchdog
 from dist_export.verify.verify import verify
 from scripts.scale import logical
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +52,6 @@ class Control:
 
 def measure(world_size: int, folder: Path) -> Control:
     """Export with this many logical ranks, verify the package, and count."""
-    sys.path[:0] = [str(ROOT / "tests")]
-    from recis_writer import make_tables, write_checkpoint
-
     source, out = folder / "ckpt", folder / "out"
     write_checkpoint(source, make_tables({"big": 40 * world_size, "small": 4 * world_size}, world_size))
     config = ExportConfig(ckpt_dir=str(source), export_dir=str(out), filter_sparse_opt=True, threads=1)
@@ -126,8 +121,8 @@ def count_beats(world_size: int, beats: int = 5) -> float:
     for number in range(beats + 1):
         if number == 1:
             store.calls_of.clear()
-        for dog in dogs.values():
-            dog._beat(dog._store)  # noqa: SLF001 -- its second, without waiting for it
+        for rank, dog in dogs.items():
+            dog._beat(store.of(rank))  # noqa: SLF001 -- its second, without waiting for it
             dog._cycles += 1  # noqa: SLF001
     return max(store.calls_of.values()) / beats
 
@@ -136,5 +131,5 @@ def _ignore(_: str) -> None:
     return None
 
 
-def _refuse(text: str | None, _: float) -> None:
+def _refuse(text: str | None, _: float, __: int) -> None:
     raise AssertionError(text)

@@ -10,9 +10,10 @@ import pickle
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -160,7 +161,7 @@ class _Group:
 
 
 @contextmanager
-def _replaced() -> Any:
+def _replaced() -> Iterator[None]:
     def all_gather_object(outcomes: list[Any], given: Any, group: _Group) -> None:
         group.gathers.exchange(outcomes, given, group.rank)
 
@@ -168,13 +169,15 @@ def _replaced() -> Any:
         assert src == 0
         group.gathers.broadcast(outcomes, group.rank)
 
-    real = dist.all_gather_object, dist.broadcast_object_list, dist.destroy_process_group
-    dist.all_gather_object, dist.broadcast_object_list = all_gather_object, broadcast_object_list
-    dist.destroy_process_group = lambda _: None
-    try:
+    replacements: dict[str, Callable[..., None]] = {
+        "all_gather_object": all_gather_object,
+        "broadcast_object_list": broadcast_object_list,
+        "destroy_process_group": lambda _: None,
+    }
+    with ExitStack() as stack:
+        for name, function in replacements.items():
+            stack.enter_context(mock.patch.object(dist, name, function))
         yield
-    finally:
-        dist.all_gather_object, dist.broadcast_object_list, dist.destroy_process_group = real
 
 
 def run(world_size: int, work: Callable[[Ranks], T]) -> tuple[list[T], Gathers, Store]:

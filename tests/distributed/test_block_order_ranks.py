@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from test_dense_ranks import CollectiveSparse, Dense, Model, batches, make_exporter, write_source
 from torch import nn
 
 from dist_export.errors import DistExportError
+from tests.distributed.test_dense_ranks import CollectiveSparse, Dense, Model, batches, make_exporter, write_source
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

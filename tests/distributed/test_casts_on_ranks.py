@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_ranks
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.plan import memory_budget, work_units
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 

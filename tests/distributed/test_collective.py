@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from dist_export.errors import CheckpointError, ExportError, StepFailedError
 from dist_export.runtime.joining import join
 from dist_export.runtime.ranks import Ranks
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
-from recis_writer import make_tables, read_back, truth_of, write_checkpoint
-from test_worlds import torchrun
-from warm import run_command
 
 import dist_export
+from tests.distributed.test_worlds import torchrun
+from tests.support import tiny_model
+from tests.support.recis_writer import make_tables, read_back, truth_of, write_checkpoint
+from tests.support.warm import run_command
 
 pytestmark = pytest.mark.distributed
 
-DENSE = ["--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dataset"]
+DENSE = ["--model", tiny_model.MODEL, "--dataset", tiny_model.DATASET]
 
 
 def export(world_size: int, source: Path, target: Path, *arguments: str):
@@ -41,8 +41,8 @@ def test_two_ranks_export_a_model_that_serves_its_rows(tmp_path: Path) -> None:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     config = tmp_path / "export.yaml"
     config.write_text(
-        f"ckpt_dir: {source}\nexport_dir: {tmp_path / 'unused'}\nfilter_sparse_opt: true\nmodel: tiny_model:build_model\n"
-        "model_args: {width: 3}\ndataset: tiny_model:build_dataset\n"
+        f"ckpt_dir: {source}\nexport_dir: {tmp_path / 'unused'}\nfilter_sparse_opt: true\n"
+        f"model: {tiny_model.MODEL}\nmodel_args: {{width: 3}}\ndataset: {tiny_model.DATASET}\n"
     )
     target = tmp_path / "package"
     done = torchrun(
@@ -162,7 +162,13 @@ def test_memory_target_needs_one_rank(tmp_path: Path) -> None:
 def test_a_rank_without_a_batch_is_named(tmp_path: Path) -> None:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     done = export_warm(
-        2, source, tmp_path / "out", "--model", "tiny_model:build_model", "--dataset", "tiny_model:build_empty_dataset"
+        2,
+        source,
+        tmp_path / "out",
+        "--model",
+        tiny_model.MODEL,
+        "--dataset",
+        "tests.support.tiny_model:build_empty_dataset",
     )
     (line,) = own_lines(done.stderr)
     assert "no batch on rank 0, 1" in line
@@ -174,7 +180,13 @@ def test_a_parity_failure_stops_the_commit(tmp_path: Path) -> None:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     target = tmp_path / "out"
     done = export_warm(
-        2, source, target, "--model", "tiny_model:build_branching_model", "--dataset", "tiny_model:build_dataset"
+        2,
+        source,
+        target,
+        "--model",
+        "tests.support.tiny_model:build_branching_model",
+        "--dataset",
+        tiny_model.DATASET,
     )
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)

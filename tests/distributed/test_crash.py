@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import crash
 import pytest
-from crash import Kill, Setup, run_kill
-from recis_writer import make_tables, write_checkpoint
+
+from tests.support import ROOT
+from tests.support.distributed import crash
+from tests.support.distributed.crash import Kill, Setup, run_kill
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +38,7 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         ("cast", cast),
     ):
         command = [sys.executable, "-m", "dist_export", *of, "--export_dir", str(folder / name)]
-        subprocess.run(command, cwd=crash.TESTS, env=crash.environment(), check=True, capture_output=True)
+        subprocess.run(command, cwd=ROOT, env=crash.environment(), check=True, capture_output=True)
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import crash
 import pytest
-from crash import environment, launcher, ranks_of, wait_for_end, wait_for_mark
-from recis_writer import make_tables, read_back, write_checkpoint
-from terminal import Terminal
+
+from tests.support import ROOT
+from tests.support.distributed import crash
+from tests.support.distributed.crash import environment, launcher, ranks_of, wait_for_end, wait_for_mark
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +46,7 @@ class Run:
         ]
         pause = {"PAUSE_AT": at, "PAUSE_MARK": str(self.mark), "PAUSE_RANK": str(rank), **more}
         command = [*launcher(world_size), crash.SCRIPT, *self.arguments]
-        self.terminal = Terminal(command, cwd=crash.TESTS, env=environment(**pause))
+        self.terminal = Terminal(command, cwd=ROOT, env=environment(**pause))
 
     def wait(self) -> int:
         """Wait until the place is reached; return the process that is there."""
@@ -67,9 +69,7 @@ class Run:
             os.kill(pid, signal.SIGKILL)
 
     def run_again(self) -> None:
-        with Terminal(
-            [sys.executable, "-m", "dist_export", *self.arguments], cwd=crash.TESTS, env=environment()
-        ) as again:
+        with Terminal([sys.executable, "-m", "dist_export", *self.arguments], cwd=ROOT, env=environment()) as again:
             lines = again.read_lines()
         assert again.process.returncode == 0, lines
         assert set(read_back(self.out)) == {"t", "u"}
@@ -141,7 +141,7 @@ def test_what_does_not_stop_by_itself_is_ended(body: str, presses: int, tmp_path
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 1))
     arguments = ["--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out")]
     command = [sys.executable, "-c", SWALLOWS.replace("BODY", body), str(tmp_path / "mark"), *arguments]
-    with Terminal(command, cwd=crash.TESTS, env=environment()) as terminal:
+    with Terminal(command, cwd=ROOT, env=environment()) as terminal:
         assert wait_for_mark(tmp_path / "mark", [terminal.process])
         time.sleep(0.5)
         for _ in range(presses):
@@ -165,7 +165,7 @@ def test_a_rank_that_waits_for_others_that_never_come(rank: int, tmp_path: Path)
     )
     arguments = ["--ckpt_dir", str(tmp_path), "--export_dir", str(tmp_path / "out")]
     command = [sys.executable, "-c", script, str(tmp_path / "mark"), *arguments]
-    with Terminal(command, cwd=crash.TESTS, env=environment(**started)) as terminal:
+    with Terminal(command, cwd=ROOT, env=environment(**started)) as terminal:
         assert wait_for_mark(tmp_path / "mark", [terminal.process])
         time.sleep(1)
         terminal.interrupt()
@@ -186,7 +186,7 @@ def test_the_other_commands_too(command: str, tmp_path: Path) -> None:
     arguments = ["--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out")]
     arguments = arguments if command == "plan" else [str(tmp_path / "ckpt")]
     words = [sys.executable, "-c", script, str(tmp_path / "mark"), command, *arguments]
-    with Terminal(words, cwd=crash.TESTS, env=environment()) as terminal:
+    with Terminal(words, cwd=ROOT, env=environment()) as terminal:
         assert wait_for_mark(tmp_path / "mark", [terminal.process])
         terminal.interrupt()
         lines = [line for line in terminal.read_lines() if line]
@@ -205,7 +205,7 @@ def test_a_background_job_that_ignores_it_goes_on(tmp_path: Path) -> None:
     arguments = ["--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(out)]
     command = [sys.executable, "-c", script, sys.executable, crash.SCRIPT, *arguments]
     pause = {"PAUSE_AT": "check the places", "PAUSE_MARK": str(mark), "PAUSE_SECS": "1"}
-    with Terminal(command, cwd=crash.TESTS, env=environment(**pause)) as terminal:
+    with Terminal(command, cwd=ROOT, env=environment(**pause)) as terminal:
         assert wait_for_mark(mark, [terminal.process])
         terminal.interrupt()
         terminal.read_lines()

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from dcp_cases import NUM_SHARDS
-from fixture_cases import TORCHREC_CASES, share_pairs
-from package_reader import read_row_tables
-from ranks import run_ranks
-from test_worlds import check_against_one_rank
 from torch import nn
-from warm import run_command
 
 import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.storage.urls import open_directory
+from tests.distributed.test_worlds import check_against_one_rank
+from tests.support.distributed.dcp_cases import NUM_SHARDS
+from tests.support.distributed.ranks import run_ranks
+from tests.support.fixture_cases import TORCHREC_CASES, share_pairs
+from tests.support.package_reader import read_row_tables
+from tests.support.warm import run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.distributed
 def one_rank(torchrec_fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one rank writes, for all cases and shard counts."""
     out = tmp_path_factory.mktemp("one_rank")
-    done = run_command(1, "distributed/dcp_cases.py", str(torchrec_fixtures), str(out), "1")
+    done = run_command(1, "tests/support/distributed/dcp_cases.py", str(torchrec_fixtures), str(out), "1")
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -40,7 +40,9 @@ def test_bytes_do_not_depend_on_the_number_of_ranks_and_threads(
     world_size: int, threads: int, one_rank: Path, torchrec_fixtures: Path, tmp_path: Path
 ) -> None:
     """Shards, merged manifest and manifest (but for its run section) are those of one rank, and hold the truth."""
-    done = run_command(world_size, "distributed/dcp_cases.py", str(torchrec_fixtures), str(tmp_path), str(threads))
+    done = run_command(
+        world_size, "tests/support/distributed/dcp_cases.py", str(torchrec_fixtures), str(tmp_path), str(threads)
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for case, num_shards in share_pairs(list(TORCHREC_CASES), NUM_SHARDS, world_size):
         golden = torch.load(torchrec_fixtures / f"{case}.golden.pt", weights_only=True)

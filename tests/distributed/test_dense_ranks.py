@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from recis_writer import split_table, write_checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -24,6 +22,8 @@ import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError
 from dist_export.model.unwrap import copy_dense_arch
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import split_table, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 

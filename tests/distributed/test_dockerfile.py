@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import dockerfile
 import pytest
-from recis_writer import make_tables, read_back, write_checkpoint
+
+from tests.support import ROOT
+from tests.support.distributed import dockerfile
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_image_exports(tmp_path: Path) -> None:

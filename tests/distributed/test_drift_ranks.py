@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from test_dense_ranks import IDS, Model, make_exporter, trained_state, write_source
 
 from dist_export.errors import DistExportError
+from tests.distributed.test_dense_ranks import IDS, Model, make_exporter, trained_state, write_source
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

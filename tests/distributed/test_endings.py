@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import crash
 import pytest
-from crash import environment, free_port, launcher, ranks_of, wait_for_end, wait_for_mark
-from recis_writer import make_tables, read_back, write_checkpoint
+
+from tests.support import ROOT
+from tests.support.distributed import crash
+from tests.support.distributed.crash import environment, free_port, launcher, ranks_of, wait_for_end, wait_for_mark
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -42,7 +44,7 @@ class Job:
                     *self.arguments,
                     *(more or {}).get("arguments", ()),
                 ],
-                cwd=crash.TESTS, env=environment(**pause, **(more or {}).get("environment", {})), stdout=subprocess.PIPE,
+                cwd=ROOT, env=environment(**pause, **(more or {}).get("environment", {})), stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True,
             )
             for agent in range(agents)
@@ -82,7 +84,7 @@ class Job:
     def run_again(self) -> None:
         again = subprocess.run(
             [sys.executable, "-m", "dist_export", *self.arguments],
-            cwd=crash.TESTS, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert again.returncode == 0, again.stderr[-3000:]
         assert set(read_back(self.out)) == {"t", "u"}
@@ -227,7 +229,7 @@ def test_ranks_may_wait_longer_than_the_timeout_for_one_that_works(tmp_path: Pat
             *launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out"),
             "--filter_sparse_opt", "true", "--timeout", "2",
         ],
-        cwd=crash.TESTS, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -274,7 +276,7 @@ def test_one_process_is_stopped_by_sigterm_too(tmp_path: Path) -> None:
         *("--filter_sparse_opt", "true", "--num_shards", "4", "--threads", "1"),
     ]
     pause = {"PAUSE_AT": "publish model-000001-of-000004.safetensors", "PAUSE_MARK": str(mark), "PAUSE_SECS": "1"}
-    process = subprocess.Popen(command, cwd=crash.TESTS, env=environment(**pause), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(**pause), stderr=subprocess.PIPE, text=True)
     assert wait_for_mark(mark, [process])
     process.terminate()
     _, errors = process.communicate(timeout=60)
@@ -311,7 +313,7 @@ def test_the_same_export_again_is_told_once_and_ends_well(tmp_path: Path) -> Non
     for expected in (0, 1):
         before = crash.content(out) if expected else {}
         done = subprocess.run(
-            command, cwd=crash.TESTS, env=environment(), capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("already exported") == expected
@@ -339,7 +341,7 @@ def test_a_failure_of_a_peer_goes_before_torchruns_sigterm(tmp_path: Path) -> No
             *launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out"),
             "--filter_sparse_opt", "true",
         ],
-        cwd=crash.TESTS, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if line.startswith("dist_export: ")]
     assert len(lines) == 1

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from easyrec_writer import (
+
+import dist_export
+from dist_export.plan import work_units
+from tests.distributed.test_worlds import bare_manifest
+from tests.support.distributed.ranks import run_ranks
+from tests.support.easyrec_writer import (
     CITY,
     DUMPED,
     SHOP,
@@ -23,11 +28,6 @@ from easyrec_writer import (
     write_dynamic,
     write_easyrec,
 )
-from ranks import run_ranks
-from test_worlds import bare_manifest
-
-import dist_export
-from dist_export.plan import work_units
 
 pytestmark = pytest.mark.distributed
 

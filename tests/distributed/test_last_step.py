@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from recis_writer import truth_of
 from torch import nn
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import truth_of
 
 pytestmark = pytest.mark.distributed
 

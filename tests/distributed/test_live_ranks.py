@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from live_models import CoalescedTable, LiveTable, Tables, bytes_of, embedding, read_rows
-from ranks import run_ranks
-from recis_writer import PartSpec, gen_slice, make_rows, make_tables, split_table, write_checkpoint
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
@@ -24,6 +21,9 @@ import dist_export
 from dist_export.errors import DistExportError
 from dist_export.reporting.progress import summarize
 from dist_export.verify.verify import verify
+from tests.support.distributed.ranks import run_ranks
+from tests.support.live_models import CoalescedTable, LiveTable, Tables, bytes_of, embedding, read_rows
+from tests.support.recis_writer import PartSpec, gen_slice, make_rows, make_tables, split_table, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 

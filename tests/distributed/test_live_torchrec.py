@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from live_models import bytes_of, read_rows
-from ranks import run_ranks
 from torch import nn
 
 import dist_export
+from tests.support.distributed.ranks import run_ranks
+from tests.support.live_models import bytes_of, read_rows
 
 pytest.importorskip("torchrec")
 

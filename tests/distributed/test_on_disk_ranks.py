@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline.target_state import OnDisk
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 

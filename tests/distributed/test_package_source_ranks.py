@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
-from plain_cases import TABLES, make_model
-from ranks import run_ranks
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.plan import memory_budget, work_units
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.distributed.ranks import run_ranks
+from tests.support.plain_cases import TABLES, make_model
 
 pytestmark = pytest.mark.distributed
 
@@ -66,7 +66,11 @@ def export_again(_: int, source: str, target: str) -> list[str]:
 def test_the_program_is_taken_over_by_one_rank_for_all(tmp_path: Path) -> None:
     tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     first = tmp_path / "first"
-    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+    settings = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "filter_sparse_opt": True,
+    }
     before = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
     again = tmp_path / "again"
     notes = run_ranks(export_again, 2, tmp_path / "store", str(first), str(again), timeout=240)

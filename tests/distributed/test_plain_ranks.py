@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dynamicemb_writer import make_table, truth_of, write_dump
-from plain_cases import ITEM, TABLES, USER, assert_same, dense_of, make_model, read_numbered
-from ranks import run_ranks
-from recis_writer import read_back
-from test_worlds import bare_manifest
 
 import dist_export
+from tests.distributed.test_worlds import bare_manifest
+from tests.support.distributed.ranks import run_ranks
+from tests.support.dynamicemb_writer import make_table, truth_of, write_dump
+from tests.support.plain_cases import ITEM, TABLES, USER, assert_same, dense_of, make_model, read_numbered
+from tests.support.recis_writer import read_back
 
 pytestmark = pytest.mark.distributed
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torchrec_shape
-from dcp_writer import save
-from ranks import run_ranks
-from recis_writer import read_back, truth_of, write_checkpoint
-from row_model import truth_of_model
-from test_row_account import parts_of, repeat
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.verify.verify import verify
+from tests.distributed.test_row_account import parts_of, repeat
+from tests.support import torchrec_shape
+from tests.support.dcp_writer import save
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import read_back, truth_of, write_checkpoint
+from tests.support.row_model import truth_of_model
 
 pytestmark = pytest.mark.distributed
 
@@ -133,7 +133,7 @@ def test_two_ranks_give_the_same_bytes(sources: Path, one_rank: Path, tmp_path: 
 def export_with_a_model(_: int, ckpt: str, deny: str, out: str) -> None:
     dist_export.export({
         "ckpt_dir": ckpt, "export_dir": out, "filter_sparse_opt": True, "num_shards": 2, "to_hash_tables": ["*"],
-        "model": "torchrec_shape:build_model", "dataset": "torchrec_shape:build_dataset",
+        "model": torchrec_shape.MODEL, "dataset": torchrec_shape.DATASET,
         "prune": [{"tables": "*t_user*", "deny": deny}],
     })  # fmt: skip
 

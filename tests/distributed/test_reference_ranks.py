@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from test_dense_ranks import (
+from torch import nn
+
+from dist_export.dense import reference
+from dist_export.dense.own_parameters import reshard
+from dist_export.dense.reference import ReferenceRunner
+from dist_export.dense.row_lookup import RowFinder
+from dist_export.errors import DistExportError
+from dist_export.pipeline.planning import open_checkpoint
+from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.runtime.joining import join
+from dist_export.storage.urls import open_directory
+from tests.distributed.test_dense_ranks import (
     DIM,
     IDS,
     WRAPPERS,
@@ -25,17 +35,7 @@ from test_dense_ranks import (
     wrap_fsdp2,
     write_source,
 )
-from torch import nn
-
-from dist_export.dense import reference
-from dist_export.dense.own_parameters import reshard
-from dist_export.dense.reference import ReferenceRunner
-from dist_export.dense.row_lookup import RowFinder
-from dist_export.errors import DistExportError
-from dist_export.pipeline.planning import open_checkpoint
-from dist_export.runtime.io_activity import ACTIVITY
-from dist_export.runtime.joining import join
-from dist_export.storage.urls import open_directory
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

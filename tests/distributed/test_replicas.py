@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from live_models import LiveTable
-from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.formats.recis import Slice
+from tests.support.distributed.ranks import run_ranks
+from tests.support.live_models import LiveTable
 
 pytestmark = pytest.mark.distributed
 

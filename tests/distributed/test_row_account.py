@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_ranks
-from recis_writer import PartSpec, make_tables, read_back, read_blocks, write_checkpoint
-from row_model import truth_of_model
 
 import dist_export
 from dist_export.errors import DistExportError
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.transfer import duplicates
 from dist_export.verify.verify import verify
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import PartSpec, make_tables, read_back, read_blocks, write_checkpoint
+from tests.support.row_model import truth_of_model
 
 pytestmark = pytest.mark.distributed
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import DistExportError
+from tests.support import tiny_model
+from tests.support.distributed.ranks import run_ranks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +37,7 @@ def test_the_setting_that_differs_is_named_with_its_values_and_ranks(tmp_path: P
         {**base, "timeout": 60 + rank, "storage_options": {"auto_mkdir": bool(rank)}, "dataset_args": {"rank": rank}}
         for rank in range(3)
     ]
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     live = {**base, **model, "ckpt_dir": None, "format": "live"}
     rounds = [
         [base, {**base, "num_shards": 3}, base],

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from test_dense_ranks import DIM, IDS, Model, hooks_of, local_state, make_exporter, write_source
 
 from dist_export.errors import DistExportError
 from dist_export.pipeline import steps
 from dist_export.verify.verify import verify
+from tests.distributed.test_dense_ranks import DIM, IDS, Model, hooks_of, local_state, make_exporter, write_source
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -10,18 +10,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import crash
 import pytest
-import slurm
-from needed import lack, need_programs
-from recis_writer import make_tables, read_back, write_checkpoint
 
 import dist_export
 from dist_export.verify.verify import verify
+from tests.support import ROOT
+from tests.support.distributed import crash, slurm
+from tests.support.needed import lack, need_programs
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
 
 @pytest.fixture(scope="module")

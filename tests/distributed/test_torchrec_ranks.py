@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torchrec_shape
-from ranks import run_ranks
-from sparse_cases import content
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dist_export
 from dist_export.runtime.joining import join
 from dist_export.verify.verify import verify
+from tests.support import torchrec_shape
+from tests.support.distributed.ranks import run_ranks
+from tests.support.sparse_cases import content
 
 pytestmark = pytest.mark.distributed
 
@@ -44,8 +44,8 @@ def export(_: int, folder: str, out: str) -> dict[str, Any]:
             "export_dir": f"{folder}/{out}",
             "filter_sparse_opt": True,
             "num_shards": 5,
-            "model": "torchrec_shape:build_model",
-            "dataset": "torchrec_shape:build_dataset",
+            "model": torchrec_shape.MODEL,
+            "dataset": torchrec_shape.DATASET,
         }
     )
     with join(timeout_secs=60) as ranks:

@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import crash
 import pytest
-from needed import lack
-from recis_writer import make_tables, read_back, write_checkpoint
 
 import dist_export
+from tests.support import ROOT
+from tests.support.distributed import crash
+from tests.support.needed import lack
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCHX = ROOT / ".venv-launch" / "bin" / "torchx"
 
 

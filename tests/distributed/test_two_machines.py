@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import crash
-import machines
 import pytest
-from recis_writer import make_tables, read_back, write_checkpoint
 
 import dist_export
 from dist_export.verify.verify import verify
+from tests.support.distributed import crash, machines
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 

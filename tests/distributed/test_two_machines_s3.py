@@ -13,22 +13,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import crash
-import machines
 import pytest
-import s3_server
 import yaml
-from needed import lack
-from recis_writer import make_tables, write_checkpoint
-from test_two_machines import exporting, ranks_of
 
 import dist_export
+from tests.distributed.test_two_machines import exporting, ranks_of
+from tests.support import ROOT
+from tests.support.distributed import crash, machines
+from tests.support.needed import lack
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.s3 import s3_server
 
 pytestmark = [pytest.mark.distributed, pytest.mark.s3]
 
 PROBE = """
-import sys; sys.path.insert(0, {tests!r})
-import s3fs, s3_server
+import sys; sys.path.insert(0, {root!r})
+import s3fs
+from tests.support.s3 import s3_server
 fs = s3fs.S3FileSystem(**{options!r})
 if not fs.exists(s3_server.BUCKET):
     fs.mkdir(s3_server.BUCKET)
@@ -52,7 +53,7 @@ class FarServer(s3_server.S3Server):
 
     def ask(self, then: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a line of Python on that machine, with ``fs`` for the store."""
-        script = PROBE.format(tests=str(Path(s3_server.__file__).parent), options=self.options(), then=then)
+        script = PROBE.format(root=str(ROOT), options=self.options(), then=then)
         command = ["ip", "netns", "exec", self._machine.namespace, sys.executable, "-W", "ignore", "-c", script]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
-from recis_writer import PartSpec, make_tables, write_checkpoint
-from test_worlds import torchrun
-from warm import run_command
 
 import dist_export
 from dist_export.verify.verify import verify
+from tests.distributed.test_worlds import torchrun
+from tests.support import tiny_model
+from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
+from tests.support.warm import run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -42,7 +42,11 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
 
 def test_two_ranks_verify_a_package_with_its_program(tmp_path: Path) -> None:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+    settings = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "filter_sparse_opt": True,
+    }
     dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings})
     done = run(2, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import warm
+
+from tests.support import warm
 
 pytestmark = pytest.mark.distributed
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixture_cases import CASES, NUM_SHARDS, share_pairs
-from recis_writer import read_back, read_dense
-from warm import run_command
+
+from tests.support import ROOT
+from tests.support.fixture_cases import CASES, NUM_SHARDS, share_pairs
+from tests.support.recis_writer import read_back, read_dense
+from tests.support.warm import run_command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.fixtures]
 
-TESTS = Path(__file__).resolve().parents[1]
-
 
 def torchrun(
-    world_size: int, *command: str, cwd: Path = TESTS, timeout: float = 240
+    world_size: int, *command: str, cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.run(
         [*launcher, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -34,7 +34,7 @@ def torchrun(
 def one_rank(recis_fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one rank writes, for all cases and shard counts."""
     out = tmp_path_factory.mktemp("one_rank")
-    done = run_command(1, "distributed/export_cases.py", str(recis_fixtures), str(out), "1")
+    done = run_command(1, "tests/support/distributed/export_cases.py", str(recis_fixtures), str(out), "1")
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -56,7 +56,9 @@ def test_bytes_do_not_depend_on_the_number_of_ranks_and_threads(
 
     Ranks that torchrun starts also differ in the seed of ``hash()``; those of the warm pool share one.
     """
-    done = launch(world_size, "distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads))
+    done = launch(
+        world_size, "tests/support/distributed/export_cases.py", str(recis_fixtures), str(tmp_path), str(threads)
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for case, num_shards in share_pairs(CASES, NUM_SHARDS, world_size):
         check_against_one_rank(tmp_path / case / str(num_shards), one_rank / case / str(num_shards))

@@ -24,7 +24,10 @@ from errno import (
 )
 
 import pytest
-from fault_cases import (
+
+from dist_export.errors import PackageError
+from dist_export.verify.verify import verify
+from tests.support.faults.fault_cases import (
     MANIFEST,
     Bench,
     assert_ends_well,
@@ -37,10 +40,7 @@ from fault_cases import (
     read,
     source_state,
 )
-from sparse_cases import content
-
-from dist_export.errors import PackageError
-from dist_export.verify.verify import verify
+from tests.support.sparse_cases import content
 
 # ---- what an export must shrug off ----------------------------------------------------------------------------------
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_cases import source_state
-from recis_writer import make_tables, write_checkpoint
-from sparse_cases import content, export
 
 from dist_export.errors import ExportError
 from dist_export.pipeline import steps
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.verify.verify import verify
+from tests.support.faults.fault_cases import source_state
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.sparse_cases import content, export
 
 
 def mount(place: Path, *arguments: str) -> None:

@@ -15,13 +15,13 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import make_tables, write_checkpoint
-from sparse_cases import content, copy, export
 
 from dist_export.errors import ConfigError, DistExportError, ExportError, UserError
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.sparse_cases import content, copy, export
 
 
 class ClientError(Exception):

@@ -10,15 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import embedding_model
 import numpy as np
 import pytest
 import torch
-from dcp_writer import save as save_dcp
-from dynamicemb_writer import make_table, write_dump
-from recis_writer import MERGED, make_rows, make_tables, split_table, write_checkpoint
 from safetensors.torch import save_file, save_model
-from sparse_cases import ADAM, copy, export
 
 import dist_export
 from dist_export.checkpoint.dcp import classify as dcp_classify
@@ -30,8 +25,16 @@ from dist_export.errors import CommitError
 from dist_export.manifest import AccountEntry, Manifest
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.reporting.progress import summarize
+from tests.support import embedding_model
+from tests.support.dcp_writer import save as save_dcp
+from tests.support.dynamicemb_writer import make_table, write_dump
+from tests.support.recis_writer import MERGED, make_rows, make_tables, split_table, write_checkpoint
+from tests.support.sparse_cases import ADAM, copy, export
 
-SETTINGS: dict[str, Any] = {"model": "embedding_model:build", "dataset": "embedding_model:dataset"}
+SETTINGS: dict[str, Any] = {
+    "model": "tests.support.embedding_model:build",
+    "dataset": "tests.support.embedding_model:dataset",
+}
 STEP = "user@filter_global_step"
 
 
@@ -393,7 +396,9 @@ def test_a_tied_weight_counts_once_for_each_of_its_names_in_the_file(is_deduplic
         save_model(trained, str(tmp_path / "ckpt" / "model.safetensors"))
     else:
         torch.save(state, tmp_path / "ckpt" / "model.pt")
-    manifest = export(tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "embedding_model:build_tied"})
+    manifest = export(
+        tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "tests.support.embedding_model:build_tied"}
+    )
     account = account_of(manifest)
     item, user = bytes_in(state["sparse_arch.item.weight"])[1], bytes_in(state["sparse_arch.user.weight"])[1]
     assert account.exported == item + user

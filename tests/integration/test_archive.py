@@ -15,13 +15,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import archive_programs as programs
 import pytest
 import torch
 
 from dist_export.archive import legacy
 from dist_export.archive.pt2 import pack_program
 from dist_export.errors import ConfigError, TraceError
+from tests.support import ROOT
+from tests.support import archive_programs as programs
 
 FORMATS = ("pt2", "legacy")
 
@@ -92,7 +93,7 @@ def test_the_root_folder_is_fixed_and_members_are_stored():
 WRITE_BOTH = """
 import sys, hashlib
 sys.path[:0] = sys.argv[1:]
-import archive_programs as programs
+from tests.support import archive_programs as programs
 from dist_export.archive.pt2 import pack_program
 for name in ("mlp", "transformer", "shapes"):
     for archive_format in ("pt2", "legacy"):
@@ -102,13 +103,12 @@ for name in ("mlp", "transformer", "shapes"):
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     """Neither the hash seed nor the working directory is in the archive."""
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     running = []
     for seed in ("1", "2"):
         cwd = tmp_path / seed
         cwd.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-W", "ignore", "-c", WRITE_BOTH, *folders]
+        command = [sys.executable, "-W", "ignore", "-c", WRITE_BOTH, str(ROOT)]
         running.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True))
     first, second = (process.communicate(timeout=120)[0].split() for process in running)
     assert len(first) == 6

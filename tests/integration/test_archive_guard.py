@@ -13,9 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
-import archive_programs as programs
 import pytest
 import torch
 
@@ -23,6 +21,8 @@ from dist_export.archive.allowlist import UnsafeContentError, check_pickle, chec
 from dist_export.archive.pt2 import pack_program
 from dist_export.archive.safe_load import ArchiveInfo, check_archive, load_program
 from dist_export.errors import PackageError
+from tests.support import ROOT
+from tests.support import archive_programs as programs
 
 FORMATS = ("pt2", "legacy")
 PROGRAM = {"pt2": "archive/models/model.json", "legacy": "serialized_exported_program.json"}
@@ -108,7 +108,7 @@ def test_the_guard_needs_no_torch(tmp_path, archive):
         "import sys; from dist_export.archive.safe_load import check_archive; print(check_archive(sys.argv[1]).format)"
     )
     command = [sys.executable, "-c", code + "; assert 'torch' not in sys.modules", str(path)]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 

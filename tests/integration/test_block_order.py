@@ -7,13 +7,13 @@ import types
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
 import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import ModelError
+from tests.support import tiny_model
 
 BATCH = tiny_model.build_dataset()[0][1]
 

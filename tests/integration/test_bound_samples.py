@@ -10,18 +10,18 @@ from typing import Any
 
 import msgspec
 import pytest
-import tiny_model
 import torch
-from sparse_cases import export
-from test_package import reseal, restate
 
 from dist_export.manifest import Manifest
 from dist_export.verify.verify import verify
+from tests.integration.test_package import reseal, restate
+from tests.support import tiny_model
+from tests.support.sparse_cases import export
 
 FOLDER = "fx_user_model"
 STATE = f"{FOLDER}/user_model/state_dict.pt"
 CODE = f"{FOLDER}/user_model/module.py"
-MODEL = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+MODEL = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from fixture_cases import CASES
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
-from recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
-from row_model import truth_of_model
-from sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
 
 import dist_export
 from dist_export.checkpoint.metadata import (
@@ -47,6 +42,11 @@ from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner
 from dist_export.transfer.casting import cast_blocks
 from dist_export.verify.verify import verify
+from tests.support.fixture_cases import CASES
+from tests.support.properties import examples
+from tests.support.recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
+from tests.support.row_model import truth_of_model
+from tests.support.sparse_cases import ADAM, assert_exact, content, export, plan, run, shrink
 
 DTYPES = ("float16", "bfloat16", "int8")
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recis_writer import PartSpec, make_rows, make_tables, owned_by, split_table, truth_of, write_checkpoint
-from sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
 from dist_export.errors import CheckpointError, UserError
 from dist_export.formats.recis import mix
@@ -15,6 +13,16 @@ from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.target_slices import plan_targets
 from dist_export.storage.range_reader import RangeReader
 from dist_export.transfer.id_scan import check_unique, take_census
+from tests.support.recis_writer import (
+    PartSpec,
+    make_rows,
+    make_tables,
+    owned_by,
+    split_table,
+    truth_of,
+    write_checkpoint,
+)
+from tests.support.sparse_cases import assert_exact, copy, export, open_source, plan, shrink
 
 
 def take(checkpoint, targets, world_size=1, held_ids=1000):

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recis_writer import make_tables, truth_of, write_checkpoint
-from sparse_cases import export, plan
 
 import dist_export.pipeline.shards
 from dist_export.commit import audit
@@ -12,6 +10,8 @@ from dist_export.errors import CommitError
 from dist_export.formats.recis import mix
 from dist_export.ids import columns
 from dist_export.storage.urls import open_directory
+from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
+from tests.support.sparse_cases import export, plan
 
 
 @pytest.fixture

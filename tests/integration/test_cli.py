@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.cli import main
+from tests.support import ROOT, tiny_model
+from tests.support.recis_writer import make_tables, write_checkpoint
 
-EXPORT_YAML = Path(__file__).resolve().parents[2] / "launch" / "export.yaml"
+EXPORT_YAML = ROOT / "launch" / "export.yaml"
 
 
 @pytest.fixture
@@ -172,10 +173,17 @@ def test_mistakes_give_one_line_and_their_exit_code(
 
 
 def test_arguments_that_the_model_does_not_take_are_named(checkpoint: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--ckpt_dir", checkpoint, "--export_dir", tmp_path / "out", "--dataset", "tiny_model:build_dataset"]
-    code, _, errors = run(capsys, *arguments, "--model", "tiny_model:build_model", "--model_args.depth", 3)
+    arguments = [
+        "--ckpt_dir",
+        checkpoint,
+        "--export_dir",
+        tmp_path / "out",
+        "--dataset",
+        tiny_model.DATASET,
+    ]
+    code, _, errors = run(capsys, *arguments, "--model", tiny_model.MODEL, "--model_args.depth", 3)
     assert code == 2
-    assert "model_args do not fit tiny_model:build_model" in errors
+    assert "model_args do not fit tests.support.tiny_model:build_model" in errors
 
 
 def test_a_run_and_an_unfinished_save_are_called_so(checkpoint: Path, tmp_path: Path, capsys) -> None:

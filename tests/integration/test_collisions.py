@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from collision_cases import EMPTY, MODULES, Model, make_state, make_zch_state, rows_of, weight_of
-from dcp_writer import save, write_chunks
-from recis_writer import read_back
-from sparse_cases import export, open_source
 
 import dist_export
 from dist_export.checkpoint.id_reader import read_ids
@@ -25,6 +21,10 @@ from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
 from dist_export.plan.target_slices import plan_targets
 from dist_export.transfer.id_scan import check_unique, take_census
+from tests.support.collision_cases import EMPTY, MODULES, Model, make_state, make_zch_state, rows_of, weight_of
+from tests.support.dcp_writer import save, write_chunks
+from tests.support.recis_writer import read_back
+from tests.support.sparse_cases import export, open_source
 
 IDS = [3, 17, -5, 99, 1 << 61, -(1 << 63), 0]
 T, Z = weight_of("t"), weight_of("z")

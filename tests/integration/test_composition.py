@@ -6,18 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-import torchrec_shape
-from dcp_writer import write_chunks
-from recis_writer import make_tables, write_checkpoint
-from test_torchrec_shape import PREFIX
 
 import dist_export
 from dist_export import cli
 from dist_export.errors import ConfigError, PlanError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.verify.verify import verify
+from tests.integration.test_torchrec_shape import PREFIX
+from tests.support import tiny_model, torchrec_shape
+from tests.support.dcp_writer import write_chunks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 
 def write_torchrec(folder: Path, *, by: int) -> dict[str, np.ndarray]:
@@ -48,8 +47,8 @@ def test_numbers_become_ids_of_halves_without_the_small_rows(tmp_path: Path, by:
         "dtype": {"*t_user*": "float16", "*": "int8"},
         "default_row": {"*t_user*": [1, 2, 3, 4]},
         "prune": [{"tables": "*t_user*", "norm_at_most": limit}],
-        "model": "torchrec_shape:build_model",
-        "dataset": "torchrec_shape:build_dataset",
+        "model": torchrec_shape.MODEL,
+        "dataset": torchrec_shape.DATASET,
     }
     manifest = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), **settings})
     assert verify(str(tmp_path / "out"), finite=True).findings == []
@@ -145,8 +144,8 @@ def test_a_model_of_hash_tables_scores_what_is_left(tmp_path: Path) -> None:
             "dtype": {"*": "int8"},
             "rename_tables": {"user_emb": "u"},
             "prune": [{"tables": "item_emb", "norm_at_most": 2.0}],
-            "model": "tiny_model:build_model",
-            "dataset": "tiny_model:build_dataset",
+            "model": tiny_model.MODEL,
+            "dataset": tiny_model.DATASET,
         }
     )
     assert {table.name for table in manifest.tables} == {"u", "item_emb"}
@@ -212,7 +211,11 @@ def test_a_live_model_with_new_names_is_scored(tmp_path: Path) -> None:
 
 def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> None:
     tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+    settings = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "filter_sparse_opt": True,
+    }
     manifest = dist_export.export(
         {
             "ckpt_dir": str(tmp_path / "ckpt"),

@@ -12,13 +12,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import archive_programs as programs
-import pickle_attacks as pickles
 import pytest
-import tiny_model
 import torch
-from fuzzing import damage_bytes, damage_json, damage_shard
-from hostile_cases import edit
 
 import dist_export
 from dist_export.archive.pt2 import pack_program
@@ -31,6 +26,11 @@ from dist_export.manifest import Manifest, compute_digest
 from dist_export.reporting.events import samples_of
 from dist_export.reporting.progress import summarize_same
 from dist_export.verify.verify import verify
+from tests.support import archive_programs as programs
+from tests.support import pickle_attacks as pickles
+from tests.support import tiny_model
+from tests.support.fuzzing import damage_bytes, damage_json, damage_shard
+from tests.support.hostile_cases import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from dcp_writer import change_metadata, make_state, save
 
 from dist_export.checkpoint.dcp.metadata import TensorMeta
 from dist_export.checkpoint.dcp.tables import DcpCheckpoint, locate_tables, read_dcp
@@ -27,6 +25,8 @@ from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
 from dist_export.inspect.describe import describe, render
 from dist_export.storage.urls import open_directory
+from tests.support import tiny_model
+from tests.support.dcp_writer import change_metadata, make_state, save
 
 WEIGHT = "model.ebc.embedding_bags.user.weight"
 

@@ -8,13 +8,8 @@ from typing import Any
 
 import fsspec
 import pytest
-import tiny_model
 import torch
 import torch.distributed.checkpoint as dcp
-from dcp_writer import change_metadata, make_state, save, write_chunks
-from fixture_cases import TORCHREC_CASES
-from package_reader import read_row_tables
-from sparse_cases import recorded_reads
 
 import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
@@ -25,6 +20,11 @@ from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.pipeline.source_changes import look_at_small_files
 from dist_export.storage.urls import open_directory
+from tests.support import tiny_model
+from tests.support.dcp_writer import change_metadata, make_state, save, write_chunks
+from tests.support.fixture_cases import TORCHREC_CASES
+from tests.support.package_reader import read_row_tables
+from tests.support.sparse_cases import recorded_reads
 
 USER = "ebc.embedding_bags.user.weight"
 
@@ -347,8 +347,8 @@ def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
             "need_export_sparse": False,
-            "model": "tiny_model:build_model",
-            "dataset": "tiny_model:build_dataset",
+            "model": tiny_model.MODEL,
+            "dataset": tiny_model.DATASET,
         }
     )
     program = torch.export.load(tmp_path / "out" / "fx_user_model" / "exported_model.pt")

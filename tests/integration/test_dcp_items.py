@@ -21,6 +21,7 @@ from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.torch_zip import check_state_archive
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
+from tests.support import ROOT
 
 BASE = torch.arange(240)
 VIEWS: dict[str, Any] = {
@@ -110,7 +111,7 @@ def test_the_compiler_of_torch_is_not_imported() -> None:
         "    ItemFinder().locate(reader, 0, directory.stat('f').size, shape=(2, 3), dtype='float32', where='f')\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(ROOT)
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": root}, timeout=120)
 
 

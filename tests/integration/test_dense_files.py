@@ -23,6 +23,7 @@ from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.trace import trace_dense
+from tests.support import ROOT
 
 FORMATS = ["pt2", "legacy"]
 
@@ -246,7 +247,7 @@ def contents(data: bytes, name: str):
 
 def test_no_file_names_a_place_on_this_machine(written) -> None:
     folder = written[0]
-    places = {os.getcwd(), str(Path(__file__).parents[2]), sys.prefix, sys.base_prefix, tempfile.gettempdir()}
+    places = {os.getcwd(), str(ROOT), sys.prefix, sys.base_prefix, tempfile.gettempdir()}
     places |= {
         sysconfig.get_path("purelib"),
         os.path.dirname(torch.__file__),

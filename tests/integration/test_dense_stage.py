@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
@@ -14,6 +13,7 @@ import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 
 @pytest.fixture

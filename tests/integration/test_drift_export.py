@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from live_models import LiveTable
 
 import dist_export
 from dist_export.checkpoint import id_reader as ids_module
 from dist_export.errors import ConfigError, DriftError
+from tests.support import tiny_model
+from tests.support.live_models import LiveTable
 
 USERS = {
     int(i): row for p in tiny_model.tables()["user_emb"] for i, row in zip(p.ids, p.slots["embedding"], strict=True)

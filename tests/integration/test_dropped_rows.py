@@ -9,13 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
-from recis_writer import PartSpec, make_rows, make_tables, read_back, split_table, write_checkpoint
-from row_model import model_of, truth_of_model
-from sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
 
 import dist_export.pipeline.shards
 import dist_export.pipeline.steps
@@ -31,6 +26,11 @@ from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import duplicates
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.properties import examples
+from tests.support.recis_writer import PartSpec, make_rows, make_tables, read_back, split_table, write_checkpoint
+from tests.support.row_model import model_of, truth_of_model
+from tests.support.sparse_cases import assert_exact, content, copy, export, open_source, plan, recorded_reads, shrink
 
 PROPERTY = examples(40)
 KEPT = ("id", "embedding")
@@ -422,8 +422,8 @@ def test_an_export_with_a_model_passes_over_dropped_rows(tmp_path, monkeypatch):
                 source,
                 tmp_path / "out",
                 on_duplicate="first",
-                model="tiny_model:build_model",
-                dataset="tiny_model:build_dataset",
+                model=tiny_model.MODEL,
+                dataset=tiny_model.DATASET,
             )
     assert asked, "the lookups of the sample asked for dropped rows"
 

@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dynamicemb_writer import make_table, truth_of, write_dump
-from hostile_cases import assert_refused, run
-from recis_writer import read_back
-from sparse_cases import assert_exact, export
 from torch import nn
 
 from dist_export.checkpoint.dynamicemb_widths import Stated, find_score_words, find_width, read_stated
@@ -21,6 +17,10 @@ from dist_export.cli import main
 from dist_export.dense.model_dims import find_model_dims
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.formats.dtypes import DTYPES
+from tests.support.dynamicemb_writer import make_table, truth_of, write_dump
+from tests.support.hostile_cases import assert_refused, run
+from tests.support.recis_writer import read_back
+from tests.support.sparse_cases import assert_exact, export
 
 KEPT = ("id", "embedding", "score")
 

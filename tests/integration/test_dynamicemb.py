@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dynamicemb_writer import make_table, truth_of, write_dump
-from hostile_cases import assert_refused, run
-from plain_cases import NUM_SHARDS, dense_of
-from recis_writer import read_back
-from sparse_cases import assert_exact, export
 
 from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.storage.urls import open_place
+from tests.support.dynamicemb_writer import make_table, truth_of, write_dump
+from tests.support.hostile_cases import assert_refused, run
+from tests.support.plain_cases import NUM_SHARDS, dense_of
+from tests.support.recis_writer import read_back
+from tests.support.sparse_cases import assert_exact, export
 
 HUGE = [0, -1, 5, 1 << 62, -(1 << 63), (1 << 63) - 1, 65_536, -65_536, 1 << 40]
 USER = make_table([*HUGE, *range(1_000, 1_700, 7)], 8, seed=1)

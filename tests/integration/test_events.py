@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
-import tiny_model
 
 import dist_export
 from dist_export import cli
@@ -19,6 +18,7 @@ from dist_export.errors import ConfigError, ExportError
 from dist_export.reporting.events import EVENTS, METRICS, Events, failure_of, samples_of
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.unit_runner import UnitRunner
+from tests.support import ROOT, tiny_model
 
 SAMPLE = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? \S+')
 
@@ -122,7 +122,7 @@ def test_events_and_metrics_go_to_any_store(settings: dict[str, object]) -> None
 
 
 def test_every_event_and_metric_is_documented_and_none_besides() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    text = (ROOT / "docs" / "deploy.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", text.partition("## What machines see")[2], re.MULTILINE)
     documented = {name: fields for name, fields in rows if not name.startswith("dist_export_")}
     names = {name: ", ".join(re.findall(r"`(\w+)`", fields)) for name, fields in documented.items()}

@@ -12,9 +12,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from recis_writer import make_tables, read_back, truth_of, write_checkpoint
 
 import dist_export
 from dist_export.errors import ConfigError, ExportError
@@ -22,9 +20,11 @@ from dist_export.storage.directory import WORK_DIRECTORY as RECEIPTS
 from dist_export.storage.directory import Directory
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.recis_writer import make_tables, read_back, truth_of, write_checkpoint
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
-SETTINGS = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+SETTINGS = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
 
 
 def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:

@@ -20,7 +20,7 @@ from dist_export.dense.load_state import load_dense_parameters
 from dist_export.dense.own_parameters import put_values
 from dist_export.errors import ModelError
 from dist_export.storage.urls import open_directory
-from tests.dcp_writer import change_metadata, save
+from tests.support.dcp_writer import change_metadata, save
 
 
 class Scaled(nn.Module):

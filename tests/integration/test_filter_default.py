@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from source_cases import SOURCES, copy_recis, export
 
 from dist_export.cli import main
 from dist_export.errors import ConfigError, UserError
+from tests.support.source_cases import SOURCES, copy_recis, export
 
 
 @pytest.fixture

@@ -12,15 +12,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hostile_cases import assert_refused, edit_header, edit_header_text, edit_json, run, swap
-from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
 from safetensors.torch import save_file
-from sparse_cases import export, shrink
 
 from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError
 from dist_export.storage.urls import open_place
+from tests.support.hostile_cases import assert_refused, edit_header, edit_header_text, edit_json, run, swap
+from tests.support.plain_cases import (
+    ITEM,
+    NUM_SHARDS,
+    TABLES,
+    USER,
+    assert_same,
+    dense_of,
+    make_model,
+    read_numbered,
+    same,
+)
+from tests.support.sparse_cases import export, shrink
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -10,12 +10,12 @@ import sys
 import sysconfig
 import tempfile
 
-import archive_programs as programs
 import pytest
 import torch
 
 from dist_export.archive.fx_folder import graph_text, write_fx_folder
 from dist_export.errors import ConfigError
+from tests.support import archive_programs as programs
 
 
 @pytest.fixture

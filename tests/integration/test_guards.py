@@ -14,9 +14,7 @@ from typing import ClassVar
 
 import fsspec
 import pytest
-import tiny_model
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import CheckpointError, ConfigError, ExportError, ModelError
@@ -24,8 +22,10 @@ from dist_export.storage.directory import WORK_DIRECTORY
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock as claims
+from tests.support import tiny_model
+from tests.support.recis_writer import make_tables, write_checkpoint
 
-DENSE = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+DENSE = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
 
 
 @pytest.fixture
@@ -157,9 +157,7 @@ def test_what_goes_wrong_in_the_users_own_code(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     sys.modules.pop("mine", None)
     with pytest.raises(error, match=match):
-        dist_export.export(
-            settings(checkpoint, tmp_path / "out", model="mine:build", dataset="tiny_model:build_dataset")
-        )
+        dist_export.export(settings(checkpoint, tmp_path / "out", model="mine:build", dataset=tiny_model.DATASET))
     assert not (tmp_path / "out").exists()
     sys.modules.pop("mine", None)
 

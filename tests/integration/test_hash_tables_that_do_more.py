@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dist_export
 from dist_export.manifest import Manifest
+from tests.support import tiny_model
 
 Base = tiny_model.LookalikeTable
 USERS, ITEMS = (

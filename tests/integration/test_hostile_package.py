@@ -11,12 +11,22 @@ from typing import Any
 
 import msgspec
 import pytest
-import tiny_model
-from hostile_cases import Damage, assert_refused, edit, edit_json, instead, link_out, run, sparse_file, swap
 
 import dist_export
 from dist_export.errors import PackageError
 from dist_export.manifest import compute_digest
+from tests.support import tiny_model
+from tests.support.hostile_cases import (
+    Damage,
+    assert_refused,
+    edit,
+    edit_json,
+    instead,
+    link_out,
+    run,
+    sparse_file,
+    swap,
+)
 
 MANIFEST = "manifest.json"
 SHARD = "model-000000-of-000002.safetensors"
@@ -32,8 +42,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "export_dir": str(base / "out"),
         "filter_sparse_opt": True,
         "num_shards": 2,
-        "model": "tiny_model:build_model",
-        "dataset": "tiny_model:build_dataset",
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
     }
     dist_export.export(settings)
     return base / "out"

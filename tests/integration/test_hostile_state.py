@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
-from archive_programs import exchange, members_of
-from fuzzing import damage_bytes
-from hostile_cases import assert_refused, limited_memory, link_out, run
 
 from dist_export.checkpoint.recis.model_pt import describe_dense_state, load_dense_state
 from dist_export.errors import CheckpointError
 from dist_export.storage.urls import open_directory
+from tests.support import tiny_model
+from tests.support.archive_programs import exchange, members_of
+from tests.support.fuzzing import damage_bytes
+from tests.support.hostile_cases import assert_refused, limited_memory, link_out, run
 
 STATE = {"dense_arch.w": torch.arange(4.0), "dense_arch.b": torch.ones(6, dtype=torch.int64)}
 
@@ -141,7 +141,7 @@ def test_a_hostile_model_pt_is_one_line(name, model, tmp_path, capsys):
     make, said = CASES[name]
     folder = tiny_model.write_tiny_checkpoint(tmp_path / "in")
     (folder / "model.pt").write_bytes(make(tmp_path / "made"))
-    dense = ("--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dataset") if model else ()
+    dense = ("--model", tiny_model.MODEL, "--dataset", tiny_model.DATASET) if model else ()
     places = ("--ckpt_dir", folder, "--export_dir", tmp_path / "out")
     outcome = run(capsys, tmp_path, *places, "--filter_sparse_opt", "true", *dense)
     assert_refused(outcome, said)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dynamicemb_writer import make_table, write_dump
-from fixture_cases import CASES, TORCHREC_CASES
-from recis_writer import make_tables, write_checkpoint
-from source_cases import SOURCES, export
 
 from dist_export.cli import main
 from dist_export.config.loader import load_config
+from tests.support.dynamicemb_writer import make_table, write_dump
+from tests.support.fixture_cases import CASES, TORCHREC_CASES
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.source_cases import SOURCES, export
 
 ALL = [*SOURCES, *(f"recis/{case}" for case in CASES), *(f"torchrec/{case}" for case in TORCHREC_CASES)]
 NEEDED = {

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_cases import TABLES, make_model
-from recis_writer import make_tables, read_back, write_checkpoint
-from sparse_cases import copy, export
 
 import dist_export
 from dist_export.cli import main
 from dist_export.errors import ExportError, PlanError, UserError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.plain_cases import TABLES, make_model
+from tests.support.recis_writer import make_tables, read_back, write_checkpoint
+from tests.support.sparse_cases import copy, export
 
 USER, ITEM = list(make_model())[:2]
 DIM = 16
@@ -213,7 +214,7 @@ def test_plan_and_summary_tell_the_bytes(hashed: Path, tmp_path: Path, capsys: p
 
 
 def test_a_model_is_refused_for_encoded_rows(hashed: Path, tmp_path: Path) -> None:
-    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    settings = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     with pytest.raises(UserError, match=r"rows of table 'user' are int8_rowwise in .* no model is run on such rows"):
         export(hashed, tmp_path / "again", **settings)
     assert not (tmp_path / "again").exists()

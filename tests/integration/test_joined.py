@@ -12,30 +12,6 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-import torchrec_shape
-from dcp_writer import write_chunks
-from dynamicemb_writer import make_table, write_dump
-from easyrec_writer import (
-    CITY,
-    DUMPED,
-    EBC,
-    EC,
-    ITEM,
-    MLP,
-    SHOP,
-    USER,
-    WORLD_SIZE,
-    assert_same,
-    by_rows,
-    make_city,
-    read_package,
-    stand_in,
-    truth,
-    write_dynamic,
-    write_easyrec,
-)
-from hostile_cases import assert_refused, run
-from sparse_cases import export, open_source
 
 import dist_export
 from dist_export.checkpoint.combined import JoinedReader, join_checkpoints
@@ -58,6 +34,30 @@ from dist_export.formats.dtypes import CODE_BY_TORCH, I64
 from dist_export.pipeline.run_dir import find_checkpoint
 from dist_export.reporting.progress import summarize
 from dist_export.storage.urls import open_directory, open_place
+from tests.support import torchrec_shape
+from tests.support.dcp_writer import write_chunks
+from tests.support.dynamicemb_writer import make_table, write_dump
+from tests.support.easyrec_writer import (
+    CITY,
+    DUMPED,
+    EBC,
+    EC,
+    ITEM,
+    MLP,
+    SHOP,
+    USER,
+    WORLD_SIZE,
+    assert_same,
+    by_rows,
+    make_city,
+    read_package,
+    stand_in,
+    truth,
+    write_dynamic,
+    write_easyrec,
+)
+from tests.support.hostile_cases import assert_refused, run
+from tests.support.sparse_cases import export, open_source
 
 F32 = CODE_BY_TORCH["float32"]
 DUMP_TRUTH = truth()
@@ -332,8 +332,8 @@ def test_the_sample_takes_rows_of_both_and_the_package_scores_as_they_do(tmp_pat
     manifest = export(
         tmp_path / "in",
         tmp_path / "out",
-        model="torchrec_shape:build_mixed_model",
-        dataset="torchrec_shape:build_dataset",
+        model="tests.support.torchrec_shape:build_mixed_model",
+        dataset=torchrec_shape.DATASET,
         num_shards=3,
     )
     assert manifest.parity is not None

@@ -7,14 +7,14 @@ import os
 
 import numpy as np
 import pytest
-from recis_writer import make_tables, truth_of, write_checkpoint
-from sparse_cases import assert_exact, content, copy, export, shrink
 
 from dist_export.errors import ExportError, TransferError
 from dist_export.storage.range_reader import RangeReader
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import output_files
 from dist_export.transfer.output_files import StagedFiles
+from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
+from tests.support.sparse_cases import assert_exact, content, copy, export, shrink
 
 
 @pytest.fixture

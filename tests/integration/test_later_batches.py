@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
-from test_drift_export import ITEM_IDS, USER_IDS, batch_of, batches, export
 from torch import nn
 
 from dist_export.dense import hash_feed
 from dist_export.errors import ParityError
+from tests.integration.test_drift_export import ITEM_IDS, USER_IDS, batch_of, batches, export
+from tests.support import tiny_model
 
 WRONG = r"'ctr': the written program on batch 2 differs from the dense arch in model\(batch\)"
 

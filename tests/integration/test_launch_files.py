@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from needed import lack
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+from tests.support.needed import lack
+
 LAUNCH = ROOT / "launch"
 TOOLS = ROOT / ".venv-launch" / "bin" / "python"
 
@@ -22,7 +23,7 @@ def check(*files: Path) -> list[list[str]]:
     if not TOOLS.exists():
         lack(f"no {TOOLS}; scripts/install_tools.sh makes it")
     done = subprocess.run(
-        [str(TOOLS), str(ROOT / "tests" / "kubernetes_check.py"), *map(str, files)],
+        [str(TOOLS), str(ROOT / "tests" / "support" / "kubernetes_check.py"), *map(str, files)],
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

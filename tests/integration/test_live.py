@@ -12,10 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from live_models import LiveTable, RecisImpl, Tables, bytes_of, embedding, read_rows
-from recis_writer import read_back
 from torch import nn
 
 import dist_export
@@ -29,6 +26,9 @@ from dist_export.live.assemble import assemble
 from dist_export.live.discover import LiveShard, find_live_tables, key_of
 from dist_export.live.memory import HeldTensors, LookedUpRows, TensorRows
 from dist_export.plan.census import UniqueTask, deal_unique_tasks, share_parts
+from tests.support import ROOT, tiny_model
+from tests.support.live_models import LiveTable, RecisImpl, Tables, bytes_of, embedding, read_rows
+from tests.support.recis_writer import read_back
 
 F32 = CODE_BY_TORCH["float32"]
 
@@ -331,7 +331,7 @@ def test_none_means_the_live_model_in_python() -> None:
 
 def test_a_forgotten_ckpt_dir_is_still_an_error(tmp_path: Path) -> None:
     """An empty key of a file must not export a model that was never trained: there ``format: live`` says so."""
-    (tmp_path / "export.yaml").write_text("ckpt_dir:\nexport_dir: out\nmodel: tiny_model:build_model\n")
+    (tmp_path / "export.yaml").write_text("ckpt_dir:\nexport_dir: out\nmodel: tests.support.tiny_model:build_model\n")
     with pytest.raises(ConfigError, match="ckpt_dir must be set"):
         dist_export.export(str(tmp_path / "export.yaml"))
     with pytest.raises(ConfigError, match="ckpt_dir is not set"):
@@ -342,9 +342,9 @@ def test_a_forgotten_ckpt_dir_is_still_an_error(tmp_path: Path) -> None:
 
 def test_the_command_line_builds_the_model_and_exports_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """``format: live`` with a callable that returns a trained model."""
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(ROOT)
     (tmp_path / "export.yaml").write_text(
-        f"ckpt_dir: null\nformat: live\nexport_dir: {tmp_path / 'out'}\nmodel: test_live:build_trained\n"
+        f"ckpt_dir: null\nformat: live\nexport_dir: {tmp_path / 'out'}\nmodel: tests.integration.test_live:build_trained\n"
     )
     assert main(["--config", str(tmp_path / "export.yaml")]) == 0
     assert "source   the live model, in memory" in capsys.readouterr().out
@@ -366,7 +366,7 @@ SCRIPT = """
 import json, sys, threading
 import torch
 import dist_export
-from live_models import LiveTable, Tables, embedding
+from tests.support.live_models import LiveTable, Tables, embedding
 
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -398,7 +398,7 @@ def test_nothing_of_table_size_is_copied(tmp_path: Path) -> None:
     """Two tables of 192 MB each leave memory within max_memory."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import dist_export
 from dist_export.dense.load_hooks import list_load_hooks, note_load_hooks
+from tests.support import tiny_model
 
 WEIGHT = "dense_arch.hidden.weight"
 

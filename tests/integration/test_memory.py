@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recis_writer import PartSpec, write_checkpoint
+
+from tests.support.recis_writer import PartSpec, write_checkpoint
 
 BUDGET = 64 << 20
 NUM_ROWS = 9_000_000

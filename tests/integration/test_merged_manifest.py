@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from recis_writer import MERGED, make_tables, read_blocks, write_checkpoint
-from sparse_cases import copy, export
 
 from dist_export.checkpoint.recis.header_columns import join_columns, to_columns
 from dist_export.checkpoint.recis.merged_manifest import check_merged
 from dist_export.errors import CheckpointError
 from dist_export.formats.safetensors import decode_header
+from tests.support.recis_writer import MERGED, make_tables, read_blocks, write_checkpoint
+from tests.support.sparse_cases import copy, export
 
 STATE = {
     "dense_arch.z.weight": torch.ones(2, 3),

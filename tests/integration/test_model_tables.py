@@ -7,15 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import embedding_model
 import numpy as np
 import pytest
 import torch
-from dcp_writer import save as save_dcp
-from plain_cases import MERGED, assert_same, read_numbered
-from recis_writer import make_tables, write_checkpoint
 from safetensors.torch import save_file, save_model
-from sparse_cases import export
 from torch import nn
 
 import dist_export
@@ -25,9 +20,17 @@ from dist_export.config.loader import load_config
 from dist_export.errors import CheckpointError, ModelError
 from dist_export.model.sparse_tables import find_weights
 from dist_export.pipeline.dry_run import make_report
+from tests.support import embedding_model
+from tests.support.dcp_writer import save as save_dcp
+from tests.support.plain_cases import MERGED, assert_same, read_numbered
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.sparse_cases import export
 
 TABLES = ["sparse_arch.item.weight", "sparse_arch.user.weight"]
-SETTINGS: dict[str, Any] = {"model": "embedding_model:build", "dataset": "embedding_model:dataset"}
+SETTINGS: dict[str, Any] = {
+    "model": "tests.support.embedding_model:build",
+    "dataset": "tests.support.embedding_model:dataset",
+}
 
 
 def save_torch(folder: Path, state: dict[str, torch.Tensor]) -> Path:
@@ -125,7 +128,7 @@ def test_a_weight_of_both_arches_is_a_table_and_in_the_program(is_deduplicated: 
         save_model(trained, str(tmp_path / "ckpt" / "model.safetensors"))
     else:
         torch.save(state, tmp_path / "ckpt" / "model.pt")
-    settings = {**SETTINGS, "model": "embedding_model:build_tied"}
+    settings = {**SETTINGS, "model": "tests.support.embedding_model:build_tied"}
     manifest = export(tmp_path / "ckpt", tmp_path / "out", **settings)
     assert_same(read_numbered(tmp_path / "out"), {name: state[name] for name in TABLES})
     program = dist_export.open_package(tmp_path / "out").load_program()
@@ -139,7 +142,11 @@ def test_a_tied_weight_is_found_under_any_of_its_names(write: Callable[..., Path
     state = embedding_model.build_trained(embedding_model.TiedModel).state_dict()
     (other,) = {"sparse_arch.item.weight", "dense_arch.out.weight"} - {name}
     held = {key: value.clone() for key, value in state.items() if key != other}
-    export(write(tmp_path / "ckpt", held), tmp_path / "out", **{**SETTINGS, "model": "embedding_model:build_tied"})
+    export(
+        write(tmp_path / "ckpt", held),
+        tmp_path / "out",
+        **{**SETTINGS, "model": "tests.support.embedding_model:build_tied"},
+    )
     assert_same(read_numbered(tmp_path / "out"), {name: state[name] for name in TABLES})
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from dynamicemb_writer import make_table, write_dump
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import CheckpointError
+from tests.support.dynamicemb_writer import make_table, write_dump
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 ROOT = Path(dist_export.__file__).parent
 NEXT = re.compile(

@@ -14,10 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from numbered_source import Numbered, make_rows, plug_in, write_source
-from recis_writer import Raw, make_tables, read_back, read_header, truth_of
-from sparse_cases import content, export, recorded_reads, shrink
-from test_package import edit_json, reseal, restate
 
 import dist_export
 from dist_export.config.schema import ExportConfig
@@ -27,6 +23,10 @@ from dist_export.manifest import Manifest
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.reporting.progress import summarize
 from dist_export.verify.verify import verify
+from tests.integration.test_package import edit_json, reseal, restate
+from tests.support.numbered_source import Numbered, make_rows, plug_in, write_source
+from tests.support.recis_writer import Raw, make_tables, read_back, read_header, truth_of
+from tests.support.sparse_cases import content, export, recorded_reads, shrink
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY, MANIFEST = "index", "tensorkey.json", "manifest.json"

@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from dist_export.archive.safe_pickle import read_sample_pickle
 from dist_export.dense.folder import _pickled
 from dist_export.errors import ConfigError, PackageError
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 NAMES = (
     "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2 "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
@@ -14,6 +13,7 @@ from dist_export.dense.own_parameters import put_values, state_put_back, values_
 from dist_export.errors import ModelError
 from dist_export.model.unwrap import copy_dense_arch
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 
 class Plain(torch.Tensor):

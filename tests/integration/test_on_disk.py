@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import ExportError
@@ -17,6 +16,7 @@ from dist_export.pipeline.target_state import OnDisk
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 
 def test_a_new_package(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import PartSpec, make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import PackageError, UserError
@@ -24,6 +23,7 @@ from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 from dist_export.workdir import swap
 from dist_export.workdir.state import finish_commit
+from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 
 IDS = np.arange(40)
 SHARD = "model-000000-of-000004.safetensors"

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dense_nets import Net, some_inputs
 
 from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.trace import trace_dense
 from dist_export.errors import ModelError
+from tests.support.dense_nets import Net, some_inputs
 
 
 def outputs_of(fn, outputs=None):

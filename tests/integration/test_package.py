@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import tiny_model
-from recis_writer import truth_of, write_checkpoint
 
 import dist_export
 from dist_export.errors import PackageError, UserError
 from dist_export.inspect.describe import describe
 from dist_export.manifest import Manifest, decode_manifest, encode_manifest, seal
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.recis_writer import truth_of, write_checkpoint
 
 SHARD = "model-000000-of-000002.safetensors"
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
@@ -34,8 +34,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "export_dir": str(base / "out"),
             "filter_sparse_opt": True,
             "num_shards": 2,
-            "model": "tiny_model:build_model",
-            "dataset": "tiny_model:build_dataset",
+            "model": tiny_model.MODEL,
+            "dataset": tiny_model.DATASET,
         }
     )
     return base / "out"
@@ -63,7 +63,7 @@ def test_lookup_gives_rows_in_any_shape_and_says_what_is_missing(exported: Path)
 
 
 def test_lookup_widens_bfloat16(tmp_path: Path) -> None:
-    from recis_writer import PartSpec, Raw
+    from tests.support.recis_writer import PartSpec, Raw
 
     values = np.array([[1.5, -2.0], [0.25, 3.0]], np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)

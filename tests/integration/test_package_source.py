@@ -8,9 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from plain_cases import TABLES, make_model, read_numbered
-from recis_writer import make_tables, write_checkpoint
-from sparse_cases import export, plan
 
 import dist_export
 from dist_export.errors import CheckpointError
@@ -18,6 +15,9 @@ from dist_export.formats.recis import MERGED
 from dist_export.manifest import decode_manifest
 from dist_export.pipeline.source_package import refuse_other_ids
 from dist_export.verify.verify import verify
+from tests.support.plain_cases import TABLES, make_model, read_numbered
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.sparse_cases import export, plan
 
 
 @pytest.fixture

@@ -11,25 +11,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pickle_attacks
 import pytest
 import torch
-from hostile_cases import limited_memory
-from zip_layouts import write_zip
 
 from dist_export.checkpoint.dcp.metadata import decode_metadata
 from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
 from dist_export.formats.torch_pickle import load_pickled
+from tests.support import ROOT, pickle_attacks
+from tests.support.hostile_cases import limited_memory
+from tests.support.zip_layouts import write_zip
 
 MEMORY = 256 << 20
-TESTS = Path(__file__).resolve().parent
 
 CHILD = """
 import sys
 import time
-import pickle_attacks
-from hostile_cases import limited_memory
-from test_pickle_attacks import MEMORY, READERS
+from tests.support import pickle_attacks
+from tests.support.hostile_cases import limited_memory
+from tests.integration.test_pickle_attacks import MEMORY, READERS
 read = READERS[sys.argv[1]]
 for name, make in getattr(pickle_attacks, sys.argv[2]).items():
     raw = make()
@@ -151,8 +150,7 @@ READERS = {
 )
 def test_no_pickle_takes_much_memory_or_for_ever(reader: str, attacks: str, tmp_path: Path) -> None:
     """In a process of its own, because a hash of 2^60 steps cannot be interrupted."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parents[1])])
-    env = os.environ | {"PYTHONPATH": paths, "FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, reader, attacks],
         check=False,

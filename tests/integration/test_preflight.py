@@ -6,10 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny_model
 import yaml
-from dcp_writer import write_chunks
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.cli import main
@@ -17,6 +14,9 @@ from dist_export.config.loader import load_config
 from dist_export.config.mistakes import Mistakes
 from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError, UserError
 from dist_export.storage.local_io import why_no_directory
+from tests.support import tiny_model
+from tests.support.dcp_writer import write_chunks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def settings(tmp_path: Path) -> dict[str, object]:
         "ckpt_dir": str(tmp_path / "ckpt"),
         "export_dir": str(tmp_path / "deep" / "below" / "out"),
         "filter_sparse_opt": True,
-        "model": "tiny_model:build_model",
-        "dataset": "tiny_model:build_dataset",
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
     }
 
 
@@ -50,7 +50,7 @@ def test_without_a_mistake_nothing_is_said(settings: dict[str, object], tmp_path
 
 
 MISTAKES = {
-    "model": ({"model": "tiny_model:no_model"}, "model: 'tiny_model' has no 'no_model'"),
+    "model": ({"model": "tests.support.tiny_model:no_model"}, "model: 'tiny_model' has no 'no_model'"),
     "dataset": ({"dataset": "no_module:f"}, "dataset: there is no module 'no_module'"),
     "package": ({}, "manifest.json is there already: export_dir holds a committed package. Set overwrite"),
     "drop_slots": ({"drop_slots": ["no_slot"]}, "drop_slots: the pattern 'no_slot' matches no slot"),
@@ -104,8 +104,8 @@ def test_what_follows_from_a_missing_model_is_not_told(tmp_path: Path, capsys) -
         "ckpt_dir": str(tmp_path / "ckpt"),
         "export_dir": str(tmp_path / "out"),
         "filter_sparse_opt": True,
-        "model": "tiny_model:no_model",
-        "dataset": "tiny_model:build_dataset",
+        "model": "tests.support.tiny_model:no_model",
+        "dataset": tiny_model.DATASET,
     }
     code, lines = plan(settings, tmp_path, capsys)
     assert (code, len(lines)) == (2, 1)
@@ -154,7 +154,7 @@ def test_foreign_files_under_the_names_of_shards_are_told(tmp_path: Path, settin
 def test_a_dataset_that_fails_is_told(settings: dict[str, object], tmp_path: Path, capsys) -> None:
     code, lines = plan({**settings, "dataset_args": {"nothing_like_it": 1}}, tmp_path, capsys)
     assert (code, len(lines)) == (2, 1)
-    assert "dataset_args do not fit tiny_model:build_dataset" in lines[0]
+    assert "dataset_args do not fit tests.support.tiny_model:build_dataset" in lines[0]
 
 
 def test_mistakes_keep_their_lines_and_are_told_once() -> None:

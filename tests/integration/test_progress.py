@@ -13,8 +13,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from recis_writer import make_tables, write_checkpoint
-from terminal import Terminal
 
 import dist_export
 from dist_export.errors import CommitError
@@ -27,8 +25,9 @@ from dist_export.reporting.progress import COUNTER, Reporter, summarize
 from dist_export.runtime.io_activity import in_stage
 from dist_export.runtime.joining import join
 from dist_export.transfer.work_done import Share
-
-TESTS = Path(__file__).parents[1]
+from tests.support import ROOT
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.terminal import Terminal
 
 
 @pytest.fixture
@@ -274,7 +273,7 @@ LINES = {
 
 def test_no_line_is_glued_to_the_bar(config: Path, tmp_path: Path) -> None:
     """Whatever a program writes while the bar is there, log handlers and prints, is a line of its own, once and in order."""
-    with Terminal([sys.executable, "-c", CALLS, str(config)], cwd=TESTS) as terminal:
+    with Terminal([sys.executable, "-c", CALLS, str(config)], cwd=ROOT) as terminal:
         lines = terminal.read_lines()
         assert terminal.process.returncode == 0, lines
     assert "━" in terminal.raw
@@ -302,7 +301,7 @@ def test_no_line_is_glued_to_the_bar(config: Path, tmp_path: Path) -> None:
 def test_what_is_not_for_the_terminal_does_not_go_there(config: Path, tmp_path: Path) -> None:
     with (tmp_path / "stdout").open("wb") as stdout:
         command = [sys.executable, "-c", CALLS, str(config)]
-        with Terminal(command, cwd=TESTS, stdout=stdout.fileno()) as terminal:
+        with Terminal(command, cwd=ROOT, stdout=stdout.fileno()) as terminal:
             lines = terminal.read_lines()
     assert "logged line 1" in lines
     assert not [line for line in lines if "print" in line or "pieces" in line]
@@ -312,7 +311,7 @@ def test_what_is_not_for_the_terminal_does_not_go_there(config: Path, tmp_path: 
 
 def test_a_terminal_that_cannot_draw_gets_lines(config: Path) -> None:
     command = [sys.executable, "-m", "dist_export", "--config", str(config)]
-    with Terminal(command, cwd=TESTS, env={**os.environ, "TERM": "dumb"}) as terminal:
+    with Terminal(command, cwd=ROOT, env={**os.environ, "TERM": "dumb"}) as terminal:
         lines = terminal.read_lines()
         assert terminal.process.returncode == 0
     assert "\x1b" not in terminal.raw

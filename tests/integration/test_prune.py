@@ -10,15 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from numbered_cases import numbered_tables, write_numbered
-from properties import examples
-from recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
-from row_model import is_inside, model_of, truth_of_model
-from sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, shrink
 
 import dist_export
 from dist_export.cli import main
@@ -30,6 +24,12 @@ from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.transfer import prune_filter as pruning_room
 from dist_export.transfer.prune_filter import PruneReader, find_pruned
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.numbered_cases import numbered_tables, write_numbered
+from tests.support.properties import examples
+from tests.support.recis_writer import PartSpec, Raw, make_tables, read_back, split_table, truth_of, write_checkpoint
+from tests.support.row_model import is_inside, model_of, truth_of_model
+from tests.support.sparse_cases import assert_exact, content, export, open_source, plan, recorded_reads, shrink
 
 PROPERTY = examples(60)
 
@@ -411,7 +411,7 @@ def test_an_export_with_a_model_is_scored_without_them(tmp_path):
     """The sample asks for rows that are left behind: they are there neither before nor after."""
     tables = tiny_model.tables()
     source = write_checkpoint(tmp_path / "in", tables, model_state=tiny_model.trained_dense_state())
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     plain = export(source, tmp_path / "plain", **model)
     truth = truth_of(tables)["user_emb"]
     np.save(tmp_path / "deny.npy", truth["id"])

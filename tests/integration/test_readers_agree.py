@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dcp_writer
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from plain_cases import assert_same, dense_of
 from safetensors import torch as safetensors_torch
 
 from dist_export.checkpoint.tensor_settings import TensorSettings
@@ -20,6 +18,8 @@ from dist_export.formats.dtypes import DTYPES
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_place
+from tests.support import dcp_writer
+from tests.support.plain_cases import assert_same, dense_of
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OTHERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

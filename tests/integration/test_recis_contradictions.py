@@ -4,10 +4,10 @@ import struct
 
 import numpy as np
 import pytest
-from recis_writer import INDEX, MERGED, TENSORKEY, PartSpec, make_rows, make_tables, write_checkpoint
-from sparse_cases import copy, export
 
 from dist_export.errors import CheckpointError
+from tests.support.recis_writer import INDEX, MERGED, TENSORKEY, PartSpec, make_rows, make_tables, write_checkpoint
+from tests.support.sparse_cases import copy, export
 
 
 def refuses(tmp_path, said, *, kinds=(export, copy)):

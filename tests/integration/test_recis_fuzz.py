@@ -13,17 +13,11 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import archive_programs
 import msgspec
 import numpy as np
 import pytest
-from fuzzing import damage_bytes, damage_json, damage_shard
-from hostile_cases import limited_memory
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from properties import examples
-from recis_writer import INDEX, MERGED, TENSORKEY, make_tables, read_back, write_checkpoint
-from sparse_cases import export, open_source
 
 from dist_export.archive.pt2 import pack_program
 from dist_export.archive.safe_load import check_archive, load_program
@@ -32,6 +26,12 @@ from dist_export.dense.fg import check_conf
 from dist_export.dense.fg_load import load_conf
 from dist_export.errors import CheckpointError, ConfigError, DistExportError, PackageError, UserError
 from dist_export.manifest import compute_digest, decode_manifest, encode_manifest
+from tests.support import archive_programs
+from tests.support.fuzzing import damage_bytes, damage_json, damage_shard
+from tests.support.hostile_cases import limited_memory
+from tests.support.properties import examples
+from tests.support.recis_writer import INDEX, MERGED, TENSORKEY, make_tables, read_back, write_checkpoint
+from tests.support.sparse_cases import export, open_source
 
 FILES = (INDEX, TENSORKEY, MERGED, "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors")
 

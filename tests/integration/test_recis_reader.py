@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from fixture_cases import CASES, NUM_SHARDS
-from recis_writer import (
+
+from dist_export.errors import PlanError, UserError
+from dist_export.formats.dtypes import DTYPES
+from tests.support.fixture_cases import CASES, NUM_SHARDS
+from tests.support.recis_writer import (
     INDEX,
     MERGED,
     TENSORKEY,
@@ -21,10 +24,7 @@ from recis_writer import (
     truth_of,
     write_checkpoint,
 )
-from sparse_cases import ADAM, KEPT, assert_exact, copy, export, open_source
-
-from dist_export.errors import PlanError, UserError
-from dist_export.formats.dtypes import DTYPES
+from tests.support.sparse_cases import ADAM, KEPT, assert_exact, copy, export, open_source
 
 
 def load_truth(fixtures, case):

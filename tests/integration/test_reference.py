@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from table_cases import HashTable, open_finder, row, table_of
 from torch import nn
 
 from dist_export.dense.reference import Reference, ReferenceRunner
@@ -17,6 +16,7 @@ from dist_export.errors import ModelError
 from dist_export.formats.dtypes import CODE_BY_NAME
 from dist_export.formats.row_encodings import RowCast
 from dist_export.runtime.joining import join
+from tests.support.table_cases import HashTable, open_finder, row, table_of
 
 IDS = [3, 5, 8, 1000003]
 

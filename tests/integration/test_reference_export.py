@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from dist_export.formats.row_encodings import RowCast
 from dist_export.model import unwrap
 from dist_export.plan import table_view as plan_tables
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 
 class Dense(nn.Module):

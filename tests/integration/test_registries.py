@@ -9,9 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_model
-import torchrec_shape
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export import cli
@@ -21,8 +18,14 @@ from dist_export.registry import base
 from dist_export.registry.base import Registered, Resolved
 from dist_export.registry.mlflow import MlflowRegistry
 from dist_export.verify.verify import verify
+from tests.support import ROOT, tiny_model, torchrec_shape
+from tests.support.recis_writer import make_tables, write_checkpoint
 
-SETTINGS = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "filter_sparse_opt": True}
+SETTINGS = {
+    "model": tiny_model.MODEL,
+    "dataset": tiny_model.DATASET,
+    "filter_sparse_opt": True,
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and its database layer warn of their own dependencies
 
@@ -346,7 +349,9 @@ class ToyMos:
 def install(monkeypatch: pytest.MonkeyPatch, scheme: str, resolver: type) -> None:
     """As if a package with this entry point were installed."""
     real = importlib.metadata.entry_points
-    entry = SimpleNamespace(name=scheme, value=f"test_registries:{resolver.__name__}", load=lambda: resolver)
+    entry = SimpleNamespace(
+        name=scheme, value=f"tests.integration.test_registries:{resolver.__name__}", load=lambda: resolver
+    )
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda **given: [*real(**given), *([entry] if given else [])]
     )
@@ -359,7 +364,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_documented_resolver() -> type:
     """Return the class that docs/registries.md shows."""
-    text = (Path(__file__).parents[2] / "docs" / "registries.md").read_text()
+    text = (ROOT / "docs" / "registries.md").read_text()
     names: dict[str, Any] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], names)
     return names["Shelf"]

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from recis_writer import make_tables, read_back, truth_of, write_checkpoint
-from sparse_cases import content
 
 import dist_export
 from dist_export.errors import CommitError, ConfigError, ExportError
@@ -22,6 +20,8 @@ from dist_export.storage.urls import open_directory
 from dist_export.transfer.executor import Transfer
 from dist_export.verify.verify import verify
 from dist_export.workdir import swap
+from tests.support.recis_writer import make_tables, read_back, truth_of, write_checkpoint
+from tests.support.sparse_cases import content
 
 
 @pytest.fixture

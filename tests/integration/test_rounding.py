@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.rounding import Rounding, compare_scores
 from dist_export.errors import ParityError
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 WIDTH = 64
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from recis_writer import make_tables, split_table, truth_of, write_checkpoint
 from safetensors.numpy import load_file
-from sparse_cases import copy, export
 
 import dist_export
 from dist_export.commit import row_indexes
@@ -24,6 +22,8 @@ from dist_export.formats.row_index import EMPTY, SLOT
 from dist_export.manifest import Manifest, PartEntry, RowIndexEntry, decode_manifest, encode_manifest, seal
 from dist_export.package import columns, local_cache, slot_reader
 from dist_export.verify.verify import verify
+from tests.support.recis_writer import make_tables, split_table, truth_of, write_checkpoint
+from tests.support.sparse_cases import copy, export
 
 INDEX = "model-000000-of-000002.row_index"
 IDS = truth_of(make_tables({"a": 5_000, "b": 300, "empty": 0}, 3))["a"]["id"]

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from recis_writer import Raw, split_table, write_checkpoint
 
 import dist_export
 from dist_export.commit import publish
@@ -26,6 +24,8 @@ from dist_export.plan import table_view as plan_tables
 from dist_export.plan.prune import IdList, TableRule
 from dist_export.transfer import prune_filter as transfer_pruning
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.recis_writer import Raw, split_table, write_checkpoint
 
 LIMIT = 10
 UNKNOWN = 999_999_999

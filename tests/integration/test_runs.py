@@ -9,10 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import tiny_model
 import torch
-from dcp_writer import write_chunks
-from recis_writer import make_tables, write_checkpoint
 from safetensors.torch import save_file
 
 import dist_export
@@ -23,6 +20,9 @@ from dist_export.errors import CheckpointError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.pipeline.run_dir import find_checkpoint
 from dist_export.pipeline.run_listing import describe_run
+from tests.support import tiny_model
+from tests.support.dcp_writer import write_chunks
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_run_cut_short_gives_its_dense_arch_from_the_save_before(tmp_path: Pat
         tiny_model.write_tiny_checkpoint(tmp_path / "run" / f"ckpt_{step}")
     (tmp_path / "run" / "ckpt_9" / "model.pt").unlink()
     settings = {"ckpt_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "out")}
-    dense = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    dense = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     assert make_report(load_config({**settings, **dense}), world_size=1)["source"].endswith("ckpt_5")
     assert dist_export.export({**settings, **dense}).source.step == 5
 

@@ -14,11 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import make_tables, write_checkpoint
-from sparse_cases import content
 
 import dist_export
 from dist_export import cli
@@ -30,6 +27,9 @@ from dist_export.pipeline import steps, target
 from dist_export.storage import local_io
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
+from tests.support import ROOT, tiny_model
+from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.sparse_cases import content
 
 SHARD = "model-000001-of-000003.safetensors"
 
@@ -86,8 +86,8 @@ def test_from_python(source: Path, tmp_path: Path) -> None:
 
 def test_with_a_model_the_summary_says_that_its_code_is_not_compared(tmp_path: Path, capsys, monkeypatch) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
-    monkeypatch.chdir(Path(tiny_model.__file__).parent)
-    model = ["--model", "tiny_model:build_model", "--dataset", "tiny_model:build_dataset"]
+    monkeypatch.chdir(ROOT)
+    model = ["--model", tiny_model.MODEL, "--dataset", tiny_model.DATASET]
     assert cli.main(arguments(source, out, *model)) == 0
     before = states(out)
     capsys.readouterr()
@@ -118,7 +118,7 @@ def test_in_the_checkpoint_itself(tmp_path: Path) -> None:
     """The first one adds files to the checkpoint, and the second finds them."""
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     (source / "torch_rank_weights_embs_table_multi_shard.json").unlink(missing_ok=True)
-    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    more = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     more |= {"filter_sparse_opt": False, "num_shards": None}
     first = export(source, source, **more)
     before = states(source)
@@ -131,7 +131,11 @@ def test_in_the_checkpoint_itself(tmp_path: Path) -> None:
 
 def test_the_dense_arch_alone(tmp_path: Path) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
-    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "need_export_sparse": False}
+    more = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "need_export_sparse": False,
+    }
     more |= {"num_shards": None}
     first = export(source, out, **more)
     assert export(source, out, **more) == first
@@ -448,7 +452,11 @@ def test_the_content_of_arguments_counts(make, is_same: bool, tmp_path: Path, mo
     """Python callers may give any object. What cannot be compared is never the same, and the first export says so."""
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
     monkeypatch.setattr(tiny_model, "build_with", lambda **_: tiny_model.build_model(), raising=False)
-    more = {"model": "tiny_model:build_with", "dataset": "tiny_model:build_dataset", "num_shards": 2}
+    more = {
+        "model": "tests.support.tiny_model:build_with",
+        "dataset": tiny_model.DATASET,
+        "num_shards": 2,
+    }
     first = export(source, out, **more, model_args={"its": make(1)})
     told = f"model_args.its holds a {type(threading.Lock()).__module__}.lock, whose content cannot be compared"
     assert any(told in note for note in first.notes) is not is_same
@@ -492,7 +500,11 @@ def put_a_copy(file: Path) -> None:
 @pytest.mark.parametrize("name", ["model.pt", "a shard"])
 def test_a_file_that_is_written_anew_at_its_size_and_time_is_another_one(change, name: str, tmp_path: Path) -> None:
     source, out = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt"), tmp_path / "out"
-    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "num_shards": 2}
+    more = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "num_shards": 2,
+    }
     first = export(source, out, **more)
     assert export(source, out, **more) == first
     change(source / name if name == "model.pt" else next(source.glob("model-*.safetensors")))

@@ -9,12 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
-import torchrec_shape
-from dcp_writer import save
-from recis_writer import write_checkpoint
-from sparse_cases import export
 from torch import nn
 
 import dist_export
@@ -29,10 +24,18 @@ from dist_export.pipeline import steps
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.reporting.progress import summarize
 from dist_export.verify.verify import verify
+from tests.support import tiny_model, torchrec_shape
+from tests.support.dcp_writer import save
+from tests.support.recis_writer import write_checkpoint
+from tests.support.sparse_cases import export
 
 PREFIX = "sparse_arch.ebc.embedding_bags."
 ROWS = torchrec_shape.ROWS
-SETTINGS = {"model": "torchrec_shape:build_model", "dataset": "torchrec_shape:build_dataset", "num_shards": 2}
+SETTINGS = {
+    "model": torchrec_shape.MODEL,
+    "dataset": torchrec_shape.DATASET,
+    "num_shards": 2,
+}
 
 
 def write_trained(folder: Path, *, prefix: str = PREFIX, rows: dict[str, int] | None = None) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import tiny_model
 import torch
 
 import dist_export
@@ -24,6 +23,7 @@ from dist_export.formats.safetensors import decode_header, header_length
 from dist_export.manifest import decode_manifest, encode_manifest, seal
 from dist_export.pipeline import steps
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
 
 FOLDER = "fx_user_model"
 
@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def export(checkpoint: Path, out: Path, **more: object) -> dist_export.Manifest:
     settings = {
         "ckpt_dir": str(checkpoint), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3,
-        "model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset",
+        "model": tiny_model.MODEL, "dataset": tiny_model.DATASET,
     }  # fmt: skip
     return dist_export.export({**settings, **more})
 

@@ -2,11 +2,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from recis_writer import PartSpec, make_rows, make_tables, read_back, read_dense, truth_of, write_checkpoint
-from sparse_cases import ADAM, assert_exact, copy, export, open_source
 
 from dist_export.errors import ConfigError, PlanError
 from dist_export.plan.selection import select, select_all
+from tests.support.recis_writer import (
+    PartSpec,
+    make_rows,
+    make_tables,
+    read_back,
+    read_dense,
+    truth_of,
+    write_checkpoint,
+)
+from tests.support.sparse_cases import ADAM, assert_exact, copy, export, open_source
 
 # every slot and dense name that RecIS's sparse optimizers write; the adagrad and row-wise ones were never run by us
 SLOTS = (

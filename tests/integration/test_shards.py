@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
-from recis_writer import (
+
+from dist_export.errors import PlanError
+from dist_export.formats.safetensors import decode_header
+from tests.support.properties import examples
+from tests.support.recis_writer import (
     PartSpec,
     make_rows,
     make_tables,
@@ -18,10 +21,7 @@ from recis_writer import (
     truth_of,
     write_checkpoint,
 )
-from sparse_cases import ADAM, assert_exact, copy, export, open_source, plan, recorded_reads, run
-
-from dist_export.errors import PlanError
-from dist_export.formats.safetensors import decode_header
+from tests.support.sparse_cases import ADAM, assert_exact, copy, export, open_source, plan, recorded_reads, run
 
 PROPERTY = examples(60)
 

@@ -8,10 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 import torch.distributed.checkpoint as dcp
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.checkpoint.detect import open_reader
@@ -19,6 +17,8 @@ from dist_export.errors import ExportError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import steps
 from dist_export.storage.urls import open_directory
+from tests.support import tiny_model
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 SHARD = "model-000001-of-000003.safetensors"
 ROWS = torch.arange(80.0).reshape(20, 4) + 0.5
@@ -129,7 +129,11 @@ def test_a_source_swapped_during_the_export_stops_it(save, when: str, change, tm
 @pytest.mark.parametrize("save", [save_torch, save_dcp])
 def test_a_source_without_tables_is_looked_at_too(save, tmp_path: Path, monkeypatch) -> None:
     """The dense arch alone is exported, from a format whose files are all of payload."""
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset", "need_export_sparse": False}
+    model = {
+        "model": tiny_model.MODEL,
+        "dataset": tiny_model.DATASET,
+        "need_export_sparse": False,
+    }
     state = {f"dense_arch.{name}": its for name, its in tiny_model.build_model().dense_arch.state_dict().items()}
     if save is save_torch:
         (tmp_path / "ckpt").mkdir()

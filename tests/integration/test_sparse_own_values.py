@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_model
 import torch
 from torch import nn
 
 import dist_export
 from dist_export.errors import ConfigError
+from tests.support import tiny_model
 
 
 class Scaling(nn.Module):

@@ -8,9 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from directory_contract import DirectoryContract
-from recis_writer import make_tables, truth_of, write_checkpoint
-from sparse_cases import assert_exact, export
 
 from dist_export.errors import ConfigError, ExportError, TransferError
 from dist_export.formats import digests
@@ -20,6 +17,9 @@ from dist_export.storage.directory import WORK_DIRECTORY, Directory, digest_file
 from dist_export.storage.local_io import is_in_memory
 from dist_export.storage.staging import Staging
 from dist_export.storage.urls import open_directory
+from tests.support.directory_contract import DirectoryContract
+from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
+from tests.support.sparse_cases import assert_exact, export
 
 
 @pytest.fixture(params=["local", "memory"])

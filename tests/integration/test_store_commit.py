@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.errors import CommitError, ConfigError
 from dist_export.pipeline import steps
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
+from tests.support.recis_writer import make_tables, write_checkpoint
 
 OUT = "memory://store_commit/out"
 

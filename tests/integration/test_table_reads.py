@@ -15,9 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_model
 import torch
-from table_cases import Sparse, open_finder, rows, run, table_of
 from torch import nn
 from torch.nn import functional
 
@@ -25,6 +23,8 @@ import dist_export
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import DriftError, ModelError
 from dist_export.reporting.progress import summarize
+from tests.support import tiny_model
+from tests.support.table_cases import Sparse, open_finder, rows, run, table_of
 
 ROWS, DIM = 20, 4
 IDS = torch.tensor([3, 0, 19, 3, 7])

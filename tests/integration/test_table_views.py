@@ -7,19 +7,19 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
-import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from numbered_cases import numbered_tables, write_numbered
-from properties import examples
-from recis_writer import Raw, make_tables, split_table, truth_of, write_checkpoint
-from sparse_cases import assert_exact, content, export, open_source
 
 import dist_export
 from dist_export.errors import ConfigError, ModelError, PlanError
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.plan.table_view import TableSettings, _compile, view_tables
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.numbered_cases import numbered_tables, write_numbered
+from tests.support.properties import examples
+from tests.support.recis_writer import Raw, make_tables, split_table, truth_of, write_checkpoint
+from tests.support.sparse_cases import assert_exact, content, export, open_source
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_view_of_strips_and_row_numbers_holds_what_it_held(tmp_path, monkeypat
 def test_the_sample_finds_renamed_tables_by_the_names_that_the_model_has(tmp_path):
     tables = tiny_model.tables()
     source = write_checkpoint(tmp_path / "in", tables, model_state=tiny_model.trained_dense_state())
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     manifest = export(source, tmp_path / "out", rename_tables={"*": "served_{0}"}, **model)
     plain = export(source, tmp_path / "plain", **model)
     assert {table.name for table in manifest.tables} == {f"served_{name}" for name in tables}
@@ -324,7 +324,7 @@ def test_a_table_that_the_model_uses_cannot_be_left_out(tmp_path):
     tables = tiny_model.tables()
     source = write_checkpoint(tmp_path / "in", tables, model_state=tiny_model.trained_dense_state())
     name = next(iter(tables))
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     with pytest.raises(ModelError, match=f"rows of table '{name}' up, which drop_tables leaves out"):
         export(source, tmp_path / "out", drop_tables=[name], **model)
     assert not (tmp_path / "out").exists()

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
 import torch
 from safetensors.torch import save_file
-from sparse_cases import export
 
 import dist_export
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import UserError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.verify.verify import verify
+from tests.support import tiny_model
+from tests.support.sparse_cases import export
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 
@@ -35,8 +35,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype={"user_emb": "int8", "*": "float16"},
         rename_tables={"user_emb": "u"},
         default_row={"item_emb": "zeros"},
-        model="tiny_model:build_model",
-        dataset="tiny_model:build_dataset",
+        model=tiny_model.MODEL,
+        dataset=tiny_model.DATASET,
         fg_conf_or_path={"features": []},
     )
     return folder / "first"
@@ -167,5 +167,10 @@ def test_a_model_is_not_loaded_from_a_file_beside_a_package(tmp_path: Path) -> N
     export(tiny_model.write_tiny_checkpoint(tmp_path / "another"), beside)
     shutil.copy(tmp_path / "another" / "model.pt", beside / "model.pt")
     with pytest.raises(UserError, match="is a package, which has a program and no dense parameters"):
-        export(beside, tmp_path / "out", model="tiny_model:build_model", dataset="tiny_model:build_dataset")
+        export(
+            beside,
+            tmp_path / "out",
+            model=tiny_model.MODEL,
+            dataset=tiny_model.DATASET,
+        )
     assert not (tmp_path / "out").exists()

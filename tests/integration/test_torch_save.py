@@ -15,15 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_cases import assert_refused, run
-from plain_cases import ITEM, NUM_SHARDS, TABLES, USER, assert_same, dense_of, make_model, read_numbered, same
-from sparse_cases import export, shrink
 
 from dist_export.checkpoint.detect import detect_format
 from dist_export.cli import main
 from dist_export.errors import CheckpointError, ExportError, PlanError
 from dist_export.pipeline import steps
 from dist_export.storage.urls import open_place
+from tests.support import tiny_model
+from tests.support.hostile_cases import assert_refused, run
+from tests.support.plain_cases import (
+    ITEM,
+    NUM_SHARDS,
+    TABLES,
+    USER,
+    assert_same,
+    dense_of,
+    make_model,
+    read_numbered,
+    same,
+)
+from tests.support.sparse_cases import export, shrink
 
 
 def save(path: Path, content: Any) -> Path:
@@ -196,11 +207,10 @@ def test_dense_parameters_are_loaded_by_name(tmp_path: Path) -> None:
 
 def test_a_dense_arch_is_traced_with_the_parameters_of_the_file(tmp_path: Path) -> None:
     """The dense arch alone, its parameters found under its path; without a table that is known there is none."""
-    import tiny_model
 
     model = tiny_model.build_model()
     save(tmp_path / "in" / "last.ckpt", {"state_dict": model.state_dict()})
-    settings = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    settings = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     manifest = export(tmp_path / "in", tmp_path / "out", need_export_sparse=False, filter_sparse_opt=False, **settings)
     assert manifest.dense is not None
     assert manifest.source.format == "none"

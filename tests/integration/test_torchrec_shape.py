@@ -11,11 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchrec_shape
-from numbered_source import Numbered, make_rows, plug_in, write_source
-from recis_writer import split_table
-from sparse_cases import export, open_source, recorded_reads
-from test_scores import after_check
 from torch import nn
 
 import dist_export
@@ -26,10 +21,19 @@ from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import CheckpointError, ModelError, ParityError
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
+from tests.integration.test_scores import after_check
+from tests.support import torchrec_shape
+from tests.support.numbered_source import Numbered, make_rows, plug_in, write_source
+from tests.support.recis_writer import split_table
+from tests.support.sparse_cases import export, open_source, recorded_reads
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 PREFIX = "sparse_arch.ebc.embedding_bags."
-SETTINGS = {"model": "torchrec_shape:build_model", "dataset": "torchrec_shape:build_dataset", "num_shards": 3}
+SETTINGS = {
+    "model": torchrec_shape.MODEL,
+    "dataset": torchrec_shape.DATASET,
+    "num_shards": 3,
+}
 CITIES = np.array([0, 7, 14, 28, 99])
 
 
@@ -110,7 +114,7 @@ def test_names_may_lack_the_prefix_and_have_wrappers(prefix: str, tmp_path: Path
 def test_hash_tables_beside_them_are_fed_and_scored_too(tmp_path: Path) -> None:
     trained = torchrec_shape.build_trained(has_hash_table=True)
     write_trained(tmp_path / "ckpt", trained, cities=True)
-    settings = {**SETTINGS, "model": "torchrec_shape:build_mixed_model"}
+    settings = {**SETTINGS, "model": "tests.support.torchrec_shape:build_mixed_model"}
     manifest = export(tmp_path / "ckpt", tmp_path / "out", **settings)
     assert manifest.run["sample"]["missing"]["city_emb"] == 1  # 21
     assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
@@ -120,7 +124,7 @@ def test_hash_tables_beside_them_are_fed_and_scored_too(tmp_path: Path) -> None:
 def test_a_model_whose_tables_are_not_seen_is_told_so(tmp_path: Path) -> None:
     write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
     manifest = export(
-        tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "torchrec_shape:build_sharded_model"}
+        tmp_path / "ckpt", tmp_path / "out", **{**SETTINGS, "model": "tests.support.torchrec_shape:build_sharded_model"}
     )
     assert any("looked up no table" in note and "not sharded" in note for note in manifest.notes)
     manifest = export(tmp_path / "ckpt", tmp_path / "other", **SETTINGS)
@@ -206,7 +210,7 @@ def test_a_name_that_fits_twice_is_an_error(names: list[str]) -> None:
 
 
 def change_rows(folder: Path) -> None:
-    from recis_writer import read_header
+    from tests.support.recis_writer import read_header
 
     for path in sorted(folder.glob("model-*.safetensors")):
         start, header = read_header(path)
@@ -221,7 +225,7 @@ def change_rows(folder: Path) -> None:
 def test_rows_that_changed_on_the_disk_are_found(cities: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_trained(tmp_path / "ckpt", torchrec_shape.build_trained(has_hash_table=cities), cities=cities)
     after_check(monkeypatch, change_rows)
-    settings = {**SETTINGS, "model": "torchrec_shape:build_mixed_model"} if cities else SETTINGS
+    settings = {**SETTINGS, "model": "tests.support.torchrec_shape:build_mixed_model"} if cities else SETTINGS
     with pytest.raises(ParityError, match="in the shards"):
         export(tmp_path / "ckpt", tmp_path / "out", **settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -326,7 +330,7 @@ def test_packages_lie_on_stores_too(tmp_path: Path) -> None:
     trained = torchrec_shape.build_trained()
     write_trained(tmp_path / "ckpt", trained, cities=True)
     out = f"memory://numbered/{tmp_path.name}"
-    settings = {**SETTINGS, "model": "torchrec_shape:build_mixed_model"}
+    settings = {**SETTINGS, "model": "tests.support.torchrec_shape:build_mixed_model"}
     manifest = export(tmp_path / "ckpt", out, **settings)
     assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
     assert verify(out, finite=True).findings == []

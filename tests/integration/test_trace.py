@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from dense_nets import Net, operators, some_inputs, trace
 from torch import nn
 
 from dist_export.dense.eager import exporting
@@ -16,6 +15,7 @@ from dist_export.dense.sample import check_input_names
 from dist_export.dense.trace import check_dynamic_dims, output_shapes
 from dist_export.dense.used_inputs import input_names
 from dist_export.errors import ConfigError, ModelError, TraceError
+from tests.support.dense_nets import Net, operators, some_inputs, trace
 
 # ---- inputs ------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from recis_writer import INDEX, MERGED, TENSORKEY, gen_slice, make_tables, read_back, truth_of, write_checkpoint
-from sparse_cases import assert_exact, content, copy, export, plan, recorded_reads
 
 import dist_export.pipeline.steps
 import dist_export.transfer.executor
@@ -21,6 +19,17 @@ from dist_export.storage.range_reader import OpenReaders
 from dist_export.storage.urls import open_directory
 from dist_export.transfer import unit_runner as transfer_units
 from dist_export.transfer.output_files import StagedFiles
+from tests.support.recis_writer import (
+    INDEX,
+    MERGED,
+    TENSORKEY,
+    gen_slice,
+    make_tables,
+    read_back,
+    truth_of,
+    write_checkpoint,
+)
+from tests.support.sparse_cases import assert_exact, content, copy, export, plan, recorded_reads
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "ten-minutes.md"
+from tests.support import ROOT
+
+PAGE = ROOT / "docs" / "tutorials" / "ten-minutes.md"
 
 
 def read_blocks() -> list[tuple[str, str]]:

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dcp_writer
 import pytest
 import torch
-from plain_cases import read_numbered
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +16,8 @@ from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
 from dist_export.inspect.describe import describe
+from tests.support import dcp_writer
+from tests.support.plain_cases import read_numbered
 
 TABLES = ["*user.weight", "*item.weight"]
 
@@ -188,7 +188,7 @@ def test_a_list_of_states_is_told(tmp_path: Path) -> None:
 
 
 def test_formats_that_hold_one_model_refuse_state_root(tmp_path: Path) -> None:
-    import tiny_model
+    from tests.support import tiny_model
 
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     with pytest.raises(UserError, match="which holds one model; take state_root out"):

@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dcp_writer
 import pytest
 import torch
-from plain_cases import dense_of, read_numbered
-from sparse_cases import export
 from torch import nn
 
 import dist_export
@@ -21,6 +18,9 @@ from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
 from dist_export.inspect.describe import describe, render
+from tests.support import dcp_writer
+from tests.support.plain_cases import dense_of, read_numbered
+from tests.support.sparse_cases import export
 
 TABLE = torch.arange(24.0).reshape(6, 4)
 FLOAT8 = torch.tensor([[1.5, -2.0], [0.25, 4.0]]).to(torch.float8_e4m3fn)

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from dist_export.model.value_digest import digest_value
+from tests.support import ROOT
 
 
 @dataclasses.dataclass
@@ -157,12 +158,12 @@ def test_content_tells(name: str) -> None:
 def test_another_process_says_the_same() -> None:
     """Sets are in another order there, and objects at other addresses."""
     names = [name for name in PAIRS if "random" not in name]
-    code = f"import test_value_digest as t; print([t.digest_value(t.PAIRS[n][0]()).digest for n in {names!r}])"
+    code = f"from {__name__} import PAIRS, digest_value; print([digest_value(PAIRS[n][0]()).digest for n in {names!r}])"
     told = {
         subprocess.run(
             [sys.executable, "-c", code],
-            cwd=pathlib.Path(__file__).parent,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=True,

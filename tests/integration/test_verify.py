@@ -11,10 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_model
-from recis_writer import PartSpec, make_tables, write_checkpoint
-from sparse_cases import copy, export
-from test_package import BREAKS, reseal, restate
 
 import dist_export
 from dist_export.formats import digests
@@ -24,6 +20,10 @@ from dist_export.verify import ids as id_check
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
 from dist_export.verify.work_split import Bounds, cut, share_out
+from tests.integration.test_package import BREAKS, reseal, restate
+from tests.support import tiny_model
+from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
+from tests.support.sparse_cases import copy, export
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY, MANIFEST = "index", "tensorkey.json", "manifest.json"
@@ -39,7 +39,13 @@ def told(report: Report) -> set[tuple[str, str]]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("verify")
     source = tiny_model.write_tiny_checkpoint(base / "ckpt")
-    export(source, base / "out", num_shards=2, model="tiny_model:build_model", dataset="tiny_model:build_dataset")
+    export(
+        source,
+        base / "out",
+        num_shards=2,
+        model=tiny_model.MODEL,
+        dataset=tiny_model.DATASET,
+    )
     return base / "out"
 
 
@@ -350,8 +356,8 @@ def test_a_dense_package_without_tables_is_checked(tmp_path: Path) -> None:
             "ckpt_dir": str(source),
             "export_dir": str(tmp_path / "out"),
             "need_export_sparse": False,
-            "model": "tiny_model:build_model",
-            "dataset": "tiny_model:build_dataset",
+            "model": tiny_model.MODEL,
+            "dataset": tiny_model.DATASET,
         }
     )
     report = verify(str(tmp_path / "out"), finite=True)

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pickle_attacks
 import pytest
-import tiny_model
-from sparse_cases import export
-from test_package import restate
-from test_pickle_attacks import TESTS, pack
+
+from tests.integration.test_package import restate
+from tests.integration.test_pickle_attacks import pack
+from tests.support import ROOT, pickle_attacks, tiny_model
+from tests.support.sparse_cases import export
 
 SIZE = 1 << 20
 SAMPLES = ("inputs_dict.pkl", "output_base.pkl")
@@ -42,9 +42,9 @@ TEXT_FILES = (
 CHILD = """
 import sys
 from pathlib import Path
-from hostile_cases import limited_memory
-from test_verify_attacks import attacks, put
-from test_pickle_attacks import MEMORY
+from tests.support.hostile_cases import limited_memory
+from tests.integration.test_verify_attacks import attacks, put
+from tests.integration.test_pickle_attacks import MEMORY
 from dist_export.package.reader import Package
 from dist_export.verify.verify import verify
 package = Path(sys.argv[1])
@@ -99,10 +99,9 @@ class put:
 def test_verify_takes_neither_much_memory_nor_for_ever(kind: str, tmp_path: Path) -> None:
     """In a process of its own, because a hash of 2^60 steps cannot be interrupted."""
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    model = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     export(source, tmp_path / "out", num_shards=2, **model)
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parents[1])])
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD, str(tmp_path / "out"), kind],
         check=False,

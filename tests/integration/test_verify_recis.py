@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixture_cases import CASES
-from recis_writer import Files, PartSpec, Raw, make_rows, make_tables, split_table, write_checkpoint
 
 from dist_export.errors import UserError
 from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
+from tests.support.fixture_cases import CASES
+from tests.support.recis_writer import Files, PartSpec, Raw, make_rows, make_tables, split_table, write_checkpoint
 
 A, B = "model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors"
 INDEX, TENSORKEY = "index", "tensorkey.json"
@@ -432,7 +432,7 @@ def test_a_merged_manifest_with_an_entry_twice(tmp_path: Path, monkeypatch) -> N
 
 
 def test_values_are_read_where_asked_for_alone(tmp_path: Path, monkeypatch) -> None:
-    from sparse_cases import recorded_reads
+    from tests.support.sparse_cases import recorded_reads
 
     folder = checkpoint(tmp_path / "c")
     with recorded_reads(monkeypatch) as reads:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from plain_cases import assert_same, read_numbered
-from sparse_cases import export
-from zip_layouts import LAYOUTS, read_members, write_zip
 
 from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.checkpoint.tensors.torch_file import read_torch_file
 from dist_export.checkpoint.torch_items import ItemFinder
 from dist_export.errors import CheckpointError
 from dist_export.storage.urls import open_directory, open_place
+from tests.support.plain_cases import assert_same, read_numbered
+from tests.support.sparse_cases import export
+from tests.support.zip_layouts import LAYOUTS, read_members, write_zip
 
 
 def save(path: Path, content: Any) -> Path:

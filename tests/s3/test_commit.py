@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_model
-from s3_cases import Store, files_of, without_manifest, write_large
-from s3_server import S3Server
 
 import dist_export
 from dist_export.storage.s3 import S3
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
+from tests.support import tiny_model
+from tests.support.s3.s3_cases import Store, files_of, without_manifest, write_large
+from tests.support.s3.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
 
@@ -74,7 +74,7 @@ def test_killed_at_many_requests(store: Store, tmp_path: Path, monkeypatch) -> N
 def test_a_dense_arch_goes_along(store: Store, tmp_path: Path) -> None:
     checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     source = store.put_tree(checkpoint, "ckpt")
-    more = {"model": "tiny_model:build_model", "dataset": "tiny_model:build_dataset"}
+    more = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     manifest = store.export(source, store.url("out"), **more)
     assert manifest.dense is not None
     assert verify(store.url("out"), store.options).findings == []

@@ -3,14 +3,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from directory_contract import DirectoryContract
-from s3_cases import Store
-from s3_server import S3Server
 
 from dist_export.storage.directory import Directory
 from dist_export.storage.s3 import S3
 from dist_export.storage.s3_directory import S3Directory
 from dist_export.storage.urls import open_directory
+from tests.support.directory_contract import DirectoryContract
+from tests.support.s3.s3_cases import Store
+from tests.support.s3.s3_server import S3Server
 
 
 @pytest.fixture

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from fixture_cases import CASES
-from s3_cases import MIB, Store, export_and_die, export_on_rank, files_of, without_manifest, write_large, write_small
-from s3_server import S3Server
 
 import dist_export
 from dist_export.cli import main
@@ -27,9 +23,19 @@ from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer import multipart_upload
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
-from ranks import run_ranks
+from tests.support.distributed.ranks import run_ranks
+from tests.support.fixture_cases import CASES
+from tests.support.s3.s3_cases import (
+    MIB,
+    Store,
+    export_and_die,
+    export_on_rank,
+    files_of,
+    without_manifest,
+    write_large,
+    write_small,
+)
+from tests.support.s3.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
 

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from proxy import HALF, LOST, RESET, SLOW_DOWN, Proxy
-from s3_cases import Store, files_of, without_manifest, write_large, write_small
-from s3_server import KEY, SECRET, S3Server
 
 import dist_export
 from dist_export.cli import main
@@ -24,6 +21,9 @@ from dist_export.storage.urls import open_directory
 from dist_export.transfer import multipart_upload
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock
+from tests.support.s3.proxy import HALF, LOST, RESET, SLOW_DOWN, Proxy
+from tests.support.s3.s3_cases import Store, files_of, without_manifest, write_large, write_small
+from tests.support.s3.s3_server import KEY, SECRET, S3Server
 
 pytestmark = pytest.mark.s3
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recis_writer import make_tables, truth_of, write_checkpoint
-from s3_cases import Store
-from s3_server import S3Server
 
 import dist_export
 from dist_export.package import slot_reader
 from dist_export.storage.traffic import TRAFFIC
+from tests.support.recis_writer import make_tables, truth_of, write_checkpoint
+from tests.support.s3.s3_cases import Store
+from tests.support.s3.s3_server import S3Server
 
 TABLES = make_tables({"t": 20_000}, 2, dim=4)
 TRUTH = truth_of(TABLES)["t"]

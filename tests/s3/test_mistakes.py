@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_cases import Store, write_large, write_small
-from s3_server import S3Server
 
 import dist_export
 from dist_export.cli import main
@@ -20,6 +18,8 @@ from dist_export.storage.s3 import S3
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.workdir import lock
 from dist_export.workdir.state import UPLOADS
+from tests.support.s3.s3_cases import Store, write_large, write_small
+from tests.support.s3.s3_server import S3Server
 
 pytestmark = pytest.mark.s3
 

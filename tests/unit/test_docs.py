@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from recis_writer import make_tables, write_checkpoint
 
 import dist_export
 from dist_export.config.describe import SETTINGS
@@ -22,8 +21,9 @@ from dist_export.config.loader import load_config
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from scripts.docs import schema, settings
+from tests.support import ROOT
+from tests.support.recis_writer import make_tables, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from package_reader import read_row_tables
-from ranks import run_ranks
 
 import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.model_weights import merge_weights
 from dist_export.storage.urls import open_directory
+from tests.support.distributed.ranks import run_ranks
+from tests.support.package_reader import read_row_tables
 
 SIZES = {"t_rows": (101, 8), "t_columns": (60, 24), "t_whole": (33, 4), "t_table_rows": (50, 8), "t_copied": (21, 4)}
 SEQUENCE = "ec.embeddings.t_sequence.weight"
@@ -32,13 +32,13 @@ pytestmark = [
 
 def save_on_rank(rank: int, path: str) -> Any:
     """Import torchrec on the ranks alone: it warns of much, and a warning is an error here."""
-    from torchrec_writer import train_and_save
+    from tests.support.with_torchrec.torchrec_writer import train_and_save
 
     return train_and_save(rank, path, SIZES)
 
 
 def find_on_rank(rank: int) -> Any:
-    from torchrec_writer import find_sharded
+    from tests.support.with_torchrec.torchrec_writer import find_sharded
 
     return find_sharded(rank, SIZES)
 

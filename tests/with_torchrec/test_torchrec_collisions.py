@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
+
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.distributed,
@@ -23,13 +24,13 @@ MCH, ZCH = (f"sparse.mc._embedding_module.embedding_bags.{name}.weight" for name
 
 def export_and_compare(rank: int, folder: str, saved_as: str) -> dict[str, Any]:
     """Train until ids are evicted, save, export with a fresh model, and look all ids up in both."""
-    import collision_model
     import numpy as np
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     import dist_export
+    from tests.support.with_torchrec import collision_model
 
     source = Path(folder) / "in"
     model = collision_model.train()
@@ -45,8 +46,8 @@ def export_and_compare(rank: int, folder: str, saved_as: str) -> dict[str, Any]:
             "export_dir": f"{folder}/out",
             "filter_sparse_opt": True,
             "num_shards": 3,
-            "model": "collision_model:build_model",
-            "dataset": "collision_model:build_dataset",
+            "model": "tests.support.with_torchrec.collision_model:build_model",
+            "dataset": "tests.support.with_torchrec.collision_model:build_dataset",
             "sparse_model_name": "sparse",
             "dense_model_name": "mlp",
         }
@@ -95,20 +96,20 @@ def test_raw_ids_get_what_torchrec_gives_them(world_size: int, saved_as: str, tm
 
 
 def export_hashed(_: int, folder: str) -> list[str]:
-    import collision_model
     import torch
 
     import dist_export
     from dist_export.errors import ModelError
+    from tests.support.with_torchrec import collision_model
 
     torch.save(collision_model.train(is_hashed=True).state_dict(), f"{folder}/model.pt")
     settings = {
         "ckpt_dir": f"{folder}/model.pt",
         "export_dir": f"{folder}/out",
         "filter_sparse_opt": True,
-        "model": "collision_model:build_model",
+        "model": "tests.support.with_torchrec.collision_model:build_model",
         "model_args": {"is_hashed": True},
-        "dataset": "collision_model:build_dataset",
+        "dataset": "tests.support.with_torchrec.collision_model:build_dataset",
         "sparse_model_name": "sparse",
         "dense_model_name": "mlp",
     }

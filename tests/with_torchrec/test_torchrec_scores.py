@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
+
+from tests.support.distributed.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.distributed,
@@ -26,9 +27,9 @@ def export_and_score(_: int, fixtures: str, out: str) -> dict[str, Any]:
     """Export the row-wise fixture with a model of torchrec, and score a batch with both."""
     import numpy as np
     import torch
-    import torchrec_model
 
     import dist_export
+    from tests.support.with_torchrec import torchrec_model
 
     manifest = dist_export.export(
         {
@@ -36,8 +37,8 @@ def export_and_score(_: int, fixtures: str, out: str) -> dict[str, Any]:
             "export_dir": out,
             "filter_sparse_opt": True,
             "num_shards": 3,
-            "model": "torchrec_model:build_model",
-            "dataset": "torchrec_model:build_dataset",
+            "model": "tests.support.with_torchrec.torchrec_model:build_model",
+            "dataset": "tests.support.with_torchrec.torchrec_model:build_dataset",
             "sparse_model_name": "sparse",
             "dense_model_name": "mlp",
         }
