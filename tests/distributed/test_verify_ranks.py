@@ -51,7 +51,7 @@ def test_two_ranks_verify_a_package_with_its_program(tmp_path: Path) -> None:
     done = run(2, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == verify(str(tmp_path / "out")).render()
-    shard = next((tmp_path / "out").glob("model-*"))
+    shard = next((tmp_path / "out").glob("model-*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

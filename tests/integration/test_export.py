@@ -117,7 +117,9 @@ def test_a_copy_goes_over_byte_for_byte_with_its_indexes(checkpoint: Path, tmp_p
     assert sorted(path.name for path in out.iterdir()) == [
         "index",
         "manifest.json",
+        "model-000000-of-000002.row_index",
         "model-000000-of-000002.safetensors",
+        "model-000001-of-000002.row_index",
         "model-000001-of-000002.safetensors",
         "tensorkey.json",
         MERGED,
@@ -235,7 +237,7 @@ def test_memory_on_both_ends(is_filter: bool, tmp_path: Path) -> None:
     )
     dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings, **SETTINGS})
     assert verify(f"memory:/{place}/out").findings == []
-    for path in (tmp_path / "out").glob("model-*"):
+    for path in (tmp_path / "out").glob("model-*.safetensors"):
         assert memory.cat_file(f"{place}/out/{path.name}") == path.read_bytes()
 
 
@@ -353,11 +355,11 @@ def test_a_rerun_goes_on_with_the_shards_that_were_finished(
         interrupt_after(patched, units - 1)
         with pytest.raises(ExportError, match="No space left"):
             dist_export.export({**settings, "export_dir": str(out)})
-    finished = {path.name: path.stat().st_ino for path in out.glob("model-*")}
+    finished = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     assert len(finished) == num_shards - 1
     manifest = dist_export.export({**settings, "export_dir": str(out)})
     assert manifest.run["reused_shards"] == num_shards - 1
-    for path in (tmp_path / "whole").glob("model-*"):
+    for path in (tmp_path / "whole").glob("model-*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
         assert finished.get(path.name, 0) in (0, (out / path.name).stat().st_ino)
     assert dist_export.open_package(tmp_path / "whole").manifest.digest == manifest.digest
@@ -389,15 +391,15 @@ def test_a_rerun_keeps_whole_shards_of_the_same_plan_only(tmp_path: Path, monkey
         failing_publish(patched)
         with pytest.raises(ExportError, match="Input/output error"):
             dist_export.export(settings)
-    assert len(list((out / RECEIPTS).glob("model-*.json"))) == 4
-    inodes = {path.name: path.stat().st_ino for path in out.glob("model-*")}
+    assert len(list((out / RECEIPTS).glob("model-*.safetensors.json"))) == 4
+    inodes = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     damaged = out / "model-000002-of-000004.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
     manifest = dist_export.export(settings)
     assert manifest.run["reused_shards"] == 3
-    again = {path.name: path.stat().st_ino for path in out.glob("model-*")}
+    again = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     assert {name for name in inodes if inodes[name] != again[name]} == {damaged.name}
     assert verify(str(out)).findings == []
 
@@ -415,7 +417,7 @@ def test_shards_of_another_plan_are_not_kept_and_go(tmp_path: Path, monkeypatch:
     write_checkpoint(source, make_tables({"t": 300}, 4, seed=9))
     dist_export.export({**settings, "num_shards": 2})
     assert sorted(path.name for path in out.glob("model-*")) == [
-        f"model-00000{i}-of-000002.safetensors" for i in (0, 1)
+        f"model-00000{i}-of-000002.{suffix}" for i in (0, 1) for suffix in ("row_index", "safetensors")
     ]
     assert len(read_back(out)["t"]["id"]) == 300
 
