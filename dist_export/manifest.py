@@ -29,6 +29,8 @@ from dist_export.formats.package_entries import (
     PartDigest,
     PartEntry,
     PruneEntry,
+    ScoreEntry,
+    ScoreParityEntry,
     SlotEntry,
     SourceEntry,
     TableEntry,
@@ -59,6 +61,8 @@ __all__ = [
     "PartDigest",
     "PartEntry",
     "PruneEntry",
+    "ScoreEntry",
+    "ScoreParityEntry",
     "SlotEntry",
     "SourceEntry",
     "TableEntry",
@@ -106,6 +110,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dense: DenseEntry | None
     parity: ParityEntry | None
     drift: DriftEntry | None = None
+    score: ScoreEntry | msgspec.UnsetType = msgspec.UNSET
+    """Absent if the package has no score program."""
     notes: tuple[str, ...]
     versions: dict[str, str]
     digest: str = ""
@@ -183,6 +189,8 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths += [part.file for table in manifest.tables for part in table.parts]
     if manifest.dense is not None:
         paths += [manifest.dense.folder, manifest.dense.program]
+    if manifest.score is not msgspec.UNSET:
+        paths += [manifest.score.program, manifest.score.sample]
     for path in paths:
         pure = PurePosixPath(path)
         if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
