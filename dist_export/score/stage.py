@@ -128,7 +128,8 @@ class ScoreStage:
             return reason
         reason = ranks.broadcast("trace the score program", self._trace_tables)
         if reason and self._record_row_modules(finder):
-            reason = ranks.broadcast("trace the score program", self._trace_once)
+            # the first reason says more: it is of the model's own code
+            reason = ranks.broadcast("trace the score program", self._trace_once) and reason
         if reason or (finder.is_live and ranks.world_size > 1):  # then the rows of other ranks are only in the shards
             return reason
         kept: list[ScoreFigures] = []

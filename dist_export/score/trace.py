@@ -80,7 +80,12 @@ class _Scored(nn.Module):
 
     def call(self, inputs: dict[str, torch.Tensor]) -> Any:
         filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
-        output = self.dense_arch(blocks_of(self.sparse_arch(self._batch.rebuild(filled))))
+        try:
+            output = self.dense_arch(blocks_of(self.sparse_arch(self._batch.rebuild(filled))))
+        except RuntimeError as error:
+            if "data-dependent" in str(error):  # torch.export would print the whole graph
+                raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
+            raise
         return output if self._sample.is_single else tuple(self._sample.flatten(output))
 
 
@@ -123,7 +128,13 @@ def input_shapes(program: ExportedProgram, names: Sequence[str]) -> dict[str, tu
     """Return the shapes of the inputs, with a symbol or an expression for each free size."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     found = zip(names, program.graph_signature.user_inputs, strict=True)
-    return {name: tuple(getattr(values.get(str(node)), "shape", ())) for name, node in found}
+    return {name: _sizes(values.get(str(node))) for name, node in found}
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """Return the sizes of a traced tensor: symbols or expressions, and numbers for what the trace has made constant."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return tuple(int(str(size)) if str(size).isdigit() else size for size in sizes)
 
 
 def _export(
@@ -141,7 +152,8 @@ def _export(
         with exporting(wrapper), torch.no_grad(), sizes_from_zero():
             return torch.export.export(wrapper, args=(), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
     except NotExportableError as error:
-        raise NotExportableError(f"{error}{blame(error)}") from error
+        place = blame(error)
+        raise NotExportableError(f"{error}{'' if place in str(error) else place}") from error
     except Exception as error:
         raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
 
@@ -225,9 +237,7 @@ def describe_shapes(traced: TracedScores) -> tuple[dict[str, tuple[int | str, ..
     """
     inputs = input_shapes(traced.program, list(traced.inputs))
     values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
-    outputs = [
-        tuple(getattr(values.get(str(node)), "shape", ())) for node in traced.program.graph_signature.user_outputs
-    ]
+    outputs = [_sizes(values.get(str(node))) for node in traced.program.graph_signature.user_outputs]
     words = _batch_words(outputs)
     taken: set[str] = {"batch"}
     for name, shape in inputs.items():
