@@ -44,9 +44,11 @@ def list_tables(traced: TracedScores) -> tuple[str, ...]:
     return tuple(sorted({table for _, table in list_lookups(traced.program.graph_module)}))
 
 
-def describe_scores(traced: TracedScores, sample: DenseSample, row_modules: Mapping[str, str]) -> ScoreEntry:
-    """Return the manifest's entry, still without parity."""
-    inputs, outputs = describe_shapes(traced)
+def describe_scores(
+    traced: TracedScores, sample: DenseSample, row_modules: Mapping[str, str], first_sizes: Mapping[str, str]
+) -> ScoreEntry:
+    """Return the manifest's entry, still without parity. ``first_sizes`` are as ``describe_shapes`` takes them."""
+    inputs, outputs = describe_shapes(traced, first_sizes)
     return ScoreEntry(
         program=f"{SCORE_FOLDER}/{PROGRAM}",
         sample=f"{SCORE_FOLDER}/{SAMPLE}",

@@ -67,6 +67,10 @@ class ScoreParity:
             return dict(self.batch.tensors)
         return self._resizer.resize(num_examples)
 
+    def first_sizes(self) -> dict[str, str]:
+        """Return the first sizes of the sample's tensors in terms of ``batch``, if it can be cut by example."""
+        return {} if self._resizer is None or self._resizer.unknown else self._resizer.first_sizes()
+
     def compare_sample(self, figures: ScoreFigures, blocks: Blocks, inputs: _Inputs) -> None:
         """Compare on the whole sample: with the model, or with the copy if settings change its rows. Rank 0. ParityError.
 

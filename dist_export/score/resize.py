@@ -61,6 +61,16 @@ class Resizer:
             for name, tensor in self._tensors.items()
         }
 
+    def first_sizes(self) -> dict[str, str]:
+        """Return the first sizes of the tensors that follow from the number of examples, in terms of ``batch``."""
+        words = dict.fromkeys(self._tensors, "batch")
+        for lists in self._lists:
+            words = {name: word for name, word in words.items() if name not in lists.values}
+            for name, kind in lists.bounds.items():
+                words[name] = f"{lists.num_keys}*batch" if lists.num_keys > 1 else "batch"
+                words[name] += " + 1" if kind == _OFFSETS else ""
+        return words
+
     def _known(self) -> set[str]:
         return {name for its in self._lists for name in (*its.values, *its.bounds)}
 
@@ -96,12 +106,16 @@ def _find_lists(tensors: Mapping[str, torch.Tensor], num_examples: int) -> list[
             continue
         names = [match[1], *(f"{match[1]}_{end}".lstrip("_") for end in _VALUES)]
         its = [one for one in names if one in tensors and one not in (name, *taken)]
-        if its and all(_has_total(tensors[one], total, kind) and len(tensors[one]) == len(tensors[its[0]]) for one in its):
+        if its and all(
+            _has_total(tensors[one], total, kind) and len(tensors[one]) == len(tensors[its[0]]) for one in its
+        ):
             add(name, its)
     for other, tensor in tensors.items():
         if other in taken or tensor.shape[0] == num_examples or readings[other][0] == _OFFSETS:
             continue
-        fitting = [name for name, (kind, total) in readings.items() if kind and kind != _STARTS and total == len(tensor)]
+        fitting = [
+            name for name, (kind, total) in readings.items() if kind and kind != _STARTS and total == len(tensor)
+        ]
         fitting = [name for name in fitting if name not in taken]
         if len(fitting) == 1:
             add(fitting[0], [other])

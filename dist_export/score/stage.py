@@ -196,7 +196,7 @@ class ScoreStage:
                 traced = trace_scores(sparse_arch, self._sample(), cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
             named = {path: ", ".join(its) for path, its in self._row_modules.values()}
-            self.entry = describe_scores(traced, self._sample(), named)
+            self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())
         except NotExportableError as error:
             return str(error)
         self._traced = traced

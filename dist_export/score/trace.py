@@ -22,6 +22,7 @@ from dist_export.score.inputs import FlatBatch
 from dist_export.score.table_weight import NotExportableError
 
 _OWN_NAMESPACES = frozenset({"aten", "_operator", "math"})
+_SYMBOL = re.compile(r"[a-z]+\d+")
 _COLLECTIVES = ("_c10d_functional", "c10d", "_dtensor")
 
 
@@ -51,7 +52,8 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
     dropped = [name for name in names if name not in used]
     if dropped:
         program = _export(sparse_arch, sample, batch, used, _stand_ins(program, names, dropped, batch))
-    program = decompose(program)
+    with sizes_from_zero():
+        program = decompose(program)
     _refuse_operators(program)
     _drop_unused_state(program)
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped))
@@ -229,25 +231,29 @@ def _refuse_constant_dims(traced: TracedScores) -> None:
             )
 
 
-def describe_shapes(traced: TracedScores) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]]]:
+def describe_shapes(
+    traced: TracedScores, first_sizes: Mapping[str, str]
+) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]]]:
     """Return the shapes of inputs and outputs for the manifest. A free size has a name, or is an expression of names.
 
-    The size that the first output begins with is called ``batch``, and other sizes are expressed by it where they follow
-    from it.
+    ``first_sizes``: what is known of the first sizes of inputs, in terms of ``batch``. If nothing is known, the size that the
+    first output begins with is called ``batch``, and other sizes are expressed by it if they follow from it.
     """
     inputs = input_shapes(traced.program, list(traced.inputs))
     values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
     outputs = [_sizes(values.get(str(node))) for node in traced.program.graph_signature.user_outputs]
-    words = _batch_words(outputs)
-    taken: set[str] = {"batch"}
+    first = {str(shape[0]): first_sizes[name] for name, shape in inputs.items() if name in first_sizes}
+    words = {text: word for text, word in first.items() if _SYMBOL.fullmatch(text)} or _batch_words(outputs)
     for name, shape in inputs.items():
         for dim, size in enumerate(shape):
-            for symbol in re.findall(r"[a-z]+\d+", str(size)):
-                if symbol not in words:
-                    words[symbol] = f"{name}_size" if not dim else f"{name}_size_{dim}"
-                    taken.add(words[symbol])
+            for symbol in _SYMBOL.findall(str(size)):
+                words.setdefault(symbol, f"{name}_size_{dim}" if dim else f"{name}_size")
+    known = {name: (word,) for name, word in first_sizes.items()}
     return (
-        {name: _in_words(shape, words) for name, shape in inputs.items()},
+        {
+            name: (known.get(name) or _in_words(shape[:1], words)) + _in_words(shape[1:], words)
+            for name, shape in inputs.items()
+        },
         [_in_words(shape, words) for shape in outputs],
     )
 
@@ -256,7 +262,7 @@ def _batch_words(outputs: Sequence[tuple[Any, ...]]) -> dict[str, str]:
     """Return what the symbol is called from which the size of the batch follows."""
     for size in (shape[0] for shape in outputs if shape and not isinstance(shape[0], int)):
         text = str(size)
-        if re.fullmatch(r"[a-z]+\d+", text):
+        if _SYMBOL.fullmatch(text):
             return {text: "batch"}
         if match := re.fullmatch(r"\(?\(?([a-z]+\d+)\)?//(\d+)\)?", text):
             return {match[1]: f"{match[2]}*batch"}
