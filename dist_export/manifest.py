@@ -30,6 +30,8 @@ from dist_export.formats.package_entries import (
     PartEntry,
     PruneEntry,
     RowIndexEntry,
+    ScoreEntry,
+    ScoreParityEntry,
     SlotEntry,
     SourceEntry,
     TableEntry,
@@ -61,6 +63,8 @@ __all__ = [
     "PartEntry",
     "PruneEntry",
     "RowIndexEntry",
+    "ScoreEntry",
+    "ScoreParityEntry",
     "SlotEntry",
     "SourceEntry",
     "TableEntry",
@@ -108,6 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dense: DenseEntry | None
     parity: ParityEntry | None
     drift: DriftEntry | None = None
+    score: ScoreEntry | msgspec.UnsetType = msgspec.UNSET
+    """Absent if the package has no score program."""
     notes: tuple[str, ...]
     versions: dict[str, str]
     digest: str = ""
@@ -187,6 +193,8 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
     if manifest.dense is not None:
         paths += [manifest.dense.folder, manifest.dense.program]
+    if manifest.score is not msgspec.UNSET:
+        paths += [manifest.score.program, manifest.score.sample]
     for path in paths:
         pure = PurePosixPath(path)
         if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():

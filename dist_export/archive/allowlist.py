@@ -10,7 +10,7 @@ import ast
 import json
 import pickletools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -59,6 +59,10 @@ _OPERATOR = re.compile(
     r"|lshift|rshift|getitem|index)"
     r"|math\.(ceil|floor|trunc|sqrt|log|log2|exp|pow|isnan|isinf)"
 )
+LOOKUP = "torch.ops.dist_export.lookup.default"
+"""The only operator of a score program that is not torch's own."""
+_OWN_OPERATOR = re.compile(r"torch\.ops\.aten\..*|torch\.(?!ops\.).*|_operator\..*|math\..*", re.DOTALL)
+"""Of the operators above, those of torch itself: a score program has no other besides the lookup."""
 _GUARD_NODES = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare, ast.cmpop,
     ast.Subscript, ast.Constant, ast.Call, ast.Name, ast.Attribute, ast.Load, ast.IfExp,
@@ -128,8 +132,13 @@ def expect(value: Any, kind: type[T], what: str) -> T:
     return value
 
 
-def check_program(document: dict[str, Any]) -> None:
+def check_program(document: dict[str, Any], tables: Collection[str] | None = None) -> None:
     """Refuse the JSON of a program if loading or calling it could run more than torch operators.
+
+    Args:
+        document: the JSON.
+        tables: of a score program, the tables that its lookups may name; it must have no operator besides torch's own and the
+            lookup. None refuses lookups.
 
     Raises:
         UnsafeContentError: An operator, a size expression, a guard or a container type is not on the list, or a value
@@ -145,6 +154,40 @@ def check_program(document: dict[str, Any]) -> None:
     for guard in expect(document.get("guards_code", []), list, "guards_code"):
         _check_guard(guard)
     _check_values(document)
+    _check_lookups(document, tables)
+
+
+def _check_lookups(value: Any, tables: Collection[str] | None) -> None:
+    """Check the calls of the lookup operator, at any depth; with ``tables``, also that no other foreign operator is called."""
+    if isinstance(value, list):
+        for item in value:
+            _check_lookups(item, tables)
+        return
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key in ("target", "as_operator") and isinstance(item, str):
+            if item == LOOKUP and key == "target" and tables is not None:
+                _check_lookup(value, tables)
+            elif item.startswith("torch.ops.dist_export."):
+                raise UnsafeContentError(f"an operator {item[:100]!r}")
+            elif tables is not None and not _OWN_OPERATOR.fullmatch(item):
+                raise UnsafeContentError(f"an operator {item[:100]!r}, which is not torch's own")
+        _check_lookups(item, tables)
+
+
+def _check_lookup(node: dict[str, Any], tables: Collection[str]) -> None:
+    """Check one call of ``lookup(Tensor ids, str table) -> Tensor``."""
+    arguments = expect(node.get("inputs"), list, "the inputs of a lookup")
+    given = {expect(one, dict, "an input").get("name"): one.get("arg") for one in arguments}
+    if len(arguments) != 2 or set(given) != {"ids", "table"}:
+        raise UnsafeContentError(f"a lookup with the arguments {', '.join(map(str, given))[:100]}")
+    ids, table = (expect(given[name], dict, f"the {name} of a lookup") for name in ("ids", "table"))
+    if set(ids) != {"as_tensor"} or set(table) != {"as_string"}:
+        raise UnsafeContentError("a lookup whose arguments are not a tensor and a name")
+    name = expect(table["as_string"], str, "the table of a lookup")
+    if name not in tables:
+        raise UnsafeContentError(f"a lookup in the table {name[:100]!r}, which the manifest does not have")
 
 
 def read_version(document: dict[str, Any]) -> str:

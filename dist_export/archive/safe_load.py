@@ -15,6 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
@@ -58,31 +59,36 @@ class ArchiveInfo:
     """The names in the zip, in its order, with the root folder if the archive has one."""
 
 
-def check_archive(source: Source) -> ArchiveInfo:
+def check_archive(source: Source, *, tables: Collection[str] | None = None) -> ArchiveInfo:
     """Refuse an archive that is broken, or that would run code when torch loads or calls it. Needs no torch.
 
     Reads the whole file into memory, unpickles nothing and changes nothing.
 
     Args:
         source: A local path, the bytes, or a seekable binary file, which is left where it was.
+        tables: of a score program, the tables that its lookups may name; None refuses lookups.
 
     Raises:
         PackageError: One line that names the file, the member, what was found there and what to do.
     """
-    archive_info, _ = _read_checked(source)
+    archive_info, _ = _read_checked(source, tables)
     return archive_info
 
 
-def load_program(source: Source) -> ExportedProgram:
+def load_program(source: Source, *, tables: Collection[str] | None = None) -> ExportedProgram:
     """Check the archive, then load it with ``torch.export.load``. Memory holds the whole archive, for a while twice.
 
     torch reads a copy made of the checked members, because two zip readers can read one file differently. Each pickle is
     opened with ``weights_only=True`` before it is opened without.
 
+    Args:
+        source: as :func:`check_archive` takes it.
+        tables: of a score program, the tables that its lookups may name. The lookup operator must be registered.
+
     Raises:
         PackageError: As :func:`check_archive`, and if torch cannot make a program from the content.
     """
-    archive_info, members = _read_checked(source)
+    archive_info, members = _read_checked(source, tables)
     import torch
 
     label = _describe(source)
@@ -105,20 +111,20 @@ def load_program(source: Source) -> ExportedProgram:
         ) from error
 
 
-def _read_checked(source: Source) -> tuple[ArchiveInfo, dict[str, bytes]]:
+def _read_checked(source: Source, tables: Collection[str] | None) -> tuple[ArchiveInfo, dict[str, bytes]]:
     """Return the archive's description and its members, with names relative to the root folder."""
     label = _describe(source)
     data = _read(source, label)
     raw = _read_zip(data, label)
     names = tuple(raw)
     if "version" in raw and _LEGACY_PROGRAM in raw:
-        return ArchiveInfo("legacy", _check_legacy(raw, label), names), raw
+        return ArchiveInfo("legacy", _check_legacy(raw, label, tables), names), raw
     roots = {name.split("/", 1)[0] for name in names}
     # torch writes no member with the name of the root folder itself
     if len(roots) != 1 or f"{next(iter(roots))}/archive_format" not in raw or not roots.isdisjoint(raw):
         raise _refusal(label, names[0], "neither a PT2 archive nor the legacy layout of torch.export.save")
     members = {name.split("/", 1)[1]: content for name, content in raw.items()}
-    return ArchiveInfo("pt2", _check_pt2(members, label), names), members
+    return ArchiveInfo("pt2", _check_pt2(members, label, tables), names), members
 
 
 def _describe(source: Source) -> str:
@@ -185,7 +191,7 @@ def _check_directory(infos: list[zipfile.ZipInfo], num_bytes: int, label: str, i
         raise _refusal(label, inside or "(directory)", f"{total:,} bytes of members in a file of {num_bytes:,}")
 
 
-def _check_pt2(members: dict[str, bytes], label: str) -> str:
+def _check_pt2(members: dict[str, bytes], label: str, tables: Collection[str] | None) -> str:
     if members["archive_format"] != b"pt2":
         raise _refusal(label, "archive_format", f"{members['archive_format'][:20]!r} where 'pt2' was expected")
     if members.get("byteorder", b"little").decode(errors="replace") != sys.byteorder:
@@ -199,7 +205,7 @@ def _check_pt2(members: dict[str, bytes], label: str) -> str:
         if name.startswith("data/aotinductor/"):
             raise _refusal(label, name, "compiled code, which loading would run")
         if name == "models/model.json":
-            schema_version = _check_json_program(content, label, name)
+            schema_version = _check_json_program(content, label, name, tables)
         elif name.startswith("models/"):
             raise _refusal(label, name, "a second program, where torch.export.save writes one")
         elif config := _PAYLOAD_CONFIG.match(name):
@@ -211,7 +217,7 @@ def _check_pt2(members: dict[str, bytes], label: str) -> str:
     return schema_version
 
 
-def _check_legacy(members: dict[str, bytes], label: str) -> str:
+def _check_legacy(members: dict[str, bytes], label: str, tables: Collection[str] | None) -> str:
     for name in _LEGACY_PICKLES:
         if name not in members:
             raise _refusal(label, name, "no such member")
@@ -220,13 +226,13 @@ def _check_legacy(members: dict[str, bytes], label: str) -> str:
             _check_torch_pickle(content, label, name)
         elif name in ("serialized_state_dict.json", "serialized_constants.json"):
             raise _refusal(label, name, "a member of torch 2.1, which is a pickle in spite of its name")
-    return _check_json_program(members[_LEGACY_PROGRAM], label, _LEGACY_PROGRAM)
+    return _check_json_program(members[_LEGACY_PROGRAM], label, _LEGACY_PROGRAM, tables)
 
 
-def _check_json_program(content: bytes, label: str, name: str) -> str:
+def _check_json_program(content: bytes, label: str, name: str, tables: Collection[str] | None) -> str:
     try:
         document = _parse_json(content)
-        check_program(document)
+        check_program(document, tables)
         return read_version(document)
     except UnsafeContentError as error:
         raise _refusal(label, name, str(error)) from error

@@ -139,9 +139,7 @@ class RowIndexWriter:
                 self._write_part(block, None)
             return
         if not first_row:
-            if len(self._keys) < rows:
-                self._keys = np.empty(rows, np.uint64)
-            self._held = self._keys[:rows]
+            self._held = self._reserve(rows)[:rows]
         self._held[first_row : first_row + len(ids)] = encode_keys(ids, first_row, 0)
         if is_last:
             self._held.sort()
@@ -189,21 +187,26 @@ class RowIndexWriter:
             else:  # crafted ids: this many rows with one hash have too long a probe in any case
                 yield np.full(MOST_PROBES + 2, low << 32, np.uint64)
 
+    def _reserve(self, num_keys: int) -> np.ndarray:
+        """Return a buffer for at least so many keys. It is reused, because new memory is slow at first."""
+        if len(self._keys) < num_keys:
+            self._keys = self._held = np.zeros(0, np.uint64)  # freed before the larger one is there
+            self._keys = np.empty(num_keys, np.uint64)
+        return self._keys
+
     def _collect(self, block: int, seed: int, low: int, high: int) -> np.ndarray | None:
         """Return the sorted keys whose hash is from ``low`` to below ``high``; None if they do not fit in memory."""
         blocks, chosen = self._plan.blocks, np.array([block])
-        if len(self._keys) < self._held_ids:
-            self._keys = np.empty(self._held_ids, np.uint64)
-        filled = 0
+        held, filled = self._reserve(self._held_ids), 0
         for run in read_runs(self._readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
             keys = encode_keys(run.ids, run.first_row, seed)
             hashed = keys >> np.uint64(32)
             keys = keys[(hashed >= low) & (hashed < high)]
             if filled + len(keys) > self._held_ids:
                 return None
-            self._keys[filled : filled + len(keys)] = keys
+            held[filled : filled + len(keys)] = keys
             filled += len(keys)
-        found = self._keys[:filled]
+        found = held[:filled]
         found.sort()
         return found
 

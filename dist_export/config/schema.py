@@ -183,6 +183,13 @@ class ExportConfig:
     max_drift: float | dict[str, float] | None = None
     """Largest drift (max_abs) of any output, or by output. A larger drift fails the export. Null allows any."""
 
+    score_program: Literal["auto", "require", "off"] = "auto"
+    """Whether the package gets a score program, which scores from ids without the model's code: auto writes one if torch can
+    export the sparse arch, and else a note says why not; require makes that an error; off writes none."""
+    lookup_modules: list[str] = field(default_factory=list)
+    """Patterns of modules of the sparse arch that are lookups as a whole: each holds one table and returns exactly the rows of
+    its ids, whatever its code does (such as collectives). The score program has a lookup in their place."""
+
     # ---- The feature generator ----
     fg: str | None = None
     """package.module:callable that returns an object with get_fg_conf() and get_mc_conf()."""
@@ -328,6 +335,10 @@ class ExportConfig:
                 raise ConfigError(
                     f"{name} is {value!r}; it names a Python package beside the other files; give an identifier"
                 )
+        if self.lookup_modules and self.score_program == "off":
+            raise ConfigError("lookup_modules are of the score program, but score_program is off")
+        if self.export_folder_name == "score_program":
+            raise ConfigError("export_folder_name is 'score_program', which is the folder of the score program")
         if self.max_batch_size < 2:
             raise ConfigError(
                 f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"

@@ -94,7 +94,7 @@ def _kinds_of(hint: Any) -> tuple[Any, ...]:
 
 def _to_type(name: str, value: Any, hint: Any) -> Any:
     keys_are_text = not isinstance(value, Mapping) or all(isinstance(key, str) for key in value)
-    for candidate in (value, _with_numbers(value)):
+    for candidate in (value, _with_numbers(value), *(("off",) if value is False else ())):  # YAML reads off as false
         try:
             converted = msgspec.convert(candidate, hint, str_keys=True)
         except msgspec.ValidationError:

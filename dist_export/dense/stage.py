@@ -94,6 +94,8 @@ class DenseStage:
         """Of the checkpoint; it knows all that the sample has looked up."""
         self._changes_rows = False
         """Whether settings change a row that the sample of any rank looked up."""
+        self.num_rows = 0
+        """Examples of this rank's sample, whole; 0 if that is not known."""
         self.notes: list[str] = []
         """What turned up after :meth:`prepare`. Rank 0."""
         self.entry: DenseEntry | None = None
@@ -159,6 +161,45 @@ class DenseStage:
             self._put = put
             return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
 
+    @property
+    def data(self) -> Any:
+        """The sample of this rank, as the dataset gave it. Until :meth:`score`."""
+        return self._data
+
+    @property
+    def further_batches(self) -> list[Any]:
+        """The batches of this rank after the sample. As many on every rank; until :meth:`score`."""
+        return self._drift.batches[1:]
+
+    @property
+    def finder(self) -> RowFinder | None:
+        """Finds rows of the checkpoint. None without tables."""
+        return self._finder
+
+    @property
+    def sparse_arch(self) -> nn.Module | None:
+        """The caller's own. Until :meth:`score`."""
+        return self._sparse_arch
+
+    @property
+    def sample(self) -> DenseSample | None:
+        """The copied dense arch and what it gives. Rank 0."""
+        return self._sample
+
+    @property
+    def reference(self) -> Reference | None:
+        """What the caller's own model gave for the sample, on this rank."""
+        return self._reference
+
+    @property
+    def changes_rows(self) -> bool:
+        """Whether settings change a row that the sample of any rank looked up."""
+        return self._changes_rows
+
+    def sparse_values(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Within this block, what is no table in the caller's sparse arch has the checkpoint's values. All ranks."""
+        return self._sparse_values()
+
     @contextlib.contextmanager
     def _sparse_values(self) -> Iterator[list[str]]:
         """Within this block, what is no table in the caller's sparse arch has the checkpoint's values. All ranks."""
@@ -189,6 +230,7 @@ class DenseStage:
             lambda: run_sparse_arch(sparse_arch, self._data, sparse_model_name=config.sparse_model_name, finder=finder),
             may_block=True,
         )
+        self.num_rows = blocks.outline().num_rows or 0
         self._looked_up = rows
         self._look_at_dependence(sparse_arch, blocks, rows)
         counts = count_ids(ranks, rows)
@@ -316,6 +358,7 @@ class DenseStage:
         *,
         entries: Sequence[TableEntry] = (),
         lists: Mapping[str, np.ndarray] | None = None,
+        beside: Callable[[Callable[[Any], Blocks], Blocks], None] | None = None,
     ) -> None:
         """Score the sample anew from what was written, and compare with the model on the checkpoint's rows. All ranks.
 
@@ -324,12 +367,14 @@ class DenseStage:
             target: where the dense folder is.
             entries: what the manifest will say of the tables.
             lists: path -> ids (int64, sorted) of the files that rules of ``prune`` name.
+            beside: called on all ranks if there are tables, while the sample is still there, with what runs the sparse arch on
+                a batch with the written rows, and with what it gave for the sample.
 
         Raises:
             ParityError: on all ranks, for a row or an output that is not what it was.
         """
         with self._sparse_values():
-            self._score(written, target, functools.partial(self._check_rows, target, entries, lists or {}))
+            self._score(written, target, functools.partial(self._check_rows, target, entries, lists or {}), beside)
 
     def _check_rows(
         self,
@@ -347,7 +392,11 @@ class DenseStage:
             check_whole_rows(self._finder, written, self._looked_up)
 
     def _score(
-        self, written: Checkpoint | None, target: Directory, check_rows: Callable[[SampleRows, RowFinder], None]
+        self,
+        written: Checkpoint | None,
+        target: Directory,
+        check_rows: Callable[[SampleRows, RowFinder], None],
+        beside: Callable[[Callable[[Any], Blocks], Blocks], None] | None,
     ) -> None:
         ranks = self._ranks
         first: tuple[Blocks, SampleRows] | None = None
@@ -383,6 +432,8 @@ class DenseStage:
             ranks.run("compare the rows of the sample", lambda: check_rows(rows, finder))
             reads_rows = any(ranks.all_gather("count the rows of the sample", lambda: rows.num_found > 0))
             first = (blocks, rows)
+            if beside is not None:
+                beside(lambda data: run_again(data)[0], blocks)
         self._data = self._sparse_arch = None
         ranks.broadcast("compare the scores", lambda: self._compare(blocks, target, reads_rows=reads_rows))
         load = functools.partial(self._load_program, target)

@@ -262,6 +262,44 @@ class ParityEntry(msgspec.Struct, frozen=True, kw_only=True):
     from_files: FilesParityEntry | None = None
 
 
+class ScoreParityEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The written score program on rows of the written shards, against the model. The largest differences by output."""
+
+    batch_sizes: tuple[int, ...]
+    """Examples of the batches that were compared: the sample, then the sample cut or repeated to 1, 2 and 301 examples."""
+    further_batches: Count = 0
+    """Batches of the dataset that were compared instead, if it is not known which elements belong to one example."""
+    reference: str
+    """What the sample was compared with: as :attr:`ParityEntry.reference`, or ``copy`` if settings change a row of it. The
+    other batches are compared with the plain copy of the dense arch on what the model's own sparse arch gives."""
+    max_abs: dict[str, float]
+    max_rel: dict[str, float]
+    max_ulp: dict[str, int]
+
+
+class ScoreEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The score program: the whole model as one exported program, with lookups as operators. Its rows are in the shards."""
+
+    program: str
+    """Path of the exported program, relative to the package."""
+    sample: str
+    """Path of the stored inputs and outputs of a sample, relative to the package."""
+    inputs: tuple[TensorEntry, ...]
+    """In call order. Each is a keyword argument of the program. Free sizes are names or expressions of names."""
+    outputs: tuple[TensorEntry, ...]
+    """In the order in which the program returns them."""
+    dropped_inputs: tuple[str, ...]
+    """Tensors of the batch that reach no output."""
+    tables: tuple[str, ...]
+    """The tables that it looks rows up in."""
+    row_modules: dict[str, str] = {}
+    """Module of the sparse arch that was replaced by a lookup as a whole -> its table, because it returned exactly the rows
+    of its ids."""
+    parity: ScoreParityEntry | None = None
+    torch: str = ""
+    """The version of torch that wrote the program."""
+
+
 class AccountTensor(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A tensor of the source that is in no table of the package, and what happened to it."""
 

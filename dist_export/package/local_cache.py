@@ -10,7 +10,6 @@ import numpy as np
 import xxhash
 
 from dist_export.package.opened_files import OpenedFiles
-from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.local_io import naming_any
 
 _PIECE_BYTES = 4 << 20
@@ -58,7 +57,7 @@ class LocalCache:
                 for first in range(0, num_bytes, len(buffer)):
                     piece = buffer[: min(len(buffer), num_bytes - first)]
                     stream.read_into(piece)
-                    with ACTIVITY.of(partial), naming_any(partial):
+                    with naming_any(partial):
                         file.write(piece)
             os.replace(partial, path)
         except BaseException:

@@ -67,13 +67,17 @@ class OpenedFiles:
 
     def anchor(self, name: str) -> bytes:
         """Return the content of the file that identifies the package. Raises OSError if it cannot be read."""
+        self.anchor_unread(name)
+        content = self.read_text(name)
+        self._digests[name] = digest_bytes(content)
+        return content
+
+    def anchor_unread(self, name: str) -> None:
+        """Let a file identify the package, without reading it. Raises OSError if it is missing."""
         self._anchor = name
         self._known[name] = self._find(name)
         if self._known[name] is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name))
-        content = self.read_text(name)
-        self._digests[name] = digest_bytes(content)
-        return content
 
     def vouch(self, digests: Mapping[str, str]) -> None:
         """Add the digests that the package states for its files. They identify a file if only its times change."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +28,8 @@ from dist_export.storage.urls import open_directory
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from dist_export.package.score import Scorer
+
 _RUN_ROWS = 1 << 20
 _TRIES = 10
 """Attempts to open a package that is being replaced."""
@@ -48,16 +52,27 @@ class Package:
     may read it.
     """
 
-    def __init__(self, directory: Directory, *, cache_dir: str | os.PathLike[str] | None = None) -> None:
-        """Open the package in a directory. Raises the errors of :func:`open_package`."""
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        unpublished: Manifest | None = None,
+    ) -> None:
+        """Open the package in a directory. Raises the errors of :func:`open_package`.
+
+        ``unpublished``: what the manifest will say of a package whose manifest is not written yet.
+        """
         self.directory = directory
-        self.files, self.manifest = _open(directory)
+        self.files, self.manifest = _open(directory) if unpublished is None else _open_written(directory, unpublished)
         self._cache_dir = cache_dir
         self._cache: LocalCache | None = None
         if cache_dir is not None and not directory.is_local:
             self._cache = LocalCache(cache_dir, self.files, self.manifest.digest)
         self._headers = ShardHeaders(self.files)
         self._readers: dict[tuple[str, str], SlotReader] = {}
+        self._scorer: Scorer | None = None
+        self._lock = threading.Lock()
 
     def hold(self) -> None:
         """Open the files on a disk that lookups and :meth:`load_program` read, as many as descriptors allow.
@@ -68,7 +83,9 @@ class Package:
         parts = [part for table in self.manifest.tables for part in table.parts]
         indexes = (part.row_index.file for part in parts if part.row_index is not msgspec.UNSET)
         shards = (part.file for part in parts)
-        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *indexes, *shards])
+        score = self.manifest.score
+        programs = [entry.program for entry in (dense, score) if entry not in (None, msgspec.UNSET)]
+        self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *shards])
 
     def close(self) -> None:
         """Close all files. They are also closed when the last reference to the package is gone."""
@@ -193,6 +210,36 @@ class Package:
         name = self.manifest.dense.program
         return load_program(self.files.read(name))
 
+    def load_score_program(self) -> ExportedProgram:
+        """Return the score program, whose lookups read the rows of this package. Its archive is checked first.
+
+        Call it as ``program.module()(**inputs)`` with the tensors of ``manifest.score.inputs``. It returns a Tensor, or a tuple
+        in the order of ``manifest.score.outputs``. No code of the model is imported.
+
+        Raises:
+            PackageError: the package has no score program, or it is damaged.
+        """
+        from dist_export.package.score import load_score_program  # it imports torch
+
+        return load_score_program(self)
+
+    def score(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the scores of a batch: output name -> array. Any thread.
+
+        Args:
+            inputs: the tensors or arrays of ``manifest.score.inputs`` by name. Others are passed over.
+
+        Raises:
+            UserError: an input is missing, or has another dtype or shape than the program takes.
+            PackageError: the package has no score program, or it is damaged or was replaced.
+        """
+        with self._lock:
+            if self._scorer is None:
+                from dist_export.package.score import Scorer  # it imports torch
+
+                self._scorer = Scorer(self)
+        return self._scorer.score(inputs)
+
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""
         return self._headers.of(name)
@@ -216,6 +263,13 @@ def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
                 raise _refusal(directory, error) from error
         files.close()
     raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
+
+
+def _open_written(directory: Directory, manifest: Manifest) -> tuple[OpenedFiles, Manifest]:
+    """Return the files of a package that is written except for its manifest, and what the manifest will say."""
+    files = OpenedFiles(directory)
+    files.anchor_unread(manifest.files[0].path)
+    return files, manifest
 
 
 def _open_again(directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None) -> Package:

@@ -89,7 +89,7 @@ def check(
     mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
 
     def open_indexes(readers: Readers) -> RowIndexWriter:
-        held_ids = planned.budget.held_ids
+        held_ids = planned.budget.held_ids // 2  # beside the list of dropped rows
         return RowIndexWriter(planned.plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
 
     def audit() -> list[Audit]:

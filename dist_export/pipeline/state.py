@@ -30,6 +30,7 @@ from dist_export.workdir.state import Receipt
 
 if TYPE_CHECKING:
     from dist_export.dense.stage import DenseStage
+    from dist_export.score.stage import ScoreStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,8 @@ class ExportState:
     taken_over: TakenOver = dataclasses.field(default_factory=TakenOver)
     dense: DenseStage | None = None
     """None where no dense arch is exported."""
+    scores: ScoreStage | None = None
+    """None if no score program is exported."""
     dense_state: DenseMeta = ()
     """The dense tensors that the package's index names. Rank 0."""
     refuse_if_lost: Callable[[], None] = lambda: None

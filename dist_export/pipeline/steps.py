@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from dist_export.checkpoint.model_weights import ModelWeights
-from dist_export.commit.publish import DenseMeta, add_casts, publish, render_indexes, write_small_files
+from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import index_name, note_unindexed
 from dist_export.config.schema import ExportConfig
-from dist_export.formats.recis import MERGED
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
 from dist_export.pipeline.identity import Told, find_incomparable, identify_export
 from dist_export.pipeline.inputs import (
-    FG,
-    encode_fg,
     find_dense,
     look_at_source,
     note_renamed,
     open_source,
     read_confs,
     refuse_unscored,
+    refuse_without_scores,
 )
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, open_written, plan_sparse
+from dist_export.pipeline.planning import describe_row_indexed_tables, open_written, plan_sparse
 from dist_export.pipeline.shards import check, compare_live, transfer
+from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
 from dist_export.pipeline.source_package import compare_source_ids, compare_source_package
 from dist_export.pipeline.state import ExportState, Source, Task
@@ -50,12 +49,10 @@ from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.reporting.progress import Reporter, summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
-from dist_export.storage.directory import WORK_DIRECTORY, Directory, local_tree
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_overflow
 from dist_export.transfer.prune_filter import find_pruned
 from dist_export.workdir.presence import Written, note_written, refuse_vanished
-from dist_export.workdir.state import note_small_files, remove_strays
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +206,21 @@ def sample_model(export: ExportState) -> ExportState:
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
+def trace_scores(export: ExportState) -> ExportState:
+    """Trace the score program, if there are tables to look rows up in. All ranks; writes nothing."""
+    task, dense, planned = export.task, export.dense, export.planned
+    if dense is None or dense.finder is None or planned is None or task.config.score_program == "off":
+        task.ranks.run("look for what a score program needs", lambda: refuse_without_scores(task.config))
+        return export
+    from dist_export.score.stage import ScoreStage
+
+    casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+    scores = ScoreStage(task.ranks, task.config, dense, casts)
+    with task.reporter.stage("trace"):
+        notes = scores.trace()
+    return export.grown(notes=notes, scores=scores if scores.is_there else None)
+
+
 def lock_target(export: ExportState) -> ExportState:
     """Take the target for this export alone, or end with the package that an earlier attempt committed. All ranks."""
     task, planned = export.task, export.planned
@@ -228,7 +240,7 @@ def lock_target(export: ExportState) -> ExportState:
     if committed is not None:
         return export.grown(paths=paths, manifest=committed, is_same=True, registered=tuple(registered))
     ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(paths.final, paths.target)))
-    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(_scratch(paths.target)))
+    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(open_scratch(paths.target)))
     return export.grown(paths=paths, refuse_if_lost=refuse_if_lost, scratch=scratch)
 
 
@@ -241,6 +253,8 @@ def transfer_and_trace(export: ExportState) -> ExportState:
         if dense is not None and ranks.rank == 0:
             with task.reporter.stage("trace"):
                 dense.trace(Path(export.scratch) / config.export_folder_name, export.source.mc_conf)
+                if export.scores is not None:
+                    export.scores.write(Path(export.scratch))
 
     with task.reporter.stage("transfer"):
         if planned is None:
@@ -296,7 +310,7 @@ def write_rest(export: ExportState) -> ExportState:
     written = dict(export.written)
 
     def write() -> list[FileEntry]:
-        files = _write_small_files(export)
+        files = write_rest_of_files(export)
         written.update(note_written(export.target, {file.path: file.num_bytes for file in files}))
         return files
 
@@ -307,13 +321,18 @@ def write_rest(export: ExportState) -> ExportState:
 
 def score_sample(export: ExportState) -> ExportState:
     """Score the sample with what was written, and compare with the model, if a dense arch is exported. All ranks."""
-    task, planned, dense = export.task, export.planned, export.dense
+    task, planned, dense, scores = export.task, export.planned, export.dense, export.scores
+
+    def describe() -> Manifest:
+        return seal(describe_export(export))
+
     if dense is None:
         return export
     with task.reporter.stage("score"):
         as_served = None if planned is None else open_written(task.ranks, export.target, planned.plan)
         lists = None if planned is None else planned.id_lists
-        dense.score(as_served, export.target, entries=export.tables, lists=lists)
+        beside = None if scores is None else functools.partial(scores.compare_written, export.target, describe)
+        dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)
     return export
 
 
@@ -356,6 +375,7 @@ STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     plan_tables,
     compare_source_ids,
     sample_model,
+    trace_scores,
     lock_target,
     transfer_and_trace,
     check_shards,
@@ -373,45 +393,3 @@ def _register(task: Task, manifest: Manifest, registered: list[str]) -> Manifest
         registered.append(uri)
         task.reporter.note_registered(uri)
     return manifest
-
-
-def _write_small_files(export: ExportState) -> list[FileEntry]:
-    """Write all files but shards and manifest. Rank 0."""
-    target, planned, in_place = export.target, export.planned, export.in_place
-    fg_conf, scratch = export.source.fg_conf, Path(export.scratch)
-    small = {name: (scratch / name).read_bytes() for name in local_tree(scratch)}
-    if fg_conf is not None:
-        there = in_place and target.exists(FG)  # then it says the same, and a source file is not rewritten
-        small[FG] = target.read(FG) if there else encode_fg(fg_conf)
-    small |= export.taken_over.read()
-    keep = frozenset({FG} if in_place else ())
-    if planned is not None:
-        dense_state = export.dense_state or export.taken_over.dense_state()
-        small |= _render(planned, target, dense_state, in_place=in_place)
-        keep |= frozenset(planned.plan.checkpoint.verbatim) | {MERGED} if in_place else frozenset()
-    if not in_place:
-        note_small_files(target, list(small))
-        shards = [] if planned is None else [file.name for file in planned.plan.files]
-        indexes = {file.path for file in export.index_files}
-        remove_strays(target, {*shards, *indexes})
-    return write_small_files(target, small, digest=export.task.config.digest, keep=keep)
-
-
-def _scratch(target: Directory) -> tempfile.TemporaryDirectory[str]:
-    """Return a directory for what is traced: where the target is local within it, so that a killed export leaves no litter."""
-    return tempfile.TemporaryDirectory(
-        prefix="scratch-" if target.is_local else "dist_export-",
-        dir=target.join(WORK_DIRECTORY) if target.is_local else None,
-        ignore_cleanup_errors=True,  # by then the export has failed for a better reason, or is committed
-    )
-
-
-def _render(planned: PlannedSparse, target: Directory, dense_state: DenseMeta, *, in_place: bool) -> dict[str, bytes]:
-    """Return the json files of the sparse part, index last as RecIS writes it; in place, those of the source as they are."""
-    verbatim = planned.plan.checkpoint.verbatim
-    rendered = render_indexes(planned.plan, dense_state)
-    if in_place:
-        return {**rendered, **{name: target.read(name) for name in (MERGED, *verbatim) if target.exists(name)}}
-    if planned.plan.is_copy:
-        rendered |= {name: verbatim[name] for name in reversed(list(verbatim))}
-    return rendered

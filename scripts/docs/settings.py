@@ -81,6 +81,8 @@ EXAMPLES = {
     "rtol": "0.0001",
     "drift_batches": "16",
     "max_drift": "{ctr: 0.01}",
+    "score_program": "require",
+    "lookup_modules": '["sparse_arch.tables.*"]',
     "fg": "my_team.features:build_fg",
     "fg_args": "{version: 3}",
     "fg_conf_or_path": "conf/fg.json",

@@ -369,7 +369,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
     lost: tuple[int, ...], kept: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Also where all shards, or some, were whole already."""
-    from dist_export.pipeline import steps
+    from dist_export.pipeline import small_files
 
     tables = make_tables({"a": 700, "b": 90}, 3)
     write_checkpoint(tmp_path / "in", tables)
@@ -380,7 +380,7 @@ def test_a_rerun_has_the_manifest_of_an_export_that_was_not_disturbed(
         raise ExportError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "write_small_files", fail)
+        patch.setattr(small_files, "write_small_files", fail)
         with pytest.raises(ExportError, match="disk is full"):
             export(tmp_path / "in", tmp_path / "out", **asked)
     for number in lost:

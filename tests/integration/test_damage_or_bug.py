@@ -29,7 +29,7 @@ from dist_export.verify.verify import verify
 from tests.support import archive_programs as programs
 from tests.support import pickle_attacks as pickles
 from tests.support import tiny_model
-from tests.support.fuzzing import damage_bytes, damage_json, damage_shard
+from tests.support.fuzzing import damage_bytes, damage_index, damage_json, damage_shard
 from tests.support.hostile_cases import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -193,6 +193,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
+DAMAGE = {".safetensors": damage_shard, ".row_index": damage_index}
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_damaged_packages_give_findings_or_one_line(seed: int, package: Path, tmp_path: Path) -> None:
     """As whoever makes a package can damage it: its manifest vouches for what is there."""
@@ -202,7 +205,7 @@ def test_damaged_packages_give_findings_or_one_line(seed: int, package: Path, tm
         folder = shutil.copytree(package, tmp_path / str(number))
         name = draw.choice(names)
         raw = (folder / name).read_bytes()
-        changed = damage_shard(raw, draw) if name.endswith(".safetensors") else damage_json(raw, draw)
+        changed = DAMAGE.get(Path(name).suffix, damage_json)(raw, draw)
         (folder / name).write_bytes(changed)
         if changed != raw and name != "manifest.json":
             assert verify(str(folder)).findings

@@ -79,9 +79,11 @@ def test_what_needs_no_digest_is_neither_read_nor_written_here(tmp_path, tables,
     monkeypatch.setattr(
         StagedFiles, "write", lambda its, number, view, at: (writes.append(len(view)), write(its, number, view, at))[1]
     )
-    export(tmp_path / "in", tmp_path / "out", num_shards=1, digest="none")
+    export(tmp_path / "in", tmp_path / "out", num_shards=1, digest="none", row_index=False)
     assert_exact(tmp_path / "out", truth_of(tables))
-    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in (tmp_path / "out").glob("model*"))
+    headers = sum(
+        8 + int.from_bytes(path.read_bytes()[:8], "little") for path in (tmp_path / "out").glob("model*.safetensors")
+    )
     assert sum(writes) == headers
     whole = sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
     ids = 2 * 8 * 160
@@ -98,7 +100,7 @@ def test_a_whole_unchanged_file_is_one_call(tmp_path, tables, monkeypatch):
 
     monkeypatch.setattr(os, "copy_file_range", count)
     copy(tmp_path / "in", tmp_path / "out", digest="none")
-    sizes = [path.stat().st_size for path in (tmp_path / "in").glob("model*")]
+    sizes = [path.stat().st_size for path in (tmp_path / "in").glob("model*.safetensors")]
     assert sorted(calls) == sorted((size, 0, 0) for size in sizes)
 
 
@@ -137,7 +139,7 @@ def test_a_source_that_shrank_is_an_error_and_no_loop(tmp_path, tables, monkeypa
     original = StagedFiles.copy
 
     def shrink_first(its, *args):
-        for path in (tmp_path / "in").glob("model*"):
+        for path in (tmp_path / "in").glob("model*.safetensors"):
             os.truncate(path, min(700, path.stat().st_size))
         return original(its, *args)
 

@@ -424,10 +424,10 @@ def test_a_row_that_changed_on_its_way_is_found(tmp_path: Path, monkeypatch: Any
     model = Tables(e=embedding(torch.ones(50, 4)))
     real = dist_export.pipeline.steps.check
 
-    def check_and_train(*args: Any) -> Any:
+    def check_and_train(*args: Any, **more: Any) -> Any:
         with torch.no_grad():
             model.sparse_arch.e.weight[49, 3] += 1
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(dist_export.pipeline.steps, "check", check_and_train)
     with pytest.raises(

@@ -252,7 +252,7 @@ def interrupt_before_commit(source: Path, out: Path, monkeypatch) -> None:
         raise CommitError("interrupted")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dist_export.pipeline.steps.render_indexes", fail)
+        patched.setattr("dist_export.pipeline.small_files.render_indexes", fail)
         with pytest.raises(CommitError, match="interrupted"):
             export(source, out, num_shards=2)
     assert (out / INDEX).exists()

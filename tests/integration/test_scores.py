@@ -21,7 +21,7 @@ from dist_export.dense.stage import DenseStage
 from dist_export.errors import PackageError, ParityError
 from dist_export.formats.safetensors import decode_header, header_length
 from dist_export.manifest import decode_manifest, encode_manifest, seal
-from dist_export.pipeline import steps
+from dist_export.pipeline import small_files, steps
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
 
@@ -45,8 +45,8 @@ def after_check(monkeypatch, change) -> None:
     """Let something happen to the written files when everything but the scores has been checked."""
     real = steps.check
 
-    def check(ranks, planned, target):
-        tables = real(ranks, planned, target)
+    def check(ranks, planned, target, **more):
+        tables = real(ranks, planned, target, **more)
         change(Path(target.path))
         return tables
 
@@ -162,12 +162,12 @@ def test_a_program_that_was_written_wrong_is_found(checkpoint: Path, tmp_path: P
     state["dense_arch.out.bias"] += 1
     torch.save(state, checkpoint / "model.pt")
     wrong = (other / FOLDER / "exported_model.pt").read_bytes()
-    real = steps.write_small_files
+    real = small_files.write_small_files
 
     def write(target, files, **more):
         return real(target, {**files, f"{FOLDER}/exported_model.pt": wrong}, **more)
 
-    monkeypatch.setattr(steps, "write_small_files", write)
+    monkeypatch.setattr(small_files, "write_small_files", write)
     with pytest.raises(ParityError, match=r"output 'ctr': the written program on rows of the written shards differs"):
         export(checkpoint, tmp_path / "out")
 

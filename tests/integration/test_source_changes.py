@@ -160,11 +160,11 @@ def test_a_link_to_a_file_of_the_source_is_no_change(source: Path, tmp_path: Pat
     """``cp -al`` of the checkpoint during the export changes the inodes, and no content."""
     real = steps.check
 
-    def link(*arguments):
+    def link(*arguments, **more):
         (tmp_path / "linked").mkdir()
         for file in source.iterdir():
             os.link(file, tmp_path / "linked" / file.name)
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(steps, "check", link)
     export(source, tmp_path / "out")

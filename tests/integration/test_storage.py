@@ -285,4 +285,4 @@ def test_a_disk_is_asked_for_its_space_beforehand(tmp_path, monkeypatch):
     real = os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, *range: (asked.append(range), real(fd, *range))[1])
     export(tmp_path / "in", tmp_path / "out", num_shards=3)
-    assert sorted(asked) == sorted((0, path.stat().st_size) for path in (tmp_path / "out").glob("model*"))
+    assert sorted(asked) == sorted((0, path.stat().st_size) for path in (tmp_path / "out").glob("*.safetensors"))

@@ -310,9 +310,9 @@ def test_a_file_that_is_saved_again_meanwhile(tmp_path: Path, monkeypatch: pytes
     path = save(tmp_path / "last.ckpt", make_model())
     original = steps.check
 
-    def check(*arguments: Any) -> Any:
+    def check(*arguments: Any, **more: Any) -> Any:
         save(path, make_model(seed=1))
-        return original(*arguments)
+        return original(*arguments, **more)
 
     monkeypatch.setattr(steps, "check", check)
     with pytest.raises(ExportError, match=r"last.ckpt: changed while it was being exported.* No manifest was written"):

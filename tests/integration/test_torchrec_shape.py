@@ -232,7 +232,7 @@ def test_rows_that_changed_on_the_disk_are_found(cities: bool, tmp_path: Path, m
 
 
 def test_a_table_that_serving_would_not_find_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_export.pipeline import steps as exporter
+    from dist_export.pipeline import small_files as exporter
 
     original = exporter.render_indexes
 

@@ -72,6 +72,17 @@ def damage_shard(raw: bytes, draw: random.Random) -> bytes:
     return struct.pack("<Q", stated) + text + raw[8 + length :]
 
 
+def damage_index(raw: bytes, draw: random.Random) -> bytes:
+    """Damage a file of row indexes: where it ends, or some of its bytes."""
+    if draw.random() < 0.3:
+        return raw[: draw.randrange(len(raw))] if draw.random() < 0.7 else raw + bytes(draw.randrange(1, 9))
+    changed = bytearray(raw)
+    for _ in range(draw.randrange(1, 20)):
+        place = draw.randrange(len(raw)) & ~3
+        changed[place : place + 4] = draw.choice((bytes(4), b"\xff" * 4, struct.pack("<I", draw.randrange(400))))
+    return bytes(changed)
+
+
 def _damage_document(document: Any, draw: random.Random, replaced: list[str]) -> None:
     """Change one place. A value that JSON cannot say becomes a mark, to be exchanged in the text."""
     places = _places(document)

@@ -70,7 +70,7 @@ def test_verify_uses_the_algorithm_of_the_package(tmp_path, algorithm, num_shard
 
 
 def damage_last_byte(out):
-    path = out / f"model-000000-of-{len(list(out.glob('model*'))):06d}.safetensors"
+    path = out / f"model-000000-of-{len(list(out.glob('model*.safetensors'))):06d}.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -96,7 +96,7 @@ def test_a_rerun_keeps_shards_of_the_same_kind_of_digest(tmp_path, monkeypatch, 
     tables = make_tables({"a": 60}, 3)
     write_checkpoint(tmp_path / "in", tables)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise CommitError("interrupted")
 
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_without_a_digest_no_shard_of_another_plan_is_taken_over(tmp_path, monke
     for part in new["a"]:
         part.slots = {slot: rows + 1 for slot, rows in part.slots.items()}
 
-    def fail(*_):
+    def fail(*_, **__):
         raise CommitError("interrupted")
 
     write_checkpoint(tmp_path / "in", old)

@@ -1,0 +1,189 @@
+"""Run the model's own sparse arch on the sample at several sizes, and compare the score program with what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dist_export.config.schema import ExportConfig
+from dist_export.dense.blocks import Blocks
+from dist_export.dense.parity import BATCH_SIZES
+from dist_export.dense.reference import run_with_others
+from dist_export.dense.stage import DenseStage
+from dist_export.errors import ModelError, ParityError
+from dist_export.manifest import ScoreParityEntry
+from dist_export.runtime.ranks import Ranks
+from dist_export.score.compare import ScoreFigures
+from dist_export.score.inputs import FlatBatch, flatten_batch
+from dist_export.score.resize import Resizer
+from dist_export.score.table_weight import NotExportableError
+
+_Inputs = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+COPY = "copy"
+
+
+class ScoreParity:
+    """Knows the sample as flat tensors on every rank. :meth:`look` comes first."""
+
+    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage) -> None:
+        self._ranks = ranks
+        self._config = config
+        self._dense = dense
+        self._resizer: Resizer | None = None
+        self._turn = 0
+        self._reference = COPY
+        self.batch: FlatBatch | None = None
+        """This rank's sample."""
+        self.can_resize = False
+        """Whether the batches of all ranks can be cut by example."""
+
+    def look(self) -> str:
+        """Take the sample apart. All ranks. Returns why it cannot be given to a program on rank 0."""
+        reasons = self._ranks.all_gather("look at the batch", self._flatten)
+        if not reasons[0]:
+            self.can_resize = all(self._ranks.all_gather("pair the elements of lists", self._pair))
+        return reasons[0]
+
+    def _flatten(self) -> str:
+        try:
+            self.batch = flatten_batch(self._dense.data)
+        except NotExportableError as error:
+            return str(error)
+        return ""
+
+    def _pair(self) -> bool:
+        num_rows = self._dense.num_rows
+        if self.batch is None or not num_rows:
+            return False
+        self._resizer = Resizer(self.batch, num_rows)
+        return not self._resizer.unknown
+
+    def cut(self, num_examples: int) -> dict[str, torch.Tensor]:
+        """Return the sample's tensors for so many examples; all of them if it cannot be cut."""
+        assert self.batch is not None
+        if self._resizer is None or self._resizer.unknown:
+            return dict(self.batch.tensors)
+        return self._resizer.resize(num_examples)
+
+    def first_sizes(self) -> dict[str, str]:
+        """Return the first sizes of the sample's tensors in terms of ``batch``, if it can be cut by example."""
+        return {} if self._resizer is None or self._resizer.unknown else self._resizer.first_sizes()
+
+    def compare_sample(self, figures: ScoreFigures, blocks: Blocks, inputs: _Inputs) -> None:
+        """Compare on the whole sample: with the model, or with the copy if settings change its rows. Rank 0. ParityError.
+
+        ``blocks``: what the model's sparse arch gave for the sample, on rows of the written shards.
+        """
+        reference, limit = self._dense.reference, self._config.max_batch_size
+        sample = self._dense.sample
+        assert reference is not None
+        assert sample is not None
+        assert self.batch is not None
+        num_rows = self._dense.num_rows
+        figures.sizes.append(num_rows)
+        is_own = reference.precision is None and not self._dense.changes_rows and num_rows <= limit
+        tensors = inputs(self.batch.tensors)
+        if not is_own:
+            figures.with_blocks(tensors, blocks, "on the sample")
+            return
+        self._reference = reference.kind
+        expected = [value.cpu() for value in sample.flatten(reference.output)]
+        found = [value.cpu() for value in figures.run(tensors, "on the sample")]
+        figures.compare(expected, found, blocks.tensors, "on the sample")
+
+    def compare_sizes(self, figures: ScoreFigures | None, run_sparse: Callable[[Any], Blocks], inputs: _Inputs) -> str:
+        """Compare on the sample cut or repeated to other sizes, or else on further batches. All ranks.
+
+        Args:
+            figures: takes the figures. None on ranks other than 0.
+            run_sparse: runs the model's sparse arch on a batch. All ranks.
+            inputs: picks the program's inputs.
+
+        Returns why the program is not the model; empty if it is.
+        """
+        if self.can_resize:
+            limit, num_rows = self._config.max_batch_size, self._dense.num_rows
+            for size in BATCH_SIZES:
+                if size > limit or size == num_rows:
+                    continue
+                reason, is_compared = self._compare_one(
+                    figures, run_sparse, inputs, self._resized(size), f"at {size} examples"
+                )
+                if reason:
+                    return reason
+                if is_compared and figures is not None:
+                    figures.sizes.append(size)
+            return ""
+        for place, data in enumerate(self._dense.further_batches, start=2):
+            batches = (data, _tensors_of(data))
+            reason, is_compared = self._compare_one(figures, run_sparse, inputs, batches, f"on batch {place}")
+            if reason:
+                return reason
+            if is_compared and figures is not None:
+                figures.num_further += 1
+        return ""
+
+    def _resized(self, size: int) -> tuple[Any, dict[str, torch.Tensor] | None]:
+        assert self.batch is not None
+        assert self._resizer is not None
+        tensors = self._resizer.resize(size)
+        return self.batch.rebuild(tensors), tensors
+
+    def _compare_one(
+        self,
+        figures: ScoreFigures | None,
+        run_sparse: Callable[[Any], Blocks],
+        inputs: _Inputs,
+        batch: tuple[Any, dict[str, torch.Tensor] | None],
+        where: str,
+    ) -> tuple[str, bool]:
+        """Return why the program differs on one batch, and whether it was compared: the model itself may refuse such a batch."""
+        data, tensors = batch
+        kept: list[Blocks] = []
+
+        def run() -> str:
+            try:
+                kept.append(run_sparse(data))
+            except (ModelError, ParityError) as error:
+                return str(error)
+            return ""
+
+        self._turn += 1
+        step = f"score/{self._turn}"
+        failed = self._ranks.all_gather(
+            "run the sparse arch on a cut batch", lambda: run_with_others(self._ranks, step, run), may_block=True
+        )
+        if any(failed):
+            return "", False
+
+        def compare() -> tuple[str, bool]:
+            assert figures is not None
+            if tensors is None:
+                return "", False
+            try:
+                figures.with_blocks(inputs(tensors), kept[0], where)
+            except ParityError as error:
+                return str(error).split(". No manifest")[0], True
+            return "", True
+
+        return self._ranks.broadcast("compare the score program", compare)
+
+    def entry(self, figures: ScoreFigures) -> ScoreParityEntry:
+        """Return the manifest's entry. Rank 0."""
+        return ScoreParityEntry(
+            batch_sizes=tuple(figures.sizes),
+            further_batches=figures.num_further,
+            reference=self._reference,
+            max_abs=figures.max_abs,
+            max_rel=figures.max_rel,
+            max_ulp=figures.max_ulp,
+        )
+
+
+def _tensors_of(data: Any) -> dict[str, torch.Tensor] | None:
+    try:
+        return flatten_batch(data).tensors
+    except NotExportableError:
+        return None

@@ -1,0 +1,114 @@
+"""Find the modules that are lookups as a whole: what they return for the sample is exactly the rows of their ids."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_export.archive.lookup_operator import RowSource
+from dist_export.dense.row_lookup import RowFinder
+from dist_export.score.table_weight import NotExportableError
+from dist_export.score.tables import ModelTables, is_hash_table, look_up_coalesced
+
+
+class Recorder:
+    """Records the calls of modules that may be lookups while the sparse arch runs once. Rank 0; a context manager."""
+
+    def __init__(self, tables: ModelTables | None) -> None:
+        """``tables``: of the sparse arch; None records nothing, on ranks other than 0."""
+        self._handles: list[Any] = []
+        self._calls: dict[int, list[tuple[Any, Any]]] = {}
+        self.candidates: list[tuple[nn.Module, str, list[str]]] = []
+        """Modules with one table in them, parents first, each with its path and the table, or the children of a coalesced one."""
+        for module, paths in () if tables is None else tables.modules:
+            assert tables is not None
+            its = _tables_within(module, tables)
+            if its is not None:
+                self.candidates.append((module, paths[0], its))
+
+    def __enter__(self) -> Recorder:
+        for module, _, _ in self.candidates:
+            hook: Callable[..., Any] = self._note
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        ids = given[0].detach().clone() if len(given) == 1 and len(args) + len(kwargs) == 1 else None
+        self._calls.setdefault(id(module), []).append((ids, output))
+
+    def find(self, finder: RowFinder, rows: RowSource) -> dict[int, tuple[str, list[str]]]:
+        """Return the outermost modules that are lookups: ``id()`` -> path and tables."""
+        found: dict[int, tuple[str, list[str]]] = {}
+        below: set[int] = set()
+        for module, path, its in self.candidates:
+            calls = self._calls.get(id(module), [])
+            if id(module) in below or not calls:
+                continue
+            names = [finder.written_name(table) for table in its if finder.has_table(table)]
+            if len(names) == len(its) and all(_gives_rows(ids, output, names, rows) for ids, output in calls):
+                found[id(module)] = path, its
+                below.update(id(child) for child in module.modules())
+        return found
+
+
+def name_modules(tables: ModelTables, patterns: Sequence[str], prefix: str) -> dict[int, tuple[str, list[str]]]:
+    """Return the modules that the setting ``lookup_modules`` names: ``id()`` -> path and tables.
+
+    Raises:
+        NotExportableError: a pattern names no module, or one with another number of tables than one.
+    """
+    found: dict[int, tuple[str, list[str]]] = {}
+    for pattern in patterns:
+        is_known = False
+        for module, paths in tables.modules:
+            full = [".".join(part for part in (prefix, path) if part) for path in paths]
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in (*paths, *full)):
+                continue
+            is_known = True
+            its = _tables_within(module, tables)
+            if its is None:
+                raise NotExportableError(f"lookup_modules: {paths[0]!r} does not hold exactly one table")
+            found[id(module)] = paths[0], its
+        if not is_known:
+            raise NotExportableError(f"lookup_modules: {pattern!r} names no module of the sparse arch")
+    return found
+
+
+def _tables_within(module: nn.Module, tables: ModelTables) -> list[str] | None:
+    """Return the one table within a module, or the children of the one coalesced table; None where there are more or none."""
+    inside = {id(child) for child in module.modules()}
+    found: list[list[str]] = []
+    skipped: set[int] = set()
+    for child, paths in tables.modules:
+        if id(child) not in inside or id(child) in skipped:
+            continue
+        its = tables.tables_of(child, paths)
+        if is_hash_table(child):
+            skipped.update(id(one) for one in child.modules())
+            found.append(its)
+        else:
+            found += [[table] for table in its]
+    return found[0] if len(found) == 1 else None
+
+
+def _gives_rows(ids: Any, output: Any, names: list[str], rows: RowSource) -> bool:
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or not isinstance(output, torch.Tensor):
+        return False
+
+    def look_up(its: torch.Tensor, name: str) -> torch.Tensor:
+        numbers: np.ndarray = its.reshape(-1).to("cpu", torch.int64).numpy()
+        found = rows.find_rows(name, numbers)
+        return found.reshape(*its.shape, *found.shape[1:])
+
+    expected = look_up(ids, names[0]) if len(names) == 1 else look_up_coalesced(ids, names, look_up)
+    return output.shape == expected.shape and torch.equal(output.detach().cpu(), expected.to(output.dtype))

@@ -1,0 +1,274 @@
+"""The score program in order: traced before anything is written, then written, then compared on rows of the written shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+from torch import nn
+
+from dist_export.archive.lookup_operator import RowSource, bind, register_source
+from dist_export.archive.safe_load import load_program
+from dist_export.config.schema import ExportConfig
+from dist_export.dense.blocks import Blocks
+from dist_export.dense.eager import DenseSample
+from dist_export.dense.modes import eval_mode
+from dist_export.dense.own_parameters import buffers_put_back
+from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
+from dist_export.dense.stage import DenseStage
+from dist_export.errors import ModelError, ParityError
+from dist_export.formats.row_encodings import RowCast
+from dist_export.manifest import Manifest, ScoreEntry
+from dist_export.model.unwrap import unwrap
+from dist_export.package.reader import Package
+from dist_export.package.score import PackageRows, bind_program
+from dist_export.runtime.ranks import Ranks
+from dist_export.score.compare import ScoreFigures
+from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
+from dist_export.score.parity import ScoreParity
+from dist_export.score.row_modules import Recorder, name_modules
+from dist_export.score.sources import CheckpointRows
+from dist_export.score.table_weight import NotExportableError
+from dist_export.score.tables import ModelTables
+from dist_export.score.trace import TracedScores, trace_scores
+from dist_export.storage.directory import Directory
+
+
+class ScoreStage:
+    """Holds what is known of the score program from one step to the next. All ranks have one."""
+
+    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage, casts: Mapping[str, RowCast]) -> None:
+        """``casts``: by table, how rows are written otherwise than the source has them."""
+        self._ranks = ranks
+        self._config = config
+        self._dense = dense
+        self._casts = dict(casts)
+        self._parity = ScoreParity(ranks, config, dense)
+        self._traced: TracedScores | None = None
+        self._packed = b""
+        self._row_modules: dict[int, tuple[str, list[str]]] = {}
+        """``id()`` of modules that are lookups as a whole -> path and tables. Rank 0."""
+        self._rows: RowSource | None = None
+        """Gives the rows to the lookups of the trace. Rank 0; kept as long as they need it."""
+        self.entry: ScoreEntry | None = None
+        """On rank 0, if there is a score program."""
+        self.is_there = False
+        """Whether there is a score program. The same on all ranks."""
+
+    def trace(self) -> list[str]:
+        """Trace the program and compare it on the checkpoint's rows. All ranks; writes nothing. Returns notes.
+
+        Raises:
+            ModelError: on all ranks, if there can be none and ``score_program`` is ``require``.
+        """
+        with self._dense.sparse_values():
+            reason = self._try()
+        self._rows = None
+        self.is_there = not reason
+        if reason:
+            self._traced, self._packed, self.entry = None, b"", None
+            if self._config.score_program == "require":
+                self._ranks.broadcast("export the score program", lambda: _refuse(reason))
+            return [f"the package has no score program: {reason}"]
+        return self._ranks.broadcast("look at the score program", self._note_modules)
+
+    def write(self, scratch: Path) -> None:
+        """Write the program and its sample into ``scratch``. Rank 0."""
+        if self.is_there:
+            write_score_folder(scratch, self._packed, self._stored_inputs(), self._stored_outputs())
+            self._packed = b""
+
+    def compare_written(
+        self, target: Directory, describe: Callable[[], Manifest], run_sparse: Callable[[Any], Blocks], blocks: Blocks
+    ) -> None:
+        """Compare the written program with the model, on rows of the written shards. All ranks.
+
+        Args:
+            target: where everything but the manifest is.
+            describe: returns what the manifest will say. Rank 0.
+            run_sparse: runs the model's sparse arch on a batch, on rows of the written shards.
+            blocks: what it gave for the sample.
+
+        Raises:
+            ParityError: on all ranks, if an output differs.
+        """
+        if not self.is_there:
+            return
+        kept: list[ScoreFigures] = []
+
+        def load() -> None:
+            assert self.entry is not None
+            package = Package(target, unpublished=describe())
+            tables = {table.name for table in package.manifest.tables}
+            program = load_program(target.read(self.entry.program), tables=tables)
+            figures = ScoreFigures(self._config, self._sample(), bind_program(program, PackageRows(package)).module())
+            self._parity.compare_sample(figures, blocks, self._inputs)
+            kept.append(figures)
+
+        self._ranks.broadcast("compare the score program with the model", load)
+        figures = kept[0] if kept else None
+        if reason := self._parity.compare_sizes(figures, run_sparse, self._inputs):
+            self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+        if self.entry is not None and figures is not None:
+            self.entry = msgspec.structs.replace(self.entry, parity=self._parity.entry(figures))
+        self._traced = None
+
+    # ---- the trace ----
+
+    def _try(self) -> str:
+        """Trace and compare. All ranks. Returns why there can be no program; empty if there is one."""
+        ranks, finder = self._ranks, self._dense.finder
+        assert finder is not None
+        if reason := self._parity.look():
+            return reason
+        reason = ranks.broadcast("trace the score program", self._trace_tables)
+        if reason and self._record_row_modules(finder):
+            # the first reason says more: it is of the model's own code
+            reason = ranks.broadcast("trace the score program", self._trace_once) and reason
+        if reason or (finder.is_live and ranks.world_size > 1):  # then the rows of other ranks are only in the shards
+            return reason
+        kept: list[ScoreFigures] = []
+
+        def compare() -> str:
+            figures = ScoreFigures(self._config, self._sample(), self._bound())
+            kept.append(figures)
+            try:
+                found = figures.run(self._stored_inputs(), "on the sample")
+                figures.compare(self._stored_outputs(), found, None, "on the sample")
+            except ParityError as error:
+                return _reason_of(error)
+            return ""
+
+        reason = ranks.broadcast("score the sample", compare)
+        return reason or self._parity.compare_sizes(kept[0] if kept else None, self._run_sparse, self._inputs)
+
+    def _run_sparse(self, data: Any) -> Blocks:
+        dense = self._dense
+        assert dense.finder is not None
+        name = self._config.sparse_model_name
+        blocks, _ = run_sparse_arch(
+            self._sparse_arch, data, sparse_model_name=name, finder=dense.finder.probe(), what="a cut batch"
+        )
+        return blocks
+
+    @property
+    def _sparse_arch(self) -> nn.Module:
+        assert self._dense.sparse_arch is not None
+        return self._dense.sparse_arch
+
+    def _sample(self) -> DenseSample:
+        assert self._dense.sample is not None
+        return self._dense.sample
+
+    def _tables(self, token: str) -> ModelTables:
+        assert self._dense.finder is not None
+        name = self._config.sparse_model_name
+        return ModelTables(unwrap(self._sparse_arch), self._dense.finder, sparse_model_name=name, token=token)
+
+    def _trace_tables(self) -> str:
+        """Trace with lookups in the place of the tables themselves, and of the modules that the settings name. Rank 0."""
+        try:
+            patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
+            self._row_modules = name_modules(self._tables(""), patterns, prefix) if patterns else {}
+        except NotExportableError as error:
+            return str(error)
+        return self._trace_once()
+
+    def _trace_once(self) -> str:
+        """Trace and pack. Rank 0. Returns why that cannot be."""
+        finder, batch = self._dense.finder, self._parity.batch
+        assert finder is not None
+        assert batch is not None
+        rows = CheckpointRows(finder, self._casts)
+        self._rows = rows
+        token = register_source(rows)
+        sparse_arch = unwrap(self._sparse_arch)
+        modules = {number: tables for number, (_, tables) in self._row_modules.items()}
+        cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
+        try:
+            tables = self._tables(token)
+            with buffers_put_back(sparse_arch), eval_mode(sparse_arch), tables.replaced(modules):
+                traced = trace_scores(sparse_arch, self._sample(), cut)
+            self._packed = pack_scores(traced, archive_format=self._config.archive_format)
+            named = {path: ", ".join(its) for path, its in self._row_modules.values()}
+            self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())
+        except NotExportableError as error:
+            return str(error)
+        self._traced = traced
+        return ""
+
+    def _record_row_modules(self, finder: RowFinder) -> bool:
+        """Run the sample once more, and find modules that are lookups as a whole. All ranks. Returns whether there are any."""
+        tables = self._tables("")
+        recorder = Recorder(tables if self._ranks.rank == 0 else None)
+
+        def run() -> None:
+            with recorder:
+                self._run_sparse(self._dense.data)
+
+        self._ranks.run("run the sparse arch for its lookups", run, may_block=True)
+
+        def find() -> bool:
+            self._row_modules |= recorder.find(finder, CheckpointRows(finder, self._casts))
+            return bool(self._row_modules)
+
+        return self._ranks.broadcast("look for modules that are lookups", find)
+
+    def _note_modules(self) -> list[str]:
+        if not self._row_modules or self._config.lookup_modules:
+            return []
+        named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
+        note = (
+            f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code cannot "
+            "be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
+        )
+        return [note]
+
+    # ---- the sample ----
+
+    @property
+    def _num_stored(self) -> int:
+        return min(self._dense.num_rows, SAMPLE_ROWS, self._config.max_batch_size)
+
+    def _inputs(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return those of the tensors of a batch that the program takes."""
+        assert self._traced is not None
+        return {name: tensors[name] for name in self._traced.inputs}
+
+    def _stored_inputs(self) -> dict[str, torch.Tensor]:
+        return self._inputs(self._parity.cut(self._num_stored))
+
+    def _stored_outputs(self) -> list[torch.Tensor]:
+        """Return the model's outputs for the stored inputs: one row for each example, if the output has rows."""
+        sample = self._sample()
+        rows = next(iter(sample.inputs.values())).shape[0]
+        return [
+            output[: self._num_stored] if output.dim() and output.shape[0] == rows else output
+            for output in sample.outputs
+        ]
+
+    def _bound(self) -> nn.Module:
+        assert self._traced is not None
+        assert self._rows is not None
+        bind(self._traced.program.graph_module, register_source(self._rows))
+        return self._traced.program.module()
+
+
+def _reason_of(error: ParityError) -> str:
+    return str(error).split(". No manifest")[0]
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ModelError(
+        f"score_program is require, but there can be none: {reason}. Nothing was written. Change the model there, name the "
+        "modules that are lookups in lookup_modules, or set score_program: auto"
+    )
+
+
+def _fail(reason: str) -> NoReturn:
+    raise ParityError(f"{reason}. No manifest was written, so there is no package")

@@ -1,0 +1,148 @@
+"""Stands before the weight of a table while the score program is traced: a read of rows becomes a lookup.
+
+It is no tensor, so the program does not hold the table. What it cannot express ends the trace with :class:`NotExportableError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
+
+from dist_export.archive.lookup_operator import look_up
+from dist_export.score.bags import pool_bags
+
+
+class NotExportableError(Exception):
+    """The score program cannot express what the model does. The text is a clause without a full stop."""
+
+
+class TableWeight:
+    """The weight of one table. ``argument`` is what the lookup operator takes for it."""
+
+    def __init__(self, argument: str, name: str, weight: torch.Tensor, undo_cast: torch.dtype) -> None:
+        """``undo_cast``: the dtype that the model computes with, whatever dtype the rows have in the package."""
+        self._argument = argument
+        self._name = name
+        self._shape = weight.shape
+        self._dtype = undo_cast
+        self._device = weight.device
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotExportableError(f"the sparse arch reads table {self._name!r} by .{name}, not by looking ids up")
+
+    shape = property(lambda self: self._shape)
+    dtype = property(lambda self: self._dtype)
+    device = property(lambda self: self._device)
+    ndim = property(lambda self: len(self._shape))
+    requires_grad = property(lambda _: False)
+    data = property(lambda self: self)
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self._shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or the size of one dimension."""
+        return self._shape if dim is None else self._shape[dim]
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def detach(self) -> TableWeight:
+        """Return itself: there are no gradients."""
+        return self
+
+    contiguous = detach
+
+    def __getitem__(self, ids: Any) -> torch.Tensor:
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            raise NotExportableError(f"the sparse arch reads table {self._name!r} by a slice, not by looking ids up")
+        return self.rows(torch.where(ids < 0, ids + len(self), ids))
+
+    def index_select(self, dim: int, index: torch.Tensor) -> torch.Tensor:
+        """Return rows, where ``dim`` is 0."""
+        if dim != 0:
+            raise NotExportableError(f"the sparse arch reads columns of table {self._name!r}, not rows")
+        return self.rows(index)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look rows up, (..., dim)."""
+        rows = look_up(ids, self._argument)
+        return rows if rows.dtype == self._dtype else rows.to(self._dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the calls of torch functions that are given a table."""
+        known = _KNOWN.get(func)
+        if known is None:
+            weight = next(value for value in [*args, *(kwargs or {}).values()] if isinstance(value, cls))
+            name = getattr(func, "__name__", str(func))
+            raise NotExportableError(f"the sparse arch reads table {weight._name!r} by {name}, not by looking ids up")  # noqa: SLF001
+        return known(*args, **(kwargs or {}))
+
+
+def _embedding(
+    input: torch.Tensor,  # noqa: A002 -- the name that callers give
+    weight: TableWeight,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
+    del padding_idx, norm_type, scale_grad_by_freq, sparse  # they shape gradients alone
+    _refuse_max_norm(weight, max_norm)
+    return weight.rows(input)
+
+
+def _torch_embedding(weight: TableWeight, indices: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return weight.rows(indices)
+
+
+def _embedding_bag(
+    input: torch.Tensor,  # noqa: A002 -- the name that callers give
+    weight: TableWeight,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    del norm_type, scale_grad_by_freq, sparse
+    _refuse_max_norm(weight, max_norm)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    return pool_bags(
+        weight.rows,
+        input,
+        offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
+
+
+def _refuse_max_norm(weight: TableWeight, max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise NotExportableError(
+            f"table {weight._name!r} has max_norm, which changes its rows whenever they are looked up"  # noqa: SLF001
+        )
+
+
+_KNOWN: dict[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    torch.embedding: _torch_embedding,
+    F.embedding_bag: _embedding_bag,
+    torch.index_select: TableWeight.index_select,
+    torch.Tensor.detach: TableWeight.detach,
+}

@@ -1,0 +1,294 @@
+"""Trace ``dense_arch(sparse_arch(batch))`` with ``torch.export``: flat tensors by keyword, free sizes, lookups as operators."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from dist_export.archive.lookup_operator import LOOKUP_TARGET
+from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.reference import blocks_of
+from dist_export.dense.used_inputs import find_used_inputs
+from dist_export.model.user_errors import blame, blame_text, said
+from dist_export.score.decompositions import decompose
+from dist_export.score.inputs import FlatBatch
+from dist_export.score.table_weight import NotExportableError
+
+_OWN_NAMESPACES = frozenset({"aten", "_operator", "math"})
+_SYMBOL = re.compile(r"[a-z]+\d+")
+_COLLECTIVES = ("_c10d_functional", "c10d", "_dtensor")
+
+
+@dataclass(frozen=True, slots=True)
+class TracedScores:
+    """The program, and its inputs of the sample in call order."""
+
+    program: ExportedProgram
+    inputs: dict[str, torch.Tensor]
+    dropped: tuple[str, ...]
+
+
+def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) -> TracedScores:
+    """Trace both arches as one. The tables of ``sparse_arch`` were replaced before. Rank 0; no collective takes place.
+
+    Inputs without a data path to an output, such as labels, are left out.
+
+    Raises:
+        NotExportableError: torch cannot trace it, or the program holds an operator that a server without the model's code
+            lacks. The text names the operator and the model's line.
+    """
+    names = list(batch.tensors)
+    program = _export(sparse_arch, sample, batch, names, {})
+    used = find_used_inputs(program, {})
+    if not used:
+        raise NotExportableError("no tensor of the batch has a data path to an output")
+    dropped = [name for name in names if name not in used]
+    if dropped:
+        program = _export(sparse_arch, sample, batch, used, _stand_ins(program, names, dropped, batch))
+    with sizes_from_zero():
+        program = decompose(program)
+    _refuse_operators(program)
+    _drop_unused_state(program)
+    traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped))
+    _refuse_constant_dims(traced)
+    return traced
+
+
+def free_dims(tensor: torch.Tensor) -> dict[int, Any]:
+    """Return which dimensions are free: the first one; and of whole numbers, which may be padded lists of ids, all."""
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return dict.fromkeys(range(tensor.dim() if is_whole else 1), Dim.AUTO)
+
+
+class _Scored(nn.Module):
+    """Calls both arches. Subclasses have a ``forward`` with the inputs as explicit keywords."""
+
+    def __init__(
+        self, sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch, dropped: Mapping[str, _StandIn]
+    ) -> None:
+        super().__init__()
+        self.sparse_arch = sparse_arch
+        self.dense_arch = sample.dense_arch
+        self._sample = sample
+        self._batch = batch
+        self._dropped = dropped
+
+    def call(self, inputs: dict[str, torch.Tensor]) -> Any:
+        filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
+        try:
+            output = self.dense_arch(blocks_of(self.sparse_arch(self._batch.rebuild(filled))))
+        except RuntimeError as error:
+            if "data-dependent" in str(error):  # torch.export would print the whole graph
+                raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
+            raise
+        return output if self._sample.is_single else tuple(self._sample.flatten(output))
+
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """Zeros in the place of an input that reaches no output."""
+
+    template: torch.Tensor
+    sizes: tuple[int | tuple[str, int], ...]
+    """By dimension: a size, or the input and the dimension that have the same one."""
+
+    def make(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        sizes = [size if isinstance(size, int) else inputs[size[0]].shape[size[1]] for size in self.sizes]
+        return self.template.new_zeros(sizes)
+
+
+def _stand_ins(
+    program: ExportedProgram, names: Sequence[str], dropped: Sequence[str], batch: FlatBatch
+) -> dict[str, _StandIn]:
+    shapes = input_shapes(program, names)
+    known: dict[str, tuple[str, int]] = {}
+    for name in names:
+        for dim, size in enumerate(shapes[name] if name not in dropped else ()):
+            known.setdefault(str(size), (name, dim))
+    return {
+        name: _StandIn(
+            batch.tensors[name],
+            tuple(
+                int(batch.tensors[name].shape[dim])
+                if isinstance(size, int)
+                else known.get(str(size), int(batch.tensors[name].shape[dim]))
+                for dim, size in enumerate(shapes[name])
+            ),
+        )
+        for name in dropped
+    }
+
+
+def input_shapes(program: ExportedProgram, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Return the shapes of the inputs, with a symbol or an expression for each free size."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    found = zip(names, program.graph_signature.user_inputs, strict=True)
+    return {name: _sizes(values.get(str(node))) for name, node in found}
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """Return the sizes of a traced tensor: symbols or expressions, and numbers for what the trace has made constant."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return tuple(int(str(size)) if str(size).isdigit() else size for size in sizes)
+
+
+def _export(
+    sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch, names: Sequence[str], dropped: Mapping[str, _StandIn]
+) -> ExportedProgram:
+    pairs = ", ".join(f"{name!r}: {name}" for name in names)
+    source = f"def forward(self, *, {', '.join(names)}):\n    return self.call({{{pairs}}})\n"
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)  # noqa: S102 -- the names were checked to be identifiers
+    kind = type("Scored", (_Scored,), {"forward": namespace["forward"]})
+    wrapper: nn.Module = kind(sparse_arch, sample, batch, dropped).eval()
+    kwargs = {name: batch.tensors[name].clone() for name in names}
+    shapes = {name: free_dims(tensor) for name, tensor in kwargs.items()}
+    try:
+        with exporting(wrapper), torch.no_grad(), sizes_from_zero():
+            return torch.export.export(wrapper, args=(), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
+    except NotExportableError as error:
+        place = blame(error)
+        raise NotExportableError(f"{error}{'' if place in str(error) else place}") from error
+    except Exception as error:
+        raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
+
+
+def sizes_from_zero() -> contextlib.AbstractContextManager[Any]:
+    """Let sizes of 0 and 1 be free too. torch before 2.9 cannot; then such a size of the sample is a constant."""
+    from torch.fx.experimental import _config
+
+    if not hasattr(_config, "backed_size_oblivious"):
+        return contextlib.nullcontext()
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
+
+
+def _refuse_operators(program: ExportedProgram) -> None:
+    """Refuse operators that are neither torch's own nor the lookup."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.op != "call_function" or str(node.target) == LOOKUP_TARGET:
+                continue
+            namespace = _namespace(node)
+            if namespace in _OWN_NAMESPACES:
+                continue
+            where = blame_text(str(node.meta.get("stack_trace", "")))
+            if namespace in _COLLECTIVES:
+                raise NotExportableError(f"a collective remains in it ({node.target}){where}{_module_of(node)}")
+            raise NotExportableError(f"it uses the operator {node.target}, which is not torch's own{where}")
+
+
+def _namespace(node: fx.Node) -> str:
+    target: Any = node.target
+    return (
+        str(getattr(target, "namespace", "") or getattr(target, "__module__", "") or "")
+        .split(".")[0]
+        .replace("torch", "aten" if "sym_" in getattr(target, "__name__", "") else "torch")
+    )
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return ""
+    path, kind = stack[-1]
+    return f", in {path or 'the model'} ({str(kind).rpartition('.')[2]})"
+
+
+def _drop_unused_state(program: ExportedProgram) -> None:
+    """Take parameters, buffers and constants that nothing reads out of the program."""
+    from torch.export.graph_signature import InputKind
+
+    signature = program.graph_signature
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    kept = []
+    for spec in signature.input_specs:
+        node = placeholders.get(getattr(spec.arg, "name", ""))
+        if spec.kind is InputKind.USER_INPUT or node is None or node.users:
+            kept.append(spec)
+            continue
+        program.graph.erase_node(node)
+    signature.input_specs[:] = kept
+    targets = {spec.target for spec in kept if spec.target is not None}
+    for name in [name for name in program.state_dict if name not in targets]:
+        del program.state_dict[name]
+    for name in [name for name in program.constants if name not in targets]:
+        del program.constants[name]
+    program.graph_module.recompile()
+
+
+def _refuse_constant_dims(traced: TracedScores) -> None:
+    for name, shape in input_shapes(traced.program, list(traced.inputs)).items():
+        if isinstance(shape[0], int):
+            raise NotExportableError(
+                f"the first dimension of input {name!r} stays {shape[0]} whatever the batch: the model's code fixes it"
+            )
+
+
+def describe_shapes(
+    traced: TracedScores, first_sizes: Mapping[str, str]
+) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]]]:
+    """Return the shapes of inputs and outputs for the manifest. A free size has a name, or is an expression of names.
+
+    ``first_sizes``: what is known of the first sizes of inputs, in terms of ``batch``. If nothing is known, the size that the
+    first output begins with is called ``batch``, and other sizes are expressed by it if they follow from it.
+    """
+    inputs = input_shapes(traced.program, list(traced.inputs))
+    values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
+    outputs = [_sizes(values.get(str(node))) for node in traced.program.graph_signature.user_outputs]
+    first = {str(shape[0]): first_sizes[name] for name, shape in inputs.items() if name in first_sizes}
+    words = {text: word for text, word in first.items() if _SYMBOL.fullmatch(text)} or _batch_words(outputs)
+    for name, shape in inputs.items():
+        for dim, size in enumerate(shape):
+            for symbol in _SYMBOL.findall(str(size)):
+                words.setdefault(symbol, f"{name}_size_{dim}" if dim else f"{name}_size")
+    known = {name: (word,) for name, word in first_sizes.items()}
+    return (
+        {
+            name: (known.get(name) or _in_words(shape[:1], words)) + _in_words(shape[1:], words)
+            for name, shape in inputs.items()
+        },
+        [_in_words(shape, words) for shape in outputs],
+    )
+
+
+def _batch_words(outputs: Sequence[tuple[Any, ...]]) -> dict[str, str]:
+    """Return what the symbol is called from which the size of the batch follows."""
+    for size in (shape[0] for shape in outputs if shape and not isinstance(shape[0], int)):
+        text = str(size)
+        if _SYMBOL.fullmatch(text):
+            return {text: "batch"}
+        if match := re.fullmatch(r"\(?\(?([a-z]+\d+)\)?//(\d+)\)?", text):
+            return {match[1]: f"{match[2]}*batch"}
+        if match := re.fullmatch(r"([a-z]+\d+) - (\d+)", text):
+            return {match[1]: f"batch + {match[2]}"}
+    return {}
+
+
+def _in_words(shape: tuple[Any, ...], words: Mapping[str, str]) -> tuple[int | str, ...]:
+    named: list[int | str] = []
+    for size in shape:
+        if isinstance(size, int):
+            named.append(size)
+            continue
+        text = str(size)
+        if text in words:
+            named.append(words[text])
+            continue
+        for symbol, word in words.items():
+            text = re.sub(rf"\b{symbol}\b", word if word.isidentifier() else f"({word})", text)
+        named.append(_simplified(text))
+    return tuple(named)
+
+
+def _simplified(text: str) -> str:
+    if re.fullmatch(r"\(?\(?\(?(\d+)\*batch\)?\)?//\1\)?", text):
+        return "batch"
+    match = re.fullmatch(r"\(batch \+ (\d+)\) - (\d+)", text)
+    return "batch" if match and match[1] == match[2] else text

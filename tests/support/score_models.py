@@ -1,0 +1,96 @@
+"""Plain torch models whose tables are looked up in many ways, a checkpoint of each, and their trained scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DIM = 4
+ROWS = 30
+Batch = dict[str, torch.Tensor]
+
+
+class Head(nn.Module):
+    """A dense arch: a layer over the blocks side by side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ctr": torch.sigmoid(self.mlp(torch.cat(list(blocks.values()), dim=1)))}
+
+
+class Model(nn.Module):
+    def __init__(self, sparse_arch: nn.Module, width: int) -> None:
+        super().__init__()
+        self.sparse_arch = sparse_arch
+        self.dense_arch = Head(width)
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        return self.dense_arch(self.sparse_arch(batch))
+
+
+class ThreeTables(nn.Module):
+    """An embedding of one id, a padded list that is averaged, and a bag with offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(ROWS, DIM)
+        self.clicks = nn.Embedding(ROWS, DIM, padding_idx=0)
+        self.tags = nn.EmbeddingBag(ROWS, DIM, mode="sum")
+
+    def forward(self, batch: Batch) -> Batch:
+        clicks = self.clicks(batch["clicks"])
+        is_there = (batch["clicks"] != 0).unsqueeze(-1)
+        mean = (clicks * is_there).sum(1) / is_there.sum(1).clamp(min=1)
+        tags = self.tags(batch["tags_values"], batch["tags_offsets"])
+        return {"user": self.user(batch["user"]), "clicks": mean, "tags": tags, "price": batch["price"]}
+
+
+class Lookups(nn.Module):
+    """One table, which ``look(module, batch)`` reads."""
+
+    def __init__(self, table: nn.Module, look: Callable[[nn.Module, Batch], torch.Tensor]) -> None:
+        super().__init__()
+        self.table = table
+        self.look = look
+
+    def forward(self, batch: Batch) -> Batch:
+        return {"block": self.look(self, batch), "price": batch["price"]}
+
+
+def batch_of(num_examples: int = 6, seed: int = 0) -> Batch:
+    """Return a batch with a label; among its lists is an empty one."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (num_examples,), generator=random)
+    lengths[num_examples // 2] = 0
+    return {
+        "user": torch.randint(0, ROWS, (num_examples,), generator=random),
+        "clicks": torch.randint(0, ROWS, (num_examples, 3), generator=random),
+        "tags_values": torch.randint(0, ROWS, (int(lengths.sum()),), generator=random),
+        "tags_offsets": lengths.cumsum(0) - lengths,
+        "tags_weights": torch.rand(int(lengths.sum()), generator=random),
+        "tags_bounds": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        "price": torch.rand(num_examples, 1, generator=random),
+        "label": torch.randint(0, 2, (num_examples,), generator=random),
+    }
+
+
+def train(model: nn.Module, seed: int = 5) -> nn.Module:
+    """Give a model other parameters than a fresh one has."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    return model.eval()
+
+
+def save(model: nn.Module, path: Path) -> str:
+    """Save a model as trainers do, and return the path."""
+    torch.save(model.state_dict(), path)
+    return str(path)
