@@ -61,7 +61,7 @@ _OPERATOR = re.compile(
 )
 LOOKUP = "torch.ops.dist_export.lookup.default"
 """The only operator of a score program that is not torch's own."""
-_OWN_OPERATOR = re.compile(r"torch\.ops\.aten\..*|torch\.(?!ops\.).*|_operator\..*|math\..*", re.DOTALL)
+_OWN_OPERATOR = re.compile(r"torch\.ops\.(aten|higher_order)\..*|torch\.(?!ops\.).*|_operator\..*|math\..*", re.DOTALL)
 """Of the operators above, those of torch itself: a score program has no other besides the lookup."""
 _GUARD_NODES = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator, ast.Compare, ast.cmpop,

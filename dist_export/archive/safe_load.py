@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 import zipfile
 from collections import Counter
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 
 MAX_MEMBERS = 100_000
+
+_LOADING = threading.Lock()
+"""torch loads one program at a time: it refuses a second thread that loads meanwhile."""
 
 _LEGACY_PROGRAM = "serialized_exported_program.json"
 _LEGACY_PICKLES = ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt")
@@ -329,14 +333,15 @@ def _load_quietly(file: io.BytesIO) -> ExportedProgram:
     import torch
 
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.export.pt2_archive._package")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        return torch.export.load(file)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with _LOADING:
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            return torch.export.load(file)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _one_line(error: BaseException) -> str:

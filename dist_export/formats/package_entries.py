@@ -82,7 +82,7 @@ class RowIndexEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     seed: Count
     """The seed of the hash of ids."""
     longest_probe: Count
-    """The largest distance of a row from its home slot, in slots."""
+    """The largest distance of a row from its bucket, in slots."""
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -1,11 +1,11 @@
 """The row index: finds the row of an id without reading the id column. Pure: arrays in, arrays out.
 
 A row index is an array of slots (little-endian uint32). A slot holds the number of a row, or ``EMPTY``. The hash of an id
-gives its home slot. The row is in the first free slot from there on, so a search ends at an empty slot. The ids themselves
-are not in the index. The id column confirms that a row is the right one.
+gives its bucket, the slot where a search begins. The row is in the first free slot from there on, so a search ends at an empty
+slot. The ids themselves are not in the index. The id column confirms that a row is the right one.
 
 Slots are filled in the order of (hash, row), so the index depends only on the ids and their rows, and not on the order in
-which they were read. There is no wrap at the end: the slots go on behind the last home slot, and the last one is empty.
+which they were read. There is no wrap at the end: the slots go on behind the last bucket, and the last one is empty.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MOST_ROWS = (1 << 32) - 1
 """A part with more rows has no index, because their numbers do not fit in a slot."""
 
 _LOAD = (7, 10)
-"""Rows for each home slot, as a fraction."""
+"""Rows for each bucket, as a fraction."""
 MOST_PROBES = 1024
-"""The most slots behind its home slot in which a row may be. The longest run of full slots at this load is about
+"""The most slots behind its bucket in which a row may be. The longest run of full slots at this load is about
 ``ln(rows) / 0.057`` (Knuth, The Art of Computer Programming 3, section 6.4): 390 for the largest part."""
 SEEDS = 8
 """If ids were chosen to collide, the longest probe is above ``MOST_PROBES``, and the next seed is tried. No set of ids collides
-for all seeds: the home slots of all of them together have more bits than an id."""
+for all seeds: the buckets of all of them together have more bits than an id."""
 _ODD = np.uint64(0xD6E8FEB86659FD93)
 """An odd multiplier with well-mixed bits, from Pelle Evensen's rrxmrrxmsx."""
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -51,7 +51,7 @@ class Column(Protocol):
     """A column of values, of which single ones are read. A numpy array is one."""
 
     def take(self, rows: np.ndarray, /) -> np.ndarray:
-        """Return the values at these places (int64)."""
+        """Return the values at these positions (int64)."""
 
 
 def find_fault(
@@ -71,8 +71,8 @@ def find_fault(
     return None
 
 
-def count_homes(num_rows: int) -> int:
-    """Return the number of home slots of a part."""
+def count_buckets(num_rows: int) -> int:
+    """Return the number of buckets of a part."""
     rows, slots = _LOAD
     return max(1, -(-num_rows * slots // rows))
 
@@ -88,18 +88,18 @@ def hash_ids(ids: np.ndarray, seed: int) -> np.ndarray:
     return hashed
 
 
-def find_homes(hashed: np.ndarray, num_homes: int) -> np.ndarray:
-    """Return the home slot (int64) of hashes, which are changed in place: ``hash * num_homes >> 32``."""
-    whole, rest = num_homes >> 32, num_homes & ((1 << 32) - 1)
+def find_buckets(hashed: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Return the bucket (int64) of hashes, which are changed in place: ``hash * num_buckets >> 32``."""
+    whole, rest = num_buckets >> 32, num_buckets & ((1 << 32) - 1)
     if not whole:
         hashed *= np.uint64(rest)
         hashed >>= np.uint64(32)
         return hashed.view(np.int64)
-    homes: np.ndarray = hashed * np.uint64(rest)  # the product with all of it would not fit in 64 bits
-    homes >>= np.uint64(32)
+    buckets: np.ndarray = hashed * np.uint64(rest)  # the product with all of it would not fit in 64 bits
+    buckets >>= np.uint64(32)
     hashed *= np.uint64(whole)
-    homes += hashed
-    return homes.view(np.int64)
+    buckets += hashed
+    return buckets.view(np.int64)
 
 
 def encode_keys(ids: np.ndarray, first_row: int, seed: int) -> np.ndarray:
@@ -115,32 +115,32 @@ class SlotFiller:
 
     def __init__(self, num_rows: int) -> None:
         """Begin a part with ``num_rows`` rows."""
-        self._num_homes = count_homes(num_rows)
+        self._num_buckets = count_buckets(num_rows)
         self.num_slots = 0
         """The slots that were returned so far."""
         self.longest_probe = 0
-        """The largest distance of a row from its home slot so far."""
+        """The largest distance of a row from its bucket so far."""
 
     def add(self, keys: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the next slots (uint32), for sorted keys that come after all earlier ones."""
         for first in range(0, len(keys), _CHUNK_ROWS):
             chunk = keys[first : first + _CHUNK_ROWS]
-            homes = find_homes(chunk >> np.uint64(32), self._num_homes)
+            buckets = find_buckets(chunk >> np.uint64(32), self._num_buckets)
             numbers = np.arange(len(chunk))
-            # each row gets its home slot, or the slot after that of the row before it
-            positions = homes - numbers
+            # each row gets its bucket, or the slot after that of the row before it
+            positions = buckets - numbers
             positions[0] = max(int(positions[0]), self.num_slots)
             np.maximum.accumulate(positions, out=positions)
             positions += numbers
-            self.longest_probe = max(self.longest_probe, int((positions - homes).max()))
+            self.longest_probe = max(self.longest_probe, int((positions - buckets).max()))
             slots = np.full(int(positions[-1]) + 1 - self.num_slots, EMPTY, SLOT)
             slots[positions - self.num_slots] = chunk.astype(np.uint32)
             self.num_slots += len(slots)
             yield slots
 
     def finish(self) -> np.ndarray:
-        """Return the empty slots at the end: the home slots that are left, and one more, where every search ends."""
-        slots = np.full(max(self._num_homes - self.num_slots, 0) + 1, EMPTY, SLOT)
+        """Return the empty slots at the end: the buckets that are left, and one more, where every search ends."""
+        slots = np.full(max(self._num_buckets - self.num_slots, 0) + 1, EMPTY, SLOT)
         self.num_slots += len(slots)
         return slots
 
@@ -164,7 +164,7 @@ def find_rows(
         num_slots: how many slots there are.
         num_rows: the rows of the part, at least 1.
         seed: the seed of its hash.
-        longest_probe: the largest distance of a row from its home slot.
+        longest_probe: the largest distance of a row from its bucket.
 
     Returns:
         int64 of shape (n,); -1 for an id without a row.
@@ -173,8 +173,8 @@ def find_rows(
         DamagedIndexError: a slot holds a number that is no row, or a probe leaves the slots.
     """
     found = np.full(len(sought), -1, np.int64)
-    positions = find_homes(hash_ids(sought, seed), count_homes(num_rows))
-    places: np.ndarray | None = None  # all
+    positions = find_buckets(hash_ids(sought, seed), count_buckets(num_rows))
+    asked: np.ndarray | None = None  # the numbers in ``found``; None for all
     for _ in range(longest_probe + 1):
         if not len(positions):
             break
@@ -185,16 +185,16 @@ def find_rows(
         if not is_used.all():
             used = np.flatnonzero(is_used)
             rows, positions, sought = rows[used], positions[used], sought[used]
-            places = used if places is None else places[used]
+            asked = used if asked is None else asked[used]
             if not len(rows):
                 break
         if int(rows.max()) >= num_rows:
             raise DamagedIndexError(f"it holds row {int(rows.max()):,}, and the part has {num_rows:,} rows")
         is_hit = ids.take(rows) == sought
         hits = np.flatnonzero(is_hit)
-        found[hits if places is None else places[hits]] = rows[hits]
+        found[hits if asked is None else asked[hits]] = rows[hits]
         left = np.flatnonzero(~is_hit)
-        places = left if places is None else places[left]
+        asked = left if asked is None else asked[left]
         positions, sought = positions[left] + 1, sought[left]
     return found
 
@@ -213,7 +213,7 @@ def count_rows_at(
 
     A search for an id passes full slots only, so this needs no other id.
     """
-    positions = find_homes(hash_ids(ids, seed), count_homes(num_rows))
+    positions = find_buckets(hash_ids(ids, seed), count_buckets(num_rows))
     rows = np.arange(first_row, first_row + len(ids))
     num_found = 0
     for _ in range(longest_probe + 1):

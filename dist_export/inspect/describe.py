@@ -113,6 +113,9 @@ def render(found: dict[str, Any]) -> list[str]:
         for tensor in (found.get("dense") or {}).get(what, []):
             shape = ", ".join(map(str, tensor["shape"]))
             lines.append(f"  {what[:-1]:<10} {tensor['name']} {tensor['dtype']} ({shape})")
+    if score := found.get("score"):
+        inputs = ", ".join(tensor["name"] for tensor in score["inputs"])
+        lines.append(f"  score      {score['program']}: from {inputs}, lookups in {', '.join(score['tables'])}")
     return lines
 
 
@@ -165,6 +168,14 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "program": dense.program,
             "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
+        },
+        "score": None
+        if manifest.score is msgspec.UNSET
+        else {
+            "program": manifest.score.program,
+            "inputs": [_describe_tensor(tensor) for tensor in manifest.score.inputs],
+            "outputs": [_describe_tensor(tensor) for tensor in manifest.score.outputs],
+            "tables": list(manifest.score.tables),
         },
     }
 

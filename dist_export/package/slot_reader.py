@@ -35,7 +35,7 @@ _RUN_ROWS = 1 << 20
 _IDS = np.dtype("<i8")
 
 
-class _Place(NamedTuple):
+class _PartBlocks(NamedTuple):
     """Where a part's ids and rows are. Offsets are absolute, in bytes."""
 
     id_file: str
@@ -64,7 +64,7 @@ class SlotReader:
         self._table = table
         self._slot = slot.name
         self._row_bytes = row_bytes
-        self._places: dict[int, _Place] = {}
+        self._located: dict[int, _PartBlocks] = {}
         self._checked: set[int] = set()
         self._has_told = False
         self._slices: list[Slice] = []
@@ -88,7 +88,7 @@ class SlotReader:
             unique, inverse = np.unique(ids, return_inverse=True)
             rows, has_row = self._allocate(len(unique))
             for part in self._table.parts:
-                self._read_numbered(part, unique, has_row, rows)
+                self._read_row_indexed(part, unique, has_row, rows)
             return rows[inverse], has_row[inverse]
         rows, has_row = self._allocate(len(ids))
         for number, wanted in self._deal(ids):
@@ -136,9 +136,9 @@ class SlotReader:
             if first < last:
                 yield int(numbers[place]), order[first:last]
 
-    def _locate(self, number: int) -> _Place:
+    def _locate(self, number: int) -> _PartBlocks:
         """Return where a part is. Its headers are compared with the manifest once."""
-        place = self._places.get(number)
+        place = self._located.get(number)
         if place is not None:
             return place
         part = self._table.parts[number]
@@ -154,8 +154,8 @@ class SlotReader:
         width = int(np.prod(shape[1:], dtype=np.int64)) * DTYPES[int(slot_header.dtypes[slot_place])].itemsize
         if len(id_shape) != 1 or width != self._row_bytes or shape[:1] != id_shape or id_shape[0] != part.rows:
             raise PackageError(f"{self._files.describe(file)}: {slot_key!r} is not what the manifest says of it")
-        place = _Place(file, int(header.begins[id_place]), slot_file, int(slot_header.begins[slot_place]))
-        self._places[number] = place
+        place = _PartBlocks(file, int(header.begins[id_place]), slot_file, int(slot_header.begins[slot_place]))
+        self._located[number] = place
         return place
 
     def _search(
@@ -265,7 +265,7 @@ class SlotReader:
                 self._read_many(reader, place, targets, found[found >= 0], rows)
 
     def _read_many(
-        self, reader: RangeReader, place: _Place, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
+        self, reader: RangeReader, place: _PartBlocks, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
     ) -> None:
         """Read rows of a part into ``rows[targets]``; each row once."""
         unique, first, inverse = np.unique(found, return_index=True, return_inverse=True)
@@ -276,7 +276,7 @@ class SlotReader:
 
     # ---- row-indexed tables ----
 
-    def _read_numbered(self, part: PartEntry, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+    def _read_row_indexed(self, part: PartEntry, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
         """Read the requested rows of a part into ``rows``. ``unique`` are sorted row numbers; neighbours are read in one call."""
         if not isinstance(part.first_row, int) or self._slot not in part.keys:
             raise PackageError(

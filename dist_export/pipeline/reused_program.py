@@ -42,14 +42,18 @@ class TakenOver:
         """
         manifest = find_package(source)
         folder = None if manifest is None or manifest.dense is None else manifest.dense.folder
+        program = self._find_scores(manifest, plan)
         files = tuple(
             file
             for file in (manifest.files if manifest is not None else ())
-            if file.path == FG or (folder is not None and file.path.startswith(f"{folder}/"))
+            if file.path == FG or (folder is not None and file.path.startswith(f"{folder}/")) or file.path in program
         )
         if manifest is None or not files:
             return []
-        told = " and ".join(([] if folder is None else [folder]) + [FG for file in files if file.path == FG])
+        parts = [] if folder is None else [folder]
+        parts += [program[0].rpartition("/")[0]] if program else []
+        parts += [FG for file in files if file.path == FG]
+        told = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
         is_plain = folder is None or not ("/" in folder or folder.startswith("."))
         if has_own or not is_plain or plan.is_copy or not keeps_rows(plan, manifest):
             note = (
@@ -64,6 +68,13 @@ class TakenOver:
         scores = "" if folder is None else "; no score was compared anew, parity and drift are those of that package"
         renamed = note_renamed({}, plan.checkpoint) if any(file.path == FG for file in files) else []
         return [f"{told} were taken over from {source.url} byte by byte, as no row changed{scores}", *renamed]
+
+    def _find_scores(self, manifest: Manifest | None, plan: SparsePlan) -> tuple[str, ...]:
+        """Return the files of the source's score program; none where tables are renamed, because it has their names."""
+        is_renamed = any(table.name_in_source != table.name for table in plan.checkpoint.tables)
+        if manifest is None or manifest.score is msgspec.UNSET or is_renamed:
+            return ()
+        return manifest.score.program, manifest.score.sample
 
     def read(self) -> dict[str, bytes]:
         """Return the files by path, each held against its digest in the source's manifest. CheckpointError."""
@@ -88,7 +99,9 @@ class TakenOver:
         own = self._manifest
         if own is None:
             return manifest
-        return msgspec.structs.replace(manifest, dense=own.dense, parity=own.parity, drift=own.drift)
+        has_scores = own.score is not msgspec.UNSET and own.score.program in {file.path for file in self._files}
+        score = own.score if has_scores else msgspec.UNSET
+        return msgspec.structs.replace(manifest, dense=own.dense, parity=own.parity, drift=own.drift, score=score)
 
 
 def keeps_rows(plan: SparsePlan, manifest: Manifest) -> bool:

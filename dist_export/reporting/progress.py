@@ -22,6 +22,7 @@ from dist_export.manifest import CastEntry, DriftEntry, Manifest, SlotEntry, Tab
 from dist_export.reporting.account_text import say_account
 from dist_export.reporting.display import Display, Moment, Speedometer, open_display
 from dist_export.reporting.events import Events
+from dist_export.reporting.score_text import say_score
 from dist_export.runtime.io_activity import current_stage_since, in_stage
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC
@@ -212,6 +213,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
                 what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
             figures = f"{max(files.max_abs.values(), default=0.0):.2g}, {max(files.max_ulp.values(), default=0):,} ULP"
             lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
+    if manifest.score is not msgspec.UNSET:
+        lines.append(f"  program  {say_score(manifest.score)}")
     if manifest.drift is not None:
         lines.append(f"  drift    {_say_drift(manifest.drift, manifest.run.get('drift') or {})}")
     sample = manifest.run.get("sample") or {}

@@ -36,9 +36,9 @@ def pool_bags(
     assert offsets is not None
     bounds = offsets if not include_last_offset else offsets[:-1]
     num_bags = bounds.shape[0]
-    places = torch.arange(ids.shape[0], device=ids.device, dtype=bounds.dtype)
+    positions = torch.arange(ids.shape[0], device=ids.device, dtype=bounds.dtype)
     # empty bags begin where the next one does, so the last of those that begin at or before an id is the one that holds it
-    bag_of = torch.searchsorted(bounds.contiguous(), places, right=True) - 1
+    bag_of = torch.searchsorted(bounds.contiguous(), positions, right=True) - 1
     counts = torch.ones_like(ids) if padding_idx is None else (ids != padding_idx).to(ids.dtype)
     return _reduce(rows_of(ids), counts, per_sample_weights, mode, num_bags=num_bags, bag_of=bag_of)
 

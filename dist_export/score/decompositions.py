@@ -39,11 +39,11 @@ def _jagged_to_padded_dense(
     """Return (lists, longest, ...) with ``padding_value`` behind the end of a list. One jagged dimension."""
     bounds, longest = offsets[0], max_lengths[0]
     starts, ends = bounds[:-1].unsqueeze(1), bounds[1:].unsqueeze(1)
-    places = starts + torch.arange(longest, device=values.device, dtype=bounds.dtype).unsqueeze(0)
-    is_there = places < ends
+    positions = starts + torch.arange(longest, device=values.device, dtype=bounds.dtype).unsqueeze(0)
+    is_there = positions < ends
     # one more row, so that there is one to read where all lists are empty
     rows = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])
-    picked = rows[torch.where(is_there, places, values.shape[0])]
+    picked = rows[torch.where(is_there, positions, values.shape[0])]
     mask = is_there.reshape(*is_there.shape, *[1] * (values.dim() - 1))
     return torch.where(mask, picked, picked.new_full((), padding_value))
 

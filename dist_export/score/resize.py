@@ -79,11 +79,11 @@ def _choose(tensors: Mapping[str, torch.Tensor], lists: _Lists, chosen: torch.Te
     lengths = lists.lengths
     begins = lengths.cumsum(0) - lengths
     per_key = lengths.shape[0] // lists.num_keys
-    places = (torch.arange(lists.num_keys)[:, None] * per_key + chosen[None]).reshape(-1).to(lengths.device)
-    new = lengths[places]
+    positions = (torch.arange(lists.num_keys)[:, None] * per_key + chosen[None]).reshape(-1).to(lengths.device)
+    new = lengths[positions]
     ends = new.cumsum(0)
     elements = torch.arange(int(new.sum()), device=lengths.device)
-    elements = elements + torch.repeat_interleave(begins[places] - (ends - new), new)
+    elements = elements + torch.repeat_interleave(begins[positions] - (ends - new), new)
     forms = {_LENGTHS: new, _OFFSETS: torch.cat([ends.new_zeros(1), ends]), _STARTS: ends - new}
     found = {name: tensors[name][elements] for name in lists.values}
     return found | {name: forms[kind].to(tensors[name].dtype) for name, kind in lists.bounds.items()}

@@ -44,7 +44,8 @@ class Recorder:
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         ids = given[0].detach().clone() if len(given) == 1 and len(args) + len(kwargs) == 1 else None
-        self._calls.setdefault(id(module), []).append((ids, output))
+        found = output.detach().clone() if isinstance(output, torch.Tensor) else None  # what follows may write into it
+        self._calls.setdefault(id(module), []).append((ids, found))
 
     def find(self, finder: RowFinder, rows: RowSource) -> dict[int, tuple[str, list[str]]]:
         """Return the outermost modules that are lookups: ``id()`` -> path and tables."""

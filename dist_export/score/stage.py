@@ -128,8 +128,7 @@ class ScoreStage:
             return reason
         reason = ranks.broadcast("trace the score program", self._trace_tables)
         if reason and self._record_row_modules(finder):
-            # the first reason says more: it is of the model's own code
-            reason = ranks.broadcast("trace the score program", self._trace_once) and reason
+            reason = ranks.broadcast("trace the score program", self._trace_once)
         if reason or (finder.is_live and ranks.world_size > 1):  # then the rows of other ranks are only in the shards
             return reason
         kept: list[ScoreFigures] = []

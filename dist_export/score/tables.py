@@ -87,8 +87,16 @@ class ModelTables:
             return rows if rows.dtype == dtype else rows.to(dtype)
 
         _put(vars(module), "forward", forward, undo)
-        for place in ("_parameters", "_buffers", "_modules"):  # so that the program holds nothing of the table
-            _put(vars(module), place, {}, undo)
+        inside = {id(child) for child in module.modules()}
+        for child, paths in self.modules:
+            if id(child) not in inside:
+                continue
+            if not is_hash_table(child):
+                self._replace_weights(child, paths, undo)
+                continue
+            inside.difference_update(id(one) for one in child.modules())
+            for held in ("_parameters", "_buffers", "_modules"):  # so that the program holds nothing of the table
+                _put(vars(child), held, {}, undo)
 
     def _replace_weights(self, module: nn.Module, paths: list[str], undo: list[Callable[[], None]]) -> None:
         for owner, name, table in self._weights_of(module, paths):

@@ -21,7 +21,7 @@ from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
 from dist_export.score.table_weight import NotExportableError
 
-_OWN_NAMESPACES = frozenset({"aten", "_operator", "math"})
+_OWN_NAMESPACES = frozenset({"aten", "higher_order", "_operator", "math"})
 _SYMBOL = re.compile(r"[a-z]+\d+")
 _COLLECTIVES = ("_c10d_functional", "c10d", "_dtensor")
 

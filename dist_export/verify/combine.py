@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.formats.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.humanize import count as say
-from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry
+from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ScoreEntry
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.dense import check_dense
 from dist_export.verify.finite import Odd
 from dist_export.verify.ids import Duplicates, IdCounts
 from dist_export.verify.metadata_checks import Survey
+from dist_export.verify.score import check_scores
 
 _SLICE_ELEMENTS = 1 << 20
 
@@ -28,6 +30,9 @@ def conclude(survey: Survey, counts: IdCounts, duplicates: list[Duplicates], odd
     if survey.manifest is not None and survey.manifest.dense is not None:
         entry = survey.manifest.dense
         survey.guard(entry.program, lambda: _check_dense(survey, entry))
+    if survey.manifest is not None and survey.manifest.score is not msgspec.UNSET:
+        score = survey.manifest.score
+        survey.guard(score.program, lambda: _check_scores(survey, score))
 
 
 def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, duplicates: list[Duplicates]) -> None:
@@ -140,6 +145,22 @@ def _check_dense_state(survey: Survey) -> None:
             infs = sum(int(piece.isinf().sum()) for piece in pieces)
             if nans or infs:
                 survey.report.add(DENSE_STATE, "finite", f"{name!r} holds {nans:,} NaN and {infs:,} infinities")
+
+
+def _check_scores(survey: Survey, entry: ScoreEntry) -> None:
+    assert survey.package is not None
+    assert survey.manifest is not None
+    listed = {file.path for file in survey.manifest.files}
+    missing = [name for name in (entry.program, entry.sample) if name not in listed]
+    for name in missing:
+        survey.report.add(MANIFEST, "score", f"score: {name} is not among the files")
+    if missing or survey.report.count():
+        return  # a damaged table would be reported a second time
+    lines: list[str] = []
+    try:
+        check_scores(survey.package, entry, lines, survey.report.checked)
+    finally:
+        survey.report.add_lines("score", lines)
 
 
 def _check_dense(survey: Survey, entry: DenseEntry) -> None:

@@ -55,7 +55,7 @@ class ThreeTables(nn.Module):
 class Lookups(nn.Module):
     """One table, which ``look(module, batch)`` reads."""
 
-    def __init__(self, table: nn.Module, look: Callable[[nn.Module, Batch], torch.Tensor]) -> None:
+    def __init__(self, table: nn.Module, look: Callable[[Any, Batch], torch.Tensor]) -> None:
         super().__init__()
         self.table = table
         self.look = look
@@ -94,3 +94,61 @@ def save(model: nn.Module, path: Path) -> str:
     """Save a model as trainers do, and return the path."""
     torch.save(model.state_dict(), path)
     return str(path)
+
+
+def _embedding(**settings: Any) -> nn.Module:
+    return nn.Embedding(ROWS, DIM, **settings)
+
+
+def _bag(**settings: Any) -> nn.Module:
+    return nn.EmbeddingBag(ROWS, DIM, **settings)
+
+
+def _functional(its: Any, batch: Batch) -> torch.Tensor:
+    return nn.functional.embedding(batch["user"], its.table.weight)
+
+
+def _weights(its: Any, batch: Batch) -> torch.Tensor:
+    return its.table(batch["tags_values"], batch["tags_offsets"], batch["tags_weights"])
+
+
+def _bounds(its: Any, batch: Batch) -> torch.Tensor:
+    return its.table(batch["tags_values"], batch["tags_bounds"])
+
+
+def _starts(its: Any, batch: Batch) -> torch.Tensor:
+    return its.table(batch["tags_values"], batch["tags_offsets"])
+
+
+def _rows(its: Any, batch: Batch) -> torch.Tensor:
+    return its.table(batch["clicks"])
+
+
+WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Batch], torch.Tensor]]] = {
+    "embedding": (_embedding, lambda its, batch: its.table(batch["user"])),
+    "functional": (_embedding, _functional),
+    "index": (_embedding, lambda its, batch: its.table.weight[batch["user"]]),
+    "from_the_end": (_embedding, lambda its, batch: its.table.weight[batch["user"] - 5]),
+    "index_select": (_embedding, lambda its, batch: torch.index_select(its.table.weight, 0, batch["user"])),
+    "padded": (lambda: _embedding(padding_idx=0), lambda its, batch: its.table(batch["clicks"]).flatten(1)[:, :DIM]),
+    "bag": (_bag, _rows),
+    "bag_padded": (lambda: _bag(mode="sum", padding_idx=3), _rows),
+    "bag_max": (lambda: _bag(mode="max"), _rows),
+    "offsets": (_bag, _starts),
+    "offsets_max": (lambda: _bag(mode="max", padding_idx=2), _starts),
+    "offsets_padded": (lambda: _bag(padding_idx=-1), _starts),
+    "weights": (lambda: _bag(mode="sum"), _weights),
+    "last_offset": (lambda: _bag(mode="sum", include_last_offset=True), _bounds),
+}
+"""Each way in which torch looks rows up: what makes the table, and what reads it."""
+
+
+class AllWays(nn.Module):
+    """One table for each way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleDict({name: Lookups(make(), look) for name, (make, look) in WAYS.items()})
+
+    def forward(self, batch: Batch) -> Batch:
+        return {name: way(batch)["block"] for name, way in self.ways.items()} | {"price": batch["price"]}

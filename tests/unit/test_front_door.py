@@ -29,6 +29,8 @@ def test_one_module_talks_to_torch_distributed() -> None:
             continue
         calls = collectives if file.name == "joining.py" else collectives + groups
         for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "scatter_reduce":
+                continue  # of a tensor
             if isinstance(node, ast.Attribute) and node.attr.startswith(calls):
                 owner = ast.unparse(node.value)  # the ranks of an export have verbs of the same names
                 assert owner.rpartition(".")[2].strip("_") == "ranks", f"{file.name}: {owner}.{node.attr}"

@@ -12,11 +12,11 @@ from dist_export.formats.row_index import (
     MOST_PROBES,
     DamagedIndexError,
     SlotFiller,
-    count_homes,
+    count_buckets,
     count_rows_at,
     encode_keys,
+    find_buckets,
     find_fault,
-    find_homes,
     find_rows,
     hash_ids,
 )
@@ -96,11 +96,13 @@ def test_regular_ids_have_short_probes_and_few_bytes(ids: np.ndarray) -> None:
     assert slots.nbytes / len(ids) < 6
 
 
-def test_a_part_of_any_size_has_home_slots_in_order() -> None:
+def test_a_part_of_any_size_has_buckets_in_order() -> None:
     hashed = np.array([0, 1, 1 << 31, (1 << 32) - 1], np.uint64)
     for num_rows in (1, 7, 1 << 20, (1 << 32) - 1):
-        homes = count_homes(num_rows)
-        assert find_homes(hashed.copy(), homes).tolist() == [int(number) * homes >> 32 for number in hashed.tolist()]
+        buckets = count_buckets(num_rows)
+        assert find_buckets(hashed.copy(), buckets).tolist() == [
+            int(number) * buckets >> 32 for number in hashed.tolist()
+        ]
 
 
 def test_crafted_ids_have_a_long_probe_for_one_seed_and_a_short_one_for_the_next() -> None:

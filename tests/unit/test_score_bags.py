@@ -1,0 +1,70 @@
+"""Bags pooled with plain operators give what torch's own operator gives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_export.score.bags import pool_bags
+from dist_export.score.decompositions import _KNOWN
+
+WEIGHT = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+
+
+def pool(ids, offsets=None, **settings):
+    named = {"mode": "mean", "per_sample_weights": None, "include_last_offset": False, "padding_idx": None} | settings
+    return pool_bags(lambda its: WEIGHT[its], ids, offsets, **named), F.embedding_bag(ids, WEIGHT, offsets, **named)
+
+
+@pytest.mark.parametrize(("mode", "padding_idx"), list(itertools.product(["sum", "mean", "max"], [None, 5])))
+def test_bags_with_offsets_with_empty_ones_at_all_positions(mode: str, padding_idx: int | None) -> None:
+    ids = torch.tensor([5, 1, 2, 5, 11, 0, 7])
+    for offsets in ([0, 0, 3, 3, 4, 7], [0], [0, 7], [0, 3]):
+        found, expected = pool(ids, torch.tensor(offsets), mode=mode, padding_idx=padding_idx)
+        torch.testing.assert_close(found, expected)
+    for offsets in ([0, 0, 3, 4, 4, 7], [0, 7]):
+        bounds = torch.tensor(offsets)
+        found, expected = pool(ids, bounds, mode=mode, padding_idx=padding_idx, include_last_offset=True)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_no_ids_at_all(mode: str) -> None:
+    found, expected = pool(torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0]), mode=mode)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("mode", "padding_idx"), list(itertools.product(["sum", "mean", "max"], [None, 5])))
+def test_bags_of_one_length(mode: str, padding_idx: int | None) -> None:
+    ids = torch.tensor([[5, 1, 2], [5, 5, 5], [0, 0, 7]])
+    found, expected = pool(ids, mode=mode, padding_idx=padding_idx)
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_of_ids() -> None:
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.25, 3.0])
+    found, expected = pool(
+        torch.tensor([5, 1, 2, 5, 11]), torch.tensor([0, 2, 2]), mode="sum", per_sample_weights=weights
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_sums_of_lengths_are_as_fbgemm_has_them() -> None:
+    lengths = torch.tensor([2, 0, 3])
+    for name, expected in (("complete", [0, 2, 2, 5]), ("inclusive", [2, 2, 5]), ("exclusive", [0, 2, 2])):
+        assert _KNOWN[f"fbgemm.asynchronous_{name}_cumsum.default"](lengths).tolist() == expected
+
+
+@pytest.mark.parametrize("longest", [2, 4])
+def test_lists_are_padded_and_cut_as_fbgemm_does_it(longest: int) -> None:
+    values = torch.arange(1.0, 11.0).reshape(5, 2)
+    offsets = torch.tensor([0, 2, 2, 5])
+    found = _KNOWN["fbgemm.jagged_to_padded_dense.default"](values, [offsets], [longest], -1.0)
+    expected = torch.full((3, longest, 2), -1.0)
+    for row, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        its = values[begin:end][:longest]
+        expected[row, : len(its)] = its
+    assert torch.equal(found, expected)
