@@ -23,6 +23,8 @@ from dist_export.verify.report import Report
 from dist_export.verify.work_split import IndexedPart, Work, cut
 
 _PIECE_ROWS = 1 << 22
+_OF_IDS = ("ids", "slice", "unique", "id_sum")
+"""The checks of ids."""
 _RUN_ROWS = 1 << 16
 """Ids that are searched at once. Their arrays stay in a core's cache."""
 
@@ -131,7 +133,12 @@ def _count_filled(index: RangeReader, part: IndexedPart) -> int:
 
 
 def report_indexes(work: Work, counts: list[IndexCount], report: Report) -> None:
-    """Report the parts whose row index does not give each id its row. Rank 0."""
+    """Report the parts whose row index does not give each id its row. Rank 0.
+
+    If the ids themselves are wrong, that is reported, and what follows from it is not.
+    """
+    if any(finding.check in _OF_IDS for finding in report.found):
+        return
     found, filled = np.zeros(len(work.indexes), np.int64), np.zeros(len(work.indexes), np.int64)
     unread: dict[int, str] = {}
     for number, its_found, its_filled, error in counts:

@@ -50,7 +50,7 @@ def test_without_a_mistake_nothing_is_said(settings: dict[str, object], tmp_path
 
 
 MISTAKES = {
-    "model": ({"model": "tests.support.tiny_model:no_model"}, "model: 'tiny_model' has no 'no_model'"),
+    "model": ({"model": "tests.support.tiny_model:no_model"}, "model: 'tests.support.tiny_model' has no 'no_model'"),
     "dataset": ({"dataset": "no_module:f"}, "dataset: there is no module 'no_module'"),
     "package": ({}, "manifest.json is there already: export_dir holds a committed package. Set overwrite"),
     "drop_slots": ({"drop_slots": ["no_slot"]}, "drop_slots: the pattern 'no_slot' matches no slot"),

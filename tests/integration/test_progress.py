@@ -144,7 +144,7 @@ def test_all_bytes_are_done_at_the_end_also_where_shards_are_taken_over(
 
     monkeypatch.setattr(Reporter, "transferring", transferring)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise CommitError("interrupted")
 
     with monkeypatch.context() as patch:
