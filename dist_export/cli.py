@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -126,7 +127,11 @@ def _init(argv: list[str]) -> int:
         raise ConfigError(f"{out}: File exists. Nothing was written; give another --out")
     lines = draft_config({"ckpt_dir": path, "export_dir": "package", **arguments})
     if int(os.environ.get("RANK", "0")) == 0:
-        print("\n".join(lines)) if out is None else write_draft(lines, out)
+        if out is None:
+            print("\n".join(lines))
+        else:
+            write_draft(lines, out)
+            print(f"{out} is written. Next: python -m dist_export plan --config {shlex.quote(out)}")
     return 0
 
 

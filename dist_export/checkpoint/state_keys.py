@@ -94,3 +94,24 @@ def is_copy_of(copy: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[in
 def is_own(root: str, model_paths: Sequence[str]) -> bool:
     """Whether a root is the begin of a path within the model that the export asks for."""
     return bool(root) and any(path == root or path.startswith(f"{root}.") for path in model_paths)
+
+
+def is_surely_copy(
+    key: str, copy: Mapping[str, tuple[int, ...]], original: str, model: Mapping[str, tuple[int, ...]], *, is_rest: bool
+) -> bool:
+    """Whether what lies below ``key`` is the copy of a whole model, for certain. The model's own tables may be called so too.
+
+    Args:
+        key: the key that tells of a copy.
+        copy: its tensors.
+        original: the last key of what it may be the copy of; empty for what lies beside it.
+        model: the tensors of that.
+        is_rest: whether there is nothing else in the checkpoint.
+    """
+    words = words_of(key) - COPY_WORDS - STATE_WORDS
+    is_model = not original or original in MODEL_KEYS
+    if is_model and not words:
+        return is_copy_of(copy, model)
+    tensors = {name: shape for name, shape in copy.items() if shape}  # a copy counts its updates
+    is_whole = len(tensors) > 1 and all(model.get(name) == shape for name, shape in tensors.items())
+    return is_whole and (is_model or (is_rest and words in (set(), words_of(original) - STATE_WORDS)))

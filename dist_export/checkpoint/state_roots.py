@@ -7,17 +7,15 @@ Training loops save a model beside its moving average (EMA, SWA), under keys of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from dist_export.checkpoint.arch_roots import find_arch_roots, find_model_root
+from dist_export.checkpoint.flat_states import Choice, choose_flat, copy_path, say_choice
 from dist_export.checkpoint.model_weights import plain_name  # copies of one model differ in wrappers
 from dist_export.checkpoint.state_keys import (
-    COLLECTIONS,
-    COPY_WORDS,
     MODEL_KEYS,
-    STATE_WORDS,
     Member,
     Root,
     dotted,
@@ -25,9 +23,9 @@ from dist_export.checkpoint.state_keys import (
     is_copy,
     is_copy_of,
     is_own,
+    is_surely_copy,
     list_some,
     nested_root,
-    words_of,
 )
 from dist_export.checkpoint.tensor_settings import WHOLE, TensorSettings
 from dist_export.errors import UnaskedError
@@ -109,11 +107,7 @@ def choose_state(
             spellings[name].add(within)
 
 
-_Choice = tuple[dict[str, str], dict[str, str], tuple[str, ...]]
-"""``names``, ``left_out`` and ``notes`` of a :class:`State`."""
-
-
-def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
+def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> Choice:
     if settings.state_root is None:
         names, removed, notes = _choose_model(members, settings, where=where, leaves_rest=leaves_rest)
         return names, removed, (*notes, *_note_average(members, names, settings.model_paths, where))
@@ -138,7 +132,7 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
     return {begin + name: within for name, within in names.items()}, left_out, notes
 
 
-def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> _Choice:
+def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> Choice:
     """Choose among the keys of nested dicts, then among the beginnings of names."""
     model_paths = settings.model_paths
     roots = find_roots(members)
@@ -168,9 +162,9 @@ def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where:
         for member in members
         if (root := root_of[member.name]) not in removed
     }
-    names, copies, notes = _choose_flat(found, model_paths, where=where)
+    names, copies, notes = choose_flat(found, model_paths, where=where)
     if left_out:
-        notes = (_say_choice(where, dotted(chosen or ()), left_out.values()), *notes)
+        notes = (say_choice(where, dotted(chosen or ()), left_out.values()), *notes)
     if rivals and chosen is None and any(is_copy_of(by_root[a], by_root[b]) for a in rivals for b in rivals if a != b):
         told = list_some(sorted({_root_of(m, roots) for m in members if root_of[m.name] in rivals}))
         several = f"{where} holds several states with the same names: {told}"
@@ -180,7 +174,7 @@ def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where:
 
 def _choose_arches(
     members: Sequence[Member], root_of: Mapping[str, Root], arches: Mapping[Root, str], *, where: str
-) -> _Choice:
+) -> Choice:
     """Take sparse and dense arch from the roots that hold one of them each; what lies beside them is left out."""
     names = {
         member.name: f"{arches[root]}.{_below(member, root)}"
@@ -205,7 +199,7 @@ def _note_average(
         if member.name in names and len(member.shape) > 1:
             root = nested_root(member, roots)
             is_average = any(map(is_copy, root)) and not is_own(dotted(root), model_paths)
-            found.add(dotted(root) if is_average else _copy_path(names[member.name], model_paths))
+            found.add(dotted(root) if is_average else copy_path(names[member.name], model_paths))
     if not found or "" in found:
         return ()
     told = list_some(sorted(found))
@@ -235,73 +229,6 @@ def _say_several(members: Sequence[Member]) -> str:
     return (
         f"it holds {len(states)} states: {list_some(states)}; state_root takes one of them, such as state_root: {first}"
     )
-
-
-def _choose_flat(
-    found: Mapping[str, tuple[str, tuple[int, ...]]], model_paths: Sequence[str], *, where: str
-) -> _Choice:
-    """Leave out copies of a model that the begin of their names tells; ``found``: full name -> name within, shape."""
-    names = {name: within for name, (within, _) in found.items()}
-    copy_of = {name: _copy_path(within, model_paths) for name, within in names.items()}
-    copies: dict[str, dict[str, tuple[int, ...]]] = {}
-    others: dict[str, tuple[int, ...]] = {}
-    for name, (within, shape) in found.items():
-        if path := copy_of[name]:
-            copies.setdefault(path, {})[plain_name(within.removeprefix(f"{path}."))] = shape
-        else:
-            others[within] = shape
-    original_of: dict[str, str] = {}
-    doubtful: list[str] = []
-    for path, its in copies.items():
-        alike = {root: model for root, model in _siblings(path, others).items() if is_copy_of(its, model)}
-        parent, _, key = path.rpartition(".")
-        originals = [
-            root
-            for root, model in alike.items()
-            if _is_surely_copy(key, its, root.rpartition(".")[2], model, is_rest=_holds_all(root, others))
-        ]
-        inner = [root for root in originals if root != parent]
-        if len(inner or originals) == 1:
-            (original_of[path],) = inner or originals
-        elif alike:
-            doubtful.append(path)
-    told = () if not doubtful else (_say_doubtful(where, doubtful),)
-    left_out = {name: path for name, path in copy_of.items() if path in original_of}
-    kept = {name: within for name, within in names.items() if name not in left_out}
-    if not left_out:
-        return kept, {}, told
-    root, *more = sorted(set(original_of.values()))
-    note = _say_choice(where, root, left_out.values())
-    is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not is_own(root, model_paths)
-    if is_model and all(within.startswith(f"{root}.") or "state" in within.split(".") for within in kept.values()):
-        kept = {name: within.removeprefix(f"{root}.") for name, within in kept.items()}
-    return kept, left_out, (note, *told)
-
-
-def _copy_path(name: str, model_paths: Sequence[str]) -> str:
-    """Return the begin of a name up to the element that tells of a copy; empty where none does, or it is the model's own."""
-    elements = name.split(".")
-    for place, element in enumerate(elements[:-1]):
-        if element in COLLECTIONS:  # a table may be called anything
-            return ""
-        if is_copy(element):
-            path = ".".join(elements[: place + 1])
-            is_within = any(f".{own}." in f".{path}." for own in model_paths if own)
-            return "" if is_within or is_own(path, model_paths) else path
-    return ""
-
-
-def _siblings(path: str, others: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return what may be the original of a copy, by root: what lies beside it, as a whole and by its first element."""
-    begin = path[: path.rfind(".") + 1]
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in others.items():
-        if name.startswith(begin):
-            element, _, behind = name[len(begin) :].partition(".")
-            found.setdefault(begin.removesuffix("."), {})[plain_name(name[len(begin) :])] = shape
-            if behind:
-                found.setdefault(begin + element, {})[plain_name(behind)] = shape
-    return found
 
 
 def _nested_names(members: Sequence[Member]) -> dict[str, str]:
@@ -351,38 +278,12 @@ def _is_state(chosen: Root, rivals: Sequence[Root], by_root: Mapping[Root, Mappi
         return True
     is_rest = not any(shape for root, its in by_root.items() if root not in rivals for shape in its.values())
     return all(
-        _is_surely_copy(
+        is_surely_copy(
             next(filter(is_copy, root), ""), by_root[root], "".join(chosen[-1:]), by_root[chosen], is_rest=is_rest
         )
         for root in rivals
         if root != chosen
     )
-
-
-def _is_surely_copy(
-    key: str, copy: Mapping[str, tuple[int, ...]], original: str, model: Mapping[str, tuple[int, ...]], *, is_rest: bool
-) -> bool:
-    """Whether what lies below ``key`` is the copy of a whole model, for certain. The model's own tables may be called so too.
-
-    Args:
-        key: the key that tells of a copy.
-        copy: its tensors.
-        original: the last key of what it may be the copy of; empty for what lies beside it.
-        model: the tensors of that.
-        is_rest: whether there is nothing else in the checkpoint.
-    """
-    words = words_of(key) - COPY_WORDS - STATE_WORDS
-    is_model = not original or original in MODEL_KEYS
-    if is_model and not words:
-        return is_copy_of(copy, model)
-    tensors = {name: shape for name, shape in copy.items() if shape}  # a copy counts its updates
-    is_whole = len(tensors) > 1 and all(model.get(name) == shape for name, shape in tensors.items())
-    return is_whole and (is_model or (is_rest and words in (set(), words_of(original) - STATE_WORDS)))
-
-
-def _holds_all(root: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether all of the tensors but single numbers lie below ``root``."""
-    return all(name.startswith(f"{root}.") for name, shape in tensors.items() if shape)
 
 
 def _root_of(member: Member, roots: set[Root]) -> str:
@@ -393,15 +294,3 @@ def _root_of(member: Member, roots: set[Root]) -> str:
 def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
     counts = Counter(_root_of(member, roots) for member in members)
     return list_some([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
-
-
-def _say_choice(where: str, chosen: str, removed: Iterable[str]) -> str:
-    what = f"what {chosen!r} holds" if chosen else "what lies beside them"
-    return f"{where}: the model is {what}; left out: {list_some(sorted(set(removed)))} (state_root takes another one)"
-
-
-def _say_doubtful(where: str, paths: Sequence[str]) -> str:
-    return (
-        f"{where}: {list_some(sorted(paths))} may be a moving average by its name, which is not certain: it is taken with the "
-        "rest (state_root takes one state alone)"
-    )

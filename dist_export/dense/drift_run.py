@@ -18,20 +18,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.archive.output_diff import has_same_values
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
-from dist_export.dense.drift import OutputDrift, refuse_drift
-from dist_export.dense.eager import DenseSample, exporting
+from dist_export.dense.drift_scores import DriftScores
+from dist_export.dense.eager import DenseSample
 from dist_export.dense.found_rows import LOCATION_BYTES
 from dist_export.dense.probe import compare_reads
 from dist_export.dense.reference import Reference, ReferenceRunner, run_with_others
-from dist_export.dense.reference_check import check_reference, describe_other_inputs
+from dist_export.dense.reference_check import describe_other_inputs
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.unmeasured import Looked, refuse_early, refuse_late, why_unmeasured
-from dist_export.errors import ConfigError, DistExportError, ModelError, ParityError
+from dist_export.errors import ConfigError, DistExportError, ModelError
 from dist_export.humanize import few
 from dist_export.manifest import DriftEntry
 from dist_export.model.user_errors import blame, said
@@ -98,12 +97,6 @@ class DriftRun:
     _sample: list[SampleRows] = field(default_factory=list)
     """What the sample showed before the unmodified model ran."""
     _looked_up: list[SampleRows] = field(default_factory=list)
-    _outputs: dict[str, OutputDrift] = field(default_factory=dict)
-    _num_batches: int = 0
-    _num_rows: int = 0
-    _num_skipped: int = 0
-    _is_cut: bool = False
-    """Whether the sample has more rows than the program takes."""
 
     def take(self, sample: Any, batches: Batches) -> None:
         """Take batches after the ``sample``, as long as every rank has one and no dataset fails."""
@@ -278,7 +271,7 @@ class DriftRun:
         *,
         changes_rows: bool,
     ) -> DriftEntry | None:
-        """Score the batches with the package, and compare. Returns the figures, on rank 0 alone.
+        """Score the batches with the package, and compare. None without batches; the figures are those of rank 0.
 
         Args:
             first: what the sparse arch gave for the sample with the package's rows; None where the package has none.
@@ -293,12 +286,14 @@ class DriftRun:
                 changes a row, also for other scores.
             DriftError: on all ranks, for a drift above ``max_drift``, and for one that cannot be measured.
         """
-        programs: list[ExportedProgram] = []
+        scores: list[DriftScores] = []
 
         def compare(place: int, tensors: Mapping[str, torch.Tensor]) -> None:
             assert sample is not None
-            programs.extend([] if programs else [load()])
-            self._add(sample, names, programs[0], place, tensors, is_strict=bool(place) and not changes_rows)
+            scores.extend([] if scores else [DriftScores(self.config, sample, names, load())])
+            kept = self._kept[place]
+            assert kept.reference is not None
+            scores[0].add(place, tensors, kept.reference, kept.why, is_strict=bool(place) and not changes_rows)
             self._kept[place] = _Kept(None, "", {})
 
         for place, data in enumerate(self.batches):
@@ -324,101 +319,20 @@ class DriftRun:
             refuse_late(self.ranks, self.config, reason)
             if reason:
                 return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)
-        outputs = {name: drift.entry() for name, drift in self._outputs.items()}
-        blank = [name for name, drift in self._outputs.items() if drift.is_blank]
-        self.ranks.broadcast("bound the drift", lambda: refuse_drift(outputs, self.config.max_drift, blank))
-        return DriftEntry(batches=self._num_batches, rows=self._num_rows, outputs=outputs, skipped=self._num_skipped)
+
+        def bound() -> None:
+            scores[0].refuse_drift()
+
+        self.ranks.broadcast("bound the drift", bound)
+        return scores[0].entry() if scores else DriftEntry(batches=0, rows=0, outputs={})
 
     def gather_counts(self) -> dict[str, int]:
         """Return how many ids were looked up on all ranks, and how many of them have no row, or none since they are pruned."""
         counted = self.ranks.all_gather("count the ids of the drift", lambda: self.counts)
         return {name: sum(getattr(its, name) for its in counted) for name in ("ids", "without_row", "pruned")}
 
-    def _add(
-        self,
-        sample: DenseSample,
-        names: tuple[str, ...],
-        program: ExportedProgram,
-        place: int,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        is_strict: bool,
-    ) -> None:
-        """Run the program on a batch and take in how far its outputs are from the unmodified model's. Rank 0.
-
-        Where ``is_strict``, outputs that differ by more than rounding are a ParityError.
-        """
-        limit, reference = self.config.max_batch_size, self._kept[place].reference
-        assert reference is not None
-        if not all(
-            _fits(tensors.get(name), sample.inputs[name], self.config.dynamic_dims.get(name, {})) for name in names
-        ):
-            self._num_skipped += 1
-            return
-        rows = tensors[names[0]].shape[0]
-        inputs = {name: tensors[name].detach()[:limit].to(sample.inputs[name].device).clone() for name in names}
-        try:
-            with exporting(sample.dense_arch), torch.no_grad():
-                found = sample.flatten(program.module()(**inputs))
-        except Exception as error:
-            raise ParityError(
-                f"the written program fails on a further batch: {said(error)}{blame(error)}. No manifest was written"
-            ) from error
-        self._num_batches += 1
-        self._num_rows += min(rows, limit)
-        is_apart = False
-        for name, one, other in zip(sample.output_names, sample.flatten(reference.output), found, strict=True):
-            whole = one[:limit] if rows > limit and one.dim() and one.shape[0] == rows else one
-            if whole.shape != other.shape:
-                if rows > limit:
-                    continue  # what has no row for each of the batch cannot be had of a part of it
-                raise ParityError(
-                    f"output {name!r} of a further batch: the written program gives {list(other.shape)}, the model "
-                    f"{list(whole.shape)}. No manifest was written"
-                )
-            self._outputs.setdefault(name, OutputDrift()).add(whole, other)
-            is_apart = is_apart or not has_same_values(whole, other)
-        self._is_cut = rows > limit if not place else self._is_cut
-        # a score may depend on all rows of its batch: where the sample was whole, a part of a batch proves nothing
-        if is_strict and is_apart and (rows <= limit or self._is_cut):
-            self._refuse_other_scores(sample, names, program, place, tensors)
-
-    def _refuse_other_scores(
-        self,
-        sample: DenseSample,
-        names: tuple[str, ...],
-        program: ExportedProgram,
-        place: int,
-        tensors: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Raise ParityError where an output differs from the unmodified model's by more than rounding. Rank 0."""
-        config, kept = self.config, self._kept[place]
-        assert kept.reference is not None
-        reference = dataclasses.replace(kept.reference, blocks=tensors, args=(tensors,))
-        try:
-            check_reference(
-                sample,
-                names,
-                program,
-                reference,
-                tensors=tensors,
-                atol=config.atol,
-                rtol=config.rtol,
-                max_batch_size=config.max_batch_size,
-                what=f"the written program on batch {place + 1}",
-            )
-        except ParityError as error:
-            raise ParityError(f"{error}{f'. In the model, {kept.why}' if kept.why else ''}") from None
-
 
 def join_ids(ids: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return by table the ids of all batches, sorted, without duplicates."""
     tables = sorted({table for by_table in ids for table in by_table})
     return {t: np.unique(np.concatenate([by_table[t] for by_table in ids if t in by_table])) for t in tables}
-
-
-def _fits(tensor: torch.Tensor | None, traced: torch.Tensor, free: Mapping[int, str]) -> bool:
-    """Whether the program takes such a tensor: it was traced with ``traced``, with the dimensions ``free`` besides the batch."""
-    if tensor is None or tensor.dtype != traced.dtype or tensor.dim() != traced.dim() or not tensor.shape[0]:
-        return False
-    return all(tensor.shape[d] == traced.shape[d] or d in free for d in range(1, tensor.dim()))

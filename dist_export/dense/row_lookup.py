@@ -1,7 +1,4 @@
-"""Find the rows of given ids in the checkpoint without loading a table.
-
-Columns of ids are scanned and rows read one by one; where rows go by number, an id is a row's number, and only rows are read.
-"""
+"""Find the rows of given ids in the checkpoint, as serving will have them, and keep what was found."""
 
 from __future__ import annotations
 
@@ -9,17 +6,31 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dist_export.checkpoint.id_reader import read_ids
-from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
-from dist_export.checkpoint.row_reader import RowReader
+from dist_export.checkpoint.metadata import SlotMeta, TableMeta
 from dist_export.dense.found_rows import FoundRows, LocatedRows, number_pieces
 from dist_export.dense.known_tables import KnownTables
-from dist_export.formats.recis import EMBEDDING_SLOT, is_in_slice
+from dist_export.dense.source_rows import SourceRows
+from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import RowCast, encode_values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveRows:
+    """What a model that is exported from memory can take of the rows that were written. Nothing else restricts a lookup."""
+
+    is_own: Callable[[str, np.ndarray], np.ndarray] | None = None
+    """(table, ids) -> which of the ids (bool) may be found: those that this rank's table has itself, because another one could
+    not be taken out of it again."""
+    sharded: Collection[str] = ()
+    """Tables that took no rows in the first run, whatever they look like in the second: FSDP leaves the weights of its outermost
+    module whole after a forward."""
+    pruned: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By table, the ids whose rows were left out by rules (int64), as :meth:`RowFinder.pruned_ids` gives them."""
 
 
 class RowFinder(KnownTables):
@@ -30,47 +41,29 @@ class RowFinder(KnownTables):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        misplaced: np.ndarray | None,
-        dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
-        names: Mapping[str, str] | None = None,
-        is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
+        source: SourceRows,
         *,
+        names: Mapping[str, str] | None = None,
         casts: Mapping[str, RowCast] | None = None,
-        is_written: bool = False,
-        only: Callable[[str, np.ndarray], np.ndarray] | None = None,
-        sharded: Collection[str] = (),
-        pruned: Mapping[str, np.ndarray] | None = None,
+        live: LiveRows | None = None,
         max_memory_bytes: int = 512 << 20,
     ) -> None:
         """Look at ids only when asked.
 
         Args:
-            checkpoint: where the rows are.
-            misplaced: rows by part (int64) that lie outside their part's slice; None where they were not counted.
-            dropped_in: (part, first row, number of rows) -> which of these are not exported (int64, from the first row
-                on): they are passed over here too, so that the sample sees what serving will.
-            is_pruned: (part, rows within it, their ids) -> which of these rules leave behind (bool): they are passed over
-                too.
-            names: name in ``checkpoint`` -> name that the model has for the table, of those where it is another one.
+            source: the rows, and which of them are exported.
+            names: name in the checkpoint -> name that the model has for the table, of those where it is another one.
             casts: by table, how rows are written otherwise than the source has them.
-            is_written: whether the rows of ``checkpoint`` are those that were cast; else they are to be.
-            only: (table, ids) -> which of the ids (bool) may be found: for a model that is exported from memory those that
-                this rank's table holds itself, for another could not be taken out of it again.
-            sharded: tables of such a model that took no rows in the first run, whatever they look like in the second: FSDP
-                leaves the weights of its outermost module whole after a forward.
-            pruned: of such a model, by table the ids whose rows were left behind (int64), as :meth:`pruned_ids` gives them.
+            live: of the written rows of a model in memory, what this rank's own tables can take.
             max_memory_bytes: for the rows of a table that is read whole, which are not kept here.
         """
+        checkpoint, live = source.checkpoint, live or LiveRows()
         self.max_memory_bytes = max_memory_bytes
-        self.sharded = sharded
+        self.sharded = live.sharded
         self._casts = self._served_casts = casts or {}
-        self._is_written = is_written
-        self._only = only
+        self._only = live.is_own
+        self._source = source
         self._checkpoint = checkpoint
-        self._misplaced = misplaced
-        self._dropped_in = dropped_in
-        self._is_pruned = is_pruned
         names = names or {}
         super().__init__(  # by the names that the model has, as all methods take and give them but ``written_name``
             {names.get(table.name, table.name): i for i, table in enumerate(checkpoint.tables)},
@@ -86,7 +79,7 @@ class RowFinder(KnownTables):
         self._wanted: dict[str, np.ndarray] = {}
         """Table -> ids that will be asked for, and were not yet."""
         self._recorded: dict[str, list[np.ndarray]] | None = None
-        self._pruned = pruned or {}
+        self._pruned = live.pruned
         self.learned: dict[int, Any] = {}
         """By ``id()`` of a hash table of the model, what runs with this finder and its views have learned of it."""
         self.poisoned: frozenset[str] = frozenset()
@@ -176,7 +169,7 @@ class RowFinder(KnownTables):
     def differ_by_settings(self, one: str, other: str) -> bool:
         """Whether settings may make other rows of the one table than of the other, where both have the same in the source."""
         defaults = [self._checkpoint.tables[self._numbers[table]].default_row for table in (one, other)]
-        is_pruned = self._is_pruned is not None or any(map(len, self._pruned.values()))
+        is_pruned = self._source.is_pruned is not None or any(map(len, self._pruned.values()))
         return is_pruned or self._cast_of(one) != self._cast_of(other) or defaults[0] != defaults[1]
 
     def changes_rows(self, whole: Mapping[str, int]) -> bool:
@@ -224,7 +217,7 @@ class RowFinder(KnownTables):
         """
         number, slot = self._numbers[table], self.stored_embedding(table)
         found = FoundRows.nothing(numbers, slot.row_bytes)
-        self._find_by_number(number, slot, found)
+        self._source.fill_by_number(number, slot, found)
         if (found.rows[~has_id] != self.default_row(table)).any():
             self._replaced.add(table)
         return found.rows
@@ -240,7 +233,7 @@ class RowFinder(KnownTables):
     def embedding_of(self, table: str) -> SlotMeta:
         """Return dtype and shape of a table's embedding rows, as the checkpoint has them before any cast."""
         slot, cast = self.stored_embedding(table), self._cast_of(table)
-        if cast is None or not self._is_written:
+        if cast is None or not self._source.is_written:
             return slot
         shape = (cast.dim,) if cast.encoding else slot.inner_shape
         return dataclasses.replace(slot, dtype=cast.source, inner_shape=shape, row_bytes=cast.source_bytes)
@@ -318,7 +311,7 @@ class RowFinder(KnownTables):
         new = np.union1d(ids, self._wanted.pop(table)) if table in self._wanted else ids
         new = new if known is None else np.setdiff1d(new, known.ids, assume_unique=True)
         if known is None or len(new):
-            found = self._scan(number, self.stored_embedding(table), new)
+            found = self._source.scan(number, self.stored_embedding(table), new, self.located)
             known = self._found[number] = found if known is None else known.join(found)
         return known
 
@@ -336,7 +329,7 @@ class RowFinder(KnownTables):
         if self._is_unmodified:
             return found.has_row, found.rows, np.zeros(len(ids), bool)
         rows = self._encode(table, found.kept)
-        if not self._is_written and table not in self._replaced:
+        if not self._source.is_written and table not in self._replaced:
             own = np.where(found.has_row[:, None], found.rows, self.unmodified().default_row(table))
             now = np.where(found.is_kept[:, None], rows, self.default_row(table))
             if (self.decode(table, now) != own).any():
@@ -345,85 +338,8 @@ class RowFinder(KnownTables):
 
     def scan(self, table: str, ids: np.ndarray) -> FoundRows:
         """Return all that a table holds of ids (int64, sorted, without duplicates), without keeping it."""
-        view = copy.copy(self)
-        view.located = LocatedRows(self._checkpoint)  # of whole tables nothing is kept
-        return view._scan(self._numbers[table], self.stored_embedding(table), ids)  # noqa: SLF001 -- of this very class
-
-    def _scan(self, number: int, slot: SlotMeta, ids: np.ndarray) -> FoundRows:
-        found = FoundRows.nothing(ids, slot.row_bytes)
-        if self._checkpoint.tables[number].is_hashed:
-            self._scan_ids(number, slot, found)
-        else:
-            self._find_by_number(number, slot, found)
-        return found
-
-    def _find_by_number(self, table: int, slot: SlotMeta, found: FoundRows) -> None:
-        """Fill in the rows of a table that go by number: an id is the number of its row, neighbours are read in one call."""
-        parts, ids = self._checkpoint.parts, found.ids
-        with RowReader(self._checkpoint) as reader:
-            for part in parts.of_table(table):
-                if not reader.is_held(part, slot.column):
-                    continue  # in the memory of another rank
-                first_row, num_rows = parts.first_row_of(part), int(parts.rows[part])
-                positions = np.arange(*np.searchsorted(ids, [first_row, first_row + num_rows]))
-                found.has_row[positions] = found.is_kept[positions] = True
-                if self._dropped_in is not None and len(positions):
-                    dropped = self._dropped_in(part, 0, num_rows) + first_row
-                    found.is_kept[positions[np.isin(ids[positions], dropped)]] = False
-                if not len(positions) or not slot.row_bytes:
-                    continue
-                for run in np.split(positions, np.flatnonzero(np.diff(ids[positions]) != 1) + 1):
-                    wanted = found.rows[run[0] : run[-1] + 1].reshape(-1)
-                    reader.read_into(wanted, part, slot.column, int(ids[run[0]]) - first_row, len(run))
-        found.kept[found.is_kept] = found.rows[found.is_kept]
-
-    def _scan_ids(self, number: int, slot: SlotMeta, found: FoundRows) -> None:
-        """Fill in the rows of a hash table: its columns of ids are scanned."""
-        checkpoint, ids = self._checkpoint, found.ids
-        for part in checkpoint.parts.of_table(number):
-            may_hold = self._misplaced is None or self._misplaced[part] > 0
-            if not len(ids) or not (may_hold or is_in_slice(ids, checkpoint.parts.slice_of(part)).any()):
-                continue
-            if not checkpoint.parts.rows[part]:
-                continue
-            first = 0
-            with RowReader(checkpoint) as reader:
-                if not (reader.is_held(part, 0) and reader.is_held(part, slot.column)):
-                    continue  # in the memory of another rank, whose table this rank's model does not ask
-                for held in read_ids(checkpoint, part):
-                    positions = np.minimum(np.searchsorted(ids, held), len(ids) - 1)
-                    wanted = np.flatnonzero(ids[positions] == held)
-                    if len(wanted):
-                        self._fill(found, reader, slot, part, first, held, wanted, positions[wanted])
-                    first += len(held)
-
-    def _fill(
-        self,
-        found: FoundRows,
-        reader: RowReader,
-        slot: SlotMeta,
-        part: int,
-        first: int,
-        held: np.ndarray,
-        wanted: np.ndarray,
-        positions: np.ndarray,
-    ) -> None:
-        """Take in the rows ``first + wanted`` of a part, whose ids ``held[wanted]`` are those at ``places``."""
-        if not self._is_written:
-            self.located.add(int(self._checkpoint.parts.table[part]), part, first + wanted, held[wanted])
-        is_kept = np.ones(len(wanted), bool)
-        if self._dropped_in is not None:
-            is_kept &= ~np.isin(wanted, self._dropped_in(part, first, len(held)))
-        if self._is_pruned is not None and is_kept.any():
-            is_left = self._is_pruned(part, first + wanted[is_kept], held[wanted[is_kept]])
-            found.is_pruned[positions[is_kept][is_left]] = True
-            is_kept[is_kept] = ~is_left
-        rows = np.zeros((len(wanted), slot.row_bytes), np.uint8)
-        if slot.row_bytes:
-            reader.read_each_into(rows, part, slot.column, first + wanted)
-        # of an id that stands several times in one run, numpy takes the last, as the runs themselves do
-        found.has_row[positions], found.rows[positions] = True, rows
-        found.is_kept[positions[is_kept]], found.kept[positions[is_kept]] = True, rows[is_kept]
+        nowhere = LocatedRows(self._checkpoint)  # of whole tables nothing is kept
+        return self._source.scan(self._numbers[table], self.stored_embedding(table), ids, nowhere)
 
     def _cast_of(self, table: str) -> RowCast | None:
         return self._casts.get(self.written_name(table))
@@ -433,4 +349,4 @@ class RowFinder(KnownTables):
 
     def _encode(self, table: str, rows: np.ndarray) -> np.ndarray:
         cast = self._cast_of(table)
-        return rows if cast is None or self._is_written else cast.encode(rows)
+        return rows if cast is None or self._source.is_written else cast.encode(rows)

@@ -38,7 +38,7 @@ from dist_export.dense.reference_check import (
 )
 from dist_export.dense.replicas import compare_replicas
 from dist_export.dense.row_check import check_rows, check_whole_rows
-from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.row_lookup import LiveRows, RowFinder
 from dist_export.dense.rule_check import check_settings
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
@@ -51,6 +51,7 @@ from dist_export.dense.sample_notes import (
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
+from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims, trace_dense
 from dist_export.errors import ModelError, ParityError
@@ -115,22 +116,19 @@ class DenseStage:
 
     def prepare(
         self,
-        checkpoint: Checkpoint | None,
-        misplaced: np.ndarray | None,
+        source: SourceRows | None,
         features: Features,
         *,
-        dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
-        is_pruned: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
         casts: Mapping[str, RowCast] | None = None,
     ) -> list[str]:
         """Copy and load the dense arch, run the sample batch, name the outputs. All ranks; nothing is written.
 
-        ``misplaced``, ``dropped_in``, ``is_pruned`` and ``casts`` are as :class:`~dist_export.dense.row_lookup.RowFinder` takes
-        them.
+        ``source`` and ``casts`` are as :class:`~dist_export.dense.row_lookup.RowFinder` takes them.
 
         Returns notes for the summary. Raises ModelError, on all ranks, for what the user can mend.
         """
         ranks = self._ranks
+        checkpoint = None if source is None else source.checkpoint
         sparse_arch, dense_arch = ranks.run(
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
@@ -150,12 +148,9 @@ class DenseStage:
         self._drift.take(self._data, self._batches)
         self._casts = casts or {}
         finder = None
-        if checkpoint is not None:
-            names = self._names_of(checkpoint)
-            budget = self._config.max_memory_bytes
-            finder = RowFinder(
-                checkpoint, misplaced, dropped_in, names, is_pruned, casts=self._casts, max_memory_bytes=budget
-            )
+        if source is not None:
+            names, budget = self._names_of(source.checkpoint), self._config.max_memory_bytes
+            finder = RowFinder(source, names=names, casts=self._casts, max_memory_bytes=budget)
         self._finder = finder
         with self._sparse_values() as put:
             self._put = put
@@ -408,14 +403,14 @@ class DenseStage:
             sparse_arch = self._sparse_arch
             # the check has proven that each id lies in the slice of its part
             finder = RowFinder(
-                written,
-                np.zeros(len(written.parts), np.int64),
+                SourceRows(checkpoint=written, misplaced=np.zeros(len(written.parts), np.int64), is_written=True),
                 names=self._model_names,
                 casts=self._casts,
-                is_written=True,
-                only=self._is_own_row if self._parameters is None else None,
-                sharded=self._looked_up.sharded_tables,
-                pruned=self._pruned,
+                live=LiveRows(
+                    is_own=self._is_own_row if self._parameters is None else None,
+                    sharded=self._looked_up.sharded_tables,
+                    pruned=self._pruned,
+                ),
                 max_memory_bytes=self._config.max_memory_bytes,
             )
             finder.learned = {} if self._finder is None else self._finder.learned

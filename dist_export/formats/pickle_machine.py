@@ -101,6 +101,8 @@ class Machine:
         self._allowance = 8 * len(raw) + (1 << 16)
         self._collisions: dict[int, list[Any]] = {}
         self._protocol = 0
+        self._memo: list[Any] = []
+        self._below: list[list[Any]] = []
 
     def load(self) -> Any:
         """Return the object that the pickle describes. It may be nested without limit, and may contain one container many times.
@@ -151,11 +153,9 @@ class Machine:
                 raise PickleError("has keys of one hash; they are made to take for ever")
 
     def _load(self) -> Any:
-        raw, size = self.raw, len(self.raw)
-        memo: list[Any] = []
-        self._memo = memo
+        raw = self.raw
+        memo = self._memo
         stack: list[Any] = []
-        self._below: list[list[Any]] = []
         at = self._read_protocol()
         while True:
             opcode = raw[at]
@@ -182,16 +182,7 @@ class Machine:
                 stack[-1] = self._call(stack[-1], arguments)
             elif opcode == 0x62:  # BUILD
                 state = stack.pop()
-                restored = stack[-1]
-                self.charge_state(state)
-                if type(restored) is Record and restored.state is None:
-                    restored.state = state
-                elif type(restored) is not dict:  # an OrderedDict's own attributes are not used
-                    raise PickleError(f"restores a {type(restored).__name__}, or one object twice")
-            elif opcode == 0x7D:  # EMPTY_DICT
-                stack.append({})
-            elif opcode == 0x29:  # EMPTY_TUPLE
-                stack.append(())
+                self._restore(stack[-1], state)
             elif opcode == 0x75:  # SETITEMS
                 items = stack
                 stack = self._below.pop()
@@ -212,23 +203,13 @@ class Machine:
                 self.end = at
                 return stack.pop()
             elif opcode in _READ:
-                length, read = _READ[opcode]
-                count = length.unpack_from(raw, at)[0] if isinstance(length, struct.Struct) else length
-                at += length.size if isinstance(length, struct.Struct) else 0
-                if count > size - at:
-                    raise PickleError("is cut short or damaged")
-                stack.append(read(raw[at : at + count]))
-                at += count
+                value, at = self._read_value(opcode, at)
+                stack.append(value)
             elif opcode == 0x63:  # GLOBAL
-                ends = raw.find(b"\n", at), raw.find(b"\n", raw.find(b"\n", at) + 1)
-                if not at <= ends[0] < ends[1]:
-                    raise PickleError("is cut short or damaged")
-                stack.append(self._name(_text(raw[at : ends[0]]), _text(raw[ends[0] + 1 : ends[1]])))
-                at = ends[1] + 1
+                value, at = self._read_global(at)
+                stack.append(value)
             elif opcode == 0x95:  # FRAME
-                if _U64.unpack_from(raw, at)[0] > size - at - 8:
-                    raise PickleError("is cut short or damaged")
-                at += 8
+                at = self._enter_frame(at)
             else:
                 stack = self._rare(opcode, stack)
 
@@ -238,6 +219,32 @@ class Machine:
             raise PickleError("is no pickle of protocol 2 to 5")
         self._protocol = head[1]
         return self.start + 2
+
+    def _read_value(self, opcode: int, at: int) -> tuple[Any, int]:
+        """Return a value that is written out at ``at``, and the position behind it."""
+        length, read = _READ[opcode]
+        if isinstance(length, int):
+            count = length
+        else:
+            count = length.unpack_from(self.raw, at)[0]
+            at += length.size
+        if count > len(self.raw) - at:
+            raise PickleError("is cut short or damaged")
+        return read(self.raw[at : at + count]), at + count
+
+    def _enter_frame(self, at: int) -> int:
+        """Return where the frame begins whose length is at ``at``."""
+        if _U64.unpack_from(self.raw, at)[0] > len(self.raw) - at - 8:
+            raise PickleError("is cut short or damaged")
+        return at + 8
+
+    def _read_global(self, at: int) -> tuple[Any, int]:
+        """Return what the two lines at ``at`` name, and the position behind them."""
+        raw = self.raw
+        ends = raw.find(b"\n", at), raw.find(b"\n", raw.find(b"\n", at) + 1)
+        if not at <= ends[0] < ends[1]:
+            raise PickleError("is cut short or damaged")
+        return self._name(_text(raw[at : ends[0]]), _text(raw[ends[0] + 1 : ends[1]])), ends[1] + 1
 
     def _put(self, place: int, value: Any) -> None:
         if place == len(self._memo):
@@ -254,6 +261,13 @@ class Machine:
         if len(arguments) > _MAX_ARGUMENTS:
             raise PickleError(f"calls {function.name} with {len(arguments):,} arguments")
         return _ask(function.make, *arguments)
+
+    def _restore(self, restored: Any, state: Any) -> None:
+        self.charge_state(state)
+        if type(restored) is Record and restored.state is None:
+            restored.state = state
+        elif type(restored) is not dict:  # an OrderedDict's own attributes are not used
+            raise PickleError(f"restores a {type(restored).__name__}, or one object twice")
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2 or type(target) not in (dict, Record):
@@ -389,6 +403,8 @@ _READ: dict[int, tuple[struct.Struct | int, Callable[[bytes], Any]]] = {
 """Opcode -> (number of bytes that follow, or the format of that number; function that converts them)."""
 
 _PUSHED: dict[int, Callable[[], Any]] = {
+    0x7D: dict,
+    0x29: tuple,
     0x5D: list,
     0x8F: lambda: Record("set"),
     0x4E: lambda: None,

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import index_name, note_unindexed
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.source_rows import SourceRows
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
@@ -195,14 +197,8 @@ def sample_model(export: ExportState) -> ExportState:
 
     with task.reporter.stage("sample"):
         dense = DenseStage(ranks, config, objects, read.parameters)
-        notes = dense.prepare(
-            read.checkpoint,
-            None if planned is None else planned.census.misplaced,
-            read.features,
-            dropped_in=None if planned is None else planned.plan.dropped.rows_in,
-            is_pruned=None if planned is None else find_pruned(planned.plan.checkpoint, planned.plan.pruning),
-            casts={} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection),
-        )
+        casts = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+        notes = dense.prepare(_describe_rows(read.checkpoint, planned), read.features, casts=casts)
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
@@ -219,6 +215,20 @@ def trace_scores(export: ExportState) -> ExportState:
     with task.reporter.stage("trace"):
         notes = scores.trace()
     return export.grown(notes=notes, scores=scores if scores.is_there else None)
+
+
+def _describe_rows(checkpoint: Checkpoint | None, planned: PlannedSparse | None) -> SourceRows | None:
+    """Return the rows of the source, and which of them the plan leaves out. Without a plan none is."""
+    if checkpoint is None:
+        return None
+    if planned is None:
+        return SourceRows(checkpoint=checkpoint)
+    return SourceRows(
+        checkpoint=checkpoint,
+        misplaced=planned.census.misplaced,
+        dropped_in=planned.plan.dropped.rows_in,
+        is_pruned=find_pruned(planned.plan.checkpoint, planned.plan.pruning),
+    )
 
 
 def lock_target(export: ExportState) -> ExportState:

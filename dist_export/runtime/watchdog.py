@@ -25,6 +25,7 @@ from dist_export.redact import first_line
 from dist_export.runtime.heartbeat import Beat, End, Store, encode, has_ended
 from dist_export.runtime.interrupts import INTERRUPTS, end_children
 from dist_export.runtime.io_activity import ACTIVITY
+from dist_export.runtime.neighbour import Neighbour
 from dist_export.runtime.process_identity import Identity, identify
 from dist_export.runtime.sigterm import SigtermPipe
 from dist_export.runtime.terminal import SCREEN
@@ -100,11 +101,7 @@ class Watchdog:
         self._stopping_secs = 0.0
         self._sigterm: SigtermPipe | None = None
         self._threads: list[threading.Thread] = []
-        self._watched = rank
-        """The rank that this one watches. The next three attributes are what is known about it."""
-        self._identity: Identity | None = None
-        self._number = -2
-        self._silent_since = 0.0
+        self._neighbour = Neighbour(rank, world_size, self._me, timeout_secs=timeout_secs, silent_secs=SILENT_SECS)
 
     def start(self, *, catches_sigterm: bool = False) -> None:
         """Start both threads. With ``catches_sigterm``, allowed only in the main thread, SIGTERM becomes a clean stop."""
@@ -283,50 +280,8 @@ class Watchdog:
             self._record(store, self._why)
         elif self._is_asked_to_stop and not self._is_stopping:
             self._find_out_why_to_stop(store)
-        else:
-            self._watch(store)
-
-    def _watch(self, store: Store) -> None:
-        if self._watched == self._rank:
-            self._watch_next()
-        rank = self._watched
-        if rank == self._rank:
-            return  # all others have left
-        now = time.monotonic()
-        if store.check([f"beat/{rank}", f"who/{rank}"]):
-            beat = msgspec.json.decode(store.get(f"beat/{rank}"), type=Beat)
-            if beat.has_left:
-                self._watch_next()
-                return
-            if beat.number != self._number:
-                self._number, self._silent_since = beat.number, now
-            if self._identity is None:
-                self._identity = msgspec.json.decode(store.get(f"who/{rank}"), type=Identity)
-            self._judge(store, beat, now - self._silent_since)
-        elif now - self._silent_since > self._timeout_secs:
-            self._record(store, f"rank {rank} of {self._world_size} never arrived")
-
-    def _watch_next(self) -> None:
-        self._watched = (self._watched + 1) % self._world_size
-        self._identity, self._number, self._silent_since = None, -2, time.monotonic()
-
-    def _judge(self, store: Store, beat: Beat, silent: float) -> None:
-        assert self._identity is not None
-        is_alive = self._identity.is_alive(self._me)
-        who = f"rank {self._watched} of {self._world_size} ({self._identity})"
-        if is_alive is False:
-            self._record_death(store, who, beat)
-        elif is_alive is None and silent > SILENT_SECS:
-            self._record(store, f"{who} has given no sign of life for {silent:.0f} s; it was last in {beat.doing}")
-        elif silent > self._timeout_secs:
-            self._record(
-                store, f"{who} hangs: no sign of life for {silent:.0f} s (timeout); it was last in {beat.doing}"
-            )
-
-    def _record_death(self, store: Store, who: str, beat: Beat) -> None:
-        again = msgspec.json.decode(store.get(f"beat/{self._watched}"), type=Beat)
-        if not again.has_left:  # it may have left between the two reads
-            self._record(store, f"{who} died in {beat.doing}")
+        elif why := self._neighbour.find_failure(store):
+            self._record(store, why)
 
     def _record(self, store: Store, why: str) -> None:
         """Write the reason for all ranks, unless there is one already, and end."""

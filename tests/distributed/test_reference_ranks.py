@@ -16,6 +16,7 @@ from dist_export.dense import reference
 from dist_export.dense.own_parameters import reshard
 from dist_export.dense.reference import ReferenceRunner
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import DistExportError
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.io_activity import ACTIVITY
@@ -94,7 +95,7 @@ def run_each(rank: int, folder: str) -> list[str]:
             runner = ReferenceRunner(
                 ranks, whole, model.sparse, model.dense, sparse_model_name="sparse", dense_model_name="dense"
             )
-            finder = RowFinder(checkpoint, None)
+            finder = RowFinder(SourceRows(checkpoint=checkpoint))
             reshard(model)
             before, hooks = local_state(model), hooks_of(model)
             for turn in range(2):

@@ -290,7 +290,7 @@ def test_a_table_is_scanned_once_for_all_batches(tmp_path: Path, monkeypatch) ->
         scans.append((id(checkpoint), part))
         return real(checkpoint, part)
 
-    monkeypatch.setattr("dist_export.dense.row_lookup.read_ids", read_ids)
+    monkeypatch.setattr("dist_export.dense.source_rows.read_ids", read_ids)
     export(tmp_path, batches(4))
     assert len(scans) == len(set(scans)), "a part was scanned more than once"
     assert len(scans) == 4 + 2, "two parts of each of two tables in the source, and one in the package"

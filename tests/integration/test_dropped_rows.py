@@ -17,6 +17,7 @@ import dist_export.pipeline.steps
 from dist_export.commit import audit
 from dist_export.commit.audit import check_accounts, check_entries
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ConfigError, PlanError, UserError
 from dist_export.ids import columns
 from dist_export.pipeline.dry_run import render_report
@@ -399,7 +400,9 @@ def test_the_sample_sees_the_row_that_is_exported(tmp_path):
     write_checkpoint(tmp_path / "in", tables)
     for keep in ("first", "last"):
         planned = plan(tmp_path / "in", on_duplicate=keep)
-        finder = RowFinder(open_source(tmp_path / "in"), planned.census.misplaced, planned.plan.dropped.rows_in)
+        source, dropped_in = open_source(tmp_path / "in"), planned.plan.dropped.rows_in
+        rows_in = SourceRows(checkpoint=source, misplaced=planned.census.misplaced, dropped_in=dropped_in)
+        finder = RowFinder(rows_in)
         truth = truth_of_model(tables["t"], keep=keep)
         found, rows = finder.find("t", truth["id"])
         assert found.all()

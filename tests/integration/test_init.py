@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def test_it_describes_the_tables_and_prints_without_out(fixtures: Path, capsys: 
         "export_dir": "package",
         "format": "recis",
     }
+
+
+def test_it_names_the_next_command_which_reads_the_file(
+    fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, also where the path has a space."""
+    out = tmp_path / "my export.yaml"
+    init(fixtures / "recis" / "small2", out)
+    shown, errors = capsys.readouterr()
+    assert errors == ""
+    assert shown == f"{out} is written. Next: python -m dist_export plan --config '{out}'\n"
+    program, _, package, *arguments = shlex.split(shown.partition("Next: ")[2])
+    assert (program, package) == ("python", "dist_export")
+    assert main(arguments) == 0
 
 
 def test_settings_that_are_given_go_into_the_file(fixtures: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_rows_of_a_later_batch_that_the_package_gives_otherwise_fail_the_export(
     real = hash_feed.HashFeed._insert
 
     def insert(self, name, held, rows):
-        is_written = self._finder._is_written
+        is_written = self._finder._source.is_written
         return real(
             self, name, held, torch.where(torch.from_numpy(held == USER_IDS[9])[:, None] & is_written, -rows, rows)
         )

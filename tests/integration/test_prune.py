@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import dist_export
 from dist_export.cli import main
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CommitError, ConfigError, PlanError, UserError
 from dist_export.manifest import compute_digest
 from dist_export.pipeline import planning as source_room
@@ -399,7 +400,12 @@ def test_the_sample_passes_over_what_is_left_behind(tmp_path, tables):
     planned = plan(tmp_path / "in", prune=[{"tables": "item", "slot": "step_filter", "below": 10}])
     is_pruned = find_pruned(planned.plan.checkpoint, planned.plan.pruning)
     finder = RowFinder(
-        open_source(tmp_path / "in"), planned.census.misplaced, planned.plan.dropped.rows_in, is_pruned=is_pruned
+        SourceRows(
+            checkpoint=open_source(tmp_path / "in"),
+            misplaced=planned.census.misplaced,
+            dropped_in=planned.plan.dropped.rows_in,
+            is_pruned=is_pruned,
+        )
     )
     for name, rows in truth_of(tables).items():
         found, _ = finder.find(name, rows["id"])

@@ -14,6 +14,7 @@ from safetensors import torch as safetensors_torch
 
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.source_rows import SourceRows
 from dist_export.formats.dtypes import DTYPES
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.joining import join
@@ -92,7 +93,7 @@ def test_every_tensor_is_what_its_own_library_loads(kind: str, tmp_path: Path) -
     with join(timeout_secs=60) as ranks:
         checkpoint = open_checkpoint(ranks, open_place(path), settings=TensorSettings(("table.*",)))
     assert sorted(table.name for table in checkpoint.tables) == sorted(tables)
-    finder = RowFinder(checkpoint, None).unmodified()
+    finder = RowFinder(SourceRows(checkpoint=checkpoint)).unmodified()
     for name, tensor in tables.items():
         slot = finder.embedding_of(name)
         assert DTYPES[slot.dtype].torch == str(tensor.dtype).removeprefix("torch.")

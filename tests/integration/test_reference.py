@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -301,8 +302,11 @@ def test_rows_are_the_sources_own_where_settings_change_them(tmp_path: Path) -> 
     finder = open_finder(tmp_path / "ck", {"user": table_of(IDS, num_parts=1)})
     code = CODE_BY_NAME["BF16"]
     finder._casts = {"user": RowCast(CODE_BY_NAME["F32"], code, "", 2)}
-    finder._is_pruned = lambda part, rows, ids: ids == 5
-    finder._dropped_in = lambda part, first, num: np.array([2])
+    finder._source = dataclasses.replace(
+        finder._source,
+        is_pruned=lambda part, rows, ids: ids == 5,
+        dropped_in=lambda part, first, num: np.array([2]),
+    )
     ids = np.array(IDS)
     has_row, rows = finder.find("user", ids)
     assert has_row.tolist() == [True, False, False, True]
@@ -317,7 +321,7 @@ def test_rows_are_the_sources_own_where_settings_change_them(tmp_path: Path) -> 
 
 
 def test_a_table_is_scanned_once_for_both_sides(tmp_path: Path, monkeypatch) -> None:
-    from dist_export.dense import row_lookup as rows
+    from dist_export.dense import source_rows as rows
 
     finder = open_finder(tmp_path / "ck", {"user": table_of(IDS, num_parts=1)})
     scans = []

@@ -17,6 +17,7 @@ import dist_export
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
+from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.table_feed import checkpoint_rows
 from dist_export.errors import CheckpointError, ModelError, ParityError
 from dist_export.storage.urls import open_directory
@@ -251,7 +252,7 @@ def test_a_table_that_serving_would_not_find_is_found(tmp_path: Path, monkeypatc
 
 def open_shards(folder: Path | str) -> PackageReader:
     directory = open_directory(folder)
-    return PackageReader(directory, [name for name in directory.names() if name.startswith("model-")])
+    return PackageReader(directory, [name for name in directory.names() if name.endswith(".safetensors")])
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -265,7 +266,7 @@ def test_written_tables_are_opened_by_what_serving_reads(ranks: int, tmp_path: P
     edges = [len(reader.files) * rank // ranks for rank in range(ranks + 1)]
     shares = [reader.read_headers(range(begin, end)) for begin, end in itertools.pairwise(edges)]
     written = reader.assemble(shares)
-    finder = RowFinder(written, np.zeros(len(written.parts), np.int64))
+    finder = RowFinder(SourceRows(checkpoint=written, misplaced=np.zeros(len(written.parts), np.int64)))
     assert finder.table_names() == ["city_emb", f"{PREFIX}t_item.weight", f"{PREFIX}t_user.weight"]
     weight = trained.state_dict()[f"{PREFIX}t_item.weight"].numpy()
     ids = np.array([-1, 0, 1, 12, 13, 36, 37])
@@ -299,7 +300,7 @@ def test_a_merged_manifest_that_is_damaged_is_one_line(tmp_path: Path) -> None:
 
 def test_rows_by_number_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_trained(tmp_path / "ckpt", torchrec_shape.build_trained())
-    finder = RowFinder(open_source(tmp_path / "ckpt"), None)
+    finder = RowFinder(SourceRows(checkpoint=open_source(tmp_path / "ckpt")))
     with recorded_reads(monkeypatch) as reads:
         finder.find(f"{PREFIX}t_user.weight", np.array([-5, 3, 4, 29, 30, 31, 60]))
     assert [last - first for _, first, last in reads] == [2 * 16, 16, 2 * 16]

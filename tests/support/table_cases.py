@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import run_sparse_arch
+from dist_export.dense.source_rows import SourceRows
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
@@ -75,7 +76,8 @@ def table_of(ids: list[int], dim: int = 2, dtype: str = "<f4", num_parts: int = 
 def open_finder(folder: Path, tables: dict[str, list[PartSpec]], misplaced: Any = None) -> RowFinder:
     """Write a checkpoint of these tables and return what finds its rows."""
     write_checkpoint(folder, tables)
-    return RowFinder(open_checkpoint(join(timeout_secs=1), open_directory(folder)), misplaced)
+    checkpoint = open_checkpoint(join(timeout_secs=1), open_directory(folder))
+    return RowFinder(SourceRows(checkpoint=checkpoint, misplaced=misplaced))
 
 
 def run(sparse: nn.Module, data: Any, finder: RowFinder, name: str = "sparse") -> tuple[torch.Tensor, Any]:

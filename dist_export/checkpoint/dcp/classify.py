@@ -100,6 +100,42 @@ def sort_dcp(
     kinds = _tell_apart(where, tensors, state, optimizers, settings, patterns)
     names = state.names
     final = _unique_names([*kinds.tables, *kinds.dense], names)
+    slots, other = _assign_slots(kinds, tensors, final, patterns)
+    elsewhere = patterns.pop_slots() if has_more_slots else frozenset()
+    _refuse_unmatched(where, patterns, state, [name for name in kinds.dense if len(tensors[name].shape) == 2], objects)
+    held = {within: tensors[name] for name, within in names.items() if name in tensors}
+    left_out = tuple(
+        Skipped(name, tensors[name].dtype, tensors[name].shape, say_left_out(settings))
+        for name in state.left_out
+        if name in tensors
+    )
+    aliases = [(alias, held[source]) for alias, source in kinds.roles.dense_aliases]
+    return SortedDcp(
+        tables=_make_tables(where, kinds, [(final[name], tensors[name], slots[name]) for name in kinds.tables], held),
+        dense=(
+            *((final[name], tensors[name]) for name in kinds.dense),
+            *((alias, tensor) for alias, tensor in aliases if not explain_unread(tensor.dtype)),
+        ),
+        other_state=tuple(other),
+        others=tuple(
+            other_tensor(final.get(name, name), tensors[name].dtype, tensors[name].shape, kind)
+            for kind, its in ((DENSE, kinds.dense), (STATE, other))
+            for name in its
+            if kind == STATE or names[name] not in kinds.roles.exported
+        )
+        + list_others([*kinds.skipped, *left_out]),
+        aliases=(*kinds.roles.table_aliases, *kinds.roles.dense_aliases),
+        skipped=tuple(kinds.skipped),
+        left_out=left_out,
+        notes=_make_notes(where, kinds, tensors, state, settings, other),
+        unmatched_slots=elsewhere,
+    )
+
+
+def _assign_slots(
+    kinds: _Kinds, tensors: Mapping[str, TensorMeta], final: Mapping[str, str], patterns: PatternMatches
+) -> tuple[dict[str, list[DcpSlot]], list[str]]:
+    """Return the optimizer slots of each table, by the name of its weight, and the optimizer state of no table."""
     only_dense = [name for name in kinds.dense if name not in kinds.tables]
     owner = _Owners({name: final[name] for name in kinds.tables}, {n for d in only_dense for n in (d, final[d])})
     slots: dict[str, list[DcpSlot]] = {name: [] for name in kinds.tables}
@@ -113,55 +149,53 @@ def sort_dcp(
         fits = fits_table(tensors[name].shape, tensors[weight].shape)
         slots[weight].append(DcpSlot(name=slot, tensor=tensors[name], fits=fits))
         patterns.match("optimizer_slots", slot, f"{final[weight]}.{slot}")  # as the plan has them
-    elsewhere = patterns.pop_slots() if has_more_slots else frozenset()
-    _refuse_unmatched(where, patterns, state, [name for name in kinds.dense if len(tensors[name].shape) == 2], objects)
-    held = {within: tensors[name] for name, within in names.items() if name in tensors}
-    found = [(final[name], tensors[name], _name_once(slots[name])) for name in kinds.tables]
+    return slots, other
+
+
+def _make_tables(
+    where: str,
+    kinds: _Kinds,
+    own: Iterable[tuple[str, TensorMeta, list[DcpSlot]]],
+    held: Mapping[str, TensorMeta],
+) -> tuple[DcpTable, ...]:
+    """Return the tables by name, with those that are another one's weight under a name of their own.
+
+    Args:
+        where: the checkpoint, for messages.
+        kinds: whose roles name the aliases.
+        own: name, weight and slots of each table.
+        held: tensors by their names within the model.
+    """
+    found = [(name, weight, _name_once(slots)) for name, weight, slots in own]
     for alias, source in kinds.roles.table_aliases:
         _refuse_no_table(where, alias, held[source])
         found.append((alias, held[source]._replace(name=alias), ()))
-    left = [name for name in kinds.dense if names[name] not in kinds.roles.taken]
-    left_out = tuple(
-        Skipped(name, tensors[name].dtype, tensors[name].shape, say_left_out(settings))
-        for name in state.left_out
-        if name in tensors
+    return tuple(
+        DcpTable(name=name, weight=weight, slots=slots, sharding=describe_sharding(weight))
+        for name, weight, slots in sorted(found, key=lambda table: table[0])
     )
-    return SortedDcp(
-        tables=tuple(
-            DcpTable(name=name, weight=weight, slots=its, sharding=describe_sharding(weight))
-            for name, weight, its in sorted(found, key=lambda table: table[0])
+
+
+def _make_notes(
+    where: str,
+    kinds: _Kinds,
+    tensors: Mapping[str, TensorMeta],
+    state: State,
+    settings: TensorSettings,
+    other: Iterable[str],
+) -> tuple[str, ...]:
+    """Return what a user should know of the choice. ``other``: optimizer state of no table."""
+    left = [name for name in kinds.dense if state.names[name] not in kinds.roles.taken]
+    return (
+        *state.notes,
+        *note_skipped(kinds.skipped, where),
+        *note_left(
+            [(state.names[name], tensors[name].shape) for name in left],
+            [(kinds.state[name], tensors[name].shape) for name in other],
+            kept_dense=kinds.kept_dense,
+            weights=settings.weights,
+            left_out=state.list_others({name: tensor.shape for name, tensor in tensors.items()}),
         ),
-        dense=(
-            *((final[name], tensors[name]) for name in kinds.dense),
-            *(
-                (alias, held[source])
-                for alias, source in kinds.roles.dense_aliases
-                if not explain_unread(held[source].dtype)
-            ),
-        ),
-        other_state=tuple(other),
-        others=tuple(
-            other_tensor(final.get(name, name), tensors[name].dtype, tensors[name].shape, kind)
-            for kind, its in ((DENSE, kinds.dense), (STATE, other))
-            for name in its
-            if kind == STATE or names[name] not in kinds.roles.exported
-        )
-        + list_others([*kinds.skipped, *left_out]),
-        aliases=(*kinds.roles.table_aliases, *kinds.roles.dense_aliases),
-        skipped=tuple(kinds.skipped),
-        left_out=left_out,
-        notes=(
-            *state.notes,
-            *note_skipped(kinds.skipped, where),
-            *note_left(
-                [(names[name], tensors[name].shape) for name in left],
-                [(kinds.state[name], tensors[name].shape) for name in other],
-                kept_dense=kinds.kept_dense,
-                weights=settings.weights,
-                left_out=state.list_others({name: tensor.shape for name, tensor in tensors.items()}),
-            ),
-        ),
-        unmatched_slots=elsewhere,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import ModelError
 from dist_export.pipeline.planning import open_checkpoint
 from dist_export.runtime.joining import join
@@ -263,11 +264,9 @@ def test_parts_whose_slice_cannot_hold_the_ids_are_not_read(make_finder, monkeyp
 def test_rows_of_a_checkpoint_that_recis_wrote(recis_fixtures) -> None:
     truth = np.load(recis_fixtures / "small2.truth.npz")
     finder = RowFinder(
-        open_checkpoint(
-            join(timeout_secs=1),
-            open_directory(recis_fixtures / "fullckpt" / "ckpt_3"),
-        ),
-        None,
+        SourceRows(
+            checkpoint=open_checkpoint(join(timeout_secs=1), open_directory(recis_fixtures / "fullckpt" / "ckpt_3"))
+        )
     )
     user, item = (torch.from_numpy(truth[f"{name}@id"][::3].copy()) for name in ("user_emb", "item_emb"))
     shop, brand = (torch.from_numpy(truth[f"{name}@id"][::5].copy()) for name in ("shop_emb", "brand_emb"))
