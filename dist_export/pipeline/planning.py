@@ -26,7 +26,7 @@ from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
 from dist_export.ids.lists import read_id_list
-from dist_export.plan.casts import cast_slots, check_defaults
+from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
     Census,
     UniqueTask,
@@ -191,7 +191,10 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
         to_hash_tables=config.to_hash_tables,
         default_row=config.default_row,
     )
-    return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
+    return ranks.run(
+        "choose the tables",
+        lambda: round_defaults(view_tables(checkpoint, asked), config.default_row, config.dtypes),
+    )
 
 
 def choose(
