@@ -26,7 +26,7 @@ class Sparse(nn.Module):
         self.user, self.item = nn.Embedding(50, 4), nn.Embedding(40, 4)
 
     def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"user": self.user(ids), "item": self.item(ids), "unused": ids.float()[:, None]}
+        return {"user": self.user(ids), "item": self.item(ids), "scale": 2.0, "unused": ids.float()[:, None]}
 
 
 class Dense(nn.Module):
@@ -65,11 +65,16 @@ def bare(doc: dict[str, Any], *names: str) -> None:
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "encoding": (lambda doc: bare(doc, "encoding"), "has no encoding"),
     "encoding and dim": (lambda doc: bare(doc, "encoding", "dim"), "has no encoding"),
+    "all of the encoding": (lambda doc: bare(doc, "encoding", "dim", "cast"), "dropped by cast"),
     "encoding and cast": (lambda doc: bare(doc, "encoding", "cast"), "has no encoding"),
     "atol": (lambda doc: doc["parity"].update(atol=10.0), "to be anything"),
     "rtol": (lambda doc: doc["parity"].update(rtol=2.0), "to be anything"),
     "input order": (lambda doc: doc["dense"].update(input_order=["item", "other", "user"]), "dense.input_order"),
     "input order twice": (lambda doc: doc["dense"].update(input_order=["item", "item", "user"]), "dense.input_order"),
+    "input order changed": (lambda doc: doc["dense"]["input_order"].reverse(), "dense.input_order"),
+    "no input order": (lambda doc: doc["dense"].pop("input_order"), "dense.input_order"),
+    "constants": (lambda doc: doc["dense"]["constants"].update(scale="3.0"), "dense.constants"),
+    "no constants": (lambda doc: doc["dense"].pop("constants"), "dense.constants"),
     "dropped inputs": (lambda doc: doc["dense"].update(dropped_inputs=[]), "dense.input_order"),
 }
 
