@@ -166,6 +166,39 @@ def test_a_damaged_row_is_not_handed_on(kind: str, settings: dict[str, object], 
     assert not verify(str(export(first, tmp_path / "again", **settings) and tmp_path / "again")).findings
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("settings", [{"num_shards": 2}, {"filter_sparse_opt": False}])
+def test_damage_of_a_copy_is_not_handed_on(in_place: bool, settings: dict[str, object], tmp_path: Path) -> None:
+    """A copy, and a checkpoint that is its own package, have shards with digests as new shards do."""
+    source = tmp_path / "ckpt"
+    write_checkpoint(source, make_tables({"user": 70}, 2))
+    first = source if in_place else tmp_path / "first"
+    export(source, first, filter_sparse_opt=False)
+    shard = first / "model-000001-of-000002.safetensors"
+    flip(shard, -2)
+    advice = r"remove manifest\.json" if in_place else "Copy the package again"
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: its content is not what was written.*{advice}"):
+        export(first, tmp_path / "again", **settings)
+    assert not (tmp_path / "again").exists(), "nothing was written"
+    skipped = export(first, tmp_path / "skipped", **settings, digest="none")
+    assert any("were not compared with its manifest" in note for note in skipped.notes)
+    flip(shard, -2)
+    assert not verify(str(export(first, tmp_path / "again", **settings) and tmp_path / "again")).findings
+
+
+def test_a_checkpoint_saved_over_its_package_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "ckpt"
+    write_checkpoint(source, make_tables({"user": 70}, 2))
+    export(source, source, filter_sparse_opt=False)
+    write_checkpoint(source, make_tables({"user": 90}, 2))
+    with pytest.raises(
+        CheckpointError, match=r"has .* bytes, the manifest says.*a trainer has saved here.*remove manifest"
+    ):
+        export(source, tmp_path / "out")
+    (source / "manifest.json").unlink()
+    assert export(source, tmp_path / "out").tables[0].rows_out == 90
+
+
 @pytest.mark.parametrize("name", ["tensorkey.json", "index", MERGED])
 def test_a_damaged_index_of_a_package_is_not_handed_on(name: str, tmp_path: Path) -> None:
     first = package_of("hash", tmp_path)
