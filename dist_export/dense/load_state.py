@@ -113,6 +113,11 @@ class _Refused(NamedTuple):
                 f"unexpected under '{dense_model_name}.': {_listed(self.unexpected)} (allow_unexpected_dense: [patterns] "
                 "leaves them out)"
             )
+        if any("._packed_params" in f".{key}" for key in self.unexpected):
+            complaints.append(
+                "_packed_params are those of modules quantized by torch.ao.quantization: save the checkpoint of the model as it "
+                "was before quantize_dynamic or convert"
+            )
         return complaints
 
 

@@ -25,14 +25,17 @@ _FOREIGN = ("torch.distributed", "torch.nn.parallel")
 """Modules of hooks that would gather, scatter or synchronize tensors; the copy already has these whole."""
 
 
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
 def copy_dense_arch(module: nn.Module) -> nn.Module:
     """Return a plain copy in eval mode. All ranks.
 
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
-        ModelError: a parameter cannot be gathered, with the reason; a module is scripted; a tensor has no values, or is of
-            a kind that a program cannot contain.
+        ModelError: a parameter cannot be gathered, with the reason; a module is scripted or quantized; a tensor has no values,
+            or is of a kind that a program cannot contain.
     """
     scripted = [name or "itself" for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
     if scripted:  # its copy would compute with the original's values, and torch.export cannot trace it
@@ -40,10 +43,27 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
             f"the dense arch is scripted by torch.jit ({scripted[0]}), which torch.export does not trace. Nothing was written. "
             "Give the module as it was before torch.jit.script or torch.jit.trace"
         )
+    _refuse_packed(module)
     refuse_unplain(module)
     with _whole_parameters(module):
         plain = _Copier(module).copy()
     return plain.eval()
+
+
+def _refuse_packed(module: nn.Module) -> None:
+    """Refuse modules of torch.ao.quantization: their weights are packed objects, which no state_dict has as tensors."""
+    packed = [
+        (name or "itself", type(child).__name__)
+        for name, child in module.named_modules()
+        if type(child).__module__.startswith(_PACKED) and hasattr(child, "_packed_params")
+    ]
+    if packed:
+        name, kind = packed[0]
+        raise ModelError(
+            f"the dense arch's {name} ({kind}) is quantized by torch.ao.quantization, and a program is not traced with packed "
+            "weights. Nothing was written. Give the model, and the checkpoint, as they were before quantize_dynamic or convert, "
+            "and quantize for serving afterwards"
+        )
 
 
 def refuse_unplain(module: nn.Module) -> None:
