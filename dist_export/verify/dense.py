@@ -27,6 +27,7 @@ from dist_export.manifest import (
 from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
+from dist_export.verify.dense_signature import check_signature
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,7 @@ def check_dense(
     except DistExportError as error:
         findings.append(f"{entry.program}: {_first_line(error)}")
         return
+    check_signature(program, entry, findings)
     try:
         inputs, outputs = _read_sample(folder, entry, findings)
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
