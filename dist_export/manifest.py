@@ -40,6 +40,7 @@ from dist_export.formats.package_entries import (
 from dist_export.formats.strict_json import decode_object
 
 __all__ = [
+    "BLOCKS",
     "DEFAULT_ROWS",
     "FORMAT",
     "MANIFEST",
@@ -81,6 +82,8 @@ SAMPLE_ROWS = "sample_rows.json"
 row, or null for an out-of-vocabulary id."""
 DEFAULT_ROWS = "default_rows.json"
 """In the dense folder: table -> xxh3-64 of the row, in its stored form, that the sample used for ids without a row."""
+BLOCKS = "blocks.json"
+"""In the dense folder: ``input_order`` and ``constants`` as the manifest has them, in a file with a digest of its own."""
 OUTPUTS = "outputs_dict.json"
 """In the dense folder: the model's outputs for the sample by name, in the format of ``inputs_dict.json``."""
 

@@ -37,6 +37,8 @@ class ModelWeights(NamedTuple):
     """Names of one and the same weight, two or more each and in order."""
     embeddings: frozenset[str] = frozenset()
     """Plain paths of the ``nn.Embedding`` and ``nn.EmbeddingBag`` within the sparse arch."""
+    computed: tuple[tuple[str, str], ...] = ()
+    """Of the embeddings, those whose weight is computed from other parameters, and by what."""
     dense_names: frozenset[str] = frozenset()
     """Plain names, within the dense arch, of its parameters and of the buffers that are saved."""
 

@@ -33,6 +33,21 @@ _OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".distcp", ".
 def find_package(directory: Directory) -> Manifest | None:
     """Return the manifest of a package that was written anew; None for what is none, or is a checkpoint with one beside it.
 
+    CheckpointError as :func:`find_manifest`.
+    """
+    manifest = find_manifest(directory)
+    if manifest is None:
+        return None
+    # an encoding and what casts took are told by no shard, and a copy of a package has them too
+    is_needed = manifest.mode == "filter" or any(
+        slot.encoding is not msgspec.UNSET or slot.casts for table in manifest.tables for slot in table.kept
+    )
+    return manifest if is_needed else None
+
+
+def find_manifest(directory: Directory) -> Manifest | None:
+    """Return the manifest of a package with tables, also of a copy and of one in its checkpoint; None for what is none.
+
     Raises:
         CheckpointError: the manifest is one of ours, and damaged, or cannot be read.
     """
@@ -51,11 +66,7 @@ def find_package(directory: Directory) -> Manifest | None:
         return None
     except PackageError as error:
         raise CheckpointError(str(error)) from None
-    # an encoding and what casts took are told by no shard, and a copy of a package has them too
-    is_needed = manifest.mode == "filter" or any(
-        slot.encoding is not msgspec.UNSET or slot.casts for table in manifest.tables for slot in table.kept
-    )
-    return manifest if is_needed and manifest.tables else None
+    return manifest if manifest.tables else None
 
 
 def has_row_indexed(manifest: Manifest) -> bool:

@@ -28,6 +28,7 @@ from dist_export.checkpoint.state_keys import (
     nested_root,
 )
 from dist_export.checkpoint.tensor_settings import WHOLE, TensorSettings
+from dist_export.checkpoint.wrapping_prefix import strip_wrapping_prefix
 from dist_export.errors import UnaskedError
 from dist_export.humanize import count
 
@@ -99,6 +100,9 @@ def choose_state(
         optimizer = find_optimizer(spellings)
         rest = [member for member in members if member.name not in optimizer]
         names, left_out, notes = _choose(rest, settings, where=where, leaves_rest=leaves_rest)
+        if settings.state_root != WHOLE:
+            names, prefix = strip_wrapping_prefix(names, settings.weights)
+            notes = (*notes, *([_say_prefix(where, prefix)] if prefix else []))
         if all(within in spellings[name] for name, within in names.items()):
             known = frozenset(spelling for its in spellings.values() for spelling in its)
             several = "" if settings.state_root else _say_several(rest)
@@ -294,3 +298,9 @@ def _root_of(member: Member, roots: set[Root]) -> str:
 def _count_roots(members: Sequence[Member], roots: set[Root]) -> str:
     counts = Counter(_root_of(member, roots) for member in members)
     return list_some([f"{root} ({number} tensors)" for root, number in sorted(counts.items())])
+
+
+def _say_prefix(where: str, prefix: str) -> str:
+    return (
+        f"{where}: {prefix!r} is in front of the names of all tensors and not in the model: names are taken without it"
+    )

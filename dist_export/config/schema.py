@@ -160,6 +160,9 @@ class ExportConfig:
     """Patterns of dense parameters that need not be in the checkpoint. The model's own values are exported."""
     allow_unexpected_dense: list[str] = field(default_factory=list)
     """Patterns of dense parameters that need not be in the dense arch. They are left out, as by RecIS."""
+    allow_load_hooks: list[str] = field(default_factory=list)
+    """Patterns of modules outside the dense arch whose own hooks or methods for loading a state_dict need not be run; model is
+    the model itself. The checkpoint's own values are exported."""
     export_folder_name: str = "fx_user_model"
     """Folder of the dense arch within the package."""
     export_model_name: str = "user_model"

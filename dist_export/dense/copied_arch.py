@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.config.schema import ExportConfig
-from dist_export.dense.load_hooks import note_load_hooks
+from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters
@@ -96,7 +96,7 @@ def load_copy(
     own_values = _describe_own_values(copied, state, model, name)
     own_values |= _describe_sparse_values(model, config, [*state, *tables])
     taken = list_taken(copied, state, dense_model_name=name)
-    with ready_to_load(copied):
+    with ready_to_load(copied), naming_hooks(copied, name):
         notes = load_dense_parameters(
             copied,
             state,
@@ -105,7 +105,7 @@ def load_copy(
             allow_unexpected=config.allow_unexpected_dense,
             where=parameters.where,
         )
-    notes = (*notes, *note_load_hooks(model, find_arches(model, config)[1]))
+    notes = (*notes, *check_load_hooks(model, config))
     return LoadedCopy(notes, taken=taken, own_values=own_values)
 
 

@@ -17,7 +17,7 @@ from dist_export.archive.safe_load import load_program
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.pack import pack_traced
 from dist_export.dense.trace import TracedDense, output_shapes
-from dist_export.manifest import DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, TensorEntry
+from dist_export.manifest import BLOCKS, DEFAULT_ROWS, OUTPUTS, SAMPLE_ROWS, DenseEntry, TensorEntry
 from dist_export.storage.local_io import naming
 
 PROGRAM = "exported_model.pt"
@@ -58,6 +58,10 @@ def write_dense_folder(
     ]
     _write_json(folder / "output_info.json", {"OutputNodes": nodes})
     _write_json(folder / "params_order.json", list(inputs))
+    blocks = sample.blocks
+    _write_json(
+        folder / BLOCKS, {"input_order": list(blocks.tensors), "constants": dict(sorted(blocks.constants.items()))}
+    )
     lite = _describe_all(inputs)
     _write_json(folder / "inputs_dict_lite.json", lite)
     _write_json(folder / "inputs_dict.json", _with_values(lite, inputs))

@@ -12,6 +12,7 @@ from torch import nn
 from dist_export.archive.output_diff import has_same_values
 from dist_export.checkpoint.extra_state import UntakenState, is_extra_state
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.dense.own_parameters import copied
 from dist_export.errors import ModelError
 from dist_export.model.unwrap import is_lazy
 from dist_export.model.user_errors import said
@@ -64,7 +65,7 @@ def load_dense_parameters(
     if complaints:
         raise ModelError(f"{where} does not fit the dense arch {dense_model_name!r}. " + "; ".join(complaints))
     recast = [key for key in taken if not is_extra_state(key) and _has_other_dtype(found[key], expected[key][1])]
-    _load(dense_arch, {name: found[key] for key, name in taken.items()}, where)
+    _load(dense_arch, {name: copied(found[key]) for key, name in taken.items()}, where)
     notes = []
     if allowed or kept:
         notes.append(f"dense parameters taken from the model, not from the checkpoint: {_listed([*allowed, *kept])}")
@@ -111,6 +112,11 @@ class _Refused(NamedTuple):
             complaints.append(
                 f"unexpected under '{dense_model_name}.': {_listed(self.unexpected)} (allow_unexpected_dense: [patterns] "
                 "leaves them out)"
+            )
+        if any("._packed_params" in f".{key}" for key in self.unexpected):
+            complaints.append(
+                "_packed_params are those of modules quantized by torch.ao.quantization: save the checkpoint of the model as it "
+                "was before quantize_dynamic or convert"
             )
         return complaints
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from dist_export.checkpoint.metadata import Checkpoint
@@ -56,12 +56,15 @@ def refuse_missing(
         ModelError: on all ranks, for those of any rank; for a pattern that matches no embedding.
     """
     told = ranks.all_gather(
-        "look for tables that the checkpoint lacks", lambda: (list(missing), [*rows.embeddings, *rows.unregistered])
+        "look for tables that the checkpoint lacks",
+        lambda: (list(missing), [*rows.embeddings, *rows.unregistered], rows.computed),
     )
-    lacking = sorted({name for names, _ in told for name in names})
-    every = sorted({name for _, names in told for name in names})
+    lacking = sorted({name for names, _, _ in told for name in names})
+    every = sorted({name for _, names, _ in told for name in names})
+    computed = {path: how for *_, its in told for path, how in its.items()}
 
     def refuse() -> None:
+        _refuse_computed(config, lacking, computed)
         if config.need_export_sparse:
             refuse_foreign_tables(
                 tables, missing, is_any_known=is_any_known, sparse_model_name=config.sparse_model_name
@@ -110,6 +113,7 @@ def refuse_missing_by_name(
         is_known = any(names.find(its.removeprefix(begin)) is not None for its in spellings)
         if not is_known and weight not in put and not (is_dense_within and is_below(path, dense)):
             lacking.append(path)
+    _refuse_computed(config, lacking, dict(weights.computed))
     _refuse(config, lacking)
     idle = _tell_idle(config, sorted(weights.embeddings))
     return [f"{idle}. The export refuses it, unless it is of a module that is not registered"] if idle else []
@@ -134,6 +138,19 @@ def _refuse(config: ExportConfig, lacking: Sequence[str]) -> None:
             f"{few(refused)}: no table of the checkpoint, so the scores would be of the model's own rows, which no file of "
             "the package has. Nothing was written. Give the checkpoint that has "
             f"{'it' if len(refused) == 1 else 'them'}; or {SETTING}: [patterns] lets the model's own rows pass"
+        )
+
+
+def _refuse_computed(config: ExportConfig, lacking: Sequence[str], computed: Mapping[str, str]) -> None:
+    """Refuse those of ``lacking`` whose rows no checkpoint holds, because the model computes them, with the way to have them."""
+    refused = [name for name in lacking if name in computed and not is_let_pass(name, config)]
+    if refused and config.need_export_sparse:
+        more = f" ({len(refused) - 1:,} more embeddings too)" if len(refused) > 1 else ""
+        raise ModelError(
+            f"the weight of {refused[0]} is computed by {computed[refused[0]]}, so the checkpoint holds its parts and not "
+            f"the rows that serving needs{more}. Nothing was written. Take this off before the checkpoint is saved, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') or torch.nn.utils.remove_weight_norm(module), "
+            "and give a model without it"
         )
 
 

@@ -94,8 +94,11 @@ class Origins:
         return {address_of(tensor) for tensor in state} - {0}
 
 
-def hidden_parameters(root: nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (path, parameter) of what modules keep in lists, dicts, objects and closures, and do not register."""
+def hidden_parameters(root: nn.Module, path: str, *, with_classes: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (path, parameter) of what modules keep in lists, dicts, objects and closures, and do not register.
+
+    ``with_classes``: also of what the functions of their classes close over.
+    """
     registered = {id(parameter) for parameter in root.parameters()}
     modules = {id(module) for module in root.modules()}
     seen: set[int] = set()
@@ -104,6 +107,11 @@ def hidden_parameters(root: nn.Module, path: str) -> Iterator[tuple[str, torch.T
         for attribute, value in vars(module).items():
             if attribute not in _MODULE_DICTS:
                 yield from _search(value, f"{place}.{attribute}", modules, registered, seen, 0)
+        kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(("torch.", "builtins"))]
+        for kind in kinds if with_classes else ():
+            for attribute, value in vars(kind).items():
+                if isinstance(value, types.FunctionType):
+                    yield from _search(value, f"{place}.{attribute}", modules, registered, seen, 0)
 
 
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.dense.load_hooks import has_load_hooks
 from dist_export.errors import ModelError
 from dist_export.model.managed_collisions import is_collision_module
 from dist_export.model.unwrap import is_fully_sharded, is_lazy
@@ -27,14 +28,21 @@ _MOST_BYTES = 64 << 20
 
 @contextlib.contextmanager
 def state_put_back(module: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers and extra state of ``module`` back when the block ends, bit for bit. Any rank, for itself."""
+    """Put parameters, buffers and extra state of ``module`` back when the block ends, bit for bit. Any rank, for itself.
+
+    Of a module that does something of its own when a state is loaded, the attributes are put back too.
+    """
     reshard(module)
+    attributes = [(child, dict(vars(child))) for child in module.modules()] if has_load_hooks(module) else []
     kept = _keep([own for child in module.modules() for own in (child._parameters, child._buffers)])  # noqa: SLF001
     extra = [(child, copy.deepcopy(child.get_extra_state())) for child in module.modules() if _has_extra_state(child)]
     try:
         yield
     finally:
         reshard(module)
+        for child, own in attributes:
+            vars(child).clear()
+            vars(child).update(own)
         _put_back(kept)
         for child, state in extra:
             child.set_extra_state(state)
@@ -147,6 +155,10 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
     under = {_plain(name)[len(begin) :]: value for name, value in state.items() if _plain(name).startswith(begin)}
     values = {key: value for key, value in under.items() if not isinstance(value, UntakenState)}
     is_flat = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
+    is_sharded = is_flat or any(hasattr(tensor, "device_mesh") for tensor in (*module.parameters(), *module.buffers()))
+    if not is_sharded and has_load_hooks(module):  # they see the whole state, as when the trained model is loaded
+        _load_rest(module, values, put=set())
+        return
     whole: Any = FullyShardedDataParallel.summon_full_params(module, writeback=True) if is_flat else None
     with contextlib.nullcontext() if whole is None else whole, torch.no_grad():
         every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -156,18 +168,26 @@ def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name:
             value = values.get(_plain(name))
             if isinstance(value, torch.Tensor) and not write_into(local_part(tensor), _share_of(value, tensor)):
                 raise _refuse_one_place(begin + name, tensor)
-    if not is_flat and not any(hasattr(tensor, "device_mesh") for _, tensor in pairs):
-        put = {_plain(name) for name, _ in pairs}
-        # with what modules put there by hooks of their own
-        names = {_plain(name): name for name in module.state_dict()}
-        rest = {names[key]: value for key, value in values.items() if key in names and key not in put}
-        if rest:
-            module.load_state_dict(rest, strict=False)
+    if not is_sharded:
+        _load_rest(module, values, put={_plain(name) for name, _ in pairs})
         return
     for name, child in module.named_modules():
         key = _plain(f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE)
         if _has_extra_state(child) and key in values:
             cast("Any", child).set_extra_state(values[key])
+
+
+def _load_rest(module: nn.Module, values: Mapping[str, Any], *, put: Collection[str]) -> None:
+    """Load what is not ``put`` by ``load_state_dict``, with what modules have in their state by hooks of their own."""
+    names = {_plain(name): name for name in module.state_dict()}
+    rest = {names[key]: copied(value) for key, value in values.items() if key in names and key not in put}
+    if rest:
+        module.load_state_dict(rest, strict=False)
+
+
+def copied(value: Any) -> Any:
+    """Return a value that a hook may change in place."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def reshard(module: nn.Module) -> None:

@@ -104,11 +104,26 @@ def run_sparse_arch(
     with buffers_put_back(sparse_arch), eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
         try:
             output = sparse_arch(data)
+        except ModelError as error:
+            if not (cause := _say_pair(data)):
+                raise
+            raise ModelError(f"{error}{cause}") from error
         except DistExportError:
             raise
         except Exception as error:
-            raise ModelError(f"the sparse arch fails on {what}: {said(error)}{blame(error)}") from error
+            cause = _say_pair(data)
+            raise ModelError(f"the sparse arch fails on {what}: {said(error)}{blame(error)}{cause}") from error
     return _dense_inputs(output), counts
+
+
+def _say_pair(data: Any) -> str:
+    """Return what may be wrong with a batch that is a pair, to be put behind an error; nothing for another batch."""
+    if type(data) not in (tuple, list) or len(data) < 2:
+        return ""
+    return (
+        f". The batch is {_kind(data)}, and the export calls sparse_arch(batch) with all of it. If it is (features, labels), of "
+        "which forward takes the features, let the dataset yield the features alone, or let the sparse arch take the pair"
+    )
 
 
 def check_input_names(inputs: Mapping[str, torch.Tensor]) -> None:

@@ -41,6 +41,8 @@ class SampleRows:
         """Whether a table of the sparse arch, or a parameter that may be one, is a table of the checkpoint."""
         self.embeddings: list[str] = []
         """Paths within the model of all ``nn.Embedding`` and ``nn.EmbeddingBag`` of the sparse arch."""
+        self.computed: dict[str, str] = {}
+        """Of these, those whose weight is computed from other parameters -> by what."""
         self.unknown_tables: list[str] = []
         """Of these, those that are no table of the checkpoint."""
         self.sharded_tables: list[str] = []

@@ -27,6 +27,7 @@ from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.modes import refuse_merging
+from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -342,7 +343,8 @@ class DenseStage:
         tensors = read_blocks(reference.blocks).tensors
         if not self._changes_rows:
             refuse_other_sample(self._sample, tensors)
-        figures = self._comparison().with_reference(program, tensors)
+        with naming_causes(self._sample.dense_arch, self._config.dense_model_name, self._objects.model):
+            figures = self._comparison().with_reference(program, tensors)
         self.notes += [*figures.notes, *note_not_finite(self._sample)]
         self.parity = figures.merge_into(parity, reference.kind)
 
@@ -470,7 +472,8 @@ class DenseStage:
         """Return notes on the reference. Rank 0. ModelError where the model gives the dense arch what serving cannot give."""
         assert self._sample is not None
         assert self._reference is not None
-        refuse_other_inputs(self._sample, self._reference, atol=self._config.atol, rtol=self._config.rtol)
+        with naming_causes(self._sample.dense_arch, self._config.dense_model_name, self._objects.model):
+            refuse_other_inputs(self._sample, self._reference, atol=self._config.atol, rtol=self._config.rtol)
         reason = self._reference.reason
         told = "the scores are compared with dense_arch(sparse_arch(batch)), so what forward does between the two is not checked"
         return [f"{reason}: {told}"] if reason else []

@@ -35,7 +35,7 @@ from dist_export.model.managed_collisions import (
     read_raw_ids,
     say_changed_ids,
 )
-from dist_export.model.sparse_tables import constants_of, is_of_library
+from dist_export.model.sparse_tables import constants_of, is_of_library, say_computed
 from dist_export.model.unwrap import is_lazy, unwrap
 
 
@@ -131,11 +131,17 @@ class _Feeds:
             return
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return
-        self._counts.embeddings.append(plain_name(names.join(paths[0])))
+        path = plain_name(names.join(paths[0]))
+        self._counts.embeddings.append(path)
+        computed = say_computed(module)
+        if computed:
+            self._counts.computed[path] = computed
         name = next((name for name in map(names.find, paths) if name is not None), None)
         if name is None:
-            self._unknown.append((plain_name(names.join(paths[0])), module.weight))
+            self._unknown.append((path, module.weight))
             return
+        if computed:  # rows are put into what is thrown away
+            self._counts.unseen[name] = f"the weight of {path} is computed by {computed}, so no rows can be put into it"
         if self._is_sharded(name, module.weight):
             return
         state = states.get(name)

@@ -140,6 +140,14 @@ def encode_values(values: Sequence[float], dtype: int, encoding: str = "") -> np
     return row
 
 
+def decode_values(row: np.ndarray, dtype: int, encoding: str = "") -> tuple[float, ...]:
+    """Return the numbers of one stored row (uint8, (row_bytes,)), the inverse of :func:`encode_values` but for its rounding."""
+    if encoding:
+        return tuple(decode_int8(row[None])[0].tolist())
+    values = np.ascontiguousarray(row).view(DTYPES[dtype].numpy)
+    return tuple((widen_bfloat16(values) if dtype == BF16 else values).tolist())
+
+
 def decode_int8(rows: np.ndarray) -> np.ndarray:
     """Return the values (float32, (n, dim)) of rows of ``int8_rowwise`` (uint8, (n, dim + 8))."""
     dim = rows.shape[1] - TAIL_BYTES

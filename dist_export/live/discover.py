@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 from dist_export.checkpoint.managed_collisions import IDENTITIES, SORTED_IDS
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
@@ -23,7 +24,7 @@ from dist_export.errors import CheckpointError, ModelError
 from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.recis import CHILD_BITS, Slice, split_evenly
 from dist_export.live.memory import FetchedRows, HeldTensors, LookedUpRows, RowSource, TensorRows
-from dist_export.model.sparse_tables import plain_matrices
+from dist_export.model.sparse_tables import plain_matrices, say_computed
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import said
 
@@ -116,6 +117,7 @@ def find_live_tables(sparse_arch: nn.Module, *, sparse_model_name: str, rank: in
                 held.let_go()
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name not in done:
             done.add(name)
+            _refuse_stale(module, name)
             _add_weight(found, f"{name}.weight", module.weight, (module.num_embeddings, module.embedding_dim))
     for name, value in _state_of(sparse_arch):
         full = _join(sparse_model_name, name)
@@ -142,6 +144,17 @@ def _state_of(sparse_arch: nn.Module) -> Iterator[tuple[str, Any]]:
         raise ModelError(f"the sparse arch's state_dict() fails: {said(error)}") from error
     for name, value in state.items():
         yield _plain(name), value
+
+
+def _refuse_stale(module: nn.Module, name: str) -> None:
+    """Refuse an embedding whose weight is what the last forward has left: an optimizer has changed what it is made of since."""
+    computed = say_computed(module)
+    if computed and not is_parametrized(module, "weight"):
+        raise ModelError(
+            f"the weight of {name} is computed by {computed}, so in memory it is that of the last forward and not what training "
+            "left. Nothing was written. Call torch.nn.utils.remove_weight_norm(module) before the export, or use "
+            "torch.nn.utils.parametrizations"
+        )
 
 
 def _add_weight(found: LiveTables, table: str, weight: Any, expected: tuple[int, int] | None) -> None:

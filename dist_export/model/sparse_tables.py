@@ -13,10 +13,11 @@ torchrec's sharded collections list their tables only in ``state_dict()``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
 from dist_export.checkpoint.tensors.classify import split_collection
@@ -67,6 +68,11 @@ def find_weights(model: Any, *, sparse_model_name: str, dense_model_name: str) -
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         ),
         dense_names=frozenset(_list_saved(dense_arch)),
+        computed=tuple(
+            (plain_name(_join(sparse_name, path)), how)
+            for path, module in sparse_arch.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (how := say_computed(module))
+        ),
         ties=frozenset(
             tuple(sorted(names)) for names in by_weight.values() if len(names) > 1 and not names.isdisjoint(tables)
         ),
@@ -138,6 +144,17 @@ def constants_of(module: nn.Module) -> set[tuple[int, ...]]:
         return set()
     values = (output.toIValue() for output in found if output.type().kind() == "TensorType")
     return {tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.dim() == 2}
+
+
+def say_computed(module: nn.Module) -> str:
+    """Return by what the weight of an embedding is computed whenever it is read or run; empty where it is held as it is."""
+    if _WEIGHT in module._parameters or _WEIGHT in module._buffers:  # noqa: SLF001 -- its own alone
+        return ""
+    if is_parametrized(module, _WEIGHT):
+        chain = cast("Any", module).parametrizations[_WEIGHT]
+        return f"torch.nn.utils.parametrize ({', '.join(type(step).__name__.lstrip('_') for step in chain)})"
+    # FSDP has plain tensors there as well, without a hook
+    return "a hook before its forward, as torch.nn.utils.weight_norm does it" if module._forward_pre_hooks else ""  # noqa: SLF001
 
 
 def _is_embedding(module: nn.Module) -> bool:

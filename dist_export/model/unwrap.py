@@ -19,9 +19,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.errors import ModelError
+from dist_export.model.copied_closures import Closures
 
 _FOREIGN = ("torch.distributed", "torch.nn.parallel")
 """Modules of hooks that would gather, scatter or synchronize tensors; the copy already has these whole."""
+
+
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
 def copy_dense_arch(module: nn.Module) -> nn.Module:
@@ -30,8 +34,8 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
     With FSDP or DTensor parameters this gathers them, which is collective over the ranks that hold them.
 
     Raises:
-        ModelError: a parameter cannot be gathered, with the reason; a module is scripted; a tensor has no values, or is of
-            a kind that a program cannot contain.
+        ModelError: a parameter cannot be gathered, with the reason; a module is scripted or quantized; a tensor has no values,
+            or is of a kind that a program cannot contain.
     """
     scripted = [name or "itself" for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
     if scripted:  # its copy would compute with the original's values, and torch.export cannot trace it
@@ -39,10 +43,27 @@ def copy_dense_arch(module: nn.Module) -> nn.Module:
             f"the dense arch is scripted by torch.jit ({scripted[0]}), which torch.export does not trace. Nothing was written. "
             "Give the module as it was before torch.jit.script or torch.jit.trace"
         )
+    _refuse_packed(module)
     refuse_unplain(module)
     with _whole_parameters(module):
         plain = _Copier(module).copy()
     return plain.eval()
+
+
+def _refuse_packed(module: nn.Module) -> None:
+    """Refuse modules of torch.ao.quantization: their weights are packed objects, which no state_dict has as tensors."""
+    packed = [
+        (name or "itself", type(child).__name__)
+        for name, child in module.named_modules()
+        if type(child).__module__.startswith(_PACKED) and hasattr(child, "_packed_params")
+    ]
+    if packed:
+        name, kind = packed[0]
+        raise ModelError(
+            f"the dense arch's {name} ({kind}) is quantized by torch.ao.quantization, and a program is not traced with packed "
+            "weights. Nothing was written. Give the model, and the checkpoint, as they were before quantize_dynamic or convert, "
+            "and quantize for serving afterwards"
+        )
 
 
 def refuse_unplain(module: nn.Module) -> None:
@@ -133,6 +154,7 @@ class _Copier:
         self._inner: list[tuple[nn.Module, nn.Module]] = []
         self._bases: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         """Address of a storage -> the parameters and buffers in it, each with its copy."""
+        self._closures = Closures(self._find_copy)
 
     def copy(self) -> nn.Module:
         plain = self._allocate(self._root)
@@ -199,6 +221,12 @@ class _Copier:
             return value if any(child is self._root for child in value.modules()) else self._allocate(value)
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self._copy_attribute(value.__self__, owner))
+        if isinstance(value, types.FunctionType):
+            return self._closures.follow(value)
+        if type(value) is functools.partial:
+            function, *args = [self._copy_attribute(item, owner) for item in (value.func, *value.args)]
+            keywords = {key: self._copy_attribute(item, owner) for key, item in value.keywords.items()}
+            return functools.partial(function, *args, **keywords)
         if type(value) in (list, tuple, set):
             return type(value)(self._copy_attribute(item, owner) for item in value)
         if type(value) in (dict, OrderedDict):
@@ -208,10 +236,23 @@ class _Copier:
         except Exception:  # noqa: BLE001 -- objects that cannot be copied (process groups, streams, locks) are shared
             return value
 
+    def _find_copy(self, value: Any) -> Any:
+        """Return the copy of a module or a tensor of the tree, or of a view of its tensors; any other object itself."""
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not hasattr(value, "full_tensor"):
+            return value if is_lazy(value) else self._find_view(value)
+        return value
+
     def _copy_view(self, tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor | None:
         """Copy a tensor that is a plain attribute; a view of a parameter becomes a view of the parameter's copy."""
         if is_lazy(tensor) or tensor.layout != torch.strided or hasattr(tensor, "full_tensor"):
             return self._copy_tensor(tensor, owner)
+        view = self._find_view(tensor)
+        return self._copy_tensor(tensor, owner) if view is tensor else view
+
+    def _find_view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the view of a parameter's copy for a view of the parameter; any other tensor itself."""
         for base, new in self._bases.get(_address(tensor), []):
             first = tensor.storage_offset() - base.storage_offset()
             last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -220,7 +261,7 @@ class _Copier:
                 view = new.detach().as_strided(tensor.shape, tensor.stride(), first)
                 self._memo[id(tensor)] = view
                 return view
-        return self._copy_tensor(tensor, owner)
+        return tensor
 
 
 def _gather(tensor: torch.Tensor, owner: nn.Module) -> torch.Tensor:

@@ -86,11 +86,12 @@ def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWei
     """Return what the model says of the tensors of its checkpoint; None without either. All ranks, each with its model.
 
     Raises:
-        ModelError: on all ranks, where the model has no such arches.
+        ModelError: on all ranks, where the model has no such arches, or changes a state_dict while it is loaded.
     """
     if model is None or config.is_live:
         return None
-    from dist_export.model.sparse_tables import find_weights  # a copy of files needs no torch
+    from dist_export.dense.load_hooks import check_load_hooks  # a copy of files needs no torch
+    from dist_export.model.sparse_tables import find_weights
 
     found = ranks.all_gather(
         "look for the model's tables",
@@ -99,6 +100,7 @@ def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWei
         ),
         may_block=True,
     )
+    ranks.run("look for hooks that load a state", lambda: check_load_hooks(model, config))
     return merge_weights(found)
 
 

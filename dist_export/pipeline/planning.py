@@ -24,9 +24,10 @@ from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
 from dist_export.ids.lists import read_id_list
-from dist_export.plan.casts import cast_slots, check_defaults
+from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
     Census,
     UniqueTask,
@@ -50,6 +51,7 @@ from dist_export.runtime.threads import keep_freed_memory, run_threads
 from dist_export.storage.directory import Directory
 from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
 from dist_export.transfer.id_scan import check_unique, take_census
+from dist_export.transfer.prune_filter import find_pruned
 
 T = TypeVar("T")
 _DEFAULT_THREADS = 4
@@ -191,7 +193,10 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
         to_hash_tables=config.to_hash_tables,
         default_row=config.default_row,
     )
-    return ranks.run("choose the tables", lambda: view_tables(checkpoint, asked))
+    return ranks.run(
+        "choose the tables",
+        lambda: round_defaults(view_tables(checkpoint, asked), config.default_row, config.dtypes),
+    )
 
 
 def choose(
@@ -281,6 +286,20 @@ def plan_sparse(
     digests = ranks.all_gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, budget=budget)
+
+
+def describe_source_rows(checkpoint: Checkpoint | None, planned: PlannedSparse | None) -> SourceRows | None:
+    """Return the rows of the source, and which of them the plan leaves out. Without a plan none is."""
+    if checkpoint is None:
+        return None
+    if planned is None:
+        return SourceRows(checkpoint=checkpoint)
+    return SourceRows(
+        checkpoint=checkpoint,
+        misplaced=planned.census.misplaced,
+        dropped_in=planned.plan.dropped.rows_in,
+        is_pruned=find_pruned(planned.plan.checkpoint, planned.plan.pruning),
+    )
 
 
 def describe_row_indexed_tables(plan: SparsePlan) -> list[str]:

@@ -12,12 +12,12 @@ import msgspec
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.checkpoint.package_source import find_package
+from dist_export.checkpoint.package_source import find_manifest
 from dist_export.errors import CheckpointError
 from dist_export.formats.digests import NONE, algorithm_of, missing_package
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.humanize import count
-from dist_export.manifest import Manifest
+from dist_export.manifest import MANIFEST, Manifest
 from dist_export.pipeline.planning import budget_of
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.census import Census
@@ -39,6 +39,10 @@ from dist_export.verify.work_split import Work, share_out
 _CHUNKS_AT_ONCE = 8
 """Chunks (of 64 MiB) that a thread hashes before it looks whether the export was asked to stop."""
 _WHAT_TO_DO = "`verify` tells more. Copy the package again, or export from the checkpoint that it was made of"
+_IN_PLACE = (
+    "`verify` tells more. Take another checkpoint; or, if a trainer has saved here after the manifest was written, remove "
+    f"{MANIFEST}, which is of the files that were here before"
+)
 
 
 def compare_source_package(export: ExportState) -> ExportState:
@@ -56,12 +60,15 @@ def compare_source_package(export: ExportState) -> ExportState:
         manifest = task.ranks.broadcast("look for a package", lambda: _find(directory, export.source.checkpoint))
         skipped = f"{directory.url} is a package, and with digest: none its files were not compared with its manifest"
         return export if manifest is None else export.grown(notes=[f"{skipped}; `verify` does that"])
-    work = task.ranks.broadcast("look for a package", lambda: _find_work(directory, export.source.checkpoint))
+    checkpoint = export.source.checkpoint
+    work = task.ranks.broadcast("look for a package", lambda: _find_work(directory, checkpoint))
     if work is None:
         return export
     with task.reporter.stage("compare"):
         found = _hash(task.ranks, directory, work, threads=budget_of(task.config).threads)
-        task.ranks.broadcast("compare the package with its manifest", lambda: _judge(directory, work, found))
+        task.ranks.broadcast(
+            "compare the package with its manifest", lambda: _judge(directory, work, found, checkpoint)
+        )
     without = [path for path, _, digest in work.digest_files if not digest]
     if not without:
         return export
@@ -95,6 +102,7 @@ def refuse_other_ids(checkpoint: Checkpoint, census: Census, manifest: Manifest)
     ``census`` has the ids of all rows of the source, also of those that are left behind.
     """
     entries = {table.name: table for table in manifest.tables}
+    advice = _advise(manifest)
     for number, table in enumerate(checkpoint.tables):
         entry = entries.get(table.name_in_source)
         if entry is None:
@@ -104,36 +112,42 @@ def refuse_other_ids(checkpoint: Checkpoint, census: Census, manifest: Manifest)
         rows = int(checkpoint.parts.rows[parts].sum())
         if rows != entry.rows_out:
             raise CheckpointError(
-                f"{where} has {rows:,} rows, and the package's manifest.json says {entry.rows_out:,}; {_WHAT_TO_DO}"
+                f"{where} has {rows:,} rows, and the package's manifest.json says {entry.rows_out:,}; {advice}"
             )
         id_sum = f"{int(census.id_sum[parts].sum(dtype=np.uint64)):016x}"
         if not entry.is_row_indexed and id_sum != entry.id_sum:
             raise CheckpointError(
                 f"{where} has other ids than were written (sum {id_sum}, and the package's manifest.json says "
-                f"{entry.id_sum}); {_WHAT_TO_DO}"
+                f"{entry.id_sum}); {advice}"
             )
 
 
+def _advise(manifest: Manifest | None) -> str:
+    return _IN_PLACE if manifest is not None and manifest.mode == "in_place" else _WHAT_TO_DO
+
+
 def _find(directory: Directory, checkpoint: Checkpoint | None) -> Manifest | None:
-    """Return the manifest of the source if its tables are read from the shards that it names; else None. Rank 0."""
-    manifest = find_package(directory)
+    """Return the manifest of the source if its tables are read from the files that it names; else None. Rank 0."""
+    manifest = find_manifest(directory)
     if manifest is None or checkpoint is None:
         return None
-    shards = {part.file for table in manifest.tables for part in table.parts}
-    return manifest if shards.issuperset(file.name for file in checkpoint.files) else None
+    # a copy has files with dense tensors alone, too
+    known = {file.path for file in manifest.files}
+    return manifest if known.issuperset(file.name for file in checkpoint.files) else None
 
 
 def _find_work(directory: Directory, checkpoint: Checkpoint | None) -> Work | None:
     """Return the files to hash, those that an export of the tables reads; None where the source is no package. Rank 0."""
     manifest = _find(directory, checkpoint)
-    if manifest is None:
+    if manifest is None or checkpoint is None:
         return None
     needed = {part.file for table in manifest.tables for part in table.parts} | {INDEX, TENSORKEY, MERGED}
+    needed |= {file.name for file in checkpoint.files}
     files = tuple(file for file in manifest.files if file.path in needed)
     report = Report()
     known = msgspec.structs.replace(manifest, files=files)
     to_hash, _ = check_sizes(directory, known, Listing((), {}), report)
-    _refuse(directory, report)
+    _refuse(directory, report, manifest)
     for path, _, digest in to_hash:
         package = missing_package(algorithm_of(digest))
         if package is not None:
@@ -160,18 +174,19 @@ def _hash(ranks: Ranks, directory: Directory, work: Work, *, threads: int) -> li
     return [chunks for by_thread in outcomes for its in by_thread for chunks in its]
 
 
-def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests]) -> None:
+def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests], checkpoint: Checkpoint | None) -> None:
     report = Report()
     compare_digests(work, list(found), report)
-    _refuse(directory, report)
+    _refuse(directory, report, _find(directory, checkpoint))
 
 
-def _refuse(directory: Directory, report: Report) -> None:
+def _refuse(directory: Directory, report: Report, manifest: Manifest | None) -> None:
     """Raise CheckpointError for the first finding, if there is one."""
     if not report.found:
         return
     first = report.found[0]
     more = f" ({count(len(report.found) - 1, 'more file')} too)" if len(report.found) > 1 else ""
     raise CheckpointError(
-        f"{directory.describe(first.file)}: {first.message}{more}. The package is damaged, and nothing was written; {_WHAT_TO_DO}"
+        f"{directory.describe(first.file)}: {first.message}{more}. The package is damaged, and nothing was written; "
+        f"{_advise(manifest)}"
     )

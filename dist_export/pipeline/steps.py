@@ -9,12 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import index_name, note_unindexed
 from dist_export.config.schema import ExportConfig
-from dist_export.dense.source_rows import SourceRows
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
@@ -30,7 +28,7 @@ from dist_export.pipeline.inputs import (
 )
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planning import describe_row_indexed_tables, open_written, plan_sparse
+from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, open_written, plan_sparse
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
@@ -53,7 +51,6 @@ from dist_export.reporting.progress import Reporter, summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_overflow
-from dist_export.transfer.prune_filter import find_pruned
 from dist_export.workdir.presence import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)
@@ -198,7 +195,7 @@ def sample_model(export: ExportState) -> ExportState:
     with task.reporter.stage("sample"):
         dense = DenseStage(ranks, config, objects, read.parameters)
         casts = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
-        notes = dense.prepare(_describe_rows(read.checkpoint, planned), read.features, casts=casts)
+        notes = dense.prepare(describe_source_rows(read.checkpoint, planned), read.features, casts=casts)
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
@@ -215,20 +212,6 @@ def trace_scores(export: ExportState) -> ExportState:
     with task.reporter.stage("trace"):
         notes = scores.trace()
     return export.grown(notes=notes, scores=scores if scores.is_there else None)
-
-
-def _describe_rows(checkpoint: Checkpoint | None, planned: PlannedSparse | None) -> SourceRows | None:
-    """Return the rows of the source, and which of them the plan leaves out. Without a plan none is."""
-    if checkpoint is None:
-        return None
-    if planned is None:
-        return SourceRows(checkpoint=checkpoint)
-    return SourceRows(
-        checkpoint=checkpoint,
-        misplaced=planned.census.misplaced,
-        dropped_in=planned.plan.dropped.rows_in,
-        is_pruned=find_pruned(planned.plan.checkpoint, planned.plan.pruning),
-    )
 
 
 def lock_target(export: ExportState) -> ExportState:

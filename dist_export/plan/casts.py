@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -18,7 +18,17 @@ from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
 from dist_export.errors import PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT
-from dist_export.formats.row_encodings import BF16, F64, FLOATS, INT8_ROWWISE, TAIL_BYTES, U8, RowCast
+from dist_export.formats.row_encodings import (
+    BF16,
+    F64,
+    FLOATS,
+    INT8_ROWWISE,
+    TAIL_BYTES,
+    U8,
+    RowCast,
+    decode_values,
+    encode_values,
+)
 from dist_export.plan.selection import Selection
 from dist_export.plan.table_view import refuse_shadowed
 
@@ -102,6 +112,42 @@ def check_defaults(checkpoint: Checkpoint, selection: Selection) -> None:
                 f"default_row: a value for table {table.name!r} does not fit {cast.name}, in which the table is written "
                 f"({cast.range_text})"
             )
+
+
+def round_defaults(checkpoint: Checkpoint, asked: Iterable[str], dtypes: Sequence[tuple[str, str]]) -> Checkpoint:
+    """Return the checkpoint with the default rows of packages as their rows are, where both are cast anew.
+
+    A package whose rows were cast serves its default row in that precision, and its manifest has the values as they were set. A
+    further cast starts from what is served, as it does for rows.
+
+    Args:
+        checkpoint: the source.
+        asked: patterns of tables to which the settings give a default row, which counts as it is.
+        dtypes: as :func:`cast_slots` takes them.
+    """
+    patterns = list(asked)
+    tables = []
+    for table in checkpoint.tables:
+        name, default = table.name_in_source, table.default_row
+        slot = next(slot for slot in table.slots if slot.name == EMBEDDING_SLOT)
+        is_own = not any(fnmatchcase(name, pattern) for pattern in patterns)
+        was_cast = bool(slot.earlier_casts) or bool(slot.encoding)
+        dtype = next((dtype for pattern, dtype in dtypes if fnmatchcase(name, pattern)), SOURCE)
+        if is_own and was_cast and _changes(slot, dtype) and default is not None and not isinstance(default, str):
+            stored = encode_values(default, slot.dtype, slot.encoding)
+            tables.append(dataclasses.replace(table, default_row=decode_values(stored, slot.dtype, slot.encoding)))
+        else:
+            tables.append(table)
+    return dataclasses.replace(checkpoint, tables=tuple(tables))
+
+
+def _changes(slot: SlotMeta, dtype: str) -> bool:
+    """Return whether this dtype of the settings is another one than the slot is stored in."""
+    if dtype == SOURCE:
+        return False
+    if dtype == INT8:
+        return slot.encoding != INT8_ROWWISE
+    return bool(slot.encoding) or CODE_BY_TORCH.get(dtype) != slot.dtype
 
 
 def casts_by_table(checkpoint: Checkpoint, selection: Selection) -> dict[str, RowCast]:

@@ -14,10 +14,20 @@ import xxhash
 from dist_export.errors import DistExportError, PackageError
 from dist_export.formats.dtypes import explain_unread
 from dist_export.formats.recis import EMBEDDING_SLOT
-from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ParityEntry, TensorEntry
+from dist_export.manifest import (
+    BLOCKS,
+    DEFAULT_ROWS,
+    MANIFEST,
+    OUTPUTS,
+    SAMPLE_ROWS,
+    DenseEntry,
+    ParityEntry,
+    TensorEntry,
+)
 from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
+from dist_export.verify.dense_signature import check_signature
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +43,11 @@ class _Values(TypedDict):
 
 class _OutputInfo(TypedDict):
     OutputNodes: list[dict[str, Any]]
+
+
+class _Blocks(TypedDict):
+    input_order: list[str]
+    constants: dict[str, str]
 
 
 class _SampleRow(TypedDict):
@@ -58,6 +73,7 @@ def check_dense(
     except DistExportError as error:
         findings.append(f"{entry.program}: {_first_line(error)}")
         return
+    check_signature(program, entry, findings)
     try:
         inputs, outputs = _read_sample(folder, entry, findings)
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
@@ -179,6 +195,7 @@ def _read_sample(
         findings.append(
             f"{MANIFEST}: dense.input_order is {list(entry.input_order)}, the inputs and dropped inputs are {sorted(every)}"
         )
+    _check_blocks(folder, entry, findings)
     _expect_names(
         f"{entry.folder}/output_info.json", [o.get("OutputNodeName") for o in outputs], entry.outputs, findings
     )
@@ -197,6 +214,16 @@ def _read_sample(
         if isinstance(pickled, dict) and name in pickled and not has_same_values(pickled[name], inputs[name]):
             findings.append(f"{entry.folder}/inputs_dict.pkl: input {name!r} is not that of inputs_dict.json")
     return inputs, outputs
+
+
+def _check_blocks(folder: Files, entry: DenseEntry, findings: list[str]) -> None:
+    """Compare what the dense arch got, the order of its inputs and its constants, with the file that the export wrote."""
+    where = f"{entry.folder}/{BLOCKS}"
+    found = _read_json(folder, where, _Blocks)
+    constants = {} if entry.constants is msgspec.UNSET else entry.constants
+    for name, stated in (("input_order", list(entry.input_order)), ("constants", constants)):
+        if found[name] != stated:
+            findings.append(f"{where}: {name} is {found[name]}, the manifest's dense.{name} is {stated}")
 
 
 def _expect_names(where: str, names: Any, stated: tuple[TensorEntry, ...], findings: list[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
-from dist_export.formats.row_encodings import U8
+from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
 from dist_export.package.reader import is_sound_encoding
 from dist_export.verify.blocks import Blocks
@@ -34,6 +34,11 @@ def check_tables(manifest: Manifest, blocks: Blocks, report: Report) -> None:
     if not isinstance(account, msgspec.UnsetType) and account.total != account.num_bytes:
         parts = f"{account.total:,} bytes by what became of them, {account.num_bytes:,} in all"
         report.add(MANIFEST, "account", f"the account of the source's payload does not add up: {parts}")
+    if not isinstance(account, msgspec.UnsetType):
+        counted, saved = account.dropped.get("cast", 0), sum(map(_count_saved, manifest.tables))
+        if counted > saved:  # tables that are one tensor of the source are counted once
+            what = f"{counted:,} bytes are dropped by cast, and the casts of its tables save {saved:,}"
+            report.add(MANIFEST, "account", f"the account of the source's payload contradicts the tables: {what}")
     if blocks.is_whole:
         comparison.check_nothing_left()
 
@@ -169,6 +174,23 @@ class _Comparison:
         stated = ", ".join(f"{what} {said!r}" for what, said, is_so in pairs if said != is_so)
         found = ", ".join(f"{is_so!r}" for _, said, is_so in pairs if said != is_so)
         self._report.add(MANIFEST, _CHECK, f"block {blocks.key(row)!r} is stated with {stated}; the shards say {found}")
+
+
+def _count_saved(table: TableEntry) -> int:
+    """Return the bytes that a table's casts save, by what the manifest says of its slots."""
+    saved = 0
+    for slot in table.kept:
+        if isinstance(slot.cast, msgspec.UnsetType):
+            continue
+        values = math.prod(slot.shape) if isinstance(slot.dim, msgspec.UnsetType) else slot.dim
+        source = slot.cast.source_dtype
+        before = values + TAIL_BYTES if source == INT8_ROWWISE else values * _itemsize(source)
+        saved += table.rows_out * max(0, before - math.prod(slot.shape) * _itemsize(slot.dtype))
+    return saved
+
+
+def _itemsize(name: str) -> int:
+    return DTYPES[CODE_BY_TORCH[name]].itemsize if name in CODE_BY_TORCH else 0
 
 
 def _check_account(entry: TableEntry, report: Report) -> None:

@@ -70,6 +70,7 @@ EXAMPLES = {
     "dataset_args": "{batch_size: 128}",
     "allow_missing_dense": '["head.temperature"]',
     "allow_unexpected_dense": '["aux_loss.*"]',
+    "allow_load_hooks": "[model, sparse_arch.user]",
     "export_folder_name": "fx_user_model",
     "export_model_name": "ranking",
     "export_outputs": "[ctr, like]",

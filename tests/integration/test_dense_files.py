@@ -90,7 +90,7 @@ def test_the_folder_has_the_files_that_serving_reads_and_no_other(written) -> No
     found = {path.relative_to(written[0]).as_posix() for path in written[0].rglob("*") if path.is_file()}
     fx = {f"user_model/{name}" for name in ("module.py", "__init__.py", "state_dict.pt")}
     jsons = {"output_info.json", "params_order.json", "inputs_dict.json", "inputs_dict_lite.json", "input_columns.json"}
-    jsons |= {"sample_rows.json", "default_rows.json", "outputs_dict.json"}
+    jsons |= {"blocks.json", "sample_rows.json", "default_rows.json", "outputs_dict.json"}
     assert found == fx | jsons | {"exported_model.pt", "graph.txt", "inputs_dict.pkl", "output_base.pkl"}
 
 

@@ -1,4 +1,4 @@
-"""Hooks and methods for loading that are outside the dense arch are not run, and a note names the modules that have them."""
+"""Hooks and methods for loading are run in the dense arch. Elsewhere they are refused where they change what is exported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import dist_export
-from dist_export.dense.load_hooks import list_load_hooks, note_load_hooks
+from dist_export.config.schema import ExportConfig
+from dist_export.dense.load_hooks import check_load_hooks, list_load_hooks
+from dist_export.errors import ConfigError, ModelError
 from tests.support import tiny_model
 
 WEIGHT = "dense_arch.hidden.weight"
@@ -85,12 +87,52 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+def settings(**more: Any) -> ExportConfig:
+    return ExportConfig(ckpt_dir="/c", export_dir="/e", **more)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_modules_with_hooks_are_named(case: str) -> None:
     build, expected = CASES[case]
     model = build()
-    assert list_load_hooks(model, model.dense_arch) == expected
-    assert bool(note_load_hooks(model, model.dense_arch)) is bool(expected)
+    hooks = list_load_hooks(model, model.sparse_arch, model.dense_arch)
+    assert [hook.path for hook in hooks] == expected
+    if not any(hook.changes_package for hook in hooks):
+        assert bool(check_load_hooks(model, settings())) is bool(expected)
+        return
+    with pytest.raises(
+        ModelError, match=rf"{expected[0]} \({type(model.get_submodule(path_of(expected[0]))).__name__}\): "
+    ):
+        check_load_hooks(model, settings())
+    assert len(check_load_hooks(model, settings(allow_load_hooks=expected))) == 1
+
+
+def path_of(shown: str) -> str:
+    return "" if shown == "model" else shown
+
+
+def test_the_way_to_extra_state_alone_is_not_refused() -> None:
+    model = with_extra_state()
+    assert not any(hook.changes_package for hook in list_load_hooks(model, model.sparse_arch, model.dense_arch))
+
+
+def test_a_module_beside_the_arches_is_not_refused() -> None:
+    model = tiny_model.TinyModel()
+    model.loss = OverridingTable(3, 2)
+    (note,) = check_load_hooks(model, settings())
+    assert "loss (OverridingTable): its own _load_from_state_dict" in note
+
+
+def test_without_tables_the_sparse_arch_is_not_refused() -> None:
+    model = put_table(tiny_model.TinyModel())
+    assert len(check_load_hooks(model, settings(need_export_sparse=False))) == 1
+    with pytest.raises(ModelError, match=r"sparse_arch\.table"):
+        check_load_hooks(model, settings())
+
+
+def test_a_pattern_that_allows_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"allow_load_hooks: the pattern 'sparse_arch\.\*'"):
+        check_load_hooks(Overriding(), settings(allow_load_hooks=["model", "sparse_arch.*"]))
 
 
 def test_what_torch_registers_itself_is_not_named() -> None:
@@ -99,20 +141,78 @@ def test_what_torch_registers_itself_is_not_named() -> None:
     model.sparse_arch.lazy = nn.LazyLinear(2)
     model.sparse_arch.counted = nn.BatchNorm1d(2)
     assert model.sparse_arch.normed._load_state_dict_pre_hooks
-    assert list_load_hooks(model, model.dense_arch) == []
-    assert list_load_hooks(nn.DataParallel(model), model.dense_arch) == []
+    assert list_load_hooks(model, model.sparse_arch, model.dense_arch) == []
+    assert list_load_hooks(nn.DataParallel(model), model.sparse_arch, model.dense_arch) == []
+
+
+def export(model: nn.Module, tmp_path: Path, **more: Any) -> Any:
+    source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
+    return dist_export.Exporter(
+        model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "out", filter_sparse_opt=True, **more
+    ).export()  # fmt: skip
+
+
+def exported(tmp_path: Path, name: str) -> torch.Tensor:
+    program = dist_export.open_package(tmp_path / "out").load_program()
+    (held,) = [its for key, its in program.state_dict.items() if key.endswith(name)]
+    return held
+
+
+@pytest.mark.parametrize("case", ["root override", "root before", "sparse override"])
+def test_an_export_refuses_them(case: str, tmp_path: Path) -> None:
+    """A program with the checkpoint's values would give other scores than the model that is loaded as it was trained."""
+    build, (expected, *_) = CASES[case]
+    with pytest.raises(
+        ModelError, match=rf"(?s){expected} \(.*Nothing was written.*ckpt_dir=None.*allow_load_hooks"
+    ) as caught:
+        export(build(), tmp_path)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", ["none", "root override", "root before"])
-def test_an_export_tells_of_them(case: str, tmp_path: Path) -> None:
+def test_an_export_that_is_allowed_to_tells_of_them(case: str, tmp_path: Path) -> None:
     """The program has the checkpoint's values, and the manifest says so."""
-    source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     build, expected = CASES[case]
-    manifest = dist_export.Exporter(
-        build(), "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "out", filter_sparse_opt=True
-    ).export()  # fmt: skip
+    manifest = export(build(), tmp_path, allow_load_hooks=expected)
     told = [note for note in manifest.notes if "were not run, because only the dense arch is loaded" in note]
     assert len(told) == len(expected)
-    program = dist_export.open_package(tmp_path / "out").load_program()
-    (held,) = [its for name, its in program.state_dict.items() if name.endswith("hidden.weight")]
-    assert torch.equal(held, tiny_model.trained_dense_state()[WEIGHT])
+    assert torch.equal(exported(tmp_path, "hidden.weight"), tiny_model.trained_dense_state()[WEIGHT])
+
+
+def double_in_place(_: nn.Module, state: dict[str, Any], *__: object) -> None:
+    for name in [name for name in state if name.endswith("hidden.weight")]:
+        state[name].mul_(2)
+
+
+def double_after(module: nn.Module, _: object) -> None:
+    with torch.no_grad():
+        module.weight.mul_(2)
+    module.is_loaded = True
+
+
+@pytest.mark.parametrize("hook", [(PRE, double), (PRE, double_in_place), (POST, double_after)])
+def test_hooks_in_the_dense_arch_are_run(hook: tuple[str, Any], tmp_path: Path) -> None:
+    """The program has what ``model.load_state_dict`` would give, the reference too, and the caller's model stays as it was."""
+    model = with_hook("dense_arch.hidden", *hook)()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, tmp_path)
+    assert torch.equal(exported(tmp_path, "hidden.weight"), 2 * tiny_model.trained_dense_state()[WEIGHT])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model.dense_arch.hidden, "is_loaded")
+
+
+def test_a_hook_that_renames_is_named(tmp_path: Path) -> None:
+    """Names are compared before hooks are run, and what does not fit is refused: the line says which hook may be the cause."""
+
+    def rename(_: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
+        state[f"{prefix}new.weight"] = state.pop(f"{prefix}hidden.weight")
+
+    model = with_hook("dense_arch", "_register_load_state_dict_pre_hook", lambda *its: rename(model, *its))()
+    model.dense_arch.new = model.dense_arch.hidden
+    del model.dense_arch.hidden
+    with pytest.raises(
+        ModelError, match=r"missing: .*new.weight.*dense_arch \(DenseArch\): the hook .*lambda.*format: live"
+    ):
+        export(model, tmp_path)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,52 @@ def test_default_rows_of_hash_tables_are_carried_over(tmp_path: Path) -> None:
     assert again.tables[0].default_row == first.tables[0].default_row == "zeros"
 
 
+LIKE_A_ROW = tuple(np.array([0.3, -1.7, 1e-5, 123.456], np.float32).tolist())
+
+
+def export_chain(folder: Path, *dtypes: str) -> Path:
+    """Cast a table of one row, LIKE_A_ROW, which is the default row too, from package to package; "" casts nothing."""
+    tables = make_tables({"user": 1}, 1, dim=4)
+    tables["user"][0].slots["embedding"][:] = LIKE_A_ROW
+    source = folder / "ckpt"
+    write_checkpoint(source, tables)
+    more: dict[str, object] = {"default_row": {"user": list(LIKE_A_ROW)}}
+    for number, dtype in enumerate(dtypes):
+        target = folder / f"package{number}"
+        export(source, target, **({"dtype": {"*": dtype}} if dtype else {}), **more)
+        source, more = target, {}
+    return source
+
+
+@pytest.mark.parametrize("first", ["int8", "float16", "bfloat16", ""])
+@pytest.mark.parametrize("then", ["int8", "float16", "bfloat16", "float32", ""])
+def test_a_default_row_is_cast_as_rows_are(first: str, then: str, tmp_path: Path) -> None:
+    """An id without a row gets bit for bit what a row of the same values has become, from package to package."""
+    package = dist_export.open_package(export_chain(tmp_path, first, then))
+    (known,) = make_tables({"user": 1}, 1, dim=4)["user"][0].ids.tolist()
+    raw, has_row = package.lookup("user", [known, known ^ 1], raw=True)
+    assert has_row.tolist() == [True, False]
+    assert raw[0].tobytes() == raw[1].tobytes() == package.default_row("user").tobytes()
+    assert not verify(str(package.directory.path)).findings
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16"])
+def test_a_default_row_is_that_of_a_direct_export(dtype: str, tmp_path: Path) -> None:
+    for name in ("chain", "widened"):
+        (tmp_path / name).mkdir()
+    chain = dist_export.open_package(export_chain(tmp_path / "chain", "", dtype, ""))
+    direct = dist_export.open_package(export_chain(tmp_path, dtype))
+    assert chain.default_row("user").tobytes() == direct.default_row("user").tobytes()
+    widened = dist_export.open_package(export_chain(tmp_path / "widened", dtype, "float32"))
+    assert np.array_equal(widened.lookup("user", [12345])[0], direct.lookup("user", [12345])[0].astype(np.float32))
+
+
+def test_a_default_row_that_is_set_anew_is_not_rounded(tmp_path: Path) -> None:
+    source = export_chain(tmp_path, "float16")
+    again = export(source, tmp_path / "again", dtype={"*": "float32"}, default_row={"user": list(LIKE_A_ROW)})
+    assert again.tables[0].default_row == LIKE_A_ROW
+
+
 SHARD = "model-000000-of-000001.safetensors"
 
 
@@ -117,6 +164,39 @@ def test_a_damaged_row_is_not_handed_on(kind: str, settings: dict[str, object], 
     assert not (tmp_path / "again").exists(), "nothing was written"
     flip(first / SHARD, -2)
     assert not verify(str(export(first, tmp_path / "again", **settings) and tmp_path / "again")).findings
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("settings", [{"num_shards": 2}, {"filter_sparse_opt": False}])
+def test_damage_of_a_copy_is_not_handed_on(in_place: bool, settings: dict[str, object], tmp_path: Path) -> None:
+    """A copy, and a checkpoint that is its own package, have shards with digests as new shards do."""
+    source = tmp_path / "ckpt"
+    write_checkpoint(source, make_tables({"user": 70}, 2))
+    first = source if in_place else tmp_path / "first"
+    export(source, first, filter_sparse_opt=False)
+    shard = first / "model-000001-of-000002.safetensors"
+    flip(shard, -2)
+    advice = r"remove manifest\.json" if in_place else "Copy the package again"
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: its content is not what was written.*{advice}"):
+        export(first, tmp_path / "again", **settings)
+    assert not (tmp_path / "again").exists(), "nothing was written"
+    skipped = export(first, tmp_path / "skipped", **settings, digest="none")
+    assert any("were not compared with its manifest" in note for note in skipped.notes)
+    flip(shard, -2)
+    assert not verify(str(export(first, tmp_path / "again", **settings) and tmp_path / "again")).findings
+
+
+def test_a_checkpoint_saved_over_its_package_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "ckpt"
+    write_checkpoint(source, make_tables({"user": 70}, 2))
+    export(source, source, filter_sparse_opt=False)
+    write_checkpoint(source, make_tables({"user": 90}, 2))
+    with pytest.raises(
+        CheckpointError, match=r"has .* bytes, the manifest says.*a trainer has saved here.*remove manifest"
+    ):
+        export(source, tmp_path / "out")
+    (source / "manifest.json").unlink()
+    assert export(source, tmp_path / "out").tables[0].rows_out == 90
 
 
 @pytest.mark.parametrize("name", ["tensorkey.json", "index", MERGED])

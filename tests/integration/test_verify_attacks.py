@@ -35,6 +35,7 @@ TEXT_FILES = (
     "outputs_dict.json",
     "default_rows.json",
     "sample_rows.json",
+    "blocks.json",
     "output_info.json",
     "graph.txt",
 )

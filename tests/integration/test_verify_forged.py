@@ -26,7 +26,7 @@ class Sparse(nn.Module):
         self.user, self.item = nn.Embedding(50, 4), nn.Embedding(40, 4)
 
     def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"user": self.user(ids), "item": self.item(ids), "unused": ids.float()[:, None]}
+        return {"user": self.user(ids), "item": self.item(ids), "scale": 2.0, "unused": ids.float()[:, None]}
 
 
 class Dense(nn.Module):
@@ -65,11 +65,27 @@ def bare(doc: dict[str, Any], *names: str) -> None:
 FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "encoding": (lambda doc: bare(doc, "encoding"), "has no encoding"),
     "encoding and dim": (lambda doc: bare(doc, "encoding", "dim"), "has no encoding"),
+    "all of the encoding": (lambda doc: bare(doc, "encoding", "dim", "cast"), "dropped by cast"),
     "encoding and cast": (lambda doc: bare(doc, "encoding", "cast"), "has no encoding"),
     "atol": (lambda doc: doc["parity"].update(atol=10.0), "to be anything"),
     "rtol": (lambda doc: doc["parity"].update(rtol=2.0), "to be anything"),
     "input order": (lambda doc: doc["dense"].update(input_order=["item", "other", "user"]), "dense.input_order"),
     "input order twice": (lambda doc: doc["dense"].update(input_order=["item", "item", "user"]), "dense.input_order"),
+    "input order changed": (lambda doc: doc["dense"]["input_order"].reverse(), "dense.input_order"),
+    "no input order": (lambda doc: doc["dense"].pop("input_order"), "dense.input_order"),
+    "constants": (lambda doc: doc["dense"]["constants"].update(scale="3.0"), "dense.constants"),
+    "no constants": (lambda doc: doc["dense"].pop("constants"), "dense.constants"),
+    "a larger batch": (lambda doc: doc["dense"].update(max_batch_size=10**6), "was traced for at most 204800"),
+    "a free dimension": (
+        lambda doc: doc["dense"]["inputs"][0].update(shape=["batch", "x"]),
+        "the exported program has",
+    ),
+    "a renamed batch": (lambda doc: doc["dense"]["inputs"][0].update(shape=["rows", 4]), "the exported program has"),
+    "a free output": (lambda doc: doc["dense"]["outputs"][0].update(shape=["batch", "x"]), "the exported program has"),
+    "a larger output": (
+        lambda doc: doc["dense"]["outputs"][0].update(shape=["batch*2", 1]),
+        "the exported program has",
+    ),
     "dropped inputs": (lambda doc: doc["dense"].update(dropped_inputs=[]), "dense.input_order"),
 }
 
@@ -109,3 +125,47 @@ def test_the_tolerance_is_what_rounding_and_the_figures_need() -> None:
     assert findings_of(4e-5, 1e-3, None) == []
     assert findings_of(0.0, 1e-6, None)
     assert findings_of(0.0, 1e-3, None)
+
+
+class SequenceSparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(40, 4)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"clicks": self.item(ids), "views": self.item(ids[:, :3]), "weights": ids.float()}
+
+
+class SequenceDense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        clicks, views = self.linear(blocks["clicks"]), self.linear(blocks["views"])
+        return {
+            "each": clicks[..., 0] * blocks["weights"],
+            "both": torch.cat([clicks, views], dim=1)[..., 0],
+            "flat": clicks.reshape(-1, 1),
+            "twice": torch.cat([clicks, clicks, clicks.sum(1, keepdim=True)], dim=1),
+        }
+
+
+@pytest.mark.parametrize("archive_format", ["pt2", "legacy"])
+def test_free_dimensions_and_what_follows_from_them_are_sound(archive_format: str, tmp_path: Path) -> None:
+    model = nn.Module()
+    model.sparse_arch, model.dense_arch = SequenceSparse(), SequenceDense()
+    torch.save(model.state_dict(), tmp_path / "ckpt.pt")
+    dims = {"clicks": {1: "history"}, "weights": {1: "history"}, "views": {1: "seen"}}
+    dist_export.Exporter(
+        model, "sparse_arch", "dense_arch", [torch.arange(30).reshape(6, 5)], str(tmp_path / "ckpt.pt"), str(tmp_path / "out"),
+        dynamic_dims=dims, archive_format=archive_format,
+    ).export(progress=False)  # fmt: skip
+    assert [str(finding) for finding in verify(str(tmp_path / "out")).findings] == []
+    path = tmp_path / "out" / "manifest.json"
+    doc = json.loads(path.read_bytes())
+    for entry in doc["dense"]["inputs"]:
+        entry["shape"] = ["seen" if size == "history" else size for size in entry["shape"]]
+    doc["digest"] = compute_digest(doc)
+    path.write_text(json.dumps(doc))
+    assert "one name for several free dimensions" in str(verify(str(tmp_path / "out")).findings)
