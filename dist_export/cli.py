@@ -14,7 +14,7 @@ from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.interrupts import INTERRUPTS
 from dist_export.runtime.terminal import SCREEN
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify")
+_COMMANDS = ("export", "init", "plan", "inspect", "verify", "score", "serve")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +49,15 @@ def main(argv: Sequence[str]) -> int:
 def _run(command: str, argv: list[str]) -> int:
     """Run a command and return its exit code. Known errors are printed in one line."""
     try:
-        commands = {"export": _export, "init": _init, "plan": _plan, "inspect": _inspect, "verify": _verify}
+        commands = {
+            "export": _export,
+            "init": _init,
+            "plan": _plan,
+            "inspect": _inspect,
+            "verify": _verify,
+            "score": _score,
+            "serve": _serve,
+        }
         return commands[command](argv)
     except DistExportError as error:
         return _fail(error)
@@ -232,6 +240,44 @@ def _verify(argv: list[str]) -> int:
     finally:
         ranks.close()
     return 1 if report.count() else 0
+
+
+def _score(argv: list[str]) -> int:
+    from dist_export.config.loader import parse_path
+    from dist_export.package.reader import open_package
+    from dist_export.reporting.display import counting_rows
+    from dist_export.serve.options import SCORE_OPTIONS, SCORE_USAGE
+    from dist_export.serve.score_file import score_file
+
+    if _is_answered(argv, {"Options": SCORE_OPTIONS}, usage=SCORE_USAGE):
+        return 0
+    arguments = parse_path("score", argv, SCORE_OPTIONS)
+    for name in ("input", "output"):
+        if arguments[name] is None:
+            raise ConfigError(f"--{name} is missing; give a file")
+    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir")}
+    scoring = {name: arguments[name] for name in ("batch_size", "keep")}
+    with open_package(arguments["path"], **opening) as package, counting_rows() as note_rows:
+        total = score_file(package, arguments["input"], arguments["output"], note_rows=note_rows, **scoring)
+    print(f"{arguments['output']}: {total:,} rows scored")
+    return 0
+
+
+def _serve(argv: list[str]) -> int:
+    from dist_export.config.loader import parse_path
+    from dist_export.serve.options import SERVE_OPTIONS, SERVE_USAGE
+    from dist_export.serve.run import serve
+
+    if _is_answered(argv, {"Options": SERVE_OPTIONS}, usage=SERVE_USAGE):
+        return 0
+    arguments = parse_path("serve", argv, SERVE_OPTIONS)
+    if not arguments["poll_secs"] > 0:
+        raise ConfigError(f"--poll_secs is {arguments['poll_secs']}; give seconds above 0")
+    path, host, port, workers = (arguments.pop(name) for name in ("path", "host", "port", "workers"))
+    serve(
+        path, host=host, port=port, workers=workers, watching=arguments, announce=lambda line: print(line, flush=True)
+    )
+    return 0
 
 
 def _resolve(arguments: Mapping[str, Any]) -> str:

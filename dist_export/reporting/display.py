@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -227,6 +228,17 @@ def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
         finally:
             with contextlib.suppress(OSError):
                 display.close()
+
+
+@contextlib.contextmanager
+def counting_rows() -> Iterator[Callable[[int], object]]:
+    """Show how many rows are done, in a line of a terminal. Yields what is called with the rows of each batch."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not _is_terminal(sys.stderr)
+    ) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda rows: shown.advance(task, rows)
 
 
 def show_lines(lines: Iterable[str]) -> None:

@@ -125,7 +125,7 @@ def _over_dict(ids: np.ndarray, embeddings: np.ndarray) -> Callable[[np.ndarray]
 
 
 def _over_lmdb(folder: Path, ids: np.ndarray, embeddings: np.ndarray) -> Callable[[np.ndarray], Any]:
-    import lmdb  # type: ignore[import-untyped]
+    import lmdb
 
     folder.mkdir()
     keys = ids.astype(">i8").view("V8")

@@ -1,0 +1,154 @@
+"""``dist_export score``: the rows of a file are scored in batches, and the file that is written appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+import dist_export
+from dist_export.cli import main
+from tests.support import score_models as models
+
+TAGS = ("tags_values", "tags_offsets")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("score_file")
+    build = lambda: models.Model(models.ThreeTables(), 3 * models.DIM + 1)
+    checkpoint = models.save(models.train(build()), folder / "model.pth")
+    dist_export.Exporter(
+        build(),
+        "sparse_arch",
+        "dense_arch",
+        [models.batch_of()],
+        checkpoint,
+        folder / "out",
+        score_program="require",
+        progress=False,
+    ).export()
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in models.batch_of(100, seed=3).items()}
+
+
+@pytest.fixture(scope="module")
+def expected(package: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+    scores: np.ndarray = dist_export.open_package(package).score(batch)["ctr"][:, 0]
+    return scores
+
+
+def rows_of(batch: dict[str, np.ndarray]) -> list[dict[str, object]]:
+    """The batch as rows with lists, as a file has them."""
+    ends = batch["tags_bounds"][1:]
+    return [
+        {
+            "user": int(batch["user"][row]),
+            "clicks": batch["clicks"][row].tolist(),
+            "tags": batch["tags_values"][batch["tags_bounds"][row] : ends[row]].tolist(),
+            "price": batch["price"][row].tolist(),
+            "request": f"r{row}",
+        }
+        for row in range(len(ends))
+    ]
+
+
+def write(batch: dict[str, np.ndarray], folder: Path, kind: str) -> str:
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows_of(batch))) + "\n\n")
+    elif kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows_of(batch)), path, row_group_size=30)
+    else:
+        np.savez(path, **{name: batch[name] for name in ("user", "clicks", "price", *TAGS)})
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "npz"])
+@pytest.mark.parametrize("batch_size", [1, 7, 4096])
+def test_each_row_gets_its_score(
+    kind: str,
+    batch_size: int,
+    package: Path,
+    batch: dict[str, np.ndarray],
+    expected: np.ndarray,
+    tmp_path: Path,
+    capsys,
+) -> None:
+    out = tmp_path / "scores.parquet"
+    given = ["--input", write(batch, tmp_path, kind), "--output", str(out), "--batch_size", str(batch_size)]
+    assert main(["score", str(package), *given]) == 0
+    assert capsys.readouterr().out == f"{out}: 100 rows scored\n"
+    found = parquet.read_table(out)["ctr"].to_numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_columns_are_kept(package: Path, batch: dict[str, np.ndarray], tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    given = ["--input", write(batch, tmp_path, "jsonl"), "--output", str(out), "--keep", "request", "--keep", "tags"]
+    assert main(["score", str(package), *given]) == 0
+    table = parquet.read_table(out).to_pylist()
+    assert [row["request"] for row in table] == [f"r{row}" for row in range(100)]
+    assert [row["tags"] for row in table] == [row["tags"] for row in rows_of(batch)]
+
+
+def test_mistakes_are_one_line_and_nothing_is_written(
+    package: Path, batch: dict[str, np.ndarray], tmp_path: Path, capsys
+) -> None:
+    rows = rows_of(batch)
+    cases = {
+        "no column for the input 'user'": [{k: v for k, v in row.items() if k != "user"} for row in rows],
+        "column 'clicks' has lists of several lengths": [*rows[:-1], {**rows[-1], "clicks": [1]}],
+        "column 'user' has 1 rows without a value": [*rows[:-1], {**rows[-1], "user": None}],
+        "column of the input 'user' is float64, expected int64": [{**row, "user": 1.5} for row in rows],
+        "has no rows": [],
+    }
+    out = tmp_path / "scores.parquet"
+    for message, changed in cases.items():
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, changed)))
+        assert main(["score", str(package), "--input", str(path), "--output", str(out)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert message in lines[0]
+        assert not list(tmp_path.glob("scores*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"a,b", "inputs are read from .parquet, .jsonl, .npz"),
+        ("rows.jsonl", b"{", "line 1 is no JSON object"),
+        ("rows.jsonl", b"[1]", "line 1 is no JSON object"),
+        ("rows.parquet", b"hello", "is no sound parquet file"),
+        ("rows.npz", b"hello", "is no sound npz file"),
+        ("gone.jsonl", None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_is_none_is_named(
+    name: str, content: bytes | None, message: str, package: Path, tmp_path: Path, capsys
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    out = tmp_path / "scores.parquet"
+    assert main(["score", str(package), "--input", str(tmp_path / name), "--output", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+    assert not out.exists()
+
+
+def test_a_file_that_is_there_is_not_overwritten(package: Path, batch: dict[str, np.ndarray], tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    out.write_text("mine")
+    assert main(["score", str(package), "--input", write(batch, tmp_path, "npz"), "--output", str(out)]) == 2
+    assert out.read_text() == "mine"
