@@ -171,9 +171,9 @@ def check_account(account: AccountEntry, payload: Payload, where: str) -> None:
     """Hold the account against the source. CommitError where a tensor or a byte is in none of its parts, or in two."""
     if (account.tensors, account.num_bytes) != (payload.tensors, payload.num_bytes):
         raise CommitError(
-            f"{where}: the account of its payload does not add up: it holds {count(payload.tensors, 'tensor')} of "
-            f"{payload.num_bytes:,} bytes, and what became of them is known of {account.tensors:,} of {account.num_bytes:,} "
-            f"bytes ({say_account(account)}). No manifest was written, so there is no package; report this"
+            f"{where}: the account of its payload does not add up: it holds {count(payload.tensors, 'tensor')} with "
+            f"{payload.num_bytes:,} bytes, but the account has {account.tensors:,} with {account.num_bytes:,} bytes "
+            f"({say_account(account)}). No manifest was written, so there is no package; report this"
         )
 
 

@@ -53,8 +53,8 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
     if config.is_live:
         raise ConfigError(
-            "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
-            "plan could look at. The export itself refuses what is wrong before it writes anything"
+            "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
+            "itself checks the settings before it writes anything"
         )
     found = look_at_all(ranks, config, world_size)
     config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint

@@ -142,7 +142,7 @@ def _check_paths(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[D
         raise ConfigError(f"export_dir {final.url} is a file, not a directory")
     if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_working_state(final):
         raise ConfigError(
-            f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
+            f"export_dir {final.url} holds an {INDEX} that dist_export did not write, so it is another checkpoint or "
             "somebody's export, which would be overwritten. Give another export_dir"
         )
     is_there = final.exists(MANIFEST) and not config.overwrite  # nothing is written then, or it is refused for that
@@ -191,7 +191,7 @@ def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
     foreign = sorted(set(final.names()) & set(planned))
     if foreign:
         raise ConfigError(
-            f"{final.describe(foreign[0])} is there already, and no export of ours left it ({len(foreign)} such files): it "
+            f"{final.describe(foreign[0])} is there already, and dist_export did not write it ({len(foreign)} such files): it "
             "would be overwritten. Move it away, or give another export_dir"
         )
 
