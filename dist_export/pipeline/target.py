@@ -103,13 +103,13 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
     )
 
 
-def may_copy_within(paths: ExportPaths, config: ExportConfig) -> bool:
+def may_copy_within(paths: ExportPaths, *, server_side_copy: bool) -> bool:
     """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
 
     It is one store where both are reached with the same options.
     """
     is_one_store = paths.source is not None and paths.source.is_same_store(paths.target)
-    return paths.target.s3 is not None and is_one_store and config.server_side_copy
+    return paths.target.s3 is not None and is_one_store and server_side_copy
 
 
 def _next_to(final: Directory) -> Directory:

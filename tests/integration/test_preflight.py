@@ -50,7 +50,7 @@ def test_without_a_mistake_nothing_is_said(settings: dict[str, object], tmp_path
 
 
 MISTAKES = {
-    "model": ({"model": "tests.support.tiny_model:no_model"}, "model: 'tiny_model' has no 'no_model'"),
+    "model": ({"model": "tests.support.tiny_model:no_model"}, "model: 'tests.support.tiny_model' has no 'no_model'"),
     "dataset": ({"dataset": "no_module:f"}, "dataset: there is no module 'no_module'"),
     "package": ({}, "manifest.json is there already: export_dir holds a committed package. Set overwrite"),
     "drop_slots": ({"drop_slots": ["no_slot"]}, "drop_slots: the pattern 'no_slot' matches no slot"),
@@ -148,7 +148,7 @@ def test_foreign_files_under_the_names_of_shards_are_told(tmp_path: Path, settin
     (out / "model-000000-of-000001.safetensors").touch()
     code, lines = plan({**settings, "export_dir": str(out), "num_shards": 1}, tmp_path, capsys)
     assert code == 2
-    assert "is there already, and no export of ours left it" in lines[0]
+    assert "is there already, and dist_export did not write it" in lines[0]
 
 
 def test_a_dataset_that_fails_is_told(settings: dict[str, object], tmp_path: Path, capsys) -> None:
