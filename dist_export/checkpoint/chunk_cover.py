@@ -62,7 +62,7 @@ def _check_grid(name: str, shape: tuple[int, ...], solid: list[Any], cut: list[i
         total *= count
     if total > _MAX_CELLS:
         raise CheckpointError(
-            f"{where}: {name!r} is cut into {total:,} pieces, which nobody does"
+            f"{where}: {name!r} is cut into {total:,} pieces, more than any trainer writes"
             ". Copy the checkpoint again, or take an earlier one"
         )
     positions = [{edge: place for place, edge in enumerate(its)} for its in edges]
@@ -81,7 +81,7 @@ def _check_grid(name: str, shape: tuple[int, ...], solid: list[Any], cut: list[i
 
 def _overlap(name: str, offsets: tuple[int, ...], where: str) -> CheckpointError:
     return CheckpointError(
-        f"{where}: chunks of {name!r} overlap at {list(offsets)}; it cannot be told which one counts"
+        f"{where}: chunks of {name!r} overlap at {list(offsets)}; nothing says which one is valid"
         ". Copy the checkpoint again, or take an earlier one"
     )
 

@@ -54,7 +54,7 @@ class JoinedReader:
         joined = join_checkpoints(first, second, kind=self._kind)
         if not joined.tables:
             raise CheckpointError(
-                f"{joined.directory.url}: no table with a row; {'; '.join(joined.warnings)}"
+                f"{joined.directory.url}: no table has a row; {'; '.join(joined.warnings)}"
                 "; set need_export_sparse: false for an export without tables"
             )
         return joined
@@ -74,7 +74,7 @@ def join_checkpoints(first: Checkpoint, second: Checkpoint, *, kind: str) -> Che
             raise CheckpointError(
                 f"{first.directory.url}: two tables are called {table.name!r}: one of {first.format} in "
                 f"{_place_of(first, names[table.name])}, one of {second.format} in {_place_of(second, number)}. To export one "
-                f"of the two sources alone say format: {first.format} or format: {second.format}"
+                f"of the two sources alone, set format: {first.format} or format: {second.format}"
             )
     num_files, num_parts, num_tables = len(first.files), len(first.parts), len(first.tables)
     strips = {name: (getattr(first.strips, name), getattr(second.strips, name)) for name in _STRIPS}

@@ -227,13 +227,13 @@ def _open_dcp_and_dump(directory: Directory, settings: TensorSettings) -> Checkp
 def _refuse_settings(directory: Directory, settings: TensorSettings, found: str) -> None:
     if settings.treat_as_tables:
         raise ConfigError(
-            f"treat_as_tables names tensors that are tables, but {directory.url} is {FORMATS[found].kind}, which says so itself; "
-            "take treat_as_tables out"
+            f"treat_as_tables is set, but {directory.url} is {FORMATS[found].kind}, which says itself what "
+            "its tables are; remove treat_as_tables"
         )
     if settings.state_root is not None:
         raise ConfigError(
-            f"state_root names one of several states, but {directory.url} is {FORMATS[found].kind}, which holds one model; "
-            "take state_root out"
+            f"state_root is set, but {directory.url} is {FORMATS[found].kind}, which holds one model "
+            "only; remove state_root"
         )
 
 

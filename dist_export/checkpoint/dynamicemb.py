@@ -204,15 +204,15 @@ class DynamicEmbReader:
             where = self.directory.describe(f"{prefix}{table}_emb_keys.rank_*")
             if len(sizes) > 1:
                 raise CheckpointError(
-                    f"{where}: files of dumps on {' and '.join(map(str, sorted(sizes)))} ranks; they cannot be told apart. "
-                    "Dump into an empty directory"
+                    f"{where}: files of dumps on {' and '.join(map(str, sorted(sizes)))} ranks, and nothing says "
+                    "which of them are valid. Dump into an empty directory"
                 )
             (world_size,) = sizes
             if len(its) != world_size or any(rank >= world_size for rank, _ in its):
                 missing = next(rank for rank in range(world_size) if (rank, world_size) not in its)
                 raise CheckpointError(
-                    f"{where}: that of rank {missing} of {world_size} is missing; the dump did not finish, or was copied in part"
-                    ". Copy the whole dump again, or take an earlier one"
+                    f"{where}: the file of rank {missing} of {world_size} is missing; the dump did not finish, or was "
+                    "copied in part. Copy the whole dump again, or take an earlier one"
                 )
             state = f"{table}_opt_values" if is_first else f"{table}_emb_opt_values"
             stems = {
@@ -324,8 +324,8 @@ class DynamicEmbReader:
             size = self._count(name, itemsize, slot) * itemsize
             if size != count * row_bytes:
                 raise CheckpointError(
-                    f"{self.directory.describe(name)} has {size:,} bytes, but there are {count:,} keys, and {row_bytes:,} bytes "
-                    f"for each of them make {count * row_bytes:,}; the files are not of one dump"
+                    f"{self.directory.describe(name)} has {size:,} bytes, expected {count * row_bytes:,}: {count:,} keys "
+                    f"of {row_bytes:,} bytes each. The files are not of one dump"
                     ". Copy the whole dump again, or take an earlier one"
                 )
         return row_bytes
@@ -352,7 +352,7 @@ class NoDense:
     def load(self) -> Mapping[str, Any]:
         """Say that there is nothing to load."""
         raise CheckpointError(
-            f"{self.where} is a DynamicEmb dump, which has tables alone, and the dense arch needs its parameters. Leave "
+            f"{self.where} is a DynamicEmb dump, which holds only tables, and the dense arch needs parameters. Leave "
             "`model` out of the config for an export of the tables"
         )
 

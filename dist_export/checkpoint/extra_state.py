@@ -87,10 +87,10 @@ def _close(value: Any) -> Any:
     members = {key: _close(member) for key, member in value.items()}
     if all(type(key) is int for key in members):
         if sorted(members) != list(range(len(members))):
-            raise ValueError(f"a list lacks members, it has those at {sorted(members)}")
+            raise ValueError(f"a list lacks members; it has those at {sorted(members)}")
         return [members[place] for place in range(len(members))]
     if any(type(key) is int or key.lstrip("-").isdecimal() for key in members):
-        raise ValueError("DCP saves the keys of a dict as text, so it cannot be seen whether they were numbers")
+        raise ValueError("DCP saves the keys of a dict as text, so nobody can tell whether they were numbers")
     return members
 
 

@@ -36,17 +36,15 @@ def find_fallbacks(checkpoint: Checkpoint) -> dict[str, tuple[float, ...]]:
             ends = find_shard_ends(reader.source, raw_ids.state)
             rows = [_read_row(reader, checkpoint, number, end - 1) for end in ends]
             other = next((place for place, row in enumerate(rows) if row.tobytes() != rows[0].tobytes()), None)
-            advice = f"say what serving gives these ids: default_row: {{{table.name_in_source!r}: zeros}}, or the values of a row"
+            advice = f"set what serving gives these ids: default_row: {{{table.name_in_source!r}: zeros}}, or the values of a row"
             where = f"{checkpoint.directory.url}: table {table.name_in_source!r}: an id that the trainer did not know"
             if other is not None:
                 raise CheckpointError(
                     f"{where} got the last row of its shard, and those differ: row {ends[0] - 1:,} is not row "
-                    f"{ends[other] - 1:,}. No one row is that of all such ids; {advice}"
+                    f"{ends[other] - 1:,}. So no single row is right for all such ids; {advice}"
                 )
             if not np.isfinite(rows[0]).all():
-                raise CheckpointError(
-                    f"{where} got row {ends[0] - 1:,}, which holds what is no finite number; {advice}"
-                )
+                raise CheckpointError(f"{where} got row {ends[0] - 1:,}, which holds NaN or an infinity; {advice}")
             found[table.name] = tuple(rows[0].tolist())
     return found
 

@@ -74,13 +74,13 @@ def find_collisions(
         if IDENTITIES not in buffers and len(buffers) < 2:
             missing = MAPPING if SORTED_IDS in buffers else SORTED_IDS
             raise CheckpointError(
-                f"{where}: {owner}.{missing} is missing, without which nothing tells which raw id has which row of table "
+                f"{where}: {owner}.{missing} is missing. Without it nobody knows which raw id has which row of table "
                 f"{table!r}. Save the whole model"
             )
         ids = buffers.get(IDENTITIES) or buffers[SORTED_IDS]
         if table in found:
             raise CheckpointError(
-                f"{where}: {found[table].ids!r} and {ids!r} both are of the table {table!r}"
+                f"{where}: {found[table].ids!r} and {ids!r} both belong to the table {table!r}"
                 ". Copy the checkpoint again, or take an earlier one"
             )
         for name in buffers.values():

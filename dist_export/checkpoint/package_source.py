@@ -186,7 +186,7 @@ def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> Table
     width = next(math.prod(slot.values_shape) for slot in slots if slot.name == EMBEDDING_SLOT)
     if default is not None and default != "zeros" and (isinstance(default, str) or len(default) != width):
         raise CheckpointError(
-            f"{where}: the default row of table {table.name!r} is no row of its {width} values"
+            f"{where}: the default row of table {table.name!r} does not have its {width} values"
             "; export from the checkpoint that it was made of"
         )
     return replace(table, slots=tuple(slots), default_row=default)

@@ -106,7 +106,7 @@ class RawIds:
             wrong = int(np.flatnonzero(times != 1)[0])
             raise CheckpointError(
                 f"{self.where}: {state.mapping.name!r} names row {self.begin + wrong:,} {int(times[wrong]):,} times; each row of "
-                "the table must stand there once. Save the checkpoint anew"
+                "the table must be there once. Save the checkpoint anew"
             )
         found = np.empty(rows, np.int64)
         found[row - self.begin] = ids

@@ -122,7 +122,7 @@ class ItemFinder:
         if found.storage.num_bytes != size:
             raise CheckpointError(
                 f"{where}: a tensor lies in {found.storage.num_bytes:,} bytes of '{archive.root}data/{found.storage.key}', "
-                f"which has {size:,}; it is damaged, or made to deceive"
+                f"which has {size:,}; it is damaged or forged"
                 ". Copy the checkpoint again, or take an earlier one"
             )
         num_bytes = math.prod(shape) * itemsize
@@ -146,7 +146,9 @@ def decode_item(pickled: bytes, where: str) -> PickledTensor:
             f"{where} is a {type(value).__name__}, expected a strided tensor; save it as a plain tensor"
         )
     if found.reason in ("negated", "conjugated"):
-        raise NotPlainError(f"{where} is stored negated or conjugated; save it again as it is meant")
+        raise NotPlainError(
+            f"{where} is stored negated or conjugated; save it again after resolve_neg() or resolve_conj()"
+        )
     if found.reason:
         raise NotPlainError(f"{where} is no strided tensor ({found.reason}), and cannot be read")
     return found

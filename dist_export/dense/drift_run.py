@@ -223,7 +223,7 @@ class DriftRun:
         if self.config.need_export_sparse and self.config.drift_batches:
             self._sample = [sample.without_digests()]
             looked = Looked.at(self._sample, has_asked=any(len(ids) for ids in self.wanted.values()))
-            refuse_early(self.ranks, self.config, why_unmeasured(self.ranks, looked))
+            refuse_early(self.ranks, self.config.max_drift, why_unmeasured(self.ranks, looked))
 
     def check_names(self, sample: DenseSample) -> None:
         """Refuse bounds for outputs that are not there. Rank 0. ConfigError names them."""
@@ -256,7 +256,7 @@ class DriftRun:
                 self._kept.append(_Kept(slim, describe_other_inputs(reference), blocks))
             self._looked_up.append(reference.rows.without_digests())
         if self.config.need_export_sparse and self._looked_up:
-            refuse_early(self.ranks, self.config, self._why_unmeasured())
+            refuse_early(self.ranks, self.config.max_drift, self._why_unmeasured())
 
     def _why_unmeasured(self) -> str:
         return why_unmeasured(self.ranks, Looked.at([*self._sample, *self._looked_up]))
@@ -316,7 +316,7 @@ class DriftRun:
             return None
         if self.config.need_export_sparse:
             reason = self._why_unmeasured()
-            refuse_late(self.ranks, self.config, reason)
+            refuse_late(self.ranks, self.config.max_drift, reason)
             if reason:
                 return DriftEntry(batches=0, rows=0, outputs={}, not_measured=reason)
 

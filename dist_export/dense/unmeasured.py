@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dist_export.config.schema import ExportConfig
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.errors import DriftError, ModelError
 from dist_export.humanize import few
@@ -55,11 +54,11 @@ def why_unmeasured(ranks: Ranks, mine: Looked) -> str:
     return "; ".join(reasons)
 
 
-def refuse_early(ranks: Ranks, config: ExportConfig, reason: str) -> None:
+def refuse_early(ranks: Ranks, max_drift: float | dict[str, float] | None, reason: str) -> None:
     """Raise ModelError, on all ranks, where ``max_drift`` bounds what cannot be measured. Nothing is written yet."""
 
     def refuse() -> None:
-        if reason and config.max_drift is not None:
+        if reason and max_drift is not None:
             raise ModelError(
                 f"max_drift bounds the drift, which cannot be measured: {reason}. Nothing was written. {_ADVICE}"
             )
@@ -67,11 +66,11 @@ def refuse_early(ranks: Ranks, config: ExportConfig, reason: str) -> None:
     ranks.run("look for what bounds the drift", refuse)
 
 
-def refuse_late(ranks: Ranks, config: ExportConfig, reason: str) -> None:
+def refuse_late(ranks: Ranks, max_drift: float | dict[str, float] | None, reason: str) -> None:
     """Raise DriftError, on all ranks, for the same after the shards were written."""
 
     def refuse() -> None:
-        if reason and config.max_drift is not None:
+        if reason and max_drift is not None:
             raise DriftError(
                 f"max_drift bounds the drift, which cannot be measured: {reason}. No manifest was written, so there is no "
                 f"package. {_ADVICE}"

@@ -176,7 +176,6 @@ def _check_members(file: IO[bytes], archive: zipfile.ZipFile, where: str) -> tup
         seen.add(name.casefold())
     if end > archive.start_dir:
         raise CheckpointError(
-            f"{where}: a member reaches into the zip's directory; it is damaged, or made to deceive"
-            "; save or copy it again"
+            f"{where}: a member reaches into the zip's directory; it is damaged or forged; save or copy it again"
         )
     return sizes, starts

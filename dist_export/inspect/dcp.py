@@ -95,7 +95,7 @@ def render_dcp(found: dict[str, Any]) -> list[str]:
     for tensor in found["dense_parameters"]:
         lines.append(f"  dense      {tensor['name']} {tensor['dtype']} {tensor['shape']}")
     if found["stand_ins"]:
-        lines.append(f"  left out   {', '.join(found['stand_ins'])}: they stand in for tables of the dump")
+        lines.append(f"  left out   {', '.join(found['stand_ins'])}: they are placeholders for tables of the dump")
     lines.append(f"  other      {len(found['other_optimizer_state'])} tensors of optimizer state that is of no table")
     return lines
 

@@ -167,13 +167,11 @@ def _add_weight(found: LiveTables, table: str, weight: Any, expected: tuple[int,
         raise ModelError(
             f"table {table!r} has a weight of {list(shape)}"
             + (f", expected {list(expected)}" if expected else ", expected rows and columns")
-            + ": whatever wraps it holds it in another form. Export a checkpoint instead"
+            + ": its wrapper holds it in another form. Export a checkpoint instead"
         )
     for tensor, (first_row, first_column) in _local_pieces(table, weight):
         if tensor.is_meta or tensor.layout != torch.strided:
-            raise ModelError(
-                f"table {table!r} is {tensor.layout} on {tensor.device}; its rows are not in memory as such"
-            )
+            raise ModelError(f"table {table!r} is {tensor.layout} on {tensor.device}, so its rows are not in memory")
         rows, columns = (int(size) for size in tensor.shape)
         shard = LiveShard(
             table=table,
@@ -289,7 +287,7 @@ def _slice_of(module: Any, where: str, rank: int, world_size: int) -> Slice:
     except (TypeError, ValueError):
         raise ModelError(f"{where}: its slice is {stated!r}; expected slice_begin, slice_end and slice_size") from None
     if not 0 <= begin <= end <= size or not size:
-        raise ModelError(f"{where}: its slice {begin}:{end} of {size} is no slice")
+        raise ModelError(f"{where}: its slice {begin}:{end} of {size} is not valid")
     return Slice(begin, end, size)
 
 

@@ -93,8 +93,8 @@ class FetchedRows:
         tensor = self._held.get(id(self._fetch), self._ask)
         if tensor.dim() < 2 or tensor.shape[0] != self._num_rows:
             raise CheckpointError(
-                f"{self._where}: embeddings() gives {list(tensor.shape)}, but ids() gave {self._num_rows:,} ids; the export "
-                "takes row i of the one for id i of the other, so a table must stand still while it is exported"
+                f"{self._where}: embeddings() gives {list(tensor.shape)}, but ids() gave {self._num_rows:,} ids; row i "
+                "must belong to id i, so a table must not change while it is exported"
             )
         return tensor
 

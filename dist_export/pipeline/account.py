@@ -17,7 +17,6 @@ from dist_export.checkpoint.detect import RECIS
 from dist_export.checkpoint.extra_state import EXTRA_STATE
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.payload import DENSE, STATE, Payload, count_payload, other_tensor
-from dist_export.config.schema import ExportConfig
 from dist_export.errors import CommitError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.humanize import count, few
@@ -86,23 +85,23 @@ def _add_dense(payload: Payload, dense_state: DenseMeta) -> Payload:
 
 
 def account_export(
-    config: ExportConfig,
     checkpoint: Checkpoint | None,
     planned: PlannedSparse | None,
     tables: Sequence[TableFate],
     *,
     dense_state: DenseMeta,
     taken: Collection[str] | None,
+    is_filtered: bool,
 ) -> AccountEntry | msgspec.UnsetType:
     """Return the account of an export or of a plan, once it adds up; none where the source does not tell what it holds.
 
     Args:
-        config: of the export.
         checkpoint: the source; None where it has no tables.
         planned: None where no tables are exported.
         tables: what becomes of each table of the plan.
         dense_state: (name, torch dtype name, shape) of the dense parameters of the source.
         taken: names of those that the program takes; None where there is no program.
+        is_filtered: ``filter_sparse_opt``.
 
     Raises:
         CommitError: a tensor or a byte is in none of the account's parts, or in two.
@@ -112,7 +111,7 @@ def account_export(
     payload = checkpoint.payload
     if checkpoint.format in (RECIS, LIVE) and not checkpoint.has_state_tables:
         payload = _add_dense(payload, dense_state)
-    fates = Fates(taken, is_filtered=planned is not None and bool(config.filter_sparse_opt))
+    fates = Fates(taken, is_filtered=planned is not None and is_filtered)
     account = make_account(payload, checkpoint, None if planned is None else planned.plan, tables, fates)
     check_account(account, payload, checkpoint.directory.url)
     return account
@@ -171,9 +170,9 @@ def check_account(account: AccountEntry, payload: Payload, where: str) -> None:
     """Hold the account against the source. CommitError where a tensor or a byte is in none of its parts, or in two."""
     if (account.tensors, account.num_bytes) != (payload.tensors, payload.num_bytes):
         raise CommitError(
-            f"{where}: the account of its payload does not add up: it holds {count(payload.tensors, 'tensor')} of "
-            f"{payload.num_bytes:,} bytes, and what became of them is known of {account.tensors:,} of {account.num_bytes:,} "
-            f"bytes ({say_account(account)}). No manifest was written, so there is no package; report this"
+            f"{where}: the account of its payload does not add up: it holds {count(payload.tensors, 'tensor')} with "
+            f"{payload.num_bytes:,} bytes, but the account has {account.tensors:,} with {account.num_bytes:,} bytes "
+            f"({say_account(account)}). No manifest was written, so there is no package; report this"
         )
 
 

@@ -53,8 +53,8 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
     if config.is_live:
         raise ConfigError(
-            "format is live: what the tables hold is known in the memory of the training job alone, so there is nothing that "
-            "plan could look at. The export itself refuses what is wrong before it writes anything"
+            "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
+            "itself checks the settings before it writes anything"
         )
     found = look_at_all(ranks, config, world_size)
     config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint
@@ -138,7 +138,11 @@ def _work(found: Found, planned: PlannedSparse, world_size: int) -> dict[str, An
     work: dict[str, Any] = {}
     parts: dict[int, FileParts] = {}
     if paths.target.s3 is not None and not paths.in_place:
-        parts = plan_parts(plan, part_bytes=planned.budget.part_bytes, may_copy=may_copy_within(paths, found.config))
+        parts = plan_parts(
+            plan,
+            part_bytes=planned.budget.part_bytes,
+            may_copy=may_copy_within(paths, server_side_copy=found.config.server_side_copy),
+        )
     if found.source.s3 is not None or paths.target.s3 is not None:
         work["store"] = _store(planned, paths, parts)
     writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
@@ -212,7 +216,12 @@ def _account(
         # those that the dense arch has all the same are known when it is loaded
         taken = [name for name in below if not any(fnmatchcase(keys[name], p) for p in config.allow_unexpected_dense)]
     account = account_export(
-        config, planned.plan.checkpoint, planned, fates_by_plan(planned), dense_state=dense_state, taken=taken
+        planned.plan.checkpoint,
+        planned,
+        fates_by_plan(planned),
+        dense_state=dense_state,
+        taken=taken,
+        is_filtered=bool(config.filter_sparse_opt),
     )
     return None if account is msgspec.UNSET else msgspec.json.decode(msgspec.json.encode(account))
 

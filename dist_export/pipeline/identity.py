@@ -100,7 +100,7 @@ def identify_export(
     # a file that is written anew at its old size and with its old time of modification is another one by its trace
     every = [*files.values(), *(() if checkpoint is None else checkpoint.files)]
     traces = [(file.name, file.trace) for file in sorted(every, key=lambda file: file.name) if file.trace]
-    lists = [_digest_list(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    lists = [_digest_list(rule.path, config.storage_options) for rule in parse_rules(config.prune) if rule.path]
     fingerprint = "" if checkpoint is None else checkpoint.fingerprint
     of_source = _digest(
         [fingerprint, versions, tables, kinds, objects.fg is not None, told.confs, num_shards, lists, traces]
@@ -139,11 +139,11 @@ def find_incomparable(config: ExportConfig) -> str:
     return ""
 
 
-def _digest_list(path: str, config: ExportConfig) -> str:
+def _digest_list(path: str, storage_options: dict[str, Any] | None) -> str:
     """Return the digest of a list of ids; empty where it cannot be read, as whoever reads it tells."""
     folder, _, name = path.rpartition("/")
     try:
-        options = config.storage_options if "://" in path else None
+        options = storage_options if "://" in path else None
         return digest_file(
             open_directory(folder or ("/" if path.startswith("/") else "."), options, follow_links=True), name
         )

@@ -60,7 +60,7 @@ def look_at_source(config: ExportConfig, target: Directory, fg_conf: dict[str, A
         and target.exists(FG)
         and decode_object(target.read_text(FG), what=target.describe(FG)) != fg_conf
     ):
-        raise ConfigError(f"{target.describe(FG)} is there already and is not the one to be exported; {advice}")
+        raise ConfigError(f"{target.describe(FG)} is there already, and differs from the one to be exported; {advice}")
     is_ours = target.exists(WORK_DIRECTORY) or target.exists(MANIFEST)
     if config.model is not None and target.exists(config.export_folder_name) and not is_ours:
         raise ConfigError(f"{target.describe(config.export_folder_name)} is there already; {advice}")
@@ -184,7 +184,7 @@ def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoi
     has_model = objects.model is not None and objects.dataset is not None
     if config.max_drift is not None and not has_model:
         raise ConfigError(
-            "max_drift bounds the drift of scores, which needs model and dataset; give both, or no max_drift"
+            "max_drift needs model and dataset, because it bounds the drift of scores; set both, or remove max_drift"
         )
     if checkpoint is None or not has_model:
         return

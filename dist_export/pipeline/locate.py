@@ -129,19 +129,17 @@ def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
     if ckpt_dir is None:
         return uuid.uuid4().hex[:16]
     settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
-    lists = [_version_of(rule.path, config) for rule in parse_rules(config.prune) if rule.path]
+    lists = [_version_of(rule.path, config.storage_options) for rule in parse_rules(config.prune) if rule.path]
     # not with sorted keys: the order of patterns counts
     source = _absolute(ckpt_dir, config.storage_options)
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode([source, config.num_shards, settings, lists]))
 
 
-def _version_of(path: str, config: ExportConfig) -> str:
+def _version_of(path: str, storage_options: dict[str, Any] | None) -> str:
     """Return what tells one content of a list from another; empty where it cannot be looked at, as whoever reads it tells."""
     folder, _, name = path.rpartition("/")
     try:
-        found = open_directory(
-            folder or ".", config.storage_options if "://" in path else None, follow_links=True
-        ).stat(name)
+        found = open_directory(folder or ".", storage_options if "://" in path else None, follow_links=True).stat(name)
     except OSError:
         return ""
     return f"{found.size} {found.version}"

@@ -68,12 +68,12 @@ def describe_export(export: ExportState) -> Manifest:
     """Return the manifest, still without its digest. Rank 0."""
     task, read, dense, planned = export.task, export.source, export.dense, export.planned
     account = account_export(
-        task.config,
         read.checkpoint,
         planned,
         fates_by_entry(export.tables),
         dense_state=read.held_state or export.dense_state,
         taken=None if dense is None else dense.taken,
+        is_filtered=bool(task.config.filter_sparse_opt),
     )
     shards = [
         FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)

@@ -207,7 +207,7 @@ def choose(
         if checkpoint.copy_hindrances:
             raise PlanError(
                 f"{checkpoint.directory.url} cannot be copied as it is: {checkpoint.copy_hindrances[0]}. "
-                "Set filter_sparse_opt: true, which writes sound shards"
+                "Set filter_sparse_opt: true, which writes new shards"
             )
         return select_all(checkpoint), plan_targets(checkpoint, None), None
     selection = select(
@@ -322,7 +322,7 @@ def read_pruning(checkpoint: Checkpoint, config: ExportConfig) -> Pruning:
             setting = f"prune[{place}].{'allow' if rule.reason == ALLOW_LIST else 'deny'}"
             ids = read_id_list(rule.path, most_bytes=room, setting=setting, storage_options=config.storage_options)
             if not len(ids) and rule.reason == ALLOW_LIST:
-                raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be left behind")
+                raise PlanError(f"{setting}: {rule.path} holds no ids, so every row would be pruned")
             lists[rule.path] = IdList(ids)
             room -= ids.nbytes
     return plan_pruning(checkpoint, rules, lists)
@@ -364,7 +364,7 @@ def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConf
     raise PlanError(
         f"{checkpoint.directory.url} {'cannot be exported' if config.filter_sparse_opt else 'cannot be copied as it is'}: "
         f"{rows:,} rows of table {checkpoint.tables[table].name!r} lie in another part's slice{others}, where RecIS's "
-        f"loader drops them without a word; the first part with such rows is {checkpoint.blocks.key[part, 0]!r} in {file}: "
+        f"loader drops them silently; the first part with such rows is {checkpoint.blocks.key[part, 0]!r} in {file}: "
         f"{int(census.misplaced[part]):,} of its {int(checkpoint.parts.rows[part]):,} rows lie outside "
         f"{claimed.begin}:{claimed.end} of {claimed.size}. "
         + (

@@ -261,7 +261,7 @@ def transfer_and_trace(export: ExportState) -> ExportState:
             beside=trace,
             in_place=export.in_place,
             digest=config.digest,
-            may_copy=may_copy_within(export.paths, config),
+            may_copy=may_copy_within(export.paths, server_side_copy=config.server_side_copy),
         )
     return export.grown(receipts=tuple(receipts), shares=tuple(shares), reused=reused, casts=casts)
 

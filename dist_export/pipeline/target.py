@@ -103,13 +103,13 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
     )
 
 
-def may_copy_within(paths: ExportPaths, config: ExportConfig) -> bool:
+def may_copy_within(paths: ExportPaths, *, server_side_copy: bool) -> bool:
     """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
 
     It is one store where both are reached with the same options.
     """
     is_one_store = paths.source is not None and paths.source.is_same_store(paths.target)
-    return paths.target.s3 is not None and is_one_store and config.server_side_copy
+    return paths.target.s3 is not None and is_one_store and server_side_copy
 
 
 def _next_to(final: Directory) -> Directory:
@@ -142,7 +142,7 @@ def _check_paths(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[D
         raise ConfigError(f"export_dir {final.url} is a file, not a directory")
     if not is_same and final.exists(INDEX) and not final.exists(MANIFEST) and INDEX not in list_working_state(final):
         raise ConfigError(
-            f"export_dir {final.url} holds an {INDEX} that no export of ours left there, so it is another checkpoint or "
+            f"export_dir {final.url} holds an {INDEX} that dist_export did not write, so it is another checkpoint or "
             "somebody's export, which would be overwritten. Give another export_dir"
         )
     is_there = final.exists(MANIFEST) and not config.overwrite  # nothing is written then, or it is refused for that
@@ -191,7 +191,7 @@ def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
     foreign = sorted(set(final.names()) & set(planned))
     if foreign:
         raise ConfigError(
-            f"{final.describe(foreign[0])} is there already, and no export of ours left it ({len(foreign)} such files): it "
+            f"{final.describe(foreign[0])} is there already, and dist_export did not write it ({len(foreign)} such files): it "
             "would be overwritten. Move it away, or give another export_dir"
         )
 

@@ -391,4 +391,4 @@ def test_a_place_without_a_checkpoint_is_told_with_what_was_looked_for(
         elif name.startswith("nope"):
             assert said in line
         else:
-            assert "says so itself" not in line
+            assert "which says itself" not in line

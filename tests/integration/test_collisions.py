@@ -89,7 +89,7 @@ def test_shards_with_one_last_row_have_one_default_row(tmp_path: Path) -> None:
     state[T][10] += 1
     write(tmp_path / "in", state)
     with pytest.raises(
-        CheckpointError, match=r"row 5 is not row 10\. No one row .* default_row: \{'sparse_arch.*: zeros\}"
+        CheckpointError, match=r"row 5 is not row 10\. So no single row .* default_row: \{'sparse_arch.*: zeros\}"
     ):
         export(source, tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -98,7 +98,7 @@ def test_shards_with_one_last_row_have_one_default_row(tmp_path: Path) -> None:
         assert manifest.tables[0].default_row == expected
     state[T][[5, 10, 17]] = torch.inf
     write(tmp_path / "in", state)
-    with pytest.raises(CheckpointError, match="got row 5, which holds what is no finite number"):
+    with pytest.raises(CheckpointError, match="got row 5, which holds NaN or an infinity"):
         export(source, tmp_path / "no")
 
 
@@ -236,7 +236,7 @@ def set_entry(buffer: str, place: int, value: int) -> Damage:
 BROKEN: dict[str, tuple[Damage, str]] = {
     "no mapping": (
         lambda state: state.pop(f"{MODULES}t._mch_remapped_ids_mapping"),
-        r"t\._mch_remapped_ids_mapping is missing, without which nothing tells",
+        r"t\._mch_remapped_ids_mapping is missing\. Without it nobody knows",
     ),
     "no ids": (lambda state: state.pop(f"{MODULES}t._mch_sorted_raw_ids"), r"t\._mch_sorted_raw_ids is missing"),
     "no weight": (

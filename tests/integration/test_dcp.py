@@ -227,7 +227,7 @@ def plant(metadata: Any) -> None:
         (leave_gap, r"leave a gap at \[10, 0\]; the save did not finish"),
         (overlap, "chunks of .*user.weight' overlap"),
         (reach_out, r"has shape \[9, 4\], but a chunk of \[10, 4\]"),
-        (plant, "asks for posix.mkdir, which torch.distributed.checkpoint does not use"),
+        (plant, "names posix.mkdir, which torch.distributed.checkpoint never writes there"),
         (lambda m: m.state_dict_metadata.update(x=7), "is no metadata of torch.distributed.checkpoint"),
     ],
 )
@@ -248,7 +248,7 @@ def test_metadata_that_is_not_whole_or_not_honest_is_refused(
         ({"length": 1 << 40}, "ends at byte .* cut short"),
         ({"relative_path": "../x"}, "is no file of the checkpoint"),
         ({"relative_path": "/etc/passwd"}, "is no file of the checkpoint"),
-        ({"relative_path": "__7_0.distcp"}, "__7_0.distcp is missing"),
+        ({"relative_path": "__7_0.distcp"}, "__7_0.distcp, which holds .*, is missing"),
         ({"offset": -1}, "are no sizes or positions"),
     ],
 )
@@ -306,7 +306,7 @@ def test_formats_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (
         main(["plan", "--ckpt_dir", str(recis), "--export_dir", str(tmp_path / "new"), "--treat_as_tables", "[x]"]) == 2
     )
-    assert "is a RecIS checkpoint, which says so itself" in capsys.readouterr().err
+    assert "is a RecIS checkpoint, which says itself what its tables are" in capsys.readouterr().err
     shutil.copy(path / ".metadata", recis / ".metadata")
     assert main(["export", "--ckpt_dir", str(recis), *out, "--overwrite", "true"]) == 2
     assert "a RecIS checkpoint and a DCP checkpoint" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_what_inspect_and_plan_show(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_dump_has_no_dense_parameters(tmp_path: Path) -> None:
     dense = dense_of(write(tmp_path / "in"))
     assert dense.describe() == []
-    with pytest.raises(CheckpointError, match="is a DynamicEmb dump, which has tables alone"):
+    with pytest.raises(CheckpointError, match="is a DynamicEmb dump, which holds only tables"):
         dense.load()
     with pytest.raises(PlanError, match="cannot be copied as it is: a dump is raw files"):
         export(tmp_path / "in", tmp_path / "out", filter_sparse_opt=False)
@@ -157,26 +157,26 @@ def link_out(folder: Path) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "keys missing": (
         remove("user_emb_keys.rank_2.world_size_3"),
-        "that of rank 2 of 3 is missing; the dump did not finish",
+        "the file of rank 2 of 3 is missing; the dump did not finish",
     ),
     "values missing": (remove("user_emb_values.rank_1.world_size_3"), "user_emb_values.rank_1.world_size_3 is missing"),
     "scores missing": (remove("user_emb_scores.rank_0.world_size_3"), "user_emb_scores.rank_0.world_size_3 is missing"),
     "keys cut": (resize("user_emb_keys.rank_0.world_size_3", -3), "no multiple of 8 for keys; it is cut short"),
-    "values cut": (resize("user_emb_values.rank_0.world_size_3", -4), "the files are not of one dump"),
-    "values odd": (resize("user_emb_values.rank_1.world_size_3", 2), "the files are not of one dump"),
-    "values of another dim": (resize("user_emb_values.rank_1.world_size_3", 320), "the files are not of one dump"),
-    "a key too few": (resize("user_emb_keys.rank_0.world_size_3", -8), "the files are not of one dump"),
-    "scores cut": (resize("user_emb_scores.rank_2.world_size_3", -8), "the files are not of one dump"),
-    "state cut": (resize("user_emb_opt_values.rank_2.world_size_3", -4), "the files are not of one dump"),
+    "values cut": (resize("user_emb_values.rank_0.world_size_3", -4), "The files are not of one dump"),
+    "values odd": (resize("user_emb_values.rank_1.world_size_3", 2), "The files are not of one dump"),
+    "values of another dim": (resize("user_emb_values.rank_1.world_size_3", 320), "The files are not of one dump"),
+    "a key too few": (resize("user_emb_keys.rank_0.world_size_3", -8), "The files are not of one dump"),
+    "scores cut": (resize("user_emb_scores.rank_2.world_size_3", -8), "The files are not of one dump"),
+    "state cut": (resize("user_emb_opt_values.rank_2.world_size_3", -4), "The files are not of one dump"),
     "two dumps": (
         lambda folder: write_dump(folder, "user", USER, 2),
-        "files of dumps on 2 and 3 ranks; they cannot be told apart",
+        "files of dumps on 2 and 3 ranks, and nothing says which of them are valid",
     ),
     "rank beyond": (
         lambda folder: (folder / "user_emb_keys.rank_2.world_size_3").rename(
             folder / "user_emb_keys.rank_9.world_size_3"
         ),
-        "that of rank 2 of 3 is missing",
+        "the file of rank 2 of 3 is missing",
     ),
     "link": (link_out, "is a link that leads out of the directory"),
 }

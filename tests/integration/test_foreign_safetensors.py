@@ -248,7 +248,7 @@ def test_a_hostile_checkpoint_is_one_line(case: str, tmp_path: Path, capsys: pyt
 def test_a_tensor_that_two_files_hold_is_refused(tmp_path: Path) -> None:
     save(tmp_path, make_model(), "a.safetensors")
     save(tmp_path, {USER: torch.ones(2, 2)}, "b.safetensors")
-    with pytest.raises(CheckpointError, match=f"b.safetensors holds '{USER}', which .*a.safetensors holds too"):
+    with pytest.raises(CheckpointError, match=f"b.safetensors holds '{USER}', and so does .*a.safetensors"):
         export(tmp_path, tmp_path / "out")
 
 
@@ -275,7 +275,9 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
     (shard.parent / "index").write_text("{}")
     torch.save(model, shard.parent / "model.pt")
     assert detect_format(open_place(shard.parent)) == "recis"
-    with pytest.raises(ConfigError, match="is a RecIS checkpoint, which says so itself; take treat_as_tables out"):
+    with pytest.raises(
+        ConfigError, match="is a RecIS checkpoint, which says itself what its tables are; remove treat_as_tables"
+    ):
         export(shard.parent, tmp_path / "other", treat_as_tables=TABLES)
 
 

@@ -271,7 +271,10 @@ def test_both_may_be_asked_for_by_name(tmp_path: Path) -> None:
     manifest = export(
         source, tmp_path / "out2"
     )  # nothing tells that there was a dump but what stands in for its tables
-    assert f"no dump is beside them: {USER}, {ITEM}; if they are such" in manifest.notes[0]
+    assert (
+        f"{USER}, {ITEM}. They may be placeholders of DynamicEmb tables, but no dump is beside them"
+        in manifest.notes[0]
+    )
 
 
 def test_a_third_format_is_asked_about(source: Path, tmp_path: Path) -> None:
@@ -307,10 +310,10 @@ def test_what_inspect_plan_and_summary_say(source: Path, tmp_path: Path, capsys:
     assert main(["inspect", str(source)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("DCP checkpoint with a DynamicEmb dump: ")
-    assert f"left out   {USER}, {ITEM}: they stand in for tables of the dump" in shown
+    assert f"left out   {USER}, {ITEM}: they are placeholders for tables of the dump" in shown
     assert main(["inspect", str(source), "--format", "dcp"]) == 0
     shown = capsys.readouterr().out
-    assert "also holds a DynamicEmb dump, which stays behind, with 2 tables that stand in for its own" in shown
+    assert "also holds a DynamicEmb dump, which stays behind, with 2 placeholders for its tables" in shown
     settings = ["--ckpt_dir", str(source), "--export_dir", str(tmp_path / "out"), "--filter_sparse_opt", "true"]
     assert main(["plan", *settings]) == 0
     shown = capsys.readouterr().out
@@ -392,9 +395,9 @@ def test_a_table_whose_rows_are_in_both_is_an_error(
         run(capsys, tmp_path, *places),
         run(capsys, tmp_path, "inspect", source),
     ):
-        assert_refused(outcome, f"table 'user' stands twice: as '{USER}' of shape [2, 8] in {source}/model/__")
+        assert_refused(outcome, f"table 'user' is there twice: as '{USER}' of shape [2, 8] in {source}/model/__")
         place = Path(source, "dynamicemb", folder, "user_emb_keys.rank_*")
-        assert f"and in {place}; which of them counts cannot be told. To export one" in outcome.lines[0]
+        assert f"and in {place}; nothing says which one is valid. To export one" in outcome.lines[0]
     assert not (tmp_path / "out").exists()
     manifest = export(source, tmp_path / "dcp", format="dcp")
     assert USER in {table.name for table in manifest.tables}
@@ -412,7 +415,7 @@ def test_a_name_that_settings_give_to_a_table_may_be_taken(tmp_path: Path) -> No
     source = write_easyrec(tmp_path / "in", item=by_rows(torch.rand(20, 16)))
     export(source, tmp_path / "out")  # a dense parameter of that name is no table
     with pytest.raises(
-        CheckpointError, match=r"table 'item' stands twice: as 'item' of shape \[20, 16\]|two tables are"
+        CheckpointError, match=r"table 'item' is there twice: as 'item' of shape \[20, 16\]|two tables are"
     ):
         export(source, tmp_path / "other", treat_as_tables=["item"])
 
@@ -424,7 +427,7 @@ def test_a_table_that_the_dump_lacks_is_an_error(tmp_path: Path, capsys: pytest.
         capsys, tmp_path, "--ckpt_dir", source, "--export_dir", tmp_path / "out", "--filter_sparse_opt", "true"
     )
     assert_refused(
-        outcome, "but the dump beside it has no item_emb_keys.rank_*: the dump did not finish, or was copied in"
+        outcome, "But the dump beside it has no item_emb_keys.rank_*: the dump did not finish, or only a part of it"
     )
     assert f"'{ITEM}' has shape [3, 1], one value for each rank" in outcome.lines[0]
 
@@ -449,7 +452,7 @@ def test_a_model_whose_tables_are_all_dynamic(tmp_path: Path) -> None:
     (note,) = manifest.notes
     assert note.startswith(f"1 dense tensor of the checkpoint ({MLP}): no file of the package holds their values")
     with pytest.raises(
-        CheckpointError, match=r"all tables of this DCP checkpoint stand in for .*format: auto takes both"
+        CheckpointError, match=r"all tables of this DCP checkpoint are placeholders for .*format: auto takes both"
     ):
         export(source, tmp_path / "other", format="dcp")
 
@@ -466,7 +469,7 @@ def test_a_dump_without_rows(tmp_path: Path) -> None:
     write_easyrec(tmp_path / "bare", **{CITY: None, SHOP: None})
     shutil.rmtree(tmp_path / "bare" / "dynamicemb")
     write_dynamic(tmp_path / "bare", none)
-    with pytest.raises(CheckpointError, match="no table with a row; table 'item' has no row"):
+    with pytest.raises(CheckpointError, match="no table has a row; table 'item' has no row"):
         export(tmp_path / "bare", tmp_path / "other")
 
 

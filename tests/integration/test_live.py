@@ -250,7 +250,7 @@ def test_each_rank_counts_what_it_holds() -> None:
             "complex64, which no package can hold",
         ),
         (LiveTable("", torch.arange(3), torch.ones(3, 2)), "neither a name nor a _name"),
-        (LiveTable("t", torch.arange(3), torch.ones(3, 2), (5, 2, 10)), "5:2 of 10 is no slice"),
+        (LiveTable("t", torch.arange(3), torch.ones(3, 2), (5, 2, 10)), "5:2 of 10 is not valid"),
         (nn.Embedding(3, 2, device="meta"), "not in memory"),
     ],
 )

@@ -148,7 +148,7 @@ def test_foreign_files_under_the_names_of_shards_are_told(tmp_path: Path, settin
     (out / "model-000000-of-000001.safetensors").touch()
     code, lines = plan({**settings, "export_dir": str(out), "num_shards": 1}, tmp_path, capsys)
     assert code == 2
-    assert "is there already, and no export of ours left it" in lines[0]
+    assert "is there already, and dist_export did not write it" in lines[0]
 
 
 def test_a_dataset_that_fails_is_told(settings: dict[str, object], tmp_path: Path, capsys) -> None:

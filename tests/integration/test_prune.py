@@ -304,7 +304,7 @@ def test_a_rule_that_does_not_fit_the_checkpoint_is_refused(tmp_path, tables, ru
 def test_an_empty_allow_list_is_a_mistake_and_an_empty_deny_list_is_none(tmp_path, tables):
     write_checkpoint(tmp_path / "in", tables)
     (tmp_path / "none").write_text("\n")
-    with pytest.raises(PlanError, match="holds no ids, so every row would be left behind"):
+    with pytest.raises(PlanError, match="holds no ids, so every row would be pruned"):
         export(tmp_path / "in", tmp_path / "out", prune=[{"tables": "item", "allow": str(tmp_path / "none")}])
     manifest = export(tmp_path / "in", tmp_path / "out", prune=[{"tables": "item", "deny": str(tmp_path / "none")}])
     assert all(table.rows_dropped == {} for table in manifest.tables)

@@ -193,7 +193,7 @@ def second_dense(files):
         (climb, "'../evil'", INDEX),
         (slash, "'sub/dir'", INDEX),
         (drop_from_index, "which index does not name", FIRST),
-        (add_to_index, "should hold 'ghost.id/part_0_2'", FIRST),
+        (add_to_index, "does not hold 'ghost.id/part_0_2', although index says so", FIRST),
         (wrong_file, f"index says that it is in {SECOND}", FIRST),
         (drop_from_tensorkey, "which tensorkey.json does not name", FIRST),
         (add_to_tensorkey, "names 'ghost.id/part_0_2'", TENSORKEY),
@@ -299,7 +299,7 @@ def test_two_parts_with_the_same_slice_whose_blocks_cannot_be_told_apart(tmp_pat
     parts = [PartSpec(ids[i::2], {"embedding": rows["embedding"][i::2]}, (0, 8, 8)) for i in range(2)]
     counter = iter(range(100))
     write_checkpoint(tmp_path / "in", {"t": parts}, rename=lambda *_: f"block{next(counter)}", manifest=None)
-    refuses(tmp_path, "cannot be told")
+    refuses(tmp_path, "nothing says which one belongs to which ids")
 
 
 def test_flat_embeddings(tmp_path):

@@ -240,7 +240,9 @@ def test_a_file_that_is_not_ours_is_not_written_over(name: str, source: Path, tm
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("somebody's")
-    with pytest.raises(ConfigError, match=rf"{name} is there already, and no export of ours left it \(1 such files\)"):
+    with pytest.raises(
+        ConfigError, match=rf"{name} is there already, and dist_export did not write it \(1 such files\)"
+    ):
         export(source, out)
     assert content(out) == {name: b"somebody's"}
     (out / name).rename(out / "elsewhere")

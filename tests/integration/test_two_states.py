@@ -191,7 +191,7 @@ def test_formats_that_hold_one_model_refuse_state_root(tmp_path: Path) -> None:
     from tests.support import tiny_model
 
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    with pytest.raises(UserError, match="which holds one model; take state_root out"):
+    with pytest.raises(UserError, match="which holds one model only; remove state_root"):
         dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": "ema"})
     with pytest.raises(UserError, match="state_root is ''"):
         dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": ""})

@@ -116,7 +116,7 @@ def _find(module: str, name: str, where: str) -> Global:
     if module == "torch" and is_torch_dtype(name):
         return Global(name)
     raise CheckpointError(
-        f"{where} asks for {module}.{name}, which {_MODULE} does not use for it; it may be made to run code, and is not read"
+        f"{where} names {module}.{name}, which {_MODULE} never writes there. It may be meant to run code, so it is not read"
     )
 
 
@@ -165,7 +165,7 @@ class _Builder:
         self._cells += check_cover(name, shape, chunks, self._where)
         if self._cells > _MAX_CELLS:
             raise CheckpointError(
-                f"{self._where}: its tensors are cut into {self._cells:,} pieces, which nobody does"
+                f"{self._where}: its tensors are cut into {self._cells:,} pieces, more than any trainer writes"
                 ". Copy the checkpoint again, or take an earlier one"
             )
         return TensorMeta(name, shape, _dtype_of(properties), tuple(chunks))
@@ -191,8 +191,8 @@ class _Builder:
         size = self._sizes[file]
         if size is None:
             raise CheckpointError(
-                f"{where}: {file} is missing, which holds {name!r}{at}; the save did not finish, or was copied in part. Copy the "
-                "checkpoint again, or take an earlier one"
+                f"{where}: {file}, which holds {name!r}{at}, is missing; the save did not finish, or only a part was copied. "
+                "Copy the checkpoint again, or take an earlier one"
             )
         begin, num_bytes = _numbers((begin, num_bytes))
         if begin + num_bytes > size:
@@ -208,7 +208,7 @@ class _Builder:
         for name, path in planned.items() if type(planned) is dict else ():
             if type(name) is str and type(path) is tuple:
                 if len(path) > _MAX_PATH or not all(type(step) in (str, int) for step in path):
-                    raise PickleError(f"the path of {name!r:.200} is none")
+                    raise PickleError(f"the path of {name!r:.200} is no path")
                 if any(type(step) is int for step in path) or sum(map(len, path)) > _MAX_NAME:
                     self._machine.check_key(path)
                     self._machine.check_key(path[:-1])

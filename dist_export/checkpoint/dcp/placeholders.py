@@ -25,7 +25,7 @@ STAND_IN = "stands for a table of the dump"
 
 _MODEL = "model"
 """What DynamicEmbDump calls the model itself."""
-_ALONE = "To export one of the two alone say format: dcp or format: dynamicemb"
+_ALONE = "To export one of the two alone, set format: dcp or format: dynamicemb"
 
 
 class DcpBeside(NamedTuple):
@@ -107,15 +107,15 @@ def check_sides(
         for its in dumped:
             if _is_same(its, path, name):
                 raise CheckpointError(
-                    f"table {name!r} stands twice: as {table.name!r} of shape {shape} in {held}, and in "
-                    f"{directory.describe(its.pattern)}; which of them counts cannot be told. {_ALONE}, or take away the one "
+                    f"table {name!r} is there twice: as {table.name!r} of shape {shape} in {held}, and in "
+                    f"{directory.describe(its.pattern)}; nothing says which one is valid. {_ALONE}, or remove the one "
                     "that is not of this save"
                 )
         if _looks_like_one(table) and table.weight.shape[0] in world_sizes:
             raise CheckpointError(
-                f"{held}: {table.name!r} has shape {shape}, one value for each rank, as what stands in for a DynamicEmb table "
-                f"has, but the dump beside it has no {name}_emb_keys.rank_*: the dump did not finish, or was copied in part. "
-                f"Copy the whole of it. {_ALONE}"
+                f"{held}: {table.name!r} has shape {shape}, one value for each rank, so it is the placeholder of a "
+                f"DynamicEmb table. But the dump beside it has no {name}_emb_keys.rank_*: the dump did not finish, or only a "
+                f"part of it was copied. Copy the whole dump. {_ALONE}"
             )
 
 
@@ -123,7 +123,7 @@ def _note_behind(
     directory: Directory, tables: Sequence[DcpTable], dumped: Sequence[DumpedTable], stand_ins: frozenset[str]
 ) -> Iterator[str]:
     if dumped:
-        more = f", with {len(stand_ins)} tables that stand in for its own" if stand_ins else ""
+        more = f", with {len(stand_ins)} placeholders for its tables" if stand_ins else ""
         yield (
             f"{directory.url} also holds a DynamicEmb dump, which stays behind{more}, for format is dcp; format: auto takes "
             "both"
@@ -132,8 +132,8 @@ def _note_behind(
     doubtful = [table.name for table in tables if _looks_like_one(table) and table.weight.shape[0] > 1]
     if doubtful:
         yield (
-            "tables with one value for each rank, as what stands in for a DynamicEmb table has it, but no dump is beside "
-            f"them: {listed(doubtful)}; if they are such, their rows are not in this package"
+            f"tables with one value for each rank: {listed(doubtful)}. They may be placeholders of DynamicEmb tables, but no "
+            "dump is beside them. If they are, their rows are not in this package"
         )
 
 

@@ -64,7 +64,7 @@ class DcpReader:
         self._notes = list(beside.notes)
         if not self._found.tables and not with_dump and beside.stand_ins:
             raise CheckpointError(
-                f"{directory.url}: all tables of this DCP checkpoint stand in for those of the DynamicEmb dump beside it "
+                f"{directory.url}: all tables of this DCP checkpoint are placeholders for those of the DynamicEmb dump beside it "
                 f"({listed(list(beside.stand_ins))}); format: auto takes both"
             )
         if not self._found.tables and not with_dump:

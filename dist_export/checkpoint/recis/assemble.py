@@ -211,7 +211,7 @@ class _Builder:
                 raise blocks.error(
                     row,
                     f"and {blocks.keys[other]!r} in {blocks.where[blocks.file[other]]} stand for the same slot and slice; "
-                    "which one belongs to which ids cannot be told",
+                    "nothing says which one belongs to which ids",
                 )
         rank = {suffix: i for i, suffix in enumerate(sorted(set(suffixes), key=_natural))}
         return [rank[suffix] for suffix in suffixes]

@@ -92,7 +92,7 @@ class _Matching:
             row_indexed = index.place_of_key.get(key.removesuffix(DENSE_SUFFIX), place)
             if not times[row_indexed]:
                 raise CheckpointError(
-                    f"{self._where[index.file[place]]} should hold {key!r} by {INDEX}, but does not"
+                    f"{self._where[index.file[place]]} does not hold {key!r}, although {INDEX} says so"
                     ". Copy the checkpoint again, or take an earlier one"
                 )
         is_held = np.zeros(len(index.keys), bool)
@@ -136,8 +136,7 @@ class _Matching:
             return None
         if internal is None and "^" not in key:
             raise CheckpointError(
-                f"{where} holds {key!r}, which {TENSORKEY} does not name; RecIS's loader would lose its rows without a "
-                "word"
+                f"{where} holds {key!r}, which {TENSORKEY} does not name; RecIS's loader would lose its rows silently"
                 ". Copy the checkpoint again, or take an earlier one"
             )
         internal = internal or key

@@ -128,8 +128,7 @@ def sort_tensors(
         matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
         raise UnaskedError(
             f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; "
-            "give one of its matrices besides "
-            f"tables: {listed(matrices)}"
+            f"its matrices that are no tables yet: {listed(matrices)}"
         )
     doubtful = note_left(
         [(tensor.name, tensor.shape) for tensor in kinds.dense if tensor.name not in kinds.roles.taken],
@@ -315,7 +314,7 @@ def join_pieces(
         known = facts.setdefault(name, (dtype, shape))
         if held and (shape is not None or known[1] is not None):
             raise CheckpointError(
-                f"{paths[piece.file]} holds {name!r}, which {paths[held[0].file]} holds too; it cannot be told which counts"
+                f"{paths[piece.file]} holds {name!r}, and so does {paths[held[0].file]}; nothing says which one is valid"
                 ": remove the file that is not of this save"
             )
         if dtype != known[0] or len(piece.sizes) != len((held or [piece])[0].sizes):
