@@ -171,11 +171,8 @@ class ScoreStage:
 
     def _trace_tables(self) -> str:
         """Trace with lookups in the place of the tables themselves, and of the modules that the settings name. Rank 0."""
-        try:
-            patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
-            self._row_modules = name_modules(self._tables(""), patterns, prefix) if patterns else {}
-        except NotExportableError as error:
-            return str(error)
+        patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
+        self._row_modules = name_modules(self._tables(""), patterns, prefix) if patterns else {}
         return self._trace_once()
 
     def _trace_once(self) -> str:
