@@ -22,7 +22,7 @@ def trace_scores(export: ExportState) -> ExportState:
 
     casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
     scores = ScoreStage(task.ranks, task.config, dense, casts)
-    with task.reporter.stage("trace"):
+    with task.reporter.stage("trace scores"):
         notes = scores.trace()
     return export.grown(notes=notes, scores=scores if scores.is_there else None)
 
