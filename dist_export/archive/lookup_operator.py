@@ -63,13 +63,22 @@ def list_lookups(graph_module: fx.GraphModule) -> list[tuple[fx.Node, str]]:
 def _rename(graph_module: fx.GraphModule, name: Callable[[str], str]) -> None:
     for node, table in list_lookups(graph_module):
         node.update_arg(1, name(table))
-    graph_module.recompile()
+    for module in _graph_modules(graph_module):
+        module.recompile()
 
 
 def _nodes(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function" and str(node.target) == LOOKUP_TARGET:
-            yield node
+    for module in _graph_modules(graph_module):
+        for node in module.graph.nodes:
+            if node.op == "call_function" and str(node.target) == LOOKUP_TARGET:
+                yield node
+
+
+def _graph_modules(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Yield a graph and the graphs within it, such as those of ``torch.enable_grad`` blocks."""
+    for module in graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield module
 
 
 def _table_of(argument: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -24,11 +23,11 @@ from dist_export.pipeline.inputs import (
     open_source,
     read_confs,
     refuse_unscored,
-    refuse_without_scores,
 )
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, open_written, plan_sparse
+from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, plan_sparse
+from dist_export.pipeline.scores import score_sample, trace_scores
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
@@ -199,21 +198,6 @@ def sample_model(export: ExportState) -> ExportState:
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
-def trace_scores(export: ExportState) -> ExportState:
-    """Trace the score program, if there are tables to look rows up in. All ranks; writes nothing."""
-    task, dense, planned = export.task, export.dense, export.planned
-    if dense is None or dense.finder is None or planned is None or task.config.score_program == "off":
-        task.ranks.run("look for what a score program needs", lambda: refuse_without_scores(task.config))
-        return export
-    from dist_export.score.stage import ScoreStage
-
-    casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
-    scores = ScoreStage(task.ranks, task.config, dense, casts)
-    with task.reporter.stage("trace"):
-        notes = scores.trace()
-    return export.grown(notes=notes, scores=scores if scores.is_there else None)
-
-
 def lock_target(export: ExportState) -> ExportState:
     """Take the target for this export alone, or end with the package that an earlier attempt committed. All ranks."""
     task, planned = export.task, export.planned
@@ -310,23 +294,6 @@ def write_rest(export: ExportState) -> ExportState:
     with export.task.reporter.stage("write"):
         files = export.task.ranks.broadcast("write the small files", write)
     return export.grown(small_files=tuple(files), written=written)
-
-
-def score_sample(export: ExportState) -> ExportState:
-    """Score the sample with what was written, and compare with the model, if a dense arch is exported. All ranks."""
-    task, planned, dense, scores = export.task, export.planned, export.dense, export.scores
-
-    def describe() -> Manifest:
-        return seal(describe_export(export))
-
-    if dense is None:
-        return export
-    with task.reporter.stage("score"):
-        as_served = None if planned is None else open_written(task.ranks, export.target, planned.plan)
-        lists = None if planned is None else planned.id_lists
-        beside = None if scores is None else functools.partial(scores.compare_written, export.target, describe)
-        dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)
-    return export
 
 
 def count_requests(export: ExportState) -> ExportState:

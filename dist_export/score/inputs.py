@@ -91,10 +91,6 @@ class _Reader:
         name = "_".join(map(str, path))
         if value.layout != torch.strided or value.is_nested:
             raise NotExportableError(f"{_say(path)} of the batch is a sparse or nested tensor")
-        if not value.dim():
-            raise NotExportableError(
-                f"{_say(path)} of the batch is a tensor without a dimension, so it has no batch dimension"
-            )
         if not is_argument_name(name):
             raise NotExportableError(
                 f"{_say(path)} of the batch cannot be an argument named {name!r}: a name is a Python identifier, no keyword, and "

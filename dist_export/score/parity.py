@@ -14,6 +14,7 @@ from dist_export.dense.reference import run_with_others
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import ModelError, ParityError
 from dist_export.manifest import ScoreParityEntry
+from dist_export.model.user_errors import blame, said
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.inputs import FlatBatch, flatten_batch
@@ -48,28 +49,34 @@ class ScoreParity:
 
     def _flatten(self) -> str:
         try:
-            self.batch = flatten_batch(self._dense.data)
+            batch = flatten_batch(self._dense.data)
+            batch.rebuild(batch.tensors)
         except NotExportableError as error:
             return str(error)
+        except Exception as error:  # noqa: BLE001 -- a batch may be of any class, and the export goes on without
+            return f"the batch cannot be taken apart and put together: {said(error)}{blame(error)}"
+        self.batch = batch
         return ""
 
     def _pair(self) -> bool:
         num_rows = self._dense.num_rows
         if self.batch is None or not num_rows:
             return False
-        self._resizer = Resizer(self.batch, num_rows)
-        return not self._resizer.unknown
+        resizer = Resizer(self.batch, num_rows)
+        if not resizer.unknown:
+            self._resizer = resizer
+        return not resizer.unknown
 
     def cut(self, num_examples: int) -> dict[str, torch.Tensor]:
         """Return the sample's tensors for so many examples; all of them if it cannot be cut."""
         assert self.batch is not None
-        if self._resizer is None or self._resizer.unknown:
+        if self._resizer is None:
             return dict(self.batch.tensors)
         return self._resizer.resize(num_examples)
 
     def first_sizes(self) -> dict[str, str]:
         """Return the first sizes of the sample's tensors in terms of ``batch``, if it can be cut by example."""
-        return {} if self._resizer is None or self._resizer.unknown else self._resizer.first_sizes()
+        return {} if self._resizer is None else self._resizer.first_sizes()
 
     def compare_sample(self, figures: ScoreFigures, blocks: Blocks, inputs: _Inputs) -> None:
         """Compare on the whole sample: with the model, or with the copy if settings change its rows. Rank 0. ParityError.

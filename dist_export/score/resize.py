@@ -40,7 +40,7 @@ class Resizer:
             for its in batch.jagged
         ]
         known = self._known()
-        rest = {name: tensor for name, tensor in batch.tensors.items() if name not in known}
+        rest = {name: tensor for name, tensor in batch.tensors.items() if name not in known and tensor.dim()}
         self._lists += _find_lists(rest, num_examples)
         known = self._known()
         self.unknown = [name for name, its in rest.items() if name not in known and its.shape[0] != num_examples]
@@ -57,13 +57,13 @@ class Resizer:
         for lists in self._lists:
             done |= _choose(self._tensors, lists, chosen)
         return {
-            name: done[name] if name in done else tensor[chosen.to(tensor.device)]
+            name: done[name] if name in done else tensor[chosen.to(tensor.device)] if tensor.dim() else tensor
             for name, tensor in self._tensors.items()
         }
 
     def first_sizes(self) -> dict[str, str]:
         """Return the first sizes of the tensors that follow from the number of examples, in terms of ``batch``."""
-        words = dict.fromkeys(self._tensors, "batch")
+        words = {name: "batch" for name, tensor in self._tensors.items() if tensor.dim()}
         for lists in self._lists:
             words = {name: word for name, word in words.items() if name not in lists.values}
             for name, kind in lists.bounds.items():

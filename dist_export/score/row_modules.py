@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_export.archive.lookup_operator import RowSource
 from dist_export.dense.row_lookup import RowFinder
-from dist_export.score.table_weight import NotExportableError
+from dist_export.errors import ConfigError
 from dist_export.score.tables import ModelTables, is_hash_table, look_up_coalesced
 
 
@@ -63,25 +63,25 @@ class Recorder:
 
 
 def name_modules(tables: ModelTables, patterns: Sequence[str], prefix: str) -> dict[int, tuple[str, list[str]]]:
-    """Return the modules that the setting ``lookup_modules`` names: ``id()`` -> path and tables.
+    """Return the outermost modules that the setting ``lookup_modules`` names: ``id()`` -> path and tables.
 
     Raises:
-        NotExportableError: a pattern names no module, or one with another number of tables than one.
+        ConfigError: a pattern names no module, or one with another number of tables than one.
     """
     found: dict[int, tuple[str, list[str]]] = {}
     for pattern in patterns:
-        is_known = False
+        below: set[int] = set()
         for module, paths in tables.modules:
             full = [".".join(part for part in (prefix, path) if part) for path in paths]
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in (*paths, *full)):
+            if id(module) in below or not any(fnmatch.fnmatchcase(name, pattern) for name in (*paths, *full)):
                 continue
-            is_known = True
             its = _tables_within(module, tables)
             if its is None:
-                raise NotExportableError(f"lookup_modules: {paths[0]!r} does not hold exactly one table")
+                raise ConfigError(f"lookup_modules: {full[0]!r} ({pattern}) does not hold exactly one table")
             found[id(module)] = paths[0], its
-        if not is_known:
-            raise NotExportableError(f"lookup_modules: {pattern!r} names no module of the sparse arch")
+            below.update(id(child) for child in module.modules())
+        if not below:
+            raise ConfigError(f"lookup_modules: {pattern!r} names no module of the sparse arch")
     return found
 
 

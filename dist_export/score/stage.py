@@ -21,10 +21,11 @@ from dist_export.dense.own_parameters import buffers_put_back
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
 from dist_export.dense.stage import DenseStage
-from dist_export.errors import ModelError, ParityError
+from dist_export.errors import DistExportError, ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import Manifest, ScoreEntry
 from dist_export.model.unwrap import unwrap
+from dist_export.model.user_errors import blame, said
 from dist_export.package.reader import Package
 from dist_export.package.score import PackageRows, bind_program
 from dist_export.runtime.ranks import Ranks
@@ -171,11 +172,8 @@ class ScoreStage:
 
     def _trace_tables(self) -> str:
         """Trace with lookups in the place of the tables themselves, and of the modules that the settings name. Rank 0."""
-        try:
-            patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
-            self._row_modules = name_modules(self._tables(""), patterns, prefix) if patterns else {}
-        except NotExportableError as error:
-            return str(error)
+        patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
+        self._row_modules = name_modules(self._tables(""), patterns, prefix) if patterns else {}
         return self._trace_once()
 
     def _trace_once(self) -> str:
@@ -198,6 +196,10 @@ class ScoreStage:
             self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())
         except NotExportableError as error:
             return str(error)
+        except DistExportError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- it runs the model's code in ways that no test of its owner has seen
+            return f"{said(error)}{blame(error)}"
         self._traced = traced
         return ""
 

@@ -64,7 +64,7 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
 def free_dims(tensor: torch.Tensor) -> dict[int, Any]:
     """Return which dimensions are free: the first one; and of whole numbers, which may be padded lists of ids, all."""
     is_whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    return dict.fromkeys(range(tensor.dim() if is_whole else 1), Dim.AUTO)
+    return dict.fromkeys(range(tensor.dim() if is_whole else min(1, tensor.dim())), Dim.AUTO)
 
 
 class _Scored(nn.Module):
@@ -225,7 +225,7 @@ def _drop_unused_state(program: ExportedProgram) -> None:
 
 def _refuse_constant_dims(traced: TracedScores) -> None:
     for name, shape in input_shapes(traced.program, list(traced.inputs)).items():
-        if isinstance(shape[0], int):
+        if shape and isinstance(shape[0], int):
             raise NotExportableError(
                 f"the first dimension of input {name!r} stays {shape[0]} whatever the batch: the model's code fixes it"
             )

@@ -2,8 +2,8 @@
 
 usage: python -m scripts.demo.score demo_run/package demo_run/requests.json
 
-This is the work of a serving process: raw features -> ids (the feature generator), ids -> rows (the package's tables),
-rows -> blocks (pooling), blocks -> outputs (the exported program). No code of the model is imported.
+This is the work of a serving process: raw features -> ids (the feature generator), ids -> scores (the package's score program).
+No code of the model is imported.
 """
 
 import argparse
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dist_export import open_package
-from scripts.demo.features import PAD, generate_features
+from scripts.demo.features import generate_features
 
 TOLERANCE = 1e-5
 
@@ -42,46 +41,9 @@ def main() -> int:
 
 def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Return output name -> scores (B,) of raw examples."""
-    package = open_package(directory)
     fg = json.loads((directory / "fg.json").read_text())
-    blocks = json.loads((directory / "fx_user_model" / "input_columns.json").read_text())
-
-    features = generate_features(fg, examples)
-    for entry in fg["features"]:
-        if entry["gen_val_type"] == "lookup":
-            name = entry["feature_name"]
-            features[name] = pool_rows(package, find_table(package, entry["shared_name"]), features[name])
-    inputs = {
-        block: torch.from_numpy(np.concatenate([features[name] for name in names], axis=1))
-        for block, names in blocks.items()
-    }
-    outputs = package.load_program().module()(**inputs)
-    if isinstance(outputs, torch.Tensor):
-        outputs = (outputs,)
-    dense = package.manifest.dense
-    assert dense is not None, "the demo exports its dense arch"
-    names = [output.name for output in dense.outputs]
-    return {name: output.detach().numpy()[:, 0] for name, output in zip(names, outputs, strict=True)}
-
-
-def find_table(package: Any, name: str) -> Any:
-    """Return the manifest's entry of the table that fg names: in full, or by the module of which it is the weight."""
-    return next(
-        entry for entry in package.manifest.tables if entry.name == name or entry.name.endswith(f".{name}.weight")
-    )
-
-
-def pool_rows(package: Any, table: Any, ids: np.ndarray) -> np.ndarray:
-    """Return the mean (B, dim) over each bag of ids (B, L); an id without a row counts as zeros.
-
-    Where rows go by number, an id's row is the id modulo the table's rows.
-    """
-    is_id = ids != PAD
-    rows, is_found = package.lookup(table.name, ids[is_id] % table.rows_out if table.is_hashed is False else ids[is_id])
-    bags = np.zeros((*ids.shape, rows.shape[1]), np.float32)
-    bags[is_id] = np.where(is_found[:, None], rows, 0)
-    pooled: np.ndarray = bags.sum(axis=1) / is_id.sum(axis=1, keepdims=True, dtype=np.float32).clip(min=1)
-    return pooled
+    scores = open_package(directory).score(generate_features(fg, examples))
+    return {name: column[:, 0] for name, column in scores.items()}
 
 
 def print_scores(

@@ -76,3 +76,36 @@ def test_a_collective_that_remains_is_named_with_its_line(tmp_path: Path) -> Non
     assert "a collective remains in it" in texts[0], texts[0]
     assert "test_score_program_ranks.py" in texts[0]
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def export_live(rank: int, folder: str, settings: dict[str, Any]) -> Any:
+    """Export from memory: each rank has the rows of its slices."""
+    model = sharded_model.Model()
+    model.dense_arch.load_state_dict(sharded_model.trained_dense().state_dict())
+    sharded_model.fill(model, rank, 2)
+    manifest = Exporter(
+        model,
+        "sparse_arch",
+        "dense_arch",
+        [(False, sharded_model.batch_of(7, rank))],
+        None,
+        f"{folder}/out",
+        **{"score_program": "require", **settings},
+    ).export(progress=False)
+    return manifest.score, [note for note in manifest.notes if "score program" in note]
+
+
+def test_a_model_in_memory_scores_from_the_shards_that_all_ranks_wrote(tmp_path: Path) -> None:
+    settings = {"lookup_modules": ["user", "profile"]}
+    run_ranks(export_live, 2, tmp_path / "store", str(tmp_path), settings, timeout=240)
+    package = dist_export.open_package(tmp_path / "out")
+    batch = sharded_model.batch_of(20, 9)
+    for name, expected in sharded_model.expected_scores(batch).items():
+        np.testing.assert_allclose(package.score(batch)[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_of_a_model_in_memory_on_ranks_modules_are_named_by_the_settings_alone(tmp_path: Path) -> None:
+    """The rows of other ranks are in no file yet, so that nothing shows what a module returns."""
+    _, notes = run_ranks(export_live, 2, tmp_path / "store", str(tmp_path), {"score_program": "auto"}, timeout=240)[0]
+    assert len(notes) == 1
+    assert "sparse.py" in notes[0]

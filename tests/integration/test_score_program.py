@@ -73,7 +73,7 @@ def test_a_package_scores_from_ids_as_the_trained_model_does(tmp_path: Path) -> 
     entry = package.manifest.score
     assert entry.parity.batch_sizes == (6, 1, 2, 301)
     assert entry.parity.reference == "model"
-    assert entry.dropped_inputs == ("tags_weights", "tags_bounds", "label")
+    assert entry.dropped_inputs == ("tags_weights", "tags_bounds", "factor", "label")
     assert entry.tables == ("sparse_arch.clicks.weight", "sparse_arch.tags.weight", "sparse_arch.user.weight")
     shapes = {tensor.name: tensor.shape for tensor in entry.inputs}
     assert shapes == {

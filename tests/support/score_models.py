@@ -77,6 +77,7 @@ def batch_of(num_examples: int = 6, seed: int = 0) -> Batch:
         "tags_weights": torch.rand(int(lengths.sum()), generator=random),
         "tags_bounds": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         "price": torch.rand(num_examples, 1, generator=random),
+        "factor": torch.tensor(1.5),
         "label": torch.randint(0, 2, (num_examples,), generator=random),
     }
 
@@ -108,6 +109,11 @@ def _functional(its: Any, batch: Batch) -> torch.Tensor:
     return nn.functional.embedding(batch["user"], its.table.weight)
 
 
+def _with_gradients(its: Any, batch: Batch) -> torch.Tensor:
+    with torch.enable_grad():
+        return its.table(batch["user"]) * batch["factor"]
+
+
 def _weights(its: Any, batch: Batch) -> torch.Tensor:
     return its.table(batch["tags_values"], batch["tags_offsets"], batch["tags_weights"])
 
@@ -128,6 +134,7 @@ WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Batch], torch.Tens
     "embedding": (_embedding, lambda its, batch: its.table(batch["user"])),
     "functional": (_embedding, _functional),
     "index": (_embedding, lambda its, batch: its.table.weight[batch["user"]]),
+    "with_gradients": (_embedding, _with_gradients),
     "from_the_end": (_embedding, lambda its, batch: its.table.weight[batch["user"] - 5]),
     "index_select": (_embedding, lambda its, batch: torch.index_select(its.table.weight, 0, batch["user"])),
     "padded": (lambda: _embedding(padding_idx=0), lambda its, batch: its.table(batch["clicks"]).flatten(1)[:, :DIM]),

@@ -15,7 +15,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 
-from scripts.demo.sparse import CHILD_SHIFT, ID_MASK, ShardedTable  # noqa: E402 -- the root must be on the path
+from scripts.demo.sparse import CHILD_SHIFT, ID_MASK, ShardedTable, gen_slice  # noqa: E402 -- the root must be on the path
 
 DIM = 4
 ROWS = {"user_emb": 60, "item_emb": 40, "age_emb": 20, "city_emb": 20}
@@ -108,3 +108,17 @@ def expected_scores(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
         blocks[name] = torch.from_numpy(np.stack([by_id.get(i, zero) for i in batch[name].tolist()]).astype(np.float32))
     with torch.no_grad():
         return {name: value.numpy() for name, value in trained_dense()(blocks).items()}
+
+
+def fill(model: Model, rank: int, world_size: int) -> None:
+    """Put those rows into the tables that a rank owns."""
+    begin, end = gen_slice(rank, world_size)
+    holders = {"user_emb": (model.sparse_arch.user.table, 0)}
+    for child, name in enumerate(("item_emb", "age_emb", "city_emb")):
+        holders[name] = model.sparse_arch.profile.table, child << CHILD_SHIFT
+    for name, parts in tables().items():
+        table, high = holders[name]
+        for part in parts:
+            is_own = (part.ids & 65535 >= begin) & (part.ids & 65535 < end)
+            rows = torch.from_numpy(np.ascontiguousarray(part.slots["embedding"][is_own]))
+            table.insert(torch.from_numpy(part.ids[is_own] | high), rows)

@@ -90,7 +90,6 @@ def test_a_jagged_tensor_gives_values_lengths_and_weights() -> None:
         ({"self": torch.ones(2)}, "'self'"),
         ({"a": {"b": torch.ones(2)}, "a_b": torch.ones(2)}, "two tensors of the batch would be named 'a_b'"),
         ({"a": np.ones(2)}, "'a' of the batch is a numpy array"),
-        ({"a": torch.tensor(1.0)}, "'a' of the batch is a tensor without a dimension"),
         ({"a": torch.eye(2).to_sparse()}, "'a' of the batch is a sparse or nested tensor"),
         ({"a": "text"}, "without a tensor"),
     ],
@@ -115,6 +114,13 @@ def test_lists_of_a_dict_are_cut_by_example(kind: str) -> None:
     assert cut[f"tags_{kind}"].tolist() == now[kind]
     assert resizer.resize(1)["tags"].tolist() == [0, 1]
     assert resizer.first_sizes()[f"tags_{kind}"] == ("batch + 1" if kind == "offsets" else "batch")
+
+
+def test_a_tensor_without_dimensions_is_the_same_for_every_batch() -> None:
+    resizer = Resizer(flatten_batch({"x": torch.arange(3), "step": torch.tensor(7)}), 3)
+    assert not resizer.unknown
+    assert resizer.resize(5)["step"].item() == 7
+    assert resizer.first_sizes() == {"x": "batch"}
 
 
 def test_lists_with_other_names_are_paired_where_only_one_fits() -> None:

@@ -1,0 +1,44 @@
+"""The steps that score: the score program is traced before anything is written, and the sample is scored from the files."""
+
+from __future__ import annotations
+
+import functools
+
+from dist_export.manifest import Manifest, seal
+from dist_export.pipeline.inputs import refuse_without_scores
+from dist_export.pipeline.package_manifest import describe_export
+from dist_export.pipeline.planning import open_written
+from dist_export.pipeline.state import ExportState
+from dist_export.plan.casts import casts_by_table
+
+
+def trace_scores(export: ExportState) -> ExportState:
+    """Trace the score program, if there are tables to look rows up in. All ranks; writes nothing."""
+    task, dense, planned = export.task, export.dense, export.planned
+    if dense is None or dense.finder is None or planned is None or task.config.score_program == "off":
+        task.ranks.run("look for what a score program needs", lambda: refuse_without_scores(task.config))
+        return export
+    from dist_export.score.stage import ScoreStage
+
+    casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
+    scores = ScoreStage(task.ranks, task.config, dense, casts)
+    with task.reporter.stage("trace scores"):
+        notes = scores.trace()
+    return export.grown(notes=notes, scores=scores if scores.is_there else None)
+
+
+def score_sample(export: ExportState) -> ExportState:
+    """Score the sample with what was written, and compare with the model, if a dense arch is exported. All ranks."""
+    task, planned, dense, scores = export.task, export.planned, export.dense, export.scores
+
+    def describe() -> Manifest:
+        return seal(describe_export(export))
+
+    if dense is None:
+        return export
+    with task.reporter.stage("score"):
+        as_served = None if planned is None else open_written(task.ranks, export.target, planned.plan)
+        lists = None if planned is None else planned.id_lists
+        beside = None if scores is None else functools.partial(scores.compare_written, export.target, describe)
+        dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)
+    return export
