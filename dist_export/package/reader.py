@@ -14,7 +14,7 @@ from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, FormatEntry, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
@@ -25,6 +25,8 @@ from dist_export.storage.urls import open_directory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+    from dist_export.archive.onnx_model import OnnxProgram
 
 _RUN_ROWS = 1 << 20
 _TRIES = 10
@@ -68,7 +70,10 @@ class Package:
         parts = [part for table in self.manifest.tables for part in table.parts]
         indexes = (part.row_index.file for part in parts if part.row_index is not msgspec.UNSET)
         shards = (part.file for part in parts)
-        self.files.hold([*(() if dense is None else (dense.program,)), INDEX, TENSORKEY, *indexes, *shards])
+        programs: list[str] = [] if dense is None else [dense.program]
+        if dense is not None and dense.formats is not msgspec.UNSET:
+            programs += [entry.file for entry in dense.formats]
+        self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *shards])
 
     def close(self) -> None:
         """Close all files. They are also closed when the last reference to the package is gone."""
@@ -192,6 +197,33 @@ class Package:
             raise PackageError(f"{self.directory.url}: the package holds tables alone, no dense arch")
         name = self.manifest.dense.program
         return load_program(self.files.read(name))
+
+    def load_onnx(self) -> OnnxProgram:
+        """Return the dense arch of the ONNX file, to call as ``program(**inputs)`` with tensors.
+
+        It returns a tuple in the order of ``manifest.dense.outputs``, and runs on the CPU.
+
+        Raises:
+            PackageError: the package has no ONNX file, or ONNX Runtime is not installed or cannot load it.
+        """
+        from dist_export.archive.onnx_model import OnnxProgram
+
+        entry = self._format("onnx")
+        assert self.manifest.dense is not None
+        names = [output.name for output in self.manifest.dense.outputs]
+        return OnnxProgram(self.files.read(entry.file), names, where=self.directory.describe(entry.file))
+
+    def _format(self, name: str) -> FormatEntry:
+        dense = self.manifest.dense
+        formats = () if dense is None or dense.formats is msgspec.UNSET else dense.formats
+        found = next((entry for entry in formats if entry.format == name), None)
+        if found is None:
+            has = ", ".join(entry.format for entry in formats) or "none"
+            raise PackageError(
+                f"{self.directory.url}: the dense arch has no format {name!r} (further formats: {has}); export with "
+                f"dense_formats: [{name}]"
+            )
+        return found
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""

@@ -184,6 +184,10 @@ def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoi
         raise ConfigError(
             "max_drift bounds the drift of scores, which needs model and dataset; give both, or no max_drift"
         )
+    if config.dense_formats and not has_model:
+        raise ConfigError(
+            "dense_formats names formats of the dense arch, which needs model and dataset; give both, or no dense_formats"
+        )
     if checkpoint is None or not has_model:
         return
     for table in checkpoint.tables:
