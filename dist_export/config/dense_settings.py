@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Sequence
 
 from dist_export.errors import ConfigError
 
 ONNX = "onnx"
-DENSE_FORMATS = (ONNX,)
+AOTI = "aoti"
+DENSE_FORMATS = (ONNX, AOTI)
 
 _NEEDED = {ONNX: ("onnx", "onnxscript", "onnxruntime")}
 """Format -> packages that write and check it."""
@@ -23,6 +26,16 @@ def check_dense_formats(dense_formats: Sequence[str]) -> None:
             raise ConfigError(
                 f"dense_formats has {name}, which needs {', '.join(missing)}: pip install 'dist_export[{name}]'"
             )
+    if AOTI in dense_formats and shutil.which(compiler()) is None:
+        raise ConfigError(
+            f"dense_formats has aoti, which needs a C++ compiler, but there is no {compiler()}: install g++, or set the "
+            "environment variable CXX to another one"
+        )
+
+
+def compiler() -> str:
+    """Return the C++ compiler that AOTInductor calls."""
+    return os.environ.get("CXX") or "g++"
 
 
 def check_output_names(names: list[str]) -> None:

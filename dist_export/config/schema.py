@@ -175,9 +175,10 @@ class ExportConfig:
     """Device to trace on. Null takes the device of the dense arch."""
     archive_format: Literal["pt2", "legacy"] = "pt2"
     """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)."""
-    dense_formats: list[Literal["onnx"]] = field(default_factory=list)
-    """Further formats of the dense arch beside exported_model.pt. onnx writes model.onnx (extra [onnx]). Each is
-    compared with the model as the program is, with a tolerance of at least 1e-5."""
+    dense_formats: list[Literal["onnx", "aoti"]] = field(default_factory=list)
+    """Further formats of the dense arch beside exported_model.pt. onnx writes model.onnx (extra [onnx]). aoti compiles
+    model.pt2 for this machine's processor (needs g++). Each is compared with the model as the program is, with a tolerance of at
+    least 1e-5."""
     atol: float = 1e-6
     """Absolute part of the tolerance between written program and model."""
     rtol: float = 1e-5

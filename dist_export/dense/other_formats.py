@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 import torch
 
+from dist_export.archive.native_program import NativeProgram
 from dist_export.archive.onnx_model import OnnxProgram, is_supported
-from dist_export.config.dense_settings import ONNX
+from dist_export.config.dense_settings import AOTI, ONNX
 from dist_export.config.schema import ExportConfig
+from dist_export.dense.aoti_format import compile_dense
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.onnx_format import list_onnx_versions, make_onnx
 from dist_export.dense.parity import check_parity
@@ -24,7 +26,7 @@ from dist_export.storage.local_io import naming
 TOLERANCE = 1e-5
 """Other runtimes have other kernels: their atol and rtol are at least this."""
 
-FILES = {ONNX: "model.onnx"}
+FILES = {ONNX: "model.onnx", AOTI: "model.pt2"}
 """Format -> file within the dense folder."""
 
 
@@ -50,7 +52,8 @@ class FormatWriter:
         """
         if not self.config.dense_formats:
             return self.entry
-        formats = tuple(self._write_onnx(folder) for _ in self.config.dense_formats)
+        write = {ONNX: self._write_onnx, AOTI: self._write_aoti}
+        formats = tuple(write[name](folder) for name in self.config.dense_formats)
         return msgspec.structs.replace(self.entry, formats=formats)
 
     def _write_onnx(self, folder: Path) -> FormatEntry:
@@ -71,6 +74,23 @@ class FormatWriter:
             versions=list_onnx_versions(),
         )
 
+    def _write_aoti(self, folder: Path) -> FormatEntry:
+        compiled = compile_dense(self.traced, self.sample.output_names)
+        path = folder / FILES[AOTI]
+        _write(path, compiled.content)
+        try:
+            program = NativeProgram(path.read_bytes(), where=f"dense_formats: {path.name}")
+        except PackageError as error:
+            raise TraceError(f"{error}. Leave aoti out of dense_formats") from error
+        return FormatEntry(
+            format=AOTI,
+            file=f"{self.config.export_folder_name}/{path.name}",
+            parity=self._check(program, "the compiled dense arch"),
+            versions=compiled.versions,
+            machine=compiled.machine,
+            features=compiled.features,
+        )
+
     def _check(self, program: Any, what: str) -> ParityEntry:
         """Compare what was written with the dense arch at the batch sizes of the program, and with the caller's model."""
         atol, rtol = max(self.config.atol, TOLERANCE), max(self.config.rtol, TOLERANCE)
@@ -87,12 +107,17 @@ class FormatWriter:
         return self.compare(program, what, self.config.with_changes(atol=atol, rtol=rtol), parity)
 
 
-def check_format_dtypes(sample: DenseSample, config: ExportConfig) -> None:
-    """Refuse inputs and outputs that a format of ``dense_formats`` cannot take. Rank 0, before anything is written.
+def refuse_wrong_sample(sample: DenseSample, config: ExportConfig) -> None:
+    """Refuse dtypes and devices that a format of ``dense_formats`` cannot take. Rank 0, before anything is written.
 
     Raises:
         ConfigError: it names the first.
     """
+    device = next(iter(sample.inputs.values())).device
+    if AOTI in config.dense_formats and device.type != "cpu":
+        raise ConfigError(
+            f"dense_formats has aoti, which compiles for the CPU, but the dense arch is traced on {device}; set device: cpu"
+        )
     if ONNX not in config.dense_formats:
         return
     found = [(f"input {name!r}", tensor) for name, tensor in sample.inputs.items()]

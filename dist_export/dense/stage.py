@@ -27,7 +27,7 @@ from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
 from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.modes import refuse_merging
-from dist_export.dense.other_formats import FormatWriter, check_format_dtypes
+from dist_export.dense.other_formats import FormatWriter, refuse_wrong_sample
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -477,7 +477,7 @@ class DenseStage:
         move_to(copied, device)
         self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
         check_dtypes(sample, self._config.archive_format)
-        check_format_dtypes(sample, self._config)
+        refuse_wrong_sample(sample, self._config)
         self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]

@@ -206,7 +206,7 @@ class FormatEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The dense arch in a further format, beside the exported program: the same inputs and outputs by the same names."""
 
     format: str
-    """``onnx``."""
+    """``onnx``, or ``aoti``: compiled by AOTInductor. The bytes of such a file differ between two exports."""
     file: str
     """Relative to the package, with forward slashes."""
     parity: ParityEntry
@@ -215,6 +215,10 @@ class FormatEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of the software that wrote and ran the file, besides torch."""
     opset: Count | msgspec.UnsetType = msgspec.UNSET
     """Of an ONNX file, the version of its operators."""
+    machine: str | msgspec.UnsetType = msgspec.UNSET
+    """Of compiled code, the kind of machine: ``x86_64``, ``aarch64``."""
+    features: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of compiled code, the features of the processor that it may use, by the names of Linux's /proc/cpuinfo."""
 
 
 class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError, PackageError, UserError
+from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
@@ -26,6 +27,7 @@ from dist_export.storage.urls import open_directory
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from dist_export.archive.native_program import NativeProgram
     from dist_export.archive.onnx_model import OnnxProgram
 
 _RUN_ROWS = 1 << 20
@@ -212,6 +214,37 @@ class Package:
         assert self.manifest.dense is not None
         names = [output.name for output in self.manifest.dense.outputs]
         return OnnxProgram(self.files.read(entry.file), names, where=self.directory.describe(entry.file))
+
+    def load_native_program(self, *, allow_native_code: bool = False) -> NativeProgram:
+        """Return the compiled dense arch, to call as ``program(**inputs)``. It returns what the program returns.
+
+        Args:
+            allow_native_code: must be true. The file is a shared library, which may do anything as soon as it is loaded: load
+                it only from a source that you trust as you trust a program.
+
+        Raises:
+            UserError: ``allow_native_code`` is false.
+            PackageError: the package has no such file, it is damaged, or it was compiled for another processor.
+        """
+        from dist_export.archive.native_program import NativeProgram, explain_wrong_machine
+
+        entry = self._format("aoti")
+        where = self.directory.describe(entry.file)
+        if not allow_native_code:
+            raise UserError(
+                f"{where} is native code, which runs as soon as it is loaded; pass allow_native_code=True if you trust its source"
+            )
+        content = self.files.read(entry.file)
+        digest = next((file.digest for file in self.manifest.files if file.path == entry.file), "")
+        if not digest or digest_bytes(content, algorithm_of(digest)) != digest:
+            raise PackageError(
+                f"{where} is not what the manifest says; it was not loaded. `verify` reports the difference"
+            )
+        machine = "" if entry.machine is msgspec.UNSET else entry.machine
+        wrong = explain_wrong_machine(machine, () if entry.features is msgspec.UNSET else entry.features)
+        if wrong:
+            raise PackageError(f"{where} cannot run here: {wrong}. Use load_program, or export on such a machine")
+        return NativeProgram(content, where=where)
 
     def _format(self, name: str) -> FormatEntry:
         dense = self.manifest.dense

@@ -77,7 +77,7 @@ EXAMPLES = {
     "dynamic_dims": "{clicks: {1: history}}",
     "device": "cpu",
     "archive_format": "legacy",
-    "dense_formats": "[onnx]",
+    "dense_formats": "[onnx, aoti]",
     "atol": "1.0e-05",
     "rtol": "0.0001",
     "drift_batches": "16",
