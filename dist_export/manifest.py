@@ -190,6 +190,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     if manifest.dense is not None:
         formats = () if manifest.dense.formats is msgspec.UNSET else manifest.dense.formats
         paths += [manifest.dense.folder, manifest.dense.program, *(entry.file for entry in formats)]
+        paths += [] if manifest.dense.layouts is msgspec.UNSET else manifest.dense.layouts.values()
     for path in paths:
         pure = PurePosixPath(path)
         if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():

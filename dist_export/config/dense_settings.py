@@ -12,6 +12,7 @@ from dist_export.errors import ConfigError
 ONNX = "onnx"
 AOTI = "aoti"
 DENSE_FORMATS = (ONNX, AOTI)
+LAYOUTS = ("triton",)
 
 _NEEDED = {ONNX: ("onnx", "onnxscript", "onnxruntime")}
 """Format -> packages that write and check it."""
@@ -31,6 +32,13 @@ def check_dense_formats(dense_formats: Sequence[str]) -> None:
             f"dense_formats has aoti, which needs a C++ compiler, but there is no {compiler()}: install g++, or set the "
             "environment variable CXX to another one"
         )
+
+
+def check_layouts(layouts: Sequence[str], dense_formats: Sequence[str]) -> None:
+    """Refuse an unknown or duplicate layout, and one whose format is not written. ConfigError."""
+    _check_values("layouts", layouts, LAYOUTS)
+    if layouts and ONNX not in dense_formats:
+        raise ConfigError(f"layouts has {layouts[0]}, which serves the ONNX file; set dense_formats: [onnx]")
 
 
 def compiler() -> str:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dist_export.config.dense_settings import check_dense_formats, check_output_names
+from dist_export.config.dense_settings import check_dense_formats, check_layouts, check_output_names
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError
@@ -179,6 +179,8 @@ class ExportConfig:
     """Further formats of the dense arch beside exported_model.pt. onnx writes model.onnx (extra [onnx]). aoti compiles
     model.pt2 for this machine's processor (needs g++). Each is compared with the model as the program is, with a tolerance of at
     least 1e-5."""
+    layouts: list[Literal["triton"]] = field(default_factory=list)
+    """Layouts of other servers for the dense arch. triton writes a Triton model repository (needs dense_formats: [onnx])."""
     atol: float = 1e-6
     """Absolute part of the tolerance between written program and model."""
     rtol: float = 1e-5
@@ -346,6 +348,7 @@ class ExportConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
         self._check_drift()
         check_dense_formats(self.dense_formats)
+        check_layouts(self.layouts, self.dense_formats)
         if self.export_outputs is not None:
             check_output_names(self.export_outputs)
         for name, dims in self.dynamic_dims.items():

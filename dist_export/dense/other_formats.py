@@ -20,6 +20,7 @@ from dist_export.dense.onnx_format import list_onnx_versions, make_onnx
 from dist_export.dense.parity import check_parity
 from dist_export.dense.trace import TracedDense
 from dist_export.errors import ConfigError, PackageError, TraceError
+from dist_export.formats.triton_layout import TRITON, list_triton_files, render_config
 from dist_export.manifest import DenseEntry, FormatEntry, ParityEntry
 from dist_export.storage.local_io import naming
 
@@ -54,7 +55,17 @@ class FormatWriter:
             return self.entry
         write = {ONNX: self._write_onnx, AOTI: self._write_aoti}
         formats = tuple(write[name](folder) for name in self.config.dense_formats)
-        return msgspec.structs.replace(self.entry, formats=formats)
+        entry = msgspec.structs.replace(self.entry, formats=formats)
+        return self._write_triton(folder, entry) if TRITON in self.config.layouts else entry
+
+    def _write_triton(self, folder: Path, entry: DenseEntry) -> DenseEntry:
+        """Write Triton's model repository of the ONNX file."""
+        name, model = self.config.export_model_name, FILES[ONNX]
+        config, copy = list_triton_files(name, model)
+        (folder / copy).parent.mkdir(parents=True)
+        _write(folder / config, render_config(entry, name, model).encode())
+        _write(folder / copy, (folder / model).read_bytes())
+        return msgspec.structs.replace(entry, layouts={TRITON: f"{self.config.export_folder_name}/{TRITON}"})
 
     def _write_onnx(self, folder: Path) -> FormatEntry:
         content, opset = make_onnx(self.traced, self.sample.output_names, self.config.dynamic_dims)

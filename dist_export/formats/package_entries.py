@@ -242,6 +242,8 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The version of torch that wrote the folder."""
     formats: tuple[FormatEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """The dense arch in further formats, in the order of the setting ``dense_formats``; absent without any."""
+    layouts: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """Layout of a server -> its directory, relative to the package. ``triton``: a model repository."""
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dist_export.errors import PackageError
+from dist_export.formats.triton_layout import CONFIG, TRITON, list_triton_files, render_config
 from dist_export.manifest import DenseEntry, FormatEntry
 from dist_export.package.reader import Package
 
@@ -51,6 +52,30 @@ def check_formats(
             checked.append(f"{form.file}: its digest alone, because it is native code, which verify does not run")
         else:
             checked.append(f"{form.file}: its digest alone; the format {form.format!r} is not known here")
+    if entry.layouts is not msgspec.UNSET and TRITON in entry.layouts:
+        _check_triton(package, entry, entry.layouts[TRITON], findings, checked)
+
+
+def _check_triton(package: Package, entry: DenseEntry, folder: str, findings: list[str], checked: list[str]) -> None:
+    """Compare Triton's model repository with the manifest and with the ONNX file."""
+    digests = {file.path: file.digest for file in package.manifest.files}
+    configs = [path for path in digests if path.startswith(f"{folder}/") and path.endswith(f"/{CONFIG}")]
+    model = next((form.file for form in entry.formats or () if form.format == "onnx"), "")
+    if len(configs) != 1 or folder != f"{entry.folder}/{TRITON}":
+        findings.append(f"{folder}: has {len(configs)} files {CONFIG} among the files of the manifest, expected one")
+        return
+    name = configs[0].removeprefix(f"{folder}/").partition("/")[0]
+    config, copy = (f"{entry.folder}/{path}" for path in list_triton_files(name, model))
+    before = len(findings)
+    if not model or digests.get(copy) != digests.get(model):
+        findings.append(f"{copy}: is not the ONNX file {model or '(there is none)'}")
+    try:
+        if package.files.read(config) != render_config(entry, name, model).encode():
+            findings.append(f"{config}: is not what the manifest says of the dense arch")
+    except KeyError as error:
+        findings.append(f"{config}: {error} is no dtype that Triton's ONNX backend takes")
+    if len(findings) == before:
+        checked.append(f"{config}: says what the manifest says; {copy} is the ONNX file")
 
 
 def _check_onnx(

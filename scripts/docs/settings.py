@@ -78,6 +78,7 @@ EXAMPLES = {
     "device": "cpu",
     "archive_format": "legacy",
     "dense_formats": "[onnx, aoti]",
+    "layouts": "[triton]",
     "atol": "1.0e-05",
     "rtol": "0.0001",
     "drift_batches": "16",
