@@ -24,6 +24,7 @@ from dist_export.formats.package_entries import (
     DriftOutputEntry,
     FileEntry,
     FilesParityEntry,
+    FormatEntry,
     LeftOutEntry,
     ParityEntry,
     PartDigest,
@@ -57,6 +58,7 @@ __all__ = [
     "DriftOutputEntry",
     "FileEntry",
     "FilesParityEntry",
+    "FormatEntry",
     "LeftOutEntry",
     "Manifest",
     "ParityEntry",
@@ -195,7 +197,9 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths += [part.file for part in parts]
     paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
     if manifest.dense is not None:
-        paths += [manifest.dense.folder, manifest.dense.program]
+        formats = () if manifest.dense.formats is msgspec.UNSET else manifest.dense.formats
+        paths += [manifest.dense.folder, manifest.dense.program, *(entry.file for entry in formats)]
+        paths += [] if manifest.dense.layouts is msgspec.UNSET else manifest.dense.layouts.values()
     if manifest.score is not msgspec.UNSET:
         paths += [manifest.score.program, manifest.score.sample]
     for path in paths:

@@ -33,6 +33,7 @@ from dist_export.formats.recis import (
     format_slice,
 )
 from dist_export.formats.row_encodings import TAIL_BYTES
+from dist_export.formats.triton_layout import find_original
 from dist_export.manifest import (
     MANIFEST,
     CastEntry,
@@ -258,13 +259,18 @@ def write_small_files(
 ) -> list[FileEntry]:
     """Write files in the given order, and return their entries. Files in ``keep`` are not written if they already exist.
 
-    These files always have a digest, even if the shards have none. It costs little, and it reveals a damaged index.
+    A file of Triton's model repository that repeats another one is a hard link to it, where the target can have one. These files
+    always have a digest, even if the shards have none. It costs little, and it reveals a damaged index.
     """
     algorithm = XXH3 if digest == NONE else digest
     entries = []
     for name, data in files.items():
         if name not in keep or not target.exists(name):
-            target.write(name, data)
+            original = find_original(name)
+            if original is not None and files.get(original) == data:
+                target.write_again(name, original, data)
+            else:
+                target.write(name, data)
         entries.append(FileEntry(path=name, num_bytes=len(data), digest=digest_bytes(data, algorithm)))
     return entries
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from dist_export.config.dense_settings import check_dense_formats, check_layouts, check_output_names
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError
@@ -177,6 +178,12 @@ class ExportConfig:
     """Device to trace on. Null takes the device of the dense arch."""
     archive_format: Literal["pt2", "legacy"] = "pt2"
     """Layout of exported_model.pt: pt2 (torch 2.8 and later) or legacy (readable from torch 2.7 on)."""
+    dense_formats: list[Literal["onnx", "aoti"]] = field(default_factory=list)
+    """Further formats of the dense arch beside exported_model.pt. onnx writes model.onnx (extra [onnx]). aoti compiles
+    model.pt2 for this machine's processor (needs g++). Each is compared with the model as the program is, with a tolerance of at
+    least 1e-5."""
+    layouts: list[Literal["triton"]] = field(default_factory=list)
+    """Layouts of other servers for the dense arch. triton writes a Triton model repository (needs dense_formats: [onnx])."""
     atol: float = 1e-6
     """Absolute part of the tolerance between written program and model."""
     rtol: float = 1e-5
@@ -354,6 +361,8 @@ class ExportConfig:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
         self._check_drift()
+        check_dense_formats(self.dense_formats)
+        check_layouts(self.layouts, self.dense_formats)
         if self.export_outputs is not None:
             check_output_names(self.export_outputs)
         for name, dims in self.dynamic_dims.items():
@@ -399,12 +408,3 @@ def parse_bytes(text: int | str, *, setting: str) -> int:
     if not number < 1 << 62:
         raise ConfigError(f"{setting} is {text!r}; no machine has that much")
     return int(number)
-
-
-def check_output_names(names: list[str]) -> None:
-    """Refuse output names that are empty or duplicate."""
-    for place, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"export_outputs: name {place} is {name!r}; every output needs a name")
-        if name in names[:place]:
-            raise ConfigError(f"export_outputs: {name!r} stands there twice; names must be unique")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -31,7 +32,7 @@ class Comparison:
     """What the caller's own model gave for the batch."""
 
     def with_reference(
-        self, program: ExportedProgram, tensors: Mapping[str, torch.Tensor], what: str = "the written program"
+        self, program: Any, tensors: Mapping[str, torch.Tensor], what: str = "the written program"
     ) -> ReferenceFigures:
         """Compare the program's scores of ``tensors`` with the model's. ParityError where they differ."""
         return check_reference(

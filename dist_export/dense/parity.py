@@ -25,18 +25,21 @@ BATCH_SIZES = (1, 2, 301)
 def check_parity(
     sample: DenseSample,
     inputs: dict[str, torch.Tensor],
-    program: ExportedProgram,
+    program: Any,
     *,
     shapes: Sequence[Sequence[int | str]],
     atol: float,
     rtol: float,
     max_batch_size: int,
+    what: str = "the written program",
 ) -> ParityEntry:
     """Run both at the sample's batch size and at BATCH_SIZES and compare every output. Rank 0.
 
     Args:
         inputs: those of ``sample`` that the program takes.
+        program: an ExportedProgram, or what is called in the same way: ``program.module()(**inputs)``.
         shapes: the outputs' shapes as the manifest states them; ``batch`` is the batch size.
+        what: the program, for messages.
 
     Raises:
         ParityError: a run fails, or an output differs in count, shape, dtype or value
@@ -53,18 +56,17 @@ def check_parity(
         place = f"at batch size {size}"
         all_rows, used_rows = _resized(sample.inputs, size), _resized(inputs, size)
         expected = _run(partial(sample.call, all_rows), f"the dense arch itself fails {place}", sample)
-        found = _run(partial(runner, **used_rows), f"the written program fails {place}", sample)
+        found = _run(partial(runner, **used_rows), f"{what} fails {place}", sample)
         if len(expected) != len(found):
             raise ParityError(
-                f"{place} the dense arch returns {len(expected)} outputs, the written program {len(found)}. No manifest "
-                "was written"
+                f"{place} the dense arch returns {len(expected)} outputs, {what} {len(found)}. No manifest was written"
             )
         for number, (name, eager, written, shape) in enumerate(
             zip(sample.output_names, expected, found, shapes, strict=True)
         ):
             if eager.shape != written.shape or eager.dtype != written.dtype:
                 raise ParityError(
-                    f"output {name!r} {place}: the dense arch gives {_kind(eager)}, the written program {_kind(written)}; "
+                    f"output {name!r} {place}: the dense arch gives {_kind(eager)}, {what} {_kind(written)}; "
                     "no manifest was written. Look for a branch on the batch size or a bare squeeze()"
                 )
             if not _has_shape(written, shape, size):
@@ -76,7 +78,7 @@ def check_parity(
             worst = compare_scores(eager, written, number, rounding, atol=atol, rtol=rtol, like=like)
             if not worst.is_close:
                 raise ParityError(
-                    f"output {name!r} {place}: the written program differs from the dense arch by up to {worst.max_abs:.3g} "
+                    f"output {name!r} {place}: {what} differs from the dense arch by up to {worst.max_abs:.3g} "
                     f"(relative {worst.max_rel:.3g}, {worst.max_ulp:,} ULP, in row {worst.row}), allowed is "
                     f"{describe_allowed(atol, rtol)}. No manifest was written. Look for a branch on the batch size, randomness "
                     "in eval mode, or state that the forward changes"

@@ -64,7 +64,7 @@ class ReferenceFigures:
 def check_reference(
     sample: DenseSample,
     names: Sequence[str],
-    program: ExportedProgram,
+    program: Any,
     reference: Reference,
     *,
     tensors: Mapping[str, torch.Tensor],
@@ -79,6 +79,7 @@ def check_reference(
 
     Args:
         names: the inputs that the program takes.
+        program: an ExportedProgram, or what is called in the same way: ``program.module()(**inputs)``.
         tensors: what the sparse arch gave for the batch, whole, by the names of the program's arguments.
         what: the program and its inputs, for messages.
 
@@ -102,15 +103,15 @@ def check_reference(
         limit=max_batch_size,
         what=what,
     )
-    found = _run(program, inputs, device, sample)
+    found = _run(program, inputs, device, sample, what)
     try:
         return judge(sample, found)
     except ParityError:
         own = inputs[names[0]].device
-        if own == device:
+        if own == device or not isinstance(program, ExportedProgram):
             raise
     # two devices round differently: what the model computed elsewhere is compared with the program there
-    return judge(sample, _run(_move(program, own), inputs, own, sample))
+    return judge(sample, _run(_move(program, own), inputs, own, sample, what))
 
 
 def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: float, rtol: float) -> None:
@@ -185,7 +186,7 @@ def describe_other_inputs(reference: Reference) -> str:
 
 
 def _run(
-    program: ExportedProgram, inputs: Mapping[str, torch.Tensor], device: torch.device, sample: DenseSample
+    program: Any, inputs: Mapping[str, torch.Tensor], device: torch.device, sample: DenseSample, what: str
 ) -> list[Any]:
     call: Callable[[], Any] = partial(
         program.module(), **{name: tensor.to(device).contiguous().clone() for name, tensor in inputs.items()}
@@ -195,7 +196,7 @@ def _run(
             return sample.flatten(call())
     except Exception as error:
         raise ParityError(
-            f"the written program fails on the whole batch: {said(error)}{blame(error)}. No manifest was written"
+            f"{what} fails on the whole batch: {said(error)}{blame(error)}. No manifest was written"
         ) from error
 
 

@@ -28,6 +28,7 @@ from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
+from dist_export.dense.other_formats import FormatWriter, refuse_wrong_sample
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -328,6 +329,16 @@ class DenseStage:
             max_batch_size=config.max_batch_size,
         )
         self._check_reference(load_program(folder / PROGRAM))
+        self.entry = FormatWriter(config, sample, traced, self.entry, self._compare_format).write(folder)
+
+    def _compare_format(self, program: Any, what: str, config: ExportConfig, parity: ParityEntry) -> ParityEntry:
+        """Compare a program of ``dense_formats`` with the caller's own model, and add the figures to ``parity``. Rank 0."""
+        reference = self._reference
+        assert self._sample is not None
+        assert reference is not None
+        comparison = Comparison(config, self._sample, self._used, reference)
+        figures = comparison.with_reference(program, read_blocks(reference.blocks).tensors, what)
+        return figures.merge_into(parity, reference.kind)
 
     def _hash_default_rows(self) -> dict[str, str]:
         finder = self._finder if self._config.need_export_sparse else None
@@ -515,6 +526,7 @@ class DenseStage:
         move_to(copied, device)
         self._sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
         check_dtypes(sample, self._config.archive_format)
+        refuse_wrong_sample(sample, self._config)
         self._drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]

@@ -202,6 +202,25 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A free dimension is its name. The first dimension of every input is ``batch``."""
 
 
+class FormatEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The dense arch in a further format, beside the exported program: the same inputs and outputs by the same names."""
+
+    format: str
+    """``onnx``, or ``aoti``: compiled by AOTInductor. The bytes of such a file differ between two exports."""
+    file: str
+    """Relative to the package, with forward slashes."""
+    parity: ParityEntry
+    """The file, run by its own runtime, against the model."""
+    versions: dict[str, str]
+    """Of the software that wrote and ran the file, besides torch."""
+    opset: Count | msgspec.UnsetType = msgspec.UNSET
+    """Of an ONNX file, the version of its operators."""
+    machine: str | msgspec.UnsetType = msgspec.UNSET
+    """Of compiled code, the kind of machine: ``x86_64``, ``aarch64``."""
+    features: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of compiled code, the features of the processor that it may use, by the names of Linux's /proc/cpuinfo."""
+
+
 class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The traced dense arch."""
 
@@ -221,6 +240,10 @@ class DenseEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Entries of that mapping that are not tensors, as Python literals. They are constants of the program."""
     torch: str = ""
     """The version of torch that wrote the folder."""
+    formats: tuple[FormatEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """The dense arch in further formats, in the order of the setting ``dense_formats``; absent without any."""
+    layouts: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    """Layout of a server -> its directory, relative to the package. ``triton``: a model repository."""
 
 
 class FilesParityEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,11 +12,12 @@ import numpy as np
 
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError, PackageError, UserError
+from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, FormatEntry, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
@@ -28,6 +29,8 @@ from dist_export.storage.urls import open_directory
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from dist_export.archive.native_program import NativeProgram
+    from dist_export.archive.onnx_model import OnnxProgram
     from dist_export.package.score import Scorer
 
 _RUN_ROWS = 1 << 20
@@ -85,6 +88,8 @@ class Package:
         shards = (part.file for part in parts)
         score = self.manifest.score
         programs = [entry.program for entry in (dense, score) if entry not in (None, msgspec.UNSET)]
+        if dense is not None and dense.formats is not msgspec.UNSET:
+            programs += [entry.file for entry in dense.formats]
         self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *shards])
 
     def close(self) -> None:
@@ -239,6 +244,64 @@ class Package:
 
                 self._scorer = Scorer(self)
         return self._scorer.score(inputs)
+
+    def load_onnx(self) -> OnnxProgram:
+        """Return the dense arch of the ONNX file, to call as ``program(**inputs)`` with tensors.
+
+        It returns a tuple in the order of ``manifest.dense.outputs``, and runs on the CPU.
+
+        Raises:
+            PackageError: the package has no ONNX file, or ONNX Runtime is not installed or cannot load it.
+        """
+        from dist_export.archive.onnx_model import OnnxProgram
+
+        entry = self._format("onnx")
+        assert self.manifest.dense is not None
+        names = [output.name for output in self.manifest.dense.outputs]
+        return OnnxProgram(self.files.read(entry.file), names, where=self.directory.describe(entry.file))
+
+    def load_native_program(self, *, allow_native_code: bool = False) -> NativeProgram:
+        """Return the compiled dense arch, to call as ``program(**inputs)``. It returns what the program returns.
+
+        Args:
+            allow_native_code: must be true. The file is a shared library, which may do anything as soon as it is loaded: load
+                it only from a source that you trust as you trust a program.
+
+        Raises:
+            UserError: ``allow_native_code`` is false.
+            PackageError: the package has no such file, it is damaged, or it was compiled for another processor.
+        """
+        from dist_export.archive.native_program import NativeProgram, explain_wrong_machine
+
+        entry = self._format("aoti")
+        where = self.directory.describe(entry.file)
+        if not allow_native_code:
+            raise UserError(
+                f"{where} is native code, which runs as soon as it is loaded; pass allow_native_code=True if you trust its source"
+            )
+        content = self.files.read(entry.file)
+        digest = next((file.digest for file in self.manifest.files if file.path == entry.file), "")
+        if not digest or digest_bytes(content, algorithm_of(digest)) != digest:
+            raise PackageError(
+                f"{where} is not what the manifest says; it was not loaded. `verify` reports the difference"
+            )
+        machine = "" if entry.machine is msgspec.UNSET else entry.machine
+        wrong = explain_wrong_machine(machine, () if entry.features is msgspec.UNSET else entry.features)
+        if wrong:
+            raise PackageError(f"{where} cannot run here: {wrong}. Use load_program, or export on such a machine")
+        return NativeProgram(content, where=where)
+
+    def _format(self, name: str) -> FormatEntry:
+        dense = self.manifest.dense
+        formats = () if dense is None or dense.formats is msgspec.UNSET else dense.formats
+        found = next((entry for entry in formats if entry.format == name), None)
+        if found is None:
+            has = ", ".join(entry.format for entry in formats) or "none"
+            raise PackageError(
+                f"{self.directory.url}: the dense arch has no format {name!r} (further formats: {has}); export with "
+                f"dense_formats: [{name}]"
+            )
+        return found
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""

@@ -186,6 +186,10 @@ def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoi
         raise ConfigError(
             "max_drift needs model and dataset, because it bounds the drift of scores; set both, or remove max_drift"
         )
+    if config.dense_formats and not has_model:
+        raise ConfigError(
+            "dense_formats names formats of the dense arch, which needs model and dataset; give both, or no dense_formats"
+        )
     if checkpoint is None or not has_model:
         return
     for table in checkpoint.tables:

@@ -215,6 +215,10 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
             lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
     if manifest.score is not msgspec.UNSET:
         lines.append(f"  program  {say_score(manifest.score)}")
+    if manifest.dense is not None and manifest.dense.formats is not msgspec.UNSET:
+        for entry in manifest.dense.formats:
+            worst = max(entry.parity.max_abs.values(), default=0.0)
+            lines.append(f"  {entry.format:<8} {entry.file}, largest difference {worst:.2g}")
     if manifest.drift is not None:
         lines.append(f"  drift    {_say_drift(manifest.drift, manifest.run.get('drift') or {})}")
     sample = manifest.run.get("sample") or {}

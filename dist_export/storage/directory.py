@@ -314,6 +314,22 @@ class Directory:
         with ACTIVITY.of(where), naming_any(where):
             self._write(name, data)
 
+    def write_again(self, name: str, original: str, data: bytes) -> None:
+        """Write a file with the content ``data`` of another file of this directory. A disk makes a hard link where it can.
+
+        Raises:
+            OSError, TransferError: as :meth:`write`.
+        """
+        where = self.describe(name)
+        with ACTIVITY.of(where), naming_any(where):
+            if not self._link(name, original):
+                self._write(name, data)
+
+    def _link(self, name: str, original: str) -> bool:
+        """Make ``name`` a hard link to ``original``. Return whether that was possible; stores have no links."""
+        del name, original
+        return False
+
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         with contextlib.suppress(FileNotFoundError), naming_any(self.describe(name)):

@@ -111,6 +111,22 @@ class LocalDirectory(Directory):
             self._take_back(name, error)  # the file exists now, but may be lost in a crash
             raise
 
+    def _link(self, name: str, original: str) -> bool:
+        path = self.join(name)
+        folder, partial = os.path.dirname(path), path + PARTIAL_SUFFIX
+        make_directories(folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        try:
+            os.link(self.join(original), partial)
+        except OSError:  # the file system has no hard links, or no more of this file
+            return False
+        os.replace(partial, path)
+        with contextlib.suppress(FileNotFoundError):  # a rename over a link to the same file does nothing
+            os.unlink(partial)
+        sync_directory(folder)
+        return True
+
     def _take_back(self, name: str, error: Exception) -> None:
         try:
             self.remove(name)

@@ -28,6 +28,7 @@ from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
 from dist_export.verify.dense_signature import check_signature
+from dist_export.verify.dense_formats import check_formats
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,7 @@ def check_dense(
     for kind, tensor in zip(entry.inputs, inputs.values(), strict=False):
         _expect_kind(f"{entry.folder}/inputs_dict.json: input", tensor, kind, findings)
     told = []
+    measures = _measures(program, inputs, found)
     for place, (name, stated, tensor, base) in enumerate(zip(names, outputs, found, expected, strict=False)):
         _expect_kind(f"{entry.program}: output", tensor, entry.outputs[place], findings)
         if name in by_name and not has_same_values(by_name[name], base):
@@ -109,9 +111,10 @@ def check_dense(
                 f"{stated.get('dtype')} {stated.get('shape')}"
             )
             continue
-        judge = _Judge(package.manifest.parity, name, functools.partial(_measure, program, inputs, place, tensor))
+        judge = _Judge(package.manifest.parity, name, measures[place])
         told.append(judge.compare(entry, tensor, base, findings))
     checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
+    check_formats(package, entry, inputs, dict(zip(names, expected, strict=False)), measures, findings, checked)
     check_fx_folder(package, entry, program, findings, checked)
     if package.manifest.tables and looks_up_rows:
         _check_rows(package, entry, findings, checked)
@@ -162,6 +165,12 @@ class _Judge:
                     f"anything: its usual size is {usual:.2g}"
                 )
         return f"{name} {figures}"
+
+
+def _measures(
+    program: Any, inputs: Mapping[str, torch.Tensor], found: list[Any]
+) -> list[Callable[[], torch.Tensor | None]]:
+    return [functools.partial(_measure, program, inputs, place, tensor) for place, tensor in enumerate(found)]
 
 
 def _measure(program: Any, inputs: Mapping[str, torch.Tensor], place: int, found: torch.Tensor) -> torch.Tensor | None:

@@ -78,6 +78,8 @@ EXAMPLES = {
     "dynamic_dims": "{clicks: {1: history}}",
     "device": "cpu",
     "archive_format": "legacy",
+    "dense_formats": "[onnx, aoti]",
+    "layouts": "[triton]",
     "atol": "1.0e-05",
     "rtol": "0.0001",
     "drift_batches": "16",

@@ -19,6 +19,16 @@ MIB = 1 << 20
 class DirectoryContract:
     """The tests. Of a store without directories of its own, one is there as long as there is a file in it."""
 
+    def test_a_file_that_repeats_another_one(self, directory: Directory) -> None:
+        """It may be a link on a disk: then a new content of one of the two must not change the other."""
+        for data in (b"one", b"one", b"two"):
+            directory.write("folder/a", data)
+            directory.write_again("other/b", "folder/a", data)
+            assert (directory.read("folder/a"), directory.read("other/b")) == (data, data)
+            assert sorted(directory.walk()) == ["folder/a", "other/b"]
+        directory.write("folder/a", b"three")
+        assert directory.read("other/b") == b"two"
+
     def test_what_is_not_there(self, directory: Directory) -> None:
         assert directory.names() == []
         assert directory.folders() == []

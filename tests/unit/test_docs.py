@@ -32,6 +32,7 @@ FIELDS = [field.name for field in dataclasses.fields(ExportConfig)]
 NEEDED = {
     "on_overflow": {"dtype": {"*": "float16"}},
     "on_empty_table": {"prune": [{"tables": "*", "norm_at_most": 0}]},
+    "layouts": {"dense_formats": ["onnx"]},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""

@@ -1,0 +1,63 @@
+"""Check settings of the dense arch: its formats, what these need on this machine, and the names of its outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+
+from dist_export.errors import ConfigError
+
+ONNX = "onnx"
+AOTI = "aoti"
+DENSE_FORMATS = (ONNX, AOTI)
+LAYOUTS = ("triton",)
+
+_NEEDED = {ONNX: ("onnx", "onnxscript", "onnxruntime")}
+"""Format -> packages that write and check it."""
+
+
+def check_dense_formats(dense_formats: Sequence[str]) -> None:
+    """Refuse an unknown or duplicate format, and one that cannot be written on this machine. ConfigError."""
+    _check_values("dense_formats", dense_formats, DENSE_FORMATS)
+    for name in dense_formats:
+        missing = [package for package in _NEEDED.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ConfigError(
+                f"dense_formats has {name}, which needs {', '.join(missing)}: pip install 'dist_export[{name}]'"
+            )
+    if AOTI in dense_formats and shutil.which(compiler()) is None:
+        raise ConfigError(
+            f"dense_formats has aoti, which needs a C++ compiler, but there is no {compiler()}: install g++, or set the "
+            "environment variable CXX to another one"
+        )
+
+
+def check_layouts(layouts: Sequence[str], dense_formats: Sequence[str]) -> None:
+    """Refuse an unknown or duplicate layout, and one whose format is not written. ConfigError."""
+    _check_values("layouts", layouts, LAYOUTS)
+    if layouts and ONNX not in dense_formats:
+        raise ConfigError(f"layouts has {layouts[0]}, which serves the ONNX file; set dense_formats: [onnx]")
+
+
+def compiler() -> str:
+    """Return the C++ compiler that AOTInductor calls."""
+    return os.environ.get("CXX") or "g++"
+
+
+def check_output_names(names: list[str]) -> None:
+    """Refuse output names that are empty or duplicate."""
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"export_outputs: name {place} is {name!r}; every output needs a name")
+        if name in names[:place]:
+            raise ConfigError(f"export_outputs: {name!r} stands there twice; names must be unique")
+
+
+def _check_values(setting: str, values: Sequence[str], known: Sequence[str]) -> None:
+    for place, value in enumerate(values):
+        if value not in known:
+            raise ConfigError(f"{setting} has {value!r}; the known values are {', '.join(known)}")
+        if value in values[:place]:
+            raise ConfigError(f"{setting} has {value!r} twice; give each value once")
