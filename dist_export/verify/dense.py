@@ -27,8 +27,8 @@ from dist_export.manifest import (
 from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
-from dist_export.verify.dense_signature import check_signature
 from dist_export.verify.dense_formats import check_formats
+from dist_export.verify.dense_signature import check_signature
 
 if TYPE_CHECKING:
     import torch

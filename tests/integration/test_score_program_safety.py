@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import score_models as models
 from torch import nn
 
 import dist_export
@@ -22,6 +21,7 @@ from dist_export.errors import PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.manifest import MANIFEST, decode_manifest, encode_manifest, seal
 from dist_export.verify.verify import verify
+from tests.support import score_models as models
 
 TABLE = "sparse_arch.table.weight"
 

@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import score_models as models
-import sharded_model
-import tiny_model
 import torch
 from torch import nn
 
@@ -17,6 +14,8 @@ import dist_export
 from dist_export.api import Exporter
 from dist_export.errors import ModelError, UserError
 from dist_export.verify.verify import verify
+from tests.support import score_models as models
+from tests.support import sharded_model, tiny_model
 
 
 def export(tmp_path: Path, model: nn.Module, dataset: Any, source: Path, **settings: Any) -> dist_export.Package:
