@@ -238,9 +238,9 @@ class RowIndexWriter:
             digest=self._digest_staged(),
             row_indexes=self._entries,
         )
-        self._staging.publish(self._name)
         if not self._in_place:
-            write_receipt(self._target, receipt)
+            write_receipt(self._target, receipt)  # first, so that a killed export leaves no file that nobody knows
+        self._staging.publish(self._name)
         self._note(receipt)
 
     def _digest_staged(self) -> str:

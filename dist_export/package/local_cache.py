@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dist_export.errors import UserError
 from dist_export.package.opened_files import OpenedFiles
-from dist_export.storage.local_io import naming_any
 
 _PIECE_BYTES = 4 << 20
+_DIGEST_BYTES = 16
 
 
 class LocalCache:
@@ -30,36 +31,55 @@ class LocalCache:
     def map(self, name: str, begin: int, num_bytes: int) -> np.ndarray:
         """Return a range of a file, uint8 of shape (num_bytes,). It is fetched only once.
 
+        Its digest is behind it in the cached file, and is compared once in each process. A damaged range is fetched again.
+
         Raises:
             PackageError: the store cannot be read, or the package was replaced.
-            OSError: the directory cannot be written.
+            UserError: the directory cannot be written.
         """
         mapped = self._mapped.get((name, begin, num_bytes))
         if mapped is None:
             path = self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}-{begin}-{num_bytes}"
-            if not path.exists() or path.stat().st_size != num_bytes:
-                self._fetch(name, begin, num_bytes, path)
-            mapped = np.memmap(path, np.uint8, "r")
+            try:
+                if not _is_whole(path, num_bytes):
+                    self._fetch(name, begin, num_bytes, path)
+                mapped = np.memmap(path, np.uint8, "r")[:num_bytes]
+            except OSError as error:
+                raise UserError(
+                    f"cache_dir: {error.filename or path} cannot be used: {error.strerror or error}; give a directory that can "
+                    "be written, or none"
+                ) from error
             self._mapped[name, begin, num_bytes] = mapped
         return mapped
 
     def _fetch(self, name: str, begin: int, num_bytes: int, path: Path) -> None:
-        with naming_any(str(path)):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            fd, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fd, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=self._folder)
         try:
             with (
                 open(fd, "wb") as file,
                 self._files.open_reader(name) as reader,
                 reader.ahead(begin, num_bytes) as stream,
             ):
+                hasher = xxhash.xxh3_128()
                 buffer = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
                 for first in range(0, num_bytes, len(buffer)):
                     piece = buffer[: min(len(buffer), num_bytes - first)]
                     stream.read_into(piece)
-                    with naming_any(partial):
-                        file.write(piece)
+                    hasher.update(piece)
+                    file.write(piece)
+                file.write(hasher.digest())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
+
+
+def _is_whole(path: Path, num_bytes: int) -> bool:
+    """Return whether a cached range is there, with the digest that was written behind it."""
+    if not path.exists() or path.stat().st_size != num_bytes + _DIGEST_BYTES:
+        return False
+    cached = np.memmap(path, np.uint8, "r")
+    return xxhash.xxh3_128_digest(cached[:num_bytes].data) == cached[num_bytes:].tobytes()

@@ -21,6 +21,7 @@ from dist_export.formats.digests import digest_bytes
 from dist_export.formats.row_index import EMPTY, SLOT
 from dist_export.manifest import Manifest, PartEntry, RowIndexEntry, decode_manifest, encode_manifest, seal
 from dist_export.package import columns, local_cache, slot_reader
+from dist_export.storage.staging import Staging
 from dist_export.verify.verify import verify
 from tests.support.recis_writer import make_tables, split_table, truth_of, write_checkpoint
 from tests.support.sparse_cases import copy, export
@@ -283,7 +284,9 @@ def test_another_export_leaves_none_of_it(source: Path, tmp_path: Path, monkeypa
 def test_a_file_of_somebody_else_is_not_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / INDEX).write_text("mine")
-    with pytest.raises(dist_export.errors.UserError, match=rf"{INDEX} is there already, and no export of ours left it"):
+    with pytest.raises(
+        dist_export.errors.UserError, match=rf"{INDEX} is there already, and dist_export did not write it"
+    ):
         export(source, tmp_path / "out", num_shards=2)
     assert (tmp_path / "out" / INDEX).read_text() == "mine"
 
@@ -459,11 +462,48 @@ def test_another_package_is_not_read_from_the_cache(source: Path, tmp_path: Path
         assert has_row.all() == (folder is source)
 
 
-def test_a_cache_that_was_cut_short_is_fetched_again(source: Path, tmp_path: Path) -> None:
-    url = "memory://row-index/short"
+def zero(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(bytes(len(data) - 16) + data[-16:])
+
+
+@pytest.mark.parametrize("change", [cut, zero])
+def test_a_cache_that_was_damaged_is_fetched_again(
+    change: Callable[[Path], None], source: Path, tmp_path: Path
+) -> None:
+    url = f"memory://row-index/{change.__name__}"
     export(source, url, num_shards=2)
     expected = dist_export.open_package(url, cache_dir=tmp_path / "cache").lookup("a", IDS)
     for path in (tmp_path / "cache").rglob("*-*"):
-        os.truncate(path, 10)
+        change(path)
     found = dist_export.open_package(url, cache_dir=tmp_path / "cache").lookup("a", IDS)
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_cache_that_cannot_be_written_is_a_mistake(source: Path, tmp_path: Path) -> None:
+    url = "memory://row-index/unwritable"
+    export(source, url, num_shards=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(dist_export.errors.UserError, match=r"cache_dir: .*file.* cannot be used"):
+        dist_export.open_package(url, cache_dir=tmp_path / "file").lookup("a", IDS)
+
+
+def test_a_killed_export_leaves_no_index_that_the_next_one_does_not_know(
+    source: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """It ends right after the file got its name."""
+    real = Staging.publish
+
+    def publish(self: Staging, name: str) -> None:
+        real(self, name)
+        if name == INDEX:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "publish", publish)
+        with pytest.raises(KeyboardInterrupt):
+            export(source, tmp_path / "out", num_shards=2)
+    assert (tmp_path / "out" / INDEX).exists()
+    manifest = export(source, tmp_path / "out", num_shards=2, row_index=False)
+    assert not list((tmp_path / "out").glob("*.row_index"))
+    assert not manifest.run["left_alone"]
