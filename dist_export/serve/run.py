@@ -9,6 +9,9 @@ from typing import Any
 from dist_export.errors import ConfigError
 from dist_export.serve.served import Watcher
 
+_KEEP_ALIVE_SECS = 75
+"""How long an idle connection stays open: longer than most clients and proxies pause, so that they do not meet its end."""
+
 
 def serve(
     path: str,
@@ -57,5 +60,7 @@ def serve(
         address = f"http://{host}:{listening.getsockname()[1]}"
         models = ", ".join(watcher.current.models)
         announce(f"serving package {watcher.current.version} of {path} on {address}/v2: {models}")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECS)
+        )
         server.run(sockets=[listening])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import command, lookup, scaling, scenarios
+from scripts.bench import command, lookup, scaling, scenarios, serving
 from scripts.bench.processes import ROOT
 from scripts.bench.report import HOW_TO_READ, describe_machine
 from scripts.bench.rounds import Place
@@ -31,6 +31,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "command": command.run_command,
     "lookup": lookup.run_lookup,
     "row_index": lookup.run_index_cost,
+    "serving": serving.run_serving,
 }
 ON_DISK = ("filter", "reshard")
 """A copy and a gather; at dim 64 alone, for a disk takes its time."""
