@@ -65,9 +65,14 @@ class TakenOver:
         self._source, self._manifest, self._files = source, manifest, files
         self._names = {table.name_in_source: table.name for table in plan.checkpoint.tables}
         self.read()  # so that what is damaged is told before anything is written
+        lacking = manifest.score is not msgspec.UNSET and not program
+        told_less = "; the score program, which has names of tables in it, was not" if lacking else ""
         scores = "" if folder is None else "; no score was compared anew, parity and drift are those of that package"
         renamed = note_renamed({}, plan.checkpoint) if any(file.path == FG for file in files) else []
-        return [f"{told} were taken over from {source.url} byte by byte, as no row changed{scores}", *renamed]
+        return [
+            f"{told} were taken over from {source.url} byte by byte, as no row changed{told_less}{scores}",
+            *renamed,
+        ]
 
     def _find_scores(self, manifest: Manifest | None, plan: SparsePlan) -> tuple[str, ...]:
         """Return the files of the source's score program; none where tables are renamed, because it has their names."""

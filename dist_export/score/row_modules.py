@@ -13,7 +13,7 @@ from torch import nn
 from dist_export.archive.lookup_operator import RowSource
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ConfigError
-from dist_export.score.tables import ModelTables, is_hash_table, look_up_coalesced
+from dist_export.score.tables import ModelTables, is_hash_table, is_scripted, look_up_coalesced
 
 
 class Recorder:
@@ -28,7 +28,7 @@ class Recorder:
         for module, paths in () if tables is None else tables.modules:
             assert tables is not None
             its = _tables_within(module, tables)
-            if its is not None:
+            if its is not None and not is_scripted(module):
                 self.candidates.append((module, paths[0], its))
 
     def __enter__(self) -> Recorder:

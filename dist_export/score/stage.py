@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,21 +101,24 @@ class ScoreStage:
         """
         if not self.is_there:
             return
-        kept: list[ScoreFigures] = []
+        with contextlib.ExitStack() as held:
+            kept: list[ScoreFigures] = []
 
-        def load() -> None:
-            assert self.entry is not None
-            package = Package(target, unpublished=describe())
-            tables = {table.name for table in package.manifest.tables}
-            program = load_program(target.read(self.entry.program), tables=tables)
-            figures = ScoreFigures(self._config, self._sample(), bind_program(program, PackageRows(package)).module())
-            self._parity.compare_sample(figures, blocks, self._inputs)
-            kept.append(figures)
+            def load() -> None:
+                assert self.entry is not None
+                package = held.enter_context(Package(target, unpublished=describe()))
+                tables = {table.name for table in package.manifest.tables}
+                program = load_program(target.read(self.entry.program), tables=tables)
+                figures = ScoreFigures(
+                    self._config, self._sample(), bind_program(program, PackageRows(package)).module()
+                )
+                self._parity.compare_sample(figures, blocks, self._inputs)
+                kept.append(figures)
 
-        self._ranks.broadcast("compare the score program with the model", load)
-        figures = kept[0] if kept else None
-        if reason := self._parity.compare_sizes(figures, run_sparse, self._inputs):
-            self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+            self._ranks.broadcast("compare the score program with the model", load)
+            figures = kept[0] if kept else None
+            if reason := self._parity.compare_sizes(figures, run_sparse, self._inputs):
+                self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
         if self.entry is not None and figures is not None:
             self.entry = msgspec.structs.replace(self.entry, parity=self._parity.entry(figures))
         self._traced = None

@@ -58,6 +58,11 @@ class ModelTables:
         Args:
             row_modules: ``id()`` of a module that is a lookup as a whole -> its table, or its tables where it is coalesced.
         """
+        scripted = [path or "itself" for path, module in self._sparse_arch.named_modules() if is_scripted(module)]
+        if scripted:
+            raise NotExportableError(
+                f"the sparse arch is scripted by torch.jit ({scripted[0]}), which cannot be traced"
+            )
         undo: list[Callable[[], None]] = []
         below: set[int] = set()
         try:
@@ -120,6 +125,11 @@ class ModelTables:
                 if table is not None:
                     found.append((owner, name, table))
         return found
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module is code of TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_hash_table(module: nn.Module) -> bool:

@@ -175,6 +175,15 @@ def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(tmp
     del module
     gc.collect()
     assert gone() is None
+    scored = dist_export.open_package(tmp_path / "out")
+    scored.score(batch)
+    gone = weakref.ref(scored.files)
+    gc.disable()
+    try:
+        del scored
+        assert gone() is None  # at once: a server that swaps packages must not wait for the collector
+    finally:
+        gc.enable()
 
 
 def test_wrong_inputs_are_one_sentence(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_an_export_that_changes_a_row_leaves_the_program_behind(
     assert (manifest.dense, manifest.parity, manifest.drift) == (None, None, None)
     assert not any("/" in file.path for file in manifest.files)
     (note,) = [note for note in manifest.notes if "not carried over" in note]
-    assert "fx_user_model and fg.json" in note
+    assert "fx_user_model, score_program and fg.json" in note
     assert verify(str(tmp_path / "again")).findings == []
 
 
@@ -108,7 +108,10 @@ def test_other_names_of_tables_are_no_other_program(first: Path, tmp_path: Path)
     for name in ("fx_user_model/sample_rows.json", "fx_user_model/default_rows.json"):
         listed, was = json.loads(files.pop(name)), json.loads(old_files.pop(name))
         assert listed == {"u": was["item_emb"], "item_emb": was["u"]}
+    for name in ("score_program/exported_model.pt", "score_program/sample.npz"):  # which has names of tables in it
+        assert old_files.pop(name)
     assert files == old_files
+    assert any("the score program, which has names of tables in it, was not" in note for note in manifest.notes)
     assert (manifest.dense, manifest.parity, manifest.drift) == (before.dense, before.parity, before.drift)
     assert list_dense(tmp_path / "again") == list_dense(first)
     assert any("fg.json names tables as the trainer does, the package otherwise" in note for note in manifest.notes)

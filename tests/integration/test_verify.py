@@ -87,7 +87,7 @@ EXPECTED: dict[str, set[tuple[str, str]]] = {
     },  # it has the other's slice now
     "no tensorkey.json": {(TENSORKEY, "size")},
     "an id that became another": {(A, "id_sum")},
-    "a program that nothing vouches for": {(PROGRAM, "dense")},
+    "a program that nothing vouches for": {(PROGRAM, "dense"), (MANIFEST, "score")},
     "an account that does not add up": {(MANIFEST, "account")},
     **{
         key: {(MERGED, "merged")}
