@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _RUN_ROWS = 1 << 20
 _IDS = np.dtype("<i8")
+_MAX_NUMBER = int(np.iinfo(np.int64).max)
 
 
 class _PartBlocks(NamedTuple):
@@ -66,6 +67,8 @@ class SlotReader:
         self._row_bytes = row_bytes
         self._located: dict[int, _PartBlocks] = {}
         self._checked: set[int] = set()
+        self._offsets: dict[int, int] = {}
+        """Where the rows of a part of a row-indexed table begin."""
         self._has_told = False
         self._slices: list[Slice] = []
         if table.is_row_indexed:
@@ -85,11 +88,10 @@ class SlotReader:
         Rows of ids without a row are zeros.
         """
         if self._table.is_row_indexed:
-            unique, inverse = np.unique(ids, return_inverse=True)
-            rows, has_row = self._allocate(len(unique))
-            for part in self._table.parts:
-                self._read_row_indexed(part, unique, has_row, rows)
-            return rows[inverse], has_row[inverse]
+            rows, has_row = self._allocate(len(ids))
+            for number in range(len(self._table.parts)):
+                self._read_numbers(number, ids, has_row, rows)
+            return rows, has_row
         rows, has_row = self._allocate(len(ids))
         for number, wanted in self._deal(ids):
             part = self._table.parts[number]
@@ -200,7 +202,7 @@ class SlotReader:
                 block = slot_file[place.slot_offset : end].reshape(num_rows, self._row_bytes)
                 rows[targets] = block.take(found[hits], axis=0)
                 return
-            self._read_many(slot_file, place, targets, found[hits], rows)
+            self._read_many(slot_file, place.slot_offset, targets, found[hits], rows)
 
     @contextlib.contextmanager
     def _open_column(self, name: str, offset: int, num_values: int, dtype: np.dtype) -> Iterator[Column]:
@@ -262,43 +264,57 @@ class SlotReader:
         has_row[targets] = True
         if self._row_bytes and len(targets):
             with self._files.open_reader(place.slot_file) as reader:
-                self._read_many(reader, place, targets, found[found >= 0], rows)
+                self._read_many(reader, place.slot_offset, targets, found[found >= 0], rows)
 
     def _read_many(
-        self, reader: RangeReader, place: _PartBlocks, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
+        self, reader: RangeReader, offset: int, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
     ) -> None:
-        """Read rows of a part into ``rows[targets]``; each row once."""
-        unique, first, inverse = np.unique(found, return_index=True, return_inverse=True)
-        begins = (place.slot_offset + unique * self._row_bytes).tolist()
-        reader.read_many([(rows[t].data, begin) for t, begin in zip(targets[first].tolist(), begins, strict=True)])
-        if len(unique) < len(found):
-            rows[targets] = rows[targets[first]][inverse]
+        """Read rows of a block into ``rows[targets]``; each row once, and neighbours as one range."""
+        unique, inverse = np.unique(found, return_inverse=True)
+        held = np.empty((len(unique), self._row_bytes), np.uint8)
+        edges = [0, *(1 + np.flatnonzero(np.diff(unique) != 1)).tolist(), len(unique)]
+        reader.read_many(
+            [
+                (held[first:last].reshape(-1).data, offset + int(unique[first]) * self._row_bytes)
+                for first, last in itertools.pairwise(edges)
+            ]
+        )
+        rows[targets] = held[inverse]
 
     # ---- row-indexed tables ----
 
-    def _read_row_indexed(self, part: PartEntry, unique: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
-        """Read the requested rows of a part into ``rows``. ``unique`` are sorted row numbers; neighbours are read in one call."""
+    def _read_numbers(self, number: int, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+        """Read the rows of ``ids``, as far as they are in a part, into ``rows``."""
+        part = self._table.parts[number]
         if not isinstance(part.first_row, int) or self._slot not in part.keys:
             raise PackageError(
                 f"{self._files.url}: a part of table {self._table.name!r} has no first_row or no {self._slot}"
             )
-        last_row = min(part.first_row + part.rows, np.iinfo(np.int64).max)
-        begin, end = np.searchsorted(unique, np.array([part.first_row, last_row], np.int64)).tolist()
-        if begin == end:
+        wanted = np.flatnonzero((ids >= part.first_row) & (ids < min(part.first_row + part.rows, _MAX_NUMBER)))
+        if not len(wanted):
             return
-        header, key, row_bytes = self._headers.of(part.file), part.keys[self._slot], self._row_bytes
+        offset = self._offsets.get(number)
+        if offset is None:
+            offset = self._offsets[number] = self._find_block(part)
+        has_row[wanted] = True
+        if not self._row_bytes:
+            return
+        found = ids[wanted] - part.first_row
+        with self._files.open_mapped(part.file) as file:
+            if isinstance(file, np.ndarray):
+                block = file[offset : offset + part.rows * self._row_bytes].reshape(part.rows, self._row_bytes)
+                rows[wanted] = block.take(found, axis=0)
+                return
+            self._read_many(file, offset, wanted, found, rows)
+
+    def _find_block(self, part: PartEntry) -> int:
+        """Return the position of a part's rows in its file, after comparing its header with the manifest."""
+        header, key = self._headers.of(part.file), part.keys[self._slot]
         place = header.keys.index(key) if key in header.keys else -1
         num_bytes = int(header.ends[place] - header.begins[place]) if place >= 0 else -1
-        if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * row_bytes:
+        if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * self._row_bytes:
             raise PackageError(f"{self._files.describe(part.file)}: {key!r} is not what the manifest says of it")
-        has_row[begin:end] = True
-        if not row_bytes:
-            return
-        edges = [begin, *(begin + 1 + np.flatnonzero(np.diff(unique[begin:end]) != 1)).tolist(), end]
-        with self._files.open_reader(part.file) as reader:
-            for first, last in itertools.pairwise(edges):
-                offset = int(header.begins[place]) + (int(unique[first]) - part.first_row) * row_bytes
-                reader.read_into(rows[first:last].reshape(-1).data, offset)
+        return int(header.begins[place])
 
 
 def _find_edges(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
