@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from dist_export.dense.onnx_names import rename_values
 from dist_export.dense.trace import TracedDense
 from dist_export.errors import TraceError
 from dist_export.model.user_errors import blame_text, said
@@ -22,6 +23,9 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 _MOST_BYTES = (1 << 31) - 1
 """Of a message of protobuf."""
+
+_OUTPUT = "dist_export_output_"
+"""How outputs are called until they get their true names, which values within the graph may have too."""
 
 _PRIVATE = ("metadata_props", "doc_string")
 """Fields that quote source files, stack traces and nodes of the graph."""
@@ -46,7 +50,7 @@ def make_onnx(
                 (),
                 kwargs=dict(traced.inputs),
                 dynamo=True,
-                output_names=list(output_names),
+                output_names=[f"{_OUTPUT}{place}" for place in range(len(output_names))],
                 dynamic_shapes=shapes,
                 verbose=False,
             )
@@ -57,13 +61,13 @@ def make_onnx(
             f"dense_formats: the dense arch cannot be written as ONNX: {_why(traced.program, error)}. Use other operators "
             "there, or leave onnx out of dense_formats"
         ) from error
+    _set_names(model, traced, list(output_names))
     _strip(model)
     if model.ByteSize() > _MOST_BYTES:
         raise TraceError(
             f"dense_formats: the dense arch has {model.ByteSize():,} bytes as ONNX; one ONNX file holds at most "
             f"{_MOST_BYTES:,}. Leave onnx out of dense_formats"
         )
-    _check_names(model, list(traced.inputs), list(output_names))
     opset = next(its.version for its in model.opset_import if its.domain in ("", "ai.onnx"))
     return model.SerializeToString(deterministic=True), int(opset)
 
@@ -73,14 +77,22 @@ def list_onnx_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _check_names(model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Refuse a file whose inputs or outputs have other names, or whose batch dimension is not free. TraceError."""
-    found = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
-    if sorted(found[0]) != sorted(inputs) or found[1] != outputs:
+def _set_names(model: Any, traced: TracedDense, output_names: list[str]) -> None:
+    """Give inputs and outputs their true names. TraceError for inputs that are not the program's, or without a free batch."""
+    found = [value.name for value in model.graph.input]
+    expected = [str(name) for name in traced.program.graph_signature.user_inputs]
+    # torch adds _orig to an input that is also an output
+    is_same = len(found) == len(expected) and all(
+        name in (its, f"{its}_orig") for name, its in zip(found, expected, strict=True)
+    )
+    outputs = [value.name for value in model.graph.output]
+    if not is_same or outputs != [f"{_OUTPUT}{place}" for place in range(len(output_names))]:
         raise TraceError(
-            f"dense_formats: the ONNX file has the inputs {found[0]} and the outputs {found[1]}, the program has {inputs} "
-            f"and {outputs}. Leave onnx out of dense_formats"
+            f"dense_formats: the ONNX file has the inputs {found} and {len(outputs)} outputs, the program has {expected} and "
+            f"{len(output_names)}. Leave onnx out of dense_formats"
         )
+    names = dict(zip(found, traced.inputs, strict=True)) | dict(zip(outputs, output_names, strict=True))
+    rename_values(model.graph, names)
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
         if not dims or dims[0].dim_param != "batch":

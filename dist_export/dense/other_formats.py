@@ -131,6 +131,11 @@ def refuse_wrong_sample(sample: DenseSample, config: ExportConfig) -> None:
         )
     if ONNX not in config.dense_formats:
         return
+    if both := [name for name in sample.output_names if name in sample.inputs]:
+        raise ConfigError(
+            f"dense_formats has onnx, but the dense arch has an input and an output {both[0]!r}; in ONNX the two cannot have "
+            "one name. Set export_outputs, or leave onnx out"
+        )
     found = [(f"input {name!r}", tensor) for name, tensor in sample.inputs.items()]
     found += [(f"output {name!r}", tensor) for name, tensor in zip(sample.output_names, sample.outputs, strict=True)]
     for name, tensor in found:

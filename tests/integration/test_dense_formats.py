@@ -109,6 +109,40 @@ def test_a_further_free_dimension_keeps_its_name() -> None:
     assert [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", "length", ""]
 
 
+def swapped(net, x):
+    return {"relu": x["Seq"] + 1, "mul": torch.relu(x["seq"]) * net.linear.weight[0], "add": x["Seq"]}
+
+
+def test_names_that_torch_would_change_stay(tmp_path: Path) -> None:
+    """torch writes Seq as seq, and calls values within the graph as the outputs here; one output is an input itself."""
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(5, 3) for name in ("Seq", "seq")}
+    traced = trace(swapped, inputs)
+    names = ["relu", "mul", "add"]
+    content, _ = onnx_format.make_onnx(traced, names, {})
+    graph = onnx.load_from_string(content).graph
+    assert [value.name for value in graph.input] == ["Seq", "seq"]
+    assert [value.name for value in graph.output] == names
+    found = onnx_model.OnnxProgram(content, names, where="here")(**inputs)
+    torch.testing.assert_close(found, traced.program.module()(**inputs))
+
+
+def test_values_of_branches_are_renamed_too() -> None:
+    def branches(net, x):
+        other = x["Big"] * 2
+        return torch.cond(
+            x["Big"].sum() > 0, lambda y: net.linear(y) + other[:, :2], lambda y: -net.linear(y), (x["Big"],)
+        )
+
+    inputs = {"Big": torch.randn(5, 3)}
+    traced = trace(branches, inputs)
+    content, _ = onnx_format.make_onnx(traced, ["mul"], {})
+    for sign in (1, -1):
+        given = {"Big": torch.full((4, 3), 0.5 * sign)}
+        (found,) = onnx_model.OnnxProgram(content, ["mul"], where="here")(**given)
+        torch.testing.assert_close(found, traced.program.module()(**given))
+
+
 def test_verify_runs_the_onnx_file(package: Path) -> None:
     report = verify(str(package))
     assert report.findings == []
@@ -187,6 +221,7 @@ EARLY = {
     "unknown": ({"dense_formats": ["tensorrt"]}, r"dense_formats.*tensorrt"),
     "twice": ({"dense_formats": ["onnx", "onnx"]}, "has 'onnx' twice"),
     "no model": ({"dataset": None}, "needs? .*model and dataset|dataset is None"),
+    "one name": ({"export_outputs": ["price", "like"]}, "has an input and an output 'price'.*Set export_outputs"),
     "dtype": ({"model": half_model()}, "output 'ctr' of the dense arch is bfloat16, which ONNX Runtime does not take"),
 }
 
