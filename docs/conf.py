@@ -28,7 +28,10 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 # A type of another library, or of a module that is no part of the documented interface, has no page here.
 nitpick_ignore_regex = [
-    ("py:.*", r"(np|numpy|torch|os|pathlib|collections|typing|msgspec|ExportedProgram|OnnxProgram|NativeProgram|PathLike).*"),
+    (
+        "py:.*",
+        r"(np|numpy|torch|os|pathlib|collections|typing|msgspec|ExportedProgram|OnnxProgram|NativeProgram|PathLike).*",
+    ),
     ("py:.*", r"(Any|Mapping|Sequence|Literal|Union|Count|Shape|optional|CastDtype|UnsetType)"),
     ("py:.*", r"(ValueError|Exception)"),
     ("py:.*", r"dist_export\.(storage|archive|formats|checkpoint)\..*|Directory"),

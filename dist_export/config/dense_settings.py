@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dist_export.errors import ConfigError
 
@@ -61,3 +61,15 @@ def _check_values(setting: str, values: Sequence[str], known: Sequence[str]) -> 
             raise ConfigError(f"{setting} has {value!r}; the known values are {', '.join(known)}")
         if value in values[:place]:
             raise ConfigError(f"{setting} has {value!r} twice; give each value once")
+
+
+def check_free_dims(dynamic_dims: Mapping[str, Mapping[int, str]]) -> None:
+    """Refuse a further free dimension that is the batch's own, or whose name is no identifier. ConfigError."""
+    for name, dims in dynamic_dims.items():
+        for dim, label in dims.items():
+            if dim < 1:
+                raise ConfigError(f"dynamic_dims.{name}: {dim} is no further dimension; 0 is the batch, count from 1")
+            if not label.isidentifier() or label == "batch":
+                raise ConfigError(
+                    f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
+                )

@@ -9,7 +9,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dist_export.config.dense_settings import check_dense_formats, check_layouts, check_output_names
+from dist_export.config.dense_settings import (
+    check_dense_formats,
+    check_free_dims,
+    check_layouts,
+    check_output_names,
+)
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError
@@ -365,16 +370,7 @@ class ExportConfig:
         check_layouts(self.layouts, self.dense_formats)
         if self.export_outputs is not None:
             check_output_names(self.export_outputs)
-        for name, dims in self.dynamic_dims.items():
-            for dim, label in dims.items():
-                if dim < 1:
-                    raise ConfigError(
-                        f"dynamic_dims.{name}: {dim} is no further dimension; 0 is the batch, count from 1"
-                    )
-                if not label.isidentifier() or label == "batch":
-                    raise ConfigError(
-                        f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
-                    )
+        check_free_dims(self.dynamic_dims)
 
     def _check_drift(self) -> None:
         if not 0 <= self.drift_batches <= _MAX_BATCHES:

@@ -81,7 +81,7 @@ class OpenedFiles:
 
     def vouch(self, digests: Mapping[str, str]) -> None:
         """Add the digests that the package states for its files. They identify a file if only its times change."""
-        self._digests |= digests
+        self._digests.update(digests)
 
     def note(self, names: Iterable[str]) -> bool:
         """Record the states of files. All later reads are of files in these states.
@@ -122,7 +122,7 @@ class OpenedFiles:
         """Return the recorded size and version of a file."""
         with self._telling(name):
             known = self._require(name)
-        return FileStat(known.size, str(known.version))
+            return FileStat(known.size, str(known.version))
 
     def read(self, name: str) -> bytes:
         """Return a whole (small) file."""
