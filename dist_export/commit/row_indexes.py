@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import xxhash
 
-from dist_export.formats.digests import NONE, XXH3, digest_pieces
+from dist_export.errors import CommitError
+from dist_export.formats.digests import NONE, XXH3, digest_pieces, hash_whole
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_index import (
     ALIGNMENT,
@@ -116,6 +118,8 @@ class RowIndexWriter:
         if self._file >= 0:
             close_quietly(self._fd)
             self._file = -1
+            with contextlib.suppress(OSError):  # why it is unfinished is what the user must see
+                self._staging.remove(self._name)
         self._staging.close()
 
     # ---- within ----
@@ -130,6 +134,7 @@ class RowIndexWriter:
         self._file = number
         self._write(memoryview(MAGIC), 0)
         self._end = len(MAGIC)
+        self._sums = [(0, self._end, xxhash.xxh3_128_digest(MAGIC))]
 
     def _add(self, block: int, ids: np.ndarray, first_row: int) -> None:
         rows = int(self._plan.blocks.rows[block])
@@ -151,16 +156,20 @@ class RowIndexWriter:
         begin = -(-self._end // ALIGNMENT) * ALIGNMENT
         self._entries[key] = None
         for seed in range(SEEDS if rows <= MOST_ROWS else 0):
-            filler = SlotFiller(rows)
+            filler, hasher = SlotFiller(rows), xxhash.xxh3_128()
             runs = [keys] if keys is not None and not seed else self._read_keys(block, seed)
             for run in runs:
                 for slots in filler.add(run):
+                    hasher.update(slots.data)
                     self._write_slots(slots, begin, filler)
                 if filler.longest_probe > MOST_PROBES:
                     break
             else:
-                self._write_slots(filler.finish(), begin, filler)
+                slots = filler.finish()
+                hasher.update(slots.data)
+                self._write_slots(slots, begin, filler)
                 self._end = begin + filler.num_slots * SLOT.itemsize
+                self._sums.append((begin, self._end - begin, hasher.digest()))
                 self._entries[key] = RowIndexEntry(
                     file=self._name,
                     offset=begin,
@@ -231,11 +240,16 @@ class RowIndexWriter:
             os.fsync(fd)
             self._file = -1
             os.close(fd)
+        try:
+            digest = self._digest_staged()
+        except BaseException:
+            self._staging.remove(self._name)
+            raise
         receipt = Receipt(
             plan=self._plan.digest,
             name=self._name,
             num_bytes=self._end,
-            digest=self._digest_staged(),
+            digest=digest,
             row_indexes=self._entries,
         )
         if not self._in_place:
@@ -244,7 +258,14 @@ class RowIndexWriter:
         self._note(receipt)
 
     def _digest_staged(self) -> str:
+        """Return the digest of the file, which must hold what was written. CommitError if the disk has changed it."""
         with contextlib.closing(self._staging.open_reader(self._name)) as reader:
+            for begin, num_bytes, expected in self._sums:
+                if hash_whole(pieces_of(reader, num_bytes, begin), XXH3) != expected:
+                    raise CommitError(
+                        f"{self._target.describe(self._name)}: what was read back is not what was written. No manifest was "
+                        "written, so there is no package; check the disk and run the export again"
+                    )
             return digest_pieces(pieces_of(reader, self._end), self._digest)
 
     def _note(self, receipt: Receipt) -> None:

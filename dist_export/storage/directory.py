@@ -370,10 +370,10 @@ def read_pieces(directory: Directory, name: str) -> Iterator[memoryview]:
         yield from pieces_of(reader, size)
 
 
-def pieces_of(reader: RangeReader, num_bytes: int) -> Iterator[memoryview]:
-    """Yield the first ``num_bytes`` bytes of an open file from start to end, in one reused buffer of 1 MiB."""
+def pieces_of(reader: RangeReader, num_bytes: int, begin: int = 0) -> Iterator[memoryview]:
+    """Yield ``num_bytes`` bytes of an open file from byte ``begin`` on, in one reused buffer of 1 MiB."""
     buffer = memoryview(bytearray(min(1 << 20, max(num_bytes, 1))))
-    with reader.ahead(0, num_bytes) as stream:
+    with reader.ahead(begin, num_bytes) as stream:
         for offset in range(0, num_bytes, len(buffer)):
             piece = buffer[: min(len(buffer), num_bytes - offset)]
             stream.read_into(piece)

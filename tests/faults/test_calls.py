@@ -150,7 +150,7 @@ FAILS = {
     # two faults: the first is told
     "what is left of a file cannot be removed": (
         "reshard",
-        f"calls=write path=index.partial what=error:{ENOSPC};calls=unlink path=index.partial at=2 what=error:{EIO}",
+        f"calls=write path=/index.partial what=error:{ENOSPC};calls=unlink path=/index.partial at=2 what=error:{EIO}",
         "No space left on device",
     ),
     "space cannot be given back": (
