@@ -177,6 +177,15 @@ def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(tmp
     assert gone() is None
 
 
+def test_the_callers_tensors_stay_as_they_are(tmp_path: Path) -> None:
+    """A sparse arch may write into its batch; a server's tensors are not written into."""
+    package, trained = run(tmp_path, one_table(lambda its, batch: its.table(batch["user"].clamp_(max=3))))
+    batch = {"user": torch.arange(8), "price": torch.ones(8, 1)}
+    found = package.score(batch)["ctr"]
+    assert torch.equal(batch["user"], torch.arange(8))
+    assert_close(found, scores(trained, batch))
+
+
 def test_wrong_inputs_are_one_sentence(tmp_path: Path) -> None:
     package, _ = run(tmp_path, three_tables)
     batch = models.batch_of(3)
