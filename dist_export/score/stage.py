@@ -63,6 +63,8 @@ class ScoreStage:
         """On rank 0, if there is a score program."""
         self.is_there = False
         """Whether there is a score program. The same on all ranks."""
+        self.left_out = ""
+        """Why the written program was left out of the package; empty if it was not. The same on all ranks."""
 
     def trace(self) -> list[str]:
         """Trace the program and compare it on the checkpoint's rows. All ranks; writes nothing. Returns notes.
@@ -98,29 +100,48 @@ class ScoreStage:
             run_sparse: runs the model's sparse arch on a batch, on rows of the written shards.
             blocks: what it gave for the sample.
 
+        Under ``auto``, a program that differs is left out (``left_out``). If the shards are wrong, the comparison of the dense
+        arch fails, too.
+
         Raises:
-            ParityError: on all ranks, if an output differs.
+            ParityError: on all ranks, if an output differs, and ``score_program`` is ``require``.
         """
         if not self.is_there:
             return
+        if reason := self._compare_written(target, describe, run_sparse, blocks):
+            if self._config.score_program == "require":
+                self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+            self.left_out = f"the package has no score program: on rows of the written shards, {reason}"
+            self.is_there, self.entry = False, None
+        self._traced = None
+
+    def _compare_written(
+        self, target: Directory, describe: Callable[[], Manifest], run_sparse: Callable[[Any], Blocks], blocks: Blocks
+    ) -> str:
+        """Compare, and put the figures into the entry. All ranks. Returns why the program is not the model."""
         kept: list[ScoreFigures] = []
 
-        def load() -> None:
+        def load() -> str:
             assert self.entry is not None
             package = Package(target, unpublished=describe())
             tables = {table.name for table in package.manifest.tables}
             program = load_program(target.read(self.entry.program), tables=tables)
             figures = ScoreFigures(self._config, self._sample(), bind_program(program, PackageRows(package)).module())
-            self._parity.compare_sample(figures, blocks, self._inputs)
+            try:
+                self._parity.compare_sample(figures, blocks, self._inputs)
+            except ParityError as error:
+                return _reason_of(error)
             kept.append(figures)
+            return ""
 
-        self._ranks.broadcast("compare the score program with the model", load)
+        if reason := self._ranks.broadcast("compare the score program with the model", load):
+            return reason
         figures = kept[0] if kept else None
         if reason := self._parity.compare_others(figures, run_sparse, self._inputs, self._free_lists):
-            self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+            return reason
         if self.entry is not None and figures is not None:
             self.entry = msgspec.structs.replace(self.entry, parity=self._parity.entry(figures))
-        self._traced = None
+        return ""
 
     # ---- the trace ----
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from dist_export.archive.lookup_operator import LOOKUP_TARGET
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import blocks_of
-from dist_export.dense.used_inputs import find_used_inputs
+from dist_export.dense.used_inputs import find_changed_state, find_used_inputs
 from dist_export.model.user_errors import blame, blame_text, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
@@ -65,6 +65,7 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
     with sizes_from_zero():
         program = decompose(program)
     _refuse_operators(program)
+    _refuse_changed_state(program)
     _drop_unused_state(program)
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes)
     _refuse_constant_dims(traced)
@@ -182,6 +183,14 @@ def _refuse_operators(program: ExportedProgram) -> None:
             raise NotExportableError(
                 f"it uses the operator {node.target}, which is not torch's own{where}", module=path
             )
+
+
+def _refuse_changed_state(program: ExportedProgram) -> None:
+    """Refuse programs whose outputs are others from call to call."""
+    if changed := find_changed_state(program):
+        raise NotExportableError(
+            f"forward changes {', '.join(changed)}, and its outputs depend on that: they would be others from call to call"
+        )
 
 
 def _namespace(node: fx.Node) -> str:
