@@ -83,6 +83,20 @@ def list_conditions(program: ExportedProgram, names: Sequence[str]) -> list[str]
     return found
 
 
+def holds_always(condition: str) -> bool:
+    """Whether a condition in names of sizes says nothing, such as ``batch + 1 >= 1``."""
+    names = sorted(set(re.findall(r"[a-z_]\w*", condition)))
+    if len(names) != 1:
+        return False
+    try:
+        return all(
+            eval(condition, {"__builtins__": {}}, {names[0]: size})  # noqa: S307 -- torch wrote it, of the caller's model
+            for size in (0, 1, 2, 3, 7, 64, 10**6 + 3)
+        )
+    except (NameError, TypeError, SyntaxError, ArithmeticError):
+        return False
+
+
 def _in_guard(shapes: Mapping[str, tuple[Any, ...]], match: re.Match[str]) -> str:
     text = str(shapes[match[1]][int(match[2])]) if match[1] in shapes else match[0]
     return text if re.fullmatch(r"\w+", text) else f"({text})"
@@ -102,7 +116,7 @@ def sizes_of(value: Any) -> tuple[Any, ...]:
 
 
 def find_free_lists(
-    program: ExportedProgram, inputs: Sequence[str], sizes: Mapping[str, tuple[Any, ...]]
+    program: ExportedProgram, inputs: Sequence[str], sizes: Mapping[str, tuple[Any, ...]], conditions: Sequence[str]
 ) -> list[list[tuple[str, int]]]:
     """Return the free lengths of padded lists: for each, the tensors and dimensions that have it.
 
@@ -110,9 +124,10 @@ def find_free_lists(
         program: the score program.
         inputs: its inputs, in call order.
         sizes: shapes of all tensors of the batch, with one symbol for sizes that are always equal.
+        conditions: what the program demands of sizes. Lengths in them are left as they are.
     """
     traced = input_shapes(program, inputs)
-    compared = {symbol for text in list_conditions(program, inputs) for symbol in _SYMBOL.findall(text)}
+    compared = {symbol for text in conditions for symbol in _SYMBOL.findall(text)}
     batch = {str(shape[0]) for shape in sizes.values() if shape}
     found: dict[str, list[tuple[str, int]]] = {}
     bound: set[str] = set()

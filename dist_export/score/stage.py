@@ -81,7 +81,7 @@ class ScoreStage:
             if self._config.score_program == "require":
                 self._ranks.broadcast("export the score program", lambda: _refuse(reason))
             return [f"the package has no score program: {reason}"]
-        return self._ranks.broadcast("look at the score program", self._note_modules)
+        return self._ranks.broadcast("look at the score program", self._list_notes)
 
     def write(self, scratch: Path) -> None:
         """Write the program and its sample into ``scratch``. Rank 0."""
@@ -267,15 +267,21 @@ class ScoreStage:
             reason = self._trace_once()
         return reason
 
-    def _note_modules(self) -> list[str]:
-        if not self._row_modules or self._config.lookup_modules:
-            return []
-        named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
-        note = (
-            f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code cannot "
-            "be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
-        )
-        return [note]
+    def _list_notes(self) -> list[str]:
+        assert self.entry is not None
+        notes = []
+        if self.entry.conditions:
+            notes.append(
+                f"the score program takes only sizes with {', '.join(self.entry.conditions)}, because the model's code branches "
+                "on them; it refuses other inputs"
+            )
+        if self._row_modules and not self._config.lookup_modules:
+            named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
+            notes.append(
+                f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code "
+                "cannot be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
+            )
+        return notes
 
     # ---- the sample ----
 
@@ -291,7 +297,7 @@ class ScoreStage:
     def _free_lists(self) -> list[list[tuple[str, int]]]:
         assert self._traced is not None
         traced = self._traced
-        return find_free_lists(traced.program, list(traced.inputs), traced.sizes)
+        return find_free_lists(traced.program, list(traced.inputs), traced.sizes, traced.conditions)
 
     def _stored_inputs(self) -> dict[str, torch.Tensor]:
         return self._inputs(self._parity.cut(self._num_stored))

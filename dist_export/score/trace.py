@@ -19,7 +19,14 @@ from dist_export.dense.used_inputs import find_changed_state, find_used_inputs
 from dist_export.model.user_errors import blame, blame_text, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
-from dist_export.score.needed_inputs import find_needed, free_dims, input_shapes, sizes_of
+from dist_export.score.needed_inputs import (
+    find_needed,
+    free_dims,
+    holds_always,
+    input_shapes,
+    list_conditions,
+    sizes_of,
+)
 from dist_export.score.table_weight import NotExportableError
 
 _OWN_NAMESPACES = frozenset({"aten", "higher_order", "_operator", "math"})
@@ -36,6 +43,8 @@ class TracedScores:
     dropped: tuple[str, ...]
     sizes: dict[str, tuple[Any, ...]]
     """The shapes of all tensors of the batch, the dropped ones too. Sizes that are always equal have one symbol."""
+    conditions: list[str]
+    """What the model's code demands of free sizes, in the symbols of the program."""
 
 
 def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) -> TracedScores:
@@ -63,11 +72,12 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
         stand_ins = _stand_ins(program, names, dropped, batch)
         program = _export(sparse_arch, sample, batch, used, stand_ins, all_free=fixed)
     with sizes_from_zero():
+        conditions = list_conditions(program, used)
         program = decompose(program)
     _refuse_operators(program)
     _refuse_changed_state(program)
     _drop_unused_state(program)
-    traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes)
+    traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
     return traced
 
@@ -247,8 +257,10 @@ def _refuse_constant_dims(traced: TracedScores) -> None:
 
 def describe_shapes(
     traced: TracedScores, first_sizes: Mapping[str, str]
-) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]]]:
-    """Return the shapes of inputs and outputs for the manifest. A free size has a name, or is an expression of names.
+) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]], tuple[str, ...]]:
+    """Return the shapes of inputs and outputs, and the conditions on sizes, for the manifest.
+
+    A free size has a name, or is an expression of names.
 
     ``first_sizes``: what is known of the first sizes of inputs, in terms of ``batch``. If nothing is known, the size that the
     first output begins with is called ``batch``, and other sizes are expressed by it if they follow from it.
@@ -269,6 +281,9 @@ def describe_shapes(
             for name, shape in inputs.items()
         },
         [_in_words(shape, words) for shape in outputs],
+        tuple(
+            sorted(text for text in {_put_words(text, words) for text in traced.conditions} if not holds_always(text))
+        ),
     )
 
 
@@ -295,10 +310,14 @@ def _in_words(shape: tuple[Any, ...], words: Mapping[str, str]) -> tuple[int | s
         if text in words:
             named.append(words[text])
             continue
-        for symbol, word in words.items():
-            text = re.sub(rf"\b{symbol}\b", word if word.isidentifier() else f"({word})", text)
-        named.append(_simplified(text))
+        named.append(_simplified(_put_words(text, words)))
     return tuple(named)
+
+
+def _put_words(text: str, words: Mapping[str, str]) -> str:
+    for symbol, word in words.items():
+        text = re.sub(rf"\b{symbol}\b", word if word.isidentifier() else f"({word})", text)
+    return text
 
 
 def _simplified(text: str) -> str:

@@ -73,6 +73,7 @@ def test_an_input_stays_if_only_its_size_is_used(tmp_path: Path, name: str) -> N
 def test_an_input_stays_if_the_code_only_compares_its_size(tmp_path: Path) -> None:
     package, trained = run(tmp_path, lambda batch: 2 if batch["mask"].shape[1] > 4 else 1, [batch_of(6, 3)])
     assert package.manifest.score.dropped_inputs == ("weights",)
+    assert package.manifest.score.conditions == ("mask_size_1 <= 4",)
     assert_scores(package, trained, batch_of(3, 2))
     with pytest.raises(dist_export.UserError, match="refuses inputs of these shapes"):
         package.score(batch_of(3, 9))
@@ -90,3 +91,23 @@ def test_a_wrong_size_contradicts_the_program(tmp_path: Path, monkeypatch, datas
         monkeypatch.setattr("dist_export.score.stage.find_free_lists", lambda *_: [])
     with pytest.raises(ModelError, match=f"output 'ctr' {told}: the score program differs from the model"):
         run(tmp_path, lambda batch: batch["mask"].shape[1], dataset)
+
+
+def test_a_branch_on_sizes_is_stated_and_other_sizes_are_refused(tmp_path: Path) -> None:
+    def divide(batch: Batch) -> int:
+        is_longer = batch["clicks"].shape[1] < batch["mask"].shape[1]
+        return (2 if batch["user"].shape[0] > 1000 else 1) + is_longer
+
+    package, trained = run(tmp_path, divide, [batch_of(6, 3)])
+    conditions = package.manifest.score.conditions
+    assert conditions == ("batch <= 1000", "clicks_size_1 >= mask_size_1")
+    assert any("takes only sizes with batch <= 1000, clicks_size_1" in note for note in package.manifest.notes)
+    assert_scores(package, trained, batch_of(1000, 2))
+    with pytest.raises(dist_export.UserError, match="refuses inputs of these shapes"):
+        package.score(batch_of(1001, 2))
+
+
+def test_sizes_without_a_branch_have_no_condition(tmp_path: Path) -> None:
+    package, _ = run(tmp_path, lambda _: 1, [batch_of(6, 3)])
+    assert package.manifest.score.conditions == ()
+    assert not any("takes only sizes" in note for note in package.manifest.notes)
