@@ -1,4 +1,4 @@
-"""Which inputs of a traced program reach its outputs by value, and not by their shape alone."""
+"""Which inputs of a traced program reach its outputs by value, and not by their shape alone; and which state it changes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,34 @@ def find_used_inputs(program: ExportedProgram, dynamic_dims: Mapping[str, Mappin
     return [name for name in nodes if name in used]
 
 
+def find_changed_state(program: ExportedProgram) -> list[str]:
+    """Return the parameters, buffers and constants that the program writes into and that reach its outputs, sorted.
+
+    With such state, the outputs are others from call to call.
+    """
+    graph, signature = _Graph(program.graph), program.graph_signature
+    outputs = {str(node) for node in signature.user_outputs}
+    by_value, _ = graph.reach(node for node in program.graph.nodes if node.name in outputs)
+    written = {*graph.written(), *_writers_of_buffers(program)}
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    return sorted(target for node, target in names.items() if node in by_value and node in written)
+
+
+def _writers_of_buffers(program: ExportedProgram) -> list[str]:
+    """Return the placeholders of buffers that get a new value when the program returns."""
+    changed = set(program.graph_signature.buffers_to_mutate.values())
+    return [node for node, target in program.graph_signature.inputs_to_buffers.items() if target in changed]
+
+
 class _Graph:
     """The graph with what an edge list does not show: which nodes share memory, and who writes into it."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        self._nodes = list(graph.nodes)
         self._parent: dict[fx.Node, fx.Node] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         writes: list[tuple[fx.Node, fx.Node]] = []
@@ -80,6 +104,15 @@ class _Graph:
                 by_shape.add(node)
                 shaped += node.all_input_nodes
         return {node.name for node in by_value}, {node.name for node in by_shape}
+
+    def written(self) -> list[str]:
+        """Return the names of the nodes whose memory an operator writes into. Regions within the graph do not count."""
+        operators = {
+            memory
+            for memory, writers in self._writers.items()
+            if any(isinstance(writer.target, torch._ops.OpOverload) for writer in writers)  # noqa: SLF001 -- as below
+        }
+        return [node.name for node in self._nodes if self._memory(node) in operators]
 
     def _memory(self, node: fx.Node) -> fx.Node:
         """Return the node that stands for all that share memory with this one."""

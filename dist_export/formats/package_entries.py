@@ -313,6 +313,9 @@ class ScoreEntry(msgspec.Struct, frozen=True, kw_only=True):
     """In the order in which the program returns them."""
     dropped_inputs: tuple[str, ...]
     """Tensors of the batch that reach no output."""
+    conditions: tuple[str, ...] = ()
+    """What the program demands of free sizes, such as ``batch <= 1000``, because the model's code branches on them. It refuses
+    other inputs."""
     tables: tuple[str, ...]
     """The tables that it looks rows up in."""
     row_modules: dict[str, str] = {}

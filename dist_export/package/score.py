@@ -166,7 +166,8 @@ class Scorer:
                     f"{self._url}: input {entry.name!r} has the shape {list(tensor.shape)}, expected "
                     f"[{', '.join(map(str, entry.shape))}]"
                 )
-        return tensor.to(dtype).contiguous()
+        # always a copy: a program may write into its inputs, as the model's own forward does
+        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def to_stored(tensor: torch.Tensor) -> np.ndarray:

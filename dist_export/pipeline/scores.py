@@ -41,4 +41,19 @@ def score_sample(export: ExportState) -> ExportState:
         lists = None if planned is None else planned.id_lists
         beside = None if scores is None else functools.partial(scores.compare_written, export.target, describe)
         dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)
-    return export
+    return export if scores is None or not scores.left_out else _without_scores(export, scores.left_out)
+
+
+def _without_scores(export: ExportState, note: str) -> ExportState:
+    """Remove the files of the score program, and go on without it. All ranks."""
+    from dist_export.package.score import SCORE_FOLDER
+
+    folder = f"{SCORE_FOLDER}/"
+    files = {file.path for file in export.small_files if file.path.startswith(folder)}
+    export.task.ranks.broadcast("remove the score program", lambda: export.target.remove_tree(SCORE_FOLDER))
+    return export.grown(
+        notes=[note],
+        scores=None,
+        small_files=tuple(file for file in export.small_files if file.path not in files),
+        written={path: seen for path, seen in export.written.items() if path not in files},
+    )

@@ -16,6 +16,10 @@ from dist_export.errors import ParityError
 from dist_export.model.user_errors import said
 
 
+class ModelFailsError(ParityError):
+    """The model itself fails on a batch, so there is nothing to compare the program with."""
+
+
 class ScoreFigures:
     """The largest differences so far, by output. Rank 0."""
 
@@ -47,7 +51,9 @@ class ScoreFigures:
             with exporting(self._sample.dense_arch), torch.no_grad():
                 expected = self._sample.flatten(self._sample.call(dict(tensors)))
         except Exception as error:
-            raise ParityError(f"the dense arch itself fails {where}: {said(error)}. No manifest was written") from error
+            raise ModelFailsError(
+                f"the dense arch itself fails {where}: {said(error)}. No manifest was written"
+            ) from error
         self.compare(expected, self.run(inputs, where), tensors, where)
 
     def compare(

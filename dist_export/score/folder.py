@@ -48,7 +48,7 @@ def describe_scores(
     traced: TracedScores, sample: DenseSample, row_modules: Mapping[str, str], first_sizes: Mapping[str, str]
 ) -> ScoreEntry:
     """Return the manifest's entry, still without parity. ``first_sizes`` are as ``describe_shapes`` takes them."""
-    inputs, outputs = describe_shapes(traced, first_sizes)
+    inputs, outputs, conditions = describe_shapes(traced, first_sizes)
     return ScoreEntry(
         program=f"{SCORE_FOLDER}/{PROGRAM}",
         sample=f"{SCORE_FOLDER}/{SAMPLE}",
@@ -60,6 +60,7 @@ def describe_scores(
             for name, tensor, shape in zip(sample.output_names, sample.outputs, outputs, strict=True)
         ),
         dropped_inputs=traced.dropped,
+        conditions=conditions,
         tables=list_tables(traced),
         row_modules=dict(sorted(row_modules.items())),
         torch=str(torch.__version__),

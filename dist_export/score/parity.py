@@ -1,8 +1,8 @@
-"""Run the model's own sparse arch on the sample at several sizes, and compare the score program with what comes of it."""
+"""Run the model's own sparse arch on other batches than the sample, and compare the score program with what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from dist_export.errors import ModelError, ParityError
 from dist_export.manifest import ScoreParityEntry
 from dist_export.model.user_errors import blame, said
 from dist_export.runtime.ranks import Ranks
-from dist_export.score.compare import ScoreFigures
+from dist_export.score.compare import ModelFailsError, ScoreFigures
 from dist_export.score.inputs import FlatBatch, flatten_batch
 from dist_export.score.resize import Resizer
 from dist_export.score.table_weight import NotExportableError
 
 _Inputs = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+_Batch = tuple[Any, dict[str, torch.Tensor] | None]
+"""A batch as the model takes it, and its flat tensors; None if it cannot be taken apart."""
+_List = list[tuple[str, int]]
+"""Tensors and dimensions that have one length."""
 COPY = "copy"
 
 
@@ -34,6 +38,8 @@ class ScoreParity:
         self._dense = dense
         self._resizer: Resizer | None = None
         self._turn = 0
+        self._is_flat = False
+        """Whether the batches of all ranks can be taken apart."""
         self._reference = COPY
         self.batch: FlatBatch | None = None
         """This rank's sample."""
@@ -44,6 +50,7 @@ class ScoreParity:
         """Take the sample apart. All ranks. Returns why it cannot be given to a program on rank 0."""
         reasons = self._ranks.all_gather("look at the batch", self._flatten)
         if not reasons[0]:
+            self._is_flat = not any(reasons)
             self.can_resize = all(self._ranks.all_gather("pair the elements of lists", self._pair))
         return reasons[0]
 
@@ -100,39 +107,72 @@ class ScoreParity:
         found = [value.cpu() for value in figures.run(tensors, "on the sample")]
         figures.compare(expected, found, blocks.tensors, "on the sample")
 
-    def compare_sizes(self, figures: ScoreFigures | None, run_sparse: Callable[[Any], Blocks], inputs: _Inputs) -> str:
-        """Compare on the sample cut or repeated to other sizes, or else on further batches. All ranks.
+    def compare_others(
+        self,
+        figures: ScoreFigures | None,
+        run_sparse: Callable[[Any], Blocks],
+        inputs: _Inputs,
+        find_lists: Callable[[], Sequence[_List]],
+    ) -> str:
+        """Compare on the sample cut or repeated to other sizes, with lists of other lengths, and on further batches. All ranks.
 
         Args:
             figures: takes the figures. None on ranks other than 0.
             run_sparse: runs the model's sparse arch on a batch. All ranks.
             inputs: picks the program's inputs.
+            find_lists: returns the free lengths of lists. Rank 0.
 
         Returns why the program is not the model; empty if it is.
         """
-        if self.can_resize:
-            limit, num_rows = self._config.max_batch_size, self._dense.num_rows
-            for size in BATCH_SIZES:
-                if size > limit or size == num_rows:
-                    continue
-                reason, is_compared = self._compare_one(
-                    figures, run_sparse, inputs, self._resized(size), f"at {size} examples"
-                )
-                if reason:
-                    return reason
-                if is_compared and figures is not None:
-                    figures.sizes.append(size)
-            return ""
+
+        def compare(batch: _Batch, where: str) -> tuple[str, bool]:
+            return self._compare_one(figures, run_sparse, inputs, batch, where)
+
+        limit, num_rows = self._config.max_batch_size, self._dense.num_rows
+        for size in BATCH_SIZES if self.can_resize else ():
+            if size > limit or size == num_rows:
+                continue
+            reason, is_compared = compare(self._resized(size), f"at {size} examples")
+            if reason:
+                return reason
+            if is_compared and figures is not None:
+                figures.sizes.append(size)
+        lists = self._ranks.broadcast("look for padded lists", find_lists) if self._is_flat else ()
+        if reason := self._compare_lists(lists, compare):
+            return reason
         for place, data in enumerate(self._dense.further_batches, start=2):
-            batches = (data, _tensors_of(data))
-            reason, is_compared = self._compare_one(figures, run_sparse, inputs, batches, f"on batch {place}")
+            reason, is_compared = compare((data, _tensors_of(data)), f"on batch {place}")
             if reason:
                 return reason
             if is_compared and figures is not None:
                 figures.num_further += 1
         return ""
 
-    def _resized(self, size: int) -> tuple[Any, dict[str, torch.Tensor] | None]:
+    def _compare_lists(self, lists: Sequence[_List], compare: Callable[[_Batch, str], tuple[str, bool]]) -> str:
+        """Compare with all lists longer, then shorter; list by list if the model refuses that."""
+        for is_longer, where in ((True, "with longer lists"), (False, "with shorter lists")) if lists else ():
+            reason, is_compared = compare(self._with_lists(lists, is_longer=is_longer), where)
+            if reason:
+                return reason
+            for its in lists if len(lists) > 1 and not is_compared else ():
+                reason, _ = compare(self._with_lists([its], is_longer=is_longer), f"{where} in {its[0][0]!r}")
+                if reason:
+                    return reason
+        return ""
+
+    def _with_lists(self, lists: Sequence[_List], *, is_longer: bool) -> _Batch:
+        assert self.batch is not None
+        tensors = dict(self.batch.tensors)
+        for number, its in enumerate(lists):
+            for name, dim in its:
+                length = tensors[name].shape[dim] if name in tensors else 0
+                if length:
+                    # lists that may differ in length get different ones
+                    chosen = torch.arange(2 * length + 1 + number if is_longer else (length + 1) // 2) % length
+                    tensors[name] = tensors[name].index_select(dim, chosen.to(tensors[name].device))
+        return self.batch.rebuild(tensors), tensors
+
+    def _resized(self, size: int) -> _Batch:
         assert self.batch is not None
         assert self._resizer is not None
         tensors = self._resizer.resize(size)
@@ -143,7 +183,7 @@ class ScoreParity:
         figures: ScoreFigures | None,
         run_sparse: Callable[[Any], Blocks],
         inputs: _Inputs,
-        batch: tuple[Any, dict[str, torch.Tensor] | None],
+        batch: _Batch,
         where: str,
     ) -> tuple[str, bool]:
         """Return why the program differs on one batch, and whether it was compared: the model itself may refuse such a batch."""
@@ -171,6 +211,8 @@ class ScoreParity:
                 return "", False
             try:
                 figures.with_blocks(inputs(tensors), kept[0], where)
+            except ModelFailsError:
+                return "", False
             except ParityError as error:
                 return str(error).split(". No manifest")[0], True
             return "", True

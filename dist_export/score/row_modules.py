@@ -1,9 +1,12 @@
-"""Find the modules that are lookups as a whole: what they return for the sample is exactly the rows of their ids."""
+"""Find the modules that are lookups as a whole: what they return for the sample is exactly the rows of their ids.
+
+Only those in which a trace fails are replaced. A module that returns its rows for the sample may do more with other ids.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import nn
 from dist_export.archive.lookup_operator import RowSource
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ConfigError
-from dist_export.score.tables import ModelTables, is_hash_table, is_scripted, look_up_coalesced
+from dist_export.score.tables import SPARSE, ModelTables, is_hash_table, is_scripted, look_up_coalesced
 
 
 class Recorder:
@@ -48,18 +51,68 @@ class Recorder:
         self._calls.setdefault(id(module), []).append((ids, found))
 
     def find(self, finder: RowFinder, rows: RowSource) -> dict[int, tuple[str, list[str]]]:
-        """Return the outermost modules that are lookups: ``id()`` -> path and tables."""
+        """Return the modules that are lookups, parents first: ``id()`` -> path and tables."""
         found: dict[int, tuple[str, list[str]]] = {}
-        below: set[int] = set()
         for module, path, its in self.candidates:
             calls = self._calls.get(id(module), [])
-            if id(module) in below or not calls:
+            if not calls:
                 continue
             names = [finder.written_name(table) for table in its if finder.has_table(table)]
             if len(names) == len(its) and all(_gives_rows(ids, output, names, rows) for ids, output in calls):
                 found[id(module)] = path, its
-                below.update(id(child) for child in module.modules())
         return found
+
+
+class FailingModule:
+    """Knows in which module of the sparse arch a trace fails. A context manager around the trace."""
+
+    def __init__(self, sparse_arch: nn.Module) -> None:
+        self._sparse_arch = sparse_arch
+        self._handles: list[Any] = []
+        self._running: list[nn.Module] = []
+        """The modules that began and did not return, outermost first."""
+
+    def __enter__(self) -> FailingModule:
+        for module in self._sparse_arch.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                begin: Callable[..., Any] = self._begin
+                end: Callable[..., Any] = self._end
+                self._handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        self._running.append(module)
+
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        while self._running and self._running.pop() is not module:
+            pass  # modules whose error the model's code has caught
+
+    def find(self, error: BaseException) -> nn.Module | None:
+        """Return the innermost module in which ``error`` came up; None if it is in none of the sparse arch."""
+        path = getattr(error, "module", "")
+        if path:
+            its = dict(self._sparse_arch.named_modules(remove_duplicate=False))
+            return its.get(path.removeprefix(SPARSE).removeprefix("."))
+        return self._running[-1] if self._running else None
+
+
+def choose_module(
+    failing: nn.Module | None,
+    candidates: Mapping[int, tuple[str, list[str]]],
+    sparse_arch: nn.Module,
+    tried: Collection[int],
+) -> nn.Module | None:
+    """Return the innermost module around the failing one that is a lookup and was not replaced yet; None if there is none."""
+    around = [
+        module
+        for module in sparse_arch.modules()
+        if id(module) in candidates and id(module) not in tried and any(one is failing for one in module.modules())
+    ]
+    return min(around, key=lambda module: sum(1 for _ in module.modules()), default=None)
 
 
 def name_modules(tables: ModelTables, patterns: Sequence[str], prefix: str) -> dict[int, tuple[str, list[str]]]:

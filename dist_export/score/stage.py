@@ -32,8 +32,9 @@ from dist_export.package.score import PackageRows, bind_program
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
+from dist_export.score.needed_inputs import find_free_lists
 from dist_export.score.parity import ScoreParity
-from dist_export.score.row_modules import Recorder, name_modules
+from dist_export.score.row_modules import FailingModule, Recorder, choose_module, name_modules
 from dist_export.score.sources import CheckpointRows
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.tables import ModelTables
@@ -55,12 +56,16 @@ class ScoreStage:
         self._packed = b""
         self._row_modules: dict[int, tuple[str, list[str]]] = {}
         """``id()`` of modules that are lookups as a whole -> path and tables. Rank 0."""
+        self._failing: nn.Module | None = None
+        """In which module of the sparse arch the last trace failed, if it is known. Rank 0."""
         self._rows: RowSource | None = None
         """Gives the rows to the lookups of the trace. Rank 0; kept as long as they need it."""
         self.entry: ScoreEntry | None = None
         """On rank 0, if there is a score program."""
         self.is_there = False
         """Whether there is a score program. The same on all ranks."""
+        self.left_out = ""
+        """Why the written program was left out of the package; empty if it was not. The same on all ranks."""
 
     def trace(self) -> list[str]:
         """Trace the program and compare it on the checkpoint's rows. All ranks; writes nothing. Returns notes.
@@ -77,7 +82,7 @@ class ScoreStage:
             if self._config.score_program == "require":
                 self._ranks.broadcast("export the score program", lambda: _refuse(reason))
             return [f"the package has no score program: {reason}"]
-        return self._ranks.broadcast("look at the score program", self._note_modules)
+        return self._ranks.broadcast("look at the score program", self._list_notes)
 
     def write(self, scratch: Path) -> None:
         """Write the program and its sample into ``scratch``. Rank 0."""
@@ -96,15 +101,29 @@ class ScoreStage:
             run_sparse: runs the model's sparse arch on a batch, on rows of the written shards.
             blocks: what it gave for the sample.
 
+        Under ``auto``, a program that differs is left out (``left_out``). If the shards are wrong, the comparison of the dense
+        arch fails, too.
+
         Raises:
-            ParityError: on all ranks, if an output differs.
+            ParityError: on all ranks, if an output differs, and ``score_program`` is ``require``.
         """
         if not self.is_there:
             return
+        if reason := self._compare_written(target, describe, run_sparse, blocks):
+            if self._config.score_program == "require":
+                self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+            self.left_out = f"the package has no score program: on rows of the written shards, {reason}"
+            self.is_there, self.entry = False, None
+        self._traced = None
+
+    def _compare_written(
+        self, target: Directory, describe: Callable[[], Manifest], run_sparse: Callable[[Any], Blocks], blocks: Blocks
+    ) -> str:
+        """Compare, and put the figures into the entry. All ranks. Returns why the program is not the model."""
         with contextlib.ExitStack() as held:
             kept: list[ScoreFigures] = []
 
-            def load() -> None:
+            def load() -> str:
                 assert self.entry is not None
                 package = held.enter_context(Package(target, unpublished=describe()))
                 tables = {table.name for table in package.manifest.tables}
@@ -112,16 +131,21 @@ class ScoreStage:
                 figures = ScoreFigures(
                     self._config, self._sample(), bind_program(program, PackageRows(package)).module()
                 )
-                self._parity.compare_sample(figures, blocks, self._inputs)
+                try:
+                    self._parity.compare_sample(figures, blocks, self._inputs)
+                except ParityError as error:
+                    return _reason_of(error)
                 kept.append(figures)
+                return ""
 
-            self._ranks.broadcast("compare the score program with the model", load)
+            if reason := self._ranks.broadcast("compare the score program with the model", load):
+                return reason
             figures = kept[0] if kept else None
-            if reason := self._parity.compare_sizes(figures, run_sparse, self._inputs):
-                self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
+            if reason := self._parity.compare_others(figures, run_sparse, self._inputs, self._free_lists):
+                return reason
         if self.entry is not None and figures is not None:
             self.entry = msgspec.structs.replace(self.entry, parity=self._parity.entry(figures))
-        self._traced = None
+        return ""
 
     # ---- the trace ----
 
@@ -132,8 +156,9 @@ class ScoreStage:
         if reason := self._parity.look():
             return reason
         reason = ranks.broadcast("trace the score program", self._trace_tables)
-        if reason and self._record_row_modules(finder):
-            reason = ranks.broadcast("trace the score program", self._trace_once)
+        if reason and (candidates := self._record_row_modules(finder)) is not None:
+            first = reason
+            reason = ranks.broadcast("trace the score program", lambda: self._trace_without(candidates, first))
         if reason or (finder.is_live and ranks.world_size > 1):  # then the rows of other ranks are only in the shards
             return reason
         kept: list[ScoreFigures] = []
@@ -149,7 +174,8 @@ class ScoreStage:
             return ""
 
         reason = ranks.broadcast("score the sample", compare)
-        return reason or self._parity.compare_sizes(kept[0] if kept else None, self._run_sparse, self._inputs)
+        figures = kept[0] if kept else None
+        return reason or self._parity.compare_others(figures, self._run_sparse, self._inputs, self._free_lists)
 
     def _run_sparse(self, data: Any) -> Blocks:
         dense = self._dense
@@ -181,7 +207,7 @@ class ScoreStage:
         return self._trace_once()
 
     def _trace_once(self) -> str:
-        """Trace and pack. Rank 0. Returns why that cannot be."""
+        """Trace and pack. Rank 0. Returns why that cannot be, and keeps the module in which it fails."""
         finder, batch = self._dense.finder, self._parity.batch
         assert finder is not None
         assert batch is not None
@@ -191,24 +217,30 @@ class ScoreStage:
         sparse_arch = unwrap(self._sparse_arch)
         modules = {number: tables for number, (_, tables) in self._row_modules.items()}
         cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
+        failing = FailingModule(sparse_arch)
         try:
             tables = self._tables(token)
-            with buffers_put_back(sparse_arch), eval_mode(sparse_arch), tables.replaced(modules):
+            with buffers_put_back(sparse_arch), eval_mode(sparse_arch), tables.replaced(modules), failing:
                 traced = trace_scores(sparse_arch, self._sample(), cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
             named = {path: ", ".join(its) for path, its in self._row_modules.values()}
             self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())
         except NotExportableError as error:
+            self._failing = failing.find(error)
             return str(error)
         except DistExportError:
             raise
         except Exception as error:  # noqa: BLE001 -- it runs the model's code in ways that no test of its owner has seen
+            self._failing = failing.find(error)
             return f"{said(error)}{blame(error)}"
         self._traced = traced
         return ""
 
-    def _record_row_modules(self, finder: RowFinder) -> bool:
-        """Run the sample once more, and find modules that are lookups as a whole. All ranks. Returns whether there are any."""
+    def _record_row_modules(self, finder: RowFinder) -> dict[int, tuple[str, list[str]]] | None:
+        """Run the sample once more, and find modules that are lookups as a whole. All ranks.
+
+        Returns them on rank 0, and nothing on other ranks; None on all ranks if there are none.
+        """
         tables = self._tables("")
         recorder = Recorder(tables if self._ranks.rank == 0 else None)
 
@@ -217,22 +249,43 @@ class ScoreStage:
                 self._run_sparse(self._dense.data)
 
         self._ranks.run("run the sparse arch for its lookups", run, may_block=True)
+        candidates: dict[int, tuple[str, list[str]]] = {}
 
         def find() -> bool:
-            self._row_modules |= recorder.find(finder, CheckpointRows(finder, self._casts))
-            return bool(self._row_modules)
+            candidates.update(recorder.find(finder, CheckpointRows(finder, self._casts)))
+            return bool(candidates)
 
-        return self._ranks.broadcast("look for modules that are lookups", find)
+        return candidates if self._ranks.broadcast("look for modules that are lookups", find) else None
 
-    def _note_modules(self) -> list[str]:
-        if not self._row_modules or self._config.lookup_modules:
-            return []
-        named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
-        note = (
-            f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code cannot "
-            "be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
-        )
-        return [note]
+    def _trace_without(self, candidates: Mapping[int, tuple[str, list[str]]], reason: str) -> str:
+        """Replace modules in which the trace fails, one at a time, until it succeeds. Rank 0. Returns why it cannot."""
+        sparse_arch, tried = unwrap(self._sparse_arch), set(self._row_modules)
+        while reason:
+            module = choose_module(self._failing, candidates, sparse_arch, tried)
+            if module is None:
+                break
+            tried.add(id(module))
+            for child in module.modules():  # a lookup as a whole has none within
+                self._row_modules.pop(id(child), None)
+            self._row_modules[id(module)] = candidates[id(module)]
+            reason = self._trace_once()
+        return reason
+
+    def _list_notes(self) -> list[str]:
+        assert self.entry is not None
+        notes = []
+        if self.entry.conditions:
+            notes.append(
+                f"the score program takes only sizes with {', '.join(self.entry.conditions)}, because the model's code branches "
+                "on them; it refuses other inputs"
+            )
+        if self._row_modules and not self._config.lookup_modules:
+            named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
+            notes.append(
+                f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code "
+                "cannot be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
+            )
+        return notes
 
     # ---- the sample ----
 
@@ -244,6 +297,11 @@ class ScoreStage:
         """Return those of the tensors of a batch that the program takes."""
         assert self._traced is not None
         return {name: tensors[name] for name in self._traced.inputs}
+
+    def _free_lists(self) -> list[list[tuple[str, int]]]:
+        assert self._traced is not None
+        traced = self._traced
+        return find_free_lists(traced.program, list(traced.inputs), traced.sizes, traced.conditions)
 
     def _stored_inputs(self) -> dict[str, torch.Tensor]:
         return self._inputs(self._parity.cut(self._num_stored))

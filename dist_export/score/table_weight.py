@@ -18,6 +18,11 @@ from dist_export.score.bags import pool_bags
 class NotExportableError(Exception):
     """The score program cannot express what the model does. The text is a clause without a full stop."""
 
+    def __init__(self, text: str, *, module: str = "") -> None:
+        """Take a text, and the path of the module in whose code it is, from the module that was traced; empty if not known."""
+        super().__init__(text)
+        self.module = module
+
 
 class TableWeight:
     """The weight of one table. ``argument`` is what the lookup operator takes for it."""

@@ -18,6 +18,8 @@ from dist_export.formats.recis import CHILD_BITS
 from dist_export.model.unwrap import is_lazy, unwrap
 from dist_export.score.table_weight import NotExportableError, TableWeight
 
+SPARSE = "sparse_arch"
+"""The sparse arch within the module that is traced."""
 _ID_MASK = (1 << CHILD_BITS) - 1
 
 
@@ -111,7 +113,10 @@ class ModelTables:
             _put(vars(module), name, stand_in, undo)
         is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if is_embedding and module._parameters.get("weight") is not None:  # noqa: SLF001 -- its own
-            raise NotExportableError(f"{self._names.join(plain_name(paths[0]))} is no table of the package")
+            its = plain_name(paths[0])
+            raise NotExportableError(
+                f"{self._names.join(its)} is no table of the package", module=f"{SPARSE}.{paths[0]}"
+            )
 
     def _weights_of(self, module: nn.Module, paths: list[str]) -> list[tuple[dict[str, Any], str, str]]:
         """Return the weights of a module that are tables by their names: where they are, name, table."""

@@ -10,15 +10,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import blocks_of
-from dist_export.dense.used_inputs import find_used_inputs
+from dist_export.dense.used_inputs import find_changed_state, find_used_inputs
 from dist_export.model.user_errors import blame, blame_text, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
+from dist_export.score.needed_inputs import (
+    find_needed,
+    free_dims,
+    holds_always,
+    input_shapes,
+    list_conditions,
+    sizes_of,
+)
 from dist_export.score.table_weight import NotExportableError
 
 _OWN_NAMESPACES = frozenset({"aten", "higher_order", "_operator", "math"})
@@ -33,12 +41,16 @@ class TracedScores:
     program: ExportedProgram
     inputs: dict[str, torch.Tensor]
     dropped: tuple[str, ...]
+    sizes: dict[str, tuple[Any, ...]]
+    """The shapes of all tensors of the batch, the dropped ones too. Sizes that are always equal have one symbol."""
+    conditions: list[str]
+    """What the model's code demands of free sizes, in the symbols of the program."""
 
 
 def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) -> TracedScores:
     """Trace both arches as one. The tables of ``sparse_arch`` were replaced before. Rank 0; no collective takes place.
 
-    Inputs without a data path to an output, such as labels, are left out.
+    Inputs that reach no output, such as labels, are left out: neither by value, nor by a size that no other input tells.
 
     Raises:
         NotExportableError: torch cannot trace it, or the program holds an operator that a server without the model's code
@@ -46,25 +58,28 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
     """
     names = list(batch.tensors)
     program = _export(sparse_arch, sample, batch, names, {})
-    used = find_used_inputs(program, {})
-    if not used:
+    if not find_used_inputs(program, {}):
         raise NotExportableError("no tensor of the batch has a data path to an output")
+    used = find_needed(program, batch.tensors, names)
     dropped = [name for name in names if name not in used]
+    fixed = [name for name in dropped if len(free_dims(batch.tensors[name])) < batch.tensors[name].dim()]
+    if fixed:  # whether a fixed size of theirs matters is seen only where it is free
+        program = _export(sparse_arch, sample, batch, names, {}, all_free=fixed)
+        used = find_needed(program, batch.tensors, names, all_free=fixed)
+        dropped = [name for name in names if name not in used]
+    sizes = input_shapes(program, names)
     if dropped:
-        program = _export(sparse_arch, sample, batch, used, _stand_ins(program, names, dropped, batch))
+        stand_ins = _stand_ins(program, names, dropped, batch)
+        program = _export(sparse_arch, sample, batch, used, stand_ins, all_free=fixed)
     with sizes_from_zero():
+        conditions = list_conditions(program, used)
         program = decompose(program)
     _refuse_operators(program)
+    _refuse_changed_state(program)
     _drop_unused_state(program)
-    traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped))
+    traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
     return traced
-
-
-def free_dims(tensor: torch.Tensor) -> dict[int, Any]:
-    """Return which dimensions are free: the first one; and of whole numbers, which may be padded lists of ids, all."""
-    is_whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    return dict.fromkeys(range(tensor.dim() if is_whole else min(1, tensor.dim())), Dim.AUTO)
 
 
 class _Scored(nn.Module):
@@ -126,21 +141,14 @@ def _stand_ins(
     }
 
 
-def input_shapes(program: ExportedProgram, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Return the shapes of the inputs, with a symbol or an expression for each free size."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    found = zip(names, program.graph_signature.user_inputs, strict=True)
-    return {name: _sizes(values.get(str(node))) for name, node in found}
-
-
-def _sizes(value: Any) -> tuple[Any, ...]:
-    """Return the sizes of a traced tensor: symbols or expressions, and numbers for what the trace has made constant."""
-    sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    return tuple(int(str(size)) if str(size).isdigit() else size for size in sizes)
-
-
 def _export(
-    sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch, names: Sequence[str], dropped: Mapping[str, _StandIn]
+    sparse_arch: nn.Module,
+    sample: DenseSample,
+    batch: FlatBatch,
+    names: Sequence[str],
+    dropped: Mapping[str, _StandIn],
+    *,
+    all_free: Sequence[str] = (),
 ) -> ExportedProgram:
     pairs = ", ".join(f"{name!r}: {name}" for name in names)
     source = f"def forward(self, *, {', '.join(names)}):\n    return self.call({{{pairs}}})\n"
@@ -149,7 +157,7 @@ def _export(
     kind = type("Scored", (_Scored,), {"forward": namespace["forward"]})
     wrapper: nn.Module = kind(sparse_arch, sample, batch, dropped).eval()
     kwargs = {name: batch.tensors[name].clone() for name in names}
-    shapes = {name: free_dims(tensor) for name, tensor in kwargs.items()}
+    shapes = {name: free_dims(tensor, all_free=name in all_free) for name, tensor in kwargs.items()}
     try:
         with exporting(wrapper), torch.no_grad(), sizes_from_zero():
             return torch.export.export(wrapper, args=(), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
@@ -178,10 +186,21 @@ def _refuse_operators(program: ExportedProgram) -> None:
             namespace = _namespace(node)
             if namespace in _OWN_NAMESPACES:
                 continue
-            where = blame_text(str(node.meta.get("stack_trace", "")))
+            where, path = blame_text(str(node.meta.get("stack_trace", ""))), _module_path(node)
             if namespace in _COLLECTIVES:
-                raise NotExportableError(f"a collective remains in it ({node.target}){where}{_module_of(node)}")
-            raise NotExportableError(f"it uses the operator {node.target}, which is not torch's own{where}")
+                text = f"a collective remains in it ({node.target}){where}{_module_of(node)}"
+                raise NotExportableError(text, module=path)
+            raise NotExportableError(
+                f"it uses the operator {node.target}, which is not torch's own{where}", module=path
+            )
+
+
+def _refuse_changed_state(program: ExportedProgram) -> None:
+    """Refuse programs whose outputs are others from call to call."""
+    if changed := find_changed_state(program):
+        raise NotExportableError(
+            f"forward changes {', '.join(changed)}, and its outputs depend on that: they would be others from call to call"
+        )
 
 
 def _namespace(node: fx.Node) -> str:
@@ -199,6 +218,11 @@ def _module_of(node: fx.Node) -> str:
         return ""
     path, kind = stack[-1]
     return f", in {path or 'the model'} ({str(kind).rpartition('.')[2]})"
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def _drop_unused_state(program: ExportedProgram) -> None:
@@ -233,15 +257,17 @@ def _refuse_constant_dims(traced: TracedScores) -> None:
 
 def describe_shapes(
     traced: TracedScores, first_sizes: Mapping[str, str]
-) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]]]:
-    """Return the shapes of inputs and outputs for the manifest. A free size has a name, or is an expression of names.
+) -> tuple[dict[str, tuple[int | str, ...]], list[tuple[int | str, ...]], tuple[str, ...]]:
+    """Return the shapes of inputs and outputs, and the conditions on sizes, for the manifest.
+
+    A free size has a name, or is an expression of names.
 
     ``first_sizes``: what is known of the first sizes of inputs, in terms of ``batch``. If nothing is known, the size that the
     first output begins with is called ``batch``, and other sizes are expressed by it if they follow from it.
     """
     inputs = input_shapes(traced.program, list(traced.inputs))
     values = {node.name: node.meta.get("val") for node in traced.program.graph.nodes}
-    outputs = [_sizes(values.get(str(node))) for node in traced.program.graph_signature.user_outputs]
+    outputs = [sizes_of(values.get(str(node))) for node in traced.program.graph_signature.user_outputs]
     first = {str(shape[0]): first_sizes[name] for name, shape in inputs.items() if name in first_sizes}
     words = {text: word for text, word in first.items() if _SYMBOL.fullmatch(text)} or _batch_words(outputs)
     for name, shape in inputs.items():
@@ -255,6 +281,9 @@ def describe_shapes(
             for name, shape in inputs.items()
         },
         [_in_words(shape, words) for shape in outputs],
+        tuple(
+            sorted(text for text in {_put_words(text, words) for text in traced.conditions} if not holds_always(text))
+        ),
     )
 
 
@@ -281,10 +310,14 @@ def _in_words(shape: tuple[Any, ...], words: Mapping[str, str]) -> tuple[int | s
         if text in words:
             named.append(words[text])
             continue
-        for symbol, word in words.items():
-            text = re.sub(rf"\b{symbol}\b", word if word.isidentifier() else f"({word})", text)
-        named.append(_simplified(text))
+        named.append(_simplified(_put_words(text, words)))
     return tuple(named)
+
+
+def _put_words(text: str, words: Mapping[str, str]) -> str:
+    for symbol, word in words.items():
+        text = re.sub(rf"\b{symbol}\b", word if word.isidentifier() else f"({word})", text)
+    return text
 
 
 def _simplified(text: str) -> str:

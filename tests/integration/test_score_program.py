@@ -186,6 +186,15 @@ def test_a_program_keeps_its_package_and_a_package_is_not_kept_by_its_scores(tmp
         gc.enable()
 
 
+def test_the_callers_tensors_stay_as_they_are(tmp_path: Path) -> None:
+    """A sparse arch may write into its batch; a server's tensors are not written into."""
+    package, trained = run(tmp_path, one_table(lambda its, batch: its.table(batch["user"].clamp_(max=3))))
+    batch = {"user": torch.arange(8), "price": torch.ones(8, 1)}
+    found = package.score(batch)["ctr"]
+    assert torch.equal(batch["user"], torch.arange(8))
+    assert_close(found, scores(trained, batch))
+
+
 def test_wrong_inputs_are_one_sentence(tmp_path: Path) -> None:
     package, _ = run(tmp_path, three_tables)
     batch = models.batch_of(3)
@@ -284,6 +293,42 @@ def test_wrong_rows_stop_the_commit(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ParityError, match=r"output 'ctr' on the sample: the score program differs from the model"):
         run(tmp_path, three_tables)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_auto_leaves_a_program_out_that_alone_differs_on_the_written_rows(tmp_path: Path, monkeypatch) -> None:
+    find_rows = PackageRows.find_rows
+    monkeypatch.setattr(PackageRows, "find_rows", lambda self, table, ids: find_rows(self, table, ids + 1))
+    note = reason_of(tmp_path, three_tables)
+    assert "on rows of the written shards, output 'ctr' on the sample: the score program differs" in note
+    assert not (tmp_path / "out" / "score_program").exists()
+    assert verify(str(tmp_path / "out")).findings == []
+
+
+class Counting(nn.Module):
+    """A sparse arch with a buffer that each call changes; ``is_read`` tells whether the blocks depend on it."""
+
+    def __init__(self, *, is_read: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(models.ROWS, models.DIM)
+        self.register_buffer("calls", torch.zeros(()))
+        self.is_read = is_read
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        rows = self.table(batch["user"])
+        return {"user": rows * self.calls if self.is_read else rows, "price": batch["price"]}
+
+
+def test_scores_that_depend_on_the_call_before_are_a_note(tmp_path: Path) -> None:
+    build = lambda: models.Model(Counting(is_read=True), models.DIM + 1)
+    assert "no score program: forward changes sparse_arch.calls, and its outputs" in reason_of(tmp_path, build)
+
+
+def test_a_counter_that_no_score_depends_on_is_no_hindrance(tmp_path: Path) -> None:
+    package, trained = run(tmp_path, lambda: models.Model(Counting(is_read=False), models.DIM + 1))
+    for seed in (1, 2):
+        batch = models.batch_of(5, seed)
+        assert_close(package.score(batch)["ctr"], scores(trained, batch))
 
 
 def test_a_batch_that_cannot_be_cut_is_compared_on_further_batches(tmp_path: Path) -> None:

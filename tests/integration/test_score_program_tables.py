@@ -123,6 +123,51 @@ def test_a_module_that_returns_other_rows_is_none(tmp_path: Path) -> None:
         export_plain(tmp_path, Shifted)
 
 
+class Capped(nn.Module):
+    """Ids from 20 on share a row. torch can export this."""
+
+    def __init__(self, rows: nn.Module) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rows(ids.clamp(max=19))
+
+
+class TwoModules(nn.Module):
+    """Two tables, and the modules that look them up."""
+
+    def __init__(self, user: nn.Module, item: nn.Module) -> None:
+        super().__init__()
+        self.user, self.item = user, item
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"user": self.user(batch["user"]), "item": self.item(batch["item"]), "price": batch["price"]}
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["beside", "inside"])
+def test_only_the_module_that_cannot_be_traced_is_a_lookup(tmp_path: Path, *, is_inside: bool) -> None:
+    """The sample has no id from 20 on, so that the module gives exactly the rows of its ids; its code stays all the same."""
+
+    def build() -> nn.Module:
+        plain = nn.Embedding(models.ROWS, models.DIM)
+        user, item = (Capped(Listed()), plain) if is_inside else (Capped(plain), Listed())
+        return models.Model(TwoModules(user, item), 2 * models.DIM + 1)
+
+    def batch_of(first: int) -> dict[str, torch.Tensor]:
+        ids = torch.arange(first, first + 6)
+        return {"user": ids, "item": ids, "price": torch.rand(6, 1, generator=torch.Generator().manual_seed(first))}
+
+    trained = models.train(build())
+    checkpoint = Path(models.save(trained, tmp_path / "model.pth"))
+    package = export(tmp_path, build(), [batch_of(0)], checkpoint)
+    assert list(package.manifest.score.row_modules) == ["user.rows" if is_inside else "item"]
+    for first in (0, 18, 24):
+        with torch.no_grad():
+            scores = trained(batch_of(first))["ctr"].numpy()
+        np.testing.assert_allclose(package.score(batch_of(first))["ctr"], scores, rtol=1e-5, atol=1e-6)
+
+
 def test_a_module_that_is_wrongly_named_as_a_lookup_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"on the sample: the score program differs from the model"):
         export_plain(tmp_path, Shifted, lookup_modules=["table"])
