@@ -81,7 +81,8 @@ class ScoreStage:
     def write(self, scratch: Path) -> None:
         """Write the program and its sample into ``scratch``. Rank 0."""
         if self.is_there:
-            write_score_folder(scratch, self._packed, self._stored_inputs(), self._stored_outputs())
+            assert self.entry is not None
+            write_score_folder(scratch, self.entry, self._packed, self._stored_inputs(), self._stored_outputs())
             self._packed = b""
 
     def compare_written(
