@@ -57,16 +57,24 @@ def note_rows(
     return notes
 
 
-def note_sparse_values(put: Sequence[str]) -> list[str]:
-    """Return notes on what the sparse arch holds besides tables: no file of the package has it, and serving needs it."""
+def note_sparse_values(put: Sequence[str], lacking: Sequence[str]) -> list[str]:
+    """Return notes on what the sparse arch holds besides tables: no file of the package has it, and serving needs it.
+
+    ``lacking``: extra state that the checkpoint does not have.
+    """
+    notes = (
+        [f"extra state of the sparse arch is the model's own, because the checkpoint has none: {few(lacking)}"]
+        if lacking
+        else []
+    )
     if not put:
-        return []
+        return notes
     names = few(put)
     told = (
         f"{count(len(put), 'parameter')} of the sparse arch ({names}) had the checkpoint's values in the sample, and no file of "
         "the package holds them: a server that runs the sparse arch needs them too"
     )
-    return [told]
+    return [told, *notes]
 
 
 def note_pruned(left: int, to_model: int) -> list[str]:

@@ -29,6 +29,7 @@ from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_m
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import FormatWriter, refuse_wrong_sample
+from dist_export.dense.own_extra_state import extra_state_within
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -83,6 +84,8 @@ class DenseStage:
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
         self._put: list[str] = []
+        self._lacking: list[str] = []
+        """Extra state of the sparse arch that the checkpoint does not have."""
         """What of the sparse arch has the checkpoint's values besides tables, by its name within the model."""
         self._sample: DenseSample | None = None
         self._used: tuple[str, ...] = ()
@@ -156,7 +159,11 @@ class DenseStage:
         self._finder = finder
         with self._sparse_values() as put:
             self._put = put
-            return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
+            return [
+                *notes,
+                *note_sparse_values(put, self._lacking),
+                *self._run_sample(sparse_arch, dense_arch, copied, features),
+            ]
 
     @property
     def data(self) -> Any:
@@ -205,14 +212,19 @@ class DenseStage:
             return
         state = self._ranks.run("read the parameters of the sparse arch", self._parameters.load)
         assert self._sparse_arch is not None
-        values = values_within(
-            self._sparse_arch,
-            state,
-            path=self._config.sparse_model_name,
-            except_below=self._config.dense_model_name,
-        )
+        config, arch = self._config, self._sparse_arch
+        path, below = config.sparse_model_name, config.dense_model_name
         with contextlib.ExitStack() as held:
-            yield self._ranks.run("put values into the sparse arch", lambda: held.enter_context(values))
+
+            def put() -> list[str]:
+                values = held.enter_context(values_within(arch, state, path=path, except_below=below))
+                keep = config.allow_load_hooks
+                extra = extra_state_within(arch, state, path=path, except_below=below, keep=keep)
+                found = held.enter_context(extra)
+                self._lacking = found.lacking
+                return [*values, *found.put]
+
+            yield self._ranks.run("put values into the sparse arch", put)
 
     def _run_sample(
         self, sparse_arch: nn.Module, dense_arch: nn.Module, copied: nn.Module, features: Features
