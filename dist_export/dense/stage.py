@@ -47,10 +47,10 @@ from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.dense.sample_notes import (
     note_constants,
+    note_lacking,
     note_not_finite,
     note_pruned,
     note_rows,
-    note_sparse_values,
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
@@ -83,9 +83,9 @@ class DenseStage:
         """Ids of the batches, by table, that rules leave behind."""
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
-        self._put: list[str] = []
         self._lacking: list[str] = []
         """Extra state of the sparse arch that the checkpoint does not have."""
+        self._put: list[str] = []
         """What of the sparse arch has the checkpoint's values besides tables, by its name within the model."""
         self._sample: DenseSample | None = None
         self._used: tuple[str, ...] = ()
@@ -161,7 +161,7 @@ class DenseStage:
             self._put = put
             return [
                 *notes,
-                *note_sparse_values(put, self._lacking),
+                *note_lacking(self._lacking),
                 *self._run_sample(sparse_arch, dense_arch, copied, features),
             ]
 
@@ -169,6 +169,11 @@ class DenseStage:
     def data(self) -> Any:
         """The sample of this rank, as the dataset gave it. Until :meth:`score`."""
         return self._data
+
+    @property
+    def sparse_state(self) -> tuple[str, ...]:
+        """Names within the model of what has the checkpoint's values in the sparse arch, besides tables."""
+        return tuple(self._put)
 
     @property
     def further_batches(self) -> list[Any]:
