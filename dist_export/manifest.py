@@ -48,6 +48,7 @@ __all__ = [
     "OUTPUTS",
     "SAMPLE_ROWS",
     "SCHEMA_VERSION",
+    "SCORE_FOLDER",
     "AccountEntry",
     "AccountTensor",
     "CastEntry",
@@ -88,6 +89,8 @@ BLOCKS = "blocks.json"
 """In the dense folder: ``input_order`` and ``constants`` as the manifest has them, in a file with a digest of its own."""
 OUTPUTS = "outputs_dict.json"
 """In the dense folder: the model's outputs for the sample by name, in the format of ``inputs_dict.json``."""
+SCORE_FOLDER = "score_program"
+"""The folder of the score program within a package."""
 
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1

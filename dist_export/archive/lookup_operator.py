@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -53,6 +53,11 @@ def bind(graph_module: fx.GraphModule, token: str) -> None:
 def unbind(graph_module: fx.GraphModule) -> None:
     """Give all lookups of a graph the plain names of tables, as they stand in a file."""
     _rename(graph_module, lambda table: table)
+
+
+def rename_lookups(graph_module: fx.GraphModule, names: Mapping[str, str]) -> None:
+    """Give the lookups of a graph other plain names of tables: old -> new. It is bound to no package afterwards."""
+    _rename(graph_module, lambda table: names[table])
 
 
 def list_lookups(graph_module: fx.GraphModule) -> list[tuple[fx.Node, str]]:

@@ -131,8 +131,12 @@ def measure_rounding(exact: torch.Tensor, value: torch.Tensor) -> torch.Tensor |
     if not (value.is_floating_point() and value.dim() and exact.shape == value.shape and value.numel()):
         return None
     apart = (exact.double() - value.double()).abs().cpu().nan_to_num(0, 0, 0).amax(dim=0)
-    most = max(_MOST, _ROUNDINGS * torch.finfo(value.dtype).eps)
-    return torch.minimum(_TIMES * apart, most * usual_sizes(None, value))
+    return torch.minimum(_TIMES * apart, largest_rounding(value.dtype) * usual_sizes(None, value))
+
+
+def largest_rounding(dtype: torch.dtype) -> float:
+    """Return the share of an output's usual size that :func:`measure_rounding` allows at most."""
+    return max(_MOST, _ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def describe_allowed(atol: float, rtol: float) -> str:

@@ -76,8 +76,8 @@ def _note_unused(names: Sequence[str], weights: ModelWeights) -> list[str]:
     elsewhere = [name for name in names if name in weights.elsewhere]
     tables = f"; weights of embeddings among them: {few(elsewhere)}" if elsewhere else ""
     note = (
-        f"{count(len(names), 'tensor')} of the checkpoint ({few(names)}) left out: neither the weight of an embedding module in "
-        f"{weights.sparse_name or 'the model'} nor within {weights.dense_name or 'the model'}{tables}"
+        f"{count(len(names), 'tensor')} of the checkpoint ({few(names)}) in no shard: neither the weight of an embedding module "
+        f"in {weights.sparse_name or 'the model'} nor within {weights.dense_name or 'the model'}{tables}"
     )
     return [note]
 

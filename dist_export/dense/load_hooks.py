@@ -18,6 +18,8 @@ from torch import nn
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.humanize import few
+from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.sparse_tables import keeps_tables
 from dist_export.model.unwrap import find_arch
 
 _LIBRARIES = ("torch.", "torchrec.", "fbgemm_gpu.", "dynamicemb.", "recis.")
@@ -38,6 +40,8 @@ class LoadHook(NamedTuple):
     """The hooks and methods."""
     changes_package: bool
     """Whether it is at or above an arch, or in the sparse arch, and more than the way to extra state."""
+    is_run: bool
+    """Whether an export runs it: it is the way to extra state of a module in the sparse arch, and nothing else."""
 
     def __str__(self) -> str:
         return f"{self.path} ({self.kind}): {self.what}"
@@ -59,7 +63,9 @@ def list_load_hooks(
         told = [] if id(module) in loaded else _list_own(module)
         if told:
             counts = (exports_tables and id(module) in of_sparse) or bool(arches & _ids_within(module))
-            found.append(_describe(path or "model", module, told, counts=counts))
+            hook = _describe(path or "model", module, told, counts=counts)
+            is_run = id(module) in of_sparse and told == [f"its own {_EXTRA}"] and has_extra_state(module)
+            found.append(hook._replace(is_run=is_run))
     return found
 
 
@@ -90,13 +96,21 @@ def check_load_hooks(model: nn.Module, config: ExportConfig) -> list[str]:
             f"written. Either {_WAY_OUT}; or, if the checkpoint's own values are to be served, set allow_load_hooks: "
             f"[{', '.join(repr(hook.path) for hook in refused[:3])}{', ...' if len(refused) > 3 else ''}]"
         )
-    if not hooks:
+    not_run = [hook for hook in hooks if not hook.is_run or _is_allowed(hook, config.allow_load_hooks)]
+    if not not_run:
         return []
     note = (
         f"hooks or methods for loading a state_dict were not run, because only the dense arch is loaded: "
-        f"{few([str(hook) for hook in hooks])}. Values that they would change are those of the checkpoint"
+        f"{few([str(hook) for hook in not_run])}. Parameters that they would change are those of the checkpoint, and extra state "
+        "is the model's own"
     )
     return [note]
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Return whether a module has extra state in a state_dict, and keeps no tables."""
+    own = type(module).get_extra_state is not nn.Module.get_extra_state
+    return own and not keeps_tables(module) and not is_collision_module(module)
 
 
 def has_load_hooks(module: nn.Module) -> bool:
@@ -138,7 +152,7 @@ def _list_own(module: nn.Module) -> list[str]:
 
 def _describe(path: str, module: nn.Module, told: Sequence[str], *, counts: bool) -> LoadHook:
     is_only_extra = list(told) == [f"its own {_EXTRA}"]
-    return LoadHook(path, type(module).__qualname__, few(list(told)), counts and not is_only_extra)
+    return LoadHook(path, type(module).__qualname__, few(list(told)), counts and not is_only_extra, is_run=False)
 
 
 def _is_allowed(hook: LoadHook, patterns: Sequence[str]) -> bool:

@@ -59,6 +59,16 @@ def buffers_put_back(module: nn.Module) -> Iterator[None]:
         _put_back(kept)
 
 
+@contextlib.contextmanager
+def own_tensors_put_back(module: nn.Module) -> Iterator[None]:
+    """Put a module's own parameters and buffers back when the block ends, not those of modules within it, and no large ones."""
+    kept = _keep([module._parameters, module._buffers], most_bytes=_MOST_BYTES)  # noqa: SLF001
+    try:
+        yield
+    finally:
+        _put_back(kept)
+
+
 def _keep(
     owners: Sequence[dict[str, Any]], *, most_bytes: int | None = None
 ) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -57,16 +57,27 @@ def note_rows(
     return notes
 
 
-def note_sparse_values(put: Sequence[str]) -> list[str]:
-    """Return notes on what the sparse arch holds besides tables: no file of the package has it, and serving needs it."""
-    if not put:
-        return []
-    names = few(put)
-    told = (
-        f"{count(len(put), 'parameter')} of the sparse arch ({names}) had the checkpoint's values in the sample, and no file of "
-        "the package holds them: a server that runs the sparse arch needs them too"
-    )
-    return [told]
+def note_sparse_values(put: Sequence[str], in_program: Collection[str]) -> list[str]:
+    """Return notes on what the sparse arch holds besides tables (``put``), and which of it the score program has."""
+    notes = []
+    here, lacking = [name for name in put if name in in_program], [name for name in put if name not in in_program]
+    if here:
+        notes.append(
+            f"{count(len(here), 'parameter')} of the sparse arch ({few(here)}) had the checkpoint's values in the sample, and "
+            "the score program has them: a server that runs the sparse arch by itself needs them too"
+        )
+    if lacking:
+        notes.append(
+            f"{count(len(lacking), 'parameter')} of the sparse arch ({few(lacking)}) had the checkpoint's values in the sample, "
+            "and no file of the package holds them: a server that runs the sparse arch needs them too"
+        )
+    return notes
+
+
+def note_lacking(names: Sequence[str]) -> list[str]:
+    """Return a note on extra state of the sparse arch that the checkpoint does not have."""
+    told = f"extra state of the sparse arch is the model's own, because the checkpoint has none: {few(names)}"
+    return [told] if names else []
 
 
 def note_pruned(left: int, to_model: int) -> list[str]:

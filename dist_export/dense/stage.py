@@ -29,6 +29,7 @@ from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_m
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import FormatWriter, refuse_wrong_sample
+from dist_export.dense.own_extra_state import extra_state_within
 from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.parity import check_parity, refuse_other_rows
@@ -46,10 +47,10 @@ from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import SAMPLE, Batches, check_input_names, cut_sample, run_sparse_arch
 from dist_export.dense.sample_notes import (
     note_constants,
+    note_lacking,
     note_not_finite,
     note_pruned,
     note_rows,
-    note_sparse_values,
     refuse_lacking,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
@@ -82,6 +83,8 @@ class DenseStage:
         """Ids of the batches, by table, that rules leave behind."""
         self._data: Any = None
         self._sparse_arch: nn.Module | None = None
+        self._lacking: list[str] = []
+        """Extra state of the sparse arch that the checkpoint does not have."""
         self._put: list[str] = []
         """What of the sparse arch has the checkpoint's values besides tables, by its name within the model."""
         self._sample: DenseSample | None = None
@@ -156,12 +159,21 @@ class DenseStage:
         self._finder = finder
         with self._sparse_values() as put:
             self._put = put
-            return [*notes, *note_sparse_values(put), *self._run_sample(sparse_arch, dense_arch, copied, features)]
+            return [
+                *notes,
+                *note_lacking(self._lacking),
+                *self._run_sample(sparse_arch, dense_arch, copied, features),
+            ]
 
     @property
     def data(self) -> Any:
         """The sample of this rank, as the dataset gave it. Until :meth:`score`."""
         return self._data
+
+    @property
+    def sparse_state(self) -> tuple[str, ...]:
+        """Names within the model of what has the checkpoint's values in the sparse arch, besides tables."""
+        return tuple(self._put)
 
     @property
     def further_batches(self) -> list[Any]:
@@ -205,14 +217,19 @@ class DenseStage:
             return
         state = self._ranks.run("read the parameters of the sparse arch", self._parameters.load)
         assert self._sparse_arch is not None
-        values = values_within(
-            self._sparse_arch,
-            state,
-            path=self._config.sparse_model_name,
-            except_below=self._config.dense_model_name,
-        )
+        config, arch = self._config, self._sparse_arch
+        path, below = config.sparse_model_name, config.dense_model_name
         with contextlib.ExitStack() as held:
-            yield self._ranks.run("put values into the sparse arch", lambda: held.enter_context(values))
+
+            def put() -> list[str]:
+                values = held.enter_context(values_within(arch, state, path=path, except_below=below))
+                keep = config.allow_load_hooks
+                extra = extra_state_within(arch, state, path=path, except_below=below, keep=keep)
+                found = held.enter_context(extra)
+                self._lacking = found.lacking
+                return [*values, *found.put]
+
+            yield self._ranks.run("put values into the sparse arch", put)
 
     def _run_sample(
         self, sparse_arch: nn.Module, dense_arch: nn.Module, copied: nn.Module, features: Features

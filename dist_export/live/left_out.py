@@ -43,8 +43,8 @@ def add_others(checkpoint: Checkpoint, told: Sequence[Sequence[OtherTensor]]) ->
     if not others or payload is None:
         return checkpoint
     note = (
-        f"{count(len(others), 'tensor')} of the model ({few([other.name for other in others])}) left out: neither a table of the "
-        "sparse arch nor within an exported dense arch, so no file of the package holds them"
+        f"{count(len(others), 'tensor')} of the model ({few([other.name for other in others])}) in no shard: neither a table of "
+        "the sparse arch nor within an exported dense arch; the account says whether a score program has them"
     )
     whole = Payload(
         tensors=payload.tensors + len(others),

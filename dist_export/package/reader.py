@@ -235,7 +235,8 @@ class Package:
             inputs: the tensors or arrays of ``manifest.score.inputs`` by name. Others are passed over.
 
         Raises:
-            UserError: an input is missing, or has another dtype or shape than the program takes.
+            UserError: an input is missing, has another dtype or shape than the program takes, or holds a value that the
+                program's dtype cannot hold. uint64 ids for int64 are the ids with the same bits, as in :meth:`lookup`.
             PackageError: the package has no score program, or it is damaged or was replaced.
         """
         with self._lock:

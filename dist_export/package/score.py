@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import weakref
-import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,17 +15,14 @@ from dist_export.archive.safe_load import load_program
 from dist_export.errors import PackageError, UserError
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import widen_bfloat16
-from dist_export.manifest import Manifest, ScoreEntry, TableEntry, TensorEntry
+from dist_export.manifest import Manifest, ScoreEntry, TableEntry
 from dist_export.package.opened_files import OpenedFiles
+from dist_export.package.score_inputs import read_inputs
 from dist_export.storage.directory import Directory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-SCORE_FOLDER = "score_program"
-"""The folder of the score program within a package."""
-SAMPLE = "sample.npz"
-"""In that folder: ``input_<i>`` and ``output_<i>`` of a sample, in the order of the manifest. The outputs are the model's."""
 _PACKAGE = "dist_export_rows"
 """In the graph module's ``meta``: keeps the package open as long as the program is used."""
 
@@ -129,9 +124,9 @@ class Scorer:
         """Return the outputs of a batch by name. Tensors that the program does not take are passed over.
 
         Raises:
-            UserError: an input is missing, or has another dtype or number of dimensions.
+            UserError: an input is missing, has another dtype or shape, or holds a value that the program's dtype cannot hold.
         """
-        given = {entry.name: self._tensor(entry, inputs) for entry in self._entry.inputs}
+        given = read_inputs(self._entry.inputs, inputs, where=self._url)
         try:
             with torch.no_grad():
                 found = self._module(**given)
@@ -143,69 +138,6 @@ class Scorer:
             ) from error
         values = [found] if isinstance(found, torch.Tensor) else list(found)
         return {entry.name: _to_numpy(value) for entry, value in zip(self._entry.outputs, values, strict=True)}
-
-    def _tensor(self, entry: TensorEntry, inputs: Mapping[str, Any]) -> torch.Tensor:
-        if entry.name not in inputs:
-            raise UserError(
-                f"{self._url}: input {entry.name!r} is missing; the score program takes "
-                f"{', '.join(one.name for one in self._entry.inputs)}"
-            )
-        value = inputs[entry.name]
-        tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        if tensor.dim() != len(entry.shape):
-            raise UserError(
-                f"{self._url}: input {entry.name!r} has the shape {list(tensor.shape)}, expected "
-                f"[{', '.join(map(str, entry.shape))}]"
-            )
-        if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
-            raise UserError(f"{self._url}: input {entry.name!r} is {tensor.dtype}, expected {dtype}")
-        for size, stated in zip(tensor.shape, entry.shape, strict=True):
-            if isinstance(stated, int) and size != stated:
-                raise UserError(
-                    f"{self._url}: input {entry.name!r} has the shape {list(tensor.shape)}, expected "
-                    f"[{', '.join(map(str, entry.shape))}]"
-                )
-        # always a copy: a program may write into its inputs, as the model's own forward does
-        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def to_stored(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor as the sample stores it: numpy lacks some dtypes, whose bits are stored."""
-    tensor = tensor.detach().cpu().contiguous()
-    bits = _BITS.get(tensor.element_size()) if _numpy_dtype(tensor.dtype) is None else None
-    array: np.ndarray = (tensor if bits is None else tensor.view(bits)).numpy()
-    return array
-
-
-def read_sample(package: ScoredPackage) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Return the inputs by name and the outputs of the stored sample. PackageError if it is damaged."""
-    entry = score_entry(package)
-    where = package.files.describe(entry.sample)
-    try:
-        with np.load(io.BytesIO(package.files.read(entry.sample)), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        inputs = {one.name: _from_stored(arrays[f"input_{place}"], one.dtype) for place, one in enumerate(entry.inputs)}
-        outputs = [_from_stored(arrays[f"output_{place}"], one.dtype) for place, one in enumerate(entry.outputs)]
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, RuntimeError) as error:
-        raise PackageError(f"{where}: not the sample of a score program ({type(error).__name__}: {error})") from error
-    return inputs, outputs
-
-
-def _from_stored(array: np.ndarray, dtype: str) -> torch.Tensor:
-    kind: torch.dtype = getattr(torch, dtype)
-    tensor = torch.from_numpy(np.array(array))
-    return tensor.view(kind) if _numpy_dtype(kind) is None else tensor.to(kind)
-
-
-def _numpy_dtype(dtype: torch.dtype) -> Any:
-    try:
-        return torch.zeros((), dtype=dtype).numpy().dtype
-    except TypeError:
-        return None
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _to_numpy(value: torch.Tensor) -> np.ndarray:

@@ -16,6 +16,7 @@ import msgspec
 from dist_export.checkpoint.detect import RECIS
 from dist_export.checkpoint.extra_state import EXTRA_STATE
 from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.checkpoint.payload import DENSE, STATE, Payload, count_payload, other_tensor
 from dist_export.errors import CommitError
 from dist_export.formats.dtypes import DTYPES
@@ -91,6 +92,7 @@ def account_export(
     *,
     dense_state: DenseMeta,
     taken: Collection[str] | None,
+    held: Collection[str] = frozenset(),
     is_filtered: bool,
 ) -> AccountEntry | msgspec.UnsetType:
     """Return the account of an export or of a plan, once it adds up; none where the source does not tell what it holds.
@@ -101,6 +103,7 @@ def account_export(
         tables: what becomes of each table of the plan.
         dense_state: (name, torch dtype name, shape) of the dense parameters of the source.
         taken: names of those that the program takes; None where there is no program.
+        held: names, without wrappers, of what the score program has of the sparse arch.
         is_filtered: ``filter_sparse_opt``.
 
     Raises:
@@ -111,6 +114,8 @@ def account_export(
     payload = checkpoint.payload
     if checkpoint.format in (RECIS, LIVE) and not checkpoint.has_state_tables:
         payload = _add_dense(payload, dense_state)
+    if taken is not None and held:
+        taken = {*taken, *(other.name for other in payload.others if plain_name(other.name) in held)}
     fates = Fates(taken, is_filtered=planned is not None and is_filtered)
     account = make_account(payload, checkpoint, None if planned is None else planned.plan, tables, fates)
     check_account(account, payload, checkpoint.directory.url)

@@ -102,7 +102,8 @@ def _look_at_target(ranks: Ranks, found: Found, planned: PlannedSparse) -> list[
     ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, shards))
     has_own = config.model is not None or found.fg_conf is not None
     notes = ranks.broadcast(
-        "look for a program to take over", lambda: TakenOver().look(found.source, plan, has_own=has_own)
+        "look for a program to take over",
+        lambda: TakenOver().look(found.source, plan, has_own=has_own, with_scores=config.score_program != "off"),
     )
     notes += describe_row_indexed_tables(plan)
     notes += note_unreadable(plan.checkpoint, plan.selection)

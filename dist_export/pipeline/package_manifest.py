@@ -73,6 +73,7 @@ def describe_export(export: ExportState) -> Manifest:
         fates_by_entry(export.tables),
         dense_state=read.held_state or export.dense_state,
         taken=None if dense is None else dense.taken,
+        held=frozenset() if export.scores is None else export.scores.held,
         is_filtered=bool(task.config.filter_sparse_opt),
     )
     shards = [

@@ -10,10 +10,10 @@ import msgspec
 from dist_export.checkpoint.metadata import TableMeta
 from dist_export.checkpoint.package_source import find_package
 from dist_export.commit.publish import DenseMeta
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.recis import DENSE_SUFFIX, MERGED, MergedEntry
-from dist_export.manifest import DEFAULT_ROWS, SAMPLE_ROWS, FileEntry, Manifest, TableEntry
+from dist_export.manifest import DEFAULT_ROWS, SAMPLE_ROWS, FileEntry, Manifest, ScoreEntry, TableEntry
 from dist_export.pipeline.inputs import FG, note_renamed
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
@@ -32,17 +32,18 @@ class TakenOver:
         self._names: dict[str, str] = {}
         """Of renamed tables, the name in the source -> the one in the package."""
 
-    def look(self, source: Directory, plan: SparsePlan, *, has_own: bool) -> list[str]:
+    def look(self, source: Directory, plan: SparsePlan, *, has_own: bool, with_scores: bool) -> list[str]:
         """Decide what is taken over, and return what is to be told of it; nothing of a source that has none of it.
 
         ``has_own``: whether the export was given a model, fg or mc, so that it has its own.
+        ``with_scores``: whether a score program may be taken over.
 
         Raises:
             CheckpointError: a file is not what the source's manifest says.
         """
         manifest = find_package(source)
         folder = None if manifest is None or manifest.dense is None else manifest.dense.folder
-        program = self._find_scores(manifest, plan)
+        program = _find_scores(manifest) if with_scores else ()
         files = tuple(
             file
             for file in (manifest.files if manifest is not None else ())
@@ -65,27 +66,39 @@ class TakenOver:
         self._source, self._manifest, self._files = source, manifest, files
         self._names = {table.name_in_source: table.name for table in plan.checkpoint.tables}
         self.read()  # so that what is damaged is told before anything is written
-        lacking = manifest.score is not msgspec.UNSET and not program
-        told_less = "; the score program, which has names of tables in it, was not" if lacking else ""
         scores = "" if folder is None else "; no score was compared anew, parity and drift are those of that package"
         renamed = note_renamed({}, plan.checkpoint) if any(file.path == FG for file in files) else []
-        return [
-            f"{told} were taken over from {source.url} byte by byte, as no row changed{told_less}{scores}",
-            *renamed,
-        ]
+        if program and self._is_renamed:
+            renamed.append("the lookups of the score program have the new names of tables; nothing else of it changed")
+        were = "were" if len(parts) > 1 else "was"
+        return [f"{told} {were} taken over from {source.url} byte by byte, as no row changed{scores}", *renamed]
 
-    def _find_scores(self, manifest: Manifest | None, plan: SparsePlan) -> tuple[str, ...]:
-        """Return the files of the source's score program; none where tables are renamed, because it has their names."""
-        is_renamed = any(table.name_in_source != table.name for table in plan.checkpoint.tables)
-        if manifest is None or manifest.score is msgspec.UNSET or is_renamed:
-            return ()
-        return manifest.score.program, manifest.score.sample
+    @property
+    def _is_renamed(self) -> bool:
+        return any(name != its for name, its in self._names.items())
 
     def read(self) -> dict[str, bytes]:
         """Return the files by path, each held against its digest in the source's manifest. CheckpointError."""
         if self._source is None:
             return {}
-        return {file.path: _rename(file.path, _read(self._source, file), self._names) for file in self._files}
+        found = {file.path: _rename(file.path, _read(self._source, file), self._names) for file in self._files}
+        program = next(iter(_find_scores(self._manifest)), "")
+        if program in found and self._is_renamed:
+            found[program] = self._rename_lookups(found[program], self._source.describe(program))
+        return found
+
+    def _rename_lookups(self, program: bytes, where: str) -> bytes:
+        from dist_export.archive.renamed_program import rename_tables  # it imports torch
+
+        dense = None if self._manifest is None else self._manifest.dense
+        is_legacy = dense is not None and dense.archive_format == "legacy"
+        try:
+            return rename_tables(program, self._names, archive_format="legacy" if is_legacy else "pt2")
+        except PackageError as error:
+            raise CheckpointError(
+                f"{where}: its lookups cannot get the new names of tables: {error}. Export without rename_tables, or set "
+                "score_program: off"
+            ) from error
 
     def dense_state(self) -> DenseMeta:
         """Return the dense parameters that the source's merged manifest lists for its program."""
@@ -105,15 +118,25 @@ class TakenOver:
         if own is None:
             return manifest
         has_scores = own.score is not msgspec.UNSET and own.score.program in {file.path for file in self._files}
-        score = own.score if has_scores else msgspec.UNSET
+        score: ScoreEntry | msgspec.UnsetType = msgspec.UNSET
+        if has_scores and own.score is not msgspec.UNSET:
+            tables = sorted(self._names.get(name, name) for name in own.score.tables)
+            score = msgspec.structs.replace(own.score, tables=tuple(tables))
         return msgspec.structs.replace(manifest, dense=own.dense, parity=own.parity, drift=own.drift, score=score)
+
+
+def _find_scores(manifest: Manifest | None) -> tuple[str, ...]:
+    """Return the files of the source's score program: the program and its sample; none if it has none."""
+    if manifest is None or manifest.score is msgspec.UNSET:
+        return ()
+    return manifest.score.program, manifest.score.sample
 
 
 def keeps_rows(plan: SparsePlan, manifest: Manifest) -> bool:
     """Whether a package that is written by a plan has each table of its source as it is, except for shards and names.
 
-    No name of a table is in a program: its inputs are called as the blocks of the model. The lists of the sample's rows have
-    names of tables, which follow.
+    No name of a table is in the dense program: its inputs are called as the blocks of the model. The lists of the sample's rows
+    and the lookups of the score program have names of tables, which follow.
     """
     checkpoint = plan.checkpoint
     entries = {table.name: table for table in manifest.tables}

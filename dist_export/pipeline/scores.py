@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
-from dist_export.manifest import Manifest, seal
+from dist_export.manifest import SCORE_FOLDER, Manifest, seal
 from dist_export.pipeline.inputs import refuse_without_scores
 from dist_export.pipeline.package_manifest import describe_export
 from dist_export.pipeline.planning import open_written
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.casts import casts_by_table
+
+if TYPE_CHECKING:
+    from dist_export.dense.stage import DenseStage
+    from dist_export.score.stage import ScoreStage
 
 
 def trace_scores(export: ExportState) -> ExportState:
@@ -17,14 +22,23 @@ def trace_scores(export: ExportState) -> ExportState:
     task, dense, planned = export.task, export.dense, export.planned
     if dense is None or dense.finder is None or planned is None or task.config.score_program == "off":
         task.ranks.run("look for what a score program needs", lambda: refuse_without_scores(task.config))
-        return export
+        return export if dense is None else export.grown(notes=_note_sparse(export, dense, None))
     from dist_export.score.stage import ScoreStage
 
     casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
     scores = ScoreStage(task.ranks, task.config, dense, casts)
     with task.reporter.stage("trace scores"):
         notes = scores.trace()
+    notes = [*_note_sparse(export, dense, scores), *notes]
     return export.grown(notes=notes, scores=scores if scores.is_there else None)
+
+
+def _note_sparse(export: ExportState, dense: DenseStage, scores: ScoreStage | None) -> list[str]:
+    """Return notes on what the sparse arch holds besides tables. All ranks."""
+    from dist_export.dense.sample_notes import note_sparse_values
+
+    held = frozenset() if scores is None else scores.held
+    return export.task.ranks.broadcast("look at the sparse arch", lambda: note_sparse_values(dense.sparse_state, held))
 
 
 def score_sample(export: ExportState) -> ExportState:
@@ -46,8 +60,6 @@ def score_sample(export: ExportState) -> ExportState:
 
 def _without_scores(export: ExportState, note: str) -> ExportState:
     """Remove the files of the score program, and go on without it. All ranks."""
-    from dist_export.package.score import SCORE_FOLDER
-
     folder = f"{SCORE_FOLDER}/"
     files = {file.path for file in export.small_files if file.path.startswith(folder)}
     export.task.ranks.broadcast("remove the score program", lambda: export.target.remove_tree(SCORE_FOLDER))

@@ -175,8 +175,10 @@ def plan_tables(export: ExportState) -> ExportState:
             notes += note_dense_left(list_dense_left(export.dense_state, plan), checkpoint)
         if where is not None and not export.in_place:
             has_own = objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
+            with_scores = config.score_program != "off"
             notes += task.ranks.broadcast(
-                "look for a program to take over", lambda: export.taken_over.look(where, plan, has_own=has_own)
+                "look for a program to take over",
+                lambda: export.taken_over.look(where, plan, has_own=has_own, with_scores=with_scores),
             )
         notes += note_rules(checkpoint, plan.pruning, planned.census.pruned)
     return export.grown(notes=notes, planned=planned)

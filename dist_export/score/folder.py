@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 from dist_export.archive.lookup_operator import list_lookups, unbind
@@ -15,9 +13,9 @@ from dist_export.archive.pt2 import pack_program
 from dist_export.archive.safe_load import check_archive
 from dist_export.dense.eager import DenseSample
 from dist_export.errors import DistExportError
-from dist_export.manifest import ScoreEntry, TensorEntry
+from dist_export.manifest import SCORE_FOLDER, ScoreEntry, TensorEntry
 from dist_export.model.user_errors import said
-from dist_export.package.score import SAMPLE, SCORE_FOLDER, to_stored
+from dist_export.package.score_sample import SAMPLE, write_sample
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.trace import TracedScores, describe_shapes
 
@@ -68,17 +66,13 @@ def describe_scores(
 
 
 def write_score_folder(
-    scratch: Path, packed: bytes, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
+    scratch: Path, entry: ScoreEntry, packed: bytes, inputs: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
 ) -> None:
     """Write the program and the sample into the folder of the score program."""
     folder = scratch / SCORE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROGRAM).write_bytes(packed)
-    stored: dict[str, Any] = {f"input_{place}": to_stored(tensor) for place, tensor in enumerate(inputs.values())}
-    stored |= {f"output_{place}": to_stored(tensor) for place, tensor in enumerate(outputs)}
-    buffer = io.BytesIO()
-    np.savez(buffer, **stored)
-    (folder / SAMPLE).write_bytes(buffer.getvalue())
+    (folder / SAMPLE).write_bytes(write_sample(entry, inputs, outputs))
 
 
 def _dtype(tensor: torch.Tensor) -> str:

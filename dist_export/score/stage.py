@@ -14,6 +14,8 @@ from torch import nn
 
 from dist_export.archive.lookup_operator import RowSource, bind, register_source
 from dist_export.archive.safe_load import load_program
+from dist_export.checkpoint.extra_state import is_extra_state
+from dist_export.checkpoint.model_weights import is_below, plain_name
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.eager import DenseSample
@@ -62,6 +64,8 @@ class ScoreStage:
         """Gives the rows to the lookups of the trace. Rank 0; kept as long as they need it."""
         self.entry: ScoreEntry | None = None
         """On rank 0, if there is a score program."""
+        self.held: frozenset[str] = frozenset()
+        """Names within the model, without wrappers, of what the program has of the sparse arch. Rank 0."""
         self.is_there = False
         """Whether there is a score program. The same on all ranks."""
         self.left_out = ""
@@ -78,7 +82,7 @@ class ScoreStage:
         self._rows = None
         self.is_there = not reason
         if reason:
-            self._traced, self._packed, self.entry = None, b"", None
+            self._traced, self._packed, self.entry, self.held = None, b"", None, frozenset()
             if self._config.score_program == "require":
                 self._ranks.broadcast("export the score program", lambda: _refuse(reason))
             return [f"the package has no score program: {reason}"]
@@ -87,7 +91,8 @@ class ScoreStage:
     def write(self, scratch: Path) -> None:
         """Write the program and its sample into ``scratch``. Rank 0."""
         if self.is_there:
-            write_score_folder(scratch, self._packed, self._stored_inputs(), self._stored_outputs())
+            assert self.entry is not None
+            write_score_folder(scratch, self.entry, self._packed, self._stored_inputs(), self._stored_outputs())
             self._packed = b""
 
     def compare_written(
@@ -234,7 +239,16 @@ class ScoreStage:
             self._failing = failing.find(error)
             return f"{said(error)}{blame(error)}"
         self._traced = traced
+        self.held = self._list_held(traced)
         return ""
+
+    def _list_held(self, traced: TracedScores) -> frozenset[str]:
+        """Return names of parameters, buffers and extra state of the sparse arch that are in the program. Rank 0."""
+        program, prefix = traced.program, self._config.sparse_model_name
+        keys = [key for key in (*program.state_dict, *program.constants) if is_below(key, "sparse_arch")]
+        within = [key.removeprefix("sparse_arch").removeprefix(".") for key in keys]
+        names = {plain_name(".".join(part for part in (prefix, key) if part)) for key in within}
+        return frozenset(names | {name for name in self._dense.sparse_state if is_extra_state(name)})
 
     def _record_row_modules(self, finder: RowFinder) -> dict[int, tuple[str, list[str]]] | None:
         """Run the sample once more, and find modules that are lookups as a whole. All ranks.

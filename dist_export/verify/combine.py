@@ -14,7 +14,7 @@ from dist_export.verify.dense import check_dense
 from dist_export.verify.finite import Odd
 from dist_export.verify.ids import Duplicates, IdCounts
 from dist_export.verify.metadata_checks import Survey
-from dist_export.verify.score import check_scores
+from dist_export.verify.score import check_scores, find_without_entry
 
 _SLICE_ELEMENTS = 1 << 20
 
@@ -33,6 +33,10 @@ def conclude(survey: Survey, counts: IdCounts, duplicates: list[Duplicates], odd
     if survey.manifest is not None and survey.manifest.score is not msgspec.UNSET:
         score = survey.manifest.score
         survey.guard(score.program, lambda: _check_scores(survey, score))
+    elif survey.manifest is not None and (path := find_without_entry(survey.manifest)):
+        survey.report.add(
+            MANIFEST, "score", f"lists {path}, but has no entry `score`, which an export writes with that file"
+        )
 
 
 def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, duplicates: list[Duplicates]) -> None:

@@ -78,7 +78,7 @@ def check_dense(
     try:
         inputs, outputs = _read_sample(folder, entry, findings)
         expected = _read_outputs(folder, f"{entry.folder}/output_base.pkl")
-        by_name = _read_named_outputs(folder, entry, findings)
+        by_name = read_named_outputs(folder, entry, findings)
     except DistExportError as error:
         findings.append(str(error))
         return
@@ -252,7 +252,7 @@ def _expect_kind(what: str, tensor: torch.Tensor, stated: TensorEntry, findings:
         )
 
 
-def _read_named_outputs(folder: Files, entry: DenseEntry, findings: list[str]) -> dict[str, torch.Tensor]:
+def read_named_outputs(folder: Files, entry: DenseEntry, findings: list[str]) -> dict[str, torch.Tensor]:
     """Return the sample's outputs by name, as the export wrote them."""
     where = f"{entry.folder}/{OUTPUTS}"
     found = _read_json(folder, where, dict[str, _Values])

@@ -98,7 +98,7 @@ def test_modules_with_hooks_are_named(case: str) -> None:
     hooks = list_load_hooks(model, model.sparse_arch, model.dense_arch)
     assert [hook.path for hook in hooks] == expected
     if not any(hook.changes_package for hook in hooks):
-        assert bool(check_load_hooks(model, settings())) is bool(expected)
+        assert bool(check_load_hooks(model, settings())) is any(not hook.is_run for hook in hooks)
         return
     with pytest.raises(
         ModelError, match=rf"{expected[0]} \({type(model.get_submodule(path_of(expected[0]))).__name__}\): "

@@ -155,8 +155,9 @@ def test_verify_runs_it_on_the_stored_sample(package: Path) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     put(package, entry.sample, buffer.getvalue())
-    (finding,) = verify(str(package)).findings
-    assert finding.startswith(f"{entry.program}: output 'ctr' is not what was stored")
+    of_dense, of_program = verify(str(package)).findings
+    assert of_dense.startswith(f"{entry.sample}: output 'ctr' is not what fx_user_model/outputs_dict.json has")
+    assert of_program.startswith(f"{entry.program}: output 'ctr' is not what was stored")
     put(package, entry.sample, b"nothing")
     (finding,) = verify(str(package)).findings
     assert "not the sample of a score program" in finding

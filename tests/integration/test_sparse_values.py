@@ -123,6 +123,12 @@ def test_the_drift_of_such_a_table_is_seen(tmp_path: Path) -> None:
     assert manifest.drift.outputs["torch_output_0"].max_abs > 0
 
 
+def note_on_scale(manifest: dist_export.Manifest) -> str:
+    told = "had the checkpoint's values in the sample"
+    (note,) = [note for note in manifest.notes if told in note and "sparse_arch.scale" in note]
+    return note
+
+
 def test_layers_of_the_sparse_arch_have_the_trained_values_in_the_scores(tmp_path: Path) -> None:
     trained, fresh = Model("layers", 1), Model("layers", 2)
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
@@ -130,10 +136,21 @@ def test_layers_of_the_sparse_arch_have_the_trained_values_in_the_scores(tmp_pat
     with torch.no_grad():
         assert torch.allclose(scores(tmp_path / "out"), trained.eval()(SAMPLE), atol=1e-6)
     assert manifest.parity.from_files.max_abs["torch_output_0"] == 0
-    (note,) = [note for note in manifest.notes if "had the checkpoint's values in the sample" in note]
-    assert "no file of the package holds them" in note
-    assert "sparse_arch.scale" in note
+    assert "the score program has them" in note_on_scale(manifest)
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("score_program", ["require", "off"])
+def test_the_account_and_the_note_say_whether_a_file_holds_such_a_layer(score_program: str, tmp_path: Path) -> None:
+    manifest = export(tmp_path, Model("layers", 2), Model("layers", 1), score_program=score_program)
+    is_held = score_program == "require"
+    note = note_on_scale(manifest)
+    assert ("the score program has them" in note) is is_held
+    assert ("no file of the package holds them" in note) is not is_held
+    fates = {other.name: (other.fate, other.reason) for other in manifest.account.others}
+    assert fates["sparse_arch.scale"] == (("in_program", "") if is_held else ("left_out", "not_served"))
+    assert manifest.account.in_program == sum(it.num_bytes for it in manifest.account.others if it.fate == "in_program")
+    assert not any("left out" in note for note in manifest.notes)
 
 
 def test_layers_of_another_shape_are_refused_before_anything_is_written(tmp_path: Path) -> None:
