@@ -16,7 +16,7 @@ from dist_export.manifest import TableEntry
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.reporting.progress import Reporter
 from dist_export.runtime.ranks import Ranks
-from dist_export.runtime.threads import run_threads
+from dist_export.runtime.threads import return_freed_memory, run_threads
 from dist_export.storage.directory import Directory
 from dist_export.transfer.casting import Counts
 from dist_export.transfer.executor import Transfer
@@ -93,6 +93,7 @@ def check(
         return RowIndexWriter(planned.plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
 
     def audit() -> list[Audit]:
+        return_freed_memory()  # what the transfer has kept is not reused here
         with _withdrawing(target):
             return run_threads(
                 lambda numbers: audit_files(planned.plan, target, numbers, open_indexes if row_index else None), mine

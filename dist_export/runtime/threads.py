@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -30,3 +31,10 @@ def run_threads(work: Callable[[S], T], shares: Sequence[S]) -> list[T]:
         return [work(shares[0])]
     with concurrent.futures.ThreadPoolExecutor(len(shares), thread_name_prefix="share") as pool:
         return [future.result() for future in [pool.submit(work, share) for share in shares]]
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed and kept for reuse back to the system, where the C library can (malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -250,7 +250,7 @@ def _refuse_unmatched(where: str, patterns: PatternMatches, state: State, matric
         setting, pattern = missed
         raise UnaskedError(
             f"{where}: {setting}: the pattern {pattern!r} matches no tensor{state.explain(pattern)}{state.tell_several()}; "
-            "its matrices that are no tables yet: "
+            "give one of its matrices that are no tables yet: "
             f"{listed([state.names[name] for name in matrices])}{objects}"
         )
 

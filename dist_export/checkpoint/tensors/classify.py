@@ -128,7 +128,7 @@ def sort_tensors(
         matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
         raise UnaskedError(
             f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; "
-            f"its matrices that are no tables yet: {listed(matrices)}"
+            f"give one of its matrices that are no tables yet: {listed(matrices)}"
         )
     doubtful = note_left(
         [(tensor.name, tensor.shape) for tensor in kinds.dense if tensor.name not in kinds.roles.taken],
