@@ -77,6 +77,11 @@ def count_buckets(num_rows: int) -> int:
     return max(1, -(-num_rows * slots // rows))
 
 
+def estimate_bytes(num_rows: int) -> int:
+    """Return about how many bytes the slots of a part take: those behind the buckets are not counted."""
+    return (count_buckets(num_rows) + 1) * SLOT.itemsize if num_rows else 0
+
+
 def hash_ids(ids: np.ndarray, seed: int) -> np.ndarray:
     """Return a hash (uint64, below 2**32) of int64 ids: two rounds of xor-shift and multiplication, and the upper 32 bits."""
     hashed: np.ndarray = ids.view(np.uint64) ^ np.uint64(seed * _GOLDEN % (1 << 64))

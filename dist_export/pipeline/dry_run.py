@@ -16,6 +16,7 @@ from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_n
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.row_index import estimate_bytes
 from dist_export.humanize import amount, count
 from dist_export.ids.columns import ID_BYTES
 from dist_export.manifest import MANIFEST, AccountEntry
@@ -145,7 +146,7 @@ def _work(found: Found, planned: PlannedSparse, world_size: int) -> dict[str, An
             may_copy=may_copy_within(paths, server_side_copy=found.config.server_side_copy),
         )
     if found.source.s3 is not None or paths.target.s3 is not None:
-        work["store"] = _store(planned, paths, parts)
+        work["store"] = _store(planned, paths, parts, row_index=found.config.row_index)
     writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
     threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
@@ -234,7 +235,9 @@ def _say_row(row: tuple[float, ...] | str) -> str:
     return f"[{told}, ...]" if len(row) > 8 else f"[{told}]"
 
 
-def _store(planned: PlannedSparse, paths: ExportPaths, parts: dict[int, FileParts]) -> dict[str, int]:
+def _store(
+    planned: PlannedSparse, paths: ExportPaths, parts: dict[int, FileParts], *, row_index: bool
+) -> dict[str, int]:
     """Return the bytes that go through the export, in each direction, and those that the store copies itself."""
     plan = planned.plan
     read, sent = count_client_bytes(plan, parts)
@@ -245,9 +248,11 @@ def _store(planned: PlannedSparse, paths: ExportPaths, parts: dict[int, FilePart
         if table.has_ids
     )
     is_s3 = [paths.source is not None and paths.source.s3 is not None, paths.target.s3 is not None]
+    id_rows = plan.blocks.rows[plan.blocks.column == 0].tolist() if row_index else []
     return {
         "downloaded": read if is_s3[0] else 0,
         "uploaded": sent if is_s3[1] else 0,
+        "row_indexes": sum(map(estimate_bytes, id_rows)) if is_s3[1] else 0,
         "copied": plan.num_bytes - sent if is_s3[1] else 0,
         "ids": ids * sum(is_s3),
     }
@@ -259,9 +264,10 @@ def _say_store(store: dict[str, int], num_bytes: int) -> str:
 
     is_within = bool(store["downloaded"] and store["uploaded"])
     figures = say_figures(share("downloaded"), share("uploaded"), share("copied"), is_within=is_within)
+    indexes = f"{amount(store['row_indexes'])} of row indexes are uploaded, " if store["row_indexes"] else ""
     return (
-        f"store: of the shards' {amount(num_bytes)}: {figures}; besides, {amount(store['ids'])} of ids are read for the census "
-        "and the check, and headers, indexes and receipts, which only the summary counts"
+        f"store: of the shards' {amount(num_bytes)}: {figures}; besides, {indexes}{amount(store['ids'])} of ids are read for the "
+        "census and the check, and headers, indexes and receipts, which only the summary counts"
     )
 
 

@@ -59,8 +59,8 @@ def export_damaged(rank: int, folder: str, place: int | None, later_failure: int
     rows = copy.deepcopy(model.sparse.table.rows)
     plain = steps.check
 
-    def check(ranks, planned, target):
-        found = plain(ranks, planned, target)
+    def check(ranks, planned, target, **more):
+        found = plain(ranks, planned, target, **more)
         if ranks.rank == 0 and place is not None:
             damage(Path(target.path), place)
         dist.barrier()
