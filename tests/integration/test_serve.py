@@ -26,6 +26,7 @@ import dist_export
 from dist_export.errors import PackageError
 from dist_export.serve import app as serve_app
 from dist_export.serve.app import build_app
+from dist_export.serve.run import listen
 from dist_export.serve.served import Watcher
 from dist_export.workdir import swap
 from tests.support import score_models as models
@@ -61,7 +62,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @contextlib.contextmanager
 def running(watcher: Watcher) -> Iterator[str]:
     """Run the server in this process; give its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(build_app(watcher), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -339,6 +340,14 @@ def test_a_damaged_new_package_is_refused_and_the_old_one_is_served_on(packages:
 
 
 # ---- the command ----
+
+
+def test_small_pieces_of_an_answer_are_sent_at_once() -> None:
+    """asyncio sets TCP_NODELAY on connections whose socket states its protocol."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_the_command_serves_and_needs_none_of_the_models_code(packages: list[Path], tmp_path: Path) -> None:
