@@ -40,7 +40,7 @@ def read_batches(path: str, batch_size: int) -> Iterator[dict[str, Column]]:
         yield from readers[suffix](path, batch_size)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, EOFError) as error:  # pyarrow's own errors are ValueErrors
+    except (ValueError, TypeError, OverflowError, EOFError) as error:  # pyarrow's own errors are of these kinds
         raise UserError(
             f"{path} is no sound {suffix.removeprefix('.')} file: {next(iter(str(error).splitlines()), '')}"
         ) from None
@@ -67,7 +67,9 @@ def _find(columns: Mapping[str, Column], entry: TensorEntry, where: str) -> np.n
     column = columns.get(entry.name)
     if isinstance(column, np.ndarray):
         return column
-    if isinstance(column, Lists):
+    stem, _, part = entry.name.rpartition("_")
+    is_apart = part in LIST_PARTS and isinstance(columns.get(stem), Lists)
+    if isinstance(column, Lists) and not (part == "weights" and is_apart):
         lengths = np.diff(column.bounds)
         width = entry.shape[1] if len(entry.shape) == 2 else None
         if width is None or (len(lengths) and (lengths != lengths[0]).any()):
@@ -77,11 +79,13 @@ def _find(columns: Mapping[str, Column], entry: TensorEntry, where: str) -> np.n
         return column.values.reshape(
             len(lengths), int(lengths[0]) if len(lengths) else int(width) if isinstance(width, int) else 0
         )
-    stem, _, part = entry.name.rpartition("_")
-    if part in LIST_PARTS:
+    if is_apart:
         weights = columns.get(f"{stem}_weights")
         lists = weights if part == "weights" else columns.get(stem)
         if isinstance(lists, Lists):
+            values = columns.get(stem)
+            if part == "weights" and isinstance(values, Lists) and not np.array_equal(values.bounds, lists.bounds):
+                raise UserError(f"{where}: the lists of {stem!r} and of '{stem}_weights' differ in length in some row")
             if part in ("values", "weights"):
                 return lists.values
             if part == "lengths":

@@ -12,6 +12,9 @@ from pyarrow import parquet
 
 import dist_export
 from dist_export.cli import main
+from dist_export.errors import UserError
+from dist_export.manifest import TensorEntry
+from dist_export.serve.columns import Lists, to_inputs
 from tests.support import score_models as models
 
 TAGS = ("tags_values", "tags_offsets")
@@ -129,6 +132,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         ("rows.csv", b"a,b", "inputs are read from .parquet, .jsonl, .npz"),
         ("rows.jsonl", b"{", "line 1 is no JSON object"),
         ("rows.jsonl", b"[1]", "line 1 is no JSON object"),
+        ("rows.jsonl", b'{"user": 9223372036854775808000}', "is no sound jsonl file"),
+        ("rows.jsonl", b'{"user": 1}\n{"user": "a"}', "is no sound jsonl file"),
         ("rows.parquet", b"hello", "is no sound parquet file"),
         ("rows.npz", b"hello", "is no sound npz file"),
         ("gone.jsonl", None, "No such file or directory"),
@@ -152,3 +157,16 @@ def test_a_file_that_is_there_is_not_overwritten(package: Path, batch: dict[str,
     out.write_text("mine")
     assert main(["score", str(package), "--input", write(batch, tmp_path, "npz"), "--output", str(out)]) == 2
     assert out.read_text() == "mine"
+
+
+def test_weights_of_other_lists_are_refused() -> None:
+    """As many in all, but not row by row: each value would get another one's weight."""
+    entries = [
+        TensorEntry(name=f"tags_{part}", dtype=dtype, shape=("n",))
+        for part, dtype in (("values", "int64"), ("weights", "float32"))
+    ]
+    lists = {"tags": Lists(np.arange(3), np.array([0, 1, 3])), "tags_weights": Lists(np.ones(3), np.array([0, 2, 3]))}
+    with pytest.raises(UserError, match=r"the lists of 'tags' and of 'tags_weights' differ in length in some row"):
+        to_inputs(lists, entries, where="rows.jsonl")
+    lists["tags_weights"] = Lists(np.ones(3), np.array([0, 1, 3]))
+    assert list(to_inputs(lists, entries, where="rows.jsonl")) == ["tags_values", "tags_weights"]
