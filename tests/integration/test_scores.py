@@ -144,9 +144,9 @@ def test_a_row_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path, monk
     real = DenseStage.score
 
     def forget(self, written, target, **more):
-        self._looked_up.rows["user_emb"][12345] = "00"
-        first = next(iter(self._looked_up.rows["item_emb"]))
-        self._looked_up.rows["item_emb"][first] = None
+        self._sampled.looked_up.rows["user_emb"][12345] = "00"
+        first = next(iter(self._sampled.looked_up.rows["item_emb"]))
+        self._sampled.looked_up.rows["item_emb"][first] = None
         return real(self, written, target, **more)
 
     monkeypatch.setattr(DenseStage, "score", forget)
