@@ -193,9 +193,9 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
+    from dist_export.config.byte_sizes import parse_bytes
     from dist_export.config.describe import SETTINGS, Option
     from dist_export.config.loader import PATH_OPTIONS, parse_path
-    from dist_export.config.schema import parse_bytes
     from dist_export.runtime.joining import join
     from dist_export.verify.verify import verify
 

@@ -137,7 +137,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Return the closing summary of the export."""
-        from dist_export.reporting.progress import (
+        from dist_export.reporting.summary import (
             summarize_again,  # serving reads manifests without all that an export imports
         )
 

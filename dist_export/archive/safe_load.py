@@ -30,7 +30,7 @@ from dist_export.archive.allowlist import (
     read_version,
 )
 from dist_export.errors import PackageError
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.pickled_tensor import Storage
 from dist_export.formats.torch_pickle import load_pickled
 

@@ -19,7 +19,8 @@ import torch
 
 from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.legacy_pickle import find_legacy
-from dist_export.formats.pickle_machine import Global, Machine, PickleError
+from dist_export.formats.pickle_machine import Machine
+from dist_export.formats.pickle_values import Global, PickleError
 from dist_export.formats.pickled_tensor import Storage, itemsize_of
 from dist_export.formats.torch_pickle import load_archive
 from dist_export.formats.torch_zip import check_state_archive

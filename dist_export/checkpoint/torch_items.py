@@ -11,7 +11,7 @@ import math
 from typing import IO, NamedTuple, cast
 
 from dist_export.errors import CheckpointError
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.pickled_tensor import PickledTensor, itemsize_of
 from dist_export.formats.torch_pickle import as_tensor, load_pickled
 from dist_export.formats.torch_zip import check_state_archive

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from dist_export.config.byte_sizes import MAX_NUMBER, parse_bytes
 from dist_export.config.dense_settings import (
     check_dense_formats,
     check_free_dims,
@@ -21,7 +22,6 @@ from dist_export.errors import ConfigError
 from dist_export.formats.digests import missing_package
 
 _SPEC = re.compile(r"[\w.]+:[\w.]+$")
-_BYTES = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) ?((?:[kmgt]i?)?b|)", re.IGNORECASE)
 
 MIN_MEMORY_BYTES = 64 << 20
 """The buffers and a useful number of ids need at least this."""
@@ -36,7 +36,6 @@ CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
 """(setting, its former value) -> the error."""
 
-_MAX_NUMBER = 1 << 62
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
 """Four months. The functions that get a timeout cannot count much further."""
@@ -358,8 +357,8 @@ class ExportConfig:
             raise ConfigError(
                 f"max_batch_size is {self.max_batch_size}; a free batch dimension reaches from 1 to 2 at least"
             )
-        if self.max_batch_size > _MAX_NUMBER:
-            raise ConfigError(f"max_batch_size is more than {_MAX_NUMBER:,}; no batch is as large")
+        if self.max_batch_size > MAX_NUMBER:
+            raise ConfigError(f"max_batch_size is more than {MAX_NUMBER:,}; no batch is as large")
         if not 0 < self.timeout <= _MAX_TIMEOUT_SECS:
             raise ConfigError(f"timeout is {self.timeout}; give seconds above 0, {_MAX_TIMEOUT_SECS:,} at most")
         for name in ("atol", "rtol"):
@@ -387,20 +386,3 @@ class ExportConfig:
     def with_changes(self, **changes: Any) -> ExportConfig:
         """Return a copy with some settings changed, and check it."""
         return dataclasses.replace(self, **changes)
-
-
-def parse_bytes(text: int | str, *, setting: str) -> int:
-    """Return a number of bytes from a number or a text: ``512MiB`` (powers of 1024), ``2GB`` (powers of 1000), ``1e9``."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        if text > _MAX_NUMBER:
-            raise ConfigError(f"{setting} is more than {_MAX_NUMBER:,} bytes; no machine has that much")
-        return text
-    found = _BYTES.fullmatch(str(text).strip())
-    if found is None:
-        raise ConfigError(f"{setting} is {text!r}; give bytes, or a number with a unit such as 512MiB or 2GB")
-    unit = found[2].lower()
-    base = 1024 if unit.endswith("ib") else 1000
-    number = float(found[1]) * base ** ("kmgt".index(unit[0]) + 1 if unit[:1] in tuple("kmgt") else 0)
-    if not number < 1 << 62:
-        raise ConfigError(f"{setting} is {text!r}; no machine has that much")
-    return int(number)

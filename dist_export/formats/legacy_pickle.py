@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.pickled_tensor import Storage
 from dist_export.formats.torch_pickle import load_pickled
 

@@ -15,24 +15,13 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python's own mapping 
 from collections.abc import Callable
 from typing import Any
 
+from dist_export.formats.pickle_values import MAX_KEY, Global, KeyCheck, PickleError, Record
+
 _MAX_ARGUMENTS = 64
 _MAX_NAME = 1_000
-_MAX_KEY = 1 << 16
-"""Limit of a text, in characters. Each time a text is a key, it is compared with equal texts to the end."""
-_MAX_KEY_PARTS = 64
-_MAX_KEY_TEXT = 4_096
-"""Limits of a tuple that is a key: its parts, and the characters in them."""
-_MAX_COLLISIONS = 16
-"""Limit of different keys with one hash. Such keys are easy to make, and each lookup compares a key with all of them."""
-_HASH_BITS = 61
-"""Python's hash of a smaller integer is that integer."""
 _MAX_INT_BYTES = 64
 
 _U16, _I32, _U32, _U64, _F64 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
-
-
-class PickleError(ValueError):
-    """The pickle is damaged, or contains something that this reader does not support. The text is the middle of a sentence."""
 
 
 class _CallerError(Exception):
@@ -45,34 +34,6 @@ class _CallerError(Exception):
 
 _SIGNS = (IndexError, struct.error)
 """Exceptions that are raised here if a pickle ends too early, or takes a value that is not there."""
-
-
-class Global:
-    """A class or a function that a pickle names; the object only represents the name."""
-
-    __slots__ = ("make", "name")
-
-    def __init__(self, name: str, make: Callable[..., Any] | None = None) -> None:
-        """Keep the name. ``make`` is called with the pickle's own arguments, when the pickle makes an object of the name."""
-        self.name = name
-        self.make = make
-
-
-class Record:
-    """An object of a class of which only the name is known."""
-
-    __slots__ = ("arguments", "kind", "state")
-
-    def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
-        self.kind = kind
-        self.arguments = arguments
-        self.state: Any = None
-        """The state that it was restored from, by reference, so that no copy is made."""
-
-
-def recorded(name: str) -> Global:
-    """Return a global whose objects become records."""
-    return Global(name, lambda *arguments: Record(name, arguments))
 
 
 class Machine:
@@ -99,7 +60,8 @@ class Machine:
         self._persistent = persistent
         self._found: dict[tuple[str, str], Any] = {}
         self._allowance = 8 * len(raw) + (1 << 16)
-        self._collisions: dict[int, list[Any]] = {}
+        self._keys = KeyCheck()
+        self.check_key = self._keys.check
         self._protocol = 0
         self._memo: list[Any] = []
         self._below: list[list[Any]] = []
@@ -129,28 +91,6 @@ class Machine:
         for attributes in state if type(state) is tuple and len(state) == 2 else (state,):
             if type(attributes) is dict:
                 self.charge(4 * len(attributes))
-
-    def check_key(self, key: Any) -> None:
-        """Refuse a key whose hash or comparison could take very long. PickleError."""
-        kind = type(key)
-        if kind is str or kind is bytes:
-            if len(key) > _MAX_KEY:
-                raise PickleError(f"has a key of {len(key):,} characters")
-        elif kind is int:
-            if key.bit_length() >= _HASH_BITS:
-                self._count_collisions(key)
-        elif kind is tuple:
-            _measure_key(key)
-            self._count_collisions(key)
-        elif kind not in (bool, float, type(None), Record, Global):
-            raise PickleError(f"has a key that is a {kind.__name__}")
-
-    def _count_collisions(self, key: Any) -> None:
-        same = self._collisions.setdefault(hash(key), [])
-        if key not in same:
-            same.append(key)
-            if len(same) > _MAX_COLLISIONS:
-                raise PickleError("has keys of one hash; they are made to take for ever")
 
     def _load(self) -> Any:
         raw = self.raw
@@ -274,7 +214,7 @@ class Machine:
             raise PickleError("is cut short or damaged")
         for place in range(0, len(items), 2):
             key = items[place]
-            if type(key) is not str or len(key) > _MAX_KEY:
+            if type(key) is not str or len(key) > MAX_KEY:
                 self.check_key(key)
             if type(target) is dict:  # items of other classes are not used
                 target[key] = items[place + 1]
@@ -352,23 +292,6 @@ def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except _SIGNS as error:
         raise _CallerError(error) from error
-
-
-def _measure_key(key: tuple[Any, ...]) -> None:
-    """Refuse a tuple with too many parts, counting repeated ones each time, or with too long ones."""
-    waiting: list[Any] = [key]
-    parts = length = 0
-    while waiting:
-        part = waiting.pop()
-        parts += 1
-        if type(part) is tuple:
-            waiting.extend(part[: _MAX_KEY_PARTS + 1])
-        elif type(part) in (str, bytes):
-            length += len(part)
-        elif type(part) not in (int, bool, float, type(None), Global):
-            raise PickleError(f"has a key with a {type(part).__name__} in it")
-        if parts > _MAX_KEY_PARTS or length > _MAX_KEY_TEXT:
-            raise PickleError("has a key of too many parts")
 
 
 def _text(raw: bytes) -> str:

@@ -9,7 +9,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from dist_export.formats.pickle_machine import Global, PickleError
+from dist_export.formats.pickle_values import Global, PickleError
 
 MAX_DIMS = 64
 _MAX_SIZE = 1 << 62

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from dist_export.formats.dtypes import is_torch_dtype
-from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.pickle_machine import Machine
+from dist_export.formats.pickle_values import Global, PickleError, Record, recorded
 from dist_export.formats.pickled_tensor import (
     MAX_DIMS,
     PickledTensor,

@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import CheckpointError, DistExportError, PackageError
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.torch_pickle import as_tensor, load_archive
 from dist_export.formats.torch_zip import StateArchive, check_state_archive
 from dist_export.manifest import DenseEntry

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from dist_export.errors import DistExportError, EndedError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes, digest_pieces
+from dist_export.package.file_pool import FilePool
 from dist_export.package.file_state import FileState, can_hash, read_pieces_of, state_of
 from dist_export.package.held_file import HeldFile
 from dist_export.package.links import refuse_link_out
@@ -29,8 +27,6 @@ from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReade
 from dist_export.storage.s3_reader import S3Reader
 from dist_export.storage.urls import reopen_directory
 
-_MAX_HELD = 256
-"""The most descriptors of a package's files that are kept open."""
 _MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
 """Up to this many objects are requested one by one. For more, their folders are listed."""
@@ -51,17 +47,12 @@ class OpenedFiles:
         self._digests: dict[str, str] = {}
         """The digests of whole files, as the package states them."""
         self._anchor = ""
-        self._held: OrderedDict[str, HeldFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._pool = FilePool()
         self._pid = os.getpid()
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._last_fd = soft // 2
-        """If a file gets this descriptor or a higher one, an older file is closed, so that about half of all descriptors are
-        left to the caller. The system always gives out the lowest free descriptor."""
         self._folder = -1
         if directory.is_local:
             self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, _close_all, self._folder, self._held)
+        self._close = weakref.finalize(self, _close_all, self._folder, self._pool)
 
     # ---- at the opening ----
 
@@ -100,11 +91,11 @@ class OpenedFiles:
         """Open files on a disk now, as many as may be kept open. They can be read even after they are removed."""
         if self._folder < 0:
             return
-        for name in list(dict.fromkeys(names))[:_MAX_HELD]:
+        for name in list(dict.fromkeys(names))[: self._pool.max_files]:
             with contextlib.suppress(OSError, PackageError):  # a later read reports it
                 held = self._take(name)
-                self._give_back(name, held)
-                if held.reader.fd >= self._last_fd:
+                self._pool.give_back(name, held)
+                if self._pool.is_near_limit(held):
                     return
 
     # ---- reads ----
@@ -179,7 +170,7 @@ class OpenedFiles:
                 self._refuse_changed(name, held)
             finally:
                 if held is not None:
-                    self._give_back(name, held)
+                    self._pool.give_back(name, held)
 
     def is_current(self) -> bool:
         """Return whether the package is still under its path, and all recorded files are unchanged."""
@@ -236,7 +227,8 @@ class OpenedFiles:
     def _survive_fork(self) -> None:
         """In a forked child, take a lock that no thread of the parent holds, and for a store a connection of its own."""
         if self._pid != os.getpid():
-            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._pid = os.getpid()
+            self._pool.survive_fork()
             if self._folder < 0:
                 self._directory = reopen_directory(self._directory)
 
@@ -275,12 +267,8 @@ class OpenedFiles:
     def _take(self, name: str) -> HeldFile:
         """Open a file, or return it if it is open. Raises OSError: ESTALE if it is not in the recorded state."""
         self._survive_fork()
-        with self._lock:
-            held = self._held.get(name)
-            if held is not None:
-                self._held.move_to_end(name)
-                held.uses += 1
-                return held
+        if (held := self._pool.take(name)) is not None:
+            return held
         known = self._require(name)
         if self._folder < 0:
             return HeldFile(self._open_in_store(name, known))
@@ -288,7 +276,7 @@ class OpenedFiles:
         if not (known.is_same(now := state_of(os.fstat(fd))) or self._has_content(name, now, fd)):
             close_quietly(fd)
             raise OSError(errno.ESTALE, "has changed")
-        return self._keep(name, LocalReader(self.describe(name), fd))
+        return self._pool.keep(name, LocalReader(self.describe(name), fd))
 
     def _open_in_store(self, name: str, known: FileState) -> RangeReader:
         directory = self._directory
@@ -296,40 +284,13 @@ class OpenedFiles:
             return directory.open_reader(name)
         return S3Reader(self.describe(name), directory.s3, directory.join(name), etag=str(known.version[0]))
 
-    def _keep(self, name: str, reader: RangeReader) -> HeldFile:
-        with self._lock:
-            held = self._held.get(name)
-            if held is None:
-                held = self._held[name] = HeldFile(reader)
-            else:  # another thread was faster
-                reader.close()
-            held.uses += 1
-            self._shrink(_MAX_HELD if held.reader.fd < self._last_fd else len(self._held) - 1)
-        return held
-
-    def _shrink(self, most: int) -> None:
-        """Close files that no lookup uses now, the least recently used first. The caller holds the lock."""
-        for name in [name for name, held in self._held.items() if not held.uses]:
-            if len(self._held) <= most:
-                return
-            self._held.pop(name).close()
-
-    def _give_back(self, name: str, held: HeldFile) -> None:
-        with self._lock:
-            held.uses -= 1
-            if held.uses <= 0 and self._held.get(name) is not held:
-                held.close()
-            if len(self._held) > _MAX_HELD:  # a lookup uses two files at once
-                self._shrink(_MAX_HELD)
-
     def _open(self, name: str) -> int:
         try:
             fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            with self._lock:
-                self._shrink(0)
+            self._pool.close_unused()
             fd = os.open(name, OPEN_FLAGS, dir_fd=self._folder)
         try:
             if not self._directory.follows_links:
@@ -394,8 +355,7 @@ class OpenedFiles:
             ) from error
 
 
-def _close_all(folder: int, held: OrderedDict[str, HeldFile]) -> None:
-    while held:
-        held.popitem()[1].close()
+def _close_all(folder: int, pool: FilePool) -> None:
+    pool.close()
     if folder >= 0:
         close_quietly(folder)

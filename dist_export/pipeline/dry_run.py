@@ -40,7 +40,7 @@ from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.plan.work_units import assign, plan_units
 from dist_export.reporting.account_text import say_account
-from dist_export.reporting.progress import say_figures
+from dist_export.reporting.summary import say_figures
 from dist_export.runtime.joining import join
 from dist_export.runtime.ranks import Ranks
 

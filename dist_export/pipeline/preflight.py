@@ -44,16 +44,7 @@ class Found:
 def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
     """Look at all that an export is given, and go on after a mistake, so that all of them are in one error. All ranks."""
     mistakes = Mistakes()
-    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
-    built = config if config.model is not None else fg_only
-    objects: Objects | None = Objects()
-    if built is not None:
-        objects = mistakes.collect(
-            lambda: ranks.run(
-                "build the model and the dataset", lambda: build_objects(built, tells_all=True), may_block=True
-            ),
-            None,
-        )
+    objects = _build(ranks, config, mistakes)
     model = None if objects is None else objects.model
     weights = mistakes.collect(lambda: look_for_weights(ranks, config, model), None)
     # without the model nobody knows which tensors of some checkpoints are tables
@@ -67,12 +58,7 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         ignored=ignored,
     )
     config = config if located is None else located.apply(config)
-    paths = mistakes.collect(lambda: open_paths(ranks, config, place_of(config)), None)
-    if paths is not None and paths.target.is_local:
-        target = paths.target
-        reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
-        if reason is not None:
-            mistakes.add(ConfigError(f"export_dir {paths.final.url}: {reason}"))
+    paths = _open_target(ranks, config, mistakes)
     source = _open_source(config) if located is not None else None
     checkpoint, dense_state = (
         (None, ()) if source is None else _look_at_source(ranks, config, source, model, weights, mistakes, ignored)
@@ -106,6 +92,27 @@ def look_at_all(ranks: Ranks, config: ExportConfig, world_size: int) -> Found:
         dense_state=dense_state,
         notes=tuple(notes),
     )
+
+
+def _build(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> Objects | None:
+    """Build what of the caller's can be built. All ranks. None after a mistake."""
+    fg_only = config.with_changes(model=None, need_export_sparse=True) if config.fg else None
+    built = config if config.model is not None else fg_only
+    if built is None:
+        return Objects()
+    step = "build the model and the dataset"
+    return mistakes.collect(lambda: ranks.run(step, lambda: build_objects(built, tells_all=True), may_block=True), None)
+
+
+def _open_target(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> ExportPaths | None:
+    """Open the export directory, and try whether it can be made. All ranks. None after a mistake."""
+    paths = mistakes.collect(lambda: open_paths(ranks, config, place_of(config)), None)
+    if paths is not None and paths.target.is_local:
+        target = paths.target
+        reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))
+        if reason is not None:
+            mistakes.add(ConfigError(f"export_dir {paths.final.url}: {reason}"))
+    return paths
 
 
 def _open_source(config: ExportConfig) -> Directory:

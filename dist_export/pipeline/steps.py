@@ -46,7 +46,8 @@ from dist_export.pipeline.target_state import OnDisk
 from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
-from dist_export.reporting.progress import Reporter, summarize, summarize_same
+from dist_export.reporting.progress import Reporter
+from dist_export.reporting.summary import summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.casting import refuse_overflow

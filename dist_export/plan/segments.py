@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.checkpoint.metadata import Checkpoint, Parts, SlotMeta
 from dist_export.plan.census import GRANULE_ROWS, Census
 from dist_export.plan.plan import Copies, Gather, SparsePlan
 
@@ -32,17 +32,8 @@ def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], l
         if not len(part):
             continue
         base = _rows_before(target, rows)
-        starts = np.flatnonzero(np.diff(part, prepend=-1))
-        is_kept_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
         is_ordered = not plan.checkpoint.tables[table].is_hashed  # then the rows of a run are neighbours
-        if is_ordered:
-            is_range = np.repeat(is_kept_whole, np.diff(np.append(starts, len(part))))
-            ranges, split = np.flatnonzero(is_range), np.flatnonzero(~is_range)
-        else:
-            is_whole = np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
-            is_whole &= is_kept_whole
-            ranges = starts[is_whole]
-            split = np.flatnonzero(np.repeat(~is_whole, np.diff(np.append(starts, len(part)))))
+        ranges, split = _tell_ranges(parts, part, target, rows, is_ordered=is_ordered)
         # the first row of a range in its part, and its rows. A whole part is one range, though it may have several runs
         begin = _rows_before(part, rows)[ranges]
         num_rows = rows[ranges] if is_ordered else parts.rows[part[ranges]]
@@ -83,6 +74,19 @@ def plan_segments(plan: SparsePlan, census: Census) -> tuple[list[np.ndarray], l
                 )
             )
     return segments, gathers
+
+
+def _tell_ranges(
+    parts: Parts, part: np.ndarray, target: np.ndarray, rows: np.ndarray, *, is_ordered: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which runs of a table's census begin a byte range, and which are gathered row by row."""
+    starts = np.flatnonzero(np.diff(part, prepend=-1))
+    num_runs = np.diff(np.append(starts, len(part)))
+    is_whole = np.add.reduceat(rows, starts) == parts.rows[part[starts]]
+    if not is_ordered:
+        is_whole &= np.minimum.reduceat(target, starts) == np.maximum.reduceat(target, starts)
+    is_range = np.repeat(is_whole, num_runs)
+    return np.flatnonzero(is_range) if is_ordered else starts[is_whole], np.flatnonzero(~is_range)
 
 
 def _is_copied(checkpoint: Checkpoint, table: int, slot: SlotMeta, part: np.ndarray) -> np.ndarray:

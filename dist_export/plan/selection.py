@@ -79,25 +79,9 @@ def select(
         PlanError: a pattern matches nothing, a name is both kept and dropped, or the shape of a kept slot does not match
             the rows of its table.
     """
-    settings = {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
-    unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
-    unmatched.difference_update(("optimizer_slots", pattern) for pattern in checkpoint.optimizer_patterns)
-
-    def matches(setting: str, names: tuple[str, ...]) -> bool:
-        hits = [pattern for pattern in settings[setting] if any(fnmatchcase(name, pattern) for name in names)]
-        unmatched.difference_update((setting, pattern) for pattern in hits)
-        return bool(hits)
-
-    def reason_to_drop(names: tuple[str, ...], *, is_known: bool) -> str | None:
-        is_optimizer, is_dropped, is_kept = (matches(setting, names) for setting in settings)
-        if is_kept and is_dropped:
-            raise PlanError(f"{names[-1]!r} is named both by keep_slots and by drop_slots; take it out of one of them")
-        if is_kept:
-            return None
-        if not is_dropped and is_trainer_state(names[0]):
-            return BY_TRAINER
-        return BY_PATTERN if is_dropped else BY_OPTIMIZER if is_optimizer or is_known else None
-
+    patterns = _SlotPatterns(
+        checkpoint, {"optimizer_slots": optimizer_slots, "drop_slots": drop_slots, "keep_slots": keep_slots}
+    )
     kept: list[tuple[SlotMeta, ...]] = []
     dropped: list[tuple[tuple[SlotMeta, str], ...]] = []
     for number, table in enumerate(checkpoint.tables):
@@ -109,7 +93,7 @@ def select(
                     stays.append(slot)
                 continue
             names = (slot.name, f"{table.name_in_source}.{slot.name}")
-            reason = reason_to_drop(names, is_known=slot.is_optimizer or slot.name in OPTIMIZER_SLOTS)
+            reason = patterns.reason_to_drop(names, is_known=slot.is_optimizer or slot.name in OPTIMIZER_SLOTS)
             if reason is None and slot.stored_shape is not None:
                 rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
                 raise PlanError(
@@ -123,25 +107,55 @@ def select(
         kept.append(tuple(stays))
         dropped.append(tuple(goes))
     dense = [
-        (tensor, reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name)))
+        (tensor, patterns.reason_to_drop((tensor.name,), is_known=_is_optimizer_dense(tensor.name)))
         for tensor in checkpoint.dense
     ]
-    mistakes = Mistakes()
-    slots = sorted({slot.name for table in checkpoint.tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
-    for setting, pattern in sorted(unmatched):
-        mistakes.add(
-            PlanError(
-                f"{setting}: the pattern {pattern!r} matches no slot and no dense tensor of the checkpoint; "
-                f"its slots besides id and embedding, which always stay: {', '.join(slots) or 'none'}"
-            )
-        )
-    mistakes.refuse()
+    patterns.refuse_unmatched()
     return Selection(
         kept=tuple(kept),
         dropped=tuple(dropped),
         kept_dense=tuple(tensor for tensor, reason in dense if reason is None),
         dropped_dense=tuple((tensor, reason) for tensor, reason in dense if reason is not None),
     )
+
+
+class _SlotPatterns:
+    """The patterns of the settings that choose slots, and which of them have matched nothing yet."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: dict[str, tuple[str, ...]]) -> None:
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._unmatched = {(setting, pattern) for setting, patterns in settings.items() for pattern in patterns}
+        self._unmatched.difference_update(("optimizer_slots", pattern) for pattern in checkpoint.optimizer_patterns)
+
+    def _matches(self, setting: str, names: tuple[str, ...]) -> bool:
+        hits = [pattern for pattern in self._settings[setting] if any(fnmatchcase(name, pattern) for name in names)]
+        self._unmatched.difference_update((setting, pattern) for pattern in hits)
+        return bool(hits)
+
+    def reason_to_drop(self, names: tuple[str, ...], *, is_known: bool) -> str | None:
+        """Return why a slot or tensor of these names is dropped; None if it is kept. ``is_known``: as optimizer state."""
+        is_optimizer, is_dropped, is_kept = (self._matches(setting, names) for setting in self._settings)
+        if is_kept and is_dropped:
+            raise PlanError(f"{names[-1]!r} is named both by keep_slots and by drop_slots; take it out of one of them")
+        if is_kept:
+            return None
+        if not is_dropped and is_trainer_state(names[0]):
+            return BY_TRAINER
+        return BY_PATTERN if is_dropped else BY_OPTIMIZER if is_optimizer or is_known else None
+
+    def refuse_unmatched(self) -> None:
+        """Raise PlanError for every pattern that has matched nothing."""
+        mistakes, tables = Mistakes(), self._checkpoint.tables
+        slots = sorted({slot.name for table in tables for slot in table.slots} - {ID_SLOT, EMBEDDING_SLOT})
+        for setting, pattern in sorted(self._unmatched):
+            mistakes.add(
+                PlanError(
+                    f"{setting}: the pattern {pattern!r} matches no slot and no dense tensor of the checkpoint; "
+                    f"its slots besides id and embedding, which always stay: {', '.join(slots) or 'none'}"
+                )
+            )
+        mistakes.refuse()
 
 
 def is_trainer_state(name: str) -> bool:

@@ -73,44 +73,9 @@ def build_app(watcher: Watcher, *, workers: int | None = None) -> FastAPI:
         pool.shutdown()
 
     app = FastAPI(lifespan=run, title="dist_export", version=VERSION, openapi_url=None)
-
-    @app.exception_handler(HTTPException)
-    async def tell(_: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": error.detail}, error.status_code)
-
-    @app.exception_handler(Exception)
-    async def tell_bug(_: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"{type(error).__name__}; the log of the server has more"}, 500)
-
-    @app.get("/v2")
-    def describe_server() -> dict[str, Any]:
-        return {"name": "dist_export", "version": VERSION, "extensions": ["binary_tensor_data"]}
-
-    @app.get("/v2/health/live")
-    def tell_live() -> Response:
-        return Response()
-
-    @app.get("/v2/health/ready")
-    def tell_ready() -> Response:
-        return Response()  # a server without a package does not start
-
-    @app.get("/v2/models/{name}")
-    @app.get("/v2/models/{name}/versions/{version}")
-    def describe_model(name: str, version: str | None = None) -> dict[str, Any]:
-        served, model = _find(watcher, name, version)
-        return {
-            "name": name,
-            "versions": [served.version],
-            "platform": "dist_export",
-            "inputs": describe_tensors([(t.name, t.dtype, t.shape) for t in model.inputs]),
-            "outputs": describe_tensors([(t.name, t.dtype, t.shape) for t in model.outputs]),
-        }
-
-    @app.get("/v2/models/{name}/ready")
-    @app.get("/v2/models/{name}/versions/{version}/ready")
-    def tell_model_ready(name: str, version: str | None = None) -> Response:
-        _find(watcher, name, version)
-        return Response()
+    _answer_errors(app)
+    _describe_server(app, metrics)
+    _describe_models(app, watcher)
 
     @app.post("/v2/models/{name}/infer")
     @app.post("/v2/models/{name}/versions/{version}/infer")
@@ -131,11 +96,61 @@ def build_app(watcher: Watcher, *, workers: int | None = None) -> FastAPI:
             metrics.seconds.labels(name).observe(time.perf_counter() - begin)
         return response
 
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Make errors JSON."""
+
+    @app.exception_handler(HTTPException)
+    async def tell(_: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def tell_bug(_: Request, error: Exception) -> Response:
+        return JSONResponse({"error": f"{type(error).__name__}; the log of the server has more"}, 500)
+
+
+def _describe_server(app: FastAPI, metrics: Metrics) -> None:
+    """Add what the server says of itself."""
+
+    @app.get("/v2")
+    def describe_server() -> dict[str, Any]:
+        return {"name": "dist_export", "version": VERSION, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live")
+    def tell_live() -> Response:
+        return Response()
+
+    @app.get("/v2/health/ready")
+    def tell_ready() -> Response:
+        return Response()  # a server without a package does not start
+
     @app.get("/metrics")
     def show_metrics() -> Response:
         return Response(prometheus_client.generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    return app
+
+def _describe_models(app: FastAPI, watcher: Watcher) -> None:
+    """Add what the server says of its models."""
+
+    @app.get("/v2/models/{name}")
+    @app.get("/v2/models/{name}/versions/{version}")
+    def describe_model(name: str, version: str | None = None) -> dict[str, Any]:
+        served, model = _find(watcher, name, version)
+        return {
+            "name": name,
+            "versions": [served.version],
+            "platform": "dist_export",
+            "inputs": describe_tensors([(t.name, t.dtype, t.shape) for t in model.inputs]),
+            "outputs": describe_tensors([(t.name, t.dtype, t.shape) for t in model.outputs]),
+        }
+
+    @app.get("/v2/models/{name}/ready")
+    @app.get("/v2/models/{name}/versions/{version}/ready")
+    def tell_model_ready(name: str, version: str | None = None) -> Response:
+        _find(watcher, name, version)
+        return Response()
 
 
 def _find(watcher: Watcher, name: str, version: str | None) -> tuple[Served, Model]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import msgspec
 
@@ -129,21 +129,7 @@ class Transfer:
         if self._in_place:
             self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
             return
-        if candidates and self._digest == NONE:
-            self._reused = candidates
-        elif candidates:
-            units = plan_hash_units(plan, sorted(candidates))
-
-            def hash_again() -> ChunkDigests:
-                hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
-                ranks.refuse_to_go_on()  # a rank that was asked to stop did not hash all its files
-                return hashed
-
-            shares = ranks.all_gather("verify shards of an interrupted export", hash_again)
-            found = chunks_of_files(join_digests(shares))
-            whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
-            self._reused = {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
-        self._reused |= vouched
+        self._reused = self._find_whole(candidates) | vouched
         counted = ranks.all_gather("look for what was counted", lambda: set(self._counts))[0]
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
         new = [n for n in range(len(plan.files)) if n not in self._reused]
@@ -160,22 +146,39 @@ class Transfer:
             begins.sort()
         if self._uploads is not None:
             self._uploads.join(ranks.broadcast("begin the uploads", functools.partial(self._begin_uploads, new)))
+        ranks.all_gather("reserve space for the shards", lambda: self._reserve(built, remote))
 
-        def reserve() -> None:
-            if self._disk_of_rank:
-                open_queues(ranks, "write/disk", threads)
-            here = [number for number in built if number not in self._elsewhere]
-            if not here:
-                return
-            self._staging.check_room(sum(plan.files[number].num_bytes for number in here if number not in remote))
-            disks = self._disk_of_rank or [0] * ranks.world_size
-            neighbours = [rank for rank, disk in enumerate(disks) if disk == disks[ranks.rank]]
-            for number in here[neighbours.index(ranks.rank) :: len(neighbours)]:
-                self._reserved.append(plan.files[number].name)
-                has_holes = number in remote  # ranges that the store copies are never written here
-                self._staging.create(plan.files[number].name, plan.files[number].num_bytes, has_holes=has_holes)
+    def _find_whole(self, candidates: dict[int, Receipt]) -> dict[int, Receipt]:
+        """Return the shards of an interrupted export that still have the digest of their receipt. All ranks."""
+        if not candidates or self._digest == NONE:
+            return candidates
+        ranks, units = self._ranks, plan_hash_units(self._plan, sorted(candidates))
 
-        ranks.all_gather("reserve space for the shards", reserve)
+        def hash_again() -> ChunkDigests:
+            hashed = self._run_units("reuse", units, self._open_final, is_counted=False)
+            ranks.refuse_to_go_on()  # a rank that was asked to stop did not hash all its files
+            return hashed
+
+        shares = ranks.all_gather("verify shards of an interrupted export", hash_again)
+        found = chunks_of_files(join_digests(shares))
+        whole = {number: root_digest(chunks, self._digest) for number, chunks in found.items()}
+        return {n: receipt for n, receipt in candidates.items() if whole[n] == receipt.digest}
+
+    def _reserve(self, built: list[int], remote: Container[int]) -> None:
+        """Reserve this rank's share of the space on its disk. ``remote``: files of which the store copies parts itself."""
+        ranks, files = self._ranks, self._plan.files
+        if self._disk_of_rank:
+            open_queues(ranks, "write/disk", self._budget.threads)
+        here = [number for number in built if number not in self._elsewhere]
+        if not here:
+            return
+        self._staging.check_room(sum(files[number].num_bytes for number in here if number not in remote))
+        disks = self._disk_of_rank or [0] * ranks.world_size
+        neighbours = [rank for rank, disk in enumerate(disks) if disk == disks[ranks.rank]]
+        for number in here[neighbours.index(ranks.rank) :: len(neighbours)]:
+            self._reserved.append(files[number].name)
+            has_holes = number in remote  # ranges that the store copies are never written here
+            self._staging.create(files[number].name, files[number].num_bytes, has_holes=has_holes)
 
     def _share_disks(self, built: list[int]) -> None:
         """Choose the disk on which each file is built. All ranks."""

@@ -188,20 +188,7 @@ class _Reader:
         self._extra: Numbering[str] = Numbering()
         self._inner: Numbering[tuple[int, ...]] = Numbering()
         self._row_indexed_keys: dict[int, str] = {}
-        order = np.argsort(indexes.file, kind="stable")
-        edges = np.searchsorted(indexes.file[order], np.arange(1, max(len(indexes.files), 1)))
-        positions_by_file = dict(zip(indexes.files, np.split(order, edges), strict=False))
-        numbers = {name: number for number, name in enumerate(indexes.files)}
-        is_read = np.zeros(len(indexes.files), bool)
-        columns: list[tuple[np.ndarray, ...]] = []
-        for name, header in self._headers(indexes.files):
-            number = numbers[name]
-            is_read[number] = True
-            self._tell_of_header(name, header)
-            inner = np.array([self._inner[shape] for shape in header.inner_shapes] or [0], np.int32)[header.inner]
-            place = self._positions(name, header, positions_by_file[name])
-            file = np.full(len(place), number, np.int32)
-            columns.append((place, file, header.dtypes, header.rows, inner, header.begins, header.ends))
+        columns, is_read = self._read_headers(indexes)
         self._is_whole &= bool(is_read.all())
         place, file, dtype, rows, inner, begin, end = self._join(columns)
         keys = (*indexes.keys, *self._extra)
@@ -242,6 +229,24 @@ class _Reader:
             slices=np.array(list(slices), np.int64).reshape(-1, 3),
             is_row_indexed=np.append(self._is_row_indexed, np.zeros(len(self._extra), bool))[place],
         )
+
+    def _read_headers(self, indexes: Indexes) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
+        """Return the columns of the blocks of each file whose header can be read, and which files those are."""
+        order = np.argsort(indexes.file, kind="stable")
+        edges = np.searchsorted(indexes.file[order], np.arange(1, max(len(indexes.files), 1)))
+        positions_by_file = dict(zip(indexes.files, np.split(order, edges), strict=False))
+        numbers = {name: number for number, name in enumerate(indexes.files)}
+        is_read = np.zeros(len(indexes.files), bool)
+        columns: list[tuple[np.ndarray, ...]] = []
+        for name, header in self._headers(indexes.files):
+            number = numbers[name]
+            is_read[number] = True
+            self._tell_of_header(name, header)
+            inner = np.array([self._inner[shape] for shape in header.inner_shapes] or [0], np.int32)[header.inner]
+            place = self._positions(name, header, positions_by_file[name])
+            file = np.full(len(place), number, np.int32)
+            columns.append((place, file, header.dtypes, header.rows, inner, header.begins, header.ends))
+        return columns, is_read
 
     def _headers(self, names: Sequence[str]) -> Iterator[tuple[str, Header]]:
         """Yield the headers that can be read, and report the others."""

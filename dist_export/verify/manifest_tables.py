@@ -78,18 +78,7 @@ class _Comparison:
         file = np.fromiter((self._file.get(part.file, -1) for part in table.parts), np.int64, number)
         part_slice = np.fromiter((self._find_slice(part.slice) for part in table.parts), np.int64, number)
         for slot in slots.values():
-            if slot.encoding is not msgspec.UNSET and not is_sound_encoding(slot):
-                what = f"{slot.encoding!r} of {slot.dtype} {list(slot.shape)}"
-                report.add(
-                    MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} has the unknown encoding {what}"
-                )
-            # a cast writes floats, or rows with an encoding. Without the encoding, their bytes would be read as values
-            is_row_indexed = slot.encoding is msgspec.UNSET and (
-                slot.dim is not msgspec.UNSET or (slot.cast is not msgspec.UNSET and slot.dtype == DTYPES[U8].torch)
-            )
-            if is_row_indexed:
-                what = f"of {slot.dtype} {list(slot.shape)} has no encoding, though its rows were cast or have a dim"
-                report.add(MANIFEST, _CHECK, f"slot {slot.name!r} of table {table.name!r} {what}")
+            self._check_encoding(table, slot)
             keys = [part.keys.get(slot.name) for part in table.parts]
             has_key = np.array([key is not None for key in keys], bool)
             row = blocks.find((key or "" for key in keys), number)
@@ -117,6 +106,19 @@ class _Comparison:
         _check_account(table, report)
         if by_number and report.count() == before:
             check_ranges(table, report)
+
+    def _check_encoding(self, table: TableEntry, slot: SlotEntry) -> None:
+        where = f"slot {slot.name!r} of table {table.name!r}"
+        if slot.encoding is not msgspec.UNSET and not is_sound_encoding(slot):
+            what = f"has the unknown encoding {slot.encoding!r} of {slot.dtype} {list(slot.shape)}"
+            self._report.add(MANIFEST, _CHECK, f"{where} {what}")
+        # a cast writes floats, or rows with an encoding. Without the encoding, their bytes would be read as values
+        lacks_encoding = slot.encoding is msgspec.UNSET and (
+            slot.dim is not msgspec.UNSET or (slot.cast is not msgspec.UNSET and slot.dtype == DTYPES[U8].torch)
+        )
+        if lacks_encoding:
+            what = f"of {slot.dtype} {list(slot.shape)} has no encoding, though its rows were cast or have a dim"
+            self._report.add(MANIFEST, _CHECK, f"{where} {what}")
 
     def check_dense(self, tensors: tuple[DenseTensorEntry, ...]) -> None:
         blocks, report = self._blocks, self._report

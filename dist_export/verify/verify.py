@@ -8,13 +8,14 @@ line, and none is an exception. Later checks skip files that an earlier check co
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 from dist_export.errors import EndedError, UserError
 from dist_export.redact import reason_of
 from dist_export.runtime.joining import alone
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
+from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 from dist_export.verify.combine import conclude
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
@@ -34,7 +35,7 @@ from dist_export.verify.ids import (
 from dist_export.verify.metadata_checks import CHANGED, Survey
 from dist_export.verify.report import Report
 from dist_export.verify.row_indexes import IndexCount, count_indexes, cut_indexes, report_indexes
-from dist_export.verify.work_split import DEFAULT_MEMORY, Bounds, share_out
+from dist_export.verify.work_split import DEFAULT_MEMORY, Bounds, Work, share_out
 
 _DEFAULT_THREADS = 4
 
@@ -73,26 +74,7 @@ def verify(
     keep_freed_memory()
     num_shares = ranks.world_size * bounds.threads
     mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
-    shares = [
-        share_out(column, num_shares)[mine]
-        for column in (
-            cut_files(work)[2],
-            cut_ids(work, bounds.held_ids)[2],
-            cut_values(work)[2],
-            cut_indexes(work)[2],
-        )
-    ]
-
-    def read(share: tuple[slice, ...]) -> tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount]]:
-        files, ids, values, indexes = share
-        return (
-            hash_share(directory, work, files),
-            count_share(directory, work, ids, held_ids=bounds.held_ids),
-            scan_share(directory, work, values),
-            count_indexes(directory, work, indexes),
-        )
-
-    outcomes = ranks.all_gather("read the files", lambda: run_threads(read, list(zip(*shares, strict=True))))
+    outcomes = ranks.all_gather("read the files", lambda: _read_shares(directory, work, bounds, num_shares, mine))
     found = [outcome for by_thread in outcomes for outcome in by_thread]
     counts = add_counts(work, [ids for _, ids, _, _ in found])
     is_proven = proven_tables(work, counts)
@@ -118,6 +100,26 @@ def verify(
         return survey.report
 
     return ranks.broadcast("put the findings together", finish)
+
+
+_Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount]]
+
+
+def _read_shares(directory: Directory, work: Work, bounds: Bounds, num_shares: int, mine: slice) -> list[_Read]:
+    """Read this rank's shares of the files, one a thread."""
+
+    def read(share: tuple[slice, ...]) -> _Read:
+        files, ids, values, indexes = share
+        return (
+            hash_share(directory, work, files),
+            count_share(directory, work, ids, held_ids=bounds.held_ids),
+            scan_share(directory, work, values),
+            count_indexes(directory, work, indexes),
+        )
+
+    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], cut_indexes(work)[2])
+    shares = [share_out(column, num_shares)[mine] for column in sizes]
+    return run_threads(read, list(zip(*shares, strict=True)))
 
 
 def _choose_threads() -> int:

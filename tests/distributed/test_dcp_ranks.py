@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.storage.urls import open_directory
 from tests.distributed.test_worlds import check_against_one_rank
+from tests.support import exports
 from tests.support.distributed.dcp_cases import NUM_SHARDS
 from tests.support.distributed.ranks import run_ranks
 from tests.support.fixture_cases import TORCHREC_CASES, share_pairs
@@ -85,7 +85,7 @@ def test_tables_and_dense_parameters_that_torch_shared_out(world_size: int, tmp_
     tables = ["user.*", "item.*", "copied.*"]
     for num_shards in (1, 3, "source"):
         package = tmp_path / str(num_shards)
-        dist_export.export(
+        exports.export(
             {
                 "ckpt_dir": str(tmp_path / "ckpt"),
                 "export_dir": str(package),

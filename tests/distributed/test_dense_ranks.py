@@ -22,6 +22,7 @@ import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError
 from dist_export.model.unwrap import copy_dense_arch
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import split_table, write_checkpoint
 
@@ -184,7 +185,7 @@ def batches(rank: int) -> list[tuple[bool, dict[str, torch.Tensor]]]:
 
 
 def make_exporter(model: nn.Module, dataset: Any, folder: str, name: str, **settings: Any) -> dist_export.Exporter:
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse", "dense", dataset, f"{folder}/ckpt", f"{folder}/{name}", filter_sparse_opt=True, **settings
     )
 

@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import dist_export
 from dist_export.errors import DistExportError
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import truth_of
 
@@ -141,7 +140,7 @@ def last_step(rank: int, source: Path, out: Path) -> None:
     dist.init_process_group = lambda *arguments, **options: (begun.append(arguments), real(*arguments, **options))
     before, of_job, held_before = model_state(model), job_state(), held()
     for name in ("first", "failed", "second"):
-        export = dist_export.Exporter(
+        export = exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(),
             source if name != "failed" else source / "nowhere", out / name,
             export_outputs=["ctr", "like"], filter_sparse_opt=True, num_shards=2,

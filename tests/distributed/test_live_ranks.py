@@ -19,8 +19,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dist_export
 from dist_export.errors import DistExportError
-from dist_export.reporting.progress import summarize
+from dist_export.reporting.summary import summarize
 from dist_export.verify.verify import verify
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.live_models import CoalescedTable, LiveTable, Tables, bytes_of, embedding, read_rows
 from tests.support.recis_writer import PartSpec, gen_slice, make_rows, make_tables, split_table, write_checkpoint
@@ -31,7 +32,7 @@ NUM_SHARDS = [1, 2, 3, 4]
 
 
 def exporter(model: nn.Module, out: Path, **settings: Any) -> dist_export.Exporter:
-    return dist_export.Exporter(model, "sparse_arch", "dense_arch", None, None, out, **settings)
+    return exports.exporter(model, "sparse_arch", "dense_arch", None, None, out, **settings)
 
 
 # ---- hash tables ----
@@ -245,7 +246,7 @@ def export_mixed(rank: int, out: Path) -> dict[str, Any]:
     batch = {"user": asked, "city": torch.arange(len(asked))}
     before = {name: local_of(value) for name, value in model.state_dict().items()}
     held = model.sparse_arch.user._rows.clone()
-    manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export()
+    manifest = exports.exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export()
     assert all(torch.equal(local_of(value), before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model.sparse_arch.user._rows, held)
     return {
@@ -279,7 +280,7 @@ def export_sharded(rank: int, out: Path) -> dict[str, Any]:
         model = Mixed()  # a new one: FSDP leaves the weights of its outermost module whole after a forward
         model.sparse_arch = Sharding()
         fully_shard(model.sparse_arch.city, mesh=mesh)
-        return dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, where, **settings)
+        return exports.exporter(model, "sparse_arch", "dense_arch", [batch], None, where, **settings)
 
     manifest = exporter_of(out).export()
     assert manifest.parity is not None

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import dist_export
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.live_models import bytes_of, read_rows
 
@@ -96,7 +96,7 @@ def export_sharded(rank: int, out: Path, as_dtensor: bool) -> None:
             shard.detach().copy_(rows[:, column : column + width] if width else rows)
     batch = torch.arange(6) + 10 * rank
     for num_shards in (1, 3):
-        manifest = dist_export.Exporter(
+        manifest = exports.exporter(
             sharded, "sparse_arch", "dense_arch", [batch], None, out / str(num_shards), num_shards=num_shards
         ).export()
         assert manifest.parity is not None

@@ -12,7 +12,7 @@ import dist_export
 from dist_export.errors import DistExportError
 from dist_export.plan import memory_budget, work_units
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.distributed.ranks import run_ranks
 from tests.support.plain_cases import TABLES, make_model
 
@@ -29,9 +29,7 @@ def export_chain(_: int, source: str, out: str) -> None:
     ]
     for number, settings in enumerate(steps):
         target = f"{out}/{number}"
-        dist_export.export(
-            {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "threads": 2, **settings}
-        )
+        exports.export({"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "threads": 2, **settings})
         source = target
 
 
@@ -57,7 +55,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
 
 
 def export_again(_: int, source: str, target: str) -> list[str]:
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "num_shards": 2, "threads": 2}
     )
     return [note for note in manifest.notes if "were taken over from" in note]
@@ -71,7 +69,7 @@ def test_the_program_is_taken_over_by_one_rank_for_all(tmp_path: Path) -> None:
         "dataset": tiny_model.DATASET,
         "filter_sparse_opt": True,
     }
-    before = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
+    before = exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
     again = tmp_path / "again"
     notes = run_ranks(export_again, 2, tmp_path / "store", str(first), str(again), timeout=240)
     assert all(len(its) == 1 for its in notes), notes
@@ -94,7 +92,7 @@ def test_all_ranks_refuse_a_damaged_package(tmp_path: Path) -> None:
     """Each reads its share of the files, and what one has found ends all of them before anything is written."""
     torch.save(make_model(), tmp_path / "ckpt.pt")
     first = {"ckpt_dir": str(tmp_path / "ckpt.pt"), "export_dir": str(tmp_path / "first"), "treat_as_tables": TABLES}
-    dist_export.export({**first, "filter_sparse_opt": True, "num_shards": 3})
+    exports.export({**first, "filter_sparse_opt": True, "num_shards": 3})
     shard = max((tmp_path / "first").glob("model-*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[-2] ^= 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import dist_export
 from tests.distributed.test_worlds import bare_manifest
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.dynamicemb_writer import make_table, truth_of, write_dump
 from tests.support.plain_cases import ITEM, TABLES, USER, assert_same, dense_of, make_model, read_numbered
@@ -49,7 +49,7 @@ def write_sources(folder: Path) -> None:
 def export_all(_: int, sources: Path, out: Path, threads: int) -> None:
     for name, settings in CASES.items():
         for num_shards in (1, 3):
-            dist_export.export(
+            exports.export(
                 {
                     "ckpt_dir": str(sources / name),
                     "export_dir": str(out / f"{name}-{num_shards}"),
@@ -105,7 +105,7 @@ def test_shards_that_torch_writes_come_together(tmp_path: Path) -> None:
     for num_shards in (1, 2, 3):
         out = tmp_path / str(num_shards)
         settings = {"filter_sparse_opt": True, "treat_as_tables": TABLES, "num_shards": num_shards}
-        dist_export.export({"ckpt_dir": str(tmp_path / "in"), "export_dir": str(out), **settings})
+        exports.export({"ckpt_dir": str(tmp_path / "in"), "export_dir": str(out), **settings})
         assert_same(read_numbered(out), {name: model[name] for name in (USER, ITEM)})
     dense = dense_of(tmp_path / "in", TABLES).load()
     assert_same(dict(dense), {name: tensor for name, tensor in model.items() if name not in (USER, ITEM)})

@@ -13,7 +13,7 @@ import dist_export
 from dist_export.errors import DistExportError
 from dist_export.verify.verify import verify
 from tests.distributed.test_row_account import parts_of, repeat
-from tests.support import torchrec_shape
+from tests.support import exports, torchrec_shape
 from tests.support.dcp_writer import save
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import read_back, truth_of, write_checkpoint
@@ -49,7 +49,7 @@ def settings(sources: str, target: str, case: str, num_shards: int) -> dict[str,
 def export_all(_: int, sources: str, out: str) -> None:
     for case in CASES:
         for num_shards in NUM_SHARDS:
-            dist_export.export(settings(sources, f"{out}/{case}/{num_shards}", case, num_shards))
+            exports.export(settings(sources, f"{out}/{case}/{num_shards}", case, num_shards))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_two_ranks_give_the_same_bytes(sources: Path, one_rank: Path, tmp_path: 
 
 
 def export_with_a_model(_: int, ckpt: str, deny: str, out: str) -> None:
-    dist_export.export({
+    exports.export({
         "ckpt_dir": ckpt, "export_dir": out, "filter_sparse_opt": True, "num_shards": 2, "to_hash_tables": ["*"],
         "model": torchrec_shape.MODEL, "dataset": torchrec_shape.DATASET,
         "prune": [{"tables": "*t_user*", "deny": deny}],
@@ -159,7 +159,7 @@ def export_with_a_list_of_its_own(rank: int, sources: str, out: str) -> str:
         original = planning.read_id_list
         planning.read_id_list = lambda path, **settings: original(path.replace("-0", "-1"), **settings)
     try:
-        dist_export.export(
+        exports.export(
             settings(sources, out, "stepfilter2", 2) | {"prune": [{"tables": "item_emb", "deny": f"{out}-0.npy"}]}
         )
     except DistExportError as error:

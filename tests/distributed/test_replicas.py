@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import dist_export
 from dist_export.errors import DistExportError
 from dist_export.formats.recis import Slice
+from tests.support import exports
 from tests.support.distributed.ranks import run_ranks
 from tests.support.live_models import LiveTable
 
@@ -83,9 +83,7 @@ def export_each(rank: int, folder: str) -> dict[str, list[str]]:
         batch = {"ids": torch.tensor([rank, rank + dist.get_world_size()])}
         out = Path(folder) / name
         try:
-            manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export(
-                progress=False
-            )
+            manifest = exports.exporter(model, "sparse_arch", "dense_arch", [batch], None, out).export(progress=False)
             found[name] = list(manifest.notes)
         except DistExportError as error:
             found[name] = [f"exit {error.exit_code}: {error}", str(out.exists() and any(out.iterdir()))]

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-import dist_export
 from dist_export.errors import DistExportError
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.distributed.ranks import run_ranks
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -21,7 +20,7 @@ def export_all(rank: int, rounds: list[list[dict[str, Any]]]) -> list[tuple[int,
     outcomes = []
     for settings in rounds:
         try:
-            dist_export.export(settings[rank])
+            exports.export(settings[rank])
         except DistExportError as error:
             outcomes.append((error.exit_code, str(error)))
         else:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import dist_export
 from dist_export.runtime.joining import join
 from dist_export.verify.verify import verify
-from tests.support import torchrec_shape
+from tests.support import exports, torchrec_shape
 from tests.support.distributed.ranks import run_ranks
 from tests.support.sparse_cases import content
 
@@ -38,7 +38,7 @@ def save(_: int, folder: str) -> None:
 
 
 def export(_: int, folder: str, out: str) -> dict[str, Any]:
-    manifest = dist_export.export(
+    manifest = exports.export(
         {
             "ckpt_dir": f"{folder}/ckpt",
             "export_dir": f"{folder}/{out}",

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dist_export
 from dist_export.verify.verify import verify
 from tests.distributed.test_worlds import torchrun
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 from tests.support.warm import run_command
 
@@ -47,7 +46,7 @@ def test_two_ranks_verify_a_package_with_its_program(tmp_path: Path) -> None:
         "dataset": tiny_model.DATASET,
         "filter_sparse_opt": True,
     }
-    dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings})
+    exports.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings})
     done = run(2, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == verify(str(tmp_path / "out")).render()

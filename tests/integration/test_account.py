@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
-import dist_export
 from dist_export.checkpoint.dcp import classify as dcp_classify
 from dist_export.checkpoint.payload import size_of
 from dist_export.checkpoint.recis.reader import RecisReader
@@ -24,8 +23,8 @@ from dist_export.config.loader import load_config
 from dist_export.errors import CommitError
 from dist_export.manifest import AccountEntry, Manifest
 from dist_export.pipeline.dry_run import make_report, render_report
-from dist_export.reporting.progress import summarize
-from tests.support import embedding_model
+from dist_export.reporting.summary import summarize
+from tests.support import embedding_model, exports
 from tests.support.dcp_writer import save as save_dcp
 from tests.support.dynamicemb_writer import make_table, write_dump
 from tests.support.recis_writer import MERGED, make_rows, make_tables, split_table, write_checkpoint
@@ -367,7 +366,7 @@ def test_a_dump_of_dynamicemb_alone_and_beside_a_checkpoint(tmp_path: Path) -> N
 
 def test_a_model_in_memory(tmp_path: Path) -> None:
     trained = embedding_model.build_trained()
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         model=trained,
         sparse_model_name="sparse_arch",
         dense_model_name="dense_arch",
@@ -413,7 +412,7 @@ def test_numbers_that_become_ids_are_no_bytes_of_the_source(tmp_path: Path) -> N
 
 def test_the_dense_arch_alone(tmp_path: Path) -> None:
     source, held = write_torch(tmp_path / "ckpt")
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "need_export_sparse": False, **SETTINGS}
     )
     account = account_of(manifest)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import dist_export
 from dist_export.manifest import Manifest
+from tests.support import exports
 
 IDS = torch.arange(3, 19)
 
@@ -48,7 +48,7 @@ def build(seed: int) -> Model:
 
 
 def export(source: Path, out: Path, **settings: Any) -> Manifest:
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         build(7), "sparse_arch", "dense_arch", iter([IDS]), str(source), str(out), filter_sparse_opt=True, **settings
     )
     return exporter.export(progress=False)
@@ -74,7 +74,7 @@ def test_tables_that_become_hash_tables(tmp_path: Path) -> None:
 def test_a_checkpoint_of_hash_tables_as_the_source(settings: dict[str, Any], tmp_path: Path) -> None:
     """The tables were passed over in silence: the sample had random rows."""
     torch.save(build(2).state_dict(), tmp_path / "ckpt.pt")
-    dist_export.Exporter(
+    exports.exporter(
         None,
         "sparse_arch",
         "dense_arch",

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import ModelError
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 BATCH = tiny_model.build_dataset()[0][1]
 
@@ -53,7 +52,7 @@ def export(tmp_path: Path, fn, dataset=None, dense: nn.Module | None = None):
     model = Model(fn, dense)
     checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     out = tmp_path / "out"
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         model, "sparse_arch", "dense_arch", dataset or [BATCH], checkpoint, out, filter_sparse_opt=True
     ).export()
     return manifest, out, checkpoint
@@ -128,7 +127,7 @@ def test_a_constant_that_cannot_be_shown_to_be_one_is_refused(tmp_path: Path) ->
     checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
 
     def run(dataset):
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", dataset, checkpoint, tmp_path / "out", filter_sparse_opt=True
         ).export()
 
@@ -190,7 +189,7 @@ def test_nested_entries_of_a_mapping_of_its_own_kind_are_exported_whole(kind, tm
 
     torch.manual_seed(7)
     checkpoint = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         kind(fn, TakesNested()),
         "sparse_arch",
         "dense_arch",

@@ -424,7 +424,7 @@ def test_what_people_see(tmp_path: Path) -> None:
     shown = "\n".join(render(describe(str(tmp_path / "out"))))
     assert "1,000         16 int8_rowwise" in shown
     assert "cast from float32: largest error" in shown
-    lines = dist_export.reporting.progress.summarize(manifest, [], "out")
+    lines = dist_export.reporting.summary.summarize(manifest, [], "out")
     assert any("cast     1 table float32 -> int8_rowwise, saves 40.0 kB; largest error" in line for line in lines)
 
 

@@ -21,6 +21,7 @@ from dist_export.plan.census import UniqueTask
 from dist_export.plan.prune import plan_pruning
 from dist_export.plan.target_slices import plan_targets
 from dist_export.transfer.id_scan import check_unique, take_census
+from tests.support import exports
 from tests.support.collision_cases import EMPTY, MODULES, Model, make_state, make_zch_state, rows_of, weight_of
 from tests.support.dcp_writer import save, write_chunks
 from tests.support.recis_writer import read_back
@@ -308,9 +309,7 @@ def export_model(
     )
     batch = {name: torch.tensor(its) for name, its in ids.items()}
     settings = {"export_dir": tmp_path / "out"} | settings
-    exporter = dist_export.Exporter(
-        model, "sparse_arch", "dense_arch", [batch], source, filter_sparse_opt=True, **settings
-    )
+    exporter = exports.exporter(model, "sparse_arch", "dense_arch", [batch], source, filter_sparse_opt=True, **settings)
     return exporter.export(progress=False), batch
 
 

@@ -14,7 +14,7 @@ from dist_export.errors import ConfigError, PlanError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.verify.verify import verify
 from tests.integration.test_torchrec_shape import PREFIX
-from tests.support import tiny_model, torchrec_shape
+from tests.support import exports, tiny_model, torchrec_shape
 from tests.support.dcp_writer import write_chunks
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -50,7 +50,7 @@ def test_numbers_become_ids_of_halves_without_the_small_rows(tmp_path: Path, by:
         "model": torchrec_shape.MODEL,
         "dataset": torchrec_shape.DATASET,
     }
-    manifest = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), **settings})
+    manifest = exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), **settings})
     assert verify(str(tmp_path / "out"), finite=True).findings == []
     assert manifest.parity.from_files.max_ulp == {"ctr": 0, "like": 0}
     tables = {table.name: table for table in manifest.tables}
@@ -116,7 +116,7 @@ def test_hash_tables_of_recis_too(tmp_path: Path, num_shards: int) -> None:
         "on_duplicate": "first",
         "max_memory": "64MiB",
     }
-    manifest = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), **settings})
+    manifest = exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), **settings})
     assert verify(str(tmp_path / "out")).findings == []
     package = dist_export.open_package(tmp_path / "out")
     for name, written in (("a", "a"), ("b", "bee")):
@@ -135,7 +135,7 @@ def test_hash_tables_of_recis_too(tmp_path: Path, num_shards: int) -> None:
 def test_a_model_of_hash_tables_scores_what_is_left(tmp_path: Path) -> None:
     """Pruned and cast rows are what the sample sees, before and after."""
     tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    manifest = dist_export.export(
+    manifest = exports.export(
         {
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
@@ -157,7 +157,7 @@ def test_a_model_of_hash_tables_scores_what_is_left(tmp_path: Path) -> None:
 def test_a_default_row_of_a_quantised_table_is_given_and_verified(tmp_path: Path) -> None:
     write_torchrec(tmp_path / "ckpt", by=0)
     settings = {"ckpt_dir": str(tmp_path / "ckpt"), "filter_sparse_opt": True, "dtype": {"*": "int8"}}
-    dist_export.export({**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*": [1, 2, 3, 4]}})
+    exports.export({**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*": [1, 2, 3, 4]}})
     assert verify(str(tmp_path / "out")).findings == []
     rows, has_row = dist_export.open_package(tmp_path / "out").lookup(f"{PREFIX}t_item.weight", [10**6])
     assert not has_row.any()
@@ -169,9 +169,7 @@ def test_a_default_row_must_fit_what_is_written(tmp_path: Path, dtype: str, valu
     write_torchrec(tmp_path / "ckpt", by=0)
     settings = {"ckpt_dir": str(tmp_path / "ckpt"), "filter_sparse_opt": True, "dtype": {"*": dtype}}
     with pytest.raises(PlanError, match=rf"default_row: .* does not fit {dtype}"):
-        dist_export.export(
-            {**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*t_item*": [value, 0, 0, 0]}}
-        )
+        exports.export({**settings, "export_dir": str(tmp_path / "out"), "default_row": {"*t_item*": [value, 0, 0, 0]}})
     assert not (tmp_path / "out").exists()
 
 
@@ -183,7 +181,7 @@ def test_no_rule_goes_by_a_slot_that_does_not_fit_its_table(tmp_path: Path) -> N
     }
     write_chunks(tmp_path / "ckpt", tensors)
     with pytest.raises(PlanError, match=r"slot 'momentum1' .* has shape \[7\], which does not go with the rows"):
-        dist_export.export(
+        exports.export(
             {
                 "ckpt_dir": str(tmp_path / "ckpt"),
                 "export_dir": str(tmp_path / "out"),
@@ -195,7 +193,7 @@ def test_no_rule_goes_by_a_slot_that_does_not_fit_its_table(tmp_path: Path) -> N
 
 
 def test_a_live_model_with_new_names_is_scored(tmp_path: Path) -> None:
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         torchrec_shape.build_trained(),
         "sparse_arch",
         "dense_arch",
@@ -216,7 +214,7 @@ def test_ids_of_the_sample_that_rules_leave_behind_are_told(tmp_path: Path) -> N
         "dataset": tiny_model.DATASET,
         "filter_sparse_opt": True,
     }
-    manifest = dist_export.export(
+    manifest = exports.export(
         {
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
@@ -235,7 +233,7 @@ def test_a_live_model_says_what_its_tables_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="treat_as_tables is for checkpoints, but format is live"):
         dist_export.ExportConfig(export_dir=str(tmp_path), format="live", treat_as_tables=["x"])
     with pytest.raises(ConfigError, match="dataset is None"):
-        dist_export.Exporter(
+        exports.exporter(
             torchrec_shape.build_trained(), "sparse_arch", "dense_arch", None, None, tmp_path, need_export_sparse=False
         )
 
@@ -244,7 +242,7 @@ def test_rows_of_bfloat16_that_become_a_hash_table_are_told(tmp_path: Path) -> N
     weight = torch.randn(10, 4).bfloat16()
     write_chunks(tmp_path / "ckpt", {"m.embedding_bags.u.weight": (weight, [((0, 0), weight)])})
     settings = {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
-    manifest = dist_export.export({**settings, "to_hash_tables": ["*"]})
+    manifest = exports.export({**settings, "to_hash_tables": ["*"]})
     assert any("bfloat16, of which RecIS's loader reads no embeddings" in note for note in manifest.notes)
 
 

@@ -24,11 +24,11 @@ from dist_export.errors import DistExportError, PackageError
 from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest, compute_digest
 from dist_export.reporting.events import samples_of
-from dist_export.reporting.progress import summarize_same
+from dist_export.reporting.summary import summarize_same
 from dist_export.verify.verify import verify
 from tests.support import archive_programs as programs
+from tests.support import exports, tiny_model
 from tests.support import pickle_attacks as pickles
-from tests.support import tiny_model
 from tests.support.fuzzing import damage_bytes, damage_index, damage_json, damage_shard
 from tests.support.hostile_cases import edit
 
@@ -189,7 +189,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("package")
     checkpoint = str(tiny_model.write_tiny_checkpoint(base / "ckpt"))
     settings = {"ckpt_dir": checkpoint, "export_dir": str(base / "out"), "filter_sparse_opt": True, "num_shards": 2}
-    dist_export.export(settings)
+    exports.export(settings)
     return base / "out"
 
 

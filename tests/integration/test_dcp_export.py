@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import dist_export
 from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.dcp.reader import DcpReader
 from dist_export.checkpoint.metadata import IN_STRIPS
@@ -20,7 +19,7 @@ from dist_export.cli import main
 from dist_export.errors import CheckpointError, ConfigError, PlanError
 from dist_export.pipeline.source_changes import look_at_small_files
 from dist_export.storage.urls import open_directory
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.dcp_writer import change_metadata, make_state, save, write_chunks
 from tests.support.fixture_cases import TORCHREC_CASES
 from tests.support.package_reader import read_row_tables
@@ -32,7 +31,7 @@ USER = "ebc.embedding_bags.user.weight"
 def export(source: Path, target: Path, **settings: Any) -> dict[tuple[str, str], torch.Tensor]:
     """Export with the filter, and return what the package holds."""
     values = {"filter_sparse_opt": True, **settings}
-    dist_export.export({"ckpt_dir": str(source), "export_dir": str(target), **values})
+    exports.export({"ckpt_dir": str(source), "export_dir": str(target), **values})
     return read_row_tables(target)
 
 
@@ -342,7 +341,7 @@ def test_the_dense_arch_is_traced_with_the_parameters_of_the_checkpoint(tmp_path
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter)
     save(tmp_path / "ckpt", {"model": trained.state_dict(), "epoch": 3})
-    dist_export.export(
+    exports.export(
         {
             "ckpt_dir": str(tmp_path / "ckpt"),
             "export_dir": str(tmp_path / "out"),
@@ -390,7 +389,7 @@ def test_rows_that_are_stored_once_for_all_come_out_each(tmp_path: Path) -> None
 @pytest.mark.fixtures
 def test_stores_are_read_as_directories_are(torchrec_fixtures: Path, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(f"{torchrec_fixtures / 'column_wise'}/", "/dcp_export/", recursive=True)
-    dist_export.export({"ckpt_dir": "memory://dcp_export", "export_dir": str(tmp_path), "filter_sparse_opt": True})
+    exports.export({"ckpt_dir": "memory://dcp_export", "export_dir": str(tmp_path), "filter_sparse_opt": True})
     truth = golden_of(torchrec_fixtures, "column_wise")
     assert same(read_row_tables(tmp_path), {key: values for key, values in truth.items() if key[1] == "embedding"})
     assert len(DcpDense(open_directory("memory://dcp_export")).load()) == 4

@@ -22,7 +22,7 @@ from dist_export.formats.digests import digest_bytes
 from dist_export.manifest import decode_manifest, encode_manifest, seal
 from dist_export.verify.verify import verify
 from tests.integration.test_dense_stage import model_with
-from tests.support import ROOT, tiny_model
+from tests.support import ROOT, exports, tiny_model
 from tests.support.dense_nets import trace
 
 MODEL = "fx_user_model/model.onnx"
@@ -30,7 +30,7 @@ MODEL = "fx_user_model/model.onnx"
 
 def export(folder: Path, model=None, **settings):
     checkpoint = tiny_model.write_tiny_checkpoint(folder / "ckpt")
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model or tiny_model.build_model(),
         "sparse_arch",
         "dense_arch",

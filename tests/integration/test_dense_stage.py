@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import dist_export
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def run(checkpoint: Path, model=None, dataset=None, **settings):
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model or tiny_model.build_model(),
         settings.pop("sparse_model_name", "sparse_arch"),
         settings.pop("dense_model_name", "dense_arch"),
@@ -257,7 +256,7 @@ def test_complex_inputs_and_outputs_are_exported_and_verified(checkpoint: Path, 
 def test_the_dense_arch_alone_from_a_checkpoint_without_tables(tmp_path: Path) -> None:
     (tmp_path / "ckpt").mkdir()
     torch.save(tiny_model.trained_dense_state(), tmp_path / "ckpt" / "model.pt")
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         tiny_model.build_model(),
         "sparse_arch",
         "dense_arch",

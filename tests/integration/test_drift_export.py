@@ -13,7 +13,7 @@ import torch
 import dist_export
 from dist_export.checkpoint import id_reader as ids_module
 from dist_export.errors import ConfigError, DriftError
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.live_models import LiveTable
 
 USERS = {
@@ -76,7 +76,7 @@ def export(tmp_path: Path, data, **settings):
     if not checkpoint.exists():
         tiny_model.write_tiny_checkpoint(checkpoint)
     model = settings.pop("model", None) or tiny_model.build_model()
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse_arch", "dense_arch", data, checkpoint, tmp_path / "out", filter_sparse_opt=True, **settings
     ).export()
 
@@ -178,7 +178,7 @@ def test_a_bound_for_an_output_that_is_not_there_is_refused_early(tmp_path: Path
         export(tmp_path, batches(1), max_drift={"nope": 1.0})
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(ConfigError, match="needs model and dataset"):
-        dist_export.Exporter(
+        exports.exporter(
             None, None, None, None, tmp_path / "ckpt", tmp_path / "out", filter_sparse_opt=True, max_drift=1.0
         ).export()
 
@@ -330,7 +330,7 @@ def test_a_pruned_row_of_a_model_in_memory_drifts_in_any_batch(tmp_path: Path) -
     data = [batch_of(list(range(a, b)), list(range(a, b))) for a, b in ((4, 8), (8, 13))]
     prune = [{"tables": "user_emb", "deny": str(tmp_path / "deny.txt")}]
     out = tmp_path / "out"
-    manifest = dist_export.Exporter(model, "sparse_arch", "dense_arch", data, None, out, prune=prune).export()
+    manifest = exports.exporter(model, "sparse_arch", "dense_arch", data, None, out, prune=prune).export()
     assert manifest.drift.batches == 2
     assert manifest.drift.outputs["ctr"].max_abs > 1e-5
     assert manifest.run["drift"] == {"ids": 18, "without_row": 0, "pruned": 1}

@@ -18,7 +18,7 @@ from dist_export.errors import ConfigError, ExportError
 from dist_export.reporting.events import EVENTS, METRICS, Events, failure_of, samples_of
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer.unit_runner import UnitRunner
-from tests.support import ROOT, tiny_model
+from tests.support import ROOT, exports, tiny_model
 
 SAMPLE = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? \S+')
 
@@ -45,7 +45,7 @@ def test_credentials_in_a_url_are_in_no_event_and_no_metric() -> None:
 
 
 def test_events_stand_beside_the_package(settings: dict[str, object], tmp_path: Path) -> None:
-    manifest = dist_export.export({**settings, "events": True})
+    manifest = exports.export({**settings, "events": True})
     events = read(tmp_path / "out.events.jsonl")
     assert (events[0]["event"], events[-1]["event"]) == ("started", "committed")
     assert events[-1]["bytes"] == manifest.num_bytes
@@ -64,7 +64,7 @@ def test_events_stand_beside_the_package(settings: dict[str, object], tmp_path: 
 
 
 def test_metrics_are_prometheus_text(settings: dict[str, object], tmp_path: Path) -> None:
-    manifest = dist_export.export({**settings, "metrics": str(tmp_path / "export.prom")})
+    manifest = exports.export({**settings, "metrics": str(tmp_path / "export.prom")})
     lines = (tmp_path / "export.prom").read_text().splitlines()
     samples = [line for line in lines if not line.startswith("#")]
     assert all(SAMPLE.fullmatch(line) for line in samples), samples
@@ -77,7 +77,7 @@ def test_metrics_are_prometheus_text(settings: dict[str, object], tmp_path: Path
 
 def test_rows_left_behind_are_told_by_reason(settings: dict[str, object], tmp_path: Path) -> None:
     rules = {"prune": [{"tables": "*", "norm_at_most": 1e9}], "on_empty_table": "allow"}
-    manifest = dist_export.export({**settings, **rules, "metrics": str(tmp_path / "m.prom")})
+    manifest = exports.export({**settings, **rules, "metrics": str(tmp_path / "m.prom")})
     table = manifest.tables[0]
     sample = f'dist_export_dropped_rows{{package="{tmp_path}/out",table="{table.name}",reason="norm"}} {table.rows_in}'
     assert sample in (tmp_path / "m.prom").read_text().splitlines()
@@ -92,11 +92,11 @@ def test_figures_of_a_store_have_units() -> None:
 
 def test_a_refused_rerun_loses_nothing(settings: dict[str, object], tmp_path: Path) -> None:
     told = {"events": True, "metrics": str(tmp_path / "m.prom")}
-    dist_export.export({**settings, **told})
+    exports.export({**settings, **told})
     figures = (tmp_path / "m.prom").read_text()
     first = (tmp_path / "out.events.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="holds a committed package"):
-        dist_export.export({**settings, **told, "digest": "sha256"})
+        exports.export({**settings, **told, "digest": "sha256"})
     assert (tmp_path / "m.prom").read_text() == figures
     assert (tmp_path / "out.events.jsonl").read_bytes().startswith(first)
     events = read(tmp_path / "out.events.jsonl")
@@ -110,12 +110,12 @@ def test_a_refused_rerun_loses_nothing(settings: dict[str, object], tmp_path: Pa
 
 def test_what_is_in_the_file_of_events_stays(settings: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("not ours")
-    dist_export.export({**settings, "events": str(tmp_path / "log.txt")})
+    exports.export({**settings, "events": str(tmp_path / "log.txt")})
     assert (tmp_path / "log.txt").read_text().startswith('not ours\n{"time":')
 
 
 def test_events_and_metrics_go_to_any_store(settings: dict[str, object]) -> None:
-    dist_export.export({**settings, "events": "memory://told/e.jsonl", "metrics": "memory://told/m.prom"})
+    exports.export({**settings, "events": "memory://told/e.jsonl", "metrics": "memory://told/m.prom"})
     store = fsspec.filesystem("memory")
     assert b'"event":"committed"' in store.cat_file("/told/e.jsonl")
     assert b"# HELP dist_export_success " in store.cat_file("/told/m.prom")
@@ -138,7 +138,7 @@ def test_a_failed_export_is_told_too(
 
     monkeypatch.setattr(UnitRunner, "run", fail)
     with pytest.raises(ExportError):
-        dist_export.export({**settings, "events": str(tmp_path / "e.jsonl"), "metrics": str(tmp_path / "m.prom")})
+        exports.export({**settings, "events": str(tmp_path / "e.jsonl"), "metrics": str(tmp_path / "m.prom")})
     assert read(tmp_path / "e.jsonl")[-1]["event"] == "failed"
     assert "disk on fire" in str(read(tmp_path / "e.jsonl")[-1]["error"])
     assert f'dist_export_success{{package="{tmp_path}/out"}} 0' in (tmp_path / "m.prom").read_text()
@@ -150,7 +150,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_an_export(
     (tmp_path / "file").write_text("")
     where = str(tmp_path / "file" / "x")
     with caplog.at_level(logging.WARNING):
-        dist_export.export({**settings, "events": where, "metrics": where})
+        exports.export({**settings, "events": where, "metrics": where})
     told = [record.getMessage() for record in caplog.records]
     assert len([line for line in told if "events cannot be written" in line]) == 1
     assert len([line for line in told if "metrics cannot be written" in line]) == 1

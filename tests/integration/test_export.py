@@ -20,7 +20,7 @@ from dist_export.storage.directory import WORK_DIRECTORY as RECEIPTS
 from dist_export.storage.directory import Directory
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import make_tables, read_back, truth_of, write_checkpoint
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_export_returns_the_manifest_that_it_committed(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(checkpoint), "export_dir": str(out), "filter_sparse_opt": True, **SETTINGS}
     )
     assert dist_export.open_package(out).manifest == manifest
@@ -65,7 +65,7 @@ def test_exporter_takes_objects_and_leaves_the_model_as_it_was(checkpoint: Path,
     model.train()
     model.sparse_arch.user.insert(torch.tensor([123456789]), torch.ones(1, tiny_model.DIM))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model,
         "sparse_arch",
         "dense_arch",
@@ -88,7 +88,7 @@ def test_exporter_takes_objects_and_leaves_the_model_as_it_was(checkpoint: Path,
 def test_the_package_alone_gives_the_scores_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     """Rows from the shards and the program from the archive score as the trained dense arch does."""
     out = tmp_path / "out"
-    dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(out), "filter_sparse_opt": True, **SETTINGS})
+    exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(out), "filter_sparse_opt": True, **SETTINGS})
     package = dist_export.open_package(out)
     (_, batch), *_ = tiny_model.build_dataset(3)
     blocks = {"price": batch["price"]}
@@ -110,7 +110,7 @@ def test_a_copy_goes_over_byte_for_byte_with_its_indexes(checkpoint: Path, tmp_p
     for name in ("extra.pt", "io_state_0.pt", "io_state_count", "0tensorkey.json", "ckpt-0000000-0000000.json"):
         (checkpoint / name).write_bytes(b"x")
     out = tmp_path / "out"
-    manifest = dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(out)})
+    manifest = exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(out)})
     assert manifest.mode == "copy"
     for name in ("model-000000-of-000002.safetensors", "model-000001-of-000002.safetensors", "index", "tensorkey.json"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -132,7 +132,7 @@ def test_a_copy_goes_over_byte_for_byte_with_its_indexes(checkpoint: Path, tmp_p
 def test_in_place_completes_the_package_around_the_files(checkpoint: Path) -> None:
     """export_dir may be ckpt_dir: no file of the checkpoint changes."""
     before = snapshot(checkpoint)
-    manifest = dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(checkpoint), **SETTINGS})
+    manifest = exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(checkpoint), **SETTINGS})
     after = snapshot(checkpoint)
     assert {name: after[name] for name in before} == before
     assert manifest.mode == "in_place"
@@ -147,7 +147,7 @@ def test_in_place_is_seen_through_other_spellings(spelling: str, checkpoint: Pat
     target = str(tmp_path / "link") if spelling == "link" else spelling.format(path=checkpoint)
     before = snapshot(checkpoint)
     with pytest.raises(ConfigError, match="would replace the training checkpoint"):
-        dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": target, "filter_sparse_opt": True})
+        exports.export({"ckpt_dir": str(checkpoint), "export_dir": target, "filter_sparse_opt": True})
     assert snapshot(checkpoint) == before
 
 
@@ -155,7 +155,7 @@ def test_in_place_does_not_rewrite_an_existing_fg(checkpoint: Path) -> None:
     (checkpoint / "fg.json").write_text('{"features": [], "mine": 1}')
     before = snapshot(checkpoint)
     with pytest.raises(ConfigError, match=r"fg\.json"):
-        dist_export.export(
+        exports.export(
             {"ckpt_dir": str(checkpoint), "export_dir": str(checkpoint), "fg_conf_or_path": {"features": []}}
         )
     assert snapshot(checkpoint) == before
@@ -165,14 +165,14 @@ def test_the_source_is_opened_read_only(checkpoint: Path, tmp_path: Path) -> Non
     for path in (*checkpoint.iterdir(), checkpoint):
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = snapshot(checkpoint)
-    dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True})
+    exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True})
     assert snapshot(checkpoint) == before
     checkpoint.chmod(0o755)
 
 
 def test_tables_alone_need_no_model_pt(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.pt").unlink()
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     )
     assert manifest.dense is None
@@ -180,7 +180,7 @@ def test_tables_alone_need_no_model_pt(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_the_merged_manifest_lists_the_parameters_of_model_pt(checkpoint: Path, tmp_path: Path) -> None:
-    dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True})
+    exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True})
     entries = merged(tmp_path / "out")
     names = list(tiny_model.trained_dense_state())
     assert list(entries)[-len(names) :] == names, "after the sorted part, in the order of the state_dict"
@@ -196,7 +196,7 @@ def test_the_merged_manifest_lists_the_parameters_of_model_pt(checkpoint: Path, 
 
 def test_the_dense_arch_alone(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(checkpoint), "export_dir": str(out), "need_export_sparse": False, **SETTINGS}
     )
     assert manifest.mode == "dense_only"
@@ -209,7 +209,7 @@ def test_the_dense_arch_alone_from_a_directory_with_model_pt_alone(tmp_path: Pat
     source = tmp_path / "ckpt"
     source.mkdir()
     torch.save(tiny_model.trained_dense_state(), source / "model.pt")
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "need_export_sparse": False, **SETTINGS}
     )
     assert any("model's own rows" in note for note in manifest.notes)
@@ -217,9 +217,9 @@ def test_the_dense_arch_alone_from_a_directory_with_model_pt_alone(tmp_path: Pat
 
 def test_add_subfolder_is_dated(checkpoint: Path, tmp_path: Path) -> None:
     settings = {"ckpt_dir": str(checkpoint), "add_subfolder": True}
-    dist_export.export({**settings, "export_dir": str(tmp_path / "out")})
+    exports.export({**settings, "export_dir": str(tmp_path / "out")})
     assert (tmp_path / "out" / f"{time.strftime('%Y%m%d')}000000" / "data" / "manifest.json").is_file()
-    dist_export.export({**settings, "export_dir": str(tmp_path / "mydata")})
+    exports.export({**settings, "export_dir": str(tmp_path / "mydata")})
     assert (tmp_path / "mydata" / "manifest.json").is_file(), "as in RecIS, a path that ends with data stays"
 
 
@@ -232,10 +232,8 @@ def test_memory_on_both_ends(is_filter: bool, tmp_path: Path) -> None:
     for path in source.iterdir():
         memory.pipe_file(f"{place}/ckpt/{path.name}", path.read_bytes())
     settings = {"filter_sparse_opt": True, "num_shards": 3} if is_filter else {}
-    dist_export.export(
-        {"ckpt_dir": f"memory:/{place}/ckpt", "export_dir": f"memory:/{place}/out", **settings, **SETTINGS}
-    )
-    dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings, **SETTINGS})
+    exports.export({"ckpt_dir": f"memory:/{place}/ckpt", "export_dir": f"memory:/{place}/out", **settings, **SETTINGS})
+    exports.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings, **SETTINGS})
     assert verify(f"memory:/{place}/out").findings == []
     for path in (tmp_path / "out").glob("model-*.safetensors"):
         assert memory.cat_file(f"{place}/out/{path.name}") == path.read_bytes()
@@ -245,7 +243,7 @@ def test_fg_and_mc_are_checked_and_exported(checkpoint: Path, tmp_path: Path) ->
     fg = {"features": [lookup("user_id", "user_emb"), lookup("item_id", "item_emb")]}
     mc = {"user": ["user_id"], "item": ["item_id"]}
     settings = {"ckpt_dir": str(checkpoint), "filter_sparse_opt": True, **SETTINGS}
-    manifest = dist_export.export(
+    manifest = exports.export(
         {**settings, "export_dir": str(tmp_path / "out"), "fg_conf_or_path": fg, "mc_conf_or_path": mc}
     )
     assert json.loads((tmp_path / "out" / "fg.json").read_text()) == fg
@@ -256,13 +254,13 @@ def test_fg_and_mc_are_checked_and_exported(checkpoint: Path, tmp_path: Path) ->
     wrong = {"features": [lookup("user_id", "usr_emb"), unserved, narrow_table]}
     mc["more"] = ["other"]
     with pytest.raises(ConfigError, match=r"(?s)3 findings.*'item_id'.*'user_id'.*'other'"):
-        dist_export.export(
+        exports.export(
             {**settings, "export_dir": str(tmp_path / "no"), "fg_conf_or_path": wrong, "mc_conf_or_path": mc}
         )
     del mc["more"]
     narrow = {**mc, "item": ["item_id", "user_id"]}
     with pytest.raises(ConfigError, match="item"):
-        dist_export.export(
+        exports.export(
             {**settings, "export_dir": str(tmp_path / "no"), "fg_conf_or_path": fg, "mc_conf_or_path": narrow}
         )
     assert not (tmp_path / "no").exists()
@@ -297,7 +295,7 @@ def test_dense_mistakes_are_found_before_shards_are_written(
         built.sparse_arch.forward = lambda batch: {"not-a-name": forward(batch)["user"]}
     else:
         built.dense_arch.forward = lambda blocks: {"a": {"b": blocks["user"]}}
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         built, "sparse_arch", "dense_arch", tiny_model.build_dataset(), checkpoint, tmp_path / "out"
     )
     with pytest.raises(dist_export.UserError, match=match):
@@ -325,15 +323,15 @@ def test_an_interrupted_export_leaves_no_package_and_the_rerun_equals_an_undistu
     source = tmp_path / "ckpt"
     write_checkpoint(source, make_tables({"t": 400, "u": 100}, 4))
     settings = {"ckpt_dir": str(source), "filter_sparse_opt": True, "num_shards": 4}
-    dist_export.export({**settings, "export_dir": str(tmp_path / "whole")})
+    exports.export({**settings, "export_dir": str(tmp_path / "whole")})
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         interrupt_after(patched, 2)
         with pytest.raises(ExportError, match="No space left"):
-            dist_export.export({**settings, "export_dir": str(out)})
+            exports.export({**settings, "export_dir": str(out)})
     with pytest.raises(dist_export.PackageError):
         dist_export.open_package(out)
-    dist_export.export({**settings, "export_dir": str(out)})
+    exports.export({**settings, "export_dir": str(out)})
     for path in (tmp_path / "whole").iterdir():
         if path.name != "manifest.json":
             assert (out / path.name).read_bytes() == path.read_bytes()
@@ -348,16 +346,16 @@ def test_a_rerun_goes_on_with_the_shards_that_were_finished(
     source = tmp_path / "ckpt"
     write_checkpoint(source, make_tables({"t": 900, "u": 100}, num_parts))
     settings = {"ckpt_dir": str(source), "filter_sparse_opt": True, "num_shards": num_shards}
-    dist_export.export({**settings, "export_dir": str(tmp_path / "whole")})
+    exports.export({**settings, "export_dir": str(tmp_path / "whole")})
     out = tmp_path / "out"
     units = len(recorded_units(monkeypatch, settings, tmp_path / "counted"))
     with monkeypatch.context() as patched:
         interrupt_after(patched, units - 1)
         with pytest.raises(ExportError, match="No space left"):
-            dist_export.export({**settings, "export_dir": str(out)})
+            exports.export({**settings, "export_dir": str(out)})
     finished = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     assert len(finished) == num_shards - 1
-    manifest = dist_export.export({**settings, "export_dir": str(out)})
+    manifest = exports.export({**settings, "export_dir": str(out)})
     assert manifest.run["reused_shards"] == num_shards - 1
     for path in (tmp_path / "whole").glob("model-*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -370,7 +368,7 @@ def recorded_units(monkeypatch: pytest.MonkeyPatch, settings: dict[str, object],
     real = UnitRunner.run
     with monkeypatch.context() as patched:
         patched.setattr(UnitRunner, "run", lambda self, unit: (done.append(unit), real(self, unit))[1])
-        dist_export.export({**settings, "export_dir": str(out)})
+        exports.export({**settings, "export_dir": str(out)})
     return done
 
 
@@ -390,14 +388,14 @@ def test_a_rerun_keeps_whole_shards_of_the_same_plan_only(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         failing_publish(patched)
         with pytest.raises(ExportError, match="Input/output error"):
-            dist_export.export(settings)
+            exports.export(settings)
     assert len(list((out / RECEIPTS).glob("model-*.safetensors.json"))) == 4
     inodes = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     damaged = out / "model-000002-of-000004.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
-    manifest = dist_export.export(settings)
+    manifest = exports.export(settings)
     assert manifest.run["reused_shards"] == 3
     again = {path.name: path.stat().st_ino for path in out.glob("model-*.safetensors")}
     assert {name for name in inodes if inodes[name] != again[name]} == {damaged.name}
@@ -412,10 +410,10 @@ def test_shards_of_another_plan_are_not_kept_and_go(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         failing_publish(patched)
         with pytest.raises(ExportError):
-            dist_export.export({**settings, "num_shards": 4})
+            exports.export({**settings, "num_shards": 4})
     shutil.rmtree(source)
     write_checkpoint(source, make_tables({"t": 300}, 4, seed=9))
-    dist_export.export({**settings, "num_shards": 2})
+    exports.export({**settings, "num_shards": 2})
     assert sorted(path.name for path in out.glob("model-*")) == [
         f"model-00000{i}-of-000002.{suffix}" for i in (0, 1) for suffix in ("row_index", "safetensors")
     ]
@@ -431,7 +429,7 @@ def test_the_manifest_is_written_last(checkpoint: Path, tmp_path: Path, monkeypa
         real(self, name, data)
 
     monkeypatch.setattr(Directory, "write", write)
-    dist_export.export(
+    exports.export(
         {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True, **SETTINGS}
     )
     assert written[-1] == "manifest.json"

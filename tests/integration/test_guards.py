@@ -22,7 +22,7 @@ from dist_export.storage.directory import WORK_DIRECTORY
 from dist_export.transfer.unit_runner import UnitRunner
 from dist_export.verify.verify import verify
 from dist_export.workdir import lock as claims
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import make_tables, write_checkpoint
 
 DENSE = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
@@ -54,7 +54,7 @@ def test_a_second_export_into_the_same_directory_is_refused(checkpoint: Path, tm
     first.start()
     assert reached.wait(30)
     with pytest.raises(ConfigError, match=rf"another export \(process {os.getpid()} on .*\) is writing there"):
-        dist_export.export(settings(checkpoint, out))
+        exports.export(settings(checkpoint, out))
     go_on.set()
     first.join()
     assert verify(str(out)).findings == []
@@ -72,7 +72,7 @@ def test_a_package_that_was_committed_meanwhile_is_not_overwritten(
 
     monkeypatch.setattr(claims, "lock", lock)
     with pytest.raises(ConfigError, match="another export has just committed a package"):
-        dist_export.export(settings(checkpoint, out))
+        exports.export(settings(checkpoint, out))
     assert (out / "manifest.json").read_bytes() == b"{}"
 
 
@@ -85,7 +85,7 @@ def test_the_claim_ends_with_its_process(checkpoint: Path, tmp_path: Path) -> No
         f"dist_export.export({settings(checkpoint, out)!r})\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
-    dist_export.export(settings(checkpoint, out))
+    exports.export(settings(checkpoint, out))
     assert not (out / WORK_DIRECTORY).exists()
 
 
@@ -94,13 +94,13 @@ def test_another_checkpoint_is_not_overwritten(checkpoint: Path, tmp_path: Path)
     write_checkpoint(other, make_tables({"z": 10}, 1))
     before = {path.name: path.read_bytes() for path in other.iterdir()}
     with pytest.raises(ConfigError, match="would be overwritten"):
-        dist_export.export(settings(checkpoint, other))
+        exports.export(settings(checkpoint, other))
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
 
 
 def test_chained_urls_cannot_hide_the_source(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="chained URLs"):
-        dist_export.export(settings(checkpoint, f"simplecache::file://{checkpoint}"))
+        exports.export(settings(checkpoint, f"simplecache::file://{checkpoint}"))
 
 
 def test_files_of_an_earlier_attempt_with_other_settings_go(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
@@ -112,9 +112,9 @@ def test_files_of_an_earlier_attempt_with_other_settings_go(checkpoint: Path, tm
     with monkeypatch.context() as patched:
         patched.setattr("dist_export.pipeline.steps.publish", fail)
         with pytest.raises(ExportError):
-            dist_export.export(settings(checkpoint, out, **DENSE, fg_conf_or_path={"features": []}, num_shards=4))
+            exports.export(settings(checkpoint, out, **DENSE, fg_conf_or_path={"features": []}, num_shards=4))
     assert (out / "fx_user_model" / "exported_model.pt").exists()
-    manifest = dist_export.export(settings(checkpoint, out, num_shards=2))
+    manifest = exports.export(settings(checkpoint, out, num_shards=2))
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert there == {entry.path for entry in manifest.files} | {"manifest.json"}
 
@@ -124,7 +124,7 @@ def test_a_pipe_in_the_checkpoint_is_no_file_to_wait_for(name: str, checkpoint: 
     (checkpoint / name).unlink()
     os.mkfifo(checkpoint / name)
     with pytest.raises(dist_export.DistExportError):
-        dist_export.export(settings(checkpoint, tmp_path / "out", **DENSE))
+        exports.export(settings(checkpoint, tmp_path / "out", **DENSE))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_model_pt_is_one_line(checkpoint: Path, tmp_path: Path) -> Non
     for cut in (0, 10, len(data) // 2, len(data) - 30):
         (checkpoint / "model.pt").write_bytes(data[:cut])
         with pytest.raises(CheckpointError, match=r"model\.pt") as caught:
-            dist_export.export(settings(checkpoint, tmp_path / "out"))
+            exports.export(settings(checkpoint, tmp_path / "out"))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -157,7 +157,7 @@ def test_what_goes_wrong_in_the_users_own_code(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     sys.modules.pop("mine", None)
     with pytest.raises(error, match=match):
-        dist_export.export(settings(checkpoint, tmp_path / "out", model="mine:build", dataset=tiny_model.DATASET))
+        exports.export(settings(checkpoint, tmp_path / "out", model="mine:build", dataset=tiny_model.DATASET))
     assert not (tmp_path / "out").exists()
     sys.modules.pop("mine", None)
 
@@ -182,13 +182,13 @@ def test_ctrl_c_stops_at_the_next_unit_and_keeps_what_is_whole(tmp_path: Path, m
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            dist_export.export(settings(source, out, num_shards=8))
+            exports.export(settings(source, out, num_shards=8))
     finally:
         signal.signal(signal.SIGINT, before)
     assert 3 <= len(done) < 8
     assert not (out / "manifest.json").exists()
     monkeypatch.undo()
-    manifest = dist_export.export(settings(source, out, num_shards=8))
+    manifest = exports.export(settings(source, out, num_shards=8))
     assert manifest.run["reused_shards"] >= len(done) - 2
 
 
@@ -197,7 +197,7 @@ def test_nan_in_the_sample_gives_a_package_that_verifies(checkpoint: Path, tmp_p
     batch["price"][0] = float("nan")
     batch["price"][1] = float("inf")
     model = tiny_model.build_model()
-    dist_export.Exporter(
+    exports.exporter(
         model, "sparse_arch", "dense_arch", [batch], checkpoint, tmp_path / "out", filter_sparse_opt=True
     ).export()
     assert verify(str(tmp_path / "out")).findings == []
@@ -222,7 +222,7 @@ def test_storage_options_reach_the_file_system(checkpoint: Path) -> None:
     for path in checkpoint.iterdir():
         memory.pipe_file(f"tokenfs:///ckpt/{path.name}", path.read_bytes())
     options = {"token": "0123"}
-    dist_export.export(
+    exports.export(
         {
             "ckpt_dir": "tokenfs:///ckpt",
             "export_dir": "tokenfs:///out",
@@ -232,4 +232,4 @@ def test_storage_options_reach_the_file_system(checkpoint: Path) -> None:
     )
     assert verify("tokenfs:///out", options).findings == []
     with pytest.raises(ConfigError, match="no token"):
-        dist_export.export({"ckpt_dir": "tokenfs:///ckpt", "export_dir": "tokenfs:///out2"})
+        exports.export({"ckpt_dir": "tokenfs:///ckpt", "export_dir": "tokenfs:///out2"})

@@ -13,7 +13,7 @@ from torch import nn
 
 import dist_export
 from dist_export.manifest import Manifest
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 Base = tiny_model.LookalikeTable
 USERS, ITEMS = (
@@ -94,7 +94,7 @@ def batches(kind: type[Base], num: int = 2) -> list[dict[str, torch.Tensor]]:
 def export(model: Model, kind: type[Base], tmp_path: Path, **settings: Any) -> Manifest:
     tiny_model.write_tiny_checkpoint(tmp_path / "ck")
     data = iter(batches(kind))
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model,
         "sparse_arch",
         "dense_arch",

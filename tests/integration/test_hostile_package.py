@@ -15,7 +15,7 @@ import pytest
 import dist_export
 from dist_export.errors import PackageError
 from dist_export.manifest import compute_digest
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.hostile_cases import (
     Damage,
     assert_refused,
@@ -45,7 +45,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": tiny_model.MODEL,
         "dataset": tiny_model.DATASET,
     }
-    dist_export.export(settings)
+    exports.export(settings)
     return base / "out"
 
 

@@ -32,7 +32,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, I64
 from dist_export.pipeline.run_dir import find_checkpoint
-from dist_export.reporting.progress import summarize
+from dist_export.reporting.summary import summarize
 from dist_export.storage.urls import open_directory, open_place
 from tests.support import torchrec_shape
 from tests.support.dcp_writer import write_chunks

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import dist_export
 from dist_export.errors import DistExportError, ModelError
 from dist_export.manifest import Manifest
+from tests.support import exports
 
 USER, ITEM = "sparse_arch.user.weight", "sparse_arch.item.weight"
 BATCHES = [torch.arange(first, first + 16) % 40 for first in (0, 10, 20)]
@@ -158,7 +158,7 @@ def export(
     torch.manual_seed(7)
     model = Model(kind)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model,
         "sparse_arch",
         "dense_arch",

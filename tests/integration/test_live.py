@@ -26,7 +26,7 @@ from dist_export.live.assemble import assemble
 from dist_export.live.discover import LiveShard, find_live_tables, key_of
 from dist_export.live.memory import HeldTensors, LookedUpRows, TensorRows
 from dist_export.plan.census import UniqueTask, deal_unique_tasks, share_parts
-from tests.support import ROOT, tiny_model
+from tests.support import ROOT, exports, tiny_model
 from tests.support.live_models import LiveTable, RecisImpl, Tables, bytes_of, embedding, read_rows
 from tests.support.recis_writer import read_back
 
@@ -34,7 +34,7 @@ F32 = CODE_BY_TORCH["float32"]
 
 
 def export(model: nn.Module | None, out: Path, **settings: Any) -> dist_export.manifest.Manifest:
-    return dist_export.Exporter(model, "sparse_arch", "dense_arch", None, None, out, **settings).export()
+    return exports.exporter(model, "sparse_arch", "dense_arch", None, None, out, **settings).export()
 
 
 # ---- reading ----
@@ -325,7 +325,7 @@ def test_two_exports_never_count_as_one(tmp_path: Path) -> None:
 
 def test_none_means_the_live_model_in_python() -> None:
     """A None in Python is meant; ``filter_sparse_opt`` has no say, for new shards are written."""
-    config = dist_export.Exporter(Tables(), "sparse_arch", "dense_arch", None, None, "out", num_shards=3).config
+    config = exports.exporter(Tables(), "sparse_arch", "dense_arch", None, None, "out", num_shards=3).config
     assert (config.format, config.ckpt_dir, config.filter_sparse_opt) == ("live", None, True)
 
 
@@ -383,7 +383,7 @@ def export(rows, out):
     watcher = threading.Thread(target=watch)
     watcher.start()
     settings = {"num_shards": 3, "max_memory": "64MiB", "threads": 2}
-    dist_export.Exporter(tables, "sparse_arch", "dense_arch", None, None, out, **settings).export()
+    exports.exporter(tables, "sparse_arch", "dense_arch", None, None, out, **settings).export()
     done.set()
     watcher.join()
     return peak - base
@@ -460,10 +460,10 @@ def test_the_package_is_that_of_the_saved_model(tmp_path: Path) -> None:
     model, dataset = trained_tiny_model(), tiny_model.build_dataset()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     common = {"num_shards": 3, "filter_sparse_opt": True}
-    dist_export.Exporter(model, "sparse_arch", "dense_arch", dataset, saved, tmp_path / "a", **common).export()
+    exports.exporter(model, "sparse_arch", "dense_arch", dataset, saved, tmp_path / "a", **common).export()
     model = trained_tiny_model()
     rows = model.sparse_arch.user.embeddings().clone()
-    live = dist_export.Exporter(model, "sparse_arch", "dense_arch", dataset, None, tmp_path / "b", **common).export()
+    live = exports.exporter(model, "sparse_arch", "dense_arch", dataset, None, tmp_path / "b", **common).export()
     assert torch.equal(model.sparse_arch.user.embeddings(), rows)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
     for name in ("index", "tensorkey.json", "torch_rank_weights_embs_table_multi_shard.json"):
@@ -482,7 +482,7 @@ def test_the_package_is_that_of_the_saved_model(tmp_path: Path) -> None:
 
 def test_the_dense_arch_alone_leaves_memory(tmp_path: Path) -> None:
     """``need_export_sparse`` false: no table is looked at."""
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         trained_tiny_model(),
         "sparse_arch",
         "dense_arch",

@@ -16,7 +16,7 @@ import dist_export
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_hooks import check_load_hooks, list_load_hooks
 from dist_export.errors import ConfigError, ModelError
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 WEIGHT = "dense_arch.hidden.weight"
 
@@ -147,7 +147,7 @@ def test_what_torch_registers_itself_is_not_named() -> None:
 
 def export(model: nn.Module, tmp_path: Path, **more: Any) -> Any:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "out", filter_sparse_opt=True, **more
     ).export()  # fmt: skip
 

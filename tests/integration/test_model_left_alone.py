@@ -14,6 +14,7 @@ from torch import nn
 import dist_export
 from dist_export.errors import ModelError
 from dist_export.verify.verify import verify
+from tests.support import exports
 
 ROWS, DIM = 30, 4
 
@@ -72,7 +73,7 @@ def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def export(model: Model, out: Path, ckpt_dir: Path | None) -> None:
     settings: dict[str, Any] = {} if ckpt_dir is None else {"filter_sparse_opt": True}
-    dist_export.Exporter(
+    exports.exporter(
         model, "sparse_arch", "dense_arch", batches(), None if ckpt_dir is None else str(ckpt_dir), str(out), **settings
     ).export(progress=False)
 

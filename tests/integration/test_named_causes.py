@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import dist_export
 from dist_export.errors import ModelError, ParityError
+from tests.support import exports
 
 IDS = torch.arange(16)
 
@@ -52,7 +53,7 @@ def export(
 ) -> dist_export.Manifest:
     """Export a fresh ``model`` with the values of ``state``, by default those of another fresh one."""
     torch.save(type(model)().state_dict() if state is None else state, folder / "ckpt.pt")
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse_arch", "dense_arch", [batch], str(folder / "ckpt.pt"), str(folder / "out"), **settings
     ).export(progress=False)
 
@@ -141,9 +142,9 @@ def test_a_computed_weight_is_refused_with_its_cause(sparse: type[Sparse], tmp_p
 
 
 def export_live(folder: Path, model: nn.Module, **settings: Any) -> dist_export.Manifest:
-    return dist_export.Exporter(
-        model, "sparse_arch", "dense_arch", [IDS], None, str(folder / "out"), **settings
-    ).export(progress=False)
+    return exports.exporter(model, "sparse_arch", "dense_arch", [IDS], None, str(folder / "out"), **settings).export(
+        progress=False
+    )
 
 
 @pytest.mark.parametrize("sparse", [Normed, Parametrized])
@@ -200,9 +201,9 @@ def test_a_prefix_of_lightning_is_taken_off(prefix: str, save: Callable[..., Pat
     """A LightningModule has the model as an attribute, whose name is in front of every key."""
     trained = Model().eval()
     source = save({prefix + name: value for name, value in trained.state_dict().items()}, tmp_path)
-    manifest = dist_export.Exporter(
-        Model(), "sparse_arch", "dense_arch", [IDS], str(source), str(tmp_path / "out")
-    ).export(progress=False)
+    manifest = exports.exporter(Model(), "sparse_arch", "dense_arch", [IDS], str(source), str(tmp_path / "out")).export(
+        progress=False
+    )
     assert sorted(table.name for table in manifest.tables) == ["sparse_arch.item.weight", "sparse_arch.user.weight"]
     rows, _ = dist_export.open_package(tmp_path / "out").lookup("sparse_arch.user.weight", IDS.numpy())
     assert torch.equal(torch.as_tensor(rows), trained.sparse_arch.user.weight[IDS])

@@ -22,7 +22,7 @@ from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest
 from dist_export.package.held_file import HeldFile
 from dist_export.pipeline.dry_run import make_report, render_report
-from dist_export.reporting.progress import summarize
+from dist_export.reporting.summary import summarize
 from dist_export.verify.verify import verify
 from tests.integration.test_package import edit_json, reseal, restate
 from tests.support.numbered_source import Numbered, make_rows, plug_in, write_source

@@ -15,7 +15,7 @@ from dist_export.archive.safe_pickle import read_sample_pickle
 from dist_export.dense.folder import _pickled
 from dist_export.errors import ConfigError, PackageError
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 NAMES = (
     "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2 "
@@ -73,7 +73,7 @@ def export(dtype: torch.dtype, tmp_path: Path, **settings) -> dist_export.Manife
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     model = Model(dtype)
     torch.save({f"dense_arch.{name}": t for name, t in model.dense_arch.state_dict().items()}, source / "model.pt")
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse_arch", "dense_arch", tiny_model.build_dataset(5), source, tmp_path / "out", filter_sparse_opt=True,
         **settings,
     ).export()  # fmt: skip

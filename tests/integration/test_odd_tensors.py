@@ -13,7 +13,7 @@ from dist_export.dense.own_parameters import put_values, state_put_back, values_
 from dist_export.errors import ModelError
 from dist_export.model.unwrap import copy_dense_arch
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 
 class Plain(torch.Tensor):
@@ -101,7 +101,7 @@ def test_it_is_exported_with_the_checkpoints_values(case: str, tmp_path: Path) -
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     torch.save({f"dense_arch.{name}": tensor * 1.5 for name, tensor in state_of(trained).items()}, source / "model.pt")
     before, objects = state_of(dense), [id(t) for t in (*dense.parameters(), *dense.buffers())]
-    manifest = dist_export.Exporter(
+    manifest = exports.exporter(
         Model(dense), "sparse_arch", "dense_arch", tiny_model.build_dataset(7), source, tmp_path / "out", filter_sparse_opt=True
     ).export()  # fmt: skip
     assert manifest.parity.reference == "model"
@@ -168,7 +168,7 @@ def test_what_is_no_plain_tensor_is_refused_before_anything_is_written(make, tol
     saved = {f"dense_arch.{name}": t for name, t in dense.state_dict().items() if t.device.type != "meta"}
     torch.save(saved, source / "model.pt")
     with pytest.raises(ModelError, match=told) as caught:
-        dist_export.Exporter(
+        exports.exporter(
             Model(dense), "sparse_arch", "dense_arch", tiny_model.build_dataset(7), source, tmp_path / "out",
             filter_sparse_opt=True,
         ).export()  # fmt: skip

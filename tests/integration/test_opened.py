@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import dist_export
 from dist_export.errors import PackageError, UserError
 from dist_export.manifest import MANIFEST
-from dist_export.package import opened_files, slot_reader
+from dist_export.package import file_pool, opened_files, slot_reader
 from dist_export.package.reader import Package
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
@@ -189,7 +189,7 @@ def test_a_writer_in_a_loop_and_readers_all_along(
 
 
 def test_threads_share_a_package_with_few_descriptors(out: Path, monkeypatch) -> None:
-    monkeypatch.setattr(opened_files, "_MAX_HELD", 1)
+    monkeypatch.setattr(file_pool, "_MAX_HELD", 1)
     package = dist_export.open_package(out)
     found: list[object] = []
 

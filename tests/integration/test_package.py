@@ -17,7 +17,7 @@ from dist_export.errors import PackageError, UserError
 from dist_export.inspect.describe import describe
 from dist_export.manifest import Manifest, decode_manifest, encode_manifest, seal
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import truth_of, write_checkpoint
 
 SHARD = "model-000000-of-000002.safetensors"
@@ -28,7 +28,7 @@ MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("exported")
     source = tiny_model.write_tiny_checkpoint(base / "ckpt")
-    dist_export.export(
+    exports.export(
         {
             "ckpt_dir": str(source),
             "export_dir": str(base / "out"),
@@ -70,16 +70,14 @@ def test_lookup_widens_bfloat16(tmp_path: Path) -> None:
     write_checkpoint(
         tmp_path / "ckpt", {"t": [PartSpec(np.array([7, 9]), {"embedding": Raw("BF16", bits)}, (0, 65536, 65536))]}
     )
-    dist_export.export(
-        {"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
-    )
+    exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True})
     rows, _ = dist_export.open_package(tmp_path / "out").lookup("t", [9, 7])
     assert np.array_equal(rows, values[::-1])
 
 
 def test_lookup_finds_rows_that_a_copy_has_in_another_file_than_their_ids(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "ckpt", tiny_model.tables(), files_per_shard=2)
-    dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out")})
+    exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(tmp_path / "out")})
     assert verify(str(tmp_path / "out")).findings == []
     truth = truth_of(tiny_model.tables())["user_emb"]
     rows, found = dist_export.open_package(tmp_path / "out").lookup("user_emb", truth["id"])
@@ -89,7 +87,7 @@ def test_lookup_finds_rows_that_a_copy_has_in_another_file_than_their_ids(tmp_pa
 
 def test_a_shard_that_goes_before_it_is_read_is_the_packages_error(package: Path, monkeypatch) -> None:
     """Of disks and stores as of all else: who serves from a package has one kind of error to expect."""
-    monkeypatch.setattr("dist_export.package.opened_files._MAX_HELD", 0)
+    monkeypatch.setattr("dist_export.package.file_pool._MAX_HELD", 0)
     opened = dist_export.open_package(package)
     table = opened.manifest.tables[0]
     for part in table.parts:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dist_export.checkpoint.dcp.metadata import decode_metadata
-from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.pickle_machine import Machine
+from dist_export.formats.pickle_values import Global, PickleError, Record, recorded
 from dist_export.formats.torch_pickle import load_pickled
 from tests.support import ROOT, pickle_attacks
 from tests.support.hostile_cases import limited_memory

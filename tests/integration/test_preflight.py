@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import dist_export
 from dist_export.cli import main
 from dist_export.config.loader import load_config
 from dist_export.config.mistakes import Mistakes
 from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError, UserError
 from dist_export.storage.local_io import why_no_directory
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.dcp_writer import write_chunks
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -61,7 +60,7 @@ MISTAKES = {
 
 
 def test_all_mistakes_are_told_at_once(settings: dict[str, object], tmp_path: Path, capsys) -> None:
-    dist_export.export({**settings, "model": None, "dataset": None}, progress=False)
+    exports.export({**settings, "model": None, "dataset": None}, progress=False)
     for change, _ in MISTAKES.values():
         settings |= change
     code, lines = plan(settings, tmp_path, capsys)

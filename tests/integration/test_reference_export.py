@@ -17,7 +17,7 @@ from dist_export.formats.row_encodings import RowCast
 from dist_export.model import unwrap
 from dist_export.plan import table_view as plan_tables
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 
 class Dense(nn.Module):
@@ -56,7 +56,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def export(source: Path, model: nn.Module | None = None, *, rows: int = 140, **settings) -> dist_export.Manifest:
-    return dist_export.Exporter(
+    return exports.exporter(
         model or Model(), "sparse_arch", "dense_arch", tiny_model.build_dataset(rows), source, source.parent / "out",
         filter_sparse_opt=True, **settings,
     ).export()  # fmt: skip
@@ -263,7 +263,7 @@ def test_gathered_parameters_of_a_live_model_are_held_against_its_own(tmp_path: 
     expected_scores(_write(tmp_path), 5, model)
     monkeypatch.setattr(unwrap, "_gather", lambda tensor, owner: tensor.detach() * 2)
     with pytest.raises(DistExportError, match=WRONG):
-        dist_export.Exporter(
+        exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(5), None, tmp_path / "out", format="live"
         ).export()
 

@@ -18,7 +18,7 @@ from dist_export.registry import base
 from dist_export.registry.base import Registered, Resolved
 from dist_export.registry.mlflow import MlflowRegistry
 from dist_export.verify.verify import verify
-from tests.support import ROOT, tiny_model, torchrec_shape
+from tests.support import ROOT, exports, tiny_model, torchrec_shape
 from tests.support.recis_writer import make_tables, write_checkpoint
 
 SETTINGS = {
@@ -90,14 +90,14 @@ def test_what_the_registry_does_not_have(client: Any, name: str, end: str, messa
     model = name.split("_", maxsplit=1)[0]
     make_version(client, model, "/nowhere")
     with pytest.raises(ConfigError, match=message):
-        dist_export.export({"ckpt_dir": f"models:/{model}{end}", "export_dir": str(tmp_path / "out")})
+        exports.export({"ckpt_dir": f"models:/{model}{end}", "export_dir": str(tmp_path / "out")})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_version_whose_source_is_gone_is_refused(client: Any, name: str, tmp_path: Path) -> None:
     make_version(client, name, tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"whose source .*/gone is not there"):
-        dist_export.export({"ckpt_dir": f"models:/{name}/1", "export_dir": str(tmp_path / "out")})
+        exports.export({"ckpt_dir": f"models:/{name}/1", "export_dir": str(tmp_path / "out")})
 
 
 def test_from_a_version_to_a_new_version(client: Any, name: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_from_a_version_to_a_new_version(client: Any, name: str, checkpoint: Pat
         "registry_options": {"location": str(tmp_path / "packages")},
         **SETTINGS,
     }
-    manifest = dist_export.export(config)
+    manifest = exports.export(config)
     assert manifest.source.uri == f"models:/{name}/1"
     made = client.get_model_version(f"{name}_serving", "1")
     package = Path(made.source)
@@ -124,7 +124,7 @@ def test_from_a_version_to_a_new_version(client: Any, name: str, checkpoint: Pat
     assert made.tags["dist_export.outputs"] == ",".join(entry.name for entry in manifest.dense.outputs)
     assert cli.main(["verify", f"models:/{name}_serving/1"]) == 0
     assert dist_export.open_package(f"models:/{name}_serving/1").manifest.digest == manifest.digest
-    assert dist_export.export(config) == manifest, "the same checkpoint with the same settings is the same package"
+    assert exports.export(config) == manifest, "the same checkpoint with the same settings is the same package"
 
 
 @pytest.mark.parametrize("is_placed", [False, True])
@@ -135,7 +135,7 @@ def test_relative_paths_are_registered_from_the_root_on(
     monkeypatch.chdir(tmp_path)
     place = {"export_dir": f"models:/{name}", "registry_options": {"location": "packages"}}
     config = place if is_placed else {"export_dir": "out/m1", "register": f"models:/{name}"}
-    dist_export.export({"ckpt_dir": "ckpt", "filter_sparse_opt": True, "events": "events.jsonl", **config})
+    exports.export({"ckpt_dir": "ckpt", "filter_sparse_opt": True, "events": "events.jsonl", **config})
     told = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
     assert [event["uri"] for event in told if event["event"] == "registered"] == [f"models:/{name}/1"]
     made = client.get_model_version(name, "1")
@@ -160,14 +160,14 @@ def test_where_no_version_can_be_made_is_refused_before_the_export(
     config = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     options = {"registry_options": {"location": str(tmp_path / "out")}}
     with pytest.raises(ConfigError, match=message):
-        dist_export.export({**config, **options, setting: f"models:/{end}"})
+        exports.export({**config, **options, setting: f"models:/{end}"})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_package_with_credentials_in_its_url_is_not_registered(client: Any, checkpoint: Path) -> None:
     place = {"export_dir": "memory://me:hunter22@registered/out", "register": "models:/ctr"}
     with pytest.raises(ConfigError, match=r"memory://\*\*\*@registered/out has credentials in its URL") as caught:
-        dist_export.export({"ckpt_dir": str(checkpoint), "filter_sparse_opt": True, **place})
+        exports.export({"ckpt_dir": str(checkpoint), "filter_sparse_opt": True, **place})
     assert "hunter22" not in str(caught.value)
 
 
@@ -177,7 +177,7 @@ def test_a_place_is_asked_for_without_making_a_database(tmp_path: Path, monkeypa
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="where do its packages go"):
-        dist_export.export({"ckpt_dir": "x", "export_dir": "models:/ctr"})
+        exports.export({"ckpt_dir": "x", "export_dir": "models:/ctr"})
     assert not list(tmp_path.iterdir())
 
 
@@ -233,10 +233,10 @@ def test_a_package_that_could_not_be_registered_is_whole_and_a_rerun_registers_i
         with pytest.raises(
             ExportError, match=r"whole and committed, but could not be registered .*gone away.*Run the same"
         ):
-            dist_export.export(config)
+            exports.export(config)
     assert verify(str(tmp_path / "out")).findings == []
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
-    manifest = dist_export.export(config)
+    manifest = exports.export(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")} == before
     assert client.get_model_version(name, "1").tags["dist_export.digest"] == manifest.digest
     assert not (tmp_path / "out" / ".dist_export").exists()
@@ -246,7 +246,7 @@ def test_a_live_model_that_could_not_be_registered_is_not_exported_again(
     client: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MlflowRegistry, "register", lambda *_: (_ for _ in ()).throw(ConnectionError("gone away")))
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         torchrec_shape.build_trained(),
         "sparse_arch",
         "dense_arch",
@@ -262,7 +262,7 @@ def test_a_live_model_that_could_not_be_registered_is_not_exported_again(
 def test_packages_of_a_live_model_never_share_a_place(client: Any, name: str, tmp_path: Path) -> None:
     settings = {"registry_options": {"location": str(tmp_path)}}
     places = {
-        dist_export.Exporter(
+        exports.exporter(
             torchrec_shape.build_trained(), "sparse_arch", "dense_arch", None, None, f"models:/{name}", **settings
         ).export()
         and client.get_model_version(name, str(version)).source
@@ -310,9 +310,9 @@ def test_a_registry_that_is_not_told_where_packages_go_says_how_to(client: Any, 
     with pytest.raises(
         ConfigError, match=r"registry_options: \{location: DIRECTORY\}, or the tag dist_export.location"
     ):
-        dist_export.export(config)
+        exports.export(config)
     client.create_registered_model(name, tags={"dist_export.location": str(checkpoint.parent / "packages")})
-    dist_export.export(config)
+    exports.export(config)
     assert Path(client.get_model_version(name, "1").source).parent == checkpoint.parent / "packages" / name
 
 
@@ -322,7 +322,7 @@ def test_mlflow_that_is_not_installed_is_named(
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     monkeypatch.setitem(__import__("sys").modules, "mlflow.exceptions", None)
     with pytest.raises(ConfigError, match=r"pip install mlflow-skinny sqlalchemy alembic"):
-        dist_export.export({"ckpt_dir": "models:/ctr/1", "export_dir": str(tmp_path / "out")})
+        exports.export({"ckpt_dir": "models:/ctr/1", "export_dir": str(tmp_path / "out")})
 
 
 class ToyMos:
@@ -394,10 +394,10 @@ def test_each_registry_gets_the_options_under_its_scheme(
     write_checkpoint(tmp_path / "ctr" / "3", make_tables({"t": 3}, num_parts=1))
     config = {"ckpt_dir": "shelf:/ctr/3", "export_dir": f"models:/{name}", "filter_sparse_opt": True}
     options = {"shelf": {"root": str(tmp_path)}, "models": {"location": str(tmp_path / "packages")}}
-    dist_export.export({**config, "registry_options": options})
+    exports.export({**config, "registry_options": options})
     assert Path(client.get_model_version(name, "1").source).parent == tmp_path / "packages" / name
     with pytest.raises(ConfigError, match=r"unexpected keyword .*'root'.*registry_options: \{models: \{...\}\}"):
-        dist_export.export({**config, "registry_options": {"root": str(tmp_path), "models": options["models"]}})
+        exports.export({**config, "registry_options": {"root": str(tmp_path), "models": options["models"]}})
 
 
 class Faulty:
@@ -429,7 +429,7 @@ def test_what_a_resolver_raises_is_told_with_its_type(
     install(monkeypatch, "faulty", Faulty)
     config = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     with pytest.raises(ConfigError) as caught:
-        dist_export.export({**config, setting: "faulty:/ctr/3"})
+        exports.export({**config, setting: "faulty:/ctr/3"})
     assert str(caught.value) == message
 
 
@@ -452,7 +452,7 @@ def test_a_slip_in_a_scheme_is_no_directory(
     monkeypatch.chdir(tmp_path)
     config = {"ckpt_dir": str(checkpoint), "export_dir": "out", "filter_sparse_opt": True}
     with pytest.raises(ConfigError, match=message):
-        dist_export.export({**config, setting: uri})
+        exports.export({**config, setting: uri})
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
@@ -517,12 +517,12 @@ def test_a_directory_that_is_there_is_no_uri(tmp_path: Path, monkeypatch: pytest
 
 def test_options_that_the_resolver_does_not_take(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"MlflowRegistry cannot be used: .*locaton"):
-        dist_export.export(
+        exports.export(
             {"ckpt_dir": "models:/ctr/1", "export_dir": str(tmp_path / "o"), "registry_options": {"locaton": "x"}}
         )
 
 
 def test_register_must_name_a_registry(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"/tmp/x is no URI of a registry; there are resolvers for models"):
-        dist_export.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "o"), "register": "/tmp/x"})
+        exports.export({"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "o"), "register": "/tmp/x"})
     assert not (tmp_path / "o").exists()

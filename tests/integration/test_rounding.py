@@ -16,7 +16,7 @@ from dist_export.dense.eager import run_dense_arch
 from dist_export.dense.rounding import Rounding, compare_scores
 from dist_export.errors import ParityError
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 WIDTH = 64
 
@@ -59,7 +59,7 @@ class Model(nn.Module):
 def export(tmp_path: Path, dense: nn.Module, **settings) -> dist_export.Manifest:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     torch.save({f"dense_arch.{name}": t for name, t in dense.state_dict().items()}, source / "model.pt")
-    return dist_export.Exporter(
+    return exports.exporter(
         Model(dense), "sparse_arch", "dense_arch", tiny_model.build_dataset(60), source, tmp_path / "out",
         filter_sparse_opt=True, **settings,
     ).export()  # fmt: skip

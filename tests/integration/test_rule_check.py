@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import dist_export
 from dist_export.commit import publish
 from dist_export.dense.row_check import match_name
 from dist_export.dense.row_lookup import RowFinder
@@ -24,7 +23,7 @@ from dist_export.plan import table_view as plan_tables
 from dist_export.plan.prune import IdList, TableRule
 from dist_export.transfer import prune_filter as transfer_pruning
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import Raw, split_table, write_checkpoint
 
 LIMIT = 10
@@ -60,7 +59,7 @@ def batch() -> dict[str, torch.Tensor]:
 def export(folder: Path, *, twice: bool = False, **settings):
     if "prune" in settings:
         settings["on_empty_table"] = "allow"
-    return dist_export.Exporter(
+    return exports.exporter(
         tiny_model.build_model(), "sparse_arch", "dense_arch", [batch()], write_source(folder, twice=twice),
         folder / "out", filter_sparse_opt=True, **settings,
     ).export()  # fmt: skip

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import dist_export
 from dist_export.cli import main
 from dist_export.config.loader import load_config
 from dist_export.config.schema import ExportConfig
@@ -20,7 +19,7 @@ from dist_export.errors import CheckpointError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.pipeline.run_dir import find_checkpoint
 from dist_export.pipeline.run_listing import describe_run
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.dcp_writer import write_chunks
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -99,7 +98,7 @@ def test_dense_parameters_that_are_missing_count_where_they_are_needed(run: Path
 
 def test_an_export_of_the_tables_alone_says_so_of_a_run_cut_short(run: Path, tmp_path: Path) -> None:
     (run / "ckpt_100" / "model.pt").write_bytes(b"PK")
-    manifest = dist_export.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a")})
+    manifest = exports.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a")})
     assert manifest.source.step == 20
     assert any("ckpt_100 is passed over" in note for note in manifest.notes)
 
@@ -111,7 +110,7 @@ def test_a_run_cut_short_gives_its_dense_arch_from_the_save_before(tmp_path: Pat
     settings = {"ckpt_dir": str(tmp_path / "run"), "export_dir": str(tmp_path / "out")}
     dense = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     assert make_report(load_config({**settings, **dense}), world_size=1)["source"].endswith("ckpt_5")
-    assert dist_export.export({**settings, **dense}).source.step == 5
+    assert exports.export({**settings, **dense}).source.step == 5
 
 
 def test_none_complete_is_an_error_that_says_why(run: Path) -> None:
@@ -179,8 +178,8 @@ def test_one_step_under_two_names_must_be_said(run: Path) -> None:
 def test_an_export_of_a_run_is_that_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
     settings = {"filter_sparse_opt": True, "num_shards": 2}
     (run / "ckpt_100" / "index").unlink()
-    whole = dist_export.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a"), **settings})
-    alone = dist_export.export({"ckpt_dir": str(run / "ckpt_20"), "export_dir": str(tmp_path / "b"), **settings})
+    whole = exports.export({"ckpt_dir": str(run), "export_dir": str(tmp_path / "a"), **settings})
+    alone = exports.export({"ckpt_dir": str(run / "ckpt_20"), "export_dir": str(tmp_path / "b"), **settings})
     assert whole.source.step == 20
     assert whole.source.path == str(run / "ckpt_20")
     assert alone.source.step is msgspec.UNSET
@@ -190,7 +189,7 @@ def test_an_export_of_a_run_is_that_of_the_checkpoint(run: Path, tmp_path: Path)
 
 def test_a_whole_fixture_run(recis_fixtures: Path, tmp_path: Path) -> None:
     """RecIS's own run directory, with its list."""
-    manifest = dist_export.export(
+    manifest = exports.export(
         {"ckpt_dir": str(recis_fixtures / "fullckpt"), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
     )
     assert manifest.source.step == 3

@@ -27,7 +27,7 @@ from dist_export.pipeline import steps, target
 from dist_export.storage import local_io
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
-from tests.support import ROOT, tiny_model
+from tests.support import ROOT, exports, tiny_model
 from tests.support.recis_writer import make_tables, write_checkpoint
 from tests.support.sparse_cases import content
 
@@ -45,7 +45,7 @@ def settings_of(source: Path | str, out: Path | str, **more: object) -> dict[str
 
 
 def export(source: Path | str, out: Path | str, **more: object) -> dist_export.Manifest:
-    return dist_export.export(settings_of(source, out, **more))
+    return exports.export(settings_of(source, out, **more))
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
@@ -101,7 +101,7 @@ def test_with_a_model_the_summary_says_that_its_code_is_not_compared(tmp_path: P
         kind = type("Another", (type(tiny_model.build_model()),), {}) if number else type(tiny_model.build_model())
         model = tiny_model.build_model()
         model.__class__ = kind
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "exporter",
             filter_sparse_opt=True,
         )  # fmt: skip
@@ -421,7 +421,7 @@ def test_values_of_the_model_itself_are_never_the_same(kind: str, tmp_path: Path
         model.dense_arch = Scaled(kind, value)
         if kind in ("parameter", "saved buffer"):
             more["allow_missing_dense"] = ["scale"]
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True, **more
         ).export()  # fmt: skip
 
@@ -474,7 +474,7 @@ def test_a_package_of_another_version_is_said(source: Path, tmp_path: Path, caps
     assert cli.main(arguments(source, out)) == 0
     assert cli.main(arguments(source, out)) == 0
     assert "exported it, and this is" not in capsys.readouterr().out
-    monkeypatch.setattr("dist_export.reporting.progress.VERSION", "9.9")
+    monkeypatch.setattr("dist_export.reporting.summary.VERSION", "9.9")
     assert cli.main(arguments(source, out)) == 0
     assert "dist_export 0.1.0 exported it, and this is 9.9" in capsys.readouterr().out
 
@@ -547,7 +547,7 @@ def test_values_of_the_model_itself_that_are_the_same_are_the_same_export(kind: 
     def run() -> dist_export.Manifest:
         model = tiny_model.build_model()
         model.dense_arch = Scaled(kind, 1.5)
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True, **more
         ).export()  # fmt: skip
 
@@ -578,7 +578,7 @@ def test_what_refers_to_registered_modules_has_no_values_of_its_own(tmp_path: Pa
         model = tiny_model.build_model()
         model.dense_arch.listed = [*model.dense_arch.children()]
         model.dense_arch.numbers = {"scale": [1.0, 2.0], "of": model.dense_arch.children}
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, out, filter_sparse_opt=True
         ).export()  # fmt: skip
 

@@ -22,9 +22,9 @@ from dist_export.formats.recis import MERGED
 from dist_export.formats.row_encodings import encode_values
 from dist_export.pipeline import scores
 from dist_export.pipeline.dry_run import make_report, render_report
-from dist_export.reporting.progress import summarize
+from dist_export.reporting.summary import summarize
 from dist_export.verify.verify import verify
-from tests.support import tiny_model, torchrec_shape
+from tests.support import exports, tiny_model, torchrec_shape
 from tests.support.dcp_writer import save
 from tests.support.recis_writer import write_checkpoint
 from tests.support.sparse_cases import export
@@ -57,7 +57,7 @@ def export_model(model: nn.Module, ckpt: Path | None, out: Path, dataset: Any = 
     batches = torchrec_shape.build_dataset() if dataset is None else dataset
     if ckpt is not None:
         settings = {"filter_sparse_opt": True, "num_shards": 2, **settings}
-    return dist_export.Exporter(model, "sparse_arch", "dense_arch", batches, ckpt, out, **settings).export()
+    return exports.exporter(model, "sparse_arch", "dense_arch", batches, ckpt, out, **settings).export()
 
 
 # ---- whose rows they are of ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dist_export.formats.safetensors import decode_header, header_length
 from dist_export.manifest import decode_manifest, encode_manifest, seal
 from dist_export.pipeline import small_files, steps
 from dist_export.verify.verify import verify
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 FOLDER = "fx_user_model"
 
@@ -38,7 +38,7 @@ def export(checkpoint: Path, out: Path, **more: object) -> dist_export.Manifest:
         "ckpt_dir": str(checkpoint), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3,
         "model": tiny_model.MODEL, "dataset": tiny_model.DATASET,
     }  # fmt: skip
-    return dist_export.export({**settings, **more})
+    return exports.export({**settings, **more})
 
 
 def after_check(monkeypatch, change) -> None:
@@ -180,7 +180,7 @@ def test_a_model_is_left_as_it_was_when_its_scores_differ(checkpoint: Path, tmp_
     model.sparse_arch.user.insert(known, row)
     after_check(monkeypatch, change_embeddings)
     with pytest.raises(ParityError):
-        dist_export.Exporter(
+        exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), checkpoint, tmp_path / "out",
             filter_sparse_opt=True,
         ).export()  # fmt: skip

@@ -17,7 +17,7 @@ from dist_export.errors import ExportError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import steps
 from dist_export.storage.urls import open_directory
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import make_tables, write_checkpoint
 
 SHARD = "model-000001-of-000003.safetensors"
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 def export(source: Path, out: Path, **more: object) -> dist_export.Manifest:
     settings = {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3, **more}
-    return dist_export.export(settings)
+    return exports.export(settings)
 
 
 def interrupt(source: Path, out: Path, monkeypatch, **more: object) -> None:
@@ -145,7 +145,7 @@ def test_a_source_without_tables_is_looked_at_too(save, tmp_path: Path, monkeypa
     real = steps.count_requests
     monkeypatch.setattr(steps, "STEPS", tuple(_swap_at(file) if its is real else its for its in steps.STEPS))
     with pytest.raises(ExportError, match=rf"{file.name}: changed while it was being exported"):
-        dist_export.export({"ckpt_dir": str(file.parent), "export_dir": str(tmp_path / "out"), **model})
+        exports.export({"ckpt_dir": str(file.parent), "export_dir": str(tmp_path / "out"), **model})
 
 
 def _swap_at(file: Path):

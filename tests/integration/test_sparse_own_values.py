@@ -13,7 +13,7 @@ from torch import nn
 
 import dist_export
 from dist_export.errors import ConfigError
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 
 
 class Scaling(nn.Module):
@@ -62,7 +62,7 @@ def build(kind: str, value: float) -> nn.Module:
 
 def export(model: nn.Module, folder: Path, **more: object) -> dist_export.Manifest:
     batch = {"user": torch.arange(6), "item": torch.arange(6)}
-    return dist_export.Exporter(
+    return exports.exporter(
         model, "sparse_arch", "dense_arch", [batch], str(folder / "ckpt"), str(folder / "out"), **more
     ).export()
 
@@ -107,7 +107,7 @@ def test_rows_of_hash_tables_do_not_count(tmp_path: Path) -> None:
     def run(value: float) -> dist_export.Manifest:
         model = tiny_model.build_model()
         model.sparse_arch.user.insert(torch.tensor([1]), torch.full((1, tiny_model.DIM), value))
-        return dist_export.Exporter(
+        return exports.exporter(
             model, "sparse_arch", "dense_arch", tiny_model.build_dataset(), source, tmp_path / "out", filter_sparse_opt=True
         ).export()  # fmt: skip
 

@@ -22,8 +22,8 @@ from torch.nn import functional
 import dist_export
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import DriftError, ModelError
-from dist_export.reporting.progress import summarize
-from tests.support import tiny_model
+from dist_export.reporting.summary import summarize
+from tests.support import exports, tiny_model
 from tests.support.table_cases import Sparse, open_finder, rows, run, table_of
 
 ROWS, DIM = 20, 4
@@ -123,7 +123,7 @@ def export(tmp_path: Path, model: nn.Module, trained: nn.Module | None, **settin
     if trained is not None:
         (tmp_path / "ck").mkdir(parents=True)
         torch.save(trained.state_dict(), tmp_path / "ck" / "model.pt")
-    return dist_export.Exporter(
+    return exports.exporter(
         model,
         "sparse_arch",
         "dense_arch",
@@ -269,7 +269,7 @@ def export_hashed(tmp_path: Path, how: str, **settings: Any) -> dist_export.Mani
     if not (tmp_path / "ck").exists():
         tiny_model.write_tiny_checkpoint(tmp_path / "ck")
     data = [batch for _, batch in tiny_model.build_dataset()]
-    return dist_export.Exporter(
+    return exports.exporter(
         hash_model(how), "sparse_arch", "dense_arch", data, tmp_path / "ck", tmp_path / "out", filter_sparse_opt=True,
         dtype={"*": "bfloat16"}, **settings,
     ).export()  # fmt: skip
@@ -320,7 +320,7 @@ def test_a_read_that_only_a_later_batch_shows_fails_the_bound_too(tmp_path: Path
     model = hash_model("")
     model.sparse_arch.__class__ = Later
     data = [batch, batch | {"late": torch.ones(5)}]
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model,
         "sparse_arch",
         "dense_arch",

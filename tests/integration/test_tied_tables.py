@@ -19,6 +19,7 @@ from torch import nn
 import dist_export
 from dist_export.errors import DriftError, ModelError
 from dist_export.manifest import Manifest
+from tests.support import exports
 
 ROWS, DIM = 50, 4
 USER, ITEM = "sparse_arch.user.weight", "sparse_arch.item.weight"
@@ -68,7 +69,7 @@ def build(seed: int) -> Model:
 
 def export(model: Model, out: Path, ckpt_dir: str | None, **settings: Any) -> Manifest:
     more = {} if ckpt_dir is None else {"filter_sparse_opt": True}
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         model, "sparse_arch", "dense_arch", iter(BATCHES), ckpt_dir, str(out), **more, **settings
     )
     return exporter.export(progress=False)

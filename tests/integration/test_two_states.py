@@ -16,7 +16,7 @@ from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
 from dist_export.inspect.describe import describe
-from tests.support import dcp_writer
+from tests.support import dcp_writer, exports
 from tests.support.plain_cases import read_numbered
 
 TABLES = ["*user.weight", "*item.weight"]
@@ -87,7 +87,7 @@ SAVERS: dict[str, Callable[[Path, dict[str, Any]], Path]] = {
 
 
 def export(source: Path, target: Path, **settings: Any) -> dist_export.Manifest:
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         make_model(1),
         "sparse_arch",
         "dense_arch",
@@ -136,7 +136,7 @@ def test_a_state_root_that_is_not_there_is_refused(case: str, tmp_path: Path) ->
     ):
         export(source, tmp_path / "out", state_root="emma")
     with pytest.raises(UserError, match=r"'ema\.\*' matches no tensor; .* left out: set state_root: ema"):
-        dist_export.export(
+        exports.export(
             {
                 "ckpt_dir": str(source),
                 "export_dir": str(tmp_path / "out"),
@@ -192,9 +192,9 @@ def test_formats_that_hold_one_model_refuse_state_root(tmp_path: Path) -> None:
 
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     with pytest.raises(UserError, match="which holds one model only; remove state_root"):
-        dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": "ema"})
+        exports.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": "ema"})
     with pytest.raises(UserError, match="state_root is ''"):
-        dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": ""})
+        exports.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), "state_root": ""})
 
 
 def arches_of(model: Model) -> dict[str, Any]:
@@ -211,7 +211,7 @@ NESTED: dict[str, Callable[[Path, dict[str, Any]], Path]] = {"torch": save_torch
 
 def export_plain(source: Path, target: Path, **settings: Any) -> dist_export.Manifest:
     """Without patterns: the model alone says which tensors are tables."""
-    return dist_export.Exporter(
+    return exports.exporter(
         make_model(1), "sparse_arch", "dense_arch", [make_batch()], source, target, filter_sparse_opt=True, progress=False,
         **settings,
     ).export()  # fmt: skip

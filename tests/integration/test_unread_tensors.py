@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-import dist_export
 from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.errors import UserError
 from dist_export.inspect.describe import describe, render
-from tests.support import dcp_writer
+from tests.support import dcp_writer, exports
 from tests.support.plain_cases import dense_of, read_numbered
 from tests.support.sparse_cases import export
 
@@ -128,7 +127,7 @@ def test_the_reason_is_in_the_error_where_the_dense_arch_needs_the_tensor(needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(state, tmp_path / "ckpt.pt")
-    exporter = dist_export.Exporter(
+    exporter = exports.exporter(
         Model(),
         "sparse_arch",
         "dense_arch",

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 
-import dist_export
 from dist_export.formats import digests
 from dist_export.ids import columns
 from dist_export.manifest import Manifest
@@ -21,7 +20,7 @@ from dist_export.verify.report import Report
 from dist_export.verify.verify import verify
 from dist_export.verify.work_split import Bounds, cut, share_out
 from tests.integration.test_package import BREAKS, reseal, restate
-from tests.support import tiny_model
+from tests.support import exports, tiny_model
 from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 from tests.support.sparse_cases import copy, export
 
@@ -351,7 +350,7 @@ def test_a_source_with_gaps_and_overlaps_gives_a_sound_package(tmp_path: Path) -
 
 def test_a_dense_package_without_tables_is_checked(tmp_path: Path) -> None:
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
-    dist_export.export(
+    exports.export(
         {
             "ckpt_dir": str(source),
             "export_dir": str(tmp_path / "out"),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import dist_export
 from dist_export.formats.package_entries import DenseEntry, ParityEntry
 from dist_export.manifest import compute_digest
 from dist_export.verify.dense import _Judge
 from dist_export.verify.verify import verify
+from tests.support import exports
 
 IDS = torch.arange(16)
 
@@ -50,7 +50,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("forged")
     torch.save(Model().state_dict(), folder / "ckpt.pt")
     settings: dict[str, Any] = {"dtype": {"*item*": "int8"}, "atol": 1e-4}
-    dist_export.Exporter(
+    exports.exporter(
         Model(), "sparse_arch", "dense_arch", iter([IDS]), str(folder / "ckpt.pt"), str(folder / "out"), **settings
     ).export(progress=False)
     return folder / "out"
@@ -157,7 +157,7 @@ def test_free_dimensions_and_what_follows_from_them_are_sound(archive_format: st
     model.sparse_arch, model.dense_arch = SequenceSparse(), SequenceDense()
     torch.save(model.state_dict(), tmp_path / "ckpt.pt")
     dims = {"clicks": {1: "history"}, "weights": {1: "history"}, "views": {1: "seen"}}
-    dist_export.Exporter(
+    exports.exporter(
         model, "sparse_arch", "dense_arch", [torch.arange(30).reshape(6, 5)], str(tmp_path / "ckpt.pt"), str(tmp_path / "out"),
         dynamic_dims=dims, archive_format=archive_format,
     ).export(progress=False)  # fmt: skip

@@ -254,7 +254,7 @@ def test_what_is_said_of_bytes_fits_the_way_they_went(small: Path, store: Store,
 
 
 def dist_export_summary(manifest: dist_export.Manifest) -> list[str]:
-    from dist_export.reporting.progress import summarize
+    from dist_export.reporting.summary import summarize
 
     return summarize(manifest, [], "s3://somewhere")
 

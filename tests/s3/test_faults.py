@@ -68,7 +68,7 @@ def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, tmp_path: P
 
 
 def _summary(manifest: dist_export.Manifest) -> list[str]:
-    from dist_export.reporting.progress import summarize
+    from dist_export.reporting.summary import summarize
 
     return summarize(manifest, [], "s3://somewhere")
 

@@ -31,6 +31,7 @@ from dist_export.transfer import id_scan as transfer_census
 from dist_export.transfer import unit_runner as transfer_units
 from dist_export.transfer.output_files import StagedFiles
 from dist_export.transfer.unit_runner import UnitRunner
+from tests.support import exports
 from tests.support.recis_writer import read_back
 
 KEPT = ("id", "embedding")
@@ -38,10 +39,8 @@ ADAM = ("sparse_adam_exp_avg", "sparse_adam_exp_avg_sq")
 
 
 def export(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
-    """Export the tables with the filter on, in this process."""
-    return dist_export.export(
-        {"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, **settings}
-    )
+    """Export with the filter on and without a score program, in this process."""
+    return exports.export({"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, **settings})
 
 
 def copy(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:

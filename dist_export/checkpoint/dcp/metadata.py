@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from dist_export.checkpoint.chunk_cover import check_cover
 from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import is_torch_dtype
-from dist_export.formats.pickle_machine import Global, Machine, PickleError, Record, recorded
+from dist_export.formats.pickle_machine import Machine
+from dist_export.formats.pickle_values import Global, PickleError, Record, recorded
 
 _MODULE = "torch.distributed.checkpoint"
 _CLASSES = {

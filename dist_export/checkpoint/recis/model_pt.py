@@ -11,7 +11,7 @@ from typing import IO, Any
 from dist_export.checkpoint.extra_state import UntakenState, load_without_foreign_state
 from dist_export.errors import CheckpointError
 from dist_export.formats.legacy_pickle import load_legacy
-from dist_export.formats.pickle_machine import PickleError
+from dist_export.formats.pickle_values import PickleError
 from dist_export.formats.recis import DENSE_STATE
 from dist_export.formats.strict_json import is_text
 from dist_export.formats.torch_pickle import load_archive

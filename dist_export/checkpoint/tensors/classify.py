@@ -123,13 +123,7 @@ def sort_tensors(
             state.append((state_tail(tensor.name, chosen.known) or tensor.name, tensor))
     kinds = _tell_apart(tensors, chosen, settings, patterns, where=where, reasons=unread.reasons)
     tables, other = _join_slots(kinds.weights, state, patterns, unread.reasons)
-    if missed := patterns.first_unmatched():
-        setting, pattern = missed
-        matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
-        raise UnaskedError(
-            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; "
-            f"give one of its matrices that are no tables yet: {listed(matrices)}"
-        )
+    _refuse_unmatched(patterns, chosen, kinds, where)
     doubtful = note_left(
         [(tensor.name, tensor.shape) for tensor in kinds.dense if tensor.name not in kinds.roles.taken],
         [(tail, tensor.shape) for tail, tensor in other],
@@ -160,6 +154,16 @@ def sort_tensors(
         notes=(*chosen.notes, *note_skipped(kinds.skipped, where), *doubtful),
         extra={chosen.names[name]: path for name, path in extra.items() if name in chosen.names},
     )
+
+
+def _refuse_unmatched(patterns: PatternMatches, chosen: State, kinds: _Kinds, where: str) -> None:
+    if missed := patterns.first_unmatched():
+        setting, pattern = missed
+        matrices = [tensor.name for tensor in kinds.dense if len(tensor.shape) == 2]
+        raise UnaskedError(
+            f"{where}: {setting}: the pattern {pattern!r} matches no tensor{chosen.explain(pattern)}{chosen.tell_several()}; "
+            f"give one of its matrices that are no tables yet: {listed(matrices)}"
+        )
 
 
 class _Kinds(NamedTuple):

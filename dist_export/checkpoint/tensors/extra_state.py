@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dist_export.checkpoint.extra_state import UnreadableError, is_extra_state
-from dist_export.formats.pickle_machine import Global, Record
+from dist_export.formats.pickle_values import Global, Record
 from dist_export.formats.pickled_tensor import PickledTensor
 from dist_export.formats.torch_pickle import as_tensor
 

@@ -15,7 +15,7 @@ from dist_export.checkpoint.raw_ids import Piece
 from dist_export.checkpoint.tensors.extra_state import holds_foreign_objects, list_extra_states, make_extra_state
 from dist_export.checkpoint.torch_items import Item, open_range
 from dist_export.errors import CheckpointError
-from dist_export.formats.pickle_machine import PickleError, Record
+from dist_export.formats.pickle_values import PickleError, Record
 from dist_export.formats.pickled_tensor import PickledTensor, itemsize_of
 from dist_export.formats.strict_json import is_text
 from dist_export.formats.torch_pickle import as_array, as_tensor, load_archive
