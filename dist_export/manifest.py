@@ -38,6 +38,15 @@ from dist_export.formats.package_entries import (
     TableEntry,
     TensorEntry,
 )
+from dist_export.formats.serving_entries import (
+    ColumnsEntry,
+    DenseInputEntry,
+    FeatureEntry,
+    IdsEntry,
+    ReplayEntry,
+    ServingEntry,
+    TransformEntry,
+)
 from dist_export.formats.strict_json import decode_object
 
 __all__ = [
@@ -52,27 +61,34 @@ __all__ = [
     "AccountEntry",
     "AccountTensor",
     "CastEntry",
+    "ColumnsEntry",
     "Count",
     "DenseEntry",
+    "DenseInputEntry",
     "DenseTensorEntry",
     "DriftEntry",
     "DriftOutputEntry",
+    "FeatureEntry",
     "FileEntry",
     "FilesParityEntry",
     "FormatEntry",
+    "IdsEntry",
     "LeftOutEntry",
     "Manifest",
     "ParityEntry",
     "PartDigest",
     "PartEntry",
     "PruneEntry",
+    "ReplayEntry",
     "RowIndexEntry",
     "ScoreEntry",
     "ScoreParityEntry",
+    "ServingEntry",
     "SlotEntry",
     "SourceEntry",
     "TableEntry",
     "TensorEntry",
+    "TransformEntry",
     "compute_digest",
     "decode_manifest",
     "encode_manifest",
@@ -122,6 +138,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     drift: DriftEntry | None = None
     score: ScoreEntry | msgspec.UnsetType = msgspec.UNSET
     """Absent if the package has no score program."""
+    serving: ServingEntry | msgspec.UnsetType = msgspec.UNSET
+    """The serving contract. Absent if nothing was to be stated."""
     notes: tuple[str, ...]
     versions: dict[str, str]
     digest: str = ""

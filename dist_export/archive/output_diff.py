@@ -109,6 +109,23 @@ def usual_sizes(like: torch.Tensor | None, expected: torch.Tensor) -> torch.Tens
     return values.where(values.isfinite(), torch.nan).nanmedian(dim=0).values.nan_to_num(0, 0, 0)
 
 
+def find_far(found: torch.Tensor, own: torch.Tensor) -> tuple[int, ...] | None:
+    """Return where a dense input is not what the model gives, apart from the order of sums; None if it is that everywhere.
+
+    ``found`` and ``own`` have one shape and dtype. Values may be apart by a share of their own size and of the usual size in
+    their column: 1e-4, or 2e-2 for float16 and bfloat16.
+    """
+    if own.is_floating_point():
+        share = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        allowed = share * (own.double().abs() + usual_sizes(None, own)) + 1e-7
+        is_near = (found.double() - own.double()).abs() <= allowed
+        is_near |= (found == own) | (found.isnan() & own.isnan())
+    else:
+        is_near = found == own
+    far = torch.nonzero(~is_near)
+    return tuple(far[0].tolist()) if len(far) else None
+
+
 _TIMES = 4
 """How many times the measured rounding two programs may be apart: each has its own, and the sample does not show the largest."""
 

@@ -203,6 +203,10 @@ class ExportConfig:
     lookup_modules: list[str] = field(default_factory=list)
     """Patterns of modules of the sparse arch that are lookups as a whole: each holds one table and returns exactly the rows of
     its ids, whatever its code does (such as collectives). The score program has a lookup in their place."""
+    serving: str | dict[str, Any] = "auto"
+    """The serving contract in manifest.json, which says in data how ids become dense inputs: auto states what fg, mc, the
+    configs of torchrec's collections and the model's own program tell; a mapping with features and inputs states what these do
+    not tell; off states nothing. The contract is carried out on the sample; the export fails if it gives other scores."""
 
     # ---- The feature generator ----
     fg: str | None = None
@@ -349,6 +353,8 @@ class ExportConfig:
                 raise ConfigError(
                     f"{name} is {value!r}; it names a Python package beside the other files; give an identifier"
                 )
+        if isinstance(self.serving, str) and self.serving not in ("auto", "off"):
+            raise ConfigError(f"serving is {self.serving!r}; give auto, off, or a mapping with features and inputs")
         if self.lookup_modules and self.score_program == "off":
             raise ConfigError("lookup_modules are of the score program, but score_program is off")
         if self.export_folder_name == "score_program":

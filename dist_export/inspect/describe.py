@@ -116,6 +116,10 @@ def render(found: dict[str, Any]) -> list[str]:
     if score := found.get("score"):
         inputs = ", ".join(tensor["name"] for tensor in score["inputs"])
         lines.append(f"  score      {score['program']}: from {inputs}, lookups in {', '.join(score['tables'])}")
+    if serving := found.get("serving"):
+        unknown = [name for name, reason in serving["unknown"].items()]
+        told = f"; unknown {', '.join(unknown)}" if unknown else ""
+        lines.append(f"  contract   features {', '.join(serving['features']) or 'none'}{told}")
     return lines
 
 
@@ -168,6 +172,14 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "program": dense.program,
             "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
+        },
+        "serving": None
+        if manifest.serving is msgspec.UNSET
+        else {
+            "features": [feature.name for feature in manifest.serving.features],
+            "unknown": {
+                entry.name: entry.unknown for entry in manifest.serving.inputs if entry.unknown is not msgspec.UNSET
+            },
         },
         "score": None
         if manifest.score is msgspec.UNSET

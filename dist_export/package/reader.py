@@ -18,6 +18,7 @@ from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
 from dist_export.manifest import MANIFEST, FormatEntry, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.package.dense_inputs import dense_inputs_of
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
@@ -245,6 +246,15 @@ class Package:
 
                 self._scorer = Scorer(self)
         return self._scorer.score(inputs)
+
+    def build_dense_inputs(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the inputs of the dense program for ``inputs``, the arrays that ``manifest.serving`` names. Imports no torch.
+
+        Raises:
+            UserError: one is missing, or its shape or dtype is not as the contract has it.
+            PackageError: the contract does not know every dense input, or the package is damaged or was replaced.
+        """
+        return dense_inputs_of(self, inputs)
 
     def load_onnx(self) -> OnnxProgram:
         """Return the dense arch of the ONNX file, to call as ``program(**inputs)`` with tensors.

@@ -98,6 +98,7 @@ def describe_export(export: ExportState) -> Manifest:
         parity=None if dense is None else dense.parity,
         drift=None if dense is None else dense.drift,
         score=(export.scores and export.scores.entry) or msgspec.UNSET,
+        serving=(export.contract and export.contract.entry) or msgspec.UNSET,
         notes=(*export.notes, *(() if dense is None else dense.notes)),
         run=_describe_run(export, files),
     )

@@ -13,7 +13,15 @@ from dist_export.commit.publish import DenseMeta
 from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.recis import DENSE_SUFFIX, MERGED, MergedEntry
-from dist_export.manifest import DEFAULT_ROWS, SAMPLE_ROWS, FileEntry, Manifest, ScoreEntry, TableEntry
+from dist_export.manifest import (
+    DEFAULT_ROWS,
+    SAMPLE_ROWS,
+    FeatureEntry,
+    FileEntry,
+    Manifest,
+    ScoreEntry,
+    TableEntry,
+)
 from dist_export.pipeline.inputs import FG, note_renamed
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
@@ -122,7 +130,15 @@ class TakenOver:
         if has_scores and own.score is not msgspec.UNSET:
             tables = sorted(self._names.get(name, name) for name in own.score.tables)
             score = msgspec.structs.replace(own.score, tables=tuple(tables))
-        return msgspec.structs.replace(manifest, dense=own.dense, parity=own.parity, drift=own.drift, score=score)
+        serving = own.serving
+        if serving is not msgspec.UNSET:
+            serving = msgspec.structs.replace(serving, features=tuple(map(self._rename_feature, serving.features)))
+        return msgspec.structs.replace(
+            manifest, dense=own.dense, parity=own.parity, drift=own.drift, score=score, serving=serving
+        )
+
+    def _rename_feature(self, feature: FeatureEntry) -> FeatureEntry:
+        return msgspec.structs.replace(feature, table=self._names.get(feature.table, feature.table))
 
 
 def _find_scores(manifest: Manifest | None) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dist_export.manifest import SCORE_FOLDER, Manifest, seal
 from dist_export.pipeline.inputs import refuse_without_scores
@@ -13,6 +13,7 @@ from dist_export.pipeline.state import ExportState
 from dist_export.plan.casts import casts_by_table
 
 if TYPE_CHECKING:
+    from dist_export.dense.blocks import Blocks
     from dist_export.dense.stage import DenseStage
     from dist_export.score.stage import ScoreStage
 
@@ -33,6 +34,21 @@ def trace_scores(export: ExportState) -> ExportState:
     return export.grown(notes=notes, scores=scores if scores.is_there else None)
 
 
+def state_contract(export: ExportState) -> ExportState:
+    """Put the serving contract together, if anything can tell of it. All ranks; writes nothing."""
+    task, dense, read = export.task, export.dense, export.source
+    asked = isinstance(task.config.serving, dict)
+    has_source = export.scores is not None or asked or bool(read.features.has_mc)
+    if task.config.serving == "off" or dense is None or dense.finder is None or not has_source:
+        return export
+    from dist_export.contract.stage import ContractStage
+
+    contract = ContractStage(task.ranks, task.config, dense, export.scores)
+    with task.reporter.stage("state contract"):
+        notes = contract.state(read.fg_conf, read.features)
+    return export.grown(notes=notes, contract=contract)
+
+
 def _note_sparse(export: ExportState, dense: DenseStage, scores: ScoreStage | None) -> list[str]:
     """Return notes on what the sparse arch holds besides tables. All ranks."""
     from dist_export.dense.sample_notes import note_sparse_values
@@ -44,17 +60,26 @@ def _note_sparse(export: ExportState, dense: DenseStage, scores: ScoreStage | No
 def score_sample(export: ExportState) -> ExportState:
     """Score the sample with what was written, and compare with the model, if a dense arch is exported. All ranks."""
     task, planned, dense, scores = export.task, export.planned, export.dense, export.scores
+    contract, notes = export.contract, []
 
     def describe() -> Manifest:
         return seal(describe_export(export))
 
     if dense is None:
         return export
+
+    def compare_beside(run_sparse: Callable[[Any], Blocks], blocks: Blocks) -> None:
+        if scores is not None:
+            scores.compare_written(export.target, describe, run_sparse, blocks)
+        if contract is not None:
+            notes.extend(contract.compare_written(export.target, describe, blocks))
+
     with task.reporter.stage("score"):
         as_served = None if planned is None else open_written(task.ranks, export.target, planned.plan)
         lists = None if planned is None else planned.id_lists
-        beside = None if scores is None else functools.partial(scores.compare_written, export.target, describe)
+        beside = None if scores is None and contract is None else compare_beside
         dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)
+    export = export.grown(notes=notes)
     return export if scores is None or not scores.left_out else _without_scores(export, scores.left_out)
 
 

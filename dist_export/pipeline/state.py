@@ -29,6 +29,7 @@ from dist_export.workdir.presence import Written
 from dist_export.workdir.state import Receipt
 
 if TYPE_CHECKING:
+    from dist_export.contract.stage import ContractStage
     from dist_export.dense.stage import DenseStage
     from dist_export.score.stage import ScoreStage
 
@@ -90,6 +91,8 @@ class ExportState:
     """None where no dense arch is exported."""
     scores: ScoreStage | None = None
     """None if no score program is exported."""
+    contract: ContractStage | None = None
+    """None if no serving contract is stated."""
     dense_state: DenseMeta = ()
     """The dense tensors that the package's index names. Rank 0."""
     refuse_if_lost: Callable[[], None] = lambda: None

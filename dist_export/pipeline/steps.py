@@ -27,7 +27,7 @@ from dist_export.pipeline.inputs import (
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
 from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, plan_sparse
-from dist_export.pipeline.scores import score_sample, trace_scores
+from dist_export.pipeline.scores import score_sample, state_contract, trace_scores
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
@@ -339,6 +339,7 @@ STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     compare_source_ids,
     sample_model,
     trace_scores,
+    state_contract,
     lock_target,
     transfer_and_trace,
     check_shards,

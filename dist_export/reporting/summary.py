@@ -16,7 +16,7 @@ from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES
 from dist_export.humanize import amount, count, few
 from dist_export.manifest import CastEntry, DenseEntry, DriftEntry, Manifest, SlotEntry, TableEntry
 from dist_export.reporting.account_text import say_account
-from dist_export.reporting.score_text import say_score
+from dist_export.reporting.score_text import say_contract, say_score
 from dist_export.transfer.work_done import Share
 
 
@@ -105,6 +105,8 @@ def _say_scores(manifest: Manifest) -> list[str]:
             lines.append(f"  scores   of {count(files.rows, 'row')} with {what}: largest difference {figures}")
     if manifest.score is not msgspec.UNSET:
         lines.append(f"  program  {say_score(manifest.score)}")
+    if manifest.serving is not msgspec.UNSET:
+        lines.append(f"  contract {say_contract(manifest.serving)}")
     if manifest.dense is not None and manifest.dense.formats is not msgspec.UNSET:
         for entry in manifest.dense.formats:
             worst = max(entry.parity.max_abs.values(), default=0.0)

@@ -32,6 +32,8 @@ class Jagged:
     lengths: str
     num_keys: int
     """``lengths`` has so many lists for each example, key by key."""
+    keys: tuple[str, ...] = ()
+    """The names of the keys, if there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ class _Reader:
         builds = {part: self._leaf(tensor, (*path, part)) for part, tensor in parts.items()}
         name = "_".join(map(str, path))
         values = tuple(f"{name}_{part}" for part in parts if part != "lengths")
-        self.jagged.append(Jagged(values, f"{name}_lengths", 1 if keys is None else max(1, len(keys))))
+        named = () if keys is None else tuple(map(str, keys))
+        self.jagged.append(Jagged(values, f"{name}_lengths", max(1, len(named)), named))
         own = {} if keys is None else {"keys": keys}
         return lambda tensors: kind(**own, **{part: build(tensors) for part, build in builds.items()})
 

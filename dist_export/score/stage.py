@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import nn
 
-from dist_export.archive.lookup_operator import RowSource, bind, register_source
+from dist_export.archive.lookup_operator import bind, register_source
 from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.extra_state import is_extra_state
 from dist_export.checkpoint.model_weights import is_below, plain_name
@@ -32,6 +32,7 @@ from dist_export.model.user_errors import blame, said
 from dist_export.package.reader import Package
 from dist_export.package.score import PackageRows, bind_program
 from dist_export.runtime.ranks import Ranks
+from dist_export.score.block_program import BlockProgram, trace_blocks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
 from dist_export.score.needed_inputs import find_free_lists
@@ -60,7 +61,7 @@ class ScoreStage:
         """``id()`` of modules that are lookups as a whole -> path and tables. Rank 0."""
         self._failing: nn.Module | None = None
         """In which module of the sparse arch the last trace failed, if it is known. Rank 0."""
-        self._rows: RowSource | None = None
+        self._rows: CheckpointRows | None = None
         """Gives the rows to the lookups of the trace. Rank 0; kept as long as they need it."""
         self.entry: ScoreEntry | None = None
         """On rank 0, if there is a score program."""
@@ -68,6 +69,8 @@ class ScoreStage:
         """Names within the model, without wrappers, of what the program has of the sparse arch. Rank 0."""
         self.is_there = False
         """Whether there is a score program. The same on all ranks."""
+        self._blocks: BlockProgram | None = None
+        """The sparse arch alone, until :meth:`take_blocks`. Rank 0."""
         self.left_out = ""
         """Why the written program was left out of the package; empty if it was not. The same on all ranks."""
 
@@ -79,14 +82,23 @@ class ScoreStage:
         """
         with self._dense.sparse_values():
             reason = self._try()
-        self._rows = None
         self.is_there = not reason
         if reason:
             self._traced, self._packed, self.entry, self.held = None, b"", None, frozenset()
+            self._rows, self._blocks = None, None
             if self._config.score_program == "require":
                 self._ranks.broadcast("export the score program", lambda: _refuse(reason))
             return [f"the package has no score program: {reason}"]
         return self._ranks.broadcast("look at the score program", self._list_notes)
+
+    def take_blocks(self) -> tuple[BlockProgram, CheckpointRows] | None:
+        """Return the sparse arch as a program, and what knows its tables' rows; they are kept no longer. Rank 0.
+
+        None if there is no score program, ``serving`` is off, or the sparse arch cannot be exported alone.
+        """
+        blocks, rows = self._blocks, self._rows
+        self._blocks, self._rows = None, None
+        return None if blocks is None or rows is None else (blocks, rows)
 
     def write(self, scratch: Path) -> None:
         """Write the program and its sample into ``scratch``. Rank 0."""
@@ -227,6 +239,7 @@ class ScoreStage:
             tables = self._tables(token)
             with buffers_put_back(sparse_arch), eval_mode(sparse_arch), tables.replaced(modules), failing:
                 traced = trace_scores(sparse_arch, self._sample(), cut)
+                self._blocks = None if self._config.serving == "off" else trace_blocks(sparse_arch, self._sample(), cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
             named = {path: ", ".join(its) for path, its in self._row_modules.values()}
             self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())

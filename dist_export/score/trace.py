@@ -57,20 +57,20 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
             lacks. The text names the operator and the model's line.
     """
     names = list(batch.tensors)
-    program = _export(sparse_arch, sample, batch, names, {})
+    program = export_arches(sparse_arch, sample, batch, names, {})
     if not find_used_inputs(program, {}):
         raise NotExportableError("no tensor of the batch has a data path to an output")
     used = find_needed(program, batch.tensors, names)
     dropped = [name for name in names if name not in used]
     fixed = [name for name in dropped if len(free_dims(batch.tensors[name])) < batch.tensors[name].dim()]
     if fixed:  # whether a fixed size of theirs matters is seen only where it is free
-        program = _export(sparse_arch, sample, batch, names, {}, all_free=fixed)
+        program = export_arches(sparse_arch, sample, batch, names, {}, all_free=fixed)
         used = find_needed(program, batch.tensors, names, all_free=fixed)
         dropped = [name for name in names if name not in used]
     sizes = input_shapes(program, names)
     if dropped:
         stand_ins = _stand_ins(program, names, dropped, batch)
-        program = _export(sparse_arch, sample, batch, used, stand_ins, all_free=fixed)
+        program = export_arches(sparse_arch, sample, batch, used, stand_ins, all_free=fixed)
     with sizes_from_zero():
         conditions = list_conditions(program, used)
         program = decompose(program)
@@ -141,7 +141,7 @@ def _stand_ins(
     }
 
 
-def _export(
+def export_arches(
     sparse_arch: nn.Module,
     sample: DenseSample,
     batch: FlatBatch,
@@ -150,6 +150,19 @@ def _export(
     *,
     all_free: Sequence[str] = (),
 ) -> ExportedProgram:
+    """Return ``sample.dense_arch(sparse_arch(batch))`` as a program of these inputs.
+
+    Args:
+        sparse_arch: with lookups in the place of its tables.
+        sample: of the dense arch.
+        batch: the sample.
+        names: the tensors of the batch that the program takes, by keyword, in this order.
+        dropped: what is in the place of the other tensors.
+        all_free: tensors all of whose sizes are free, whatever their dtype.
+
+    Raises:
+        NotExportableError: torch cannot trace it.
+    """
     pairs = ", ".join(f"{name!r}: {name}" for name in names)
     source = f"def forward(self, *, {', '.join(names)}):\n    return self.call({{{pairs}}})\n"
     namespace: dict[str, Any] = {}

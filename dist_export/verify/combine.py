@@ -8,13 +8,14 @@ import numpy as np
 from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.formats.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.humanize import count as say
-from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ScoreEntry
+from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ScoreEntry, ServingEntry
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.dense import check_dense
 from dist_export.verify.finite import Odd
 from dist_export.verify.ids import Duplicates, IdCounts
 from dist_export.verify.metadata_checks import Survey
 from dist_export.verify.score import check_scores, find_without_entry
+from dist_export.verify.serving import check_serving
 
 _SLICE_ELEMENTS = 1 << 20
 
@@ -37,6 +38,9 @@ def conclude(survey: Survey, counts: IdCounts, duplicates: list[Duplicates], odd
         survey.report.add(
             MANIFEST, "score", f"lists {path}, but has no entry `score`, which an export writes with that file"
         )
+    if survey.manifest is not None and survey.manifest.serving is not msgspec.UNSET:
+        serving = survey.manifest.serving
+        survey.guard(MANIFEST, lambda: _check_serving(survey, serving))
 
 
 def _tell_of_ids(survey: Survey, blocks: Blocks, counts: IdCounts, duplicates: list[Duplicates]) -> None:
@@ -165,6 +169,21 @@ def _check_scores(survey: Survey, entry: ScoreEntry) -> None:
         check_scores(survey.package, entry, lines, survey.report.checked)
     finally:
         survey.report.add_lines("score", lines)
+
+
+def _check_serving(survey: Survey, serving: ServingEntry) -> None:
+    assert survey.package is not None
+    assert survey.manifest is not None
+    dense, score = survey.manifest.dense, survey.manifest.score
+    if survey.report.count():
+        return  # what is wrong with tables, samples or programs is told already
+    lines: list[str] = []
+    if dense is None:
+        lines.append(f"{MANIFEST}: has an entry `serving`, but no dense arch")
+    else:
+        sample = None if score is msgspec.UNSET else score
+        check_serving(survey.package, serving, dense, sample, lines, survey.report.checked)
+    survey.report.add_lines("serving", lines)
 
 
 def _check_dense(survey: Survey, entry: DenseEntry) -> None:

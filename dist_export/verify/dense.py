@@ -252,6 +252,13 @@ def _expect_kind(what: str, tensor: torch.Tensor, stated: TensorEntry, findings:
         )
 
 
+def read_named_inputs(folder: Files, entry: DenseEntry) -> dict[str, torch.Tensor]:
+    """Return the sample's inputs by name, as the export wrote them."""
+    where = f"{entry.folder}/inputs_dict.json"
+    found = _read_json(folder, where, dict[str, _Values])
+    return {name: _to_tensor(values, f"{where}: input {name!r}") for name, values in found.items()}
+
+
 def read_named_outputs(folder: Files, entry: DenseEntry, findings: list[str]) -> dict[str, torch.Tensor]:
     """Return the sample's outputs by name, as the export wrote them."""
     where = f"{entry.folder}/{OUTPUTS}"

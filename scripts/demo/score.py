@@ -3,7 +3,7 @@
 usage: python -m scripts.demo.score demo_run/package demo_run/requests.json
 
 This is the work of a serving process: raw features -> ids (the feature generator), ids -> scores (the package's score program).
-No code of the model is imported.
+No code of the model is imported. The serving contract must give the same: ids -> dense inputs with numpy -> the dense program.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from dist_export import open_package
+from dist_export import Package, open_package
 from scripts.demo.features import generate_features
 
 TOLERANCE = 1e-5
@@ -28,22 +29,42 @@ def main() -> int:
     args = parser.parse_args()
 
     requests = json.loads(args.requests.read_text())
-    scores = score(args.package, requests)
-    differences = {
-        name: np.abs(column - [request["scores"][name] for request in requests]) for name, column in scores.items()
-    }
+    package = open_package(args.package)
+    ids = generate_features(json.loads((args.package / "fg.json").read_text()), requests)
+    scores = {name: column[:, 0] for name, column in package.score(ids).items()}
+    differences = compare(scores, requests)
     print_scores(requests, scores, differences)
+    print()
+    is_same = [
+        say_largest("the score program", differences),
+        say_largest("the serving contract", compare(score_by_contract(package, ids), requests)),
+    ]
+    return 0 if all(is_same) else 1
+
+
+def score_by_contract(package: Package, ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return output name -> scores (B,), by way of the dense inputs."""
+    dense = package.manifest.dense
+    assert dense is not None
+    blocks = package.build_dense_inputs(ids)
+    with torch.no_grad():
+        outputs = package.load_program().module()(**{name: torch.from_numpy(block) for name, block in blocks.items()})
+    return {entry.name: output.numpy()[:, 0] for entry, output in zip(dense.outputs, outputs, strict=True)}
+
+
+def compare(scores: dict[str, np.ndarray], requests: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return by output how far the scores are from the trainer's."""
+    return {name: np.abs(column - [request["scores"][name] for request in requests]) for name, column in scores.items()}
+
+
+def say_largest(what: str, differences: dict[str, np.ndarray]) -> bool:
+    """Print the largest difference. Return whether it is within the tolerance."""
     largest = max(column.max() for column in differences.values())
     is_same = bool(largest <= TOLERANCE)  # NaN is not
-    print(f"\nlargest difference {largest:.1e}: {'within' if is_same else 'OUTSIDE'} the tolerance of {TOLERANCE:.0e}")
-    return 0 if is_same else 1
-
-
-def score(directory: Path, examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return output name -> scores (B,) of raw examples."""
-    fg = json.loads((directory / "fg.json").read_text())
-    scores = open_package(directory).score(generate_features(fg, examples))
-    return {name: column[:, 0] for name, column in scores.items()}
+    print(
+        f"{what}: largest difference {largest:.1e}, {'within' if is_same else 'OUTSIDE'} the tolerance of {TOLERANCE:.0e}"
+    )
+    return is_same
 
 
 def print_scores(

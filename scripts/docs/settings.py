@@ -86,6 +86,7 @@ EXAMPLES = {
     "max_drift": "{ctr: 0.01}",
     "score_program": "require",
     "lookup_modules": '["sparse_arch.tables.*"]',
+    "serving": "{features: {clicks: {padding_id: 0}}}",
     "fg": "my_team.features:build_fg",
     "fg_args": "{version: 3}",
     "fg_conf_or_path": "conf/fg.json",

@@ -152,5 +152,16 @@ def test_collections_score_from_ids(kind: str, pooling: str, is_weighted: bool, 
             expected = trained(batch).numpy()
         found = package.score(inputs)["torch_output_0"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        blocks = package.build_dense_inputs(inputs)
+        with torch.no_grad():
+            own = trained.sparse_arch(batch)
+        for name, values in own.items():
+            np.testing.assert_allclose(blocks[name], values.numpy(), rtol=1e-5, atol=1e-6)
+    stated = {feature.name: feature for feature in package.manifest.serving.features}
+    assert {name: (its.ids.key, its.pooling) for name, its in stated.items()} == {
+        "user": (0, pooling.lower() or "none"),
+        "item": (1, pooling.lower() or "none"),
+    }
+    assert stated["user"].stated_by["pooling"] == "collection"
     np.savez(tmp_path / "inputs.npz", expected=expected, **{name: its.numpy() for name, its in inputs.items()})
     subprocess.run([sys.executable, "-c", _SCORE, str(out), str(tmp_path / "inputs.npz")], cwd="/", check=True)

@@ -1,0 +1,239 @@
+"""Made-up rows and batches, with which a sparse arch is tried: each id of each table has a row that no other has."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dist_export.archive.lookup_operator import bind, register_source
+from dist_export.formats.recis import mix
+from dist_export.score.block_program import BlockProgram
+
+_LARGEST = 1e6
+"""Numbers of the graph that are larger are no values of made-up floats: sums would lose what is small beside them."""
+_MOST_IDS = 4
+"""The longest list that is made up has so many ids."""
+
+
+class DescribesRows(Protocol):
+    """What is asked for the shape and dtype of a table's rows."""
+
+    def describe_rows(self, table: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the dtype of one row."""
+
+
+class MadeUpRows:
+    """Gives the lookup operator rows that are made of table, id and column. Notes which ids are asked for."""
+
+    def __init__(self, kinds: DescribesRows) -> None:
+        self._kinds = kinds
+        self._seeds: dict[str, int] = {}
+        self.asked: dict[str, set[int]] = {}
+        """Table -> the ids that were looked up since the last :meth:`forget`."""
+
+    def forget(self) -> None:
+        """Forget which ids were asked for."""
+        self.asked = {}
+
+    def describe_rows(self, table: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return the shape and the dtype of one row."""
+        return self._kinds.describe_rows(table)
+
+    def find_rows(self, table: str, ids: np.ndarray) -> torch.Tensor:
+        """Return the rows (n, dim) of ids (int64, (n,)), each value between -1 and 1."""
+        self.asked.setdefault(table, set()).update(ids.tolist())
+        shape, dtype = self.describe_rows(table)
+        return torch.from_numpy(self._make(table, ids, int(np.prod(shape)))).to(dtype).reshape(len(ids), *shape)
+
+    def rows_of(self, table: str, _: str, ids: np.ndarray) -> np.ndarray:
+        """Return the same rows as float32, (n, dim), without a note."""
+        shape, dtype = self.describe_rows(table)
+        made = torch.from_numpy(self._make(table, ids, int(np.prod(shape))))
+        return made.to(dtype).to(torch.float32).numpy()
+
+    def _make(self, table: str, ids: np.ndarray, width: int) -> np.ndarray:
+        seed = self._seeds.setdefault(table, len(self._seeds) + 1)
+        columns = mix(np.arange(1, width + 1, dtype=np.int64) * 1_000_003 + seed)
+        mixed = mix((mix(ids)[:, None] + columns[None]).reshape(-1).view(np.int64)) >> np.uint64(40)
+        made: np.ndarray = (mixed.astype(np.float32) / np.float32(1 << 23) - 1).reshape(len(ids), width)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One made-up batch, and what the sparse arch gives for it."""
+
+    inputs: dict[str, np.ndarray]
+    blocks: dict[str, np.ndarray]
+    """As float32, or int64."""
+    asked: Mapping[str, set[int]]
+    """Table -> ids that were looked up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """Lists of different lengths, one after the other in tensors of ids and weights."""
+
+    values: str
+    """One of those tensors; the others have the same free size."""
+    bounds: str
+    kind: str
+    """What ``bounds`` holds: ``lengths``; ``offsets``, where each list begins; ``ends``, the end of the last one too."""
+    num_keys: int = 1
+    keys: tuple[str, ...] = ()
+    """The names of the runs of lists, where they have names."""
+
+
+class Trials:
+    """Runs the sparse arch on made-up batches."""
+
+    def __init__(
+        self,
+        traced: BlockProgram,
+        rows: MadeUpRows,
+        *,
+        ids: Sequence[str],
+        numbers: Mapping[str, Collection[int | float]],
+    ) -> None:
+        """Take the program of a sparse arch.
+
+        Args:
+            traced: the program.
+            rows: gives its rows.
+            ids: the inputs that ids come from; they get ids of all sizes.
+            numbers: by input, the numbers that may matter for its values. It gets each of them, and what is next to it.
+        """
+        self._traced = traced
+        self._rows = rows
+        self._ids = frozenset(ids)
+        self._random = np.random.default_rng(0)
+        self._pools = {
+            name: _Pool(numbers.get(name, ()), self._random, is_whole=not tensor.is_floating_point())
+            for name, tensor in traced.tensors.items()
+        }
+        self._shapes = traced.shapes
+        bind(traced.program.graph_module, register_source(rows))
+        self._module = traced.program.module()
+
+    @property
+    def untried(self) -> list[str]:
+        """The inputs that have not had all values that matter."""
+        return [name for name, pool in self._pools.items() if not pool.is_used_up]
+
+    def run(self, lists: Sequence[Lists], *, vary_sizes: bool) -> Trial | None:
+        """Run a made-up batch. Return None if the sparse arch refuses it.
+
+        ``vary_sizes``: whether lists get other lengths than in the sample.
+        """
+        made = self._make_up(lists, vary_sizes=vary_sizes)
+        self._rows.forget()
+        found: Any = None
+        with contextlib.suppress(RuntimeError, AssertionError, IndexError, ValueError), torch.no_grad():
+            found = self._module(**{name: tensor.clone() for name, tensor in made.items()})
+        if found is None:
+            return None
+        values = [found] if isinstance(found, torch.Tensor) else list(found)
+        blocks = {name: _as_numbers(value) for name, value in zip(self._traced.blocks, values, strict=True)}
+        return Trial({name: _as_numbers(value) for name, value in made.items()}, blocks, dict(self._rows.asked))
+
+    def _make_up(self, lists: Sequence[Lists], *, vary_sizes: bool) -> dict[str, torch.Tensor]:
+        sizes = self._known_sizes()
+        bounds: dict[str, torch.Tensor] = {}
+        lengths: dict[str, np.ndarray] = {}
+        for its in lists if vary_sizes else ():
+            size = str(self._shapes[its.values][0])
+            sample = self._traced.tensors[its.bounds]
+            num_lists = sample.numel() - (its.kind == "ends")
+            if size not in lengths or len(lengths[size]) != num_lists:
+                lengths[size] = self._random.integers(0, _MOST_IDS + 1, num_lists)
+            sizes[size] = int(lengths[size].sum())
+            bounds[its.bounds] = _make_bounds(its.kind, lengths[size]).to(sample.dtype).reshape(sample.shape)
+        for name in self._ids if vary_sizes else ():
+            shape = self._shapes[name]
+            if len(shape) == 2 and not isinstance(shape[1], int) and str(shape[1]).isidentifier():
+                sizes[str(shape[1])] = int(self._random.integers(2, _MOST_IDS + 1))
+        made = {}
+        for name, sample in self._traced.tensors.items():
+            shape = tuple(self._size(size, sizes, sample.shape[dim]) for dim, size in enumerate(self._shapes[name]))
+            is_bounds = name in {its.bounds for its in lists}
+            made[name] = bounds.get(name, sample) if is_bounds else self._fill(name, sample, shape)
+        return made
+
+    def _known_sizes(self) -> dict[str, int]:
+        return {
+            str(size): int(self._traced.tensors[name].shape[dim])
+            for name, shape in self._shapes.items()
+            for dim, size in enumerate(shape)
+        }
+
+    def _size(self, size: Any, sizes: Mapping[str, int], of_sample: int) -> int:
+        return size if isinstance(size, int) else sizes.get(str(size), int(of_sample))
+
+    def _fill(self, name: str, sample: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        count, pool = int(np.prod(shape, dtype=np.int64)), self._pools[name]
+        if sample.dtype == torch.bool:
+            values: np.ndarray = self._random.integers(0, 2, count)
+            pool.skip()
+        elif not sample.is_floating_point() and not sample.is_complex():
+            values = pool.mix_in(self._make_ids(count) if name in self._ids else self._random.integers(0, 50, count))
+            if sample.dtype != torch.int64:
+                info = torch.iinfo(sample.dtype)
+                values = np.clip(values, info.min, info.max)
+        else:
+            values = pool.mix_in(self._random.standard_normal(count))
+        return torch.from_numpy(np.ascontiguousarray(values)).to(sample.dtype).reshape(shape)
+
+    def _make_ids(self, count: int) -> np.ndarray:
+        """Return ids: half of them are small, half are anything."""
+        small = self._random.integers(0, 1000, count)
+        large = self._random.integers(-(1 << 62), 1 << 62, count)
+        return np.where(self._random.integers(0, 2, count) == 0, small, large)
+
+
+class _Pool:
+    """Values that an input must have had before it is known what becomes of it."""
+
+    def __init__(self, numbers: Collection[int | float], random: np.random.Generator, *, is_whole: bool) -> None:
+        self._random = random
+        self._next = 0
+        if is_whole:
+            near = {math.floor(number) + step for number in numbers for step in (-1, 0, 1)} | {-1, 0, 1, 2}
+            self._values = np.array([number for number in sorted(near) if abs(number) < 1 << 62], np.int64)
+            return
+        anchors = np.array([0.0, 1.0, *(float(number) for number in numbers)])
+        near_floats = np.concatenate([anchors, anchors * 1.001 + 1e-3, anchors * 0.999 - 1e-3])
+        self._values = near_floats[np.abs(near_floats) < _LARGEST]
+
+    @property
+    def is_used_up(self) -> bool:
+        return self._next >= len(self._values)
+
+    def skip(self) -> None:
+        """Say that an input has few values, and had them all."""
+        self._next = len(self._values)
+
+    def mix_in(self, values: np.ndarray) -> np.ndarray:
+        """Put the next values of the pool in the place of about half of ``values``."""
+        chosen = np.flatnonzero(self._random.integers(0, 2, len(values)))
+        values[chosen] = self._values[(self._next + np.arange(len(chosen))) % len(self._values)]
+        self._next += len(chosen)
+        return values
+
+
+def _make_bounds(kind: str, lengths: np.ndarray) -> torch.Tensor:
+    if kind == "lengths":
+        return torch.from_numpy(lengths)
+    ends = np.cumsum(lengths)
+    return torch.from_numpy(ends - lengths if kind == "offsets" else np.concatenate([np.zeros(1, np.int64), ends]))
+
+
+def _as_numbers(value: torch.Tensor) -> np.ndarray:
+    plain = value.detach().cpu()
+    found: np.ndarray = (plain.to(torch.float32) if plain.is_floating_point() else plain).numpy()
+    return found

@@ -1,0 +1,278 @@
+"""Read from the program of a sparse arch what each dense input is made of, and try it on made-up rows and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from dist_export.contract.candidates import (
+    compute,
+    find_lists,
+    is_looked_up,
+    list_features,
+    list_poolings,
+    name_feature,
+)
+from dist_export.contract.graph import Ancestry, GraphFacts, Lookup, read_graph
+from dist_export.contract.made_up import DescribesRows, Lists, MadeUpRows, Trial, Trials
+from dist_export.formats.serving_entries import ColumnsEntry, DenseInputEntry, FeatureEntry
+from dist_export.humanize import few
+from dist_export.score.block_program import BlockProgram
+
+_NUM_TRIALS = 4
+_MAX_TRIALS = 32
+"""More are run until each input has had all values that matter."""
+_ATOL, _RTOL = 1e-5, 1e-4
+_HALF_TOLERANCE = 2e-2
+"""Of blocks that are float16 or bfloat16."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was read: the features that some known columns come from, and the inputs of the dense arch."""
+
+    features: dict[str, FeatureEntry] = field(default_factory=dict)
+    inputs: dict[str, DenseInputEntry] = field(default_factory=dict)
+    lists: list[Lists] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """Columns of a dense input that are explained."""
+
+    begin: int
+    end: int
+    feature: FeatureEntry | None = None
+    tensor: str = ""
+    first: int = 0
+
+
+def read_blocks_of(traced: BlockProgram, kinds: DescribesRows) -> Reading:
+    """Return what the program of a sparse arch does with ids, where that is a plain lookup, pooling and concatenation. Rank 0.
+
+    A guess that the graph allows is taken if, on batches of made-up ids and lists with made-up rows, it gives what the program
+    gives. Anything else is unknown, with a reason.
+    """
+    facts, rows = read_graph(traced), MadeUpRows(kinds)
+    told = {jagged.lengths for jagged in traced.batch.jagged}
+    from_ids = {name for lookup in facts.lookups for name in lookup.ids.inputs} - told
+    ids = [name for name in sorted(from_ids) if _may_be_ids(traced.tensors[name])]
+    lists = find_lists(traced, ids)
+    ids = [name for name in ids if name not in {its.bounds for its in lists}]
+    trials = Trials(traced, rows, ids=ids, numbers={name: facts.numbers_of(name) for name in traced.tensors})
+    ran = _run_trials(trials, lists)
+    bounds = {its.bounds for its in lists}
+    reading = Reading(lists=lists)
+    reader = _Reader(traced, facts, rows, reading, ran, untried=[name for name in trials.untried if name not in bounds])
+    for name in traced.blocks:
+        reading.inputs[name] = reader.read(name)
+    return reading
+
+
+def _may_be_ids(tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 0 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _run_trials(trials: Trials, lists: Sequence[Lists]) -> list[Trial]:
+    """Return made-up batches; with the sizes of the sample if the sparse arch refuses others."""
+    for vary_sizes in (True, False):
+        ran: list[Trial] = []
+        for number in range(_MAX_TRIALS):
+            if number >= _NUM_TRIALS and (not trials.untried or not ran):
+                break
+            trial = trials.run(lists, vary_sizes=vary_sizes)
+            ran += [] if trial is None else [trial]
+        if ran:
+            return ran
+    return []
+
+
+class _Reader:
+    def __init__(
+        self,
+        traced: BlockProgram,
+        facts: GraphFacts,
+        rows: MadeUpRows,
+        reading: Reading,
+        trials: Sequence[Trial],
+        *,
+        untried: Sequence[str],
+    ) -> None:
+        self._traced = traced
+        self._facts = facts
+        self._rows = rows
+        self._reading = reading
+        self._trials = trials
+        self._untried = frozenset(untried)
+        self._computed: dict[tuple[Any, ...], list[np.ndarray | None]] = {}
+
+    def read(self, name: str) -> DenseInputEntry:
+        """Return what one input of the dense arch is made of."""
+        tensor = self._block(name)
+        entry = DenseInputEntry(name=name, dtype=str(tensor.dtype).removeprefix("torch."), dims=tensor.dim())
+        if reason := self._refuse(name):
+            return msgspec.structs.replace(entry, unknown=reason)
+        block, outputs = self._facts.blocks[name], [self._as_columns(trial.blocks[name]) for trial in self._trials]
+        hits = [*self._find_tensors(block, outputs, tensor.dtype)]
+        hits += [hit for lookup in self._lookups_of(block) for hit in self._find_features(lookup, block, outputs)]
+        width = outputs[0].shape[-1]
+        chosen, at = [], 0
+        while at < width:
+            here = [hit for hit in hits if hit.begin == at]
+            if not here:
+                until = min((hit.begin for hit in hits if hit.begin > at), default=width)
+                return msgspec.structs.replace(entry, unknown=self._explain(block, at, until, width))
+            chosen.append(max(here, key=lambda hit: hit.end - hit.begin))
+            at = chosen[-1].end
+        if unexplained := sorted(block.inputs - {name for hit in chosen for name in _inputs_of(hit)}):
+            return msgspec.structs.replace(
+                entry, unknown=f"its columns can be explained, but it is computed from {few(unexplained)}, too"
+            )
+        return msgspec.structs.replace(entry, columns=tuple(self._describe(hit) for hit in chosen))
+
+    def _block(self, name: str) -> torch.Tensor:
+        nodes = {str(node): node for node in self._traced.program.graph.nodes}
+        output = self._traced.program.graph_signature.user_outputs[self._traced.blocks.index(name)]
+        value = nodes[str(output)].meta["val"]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def _refuse(self, name: str) -> str:
+        if not self._trials:
+            return "the sparse arch refuses other ids than those of the sample, so nothing could be tried"
+        if name not in self._facts.blocks:
+            return "it is no tensor of the sparse arch's graph"
+        if untried := sorted(self._untried & self._facts.blocks[name].inputs):
+            return f"there are too many numbers that values of {few(untried)} may be compared with"
+        if not 1 <= self._block(name).dim() <= 3:
+            return "it has more dimensions than (batch, longest, columns)"
+        return ""
+
+    def _explain(self, block: Ancestry, begin: int, end: int, width: int) -> str:
+        which = "it" if (begin, end) == (0, width) else f"what is in its columns {begin} to {end - 1}"
+        made_of = [f"table {table!r}" for table in sorted(block.lookups)] + [
+            f"input {name!r}" for name in sorted(block.inputs)
+        ]
+        told = few(made_of) or "nothing"
+        return (
+            f"{which} is no column of the request and no plain pooling of a table's rows (it is computed from {told})"
+        )
+
+    @staticmethod
+    def _as_columns(block: np.ndarray) -> np.ndarray:
+        return block[:, None] if block.ndim == 1 else block
+
+    def _lookups_of(self, block: Ancestry) -> Iterator[Lookup]:
+        seen = set()
+        for lookup in self._facts.lookups:
+            if lookup.table in block.lookups and lookup.ids.inputs <= block.inputs and lookup not in seen:
+                seen.add(lookup)
+                yield lookup
+
+    def _find_tensors(self, block: Ancestry, outputs: list[np.ndarray], dtype: torch.dtype) -> Iterator[_Hit]:
+        """Yield the columns that go from the request to the block as they are, as many neighbours as there are."""
+        for name in sorted(block.inputs):
+            given = [self._as_columns(trial.inputs[name]) for trial in self._trials if trial.inputs[name].ndim]
+            if len(given) != len(outputs) or any(
+                its.shape[:-1] != found.shape[:-1] for its, found in zip(given, outputs, strict=True)
+            ):
+                continue
+            matches = [
+                _columns_equal(torch.from_numpy(its).to(dtype).to(torch.float32).numpy(), found)
+                for its, found in zip(given, outputs, strict=True)
+            ]
+            pairs = set.intersection(*matches)
+            for first, at in sorted(pairs):
+                if (first - 1, at - 1) in pairs:
+                    continue
+                count = 1
+                while (first + count, at + count) in pairs:
+                    count += 1
+                yield _Hit(at, at + count, tensor=name, first=first)
+
+    def _find_features(self, lookup: Lookup, block: Ancestry, outputs: list[np.ndarray]) -> Iterator[_Hit]:
+        """Yield the columns that are the pooled rows of a lookup, with the plainest feature that explains them."""
+        shape, dtype = self._rows.describe_rows(lookup.table)
+        dim = int(np.prod(shape))
+        explained: set[tuple[int, int]] = set()
+        half = dtype in (torch.float16, torch.bfloat16)
+        for candidate in list_features(lookup, block, self._traced, self._reading.lists, dim):
+            if not all(is_looked_up(candidate, trial) for trial in self._trials):
+                continue
+            for feature in list_poolings(candidate, self._traced, block):
+                for columns in self._find_columns(feature, outputs, is_half=half):
+                    if columns not in explained:
+                        explained.add(columns)
+                        yield _Hit(*columns, feature)
+
+    def _find_columns(
+        self, feature: FeatureEntry, outputs: list[np.ndarray], *, is_half: bool
+    ) -> Iterator[tuple[int, int]]:
+        key = _what_it_is(feature)
+        if key not in self._computed:
+            self._computed[key] = [compute(feature, trial, self._rows.rows_of) for trial in self._trials]
+        made = [its for its in self._computed[key] if its is not None]
+        if len(made) != len(outputs):
+            return
+        if made[0].ndim == 3 and outputs[0].ndim == 2 and len({its.shape[1] for its in made}) == 1:
+            made = [its.reshape(len(its), -1) for its in made]
+        if any(its.shape[:-1] != found.shape[:-1] for its, found in zip(made, outputs, strict=True)):
+            return
+        width = made[0].shape[-1]
+        for begin in range(outputs[0].shape[-1] - width + 1):
+            if all(
+                _is_near(its, found[..., begin : begin + width], is_half=is_half)
+                for its, found in zip(made, outputs, strict=True)
+            ):
+                yield begin, begin + width
+
+    def _describe(self, hit: _Hit) -> ColumnsEntry:
+        if hit.feature is None:
+            return ColumnsEntry(begin=hit.begin, end=hit.end, tensor=hit.tensor, first=hit.first)
+        features = self._reading.features
+        name = {_what_it_is(one): name for name, one in features.items()}.get(_what_it_is(hit.feature))
+        if name is None:
+            name = name_feature(hit.feature, self._reading.lists, features)
+            stated = dict.fromkeys(("table", "ids", "pooling", "padding_id", "transforms"), "program")
+            features[name] = msgspec.structs.replace(hit.feature, name=name, stated_by=stated)
+        return ColumnsEntry(begin=hit.begin, end=hit.end, feature=name)
+
+
+def _inputs_of(hit: _Hit) -> list[str]:
+    """Return the inputs that columns come from."""
+    if hit.feature is None:
+        return [hit.tensor]
+    ids = hit.feature.ids
+    assert ids is not msgspec.UNSET
+    return [name for name in (ids.values, ids.lengths, ids.offsets, ids.weights) if name is not msgspec.UNSET]
+
+
+def _what_it_is(feature: FeatureEntry) -> tuple[Any, ...]:
+    return feature.table, feature.ids, feature.pooling, feature.padding_id, feature.transforms, feature.longest
+
+
+def _is_near(made: np.ndarray, found: np.ndarray, *, is_half: bool) -> bool:
+    if made.shape != found.shape:
+        return False
+    rtol, atol = (_HALF_TOLERANCE, _HALF_TOLERANCE) if is_half else (_RTOL, _ATOL)
+    if made.size and not np.isclose(made[..., 0], found[..., 0], rtol=rtol, atol=atol).all():
+        return False
+    return bool(np.isclose(made, found, rtol=rtol, atol=atol).all())
+
+
+def _columns_equal(given: np.ndarray, found: np.ndarray) -> set[tuple[int, int]]:
+    """Return the pairs (column of ``given``, column of ``found``) with the same values."""
+    found = found.astype(np.float32)
+    columns: dict[bytes, list[int]] = {}
+    for place in range(found.shape[-1]):
+        columns.setdefault(np.ascontiguousarray(found[..., place]).tobytes(), []).append(place)
+    return {
+        (first, at)
+        for first in range(given.shape[-1])
+        for at in columns.get(np.ascontiguousarray(given[..., first]).tobytes(), ())
+    }

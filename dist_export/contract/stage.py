@@ -1,0 +1,144 @@
+"""The serving contract in order: stated before anything is written, then carried out on the written shards and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from dist_export.config.schema import ExportConfig
+from dist_export.contract.draft import Draft
+from dist_export.contract.read import Reading, read_blocks_of
+from dist_export.contract.replay import compare_blocks, compare_outputs, to_arrays
+from dist_export.contract.settings import read_setting
+from dist_export.contract.statements import read_collections, read_fg
+from dist_export.dense.blocks import Blocks
+from dist_export.dense.fg import Features
+from dist_export.dense.stage import DenseStage
+from dist_export.formats.serving_entries import DenseInputEntry, ReplayEntry, ServingEntry
+from dist_export.manifest import Manifest
+from dist_export.package.dense_inputs import build_dense_inputs
+from dist_export.package.reader import Package
+from dist_export.runtime.ranks import Ranks
+from dist_export.score.inputs import flatten_batch
+from dist_export.score.stage import ScoreStage
+from dist_export.score.table_weight import NotExportableError
+from dist_export.storage.directory import Directory
+
+_NOT_READ = "the package has no score program, so the sparse arch could not be read"
+
+
+class ContractStage:
+    """Holds the contract from one step to the next. All ranks have one."""
+
+    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage, scores: ScoreStage | None) -> None:
+        self._ranks = ranks
+        self._config = config
+        self._dense = dense
+        self._scores = scores
+        self._draft: Draft | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+        self.entry: ServingEntry | None = None
+        """On rank 0, after :meth:`compare_written`."""
+
+    def state(self, fg_conf: Mapping[str, Any] | None, features: Features) -> list[str]:
+        """Put together what is known of the way from ids to the dense inputs. All ranks; writes nothing. Returns notes.
+
+        Raises:
+            ConfigError: on all ranks, if fg, mc or the setting contradict the model or each other.
+        """
+        return self._ranks.broadcast("state the serving contract", lambda: self._state(fg_conf, features))
+
+    def _state(self, fg_conf: Mapping[str, Any] | None, features: Features) -> list[str]:
+        dense, config = self._dense, self._config
+        finder, sparse_arch, sample = dense.finder, dense.sparse_arch, dense.sample
+        assert finder is not None
+        assert sparse_arch is not None
+        assert sample is not None
+        try:
+            batch = flatten_batch(dense.data)
+        except NotExportableError as error:
+            return [f"the package has no serving contract: {error}"]
+        reading = self._read(sample.inputs)
+        draft = Draft(reading, batch.tensors, batch.jagged)
+        draft.add_fg(read_fg(fg_conf, features, finder))
+        draft.add_collections(read_collections(sparse_arch, finder, config.sparse_model_name))
+        draft.add_settings(read_setting(config.serving))
+        dims = {finder.written_name(name): finder.embedding_of(name).inner_shape for name in finder.exported_names()}
+        draft.set_dims({name: int(np.prod(shape, dtype=np.int64)) for name, shape in dims.items()})
+        self._draft, self._arrays = draft, to_arrays(batch.tensors)
+        return []
+
+    def _read(self, inputs: Mapping[str, torch.Tensor]) -> Reading:
+        """Return what the sparse arch's own program tells; where there is none, that nothing is known of any input."""
+        traced = None if self._scores is None else self._scores.take_blocks()
+        if traced is not None:
+            return read_blocks_of(*traced)
+        reading = Reading()
+        for name, tensor in inputs.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            reading.inputs[name] = DenseInputEntry(name=name, dtype=dtype, dims=tensor.dim(), unknown=_NOT_READ)
+        return reading
+
+    def compare_written(self, target: Directory, describe: Callable[[], Manifest], blocks: Blocks) -> list[str]:
+        """Carry the contract out with rows of the written shards, and compare with the model. All ranks. Returns notes.
+
+        Args:
+            target: where everything but the manifest is.
+            describe: returns what the manifest will say. Rank 0.
+            blocks: what the model's own sparse arch gave for the sample, on rows of the written shards.
+
+        Raises:
+            ParityError: on all ranks, if a dense input or a score differs.
+        """
+        return self._ranks.broadcast(
+            "compare the serving contract with the model", lambda: self._compare(target, describe(), blocks)
+        )
+
+    def _compare(self, target: Directory, manifest: Manifest, blocks: Blocks) -> list[str]:
+        if self._draft is None or manifest.dense is None:
+            return []
+        names = [entry.name for entry in manifest.dense.inputs]
+        serving = self._draft.finish({table.name: table for table in manifest.tables}, names)
+        known = [entry.name for entry in serving.inputs if entry.unknown is msgspec.UNSET]
+        if known:
+            with Package(target, unpublished=manifest) as package:
+                computed = build_dense_inputs(
+                    serving,
+                    self._arrays,
+                    lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0],
+                    where=target.url,
+                )
+                replay = self._replay(package, serving, computed, blocks)
+            serving = msgspec.structs.replace(serving, replay=replay)
+        self.entry = serving
+        self._draft, self._arrays = None, {}
+        if serving.is_known:
+            return []
+        unknown = ", ".join(entry.name for entry in serving.inputs if entry.name not in known)
+        return [
+            f"the serving contract does not say how these dense inputs come about: {unknown}; manifest.serving says why"
+        ]
+
+    def _replay(
+        self, package: Package, serving: ServingEntry, computed: Mapping[str, np.ndarray], blocks: Blocks
+    ) -> ReplayEntry:
+        sample = self._dense.sample
+        assert sample is not None
+        limit = next(iter(sample.inputs.values())).shape[0]
+        own = {name: tensor.detach().cpu()[:limit] for name, tensor in blocks.tensors.items()}
+        for entry in serving.inputs:
+            if entry.name in computed:
+                compare_blocks(entry, serving, computed[entry.name][:limit], own[entry.name])
+        given = dict(own)
+        for name, values in computed.items():
+            given[name] = torch.from_numpy(np.ascontiguousarray(values[:limit])).to(own[name].dtype)
+        program = package.load_program().module()
+        taken = [entry.name for entry in serving.inputs]
+        with torch.no_grad():
+            expected, found = (program(**{name: tensors[name].clone() for name in taken}) for tensors in (own, given))
+        max_abs = compare_outputs(sample, expected, found, given, config=self._config)
+        return ReplayEntry(rows=limit, inputs=tuple(computed), max_abs=max_abs)
