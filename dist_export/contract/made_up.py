@@ -17,6 +17,7 @@ from dist_export.score.block_program import BlockProgram
 
 _LARGEST = 1e6
 """Numbers of the graph that are larger are no values of made-up floats: sums would lose what is small beside them."""
+_LARGEST_ID = 1 << 62
 _MOST_IDS = 4
 """The longest list that is made up has so many ids."""
 
@@ -114,8 +115,7 @@ class Trials:
         self._ids = frozenset(ids)
         self._random = np.random.default_rng(0)
         self._pools = {
-            name: _Pool(numbers.get(name, ()), self._random, is_whole=not tensor.is_floating_point())
-            for name, tensor in traced.tensors.items()
+            name: _Pool(numbers.get(name, ()), self._random, tensor.dtype) for name, tensor in traced.tensors.items()
         }
         self._shapes = traced.shapes
         bind(traced.program.graph_module, register_source(rows))
@@ -124,7 +124,7 @@ class Trials:
     @property
     def untried(self) -> list[str]:
         """The inputs that have not had all values that matter."""
-        return [name for name, pool in self._pools.items() if not pool.is_used_up]
+        return [name for name, pool in self._pools.items() if pool.missing]
 
     def run(self, lists: Sequence[Lists], *, vary_sizes: bool) -> Trial | None:
         """Run a made-up batch. Return None if the sparse arch refuses it.
@@ -138,6 +138,8 @@ class Trials:
             found = self._module(**{name: tensor.clone() for name, tensor in made.items()})
         if found is None:
             return None
+        for name, pool in self._pools.items():
+            pool.missing.difference_update(made[name].reshape(-1).tolist())
         values = [found] if isinstance(found, torch.Tensor) else list(found)
         blocks = {name: _as_numbers(value) for name, value in zip(self._traced.blocks, values, strict=True)}
         return Trial({name: _as_numbers(value) for name, value in made.items()}, blocks, dict(self._rows.asked))
@@ -161,8 +163,11 @@ class Trials:
         made = {}
         for name, sample in self._traced.tensors.items():
             shape = tuple(self._size(size, sizes, sample.shape[dim]) for dim, size in enumerate(self._shapes[name]))
-            is_bounds = name in {its.bounds for its in lists}
-            made[name] = bounds.get(name, sample) if is_bounds else self._fill(name, sample, shape)
+            if name in {its.bounds for its in lists}:
+                made[name] = bounds.get(name, sample)
+                self._pools[name].missing.clear()  # it is no value that counts, but where lists end
+            else:
+                made[name] = self._fill(name, sample, shape)
         return made
 
     def _known_sizes(self) -> dict[str, int]:
@@ -179,9 +184,11 @@ class Trials:
         count, pool = int(np.prod(shape, dtype=np.int64)), self._pools[name]
         if sample.dtype == torch.bool:
             values: np.ndarray = self._random.integers(0, 2, count)
-            pool.skip()
+            pool.missing.clear()  # it has but two, and a batch has both
         elif not sample.is_floating_point() and not sample.is_complex():
-            values = pool.mix_in(self._make_ids(count) if name in self._ids else self._random.integers(0, 50, count))
+            values = (
+                self._make_ids(shape, pool) if name in self._ids else pool.mix_in(self._random.integers(0, 50, count))
+            )
             if sample.dtype != torch.int64:
                 info = torch.iinfo(sample.dtype)
                 values = np.clip(values, info.min, info.max)
@@ -189,40 +196,43 @@ class Trials:
             values = pool.mix_in(self._random.standard_normal(count))
         return torch.from_numpy(np.ascontiguousarray(values)).to(sample.dtype).reshape(shape)
 
-    def _make_ids(self, count: int) -> np.ndarray:
-        """Return ids: half of them are small, half are anything."""
+    def _make_ids(self, shape: tuple[int, ...], pool: _Pool) -> np.ndarray:
+        """Return ids (n,): small ones, any ones, and those of the pool. Some lists are one id over and over."""
+        count = int(np.prod(shape, dtype=np.int64))
         small = self._random.integers(0, 1000, count)
-        large = self._random.integers(-(1 << 62), 1 << 62, count)
-        return np.where(self._random.integers(0, 2, count) == 0, small, large)
+        large = self._random.integers(-_LARGEST_ID, _LARGEST_ID, count)
+        ids = pool.mix_in(np.where(self._random.integers(0, 2, count) == 0, small, large))
+        if len(shape) == 2 and count:
+            lists = ids.reshape(shape)
+            alike = np.flatnonzero(self._random.integers(0, 3, shape[0]) == 0)
+            lists[alike] = pool.mix_in(lists[alike, 0].copy())[:, None]
+        return ids
 
 
 class _Pool:
     """Values that an input must have had before it is known what becomes of it."""
 
-    def __init__(self, numbers: Collection[int | float], random: np.random.Generator, *, is_whole: bool) -> None:
+    def __init__(self, numbers: Collection[int | float], random: np.random.Generator, dtype: torch.dtype) -> None:
         self._random = random
-        self._next = 0
-        if is_whole:
-            near = {math.floor(number) + step for number in numbers for step in (-1, 0, 1)} | {-1, 0, 1, 2}
-            self._values = np.array([number for number in sorted(near) if abs(number) < 1 << 62], np.int64)
-            return
-        anchors = np.array([0.0, 1.0, *(float(number) for number in numbers)])
-        near_floats = np.concatenate([anchors, anchors * 1.001 + 1e-3, anchors * 0.999 - 1e-3])
-        self._values = near_floats[np.abs(near_floats) < _LARGEST]
-
-    @property
-    def is_used_up(self) -> bool:
-        return self._next >= len(self._values)
-
-    def skip(self) -> None:
-        """Say that an input has few values, and had them all."""
-        self._next = len(self._values)
+        if dtype.is_floating_point:
+            anchors = np.array([0.0, 1.0, *(float(number) for number in numbers)])
+            near = np.concatenate([anchors, anchors * 1.001 + 1e-3, anchors * 0.999 - 1e-3])
+            near = torch.from_numpy(near[np.abs(near) < _LARGEST]).to(dtype).double().numpy()
+            self._values = near[np.isfinite(near)]
+        else:
+            whole = {math.floor(number) + step for number in numbers for step in (-1, 0, 1)} | {-1, 0, 1, 2}
+            info = torch.iinfo(torch.int64 if dtype in (torch.bool, torch.uint64) or dtype.is_complex else dtype)
+            lowest, highest = max(info.min, -_LARGEST_ID), min(info.max, _LARGEST_ID)
+            self._values = np.array([number for number in sorted(whole) if lowest <= number <= highest], np.int64)
+        self.missing = set(self._values.tolist())
+        """Those that no batch had yet."""
 
     def mix_in(self, values: np.ndarray) -> np.ndarray:
-        """Put the next values of the pool in the place of about half of ``values``."""
+        """Put values of the pool, missing ones first, in the place of about half of ``values``."""
         chosen = np.flatnonzero(self._random.integers(0, 2, len(values)))
-        values[chosen] = self._values[(self._next + np.arange(len(chosen))) % len(self._values)]
-        self._next += len(chosen)
+        first = self._random.permutation(sorted(self.missing))[: len(chosen)]
+        values[chosen] = self._random.choice(self._values, len(chosen))
+        values[chosen[: len(first)]] = first
         return values
 
 

@@ -196,7 +196,21 @@ def _one_id_apart(its: Any, batch: Any) -> torch.Tensor:
     return torch.where((batch["user"] == 17).unsqueeze(-1), -rows, rows)
 
 
-@pytest.mark.parametrize("look", [_scaled, _wrapped_above, _gated, _gated_far, _by_length, _one_id_apart])
+def _not_a_number_without_ids(its: Any, batch: Any) -> torch.Tensor:
+    is_there = (batch["clicks"] != 0).unsqueeze(-1)
+    return (its.table(batch["clicks"]) * is_there).sum(1) / is_there.sum(1)
+
+
+def _without_repetitions(its: Any, batch: Any) -> torch.Tensor:
+    clicks = batch["clicks"]
+    is_new = torch.cat([torch.ones_like(clicks[:, :1], dtype=torch.bool), clicks[:, 1:] != clicks[:, :-1]], dim=1)
+    return (its.table(clicks) * is_new.unsqueeze(-1)).sum(1)
+
+
+WAYS_TO_DO_MORE = [_scaled, _wrapped_above, _gated, _gated_far, _by_length, _one_id_apart]
+
+
+@pytest.mark.parametrize("look", [*WAYS_TO_DO_MORE, _not_a_number_without_ids, _without_repetitions])
 def test_what_is_more_than_a_lookup_is_unknown(tmp_path: Path, look: Any) -> None:
     package, _ = run(tmp_path, one_table(look))
     assert known_inputs(package) == ["price"]
