@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET, list_lookups
 from dist_export.formats.serving_entries import TransformEntry
@@ -18,6 +19,8 @@ _MAX_NUMBERS = 16
 """Numbers of one kind that are tried; a graph that has more in the way of one lookup is not read."""
 _SIZES = frozenset({"sym_size", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full", "new_empty"})
 """Operators that take no more than the size, dtype and device of a tensor."""
+_CONSTANT = "constant"
+"""In the place of an operator, for a number that a small tensor of the model holds."""
 _COMPARISONS = frozenset({"eq", "ne", "gt", "ge", "lt", "le"})
 
 
@@ -31,6 +34,8 @@ class Ancestry:
     """(operator, number): the constants that the operators on the way have. Whole numbers are int."""
     lookups: frozenset[str]
     """Tables that are looked up on the way."""
+    state: frozenset[str]
+    """Parameters, buffers and constants with more values than can be tried."""
 
     def constants(self, *operators: str) -> list[int]:
         """Return the whole numbers that are constants of these operators, sorted."""
@@ -87,7 +92,7 @@ def list_transforms(ids: Ancestry) -> list[tuple[TransformEntry, ...]]:
 
 def list_padding_ids(block: Ancestry) -> list[int | None]:
     """Return the ids that may fill lists up, none first: the numbers that something on the way is compared with."""
-    found = block.constants(*_COMPARISONS)
+    found = block.constants(*_COMPARISONS, _CONSTANT)
     return [None, *found] if len(found) <= _MAX_NUMBERS else [None]
 
 
@@ -97,6 +102,7 @@ class _Reader:
         self._root = program.graph_module
         self.nodes = list(program.graph.nodes)
         self._names = dict(zip(program.graph_signature.user_inputs, traced.tensors, strict=True))
+        self._state = _tensors_by_placeholder(program)
         self._inner = {id(node): table for node, table in list_lookups(program.graph_module)}
         self.ancestry: dict[fx.Node, Ancestry] = {}
         for node in self.nodes:
@@ -118,9 +124,16 @@ class _Reader:
                 yield from module.graph.nodes
 
     def _look_at(self, node: fx.Node) -> Ancestry:
-        inputs, numbers, tables = set(), set(), set()
+        inputs, numbers, tables, state = set(), set(), set(), set()
         if node.op == "placeholder" and node.name in self._names:
             inputs.add(self._names[node.name])
+        elif node.op == "placeholder":
+            values = self._state.get(node.name)
+            if values is None or values.numel() > _MAX_NUMBERS:
+                state.add(node.name)
+            else:
+                plain = values.detach().reshape(-1).tolist()
+                numbers |= {(_CONSTANT, number) for number in _numbers_in(plain)}
         for inner in (node, *self._nodes_within(node)):
             if str(inner.target) != LOOKUP_TARGET:
                 numbers |= {(_operator(inner), number) for number in _numbers_in((inner.args, inner.kwargs))}
@@ -131,7 +144,18 @@ class _Reader:
             inputs |= known.inputs if _operator(node) not in _SIZES else frozenset()
             numbers |= known.numbers
             tables |= known.lookups
-        return Ancestry(frozenset(inputs), frozenset(numbers), frozenset(tables))
+            state |= known.state
+        return Ancestry(frozenset(inputs), frozenset(numbers), frozenset(tables), frozenset(state))
+
+
+def _tensors_by_placeholder(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Return the parameters, buffers and constants of a program by the names of their nodes."""
+    found = {}
+    for spec in program.graph_signature.input_specs:
+        value = program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
+        if isinstance(value, torch.Tensor):
+            found[str(getattr(spec.arg, "name", ""))] = value
+    return found
 
 
 def _operator(node: fx.Node) -> str:

@@ -147,6 +147,8 @@ class _Reader:
             return "the sparse arch refuses other ids than those of the sample, so nothing could be tried"
         if name not in self._facts.blocks:
             return "it is no tensor of the sparse arch's graph"
+        if state := self._facts.blocks[name].state:
+            return f"it is computed from parameters or buffers of the sparse arch ({few(sorted(state))})"
         if untried := sorted(self._untried & self._facts.blocks[name].inputs):
             return f"there are too many numbers that values of {few(untried)} may be compared with"
         if not 1 <= self._block(name).dim() <= 3:
