@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from dist_export import cli
 from tests.support.distributed import crash
 from tests.support.distributed.crash import Kill, Setup, run_kill
 from tests.support.recis_writer import make_tables, write_checkpoint
@@ -37,8 +35,7 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:])),
         ("cast", cast),
     ):
-        command = [sys.executable, "-m", "dist_export", *of, "--export_dir", str(folder / name)]
-        subprocess.run(command, cwd=ROOT, env=crash.environment(), check=True, capture_output=True)
+        assert cli.main([*of, "--export_dir", str(folder / name)]) == 0
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),

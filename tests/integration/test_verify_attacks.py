@@ -14,7 +14,9 @@ from tests.integration.test_pickle_attacks import pack
 from tests.support import ROOT, pickle_attacks, tiny_model
 from tests.support.sparse_cases import export
 
-SIZE = 1 << 20
+SIZE = pickle_attacks.SIZE
+MEMORY = 256 << 20
+"""Threads and the libraries that a verify loads take most of it."""
 SAMPLES = ("inputs_dict.pkl", "output_base.pkl")
 STATE = "user_model/state_dict.pt"
 TEXTS = {
@@ -44,8 +46,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.support.hostile_cases import limited_memory
-from tests.integration.test_verify_attacks import attacks, put
-from tests.integration.test_pickle_attacks import MEMORY
+from tests.integration.test_verify_attacks import MEMORY, attacks, put
 from dist_export.package.reader import Package
 from dist_export.verify.verify import verify
 package = Path(sys.argv[1])
@@ -74,8 +75,9 @@ def attacks(kind: str):
         for name, make in {**pickle_attacks.TORCH, **pickle_attacks.ANYWHERE}.items():
             yield name, STATE, lambda make=make: pack(make())
     else:
-        for name, text in TEXTS.items():
-            yield from ((name, file, lambda text=text: text) for file in TEXT_FILES)
+        for number, (name, text) in enumerate(TEXTS.items()):  # each with the file that it is made for, and two others
+            others = (TEXT_FILES[number % len(TEXT_FILES)], TEXT_FILES[(number + 3) % len(TEXT_FILES)])
+            yield from ((name, file, lambda text=text: text) for file in dict.fromkeys(("outputs_dict.json", *others)))
 
 
 class put:

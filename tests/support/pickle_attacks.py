@@ -6,7 +6,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterator
 
-SIZE = 1 << 20
+SIZE = 1 << 18
 META = b"torch.distributed.checkpoint.metadata"
 
 

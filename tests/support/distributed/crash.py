@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_export.verify.verify import verify
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 SCRIPT = str(Path(__file__).with_name("paused.py"))
 END_SECS = 60.0
@@ -170,10 +170,7 @@ def run_kill(setup: Setup, kill: Kill, folder: Path) -> Outcome:
         seconds = wait_for_end(out, [process])
     was_committed = check_what_is_left(setup, out)
     before, was_cleaning = whole_shards(setup, out), (out / ".dist_export").exists()
-    again = subprocess.run(
-        [sys.executable, "-m", "dist_export", *setup.arguments, "--export_dir", str(out)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    again = warm.run_command(1, "-m", "dist_export", *setup.arguments, "--export_dir", str(out))
     is_done = was_committed and not was_cleaning
     assert again.returncode == 0, again.stderr[-3000:]
     if is_done and setup.old is None:  # it was all over before the kill
