@@ -12,7 +12,8 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import hash_slots, is_place_in, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
-from dist_export.ids.duplicates import HeldIds, has_duplicates
+from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels.selection import select_kernels
 from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.target_slices import Targets
@@ -135,7 +136,7 @@ class _Counter:
         if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
             has_id = _has_id(self._checkpoint, tables, rows, ids)
             ids, table_of_row = ids[has_id], table_of_row[has_id]
-        if has_duplicates(ids, table_of_row):
+        if select_kernels().has_duplicates(ids, table_of_row):
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
                 self._duplicates.add(np.sort(ids[table_of_row == table]), its_parts)
@@ -194,7 +195,7 @@ class _Counter:
         last_row = run.first_row + len(run.ids)
         ids = without_empty(self._checkpoint, part, run.ids)
         if run.first_row == 0 and last_row == num_rows:
-            if has_duplicates(ids):
+            if select_kernels().has_duplicates(ids):
                 self._duplicates.add(np.sort(ids), (part,))
             return
         if self._is_held[row]:

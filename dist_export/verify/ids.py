@@ -16,7 +16,8 @@ from dist_export.errors import DistExportError
 from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun, read_runs
-from dist_export.ids.duplicates import HeldIds, has_duplicates
+from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels.selection import select_kernels
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
@@ -215,7 +216,7 @@ class _Counter:
         if not self._is_searched[run.blocks].any():
             return
         groups = None if len(run.blocks) == 1 else np.repeat(run.blocks, np.diff(np.append(run.starts, len(run.ids))))
-        if not has_duplicates(run.ids, groups):
+        if not select_kernels().has_duplicates(run.ids, groups):
             return
         stops = np.append(run.starts[1:], len(run.ids)).tolist()
         is_searched = self._is_searched[run.blocks].tolist()

@@ -1,0 +1,22 @@
+"""The compiled kernels: a thin layer that checks arrays and calls the library."""
+
+from __future__ import annotations
+
+import ctypes
+
+from dist_export.kernels.compiled_duplicates import CompiledDuplicates
+
+
+class CompiledKernels(CompiledDuplicates):
+    """All compiled kernels. It implements ``Kernels``."""
+
+    @property
+    def description(self) -> str:
+        """See the protocol."""
+        return "compiled (AVX2, F16C)" if self._level else "compiled (plain C)"
+
+
+def best_level(library: ctypes.CDLL) -> int:
+    """Return the highest level that this processor has."""
+    found: int = library.kernels_best_level()
+    return found
