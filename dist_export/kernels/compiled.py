@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 
 from dist_export.kernels.compiled_duplicates import CompiledDuplicates
+from dist_export.kernels.compiled_id_sweep import CompiledIdSweep
 
 
-class CompiledKernels(CompiledDuplicates):
+class CompiledKernels(CompiledDuplicates, CompiledIdSweep):
     """All compiled kernels. It implements ``Kernels``."""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +35,15 @@ class Scratch(threading.local):
 class CompiledBase:
     """Holds the library. A call through ctypes lets other threads run."""
 
-    def __init__(self, library: ctypes.CDLL, *, level: int) -> None:
-        """Prepare to call. ``level``: 0 for plain C, 1 for AVX2 and F16C, which the processor must have."""
+    def __init__(self, library: ctypes.CDLL, *, level: int, seed: int | None = None) -> None:
+        """Prepare to call.
+
+        Args:
+            library: the loaded library.
+            level: 0 for plain C, 1 for AVX2 and F16C, which the processor must have.
+            seed: for tests; by default it is random, so that no ids can be crafted for it.
+        """
+        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         self._library = library
         self._level = level
         self._scratch = Scratch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +20,9 @@ _MAX_BUCKET_BITS = 10
 class CompiledDuplicates(CompiledBase):
     """The twin of ``NumpyDuplicates``."""
 
-    def __init__(self, library: ctypes.CDLL, *, level: int, seed: int | None = None) -> None:
-        """``seed``: for tests; by default it is random, so that no ids can be crafted for it."""
-        super().__init__(library, level=level)
-        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+    def __init__(self, library: ctypes.CDLL, *, level: int, **settings: Any) -> None:
+        """See the base."""
+        super().__init__(library, level=level, **settings)
         self._has_duplicates = self._declare(
             "has_duplicates", [POINTER, POINTER, INT64, POINTER, POINTER, UINT64, POINTER], INT
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dist_export.kernels.numpy_duplicates import NumpyDuplicates
+from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
 
 
-class NumpyKernels(NumpyDuplicates):
+class NumpyKernels(NumpyDuplicates, NumpyIdSweep):
     """All kernels in numpy. It implements ``Kernels``."""
 
     def __init__(self, reason: str = "") -> None:

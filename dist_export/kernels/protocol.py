@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class IdSweep(NamedTuple):
+    """What one sweep over the ids of some blocks finds. Each array has one value for each block."""
+
+    id_sums: np.ndarray
+    """uint64: the sum of the mixed ids, modulo 2**64."""
+    lowest: np.ndarray
+    """int64: the least position, ``uint64(id) mod size``."""
+    highest: np.ndarray
+    """int64: the greatest one."""
+    outside: np.ndarray
+    """int64: how many ids are outside the slice of their block."""
 
 
 class Kernels(Protocol):
@@ -34,4 +47,40 @@ class Kernels(Protocol):
         Args:
             ids: int64, all deals one after the other.
             edges: int64 of shape (deals, buckets + 1): where the buckets of each deal begin in ``ids``.
+        """
+
+    # ---- sweeps over ids ----
+
+    def sweep_ids(
+        self, ids: np.ndarray, starts: np.ndarray, *, size: int, begins: np.ndarray, ends: np.ndarray
+    ) -> IdSweep:
+        """Sum and compare the ids of some blocks.
+
+        Args:
+            ids: int64, block after block.
+            starts: int64, where each block begins in ``ids``. No block is empty.
+            size: the number of positions, below 2**62.
+            begins: int64, parallel to ``starts``: the first position of the block's slice.
+            ends: the position behind its last one.
+        """
+
+    def find_owners(
+        self,
+        ids: np.ndarray,
+        *,
+        size: int,
+        breaks: np.ndarray,
+        owners: np.ndarray,
+        lookup: np.ndarray | None,
+        num_targets: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the owner of each id, in the dtype of ``owners``, and how many ids each target owns (int64).
+
+        Args:
+            ids: int64.
+            size: the number of positions.
+            breaks: int64, sorted: the positions at which the owner changes. The first is 0.
+            owners: uint8, uint16 or int32: ``owners[i]`` owns the positions from ``breaks[i]`` on.
+            lookup: the owner of each position in the same dtype; None for large sizes.
+            num_targets: how many targets there are.
         """

@@ -358,9 +358,9 @@ def _order_rows(
 
 def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
     target_of = plan.targets[table]
-    positions = hash_slots(ids, target_of.size)
     if not target_of.has_overlap:
-        return target_of.owners_of(positions, own=None)
+        return target_of.count_owners(ids, own=None)[0]
+    positions = hash_slots(ids, target_of.size)
     owners, begin = [], 0  # a row stays in the slice of its part, so each piece is looked up separately
     for part, _, num_rows, *_ in pieces:
         own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
