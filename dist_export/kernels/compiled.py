@@ -6,9 +6,10 @@ import ctypes
 
 from dist_export.kernels.compiled_duplicates import CompiledDuplicates
 from dist_export.kernels.compiled_id_sweep import CompiledIdSweep
+from dist_export.kernels.compiled_row_index import CompiledRowIndex
 
 
-class CompiledKernels(CompiledDuplicates, CompiledIdSweep):
+class CompiledKernels(CompiledDuplicates, CompiledIdSweep, CompiledRowIndex):
     """All compiled kernels. It implements ``Kernels``."""
 
     @property

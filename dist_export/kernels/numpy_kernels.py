@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dist_export.kernels.numpy_duplicates import NumpyDuplicates
 from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
+from dist_export.kernels.numpy_row_index import NumpyRowIndex
 
 
-class NumpyKernels(NumpyDuplicates, NumpyIdSweep):
+class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex):
     """All kernels in numpy. It implements ``Kernels``."""
 
     def __init__(self, reason: str = "") -> None:

@@ -7,6 +7,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 
+class DamagedIndexError(ValueError):
+    """The slots cannot be those of this part."""
+
+
+class Column(Protocol):
+    """A column of values, of which single ones are read. A numpy array is one.
+
+    If all values lie in memory, but not aligned, it has ``raw_bytes``: uint8, one after the other.
+    """
+
+    def take(self, rows: np.ndarray, /) -> np.ndarray:
+        """Return the values at these positions (int64)."""
+
+
 class IdSweep(NamedTuple):
     """What one sweep over the ids of some blocks finds. Each array has one value for each block."""
 
@@ -83,4 +97,58 @@ class Kernels(Protocol):
             owners: uint8, uint16 or int32: ``owners[i]`` owns the positions from ``breaks[i]`` on.
             lookup: the owner of each position in the same dtype; None for large sizes.
             num_targets: how many targets there are.
+        """
+
+    # ---- row index (formats/row_index.py says what it is) ----
+
+    def encode_keys(self, ids: np.ndarray, first_row: int, seed: int) -> np.ndarray:
+        """Return ``hash << 32 | row`` (uint64) of ids in consecutive rows."""
+
+    def fill_slots(self, keys: np.ndarray, *, num_buckets: int, num_slots: int) -> tuple[np.ndarray, int]:
+        """Return the next slots (uint32), and the longest probe among them.
+
+        Args:
+            keys: uint64, sorted, at least one; they come after all earlier ones.
+            num_buckets: how many buckets the part has.
+            num_slots: how many slots were returned before.
+        """
+
+    def find_rows(
+        self,
+        slots: Column,
+        ids: Column,
+        sought: np.ndarray,
+        *,
+        num_slots: int,
+        num_rows: int,
+        num_buckets: int,
+        seed: int,
+        longest_probe: int,
+    ) -> np.ndarray:
+        """Return the row of each sought id (int64), -1 without one. DamagedIndexError: see ``formats/row_index.find_rows``."""
+
+    def count_rows_at(
+        self,
+        slots: Column,
+        ids: np.ndarray,
+        first_row: int,
+        *,
+        num_slots: int,
+        num_buckets: int,
+        seed: int,
+        longest_probe: int,
+    ) -> int:
+        """Return how many of these ids, which are in consecutive rows, a search finds at their row."""
+
+    def take_rows(
+        self, block: np.ndarray, found: np.ndarray, targets: np.ndarray, *, rows: np.ndarray, has_row: np.ndarray
+    ) -> None:
+        """Copy rows of a block, and note which rows were copied.
+
+        Args:
+            block: uint8 of shape (n, row_bytes), contiguous.
+            found: int64: rows of the block; -1 is left out.
+            targets: int64, parallel: the row of ``rows`` that it becomes.
+            rows: uint8 of shape (m, row_bytes), contiguous.
+            has_row: bool of shape (m,).
         """
