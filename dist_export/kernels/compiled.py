@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 
+from dist_export.kernels.compiled_casts import CompiledCasts
 from dist_export.kernels.compiled_duplicates import CompiledDuplicates
 from dist_export.kernels.compiled_id_sweep import CompiledIdSweep
 from dist_export.kernels.compiled_row_index import CompiledRowIndex
+from dist_export.kernels.compiled_rows import CompiledRows
 
 
-class CompiledKernels(CompiledDuplicates, CompiledIdSweep, CompiledRowIndex):
+class CompiledKernels(CompiledDuplicates, CompiledIdSweep, CompiledRowIndex, CompiledCasts, CompiledRows):
     """All compiled kernels. It implements ``Kernels``."""
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dist_export.kernels.numpy_casts import NumpyCasts
 from dist_export.kernels.numpy_duplicates import NumpyDuplicates
 from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
 from dist_export.kernels.numpy_row_index import NumpyRowIndex
+from dist_export.kernels.numpy_rows import NumpyRows
 
 
-class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex):
+class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex, NumpyCasts, NumpyRows):
     """All kernels in numpy. It implements ``Kernels``."""
 
     def __init__(self, reason: str = "") -> None:

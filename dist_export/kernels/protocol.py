@@ -34,6 +34,19 @@ class IdSweep(NamedTuple):
     """int64: how many ids are outside the slice of their block."""
 
 
+class CastOutcome(NamedTuple):
+    """The result of casting some rows."""
+
+    nans: int
+    out_of_range: int
+    """Infinities, and finite values that the dtype cannot hold."""
+    first: int
+    """The row of the first such value, or NaN; -1 if all values fit."""
+    worst: float
+    total: float
+    """Largest absolute error, and the sum of all errors, over the values that fit."""
+
+
 class Kernels(Protocol):
     """One implementation of all kernels. Any thread may call any method; the compiled ones let other threads run meanwhile."""
 
@@ -151,4 +164,46 @@ class Kernels(Protocol):
             targets: int64, parallel: the row of ``rows`` that it becomes.
             rows: uint8 of shape (m, row_bytes), contiguous.
             has_row: bool of shape (m,).
+        """
+
+    # ---- casts ----
+
+    def cast_floats(self, out: np.ndarray, values: np.ndarray, *, source: str, target: str, dim: int) -> CastOutcome:
+        """Cast values, and count what they lose. Values that do not fit are clamped, and NaN stays NaN.
+
+        Args:
+            out: float32, float16, or uint16 for bfloat16; flat and contiguous. It is filled.
+            values: the same, or float64; flat and contiguous.
+            source: the safetensors name of the dtype of ``values``.
+            target: that of ``out``.
+            dim: the values of a row.
+        """
+
+    def encode_int8(self, out: np.ndarray, values: np.ndarray, *, source: str, dim: int) -> CastOutcome:
+        """Fill rows of ``int8_rowwise`` (uint8, (n, dim + 8), contiguous). NaN becomes 0. Otherwise as ``cast_floats``."""
+
+    def decode_int8(self, rows: np.ndarray) -> np.ndarray:
+        """Return the values (float32, (n, dim)) of rows of ``int8_rowwise`` (uint8, (n, dim + 8))."""
+
+    # ---- rows by owner ----
+
+    def order_rows(
+        self, owners: np.ndarray, kept: np.ndarray | None, num_targets: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return an order for ``move_rows`` of the same implementation (int64), and how many rows each target gets (int64).
+
+        Args:
+            owners: uint8, uint16 or int32: the target of each row, below ``num_targets``.
+            kept: int64, ascending: the rows that are moved; None for all.
+            num_targets: how many targets there are.
+        """
+
+    def move_rows(self, order: np.ndarray, rows: np.ndarray, row_bytes: int, out: np.ndarray) -> None:
+        """Copy rows, sorted by target; rows of one target keep their order.
+
+        Args:
+            order: from ``order_rows``.
+            rows: uint8, flat: all rows.
+            row_bytes: the bytes of a row, at least 1.
+            out: uint8, flat: room for the rows that are kept. It is filled.
         """
