@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dist_export.kernels.protocol import Kernels
 from dist_export.kernels.selection import select_kernels
 
 _DEAL_IDS = 1 << 16
@@ -13,9 +14,14 @@ _DEAL_IDS = 1 << 16
 class HeldIds:
     """Collects ids that arrive in runs. If there are many, they are divided into buckets of equal hash as they arrive."""
 
-    def __init__(self, capacity: int) -> None:
-        """Allocate memory. ``capacity``: the most ids at a time; 8 bytes each are allocated once and reused."""
-        self._kernels = select_kernels()
+    def __init__(self, capacity: int, *, kernels: Kernels | None = None) -> None:
+        """Allocate memory.
+
+        Args:
+            capacity: the most ids at a time; 8 bytes each are allocated once and reused.
+            kernels: what searches them; by default the kernels of this process.
+        """
+        self._kernels = kernels or select_kernels()
         self._ids = np.empty(capacity, np.int64)
         self.expect(capacity)
 

@@ -27,6 +27,7 @@ class CompiledDuplicates(CompiledBase):
             "has_duplicates", [POINTER, POINTER, INT64, POINTER, POINTER, UINT64, POINTER], INT
         )
         self._deal = self._declare("deal", [POINTER, INT64, POINTER, POINTER, INT, UINT64])
+        self._first_multiplier = self._declare("first_multiplier", [UINT64], UINT64)
         self._has_duplicates_dealt = self._declare(
             "has_duplicates_dealt", [POINTER, POINTER, INT64, INT, POINTER, POINTER, UINT64, POINTER], INT
         )
@@ -55,11 +56,16 @@ class CompiledDuplicates(CompiledBase):
         found = self._has_duplicates(at(ids), where, len(ids), at(table), at(spare), self._seed, at(num_swept))
         return bool(found), int(num_swept[0])
 
+    def first_multiplier(self) -> int:
+        """Return the odd number that mixes the ids of the first sweep: for tests and benchmarks, which craft ids for it."""
+        multiplier: int = self._first_multiplier(self._seed)
+        return multiplier
+
     def count_bucket_bits(self, num_ids: int) -> int:
         """See the protocol."""
         if num_ids <= _DIRECT_IDS:
             return 0
-        return min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length())
+        return max(1, min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length()))
 
     def deal_ids(self, ids: np.ndarray, bits: int) -> np.ndarray:
         """See the protocol."""
@@ -70,6 +76,8 @@ class CompiledDuplicates(CompiledBase):
     def _deal_into(self, dealt: np.ndarray, ids: np.ndarray, bits: int) -> np.ndarray:
         if dealt.dtype != np.int64 or not dealt.flags.c_contiguous:
             raise TypeError("ids are dealt in a contiguous array of int64")
+        if not 0 < bits <= 16:
+            raise ValueError(f"ids cannot be dealt into 1 << {bits} buckets")
         edges = np.empty((1 << bits) + 1, np.int64)
         multiplier = (self._seed << 1 | 1) & ((1 << 64) - 1)
         self._deal(at(ids), len(ids), at(dealt), at(edges), bits, multiplier)

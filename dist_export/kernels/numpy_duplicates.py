@@ -75,7 +75,7 @@ class NumpyDuplicates:
         """See the protocol."""
         if num_ids <= _DIRECT_IDS:
             return 0
-        return min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length())
+        return max(1, min(_MAX_BUCKET_BITS, (num_ids // _BUCKET_IDS).bit_length()))
 
     def deal_ids(self, ids: np.ndarray, bits: int) -> np.ndarray:
         """See the protocol."""

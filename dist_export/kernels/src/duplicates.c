@@ -10,6 +10,7 @@
 
 EXPORTED int kernels_has_duplicates(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table,
                                     uint64_t *list, uint64_t seed, int64_t *num_swept);
+EXPORTED uint64_t kernels_first_multiplier(uint64_t seed);
 EXPORTED void kernels_deal(const int64_t *ids, int64_t num_ids, int64_t *dealt, int64_t *edges, int bits,
                            uint64_t multiplier);
 EXPORTED int kernels_has_duplicates_dealt(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits,
@@ -89,6 +90,9 @@ static int sweep_list(Sweep *sweep, uint64_t *random, int64_t *num_swept) {
     }
     return sweep->is_equal;
 }
+
+/* Return the multiplier of the first sweep for a seed. */
+uint64_t kernels_first_multiplier(uint64_t seed) { return next_random(&seed) | 1; }
 
 /* Return whether an id is duplicate; with groups, whether it may be within one group: ids of two groups may meet by chance.
  *

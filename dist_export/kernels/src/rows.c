@@ -43,9 +43,22 @@ void kernels_order_rows(const void *owners, int owner_bytes, const int64_t *kept
     }
 }
 
+/* The places of a later row are fetched for writing: rows of one target are neighbours, those of many are not. */
+INLINE void fetch_place(unsigned char *out, int64_t num_rows, int64_t row_bytes, const int64_t *positions, int64_t row) {
+    const int64_t later = row + 1 + 1024 / row_bytes;
+    if (later < num_rows && positions[later] >= 0) {
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) {
+            __builtin_prefetch(out + positions[later] * row_bytes + byte, 1);
+        }
+    }
+}
+
 INLINE void move(const unsigned char *rows, int64_t num_rows, int64_t row_bytes, const int64_t *positions,
                  unsigned char *out) {
     for (int64_t row = 0; row < num_rows; row++) {
+        if (row_bytes >= 64) {
+            fetch_place(out, num_rows, row_bytes, positions, row);
+        }
         if (positions[row] >= 0) {
             memcpy(out + positions[row] * row_bytes, rows + row * row_bytes, (size_t)row_bytes);
         }
@@ -56,6 +69,7 @@ INLINE void move(const unsigned char *rows, int64_t num_rows, int64_t row_bytes,
 static void move_wide(const unsigned char *rows, int64_t num_rows, int64_t row_bytes, const int64_t *positions,
                       unsigned char *out) {
     for (int64_t row = 0; row < num_rows; row++) {
+        fetch_place(out, num_rows, row_bytes, positions, row);
         if (positions[row] < 0) {
             continue;
         }

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dist_export.kernels import compiled_duplicates, numpy_duplicates
-from tests.support.kernels import SEED, TWIN, open_kernels
+from tests.support.kernels import TWIN, open_kernels
 from tests.support.properties import examples
 
 PROPERTY = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -124,19 +124,10 @@ def test_ids_crafted_to_share_every_hash_are_sorted(monkeypatch):
     assert TWIN.has_duplicates(ids, np.zeros(3000, np.int64))
 
 
-def first_multiplier(seed: int) -> int:
-    """Return the first odd number that splitmix64 gives for a seed, as the library's first sweep has it."""
-    mask = (1 << 64) - 1
-    mixed = (seed + 0x9E3779B97F4A7C15) & mask
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
-    return (mixed ^ mixed >> 31) | 1
-
-
 @pytest.mark.parametrize("level", ["plain C", "AVX2"])
 def test_ids_crafted_for_a_known_seed_cost_one_more_sweep(level):
     kernels = open_kernels(level)
-    inverse = np.uint64(pow(first_multiplier(SEED), -1, 1 << 64))
+    inverse = np.uint64(pow(kernels.first_multiplier(), -1, 1 << 64))
     crafted = (np.arange(50_000, dtype=np.uint64) * inverse).view(
         np.int64
     )  # mixed, they are 0, 1, 2 ...: all in slot 0
@@ -162,5 +153,8 @@ def test_arrays_that_do_not_fit_are_refused(level):
         kernels.has_duplicates_dealt(ids, np.array([[0, 5, 11]]))
     with pytest.raises(ValueError, match="edges of the buckets are not in order"):
         kernels.has_duplicates_dealt(ids, np.array([[0, 5, 3]]))
+    for bits in (0, -1, 17, 64):
+        with pytest.raises(ValueError, match="cannot be dealt into"):
+            kernels.deal_ids(ids, bits)
     with pytest.raises(TypeError, match="contiguous"):
         kernels.deal_ids(ids[::2], 2)
