@@ -128,32 +128,68 @@ static double bfloat16_plain(const float *values, int count, uint16_t *out, int6
 }
 
 #if defined(__x86_64__)
+/* The errors of a leaf, eight at a time: as sum_leaf adds them. */
+typedef struct {
+    __m256d low, high;
+    __m256 most;
+} Errors;
+
+WITH_AVX2 static inline void add_errors(Errors *errors, __m256 value, __m256 written) {
+    const __m256 error = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(value, written));
+    errors->most = _mm256_max_ps(errors->most, error);
+    errors->low = _mm256_add_pd(errors->low, _mm256_cvtps_pd(_mm256_castps256_ps128(error)));
+    errors->high = _mm256_add_pd(errors->high, _mm256_cvtps_pd(_mm256_extractf128_ps(error, 1)));
+}
+
+WITH_AVX2 static inline double sum_errors(const Errors *errors, double *worst) {
+    float each[8];
+    _mm256_storeu_ps(each, errors->most);
+    for (int lane = 0; lane < 8; lane++) {
+        *worst = each[lane] > *worst ? each[lane] : *worst;
+    }
+    return sum_lanes(errors->low, errors->high);
+}
+
+WITH_AVX2 static int all_fit_avx2(const float *values, uint32_t first_beyond) {
+    const __m256i limit = _mm256_set1_epi32((int32_t)first_beyond - 1), bits = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i is_beyond = _mm256_setzero_si256();
+    for (int at = 0; at < LEAF; at += 8) {
+        const __m256i magnitude = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(values + at)), bits);
+        is_beyond = _mm256_or_si256(is_beyond, _mm256_cmpgt_epi32(magnitude, limit));
+    }
+    return _mm256_testz_si256(is_beyond, is_beyond);
+}
+
 WITH_AVX2 static double bfloat16_avx2(const float *values, int count, uint16_t *out, int64_t position, Losses *losses) {
-    return cast_leaf(values, count, out, 0, position, losses);
+    if (count != LEAF || !all_fit_avx2(values, UINT32_C(0x7F7F8000))) {
+        return cast_leaf(values, count, out, 0, position, losses);
+    }
+    const __m256i one = _mm256_set1_epi32(1), below_half = _mm256_set1_epi32(0x7FFF);
+    Errors errors = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_ps()};
+    for (int at = 0; at < LEAF; at += 8) {
+        const __m256 value = _mm256_loadu_ps(values + at);
+        const __m256i bits = _mm256_castps_si256(value);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), below_half), 16);
+        _mm_storeu_si128((__m128i *)(out + at),
+                         _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+        add_errors(&errors, value, _mm256_castsi256_ps(_mm256_slli_epi32(rounded, 16)));
+    }
+    return sum_errors(&errors, &losses->worst);
 }
 
 WITH_AVX2 static double half_avx2(const float *values, int count, uint16_t *out, int64_t position, Losses *losses) {
-    if (count != LEAF || !all_fit(values, count, UINT32_C(0x477FF000))) {
+    if (count != LEAF || !all_fit_avx2(values, UINT32_C(0x477FF000))) {
         return cast_leaf(values, count, out, 1, position, losses);
     }
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
-    __m256 most = _mm256_setzero_ps();
+    Errors errors = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_ps()};
     for (int at = 0; at < LEAF; at += 8) {
         const __m256 value = _mm256_loadu_ps(values + at);
         const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm_storeu_si128((__m128i *)(out + at), half);
-        const __m256 error = _mm256_andnot_ps(sign, _mm256_sub_ps(value, _mm256_cvtph_ps(half)));
-        most = _mm256_max_ps(most, error);
-        low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(error)));
-        high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(error, 1)));
+        add_errors(&errors, value, _mm256_cvtph_ps(half));
     }
-    float each[8];
-    _mm256_storeu_ps(each, most);
-    for (int lane = 0; lane < 8; lane++) {
-        losses->worst = each[lane] > losses->worst ? each[lane] : losses->worst;
-    }
-    return sum_lanes(low, high);
+    return sum_errors(&errors, &losses->worst);
 }
 #endif
 
