@@ -17,7 +17,7 @@ if tar -tf "$work"/dist/*.tar.gz | grep -E '/(tests|scripts|launch|\.ci)/|\.(pyc
   echo "wheel.sh: the source archive holds what no user needs" >&2
   exit 1
 fi
-tar -tf "$work"/dist/*.tar.gz | grep -q '/dist_export/kernels/src/duplicates\.c$'
+tar -tf "$work"/dist/*.tar.gz | grep '/dist_export/kernels/src/duplicates\.c$' >/dev/null # not -q, which ends tar
 # With a compiler the wheel has the library and the name of the platform; without one it runs everywhere, with numpy.
 if command -v "${CC:-cc}" >/dev/null; then expected='py3-none-linux_*' kernels=compiled; else expected='py3-none-any' kernels=numpy; fi
 # shellcheck disable=SC2206,SC2086 # a pattern
@@ -28,7 +28,7 @@ site=$("$work/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("pu
 .venv-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/dependencies.pth"
 cd "$work" # not in the repository, whose folder would be imported in place of the wheel
 "$work/env/bin/dist_export" --version
-DIST_EXPORT_KERNELS=$kernels "$work/env/bin/dist_export" --version | grep -q "^kernels: $kernels"
+DIST_EXPORT_KERNELS=$kernels "$work/env/bin/dist_export" --version | grep "^kernels: $kernels"
 "$work/env/bin/dist_export" --help >/dev/null
 "$work/env/bin/python" - <<'PYTHON'
 import os
