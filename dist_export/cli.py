@@ -19,11 +19,6 @@ _COMMANDS = ("export", "init", "plan", "inspect", "verify", "score", "serve")
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; return 0 (good), 1 (failed export, unsound package), 2 (user's mistake, bad source) or 130 (Ctrl-C)."""
-    if list(argv) == ["--version"]:
-        from dist_export._version import VERSION
-
-        print(f"dist_export {VERSION}")
-        return 0
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
         return _fail(
             ConfigError(
@@ -31,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
             )
         )
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
+    if list(argv) == ["--version"]:
+        command = "version"
     _configure_logging()
     with INTERRUPTS:
         try:
@@ -49,7 +46,11 @@ def main(argv: Sequence[str]) -> int:
 def _run(command: str, argv: list[str]) -> int:
     """Run a command and return its exit code. Known errors are printed in one line."""
     try:
+        from dist_export.kernels.selection import check_choice
+
+        check_choice()
         commands = {
+            "version": _version,
             "export": _export,
             "init": _init,
             "plan": _plan,
@@ -70,6 +71,14 @@ def _run(command: str, argv: list[str]) -> int:
         ):  # an error that does not come from a store is a bug, and keeps its traceback
             raise
         return _fail(UserError(f"{error.filename}: {error.strerror}"))
+
+
+def _version(_: list[str]) -> int:
+    from dist_export._version import VERSION
+    from dist_export.kernels.selection import select_kernels
+
+    print(f"dist_export {VERSION}\nkernels: {select_kernels().description}")
+    return 0
 
 
 def _export(argv: list[str]) -> int:

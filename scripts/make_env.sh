@@ -6,8 +6,14 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 env=$1
 target=$root${2:+[$2]}
 # What the environment was made from: kept inside it, written last, compared on the next run.
-recipe=$(printf '%s\n' "$target" && cat "$root/constraints.txt" "$root/pyproject.toml")
+recipe=$(printf '%s\n' "$target" && cat "$root/constraints.txt" "$root/pyproject.toml" "$root/setup.py")
 if [[ -f $env/recipe && $(<"$env/recipe") == "$recipe" ]]; then
+  # The compiled kernels lie in the tree. They are built again if a source is newer; without a compiler numpy does their work.
+  library=$root/dist_export/kernels/_compiled.so
+  if command -v "${CC:-cc}" >/dev/null &&
+    { [[ ! -f $library ]] || [[ -n $(find "$root/dist_export/kernels/src" "$root/setup.py" -newer "$library") ]]; }; then
+    (cd "$root" && "$env/bin/python" setup.py -q build_ext --inplace --force)
+  fi
   exit 0
 fi
 echo "installing into $env ..."

@@ -17,11 +17,18 @@ if tar -tf "$work"/dist/*.tar.gz | grep -E '/(tests|scripts|launch|\.ci)/|\.(pyc
   echo "wheel.sh: the source archive holds what no user needs" >&2
   exit 1
 fi
-"${pip[@]}" --no-deps "$work"/dist/*.whl
+tar -tf "$work"/dist/*.tar.gz | grep '/dist_export/kernels/src/duplicates\.c$' >/dev/null # not -q, which ends tar
+# With a compiler the wheel has the library and the name of the platform; without one it runs everywhere, with numpy.
+if command -v "${CC:-cc}" >/dev/null; then expected='py3-none-linux_*' kernels=compiled; else expected='py3-none-any' kernels=numpy; fi
+# shellcheck disable=SC2206,SC2086 # a pattern
+wheels=("$work"/dist/dist_export-*-$expected.whl)
+[[ -f ${wheels[0]} ]] || { ls "$work/dist" >&2; echo "wheel.sh: no wheel is named $expected" >&2; exit 1; }
+"${pip[@]}" --no-deps "${wheels[0]}"
 site=$("$work/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 .venv-test/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/dependencies.pth"
 cd "$work" # not in the repository, whose folder would be imported in place of the wheel
 "$work/env/bin/dist_export" --version
+DIST_EXPORT_KERNELS=$kernels "$work/env/bin/dist_export" --version | grep "^kernels: $kernels"
 "$work/env/bin/dist_export" --help >/dev/null
 "$work/env/bin/python" - <<'PYTHON'
 import os

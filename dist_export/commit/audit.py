@@ -10,8 +10,9 @@ import numpy as np
 
 from dist_export.commit.row_indexes import RowIndexWriter, WrittenIndex
 from dist_export.errors import CommitError
-from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
+from dist_export.formats.recis import Slice, is_in_slice
 from dist_export.ids.columns import IdRun, Readers, read_runs
+from dist_export.kernels.selection import select_kernels
 from dist_export.manifest import TableEntry
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import account_for
@@ -72,12 +73,12 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexe
         sum_of_table = np.zeros(len(plan.checkpoint.tables), np.uint64)
         for run in read_runs(readers, blocks.file[chosen], blocks.offset[chosen], blocks.rows[chosen]):
             held = chosen[run.blocks]
-            _check_slices(plan, target, held, run)
+            id_sums = _check_slices(plan, target, held, run)
             if indexes is not None:
                 indexes.add(held, run)
             tables = blocks.table[held]
             np.add.at(rows_of_table, tables, np.diff(np.append(run.starts, len(run.ids))))
-            np.add.at(sum_of_table, tables, _reduce(np.add, mix(run.ids), run.starts))
+            np.add.at(sum_of_table, tables, id_sums)
         # for a table without ids, the headers give the rows, and digests protect the content of the blocks
         first_column = np.array(
             [plan.slots_of(table)[0].column for table in range(len(plan.checkpoint.tables))], np.int64
@@ -90,14 +91,17 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexe
         return Audit(accounts, [] if indexes is None else indexes.finish())
 
 
-def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> None:
+def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: IdRun) -> np.ndarray:
+    """Return the sum of the mixed ids of each block (uint64). CommitError if an id is outside the slice of its block."""
     blocks = plan.blocks
+    sums = np.zeros(len(held), np.uint64)
     lengths = np.diff(np.append(run.starts, len(run.ids)))
     for size in np.unique(blocks.size[held]).tolist():  # usually one size
-        positions = hash_slots(run.ids, size).view(np.int64)
-        lowest, highest = _reduce(np.minimum, positions, run.starts), _reduce(np.maximum, positions, run.starts)
-        is_wrong = (lowest < blocks.begin[held]) | (highest >= blocks.end[held])
-        wrong = np.flatnonzero(is_wrong & (blocks.size[held] == size))
+        sweep = select_kernels().sweep_ids(
+            run.ids, run.starts, size=size, begins=blocks.begin[held], ends=blocks.end[held]
+        )
+        sums = sweep.id_sums
+        wrong = np.flatnonzero((sweep.outside > 0) & (blocks.size[held] == size))
         if len(wrong):
             block = int(held[wrong[0]])
             part = Slice(*(int(column[block]) for column in (blocks.begin, blocks.end, blocks.size)))
@@ -109,6 +113,7 @@ def _check_slices(plan: SparsePlan, target: Directory, held: np.ndarray, run: Id
                 f"{len(foreign):,} ids outside its slice {part.begin}:{part.end}, first {int(ids[foreign[0]])}. "
                 f"{_NOTHING_PUBLISHED}"
             )
+    return sums
 
 
 def check_accounts(plan: SparsePlan, census: Census, shares: list[dict[int, TableAccount]]) -> list[TableAccount]:
@@ -154,14 +159,6 @@ def check_entries(entries: Sequence[TableEntry]) -> None:
                 f"table {entry.name!r}: the account does not add up: {entry.rows_in:,} rows in, {entry.rows_out:,} out "
                 f"({by_part:,} by part), {dropped:,} dropped. {_NOTHING_PUBLISHED}"
             )
-
-
-def _reduce(operation: np.ufunc, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Reduce the values of each block. A single block uses ``reduce``, which is vectorized."""
-    if len(starts) == 1:
-        whole: np.ndarray = operation.reduce(values, keepdims=True)
-        return whole
-    return operation.reduceat(values, starts)
 
 
 _NOTHING_PUBLISHED = "No manifest was written, so there is no package; run the export again"

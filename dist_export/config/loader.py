@@ -22,6 +22,7 @@ usage: dist_export --config FILE [--key value ...]        export (under torchrun
        dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
        dist_export inspect PATH                           show a checkpoint or a package
        dist_export verify PATH                            check a package
+       dist_export --version                              show the version, and whether compiled kernels are in use
 
 FILE is a YAML file of settings. --key value goes before it; --print_config shows the settings that result."""
 

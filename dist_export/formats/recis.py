@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from dist_export.formats.dtypes import DTYPES
+from dist_export.kernels.numpy_id_sweep import find_positions, mix_ids
 
 INDEX = "index"
 TENSORKEY = "tensorkey.json"
@@ -64,22 +65,12 @@ def split_evenly(size: int, num_shards: int) -> np.ndarray:
 
 def hash_slots(ids: np.ndarray, size: int) -> np.ndarray:
     """Return ``uint64(id) mod size`` (uint64) of int64 ids. It decides which slice owns a row."""
-    unsigned = ids.view(np.uint64)
-    if size & (size - 1) == 0:  # a mask takes a tenth of the time of a division, and RecIS's own size is 65536
-        masked: np.ndarray = unsigned & np.uint64(size - 1)
-        return masked
-    positions: np.ndarray = unsigned % np.uint64(size)
-    return positions
+    return find_positions(ids, size)
 
 
 def mix(ids: np.ndarray) -> np.ndarray:
-    """Map int64 ids one to one to uint64, spread over all 64 bits.
-
-    The multiplier is 2**64 over the golden ratio, made odd (Knuth, The Art of Computer Programming 3, section 6.4).
-    """
-    mixed: np.ndarray = ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(32)
-    return mixed
+    """Map int64 ids one to one to uint64, spread over all 64 bits."""
+    return mix_ids(ids)
 
 
 def is_place_in(positions: np.ndarray, part: Slice) -> np.ndarray:

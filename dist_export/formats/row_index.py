@@ -11,9 +11,11 @@ which they were read. There is no wrap at the end: the slots go on behind the la
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
+
+from dist_export.kernels.protocol import Column
+from dist_export.kernels.selection import select_kernels
 
 SUFFIX = ".row_index"
 """Ends the name of the file that holds the row indexes of one shard."""
@@ -35,23 +37,8 @@ MOST_PROBES = 1024
 SEEDS = 8
 """If ids were chosen to collide, the longest probe is above ``MOST_PROBES``, and the next seed is tried. No set of ids collides
 for all seeds: the buckets of all of them together have more bits than an id."""
-_ODD = np.uint64(0xD6E8FEB86659FD93)
-"""An odd multiplier with well-mixed bits, from Pelle Evensen's rrxmrrxmsx."""
-_GOLDEN = 0x9E3779B97F4A7C15
-
 _CHUNK_ROWS = 1 << 16
 """Rows that are placed at once. Their arrays stay in a core's cache."""
-
-
-class DamagedIndexError(ValueError):
-    """The slots cannot be those of this part."""
-
-
-class Column(Protocol):
-    """A column of values, of which single ones are read. A numpy array is one."""
-
-    def take(self, rows: np.ndarray, /) -> np.ndarray:
-        """Return the values at these positions (int64)."""
 
 
 def find_fault(
@@ -82,37 +69,9 @@ def estimate_bytes(num_rows: int) -> int:
     return (count_buckets(num_rows) + 1) * SLOT.itemsize if num_rows else 0
 
 
-def hash_ids(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Return a hash (uint64, below 2**32) of int64 ids: two rounds of xor-shift and multiplication, and the upper 32 bits."""
-    hashed: np.ndarray = ids.view(np.uint64) ^ np.uint64(seed * _GOLDEN % (1 << 64))
-    for _ in range(2):
-        hashed ^= hashed >> np.uint64(32)
-        hashed *= _ODD
-    hashed ^= hashed >> np.uint64(29)
-    hashed >>= np.uint64(32)
-    return hashed
-
-
-def find_buckets(hashed: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Return the bucket (int64) of hashes, which are changed in place: ``hash * num_buckets >> 32``."""
-    whole, rest = num_buckets >> 32, num_buckets & ((1 << 32) - 1)
-    if not whole:
-        hashed *= np.uint64(rest)
-        hashed >>= np.uint64(32)
-        return hashed.view(np.int64)
-    buckets: np.ndarray = hashed * np.uint64(rest)  # the product with all of it would not fit in 64 bits
-    buckets >>= np.uint64(32)
-    hashed *= np.uint64(whole)
-    buckets += hashed
-    return buckets.view(np.int64)
-
-
 def encode_keys(ids: np.ndarray, first_row: int, seed: int) -> np.ndarray:
     """Return ``hash << 32 | row`` (uint64) of ids in consecutive rows. Sorted, they are in the order of the slots."""
-    keys = hash_ids(ids, seed)
-    keys <<= np.uint64(32)
-    keys |= np.arange(first_row, first_row + len(ids), dtype=np.uint64)
-    return keys
+    return select_kernels().encode_keys(ids, first_row, seed)
 
 
 class SlotFiller:
@@ -130,16 +89,8 @@ class SlotFiller:
         """Yield the next slots (uint32), for sorted keys that come after all earlier ones."""
         for first in range(0, len(keys), _CHUNK_ROWS):
             chunk = keys[first : first + _CHUNK_ROWS]
-            buckets = find_buckets(chunk >> np.uint64(32), self._num_buckets)
-            numbers = np.arange(len(chunk))
-            # each row gets its bucket, or the slot after that of the row before it
-            positions = buckets - numbers
-            positions[0] = max(int(positions[0]), self.num_slots)
-            np.maximum.accumulate(positions, out=positions)
-            positions += numbers
-            self.longest_probe = max(self.longest_probe, int((positions - buckets).max()))
-            slots = np.full(int(positions[-1]) + 1 - self.num_slots, EMPTY, SLOT)
-            slots[positions - self.num_slots] = chunk.astype(np.uint32)
+            slots, longest = select_kernels().fill_slots(chunk, num_buckets=self._num_buckets, num_slots=self.num_slots)
+            self.longest_probe = max(self.longest_probe, longest)
             self.num_slots += len(slots)
             yield slots
 
@@ -177,31 +128,16 @@ def find_rows(
     Raises:
         DamagedIndexError: a slot holds a number that is no row, or a probe leaves the slots.
     """
-    found = np.full(len(sought), -1, np.int64)
-    positions = find_buckets(hash_ids(sought, seed), count_buckets(num_rows))
-    asked: np.ndarray | None = None  # the numbers in ``found``; None for all
-    for _ in range(longest_probe + 1):
-        if not len(positions):
-            break
-        if int(positions.max()) >= num_slots:
-            raise DamagedIndexError(f"it has {num_slots:,} slots, and a search goes beyond them")
-        rows = slots.take(positions).astype(np.int64)
-        is_used = rows != int(EMPTY)
-        if not is_used.all():
-            used = np.flatnonzero(is_used)
-            rows, positions, sought = rows[used], positions[used], sought[used]
-            asked = used if asked is None else asked[used]
-            if not len(rows):
-                break
-        if int(rows.max()) >= num_rows:
-            raise DamagedIndexError(f"it holds row {int(rows.max()):,}, and the part has {num_rows:,} rows")
-        is_hit = ids.take(rows) == sought
-        hits = np.flatnonzero(is_hit)
-        found[hits if asked is None else asked[hits]] = rows[hits]
-        left = np.flatnonzero(~is_hit)
-        asked = left if asked is None else asked[left]
-        positions, sought = positions[left] + 1, sought[left]
-    return found
+    return select_kernels().find_rows(
+        slots,
+        ids,
+        sought,
+        num_slots=num_slots,
+        num_rows=num_rows,
+        num_buckets=count_buckets(num_rows),
+        seed=seed,
+        longest_probe=longest_probe,
+    )
 
 
 def count_rows_at(
@@ -218,17 +154,12 @@ def count_rows_at(
 
     A search for an id passes full slots only, so this needs no other id.
     """
-    positions = find_buckets(hash_ids(ids, seed), count_buckets(num_rows))
-    rows = np.arange(first_row, first_row + len(ids))
-    num_found = 0
-    for _ in range(longest_probe + 1):
-        inside = positions < num_slots
-        positions, rows = positions[inside], rows[inside]
-        there = slots.take(positions)
-        is_hit = there == rows
-        num_found += int(np.count_nonzero(is_hit))
-        left = np.flatnonzero(~is_hit & (there != EMPTY))
-        positions, rows = positions[left] + 1, rows[left]
-        if not len(rows):
-            break
-    return num_found
+    return select_kernels().count_rows_at(
+        slots,
+        ids,
+        first_row,
+        num_slots=num_slots,
+        num_buckets=count_buckets(num_rows),
+        seed=seed,
+        longest_probe=longest_probe,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_export.formats.row_index import Column
+from dist_export.kernels.protocol import Column
 from dist_export.storage.range_reader import RangeReader
 from dist_export.storage.s3_reader import NEAR_BYTES
 
@@ -33,6 +33,8 @@ class _Unaligned:
     def __init__(self, column: np.ndarray, dtype: np.dtype) -> None:
         self._column = column
         self._dtype = dtype
+        self.raw_bytes = column.reshape(-1)
+        """All values, for kernels that need no alignment."""
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         values: np.ndarray = self._column.take(rows, axis=0).view(self._dtype)[:, 0]

@@ -17,11 +17,11 @@ from dist_export.formats.recis import ID_SLOT, Slice, hash_slots, is_in_slice, p
 from dist_export.formats.row_index import (
     MAGIC,
     SLOT,
-    Column,
-    DamagedIndexError,
     find_fault,
     find_rows,
 )
+from dist_export.kernels.protocol import Column, DamagedIndexError
+from dist_export.kernels.selection import select_kernels
 from dist_export.manifest import PartEntry, RowIndexEntry, SlotEntry, TableEntry
 from dist_export.package.columns import StoredColumn, map_column
 from dist_export.package.local_cache import LocalCache
@@ -87,12 +87,28 @@ class SlotReader:
 
         Rows of ids without a row are zeros.
         """
+        rows, has_row = self._allocate(len(ids))
         if self._table.is_row_indexed:
-            rows, has_row = self._allocate(len(ids))
             for number in range(len(self._table.parts)):
                 self._read_numbers(number, ids, has_row, rows)
-            return rows, has_row
-        rows, has_row = self._allocate(len(ids))
+        else:
+            self._read_ids(ids, has_row, rows)
+        rows[~has_row] = 0
+        return rows, has_row
+
+    # ---- hash tables ----
+
+    def _allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            # rows that are found are written once, not zeroed before
+            return np.empty((num_rows, self._row_bytes), np.uint8), np.zeros(num_rows, bool)
+        except (MemoryError, ValueError):
+            raise PackageError(
+                f"{self._files.url}: {num_rows:,} rows of table {self._table.name!r}, of {self._row_bytes:,} bytes each by its "
+                "manifest, do not fit into memory; ask for fewer ids"
+            ) from None
+
+    def _read_ids(self, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
         for number, wanted in self._deal(ids):
             part = self._table.parts[number]
             if not part.rows:
@@ -101,18 +117,6 @@ class SlotReader:
                 self._scan(number, ids, wanted, has_row, rows)
             else:
                 self._search(number, part.row_index, ids, wanted, has_row, rows)
-        return rows, has_row
-
-    # ---- hash tables ----
-
-    def _allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            return np.zeros((num_rows, self._row_bytes), np.uint8), np.zeros(num_rows, bool)
-        except (MemoryError, ValueError):
-            raise PackageError(
-                f"{self._files.url}: {num_rows:,} rows of table {self._table.name!r}, of {self._row_bytes:,} bytes each by its "
-                "manifest, do not fit into memory; ask for fewer ids"
-            ) from None
 
     def _deal(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each part that owns ids, with the positions of these ids."""
@@ -191,18 +195,17 @@ class SlotReader:
                 )
             except DamagedIndexError as error:
                 raise self._refuse_index(index, str(error)) from None
-        hits = np.flatnonzero(found >= 0)
-        targets = wanted[hits]
-        has_row[targets] = True
-        if not self._row_bytes or not len(hits):
-            return
-        with self._files.open_mapped(place.slot_file) as slot_file:
-            if isinstance(slot_file, np.ndarray):
-                end = place.slot_offset + num_rows * self._row_bytes
-                block = slot_file[place.slot_offset : end].reshape(num_rows, self._row_bytes)
-                rows[targets] = block.take(found[hits], axis=0)
-                return
-            self._read_many(slot_file, place.slot_offset, targets, found[hits], rows)
+        if self._row_bytes:
+            with self._files.open_mapped(place.slot_file) as slot_file:
+                if isinstance(slot_file, np.ndarray):
+                    end = place.slot_offset + num_rows * self._row_bytes
+                    block = slot_file[place.slot_offset : end].reshape(num_rows, self._row_bytes)
+                    select_kernels().take_rows(block, found, wanted, rows=rows, has_row=has_row)
+                    return
+                hits = np.flatnonzero(found >= 0)
+                if len(hits):
+                    self._read_many(slot_file, place.slot_offset, wanted[hits], found[hits], rows)
+        has_row[wanted[found >= 0]] = True
 
     @contextlib.contextmanager
     def _open_column(self, name: str, offset: int, num_values: int, dtype: np.dtype) -> Iterator[Column]:
@@ -296,15 +299,16 @@ class SlotReader:
         offset = self._offsets.get(number)
         if offset is None:
             offset = self._offsets[number] = self._find_block(part)
-        has_row[wanted] = True
         if not self._row_bytes:
+            has_row[wanted] = True
             return
         found = ids[wanted] - part.first_row
         with self._files.open_mapped(part.file) as file:
             if isinstance(file, np.ndarray):
                 block = file[offset : offset + part.rows * self._row_bytes].reshape(part.rows, self._row_bytes)
-                rows[wanted] = block.take(found, axis=0)
+                select_kernels().take_rows(block, found, wanted, rows=rows, has_row=has_row)
                 return
+            has_row[wanted] = True
             self._read_many(file, offset, wanted, found, rows)
 
     def _find_block(self, part: PartEntry) -> int:

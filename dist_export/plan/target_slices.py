@@ -14,7 +14,8 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.errors import PlanError
-from dist_export.formats.recis import Slice, is_place_in, split_evenly
+from dist_export.formats.recis import Slice, hash_slots, is_place_in, split_evenly
+from dist_export.kernels.selection import select_kernels
 
 _MAX_LOOKUP = 1 << 20
 """Up to this size (RecIS uses 65536), owners are looked up in an array, which is faster than a binary search."""
@@ -55,6 +56,20 @@ class Targets:
         if own is not None and self.has_overlap:
             found[is_place_in(positions, self.slices[own])] = own
         return found
+
+    def count_owners(self, ids: np.ndarray, *, own: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the target of each id as :meth:`owners_of` does, and how many ids each target gets (int64)."""
+        if not self.has_overlap:
+            return select_kernels().find_owners(
+                ids,
+                size=self.size,
+                breaks=self.breaks,
+                owners=self.owners,
+                lookup=self.lookup,
+                num_targets=len(self.slices),
+            )
+        found = self.owners_of(hash_slots(ids, self.size), own=own)
+        return found, np.bincount(found, minlength=len(self.slices))
 
     def single_owner(self, lowest: int, highest: int, *, own: int | None) -> int | None:
         """Return the target that owns all places from lowest to highest; None if there are several, or possibly several."""

@@ -12,7 +12,8 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import hash_slots, is_place_in, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
-from dist_export.ids.duplicates import HeldIds, has_duplicates
+from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels.selection import select_kernels
 from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
 from dist_export.plan.target_slices import Targets
@@ -60,6 +61,9 @@ def check_unique(
     for task in tasks:
         _search(checkpoint, task, held_ids, duplicates or DuplicateIds(checkpoint, most=None))
 
+
+_FIRST = np.zeros(1, np.int64)
+"""Where the only block of a run begins."""
 
 _COUNTED = 0
 """Marks a block that is already counted. No object has this ``id()``."""
@@ -135,7 +139,7 @@ class _Counter:
         if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
             has_id = _has_id(self._checkpoint, tables, rows, ids)
             ids, table_of_row = ids[has_id], table_of_row[has_id]
-        if has_duplicates(ids, table_of_row):
+        if select_kernels().has_duplicates(ids, table_of_row):
             for table in np.unique(tables).tolist():
                 its_parts = tuple(parts[tables == table].tolist())
                 self._duplicates.add(np.sort(ids[table_of_row == table]), its_parts)
@@ -166,19 +170,18 @@ class _Counter:
         claimed = self._checkpoint.parts.slice_of(part)
         own = target.index_of(claimed)
         ids, last_row = run.ids, run.first_row + len(run.ids)
-        positions = hash_slots(ids, target.size)
-        lowest, highest = int(positions.min()), int(positions.max())
-        if lowest < claimed.begin or highest >= claimed.end:
-            self._misplaced[row] += len(ids) - int(np.count_nonzero(is_place_in(positions, claimed)))
-        self._id_sum[row : row + 1] += mix(ids).sum(dtype=np.uint64)  # as an array: a scalar would warn of the overflow
+        sweep = select_kernels().sweep_ids(
+            ids, _FIRST, size=target.size, begins=np.array([claimed.begin]), ends=np.array([claimed.end])
+        )
+        lowest, highest = int(sweep.lowest[0]), int(sweep.highest[0])
+        self._misplaced[row : row + 1] += sweep.outside
+        self._id_sum[row : row + 1] += sweep.id_sums  # as an array: a scalar would warn of the overflow
         if run.first_row % GRANULE_ROWS == 0:
             self._counts = np.zeros(len(target.slices), np.int64)
         kept = self._leave_out_pruned(row, run.first_row, ids, target)
-        if len(kept) < len(ids):
-            positions = hash_slots(kept, target.size)
         owner = target.single_owner(lowest, highest, own=own)
         if owner is None:
-            self._counts += np.bincount(target.owners_of(positions, own=own), minlength=len(self._counts))
+            self._counts += target.count_owners(kept, own=own)[1]
         else:
             self._counts[owner] += len(kept)
         if last_row % GRANULE_ROWS == 0 or last_row == num_rows:
@@ -194,7 +197,7 @@ class _Counter:
         last_row = run.first_row + len(run.ids)
         ids = without_empty(self._checkpoint, part, run.ids)
         if run.first_row == 0 and last_row == num_rows:
-            if has_duplicates(ids):
+            if select_kernels().has_duplicates(ids):
                 self._duplicates.add(np.sort(ids), (part,))
             return
         if self._is_held[row]:
@@ -210,13 +213,14 @@ class _Counter:
         numbers = self._parts[rows_of_census]
         rows = parts.rows[numbers]
         starts = np.cumsum(rows) - rows
-        positions = hash_slots(ids, target.size)
-        signed = positions.view(np.int64)
-        is_inside = (signed >= np.repeat(parts.begin[numbers], rows)) & (signed < np.repeat(parts.end[numbers], rows))
-        self._misplaced[rows_of_census] = rows - np.add.reduceat(is_inside, starts, dtype=np.int64)
-        self._id_sum[rows_of_census] = np.add.reduceat(mix(ids), starts)
-        owners = target.owners_of(positions, own=None).astype(np.int64)
+        begins, ends = parts.begin[numbers], parts.end[numbers]
+        sweep = select_kernels().sweep_ids(ids, starts, size=target.size, begins=begins, ends=ends)
+        self._misplaced[rows_of_census] = sweep.outside
+        self._id_sum[rows_of_census] = sweep.id_sums
+        owners = target.count_owners(ids, own=None)[0].astype(np.int64)
         if target.has_overlap:
+            signed = hash_slots(ids, target.size).view(np.int64)
+            is_inside = (signed >= np.repeat(begins, rows)) & (signed < np.repeat(ends, rows))
             claimed = [target.index_of(parts.slice_of(number)) for number in numbers.tolist()]
             own = np.repeat(np.array([-1 if number is None else number for number in claimed], np.int64), rows)
             owners = np.where(is_inside & (own >= 0), own, owners)

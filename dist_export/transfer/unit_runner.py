@@ -12,6 +12,7 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.digests import NONE, hash_chunks
 from dist_export.formats.recis import hash_slots
 from dist_export.formats.row_encodings import RowCast
+from dist_export.kernels.selection import select_kernels
 from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.memory_budget import MemoryBudget, cast_rows
 from dist_export.plan.plan import Gather, SparsePlan
@@ -50,6 +51,7 @@ class UnitRunner:
             digest: the algorithm of the chunks' digests, or ``none``.
             skip: output files that this rank must not write: complete files, and files on disks that it does not see.
         """
+        self._kernels = select_kernels()
         self._plan = plan
         self._outputs = outputs
         self._written = written
@@ -175,7 +177,7 @@ class UnitRunner:
             self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
             kept = _kept_rows(plan, chunk.pieces, self._pruned_rows(chunk, ids))
             order, counts = _order_rows(plan, table, ids, chunk.pieces, kept)
-        present = np.flatnonzero(counts)
+        present, num_moved = np.flatnonzero(counts), int(counts.sum())
         starts = np.cumsum(counts)[present] - counts[present]
         for slot in plan.slots_of(table):
             if not slot.row_bytes or slot.column not in chunk.columns:
@@ -191,9 +193,8 @@ class UnitRunner:
                 rows, free = self._read_rows(chunk, slot.column, cast, kept)
             moved = rows
             if order is not None:
-                kind = np.dtype((np.void, slot.row_bytes))  # one item is one row, so take moves whole rows
-                moved = free[: len(order) * slot.row_bytes]
-                np.take(rows.view(kind), order, out=moved.view(kind), mode="clip")
+                moved = free[: num_moved * slot.row_bytes]
+                self._kernels.move_rows(order, rows, slot.row_bytes, moved)
             view = moved.data
             positions = (plan.blocks.offset[blocks] + chunk.next_rows[present] * slot.row_bytes).tolist()
             begins, ends = starts * slot.row_bytes, (starts + counts[present]) * slot.row_bytes
@@ -347,20 +348,16 @@ class _Chunk:
 def _order_rows(
     plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece], kept: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a chunk that are moved (int64), sorted by target, and how many rows each target gets."""
+    """Return the kernels' order of the rows of a chunk by target, and how many rows each target gets."""
     owners = _owners_of(plan, table, ids, pieces)
-    if kept is not None:
-        owners = owners.take(kept)
-    order = np.argsort(owners, kind="stable")
-    edges = np.searchsorted(owners.take(order), np.arange(len(plan.targets[table].slices) + 1))
-    return order if kept is None else kept.take(order), np.diff(edges)
+    return select_kernels().order_rows(owners, kept, len(plan.targets[table].slices))
 
 
 def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
     target_of = plan.targets[table]
-    positions = hash_slots(ids, target_of.size)
     if not target_of.has_overlap:
-        return target_of.owners_of(positions, own=None)
+        return target_of.count_owners(ids, own=None)[0]
+    positions = hash_slots(ids, target_of.size)
     owners, begin = [], 0  # a row stays in the slice of its part, so each piece is looked up separately
     for part, _, num_rows, *_ in pieces:
         own = target_of.index_of(plan.checkpoint.parts.slice_of(part))

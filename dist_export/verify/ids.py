@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import DistExportError
-from dist_export.formats.recis import Slice, hash_slots, is_in_slice, mix
+from dist_export.formats.recis import Slice, is_in_slice, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun, read_runs
-from dist_export.ids.duplicates import HeldIds, has_duplicates
+from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels.selection import select_kernels
 from dist_export.package.shard_headers import fact_of
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
@@ -179,11 +180,10 @@ class _Counter:
         """Count the next run: one block or a piece of it, or several whole blocks."""
         column = self._column[run.blocks]
         table = self._work.id_table[column]
-        np.add.at(self._id_sum, table, _reduce(np.add, mix(run.ids), run.starts))
         unsigned = run.ids.view(np.uint64)
         if unsigned.max() >= _GPU_KEYS:
             np.add.at(self._gpu_keys, column, _reduce(np.add, (unsigned >= _GPU_KEYS).astype(np.int64), run.starts))
-        self._check_slices(run, column)
+        np.add.at(self._id_sum, table, self._check_slices(run, column))
         if len(run.blocks) > 1 or len(run.ids) == self._work.id_rows[column[0]]:
             self._find_duplicates(run, table)
             return
@@ -195,13 +195,15 @@ class _Counter:
             if run.first_row + len(run.ids) == self._rows[piece] and self._held.has_duplicates():
                 self._duplicates.append(_count_duplicates(int(table[0]), self._held.sorted_ids()))
 
-    def _check_slices(self, run: IdRun, column: np.ndarray) -> None:
+    def _check_slices(self, run: IdRun, column: np.ndarray) -> np.ndarray:
+        """Note the ids that are outside the slice of their block, and return the sum of each block's mixed ids (uint64)."""
+        sums = np.zeros(len(column), np.uint64)
         stops = np.append(run.starts[1:], len(run.ids))
         edges = self._work.id_slice[column]
         for size in np.unique(edges[:, 2]).tolist():  # usually one size
-            positions = hash_slots(run.ids, size).view(np.int64)
-            lowest, highest = _reduce(np.minimum, positions, run.starts), _reduce(np.maximum, positions, run.starts)
-            is_wrong = ((lowest < edges[:, 0]) | (highest >= edges[:, 1])) & (edges[:, 2] == size)
+            sweep = select_kernels().sweep_ids(run.ids, run.starts, size=size, begins=edges[:, 0], ends=edges[:, 1])
+            sums = sweep.id_sums
+            is_wrong = (sweep.outside > 0) & (edges[:, 2] == size)
             for place in np.flatnonzero(is_wrong).tolist():
                 ids = run.ids[run.starts[place] : stops[place]]
                 foreign = np.flatnonzero(~is_in_slice(ids, Slice(*edges[place].tolist())))
@@ -209,13 +211,14 @@ class _Counter:
                 row = int(self._first[run.blocks[place]]) + run.first_row + int(foreign[0])
                 count, *known = self._misplaced.get(number, (0, row, int(ids[foreign[0]])))
                 self._misplaced[number] = (count + len(foreign), known[0], known[1])
+        return sums
 
     def _find_duplicates(self, run: IdRun, table: np.ndarray) -> None:
         """Find duplicates within each of several whole blocks, except blocks of tables that are searched as a whole later."""
         if not self._is_searched[run.blocks].any():
             return
         groups = None if len(run.blocks) == 1 else np.repeat(run.blocks, np.diff(np.append(run.starts, len(run.ids))))
-        if not has_duplicates(run.ids, groups):
+        if not select_kernels().has_duplicates(run.ids, groups):
             return
         stops = np.append(run.starts[1:], len(run.ids)).tolist()
         is_searched = self._is_searched[run.blocks].tolist()

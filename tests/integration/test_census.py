@@ -6,8 +6,8 @@ import pytest
 from dist_export.errors import CheckpointError, UserError
 from dist_export.formats.recis import mix
 from dist_export.ids import columns as id_columns
-from dist_export.ids import duplicates
 from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels import compiled_duplicates, numpy_duplicates
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.target_slices import plan_targets
@@ -170,8 +170,9 @@ def set_budget(monkeypatch, budget):
     elif budget is not None:
         monkeypatch.setattr(MemoryBudget, "held_ids", budget)
         monkeypatch.setattr(id_columns, "RUN_ROWS", min(budget, id_columns.RUN_ROWS))
-        monkeypatch.setattr(duplicates, "_DIRECT_IDS", budget // 4)
-        monkeypatch.setattr(duplicates, "_BUCKET_IDS", max(1, budget // 8))
+        for kernels in (numpy_duplicates, compiled_duplicates):
+            monkeypatch.setattr(kernels, "_DIRECT_IDS", budget // 4)
+            monkeypatch.setattr(kernels, "_BUCKET_IDS", max(1, budget // 8))
 
 
 @pytest.mark.parametrize("budget", [64, 8])

@@ -14,6 +14,7 @@ import yaml
 
 import dist_export
 from dist_export.cli import main
+from dist_export.kernels.selection import select_kernels
 from tests.support import ROOT, tiny_model
 from tests.support.recis_writer import make_tables, write_checkpoint
 
@@ -38,7 +39,17 @@ def own_lines(text: str) -> list[str]:
 
 def test_it_tells_its_version(capsys) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"dist_export {dist_export.__version__}\n"
+    version, kernels = capsys.readouterr().out.splitlines()
+    assert version == f"dist_export {dist_export.__version__}"
+    assert kernels == f"kernels: {select_kernels().description}"
+
+
+def test_a_choice_of_kernels_that_is_none_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DIST_EXPORT_KERNELS", "fortran")
+    for arguments in (["--version"], ["verify", "nowhere"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert own_lines(err) == ["dist_export: $DIST_EXPORT_KERNELS is 'fortran'; give one of auto, numpy, compiled"]
 
 
 def test_export_then_inspect_then_verify(checkpoint: Path, tmp_path: Path, capsys) -> None:

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from dist_export.formats.row_index import (
     EMPTY,
     MOST_PROBES,
-    DamagedIndexError,
     SlotFiller,
     count_buckets,
     count_rows_at,
     encode_keys,
-    find_buckets,
     find_fault,
     find_rows,
-    hash_ids,
 )
+from dist_export.kernels.numpy_row_index import find_buckets, hash_ids
+from dist_export.kernels.protocol import DamagedIndexError
 
 
 def build(ids: np.ndarray, seed: int = 0, runs: int = 1) -> tuple[np.ndarray, int]:

@@ -1,0 +1,22 @@
+"""The kernels in numpy: the definition of what the compiled ones must return, and what runs without them."""
+
+from __future__ import annotations
+
+from dist_export.kernels.numpy_casts import NumpyCasts
+from dist_export.kernels.numpy_duplicates import NumpyDuplicates
+from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
+from dist_export.kernels.numpy_row_index import NumpyRowIndex
+from dist_export.kernels.numpy_rows import NumpyRows
+
+
+class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex, NumpyCasts, NumpyRows):
+    """All kernels in numpy. It implements ``Kernels``."""
+
+    def __init__(self, reason: str = "") -> None:
+        """``reason``: why numpy is used, for people."""
+        self._reason = reason
+
+    @property
+    def description(self) -> str:
+        """See the protocol."""
+        return f"numpy ({self._reason})" if self._reason else "numpy"
