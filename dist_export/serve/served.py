@@ -42,8 +42,9 @@ class Watcher:
         poll_secs: float = 1.0,
         checks: bool = True,
     ) -> None:
-        """Load the package. Raises the errors of :func:`dist_export.open_package`, PackageError if it is
-        unsound, and UserError if the path is no directory.
+        """Load the package.
+
+        Raises the errors of :func:`dist_export.open_package`, PackageError if it is unsound, and UserError if it is no directory.
 
         Args:
             path: the package.
@@ -67,7 +68,7 @@ class Watcher:
         try:
             self._seen = self._look()
         except OSError as error:
-            raise PackageError(
+            raise UserError(
                 f"{path} cannot be read: {error.strerror or error}. Give the directory of a package"
             ) from error
         self.current = self._load()
