@@ -60,7 +60,7 @@ def to_inputs(columns: Mapping[str, Column], entries: Sequence[TensorEntry], *, 
     Raises:
         UserError: a column is missing, or does not have the dtype or the shape of its input.
     """
-    return {entry.name: _cast(_find(columns, entry, where), entry, where) for entry in entries}
+    return {entry.name: _check_kind(_find(columns, entry, where), entry, where) for entry in entries}
 
 
 def _find(columns: Mapping[str, Column], entry: TensorEntry, where: str) -> np.ndarray:
@@ -95,11 +95,14 @@ def _find(columns: Mapping[str, Column], entry: TensorEntry, where: str) -> np.n
     raise UserError(f"{where}: no column for the input {entry.name!r}; the file has {', '.join(columns) or 'none'}")
 
 
-def _cast(value: np.ndarray, entry: TensorEntry, where: str) -> np.ndarray:
+def _check_kind(value: np.ndarray, entry: TensorEntry, where: str) -> np.ndarray:
+    """Return a column as it is, of its own dtype: whoever casts it must refuse values that the input's dtype cannot hold."""
     dtype = np.dtype("float32" if entry.dtype == "bfloat16" else entry.dtype)
-    if value.dtype.kind not in {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind] and value.size:
+    if not value.size:
+        return value.astype(dtype)
+    if value.dtype.kind not in {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]:
         raise UserError(f"{where}: column of the input {entry.name!r} is {value.dtype}, expected {entry.dtype}")
-    return value.astype(dtype, copy=False)
+    return value
 
 
 def _say(entry: TensorEntry) -> str:
@@ -182,6 +185,8 @@ def _from_arrow(batch: Any, path: str) -> dict[str, Column]:
 
     columns: dict[str, Column] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in columns:
+            raise UserError(f"{path}: two columns are called {name!r}; give each a name of its own")
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if array.null_count:
             raise UserError(f"{path}: column {name!r} has {array.null_count} rows without a value; give each row one")

@@ -50,21 +50,25 @@ def score_file(
     if Path(target).suffix != ".parquet":
         raise ConfigError(f"--output is {target!r}; give a name that ends in .parquet")
     entries = package.manifest.score.inputs if package.manifest.score is not msgspec.UNSET else ()
+    _refuse_taken_names(package, keep)
+    from dist_export.package.score_inputs import read_inputs  # it imports torch
+
     partial, writer, total = f"{target}.partial", None, 0
     try:
         for columns in read_batches(source, batch_size):
             missing = [name for name in keep if name not in columns]
             if missing:
                 raise UserError(f"{source}: no column {missing[0]!r} to keep; the file has {', '.join(columns)}")
-            scores = package.score(to_inputs(columns, entries, where=source))
+            # here, so that the error of a value that its input cannot hold names the file
+            scores = package.score(read_inputs(entries, to_inputs(columns, entries, where=source), where=source))
             rows = count_rows(columns)
             table = pa.table(
                 {name: _to_arrow(columns[name]) for name in keep}
                 | {name: _to_arrow(_as_column(value, rows, name)) for name, value in scores.items()}
             )
             if writer is None:
-                writer = parquet.ParquetWriter(partial, table.schema)
-            writer.write_table(table)
+                writer = _open_writer(parquet, partial, table.schema, target)
+            writer.write_table(_as_before(table, writer.schema, source))
             total += rows
             note_rows(rows)
         if writer is None:
@@ -77,6 +81,38 @@ def score_file(
         if os.path.lexists(partial):
             os.unlink(partial)
     return total
+
+
+def _refuse_taken_names(package: Package, keep: Sequence[str]) -> None:
+    outputs = package.manifest.score.outputs if package.manifest.score is not msgspec.UNSET else ()
+    taken = [output.name for output in outputs if output.name in keep]
+    if taken:
+        raise ConfigError(f"--keep {taken[0]}: an output of the package has this name; give the column another one")
+
+
+def _open_writer(parquet: Any, partial: str, schema: Any, target: str) -> Any:
+    try:
+        return parquet.ParquetWriter(partial, schema)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {target} cannot be written: {os.strerror(error.errno) if error.errno else error}; give another --output"
+        ) from None
+
+
+def _as_before(table: Any, schema: Any, source: str) -> Any:
+    """Return a table with the types of the batches before it. UserError if a column that is kept has another type."""
+    for place, field in enumerate(schema):
+        found = table.schema.field(place).type
+        if found == field.type:
+            continue
+        is_empty = hasattr(found, "value_type") and not len(table.column(place).combine_chunks().flatten())
+        if not (is_empty and hasattr(field.type, "value_type")):
+            raise UserError(
+                f"{source}: column {field.name!r} is {field.type} in the first rows and {found} in later ones; give all its rows "
+                "one type"
+            )
+        table = table.set_column(place, field, table.column(place).cast(field.type))
+    return table
 
 
 def _as_column(value: np.ndarray, rows: int, name: str) -> Column:

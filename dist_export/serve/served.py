@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from dist_export.errors import DistExportError, PackageError
+from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.manifest import MANIFEST
 from dist_export.package.reader import Package, open_package
 from dist_export.redact import reason_of
@@ -42,7 +42,9 @@ class Watcher:
         poll_secs: float = 1.0,
         checks: bool = True,
     ) -> None:
-        """Load the package. Raises the errors of :func:`dist_export.open_package`, and PackageError if it is unsound.
+        """Load the package.
+
+        Raises the errors of :func:`dist_export.open_package`, PackageError if it is unsound, and UserError if it is no directory.
 
         Args:
             path: the package.
@@ -63,7 +65,12 @@ class Watcher:
         self.num_refused = 0
         """New packages that were not taken."""
         self.num_swaps = 0
-        self._seen = self._look()
+        try:
+            self._seen = self._look()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error.strerror or error}. Give the directory of a package"
+            ) from error
         self.current = self._load()
         self._thread = threading.Thread(target=self._watch, name="watch-package", daemon=True)
 

@@ -145,8 +145,10 @@ def _from_json(tensor: InputTensor) -> np.ndarray:
         raise UserError(f"input {tensor.name!r} has {raw.size:,} values, and its shape {tensor.shape} has {count:,}")
     if raw.size and raw.dtype.kind not in _JSON_KINDS[dtype.kind]:
         raise UserError(f"input {tensor.name!r}: its data are no values of {tensor.datatype}")
-    values = raw.astype(dtype)
-    if dtype.kind in "iu" and (values != raw).any():
+    with np.errstate(over="ignore"):  # what does not fit is refused below
+        values = raw.astype(dtype)
+    is_held = np.isfinite(values) if dtype.kind == "f" else values == raw
+    if not is_held.all():
         raise UserError(f"input {tensor.name!r} has a value that {tensor.datatype} cannot hold")
     return values.reshape(tensor.shape)
 

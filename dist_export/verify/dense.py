@@ -291,12 +291,19 @@ def _to_tensor(entry: _Values, where: str) -> torch.Tensor:
         raise PackageError(f"{where} has no values of shape {entry['shape']}: {_first_line(error)}") from None
 
 
-def _call(program: Any, inputs: dict[str, torch.Tensor], *, is_wide: bool = False) -> list[Any]:
+def _call(program: Any, inputs: Mapping[str, torch.Tensor], *, is_wide: bool = False) -> list[Any]:
+    """Run the program on copies of the inputs, as it may write into them. ``is_wide``: with float64 copies of its weights."""
     import torch
 
-    module = program.module().double() if is_wide else program.module()
+    module = program.module()
+    given = {name: tensor.clone() for name, tensor in inputs.items()}
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     with torch.no_grad():
-        output = module(**inputs)
+        if is_wide:  # the module's tensors are the program's, so they are not cast in place
+            wide = {name: tensor.double() if tensor.is_floating_point() else tensor.clone() for name, tensor in own}
+            output = torch.func.functional_call(module, wide, kwargs=given)
+        else:
+            output = module(**given)
     outputs = [output] if isinstance(output, torch.Tensor) else list(output)
     if not all(isinstance(found, torch.Tensor) for found in outputs):
         raise PackageError("it returns what is no tensor")

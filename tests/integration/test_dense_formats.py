@@ -20,6 +20,7 @@ from dist_export.dense import onnx_format, other_formats
 from dist_export.errors import ConfigError, PackageError, ParityError, TraceError
 from dist_export.formats.digests import digest_bytes
 from dist_export.manifest import decode_manifest, encode_manifest, seal
+from dist_export.verify import dense as verify_dense
 from dist_export.verify.verify import verify
 from tests.integration.test_dense_stage import model_with
 from tests.support import ROOT, exports, tiny_model
@@ -269,3 +270,37 @@ def test_a_file_that_scores_otherwise_stops_the_commit(tmp_path: Path, monkeypat
     ):
         export(tmp_path)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+class WritingDense(tiny_model.DenseArch):
+    """Writes into a block that it was given."""
+
+    def forward(self, blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        scores = super().forward(blocks)
+        doubled = blocks["price"].mul_(2)
+        return {name: score + doubled for name, score in scores.items()}
+
+
+def test_verify_finds_nothing_in_a_program_that_writes_into_its_inputs(tmp_path: Path) -> None:
+    model = tiny_model.build_model()
+    model.dense_arch = WritingDense()
+    export(tmp_path, model)
+    report = verify(tmp_path / "out")
+    assert report.findings == []
+    assert any("model.onnx: ONNX Runtime gives the stored outputs" in line for line in report.checked)
+
+
+def test_measuring_the_rounding_leaves_the_program_as_it_is(package: Path) -> None:
+    """The checks that follow compare the program's weights with those of the FX module."""
+    opened = dist_export.open_package(package)
+    program = opened.load_program()
+    random = torch.Generator().manual_seed(0)
+    widths = {tensor.name: tensor.shape[1] for tensor in opened.manifest.dense.inputs}
+    inputs = {name: torch.rand(3, width, generator=random) for name, width in widths.items()}
+    before = {name: tensor.clone() for name, tensor in program.state_dict.items()}
+    found = verify_dense._call(program, inputs)
+    rounding = [measure() for measure in verify_dense._measures(program, inputs, found)]
+    assert all(allowed is not None for allowed in rounding)
+    for name, tensor in program.state_dict.items():
+        assert tensor.dtype == before[name].dtype, name
+        assert torch.equal(tensor, before[name]), name

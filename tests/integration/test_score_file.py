@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
 
 import dist_export
@@ -18,6 +19,7 @@ from dist_export.serve.columns import Lists, to_inputs
 from tests.support import score_models as models
 
 TAGS = ("tags_values", "tags_offsets")
+RANGE = ": the program takes -2147483648 to 2147483647"
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +172,88 @@ def test_weights_of_other_lists_are_refused() -> None:
         to_inputs(lists, entries, where="rows.jsonl")
     lists["tags_weights"] = Lists(np.ones(3), np.array([0, 1, 3]))
     assert list(to_inputs(lists, entries, where="rows.jsonl")) == ["tags_values", "tags_weights"]
+
+
+@pytest.fixture(scope="module")
+def narrow_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose ids are int32."""
+    folder = tmp_path_factory.mktemp("narrow")
+    make, look = models.WAYS["embedding"]
+    build = lambda: models.Model(models.Lookups(make(), look), models.DIM + 1)
+    batch = {"user": torch.arange(5, dtype=torch.int32), "price": torch.rand(5, 1)}
+    checkpoint = models.save(models.train(build()), folder / "model.pth")
+    dist_export.Exporter(
+        build(),
+        "sparse_arch",
+        "dense_arch",
+        [batch],
+        checkpoint,
+        folder / "out",
+        score_program="require",
+        progress=False,
+    ).export()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "npz"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"user": 2**32 + 3}, "input 'user' holds 4294967299, which torch.int32 cannot hold"),
+        ({"price": [1e300]}, "input 'price' is torch.float64 and holds values that torch.float32 cannot hold"),
+    ],
+)
+def test_a_value_that_the_input_cannot_hold_is_no_other_value(
+    kind: str, changed: dict[str, object], message: str, narrow_package: Path, tmp_path: Path, capsys
+) -> None:
+    rows = [{"user": 3, "price": [0.5]}, {"user": 3, "price": [0.5], **changed}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        np.savez(path, **{name: np.array([row[name] for row in rows]) for name in ("user", "price")})
+    out = tmp_path / "scores.parquet"
+    assert main(["score", str(narrow_package), "--input", str(path), "--output", str(out)]) == 2
+    assert capsys.readouterr().err == f"dist_export: {path}: {message}{'' if 'price' in changed else RANGE}\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("later", ["text", 1.5, [1]])
+def test_a_kept_column_of_two_types_is_one_line(later: object, narrow_package: Path, tmp_path: Path, capsys) -> None:
+    rows = [{"user": 3, "price": [0.5], "extra": extra} for extra in (1, 2, later, later)]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "scores.parquet"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--input", str(path), "--output", str(out), "--keep", "extra", "--batch_size", "2"]
+    assert main(["score", str(narrow_package), *given]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"dist_export: {path}: column 'extra' is int64 in the first rows and ")
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_a_kept_column_of_lists_may_be_empty_in_a_whole_batch(narrow_package: Path, tmp_path: Path) -> None:
+    rows = [{"user": 3, "price": [0.5], "extra": extra} for extra in ([0.5], [], [], [], [1.5], [])]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "scores.parquet"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--input", str(path), "--output", str(out), "--keep", "extra", "--batch_size", "2"]
+    assert main(["score", str(narrow_package), *given]) == 0
+    assert parquet.read_table(out)["extra"].to_pylist() == [row["extra"] for row in rows]
+
+
+def test_names_and_places_that_cannot_be_are_one_line(narrow_package: Path, tmp_path: Path, capsys) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "scores.parquet"
+    path.write_text(json.dumps({"user": 3, "price": [0.5], "ctr": 1}))
+    twice = tmp_path / "twice.parquet"
+    parquet.write_table(pa.table([pa.array([3]), pa.array([4])], names=["user", "user"]), twice)
+    cases = [
+        ([str(path), str(out), "--keep", "ctr"], "--keep ctr: an output of the package has this name"),
+        ([str(path), str(tmp_path / "gone" / "x.parquet")], "x.parquet cannot be written: No such file or directory"),
+        ([str(twice), str(out)], "two columns are called 'user'"),
+    ]
+    for (source, target, *more), message in cases:
+        assert main(["score", str(narrow_package), "--input", source, "--output", target, *more]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1, told

@@ -381,3 +381,15 @@ def test_mistakes_of_the_command_are_one_line(packages: list[Path], options: lis
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_file_in_place_of_a_package_is_one_line(tmp_path: Path, capsys) -> None:
+    from dist_export.cli import main
+
+    path = tmp_path / "file"
+    path.write_text("no package")
+    assert main(["serve", str(path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"dist_export: {path} cannot be read: Not a directory. Give the directory of a package\n"
+    )

@@ -128,3 +128,11 @@ def test_an_output_that_there_is_not_is_named() -> None:
     asked = json.dumps({"inputs": [], "outputs": [{"name": "z"}]}).encode()
     with pytest.raises(UserError, match="model 'score' has no output 'z'; it has a"):
         encode_response(decode_request(asked, None)[0], {"a": np.zeros(1)}, model="score", version="v")
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value"), [("FP32", 1e300), ("FP16", 70_000), ("BF16", 1e39), ("INT32", 2**32 + 3)]
+)
+def test_a_value_that_the_datatype_cannot_hold_is_refused(datatype: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"input 'x' has a value that {datatype} cannot hold"):
+        decode_request(*body(tensor(datatype, [2], [1, value])))
