@@ -18,6 +18,7 @@ from dist_export.config.dense_settings import (
 )
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
+from dist_export.config.serving import read_serving
 from dist_export.errors import ConfigError
 from dist_export.formats.digests import missing_package
 
@@ -203,7 +204,7 @@ class ExportConfig:
     lookup_modules: list[str] = field(default_factory=list)
     """Patterns of modules of the sparse arch that are lookups as a whole: each holds one table and returns exactly the rows of
     its ids, whatever its code does (such as collectives). The score program has a lookup in their place."""
-    serving: str | dict[str, Any] = "auto"
+    serving: Literal["auto", "off"] | dict[str, Any] = "auto"
     """The serving contract in manifest.json, which says in data how ids become dense inputs: auto states what fg, mc, the
     configs of torchrec's collections and the model's own program tell; a mapping with features and inputs states what these do
     not tell; off states nothing. The contract is carried out on the sample; the export fails if it gives other scores."""
@@ -353,8 +354,7 @@ class ExportConfig:
                 raise ConfigError(
                     f"{name} is {value!r}; it names a Python package beside the other files; give an identifier"
                 )
-        if isinstance(self.serving, str) and self.serving not in ("auto", "off"):
-            raise ConfigError(f"serving is {self.serving!r}; give auto, off, or a mapping with features and inputs")
+        read_serving(self.serving)
         if self.lookup_modules and self.score_program == "off":
             raise ConfigError("lookup_modules are of the score program, but score_program is off")
         if self.export_folder_name == "score_program":

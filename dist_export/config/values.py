@@ -99,7 +99,7 @@ def _to_type(name: str, value: Any, hint: Any) -> Any:
             converted = msgspec.convert(candidate, hint, str_keys=True)
         except msgspec.ValidationError:
             continue
-        return converted if "Any" not in str(hint) else value
+        return converted if "Any" not in str(hint) or isinstance(candidate, str) else value
     shown = " has the wrong type" if name in SECRET else f" is {value!r}"
     shown = " has keys that are no text" if not keys_are_text and dict[str, Any] in _kinds_of(hint) else shown
     former = FORMER_VALUES.get((name, value)) if isinstance(value, str) else None

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import torch
 
+from dist_export.config.serving import StatedContract, StatedFeature
 from dist_export.contract.read import Reading
-from dist_export.contract.settings import StatedContract, StatedFeature
 from dist_export.contract.statements import FeatureStatement, Statements
 from dist_export.errors import ConfigError
 from dist_export.formats.serving_entries import ColumnsEntry, DenseInputEntry, FeatureEntry, IdsEntry, ServingEntry

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from dist_export.config.schema import ExportConfig
+from dist_export.config.serving import read_serving
 from dist_export.contract.draft import Draft
 from dist_export.contract.read import Reading, read_blocks_of
 from dist_export.contract.replay import compare_blocks, compare_outputs, to_arrays
-from dist_export.contract.settings import read_setting
 from dist_export.contract.statements import read_collections, read_fg
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.fg import Features
@@ -66,7 +66,7 @@ class ContractStage:
         draft = Draft(reading, batch.tensors, batch.jagged)
         draft.add_fg(read_fg(fg_conf, features, finder))
         draft.add_collections(read_collections(sparse_arch, finder, config.sparse_model_name))
-        draft.add_settings(read_setting(config.serving))
+        draft.add_settings(read_serving(config.serving))
         dims = {finder.written_name(name): finder.embedding_of(name).inner_shape for name in finder.exported_names()}
         draft.set_dims({name: int(np.prod(shape, dtype=np.int64)) for name, shape in dims.items()})
         self._draft, self._arrays = draft, to_arrays(batch.tensors)

@@ -335,7 +335,7 @@ def test_a_setting_that_contradicts_the_model_is_refused_before_anything_is_writ
         ({"features": {"user": {"pool": "sum"}}}, "unknown field `pool`"),
         ({"inputs": {"nothing": ["user"]}}, "'nothing' is no input of the dense arch"),
         ({"inputs": {"user": ["nothing"]}}, "'nothing' is neither a feature nor a tensor"),
-        ("of", "give auto, off, or a mapping"),
+        ("of", "expected auto or off or a mapping"),
     ],
 )
 def test_a_setting_that_means_nothing_is_one_line(tmp_path: Path, serving: Any, told: str) -> None:

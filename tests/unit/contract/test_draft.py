@@ -8,9 +8,9 @@ import msgspec
 import pytest
 import torch
 
+from dist_export.config.serving import read_serving
 from dist_export.contract.draft import Draft
 from dist_export.contract.read import Reading
-from dist_export.contract.settings import read_setting
 from dist_export.contract.statements import FeatureStatement, Statements
 from dist_export.errors import ConfigError
 from dist_export.formats.serving_entries import ColumnsEntry, DenseInputEntry, FeatureEntry, IdsEntry
@@ -103,7 +103,7 @@ def test_what_is_unknown_names_what_is_missing_and_the_setting_states_it() -> No
 
     draft = draft_of(unknown="a layer is there")
     draft.add_fg(fg(("clicks", "item", "mean")))
-    draft.add_settings(read_setting({"features": {"clicks": {"padding_id": 0, "transforms": []}}}))
+    draft.add_settings(read_serving({"features": {"clicks": {"padding_id": 0, "transforms": []}}}))
     serving = finish(draft, "item")
     assert serving.is_known
     assert serving.features[0].stated_by["padding_id"] == "settings"
@@ -122,8 +122,8 @@ def test_a_collection_finds_its_ids_by_the_key() -> None:
 def test_a_setting_cannot_give_a_known_input_other_columns() -> None:
     draft = draft_of(known("clicks", "item", "mean"), known("user", "user", "none"))
     with pytest.raises(ConfigError, match="has clicks, user, the setting user, clicks"):
-        draft.add_settings(read_setting({"inputs": {"block": ["user", "clicks"]}}))
-    draft.add_settings(read_setting({"inputs": {"block": ["clicks", "user"]}}))
+        draft.add_settings(read_serving({"inputs": {"block": ["user", "clicks"]}}))
+    draft.add_settings(read_serving({"inputs": {"block": ["clicks", "user"]}}))
     assert finish(draft, "item", "user").is_known
 
 

@@ -31,13 +31,15 @@ class StatedContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Dense input -> the features, or tensors of a batch, whose columns it has, in order."""
 
 
-def read_setting(serving: str | Mapping[str, Any]) -> StatedContract:
+def read_serving(serving: str | Mapping[str, Any]) -> StatedContract:
     """Return what the setting states; nothing for ``auto`` and ``off``.
 
     Raises:
-        ConfigError: it has a field that there is none of, or a value of another kind.
+        ConfigError: it is another text, or has a field that there is none of, or a value of another kind.
     """
     if isinstance(serving, str):
+        if serving not in ("auto", "off"):
+            raise ConfigError(f"serving is {serving!r}; give auto, off, or a mapping with features and inputs")
         return StatedContract()
     try:
         return msgspec.convert(dict(serving), StatedContract)
