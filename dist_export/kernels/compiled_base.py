@@ -40,7 +40,7 @@ class CompiledBase:
 
         Args:
             library: the loaded library.
-            level: 0 for plain C, 1 for AVX2 and F16C, which the processor must have.
+            level: 0 for plain C, 1 for AVX2, BMI2 and F16C, which the processor must have.
             seed: for tests; by default it is random, so that no ids can be crafted for it.
         """
         self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed

@@ -24,12 +24,12 @@ class CompiledDuplicates(CompiledBase):
         """See the base."""
         super().__init__(library, level=level, **settings)
         self._has_duplicates = self._declare(
-            "has_duplicates", [POINTER, POINTER, INT64, POINTER, POINTER, UINT64, POINTER], INT
+            "has_duplicates", [POINTER, POINTER, INT64, POINTER, POINTER, UINT64, INT, POINTER], INT
         )
         self._deal = self._declare("deal", [POINTER, INT64, POINTER, POINTER, INT, UINT64])
         self._first_multiplier = self._declare("first_multiplier", [UINT64], UINT64)
         self._has_duplicates_dealt = self._declare(
-            "has_duplicates_dealt", [POINTER, POINTER, INT64, INT, POINTER, POINTER, UINT64, POINTER], INT
+            "has_duplicates_dealt", [POINTER, POINTER, INT64, INT, POINTER, POINTER, UINT64, INT, POINTER], INT
         )
 
     def has_duplicates(self, ids: np.ndarray, groups: np.ndarray | None = None) -> bool:
@@ -53,7 +53,9 @@ class CompiledDuplicates(CompiledBase):
             return self._search_dealt(dealt, edges[None], num_swept), int(num_swept[0])
         table, spare = self._allocate(len(ids))
         where = None if groups is None else at(groups)
-        found = self._has_duplicates(at(ids), where, len(ids), at(table), at(spare), self._seed, at(num_swept))
+        found = self._has_duplicates(
+            at(ids), where, len(ids), at(table), at(spare), self._seed, self._level, at(num_swept)
+        )
         return bool(found), int(num_swept[0])
 
     def first_multiplier(self) -> int:
@@ -106,6 +108,7 @@ class CompiledDuplicates(CompiledBase):
                 at(table),
                 at(spare),
                 self._seed,
+                self._level,
                 at(num_swept),
             )
         )

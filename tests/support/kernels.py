@@ -33,7 +33,7 @@ def open_kernels(name: str) -> Kernels:
         library = load_library(Path(os.environ.get(UNDER_TEST, LIBRARY)))
         if level <= best_level(library):
             return CompiledKernels(library, level=level, seed=SEED)
-        reason = "this processor has no AVX2 and F16C"
+        reason = "this processor has no AVX2, BMI2 and F16C"
     except NoLibraryError as error:
         reason = f"{error}; scripts/make_env.sh builds it if there is a C compiler"
         if os.environ.get(REQUIRED) == "1":

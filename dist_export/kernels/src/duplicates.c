@@ -9,12 +9,13 @@
 #include "kernels.h"
 
 EXPORTED int kernels_has_duplicates(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table,
-                                    uint64_t *list, uint64_t seed, int64_t *num_swept);
+                                    uint64_t *list, uint64_t seed, int level, int64_t *num_swept);
 EXPORTED uint64_t kernels_first_multiplier(uint64_t seed);
 EXPORTED void kernels_deal(const int64_t *ids, int64_t num_ids, int64_t *dealt, int64_t *edges, int bits,
                            uint64_t multiplier);
 EXPORTED int kernels_has_duplicates_dealt(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits,
-                                          uint64_t *table, uint64_t *list, uint64_t seed, int64_t *num_swept);
+                                          uint64_t *table, uint64_t *list, uint64_t seed, int level,
+                                          int64_t *num_swept);
 
 typedef struct {
     uint64_t *table;
@@ -73,7 +74,7 @@ INLINE void add_ids(Sweep *sweep, const int64_t *ids, const int64_t *groups, int
 }
 
 /* Sweep the list until it is empty, or two of its ids are equal. At least one id leaves it in each sweep. */
-static int sweep_list(Sweep *sweep, uint64_t *random, int64_t *num_swept) {
+INLINE int sweep_list(Sweep *sweep, uint64_t *random, int64_t *num_swept) {
     while (!sweep->is_equal && sweep->count > 1) {
         const int64_t left = sweep->count;
         const uint64_t multiplier = next_random(random) | 1;
@@ -94,11 +95,8 @@ static int sweep_list(Sweep *sweep, uint64_t *random, int64_t *num_swept) {
 /* Return the multiplier of the first sweep for a seed. */
 uint64_t kernels_first_multiplier(uint64_t seed) { return next_random(&seed) | 1; }
 
-/* Return whether an id is duplicate; with groups, whether it may be within one group: ids of two groups may meet by chance.
- *
- * table: 1 << table_bits(num_ids) values. list: num_ids values. num_swept: the ids of all sweeps are added to it. */
-int kernels_has_duplicates(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table, uint64_t *list,
-                           uint64_t seed, int64_t *num_swept) {
+INLINE int search(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table, uint64_t *list, uint64_t seed,
+                  int64_t *num_swept) {
     Sweep sweep = {.table = table, .list = list};
     uint64_t random = seed;
     const uint64_t multiplier = next_random(&random) | 1, of_group = next_random(&random) | 1;
@@ -110,6 +108,21 @@ int kernels_has_duplicates(const int64_t *ids, const int64_t *groups, int64_t nu
     }
     *num_swept += num_ids;
     return sweep_list(&sweep, &random, num_swept);
+}
+
+WITH_AVX2 static int search_bmi2(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table, uint64_t *list,
+                                 uint64_t seed, int64_t *num_swept) {
+    return search(ids, groups, num_ids, table, list, seed, num_swept);
+}
+
+/* Return whether an id is duplicate; with groups, whether it may be within one group: ids of two groups may meet by chance.
+ *
+ * table: 1 << table_bits(num_ids) values. list: num_ids values. level 1: shifts by a variable take one step, with BMI2. num_swept: the
+ * ids of all sweeps are added to it. */
+int kernels_has_duplicates(const int64_t *ids, const int64_t *groups, int64_t num_ids, uint64_t *table, uint64_t *list,
+                           uint64_t seed, int level, int64_t *num_swept) {
+    return level > 0 ? search_bmi2(ids, groups, num_ids, table, list, seed, num_swept)
+                     : search(ids, groups, num_ids, table, list, seed, num_swept);
 }
 
 /* Order ids by bucket, the upper `bits` bits of the mixed id. edges: (1 << bits) + 1 values; where each bucket begins. */
@@ -133,11 +146,8 @@ void kernels_deal(const int64_t *ids, int64_t num_ids, int64_t *dealt, int64_t *
 
 #define AHEAD 8 /* pieces of a bucket that are fetched before they are needed: each is somewhere else in memory */
 
-/* Return whether an id is duplicate among ids that were dealt several times.
- *
- * edges: ((1 << bits) + 1, num_deals); where each bucket of each deal begins in ids. table and list: for the largest bucket. */
-int kernels_has_duplicates_dealt(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits, uint64_t *table,
-                                 uint64_t *list, uint64_t seed, int64_t *num_swept) {
+INLINE int search_dealt(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits, uint64_t *table, uint64_t *list,
+                        uint64_t seed, int64_t *num_swept) {
     const int64_t num_buckets = INT64_C(1) << bits;
     uint64_t random = seed;
     for (int64_t bucket = 0; bucket < num_buckets; bucket++) {
@@ -167,4 +177,18 @@ int kernels_has_duplicates_dealt(const int64_t *ids, const int64_t *edges, int64
         }
     }
     return 0;
+}
+
+WITH_AVX2 static int search_dealt_bmi2(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits, uint64_t *table,
+                                       uint64_t *list, uint64_t seed, int64_t *num_swept) {
+    return search_dealt(ids, edges, num_deals, bits, table, list, seed, num_swept);
+}
+
+/* Return whether an id is duplicate among ids that were dealt several times.
+ *
+ * edges: ((1 << bits) + 1, num_deals); where each bucket of each deal begins in ids. table and list: for the largest bucket. */
+int kernels_has_duplicates_dealt(const int64_t *ids, const int64_t *edges, int64_t num_deals, int bits, uint64_t *table,
+                                 uint64_t *list, uint64_t seed, int level, int64_t *num_swept) {
+    return level > 0 ? search_dealt_bmi2(ids, edges, num_deals, bits, table, list, seed, num_swept)
+                     : search_dealt(ids, edges, num_deals, bits, table, list, seed, num_swept);
 }

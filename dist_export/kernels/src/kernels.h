@@ -12,9 +12,9 @@
 #define EXPORTED __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-/* Functions for processors with AVX2 and F16C. `level` 1 chooses them, 0 chooses plain C. */
+/* Functions for processors with AVX2, BMI2 and F16C. `level` 1 chooses them, 0 chooses plain C. */
 #if defined(__x86_64__)
-#define WITH_AVX2 __attribute__((target("avx2,f16c")))
+#define WITH_AVX2 __attribute__((target("avx2,bmi2,f16c")))
 #else
 #define WITH_AVX2
 #endif

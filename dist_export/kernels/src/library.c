@@ -13,7 +13,7 @@ const char *kernels_source_digest(void) { return SOURCE_DIGEST; }
 int kernels_best_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
 #else
     return 0;
 #endif

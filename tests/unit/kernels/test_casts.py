@@ -115,7 +115,16 @@ def test_rows_of_any_size_become_int8(kernels, dim, rows):
 
 
 def test_a_minimum_of_zero_has_the_sign_of_the_first_zero(kernels):
-    for row, bias in (([0.0, -0.0] * 8, 0), ([-0.0, 0.0] * 8, 1), ([3.0, -0.0, 0.0] * 5, 1), ([3.0, 0.0, -0.0] * 5, 0)):
+    zero, minus = [0.0], [-0.0]
+    for row, bias in (
+        ((zero + minus) * 8, 0),
+        ((minus + zero) * 8, 1),
+        (zero * 8 + minus * 8, 0),
+        (minus * 8 + zero * 8, 1),
+        (zero + minus * 9, 0),
+        ([3.0, -0.0, 0.0] * 5, 1),
+        ([3.0, 0.0, -0.0] * 5, 0),
+    ):
         values = np.array(row, np.float32)
         out = np.empty((1, len(row) + 8), np.uint8)
         kernels.encode_int8(out, values, source="F32", dim=len(row))
