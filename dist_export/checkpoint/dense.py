@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from dist_export.checkpoint.metadata import SourceFile
 from dist_export.checkpoint.recis.model_pt import describe_dense_state, load_dense_state
 from dist_export.checkpoint.tensors.classify import Skipped
+from dist_export.errors import CheckpointError
 from dist_export.formats.recis import DENSE_STATE, FILTER_STEP
 from dist_export.storage.directory import Directory
 
@@ -73,3 +74,28 @@ class RecisDense:
         """Return what ``model.pt`` holds, but for counters that only training reads."""
         state = load_dense_state(self._directory)
         return {name: value for name, value in state.items() if not name.endswith(FILTER_STEP)}
+
+
+class NoDense:
+    """A source without dense parameters. See :class:`DenseParameters`."""
+
+    notes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
+
+    def __init__(self, directory: Directory, reason: str) -> None:
+        """``reason``: what it is and what to do, as the rest of a sentence about its path."""
+        self.where = directory.url
+        self._reason = reason
+
+    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return nothing."""
+        return []
+
+    def list_files(self) -> tuple[SourceFile, ...]:
+        """Return nothing."""
+        return ()
+
+    def load(self) -> Mapping[str, Any]:
+        """Say that there is nothing to load."""
+        raise CheckpointError(f"{self.where} {self._reason}")

@@ -10,10 +10,10 @@ from dist_export.checkpoint.dcp.dense import DcpDense
 from dist_export.checkpoint.dcp.placeholders import read_beside
 from dist_export.checkpoint.dcp.reader import DcpReader
 from dist_export.checkpoint.dcp_files import METADATA, find_metadata
-from dist_export.checkpoint.dense import DenseParameters, RecisDense
-from dist_export.checkpoint.dynamicemb import DynamicEmbReader, NoDense, find_dumps
+from dist_export.checkpoint.dense import DenseParameters, NoDense, RecisDense
+from dist_export.checkpoint.dynamicemb import DynamicEmbReader, find_dumps
 from dist_export.checkpoint.metadata import CheckpointReader
-from dist_export.checkpoint.package_source import PackageDense, PackageSource, find_package, has_row_indexed
+from dist_export.checkpoint.package_source import PackageSource, find_package, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import safetensors, torch_save
@@ -43,6 +43,16 @@ LOOKED_FOR = (
 
 INDEX_FILES = (safetensors.INDEX_JSON, torch_save.INDEX_JSON)
 """Small files of plain checkpoints, beside those that hold tensors."""
+
+
+_DUMP_ALONE = (
+    "is a DynamicEmb dump, which holds only tables, and the dense arch needs parameters. Leave `model` out of the config for an "
+    "export of the tables"
+)
+_PACKAGE_ALONE = (
+    "is a package, which has a program and no dense parameters. Leave `model` out of the config for an export of the tables, or "
+    "export from the checkpoint"
+)
 
 
 def detect_format(directory: Directory, *, asked: str = AUTO) -> str | None:
@@ -202,7 +212,7 @@ def _open_recis(directory: Directory, settings: TensorSettings) -> CheckpointRea
 
 def _open_recis_dense(directory: Directory, _: TensorSettings) -> DenseParameters:
     # a package has no model.pt: one that lies beside it is somebody else's
-    return RecisDense(directory) if find_package(directory) is None else PackageDense(directory)
+    return RecisDense(directory) if find_package(directory) is None else NoDense(directory, _PACKAGE_ALONE)
 
 
 def _open_package(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
@@ -262,9 +272,9 @@ FORMATS: dict[str, Format] = {
     SAFETENSORS: _plain(SAFETENSORS, "a safetensors checkpoint", f"*{safetensors.SUFFIX}"),
     TORCH: _plain(TORCH, "a checkpoint of torch.save", "*.pt, *.pth, *.ckpt or *.bin"),
     DYNAMICEMB: Format(
-        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, _: NoDense(directory)
+        "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, _: NoDense(directory, _DUMP_ALONE)
     ),
-    PACKAGE: Format("a package", MANIFEST, _open_package, lambda directory, _: PackageDense(directory)),
+    PACKAGE: Format("a package", MANIFEST, _open_package, lambda directory, _: NoDense(directory, _PACKAGE_ALONE)),
     DCP_AND_DUMP: Format(
         "a DCP checkpoint with a DynamicEmb dump",
         f"{METADATA}, or model/{METADATA}, and *_emb_keys.rank_*",

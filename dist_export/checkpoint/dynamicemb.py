@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,7 +23,6 @@ from dist_export.checkpoint.dcp_files import find_metadata
 from dist_export.checkpoint.dynamicemb_widths import Stated, find_score_words, find_width, read_stated
 from dist_export.checkpoint.metadata import ABSENT, Blocks, Checkpoint, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.checkpoint.payload import OtherTensor, Payload
-from dist_export.checkpoint.tensors.classify import Skipped
 from dist_export.checkpoint.tensors.common import stat_files
 from dist_export.errors import CheckpointError
 from dist_export.formats.dtypes import CODE_BY_NAME, DTYPES, I64
@@ -329,32 +328,6 @@ class DynamicEmbReader:
                     ". Copy the whole dump again, or take an earlier one"
                 )
         return row_bytes
-
-
-class NoDense:
-    """A dump has no dense parameters. See :class:`~dist_export.checkpoint.dense.DenseParameters`."""
-
-    notes: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    left_out: tuple[Skipped, ...] = ()
-
-    def __init__(self, directory: Directory) -> None:
-        self.where = directory.url
-
-    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return nothing."""
-        return []
-
-    def list_files(self) -> tuple[SourceFile, ...]:
-        """Return nothing."""
-        return ()
-
-    def load(self) -> Mapping[str, Any]:
-        """Say that there is nothing to load."""
-        raise CheckpointError(
-            f"{self.where} is a DynamicEmb dump, which holds only tables, and the dense arch needs parameters. Leave "
-            "`model` out of the config for an export of the tables"
-        )
 
 
 def find_dumps(directory: Directory) -> list[str]:

@@ -344,10 +344,6 @@ class Checkpoint:
         names = frozenset(name for table in self.tables if table.raw_ids is not None for name in table.raw_ids.names)
         return names, frozenset(name.rpartition(".")[0] for name in names)
 
-    def table_index(self, name: str) -> int | None:
-        """Return the place of a table, None where there is no such table."""
-        return next((i for i, table in enumerate(self.tables) if table.name == name), None)
-
 
 class CheckpointReader(Protocol[Share]):
     """One format. Every rank opens its own, so no method issues a collective.

@@ -7,7 +7,7 @@ manifest too. What the first export cast away is not there any more, and the man
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ import xxhash
 from dist_export.checkpoint.metadata import Checkpoint, CheckpointReader, SourceFile, TableMeta
 from dist_export.checkpoint.package_reader import PackageReader
 from dist_export.checkpoint.payload import Payload
-from dist_export.checkpoint.tensors.classify import Skipped
 from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT
@@ -190,29 +189,3 @@ def _with_entry(table: TableMeta, entry: TableEntry | None, where: str) -> Table
             "; export from the checkpoint that it was made of"
         )
     return replace(table, slots=tuple(slots), default_row=default)
-
-
-class PackageDense:
-    """A package has a program and no parameters. See :class:`~dist_export.checkpoint.dense.DenseParameters`."""
-
-    notes: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
-    left_out: tuple[Skipped, ...] = ()
-
-    def __init__(self, directory: Directory) -> None:
-        self.where = directory.url
-
-    def describe(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return nothing."""
-        return []
-
-    def list_files(self) -> tuple[SourceFile, ...]:
-        """Return nothing."""
-        return ()
-
-    def load(self) -> Mapping[str, Any]:
-        """Say that there is nothing to load."""
-        raise CheckpointError(
-            f"{self.where} is a package, which has a program and no dense parameters. Leave `model` out of the config for an "
-            "export of the tables, or export from the checkpoint"
-        )

@@ -36,7 +36,7 @@ from dist_export.model.managed_collisions import (
     say_changed_ids,
 )
 from dist_export.model.sparse_tables import constants_of, is_of_library, say_computed
-from dist_export.model.unwrap import is_lazy, unwrap
+from dist_export.model.unwrap import is_lazy, list_modules
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def checkpoint_rows(
     reads = TableReads(Origins(sparse_arch, sparse_model_name, counts), lambda: bool(busy))
     try:
         names = TableNames(finder, sparse_model_name)
-        modules = _modules_with_paths(sparse_arch)
+        modules = list_modules(sparse_arch)
         with torch.no_grad():
             states = _put_raw_ids(modules, names, finder, undo)
         lookups = _watch_lookups(modules, names, finder, counts, states, handles)
@@ -292,15 +292,6 @@ _SHARDED = (
     "table {!r} is sharded by FSDP or as a DTensor, so rows cannot be put into it for the sample; keep embedding tables out of "
     "fully_shard"
 )
-
-
-def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Return each module once, with all its paths. Wrappers are left out: what they wrap is there too."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
-        if unwrap(module) is module:
-            found.setdefault(id(module), (module, []))[1].append(path)
-    return list(found.values())
 
 
 def _put_raw_ids(

@@ -84,11 +84,6 @@ def is_in_slice(ids: np.ndarray, part: Slice) -> np.ndarray:
     return is_place_in(hash_slots(ids, part.size), part)
 
 
-def sparse_key(table: str, slot: str, shard: int, num_shards: int) -> str:
-    """Return the header key of a block: the internal name with its first ``@`` replaced, then the part."""
-    return f"{key_stem(table, slot)}/part_{shard}_{num_shards}"
-
-
 def key_stem(table: str, slot: str) -> str:
     """Return ``<table>@<slot>`` with its *first* ``@`` replaced by a dot, as RecIS does (also inside a table's name)."""
     return f"{table}@{slot}".replace("@", ".", 1)

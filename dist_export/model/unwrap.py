@@ -113,6 +113,15 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def list_modules(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Return each module once, parents first, with all its paths. Wrappers are left out: what they wrap is there too."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        if unwrap(module) is module:
+            found.setdefault(id(module), (module, []))[1].append(path)
+    return list(found.values())
+
+
 def find_arch(model: Any, name: str, setting: str) -> nn.Module:
     """Return a submodule by its path, through wrappers. ModelError if ``setting`` names no module."""
     if not isinstance(model, nn.Module):

@@ -153,11 +153,6 @@ class Pruning:
         return hasher.digest()
 
 
-def prune_nothing(checkpoint: Checkpoint) -> Pruning:
-    """Return no rules for any table."""
-    return Pruning(rules=tuple(() for _ in checkpoint.tables))
-
-
 def plan_pruning(checkpoint: Checkpoint, rules: Sequence[RowRule], lists: Mapping[str, IdList]) -> Pruning:
     """Return the rules of each table.
 

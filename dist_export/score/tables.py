@@ -15,7 +15,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.table_names import TableNames
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import CHILD_BITS
-from dist_export.model.unwrap import is_lazy, unwrap
+from dist_export.model.unwrap import is_lazy, list_modules
 from dist_export.score.table_weight import NotExportableError, TableWeight
 
 SPARSE = "sparse_arch"
@@ -31,7 +31,7 @@ class ModelTables:
         self._finder = finder
         self._names = TableNames(finder, sparse_model_name)
         self._token = token
-        self.modules = _modules_with_paths(sparse_arch)
+        self.modules = list_modules(sparse_arch)
 
     def tables_of(self, module: nn.Module, paths: list[str]) -> list[str]:
         """Return the tables that a module has by itself, by the model's names: a hash table, or weights."""
@@ -193,12 +193,3 @@ def _take(place: dict[str, Any], name: str, undo: list[Callable[[], None]]) -> N
         place.update(before)
 
     undo.append(put_back)
-
-
-def _modules_with_paths(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Return each module once, parents first, with all its paths. Wrappers are left out: what they wrap is there too."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
-        if unwrap(module) is module:
-            found.setdefault(id(module), (module, []))[1].append(path)
-    return list(found.values())

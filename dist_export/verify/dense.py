@@ -27,7 +27,7 @@ from dist_export.manifest import (
 from dist_export.package.fx_check import check_fx_folder
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import Files
-from dist_export.verify.dense_formats import check_formats
+from dist_export.verify.dense_formats import StoredSample, check_formats
 from dist_export.verify.dense_signature import check_signature
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def check_dense(
         judge = _Judge(package.manifest.parity, name, measures[place])
         told.append(judge.compare(entry, tensor, base, findings))
     checked.append(f"dense program: loads, gives the stored outputs on the stored sample: {'; '.join(told)}")
-    check_formats(package, entry, inputs, dict(zip(names, expected, strict=False)), measures, findings, checked)
+    stored = StoredSample(inputs, dict(zip(names, expected, strict=False)), measures)
+    check_formats(package, entry, stored, findings, checked)
     check_fx_folder(package, entry, program, findings, checked)
     if package.manifest.tables and looks_up_rows:
         _check_rows(package, entry, findings, checked)

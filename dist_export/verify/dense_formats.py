@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -22,23 +22,25 @@ Measure = Callable[[], "torch.Tensor | None"]
 """Returns how far rounding moves an output."""
 
 
+class StoredSample(NamedTuple):
+    """What a program of the dense arch is compared on."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+    """By name, in order."""
+    measures: Sequence[Measure]
+    """By output."""
+
+
 def check_formats(
-    package: Package,
-    entry: DenseEntry,
-    inputs: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    measures: Sequence[Measure],
-    findings: list[str],
-    checked: list[str],
+    package: Package, entry: DenseEntry, sample: StoredSample, findings: list[str], checked: list[str]
 ) -> None:
     """Check each format of ``dense.formats``. The general check of files compares the digests.
 
     Args:
         package: the package.
         entry: its dense arch.
-        inputs: the stored sample.
-        expected: the stored outputs by name, in order.
-        measures: by output.
+        sample: as the package has it.
         findings: gets one line for each fault.
         checked: gets one line for each format, with what was checked and what was not.
     """
@@ -47,7 +49,7 @@ def check_formats(
         if form.file not in listed:
             findings.append(f"{form.file}: is not among the files of the manifest, or has no digest there")
         elif form.format == "onnx":
-            _check_onnx(package, entry, form, inputs, expected, measures, findings, checked)
+            _check_onnx(package, entry, form, sample, findings, checked)
         elif form.format == "aoti":
             checked.append(f"{form.file}: its digest alone, because it is native code, which verify does not run")
         else:
@@ -82,9 +84,7 @@ def _check_onnx(
     package: Package,
     entry: DenseEntry,
     form: FormatEntry,
-    inputs: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    measures: Sequence[Measure],
+    sample: StoredSample,
     findings: list[str],
     checked: list[str],
 ) -> None:
@@ -107,14 +107,14 @@ def _check_onnx(
         )
         return
     try:
-        found = program(**inputs)
+        found = program(**sample.inputs)
     except Exception as error:  # noqa: BLE001 -- any error of a foreign file is a finding
         first = next(iter(str(error).strip().splitlines()), "")
         findings.append(f"{form.file}: fails on the stored sample: {type(error).__name__}: {first}")
         return
     told = []
-    for name, tensor, measure in zip(names, found, measures, strict=False):
-        base = expected.get(name)
+    for name, tensor, measure in zip(names, found, sample.measures, strict=False):
+        base = sample.outputs.get(name)
         if base is None or base.shape != tensor.shape or base.dtype != tensor.dtype:
             other = "nothing" if base is None else f"{base.dtype} {list(base.shape)}"
             findings.append(

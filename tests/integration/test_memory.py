@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.recis_writer import PartSpec, write_checkpoint
+from tests.support.warm import run_script
 
 BUDGET = 64 << 20
 NUM_ROWS = 9_000_000
@@ -113,8 +112,6 @@ def test_rules_and_a_list_as_large_as_may_be_keep_to_the_budget(tmp_path, checkp
 
 def measure(warm, large):
     """Export both in a process of its own; return the rows of the second and the memory that it took."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([warm, large])], capture_output=True, text=True, check=False
-    )
+    done = run_script(Path(large["export_dir"]).parent, SCRIPT, json.dumps([warm, large]))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from dist_export.checkpoint.dcp.metadata import decode_metadata
 from dist_export.formats.pickle_machine import Machine
 from dist_export.formats.pickle_values import Global, PickleError, Record, recorded
 from dist_export.formats.torch_pickle import load_pickled
-from tests.support import ROOT, pickle_attacks
+from tests.support import pickle_attacks
 from tests.support.hostile_cases import limited_memory
+from tests.support.warm import run_script
 from tests.support.zip_layouts import write_zip
 
 MEMORY = 64 << 20
@@ -155,15 +154,7 @@ READERS = {
 )
 def test_no_pickle_takes_much_memory_or_for_ever(reader: str, attacks: str, tmp_path: Path) -> None:
     """In a process of its own, because a hash of 2^60 steps cannot be interrupted."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, reader, attacks],
-        check=False,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    child = run_script(tmp_path, CHILD, reader, attacks, FOLDER=str(tmp_path), timeout=600)
     assert child.returncode == 0, child.stdout[-200:] + child.stderr[-2000:]
     assert child.stdout.splitlines()[-1] == "done"
     assert len(child.stdout.splitlines()) == len(getattr(pickle_attacks, attacks)) + 1

@@ -29,7 +29,7 @@ from dist_export.manifest import compute_digest, decode_manifest, encode_manifes
 from tests.support import archive_programs
 from tests.support.fuzzing import damage_bytes, damage_json, damage_shard
 from tests.support.hostile_cases import limited_memory
-from tests.support.properties import examples
+from tests.support.properties import examples, seeds
 from tests.support.recis_writer import INDEX, MERGED, TENSORKEY, make_tables, read_back, write_checkpoint
 from tests.support.sparse_cases import export, open_source
 
@@ -112,7 +112,7 @@ def facts_of(checkpoint: Checkpoint) -> object:
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_damaged_metadata_is_refused_or_means_the_same(seed, sound, tmp_path):
     """Where it does not mean the same, it is sound in itself: then an export of it reads back."""
     draw = random.Random(seed)
@@ -156,7 +156,7 @@ def manifest(sound, tmp_path_factory) -> bytes:
     return encode_manifest(export(sound, tmp_path_factory.mktemp("fuzz") / "out", num_shards=3))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8))
 def test_a_damaged_manifest_is_refused_or_says_the_same(seed, manifest):
     """Half of it sealed again, as whoever makes a package can."""
     draw = random.Random(seed)
@@ -194,7 +194,7 @@ def program(archive_format) -> bytes:
 
 
 @pytest.mark.parametrize("archive_format", ["pt2", "legacy"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_a_damaged_program_is_refused_or_computes_the_same(seed, archive_format):
     """Damage in the archive, and in its JSON, where no checksum gives it away."""
     draw = random.Random(seed)
@@ -233,7 +233,7 @@ FG = {
 MC = {"a": ["user"], "b": ["s", "item"]}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_a_damaged_feature_configuration_is_refused_or_checked(seed, tmp_path):
     draw = random.Random(seed)
     sound = {name: json.dumps(document).encode() for name, document in (("fg", FG), ("mc", MC))}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.integration.test_package import restate
 from tests.integration.test_pickle_attacks import pack
-from tests.support import ROOT, pickle_attacks, tiny_model
+from tests.support import pickle_attacks, tiny_model
 from tests.support.sparse_cases import export
+from tests.support.warm import run_script
 
 SIZE = pickle_attacks.SIZE
 MEMORY = 256 << 20
@@ -44,11 +42,13 @@ TEXT_FILES = (
 
 CHILD = """
 import sys
+import warnings
 from pathlib import Path
 from tests.support.hostile_cases import limited_memory
 from tests.integration.test_verify_attacks import MEMORY, attacks, put
 from dist_export.package.reader import Package
 from dist_export.verify.verify import verify
+warnings.simplefilter("error")
 package = Path(sys.argv[1])
 real, programs = Package.load_program, []
 def load_once(self):  # no attack is on the program, and loading it takes most of a verify
@@ -104,15 +104,7 @@ def test_verify_takes_neither_much_memory_nor_for_ever(kind: str, tmp_path: Path
     source = tiny_model.write_tiny_checkpoint(tmp_path / "ckpt")
     model = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
     export(source, tmp_path / "out", num_shards=2, **model)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CHILD, str(tmp_path / "out"), kind],
-        check=False,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    child = run_script(tmp_path, CHILD, str(tmp_path / "out"), kind, timeout=600)
     assert child.returncode == 0, child.stdout[-200:] + child.stderr[-2000:]
     assert child.stdout.splitlines()[-1] == "done"
     assert len(child.stdout.splitlines()) == len(list(attacks(kind))) + 1

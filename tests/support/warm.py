@@ -86,6 +86,13 @@ def run_command(world_size: int, *command: str, cwd: Path = ROOT, timeout: float
     return done
 
 
+def run_script(folder: Path, text: str, *arguments: str, timeout: float = 240, **more: str) -> Ended:
+    """Run a Python program that is written into ``folder``, in a process of its own."""
+    script = folder / "script.py"
+    script.write_text(text)
+    return run_command(1, str(script), *arguments, cwd=ROOT, timeout=timeout, **more)
+
+
 def _run(command: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
     """Be the process of a command; does not return."""
     _write_to(stdout, stderr)

@@ -15,7 +15,6 @@ from dist_export.formats.recis import (
     is_plain_name,
     key_stem,
     parse_slice,
-    sparse_key,
     split_evenly,
 )
 from dist_export.formats.recis_index import decode_indexes, split_internal
@@ -128,8 +127,8 @@ def test_ids_belong_to_slices_as_unsigned_numbers(size):
 
 
 def test_only_the_first_at_becomes_a_dot():
-    assert sparse_key("user_emb", "embedding", 1, 4) == "user_emb.embedding/part_1_4"
-    assert sparse_key("x@y", "id", 0, 1) == "x.y@id/part_0_1"
+    assert key_stem("user_emb", "embedding") == "user_emb.embedding"
+    assert key_stem("x@y", "id") == "x.y@id"
     assert key_stem("u.embedding_x", "id") == "u.embedding_x.id"
 
 
