@@ -14,7 +14,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.modes import ready_to_load
-from dist_export.dense.origins import hidden_parameters
+from dist_export.dense.origins import hidden_parameters, hidden_values
 from dist_export.dense.own_values import list_own_values, list_sparse_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, SPARSE_DIGEST, SPARSE_VALUES, OwnValues
 from dist_export.errors import ConfigError, ModelError
@@ -45,16 +45,24 @@ def find_arches(model: Any, config: ExportConfig) -> tuple[nn.Module, nn.Module]
 
 
 def note_unregistered(model: nn.Module, dense_arch: nn.Module, path: str) -> list[str]:
-    """Return a note on parameters that the dense arch keeps in a list, a dict or a closure: no checkpoint holds them."""
+    """Return notes on what the dense arch keeps in an attribute, a list, a dict or a closure: no checkpoint holds it."""
     registered = {id(parameter) for parameter in model.parameters()}
     names = [name for name, parameter in hidden_parameters(dense_arch, path) if id(parameter) not in registered]
-    if not names:
-        return []
-    note = (
-        f"the dense arch does not register {few(names)}, so no checkpoint holds them: where the program uses them, it has the "
-        "model's own values. Use nn.ModuleList, nn.ModuleDict or nn.ParameterList in place of a list or dict"
-    )
-    return [note]
+    known = [*model.parameters(), *model.buffers(), *dense_arch.parameters(), *dense_arch.buffers()]
+    values = [name for name, _ in hidden_values(dense_arch, path, known)]
+    notes = []
+    if names:
+        notes.append(
+            f"the dense arch does not register {few(names)}, so no checkpoint holds them: where the program uses them, it has "
+            "the model's own values. Use nn.ModuleList, nn.ModuleDict or nn.ParameterList in place of a list or dict"
+        )
+    if values:
+        notes.append(
+            f"the dense arch keeps {few(values)}, neither parameter nor buffer, so no checkpoint holds them: where the program "
+            "uses them, it has the values of the model as it was built. If training changes them, or they are made of weights, "
+            "register them as parameters or buffers"
+        )
+    return notes
 
 
 def clear_gradients(optimizer: Any) -> None:

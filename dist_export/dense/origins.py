@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,42 +100,71 @@ def hidden_parameters(root: nn.Module, path: str, *, with_classes: bool = False)
     ``with_classes``: also of what the functions of their classes close over.
     """
     registered = {id(parameter) for parameter in root.parameters()}
+
+    def is_hidden(tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) and id(tensor) not in registered
+
     modules = {id(module) for module in root.modules()}
     seen: set[int] = set()
     for name, module in root.named_modules():
         place = ".".join(part for part in (path, name) if part)
-        for attribute, value in vars(module).items():
-            if attribute not in _MODULE_DICTS:
-                yield from _search(value, f"{place}.{attribute}", modules, registered, seen, 0)
+        yield from _search_attributes(module, place, modules, is_hidden, seen)
         kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith(("torch.", "builtins"))]
         for kind in kinds if with_classes else ():
             for attribute, value in vars(kind).items():
                 if isinstance(value, types.FunctionType):
-                    yield from _search(value, f"{place}.{attribute}", modules, registered, seen, 0)
+                    yield from _search(value, f"{place}.{attribute}", modules, is_hidden, seen, 0)
+
+
+def hidden_values(root: nn.Module, path: str, registered: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (path, tensor) of the floats that modules of the caller's classes keep as they are: neither parameters nor buffers.
+
+    ``registered`` tensors and their views do not count. Modules of torch's classes keep what they compute anew.
+    """
+    known = {address_of(tensor) for tensor in registered}
+
+    def is_hidden(tensor: torch.Tensor) -> bool:
+        is_number = tensor.is_floating_point() or tensor.is_complex()
+        return is_number and not isinstance(tensor, nn.Parameter) and address_of(tensor) not in known
+
+    modules = {id(module) for module in root.modules()}
+    seen: set[int] = set()
+    for name, module in root.named_modules():
+        if not type(module).__module__.startswith("torch."):
+            place = ".".join(part for part in (path, name) if part)
+            yield from _search_attributes(module, place, modules, is_hidden, seen)
+
+
+def _search_attributes(
+    module: nn.Module, place: str, modules: set[int], is_hidden: Callable[[torch.Tensor], bool], seen: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for attribute, value in vars(module).items():
+        if attribute not in _MODULE_DICTS:
+            yield from _search(value, f"{place}.{attribute}", modules, is_hidden, seen, 0)
 
 
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _search(
-    value: Any, path: str, modules: set[int], registered: set[int], seen: set[int], depth: int
+    value: Any, path: str, modules: set[int], is_hidden: Callable[[torch.Tensor], bool], seen: set[int], depth: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if depth > _DEPTH or id(value) in seen or isinstance(value, (type, types.ModuleType)):
         return
     if isinstance(value, torch.Tensor):
-        if isinstance(value, nn.Parameter) and id(value) not in registered:
+        if is_hidden(value):
             yield path, value
         return
     if value is None or isinstance(value, (str, bytes, int, float, np.ndarray)) or id(value) in modules:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
-        for name, parameter in value.named_parameters():
-            if id(parameter) not in registered:
-                yield f"{path}.{name}", parameter
+        for name, tensor in (*value.named_parameters(), *value.named_buffers()):
+            if is_hidden(tensor):
+                yield f"{path}.{name}", tensor
         return
     for step, inner in _within(value):
-        yield from _search(inner, path + step, modules, registered, seen, depth + 1)
+        yield from _search(inner, path + step, modules, is_hidden, seen, depth + 1)
 
 
 def _within(value: Any) -> Iterator[tuple[str, Any]]:

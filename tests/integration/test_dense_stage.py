@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.safe_load import load_program
+from dist_export.dense.copied_arch import note_unregistered
 from dist_export.errors import ConfigError, ModelError, ParityError, TraceError
 from dist_export.verify.verify import verify
 from tests.support import exports, tiny_model
@@ -195,6 +197,45 @@ def test_a_layer_that_is_not_registered_is_told(checkpoint: Path) -> None:
     notes = run(checkpoint, model).notes
     (note,) = [note for note in notes if note.startswith("the dense arch does not register")]
     assert "dense_arch.layers[0].weight," in note
+
+
+class KeepsTensors(tiny_model.DenseArch):
+    """Keeps tensors as attributes: its own, in a layer that nobody registers, a view of a weight, numbers that count rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.rand(1, requires_grad=True)
+        self.made_of_weights = self.out.weight.detach() * 2
+        self.layers = [nn.BatchNorm1d(1, affine=False)]
+        self.view = self.out.weight.detach()[:1]
+        self.places = torch.arange(3)
+
+    def forward(self, blocks):
+        return {name: score * self.factor for name, score in super().forward(blocks).items()}
+
+
+def test_tensors_that_are_neither_parameter_nor_buffer_are_told(checkpoint: Path) -> None:
+    model, dense_arch = tiny_model.build_model(), KeepsTensors()
+    dense_arch.load_state_dict(model.dense_arch.state_dict())
+    model.dense_arch = dense_arch
+    notes = run(checkpoint, model).notes
+    (note,) = [note for note in notes if note.startswith("the dense arch keeps")]
+    assert (
+        "keeps dense_arch.factor, dense_arch.made_of_weights, dense_arch.layers[0].running_mean and 1 more, neither"
+        in note
+    )
+
+
+def test_what_torch_computes_anew_is_not_told() -> None:
+    model = tiny_model.build_model()
+    model.dense_arch.sequence = nn.LSTM(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have its newer function
+        model.dense_arch.hidden = torch.nn.utils.weight_norm(model.dense_arch.hidden)
+    assert note_unregistered(model, model.dense_arch, "dense_arch") == []
+    model.dense_arch.table = torch.ones(3)
+    (note,) = note_unregistered(model, model.dense_arch, "dense_arch")
+    assert "keeps dense_arch.table, neither" in note
 
 
 def test_parameters_that_the_dense_arch_lacks_are_left_out_where_they_are_allowed(checkpoint: Path) -> None:
