@@ -40,7 +40,7 @@ setup(
             define_macros=[("SOURCE_DIGEST", f'"{SOURCES["digest_sources"]()}"')],
             libraries=["m"],
             # no contraction: a product and a sum are rounded one after the other, as numpy does
-            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             optional=True,  # without a compiler, or where one of the options is unknown, numpy does the same
         )
     ],

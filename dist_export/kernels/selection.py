@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from dist_export.errors import ConfigError
-from dist_export.kernels.protocol import Kernels
 from dist_export.kernels.sources import LIBRARY
+
+if TYPE_CHECKING:
+    from dist_export.kernels.protocol import Kernels  # it imports numpy, which the help of the command does not need
 
 VARIABLE = "DIST_EXPORT_KERNELS"
 """The environment variable that chooses: ``auto`` (the default), ``numpy``, or ``compiled``, which fails without the library."""

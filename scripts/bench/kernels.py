@@ -28,7 +28,7 @@ _RUN = 1 << 16
 _CHUNK_BYTES = 1 << 20
 """Bytes that a gather reads at once."""
 _MOST_IDS = 50_000_000
-"""Of one part, at size 1."""
+"""Of one part, at size 1. So are the rows of the row index."""
 _ROWS, _DIM, _SOUGHT = 2_000_000, 32, 100_000
 
 Line = list[str]
@@ -50,7 +50,7 @@ def run_kernels(bench: Bench) -> None:
         *_time_sweeps(timer, random),
         *_time_casts(timer, random),
         *_time_rows(timer, random),
-        *_time_index(timer, random),
+        *_time_index(timer, random, max(_SOUGHT, min(_ROWS, round(_ROWS * bench.kept_bytes / 1e9)))),
     ]
     header = ["kernel", "compiled, ns", "numpy, ns", "share", "asked"]
     bench.note(f"kernels: {kernels.description}\n\n" + "\n".join(render_table(header, lines)))
@@ -186,36 +186,36 @@ def _time_rows(timer: _Timer, random: np.random.Generator) -> list[Line]:
     return lines
 
 
-def _time_index(timer: _Timer, random: np.random.Generator) -> list[Line]:
-    ids = random.permutation(np.unique(random.integers(-(1 << 63), (1 << 63) - 1, _ROWS + 100)))[:_ROWS]
-    buckets = count_buckets(_ROWS)
+def _time_index(timer: _Timer, random: np.random.Generator, num_rows: int) -> list[Line]:
+    ids = random.permutation(np.unique(random.integers(-(1 << 63), (1 << 63) - 1, num_rows + 100)))[:num_rows]
+    buckets = count_buckets(num_rows)
 
     def build(one: Kernels) -> list[np.ndarray]:
         keys, slots, num_slots = np.sort(one.encode_keys(ids, 0, 0)), [], 0
-        for begin in range(0, _ROWS, _RUN):
+        for begin in range(0, num_rows, _RUN):
             more, _ = one.fill_slots(keys[begin : begin + _RUN], num_buckets=buckets, num_slots=num_slots)
             slots.append(more)
             num_slots += len(more)
         return slots
 
-    lines = [timer.line("row index built, with np.sort", _ROWS, build, 1.0, rounds=3)]
+    lines = [timer.line("row index built, with np.sort", num_rows, build, 1.0, rounds=3)]
     built = build(NumpyKernels())
     rest = np.full(max(0, buckets - sum(map(len, built))) + 1, 0xFFFFFFFF, np.uint32)
     slots = np.concatenate([*built, rest])
-    block = random.integers(0, 255, (_ROWS, _DIM * 4), np.uint8)
-    chosen = random.integers(0, _ROWS, _SOUGHT)
+    block = random.integers(0, 255, (num_rows, _DIM * 4), np.uint8)
+    chosen = random.integers(0, num_rows, _SOUGHT)
     sought, targets = ids[chosen], np.arange(_SOUGHT)
 
     def look_up(one: Kernels) -> np.ndarray:
         rows, has_row = np.empty((_SOUGHT, _DIM * 4), np.uint8), np.zeros(_SOUGHT, bool)
         found = one.find_rows(
-            slots, ids, sought, num_slots=len(slots), num_rows=_ROWS, num_buckets=buckets, seed=0, longest_probe=300
+            slots, ids, sought, num_slots=len(slots), num_rows=num_rows, num_buckets=buckets, seed=0, longest_probe=300
         )
         one.take_rows(block, found, targets, rows=rows, has_row=has_row)
         return rows
 
     lines.append(timer.line(f"{_SOUGHT:,} ids searched, rows collected", _SOUGHT, look_up, 1.0))
-    compiled, of_torch = measure([lambda: look_up(select_kernels()), _embedding(chosen)])
+    compiled, of_torch = measure([lambda: look_up(select_kernels()), _embedding(chosen, num_rows)])
     against = "the same against torch.nn.Embedding"
     asked = "1.50"
     lines.append(
@@ -224,11 +224,11 @@ def _time_index(timer: _Timer, random: np.random.Generator) -> list[Line]:
     return lines
 
 
-def _embedding(chosen: np.ndarray) -> Callable[[], Any]:
+def _embedding(chosen: np.ndarray, num_rows: int) -> Callable[[], Any]:
     import torch
 
     torch.set_num_threads(1)
-    table = torch.nn.Embedding(_ROWS, _DIM)
+    table = torch.nn.Embedding(num_rows, _DIM)
     numbers = torch.from_numpy(chosen)
 
     def look_up() -> Any:
