@@ -55,7 +55,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
 
 
 def export_again(_: int, source: str, target: str) -> list[str]:
-    manifest = exports.export(
+    manifest = dist_export.export(
         {"ckpt_dir": source, "export_dir": target, "filter_sparse_opt": True, "num_shards": 2, "threads": 2}
     )
     return [note for note in manifest.notes if "were taken over from" in note]
@@ -69,7 +69,7 @@ def test_the_program_is_taken_over_by_one_rank_for_all(tmp_path: Path) -> None:
         "dataset": tiny_model.DATASET,
         "filter_sparse_opt": True,
     }
-    before = exports.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
+    before = dist_export.export({"ckpt_dir": str(tmp_path / "ckpt"), "export_dir": str(first), **settings})
     again = tmp_path / "again"
     notes = run_ranks(export_again, 2, tmp_path / "store", str(first), str(again), timeout=240)
     assert all(len(its) == 1 for its in notes), notes

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dist_export
-from dist_export.dense import copied_arch, stage, trace
+from dist_export.dense import copied_arch, sample_run, trace
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.row_check import expected_name
 from dist_export.errors import DistExportError, ModelError, ParityError
@@ -105,26 +105,26 @@ def swap_order(patch) -> None:
 
 
 def cut_columns(patch) -> None:
-    real = stage.cut_sample
+    real = sample_run.cut_sample
 
     def cut(blocks, **more):
         return real(blocks.with_tensors({name: t[:, :3] for name, t in blocks.tensors.items()}), **more)
 
-    patch.setattr(stage, "cut_sample", cut)
+    patch.setattr(sample_run, "cut_sample", cut)
 
 
 def mix_rows(patch) -> None:
-    real = stage.cut_sample
+    real = sample_run.cut_sample
 
     def cut(blocks, **more):
         done = real(blocks, **more)
         return done.with_tensors({name: t.flip(0) if name == "price" else t for name, t in done.tensors.items()})
 
-    patch.setattr(stage, "cut_sample", cut)
+    patch.setattr(sample_run, "cut_sample", cut)
 
 
 def spoil_repeat(patch) -> None:
-    real = stage.cut_sample
+    real = sample_run.cut_sample
 
     def cut(blocks, **more):
         done = real(blocks, **more)
@@ -132,7 +132,7 @@ def spoil_repeat(patch) -> None:
             tensor[1:] += 1
         return done
 
-    patch.setattr(stage, "cut_sample", cut)
+    patch.setattr(sample_run, "cut_sample", cut)
 
 
 def lose_hooks(patch) -> None:

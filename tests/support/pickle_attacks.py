@@ -7,6 +7,8 @@ import struct
 from collections.abc import Callable, Iterator
 
 SIZE = 1 << 18
+LARGE = 1 << 20
+"""Of attacks on the time alone. They are refused at their first steps, so they cost no more than small ones."""
 META = b"torch.distributed.checkpoint.metadata"
 
 
@@ -28,9 +30,9 @@ def whole(body: bytes, protocol: int = 2) -> bytes:
     return bytes([0x80, protocol]) + body + b"."
 
 
-def repeat(body: bytes, once: bytes = b"", *, begin: bytes = b"", end: bytes = b"") -> bytes:
-    """``once``, then ``body`` until a megabyte is full."""
-    count = max((SIZE - len(once) - len(begin) - len(end) - 16) // len(body), 1)
+def repeat(body: bytes, once: bytes = b"", *, begin: bytes = b"", end: bytes = b"", room: int = SIZE) -> bytes:
+    """``once``, then ``body`` until the room is full."""
+    count = max((room - len(once) - len(begin) - len(end) - 16) // len(body), 1)
     return whole(once + begin + body * count + end, 4)
 
 
@@ -145,14 +147,16 @@ FEW_BYTES: dict[str, Callable[[], bytes]] = {
 ANYWHERE: dict[str, Callable[[], bytes]] = {
     **FEW_BYTES,
     "a number of a megabyte, as key again and again": lambda: whole(
-        b"\x8b" + struct.pack("<i", SIZE // 2) + b"\x01" * (SIZE // 2) + b"q\x000}(" + b"h\x00N" * (SIZE // 8) + b"u"
+        b"\x8b" + struct.pack("<i", LARGE // 2) + b"\x01" * (LARGE // 2) + b"q\x000}(" + b"h\x00N" * (LARGE // 8) + b"u"
     ),
     "a hundred thousand numbers of one hash": lambda: whole(
-        b"}(" + fill(number(n * ((1 << 61) - 1)) + b"N" for n in itertools.count(1)) + b"u"
+        b"}(" + fill((number(n * ((1 << 61) - 1)) + b"N" for n in itertools.count(1)), room=LARGE) + b"u"
     ),
-    "a hundred thousand tuples of one hash": lambda: whole(b"}(" + fill(t + b"N" for t in colliding_tuples()) + b"u"),
+    "a hundred thousand tuples of one hash": lambda: whole(
+        b"}(" + fill((t + b"N" for t in colliding_tuples()), room=LARGE) + b"u"
+    ),
     "two long texts that are equal, as keys": lambda: repeat(
-        b"h\x01N", text(b"x" * 300_000) + b"q\x000" + text(b"x" * 300_000) + b"q\x010}(h\x00N", end=b"u"
+        b"h\x01N", text(b"x" * 300_000) + b"q\x000" + text(b"x" * 300_000) + b"q\x010}(h\x00N", end=b"u", room=LARGE
     ),
     "a million dicts": lambda: repeat(b"}"),
     "a million dicts of one": lambda: repeat(b"}NNs"),
@@ -174,7 +178,7 @@ ANYWHERE: dict[str, Callable[[], bytes]] = {
         b"h\x00h\x00\x93", text(b"x" * (SIZE // 2)) + b"q\x000"
     ),
 }  # fmt: skip
-"""The same, and a megabyte of what is small but many: for what they all read with."""
+"""The same, and what is small but many: for what they all read with."""
 
 METADATA: dict[str, Callable[[], bytes]] = {
     **FEW_BYTES,
