@@ -29,9 +29,9 @@ from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReade
 from dist_export.storage.s3_reader import S3Reader
 from dist_export.storage.urls import reopen_directory
 
+_MAX_SMALL_BYTES = 4 << 30
 _MAX_HELD = 256
 """The most descriptors of a package's files that are kept open."""
-_MAX_SMALL_BYTES = 4 << 30
 _FEW_FILES = 8
 """Up to this many objects are requested one by one. For more, their folders are listed."""
 
@@ -56,8 +56,7 @@ class OpenedFiles:
         self._pid = os.getpid()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._last_fd = soft // 2
-        """If a file gets this descriptor or a higher one, an older file is closed, so that about half of all descriptors are
-        left to the caller. The system always gives out the lowest free descriptor."""
+        """From this descriptor on (the lowest free one is given out), older files are closed: half are left to the caller."""
         self._folder = -1
         if directory.is_local:
             self._folder = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -135,7 +134,7 @@ class OpenedFiles:
             return bytes(data)
 
     def read_text(self, name: str) -> bytes:
-        """Return a whole text file, such as JSON. Raises PackageError if it holds a zero byte, because it is damaged."""
+        """Return a whole text file, such as JSON. PackageError if it holds a zero byte: it is damaged."""
         if self._folder < 0:  # a store has no sparse files, and one request is faster than many
             data = self.read(name)
             if 0 in data:
@@ -200,12 +199,9 @@ class OpenedFiles:
     # ---- within ----
 
     def _small_size(self, name: str) -> int:
-        size = self.stat(name).size
-        if size > _MAX_SMALL_BYTES:
-            raise PackageError(
-                f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be"
-            )
-        return size
+        if (size := self.stat(name).size) <= _MAX_SMALL_BYTES:
+            return size
+        raise PackageError(f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be")
 
     def _get_state(self, name: str) -> FileState | None:
         if name not in self._known:
@@ -380,7 +376,9 @@ class OpenedFiles:
 
     @contextlib.contextmanager
     def _telling(self, name: str) -> Iterator[None]:
-        """Turn errors of a disk or a store into PackageError."""
+        """Turn errors of a disk or a store into PackageError. After ``close``, the descriptors may be other files'."""
+        if not self._close.alive:
+            raise PackageError(f"{self.url}: the package was closed; open it again")
         try:
             yield
         except EndedError as error:
