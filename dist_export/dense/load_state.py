@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ def load_dense_parameters(
     """Load ``state`` into ``dense_arch`` in place. Rank 0. Return notes for the summary.
 
     Keys are compared without the path elements of DDP, FSDP and ``torch.compile``, on both sides; of ``state`` those
-    under ``<dense_model_name>.`` count. What a module's ``get_extra_state`` gave is loaded by its ``set_extra_state``.
+    under ``<dense_model_name>.`` count. Of keys that are one tensor in the dense arch, ``state`` may have any. What a
+    module's ``get_extra_state`` gave is loaded by its ``set_extra_state``.
 
     Args:
         allow_missing: patterns of keys (without the prefix) that ``state`` may lack.
@@ -47,7 +48,8 @@ def load_dense_parameters(
     found = _find_under_prefix(state, dense_model_name, where, is_needed=bool(expected))
     _refuse_idle(allow_missing, expected, "allow_missing_dense", "the dense arch")
     _refuse_idle(allow_unexpected, found, "allow_unexpected_dense", f"{where} under {dense_model_name!r}")
-    missing = [key for key in expected if key not in found]
+    tied = list_tied({key: value for key, (_, value) in expected.items()}, found)
+    missing = [key for key in expected if key not in found and key not in tied]
     allowed = [key for key in missing if _matches(key, allow_missing)]
     unexpected = [key for key in found if key not in expected and not _is_unread_tensor(key, found[key])]
     left_out = [key for key in unexpected if _matches(key, allow_unexpected)]
@@ -94,6 +96,25 @@ def list_taken(dense_arch: nn.Module, names: Iterable[str], *, dense_model_name:
     prefix = _plain_key(dense_model_name)
     expected = {f"{prefix}.{_plain_key(key)}" if prefix else _plain_key(key) for key in dense_arch.state_dict()}
     return frozenset(name for name in names if _plain_key(name) in expected)
+
+
+def list_tied(own: Mapping[str, Any], found: Collection[str]) -> frozenset[str]:
+    """Return the keys of ``own`` that ``found`` lacks, and that are one tensor with a key that it has.
+
+    safetensors writes a tensor under one of its names alone.
+    """
+    given = {_identity_of(value) for key, value in own.items() if key in found and _has_memory(value)}
+    return frozenset(
+        key for key, value in own.items() if key not in found and _has_memory(value) and _identity_of(value) in given
+    )
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not is_lazy(value) and bool(value.numel())
+
+
+def _identity_of(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 class _Refused(NamedTuple):
@@ -216,12 +237,9 @@ def _torn_ties(expected: Mapping[str, tuple[str, Any]], found: Mapping[str, Any]
     first: dict[tuple[Any, ...], str] = {}
     torn = []
     for key, (_, value) in expected.items():
-        if key not in found or not isinstance(value, torch.Tensor) or is_extra_state(key):
+        if key not in found or is_extra_state(key) or not _has_memory(value):
             continue
-        if is_lazy(value) or not value.numel():
-            continue
-        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        other = first.setdefault(place, key)
+        other = first.setdefault(_identity_of(value), key)
         if other != key and not has_same_values(found[other], found[key]):
             torn.append(f"{other} and {key}")
     return torn

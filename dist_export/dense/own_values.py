@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_export.checkpoint.extra_state import UntakenState
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS, is_below
+from dist_export.dense.load_state import list_tied
 from dist_export.model.sparse_tables import keeps_tables
 from dist_export.model.unwrap import find_arch, unwrap
 from dist_export.model.value_digest import Digester
@@ -28,7 +29,9 @@ def list_own_values(dense_arch: nn.Module, state: Mapping[str, Any], *, dense_mo
     """
     given = {_plain_key(name) for name, value in state.items() if not isinstance(value, UntakenState)}
     prefix = f"{_plain_key(dense_model_name)}." if dense_model_name else ""
-    missing = [key for key in dense_arch.state_dict() if f"{prefix}{_plain_key(key)}" not in given]
+    own = dense_arch.state_dict()
+    found = {key for key in own if f"{prefix}{_plain_key(key)}" in given}
+    missing = own.keys() - found - list_tied(own, found)
     return sorted({*missing, *_list_unsaved(dense_arch)})
 
 

@@ -126,7 +126,7 @@ class OpenedFiles:
             return bytes(data)
 
     def read_text(self, name: str) -> bytes:
-        """Return a whole text file, such as JSON. Raises PackageError if it holds a zero byte, because it is damaged."""
+        """Return a whole text file, such as JSON. PackageError if it holds a zero byte: it is damaged."""
         if self._folder < 0:  # a store has no sparse files, and one request is faster than many
             data = self.read(name)
             if 0 in data:
@@ -191,12 +191,9 @@ class OpenedFiles:
     # ---- within ----
 
     def _small_size(self, name: str) -> int:
-        size = self.stat(name).size
-        if size > _MAX_SMALL_BYTES:
-            raise PackageError(
-                f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be"
-            )
-        return size
+        if (size := self.stat(name).size) <= _MAX_SMALL_BYTES:
+            return size
+        raise PackageError(f"{self.describe(name)} cannot be read: has {size:,} bytes, too many for what it should be")
 
     def _get_state(self, name: str) -> FileState | None:
         if name not in self._known:
@@ -341,7 +338,9 @@ class OpenedFiles:
 
     @contextlib.contextmanager
     def _telling(self, name: str) -> Iterator[None]:
-        """Turn errors of a disk or a store into PackageError."""
+        """Turn errors of a disk or a store into PackageError. After ``close``, the descriptors may be other files'."""
+        if not self._close.alive:
+            raise PackageError(f"{self.url}: the package was closed; open it again")
         try:
             yield
         except EndedError as error:

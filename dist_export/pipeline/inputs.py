@@ -179,6 +179,15 @@ def find_dense(
     return open_dense(source, found, tensor_settings_of(config, weights))
 
 
+_PATTERNS_OF_MODEL = (
+    "allow_missing_tables",
+    "allow_missing_dense",
+    "allow_unexpected_dense",
+    "allow_load_hooks",
+    "lookup_modules",
+)
+
+
 def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoint | None) -> None:
     """Refuse settings that scores cannot be had for. ConfigError, PlanError."""
     has_model = objects.model is not None and objects.dataset is not None
@@ -189,6 +198,12 @@ def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoi
     if config.dense_formats and not has_model:
         raise ConfigError(
             "dense_formats names formats of the dense arch, which needs model and dataset; give both, or no dense_formats"
+        )
+    idle = [name for name in _PATTERNS_OF_MODEL if getattr(config, name)]
+    if idle and objects.model is None:
+        raise ConfigError(
+            f"{idle[0]} has patterns of what is in the model, and no model is exported, so they match nothing; give model and "
+            f"dataset, or leave {idle[0]} out"
         )
     if checkpoint is None or not has_model:
         return

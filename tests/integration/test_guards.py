@@ -233,3 +233,14 @@ def test_storage_options_reach_the_file_system(checkpoint: Path) -> None:
     assert verify("tokenfs:///out", options).findings == []
     with pytest.raises(ConfigError, match="no token"):
         exports.export({"ckpt_dir": "tokenfs:///ckpt", "export_dir": "tokenfs:///out2"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["allow_missing_tables", "allow_missing_dense", "allow_unexpected_dense", "allow_load_hooks", "lookup_modules"],
+)
+def test_patterns_of_a_model_that_is_not_exported_match_nothing(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    given = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), name: ["*"]}
+    with pytest.raises(ConfigError, match=f"^{name} has patterns of what is in the model, and no model is exported"):
+        exports.export(given)
+    assert not (tmp_path / "out").exists()

@@ -241,6 +241,20 @@ def test_descriptors_are_given_back(out: Path) -> None:
     assert not [file for file in open_files() if file.startswith(str(out))]
 
 
+def test_a_closed_package_says_that_it_is_closed(out: Path, tmp_path: Path) -> None:
+    """Another package, or another file, may have its descriptors by then."""
+    package, bare = dist_export.open_package(out), open_bare(out)
+    table = package.manifest.tables[0].name
+    package.lookup(table, [1])
+    for one in (package, bare):
+        one.close()
+    other = dist_export.open_package(out)
+    for one in (package, bare):
+        with pytest.raises(PackageError, match=f"^{out}: the package was closed; open it again$"):
+            one.lookup(table, [1])
+    other.lookup(table, [1])
+
+
 def test_a_package_that_is_replaced_while_it_is_opened_is_one_or_the_other(
     out: Path, tmp_path: Path, monkeypatch
 ) -> None:

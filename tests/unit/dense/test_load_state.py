@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.load_state import load_dense_parameters
+from dist_export.dense.own_values import list_own_values
 from dist_export.errors import ModelError
 
 
@@ -152,6 +153,25 @@ def test_tied_parameters_load_and_stay_tied() -> None:
     load(net, state_for(net))
     assert net["a"].weight is net["b"].weight
     assert (net["a"].weight == 7).all()
+
+
+@pytest.mark.parametrize("lost", ["dense_arch.a.weight", "dense_arch.b.weight"])
+def test_one_name_of_a_tied_parameter_is_enough(lost: str) -> None:
+    """safetensors.torch.save_model writes it once."""
+    net = make_tied()
+    state = state_for(net)
+    del state[lost]
+    assert load(net, state) == ()
+    assert net["a"].weight is net["b"].weight
+    assert (net["a"].weight == 7).all()
+    assert list_own_values(net, state, dense_model_name="dense_arch") == []
+
+
+def test_a_parameter_that_is_only_a_part_of_another_is_missing() -> None:
+    net = nn.ParameterDict({"whole": torch.zeros(4)})
+    net["part"] = nn.Parameter(net["whole"].data[:2])
+    with pytest.raises(ModelError, match="missing: part "):
+        load(net, {"dense_arch.whole": torch.ones(4)})
 
 
 def test_a_checkpoint_that_tears_a_tie_is_refused() -> None:
