@@ -6,7 +6,7 @@ modules share it; a checkpoint may hold it under one of them, as ``safetensors.t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dist_export.errors import CheckpointError
@@ -16,6 +16,10 @@ WRAPPER_ELEMENTS = frozenset(
 )
 """Path elements that DDP, ``torch.compile``, FSDP, torchrec's DistributedModelParallel and activation checkpointing put into
 names."""
+
+
+_MODEL_ROOTS = ("model", "state_dict", "model_state_dict")
+"""Keys under which a training loop saves the model itself, and under which it would not save a copy of it."""
 
 
 def plain_name(path: str) -> str:
@@ -59,6 +63,7 @@ class ModelWeights(NamedTuple):
                     f"({', '.join(sorted(WRAPPER_ELEMENTS))}) they are one table of the model. Save it under one name, or give "
                     "the submodule another name"
                 )
+        self._refuse_second_state(by_plain)
         # a checkpoint may be of the sparse arch alone
         is_sparse_alone = bool(self.sparse_name) and not any(name.startswith(begin) for name in by_plain)
         within = {begin + name if is_sparse_alone else name: name for name in by_plain}
@@ -79,6 +84,20 @@ class ModelWeights(NamedTuple):
             table_aliases=tuple(sorted(pair for pair in aliases if pair[0] in self.tables)),
             dense_aliases=tuple(sorted(pair for pair in aliases if is_below(pair[0], self.dense_name))),
         )
+
+    def _refuse_second_state(self, by_plain: Mapping[str, str]) -> None:
+        """Refuse a state below an element of wrappers, such as ``module``, beside another whole state of the model."""
+        begun = {name: by_plain[name] for name in self.tables if name in by_plain}
+        wrapped = [name for name, full in begun.items() if full.split(".")[0] in WRAPPER_ELEMENTS]
+        if not wrapped or len(wrapped) < len(begun):
+            return
+        first = min(wrapped)
+        for root in _MODEL_ROOTS:
+            if all(f"{root}.{name}" in by_plain for name in wrapped):
+                raise CheckpointError(
+                    f"the checkpoint has both {begun[first]!r} and {by_plain[f'{root}.{first}']!r}, and either could be the "
+                    f"model's. Nothing was written. Set state_root: {begun[first].split('.')[0]}, or state_root: {root}"
+                )
 
     def _stays(self, name: str) -> bool:
         """Whether something is in the program and nowhere else; what a part of the dense arch, the sparse arch, has may be."""

@@ -299,6 +299,22 @@ def test_several_states_are_named_and_state_root_takes_one(kind: str, root: str,
         assert_is(tmp_path / name, manifest, model)
 
 
+@pytest.mark.parametrize("kind", ["torch", "torch, flat", "dcp", "dcp, flat", "safetensors"])
+@pytest.mark.parametrize("other", ["model", "state_dict"])
+def test_a_wrapped_state_beside_another_is_not_guessed(kind: str, other: str, tmp_path: Path) -> None:
+    """What DDP saves begins with ``module``, and so may be the model's by its names alone."""
+    models = {"module": make_model(2), other: make_model(3)}
+    source = SAVERS[kind](tmp_path / "ckpt", {name: model.state_dict() for name, model in models.items()})
+    both = (
+        f"both 'module.sparse_arch.item.weight' and '{other}.sparse_arch.item.weight', and either could be the model's"
+    )
+    with pytest.raises(UserError, match=both) as refused:
+        export_plain(source, tmp_path / "out")
+    assert str(refused.value).endswith(f"Set state_root: module, or state_root: {other}")
+    for name, model in models.items():
+        assert_is(tmp_path / name, export_plain(source, tmp_path / name, state_root=name), model)
+
+
 @pytest.mark.parametrize("kind", NESTED)
 def test_a_state_beside_the_model_is_left_out_by_name(kind: str, tmp_path: Path) -> None:
     trained = make_model(2)
