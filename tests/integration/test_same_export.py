@@ -41,7 +41,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def settings_of(source: Path | str, out: Path | str, **more: object) -> dict[str, object]:
-    return {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3, **more}
+    settings = {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 3}
+    return {**settings, **exports.SCORES_OFF, **more}
 
 
 def export(source: Path | str, out: Path | str, **more: object) -> dist_export.Manifest:
@@ -315,7 +316,7 @@ def test_it_is_registered_as_ever(source: Path, tmp_path: Path, monkeypatch) -> 
 def test_plan_says_so(source: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     export(source, out)
-    assert cli.main(["plan", *arguments(source, out)]) == 0
+    assert cli.main(["plan", *arguments(source, out, "--score_program", "off")]) == 0
     assert "holds a package of these settings" in capsys.readouterr().out
 
 
