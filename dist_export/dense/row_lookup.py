@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.checkpoint.id_reader import read_ids
 from dist_export.checkpoint.metadata import SlotMeta, TableMeta
 from dist_export.dense.found_rows import FoundRows, LocatedRows, number_pieces
 from dist_export.dense.known_tables import KnownTables
@@ -252,6 +253,11 @@ class RowFinder(KnownTables):
             return encode_values(default, slot.dtype)
         row = encode_values(default, served.target, served.encoding)
         return row if cast is not None else served.decode(row[None])[0]
+
+    def read_ids(self, table: str) -> Iterator[np.ndarray]:
+        """Yield the ids of a table in runs (int64), of a row-indexed one its row numbers. The next run overwrites a run."""
+        for part in self._checkpoint.parts.of_table(self._numbers[table]):
+            yield from read_ids(self._checkpoint, part)
 
     def rows_by_number(self, table: str) -> int | None:
         """Return how many rows a table has whose source stores no ids, so that its rows are those of a module; else None."""

@@ -18,6 +18,7 @@ from dist_export.model.user_errors import blame, said
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.compare import ModelFailsError, ScoreFigures
 from dist_export.score.inputs import FlatBatch, flatten_batch
+from dist_export.score.other_ids import put_ids
 from dist_export.score.resize import Resizer
 from dist_export.score.table_weight import NotExportableError
 
@@ -27,6 +28,8 @@ _Batch = tuple[Any, dict[str, torch.Tensor] | None]
 _List = list[tuple[str, int]]
 """Tensors and dimensions that have one length."""
 COPY = "copy"
+_ID_BATCHES = 4
+"""Batches with other ids, if the sample cannot be repeated to more examples."""
 
 
 class ScoreParity:
@@ -113,6 +116,7 @@ class ScoreParity:
         run_sparse: Callable[[Any], Blocks],
         inputs: _Inputs,
         find_lists: Callable[[], Sequence[_List]],
+        find_ids: Callable[[], Mapping[str, Sequence[int]]],
     ) -> str:
         """Compare on the sample cut or repeated to other sizes, with lists of other lengths, and on further batches. All ranks.
 
@@ -121,6 +125,7 @@ class ScoreParity:
             run_sparse: runs the model's sparse arch on a batch. All ranks.
             inputs: picks the program's inputs.
             find_lists: returns the free lengths of lists. Rank 0.
+            find_ids: returns other ids for inputs, if there is something to be tried with them. Rank 0.
 
         Returns why the program is not the model; empty if it is.
         """
@@ -140,6 +145,11 @@ class ScoreParity:
         lists = self._ranks.broadcast("look for padded lists", find_lists) if self._is_flat else ()
         if reason := self._compare_lists(lists, compare):
             return reason
+        chosen = self._ranks.broadcast("look for other ids", find_ids) if self._is_flat else {}
+        for turn in range(1 if self.can_resize else _ID_BATCHES) if chosen else ():
+            reason, _ = compare(self._with_ids(chosen, turn), "with other ids of the tables")
+            if reason:
+                return reason
         for place, data in enumerate(self._dense.further_batches, start=2):
             reason, is_compared = compare((data, _tensors_of(data)), f"on batch {place}")
             if reason:
@@ -170,6 +180,12 @@ class ScoreParity:
                     # lists that may differ in length get different ones
                     chosen = torch.arange(2 * length + 1 + number if is_longer else (length + 1) // 2) % length
                     tensors[name] = tensors[name].index_select(dim, chosen.to(tensors[name].device))
+        return self.batch.rebuild(tensors), tensors
+
+    def _with_ids(self, chosen: Mapping[str, Sequence[int]], turn: int) -> _Batch:
+        assert self.batch is not None
+        whole = self.cut(min(BATCH_SIZES[-1], self._config.max_batch_size))
+        tensors = put_ids(whole, chosen, seed=_ID_BATCHES * self._ranks.rank + turn)
         return self.batch.rebuild(tensors), tensors
 
     def _resized(self, size: int) -> _Batch:

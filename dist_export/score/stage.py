@@ -36,6 +36,7 @@ from dist_export.score.block_program import BlockProgram, trace_blocks
 from dist_export.score.compare import ScoreFigures
 from dist_export.score.folder import describe_scores, pack_scores, write_score_folder
 from dist_export.score.needed_inputs import find_free_lists
+from dist_export.score.other_ids import choose_ids, find_id_inputs
 from dist_export.score.parity import ScoreParity
 from dist_export.score.row_modules import FailingModule, Recorder, choose_module, name_modules
 from dist_export.score.sources import CheckpointRows
@@ -158,7 +159,9 @@ class ScoreStage:
             if reason := self._ranks.broadcast("compare the score program with the model", load):
                 return reason
             figures = kept[0] if kept else None
-            if reason := self._parity.compare_others(figures, run_sparse, self._inputs, self._free_lists):
+            if reason := self._parity.compare_others(
+                figures, run_sparse, self._inputs, self._free_lists, self._other_ids
+            ):
                 return reason
         if self.entry is not None and figures is not None:
             self.entry = msgspec.structs.replace(self.entry, parity=self._parity.entry(figures))
@@ -192,7 +195,9 @@ class ScoreStage:
 
         reason = ranks.broadcast("score the sample", compare)
         figures = kept[0] if kept else None
-        return reason or self._parity.compare_others(figures, self._run_sparse, self._inputs, self._free_lists)
+        return reason or self._parity.compare_others(
+            figures, self._run_sparse, self._inputs, self._free_lists, self._other_ids
+        )
 
     def _run_sparse(self, data: Any) -> Blocks:
         dense = self._dense
@@ -329,6 +334,13 @@ class ScoreStage:
         assert self._traced is not None
         traced = self._traced
         return find_free_lists(traced.program, list(traced.inputs), traced.sizes, traced.conditions)
+
+    def _other_ids(self) -> dict[str, list[int]]:
+        """Return ids that the sample lacks, if a module was replaced as a whole: with them it may not be a lookup."""
+        finder = self._dense.finder
+        if self._traced is None or finder is None or finder.is_live or not self._row_modules:
+            return {}
+        return choose_ids(finder, find_id_inputs(self._traced.program, list(self._traced.inputs)))
 
     def _stored_inputs(self) -> dict[str, torch.Tensor]:
         return self._inputs(self._parity.cut(self._num_stored))

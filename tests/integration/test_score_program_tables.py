@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,25 @@ def test_a_module_that_cannot_be_traced_is_a_lookup_as_a_whole(tmp_path: Path, s
 def test_a_module_that_returns_other_rows_is_none(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"require.*tolist"):
         export_plain(tmp_path, Shifted)
+
+
+class CappedList(Listed):
+    """Ids from 20 on share a row. torch cannot export this."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids.clamp(max=19))
+
+
+def test_a_module_that_is_a_lookup_for_the_samples_ids_alone_is_none(tmp_path: Path) -> None:
+    small = models.batch_of() | {"user": torch.arange(6)}
+    model, path = untraceable(CappedList), tmp_path / "model.pth"
+    checkpoint = Path(models.save(models.train(model), path))
+    with pytest.raises(ModelError, match="with other ids of the tables"):
+        export(tmp_path, untraceable(CappedList), [small], checkpoint)
+    (tmp_path / "auto").mkdir()
+    package = export(tmp_path / "auto", untraceable(CappedList), [small], checkpoint, score_program="auto")
+    assert package.manifest.score is msgspec.UNSET
+    assert any("with other ids of the tables" in note for note in package.manifest.notes)
 
 
 class Capped(nn.Module):
