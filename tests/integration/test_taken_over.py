@@ -18,7 +18,7 @@ from dist_export.errors import UserError
 from dist_export.pipeline.dry_run import make_report
 from dist_export.verify.verify import verify
 from tests.support import tiny_model
-from tests.support.sparse_cases import export
+from tests.support.sparse_cases import export_with_scores as export
 
 MERGED = "torch_rank_weights_embs_table_multi_shard.json"
 

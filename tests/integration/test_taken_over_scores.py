@@ -14,7 +14,7 @@ from dist_export.api import Exporter
 from dist_export.archive.lookup_operator import list_lookups
 from dist_export.verify.verify import verify
 from tests.support import score_models as models
-from tests.support.sparse_cases import export
+from tests.support.sparse_cases import export_with_scores as export
 
 USER, CLICKS, TAGS = (f"sparse_arch.{name}.weight" for name in ("user", "clicks", "tags"))
 

@@ -43,6 +43,11 @@ def export(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
     return exports.export({"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, **settings})
 
 
+def export_with_scores(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
+    """Export with the filter on, and with a score program if there can be one."""
+    return export(source, target, **{"score_program": "auto", **settings})
+
+
 def copy(source: Any, target: Any, **settings: Any) -> dist_export.Manifest:
     """Export the files as they are, in this process."""
     return export(source, target, filter_sparse_opt=False, **settings)
