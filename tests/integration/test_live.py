@@ -383,7 +383,7 @@ def export(rows, out):
     watcher = threading.Thread(target=watch)
     watcher.start()
     settings = {"num_shards": 3, "max_memory": "64MiB", "threads": 2}
-    exports.exporter(tables, "sparse_arch", "dense_arch", None, None, out, **settings).export()
+    dist_export.Exporter(tables, "sparse_arch", "dense_arch", None, None, out, **settings).export()
     done.set()
     watcher.join()
     return peak - base
