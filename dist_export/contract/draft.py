@@ -34,6 +34,10 @@ class Draft:
         self._inputs = dict(reading.inputs)
         self._tensors = tensors
         self._jagged = jagged
+        self._named: set[str] = set()
+        """Features that mc names by their columns."""
+        self._filled: set[str] = set()
+        """Dense inputs whose columns fg or the settings state, because the program does not tell."""
 
     def add_fg(self, statements: Statements) -> None:
         """Take in what fg and mc state. ConfigError where the model does otherwise."""
@@ -67,6 +71,14 @@ class Draft:
                 known = ", ".join(self._inputs) or "none"
                 raise ConfigError(f"serving.inputs: {name!r} is no input of the dense arch; they are {known}")
             self._fill_input(name, [(member, self._width_of(name, member)) for member in members])
+
+    def is_stated_by_user(self, entry: DenseInputEntry) -> bool:
+        """Whether fg or the settings state what an input is made of, so that they are wrong if it differs from the model's."""
+        features = [self._features[its.feature] for its in entry.columns if isinstance(its.feature, str)]
+        fields = ("ids", "pooling", "padding_id", "transforms")
+        return entry.name in self._filled or any(
+            feature.stated_by.get(field) in ("fg", "settings") for feature in features for field in fields
+        )
 
     def finish(self, tables: Mapping[str, TableEntry], inputs: Sequence[str]) -> ServingEntry:
         """Return the contract for these inputs of the dense program."""
@@ -102,8 +114,11 @@ class Draft:
 
     def _rename(self, old: str, new: str) -> str:
         """Give a feature the name that fg has for it. Returns the name."""
+        if old == new:
+            self._named.add(new)
         if old == new or new in self._features:
             return new if old == new or _is_same(self._features[old], self._features[new]) else old
+        self._named.add(new)
         self._features[new] = msgspec.structs.replace(self._features.pop(old), name=new)
         for name, entry in self._inputs.items():
             columns = [
@@ -132,6 +147,8 @@ class Draft:
             if value is not None
         }
         feature = self._features.get(name)
+        if feature is not None and name not in self._named and statement.table not in (None, feature.table):
+            return  # the tensor of that name is looked up in several tables
         if feature is not None and feature.pooling == "none":
             stated.pop("longest", None)  # the program tells what it fills lists up to
         if feature is None:
@@ -147,7 +164,12 @@ class Draft:
         by = dict(feature.stated_by)
         for field, value in stated.items():
             known = getattr(feature, field)
-            if known is not msgspec.UNSET and known != value and not self._is_one_id(feature, field, (known, value)):
+            is_other = (
+                known is not msgspec.UNSET and known != value and not self._is_one_id(feature, field, (known, value))
+            )
+            if is_other and source == "collection":
+                continue  # the arch pools what the collection gives once more; what it does was tried
+            if is_other:
                 other = _SAID[by.get(field, _PROGRAM)]
                 raise ConfigError(
                     f"feature {feature.name!r}: {_SAID[source]} says that its {field} is {_say(value)}, {other} that it is "
@@ -166,7 +188,7 @@ class Draft:
         if ids.lengths is not msgspec.UNSET or ids.offsets is not msgspec.UNSET:
             return False
         tensor = self._tensors.get(ids.values)
-        return ids.column is not msgspec.UNSET or (tensor is not None and tensor.dim() == 1)
+        return ids.column is not msgspec.UNSET or (tensor is not None and (tensor.dim() == 1 or tensor.shape[1] == 1))
 
     # ---- the settings ----
 
@@ -227,6 +249,7 @@ class Draft:
                 f"serving.inputs.{name}: {_SAID[_PROGRAM]} has {_say_members(entry.columns)}, the setting "
                 f"{_say_members(columns)}. Mend the setting, or set serving: off"
             )
+        self._filled.update([name] if entry.unknown is not msgspec.UNSET else [])
         self._inputs[name] = msgspec.structs.replace(entry, columns=tuple(columns), unknown=msgspec.UNSET)
 
     def _find_ids(self, name: str) -> IdsEntry | msgspec.UnsetType:

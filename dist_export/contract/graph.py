@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET, list_lookups
+from dist_export.contract.operators import COUNT, ID, VALUE, Kinds, is_plain, kinds_after
 from dist_export.formats.serving_entries import TransformEntry
 from dist_export.score.block_program import BlockProgram
 
@@ -35,7 +37,9 @@ class Ancestry:
     lookups: frozenset[str]
     """Tables that are looked up on the way."""
     state: frozenset[str]
-    """Parameters, buffers and constants with more values than can be tried."""
+    """Parameters, buffers, and constants with more values than can be tried."""
+    others: frozenset[str]
+    """Operators that are none of a plain lookup, pooling and concatenation."""
 
     def constants(self, *operators: str) -> list[int]:
         """Return the whole numbers that are constants of these operators, sorted."""
@@ -105,6 +109,7 @@ class _Reader:
         self._state = _tensors_by_placeholder(program)
         self._inner = {id(node): table for node, table in list_lookups(program.graph_module)}
         self.ancestry: dict[fx.Node, Ancestry] = {}
+        self._kinds: dict[fx.Node, Kinds] = {}
         for node in self.nodes:
             self.ancestry[node] = self._look_at(node)
 
@@ -124,12 +129,15 @@ class _Reader:
                 yield from module.graph.nodes
 
     def _look_at(self, node: fx.Node) -> Ancestry:
-        inputs, numbers, tables, state = set(), set(), set(), set()
+        inputs, numbers, tables, state, others = set(), set(), set(), set(), set()
+        self._kinds[node] = self._kinds_of(node)
+        if node.op == "call_function" and not is_plain(node, _operator(node), self._kinds):
+            others.add(_operator(node))
         if node.op == "placeholder" and node.name in self._names:
             inputs.add(self._names[node.name])
         elif node.op == "placeholder":
             values = self._state.get(node.name)
-            if values is None or values.numel() > _MAX_NUMBERS:
+            if values is None or values.numel() > _MAX_NUMBERS or isinstance(values, nn.Parameter):
                 state.add(node.name)
             else:
                 plain = values.detach().reshape(-1).tolist()
@@ -145,15 +153,25 @@ class _Reader:
             numbers |= known.numbers
             tables |= known.lookups
             state |= known.state
-        return Ancestry(frozenset(inputs), frozenset(numbers), frozenset(tables), frozenset(state))
+            others |= known.others
+        return Ancestry(frozenset(inputs), frozenset(numbers), frozenset(tables), frozenset(state), frozenset(others))
+
+    def _kinds_of(self, node: fx.Node) -> Kinds:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            is_float = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+            return frozenset({VALUE if is_float else ID if node.name in self._names else COUNT})
+        if node.op != "call_function":
+            return frozenset()
+        return kinds_after(node, _operator(node), [self._kinds[given] for given in node.all_input_nodes])
 
 
 def _tensors_by_placeholder(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    """Return the parameters, buffers and constants of a program by the names of their nodes."""
+    """Return the constants of a program by the names of their nodes; parameters and buffers may have other values later."""
     found = {}
     for spec in program.graph_signature.input_specs:
         value = program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
-        if isinstance(value, torch.Tensor):
+        if spec.kind is InputKind.CONSTANT_TENSOR and isinstance(value, torch.Tensor):
             found[str(getattr(spec.arg, "name", ""))] = value
     return found
 

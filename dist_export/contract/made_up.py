@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dist_export.archive.lookup_operator import bind, register_source
-from dist_export.formats.recis import mix
+from dist_export.formats.recis import CHILD_BITS, mix
 from dist_export.score.block_program import BlockProgram
 
 _LARGEST = 1e6
@@ -221,6 +221,8 @@ class _Pool:
             self._values = near[np.isfinite(near)]
         else:
             whole = {math.floor(number) + step for number in numbers for step in (-1, 0, 1)} | {-1, 0, 1, 2}
+            if CHILD_BITS in numbers:  # ids of coalesced tables: an id within each child
+                whole |= {int(number) << CHILD_BITS | 1 for number in numbers if 0 < number < 1 << (62 - CHILD_BITS)}
             info = torch.iinfo(torch.int64 if dtype in (torch.bool, torch.uint64) or dtype.is_complex else dtype)
             lowest, highest = max(info.min, -_LARGEST_ID), min(info.max, _LARGEST_ID)
             self._values = np.array([number for number in sorted(whole) if lowest <= number <= highest], np.int64)

@@ -149,6 +149,8 @@ class _Reader:
             return "it is no tensor of the sparse arch's graph"
         if state := self._facts.blocks[name].state:
             return f"it is computed from parameters or buffers of the sparse arch ({few(sorted(state))})"
+        if others := self._facts.blocks[name].others:
+            return f"it is more than lookups, pooling and columns side by side ({few(sorted(others))})"
         if untried := sorted(self._untried & self._facts.blocks[name].inputs):
             return f"there are too many numbers that values of {few(untried)} may be compared with"
         if not 1 <= self._block(name).dim() <= 3:
@@ -226,7 +228,7 @@ class _Reader:
         if any(its.shape[:-1] != found.shape[:-1] for its, found in zip(made, outputs, strict=True)):
             return
         width = made[0].shape[-1]
-        for begin in range(outputs[0].shape[-1] - width + 1):
+        for begin in _find_begins(made[0], outputs[0], is_half=is_half):
             if all(
                 _is_near(its, found[..., begin : begin + width], is_half=is_half)
                 for its, found in zip(made, outputs, strict=True)
@@ -256,6 +258,17 @@ def _inputs_of(hit: _Hit) -> list[str]:
 
 def _what_it_is(feature: FeatureEntry) -> tuple[Any, ...]:
     return feature.table, feature.ids, feature.pooling, feature.padding_id, feature.transforms, feature.longest
+
+
+def _find_begins(made: np.ndarray, found: np.ndarray, *, is_half: bool) -> list[int]:
+    """Return where columns may begin that are near to ``made``: where its first one is."""
+    if not made.size:
+        return []
+    rtol, atol = (_HALF_TOLERANCE, _HALF_TOLERANCE) if is_half else (_RTOL, _ATOL)
+    rows = tuple(range(found.ndim - 1))
+    is_there = np.isclose(made[..., :1], found[..., : found.shape[-1] - made.shape[-1] + 1], rtol=rtol, atol=atol)
+    begins: list[int] = np.flatnonzero(is_there.all(axis=rows)).tolist()
+    return begins
 
 
 def _is_near(made: np.ndarray, found: np.ndarray, *, is_half: bool) -> bool:

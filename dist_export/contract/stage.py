@@ -18,6 +18,7 @@ from dist_export.contract.statements import read_collections, read_fg
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.fg import Features
 from dist_export.dense.stage import DenseStage
+from dist_export.errors import ParityError, UserError
 from dist_export.formats.serving_entries import DenseInputEntry, ReplayEntry, ServingEntry
 from dist_export.manifest import Manifest
 from dist_export.package.dense_inputs import build_dense_inputs
@@ -101,44 +102,67 @@ class ContractStage:
     def _compare(self, target: Directory, manifest: Manifest, blocks: Blocks) -> list[str]:
         if self._draft is None or manifest.dense is None:
             return []
-        names = [entry.name for entry in manifest.dense.inputs]
-        serving = self._draft.finish({table.name: table for table in manifest.tables}, names)
-        known = [entry.name for entry in serving.inputs if entry.unknown is msgspec.UNSET]
-        if known:
-            with Package(target, unpublished=manifest) as package:
-                computed = build_dense_inputs(
-                    serving,
-                    self._arrays,
-                    lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0],
-                    where=target.url,
-                )
-                replay = self._replay(package, serving, computed, blocks)
-            serving = msgspec.structs.replace(serving, replay=replay)
-        self.entry = serving
+        draft, names = self._draft, [entry.name for entry in manifest.dense.inputs]
+        serving = draft.finish({table.name: table for table in manifest.tables}, names)
+        with Package(target, unpublished=manifest) as package:
+            self.entry = self._replay(package, draft, serving, blocks)
         self._draft, self._arrays = None, {}
-        if serving.is_known:
+        unknown = [entry.name for entry in self.entry.inputs if entry.unknown is not msgspec.UNSET]
+        if not unknown:
             return []
-        unknown = ", ".join(entry.name for entry in serving.inputs if entry.name not in known)
+        names_of = ", ".join(unknown)
         return [
-            f"the serving contract does not say how these dense inputs come about: {unknown}; manifest.serving says why"
+            f"the serving contract does not say how these dense inputs come about: {names_of}; manifest.serving says why"
         ]
 
-    def _replay(
-        self, package: Package, serving: ServingEntry, computed: Mapping[str, np.ndarray], blocks: Blocks
-    ) -> ReplayEntry:
+    def _replay(self, package: Package, draft: Draft, serving: ServingEntry, blocks: Blocks) -> ServingEntry:
+        """Compare each known input, and the scores. What only the program told, and differs, is unknown. ParityError."""
         sample = self._dense.sample
         assert sample is not None
         limit = next(iter(sample.inputs.values())).shape[0]
         own = {name: tensor.detach().cpu()[:limit] for name, tensor in blocks.tensors.items()}
+        given, inputs = dict(own), []
         for entry in serving.inputs:
-            if entry.name in computed:
-                compare_blocks(entry, serving, computed[entry.name][:limit], own[entry.name])
-        given = dict(own)
-        for name, values in computed.items():
-            given[name] = torch.from_numpy(np.ascontiguousarray(values[:limit])).to(own[name].dtype)
+            reason = ""
+            if entry.unknown is msgspec.UNSET:
+                try:
+                    given[entry.name] = self._compute(package, serving, entry, own[entry.name])
+                except (ParityError, UserError) as error:
+                    if draft.is_stated_by_user(entry):
+                        raise
+                    reason = f"what was read of the sparse arch does not hold for the sample: {error}".split(
+                        ". No man"
+                    )[0]
+            inputs.append(msgspec.structs.replace(entry, columns=(), unknown=reason) if reason else entry)
+        known = [entry for entry in inputs if entry.unknown is msgspec.UNSET]
+        serving = msgspec.structs.replace(serving, inputs=tuple(inputs))
+        if not known:
+            return serving
         program = package.load_program().module()
-        taken = [entry.name for entry in serving.inputs]
         with torch.no_grad():
-            expected, found = (program(**{name: tensors[name].clone() for name in taken}) for tensors in (own, given))
-        max_abs = compare_outputs(sample, expected, found, given, config=self._config)
-        return ReplayEntry(rows=limit, inputs=tuple(computed), max_abs=max_abs)
+            expected, found = (
+                program(**{entry.name: tensors[entry.name].clone() for entry in inputs}) for tensors in (own, given)
+            )
+        try:
+            max_abs = compare_outputs(sample, expected, found, given, config=self._config)
+        except ParityError as error:
+            if any(map(draft.is_stated_by_user, known)):
+                raise
+            unknown = tuple(msgspec.structs.replace(entry, columns=(), unknown=str(error)) for entry in inputs)
+            return msgspec.structs.replace(serving, inputs=unknown)
+        replay = ReplayEntry(rows=limit, inputs=tuple(entry.name for entry in known), max_abs=max_abs)
+        return msgspec.structs.replace(serving, replay=replay)
+
+    def _compute(
+        self, package: Package, serving: ServingEntry, entry: DenseInputEntry, own: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the contract gives for one input of the sample. ParityError if that is not what the model gives."""
+        alone = msgspec.structs.replace(serving, inputs=(entry,))
+        computed = build_dense_inputs(
+            alone,
+            self._arrays,
+            lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0],
+            where=package.directory.url,
+        )[entry.name][: len(own)]
+        compare_blocks(entry, serving, computed, own)
+        return torch.from_numpy(np.ascontiguousarray(computed)).to(own.dtype)

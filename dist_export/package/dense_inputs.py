@@ -91,8 +91,17 @@ def _build_input(
             assert columns.tensor is not msgspec.UNSET
             values = take(inputs, columns.tensor, where)
             values = values[:, None] if values.ndim == 1 else values
-            values = values[..., columns.first : columns.first + columns.end - columns.begin]
+            last = columns.first + columns.end - columns.begin
+            if values.ndim != max(2, entry.dims) or values.shape[-1] < last:
+                raise UserError(
+                    f"{where}: {columns.tensor!r} has shape {list(values.shape)}; {last} columns are needed"
+                )
+            values = values[..., columns.first : last]
         pieces.append(values.reshape(len(values), -1) if entry.dims <= 2 else values)
+    if len({len(piece) for piece in pieces}) > 1:
+        raise UserError(
+            f"{where}: the tensors of {entry.name!r} have different numbers of examples: {[len(piece) for piece in pieces]}"
+        )
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
     dtype = _NUMPY_NAMES.get(entry.dtype, entry.dtype)
     return (joined.reshape(-1) if entry.dims == 1 else joined).astype(dtype, copy=False)
@@ -184,17 +193,25 @@ def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str
     """Return where each list of the feature begins within the ids, and where the last one ends."""
     if entry.lengths is not msgspec.UNSET:
         name = entry.lengths
-        lengths = take(inputs, name, where).reshape(-1).astype(np.int64)
+        lengths = _whole(inputs, name, where)
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     else:
         assert entry.offsets is not msgspec.UNSET
         name = entry.offsets
-        bounds = take(inputs, name, where).reshape(-1).astype(np.int64)
+        bounds = _whole(inputs, name, where)
         bounds = bounds if entry.has_end else np.append(bounds, values.size)
     num_lists, rest = divmod(len(bounds) - 1, entry.num_keys)
     if rest or len(bounds) < 2 or bounds[0] or bounds[-1] > values.size or np.any(np.diff(bounds) < 0):
         raise UserError(f"{where}: {name!r} does not fit the {values.size:,} ids of {entry.values!r}")
     return bounds[entry.key * num_lists : (entry.key + 1) * num_lists + 1]
+
+
+def _whole(inputs: Arrays, name: str, where: str) -> np.ndarray:
+    """Return lengths or offsets as int64, (n,). UserError if they are no integers."""
+    values = take(inputs, name, where)
+    if values.dtype.kind not in "iu" and values.size:
+        raise UserError(f"{where}: {name!r} is {values.dtype}; lengths and offsets are integers")
+    return values.reshape(-1).astype(np.int64)
 
 
 def pool_rows(rows: np.ndarray, lists: IdLists, pooling: str, *, longest: int | None = None) -> np.ndarray:
@@ -256,7 +273,22 @@ def dense_inputs_of(package: LookedUp, inputs: Mapping[str, Any]) -> dict[str, n
             raise PackageError(
                 f"{where}: the serving contract does not know dense input {entry.name!r}: {entry.unknown}"
             )
-    arrays = {name: np.asarray(value) for name, value in inputs.items()}
-    return build_dense_inputs(
+    arrays = {name: _as_array(name, value, where) for name, value in inputs.items()}
+    found = build_dense_inputs(
         serving, arrays, lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0], where=where
     )
+    sizes = {name: len(values) for name, values in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"{where}: the tensors have different numbers of examples: {sizes}")
+    return found
+
+
+def _as_array(name: str, value: Any, where: str) -> np.ndarray:
+    """Return numbers as an array. UserError for anything else."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {name!r} is no array of numbers: {error}") from None
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{where}: {name!r} is {array.dtype}; give whole numbers or floats")
+    return array

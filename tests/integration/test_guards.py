@@ -242,5 +242,5 @@ def test_storage_options_reach_the_file_system(checkpoint: Path) -> None:
 def test_patterns_of_a_model_that_is_not_exported_match_nothing(name: str, checkpoint: Path, tmp_path: Path) -> None:
     given = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), name: ["*"]}
     with pytest.raises(ConfigError, match=f"^{name} has patterns of what is in the model, and no model is exported"):
-        exports.export(given)
+        dist_export.export(given)
     assert not (tmp_path / "out").exists()

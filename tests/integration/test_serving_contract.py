@@ -118,13 +118,15 @@ def test_dense_inputs_are_built_without_torch(plain) -> None:
 
 def test_each_way_of_looking_up_is_stated_or_unknown(tmp_path: Path) -> None:
     package, trained = run(tmp_path, lambda: models.Model(models.AllWays(), len(models.WAYS) * models.DIM + 1))
-    assert set(models.WAYS) - set(known_inputs(package)) == {"with_gradients"}
+    assert set(models.WAYS) - set(known_inputs(package)) == {"padded", "with_gradients"}
     for seed in range(3):
         assert_same_inputs(package, trained, models.batch_of(20, seed=seed))
     unknown = next(entry for entry in package.manifest.serving.inputs if entry.name == "with_gradients")
-    assert "it is computed from table 'sparse_arch.ways.with_gradients.table.weight', input 'factor'" in unknown.unknown
-    assert any("does not say how these dense inputs come about: with_gradients" in n for n in package.manifest.notes)
-    with pytest.raises(PackageError, match="does not know dense input 'with_gradients'"):
+    assert "it is more than lookups, pooling and columns side by side" in unknown.unknown
+    assert any(
+        "does not say how these dense inputs come about: padded, with_gradients" in n for n in package.manifest.notes
+    )
+    with pytest.raises(PackageError, match="does not know dense input 'padded'"):
         package.build_dense_inputs({})
 
 
@@ -218,7 +220,34 @@ def _by_a_buffer(its: Any, batch: Any) -> torch.Tensor:
     return its.table(renamed[batch["user"]])
 
 
+def _rows_without_zeros(its: Any, batch: Any) -> torch.Tensor:
+    rows = its.table(batch["clicks"])
+    is_there = (rows != 0).any(-1, keepdim=True)
+    return rows.sum(1) / is_there.sum(1).clamp(min=1)
+
+
+def _rows_cut(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["user"]).clamp(max=100.0)
+
+
+def _ids_of_one_space(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(torch.where(batch["user"] >> 48 == 3, 0, batch["user"]))
+
+
+def _first_ten(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, :10]).sum(1)
+
+
+def _by_batch_size(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["user"]) * (batch["user"].shape[0] // 512 + 1)
+
+
 WAYS_TO_DO_MORE = [
+    _rows_without_zeros,
+    _rows_cut,
+    _ids_of_one_space,
+    _first_ten,
+    _by_batch_size,
     _by_a_list_of_ids,
     _by_a_buffer,
     _scaled,

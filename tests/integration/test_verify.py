@@ -86,7 +86,7 @@ EXPECTED: dict[str, set[tuple[str, str]]] = {
     },  # it has the other's slice now
     "no tensorkey.json": {(TENSORKEY, "size")},
     "an id that became another": {(A, "id_sum")},
-    "a program that nothing vouches for": {(PROGRAM, "dense"), (MANIFEST, "score")},
+    "a program that nothing vouches for": {(PROGRAM, "dense")},
     "an account that does not add up": {(MANIFEST, "account")},
     **{
         key: {(MERGED, "merged")}
