@@ -57,6 +57,7 @@ _VIEWS = frozenset(
         "repeat_interleave",
         "nonzero",
         "broadcast_to",
+        "unbind",
     ]
 )
 _FILLS = frozenset(

@@ -52,11 +52,12 @@ class _Hit:
     first: int = 0
 
 
-def read_blocks_of(traced: BlockProgram, kinds: DescribesRows) -> Reading:
+def read_blocks_of(traced: BlockProgram, kinds: DescribesRows, conditions: Sequence[str] = ()) -> Reading:
     """Return what the program of a sparse arch does with ids, where that is a plain lookup, pooling and concatenation. Rank 0.
 
     A guess that the graph allows is taken if, on batches of made-up ids and lists with made-up rows, it gives what the program
-    gives. Anything else is unknown, with a reason.
+    gives. Anything else is unknown, with a reason. ``conditions``: what the model's code demands of sizes.
+    The contract has no word for that.
     """
     facts, rows = read_graph(traced), MadeUpRows(kinds)
     told = {jagged.lengths for jagged in traced.batch.jagged}
@@ -70,7 +71,7 @@ def read_blocks_of(traced: BlockProgram, kinds: DescribesRows) -> Reading:
     reading = Reading(lists=lists)
     reader = _Reader(traced, facts, rows, reading, ran, untried=[name for name in trials.untried if name not in bounds])
     for name in traced.blocks:
-        reading.inputs[name] = reader.read(name)
+        reading.inputs[name] = reader.read(name, conditions)
     return reading
 
 
@@ -111,11 +112,11 @@ class _Reader:
         self._untried = frozenset(untried)
         self._computed: dict[tuple[Any, ...], list[np.ndarray | None]] = {}
 
-    def read(self, name: str) -> DenseInputEntry:
+    def read(self, name: str, conditions: Sequence[str]) -> DenseInputEntry:
         """Return what one input of the dense arch is made of."""
         tensor = self._block(name)
         entry = DenseInputEntry(name=name, dtype=str(tensor.dtype).removeprefix("torch."), dims=tensor.dim())
-        if reason := self._refuse(name):
+        if reason := f"the sparse arch takes only some sizes ({few(conditions)})" if conditions else self._refuse(name):
             return msgspec.structs.replace(entry, unknown=reason)
         block, outputs = self._facts.blocks[name], [self._as_columns(trial.blocks[name]) for trial in self._trials]
         hits = [*self._find_tensors(block, outputs, tensor.dtype)]

@@ -25,6 +25,7 @@ from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
 from dist_export.runtime.ranks import Ranks
 from dist_export.score.inputs import flatten_batch
+from dist_export.score.needed_inputs import holds_always
 from dist_export.score.stage import ScoreStage
 from dist_export.score.table_weight import NotExportableError
 from dist_export.storage.directory import Directory
@@ -77,7 +78,10 @@ class ContractStage:
         """Return what the sparse arch's own program tells; where there is none, that nothing is known of any input."""
         traced = None if self._scores is None else self._scores.take_blocks()
         if traced is not None:
-            return read_blocks_of(*traced)
+            assert self._scores is not None
+            assert self._scores.entry is not None
+            demanded = [text for text in self._scores.entry.conditions if not holds_always(text, smallest=1)]
+            return read_blocks_of(*traced, demanded)
         reading = Reading()
         for name, tensor in inputs.items():
             dtype = str(tensor.dtype).removeprefix("torch.")

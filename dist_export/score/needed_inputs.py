@@ -83,8 +83,8 @@ def list_conditions(program: ExportedProgram, names: Sequence[str]) -> list[str]
     return found
 
 
-def holds_always(condition: str) -> bool:
-    """Whether a condition in names of sizes says nothing, such as ``batch + 1 >= 1``."""
+def holds_always(condition: str, *, smallest: int = 0) -> bool:
+    """Whether a condition in names of sizes says nothing of sizes from ``smallest`` on, such as ``batch + 1 >= 1``."""
     names = sorted(set(re.findall(r"[a-z_]\w*", condition)))
     if len(names) != 1:
         return False
@@ -92,6 +92,7 @@ def holds_always(condition: str) -> bool:
         return all(
             eval(condition, {"__builtins__": {}}, {names[0]: size})  # noqa: S307 -- torch wrote it, of the caller's model
             for size in (0, 1, 2, 3, 7, 64, 10**6 + 3)
+            if size >= smallest
         )
     except (NameError, TypeError, SyntaxError, ArithmeticError):
         return False
