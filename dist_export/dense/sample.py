@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
+from dist_export.dense.model_head import ModelHead
 from dist_export.dense.modes import eval_mode
 from dist_export.dense.own_parameters import buffers_put_back
 from dist_export.dense.row_lookup import RowFinder
@@ -82,12 +83,19 @@ def _next_batch(iterator: Iterator[Any]) -> Batch:
 
 
 def run_sparse_arch(
-    sparse_arch: nn.Module, data: Any, *, sparse_model_name: str, finder: RowFinder | None, what: str = SAMPLE
+    sparse_arch: nn.Module,
+    data: Any,
+    *,
+    sparse_model_name: str,
+    finder: RowFinder | None,
+    what: str = SAMPLE,
+    head: ModelHead | None = None,
 ) -> tuple[Blocks, SampleRows]:
     """Put one batch through the sparse arch and return what the dense arch gets. All ranks at once: it may be collective.
 
     Runs in eval mode, without gradients, with the checkpoint's rows (``finder`` None: with the model's own). Mode, buffers
-    and rows are put back afterwards. ``what`` names the batch in messages.
+    and rows are put back afterwards. ``what`` names the batch in messages. With ``head``, the model runs up to its dense arch,
+    and calls the sparse arch itself.
 
     Raises:
         ModelError: it returns anything but a mapping of blocks, or a tuple that begins with one.
@@ -101,9 +109,10 @@ def run_sparse_arch(
         if finder is None
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
-    with buffers_put_back(sparse_arch), eval_mode(sparse_arch), torch.no_grad(), uncompiled(), rows:
+    root, run = (sparse_arch, sparse_arch) if head is None else (head.model, head.run)
+    with buffers_put_back(root), eval_mode(root), torch.no_grad(), uncompiled(), rows:
         try:
-            output = sparse_arch(data)
+            output = run(data)
         except ModelError as error:
             if not (cause := _say_pair(data)):
                 raise
@@ -112,7 +121,8 @@ def run_sparse_arch(
             raise
         except Exception as error:
             cause = _say_pair(data)
-            raise ModelError(f"the sparse arch fails on {what}: {said(error)}{blame(error)}{cause}") from error
+            kind = "sparse arch" if head is None else "model"
+            raise ModelError(f"the {kind} fails on {what}: {said(error)}{blame(error)}{cause}") from error
     return _dense_inputs(output), counts
 
 

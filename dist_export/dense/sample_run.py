@@ -18,11 +18,12 @@ from dist_export.dense.eager import DenseSample, run_dense_arch
 from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
+from dist_export.dense.model_head import ModelHead
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import refuse_wrong_sample
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.probe import Probe, refuse_unregistered
-from dist_export.dense.reference import Reference, ReferenceRunner
+from dist_export.dense.reference import MODEL, Reference, ReferenceRunner
 from dist_export.dense.reference_check import refuse_other_inputs
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
@@ -53,6 +54,7 @@ class SampleRun:
         self.data: Any = None
         """The sample, as the dataset gave it. None again once it is scored."""
         self.sparse_arch: nn.Module | None = None
+        self.dense_arch: nn.Module | None = None
         """The caller's own. None again once it is scored."""
         self.sample: DenseSample | None = None
         """The copied dense arch and what it gives. Rank 0."""
@@ -216,6 +218,15 @@ class SampleRun:
         self.drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]
+
+    def head(self) -> ModelHead | None:
+        """Return what runs the model up to its dense arch; None if scores are those of the arches alone. Until it is scored."""
+        assert self.reference is not None
+        assert self.sparse_arch is not None
+        assert self.dense_arch is not None
+        if self.reference.kind != MODEL:
+            return None
+        return ModelHead(self._objects.model, self.sparse_arch, self.dense_arch)
 
     def comparison(self) -> Comparison:
         """Return what scores of the sample are compared with. Rank 0, once the dense arch is traced."""

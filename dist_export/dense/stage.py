@@ -23,6 +23,7 @@ from dist_export.dense.copied_arch import clear_gradients, find_arches, load_cop
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.fg import Features
 from dist_export.dense.folder import PROGRAM, describe_dense, write_dense_folder
+from dist_export.dense.model_head import ModelHead
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import FormatWriter
@@ -99,7 +100,7 @@ class DenseStage:
         sparse_arch, dense_arch = ranks.run(
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
-        sampled.sparse_arch = sparse_arch
+        sampled.sparse_arch, sampled.dense_arch = sparse_arch, dense_arch
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))
@@ -165,6 +166,11 @@ class DenseStage:
     def changes_rows(self) -> bool:
         """Whether settings change a row that the sample of any rank looked up."""
         return self._sampled.changes_rows
+
+    @property
+    def head(self) -> ModelHead | None:
+        """Runs the model up to its dense arch; None if scores are those of the arches alone. Until :meth:`score`."""
+        return self._sampled.head()
 
     def sparse_values(self) -> contextlib.AbstractContextManager[None]:
         """Within this block, what is no table in the caller's sparse arch has the checkpoint's values. All ranks."""

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks
+from dist_export.dense.model_head import ModelHead
 from dist_export.dense.row_lookup import LiveRows, RowFinder
 from dist_export.dense.sample import SAMPLE, run_sparse_arch
 from dist_export.dense.sample_rows import SampleRows
@@ -67,8 +68,8 @@ class WrittenScores:
             ranks.run("compare the rows of the sample", lambda: check_rows(rows, finder))
             reads_rows = any(ranks.all_gather("count the rows of the sample", lambda: rows.num_found > 0))
             if beside is not None:
-                beside(lambda data: run_again(data)[0], blocks)
-        sampled.data = sampled.sparse_arch = None
+                beside(lambda data: run_again(data, head=sampled.head())[0], blocks)
+        sampled.data = sampled.sparse_arch = sampled.dense_arch = None
         ranks.broadcast("compare the scores", lambda: self._compare(first and first[0], reads_rows=reads_rows))
         self.drift = sampled.drift.score(
             first, run_again, sampled.sample, sampled.used, self._load_program, changes_rows=sampled.changes_rows
@@ -109,11 +110,16 @@ class WrittenScores:
         return is_own
 
     def _run_again(
-        self, sparse_arch: nn.Module, finder: RowFinder, data: Any, what: str = "a further batch"
+        self,
+        sparse_arch: nn.Module,
+        finder: RowFinder,
+        data: Any,
+        what: str = "a further batch",
+        head: ModelHead | None = None,
     ) -> tuple[Blocks, SampleRows]:
         name = self._config.sparse_model_name
         try:
-            return run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=finder, what=what)
+            return run_sparse_arch(sparse_arch, data, sparse_model_name=name, finder=finder, what=what, head=head)
         except ModelError as error:
             raise ParityError(
                 f"{error}. It ran with the checkpoint's rows before, and fails with those of the written shards. No manifest "

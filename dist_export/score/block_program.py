@@ -12,11 +12,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dist_export.dense.blocks import read_blocks
-from dist_export.dense.eager import DenseSample
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
 from dist_export.score.needed_inputs import input_shapes
-from dist_export.score.trace import export_arches, sizes_from_zero
+from dist_export.score.trace import ScoredModel, export_arches, sizes_from_zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +47,15 @@ class _Blocks(nn.Module):
         return [tensors[name] for name in self._names]
 
 
-def trace_blocks(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) -> BlockProgram:
-    """Trace the sparse arch. Its tables were replaced before. Rank 0; no collective takes place.
+def trace_blocks(scored: ScoredModel, batch: FlatBatch) -> BlockProgram:
+    """Trace what the dense arch gets for a batch. The tables were replaced before. Rank 0; no collective takes place.
 
     Raises:
         NotExportableError: torch cannot trace it.
     """
-    names = tuple(sample.inputs)
-    head = dataclasses.replace(sample, dense_arch=_Blocks(names), is_single=False, output_keys=None)
-    program = export_arches(sparse_arch, head, batch, list(batch.tensors), {})
+    names = tuple(scored.sample.inputs)
+    gathered = dataclasses.replace(scored.sample, dense_arch=_Blocks(names), is_single=False, output_keys=None)
+    program = export_arches(dataclasses.replace(scored, sample=gathered), batch, list(batch.tensors), {})
     with sizes_from_zero():
         program = decompose(program)
     return BlockProgram(program, batch, dict(batch.tensors), names)

@@ -58,6 +58,10 @@ class ScoreParity:
         return reasons[0]
 
     def _flatten(self) -> str:
+        reference = self._dense.reference
+        assert reference is not None
+        if (count := len(reference.args) + len(reference.kwargs)) != 1:
+            return f"model(batch) calls the dense arch with {count} arguments, and serving gives one: the blocks"
         try:
             batch = flatten_batch(self._dense.data)
             batch.rebuild(batch.tensors)

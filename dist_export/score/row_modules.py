@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dist_export.archive.lookup_operator import RowSource
+from dist_export.checkpoint.model_weights import is_below
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ConfigError
 from dist_export.score.tables import SPARSE, ModelTables, is_hash_table, is_scripted, look_up_coalesced
@@ -66,8 +67,10 @@ class Recorder:
 class FailingModule:
     """Knows in which module of the sparse arch a trace fails. A context manager around the trace."""
 
-    def __init__(self, sparse_arch: nn.Module) -> None:
+    def __init__(self, sparse_arch: nn.Module, path: str) -> None:
+        """``path``: of the sparse arch within the traced module."""
         self._sparse_arch = sparse_arch
+        self._paths = path, SPARSE
         self._handles: list[Any] = []
         self._running: list[nn.Module] = []
         """The modules that began and did not return, outermost first."""
@@ -96,7 +99,8 @@ class FailingModule:
         path = getattr(error, "module", "")
         if path:
             its = dict(self._sparse_arch.named_modules(remove_duplicate=False))
-            return its.get(path.removeprefix(SPARSE).removeprefix("."))
+            begin = next((begin for begin in self._paths if is_below(path, begin)), "")
+            return its.get(path.removeprefix(begin).removeprefix("."))
         return self._running[-1] if self._running else None
 
 

@@ -42,7 +42,7 @@ from dist_export.score.row_modules import FailingModule, Recorder, choose_module
 from dist_export.score.sources import CheckpointRows
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.tables import ModelTables
-from dist_export.score.trace import TracedScores, trace_scores
+from dist_export.score.trace import ScoredModel, TracedScores, trace_scores
 from dist_export.storage.directory import Directory
 
 
@@ -204,7 +204,12 @@ class ScoreStage:
         assert dense.finder is not None
         name = self._config.sparse_model_name
         blocks, _ = run_sparse_arch(
-            self._sparse_arch, data, sparse_model_name=name, finder=dense.finder.probe(), what="a cut batch"
+            self._sparse_arch,
+            data,
+            sparse_model_name=name,
+            finder=dense.finder.probe(),
+            what="a cut batch",
+            head=dense.head,
         )
         return blocks
 
@@ -239,12 +244,15 @@ class ScoreStage:
         sparse_arch = unwrap(self._sparse_arch)
         modules = {number: tables for number, (_, tables) in self._row_modules.items()}
         cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
-        failing = FailingModule(sparse_arch)
+        head = self._dense.head
+        scored = ScoredModel(sparse_arch, self._sample(), head)
+        root, plain = (sparse_arch, contextlib.nullcontext()) if head is None else (head.model, head.plain())
+        failing = FailingModule(sparse_arch, scored.sparse_path)
         try:
             tables = self._tables(token)
-            with buffers_put_back(sparse_arch), eval_mode(sparse_arch), tables.replaced(modules), failing:
-                traced = trace_scores(sparse_arch, self._sample(), cut)
-                self._blocks = None if self._config.serving == "off" else trace_blocks(sparse_arch, self._sample(), cut)
+            with buffers_put_back(root), eval_mode(root), tables.replaced(modules), plain, failing:
+                traced = trace_scores(scored, cut)
+                self._blocks = None if self._config.serving == "off" else trace_blocks(scored, cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
             named = {path: ", ".join(its) for path, its in self._row_modules.values()}
             self.entry = describe_scores(traced, self._sample(), named, self._parity.first_sizes())
@@ -257,14 +265,14 @@ class ScoreStage:
             self._failing = failing.find(error)
             return f"{said(error)}{blame(error)}"
         self._traced = traced
-        self.held = self._list_held(traced)
+        self.held = self._list_held(traced, scored.sparse_path)
         return ""
 
-    def _list_held(self, traced: TracedScores) -> frozenset[str]:
+    def _list_held(self, traced: TracedScores, path: str) -> frozenset[str]:
         """Return names of parameters, buffers and extra state of the sparse arch that are in the program. Rank 0."""
         program, prefix = traced.program, self._config.sparse_model_name
-        keys = [key for key in (*program.state_dict, *program.constants) if is_below(key, "sparse_arch")]
-        within = [key.removeprefix("sparse_arch").removeprefix(".") for key in keys]
+        keys = [key for key in (*program.state_dict, *program.constants) if is_below(key, path)]
+        within = [key.removeprefix(path).removeprefix(".") for key in keys]
         names = {plain_name(".".join(part for part in (prefix, key) if part)) for key in within}
         return frozenset(names | {name for name in self._dense.sparse_state if is_extra_state(name)})
 

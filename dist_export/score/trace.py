@@ -1,4 +1,4 @@
-"""Trace ``dense_arch(sparse_arch(batch))`` with ``torch.export``: flat tensors by keyword, free sizes, lookups as operators."""
+"""Trace the model from batch to scores with ``torch.export``: flat tensors by keyword, free sizes, lookups as operators."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET
+from dist_export.checkpoint.model_weights import is_below
 from dist_export.dense.eager import DenseSample, exporting
-from dist_export.dense.reference import blocks_of
+from dist_export.dense.model_head import ModelHead
+from dist_export.dense.reference import MODEL, blocks_of
 from dist_export.dense.used_inputs import find_changed_state, find_used_inputs
+from dist_export.errors import ModelError
+from dist_export.humanize import few
+from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, blame_text, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
@@ -28,6 +33,7 @@ from dist_export.score.needed_inputs import (
     sizes_of,
 )
 from dist_export.score.table_weight import NotExportableError
+from dist_export.score.tables import SPARSE
 
 _OWN_NAMESPACES = frozenset({"aten", "higher_order", "_operator", "math"})
 _SYMBOL = re.compile(r"[a-z]+\d+")
@@ -47,8 +53,8 @@ class TracedScores:
     """What the model's code demands of free sizes, in the symbols of the program."""
 
 
-def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) -> TracedScores:
-    """Trace both arches as one. The tables of ``sparse_arch`` were replaced before. Rank 0; no collective takes place.
+def trace_scores(scored: ScoredModel, batch: FlatBatch) -> TracedScores:
+    """Trace all that makes scores as one. The tables were replaced before. Rank 0; no collective takes place.
 
     Inputs that reach no output, such as labels, are left out: neither by value, nor by a size that no other input tells.
 
@@ -57,53 +63,74 @@ def trace_scores(sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch) 
             lacks. The text names the operator and the model's line.
     """
     names = list(batch.tensors)
-    program = export_arches(sparse_arch, sample, batch, names, {})
+    program = export_arches(scored, batch, names, {})
     if not find_used_inputs(program, {}):
         raise NotExportableError("no tensor of the batch has a data path to an output")
     used = find_needed(program, batch.tensors, names)
     dropped = [name for name in names if name not in used]
     fixed = [name for name in dropped if len(free_dims(batch.tensors[name])) < batch.tensors[name].dim()]
     if fixed:  # whether a fixed size of theirs matters is seen only where it is free
-        program = export_arches(sparse_arch, sample, batch, names, {}, all_free=fixed)
+        program = export_arches(scored, batch, names, {}, all_free=fixed)
         used = find_needed(program, batch.tensors, names, all_free=fixed)
         dropped = [name for name in names if name not in used]
     sizes = input_shapes(program, names)
     if dropped:
         stand_ins = _stand_ins(program, names, dropped, batch)
-        program = export_arches(sparse_arch, sample, batch, used, stand_ins, all_free=fixed)
+        program = export_arches(scored, batch, used, stand_ins, all_free=fixed)
     with sizes_from_zero():
         conditions = list_conditions(program, used)
         program = decompose(program)
     _refuse_operators(program)
     _refuse_changed_state(program)
     _drop_unused_state(program)
+    _refuse_untrained(program, scored.sparse_path)
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
     return traced
 
 
-class _Scored(nn.Module):
-    """Calls both arches. Subclasses have a ``forward`` with the inputs as explicit keywords."""
+@dataclass(frozen=True, slots=True)
+class ScoredModel:
+    """What is traced, with lookups in the place of tables."""
 
-    def __init__(
-        self, sparse_arch: nn.Module, sample: DenseSample, batch: FlatBatch, dropped: Mapping[str, _StandIn]
-    ) -> None:
+    sparse_arch: nn.Module
+    sample: DenseSample
+    """Of the copied dense arch."""
+    head: ModelHead | None
+    """Runs the model up to its dense arch. None: the dense arch gets what the sparse arch returns for the batch."""
+
+    @property
+    def sparse_path(self) -> str:
+        """The path of the sparse arch within what is traced."""
+        return SPARSE if self.head is None else f"{MODEL}.{self.head.sparse_path}"
+
+
+class _Scored(nn.Module):
+    """Runs what is traced. Subclasses have a ``forward`` with the inputs as explicit keywords."""
+
+    def __init__(self, scored: ScoredModel, batch: FlatBatch, dropped: Mapping[str, _StandIn]) -> None:
         super().__init__()
-        self.sparse_arch = sparse_arch
-        self.dense_arch = sample.dense_arch
-        self._sample = sample
+        # one of the two: torch names shared modules otherwise, and the model has the sparse arch in it
+        root = (SPARSE, scored.sparse_arch) if scored.head is None else (MODEL, unwrap(scored.head.model))
+        self.add_module(*root)
+        self.dense_arch = scored.sample.dense_arch
+        self._scored = scored
         self._batch = batch
         self._dropped = dropped
 
     def call(self, inputs: dict[str, torch.Tensor]) -> Any:
         filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
+        batch, head, sample = self._batch.rebuild(filled), self._scored.head, self._scored.sample
         try:
-            output = self.dense_arch(blocks_of(self.sparse_arch(self._batch.rebuild(filled))))
+            blocks = blocks_of(self._scored.sparse_arch(batch)) if head is None else head.run(batch)
+            output = self.dense_arch(blocks)
+        except ModelError as error:
+            raise NotExportableError(str(error)) from error
         except RuntimeError as error:
             if "data-dependent" in str(error):  # torch.export would print the whole graph
                 raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
             raise
-        return output if self._sample.is_single else tuple(self._sample.flatten(output))
+        return output if sample.is_single else tuple(sample.flatten(output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +169,17 @@ def _stand_ins(
 
 
 def export_arches(
-    sparse_arch: nn.Module,
-    sample: DenseSample,
+    scored: ScoredModel,
     batch: FlatBatch,
     names: Sequence[str],
     dropped: Mapping[str, _StandIn],
     *,
     all_free: Sequence[str] = (),
 ) -> ExportedProgram:
-    """Return ``sample.dense_arch(sparse_arch(batch))`` as a program of these inputs.
+    """Return what ``scored.sample.dense_arch`` gives for a batch as a program of these inputs.
 
     Args:
-        sparse_arch: with lookups in the place of its tables.
-        sample: of the dense arch.
+        scored: what is run.
         batch: the sample.
         names: the tensors of the batch that the program takes, by keyword, in this order.
         dropped: what is in the place of the other tensors.
@@ -168,7 +193,7 @@ def export_arches(
     namespace: dict[str, Any] = {}
     exec(source, namespace)  # noqa: S102 -- the names were checked to be identifiers
     kind = type("Scored", (_Scored,), {"forward": namespace["forward"]})
-    wrapper: nn.Module = kind(sparse_arch, sample, batch, dropped).eval()
+    wrapper: nn.Module = kind(scored, batch, dropped).eval()
     kwargs = {name: batch.tensors[name].clone() for name in names}
     shapes = {name: free_dims(tensor, all_free=name in all_free) for name, tensor in kwargs.items()}
     try:
@@ -212,7 +237,7 @@ def _refuse_changed_state(program: ExportedProgram) -> None:
     """Refuse programs whose outputs are others from call to call."""
     if changed := find_changed_state(program):
         raise NotExportableError(
-            f"forward changes {', '.join(changed)}, and its outputs depend on that: they would be others from call to call"
+            f"forward changes {', '.join(map(_in_model, changed))}, and its outputs depend on that: they would be others from call to call"
         )
 
 
@@ -230,7 +255,12 @@ def _module_of(node: fx.Node) -> str:
     if not stack:
         return ""
     path, kind = stack[-1]
-    return f", in {path or 'the model'} ({str(kind).rpartition('.')[2]})"
+    return f", in {_in_model(path) or 'the model'} ({str(kind).rpartition('.')[2]})"
+
+
+def _in_model(path: str) -> str:
+    """Return the path within the model of something that is traced."""
+    return path.removeprefix(MODEL).removeprefix(".") if is_below(path, MODEL) else path
 
 
 def _module_path(node: fx.Node) -> str:
@@ -258,6 +288,16 @@ def _drop_unused_state(program: ExportedProgram) -> None:
     for name in [name for name in program.constants if name not in targets]:
         del program.constants[name]
     program.graph_module.recompile()
+
+
+def _refuse_untrained(program: ExportedProgram, sparse_path: str) -> None:
+    """Refuse what the model's own forward computes with: the checkpoint's values are in the two arches alone."""
+    names = [name for name in (*program.state_dict, *program.constants) if is_below(name, MODEL)]
+    if own := sorted(_in_model(name) for name in names if not is_below(name, sparse_path)):
+        raise NotExportableError(
+            f"the model's forward computes with {few(own)}, outside of the sparse and the dense arch: it does not have the "
+            "checkpoint's values"
+        )
 
 
 def _refuse_constant_dims(traced: TracedScores) -> None:

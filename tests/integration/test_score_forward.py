@@ -1,0 +1,241 @@
+"""The score program has what the model's own forward does before and between the arches, and nothing behind the dense arch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.api import Exporter
+from dist_export.errors import ModelError
+from tests.support import score_models as models
+
+LARGE = 9.0
+"""A price that no sample has."""
+
+
+class OwnForward(nn.Module):
+    """``before`` gets the batch, ``between`` the blocks, ``behind`` what the dense arch returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        look = models.WAYS["embedding"][1]
+        self.sparse_arch = models.Lookups(nn.Embedding(models.ROWS, models.DIM), look)
+        self.dense_arch = models.Head(models.DIM + 1)
+
+    def before(self, batch: Any) -> Any:
+        return batch
+
+    def between(self, blocks: Any, batch: Any) -> Any:
+        return blocks
+
+    def behind(self, output: Any, batch: Any) -> Any:
+        return output
+
+    def forward(self, batch: Any) -> Any:
+        given = self.before(batch)
+        return self.behind(self.dense_arch(self.between(self.sparse_arch(given), batch)), batch)
+
+
+class IdsModulo(OwnForward):
+    def before(self, batch: Any) -> Any:
+        return {**batch, "user": batch["user"] % models.ROWS}
+
+
+class PriceBelow(OwnForward):
+    def before(self, batch: Any) -> Any:
+        return {**batch, "price": batch["price"].clamp(max=5.0)}
+
+
+class PriceInPlace(OwnForward):
+    def before(self, batch: Any) -> Any:
+        batch["price"].clamp_(max=5.0)
+        return batch
+
+
+class PriceBetween(OwnForward):
+    def between(self, blocks: Any, batch: Any) -> Any:
+        return {**blocks, "price": blocks["price"].clamp(max=5.0)}
+
+
+class PriceByHook(OwnForward):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(lambda _, args: ({**args[0], "price": args[0]["price"].clamp(max=5.0)},))
+
+
+class ByLabel(OwnForward):
+    """Reads an input that no arch takes."""
+
+    def before(self, batch: Any) -> Any:
+        return {**batch, "user": torch.where(batch["price"][:, 0] > 5, torch.zeros_like(batch["user"]), batch["user"])}
+
+
+class WithinAnother(OwnForward):
+    """The arches are called by a module within the model, which has a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Module()
+        sparse_arch, dense_arch = self.sparse_arch, self.dense_arch
+        del self.sparse_arch, self.dense_arch
+        self.trunk.sparse_arch, self.trunk.dense_arch = sparse_arch, dense_arch
+        self.trunk.forward = lambda batch: dense_arch(sparse_arch(batch))  # type: ignore[method-assign]
+        self.trunk.register_forward_pre_hook(lambda _, args: ({**args[0], "price": args[0]["price"].clamp(max=5.0)},))
+
+    def forward(self, batch: Any) -> Any:
+        return self.trunk(batch)
+
+
+class Loss(PriceBelow):
+    """What comes behind the dense arch is the trainer's: it branches on values, and fails without a label."""
+
+    def behind(self, output: Any, batch: Any) -> Any:
+        loss = (output["ctr"].mean() - 1.0).item()
+        if loss > 0:
+            raise ValueError("no trace comes here")
+        return loss
+
+
+def export(tmp_path: Path, build: Any, *, prefix: str = "", **settings: Any) -> tuple[Any, nn.Module]:
+    trained = models.train(build())
+    checkpoint = models.save(trained, tmp_path / "trained.pth")
+    arches = f"{prefix}sparse_arch", f"{prefix}dense_arch"
+    settings = {"score_program": "require", **settings}
+    Exporter(build(), *arches, [models.batch_of()], checkpoint, tmp_path / "out", **settings).export(progress=False)
+    return dist_export.open_package(tmp_path / "out"), trained
+
+
+def scores_of_model(trained: nn.Module, batch: Any) -> np.ndarray:
+    """Return what the dense arch returns while the whole model runs."""
+    kept: list[Any] = []
+    dense_arch = next(module for name, module in trained.named_modules() if name.endswith("dense_arch"))
+    handle = dense_arch.register_forward_hook(lambda _, __, output: kept.append(output["ctr"]))
+    with torch.no_grad():
+        trained({name: tensor.clone() for name, tensor in batch.items()})
+    handle.remove()
+    return kept[0].numpy()
+
+
+def other_batch(trained_rows: int = models.ROWS) -> Any:
+    """Return a batch with ids and prices that the sample lacks."""
+    batch = models.batch_of(7, seed=3)
+    batch["user"] = batch["user"] + trained_rows * (torch.arange(7) % 2)
+    batch["price"] = batch["price"] + LARGE * (torch.arange(7)[:, None] % 3 == 0)
+    return batch
+
+
+@pytest.mark.parametrize(
+    "build",
+    [IdsModulo, PriceBelow, PriceInPlace, PriceBetween, PriceByHook, ByLabel, Loss],
+    ids=lambda its: its.__name__,
+)
+def test_what_forward_does_is_in_the_program_though_the_sample_does_not_show_it(tmp_path, build) -> None:
+    package, trained = export(tmp_path, build)
+    batch = other_batch()
+    if build is not IdsModulo:
+        batch["user"] = batch["user"] % models.ROWS
+    np.testing.assert_allclose(package.score(batch)["ctr"], scores_of_model(trained, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_between_the_model_and_the_arches_has_its_hooks(tmp_path) -> None:
+    package, trained = export(tmp_path, WithinAnother, prefix="trunk.")
+    batch = other_batch(0)
+    np.testing.assert_allclose(package.score(batch)["ctr"], scores_of_model(trained, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_what_forward_does_to_a_column_is_not_in_the_contract_as_a_plain_column(tmp_path) -> None:
+    package, _ = export(tmp_path, PriceBelow)
+    price = next(entry for entry in package.manifest.serving.inputs if entry.name == "price")
+    assert "clamp" in price.unknown
+
+
+class BranchOnValues(OwnForward):
+    def before(self, batch: Any) -> Any:
+        return {**batch, "user": batch["user"] * 0} if batch["price"].max() > 5 else batch
+
+
+class OwnParameter(OwnForward):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def between(self, blocks: Any, batch: Any) -> Any:
+        return {**blocks, "price": blocks["price"] + self.shift}
+
+
+class MoreArguments(OwnForward):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = self.dense_arch.forward
+        self.dense_arch.forward = lambda blocks, batch=None: inner(blocks)  # type: ignore[method-assign]
+
+    def forward(self, batch: Any) -> Any:
+        return self.dense_arch(self.sparse_arch(batch), batch)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (BranchOnValues, "data-dependent"),
+        (OwnParameter, "forward computes with shift, outside of the sparse and the dense arch"),
+        (MoreArguments, "calls the dense arch with 2 arguments"),
+    ],
+    ids=lambda its: getattr(its, "__name__", ""),
+)
+def test_a_forward_that_cannot_be_in_the_program_leaves_no_program(tmp_path, build, reason) -> None:
+    class Fresh(build):
+        """Its parameters outside of the arches have the checkpoint's values nowhere."""
+
+    with pytest.raises(ModelError, match=reason):
+        export(tmp_path, Fresh)
+    assert not (tmp_path / "out").exists()
+    package, _ = export(tmp_path, Fresh, score_program="auto")
+    assert package.manifest.score is msgspec.UNSET
+    assert any(reason in note for note in package.manifest.notes)
+
+
+@pytest.mark.parametrize("wrap", ["compile", "model"])
+def test_a_compiled_model_is_traced_as_it_was_written(tmp_path, wrap) -> None:
+    def build() -> nn.Module:
+        model = PriceBelow()
+        if wrap == "compile":
+            model.sparse_arch = torch.compile(model.sparse_arch)  # type: ignore[assignment]
+            return model
+        return torch.compile(model)  # type: ignore[return-value]
+
+    trained = models.train(PriceBelow())
+    checkpoint = models.save(trained, tmp_path / "trained.pth")
+    own = build()
+    Exporter(
+        own,
+        "sparse_arch",
+        "dense_arch",
+        [models.batch_of()],
+        checkpoint,
+        tmp_path / "out",
+        score_program="require",
+    ).export(progress=False)
+    batch = other_batch(0)
+    found = dist_export.open_package(tmp_path / "out").score(batch)["ctr"]
+    np.testing.assert_allclose(found, scores_of_model(trained, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was(tmp_path) -> None:
+    model = PriceBelow()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = dict(vars(model.dense_arch))
+    checkpoint = models.save(models.train(PriceBelow()), tmp_path / "trained.pth")
+    Exporter(model, "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, tmp_path / "out").export(
+        progress=False
+    )
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert vars(model.dense_arch).keys() == own.keys()
+    assert not model.dense_arch._forward_pre_hooks
