@@ -199,7 +199,7 @@ class SampleRun:
         with naming_causes(self.sample.dense_arch, self._config.dense_model_name, self._objects.model):
             refuse_other_inputs(self.sample, self.reference, atol=self._config.atol, rtol=self._config.rtol)
         reason = self.reference.reason
-        told = "the scores are compared with dense_arch(sparse_arch(batch)), so what forward does between the two is not checked"
+        told = "scores are those of dense_arch(sparse_arch(batch)); what forward does before the two and between them is left out"
         return [f"{reason}: {told}"] if reason else []
 
     def _compare_orders(self, outlines: list[list[Outline]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from dist_export.score.table_weight import NotExportableError
 
 _ROOT = "input"
 """Begins the names of a batch that is no mapping."""
+_PLAIN = bool, int, float, complex, str, bytes, np.generic
 _Build = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -44,6 +46,8 @@ class FlatBatch:
     """In the order of the batch."""
     jagged: tuple[Jagged, ...]
     """Lists whose pairing the batch itself tells."""
+    constants: dict[str, str]
+    """Numbers and strings in the batch: place -> how Python writes the value, shortened."""
     _build: _Build
 
     def rebuild(self, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -61,7 +65,7 @@ def flatten_batch(data: Any) -> FlatBatch:
     build = reader.read(data, () if isinstance(data, Mapping) else (_ROOT,))
     if not reader.tensors:
         raise NotExportableError(f"the batch is a {type(data).__name__} without a tensor")
-    return FlatBatch(reader.tensors, tuple(reader.jagged), build)
+    return FlatBatch(reader.tensors, tuple(reader.jagged), reader.constants, build)
 
 
 class _Reader:
@@ -70,6 +74,7 @@ class _Reader:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.jagged: list[Jagged] = []
+        self.constants: dict[str, str] = {}
 
     def read(self, value: Any, path: tuple[Any, ...]) -> _Build:
         if isinstance(value, torch.Tensor):
@@ -87,6 +92,8 @@ class _Reader:
             return lambda tensors: kind([build(tensors) for build in builds])
         if _is_object(value):
             return self._read_object(value, path)
+        if isinstance(value, _PLAIN):
+            self.constants[_say(path)] = reprlib.repr(value)
         return lambda _: value
 
     def _leaf(self, value: torch.Tensor, path: tuple[Any, ...]) -> _Build:

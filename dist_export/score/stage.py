@@ -26,6 +26,7 @@ from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import DistExportError, ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
+from dist_export.humanize import few
 from dist_export.manifest import Manifest, ScoreEntry
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
@@ -314,6 +315,12 @@ class ScoreStage:
     def _list_notes(self) -> list[str]:
         assert self.entry is not None
         notes = []
+        if self._parity.batch is not None and (constants := self._parity.batch.constants):
+            told = few([f"{place} ({value})" for place, value in constants.items()])
+            notes.append(
+                f"the score program has numbers and strings of the sample in it, as constants for every batch: {told}. If scores "
+                "depend on one that varies, give it as a tensor"
+            )
         if self.entry.conditions:
             notes.append(
                 f"the score program takes only sizes with {', '.join(self.entry.conditions)}, because the model's code branches "

@@ -236,8 +236,9 @@ def _refuse_operators(program: ExportedProgram) -> None:
 def _refuse_changed_state(program: ExportedProgram) -> None:
     """Refuse programs whose outputs are others from call to call."""
     if changed := find_changed_state(program):
+        names = ", ".join(map(_in_model, changed))
         raise NotExportableError(
-            f"forward changes {', '.join(map(_in_model, changed))}, and its outputs depend on that: they would be others from call to call"
+            f"forward changes {names}, and its outputs depend on that: they would be others from call to call"
         )
 
 

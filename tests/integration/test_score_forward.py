@@ -201,6 +201,22 @@ def test_a_forward_that_cannot_be_in_the_program_leaves_no_program(tmp_path, bui
     assert any(reason in note for note in package.manifest.notes)
 
 
+class ByNumber(OwnForward):
+    def between(self, blocks: Any, batch: Any) -> Any:
+        return {**blocks, "price": blocks["price"] * batch["at"]["scale"]}
+
+
+def test_numbers_of_the_batch_are_constants_and_a_note_says_so(tmp_path) -> None:
+    """A batch with another number gives other scores than the program: nothing but a note can tell."""
+    batch = {**models.batch_of(), "at": {"scale": 1.0, "day": "monday"}}
+    checkpoint = models.save(models.train(ByNumber()), tmp_path / "trained.pth")
+    arches = "sparse_arch", "dense_arch"
+    manifest = Exporter(ByNumber(), *arches, [batch], checkpoint, tmp_path / "out").export(progress=False)
+    notes = [note for note in manifest.notes if "constants" in note]
+    assert len(notes) == 1
+    assert "'at'['scale'] (1.0), 'at'['day'] ('monday')" in notes[0]
+
+
 @pytest.mark.parametrize("wrap", ["compile", "model"])
 def test_a_compiled_model_is_traced_as_it_was_written(tmp_path, wrap) -> None:
     def build() -> nn.Module:
