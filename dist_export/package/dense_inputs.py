@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from dist_export.formats.serving_entries import (
     TransformEntry,
 )
 from dist_export.manifest import Manifest
+from dist_export.package.serving_fit import find_misfits
 from dist_export.storage.directory import Directory
 
 FindRows = Callable[[str, str, np.ndarray], np.ndarray]
@@ -253,6 +255,10 @@ def take(inputs: Arrays, name: str, where: str) -> np.ndarray:
     return np.asarray(inputs[name])
 
 
+_FITTING: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Open packages whose contract was found to fit."""
+
+
 class LookedUp(Protocol):
     """What is asked of an open :class:`~dist_export.package.reader.Package`."""
 
@@ -268,6 +274,10 @@ def dense_inputs_of(package: LookedUp, inputs: Mapping[str, Any]) -> dict[str, n
     serving, where = package.manifest.serving, package.directory.url
     if serving is msgspec.UNSET:
         raise PackageError(f"{where}: the package has no serving contract; export it with serving: auto")
+    if package not in _FITTING:
+        if misfits := find_misfits(package.manifest, serving):
+            raise PackageError(f"{where}: the serving contract cannot be carried out: {misfits[0]}")
+        _FITTING.add(package)
     for entry in serving.inputs:
         if entry.unknown is not msgspec.UNSET:
             raise PackageError(

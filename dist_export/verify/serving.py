@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import msgspec
+import numpy as np
 
 from dist_export.errors import DistExportError
 from dist_export.formats.serving_entries import DenseInputEntry, ServingEntry
-from dist_export.manifest import MANIFEST, DenseEntry, Manifest, ScoreEntry
+from dist_export.manifest import MANIFEST, DenseEntry, ScoreEntry, TensorEntry
 from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
-
-
-def find_misfits(manifest: Manifest, serving: ServingEntry) -> list[str]:
-    """Return where the contract does not fit the tables and the dense inputs of its manifest."""
-    tables = {table.name: table for table in manifest.tables}
-    found = []
-    for feature in serving.features:
-        table = tables.get(feature.table)
-        slot = None if table is None else next((one for one in table.kept if one.name == feature.slot), None)
-        if table is None or slot is None:
-            found.append(
-                f"feature {feature.name!r} is looked up in {feature.table!r}, slot {feature.slot!r}, which is not there"
-            )
-            continue
-        dim = slot.shape[0] if slot.dim is msgspec.UNSET else slot.dim
-        if feature.dim != dim:
-            found.append(f"feature {feature.name!r} has {feature.dim} columns, its table {feature.table!r} {dim}")
-        if feature.default_row != table.default_row:
-            found.append(f"feature {feature.name!r} has another default_row than its table {feature.table!r}")
-    stated = [] if manifest.dense is None else [entry.name for entry in manifest.dense.inputs]
-    names = [entry.name for entry in serving.inputs]
-    if names != stated:
-        found.append(f"serving.inputs are {names}, the dense inputs are {stated}")
-    return found + [text for entry in serving.inputs for text in _find_gaps(entry, serving, manifest)]
-
-
-def _find_gaps(entry: DenseInputEntry, serving: ServingEntry, manifest: Manifest) -> list[str]:
-    """Return what is wrong with the columns of one dense input."""
-    if entry.unknown is not msgspec.UNSET:
-        return []
-    features = {feature.name: feature for feature in serving.features}
-    found, at = [], 0
-    for columns in entry.columns:
-        if columns.begin != at or columns.end <= columns.begin:
-            found.append(f"dense input {entry.name!r}: columns {columns.begin} to {columns.end} follow column {at}")
-        at = columns.end
-        if (columns.feature is msgspec.UNSET) == (columns.tensor is msgspec.UNSET):
-            found.append(f"dense input {entry.name!r}: columns {columns.begin} to {columns.end} have not one origin")
-        elif columns.feature is not msgspec.UNSET and columns.feature not in features:
-            found.append(f"dense input {entry.name!r}: there is no feature {columns.feature!r}")
-        elif columns.feature is not msgspec.UNSET and not features[columns.feature].is_known:
-            found.append(f"dense input {entry.name!r}: feature {columns.feature!r} is not known")
-    dense = (
-        None if manifest.dense is None else next((one for one in manifest.dense.inputs if one.name == entry.name), None)
-    )
-    if dense is not None and (dense.dtype != entry.dtype or len(dense.shape) != entry.dims):
-        found.append(
-            f"dense input {entry.name!r} is {entry.dtype} with {entry.dims} dimensions, dense.inputs says otherwise"
-        )
-    elif dense is not None and entry.dims > 1 and isinstance(dense.shape[-1], int) and dense.shape[-1] != at:
-        found.append(f"dense input {entry.name!r} has {dense.shape[-1]} columns, the contract {at}")
-    return found
+from dist_export.package.serving_fit import find_misfits
 
 
 def check_serving(
@@ -90,15 +43,11 @@ def check_serving(
         sample = read_sample(package, score)
         own = read_named_inputs(package.files, dense)
         arrays = {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in sample.inputs.items()}
-        computed = build_dense_inputs(
-            serving,
-            arrays,
-            lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0],
-            where=package.directory.url,
-        )
+        computed = _build(package, serving, arrays)
     except DistExportError as error:
         findings.append(f"{MANIFEST}: the serving contract cannot be carried out on the stored sample: {error}")
         return
+    before = len(findings)
     for entry in known:
         if entry.name not in own:
             continue  # already a finding
@@ -111,6 +60,87 @@ def check_serving(
                 f"{MANIFEST}: the serving contract gives dense input {entry.name!r} otherwise than the model did for the same "
                 f"examples (example {wrong[0] if wrong else 0}, column {wrong[-1] if wrong else 0})"
             )
+    if serving.is_known and len(findings) == before:
+        _compare_scores(package, serving, score, arrays, findings)
     checked.append(
         f"serving contract: gives {len(known)} of {len(serving.inputs)} dense inputs of the sample from its ids"
     )
+
+
+def _build(package: Package, serving: ServingEntry, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return build_dense_inputs(
+        serving, arrays, lambda table, slot, ids: package.lookup(table, ids, slot=slot)[0], where=package.directory.url
+    )
+
+
+def _compare_scores(
+    package: Package, serving: ServingEntry, score: ScoreEntry, arrays: Mapping[str, np.ndarray], findings: list[str]
+) -> None:
+    """Compare scores of the contract with those of the score program, for ids that the stored sample does not have.
+
+    What the sample lacks, such as a padding id, would hide a contract that says something else of it.
+    """
+    from dist_export.archive.output_diff import usual_sizes
+
+    score_program, dense_program = package.load_score_program().module(), package.load_program().module()
+    for told, changed in _other_ids(serving, arrays):
+        own = _run(score_program, changed, score.inputs)
+        if isinstance(own, str):
+            continue  # the model itself refuses such ids
+        found = _run(dense_program, _build(package, serving, changed), serving.inputs)
+        if isinstance(found, str):
+            findings.append(f"{MANIFEST}: the serving contract gives no scores {told}, the score program does: {found}")
+            return
+        for entry, expected, given in zip(score.outputs, own, found, strict=True):
+            allowed = _SHARE * (expected.double().abs() + usual_sizes(None, expected)) + _SHARE**2
+            if expected.shape != given.shape or bool(((given.double() - expected.double()).abs() > allowed).any()):
+                findings.append(
+                    f"{MANIFEST}: the serving contract gives output {entry.name!r} otherwise than the score program {told}"
+                )
+                return
+
+
+def _run(
+    program: Any, arrays: Mapping[str, np.ndarray], entries: Sequence[TensorEntry | DenseInputEntry]
+) -> list[Any] | str:
+    """Return what a program gives for these arrays, or why it fails."""
+    import torch
+
+    tensors = {entry.name: torch.from_numpy(np.ascontiguousarray(arrays[entry.name])) for entry in entries}
+    dtypes = {entry.name: getattr(torch, entry.dtype) for entry in entries}
+    try:
+        with torch.no_grad():
+            result = program(**{name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
+    except Exception as error:  # noqa: BLE001 -- a foreign program
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+_SHARE = 0.02
+"""How far scores may be apart, as a share of their own size and the usual one: another id changes them by more."""
+_FAR = 1_000_003
+"""Added to ids: no table has them, unless a transform brings them back."""
+
+
+def _other_ids(serving: ServingEntry, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield the tensors of the sample with other ids in it, and which these are."""
+    paddings: dict[str, list[int]] = {}
+    for feature in serving.features:
+        if feature.ids is not msgspec.UNSET:
+            its = paddings.setdefault(feature.ids.values, [])
+            its += [feature.padding_id] if isinstance(feature.padding_id, int) else []
+    for told in ("with ids in another order", "with ids 0", "with the padding id", "with ids that no table has"):
+        changed = dict(arrays)
+        for name, padding in paddings.items():
+            ids = arrays[name].copy()
+            every_other = ids.reshape(-1)[::2]
+            if told.endswith("order"):
+                ids = np.roll(ids.reshape(-1), 1).reshape(ids.shape)
+            elif told.endswith("0"):
+                every_other[:] = 0
+            elif told.endswith("padding id") and padding and np.can_cast(np.min_scalar_type(padding[0]), ids.dtype):
+                every_other[:] = padding[0]
+            elif told.endswith("has") and np.iinfo(ids.dtype).max > 2 * _FAR:
+                every_other += _FAR
+            changed[name] = ids
+        yield told, changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 
 import dist_export
 from dist_export.errors import ConfigError, PackageError, ParityError, UserError
+from dist_export.formats.serving_entries import IdsEntry, TransformEntry
 from dist_export.manifest import MANIFEST, decode_manifest, encode_manifest, seal
 from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.verify.verify import verify
@@ -395,16 +397,71 @@ def test_verify_finds_a_contract_that_is_not_the_models(
     plain, tmp_path: Path, field: str, value: Any, told: str
 ) -> None:
     path, _, _ = plain
-    changed = shutil.copytree(path, tmp_path / "changed")
+    changed = forge(path, tmp_path / "changed", **{field: value})
+    findings = verify(str(changed)).findings
+    assert any(told in text for text in findings), findings
+
+
+def forge(path: Path, target: Path, feature_name: str = "clicks", **fields: Any) -> Path:
+    """Return a copy of a package whose manifest states other fields of a feature."""
+    shutil.copytree(path, target)
     manifest = decode_manifest((path / MANIFEST).read_bytes(), where="the test")
     features = tuple(
-        msgspec.structs.replace(feature, **{field: value}) if feature.name == "clicks" else feature
+        msgspec.structs.replace(feature, **fields) if feature.name == feature_name else feature
         for feature in manifest.serving.features
     )
     serving = msgspec.structs.replace(manifest.serving, features=features)
-    (changed / MANIFEST).write_bytes(encode_manifest(seal(msgspec.structs.replace(manifest, serving=serving))))
+    (target / MANIFEST).write_bytes(encode_manifest(seal(msgspec.structs.replace(manifest, serving=serving))))
+    return target
+
+
+CLICKS = {"values": "clicks"}
+FORGED = [
+    ("ids", IdsEntry(**CLICKS, num_keys=0), "is key 0 of 0"),
+    ("ids", IdsEntry(**CLICKS, key=1), "is key 1 of 1"),
+    ("ids", IdsEntry(values="others"), "no tensor of a batch is 'others'"),
+    ("ids", IdsEntry(**CLICKS, lengths="tags_offsets", offsets="tags_offsets"), "both lengths and offsets"),
+    ("padding_id", 1 << 70, "a number that is no int64"),
+    ("transforms", (TransformEntry(op="modulo", value=0),), "a remainder of 0"),
+    ("transforms", (TransformEntry(op="add", value=1 << 70),), "a number that is no int64"),
+    ("name", "user", "two features have one name"),
+    ("table", "other", "looked up in 'other'"),
+    ("dim", 3, "'clicks' has 3 columns, its table"),
+    ("pooling", msgspec.UNSET, "feature 'clicks' is not known"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "told"), FORGED)
+def test_a_contract_that_does_not_fit_is_a_package_error_and_a_finding(
+    plain, tmp_path: Path, field: str, value: Any, told: str
+) -> None:
+    path, _, _ = plain
+    changed = forge(path, tmp_path / "changed", **{field: value})
+    package, batch = dist_export.open_package(changed), models.batch_of()
+    with pytest.raises(PackageError, match=re.escape(told)):
+        package.build_dense_inputs({name: tensor.numpy() for name, tensor in batch.items()})
+    assert any(told in text for text in verify(str(changed)).findings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"padding_id": 25}, "with ids 0"),
+        ({"feature_name": "tags", "padding_id": 25}, "with the padding id"),
+        ({"padding_id": None}, "with ids 0"),
+        ({"transforms": (TransformEntry(op="modulo", value=models.ROWS),)}, "with ids that no table has"),
+    ],
+)
+def test_verify_tries_ids_that_the_sample_does_not_have(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    """The sample has no padding, so it cannot tell one padding id from another."""
+    batch = models.batch_of()
+    batch["clicks"], batch["tags_values"] = batch["clicks"] % 20 + 1, batch["tags_values"] % 20
+    package, _ = run(tmp_path, three_tables, [batch])
+    assert verify(package.directory.path).findings == []
+    changed = forge(Path(package.directory.path), tmp_path / "changed", **fields)
     findings = verify(str(changed)).findings
-    assert any(told in text for text in findings), findings
+    assert len(findings) == 1
+    assert f"otherwise than the score program {told}" in findings[0]
 
 
 def test_a_package_as_a_source_keeps_the_contract_under_new_names(plain, tmp_path: Path) -> None:
