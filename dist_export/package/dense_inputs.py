@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def _build_input(
                     f"{where}: {columns.tensor!r} has shape {list(values.shape)}; {last} columns are needed"
                 )
             values = values[..., columns.first : last]
-        pieces.append(values.reshape(len(values), -1) if entry.dims <= 2 else values)
+        width = math.prod(values.shape[1:])  # -1 is ambiguous for a batch without examples
+        pieces.append(values.reshape(len(values), width) if entry.dims <= 2 else values)
     if len({len(piece) for piece in pieces}) > 1:
         raise UserError(
             f"{where}: the tensors of {entry.name!r} have different numbers of examples: {[len(piece) for piece in pieces]}"
@@ -203,7 +205,7 @@ def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str
         bounds = _whole(inputs, name, where)
         bounds = bounds if entry.has_end else np.append(bounds, values.size)
     num_lists, rest = divmod(len(bounds) - 1, entry.num_keys)
-    if rest or len(bounds) < 2 or bounds[0] or bounds[-1] > values.size or np.any(np.diff(bounds) < 0):
+    if rest or not len(bounds) or bounds[0] or bounds[-1] > values.size or np.any(np.diff(bounds) < 0):
         raise UserError(f"{where}: {name!r} does not fit the {values.size:,} ids of {entry.values!r}")
     return bounds[entry.key * num_lists : (entry.key + 1) * num_lists + 1]
 

@@ -380,6 +380,14 @@ def test_off_states_nothing(tmp_path: Path) -> None:
         package.build_dense_inputs({})
 
 
+def test_a_batch_without_examples_gives_inputs_without_rows(plain) -> None:
+    path, _, _ = plain
+    batch = {name: tensor[:0].numpy() for name, tensor in models.batch_of().items() if tensor.dim()}
+    found = dist_export.open_package(path).build_dense_inputs(batch)
+    widths = {"user": models.DIM, "clicks": models.DIM, "tags": models.DIM, "price": 1}
+    assert {name: values.shape for name, values in found.items()} == {n: (0, width) for n, width in widths.items()}
+
+
 # ---- verify, and a package as a source ----
 
 
