@@ -254,7 +254,7 @@ def _verify(argv: list[str]) -> int:
 def _score(argv: list[str]) -> int:
     from dist_export.config.loader import parse_path
     from dist_export.package.reader import open_package
-    from dist_export.reporting.display import counting_rows
+    from dist_export.reporting.terminal_display import counting_rows
     from dist_export.serve.options import SCORE_OPTIONS, SCORE_USAGE
     from dist_export.serve.score_file import score_file
 

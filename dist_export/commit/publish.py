@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -56,8 +57,10 @@ from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
 from dist_export.redact import redact_text
 from dist_export.storage.directory import Directory
-from dist_export.storage.s3_directory import S3Directory
 from dist_export.workdir.state import begin_commit
+
+if TYPE_CHECKING:
+    from dist_export.storage.s3_directory import S3Directory
 
 DenseMeta = Sequence[tuple[str, str, tuple[int, ...]]]
 """(name, torch dtype name, shape) of the parameters in model.pt, in its order."""
@@ -283,9 +286,9 @@ def publish(target: Directory, manifest: Manifest) -> None:
     """
     begin_commit(target)
     content = encode_manifest(manifest)
-    if not isinstance(target, S3Directory):
+    if target.s3 is None:
         target.write(MANIFEST, content)
-    elif not target.create(MANIFEST, content):
+    elif not cast("S3Directory", target).create(MANIFEST, content):
         raise CommitError(
             f"{target.describe(MANIFEST)} is there already: another export has committed a package there, and this one "
             "was not. Look which of the two you want, and give another export_dir"

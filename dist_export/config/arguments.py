@@ -6,10 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from dist_export.config.describe import Option
-from dist_export.config.strict_yaml import load_yaml
 from dist_export.config.values import lay_over, read_text, read_value
 from dist_export.errors import ConfigError
 
@@ -77,6 +74,10 @@ def say_nearest(name: str, names: Iterable[str]) -> str:
 
 def _nest(option: str, before: Any, keys: Sequence[str], text: str) -> Any:
     """Return the value of ``--name.a.b text`` as ``{a: {b: value}}``."""
+    import yaml  # here, because most commands read no YAML
+
+    from dist_export.config.strict_yaml import load_yaml
+
     for key in keys[:-1]:
         before = before.get(key, {}) if isinstance(before, Mapping) else before
         if not isinstance(before, Mapping):

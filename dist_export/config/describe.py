@@ -15,8 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from dist_export.config.schema import ExportConfig
 
 FIRST = (
@@ -96,6 +94,8 @@ def say_type(hint: Any) -> str:
 
 def render_yaml(groups: Mapping[str, Mapping[str, Option]]) -> list[str]:
     """Return the lines of a YAML file with every setting, its text and its default, group by group."""
+    import yaml
+
     lines: list[str] = []
     for title, options in groups.items():
         lines += ["", f"# ---- {title} ----"]
@@ -130,6 +130,8 @@ _WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _render(options: Mapping[str, Option]) -> Iterable[str]:
+    import yaml
+
     for name, option in options.items():
         has_default = not option.is_flag and option.default not in (None, dataclasses.MISSING)
         default = "" if not has_default else yaml.safe_dump({name: option.default}, width=1000)

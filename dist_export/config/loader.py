@@ -7,12 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from dist_export.config.arguments import read_arguments, say_nearest
 from dist_export.config.describe import SETTINGS, Option
 from dist_export.config.schema import CheckpointFormat, ExportConfig
-from dist_export.config.strict_yaml import load_yaml
 from dist_export.config.values import read_value
 from dist_export.errors import ConfigError
 
@@ -120,6 +117,10 @@ def _build(values: Mapping[str, Any]) -> ExportConfig:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml  # here, because most commands read no YAML
+
+    from dist_export.config.strict_yaml import load_yaml
+
     try:
         with open(path, encoding="utf-8") as file:
             settings = load_yaml(file.read())

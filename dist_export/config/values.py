@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import yaml
 
 from dist_export.config.describe import say_type
 from dist_export.config.schema import FORMER_VALUES
-from dist_export.config.strict_yaml import load_yaml
 from dist_export.errors import ConfigError
 
 SECRET = ("storage_options", "target_storage_options", "registry_options")
@@ -56,6 +54,10 @@ def read_text(name: str, text: str, hint: Any) -> Any:
     kinds = _kinds_of(hint)
     if list[str] in kinds and not text.lstrip().startswith(("[", "{", "- ")) and text.strip() not in ("null", "~", ""):
         return [text]
+    import yaml  # here, because most commands read no YAML
+
+    from dist_export.config.strict_yaml import load_yaml
+
     try:
         value = load_yaml(text, has_exponents=True)
     except yaml.YAMLError:

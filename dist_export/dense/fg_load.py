@@ -8,8 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fsspec
-
 from dist_export.errors import ConfigError
 from dist_export.formats.strict_json import is_text, show
 from dist_export.storage.urls import open_directory
@@ -94,6 +92,8 @@ def _read(path: str) -> bytes:
         directory = open_directory(folder or ".", follow_links=True)  # the user has named this very file
         if directory.is_local:  # a pipe or a device would be read without end
             return directory.read_text(name)
+    import fsspec
+
     with fsspec.open(path, "rb") as file:
         data: bytes = file.read()
     return data

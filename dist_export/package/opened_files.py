@@ -24,7 +24,6 @@ from dist_export.package.links import refuse_link_out
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.local_io import close_quietly
 from dist_export.storage.range_reader import OPEN_FLAGS, LocalReader, RangeReader
-from dist_export.storage.s3_reader import S3Reader
 from dist_export.storage.urls import reopen_directory
 
 _MAX_SMALL_BYTES = 4 << 30
@@ -279,6 +278,8 @@ class OpenedFiles:
         directory = self._directory
         if directory.s3 is None:
             return directory.open_reader(name)
+        from dist_export.storage.s3_reader import S3Reader
+
         return S3Reader(self.describe(name), directory.s3, directory.join(name), etag=str(known.version[0]))
 
     def _open(self, name: str) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 from dist_export.checkpoint.detect import AUTO
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.manifest import MANIFEST
-from dist_export.pipeline.run_dir import list_checkpoints
 from dist_export.storage.urls import open_place
 
 _STATES = {True: "complete", False: "incomplete", None: "unclear"}
@@ -29,6 +28,8 @@ def describe_run(
     directory = open_place(path, storage_options, follow_links=follow_links)
     if asked == AUTO and directory.exists(MANIFEST):
         return None
+    from dist_export.pipeline.run_dir import list_checkpoints
+
     found = list_checkpoints(directory, asked=asked, settings=settings)
     if not found:
         return None

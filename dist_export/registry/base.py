@@ -7,15 +7,17 @@ A registry is found through the entry point group ``dist_export.registries``, un
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from dist_export.errors import ConfigError, DistExportError, ExportError
 from dist_export.redact import first_line, note_secrets
 from dist_export.storage.urls import STORES, known_protocols
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -90,7 +92,7 @@ def find_registry(uri: str, options: Mapping[str, Any]) -> Registry | None:
     scheme = scheme_of(uri)
     if scheme is None:
         return None
-    found = [entry for entry in importlib.metadata.entry_points(group=GROUP) if entry.name == scheme]
+    found = [entry for entry in _entry_points() if entry.name == scheme]
     if not found:
         if scheme != MOS:
             _refuse_unknown(uri, scheme)
@@ -131,7 +133,14 @@ def options_of(scheme: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_schemes() -> list[str]:
     """Return the schemes that have a resolver."""
-    return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
+    return sorted({entry.name for entry in _entry_points()})
+
+
+def _entry_points() -> Iterable[EntryPoint]:
+    """Return what installed packages offer as resolvers."""
+    import importlib.metadata
+
+    return importlib.metadata.entry_points(group=GROUP)
 
 
 def scheme_of(uri: str) -> str | None:

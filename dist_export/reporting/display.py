@@ -8,66 +8,17 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, cast
-
-from rich.console import Console
-from rich.live import Live
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from typing import Any, Protocol, cast
 
 from dist_export.errors import printable
-from dist_export.humanize import amount
+from dist_export.reporting.moment import Moment, describe_moment, is_terminal
 from dist_export.runtime.terminal import ERASE_LINE, SCREEN
 
 logger = logging.getLogger(__name__)
 
 _LOG_SECS = 5.0
-_DRAW_SECS = 0.2
 _SPEED_SECS = 10.0
 """A speed is measured over this many seconds."""
-
-
-class Moment(NamedTuple):
-    """The state of an export at one moment. The bytes are those of all ranks."""
-
-    stage: str
-    step: str
-    """The current step of the stage, as the ranks name it."""
-    secs: float
-    """Seconds since the stage began."""
-    done: int = 0
-    total: int = 0
-    """Zero if no bytes are being moved."""
-    speed: float = 0.0
-    """Bytes a second; zero if none were moved recently."""
-
-
-def describe_moment(moment: Moment) -> str:
-    """Return a moment as text, without its bar."""
-    if not moment.total:
-        return f"{_describe_stage(moment)}, {_describe_secs(moment.secs)}"
-    if moment.done >= moment.total:
-        return f"shards: all {amount(moment.total)} done; {_describe_stage(moment)}, {_describe_secs(moment.secs)}"
-    speed = ""
-    if moment.speed:
-        left = _describe_secs((moment.total - moment.done) / moment.speed)
-        speed = f", {amount(round(moment.speed))}/s, {left} left"
-    beside = "" if moment.stage == "transfer" else f"; {moment.stage}, {_describe_secs(moment.secs)}"
-    return f"shards: {amount(moment.done)} of {amount(moment.total)}{speed}{beside}"
-
-
-def _describe_stage(moment: Moment) -> str:
-    if moment.total and moment.stage != "transfer":
-        return moment.stage  # the step belongs to the transfer, which runs beside this stage
-    return moment.step if moment.step.startswith(moment.stage) else f"{moment.stage}: {moment.step}"
-
-
-def _describe_secs(secs: float) -> str:
-    if secs < 60:
-        return f"{secs:.0f} s"
-    return f"{int(secs) // 60} min {int(secs) % 60} s"
 
 
 class Speedometer:
@@ -108,51 +59,6 @@ class LogDisplay:
         if news != self._last:
             self._last = news
             logger.info("%s", describe_moment(moment))
-
-
-class TerminalDisplay:
-    """Draws moments in the last line of a terminal. Open and close it. In between, print other lines by :meth:`print_line`."""
-
-    def __init__(self, stream: Any) -> None:
-        self.wait_secs = _DRAW_SECS
-        self._console = Console(file=stream)
-        self._line = Table.grid(padding=(0, 1))
-        self._live = Live(
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            get_renderable=lambda: self._line,
-        )
-
-    def open(self) -> None:
-        """Begin to draw."""
-        self._live.start()
-        self._console.show_cursor(True)  # otherwise a killed process would leave the terminal without a cursor
-        SCREEN.has_bar = True
-
-    def close(self) -> None:
-        """Clear the line, and stop drawing."""
-        SCREEN.has_bar = False
-        self._live.stop()
-
-    def show(self, moment: Moment) -> None:
-        """Draw the moment."""
-        if SCREEN.is_closed:
-            return
-        line = Table.grid(padding=(0, 1))
-        text = Text(describe_moment(moment), no_wrap=True, overflow="ellipsis")
-        if moment.total and moment.done < moment.total:
-            line.add_row(ProgressBar(total=moment.total, completed=moment.done, width=24), text)
-        else:
-            line.add_row(text)
-        self._line = line
-        self._live.refresh()
-
-    def print_line(self, line: str) -> None:
-        """Write a line unchanged above the drawn one. Any thread."""
-        self._console.print(Text(line), soft_wrap=True)
 
 
 class LineStream:
@@ -208,7 +114,7 @@ def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
     drawn line. Output of other ranks on that terminal clears the line first.
     """
     stream = sys.stderr
-    if not _is_terminal(stream):
+    if not is_terminal(stream):
         yield LogDisplay() if rank == 0 else None
         return
     if rank:
@@ -216,8 +122,10 @@ def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
         with _through_lines(_after_erasing(stream)):
             yield None
         return
+    from dist_export.reporting.terminal_display import TerminalDisplay  # most exports draw nothing, and it loads rich
+
     display = TerminalDisplay(stream)
-    if not display._console.is_interactive:  # noqa: SLF001 -- a terminal that cannot move its cursor (TERM=dumb)
+    if not display.can_draw:
         yield LogDisplay()
         return
     with _through_lines(display.print_line):
@@ -230,33 +138,14 @@ def open_display(*, rank: int, world_size: int) -> Iterator[Display | None]:
                 display.close()
 
 
-@contextlib.contextmanager
-def counting_rows() -> Iterator[Callable[[int], object]]:
-    """Show how many rows are done, in a line of a terminal. Yields what is called with the rows of each batch."""
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not _is_terminal(sys.stderr)
-    ) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda rows: shown.advance(task, rows)
-
-
 def show_lines(lines: Iterable[str]) -> None:
     """Show the closing summary: on standard error if that is a terminal, else through the library's logger."""
-    if not _is_terminal(sys.stderr):
+    if not is_terminal(sys.stderr):
         for line in lines:
             logger.info("%s", line)
         return
     with contextlib.suppress(OSError):  # the terminal is gone, but the package is complete
         sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
-
-
-def _is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal. Programs put all kinds of objects into ``sys.stderr``."""
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):  # there is no stream or no such method, or the stream is closed
-        return False
 
 
 def _after_erasing(stream: Any) -> Callable[[str], None]:
@@ -271,7 +160,7 @@ def _after_erasing(stream: Any) -> Callable[[str], None]:
 def _through_lines(print_line: Callable[[str], None]) -> Iterator[None]:
     """Pass terminal output of ``sys.stdout``, ``sys.stderr`` and log handlers to ``print_line`` while the block runs."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    streams = {name: LineStream(stream, print_line) for name, stream in before.items() if _is_terminal(stream)}
+    streams = {name: LineStream(stream, print_line) for name, stream in before.items() if is_terminal(stream)}
     by_id = {id(before[name]): stream for name, stream in streams.items()}
     by_id |= {id(getattr(sys, f"__{name}__")): stream for name, stream in streams.items()}
     by_id.pop(id(None), None)

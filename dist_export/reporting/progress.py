@@ -12,8 +12,9 @@ import msgspec
 
 from dist_export.errors import ExportError
 from dist_export.manifest import Manifest
-from dist_export.reporting.display import Display, Moment, Speedometer, open_display
+from dist_export.reporting.display import Display, Speedometer, open_display
 from dist_export.reporting.events import Events
+from dist_export.reporting.moment import Moment
 from dist_export.runtime.io_activity import current_stage_since, in_stage
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.traffic import TRAFFIC

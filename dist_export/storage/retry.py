@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import socket
@@ -42,7 +41,7 @@ _TRANSIENT_CODES = (
 )
 _TRANSIENT_NAMES = frozenset(
     {
-        # botocore and aiohttp; they are not imported here, because an export to a disk does not need them
+        # botocore, aiohttp, asyncio before Python 3.11; not imported here, because an export to a disk does not need them
         "ClientConnectionError",
         "ClientConnectorError",
         "ClientOSError",
@@ -55,6 +54,7 @@ _TRANSIENT_NAMES = frozenset(
         "IncompleteReadError",
         "ReadTimeoutError",
         "ResponseParserError",
+        "TimeoutError",
         "ResponseStreamingError",
         "ServerDisconnectedError",
         "ServerTimeoutError",
@@ -100,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             code = str(response.get("Error", {}).get("Code", ""))
             return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or code in map(str, _TRANSIENT_STATUS)
-        if isinstance(cause, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
+        if isinstance(cause, (ConnectionError, TimeoutError)):
             return True
         if any(kind.__name__ in _TRANSIENT_NAMES for kind in type(cause).__mro__):
             return True

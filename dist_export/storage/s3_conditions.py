@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
-
-import fsspec.asyn
 
 
 def get_matching(fs: Any, path: str, ranges: Sequence[tuple[int, int]], etag: str) -> list[Any]:
@@ -14,6 +11,10 @@ def get_matching(fs: Any, path: str, ranges: Sequence[tuple[int, int]], etag: st
 
     Each result is bytes, or the exception of that request. s3fs's own methods take no conditions.
     """
+    import asyncio
+
+    import fsspec.asyn
+
     bucket, _, key = path.partition("/")
 
     async def get(begin: int, end: int) -> bytes:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from dist_export.errors import ConfigError
 from dist_export.redact import first_line, note_secrets, redact_text
-from dist_export.storage import s3
 from dist_export.storage.directory import Directory, Location
-from dist_export.storage.fsspec_directory import FsspecDirectory
 from dist_export.storage.local_directory import LocalDirectory
-from dist_export.storage.s3_directory import S3Directory
 
 _PACKAGES = {
     "s3": "s3fs (the extra [s3] of dist_export)",
@@ -36,6 +30,8 @@ STORES = tuple(sorted({"file", "memory", *_PACKAGES}))
 
 def known_protocols() -> set[str]:
     """Return the protocols of all fsspec URLs that could be opened, even if their package is missing."""
+    import fsspec
+
     return {*fsspec.available_protocols(), *fsspec.registry}
 
 
@@ -58,17 +54,36 @@ def open_directory(
     if not isinstance(storage_options, (Mapping, type(None))):
         raise ConfigError(f"{shown}: storage_options is a {type(storage_options).__name__}, expected a mapping")
     note_secrets(storage_options)
+    if "::" in given:
+        # an alias could hide that the target is the source, whose files would then be overwritten
+        raise ConfigError(f"{shown}: chained URLs are not taken; give the URL of the store itself")
+
+    def locate(path: str) -> Location:
+        parent, _, only = path.rpartition("/") if is_file else (path, "", None)
+        return Location(given, parent, storage_options, follow_links, only)
+
+    if "://" not in given:  # loading fsspec takes as long as half of numpy
+        return LocalDirectory(locate(os.path.abspath(os.path.expanduser(given))))
+    return _open_store(given, shown, storage_options, locate)
+
+
+def _open_store(
+    given: str, shown: str, storage_options: dict[str, Any] | None, locate: Callable[[str], Location]
+) -> Directory:
+    """Open a URL with a protocol. ``locate`` makes the location of a path on that store."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    from dist_export.storage import s3
+    from dist_export.storage.fsspec_directory import FsspecDirectory
+    from dist_export.storage.s3_directory import S3Directory
+
     fs, path = _reach(given, shown, storage_options)
-    is_local = isinstance(fs, LocalFileSystem)
-    path, only = os.path.abspath(path) if is_local else path.rstrip("/"), None
-    if is_file:
-        path, _, only = path.rpartition("/")
-    location = Location(given, path, storage_options, follow_links, only)
-    if is_local:
-        return LocalDirectory(location)
+    if isinstance(fs, LocalFileSystem):
+        return LocalDirectory(locate(os.path.abspath(path)))
+    location = locate(path.rstrip("/"))
     if not s3.is_s3(fs):
         return FsspecDirectory(location, fs)
-    if not path.partition("/")[0]:
+    if not location.path.partition("/")[0]:
         raise ConfigError(f"{shown}: names no bucket; expected {_protocol_of(given)}://BUCKET/PREFIX")
     return S3Directory(location, fs)
 
@@ -79,9 +94,10 @@ def _protocol_of(url: str) -> str:
 
 def _reach(given: str, shown: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
     """Return fsspec's file system for a URL, and the path on it. ConfigError if there is none."""
-    if "::" in given:
-        # an alias could hide that the target is the source, whose files would then be overwritten
-        raise ConfigError(f"{shown}: chained URLs are not taken; give the URL of the store itself")
+    import fsspec
+
+    from dist_export.storage import s3
+
     protocol = _protocol_of(given)
     try:
         fs, path = fsspec.core.url_to_fs(given, **s3.adapt_options(protocol, storage_options or {}))

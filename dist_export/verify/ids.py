@@ -200,7 +200,7 @@ class _Counter:
         sums = np.zeros(len(column), np.uint64)
         stops = np.append(run.starts[1:], len(run.ids))
         edges = self._work.id_slice[column]
-        for size in np.unique(edges[:, 2]).tolist():  # usually one size
+        for size in set(edges[:, 2].tolist()):  # usually one size
             sweep = select_kernels().sweep_ids(run.ids, run.starts, size=size, begins=edges[:, 0], ends=edges[:, 1])
             sums = sweep.id_sums
             is_wrong = (sweep.outside > 0) & (edges[:, 2] == size)

@@ -158,7 +158,7 @@ def _check_complete(
     """Report parts without ids, and parts with rows that lack a slot which other parts of the table have."""
     slots_of_table: list[list[int]] = [[] for _ in blocks.tables]
     numbers = {name: place for place, name in enumerate(blocks.tables)}
-    present = np.unique(blocks.stem[rows]).tolist()
+    present = np.flatnonzero(np.bincount(blocks.stem[rows])).tolist()
     for stem in present:
         slots_of_table[numbers[blocks.stems[stem][0]]].append(stem)
     for place, stems in enumerate(slots_of_table):

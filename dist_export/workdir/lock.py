@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -17,7 +18,9 @@ from dist_export.errors import CommitError, ConfigError
 from dist_export.runtime.process_identity import identify
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
 from dist_export.storage.local_io import close_quietly, make_directories, naming
-from dist_export.storage.s3_directory import S3Directory
+
+if TYPE_CHECKING:
+    from dist_export.storage.s3_directory import S3Directory
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +145,7 @@ class Lease:
             ConfigError: another export has it and renews it.
         """
         self._directory = directory
-        self._s3_directory = directory if isinstance(directory, S3Directory) else None
+        self._s3_directory = cast("S3Directory", directory) if directory.s3 is not None else None
         self._lease_secs = LEASE_SECS if lease_secs is None else lease_secs
         self._renew_secs = RENEW_SECS if renew_secs is None else renew_secs
         self._holder = _Holder(uuid.uuid4().hex, str(identify()), _job(), 0)

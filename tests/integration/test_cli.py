@@ -339,10 +339,24 @@ def test_print_config_gives_yaml_that_can_be_used(checkpoint: Path) -> None:
     assert yaml.safe_load(done.stdout)["ckpt_dir"] == str(checkpoint)
 
 
-def test_inspect_of_tables_imports_no_torch(checkpoint: Path) -> None:
+SLOW_TO_IMPORT = ("asyncio", "fsspec", "rich", "yaml")
+"""Needed for stores, terminals and files of settings alone."""
+
+
+def test_inspect_of_tables_imports_nothing_slow(checkpoint: Path) -> None:
     code = (
         "import sys; from dist_export.cli import main; "
-        f"main(['inspect', {str(checkpoint)!r}]); assert 'torch' not in sys.modules, 'torch'"
+        f"main(['inspect', {str(checkpoint)!r}]); assert not {{'torch', *{SLOW_TO_IMPORT}}} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_export_to_a_disk_imports_nothing_slow_beyond_torch(checkpoint: Path, tmp_path: Path) -> None:
+    settings = {"ckpt_dir": str(checkpoint), "export_dir": str(tmp_path / "out"), "filter_sparse_opt": True}
+    code = (
+        "import sys; import torch; before = set(sys.modules); import dist_export; "
+        f"dist_export.export({settings}, progress=False); assert not {{*{SLOW_TO_IMPORT}}} & (set(sys.modules) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr

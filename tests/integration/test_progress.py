@@ -20,7 +20,8 @@ from dist_export.humanize import amount
 from dist_export.manifest import Manifest
 from dist_export.pipeline import steps as exporter
 from dist_export.reporting import display
-from dist_export.reporting.display import LineStream, LogDisplay, Moment, Speedometer, describe_moment
+from dist_export.reporting.display import LineStream, LogDisplay, Speedometer
+from dist_export.reporting.moment import Moment, describe_moment
 from dist_export.reporting.progress import COUNTER, Reporter
 from dist_export.reporting.summary import summarize
 from dist_export.runtime.io_activity import in_stage

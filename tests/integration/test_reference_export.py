@@ -96,7 +96,7 @@ def test_a_model_that_fails_as_a_whole_is_noted(source: Path) -> None:
     manifest = export(source, Failing())
     assert (manifest.parity.reference, manifest.parity.from_files.reference) == ("arches", "arches")
     note = next(note for note in manifest.notes if "ValueError: no label" in note)
-    assert "the scores are compared with dense_arch(sparse_arch(batch))" in note
+    assert "scores are those of dense_arch(sparse_arch(batch))" in note
 
 
 def swap_order(patch) -> None:
