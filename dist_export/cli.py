@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError, printable
+from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError
+from dist_export.reporting.printing import configure_logging, print_json, print_lines
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.interrupts import INTERRUPTS
 from dist_export.runtime.terminal import SCREEN
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify", "score", "serve")
+if TYPE_CHECKING:
+    from dist_export.runtime.ranks import Ranks
+
+_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "score", "serve")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("export", argv)
     if list(argv) == ["--version"]:
         command = "version"
-    _configure_logging()
+    configure_logging()
     with INTERRUPTS:
         try:
             code = _run(command, list(rest))
@@ -56,6 +59,7 @@ def _run(command: str, argv: list[str]) -> int:
             "plan": _plan,
             "inspect": _inspect,
             "verify": _verify,
+            "diff": _diff,
             "score": _score,
             "serve": _serve,
         }
@@ -123,7 +127,7 @@ def _export(argv: list[str]) -> int:
     finally:
         ranks.close()
     if ranks.rank == 0:
-        _print_lines(summary)
+        print_lines(summary)
     return 0
 
 
@@ -169,7 +173,7 @@ def _plan(argv: list[str]) -> int:
         raise ConfigError(f"--world_size is {world_size}; give a number from 1 up")
     report = make_report(config, world_size=world_size)
     if int(os.environ.get("RANK", "0")) == 0:
-        _print_json(report) if arguments["json"] else _print_lines(render_report(report))
+        print_json(report) if arguments["json"] else print_lines(render_report(report))
     return 0
 
 
@@ -194,10 +198,10 @@ def _inspect(argv: list[str]) -> int:
     }
     run = describe_run(path, arguments["storage_options"], **source)
     if run is not None:
-        _print_json(run) if arguments["json"] else _print_lines(render_run(run))
+        print_json(run) if arguments["json"] else print_lines(render_run(run))
         return 0
     found = describe(path, arguments["storage_options"], **source, dynamicemb_dims=arguments["dynamicemb_dims"])
-    _print_json(found) if arguments["json"] else _print_lines(render(found))
+    print_json(found) if arguments["json"] else print_lines(render(found))
     return 0
 
 
@@ -205,7 +209,6 @@ def _verify(argv: list[str]) -> int:
     from dist_export.config.byte_sizes import parse_bytes
     from dist_export.config.describe import SETTINGS, Option
     from dist_export.config.loader import PATH_OPTIONS, parse_path
-    from dist_export.runtime.joining import join
     from dist_export.verify.verify import verify
 
     usage = (
@@ -224,11 +227,8 @@ def _verify(argv: list[str]) -> int:
         return 0
     arguments = parse_path("verify", argv, options)
     max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
-    if not 0 < arguments["timeout"] < float("inf"):
-        raise ConfigError(f"--timeout is {arguments['timeout']}; give seconds above 0")
-    ranks = join(timeout_secs=arguments["timeout"], is_own_process=True)
-    INTERRUPTS.describe = ranks.describe_interrupt
-    try:
+
+    def work(ranks: Ranks) -> int:
         path = ranks.broadcast("find the package", lambda: _resolve(arguments))
         report = verify(
             path,
@@ -238,7 +238,55 @@ def _verify(argv: list[str]) -> int:
             threads=arguments["threads"],
             ranks=ranks,
         )
-        ranks.tell_once(lambda: _print_json(report.as_json()) if arguments["json"] else _print_lines(report.render()))
+        ranks.tell_once(lambda: print_json(report.as_json()) if arguments["json"] else print_lines(report.render()))
+        return 1 if report.count() else 0
+
+    return _run_on_ranks(arguments["timeout"], work)
+
+
+def _diff(argv: list[str]) -> int:
+    from dist_export.config.byte_sizes import parse_bytes
+    from dist_export.config.describe import SETTINGS
+    from dist_export.config.loader import PATH_OPTIONS, parse_path
+    from dist_export.diff.compare import diff
+    from dist_export.diff.text import render_diff
+
+    usage = (
+        "usage: dist_export diff A B [--key value ...]\n\nCompare two packages: rows, dense parameters, inputs, outputs, and "
+        "scores of A's sample. Exit code 0: serving gets the same from both; 1: not the same; 2: one cannot be read. Under "
+        "torchrun the ranks share the rows."
+    )
+    options = {**PATH_OPTIONS, **{name: SETTINGS[name] for name in ("max_memory", "timeout")}}
+    if _is_answered(argv, {"Options": options}, usage=usage):
+        return 0
+    arguments = parse_path("diff", argv, options, names=("A", "B"))
+    max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
+
+    def work(ranks: Ranks) -> int:
+        found = diff(
+            arguments["A"],
+            arguments["B"],
+            storage_options=arguments["storage_options"],
+            registry_options=arguments["registry_options"],
+            max_memory=max_memory,
+            ranks=ranks,
+        )
+        ranks.tell_once(lambda: print_json(found.as_json()) if arguments["json"] else print_lines(render_diff(found)))
+        return 0 if found.is_equal else 1
+
+    return _run_on_ranks(arguments["timeout"], work)
+
+
+def _run_on_ranks(timeout_secs: float, work: Callable[[Ranks], int]) -> int:
+    """Join the ranks of this job, and return what ``work`` returns, or the exit code of its error, which one rank prints."""
+    from dist_export.runtime.joining import join
+
+    if not 0 < timeout_secs < float("inf"):
+        raise ConfigError(f"--timeout is {timeout_secs}; give seconds above 0")
+    ranks = join(timeout_secs=timeout_secs, is_own_process=True)
+    INTERRUPTS.describe = ranks.describe_interrupt
+    try:
+        return work(ranks)
     except KeyboardInterrupt:
         _tell_interrupt(ranks.leave_interrupted())
         return INTERRUPTED
@@ -248,7 +296,6 @@ def _verify(argv: list[str]) -> int:
         return error.exit_code
     finally:
         ranks.close()
-    return 1 if report.count() else 0
 
 
 def _score(argv: list[str]) -> int:
@@ -304,7 +351,7 @@ def _is_answered(argv: Sequence[str], groups: Mapping[str, Mapping[str, Any]], *
         from dist_export.config.loader import USAGE
 
         groups = groups if usage else {**groups, **read_groups()}
-        _print_lines(render_help(usage or USAGE, groups, shows_all="--help-all" in wanted))
+        print_lines(render_help(usage or USAGE, groups, shows_all="--help-all" in wanted))
     return bool(wanted)
 
 
@@ -319,33 +366,6 @@ def _has_printed_config(argv: Sequence[str], options: Mapping[str, Any]) -> bool
 
     print(yaml.safe_dump(vars(parse_with_extras(rest, options)[0]), sort_keys=False), end="")
     return True
-
-
-def _configure_logging() -> None:
-    rank = os.environ.get("RANK", "0")
-    level = logging.INFO if rank == "0" else logging.ERROR
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine(f"%(asctime)s rank {rank} %(stage)s%(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(_name_stage)
-    logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("torch", "fsspec", "asyncio", "s3fs", "aiobotocore", "botocore", "aiohttp", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _name_stage(record: logging.LogRecord) -> bool:
-    """Add the stage of the export to a log record. The line at the end of a stage names it itself."""
-    from dist_export.runtime.io_activity import current_stage
-
-    stage = current_stage()
-    record.stage = f"[{stage}] " if stage else ""
-    return True
-
-
-class _OneLine(logging.Formatter):
-    """Makes messages printable, because they may quote foreign names. A traceback keeps its lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
-        return printable(super().formatMessage(record))
 
 
 def _fail(error: DistExportError) -> int:
@@ -364,23 +384,3 @@ def _tell_interrupt(text: str) -> None:
     """Print why this process ends; print nothing if another process does."""
     if text:
         print(f"{SCREEN.prefix()}dist_export: {text}", file=sys.stderr, flush=True)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    """Print lines that may contain foreign names, each of them as one line."""
-    for line in lines:
-        print(printable(line))
-
-
-def _print_json(value: object) -> None:
-    import msgspec
-
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    # JSON is printable except in its texts, where an escape means the same character
-    print("\n".join(line if line.isprintable() else _escape(line) for line in text.split("\n")))
-
-
-def _escape(line: str) -> str:
-    import json
-
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)

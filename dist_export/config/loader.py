@@ -19,6 +19,9 @@ usage: dist_export --config FILE [--key value ...]        export (under torchrun
        dist_export plan --config FILE [--key value ...]   show what an export would do; write nothing
        dist_export inspect PATH                           show a checkpoint or a package
        dist_export verify PATH                            check a package
+       dist_export diff A B                               compare two packages
+       dist_export score PATH --input F --output F        score the rows of a file
+       dist_export serve PATH                             serve a package over HTTP
        dist_export --version                              show the version, and whether compiled kernels are in use
 
 FILE is a YAML file of settings. --key value goes before it; --print_config shows the settings that result."""
@@ -54,18 +57,25 @@ INIT_OPTIONS = {
 
 
 def parse_path(
-    command: str, argv: Sequence[str], options: Mapping[str, Option], *, has_defaults: bool = True
+    command: str,
+    argv: Sequence[str],
+    options: Mapping[str, Option],
+    *,
+    has_defaults: bool = True,
+    names: Sequence[str] = ("path",),
 ) -> dict[str, Any]:
-    """Return the values of a command that reads one path, with the path as ``path``. ConfigError for a mistake.
+    """Return the values of a command that reads paths, with these under ``names``. ConfigError for a mistake.
 
     Without ``has_defaults``, options that are not in ``argv`` are left out.
     """
     defaults = {name: option.default for name, option in options.items() if has_defaults}
     values, paths = read_arguments(argv, options, values=defaults, kind=f"option of dist_export {command}")
-    usage = f"Usage: dist_export {command} PATH [--key value ...]"
-    if len(paths) != 1:
-        raise ConfigError(f"{paths[1]!r} is one path too many. {usage}" if paths else f"which path? {usage}")
-    return {**values, "path": paths[0]}
+    usage = f"Usage: dist_export {command} {' '.join(names).upper()} [--key value ...]"
+    if len(paths) > len(names):
+        raise ConfigError(f"{paths[len(names)]!r} is one path too many. {usage}")
+    if len(paths) < len(names):
+        raise ConfigError(f"which {'path' if len(names) == 1 else f'{len(names)} paths'}? {usage}")
+    return {**values, **dict(zip(names, paths, strict=True))}
 
 
 def parse_settings(argv: Sequence[str]) -> ExportConfig:

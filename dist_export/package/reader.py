@@ -12,17 +12,17 @@ import numpy as np
 
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import DistExportError, PackageError, UserError
-from dist_export.formats.digests import algorithm_of, digest_bytes
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
-from dist_export.manifest import MANIFEST, FormatEntry, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
 from dist_export.package.dense_inputs import dense_inputs_of
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
+from dist_export.package.other_formats import load_native_program, load_onnx
 from dist_export.package.shard_headers import ShardHeaders
-from dist_export.package.slot_reader import SlotReader
+from dist_export.package.slot_reader import PartRun, SlotReader
 from dist_export.registry import base
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
@@ -47,6 +47,19 @@ def is_sound_encoding(slot: SlotEntry) -> bool:
         and slot.dim is not msgspec.UNSET
         and slot.shape == (slot.dim + TAIL_BYTES,)
     )
+
+
+def row_bytes_of(slot: SlotEntry) -> int:
+    """Return the bytes of a row of a slot whose dtype is known, as it is stored."""
+    return int(np.prod(slot.shape, dtype=np.int64)) * DTYPES[CODE_BY_TORCH[slot.dtype]].itemsize
+
+
+def decode_rows(rows: np.ndarray, slot: SlotEntry) -> np.ndarray:
+    """Return rows as they are stored (uint8, (n, row_bytes)) as values, (n, ...). bfloat16 and int8 with scale become float32."""
+    if slot.encoding is not msgspec.UNSET:
+        return decode_int8(rows)
+    values = rows.reshape(-1).view(DTYPES[CODE_BY_TORCH[slot.dtype]].numpy).reshape(len(rows), *slot.shape)
+    return widen_bfloat16(values) if slot.dtype == "bfloat16" else values
 
 
 class Package:
@@ -138,6 +151,29 @@ class Package:
             PackageError: the table or slot does not exist, or the package is damaged or was replaced.
             TypeError: the ids are not integers.
         """
+        reader = self._reader(table, slot)
+        entry, kept = self.table(table), reader.slot
+        asked = np.asarray(ids)
+        if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
+            raise TypeError(f"ids are integers, found {asked.dtype}")
+        if asked.dtype == np.uint64:
+            asked = asked.view(np.int64)
+        asked = asked.astype(np.int64)
+        rows, has_row = reader.read(asked.reshape(-1))
+        if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
+            rows[~has_row] = self._encode_default(entry, kept)
+        shape = asked.shape
+        has_row = has_row.reshape(shape)
+        if raw:
+            return rows.reshape(*shape, rows.shape[1]), has_row
+        values = decode_rows(rows, kept)
+        return values.reshape(*shape, *values.shape[1:]), has_row
+
+    def _reader(self, table: str, slot: str) -> SlotReader:
+        """Return what reads one slot of a table. PackageError if there is none, or one that cannot be read."""
+        reader = self._readers.get((table, slot))
+        if reader is not None:
+            return reader
         entry = self.table(table)
         kept = next((found for found in entry.kept if found.name == slot), None)
         if kept is None:
@@ -146,37 +182,16 @@ class Package:
             raise PackageError(
                 f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown dtype {kept.dtype!r}"
             )
-        dtype = DTYPES[CODE_BY_TORCH[kept.dtype]]
         encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
         if encoding and not is_sound_encoding(kept):
             raise PackageError(
                 f"{self.directory.url}: slot {slot!r} of table {table!r} has the unknown encoding {encoding!r} of "
                 f"{kept.dtype} {list(kept.shape)}"
             )
-        asked = np.asarray(ids)
-        if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
-            raise TypeError(f"ids are integers, found {asked.dtype}")
-        if asked.dtype == np.uint64:
-            asked = asked.view(np.int64)
-        asked = asked.astype(np.int64)
-        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * dtype.itemsize
-        reader = self._readers.get((table, slot))
-        if reader is None:
-            reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self._cache)
-            self._readers[table, slot] = reader
-        rows, has_row = reader.read(asked.reshape(-1))
-        if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
-            rows[~has_row] = self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
-        shape = asked.shape
-        has_row = has_row.reshape(shape)
-        if raw:
-            return rows.reshape(*shape, row_bytes), has_row
-        values = rows.reshape(-1).view(dtype.numpy).reshape(len(rows), *kept.shape)
-        if encoding:
-            values = decode_int8(rows)
-        if kept.dtype == "bfloat16":
-            values = widen_bfloat16(values)
-        return values.reshape(*shape, *values.shape[1:]), has_row
+        row_bytes = row_bytes_of(kept)
+        reader = SlotReader(self.files, self._headers, entry, kept, row_bytes=row_bytes, cache=self._cache)
+        self._readers[table, slot] = reader
+        return reader
 
     def default_row(self, table: str) -> np.ndarray:
         """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
@@ -188,17 +203,16 @@ class Package:
         kept = next((slot for slot in entry.kept if slot.name == EMBEDDING_SLOT and slot.dtype in CODE_BY_TORCH), None)
         if kept is None:
             raise PackageError(f"{self.directory.url}: table {table!r} has no embedding that can be read")
-        row_bytes = int(np.prod(kept.shape, dtype=np.int64)) * DTYPES[CODE_BY_TORCH[kept.dtype]].itemsize
         if isinstance(entry.default_row, (msgspec.UnsetType, str)):
-            return np.zeros(row_bytes, np.uint8)
-        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
-        return self._encode_default(entry, CODE_BY_TORCH[kept.dtype], row_bytes, encoding)
+            return np.zeros(row_bytes_of(kept), np.uint8)
+        return self._encode_default(entry, kept)
 
-    def _encode_default(self, entry: TableEntry, dtype: int, row_bytes: int, encoding: str) -> np.ndarray:
+    def _encode_default(self, entry: TableEntry, kept: SlotEntry) -> np.ndarray:
         """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
         assert not isinstance(entry.default_row, (msgspec.UnsetType, str))
-        row = encode_values(entry.default_row, dtype, encoding)
-        if row.nbytes != row_bytes:
+        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
+        row = encode_values(entry.default_row, CODE_BY_TORCH[kept.dtype], encoding)
+        if row.nbytes != row_bytes_of(kept):
             raise PackageError(
                 f"{self.directory.url}: the default row of table {entry.name!r} has {len(entry.default_row):,} values, which "
                 "is no row of it"
@@ -264,12 +278,7 @@ class Package:
         Raises:
             PackageError: the package has no ONNX file, or ONNX Runtime is not installed or cannot load it.
         """
-        from dist_export.archive.onnx_model import OnnxProgram
-
-        entry = self._format("onnx")
-        assert self.manifest.dense is not None
-        names = [output.name for output in self.manifest.dense.outputs]
-        return OnnxProgram(self.files.read(entry.file), names, where=self.directory.describe(entry.file))
+        return load_onnx(self)
 
     def load_native_program(self, *, allow_native_code: bool = False) -> NativeProgram:
         """Return the compiled dense arch, to call as ``program(**inputs)``. It returns what the program returns.
@@ -282,37 +291,22 @@ class Package:
             UserError: ``allow_native_code`` is false.
             PackageError: the package has no such file, it is damaged, or it was compiled for another processor.
         """
-        from dist_export.archive.native_program import NativeProgram, explain_wrong_machine
+        return load_native_program(self, allow_native_code=allow_native_code)
 
-        entry = self._format("aoti")
-        where = self.directory.describe(entry.file)
-        if not allow_native_code:
-            raise UserError(
-                f"{where} is native code, which runs as soon as it is loaded; pass allow_native_code=True if you trust its source"
-            )
-        content = self.files.read(entry.file)
-        digest = next((file.digest for file in self.manifest.files if file.path == entry.file), "")
-        if not digest or digest_bytes(content, algorithm_of(digest)) != digest:
-            raise PackageError(
-                f"{where} is not what the manifest says; it was not loaded. `verify` reports the difference"
-            )
-        machine = "" if entry.machine is msgspec.UNSET else entry.machine
-        wrong = explain_wrong_machine(machine, () if entry.features is msgspec.UNSET else entry.features)
-        if wrong:
-            raise PackageError(f"{where} cannot run here: {wrong}. Use load_program, or export on such a machine")
-        return NativeProgram(content, where=where)
+    def read_run(self, table: str, part: int, first: int, last: int, *, slot: str = EMBEDDING_SLOT) -> PartRun:
+        """Return rows ``first`` to ``last`` - 1 of one part of a table, in the order of the shard.
 
-    def _format(self, name: str) -> FormatEntry:
-        dense = self.manifest.dense
-        formats = () if dense is None or dense.formats is msgspec.UNSET else dense.formats
-        found = next((entry for entry in formats if entry.format == name), None)
-        if found is None:
-            has = ", ".join(entry.format for entry in formats) or "none"
-            raise PackageError(
-                f"{self.directory.url}: the dense arch has no format {name!r} (further formats: {has}); export with "
-                f"dense_formats: [{name}]"
-            )
-        return found
+        Args:
+            table: the name of the table.
+            part: the number of the part in the table's entry in the manifest.
+            first: the first row within the part.
+            last: the row behind the last one.
+            slot: ``embedding``, or another slot that was kept.
+
+        Raises:
+            PackageError: the table or slot does not exist, or the package is damaged or was replaced.
+        """
+        return self._reader(table, slot).read_run(part, first, last)
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""

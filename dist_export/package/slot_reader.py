@@ -45,6 +45,15 @@ class _PartBlocks(NamedTuple):
     slot_offset: int
 
 
+class PartRun(NamedTuple):
+    """Neighbouring rows of one part."""
+
+    ids: np.ndarray
+    """int64, (n,); the numbers of the rows for a row-indexed table."""
+    rows: np.ndarray
+    """As they are stored: uint8, (n, row_bytes)."""
+
+
 class SlotReader:
     """Reads rows of one slot of a table. Any thread may use it."""
 
@@ -63,6 +72,7 @@ class SlotReader:
         self._files = files
         self._headers = headers
         self._table = table
+        self.slot = slot
         self._slot = slot.name
         self._row_bytes = row_bytes
         self._located: dict[int, _PartBlocks] = {}
@@ -95,6 +105,23 @@ class SlotReader:
             self._read_ids(ids, has_row, rows)
         rows[~has_row] = 0
         return rows, has_row
+
+    def read_run(self, number: int, first: int, last: int) -> PartRun:
+        """Return rows ``first`` to ``last`` - 1 of a part. PackageError if its headers are not what the manifest says."""
+        part, (rows, _) = self._table.parts[number], self._allocate(last - first)
+        if self._table.is_row_indexed:
+            ids = np.arange(first, last) + self._first_row(part)
+            file, offset = part.file, self._find_block(part)
+        else:
+            place = self._locate(number)
+            ids = np.empty(last - first, _IDS)
+            with self._files.open_reader(place.id_file) as reader:
+                reader.read_into(ids.data.cast("B"), place.id_offset + first * _IDS.itemsize)
+            file, offset = place.slot_file, place.slot_offset
+        if rows.size:
+            with self._files.open_reader(file) as reader:
+                reader.read_into(rows.reshape(-1).data, offset + first * self._row_bytes)
+        return PartRun(ids.astype(np.int64, copy=False), rows)
 
     # ---- hash tables ----
 
@@ -289,11 +316,8 @@ class SlotReader:
     def _read_numbers(self, number: int, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
         """Read the rows of ``ids``, as far as they are in a part, into ``rows``."""
         part = self._table.parts[number]
-        if not isinstance(part.first_row, int) or self._slot not in part.keys:
-            raise PackageError(
-                f"{self._files.url}: a part of table {self._table.name!r} has no first_row or no {self._slot}"
-            )
-        wanted = np.flatnonzero((ids >= part.first_row) & (ids < min(part.first_row + part.rows, _MAX_NUMBER)))
+        first_row = self._first_row(part)
+        wanted = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
         if not len(wanted):
             return
         offset = self._offsets.get(number)
@@ -302,7 +326,7 @@ class SlotReader:
         if not self._row_bytes:
             has_row[wanted] = True
             return
-        found = ids[wanted] - part.first_row
+        found = ids[wanted] - first_row
         with self._files.open_mapped(part.file) as file:
             if isinstance(file, np.ndarray):
                 block = file[offset : offset + part.rows * self._row_bytes].reshape(part.rows, self._row_bytes)
@@ -310,6 +334,13 @@ class SlotReader:
                 return
             has_row[wanted] = True
             self._read_many(file, offset, wanted, found, rows)
+
+    def _first_row(self, part: PartEntry) -> int:
+        if not isinstance(part.first_row, int) or self._slot not in part.keys:
+            raise PackageError(
+                f"{self._files.url}: a part of table {self._table.name!r} has no first_row or no {self._slot}"
+            )
+        return part.first_row
 
     def _find_block(self, part: PartEntry) -> int:
         """Return the position of a part's rows in its file, after comparing its header with the manifest."""

@@ -1,0 +1,1 @@
+"""Compare two packages: rows, dense parameters, inputs, outputs and scores."""

@@ -1,0 +1,151 @@
+"""Compare the dense programs of two packages, and the scores of both for one stored sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from dist_export.diff.entries import DenseDiff, ScoresDiff
+from dist_export.diff.rows import largest_change
+from dist_export.errors import DistExportError
+from dist_export.manifest import DenseEntry, Manifest, TensorEntry
+from dist_export.package.reader import Package
+
+if TYPE_CHECKING:
+    import torch
+
+
+def compare_dense(a: Package, b: Package) -> DenseDiff:
+    """Compare parameters, inputs, outputs and code of the dense programs. PackageError if one cannot be loaded."""
+    ours, theirs = a.manifest.dense, b.manifest.dense
+    if ours is None or theirs is None:
+        has = [name for name, entry in (("A", ours), ("B", theirs)) if entry is not None]
+        return DenseDiff(others=(f"only {has[0]} has a dense arch",) if has else ())
+    others = _compare_entries(ours, theirs)
+    if _has_same_file(a.manifest, b.manifest, ours.program, theirs.program):
+        return DenseDiff(others=tuple(others))
+    from dist_export.archive.output_diff import has_same_values
+
+    one, two = a.load_program(), b.load_program()
+    before, after = _values_of(one), _values_of(two)
+    both = [name for name in before if name in after]
+    changed = {}
+    for name in both:
+        if has_same_values(before[name], after[name]):
+            continue
+        if before[name].shape != after[name].shape or before[name].dtype != after[name].dtype:
+            others.append(f"parameter {name!r} is {_say(before[name])} in A, {_say(after[name])} in B")
+        else:
+            changed[name] = largest_change(_to_numpy(before[name]), _to_numpy(after[name]))
+    if one.graph_module.code != two.graph_module.code:
+        others.append("the code of the dense program differs")
+    return DenseDiff(
+        same=len(both) - len(changed),
+        changed=changed,
+        only_in_a=tuple(name for name in before if name not in after),
+        only_in_b=tuple(name for name in after if name not in before),
+        others=tuple(others),
+    )
+
+
+def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
+    told = []
+    for what, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
+        names_a, names_b = [one.name for one in ours], [one.name for one in theirs]
+        told += [f"{what} {name!r} is only in A" for name in names_a if name not in names_b]
+        told += [f"{what} {name!r} is only in B" for name in names_b if name not in names_a]
+        if sorted(names_a) == sorted(names_b) and names_a != names_b:
+            told.append(f"the {what}s are in another order: {names_a} in A, {names_b} in B")
+        by_name = {one.name: one for one in theirs}
+        told += [
+            f"{what} {one.name!r} is {_say_entry(one)} in A, {_say_entry(by_name[one.name])} in B"
+            for one in ours
+            if one.name in by_name and _say_entry(one) != _say_entry(by_name[one.name])
+        ]
+    if a.input_order != b.input_order:
+        told.append(
+            f"the dense arch gets its blocks in another order: {list(a.input_order)} in A, {list(b.input_order)} in B"
+        )
+    return told
+
+
+def _has_same_file(a: Manifest, b: Manifest, name_a: str, name_b: str) -> bool:
+    digests = [
+        next((file.digest for file in manifest.files if file.path == name), "")
+        for manifest, name in ((a, name_a), (b, name_b))
+    ]
+    return bool(digests[0]) and digests[0] == digests[1]
+
+
+def _values_of(program: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    return {**program.state_dict, **constants}
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    found: np.ndarray = plain.detach().to(torch.float64).numpy()
+    return found
+
+
+def _say(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _say_entry(entry: TensorEntry) -> str:
+    return f"{entry.dtype} [{', '.join(map(str, entry.shape))}]"
+
+
+def compare_scores(a: Package, b: Package) -> ScoresDiff:
+    """Score the stored sample of A with both packages. What cannot be scored is told, and is no error."""
+    if a.manifest.dense is None or b.manifest.dense is None:
+        return ScoresDiff(not_compared="scores need a dense arch in both")
+    try:
+        if msgspec.UNSET not in (a.manifest.score, b.manifest.score):
+            inputs = _read_ids(a)
+            before, after = a.score(inputs), b.score(inputs)
+        else:
+            before, after = _score_blocks(a, b)
+    except (
+        DistExportError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # inputs of A that B's program does not take
+        return ScoresDiff(not_compared=f"B does not score the sample of A: {str(error).partition(chr(10))[0]}")
+    both = [name for name in before if name in after and before[name].shape == after[name].shape]
+    return ScoresDiff(max_abs={name: largest_change(before[name], after[name]) for name in both})
+
+
+def _read_ids(package: Package) -> Mapping[str, Any]:
+    from dist_export.package.score_sample import read_sample
+
+    assert package.manifest.score is not msgspec.UNSET
+    return read_sample(package, package.manifest.score).inputs
+
+
+def _score_blocks(a: Package, b: Package) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Run both dense programs on the dense inputs that A has stored."""
+    import torch
+
+    from dist_export.verify.dense import read_named_inputs
+
+    assert a.manifest.dense is not None
+    stored = read_named_inputs(a.files, a.manifest.dense)
+    found = []
+    for package in (a, b):
+        entry = package.manifest.dense
+        assert entry is not None
+        with torch.no_grad():
+            result = package.load_program().module()(**{one.name: stored[one.name].clone() for one in entry.inputs})
+        outputs: Sequence[torch.Tensor] = [result] if isinstance(result, torch.Tensor) else list(result)
+        named = zip(entry.outputs, outputs, strict=True)
+        found.append({one.name: _to_numpy(output) for one, output in named})
+    return found[0], found[1]

@@ -1,0 +1,215 @@
+"""Compare the rows of a table in two packages: run by run of B's parts, each id looked up in A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from dist_export.diff.entries import TableDiff
+from dist_export.errors import PackageError
+from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.manifest import Manifest, PartEntry, SlotEntry, TableEntry
+from dist_export.package.reader import Package, decode_rows, row_bytes_of
+
+_MOST_ROWS = 1 << 18
+_COPIES = 6
+"""How many times the bytes of a run are held at once: both sides, as they are stored, as values, and the difference."""
+
+
+class Run(NamedTuple):
+    """Rows ``first`` to ``last`` - 1 of a part of B."""
+
+    table: str
+    part: int
+    first: int
+    last: int
+    num_bytes: int
+    is_same: bool
+    """Whether A has the same bytes by the digests of both files: then nothing is read."""
+
+
+class RunCounts(NamedTuple):
+    """What a run holds."""
+
+    table: str
+    same: int = 0
+    changed: int = 0
+    new: int = 0
+    max_abs: float = 0.0
+
+
+class PairedTable(NamedTuple):
+    """A table that both packages have, and the slots whose rows can be compared."""
+
+    a: TableEntry
+    b: TableEntry
+    slots: tuple[tuple[SlotEntry, SlotEntry], ...]
+    others: tuple[str, ...]
+    """How the slots differ."""
+    not_compared: str = ""
+
+
+def pair_tables(a: Manifest, b: Manifest) -> list[PairedTable]:
+    """Return the tables that both manifests have, in B's order."""
+    by_name = {table.name: table for table in a.tables}
+    return [_pair(by_name[table.name], table) for table in b.tables if table.name in by_name]
+
+
+def _pair(a: TableEntry, b: TableEntry) -> PairedTable:
+    ours, theirs = ({slot.name: slot for slot in table.kept} for table in (a, b))
+    others = [f"slot {name!r} is only in A" for name in ours if name not in theirs]
+    others += [f"slot {name!r} is only in B" for name in theirs if name not in ours]
+    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    others += [
+        f"slot {one.name!r} is {_say(one)} in A, {_say(two)} in B" for one, two in both if _say(one) != _say(two)
+    ]
+    reason = ""
+    if a.is_row_indexed != b.is_row_indexed:
+        reason = "one side has a hash table, the other a row-indexed table"
+    slots = tuple(pair for pair in both if _width(pair[0]) == _width(pair[1]))
+    if not slots and not reason:
+        reason = "no slot has rows of one width in both"
+    return PairedTable(a, b, slots, tuple(others), reason)
+
+
+def _say(slot: SlotEntry) -> str:
+    encoding = "" if slot.encoding is msgspec.UNSET else f" {slot.encoding}"
+    return f"{slot.dtype}{encoding} {list(slot.shape)}"
+
+
+def _width(slot: SlotEntry) -> tuple[int, ...]:
+    """Return the shape of a row's values."""
+    return slot.shape if slot.dim is msgspec.UNSET else (slot.dim,)
+
+
+def cut_runs(paired: PairedTable, a: Manifest, b: Manifest, *, max_bytes: int) -> list[Run]:
+    """Cut the parts of B into runs of at most so many bytes at work."""
+    width = max((row_bytes_of(slot) for pair in paired.slots for slot in pair), default=1)
+    step = int(min(_MOST_ROWS, max(1, max_bytes // (_COPIES * (width + 8)))))
+    digests = [{file.path: file.digest for file in manifest.files} for manifest in (a, b)]
+    runs = []
+    for number, part in enumerate(paired.b.parts):
+        is_same = any(_has_same_bytes(one, part, digests[0], digests[1]) for one in paired.a.parts)
+        for first in range(0, part.rows, part.rows if is_same else step):
+            last = part.rows if is_same else min(first + step, part.rows)
+            cost = 0 if is_same else (last - first) * width
+            runs.append(Run(paired.b.name, number, first, last, cost, is_same))
+    return runs
+
+
+def _has_same_bytes(a: PartEntry, b: PartEntry, digests_a: dict[str, str], digests_b: dict[str, str]) -> bool:
+    digest = digests_a.get(a.file, "")
+    return bool(digest) and digest == digests_b.get(b.file) and (a.slice, a.keys) == (b.slice, b.keys)
+
+
+def compare_runs(a: Package, b: Package, pairs: dict[str, PairedTable], runs: Iterable[Run]) -> list[RunCounts]:
+    """Return what each run holds. PackageError if a package is damaged or was replaced."""
+    return [
+        RunCounts(run.table, same=run.last - run.first) if run.is_same else _compare_run(a, b, pairs[run.table], run)
+        for run in runs
+    ]
+
+
+def _compare_run(a: Package, b: Package, paired: PairedTable, run: Run) -> RunCounts:
+    has_row = np.zeros(0, bool)
+    is_changed = np.zeros(run.last - run.first, bool)
+    max_abs = 0.0
+    for ours, theirs in paired.slots:
+        ids, rows = b.read_run(run.table, run.part, run.first, run.last, slot=theirs.name)
+        found, has_row = a.lookup(run.table, ids, slot=ours.name, raw=True)
+        is_other, most = _compare_slot(found, rows, ours, theirs, has_row)
+        is_changed |= is_other
+        max_abs = max(max_abs, most)
+    num_new, num_changed = int(np.count_nonzero(~has_row)), int(np.count_nonzero(is_changed))
+    return RunCounts(run.table, len(has_row) - num_new - num_changed, num_changed, num_new, max_abs)
+
+
+def _compare_slot(
+    found: np.ndarray, rows: np.ndarray, ours: SlotEntry, theirs: SlotEntry, has_row: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Return which rows differ (bool, (n,)), and the largest change. Rows of one dtype are compared by their bytes."""
+    if _say(ours) == _say(theirs):
+        is_other = (found != rows).any(axis=1) & has_row if rows.shape[1] else np.zeros(len(rows), bool)
+        if not is_other.any():
+            return is_other, 0.0
+        before, after = (decode_rows(side[is_other], slot) for side, slot in ((found, ours), (rows, theirs)))
+        return is_other, largest_change(before, after)
+    before, after = (decode_rows(side, slot) for side, slot in ((found, ours), (rows, theirs)))
+    is_equal = (before == after) | ((before != before) & (after != after))  # noqa: PLR0124 -- NaN
+    is_other = ~is_equal.reshape(len(rows), -1).all(axis=1) & has_row
+    return is_other, largest_change(before[is_other], after[is_other])
+
+
+def largest_change(before: np.ndarray, after: np.ndarray) -> float:
+    """Return the largest difference of values that are finite on both sides."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(before.astype(np.float64) - after.astype(np.float64))
+    return float(np.max(apart, initial=0.0, where=np.isfinite(apart)))
+
+
+def add_counts(
+    a: Package, b: Package, pairs: Sequence[PairedTable], counts: Iterable[RunCounts]
+) -> tuple[TableDiff, ...]:
+    """Return what is found of each table, A's own tables last."""
+    sums = {paired.b.name: [0, 0, 0] for paired in pairs}
+    largest = dict.fromkeys(sums, 0.0)
+    for count in counts:
+        sums[count.table] = [one + two for one, two in zip(sums[count.table], count[1:4], strict=True)]
+        largest[count.table] = max(largest[count.table], count.max_abs)
+    by_name = {paired.b.name: paired for paired in pairs}
+    found = []
+    for table in b.manifest.tables:
+        paired = by_name.get(table.name)
+        if paired is None:
+            found.append(TableDiff(name=table.name, new=table.rows_out, slots=("the table is only in B",)))
+        elif paired.not_compared:
+            found.append(
+                TableDiff(
+                    name=table.name,
+                    deleted=paired.a.rows_out,
+                    new=table.rows_out,
+                    slots=paired.others,
+                    not_compared=paired.not_compared,
+                )
+            )
+        else:
+            same, changed, new = sums[table.name]
+            deleted = paired.a.rows_out - same - changed
+            if deleted < 0:
+                raise PackageError(
+                    f"{b.directory.url}: table {table.name!r} has ids that stand twice; `verify` names them"
+                )
+            found.append(
+                TableDiff(
+                    name=table.name,
+                    same=same,
+                    changed=changed,
+                    new=new,
+                    deleted=deleted,
+                    max_abs=largest[table.name],
+                    slots=paired.others,
+                    default_row=_has_other_default(a, b, table.name),
+                )
+            )
+    names = {table.name for table in b.manifest.tables}
+    return (
+        *found,
+        *(
+            TableDiff(name=table.name, deleted=table.rows_out, slots=("the table is only in A",))
+            for table in a.manifest.tables
+            if table.name not in names
+        ),
+    )
+
+
+def _has_other_default(a: Package, b: Package, name: str) -> bool:
+    rows = []
+    for package in (a, b):
+        slot = next((one for one in package.table(name).kept if one.name == EMBEDDING_SLOT), None)
+        rows.append(None if slot is None else decode_rows(package.default_row(name)[None], slot))
+    if rows[0] is None or rows[1] is None:
+        return rows[0] is not rows[1]
+    return not np.array_equal(rows[0], rows[1], equal_nan=rows[0].dtype.kind == "f")

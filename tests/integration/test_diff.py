@@ -1,0 +1,260 @@
+"""``diff``: what two packages hold that is the same, changed, new and deleted, against rows that the test itself has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.api import Exporter
+from dist_export.cli import main
+from dist_export.diff.compare import diff
+from dist_export.diff.text import render_diff
+from dist_export.errors import UserError
+from dist_export.manifest import MANIFEST
+from tests.support import exports
+from tests.support import score_models as models
+from tests.support.recis_writer import split_table, write_checkpoint
+
+DIM = 8
+ROWS = {"item": 3000, "user": 500}
+
+
+def rows_of(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return ids and rows by table."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (random.choice(1 << 40, count, replace=False), random.normal(size=(count, DIM)).astype(np.float32))
+        for name, count in ROWS.items()
+    }
+
+
+def write(folder: Path, tables: dict[str, tuple[np.ndarray, np.ndarray]], shards: int = 2, **settings: Any) -> Path:
+    """Write a checkpoint of these rows, and export it."""
+    parts = {name: split_table(ids, {"embedding": rows}, shards) for name, (ids, rows) in tables.items()}
+    source = write_checkpoint(folder / "ckpt", parts)
+    given = {
+        "ckpt_dir": str(source),
+        "export_dir": str(folder / "out"),
+        "filter_sparse_opt": True,
+        "num_shards": shards,
+    }
+    exports.export(given | settings)
+    return folder / "out"
+
+
+def change(tables: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return other rows: of ``item`` 3 changed, by 0.5 at most, one of them by the sign of a zero; 4 new and 5 deleted."""
+    ids, rows = (array.copy() for array in tables["item"])
+    rows[10, 3] += 0.5
+    rows[2000] -= 0.25
+    rows[700, 0] = -0.0
+    ids, rows = ids[:-5], rows[:-5]
+    fresh = np.arange(4) + (1 << 41)
+    return {**tables, "item": (np.concatenate([ids, fresh]), np.concatenate([rows, np.ones((4, DIM), np.float32)]))}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("pair")
+    before = rows_of()
+    before["item"][1][700, 0] = 0.0
+    return write(base / "a", before), write(base / "b", change(before), shards=3)
+
+
+def test_each_row_is_counted_once(pair) -> None:
+    found = diff(*pair)
+    item, user = (next(table for table in found.tables if table.name == name) for name in ("item", "user"))
+    assert (item.same, item.changed, item.new, item.deleted) == (3000 - 3 - 5, 3, 4, 5)
+    assert item.max_abs == pytest.approx(0.5, abs=1e-6)
+    assert (user.same, user.changed, user.new, user.deleted) == (500, 0, 0, 0)
+    assert user.is_equal
+    assert not found.is_equal
+    assert found.settings["num_shards"] == ("2", "3")
+
+
+def test_the_other_way_round_new_rows_are_gone(pair) -> None:
+    item = next(table for table in diff(*reversed(pair)).tables if table.name == "item")
+    assert (item.same, item.changed, item.new, item.deleted) == (2992, 3, 5, 4)
+
+
+def test_a_small_memory_gives_the_same(pair) -> None:
+    """Runs of a few rows each."""
+    assert diff(*pair, max_memory=20_000) == diff(*pair)
+
+
+def test_a_package_equals_itself_and_its_reshard(pair, tmp_path: Path) -> None:
+    first, _ = pair
+    again = shutil.copytree(first, tmp_path / "again")
+    assert diff(first, again).is_equal
+    exports.export({"ckpt_dir": str(first), "export_dir": str(tmp_path / "more"), "num_shards": 5})
+    found = diff(first, tmp_path / "more")
+    assert found.is_equal
+    assert sum(table.same for table in found.tables) == sum(ROWS.values())
+
+
+def test_shards_of_one_digest_are_not_read(pair, tmp_path: Path, monkeypatch) -> None:
+    from dist_export.package.reader import Package
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a row was read")
+
+    monkeypatch.setattr(Package, "read_run", refuse)
+    first, _ = pair
+    assert diff(first, shutil.copytree(first, tmp_path / "again")).is_equal
+
+
+def test_a_package_without_row_indexes_is_compared_too(pair, tmp_path: Path) -> None:
+    before = rows_of()
+    before["item"][1][700, 0] = 0.0
+    plain = write(tmp_path, before, row_index=False)
+    item = next(table for table in diff(plain, pair[1]).tables if table.name == "item")
+    assert (item.same, item.changed, item.new, item.deleted) == (2992, 3, 4, 5)
+
+
+def test_another_dtype_compares_values_and_says_so(pair, tmp_path: Path) -> None:
+    tables = rows_of()
+    tables["item"] = (tables["item"][0], np.round(tables["item"][1]))  # whole numbers are float16 without loss
+    plain = write(tmp_path / "a", tables)
+    half = write(tmp_path / "b", tables, dtype={"*": "float16"})
+    item, user = diff(plain, half).tables
+    assert (item.same, item.changed) == (3000, 0)
+    assert item.slots == (f"slot 'embedding' is float32 [{DIM}] in A, float16 [{DIM}] in B",)
+    assert not item.is_equal
+    assert user.changed > 400
+    assert 0 < user.max_abs < 1e-2
+
+
+def test_tables_that_one_side_lacks(pair, tmp_path: Path) -> None:
+    tables = rows_of()
+    del tables["user"]
+    tables["shop"] = (np.arange(7), np.ones((7, DIM), np.float32))
+    found = {table.name: table for table in diff(pair[0], write(tmp_path, tables)).tables}
+    assert (found["user"].deleted, found["shop"].new) == (500, 7)
+    assert found["user"].slots == ("the table is only in A",)
+
+
+def test_a_default_row_is_a_difference(pair, tmp_path: Path) -> None:
+    exports.export({"ckpt_dir": str(pair[0]), "export_dir": str(tmp_path / "b"), "default_row": {"item": [1.0] * DIM}})
+    item, user = diff(pair[0], tmp_path / "b").tables
+    assert item.default_row
+    assert not item.is_equal
+    assert user.is_equal
+
+
+# ---- the dense arch ----
+
+
+def train(base: Path, name: str, *, nudge: float = 0.0, look: str = "embedding") -> Path:
+    model = models.train(models.Model(models.ThreeTables(), 3 * models.DIM + 1))
+    with torch.no_grad():
+        model.dense_arch.mlp[0].weight[0, 0] += nudge
+    checkpoint = models.save(model, base / f"{name}.pth")
+    build = models.Model(models.ThreeTables(), 3 * models.DIM + 1)
+    Exporter(build, "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, base / name).export(progress=False)
+    return base / name
+
+
+def test_dense_parameters_and_scores(tmp_path: Path) -> None:
+    first, second = train(tmp_path, "a"), train(tmp_path, "b", nudge=0.5)
+    found = diff(first, second)
+    assert all(table.is_equal for table in found.tables)
+    assert list(found.dense.changed.values()) == [pytest.approx(0.5, abs=1e-6)]
+    assert found.dense.same == 3
+    batch = models.batch_of()
+    before, after = (dist_export.open_package(path).score(batch)["ctr"] for path in (first, second))
+    assert found.scores.max_abs["ctr"] == pytest.approx(float(np.abs(before - after).max()), rel=1e-5)
+    assert any("scores of A's sample differ: ctr" in line for line in render_diff(found))
+    assert diff(first, first).is_equal
+    third = train(tmp_path, "c")
+    assert diff(first, third).is_equal
+
+
+class Wider(nn.Module):
+    """Another output, and inputs of other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(models.DIM, 1)
+
+    def forward(self, blocks: Any) -> Any:
+        return {"cvr": self.layer(blocks["block"])}
+
+
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sparse_arch = models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1])
+        self.dense_arch = Wider()
+
+    def forward(self, batch: Any) -> Any:
+        return self.dense_arch(self.sparse_arch(batch))
+
+
+def test_other_models_differ_in_words(tmp_path: Path) -> None:
+    first = train(tmp_path, "a")
+    checkpoint = models.save(models.train(Other()), tmp_path / "other.pth")
+    Exporter(Other(), "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, tmp_path / "b").export(
+        progress=False
+    )
+    found = diff(first, tmp_path / "b")
+    assert "output 'ctr' is only in A" in found.dense.others
+    assert "input 'block' is only in B" in found.dense.others
+    assert "layer.weight" in " ".join(found.dense.only_in_b)
+    assert not found.is_equal
+
+
+# ---- the command ----
+
+
+def test_exit_codes_and_json(pair, tmp_path: Path, capsys) -> None:
+    first, second = map(str, pair)
+    assert main(["diff", first, first]) == 0
+    assert "equal: serving gets the same from both (2 tables, 3,500 rows)" in capsys.readouterr().out
+    assert main(["diff", first, second, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told == diff(first, second).as_json()
+    assert told["is_equal"] is False
+    assert main(["diff", first, second, "--max-memory", "1MiB"]) == 1
+    shown = capsys.readouterr().out
+    assert "table item: 2,992 rows are the same, 3 changed by up to 0.5, 4 are new, 5 are deleted" in shown
+    assert "1 other table is equal" in shown
+    assert "num_shards: 2 in A, 3 in B" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{a}"], "which 2 paths? Usage: dist_export diff A B"),
+        (["{a}", "{b}", "{b}"], "is one path too many"),
+        (["{a}", "nowhere"], "nowhere"),
+        (["{a}", "{empty}"], "no manifest.json"),
+        (["{a}", "{b}", "--timeout", "0"], "--timeout is 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(pair, tmp_path: Path, capsys, arguments, told) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"a": pair[0], "b": pair[1], "empty": tmp_path / "empty"}
+    assert main(["diff", *(argument.format(**places) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_package_is_unreadable_and_not_different(pair, tmp_path: Path) -> None:
+    broken = shutil.copytree(pair[1], tmp_path / "broken")
+    shard = next(broken.glob("model-*.safetensors"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError):
+        diff(pair[0], broken)
+    (broken / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        diff(pair[0], broken)
