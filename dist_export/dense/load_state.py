@@ -12,7 +12,7 @@ from torch import nn
 from dist_export.archive.output_diff import has_same_values
 from dist_export.checkpoint.extra_state import UntakenState, is_extra_state
 from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
-from dist_export.dense.own_parameters import copied
+from dist_export.dense.own_parameters import copied, say_lost
 from dist_export.errors import ModelError
 from dist_export.model.unwrap import is_lazy
 from dist_export.model.user_errors import said
@@ -182,6 +182,11 @@ def _compare_values(
     ]
     if misshapen:
         return [f"of another shape: {_listed(misshapen)}"]
+    lost = {
+        key: say_lost(value, expected[key][1]) for key, value in found.items() if _can_be_cast(key, value, expected)
+    }
+    if told := [f"{key} {text}" for key, text in lost.items() if text]:
+        return [f"{_listed(told)} (give the model the dtype that it was trained in)"]
     torn = _torn_ties(expected, found) if is_fine_so_far else []
     return [f"different values for what is one tensor in the dense arch: {_listed(torn)}"] if torn else []
 
@@ -226,6 +231,13 @@ def _has_other_shape(found: Any, expected: Any) -> bool:
     if is_lazy(expected):
         return False
     return not isinstance(found, torch.Tensor) or found.shape != expected.shape
+
+
+def _can_be_cast(key: str, found: Any, expected: Mapping[str, tuple[str, Any]]) -> bool:
+    own = expected[key][1]
+    return (
+        not is_extra_state(key) and isinstance(own, torch.Tensor) and not is_lazy(own) and _has_other_dtype(found, own)
+    )
 
 
 def _has_other_dtype(found: Any, expected: Any) -> bool:

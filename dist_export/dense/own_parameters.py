@@ -103,6 +103,27 @@ def write_into(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     return bool(((tensor == written) | ((tensor != tensor) & (written != written))).all())  # noqa: PLR0124 -- NaN
 
 
+def say_lost(value: torch.Tensor, own: torch.Tensor) -> str:
+    """Return what is lost if ``own``, a tensor of the model, gets this value of another dtype; empty if it is rounding alone.
+
+    A cast drops imaginary parts, cuts fractions off where the model has whole numbers, and makes what is too large infinite.
+    """
+    told = " and ".join(
+        f"{str(tensor.dtype).removeprefix('torch.')} in the {where}"
+        for tensor, where in ((value, "checkpoint"), (own, "model"))
+    )
+    if value.dtype == own.dtype:
+        return ""
+    if value.is_complex() and not own.is_complex():
+        return f"is {told}: its imaginary part would be lost" if bool(value.imag.any()) else ""
+    cast = value.to(own.dtype)
+    if not (own.is_floating_point() or own.is_complex()):
+        is_whole = cast.to(value.dtype) == value
+        return "" if bool(is_whole.all()) else f"is {told}: values that are no such number would be lost"
+    is_lost = value.isfinite() & ~cast.isfinite()
+    return f"is {told}: values that are too large would become infinite" if bool(is_lost.any()) else ""
+
+
 def _refuse_one_place(name: str, tensor: torch.Tensor) -> ModelError:
     return ModelError(
         f"the model's {name} has several elements at one place in memory (shape {list(tensor.shape)}, strides "
@@ -140,6 +161,8 @@ def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, exc
         if isinstance(value, torch.Tensor):
             if value.shape != tensor.shape:
                 raise ModelError(f"{held} is {list(value.shape)} in the checkpoint, the model has {list(tensor.shape)}")
+            if lost := say_lost(value, tensor):
+                raise ModelError(f"{held} {lost}. Give the model the dtype that it was trained in")
             found.append((full, tensor, value))
             put.append(full)
     kept = [(local_part(tensor), local_part(tensor).clone()) for _, tensor, _ in found]

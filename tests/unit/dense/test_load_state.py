@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dist_export.dense.load_state import load_dense_parameters
+from dist_export.dense.own_parameters import values_within
 from dist_export.dense.own_values import list_own_values
 from dist_export.errors import ModelError
 
@@ -222,3 +223,42 @@ def test_a_pattern_of_unexpected_keys_that_matches_nothing_is_refused() -> None:
             allow_unexpected=["typo"],
             where="model.pt",
         )
+
+
+@pytest.mark.parametrize(
+    ("held", "own", "told"),
+    [
+        (torch.complex(torch.ones(3), torch.ones(3)), torch.zeros(3), "its imaginary part would be lost"),
+        (torch.complex(torch.ones(3), torch.zeros(3)), torch.zeros(3), ""),
+        (torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3, dtype=torch.int64), "no such number"),
+        (torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.int64), ""),
+        (torch.tensor([1.0, float("nan"), 3.0]), torch.zeros(3, dtype=torch.int64), "no such number"),
+        (torch.tensor([1, 2, 1 << 40]), torch.zeros(3, dtype=torch.int32), "no such number"),
+        (torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.bool), "no such number"),
+        (torch.tensor([1e30, 0.0, 1.0]), torch.zeros(3, dtype=torch.float16), "too large would become infinite"),
+        (torch.tensor([1e30, 0.0, float("inf")]), torch.zeros(3, dtype=torch.bfloat16), ""),
+        (torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), torch.zeros(3), ""),
+    ],
+)
+def test_a_cast_that_loses_more_than_rounding_is_refused(held: torch.Tensor, own: torch.Tensor, told: str) -> None:
+    net = nn.Module()
+    net.register_buffer("b", own)
+    if not told:
+        assert "they are cast" in load(net, {"dense_arch.b": held})[0]
+        return
+    with pytest.raises(ModelError, match=told):
+        load(net, {"dense_arch.b": held})
+
+
+def test_a_value_of_the_sparse_arch_that_loses_more_than_rounding_is_refused() -> None:
+    sparse = nn.Module()
+    sparse.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+    halves = {"sparse_arch.count": torch.tensor([0.5, 1.0])}
+    with (
+        pytest.raises(ModelError, match=r"sparse_arch\.count is float32 in the checkpoint and int64 in the model"),
+        values_within(sparse, halves, path="sparse_arch", except_below="dense_arch"),
+    ):
+        pass
+    whole = {"sparse_arch.count": torch.tensor([3.0, 1.0])}
+    with values_within(sparse, whole, path="sparse_arch", except_below="dense_arch"):
+        assert sparse.count.tolist() == [3, 1]
