@@ -36,3 +36,5 @@ nitpick_ignore_regex = [
     ("py:.*", r"(ValueError|Exception)"),
     ("py:.*", r"dist_export\.(storage|archive|formats|checkpoint)\..*|Directory"),
 ]
+
+highlight_language = "none"  # most blocks are shell sessions, listings and trees; those in a language say so
