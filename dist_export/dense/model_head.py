@@ -1,73 +1,103 @@
-"""The caller's model up to its dense arch: what ``forward`` does before and between the arches, and nothing behind them."""
+"""The caller's own model, run for what its dense arch gets: what ``forward`` does before and between the arches."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from dist_export.errors import ModelError
+from dist_export.errors import DistExportError, ModelError
 from dist_export.model.unwrap import unwrap
 
+OTHER_CALLS = "model(batch) calls the dense arch"
+"""Begins the message of a model that calls its dense arch otherwise than for the sample."""
 
-class _ReachedError(BaseException):
-    """Ends a forward where it calls the dense arch. No Exception, so that the model's code does not catch it."""
 
-    def __init__(self, blocks: Any) -> None:
-        super().__init__()
-        self.blocks = blocks
+class DenseCall(NamedTuple):
+    """The one call of the dense arch."""
+
+    blocks: Any
+    """What it was given, before any hook of the caller's."""
+    output: Any
+    """What it returned, after any hook of the caller's."""
 
 
 class ModelHead:
-    """Runs a model until it calls its dense arch. Each method for one rank by itself."""
+    """Runs a model that calls each arch once. Each method for one rank by itself."""
 
     def __init__(self, model: nn.Module, sparse_arch: nn.Module, dense_arch: nn.Module) -> None:
-        """All three are the caller's own, wrappers included, and ``model`` calls both arches once."""
+        """All three are the caller's own, wrappers included."""
         self.model = model
         self._sparse_arch = sparse_arch
         self._dense_arch = dense_arch
 
-    def run(self, data: Any) -> Any:
-        """Return what the dense arch is called with for this batch, before any hook of the caller's. It does not run.
+    def run(self, data: Any, *, is_whole: bool = False) -> DenseCall:
+        """Run the model on a batch, and return the call of its dense arch.
+
+        Args:
+            data: the batch.
+            is_whole: whether the model must return. Otherwise an error behind the dense arch, as in a loss, is passed over.
 
         Raises:
-            ModelError: the model returns without calling it, or calls it with anything but one argument.
+            ModelError: the model calls the dense arch not once, or with anything but one argument.
         """
-        begin: Callable[..., Any] = _end_forward
-        # a scripted module refuses the bound method
-        handle = nn.Module.register_forward_pre_hook(self._dense_arch, begin, prepend=True, with_kwargs=True)
-        depth = len(_traced_modules())
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        outputs: list[Any] = []
+        # a scripted module refuses bound methods
+        begin, end = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+        handles = [
+            begin(
+                self._dense_arch, lambda _, args, kwargs: given.append((args, kwargs)), prepend=True, with_kwargs=True
+            ),
+            end(self._dense_arch, lambda _, __, output: outputs.append(output)),
+        ]
         try:
             self.model(data)
-        except _ReachedError as reached:
-            _leave_modules(depth)
-            return reached.blocks
+        except DistExportError:
+            raise
+        except Exception:
+            if is_whole or not outputs:
+                raise
         finally:
-            handle.remove()
-        raise ModelError("model(batch) does not call the dense arch for this batch, and it does otherwise")
+            for handle in handles:
+                handle.remove()
+        if len(given) != 1 or len(outputs) != 1:
+            raise ModelError(f"{OTHER_CALLS} {len(given)} times for a batch, and once for the sample")
+        values = [*given[0][0], *given[0][1].values()]
+        if len(values) != 1:
+            raise ModelError(f"{OTHER_CALLS} with {len(values)} arguments for a batch, and with one for the sample")
+        return DenseCall(values[0], outputs[0])
 
     @contextlib.contextmanager
-    def plain(self) -> Iterator[None]:
-        """Within this block, the model runs without DDP and the like around itself and the sparse arch, and can be traced.
+    def traced(self, copied: nn.Module) -> Iterator[None]:
+        """Within this block, ``copied`` is in the place of the dense arch, and DDP and the like around the rest are not run.
 
-        Hooks on the wrappers run all the same. The dense arch has no parameters: it is not to be run.
+        Hooks on these wrappers run all the same.
+
+        Args:
+            copied: the plain copy of the dense arch, with the checkpoint's values.
         """
         undo: list[tuple[dict[str, Any], str, Any]] = []
+        own = self._dense_arch
 
-        def put(module: nn.Module, name: str, value: Any) -> None:
-            undo.append((vars(module), name, vars(module).get(name, _MISSING)))
-            vars(module)[name] = value
+        def put(place: dict[str, Any], name: str, value: Any) -> None:
+            undo.append((place, name, place.get(name, _MISSING)))
+            place[name] = value
 
         try:
+            for parent in list(self.model.modules()):
+                for name, child in list(parent._modules.items()):  # noqa: SLF001 -- setattr may be the caller's own
+                    if child is own:
+                        put(parent._modules, name, copied)  # noqa: SLF001
             for wrapper in (self.model, self._sparse_arch):
                 if unwrap(wrapper) is not wrapper:
-                    put(wrapper, "forward", unwrap(wrapper).__call__)
-            for held in ("_parameters", "_buffers", "_modules"):
-                put(unwrap(self._dense_arch), held, {})
+                    put(vars(wrapper), "forward", unwrap(wrapper).__call__)
+            self._dense_arch = copied
             yield
         finally:
+            self._dense_arch = own
             for place, name, value in reversed(undo):
                 if value is _MISSING:
                     del place[name]
@@ -76,33 +106,9 @@ class ModelHead:
 
     @property
     def sparse_path(self) -> str:
-        """The path of the sparse arch within the model, both without wrappers."""
+        """The path of the sparse arch within the model, both without wrappers; empty if it is no registered module."""
         wanted, modules = unwrap(self._sparse_arch), unwrap(self.model).named_modules()
-        return next(str(path) for path, module in modules if module is wanted)
+        return next((str(path) for path, module in modules if module is wanted), "")
 
 
 _MISSING = object()
-
-
-def _end_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*args, *kwargs.values()]
-    if len(given) != 1:
-        raise ModelError(
-            f"model(batch) calls the dense arch with {len(given)} arguments for this batch, and with one otherwise"
-        )
-    raise _ReachedError(given[0])
-
-
-def _traced_modules() -> dict[str, Any]:
-    """Return the modules in which a trace is, outermost first; nothing while none takes place."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    return {} if mode is None else mode.tracer.module_stack
-
-
-def _leave_modules(depth: int) -> None:
-    """Tell a trace that it left the modules within this depth: torch's tracer does not see that where an error ends a forward."""
-    modules = _traced_modules()
-    while len(modules) > depth:
-        modules.popitem()

@@ -109,10 +109,10 @@ def run_sparse_arch(
         if finder is None
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
-    root, run = (sparse_arch, sparse_arch) if head is None else (head.model, head.run)
+    root = sparse_arch if head is None else head.model
     with buffers_put_back(root), eval_mode(root), torch.no_grad(), uncompiled(), rows:
         try:
-            output = run(data)
+            output = sparse_arch(data) if head is None else head.run(data).blocks
         except ModelError as error:
             if not (cause := _say_pair(data)):
                 raise

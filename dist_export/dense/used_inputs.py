@@ -43,6 +43,28 @@ def find_used_inputs(program: ExportedProgram, dynamic_dims: Mapping[str, Mappin
     return [name for name in nodes if name in used]
 
 
+def find_used_state(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Return the parameters, buffers and lifted constants whose values can reach an output, by name."""
+    outputs = set(program.graph_signature.user_outputs)
+    by_value, _ = _Graph(program.graph).reach(node for node in program.graph.nodes if node.name in outputs)
+    held = {**program.constants, **program.state_dict}
+    return {
+        target: held[target]
+        for node, target in _state_names(program).items()
+        if node in by_value and isinstance(held.get(target), torch.Tensor)
+    }
+
+
+def _state_names(program: ExportedProgram) -> dict[str, str]:
+    """Return placeholder -> name of each parameter, buffer and lifted constant."""
+    signature = program.graph_signature
+    return {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+
+
 def find_changed_state(program: ExportedProgram) -> list[str]:
     """Return the parameters, buffers and constants that the program writes into and that reach its outputs, sorted.
 
@@ -52,11 +74,7 @@ def find_changed_state(program: ExportedProgram) -> list[str]:
     outputs = {str(node) for node in signature.user_outputs}
     by_value, _ = graph.reach(node for node in program.graph.nodes if node.name in outputs)
     written = {*graph.written(), *_writers_of_buffers(program)}
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
+    names = _state_names(program)
     return sorted(target for node, target in names.items() if node in by_value and node in written)
 
 

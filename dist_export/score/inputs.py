@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import decimal
+import enum
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,20 @@ from dist_export.score.table_weight import NotExportableError
 
 _ROOT = "input"
 """Begins the names of a batch that is no mapping."""
-_PLAIN = bool, int, float, complex, str, bytes, np.generic
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    np.generic,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    decimal.Decimal,
+)
+_WITHOUT_VALUES = type(None), type(...), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format
 _Build = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -94,6 +109,11 @@ class _Reader:
             return self._read_object(value, path)
         if isinstance(value, _PLAIN):
             self.constants[_say(path)] = reprlib.repr(value)
+        elif not isinstance(value, _WITHOUT_VALUES) and not callable(value):
+            raise NotExportableError(
+                f"{_say(path)} of the batch is a {type(value).__name__}, whose values would be constants of the program; give "
+                "tensors, in dicts, lists, tuples or dataclasses"
+            )
         return lambda _: value
 
     def _leaf(self, value: torch.Tensor, path: tuple[Any, ...]) -> _Build:

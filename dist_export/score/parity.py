@@ -9,6 +9,7 @@ import torch
 
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks
+from dist_export.dense.model_head import OTHER_CALLS
 from dist_export.dense.parity import BATCH_SIZES
 from dist_export.dense.reference import run_with_others
 from dist_export.dense.stage import DenseStage
@@ -61,7 +62,10 @@ class ScoreParity:
         reference = self._dense.reference
         assert reference is not None
         if (count := len(reference.args) + len(reference.kwargs)) != 1:
-            return f"model(batch) calls the dense arch with {count} arguments, and serving gives one: the blocks"
+            return f"{OTHER_CALLS} with {count} arguments, and serving gives one: the blocks"
+        head = self._dense.head
+        if head is not None and not head.sparse_path:
+            return "the sparse arch is no registered module of the model, so torch.export does not see it"
         try:
             batch = flatten_batch(self._dense.data)
             batch.rebuild(batch.tensors)
@@ -222,6 +226,10 @@ class ScoreParity:
         failed = self._ranks.all_gather(
             "run the sparse arch on a cut batch", lambda: run_with_others(self._ranks, step, run), may_block=True
         )
+        if told := [
+            text for text in failed if OTHER_CALLS in text
+        ]:  # then the program, which calls it once, is not the model
+            return f"{where} {told[0].split('. No manifest')[0]}", True
         if any(failed):
             return "", False
 

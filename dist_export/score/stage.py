@@ -246,12 +246,13 @@ class ScoreStage:
         modules = {number: tables for number, (_, tables) in self._row_modules.items()}
         cut = dataclasses.replace(batch, tensors=self._parity.cut(max(2, self._num_stored)))
         head = self._dense.head
-        scored = ScoredModel(sparse_arch, self._sample(), head)
-        root, plain = (sparse_arch, contextlib.nullcontext()) if head is None else (head.model, head.plain())
+        scored = ScoredModel(sparse_arch, self._sample(), head, is_live=finder.is_live)
+        root = sparse_arch if head is None else head.model
+        place = contextlib.nullcontext() if head is None else head.traced(scored.sample.dense_arch)
         failing = FailingModule(sparse_arch, scored.sparse_path)
         try:
             tables = self._tables(token)
-            with buffers_put_back(root), eval_mode(root), tables.replaced(modules), plain, failing:
+            with buffers_put_back(root), eval_mode(root), tables.replaced(modules), place, failing:
                 traced = trace_scores(scored, cut)
                 self._blocks = None if self._config.serving == "off" else trace_blocks(scored, cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)

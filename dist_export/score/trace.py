@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.archive.lookup_operator import LOOKUP_TARGET
-from dist_export.checkpoint.model_weights import is_below
+from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
-from dist_export.dense.model_head import ModelHead
+from dist_export.dense.model_head import DenseCall, ModelHead
 from dist_export.dense.reference import MODEL, blocks_of
-from dist_export.dense.used_inputs import find_changed_state, find_used_inputs
+from dist_export.dense.used_inputs import find_used_inputs
 from dist_export.errors import ModelError
-from dist_export.humanize import few
 from dist_export.model.unwrap import unwrap
-from dist_export.model.user_errors import blame, blame_text, said
+from dist_export.model.user_errors import blame, said
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
 from dist_export.score.needed_inputs import (
@@ -32,12 +30,12 @@ from dist_export.score.needed_inputs import (
     list_conditions,
     sizes_of,
 )
+from dist_export.score.refused_programs import refuse_changed_state, refuse_operators, refuse_untrained
+from dist_export.score.refused_reads import RefusedReads
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.tables import SPARSE
 
-_OWN_NAMESPACES = frozenset({"aten", "higher_order", "_operator", "math"})
 _SYMBOL = re.compile(r"[a-z]+\d+")
-_COLLECTIVES = ("_c10d_functional", "c10d", "_dtensor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +78,12 @@ def trace_scores(scored: ScoredModel, batch: FlatBatch) -> TracedScores:
     with sizes_from_zero():
         conditions = list_conditions(program, used)
         program = decompose(program)
-    _refuse_operators(program)
-    _refuse_changed_state(program)
+    refuse_operators(program)
+    refuse_changed_state(program)
+    program.graph.eliminate_dead_code()  # such as a loss
     _drop_unused_state(program)
-    _refuse_untrained(program, scored.sparse_path)
+    if scored.head is not None and not scored.is_live:
+        refuse_untrained(program, scored.head.model, (scored.sparse_arch, scored.sample.dense_arch))
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
     return traced
@@ -97,7 +97,11 @@ class ScoredModel:
     sample: DenseSample
     """Of the copied dense arch."""
     head: ModelHead | None
-    """Runs the model up to its dense arch. None: the dense arch gets what the sparse arch returns for the batch."""
+    """Runs the model. None: the dense arch gets what the sparse arch returns for the batch."""
+    is_live: bool = False
+    """Whether the values in the model are the trained ones."""
+    blocks: tuple[str, ...] | None = None
+    """The inputs of the dense arch that the program returns; None: it returns the scores."""
 
     @property
     def sparse_path(self) -> str:
@@ -110,10 +114,11 @@ class _Scored(nn.Module):
 
     def __init__(self, scored: ScoredModel, batch: FlatBatch, dropped: Mapping[str, _StandIn]) -> None:
         super().__init__()
-        # one of the two: torch names shared modules otherwise, and the model has the sparse arch in it
-        root = (SPARSE, scored.sparse_arch) if scored.head is None else (MODEL, unwrap(scored.head.model))
-        self.add_module(*root)
-        self.dense_arch = scored.sample.dense_arch
+        if scored.head is None:
+            self.add_module(SPARSE, scored.sparse_arch)
+            self.dense_arch = scored.sample.dense_arch
+        else:  # which has both: torch gives other names to modules that are shared
+            self.add_module(MODEL, unwrap(scored.head.model))
         self._scored = scored
         self._batch = batch
         self._dropped = dropped
@@ -122,15 +127,22 @@ class _Scored(nn.Module):
         filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
         batch, head, sample = self._batch.rebuild(filled), self._scored.head, self._scored.sample
         try:
-            blocks = blocks_of(self._scored.sparse_arch(batch)) if head is None else head.run(batch)
-            output = self.dense_arch(blocks)
+            with RefusedReads():
+                if head is None:
+                    blocks = blocks_of(self._scored.sparse_arch(batch))
+                    call = DenseCall(blocks, self.dense_arch(blocks))
+                else:
+                    call = head.run(batch, is_whole=True)
         except ModelError as error:
             raise NotExportableError(str(error)) from error
         except RuntimeError as error:
             if "data-dependent" in str(error):  # torch.export would print the whole graph
                 raise NotExportableError(f"torch.export refused the model: {said(error)}{blame(error)}") from error
             raise
-        return output if sample.is_single else tuple(sample.flatten(output))
+        if self._scored.blocks is not None:
+            tensors = read_blocks(call.blocks).tensors
+            return tuple(tensors[name] for name in self._scored.blocks)
+        return call.output if sample.is_single else tuple(sample.flatten(call.output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,60 +227,6 @@ def sizes_from_zero() -> contextlib.AbstractContextManager[Any]:
     return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
 
 
-def _refuse_operators(program: ExportedProgram) -> None:
-    """Refuse operators that are neither torch's own nor the lookup."""
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            if node.op != "call_function" or str(node.target) == LOOKUP_TARGET:
-                continue
-            namespace = _namespace(node)
-            if namespace in _OWN_NAMESPACES:
-                continue
-            where, path = blame_text(str(node.meta.get("stack_trace", ""))), _module_path(node)
-            if namespace in _COLLECTIVES:
-                text = f"a collective remains in it ({node.target}){where}{_module_of(node)}"
-                raise NotExportableError(text, module=path)
-            raise NotExportableError(
-                f"it uses the operator {node.target}, which is not torch's own{where}", module=path
-            )
-
-
-def _refuse_changed_state(program: ExportedProgram) -> None:
-    """Refuse programs whose outputs are others from call to call."""
-    if changed := find_changed_state(program):
-        names = ", ".join(map(_in_model, changed))
-        raise NotExportableError(
-            f"forward changes {names}, and its outputs depend on that: they would be others from call to call"
-        )
-
-
-def _namespace(node: fx.Node) -> str:
-    target: Any = node.target
-    return (
-        str(getattr(target, "namespace", "") or getattr(target, "__module__", "") or "")
-        .split(".")[0]
-        .replace("torch", "aten" if "sym_" in getattr(target, "__name__", "") else "torch")
-    )
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return ""
-    path, kind = stack[-1]
-    return f", in {_in_model(path) or 'the model'} ({str(kind).rpartition('.')[2]})"
-
-
-def _in_model(path: str) -> str:
-    """Return the path within the model of something that is traced."""
-    return path.removeprefix(MODEL).removeprefix(".") if is_below(path, MODEL) else path
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
-
-
 def _drop_unused_state(program: ExportedProgram) -> None:
     """Take parameters, buffers and constants that nothing reads out of the program."""
     from torch.export.graph_signature import InputKind
@@ -289,16 +247,6 @@ def _drop_unused_state(program: ExportedProgram) -> None:
     for name in [name for name in program.constants if name not in targets]:
         del program.constants[name]
     program.graph_module.recompile()
-
-
-def _refuse_untrained(program: ExportedProgram, sparse_path: str) -> None:
-    """Refuse what the model's own forward computes with: the checkpoint's values are in the two arches alone."""
-    names = [name for name in (*program.state_dict, *program.constants) if is_below(name, MODEL)]
-    if own := sorted(_in_model(name) for name in names if not is_below(name, sparse_path)):
-        raise NotExportableError(
-            f"the model's forward computes with {few(own)}, outside of the sparse and the dense arch: it does not have the "
-            "checkpoint's values"
-        )
 
 
 def _refuse_constant_dims(traced: TracedScores) -> None:

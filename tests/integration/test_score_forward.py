@@ -13,7 +13,7 @@ from torch import nn
 
 import dist_export
 from dist_export.api import Exporter
-from dist_export.errors import ModelError
+from dist_export.errors import ModelError, UserError
 from tests.support import score_models as models
 
 LARGE = 9.0
@@ -77,16 +77,22 @@ class ByLabel(OwnForward):
         return {**batch, "user": torch.where(batch["price"][:, 0] > 5, torch.zeros_like(batch["user"]), batch["user"])}
 
 
+class Trunk(nn.Module):
+    def __init__(self, sparse_arch: nn.Module, dense_arch: nn.Module) -> None:
+        super().__init__()
+        self.sparse_arch, self.dense_arch = sparse_arch, dense_arch
+
+    def forward(self, batch: Any) -> Any:
+        return self.dense_arch(self.sparse_arch(batch))
+
+
 class WithinAnother(OwnForward):
     """The arches are called by a module within the model, which has a hook of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Module()
-        sparse_arch, dense_arch = self.sparse_arch, self.dense_arch
+        self.trunk = Trunk(self.sparse_arch, self.dense_arch)
         del self.sparse_arch, self.dense_arch
-        self.trunk.sparse_arch, self.trunk.dense_arch = sparse_arch, dense_arch
-        self.trunk.forward = lambda batch: dense_arch(sparse_arch(batch))  # type: ignore[method-assign]
         self.trunk.register_forward_pre_hook(lambda _, args: ({**args[0], "price": args[0]["price"].clamp(max=5.0)},))
 
     def forward(self, batch: Any) -> Any:
@@ -94,13 +100,29 @@ class WithinAnother(OwnForward):
 
 
 class Loss(PriceBelow):
-    """What comes behind the dense arch is the trainer's: it branches on values, and fails without a label."""
+    """What comes behind the dense arch is the trainer's: a layer that no score depends on, a label, a literal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(1, 1)
+        self.register_buffer("steps", torch.zeros(1))
 
     def behind(self, output: Any, batch: Any) -> Any:
-        loss = (output["ctr"].mean() - 1.0).item()
-        if loss > 0:
-            raise ValueError("no trace comes here")
-        return loss
+        self.steps += 1
+        return ((self.aux(output["ctr"]) - batch["label"][:, None].float()) * torch.tensor(5.0)).mean()
+
+
+class Literal(OwnForward):
+    def between(self, blocks: Any, batch: Any) -> Any:
+        return {**blocks, "price": torch.minimum(blocks["price"], torch.tensor(5.0))}
+
+
+class AskingForParameters(OwnForward):
+    """The first parameter is a table of the sparse arch, which is not there while the model is traced."""
+
+    def between(self, blocks: Any, batch: Any) -> Any:
+        first = next(self.dense_arch.parameters(), None)
+        return blocks if first is None else {**blocks, "price": blocks["price"].to(first.device).clamp(max=5.0)}
 
 
 def export(tmp_path: Path, build: Any, *, prefix: str = "", **settings: Any) -> tuple[Any, nn.Module]:
@@ -156,6 +178,29 @@ def test_what_forward_does_to_a_column_is_not_in_the_contract_as_a_plain_column(
     assert "clamp" in price.unknown
 
 
+class Chunks(OwnForward):
+    """Scores in chunks of 512: of a small sample, only the first is there."""
+
+    def forward(self, batch: Any) -> Any:
+        found, begin = [], 0
+        while begin < batch["user"].shape[0]:
+            part = {name: batch[name][begin : begin + 512] for name in ("user", "price")}
+            found.append(self.dense_arch(self.sparse_arch(part))["ctr"])
+            begin += 512
+        return torch.cat(found)
+
+
+def test_a_forward_that_scores_in_chunks_loses_no_row(tmp_path) -> None:
+    package, _ = export(tmp_path, Chunks, score_program="auto")
+    score = package.manifest.score
+    if score is msgspec.UNSET:
+        return
+    assert any("512" in text for text in score.conditions)
+    large = {"user": torch.arange(600) % models.ROWS, "price": torch.rand(600, 1)}
+    with pytest.raises(UserError):
+        package.score(large)
+
+
 class BranchOnValues(OwnForward):
     def before(self, batch: Any) -> Any:
         return {**batch, "user": batch["user"] * 0} if batch["price"].max() > 5 else batch
@@ -180,9 +225,30 @@ class MoreArguments(OwnForward):
         return self.dense_arch(self.sparse_arch(batch), batch)
 
 
+class BranchBehind(OwnForward):
+    """Whether the dense arch is called once more is seen behind its first call."""
+
+    def behind(self, output: Any, batch: Any) -> Any:
+        return self.dense_arch(self.sparse_arch(batch)) if output["ctr"].max() > 2 else output
+
+
+class Caught(OwnForward):
+    """Goes on without the clamp where the trace has no value to branch on."""
+
+    def before(self, batch: Any) -> Any:
+        try:
+            if (batch["price"] > 5).any():
+                return {**batch, "price": batch["price"].clamp(max=5.0)}
+        except Exception:
+            return batch
+        return batch
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (BranchBehind, "data-dependent"),
+        (Caught, "the model's code catches an error of the trace"),
         (BranchOnValues, "data-dependent"),
         (OwnParameter, "forward computes with shift, outside of the sparse and the dense arch"),
         (MoreArguments, "calls the dense arch with 2 arguments"),
@@ -215,6 +281,38 @@ def test_numbers_of_the_batch_are_constants_and_a_note_says_so(tmp_path) -> None
     notes = [note for note in manifest.notes if "constants" in note]
     assert len(notes) == 1
     assert "'at'['scale'] (1.0), 'at'['day'] ('monday')" in notes[0]
+
+
+class Held:
+    """An object of which nobody knows that it holds ids."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+
+
+class ByObject(OwnForward):
+    def before(self, batch: Any) -> Any:
+        return {**batch, "user": batch["held"].ids}
+
+
+def test_an_object_in_the_batch_is_no_constant(tmp_path) -> None:
+    batch = {**models.batch_of(), "held": Held(models.batch_of()["user"])}
+    checkpoint = models.save(models.train(ByObject()), tmp_path / "trained.pth")
+    arches = "sparse_arch", "dense_arch"
+    manifest = Exporter(ByObject(), *arches, [batch], checkpoint, tmp_path / "out").export(progress=False)
+    assert manifest.score is msgspec.UNSET
+    assert any("'held' of the batch is a Held, whose values would be constants" in note for note in manifest.notes)
+
+
+def test_a_live_model_computes_with_its_own_values(tmp_path) -> None:
+    trained = models.train(OwnParameter())
+    with torch.no_grad():
+        trained.shift += 0.5
+    arches = "sparse_arch", "dense_arch"
+    settings = {"format": "live", "score_program": "require"}
+    exporter = Exporter(trained, *arches, [models.batch_of()], None, tmp_path / "out", **settings)
+    with pytest.raises(ModelError, match="Serving feeds what the sparse arch returns"):
+        exporter.export(progress=False)
 
 
 @pytest.mark.parametrize("wrap", ["compile", "model"])

@@ -90,7 +90,7 @@ def test_the_program_holds_no_table_and_has_the_manifests_names(tmp_path: Path) 
     package, _ = run(tmp_path, three_tables)
     program = package.load_score_program()
     assert sorted(program.state_dict) == [
-        f"dense_arch.mlp.{layer}.{name}" for layer in (0, 2) for name in ("bias", "weight")
+        f"model.dense_arch.mlp.{layer}.{name}" for layer in (0, 2) for name in ("bias", "weight")
     ]
     raw = (tmp_path / "out" / package.manifest.score.program).read_bytes()
     assert b'"sparse_arch.user.weight"' in raw
