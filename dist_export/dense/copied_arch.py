@@ -13,6 +13,7 @@ from dist_export.checkpoint.dense import DenseParameters
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
+from dist_export.dense.missing_values import is_of_sparse
 from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters, hidden_values
 from dist_export.dense.own_values import list_own_values, list_sparse_values
@@ -109,7 +110,7 @@ def load_copy(
             copied,
             state,
             dense_model_name=name,
-            allow_missing=config.allow_missing_dense,
+            allow_missing=[p for p in config.allow_missing_dense if not is_of_sparse(p, config.sparse_model_name)],
             allow_unexpected=config.allow_unexpected_dense,
             where=parameters.where,
         )

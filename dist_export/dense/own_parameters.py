@@ -133,13 +133,21 @@ def _refuse_one_place(name: str, tensor: torch.Tensor) -> ModelError:
 
 
 @contextlib.contextmanager
-def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, except_below: str) -> Iterator[list[str]]:
+def values_within(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    path: str,
+    except_below: str,
+    others: Mapping[int, Collection[str]] | None = None,
+) -> Iterator[list[str]]:
     """Within this block, parameters and buffers of ``module`` have the values that ``state`` holds. Any rank, for itself.
 
     Args:
         module: the sparse arch of the caller's own model, at ``path`` within it.
         state: name within the model, or within ``module`` where no name begins with ``path``, -> tensor.
         except_below: the path within the model of the dense arch, which has its values in another way.
+        others: ``id()`` of a tensor -> all its names within the model: a file of safetensors has a tied tensor under one.
 
     Yields the names within the model of what was put. Raises ModelError where a value has another shape.
     """
@@ -154,7 +162,8 @@ def values_within(module: nn.Module, state: Mapping[str, Any], *, path: str, exc
         if name.startswith(mapped):
             continue
         full = begin + _plain(name)
-        held = plain.get(full if has_path else _plain(name))
+        names = [full if has_path else _plain(name), *(others or {}).get(id(tensor), ())]
+        held = next((plain[known] for known in names if known in plain), None)
         if held is None or is_lazy(tensor) or (except_below and full.startswith(f"{_plain(except_below)}.")):
             continue
         value = state[held]

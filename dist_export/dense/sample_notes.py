@@ -80,6 +80,12 @@ def note_lacking(names: Sequence[str]) -> list[str]:
     return [told] if names else []
 
 
+def note_passed(names: Sequence[str]) -> list[str]:
+    """Return a note on parameters of the sparse arch that the checkpoint lacks, and that ``allow_missing_dense`` lets pass."""
+    told = f"parameters of the sparse arch taken from the model, not from the checkpoint: {few(names)}"
+    return [told] if names else []
+
+
 def note_pruned(left: int, to_model: int) -> list[str]:
     """Return a note on ids that the sample looked up and rules leave behind, ``to_model`` of them to the model's own rows.
 

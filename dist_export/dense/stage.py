@@ -39,6 +39,7 @@ from dist_export.dense.rule_check import check_settings
 from dist_export.dense.sample_notes import (
     note_lacking,
     note_not_finite,
+    note_passed,
 )
 from dist_export.dense.sample_rows import SampleRows, hash_row
 from dist_export.dense.sample_run import SampleRun
@@ -66,7 +67,7 @@ class DenseStage:
         self._objects = objects
         self._parameters = parameters
         self._sampled = SampleRun(ranks, config, objects, parameters)
-        self._values = SparseValues(ranks, config, parameters)
+        self._values = SparseValues(ranks, config, objects.model, parameters)
         self.notes: list[str] = []
         """What turned up after :meth:`prepare`. Rank 0."""
         self.entry: DenseEntry | None = None
@@ -112,10 +113,11 @@ class DenseStage:
         notes += compare_replicas(ranks, copied) if self._parameters is None else []
         sampled.take()
         sampled.open_rows(source, casts)
+        self._values.tables = sampled.finder if self._config.need_export_sparse else None
         with self.sparse_values():
             restored, lacking = self._values.put, self._values.lacking
             found = sampled.run(sparse_arch, dense_arch, copied, features, restored=restored)
-            return [*notes, *note_lacking(lacking), *found]
+            return [*notes, *note_lacking(lacking), *note_passed(self._values.passed), *found]
 
     @property
     def data(self) -> Any:

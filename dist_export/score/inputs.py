@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime as dt
 import decimal
 import enum
 import reprlib
@@ -32,9 +33,9 @@ _PLAIN = (
     str,
     bytes,
     np.generic,
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
+    dt.date,
+    dt.time,
+    dt.timedelta,
     decimal.Decimal,
 )
 _WITHOUT_VALUES = type(None), type(...), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format

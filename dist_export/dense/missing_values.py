@@ -1,0 +1,105 @@
+"""Parameters and buffers of the sparse arch that are no tables, and that the checkpoint lacks: they would be untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from dist_export.checkpoint.model_weights import is_below, plain_name
+from dist_export.dense.known_tables import KnownTables
+from dist_export.dense.table_names import TableNames
+from dist_export.errors import ModelError
+from dist_export.humanize import few
+from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.unwrap import is_lazy, list_modules
+
+SETTING = "allow_missing_dense"
+
+
+def refuse_missing_values(
+    arch: nn.Module,
+    put: Collection[str],
+    tables: KnownTables,
+    *,
+    sparse_model_name: str,
+    dense_model_name: str,
+    allowed: Sequence[str],
+) -> list[str]:
+    """Refuse what the checkpoint lacks, unless a pattern of ``allow_missing_dense`` names it. Any rank, for itself.
+
+    Args:
+        arch: the caller's sparse arch.
+        put: names within the model of what has the checkpoint's values.
+        tables: of the checkpoint.
+        sparse_model_name: the path of the sparse arch within the model.
+        dense_model_name: that of the dense arch, whose parameters are looked at elsewhere.
+        allowed: all patterns of the setting.
+
+    Returns the names that a pattern lets pass. Raises ModelError for the others, and for a pattern of the sparse arch that
+    matches none.
+    """
+    path = plain_name(sparse_model_name)
+    own = {
+        name: tensor
+        for name, tensor in _list_values(arch, path, tables)
+        if not is_below(name, plain_name(dense_model_name))
+    }
+    there = {id(tensor) for name, tensor in own.items() if name in put}
+    lacking = [name for name, tensor in own.items() if name not in put and id(tensor) not in there]
+    patterns = [pattern for pattern in allowed if is_of_sparse(pattern, sparse_model_name)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in own):
+            raise ModelError(
+                f"{SETTING}: the pattern {pattern!r} matches no parameter of the sparse arch that is no table"
+            )
+    passed = [name for name in lacking if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if refused := [name for name in lacking if name not in passed]:
+        raise ModelError(
+            f"the checkpoint lacks {few(refused)} of the sparse arch, so scores would be those of untrained values. Nothing was "
+            f"written. Give the checkpoint that has {'it' if len(refused) == 1 else 'them'}, or the names that were trained; or "
+            f"{SETTING}: [{refused[0]}] lets the model's own values pass"
+        )
+    return passed
+
+
+def is_of_sparse(pattern: str, sparse_model_name: str) -> bool:
+    """Whether a pattern of ``allow_missing_dense`` is of the sparse arch: it begins with the path of that."""
+    return bool(sparse_model_name) and pattern.startswith(f"{plain_name(sparse_model_name)}.")
+
+
+def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a state_dict has of the sparse arch besides tables: name within the model and tensor."""
+    names = TableNames(tables, path)
+    below: set[int] = set()
+    for module, places in list_modules(arch):
+        if id(module) in below:
+            continue
+        if _is_table(module):
+            below.update(id(child) for child in module.modules())
+            continue
+        hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
+        for owner, left_out in ((module._parameters, ()), (module._buffers, hidden)):  # noqa: SLF001
+            for name, tensor in owner.items():
+                if tensor is None or is_lazy(tensor) or name in left_out:
+                    continue
+                within = plain_name(".".join(part for part in (places[0], name) if part))
+                if not _is_known(names, within):
+                    yield ".".join(part for part in (path, within) if part), tensor
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether a module is a table: what the checkpoint has of it is compared by what the sample looks up."""
+    is_hash_table = callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None))
+    is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    is_of_torchrec = type(module).__module__.startswith(("torchrec.", "fbgemm_gpu."))
+    return is_hash_table or is_embedding or is_of_torchrec or is_collision_module(module)
+
+
+def _is_known(names: TableNames, path: str) -> bool:
+    try:
+        return names.find(path) is not None
+    except ModelError:  # a table that the settings leave out, or one of two: told where it is looked up
+        return True

@@ -1,0 +1,122 @@
+"""What the sparse arch has besides tables comes from the checkpoint, or the export says that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.api import Exporter
+from dist_export.errors import ModelError
+from tests.support import score_models as models
+
+
+class Projected(nn.Module):
+    """A table, and layers that a state_dict has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(models.ROWS, models.DIM)
+        self.proj = nn.Linear(models.DIM, models.DIM)
+        self.norm = nn.BatchNorm1d(models.DIM)
+        self.register_buffer("scale", torch.ones(models.DIM))
+        self.register_buffer("scratch", torch.ones(models.DIM), persistent=False)
+
+    def forward(self, batch: Any) -> Any:
+        rows = self.norm(self.proj(self.table(batch["user"]))) * self.scale * self.scratch
+        return {"block": rows, "price": batch["price"]}
+
+
+def build() -> nn.Module:
+    return models.Model(Projected(), models.DIM + 1)
+
+
+class Tied(models.Model):
+    """The projection has another name in the model, which comes first."""
+
+    def __init__(self) -> None:
+        super().__init__(Projected(), models.DIM + 1)
+        sparse_arch, dense_arch = self.sparse_arch, self.dense_arch
+        del self.sparse_arch, self.dense_arch
+        self.alias = sparse_arch.proj
+        self.sparse_arch, self.dense_arch = sparse_arch, dense_arch
+
+
+def train() -> nn.Module:
+    trained = models.train(build())
+    with torch.no_grad():
+        trained.sparse_arch.scale += 0.5
+        trained.sparse_arch.norm.running_mean += 0.5
+    return trained
+
+
+def export(tmp_path: Path, state: Any, model: nn.Module, **settings: Any) -> Any:
+    torch.save(state, tmp_path / "c.pth")
+    exporter = Exporter(
+        model, "sparse_arch", "dense_arch", [models.batch_of()], str(tmp_path / "c.pth"), tmp_path / "out", **settings
+    )
+    exporter.export(progress=False)
+    return dist_export.open_package(tmp_path / "out")
+
+
+def test_what_the_checkpoint_has_is_taken(tmp_path: Path) -> None:
+    trained = train()
+    package = export(tmp_path, trained.state_dict(), build())
+    batch = models.batch_of(9, seed=4)
+    with torch.no_grad():
+        expected = trained.eval()(batch)["ctr"].numpy()
+    np.testing.assert_allclose(package.score(batch)["ctr"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lacking", ["proj.weight", "proj.bias", "norm.running_mean", "scale"])
+def test_what_the_checkpoint_lacks_is_refused_by_name(tmp_path: Path, lacking: str) -> None:
+    state = train().state_dict()
+    del state[f"sparse_arch.{lacking}"]
+    with pytest.raises(ModelError, match=rf"the checkpoint lacks sparse_arch\.{lacking} of the sparse arch"):
+        export(tmp_path, state, build())
+    assert not (tmp_path / "out").exists()
+    package = export(tmp_path, state, build(), allow_missing_dense=[f"sparse_arch.{lacking}"])
+    told = f"taken from the model, not from the checkpoint: sparse_arch.{lacking}"
+    assert any(told in note for note in package.manifest.notes)
+
+
+class Rotated(Projected):
+    """A matrix of its own would be a table of the checkpoint, if that had it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(models.DIM))
+
+    def forward(self, batch: Any) -> Any:
+        blocks = super().forward(batch)
+        return {**blocks, "block": blocks["block"] @ self.matrix}
+
+
+def test_a_matrix_that_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
+    build = lambda: models.Model(Rotated(), models.DIM + 1)
+    state = models.train(build()).state_dict()
+    del state["sparse_arch.matrix"]
+    with pytest.raises(ModelError, match=r"lacks sparse_arch\.matrix"):
+        export(tmp_path, state, build())
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'sparse_arch\.other\.\*' matches no parameter of the sparse arch"):
+        export(tmp_path, train().state_dict(), build(), allow_missing_dense=["sparse_arch.other.*"])
+
+
+def test_a_tied_tensor_may_be_under_its_name_in_the_model(tmp_path: Path) -> None:
+    """safetensors keeps one name of a tensor that has two."""
+    trained = models.train(Tied())
+    state = {name: tensor for name, tensor in trained.state_dict().items() if not name.startswith("sparse_arch.proj.")}
+    assert "alias.weight" in state
+    package = export(tmp_path, state, Tied())
+    batch = models.batch_of(9, seed=4)
+    with torch.no_grad():
+        expected = trained.eval()(batch)["ctr"].numpy()
+    np.testing.assert_allclose(package.score(batch)["ctr"], expected, rtol=1e-5, atol=1e-6)
