@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -121,7 +122,9 @@ def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
     own = [kinds[arg] for arg in nodes]
     numbers = [arg for arg in node.args if isinstance(arg, int | float) and not isinstance(arg, bool)]
     has_value = any(VALUE in its for its in own)
-    if name in _FILLS or name == "arange" or SIZE in kinds[node]:
+    if SIZE in kinds[node]:
+        return _is_plain_size(node.meta.get("val"))
+    if name in _FILLS or name == "arange":
         return True
     if name in _ORDERS:
         return not has_value and all(number == 0 for number in numbers)
@@ -162,13 +165,33 @@ def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
 
 
 def _is_plain_slice(node: fx.Node, *, is_value: bool) -> bool:
-    """Whether a slice takes all; or of bounds, all but the first or last one."""
-    bounds: tuple[Any, ...] = (*node.args[2:], None, None)
-    start, end = bounds[:2]
-    if isinstance(start, fx.Node) or isinstance(end, fx.Node):  # a run of one key
-        return True
+    """Whether a slice takes all; or of bounds, all but the first or last one; or of lists side by side, those of one key."""
+    bounds: tuple[Any, ...] = (*node.args[2:], None, None, None)
+    start, end, step = bounds[:3]
+    if step not in (None, 1):
+        return False
+    if isinstance(start, fx.Node) or isinstance(end, fx.Node):
+        source = node.args[0]
+        return isinstance(source, fx.Node) and bool(source.meta["val"].dim() == 1)
     begins, ends = start in (None, 0), end is None or end >= _END
     return (begins and ends) or (not is_value and ((begins and end == -1) or (start == 1 and ends)))
+
+
+def _is_plain_size(size: Any) -> bool:
+    """Whether a size is one of a tensor, or a number of lists: a symbol, a multiple or a share of it, or one more or less.
+
+    A size that is cut (``min(length, 50)``) is none: only some batches show that it is.
+    """
+    if not isinstance(size, torch.SymInt):
+        return not isinstance(size, torch.SymBool | torch.SymFloat)
+    return all(_is_plain_term(term) for term in sympy.preorder_traversal(size.node.expr))
+
+
+def _is_plain_term(term: Any) -> bool:
+    if isinstance(term, sympy.Add):
+        numbers = [one for one in term.args if one.is_Integer]
+        return len(term.args) == 2 and len(numbers) == 1 and abs(int(numbers[0])) == 1
+    return isinstance(term, sympy.Symbol | sympy.Integer | sympy.Mul) or type(term).__name__ == "FloorDiv"
 
 
 def _is_plain_cast(node: fx.Node, source: fx.Node) -> bool:

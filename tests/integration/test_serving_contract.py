@@ -239,6 +239,26 @@ def _first_ten(its: Any, batch: Any) -> torch.Tensor:
     return its.table(batch["clicks"][:, :10]).sum(1)
 
 
+def _cut_at_its_length(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, : min(batch["clicks"].shape[1], 50)]).sum(1)
+
+
+def _the_last_ones(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, max(batch["clicks"].shape[1] - 50, 0) :]).sum(1)
+
+
+def _without_an_eighth(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, batch["clicks"].shape[1] // 8 :]).sum(1)
+
+
+def _some_by_number(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, torch.arange(min(batch["clicks"].shape[1], 50))]).sum(1)
+
+
+def _by_steps(its: Any, batch: Any) -> torch.Tensor:
+    return its.table(batch["clicks"][:, :: max(1, batch["clicks"].shape[1] // 40)]).sum(1)
+
+
 def _by_batch_size(its: Any, batch: Any) -> torch.Tensor:
     return its.table(batch["user"]) * (batch["user"].shape[0] // 512 + 1)
 
@@ -248,6 +268,11 @@ WAYS_TO_DO_MORE = [
     _rows_cut,
     _ids_of_one_space,
     _first_ten,
+    _cut_at_its_length,
+    _the_last_ones,
+    _without_an_eighth,
+    _some_by_number,
+    _by_steps,
     _by_batch_size,
     _by_a_list_of_ids,
     _by_a_buffer,
