@@ -140,6 +140,7 @@ def values_within(
     path: str,
     except_below: str,
     others: Mapping[int, Collection[str]] | None = None,
+    must_fit: bool = True,
 ) -> Iterator[list[str]]:
     """Within this block, parameters and buffers of ``module`` have the values that ``state`` holds. Any rank, for itself.
 
@@ -148,6 +149,7 @@ def values_within(
         state: name within the model, or within ``module`` where no name begins with ``path``, -> tensor.
         except_below: the path within the model of the dense arch, which has its values in another way.
         others: ``id()`` of a tensor -> all its names within the model: a file of safetensors has a tied tensor under one.
+        must_fit: whether a value of another shape, or one that would be lost by a cast, is refused; otherwise it is left out.
 
     Yields the names within the model of what was put. Raises ModelError where a value has another shape.
     """
@@ -168,6 +170,8 @@ def values_within(
             continue
         value = state[held]
         if isinstance(value, torch.Tensor):
+            if not must_fit and (value.shape != tensor.shape or say_lost(value, tensor)):
+                continue
             if value.shape != tensor.shape:
                 raise ModelError(f"{held} is {list(value.shape)} in the checkpoint, the model has {list(tensor.shape)}")
             if lost := say_lost(value, tensor):

@@ -120,3 +120,38 @@ def test_a_tied_tensor_may_be_under_its_name_in_the_model(tmp_path: Path) -> Non
     with torch.no_grad():
         expected = trained.eval()(batch)["ctr"].numpy()
     np.testing.assert_allclose(package.score(batch)["ctr"], expected, rtol=1e-5, atol=1e-6)
+
+
+class NormBetween(models.Model):
+    """A layer between the arches that does nothing as long as it is fresh."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1]), models.DIM + 1
+        )
+        self.norm = nn.BatchNorm1d(models.DIM, eps=1e-12)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "block": self.norm(blocks["block"]) * self.gain})
+
+
+@pytest.mark.parametrize("settings", [{}, {"score_program": "off"}])
+def test_a_trained_layer_between_the_arches_is_refused_though_it_is_neutral_when_fresh(
+    tmp_path: Path, settings
+) -> None:
+    trained = NormBetween()
+    with torch.no_grad():
+        trained.norm.running_mean += 2.0
+    with pytest.raises(ModelError, match="'block' is changed between the sparse arch and the dense arch"):
+        export(tmp_path, trained.state_dict(), NormBetween(), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_another_shape_outside_of_the_arches_is_no_matter(tmp_path: Path) -> None:
+    state = models.train(build()).state_dict() | {"aux.weight": torch.zeros(7, 7)}
+    model = build()
+    model.aux = nn.Linear(3, 3)
+    assert export(tmp_path, state, model).manifest.parity.reference == "model"
+    assert model.aux.weight.shape == (3, 3)
