@@ -163,7 +163,8 @@ class ExportConfig:
     dataset_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for dataset."""
     allow_missing_dense: list[str] = field(default_factory=list)
-    """Patterns of dense parameters that need not be in the checkpoint. The model's own values are exported."""
+    """Patterns of dense parameters that need not be in the checkpoint. The model's own values are exported. With the path of the
+    sparse arch in front (sparse_arch.proj.*), patterns of what that has besides tables."""
     allow_unexpected_dense: list[str] = field(default_factory=list)
     """Patterns of dense parameters that need not be in the dense arch. They are left out, as by RecIS."""
     allow_load_hooks: list[str] = field(default_factory=list)
