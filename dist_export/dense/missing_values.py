@@ -74,7 +74,7 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> Iterator[tu
     """Yield what a state_dict has of the sparse arch besides tables: name within the model and tensor."""
     names = TableNames(tables, path)
     below: set[int] = set()
-    for module, places in list_modules(arch):
+    for module, paths in list_modules(arch):
         if id(module) in below:
             continue
         if _is_table(module):
@@ -85,7 +85,7 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> Iterator[tu
             for name, tensor in owner.items():
                 if tensor is None or is_lazy(tensor) or name in left_out:
                     continue
-                within = plain_name(".".join(part for part in (places[0], name) if part))
+                within = plain_name(".".join(part for part in (paths[0], name) if part))
                 if not _is_known(names, within):
                     yield ".".join(part for part in (path, within) if part), tensor
 

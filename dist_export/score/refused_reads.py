@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dist_export.model.user_errors import blame
-from dist_export.score.table_weight import NotExportableError
+from dist_export.score.table_weight import RAISED, NotExportableError
 
 _READS: tuple[Callable[..., Any], ...] = (
     torch.Tensor.__bool__,
@@ -28,6 +28,9 @@ _READS: tuple[Callable[..., Any], ...] = (
 """What gives a Python number of a tensor. A trace has no values, so a branch on one cannot be in the program."""
 
 
+_SYMBOLS = torch.SymInt, torch.SymFloat, torch.SymBool
+
+
 class RefusedReads(TorchFunctionMode):
     """A context manager around the model's code. On leaving it, a read that failed is an error, whoever caught it.
 
@@ -37,21 +40,34 @@ class RefusedReads(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._failed: BaseException | None = None
+        self._failed: list[Exception] = []
+
+    def __enter__(self) -> RefusedReads:
+        """Begin to note errors."""
+        self._token = RAISED.set(self._failed)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and note the error of a read."""
         try:
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            if func in _READS and any(
+                isinstance(one, _SYMBOLS) for one in (found if isinstance(found, list) else [found])
+            ):
+                # what branches on it raises, and that may be caught where nothing sees it
+                raise NotExportableError("the model's code takes a Python number from a tensor")  # noqa: TRY301
+            return found  # noqa: TRY300
         except Exception as error:
-            if self._failed is None and (func in _READS or isinstance(error, NotExportableError)):
-                self._failed = error
+            if func in _READS and not isinstance(error, NotExportableError):  # which notes itself
+                self._failed.append(error)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Refuse a read that failed and was caught."""
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        failed, self._failed = self._failed, None
+        RAISED.reset(self._token)
+        failed = self._failed[0] if self._failed else None
         if failed is not None and kind is None:
             first = str(failed).partition("\n")[0]
             raise NotExportableError(

@@ -5,6 +5,7 @@ It is no tensor, so the program does not hold the table. What it cannot express 
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch.nn.functional as F  # noqa: N812 -- torch's own name for it
 from dist_export.archive.lookup_operator import look_up
 from dist_export.score.bags import pool_bags
 
+RAISED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar("RAISED", default=None)
+"""Collects the errors below while a model's code runs, which may catch them."""
+
 
 class NotExportableError(Exception):
     """The score program cannot express what the model does. The text is a clause without a full stop."""
@@ -22,6 +26,8 @@ class NotExportableError(Exception):
         """Take a text, and the path of the module in whose code it is, from the module that was traced; empty if not known."""
         super().__init__(text)
         self.module = module
+        if (noted := RAISED.get()) is not None:
+            noted.append(self)
 
 
 class TableWeight:

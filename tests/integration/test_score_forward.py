@@ -212,7 +212,7 @@ class OwnParameter(OwnForward):
         self.shift = nn.Parameter(torch.zeros(1))
 
     def between(self, blocks: Any, batch: Any) -> Any:
-        return {**blocks, "price": blocks["price"] + self.shift}
+        return {**blocks, "price": blocks["price"] + self.shift * 0}
 
 
 class MoreArguments(OwnForward):
@@ -244,9 +244,21 @@ class Caught(OwnForward):
         return batch
 
 
+class CaughtLater(OwnForward):
+    """Takes a number, which succeeds, and branches on it, which does not."""
+
+    def before(self, batch: Any) -> Any:
+        highest = batch["price"].max().item()
+        try:
+            return {**batch, "price": batch["price"].clamp(max=5.0)} if highest > 5 else batch
+        except Exception:
+            return batch
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (CaughtLater, "takes a Python number from a tensor"),
         (BranchBehind, "data-dependent"),
         (Caught, "the model's code catches an error of the trace"),
         (BranchOnValues, "data-dependent"),
@@ -306,13 +318,34 @@ def test_an_object_in_the_batch_is_no_constant(tmp_path) -> None:
 
 def test_a_live_model_computes_with_its_own_values(tmp_path) -> None:
     trained = models.train(OwnParameter())
-    with torch.no_grad():
-        trained.shift += 0.5
     arches = "sparse_arch", "dense_arch"
     settings = {"format": "live", "score_program": "require"}
-    exporter = Exporter(trained, *arches, [models.batch_of()], None, tmp_path / "out", **settings)
-    with pytest.raises(ModelError, match="Serving feeds what the sparse arch returns"):
-        exporter.export(progress=False)
+    Exporter(trained, *arches, [models.batch_of()], None, tmp_path / "out", **settings).export(progress=False)
+    batch = other_batch(0)
+    found = dist_export.open_package(tmp_path / "out").score(batch)["ctr"]
+    np.testing.assert_allclose(found, scores_of_model(trained, batch), rtol=1e-5, atol=1e-6)
+
+
+class CaughtInTheSparseArch(models.Lookups):
+    """Reads a table in a way that has no lookup, and goes on without it."""
+
+    def forward(self, batch: Any) -> Any:
+        blocks = super().forward(batch)
+        try:
+            highest = self.table.weight.max(0).values[:1]
+        except Exception:
+            return blocks
+        return {**blocks, "price": torch.minimum(blocks["price"], highest.abs() + LARGE)}
+
+
+def test_an_error_of_a_table_that_is_caught_leaves_no_program(tmp_path) -> None:
+    def build() -> nn.Module:
+        look = models.WAYS["embedding"][1]
+        sparse_arch = CaughtInTheSparseArch(nn.Embedding(models.ROWS, models.DIM), look)
+        return models.Model(sparse_arch, models.DIM + 1)
+
+    with pytest.raises(ModelError, match="the model's code catches an error of the trace"):
+        export(tmp_path, build)
 
 
 @pytest.mark.parametrize("wrap", ["compile", "model"])
