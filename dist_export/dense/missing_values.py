@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -41,11 +41,13 @@ def refuse_missing_values(
     Returns the names that a pattern lets pass. Raises ModelError for the others, and for a pattern of the sparse arch that
     matches none.
     """
-    path = plain_name(sparse_model_name)
+    path, dense = plain_name(sparse_model_name), plain_name(dense_model_name)
+    values, has_table = _list_values(arch, path, tables)
+    # of a model none of whose tables has a name in the checkpoint, matrices are its tables: a note says that none was seen
     own = {
         name: tensor
-        for name, tensor in _list_values(arch, path, tables)
-        if not is_below(name, plain_name(dense_model_name))
+        for name, tensor, is_known in values
+        if not is_known and (has_table or tensor.dim() != 2) and not is_below(name, dense)
     }
     there = {id(tensor) for name, tensor in own.items() if name in put}
     lacking = [name for name, tensor in own.items() if name not in put and id(tensor) not in there]
@@ -70,24 +72,29 @@ def is_of_sparse(pattern: str, sparse_model_name: str) -> bool:
     return bool(sparse_model_name) and pattern.startswith(f"{plain_name(sparse_model_name)}.")
 
 
-def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a state_dict has of the sparse arch besides tables: name within the model and tensor."""
-    names = TableNames(tables, path)
+def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[tuple[str, torch.Tensor, bool]], bool]:
+    """Return what a state_dict has of the sparse arch, and whether any table is among its modules and names.
+
+    Of each: its name within the model, the tensor, and whether it is a table.
+    """
+    names, found, has_table = TableNames(tables, path), [], False
     below: set[int] = set()
     for module, paths in list_modules(arch):
         if id(module) in below:
             continue
-        if _is_table(module):
+        is_table = _is_table(module)
+        if is_table:
+            has_table = True
             below.update(id(child) for child in module.modules())
-            continue
         hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
         for owner, left_out in ((module._parameters, ()), (module._buffers, hidden)):  # noqa: SLF001
             for name, tensor in owner.items():
                 if tensor is None or is_lazy(tensor) or name in left_out:
                     continue
                 within = plain_name(".".join(part for part in (paths[0], name) if part))
-                if not _is_known(names, within):
-                    yield ".".join(part for part in (path, within) if part), tensor
+                full = ".".join(part for part in (path, within) if part)
+                found.append((full, tensor, is_table or _is_known(names, within)))
+    return found, has_table or any(is_known for _, _, is_known in found)
 
 
 def _is_table(module: nn.Module) -> bool:
