@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from dist_export.diff.dense import compare_dense, compare_scores
+from dist_export.diff.dense import compare_dense, compare_others, compare_scores
 from dist_export.diff.entries import PackageDiff
 from dist_export.diff.rows import Run, RunCounts, add_counts, compare_runs, cut_runs, pair_tables
 from dist_export.errors import PackageError, UserError
@@ -82,6 +82,7 @@ def diff(
                 digest_b=two.manifest.digest,
                 tables=add_counts(one, two, pairs, counts),
                 dense=compare_dense(one, two),
+                others=compare_others(one, two),
                 scores=compare_scores(one, two),
                 settings=_compare_settings(one.manifest, two.manifest),
             )

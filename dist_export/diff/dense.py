@@ -17,6 +17,8 @@ from dist_export.package.reader import Package
 if TYPE_CHECKING:
     import torch
 
+_FG = "fg.json"
+
 
 def compare_dense(a: Package, b: Package) -> DenseDiff:
     """Compare parameters, inputs, outputs and code of the dense programs. PackageError if one cannot be loaded."""
@@ -27,21 +29,25 @@ def compare_dense(a: Package, b: Package) -> DenseDiff:
     others = _compare_entries(ours, theirs)
     if _has_same_file(a.manifest, b.manifest, ours.program, theirs.program):
         return DenseDiff(others=tuple(others))
-    from dist_export.archive.output_diff import has_same_values
+    found = compare_programs(a.load_program(), b.load_program())
+    return msgspec.structs.replace(found, others=(*others, *found.others))
 
-    one, two = a.load_program(), b.load_program()
+
+def compare_programs(one: Any, two: Any, what: str = "the dense program") -> DenseDiff:
+    """Compare parameters, buffers, constants and code of two programs."""
+    others: list[str] = []
     before, after = _values_of(one), _values_of(two)
     both = [name for name in before if name in after]
     changed = {}
     for name in both:
-        if has_same_values(before[name], after[name]):
+        if _has_same_bits(before[name], after[name]):
             continue
         if before[name].shape != after[name].shape or before[name].dtype != after[name].dtype:
             others.append(f"parameter {name!r} is {_say(before[name])} in A, {_say(after[name])} in B")
         else:
             changed[name] = largest_change(_to_numpy(before[name]), _to_numpy(after[name]))
-    if one.graph_module.code != two.graph_module.code:
-        others.append("the code of the dense program differs")
+    if _code_of(one) != _code_of(two):
+        others.append(f"the code of {what} differs")
     return DenseDiff(
         same=len(both) - len(changed),
         changed=changed,
@@ -80,6 +86,20 @@ def _has_same_file(a: Manifest, b: Manifest, name_a: str, name_b: str) -> bool:
     return bool(digests[0]) and digests[0] == digests[1]
 
 
+def _code_of(program: Any) -> list[str]:
+    """Return the code of the program and of all branches and loops in it."""
+    return [module.code for module in program.graph_module.modules() if hasattr(module, "graph")]
+
+
+def _has_same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    import torch
+
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in (one, two)]
+    return torch.equal(flat[0].view(torch.uint8), flat[1].view(torch.uint8))
+
+
 def _values_of(program: Any) -> dict[str, torch.Tensor]:
     import torch
 
@@ -103,6 +123,33 @@ def _say_entry(entry: TensorEntry) -> str:
     return f"{entry.dtype} [{', '.join(map(str, entry.shape))}]"
 
 
+def compare_others(a: Package, b: Package) -> tuple[str, ...]:
+    """Return how the score programs, the serving contracts and fg.json differ, in words."""
+    told = []
+    ours, theirs = a.manifest.score, b.manifest.score
+    if ours is msgspec.UNSET or theirs is msgspec.UNSET:
+        told += [] if ours is theirs else [f"only {'B' if ours is msgspec.UNSET else 'A'} has a score program"]
+    elif not _has_same_file(a.manifest, b.manifest, ours.program, theirs.program):
+        found = compare_programs(a.load_score_program(), b.load_score_program(), "the score program")
+        told += [f"score program: {name} changed by up to {value:.3g}" for name, value in found.changed.items()]
+        told += [f"score program: {name} is only in A" for name in found.only_in_a]
+        told += [f"score program: {name} is only in B" for name in found.only_in_b]
+        told += found.others
+        names = [[one.name for one in entry.inputs] for entry in (ours, theirs)]
+        told += [] if names[0] == names[1] else [f"the score program takes {names[0]} in A, {names[1]} in B"]
+    contracts = [_stated_of(package.manifest) for package in (a, b)]
+    told += [] if contracts[0] == contracts[1] else ["the serving contract differs"]
+    confs = [package.files.read(_FG) if package.files.exists(_FG) else b"" for package in (a, b)]
+    return (*told, *([] if confs[0] == confs[1] else [f"{_FG} differs"]))
+
+
+def _stated_of(manifest: Manifest) -> bytes:
+    """Return what the serving contract states, without what the replay found."""
+    if manifest.serving is msgspec.UNSET:
+        return b""
+    return msgspec.json.encode(msgspec.structs.replace(manifest.serving, replay=None))
+
+
 def compare_scores(a: Package, b: Package) -> ScoresDiff:
     """Score the stored sample of A with both packages. What cannot be scored is told, and is no error."""
     if a.manifest.dense is None or b.manifest.dense is None:
@@ -113,15 +160,25 @@ def compare_scores(a: Package, b: Package) -> ScoresDiff:
             before, after = a.score(inputs), b.score(inputs)
         else:
             before, after = _score_blocks(a, b)
-    except (
-        DistExportError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # inputs of A that B's program does not take
+    except (DistExportError, KeyError, TypeError, ValueError, RuntimeError) as error:  # inputs that B does not take
         return ScoresDiff(not_compared=f"B does not score the sample of A: {str(error).partition(chr(10))[0]}")
-    both = [name for name in before if name in after and before[name].shape == after[name].shape]
-    return ScoresDiff(max_abs={name: largest_change(before[name], after[name]) for name in both})
+    both = [name for name in before if name in after]
+    odd = [
+        name
+        for name in both
+        if before[name].shape != after[name].shape or _is_finite(before[name]) != _is_finite(after[name])
+    ]
+    return ScoresDiff(
+        max_abs={
+            name: largest_change(before[name], after[name]) for name in both if before[name].shape == after[name].shape
+        },
+        odd=tuple(odd),
+    )
+
+
+def _is_finite(scores: np.ndarray) -> list[bool]:
+    found: list[bool] = np.isfinite(scores).reshape(-1).tolist()
+    return found
 
 
 def _read_ids(package: Package) -> Mapping[str, Any]:

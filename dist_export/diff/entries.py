@@ -54,7 +54,9 @@ class ScoresDiff(msgspec.Struct, frozen=True, kw_only=True):
     """The scores of both packages for the stored sample of A."""
 
     max_abs: dict[str, float] = {}
-    """By output that both have."""
+    """By output that both have, of scores that are finite on both sides."""
+    odd: tuple[str, ...] = ()
+    """Outputs of other shapes, or finite in other places."""
     not_compared: str = ""
 
 
@@ -67,6 +69,8 @@ class PackageDiff(msgspec.Struct, frozen=True, kw_only=True):
     digest_b: str
     tables: tuple[TableDiff, ...] = ()
     dense: DenseDiff = DenseDiff()
+    others: tuple[str, ...] = ()
+    """How the score programs, the serving contracts and fg.json differ, in words."""
     scores: ScoresDiff = ScoresDiff()
     settings: dict[str, tuple[str, str]] = {}
     """What is packaged otherwise, though serving gets the same: name -> how A and B have it."""
@@ -78,8 +82,5 @@ class PackageDiff(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_equal(self) -> bool:
         """Whether serving gets the same from both."""
-        return (
-            all(table.is_equal for table in self.tables)
-            and self.dense.is_equal
-            and not any(self.scores.max_abs.values())
-        )
+        is_same = all(table.is_equal for table in self.tables) and self.dense.is_equal and not self.others
+        return is_same and not self.scores.odd and not any(self.scores.max_abs.values())

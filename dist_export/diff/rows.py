@@ -10,7 +10,7 @@ import numpy as np
 
 from dist_export.diff.entries import TableDiff
 from dist_export.errors import PackageError
-from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.manifest import Manifest, PartEntry, SlotEntry, TableEntry
 from dist_export.package.reader import Package, decode_rows, row_bytes_of
 
@@ -69,7 +69,7 @@ def _pair(a: TableEntry, b: TableEntry) -> PairedTable:
     reason = ""
     if a.is_row_indexed != b.is_row_indexed:
         reason = "one side has a hash table, the other a row-indexed table"
-    slots = tuple(pair for pair in both if _width(pair[0]) == _width(pair[1]))
+    slots = tuple(pair for pair in both if pair[0].name != ID_SLOT and _width(pair[0]) == _width(pair[1]))
     if not slots and not reason:
         reason = "no slot has rows of one width in both"
     return PairedTable(a, b, slots, tuple(others), reason)
@@ -92,6 +92,8 @@ def cut_runs(paired: PairedTable, a: Manifest, b: Manifest, *, max_bytes: int) -
     digests = [{file.path: file.digest for file in manifest.files} for manifest in (a, b)]
     runs = []
     for number, part in enumerate(paired.b.parts):
+        if not part.rows:
+            continue
         is_same = any(_has_same_bytes(one, part, digests[0], digests[1]) for one in paired.a.parts)
         for first in range(0, part.rows, part.rows if is_same else step):
             last = part.rows if is_same else min(first + step, part.rows)
@@ -212,4 +214,4 @@ def _has_other_default(a: Package, b: Package, name: str) -> bool:
         rows.append(None if slot is None else decode_rows(package.default_row(name)[None], slot))
     if rows[0] is None or rows[1] is None:
         return rows[0] is not rows[1]
-    return not np.array_equal(rows[0], rows[1], equal_nan=rows[0].dtype.kind == "f")
+    return (rows[0].shape, rows[0].dtype, rows[0].tobytes()) != (rows[1].shape, rows[1].dtype, rows[1].tobytes())

@@ -17,12 +17,17 @@ def render_diff(found: PackageDiff) -> list[str]:
     if equal and not found.is_equal:
         others = f"{count(len(equal), 'other table')} {'is' if len(equal) == 1 else 'are'} equal"
         lines.append(others if len(equal) < len(found.tables) else "all tables are equal")
-    lines += _render_dense(found.dense)
+    lines += [*_render_dense(found.dense), *found.others]
     scores = found.scores
     if any(scores.max_abs.values()):
         told = ", ".join(f"{name} by up to {value:.3g}" for name, value in scores.max_abs.items() if value)
         lines.append(f"scores of A's sample differ: {told}")
-    elif scores.not_compared and found.dense != DenseDiff():
+    lines += (
+        [f"scores of A's sample have another shape, or are finite elsewhere: {few(list(scores.odd))}"]
+        if scores.odd
+        else []
+    )
+    if scores.not_compared and found.dense != DenseDiff():
         lines.append(f"scores were not compared: {scores.not_compared}")
     lines += [f"{name}: {one} in A, {two} in B" for name, (one, two) in found.settings.items()]
     return lines

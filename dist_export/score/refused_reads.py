@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,18 @@ _READS: tuple[Callable[..., Any], ...] = (
 _SYMBOLS = torch.SymInt, torch.SymFloat, torch.SymBool
 
 
+_LIBRARIES = frozenset({"torchrec", "fbgemm_gpu"})
+"""They take sizes from lengths, as symbols of the program, and catch no errors."""
+
+
+def _asker() -> str:
+    """Return the package whose code called torch."""
+    frame = sys._getframe(2)  # noqa: SLF001 -- cheaper than a whole stack
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
 class RefusedReads(TorchFunctionMode):
     """A context manager around the model's code. On leaving it, a read that failed is an error, whoever caught it.
 
@@ -52,9 +65,8 @@ class RefusedReads(TorchFunctionMode):
         """Call the function, and note the error of a read."""
         try:
             found = func(*args, **(kwargs or {}))
-            if func in _READS and any(
-                isinstance(one, _SYMBOLS) for one in (found if isinstance(found, list) else [found])
-            ):
+            symbols = [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, _SYMBOLS)]
+            if func in _READS and symbols and _asker() not in _LIBRARIES:
                 # what branches on it raises, and that may be caught where nothing sees it
                 raise NotExportableError("the model's code takes a Python number from a tensor")  # noqa: TRY301
             return found  # noqa: TRY300

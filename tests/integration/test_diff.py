@@ -212,6 +212,68 @@ def test_other_models_differ_in_words(tmp_path: Path) -> None:
     assert not found.is_equal
 
 
+class Clamped(models.Model):
+    """What the sample does not show is in the score program alone."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(
+            models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1]), models.DIM + 1
+        )
+        self.most = most
+
+    def forward(self, batch: Any) -> Any:
+        return super().forward({**batch, "price": batch["price"].clamp(max=self.most)})
+
+
+def test_the_score_program_is_compared_though_the_sample_has_the_same_scores(tmp_path: Path) -> None:
+    checkpoint = models.save(models.train(Clamped(5.0)), tmp_path / "c.pth")
+    for most in (5.0, 7.0):
+        arches = "sparse_arch", "dense_arch"
+        Exporter(Clamped(most), *arches, [models.batch_of()], checkpoint, tmp_path / str(most)).export(progress=False)
+    found = diff(tmp_path / "5.0", tmp_path / "7.0")
+    assert not any(found.scores.max_abs.values())
+    assert "the code of the score program differs" in found.others
+    assert not found.is_equal
+    assert any("the code of the score program differs" in line for line in render_diff(found))
+
+
+class Branches(nn.Module):
+    """Another branch than the sample's scores otherwise."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.layer, self.most = nn.Linear(models.DIM + 1, 1), most
+
+    def forward(self, blocks: Any) -> Any:
+        ctr = self.layer(torch.cat(list(blocks.values()), dim=1))
+        return {"ctr": torch.cond(ctr.sum() > 1e6, lambda its: its * self.most, lambda its: its * 1.0, (ctr,))}
+
+
+def test_branches_of_the_dense_program_are_compared(tmp_path: Path) -> None:
+    def build(most: float) -> nn.Module:
+        model = models.Model(models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1]), 1)
+        model.dense_arch = Branches(most)
+        return model
+
+    checkpoint = models.save(models.train(build(2.0)), tmp_path / "c.pth")
+    for most in (2.0, 3.0):
+        arches = "sparse_arch", "dense_arch"
+        Exporter(build(most), *arches, [models.batch_of()], checkpoint, tmp_path / str(most)).export(progress=False)
+    assert "the code of the dense program differs" in diff(tmp_path / "2.0", tmp_path / "3.0").dense.others
+
+
+def test_parts_without_rows_are_equal(tmp_path: Path) -> None:
+    few = {
+        "item": (np.arange(3), np.ones((3, DIM), np.float32)),
+        "none": (np.zeros(0, np.int64), np.ones((0, DIM), np.float32)),
+    }
+    first = write(tmp_path / "a", few, shards=4)
+    again = shutil.copytree(first, tmp_path / "again")
+    assert diff(first, again).is_equal
+    second = write(tmp_path / "b", {**few, "none": (np.arange(2), np.ones((2, DIM), np.float32))}, shards=4)
+    assert {table.name: table.new for table in diff(first, second).tables} == {"item": 0, "none": 2}
+
+
 # ---- the command ----
 
 
