@@ -83,8 +83,8 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[
         if id(module) in below:
             continue
         is_table = _is_table(module)
+        has_table |= is_table or _is_embedding(module)
         if is_table:
-            has_table = True
             below.update(id(child) for child in module.modules())
         hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
         for owner, left_out in ((module._parameters, ()), (module._buffers, hidden)):  # noqa: SLF001
@@ -93,16 +93,22 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[
                     continue
                 within = plain_name(".".join(part for part in (paths[0], name) if part))
                 full = ".".join(part for part in (path, within) if part)
-                found.append((full, tensor, is_table or _is_known(names, within)))
+                is_weight = name == "weight" and _is_embedding(module)
+                found.append((full, tensor, is_table or is_weight or _is_known(names, within)))
     return found, has_table or any(is_known for _, _, is_known in found)
 
 
 def _is_table(module: nn.Module) -> bool:
     """Whether a module is a table: what the checkpoint has of it is compared by what the sample looks up."""
     is_hash_table = callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None))
-    is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    is_of_torchrec = type(module).__module__.startswith(("torchrec.", "fbgemm_gpu."))
-    return is_hash_table or is_embedding or is_of_torchrec or is_collision_module(module)
+    kind = type(module)
+    is_collection = kind.__module__.startswith(("torchrec.", "fbgemm_gpu.")) and "Embedding" in kind.__name__
+    return is_hash_table or is_collection or is_collision_module(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether its weight is a table; a subclass may have more than that."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def _is_known(names: TableNames, path: str) -> bool:

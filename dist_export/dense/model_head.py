@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dist_export.errors import DistExportError, ModelError
-from dist_export.model.unwrap import unwrap
+from dist_export.model.unwrap import is_sharded_flat, unwrap
 
 OTHER_CALLS = "model(batch) calls the dense arch"
 """Begins the message of a model that calls its dense arch otherwise than for the sample."""
@@ -103,6 +103,16 @@ class ModelHead:
                     del place[name]
                 else:
                     place[name] = value
+
+    @property
+    def cannot_be_traced(self) -> str:
+        """Why the model cannot be traced as it is; empty if it may be."""
+        if not self.sparse_path:
+            return "the sparse arch is no registered module of the model, so torch.export does not see it"
+        apart = {id(module) for module in (*self._dense_arch.modules(), self.model, self._sparse_arch)}
+        if any(is_sharded_flat(module) for module in self.model.modules() if id(module) not in apart):
+            return "FSDP of version 1 is around a module of the model outside of its arches, which torch.export cannot trace"
+        return ""
 
     @property
     def sparse_path(self) -> str:

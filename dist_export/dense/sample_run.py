@@ -37,7 +37,7 @@ from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims
 from dist_export.formats.row_encodings import RowCast
-from dist_export.model.unwrap import move_to, unwrap
+from dist_export.model.unwrap import is_flattened, move_to, unwrap
 from dist_export.model.user_objects import Objects
 from dist_export.runtime.ranks import Ranks
 
@@ -200,14 +200,15 @@ class SampleRun:
     def _rest_of_model(self, load: Callable[[], Mapping[str, Any]] | None) -> Iterator[None]:
         """Within this block, what the model has outside of both arches has the checkpoint's values too. All ranks.
 
-        A layer between the arches may do nothing as long as it is fresh, and then the sample would not show it.
+        A layer between the arches may do nothing as long as it is fresh, and then the sample would not show it. FSDP of version 1
+        flattens parameters, and its model stays as it is.
         """
-        if load is None:
+        root = unwrap(self._objects.model)
+        if load is None or is_flattened(root):
             yield
             return
         state, below = self._ranks.run("read the model's other parameters", load), self._config.dense_model_name
         with contextlib.ExitStack() as held:
-            root = unwrap(self._objects.model)
             put = functools.partial(values_within, root, state, path="", except_below=below, must_fit=False)
             self._ranks.run("put values into the rest of the model", lambda: held.enter_context(put()))
             yield

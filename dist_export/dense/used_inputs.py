@@ -55,6 +55,12 @@ def find_used_state(program: ExportedProgram) -> dict[str, torch.Tensor]:
     }
 
 
+def find_written_state(program: ExportedProgram) -> list[str]:
+    """Return the parameters, buffers and constants that the program writes into, whether or not an output depends on them."""
+    written = {*_Graph(program.graph).written(), *_writers_of_buffers(program)}
+    return sorted(target for node, target in _state_names(program).items() if node in written)
+
+
 def _state_names(program: ExportedProgram) -> dict[str, str]:
     """Return placeholder -> name of each parameter, buffer and lifted constant."""
     signature = program.graph_signature

@@ -113,6 +113,16 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def is_flattened(root: nn.Module) -> bool:
+    """Return whether FSDP of version 1 is around any module."""
+    return any(is_sharded_flat(module) for module in root.modules())
+
+
+def is_sharded_flat(module: nn.Module) -> bool:
+    """Return whether a module is the wrapper of FSDP of version 1, which flattens parameters."""
+    return isinstance(module, FullyShardedDataParallel)
+
+
 def list_modules(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Return each module once, parents first, with all its paths. Wrappers are left out: what they wrap is there too."""
     found: dict[int, tuple[nn.Module, list[str]]] = {}

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from dist_export.score.decompositions import decompose
 from dist_export.score.inputs import FlatBatch
 from dist_export.score.needed_inputs import input_shapes
-from dist_export.score.trace import ScoredModel, export_arches, sizes_from_zero
+from dist_export.score.trace import ScoredModel, export_arches, own_changed_state, sizes_from_zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +42,5 @@ def trace_blocks(scored: ScoredModel, batch: FlatBatch) -> BlockProgram:
     program = export_arches(dataclasses.replace(scored, blocks=names), batch, list(batch.tensors), {})
     with sizes_from_zero():
         program = decompose(program)
+    own_changed_state(program)
     return BlockProgram(program, batch, dict(batch.tensors), names)

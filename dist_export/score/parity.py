@@ -64,8 +64,8 @@ class ScoreParity:
         if (count := len(reference.args) + len(reference.kwargs)) != 1:
             return f"{OTHER_CALLS} with {count} arguments, and serving gives one: the blocks"
         head = self._dense.head
-        if head is not None and not head.sparse_path:
-            return "the sparse arch is no registered module of the model, so torch.export does not see it"
+        if head is not None and (why := head.cannot_be_traced):
+            return why
         try:
             batch = flatten_batch(self._dense.data)
             batch.rebuild(batch.tensors)

@@ -16,7 +16,7 @@ from dist_export.dense.blocks import read_blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.model_head import DenseCall, ModelHead
 from dist_export.dense.reference import MODEL, blocks_of
-from dist_export.dense.used_inputs import find_used_inputs
+from dist_export.dense.used_inputs import find_used_inputs, find_written_state
 from dist_export.errors import ModelError
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
@@ -84,6 +84,7 @@ def trace_scores(scored: ScoredModel, batch: FlatBatch) -> TracedScores:
     _drop_unused_state(program)
     if scored.head is not None and not scored.is_live:
         refuse_untrained(program, scored.head.model, (scored.sparse_arch, scored.sample.dense_arch))
+    own_changed_state(program)
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
     return traced
@@ -225,6 +226,14 @@ def sizes_from_zero() -> contextlib.AbstractContextManager[Any]:
     if not hasattr(_config, "backed_size_oblivious"):
         return contextlib.nullcontext()
     return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
+
+
+def own_changed_state(program: ExportedProgram) -> None:
+    """Give the program copies of what it writes into: the tensors are the caller's, and the export runs the program."""
+    for name in find_written_state(program):
+        for held in (program.state_dict, program.constants):
+            if name in held:
+                held[name] = held[name].clone()
 
 
 def _drop_unused_state(program: ExportedProgram) -> None:

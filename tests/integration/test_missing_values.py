@@ -85,6 +85,26 @@ def test_what_the_checkpoint_lacks_is_refused_by_name(tmp_path: Path, lacking: s
     assert any(told in note for note in package.manifest.notes)
 
 
+class Scaled(nn.Embedding):
+    """A table with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(models.ROWS, models.DIM)
+        self.gain = nn.Parameter(torch.ones(models.DIM))
+
+    def forward(self, ids: Any) -> Any:
+        return super().forward(ids) * self.gain
+
+
+def test_a_parameter_beside_the_weight_of_an_embedding_is_no_table(tmp_path: Path) -> None:
+    build = lambda: models.Model(models.Lookups(Scaled(), lambda its, batch: its.table(batch["user"])), models.DIM + 1)
+    state = models.train(build()).state_dict()
+    export(tmp_path, state, build(), overwrite=True)
+    del state["sparse_arch.table.gain"]
+    with pytest.raises(ModelError, match=r"lacks sparse_arch\.table\.gain"):
+        export(tmp_path, state, build(), overwrite=True)
+
+
 class Rotated(Projected):
     """A matrix of its own would be a table of the checkpoint, if that had it."""
 

@@ -374,6 +374,29 @@ def test_a_compiled_model_is_traced_as_it_was_written(tmp_path, wrap) -> None:
     np.testing.assert_allclose(found, scores_of_model(trained, batch), rtol=1e-5, atol=1e-6)
 
 
+class Counting(PriceBelow):
+    """Counts its calls in buffers, in eval mode too. No score depends on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.sparse_arch.register_buffer("calls", torch.zeros(1))
+
+    def before(self, batch: Any) -> Any:
+        self.calls += 1
+        self.sparse_arch.calls += 1
+        return super().before(batch)
+
+
+def test_buffers_that_forward_changes_are_put_back(tmp_path) -> None:
+    model = Counting()
+    checkpoint = models.save(models.train(Counting()), tmp_path / "trained.pth")
+    arches = "sparse_arch", "dense_arch"
+    settings = {"score_program": "require"}
+    Exporter(model, *arches, [models.batch_of()], checkpoint, tmp_path / "out", **settings).export(progress=False)
+    assert (model.calls.item(), model.sparse_arch.calls.item()) == (0.0, 0.0)
+
+
 def test_the_model_is_left_as_it_was(tmp_path) -> None:
     model = PriceBelow()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
