@@ -6,6 +6,7 @@ ids. So whatever could treat such values apart makes a dense input unknown.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -125,9 +126,11 @@ def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
     if SIZE in kinds[node]:
         return _is_plain_size(node.meta.get("val"))
     if name in _FILLS or name == "arange":
-        return True
+        fill = node.args[1:2] if name in {"full", "full_like"} else node.args[2:3] if name == "new_full" else (0,)
+        return all(isinstance(number, int | float) and number in (0, 1, -math.inf) for number in fill)
     if name in _ORDERS:
-        return not has_value and all(number == 0 for number in numbers)
+        is_shifted = any(_is_shifted(arg) and not kinds[arg] <= {ID} for arg in nodes)  # ids may count from the end
+        return not has_value and not is_shifted and all(number == 0 for number in numbers)
     if name in _EQUALS:
         is_of_ids = all(its <= {ID} for its in own)
         return not has_value and all(number in (0, 1) or (is_of_ids and abs(number) < _LARGEST) for number in numbers)
@@ -177,6 +180,12 @@ def _is_plain_slice(node: fx.Node, *, is_value: bool) -> bool:
     return (begins and ends) or (not is_value and ((begins and end == -1) or (start == 1 and ends)))
 
 
+def _is_shifted(node: fx.Node) -> bool:
+    """Whether a node adds a number: to compare the sum with 0 is to compare with that number."""
+    name = str(getattr(node.target, "_opname", getattr(node.target, "__name__", ""))).partition(".")[0]
+    return name in {"add", "sub", "rsub"} and any(isinstance(arg, int | float) for arg in node.args)
+
+
 def _is_plain_size(size: Any) -> bool:
     """Whether a size is one of a tensor, or a number of lists: a symbol, a multiple or a share of it, or one more or less.
 
@@ -189,6 +198,8 @@ def _is_plain_size(size: Any) -> bool:
 
 def _is_plain_term(term: Any) -> bool:
     if isinstance(term, sympy.Add):
+        if any(type(one).__name__ == "FloorDiv" for one in sympy.preorder_traversal(term)):
+            return False
         numbers = [one for one in term.args if one.is_Integer]
         return len(term.args) == 2 and len(numbers) == 1 and abs(int(numbers[0])) == 1
     return isinstance(term, sympy.Symbol | sympy.Integer | sympy.Mul) or type(term).__name__ == "FloorDiv"

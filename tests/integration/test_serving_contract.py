@@ -259,6 +259,21 @@ def _by_steps(its: Any, batch: Any) -> torch.Tensor:
     return its.table(batch["clicks"][:, :: max(1, batch["clicks"].shape[1] // 40)]).sum(1)
 
 
+def _below_a_place(its: Any, batch: Any) -> torch.Tensor:
+    is_in = (torch.arange(batch["clicks"].shape[1]) - 50) < 0
+    return (its.table(batch["clicks"]) * is_in[None, :, None]).sum(1)
+
+
+def _below_a_filled_number(its: Any, batch: Any) -> torch.Tensor:
+    is_in = torch.arange(batch["clicks"].shape[1]) < torch.full((1,), 50)
+    return (its.table(batch["clicks"]) * is_in[None, :, None]).sum(1)
+
+
+def _the_first_ones_that_count(its: Any, batch: Any) -> torch.Tensor:
+    is_in = ((batch["clicks"] != 0).cumsum(1) - 50) <= 0
+    return (its.table(batch["clicks"]) * is_in[..., None]).sum(1)
+
+
 def _by_batch_size(its: Any, batch: Any) -> torch.Tensor:
     return its.table(batch["user"]) * (batch["user"].shape[0] // 512 + 1)
 
@@ -273,6 +288,9 @@ WAYS_TO_DO_MORE = [
     _without_an_eighth,
     _some_by_number,
     _by_steps,
+    _below_a_place,
+    _below_a_filled_number,
+    _the_first_ones_that_count,
     _by_batch_size,
     _by_a_list_of_ids,
     _by_a_buffer,
