@@ -119,8 +119,13 @@ def say_lost(value: torch.Tensor, own: torch.Tensor) -> str:
     cast = value.to(own.dtype)
     if not (own.is_floating_point() or own.is_complex()):
         is_whole = cast.to(value.dtype) == value
+        if value.dtype == torch.uint64 and own.dtype != torch.uint64:  # what wraps around comes back as it was
+            is_whole = is_whole & (cast.to(torch.int64) >= 0)
         return "" if bool(is_whole.all()) else f"is {told}: values that are no such number would be lost"
-    is_lost = value.isfinite() & ~cast.isfinite()
+    is_there, is_kept = (  # float8 knows no isfinite
+        (tensor if tensor.is_complex() else tensor.to(torch.float64)).isfinite() for tensor in (value, cast)
+    )
+    is_lost = is_there & ~is_kept
     return f"is {told}: values that are too large would become infinite" if bool(is_lost.any()) else ""
 
 

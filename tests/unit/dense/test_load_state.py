@@ -238,6 +238,9 @@ def test_a_pattern_of_unexpected_keys_that_matches_nothing_is_refused() -> None:
         (torch.tensor([1e30, 0.0, 1.0]), torch.zeros(3, dtype=torch.float16), "too large would become infinite"),
         (torch.tensor([1e30, 0.0, float("inf")]), torch.zeros(3, dtype=torch.bfloat16), ""),
         (torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), torch.zeros(3), ""),
+        (torch.tensor([0.1, 0.2, 0.3]), torch.zeros(3, dtype=torch.complex64), ""),
+        (torch.tensor([0.5, 1.0, 2.0]).to(torch.float8_e4m3fn), torch.zeros(3), ""),
+        (torch.tensor([1, 2, (1 << 63) + 5], dtype=torch.uint64), torch.zeros(3, dtype=torch.int64), "no such number"),
     ],
 )
 def test_a_cast_that_loses_more_than_rounding_is_refused(held: torch.Tensor, own: torch.Tensor, told: str) -> None:
