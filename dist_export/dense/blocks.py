@@ -21,21 +21,9 @@ from torch import nn
 
 from dist_export.errors import ModelError
 
-_CONSTANTS = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    enum.Enum,
-    np.generic,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+NUMBERS_AND_TEXTS = (bool, int, float, complex, str, bytes, np.generic)
+WITHOUT_VALUES = (type(None), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONSTANTS = (*NUMBERS_AND_TEXTS, *WITHOUT_VALUES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dist_export.dense.table_names import TableNames
 from dist_export.errors import ModelError
 from dist_export.humanize import few
 from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.sparse_tables import is_hash_table
 from dist_export.model.unwrap import is_lazy, list_modules
 
 SETTING = "allow_missing_dense"
@@ -100,10 +101,9 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[
 
 def _is_table(module: nn.Module) -> bool:
     """Whether a module is a table: what the checkpoint has of it is compared by what the sample looks up."""
-    is_hash_table = callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None))
     kind = type(module)
     is_collection = kind.__module__.startswith(("torchrec.", "fbgemm_gpu.")) and "Embedding" in kind.__name__
-    return is_hash_table or is_collection or is_collision_module(module)
+    return is_hash_table(module) or is_collection or is_collision_module(module)
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from dist_export.model.managed_collisions import (
     read_raw_ids,
     say_changed_ids,
 )
-from dist_export.model.sparse_tables import constants_of, is_of_library, say_computed
+from dist_export.model.sparse_tables import constants_of, is_hash_table, is_of_library, say_computed
 from dist_export.model.unwrap import is_lazy, list_modules
 
 
@@ -123,7 +123,7 @@ class _Feeds:
     ) -> None:
         """Take in a module that is a table by itself."""
         names, finder = self._names, self._finder
-        if callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None)):
+        if is_hash_table(module):
             feed = HashFeed(module, names.join(paths[0]), finder, self._counts, self._undo, self._busy)
             feed.take_over(self._undo)
             self._hashed.append(feed)

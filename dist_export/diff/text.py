@@ -11,7 +11,9 @@ def render_diff(found: PackageDiff) -> list[str]:
     lines = [f"A {found.a}", f"B {found.b}"]
     if found.is_equal:
         rows = sum(table.same for table in found.tables)
-        lines.append(f"equal: serving gets the same from both ({len(found.tables):,} tables, {rows:,} rows)")
+        lines.append(
+            f"equal: serving gets the same from both ({count(len(found.tables), 'table')}, {count(rows, 'row')})"
+        )
     lines += [line for table in found.tables if not table.is_equal for line in _render_table(table)]
     equal = [table for table in found.tables if table.is_equal]
     if equal and not found.is_equal:

@@ -113,6 +113,11 @@ def plain_matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield plain_name(_join(prefix, _join(path, name))), parameter
 
 
+def is_hash_table(module: nn.Module) -> bool:
+    """Whether a module has the surface of RecIS's hash table."""
+    return callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None))
+
+
 def is_of_library(module: nn.Module) -> bool:
     """Return whether a module's class belongs to torch or torchrec, so that it is known whether it looks up rows."""
     if isinstance(
@@ -127,10 +132,10 @@ def is_of_library(module: nn.Module) -> bool:
 
 def keeps_tables(module: Any) -> bool:
     """Return whether a module is a hash table by its surface, or is of a library that lays tables out by itself."""
-    is_hash_table = callable(getattr(module, "ids", None)) and any(
+    has_ids_and_rows = callable(getattr(module, "ids", None)) and any(
         callable(getattr(module, name, None)) for name in ("insert", "embeddings")
     )
-    return is_hash_table or type(module).__module__.startswith(_KEEPS_TABLES)
+    return has_ids_and_rows or type(module).__module__.startswith(_KEEPS_TABLES)
 
 
 def constants_of(module: nn.Module) -> set[tuple[int, ...]]:

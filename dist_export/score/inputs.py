@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import datetime as dt
 import decimal
-import enum
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,25 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from dist_export.dense.blocks import NUMBERS_AND_TEXTS, WITHOUT_VALUES
 from dist_export.dense.sample import is_argument_name
 from dist_export.score.table_weight import NotExportableError
 
 _ROOT = "input"
 """Begins the names of a batch that is no mapping."""
-_PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    np.generic,
-    dt.date,
-    dt.time,
-    dt.timedelta,
-    decimal.Decimal,
-)
-_WITHOUT_VALUES = type(None), type(...), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format
+_NAMED = (*NUMBERS_AND_TEXTS, dt.date, dt.time, dt.timedelta, decimal.Decimal)
+"""Constants that a note names."""
 _Build = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -108,9 +96,9 @@ class _Reader:
             return lambda tensors: kind([build(tensors) for build in builds])
         if _is_object(value):
             return self._read_object(value, path)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, _NAMED):
             self.constants[_say(path)] = reprlib.repr(value)
-        elif not isinstance(value, _WITHOUT_VALUES) and not callable(value):
+        elif not isinstance(value, WITHOUT_VALUES) and not callable(value):
             raise NotExportableError(
                 f"{_say(path)} of the batch is a {type(value).__name__}, whose values would be constants of the program; give "
                 "tensors, in dicts, lists, tuples or dataclasses"

@@ -17,7 +17,8 @@ from dist_export.archive.lookup_operator import RowSource
 from dist_export.checkpoint.model_weights import is_below
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ConfigError
-from dist_export.score.tables import SPARSE, ModelTables, is_hash_table, is_scripted, look_up_coalesced
+from dist_export.model.sparse_tables import is_hash_table
+from dist_export.score.tables import SPARSE, ModelTables, is_scripted, look_up_coalesced
 
 
 class Recorder:

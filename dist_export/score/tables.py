@@ -15,6 +15,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.table_names import TableNames
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import CHILD_BITS
+from dist_export.model.sparse_tables import is_hash_table
 from dist_export.model.unwrap import is_lazy, list_modules
 from dist_export.score.table_weight import NotExportableError, TableWeight
 
@@ -135,11 +136,6 @@ class ModelTables:
 def is_scripted(module: nn.Module) -> bool:
     """Whether a module is code of TorchScript."""
     return isinstance(module, torch.jit.ScriptModule)
-
-
-def is_hash_table(module: nn.Module) -> bool:
-    """Whether a module has the surface of RecIS's hash table."""
-    return callable(getattr(module, "ids", None)) and callable(getattr(module, "insert", None))
 
 
 def hash_tables_of(module: Any, path: str) -> list[str]:

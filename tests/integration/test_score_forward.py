@@ -201,6 +201,24 @@ def test_a_forward_that_scores_in_chunks_loses_no_row(tmp_path) -> None:
         package.score(large)
 
 
+class SmallChunks(OwnForward):
+    """Of the sample it calls the dense arch once, of 301 examples twice. torch sees no branch on a size."""
+
+    def forward(self, batch: Any) -> Any:
+        parts = [{"user": batch["user"], "price": batch["price"]}]
+        if not torch.compiler.is_compiling() and len(batch["user"]) > 256:
+            parts = [
+                {name: tensor[part] for name, tensor in parts[0].items()} for part in (slice(256), slice(256, None))
+            ]
+        return torch.cat([self.dense_arch(self.sparse_arch(part))["ctr"] for part in parts])
+
+
+def test_a_model_that_calls_its_dense_arch_again_for_a_larger_batch_has_no_program(tmp_path) -> None:
+    package, _ = export(tmp_path, SmallChunks, score_program="auto")
+    assert package.manifest.score is msgspec.UNSET
+    assert any("at 301 examples model(batch) calls the dense arch 2 times" in note for note in package.manifest.notes)
+
+
 class BranchOnValues(OwnForward):
     def before(self, batch: Any) -> Any:
         return {**batch, "user": batch["user"] * 0} if batch["price"].max() > 5 else batch
