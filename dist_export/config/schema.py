@@ -164,7 +164,8 @@ class ExportConfig:
     """Keyword arguments for dataset."""
     allow_missing_dense: list[str] = field(default_factory=list)
     """Patterns of dense parameters that need not be in the checkpoint. The model's own values are exported. With the path of the
-    sparse arch in front (sparse_arch.proj.*), patterns of what that has besides tables."""
+    sparse arch in front (sparse_arch.proj.*), patterns of what that has besides tables; with the path of a layer that is in
+    neither arch, patterns of that."""
     allow_unexpected_dense: list[str] = field(default_factory=list)
     """Patterns of dense parameters that need not be in the dense arch. They are left out, as by RecIS."""
     allow_load_hooks: list[str] = field(default_factory=list)

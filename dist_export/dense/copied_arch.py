@@ -14,13 +14,14 @@ from dist_export.config.schema import ExportConfig
 from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.missing_values import is_of_sparse
+from dist_export.dense.model_rest import is_of_rest
 from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters, hidden_values
 from dist_export.dense.own_values import list_own_values, list_sparse_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, SPARSE_DIGEST, SPARSE_VALUES, OwnValues
 from dist_export.errors import ConfigError, ModelError
 from dist_export.humanize import few
-from dist_export.model.unwrap import find_arch
+from dist_export.model.unwrap import find_arch, refuse_outer_flat
 from dist_export.model.user_errors import said
 
 
@@ -38,11 +39,13 @@ class LoadedCopy:
 
 
 def find_arches(model: Any, config: ExportConfig) -> tuple[nn.Module, nn.Module]:
-    """Return the sparse and the dense arch of the caller's model. ModelError where one is not there."""
-    return (
+    """Return the sparse and the dense arch of the caller's model. ModelError where one is not there, or FSDP is around both."""
+    arches = (
         find_arch(model, config.sparse_model_name, "sparse_model_name"),
         find_arch(model, config.dense_model_name, "dense_model_name"),
     )
+    refuse_outer_flat(model, arches)
+    return arches
 
 
 def note_unregistered(model: nn.Module, dense_arch: nn.Module, path: str) -> list[str]:
@@ -110,12 +113,19 @@ def load_copy(
             copied,
             state,
             dense_model_name=name,
-            allow_missing=[p for p in config.allow_missing_dense if not is_of_sparse(p, config.sparse_model_name)],
+            allow_missing=_patterns_of_dense(model, config),
             allow_unexpected=config.allow_unexpected_dense,
             where=parameters.where,
         )
     notes = (*notes, *check_load_hooks(model, config))
     return LoadedCopy(notes, taken=taken, own_values=own_values)
+
+
+def _patterns_of_dense(model: Any, config: ExportConfig) -> list[str]:
+    """Return the patterns of ``allow_missing_dense`` that are not of the sparse arch or of the rest of the model."""
+    patterns = [p for p in config.allow_missing_dense if not is_of_sparse(p, config.sparse_model_name)]
+    arches = find_arches(model, config) if patterns else ()
+    return [pattern for pattern in patterns if not is_of_rest(pattern, model, arches)]
 
 
 def _describe_own_values(copied: nn.Module, state: Mapping[str, Any], model: Any, name: str) -> dict[str, Any]:

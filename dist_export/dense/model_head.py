@@ -32,6 +32,8 @@ class ModelHead:
         self.model = model
         self._sparse_arch = sparse_arch
         self._dense_arch = dense_arch
+        self.own_dense_arch = dense_arch
+        """The caller's, while another one is in its place too."""
 
     def run(self, data: Any, *, is_whole: bool = False) -> DenseCall:
         """Run the model on a batch, and return the call of its dense arch.
@@ -80,7 +82,7 @@ class ModelHead:
             copied: the plain copy of the dense arch, with the checkpoint's values.
         """
         undo: list[tuple[dict[str, Any], str, Any]] = []
-        own = self._dense_arch
+        own = self.own_dense_arch
 
         def put(place: dict[str, Any], name: str, value: Any) -> None:
             undo.append((place, name, place.get(name, _MISSING)))

@@ -246,7 +246,8 @@ def reshard(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, FullyShardedDataParallel):
             handle = getattr(child, "_handle", None)
-            if handle is not None and handle.uses_sharded_strategy:
+            has_run = hasattr(getattr(handle, "flat_param", None), "_local_shard")  # before, it has the shard alone
+            if handle is not None and handle.uses_sharded_strategy and has_run:
                 handle.reshard(True)  # free the whole parameter
         elif is_fully_sharded(child):
             cast("Any", child).reshard()

@@ -80,9 +80,9 @@ def note_lacking(names: Sequence[str]) -> list[str]:
     return [told] if names else []
 
 
-def note_passed(names: Sequence[str]) -> list[str]:
-    """Return a note on parameters of the sparse arch that the checkpoint lacks, and that ``allow_missing_dense`` lets pass."""
-    told = f"parameters of the sparse arch taken from the model, not from the checkpoint: {few(names)}"
+def note_passed(names: Sequence[str], what: str) -> list[str]:
+    """Return a note on parameters of ``what`` that the checkpoint lacks, and that ``allow_missing_dense`` lets pass."""
+    told = f"parameters of the {what} taken from the model, not from the checkpoint: {few(names)}"
     return [told] if names else []
 
 

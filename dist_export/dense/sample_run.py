@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,9 @@ from dist_export.dense.fg import Features, check_inputs
 from dist_export.dense.id_counts import count_ids
 from dist_export.dense.missing_tables import find_missing, is_let_pass, refuse_missing
 from dist_export.dense.model_head import ModelHead
+from dist_export.dense.model_rest import ModelRest
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import refuse_wrong_sample
-from dist_export.dense.own_parameters import values_within
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.probe import Probe, refuse_unregistered
 from dist_export.dense.reference import MODEL, Reference, ReferenceRunner
@@ -31,13 +29,13 @@ from dist_export.dense.reference_check import refuse_other_inputs
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
-from dist_export.dense.sample_notes import note_constants, note_pruned, note_rows, refuse_lacking
+from dist_export.dense.sample_notes import note_constants, note_passed, note_pruned, note_rows, refuse_lacking
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims
 from dist_export.formats.row_encodings import RowCast
-from dist_export.model.unwrap import is_flattened, move_to, unwrap
+from dist_export.model.unwrap import move_to
 from dist_export.model.user_objects import Objects
 from dist_export.runtime.ranks import Ranks
 
@@ -186,32 +184,24 @@ class SampleRun:
             dense_model_name=config.dense_model_name,
         )
         load = None if self._parameters is None else self._parameters.load
-        with self._rest_of_model(load), runner.dense_values(load):
+        rest = ModelRest(
+            ranks,
+            self._objects.model,
+            (sparse_arch, dense_arch),
+            dense_model_name=config.dense_model_name,
+            allowed=config.allow_missing_dense,
+        )
+        with rest.values(load), runner.dense_values(load):
             own_rows = None if finder is None else finder.unmodified()
             self.reference = runner.run(self.data, own_rows)
             self.drift.run_unmodified(self.reference, runner, own_rows, reads_package=config.need_export_sparse)
+        passed = rest.refuse_lacking() if self.reference.kind == MODEL else []
         if finder is not None:
             self.pruned = finder.pruned_ids()
             whole = self.drift.whole_tables()
             self.changes_rows = any(ranks.all_gather("look for changed rows", lambda: finder.changes_rows(whole)))
-        return [*ranks.broadcast("look at the reference", self._look_at_reference), *self.drift.notes]
-
-    @contextlib.contextmanager
-    def _rest_of_model(self, load: Callable[[], Mapping[str, Any]] | None) -> Iterator[None]:
-        """Within this block, what the model has outside of both arches has the checkpoint's values too. All ranks.
-
-        A layer between the arches may do nothing as long as it is fresh, and then the sample would not show it. FSDP of version 1
-        flattens parameters, and its model stays as it is.
-        """
-        root = unwrap(self._objects.model)
-        if load is None or is_flattened(root):
-            yield
-            return
-        state, below = self._ranks.run("read the model's other parameters", load), self._config.dense_model_name
-        with contextlib.ExitStack() as held:
-            put = functools.partial(values_within, root, state, path="", except_below=below, must_fit=False)
-            self._ranks.run("put values into the rest of the model", lambda: held.enter_context(put()))
-            yield
+        found = ranks.broadcast("look at the reference", self._look_at_reference)
+        return [*note_passed(passed, "model's forward"), *found, *self.drift.notes]
 
     def _look_at_reference(self) -> list[str]:
         """Return notes on the reference. Rank 0. ModelError where the model gives the dense arch what serving cannot give."""

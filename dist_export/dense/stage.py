@@ -117,7 +117,7 @@ class DenseStage:
         with self.sparse_values():
             restored, lacking = self._values.put, self._values.lacking
             found = sampled.run(sparse_arch, dense_arch, copied, features, restored=restored)
-            return [*notes, *note_lacking(lacking), *note_passed(self._values.passed), *found]
+            return [*notes, *note_lacking(lacking), *note_passed(self._values.passed, "sparse arch"), *found]
 
     @property
     def data(self) -> Any:

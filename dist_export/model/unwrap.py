@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -113,14 +113,33 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def is_flattened(root: nn.Module) -> bool:
-    """Return whether FSDP of version 1 is around any module."""
-    return any(is_sharded_flat(module) for module in root.modules())
-
-
 def is_sharded_flat(module: nn.Module) -> bool:
     """Return whether a module is the wrapper of FSDP of version 1, which flattens parameters."""
     return isinstance(module, FullyShardedDataParallel)
+
+
+def refuse_outer_flat(model: nn.Module, arches: Iterable[nn.Module]) -> None:
+    """Refuse FSDP of version 1 that has an arch's parameters in one with others: it frees what they view."""
+    wrappers = [(path, child) for path, child in model.named_modules() if is_sharded_flat(child)]
+    for arch in arches if wrappers else ():
+        within = {id(child) for child in arch.modules()}
+        for path, wrapper in wrappers:
+            if id(wrapper) in within or unwrap(wrapper) is unwrap(arch):
+                continue
+            if any(id(owner) in within for owner in _flattened_by(wrapper)):
+                raise ModelError(
+                    f"FullyShardedDataParallel around {path or 'the whole model'} flattens parameters of an arch together with "
+                    "others. Nothing was written. Put it around the dense arch itself, or use fully_shard, or give the model "
+                    "without it: an export needs none"
+                )
+
+
+def _flattened_by(wrapper: nn.Module) -> list[nn.Module]:
+    """Return the modules whose parameters one wrapper of FSDP has in its flat parameter."""
+    handle = getattr(wrapper, "_handle", None)
+    flat = getattr(handle, "flat_param", None)
+    infos = (*getattr(flat, "_param_infos", ()), *getattr(flat, "_shared_param_infos", ()))
+    return [info.module for info in infos]
 
 
 def list_modules(root: nn.Module) -> list[tuple[nn.Module, list[str]]]:

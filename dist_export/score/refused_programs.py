@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET
 from dist_export.checkpoint.model_weights import is_below
-from dist_export.dense.origins import address_of, tensors_in
+from dist_export.dense.origins import address_of, hidden_parameters, hidden_values, tensors_in
 from dist_export.dense.reference import MODEL
 from dist_export.dense.used_inputs import find_changed_state, find_used_state
 from dist_export.humanize import few
@@ -75,17 +75,41 @@ def _module_path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def refuse_untrained(program: ExportedProgram, model: nn.Module, arches: Sequence[nn.Module]) -> None:
-    """Refuse what the model's own forward computes scores with: the checkpoint's values are in its arches alone."""
-    others = _addresses(model).difference(*map(_addresses, arches))
+def refuse_untrained(
+    program: ExportedProgram, model: nn.Module, arches: Sequence[nn.Module], *, own_dense_arch: nn.Module
+) -> None:
+    """Refuse what the model's own forward computes scores with: the checkpoint's values are in its arches alone.
+
+    Args:
+        program: what was traced.
+        model: the caller's, with the copied dense arch in it.
+        arches: the sparse arch, and the copied dense arch.
+        own_dense_arch: the caller's, which the forward may still reach by another way, such as a closure.
+    """
+    trained = {address for arch in arches for address in _places(arch)}
+    places = _places(own_dense_arch) | _places(model)
     used = find_used_state(program)  # a literal of the code is none of the model's tensors
-    if own := sorted(_in_model(name) for name, tensor in used.items() if address_of(tensor) in others):
+    found = {name: address_of(tensor) for name, tensor in used.items()}
+    lifted = "lifted_tensor"  # what torch calls a tensor that it knows no name of
+    if own := sorted(
+        places[address] if name.rpartition(".")[2].startswith(lifted) else _in_model(name)
+        for name, address in found.items()
+        if address in places and address not in trained
+    ):
         raise NotExportableError(
             f"the model's forward computes with {few(own)}, outside of the sparse and the dense arch: it does not have the "
             "checkpoint's values"
         )
 
 
-def _addresses(root: nn.Module) -> set[int]:
-    """Return where the tensors of all modules lie, registered ones and plain attributes."""
-    return {address_of(tensor) for module in root.modules() for tensor in tensors_in(vars(module))}
+def _places(root: nn.Module) -> dict[int, str]:
+    """Return where the tensors of all modules lie, with a name of each: registered ones, and those in attributes and closures."""
+    found = {
+        address_of(tensor): path or "the model"
+        for path, module in root.named_modules()
+        for tensor in tensors_in(vars(module))
+    }
+    hidden = [*hidden_parameters(root, "", with_classes=True), *hidden_values(root, "", ())]
+    found |= {address_of(tensor): path.removeprefix(".") for path, tensor in hidden}
+    named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    return found | {address_of(tensor): name for name, tensor in named}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,6 +53,20 @@ def _asker() -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+_SYMBOLIC = "torch", "torch._tensor", "torch.overrides"
+"""Modules that turn a size into a Python number for whoever asks; besides them, all of torch.fx."""
+
+
+def _is_asked_by_torch() -> bool:
+    """Whether it is torch's own code that wants to know a size: it goes on without it in a way that is right for all sizes."""
+    frame = sys._getframe(2)  # noqa: SLF001 -- as above
+    name = str(frame.f_globals.get("__name__", ""))
+    while frame.f_back is not None and (name in _SYMBOLIC or name.startswith("torch.fx.") or name == __name__):
+        frame = frame.f_back
+        name = str(frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0] in {"torch", "sympy"}
+
+
 class RefusedReads(TorchFunctionMode):
     """A context manager around the model's code. On leaving it, a read that failed is an error, whoever caught it.
 
@@ -59,15 +74,29 @@ class RefusedReads(TorchFunctionMode):
         NotExportableError: a read failed within the block, and the model's code went on without it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Iterable[torch.Tensor] = ()) -> None:
+        """Take the inputs of the trace: their sizes know those that follow from values."""
         super().__init__()
         self._failed: list[Exception] = []
+        sizes: list[Any] = [size for tensor in inputs for size in tensor.shape]
+        self._shapes = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
 
     def __enter__(self) -> RefusedReads:
         """Begin to note errors."""
         self._token = RAISED.set(self._failed)
+        if self._shapes is not None:
+            self._shapes.evaluate_sym_node = functools.partial(self._evaluate, self._shapes.evaluate_sym_node)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Turn a size into a number, and note the error if the model's code asks for one that follows from values."""
+        try:
+            return evaluate(*args, **kwargs)
+        except Exception as error:
+            if not _is_asked_by_torch():
+                self._failed.append(error)
+            raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and note the error of a read."""
@@ -87,6 +116,8 @@ class RefusedReads(TorchFunctionMode):
         """Refuse a read that failed and was caught."""
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         RAISED.reset(self._token)
+        if self._shapes is not None:
+            del self._shapes.evaluate_sym_node  # the method of its class is there again
         failed = self._failed[0] if self._failed else None
         if failed is not None and kind is None:
             first = str(failed).partition("\n")[0]

@@ -20,7 +20,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.modes import eval_mode
-from dist_export.dense.own_parameters import buffers_put_back
+from dist_export.dense.own_parameters import buffers_put_back, reshard
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
 from dist_export.dense.stage import DenseStage
@@ -266,6 +266,8 @@ class ScoreStage:
         except Exception as error:  # noqa: BLE001 -- it runs the model's code in ways that no test of its owner has seen
             self._failing = failing.find(error)
             return f"{said(error)}{blame(error)}"
+        finally:
+            reshard(root)  # a trace that fails leaves the whole parameters of FSDP behind
         self._traced = traced
         self.held = self._list_held(traced, scored.sparse_path)
         return ""

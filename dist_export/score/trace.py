@@ -83,7 +83,8 @@ def trace_scores(scored: ScoredModel, batch: FlatBatch) -> TracedScores:
     program.graph.eliminate_dead_code()  # such as a loss
     _drop_unused_state(program)
     if scored.head is not None and not scored.is_live:
-        refuse_untrained(program, scored.head.model, (scored.sparse_arch, scored.sample.dense_arch))
+        arches = scored.sparse_arch, scored.sample.dense_arch
+        refuse_untrained(program, scored.head.model, arches, own_dense_arch=scored.head.own_dense_arch)
     own_changed_state(program)
     traced = TracedScores(program, {name: batch.tensors[name] for name in used}, tuple(dropped), sizes, conditions)
     _refuse_constant_dims(traced)
@@ -128,7 +129,7 @@ class _Scored(nn.Module):
         filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
         batch, head, sample = self._batch.rebuild(filled), self._scored.head, self._scored.sample
         try:
-            with RefusedReads():
+            with RefusedReads(inputs.values()):
                 if head is None:
                     blocks = blocks_of(self._scored.sparse_arch(batch))
                     call = DenseCall(blocks, self.dense_arch(blocks))

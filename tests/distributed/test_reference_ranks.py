@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from dist_export.api import Exporter
 from dist_export.dense import reference
 from dist_export.dense.own_parameters import reshard
 from dist_export.dense.reference import ReferenceRunner
@@ -23,6 +25,7 @@ from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.runtime.joining import join
 from dist_export.storage.urls import open_directory
 from tests.distributed.test_dense_ranks import (
+    CPU,
     DIM,
     IDS,
     WRAPPERS,
@@ -36,6 +39,7 @@ from tests.distributed.test_dense_ranks import (
     wrap_fsdp2,
     write_source,
 )
+from tests.support import score_models as models
 from tests.support.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -194,3 +198,84 @@ def test_a_model_that_fails_on_one_rank_while_the_others_wait_in_its_collective_
     assert "must fail on every rank or on none" in results[failing]["text"]
     assert results[other] is None or results[other]["kind"]
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+class Gated(models.Model):
+    """The layer between the arches does nothing as long as it is fresh."""
+
+    def __init__(self) -> None:
+        look = models.WAYS["embedding"][1]
+        super().__init__(models.Lookups(nn.Embedding(models.ROWS, models.DIM), look), models.DIM + 1)
+        self.gate = nn.Linear(1, 1)
+        nn.init.ones_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "price": self.gate(blocks["price"])})
+
+
+def gate_fsdp1(model: nn.Module) -> nn.Module:
+    model.gate = FullyShardedDataParallel(model.gate, device_id=CPU)
+    return model
+
+
+def gate_fsdp1_orig(model: nn.Module) -> nn.Module:
+    model.gate = FullyShardedDataParallel(model.gate, device_id=CPU, use_orig_params=True)
+    return model
+
+
+def gate_fsdp2(model: nn.Module) -> nn.Module:
+    fully_shard(model.gate)
+    return model
+
+
+def gate_plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def whole_fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=CPU)
+
+
+def whole_fsdp1_orig(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True)
+
+
+def export_gated(rank: int, folder: str) -> dict[str, Any]:
+    """Return what the export of each wrapper says, and what is wrong with the model afterwards."""
+    found: dict[str, Any] = {}
+    for wrap in (gate_plain, gate_fsdp1, gate_fsdp1_orig, gate_fsdp2, whole_fsdp1, whole_fsdp1_orig):
+        model = wrap(Gated())
+        before = local_state(model)
+        texts = []
+        for source in ("fresh", "trained", "lacking"):
+            files = f"{folder}/{source}.pth", f"{folder}/{wrap.__name__}_{source}"
+            arches = "sparse_arch", "dense_arch"
+            try:
+                exporter = Exporter(model, *arches, [models.batch_of()], *files, score_program="off")
+                exporter.export(progress=False)
+                texts.append("")
+            except DistExportError as error:
+                texts.append(str(error))
+        reshard(model)
+        after = local_state(model)
+        found[wrap.__name__] = (texts, [name for name in before if not torch.equal(before[name], after[name])])
+    return found
+
+
+def test_a_layer_between_the_arches_has_the_checkpoints_values_whatever_shards_it(tmp_path: Path) -> None:
+    """And what FSDP of version 1 flattens together with an arch is refused: to read views of it would end the process."""
+    fresh = models.train(Gated()).state_dict() | {"gate.weight": torch.ones(1, 1), "gate.bias": torch.zeros(1)}
+    torch.save(fresh, tmp_path / "fresh.pth")
+    torch.save(fresh | {"gate.bias": torch.full((1,), 3.0)}, tmp_path / "trained.pth")
+    torch.save({name: held for name, held in fresh.items() if name != "gate.bias"}, tmp_path / "lacking.pth")
+    for found in run_ranks(export_gated, 2, tmp_path / "store", str(tmp_path), timeout=240):
+        for wrapper, (texts, changed) in found.items():
+            assert changed == [], wrapper
+            if wrapper.startswith("whole"):
+                assert all("flattens parameters of an arch together with others" in text for text in texts), texts
+                continue
+            assert texts[0] == "", wrapper
+            assert "'price' is changed between the sparse arch and the dense arch" in texts[1], wrapper
+            assert "the checkpoint lacks gate.bias, which" in texts[2], wrapper

@@ -175,3 +175,47 @@ def test_a_head_of_another_shape_outside_of_the_arches_is_no_matter(tmp_path: Pa
     model.aux = nn.Linear(3, 3)
     assert export(tmp_path, state, model).manifest.parity.reference == "model"
     assert model.aux.weight.shape == (3, 3)
+
+
+class Gate(NormBetween):
+    """The layer between the arches takes part only for values that no sample has; what is behind the scores is none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(3, 3)
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, batch: Any) -> Any:
+        self.steps += 1
+        blocks = self.sparse_arch(batch)
+        rows = blocks["block"]
+        scores = self.dense_arch({**blocks, "block": torch.where(rows > 1e6, self.norm(rows) * self.gain, rows)})
+        return scores, self.aux(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("lacking", ["gain", "norm.weight", "norm.running_var"])
+def test_what_forward_reads_between_the_arches_and_the_checkpoint_lacks_is_refused(tmp_path: Path, lacking) -> None:
+    """Also where the checkpoint has it under another name, or in another shape."""
+    state = dict(models.train(Gate()).state_dict())
+    held = state.pop(lacking)
+    for other in ({}, {f"old.{lacking}": held}, {lacking: torch.ones(77)}):
+        with pytest.raises(ModelError, match=rf"lacks {lacking}, which the model's forward computes with outside"):
+            export(tmp_path, state | other, Gate())
+    assert not (tmp_path / "out").exists()
+    package = export(tmp_path, state, Gate(), allow_missing_dense=[lacking])
+    assert any(
+        f"the model's forward taken from the model, not from the checkpoint: {lacking}" in note
+        for note in package.manifest.notes
+    )
+
+
+def test_what_the_scores_do_not_read_may_be_lacking(tmp_path: Path) -> None:
+    state = dict(models.train(Gate()).state_dict())
+    for name in ("aux.weight", "aux.bias", "steps", "norm.num_batches_tracked"):
+        del state[name]
+    export(tmp_path, state, Gate())
+
+
+def test_a_pattern_of_the_rest_that_is_one_of_the_dense_arch_too_is_of_the_dense_arch(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'nothing\.\*' matches no parameter of the dense arch"):
+        export(tmp_path, models.train(Gate()).state_dict(), Gate(), allow_missing_dense=["nothing.*"])
