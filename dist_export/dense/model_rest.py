@@ -129,9 +129,11 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self, root: nn.Module, dense_arch: nn.Module, watched: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        places = {name: address_of(tensor) for name, tensor in watched.items() if tensor.numel()}
-        self._unseen = {name for name, place in places.items() if not place}  # sharded: nobody sees where they go
-        self._watched = {name: place for name, place in places.items() if place}
+        addresses = {name: address_of(tensor) for name, tensor in watched.items() if tensor.numel()}
+        self._unseen = {
+            name for name, address in addresses.items() if not address
+        }  # sharded: nobody sees where they go
+        self._watched = {name: address for name, address in addresses.items() if address}
         self._made_of: dict[int, frozenset[str]] = {}
         """Address -> the names of what its values are made of."""
         self._read: set[str] = set()
@@ -145,8 +147,8 @@ class _Reads(TorchDispatchMode):
 
     def _begin(self, *_: object) -> None:
         self._is_on = True
-        for name, place in self._watched.items():
-            self._made_of[place] = self._made_of.get(place, frozenset()) | {name}
+        for name, address in self._watched.items():
+            self._made_of[address] = self._made_of.get(address, frozenset()) | {name}
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
         self._is_on = False
@@ -165,7 +167,7 @@ class _Reads(TorchDispatchMode):
             sources, old = self._sources(given), {address_of(tensor) for tensor in tensors_in(given)}
             if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 -- what gives a Python number
                 self._read |= sources
-            written = old if func._schema.is_mutable else set()  # noqa: SLF001 -- the only place that tells
+            written = old if func._schema.is_mutable else set()  # noqa: SLF001 -- the only address that tells
             for address in written | {address_of(tensor) for tensor in tensors_in(result)}:
                 before = self._made_of.pop(address, frozenset())  # of what had this memory, unless it is the same
                 if now := sources | (before if address in old else frozenset()):

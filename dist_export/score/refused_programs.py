@@ -86,15 +86,15 @@ def refuse_untrained(
         arches: the sparse arch, and the copied dense arch.
         own_dense_arch: the caller's, which the forward may still reach by another way, such as a closure.
     """
-    trained = {address for arch in arches for address in _places(arch)}
-    places = _places(own_dense_arch) | _places(model)
+    trained = {address for arch in arches for address in _name_by_address(arch)}
+    names = _name_by_address(own_dense_arch) | _name_by_address(model)
     used = find_used_state(program)  # a literal of the code is none of the model's tensors
     found = {name: address_of(tensor) for name, tensor in used.items()}
     lifted = "lifted_tensor"  # what torch calls a tensor that it knows no name of
     if own := sorted(
-        places[address] if name.rpartition(".")[2].startswith(lifted) else _in_model(name)
+        names[address] if name.rpartition(".")[2].startswith(lifted) else _in_model(name)
         for name, address in found.items()
-        if address in places and address not in trained
+        if address and address in names and address not in trained
     ):
         raise NotExportableError(
             f"the model's forward computes with {few(own)}, outside of the sparse and the dense arch: it does not have the "
@@ -102,7 +102,7 @@ def refuse_untrained(
         )
 
 
-def _places(root: nn.Module) -> dict[int, str]:
+def _name_by_address(root: nn.Module) -> dict[int, str]:
     """Return where the tensors of all modules lie, with a name of each: registered ones, and those in attributes and closures."""
     found = {
         address_of(tensor): path or "the model"
