@@ -6,12 +6,15 @@ import ctypes
 
 from dist_export.kernels.compiled_casts import CompiledCasts
 from dist_export.kernels.compiled_duplicates import CompiledDuplicates
+from dist_export.kernels.compiled_fingerprints import CompiledFingerprints
 from dist_export.kernels.compiled_id_sweep import CompiledIdSweep
 from dist_export.kernels.compiled_row_index import CompiledRowIndex
 from dist_export.kernels.compiled_rows import CompiledRows
 
 
-class CompiledKernels(CompiledDuplicates, CompiledIdSweep, CompiledRowIndex, CompiledCasts, CompiledRows):
+class CompiledKernels(
+    CompiledDuplicates, CompiledIdSweep, CompiledRowIndex, CompiledCasts, CompiledRows, CompiledFingerprints
+):
     """All compiled kernels. It implements ``Kernels``."""
 
     @property

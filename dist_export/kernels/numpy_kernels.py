@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dist_export.kernels.numpy_casts import NumpyCasts
 from dist_export.kernels.numpy_duplicates import NumpyDuplicates
+from dist_export.kernels.numpy_fingerprints import NumpyFingerprints
 from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
 from dist_export.kernels.numpy_row_index import NumpyRowIndex
 from dist_export.kernels.numpy_rows import NumpyRows
 
 
-class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex, NumpyCasts, NumpyRows):
+class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex, NumpyCasts, NumpyRows, NumpyFingerprints):
     """All kernels in numpy. It implements ``Kernels``."""
 
     def __init__(self, reason: str = "") -> None:

@@ -207,3 +207,22 @@ class Kernels(Protocol):
             row_bytes: the bytes of a row, at least 1.
             out: uint8, flat: room for the rows that are kept. It is filled.
         """
+
+    # ---- fingerprints of rows ----
+
+    def start_fingerprints(self, num_rows: int) -> np.ndarray:
+        """Return the state of rows without slots: uint64 of shape (num_rows,).
+
+        Fold all slots of these rows in their order, then finish. The rows of a table may be taken in chunks of any size.
+        """
+
+    def fold_slot(self, state: np.ndarray, rows: np.ndarray) -> None:
+        """Fold a slot into the state of its rows. Every bit counts, and so does the width.
+
+        Args:
+            state: uint64 of shape (n,), contiguous. It is changed.
+            rows: uint8 of shape (n, width), contiguous at any address: the bytes of the slot. ``width`` is at least 1.
+        """
+
+    def finish_fingerprints(self, state: np.ndarray) -> np.ndarray:
+        """Return the fingerprints: uint64 of shape (n,). ``state`` stays as it is, so that more slots can be folded in."""

@@ -50,6 +50,7 @@ def run_kernels(bench: Bench) -> None:
         *_time_sweeps(timer, random),
         *_time_casts(timer, random),
         *_time_rows(timer, random),
+        *_time_fingerprints(timer, random),
         *_time_index(timer, random, max(_SOUGHT, min(_ROWS, round(_ROWS * bench.kept_bytes / 1e9)))),
     ]
     header = ["kernel", "compiled, ns", "numpy, ns", "share", "asked"]
@@ -183,6 +184,20 @@ def _time_rows(timer: _Timer, random: np.random.Generator) -> list[Line]:
             one.move_rows(order, rows, width, out)
 
         lines.append(timer.line(f"rows by owner, {width} bytes", count, move, 0.65 if width >= 64 else 1.0))
+    return lines
+
+
+def _time_fingerprints(timer: _Timer, random: np.random.Generator) -> list[Line]:
+    lines = []
+    for what, width in (*((f"float32, dim {dim}", 4 * dim) for dim in (8, 16, 32, 64)), ("int8, dim 64", 64 + 8)):
+        rows = random.integers(0, 256, (_CHUNK_BYTES // width, width), np.uint8)
+
+        def fold(one: Kernels, rows: Any = rows) -> None:
+            state = one.start_fingerprints(len(rows))
+            one.fold_slot(state, rows)
+            one.finish_fingerprints(state)
+
+        lines.append(timer.line(f"fingerprints of rows, {what}", len(rows), fold, 0.6))
     return lines
 
 
