@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dist_export.archive.output_diff import find_far
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import Tolerance
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.rounding import Rounding, compare_scores
 from dist_export.errors import ParityError
@@ -49,7 +49,7 @@ def compare_blocks(entry: DenseInputEntry, serving: ServingEntry, computed: np.n
 
 
 def compare_outputs(
-    sample: DenseSample, expected: Any, found: Any, given: Mapping[str, torch.Tensor], *, config: ExportConfig
+    sample: DenseSample, expected: Any, found: Any, given: Mapping[str, torch.Tensor], *, config: Tolerance
 ) -> dict[str, float]:
     """Compare the outputs of the dense program on the contract's inputs with those on the model's.
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ScoreSettings
 from dist_export.config.serving import read_serving
 from dist_export.contract.draft import Draft
 from dist_export.contract.read import Reading, read_blocks_of
@@ -36,7 +36,7 @@ _NOT_READ = "the package has no score program, so the sparse arch could not be r
 class ContractStage:
     """Holds the contract from one step to the next. All ranks have one."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage, scores: ScoreStage | None) -> None:
+    def __init__(self, ranks: Ranks, config: ScoreSettings, dense: DenseStage, scores: ScoreStage | None) -> None:
         self._ranks = ranks
         self._config = config
         self._dense = dense

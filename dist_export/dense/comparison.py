@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import Comparisons
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.parity import score_from_files
@@ -21,10 +21,19 @@ from dist_export.manifest import FilesParityEntry
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """Tolerances of its own, for what computes otherwise than torch."""
+
+    atol: float
+    rtol: float
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What scores of the sample are compared with, and how."""
 
-    config: ExportConfig
+    config: Comparisons
     sample: DenseSample
     used: tuple[str, ...]
     """Names of the inputs that the program takes."""

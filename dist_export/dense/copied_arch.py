@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ModelValues
 from dist_export.dense.load_hooks import check_load_hooks, naming_hooks
 from dist_export.dense.load_state import list_taken, load_dense_parameters
 from dist_export.dense.missing_values import is_of_sparse
@@ -38,7 +38,7 @@ class LoadedCopy:
     """For the manifest's ``run``: names of what the program holds and the checkpoint did not give, and a digest."""
 
 
-def find_arches(model: Any, config: ExportConfig) -> tuple[nn.Module, nn.Module]:
+def find_arches(model: Any, config: ModelValues) -> tuple[nn.Module, nn.Module]:
     """Return the sparse and the dense arch of the caller's model. ModelError where one is not there, or FSDP is around both."""
     arches = (
         find_arch(model, config.sparse_model_name, "sparse_model_name"),
@@ -82,7 +82,7 @@ def load_copy(
     copied: nn.Module,
     parameters: DenseParameters | None,
     model: Any,
-    config: ExportConfig,
+    config: ModelValues,
     *,
     tables: Collection[str] = (),
 ) -> LoadedCopy:
@@ -121,7 +121,7 @@ def load_copy(
     return LoadedCopy(notes, taken=taken, own_values=own_values)
 
 
-def _patterns_of_dense(model: Any, config: ExportConfig) -> list[str]:
+def _patterns_of_dense(model: Any, config: ModelValues) -> list[str]:
     """Return the patterns of ``allow_missing_dense`` that are not of the sparse arch or of the rest of the model."""
     patterns = [p for p in config.allow_missing_dense if not is_of_sparse(p, config.sparse_model_name)]
     arches = find_arches(model, config) if patterns else ()
@@ -134,7 +134,7 @@ def _describe_own_values(copied: nn.Module, state: Mapping[str, Any], model: Any
     return ({OWN_VALUES: names} if names else {}) | ({OWN_DIGEST: digest} if digest else {})
 
 
-def _describe_sparse_values(model: Any, config: ExportConfig, given: Collection[str]) -> dict[str, Any]:
+def _describe_sparse_values(model: Any, config: ModelValues, given: Collection[str]) -> dict[str, Any]:
     sparse_arch, _ = find_arches(model, config)
     sparse_name, dense_name = config.sparse_model_name, config.dense_model_name
     names = list_sparse_values(model, sparse_arch, given, sparse_model_name=sparse_name, dense_model_name=dense_name)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import DriftSettings
 from dist_export.dense.blocks import Blocks, Outline, read_blocks
 from dist_export.dense.drift_scores import DriftScores
 from dist_export.dense.eager import DenseSample
@@ -84,7 +84,7 @@ class DriftRun:
     """Holds the batches and what the unmodified model gave for them. All ranks call its methods, unless one says so."""
 
     ranks: Ranks
-    config: ExportConfig
+    config: DriftSettings
     batches: list[Any] = field(default_factory=list)
     """This rank's, the sample first. As many on every rank."""
     wanted: dict[str, np.ndarray] = field(default_factory=dict)

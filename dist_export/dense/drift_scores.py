@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from dist_export.archive.output_diff import has_same_values
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import DriftSettings
 from dist_export.dense.drift import OutputDrift, refuse_drift
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.reference import Reference
@@ -23,7 +23,7 @@ class DriftScores:
     """The program, and the drift of its outputs over all batches so far."""
 
     def __init__(
-        self, config: ExportConfig, sample: DenseSample, names: tuple[str, ...], program: ExportedProgram
+        self, config: DriftSettings, sample: DenseSample, names: tuple[str, ...], program: ExportedProgram
     ) -> None:
         """Compare nothing yet.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ModelValues
 from dist_export.errors import ConfigError, ModelError, ParityError
 from dist_export.humanize import few
 from dist_export.model.managed_collisions import is_collision_module
@@ -69,7 +69,7 @@ def list_load_hooks(
     return found
 
 
-def check_load_hooks(model: nn.Module, config: ExportConfig) -> list[str]:
+def check_load_hooks(model: nn.Module, config: ModelValues) -> list[str]:
     """Refuse hooks that an export does not run and that change what is exported, unless ``allow_load_hooks`` names them.
 
     Any rank. Returns notes on those that are let pass, and on those elsewhere.

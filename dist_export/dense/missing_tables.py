@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import MissingTables
 from dist_export.dense.known_tables import KnownTables
 from dist_export.dense.sample_notes import refuse_foreign_tables
 from dist_export.dense.sample_rows import SampleRows
@@ -19,7 +19,7 @@ from dist_export.runtime.ranks import Ranks
 SETTING = "allow_missing_tables"
 
 
-def find_missing(config: ExportConfig, rows: SampleRows, put: Collection[str]) -> list[str]:
+def find_missing(config: MissingTables, rows: SampleRows, put: Collection[str]) -> list[str]:
     """Return the embeddings of this rank's sparse arch whose rows are the model's own, by their paths within the model.
 
     ``put``: names of parameters that have the checkpoint's values although they are no table, as in a copy of RecIS's files.
@@ -35,7 +35,7 @@ def find_missing(config: ExportConfig, rows: SampleRows, put: Collection[str]) -
 
 def refuse_missing(
     ranks: Ranks,
-    config: ExportConfig,
+    config: MissingTables,
     rows: SampleRows,
     missing: Sequence[str],
     tables: Sequence[str],
@@ -76,13 +76,13 @@ def refuse_missing(
     ranks.run("match the model's tables", refuse)
 
 
-def is_let_pass(path: str, config: ExportConfig) -> bool:
+def is_let_pass(path: str, config: MissingTables) -> bool:
     """Whether ``allow_missing_tables`` names what is at a path within the model."""
     return any(_matches(path, pattern, config) for pattern in config.allow_missing_tables)
 
 
 def refuse_missing_by_name(
-    config: ExportConfig, weights: ModelWeights, checkpoint: Checkpoint, dense_state: Collection[str]
+    config: MissingTables, weights: ModelWeights, checkpoint: Checkpoint, dense_state: Collection[str]
 ) -> list[str]:
     """Refuse what :func:`refuse_missing` does, as far as names tell: for a plan, which runs no sample.
 
@@ -119,7 +119,7 @@ def refuse_missing_by_name(
     return [f"{idle}. The export refuses it, unless it is of a module that is not registered"] if idle else []
 
 
-def _tell_idle(config: ExportConfig, every: Sequence[str]) -> str:
+def _tell_idle(config: MissingTables, every: Sequence[str]) -> str:
     """Return what is wrong with a pattern that matches none of ``every`` embedding; empty where each matches one."""
     for pattern in config.allow_missing_tables:
         if not any(_matches(name, pattern, config) for name in every):
@@ -130,7 +130,7 @@ def _tell_idle(config: ExportConfig, every: Sequence[str]) -> str:
     return ""
 
 
-def _refuse(config: ExportConfig, lacking: Sequence[str]) -> None:
+def _refuse(config: MissingTables, lacking: Sequence[str]) -> None:
     """Refuse those of ``lacking`` that no pattern matches."""
     refused = [name for name in lacking if not any(_matches(name, p, config) for p in config.allow_missing_tables)]
     if refused and config.need_export_sparse:
@@ -141,7 +141,7 @@ def _refuse(config: ExportConfig, lacking: Sequence[str]) -> None:
         )
 
 
-def _refuse_computed(config: ExportConfig, lacking: Sequence[str], computed: Mapping[str, str]) -> None:
+def _refuse_computed(config: MissingTables, lacking: Sequence[str], computed: Mapping[str, str]) -> None:
     """Refuse those of ``lacking`` whose rows no checkpoint holds, because the model computes them, with the way to have them."""
     refused = [name for name in lacking if name in computed and not is_let_pass(name, config)]
     if refused and config.need_export_sparse:
@@ -154,7 +154,7 @@ def _refuse_computed(config: ExportConfig, lacking: Sequence[str], computed: Map
         )
 
 
-def _matches(name: str, pattern: str, config: ExportConfig) -> bool:
+def _matches(name: str, pattern: str, config: MissingTables) -> bool:
     """Whether a pattern is of an embedding: of its path or that of its weight, from the model or from the sparse arch on."""
     begin = f"{plain_name(config.sparse_model_name)}."
     return any(fnmatchcase(path + end, pattern) for path in (name, name.removeprefix(begin)) for end in ("", ".weight"))

@@ -13,8 +13,9 @@ import torch
 from dist_export.archive.native_program import NativeProgram
 from dist_export.archive.onnx_model import OnnxProgram, is_supported
 from dist_export.config.dense_settings import AOTI, ONNX
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import Comparisons, DenseSettings
 from dist_export.dense.aoti_format import compile_dense
+from dist_export.dense.comparison import Bounds
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.onnx_format import list_onnx_versions, make_onnx
 from dist_export.dense.parity import check_parity
@@ -35,14 +36,14 @@ FILES = {ONNX: "model.onnx", AOTI: "model.pt2"}
 class FormatWriter:
     """Writes the formats of ``dense_formats`` into the dense folder."""
 
-    config: ExportConfig
+    config: DenseSettings
     sample: DenseSample
     traced: TracedDense
     entry: DenseEntry
     """What the manifest will say of the exported program."""
-    compare: Callable[[Any, str, ExportConfig, ParityEntry], ParityEntry]
+    compare: Callable[[Any, str, Comparisons, ParityEntry], ParityEntry]
     """Compares a program with the caller's own model on the whole batch and adds the figures to a parity: the program, its
-    name for messages, the settings, the parity."""
+    name for messages, the tolerances, the parity."""
 
     def write(self, folder: Path) -> DenseEntry:
         """Write all formats, compare each, and return the entry with theirs.
@@ -115,10 +116,10 @@ class FormatWriter:
             max_batch_size=self.config.max_batch_size,
             what=what,
         )
-        return self.compare(program, what, self.config.with_changes(atol=atol, rtol=rtol), parity)
+        return self.compare(program, what, Bounds(atol, rtol, self.config.max_batch_size), parity)
 
 
-def refuse_wrong_sample(sample: DenseSample, config: ExportConfig) -> None:
+def refuse_wrong_sample(sample: DenseSample, config: DenseSettings) -> None:
     """Refuse dtypes and devices that a format of ``dense_formats`` cannot take. Rank 0, before anything is written.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dist_export.checkpoint.metadata import SlotMeta
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import DriftSettings
 from dist_export.dense.row_check import NO_PACKAGE, check_names, is_far, is_far_int8, match_name, read_values
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.errors import ParityError
@@ -34,7 +34,7 @@ _RANGE = 1e150
 
 
 def check_settings(
-    config: ExportConfig,
+    config: DriftSettings,
     source: RowFinder,
     written: RowFinder,
     entries: Sequence[TableEntry],

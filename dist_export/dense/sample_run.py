@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks, Outline
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import device_of
@@ -44,7 +44,7 @@ class SampleRun:
     """Holds what the sample showed on this rank. :meth:`take`, then :meth:`open_rows`, then :meth:`run`, each on all ranks."""
 
     def __init__(
-        self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters | None
+        self, ranks: Ranks, config: DenseSettings, objects: Objects, parameters: DenseParameters | None
     ) -> None:
         """``parameters`` are those of the checkpoint; None takes the values that are in the model."""
         self._ranks = ranks

@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.model_weights import plain_name
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ModelValues
 from dist_export.dense.known_tables import KnownTables
 from dist_export.dense.missing_values import refuse_missing_values
 from dist_export.dense.own_extra_state import extra_state_within
@@ -22,7 +22,7 @@ from dist_export.runtime.ranks import Ranks
 class SparseValues:
     """Puts the checkpoint's values into the sparse arch, and takes them out again."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, model: Any, parameters: DenseParameters | None) -> None:
+    def __init__(self, ranks: Ranks, config: ModelValues, model: Any, parameters: DenseParameters | None) -> None:
         """``parameters``: those of the checkpoint; None leaves the sparse arch as it is."""
         self._model = model
         self._ranks = ranks

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import Comparisons, DenseSettings
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.comparison import Comparison
 from dist_export.dense.copied_arch import clear_gradients, find_arches, load_copy, note_unregistered
@@ -59,7 +59,7 @@ class DenseStage:
     """Holds what the dense part knows from one step to the next. ``prepare`` on all ranks, ``trace`` on rank 0."""
 
     def __init__(
-        self, ranks: Ranks, config: ExportConfig, objects: Objects, parameters: DenseParameters | None
+        self, ranks: Ranks, config: DenseSettings, objects: Objects, parameters: DenseParameters | None
     ) -> None:
         """``parameters`` are those of the checkpoint; None takes the values that are in the dense arch."""
         self._ranks = ranks
@@ -215,12 +215,12 @@ class DenseStage:
         self._check_reference(load_program(folder / PROGRAM))
         self.entry = FormatWriter(config, sample, traced, self.entry, self._compare_format).write(folder)
 
-    def _compare_format(self, program: Any, what: str, config: ExportConfig, parity: ParityEntry) -> ParityEntry:
+    def _compare_format(self, program: Any, what: str, bounds: Comparisons, parity: ParityEntry) -> ParityEntry:
         """Compare a program of ``dense_formats`` with the caller's own model, and add the figures to ``parity``. Rank 0."""
         reference = self._sampled.reference
         assert self._sampled.sample is not None
         assert reference is not None
-        comparison = Comparison(config, self._sampled.sample, self._sampled.used, reference)
+        comparison = Comparison(bounds, self._sampled.sample, self._sampled.used, reference)
         figures = comparison.with_reference(program, read_blocks(reference.blocks).tensors, what)
         return figures.merge_into(parity, reference.kind)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.model_head import ModelHead
 from dist_export.dense.row_lookup import LiveRows, RowFinder
@@ -29,7 +29,7 @@ class WrittenScores:
     """Compares what was written with the model on the checkpoint's rows. :meth:`score` once, on all ranks."""
 
     def __init__(
-        self, ranks: Ranks, config: ExportConfig, sampled: SampleRun, load_program: Callable[[], ExportedProgram]
+        self, ranks: Ranks, config: DenseSettings, sampled: SampleRun, load_program: Callable[[], ExportedProgram]
     ) -> None:
         """``load_program``: loads the program from the package. Rank 0."""
         self._ranks = ranks

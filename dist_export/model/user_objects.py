@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_export.config.mistakes import Mistakes
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import UserCallables
 from dist_export.errors import ConfigError, DistExportError, ModelError
 
 
@@ -25,7 +25,7 @@ class Objects:
     fg: Any = None
 
 
-def build_objects(config: ExportConfig, *, tells_all: bool = False) -> Objects:
+def build_objects(config: UserCallables, *, tells_all: bool = False) -> Objects:
     """Import and call what the config names. The working directory is importable. Every rank calls it for itself.
 
     With ``tells_all`` the mistakes of all objects are reported together.

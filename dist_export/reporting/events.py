@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import EventSettings
 from dist_export.manifest import Manifest
 from dist_export.redact import first_line, redact_text
 from dist_export.storage.urls import open_directory
@@ -58,7 +58,7 @@ Sample = tuple[str, Mapping[str, str], float]
 class Events:
     """The events of one export. Rank 0 writes them to a file, and gets those of other ranks at the end."""
 
-    def __init__(self, config: ExportConfig, export_dir: str, *, rank: int, step: int | None) -> None:
+    def __init__(self, config: EventSettings, export_dir: str, *, rank: int, step: int | None) -> None:
         """Set up without writing. ``step``: the step of the training run; None if it is not known."""
         self._rank = rank
         self._url = _place_of(config, export_dir)
@@ -163,7 +163,7 @@ def failure_of(export_dir: str) -> list[Sample]:
     ]
 
 
-def _place_of(config: ExportConfig, export_dir: str) -> str:
+def _place_of(config: EventSettings, export_dir: str) -> str:
     if config.events is True:
         return f"{export_dir.rstrip('/')}.events.jsonl"
     return config.events or ""

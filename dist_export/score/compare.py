@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dist_export.archive.output_diff import Difference, describe_allowed
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import Tolerance
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.eager import DenseSample, exporting
 from dist_export.dense.rounding import Rounding, compare_scores
@@ -23,7 +23,7 @@ class ModelFailsError(ParityError):
 class ScoreFigures:
     """The largest differences so far, by output. Rank 0."""
 
-    def __init__(self, config: ExportConfig, sample: DenseSample, program: Any) -> None:
+    def __init__(self, config: Tolerance, sample: DenseSample, program: Any) -> None:
         """``program``: the module of the score program, bound to rows."""
         self._config = config
         self._sample = sample

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ScoreSettings
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.model_head import OTHER_CALLS
 from dist_export.dense.parity import BATCH_SIZES
@@ -36,7 +36,7 @@ _ID_BATCHES = 4
 class ScoreParity:
     """Knows the sample as flat tensors on every rank. :meth:`look` comes first."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage) -> None:
+    def __init__(self, ranks: Ranks, config: ScoreSettings, dense: DenseStage) -> None:
         self._ranks = ranks
         self._config = config
         self._dense = dense

@@ -16,7 +16,7 @@ from dist_export.archive.lookup_operator import bind, register_source
 from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.extra_state import is_extra_state
 from dist_export.checkpoint.model_weights import is_below, plain_name
-from dist_export.config.schema import ExportConfig
+from dist_export.config.needs import ScoreSettings
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.eager import DenseSample
 from dist_export.dense.modes import eval_mode
@@ -50,7 +50,7 @@ from dist_export.storage.directory import Directory
 class ScoreStage:
     """Holds what is known of the score program from one step to the next. All ranks have one."""
 
-    def __init__(self, ranks: Ranks, config: ExportConfig, dense: DenseStage, casts: Mapping[str, RowCast]) -> None:
+    def __init__(self, ranks: Ranks, config: ScoreSettings, dense: DenseStage, casts: Mapping[str, RowCast]) -> None:
         """``casts``: by table, how rows are written otherwise than the source has them."""
         self._ranks = ranks
         self._config = config
