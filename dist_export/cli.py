@@ -17,7 +17,7 @@ from dist_export.runtime.terminal import SCREEN
 if TYPE_CHECKING:
     from dist_export.runtime.ranks import Ranks
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "score", "serve")
+_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "score", "serve", "versions", "rollback")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def _run(command: str, argv: list[str]) -> int:
             "score": _score,
             "serve": _serve,
         }
-        return commands[command](argv)
+        return commands[command](argv) if command in commands else _look_at_versions(command, argv)
     except DistExportError as error:
         return _fail(error)
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
@@ -333,6 +333,15 @@ def _serve(argv: list[str]) -> int:
     serve(
         path, host=host, port=port, workers=workers, watching=arguments, announce=lambda line: print(line, flush=True)
     )
+    return 0
+
+
+def _look_at_versions(command: str, argv: list[str]) -> int:
+    from dist_export.config.loader import parse_path
+    from dist_export.pipeline.version_commands import NAMES, OPTIONS, USAGE, run
+
+    if not _is_answered(argv, {"Options": OPTIONS[command]}, usage=USAGE[command]):
+        run(command, parse_path(command, argv, OPTIONS[command], names=NAMES[command], num_needed=1))
     return 0
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from dist_export.errors import ConfigError
 
+_MAX_BATCHES = 10_000
+
 ONNX = "onnx"
 AOTI = "aoti"
 DENSE_FORMATS = (ONNX, AOTI)
@@ -73,3 +75,17 @@ def check_free_dims(dynamic_dims: Mapping[str, Mapping[int, str]]) -> None:
                 raise ConfigError(
                     f"dynamic_dims.{name}.{dim}: {label!r} is no name for a dimension; give an identifier"
                 )
+
+
+def check_drift(drift_batches: int, max_drift: float | dict[str, float] | None) -> None:
+    """Refuse bounds that are no numbers, or that nothing is measured for. ConfigError."""
+    if not 0 <= drift_batches <= _MAX_BATCHES:
+        raise ConfigError(f"drift_batches is {drift_batches}; give a number from 0 to {_MAX_BATCHES:,}")
+    if max_drift is None:
+        return
+    bounds = max_drift if isinstance(max_drift, dict) else {"": max_drift}
+    for name, limit in bounds.items():
+        if not 0 <= limit < float("inf"):
+            raise ConfigError(f"max_drift{name and f'.{name}'} is {limit}; give a finite number from 0 up")
+    if not drift_batches:
+        raise ConfigError("max_drift bounds the drift, but drift_batches is 0, which leaves it out")

@@ -133,7 +133,7 @@ def _render(options: Mapping[str, Option]) -> Iterable[str]:
     import yaml
 
     for name, option in options.items():
-        has_default = not option.is_flag and option.default not in (None, dataclasses.MISSING)
+        has_default = not option.is_flag and option.default not in (None, "", dataclasses.MISSING)
         default = "" if not has_default else yaml.safe_dump({name: option.default}, width=1000)
         kind = "" if option.is_flag else f"  {say_type(option.hint)}"
         yield f"  --{name}{kind}" + (f" (default{default.removeprefix(name).rstrip()})" if default else "")

@@ -22,6 +22,8 @@ usage: dist_export --config FILE [--key value ...]        export (under torchrun
        dist_export diff A B                               compare two packages
        dist_export score PATH --input F --output F        score the rows of a file
        dist_export serve PATH                             serve a package over HTTP
+       dist_export versions DIR                           list what was published to a directory
+       dist_export rollback DIR [VERSION]                 make an earlier version the current one
        dist_export --version                              show the version, and whether compiled kernels are in use
 
 FILE is a YAML file of settings. --key value goes before it; --print_config shows the settings that result."""
@@ -63,19 +65,23 @@ def parse_path(
     *,
     has_defaults: bool = True,
     names: Sequence[str] = ("path",),
+    num_needed: int | None = None,
 ) -> dict[str, Any]:
     """Return the values of a command that reads paths, with these under ``names``. ConfigError for a mistake.
 
-    Without ``has_defaults``, options that are not in ``argv`` are left out.
+    Without ``has_defaults``, options that are not in ``argv`` are left out. Of ``names`` the first ``num_needed`` must be given,
+    None for all; the others are None.
     """
     defaults = {name: option.default for name, option in options.items() if has_defaults}
     values, paths = read_arguments(argv, options, values=defaults, kind=f"option of dist_export {command}")
-    usage = f"Usage: dist_export {command} {' '.join(names).upper()} [--key value ...]"
+    needed = names[:num_needed]
+    words = [name.upper() if name in needed else f"[{name.upper()}]" for name in names]
+    usage = f"Usage: dist_export {command} {' '.join(words)} [--key value ...]"
     if len(paths) > len(names):
         raise ConfigError(f"{paths[len(names)]!r} is one path too many. {usage}")
-    if len(paths) < len(names):
-        raise ConfigError(f"which {'path' if len(names) == 1 else f'{len(names)} paths'}? {usage}")
-    return {**values, **dict(zip(names, paths, strict=True))}
+    if len(paths) < len(needed):
+        raise ConfigError(f"which {'path' if len(needed) == 1 else f'{len(needed)} paths'}? {usage}")
+    return {**values, **dict.fromkeys(names), **dict(zip(names, paths, strict=False))}
 
 
 def parse_settings(argv: Sequence[str]) -> ExportConfig:
@@ -119,7 +125,7 @@ def _to_types(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _build(values: Mapping[str, Any]) -> ExportConfig:
     values = {name: value for name, value in values.items() if value is not None}
     needed = ("export_dir",) if values.get("format") == "live" else ("ckpt_dir", "export_dir")
-    missing = [name for name in needed if name not in values]
+    missing = [name for name in needed if name not in values and not (name == "export_dir" and "publish" in values)]
     if missing:
         live = " (format: live exports the model in memory, without ckpt_dir)" if "ckpt_dir" in missing else ""
         raise ConfigError(f"{' and '.join(missing)} must be set, in the config file or as --key value{live}")

@@ -12,12 +12,14 @@ from typing import Any, Literal, get_args
 from dist_export.config.byte_sizes import MAX_NUMBER, parse_bytes
 from dist_export.config.dense_settings import (
     check_dense_formats,
+    check_drift,
     check_free_dims,
     check_layouts,
     check_output_names,
 )
 from dist_export.config.mistakes import Mistakes
 from dist_export.config.prune_rules import parse_rules
+from dist_export.config.publishing import resolve_export_dir
 from dist_export.config.serving import read_serving
 from dist_export.errors import ConfigError
 from dist_export.formats.digests import missing_package
@@ -40,7 +42,6 @@ FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; s
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
 """Four months. The functions that get a timeout cannot count much further."""
-_MAX_BATCHES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,15 @@ class ExportConfig:
     """The checkpoint to export: a directory, a file of torch.save or safetensors, an fsspec URL, or a registry's URI
     (models:/ctr/3, models:/ctr@champion). A training run with several checkpoints (ckpt_<step>, step-<n>, checkpoint-<n>) gives
     its latest complete one. Null with format: live."""
-    export_dir: str
+    export_dir: str = ""
     """Where the package goes: a directory, an fsspec URL, or a registry's URI (models:/ctr; registry_options say where that
     is)."""
+    publish: str | None = None
+    """A directory of versions, in place of export_dir: the package goes to <publish>/versions/<step>-<digest>, and once it is
+    committed, <publish>/current.json names it. The same as export_dir: versions:<publish>."""
+    keep_versions: int | None = None
+    """How many versions stay in the directory of publish, besides the current one, the one before it, and those that were current
+    less than ten minutes ago. Null keeps all."""
     step: int | None = None
     """The training step to export from a run; null takes the latest complete checkpoint. A single checkpoint must be of this
     step."""
@@ -241,11 +248,18 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Refuse settings that can be refused without reading a file. ConfigError names the setting."""
         mistakes = Mistakes()
+        mistakes.collect(self._check_publish, None)
         if self.is_live:
             mistakes.collect(self._check_live, None)
         for check in (self._check_paths, self._check_engine, self._check_sparse, self._check_dense):
             mistakes.collect(check, None)
         mistakes.refuse()
+
+    def _check_publish(self) -> None:
+        names = "publish", "export_dir", "keep_versions", "register", "add_subfolder"
+        export_dir = resolve_export_dir(**{name: getattr(self, name) for name in names})
+        object.__setattr__(self, "export_dir", export_dir)
+        object.__setattr__(self, "publish", None)  # from here on it is a registry like any other
 
     def _check_paths(self) -> None:
         for name in ("export_dir",) if self.is_live else ("ckpt_dir", "export_dir"):
@@ -372,24 +386,12 @@ class ExportConfig:
         for name in ("atol", "rtol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a finite number from 0 up")
-        self._check_drift()
+        check_drift(self.drift_batches, self.max_drift)
         check_dense_formats(self.dense_formats)
         check_layouts(self.layouts, self.dense_formats)
         if self.export_outputs is not None:
             check_output_names(self.export_outputs)
         check_free_dims(self.dynamic_dims)
-
-    def _check_drift(self) -> None:
-        if not 0 <= self.drift_batches <= _MAX_BATCHES:
-            raise ConfigError(f"drift_batches is {self.drift_batches}; give a number from 0 to {_MAX_BATCHES:,}")
-        if self.max_drift is None:
-            return
-        bounds = self.max_drift if isinstance(self.max_drift, dict) else {"": self.max_drift}
-        for name, limit in bounds.items():
-            if not 0 <= limit < float("inf"):
-                raise ConfigError(f"max_drift{name and f'.{name}'} is {limit}; give a finite number from 0 up")
-        if not self.drift_batches:
-            raise ConfigError("max_drift bounds the drift, but drift_batches is 0, which leaves it out")
 
     def with_changes(self, **changes: Any) -> ExportConfig:
         """Return a copy with some settings changed, and check it."""

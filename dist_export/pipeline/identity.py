@@ -23,6 +23,8 @@ from dist_export.storage.urls import open_directory
 
 HOW = (
     "export_dir",
+    "publish",
+    "keep_versions",
     "follow_links",
     "num_shards",
     "max_memory",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.redact import redact_text
 from dist_export.registry import base
+from dist_export.registry.versions import SCHEME
+from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_directory, open_place
 
 
@@ -38,12 +42,17 @@ class Locations:
     """Of a training run's checkpoint; None where ``ckpt_dir`` is a checkpoint itself, and no step was asked for."""
     register: str
     """The registry's URI under which the package becomes a new version; empty for none."""
+    seen: str
+    """The state of that registry before the export; empty if it has none."""
     notes: tuple[str, ...]
 
     def apply(self, config: ExportConfig) -> ExportConfig:
         """Return the settings with paths in the place of what was given, and with what the format decides."""
         return config.with_changes(
-            ckpt_dir=self.ckpt_dir, export_dir=self.export_dir, filter_sparse_opt=self.filter_sparse_opt
+            ckpt_dir=self.ckpt_dir,
+            export_dir=self.export_dir,
+            register=self.register or None,
+            filter_sparse_opt=self.filter_sparse_opt,
         )
 
 
@@ -63,12 +72,13 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
-    target = base.find_registry(config.export_dir, config.registry_options)
+    options = _options_of(config)
+    target = base.find_registry(config.export_dir, options)
     if target is not None:
         register = register or config.export_dir
-        export_dir = base.place(target, config.export_dir, key=_key_of(config, found.directory))
+        export_dir = base.place(target, config.export_dir, key=_key_of(config, found))
     if register:
-        base.require(register, config.registry_options)
+        base.require(register, options)
         if redact_text(export_dir) != export_dir:
             raise ConfigError(
                 f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
@@ -84,6 +94,7 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         source_uri=resolved.uri if resolved.uri != resolved.directory else "",
         step=found.step,
         register=register,
+        seen=base.look(register, options) if register else "",
         notes=tuple(notes),
     )
 
@@ -111,11 +122,13 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
         inputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.inputs),
         outputs=() if dense is None else tuple((t.name, t.dtype, t.shape) for t in dense.outputs),
         versions=manifest.versions,
+        step=locations.step,
+        seen=locations.seen,
     )
     again = "Run the same export again, which only registers it"
     if locations.ckpt_dir is None:  # the model may have changed since
         again = f"Register it by hand: another export of the model in memory would not be the same (digest {manifest.digest})"
-    return base.register(locations.register, config.registry_options, package, advice=again)
+    return base.register(locations.register, _options_of(config), package, advice=again)
 
 
 def _absolute(url: str, options: dict[str, Any]) -> str:
@@ -124,15 +137,35 @@ def _absolute(url: str, options: dict[str, Any]) -> str:
     return directory.path if directory is not None and directory.is_local else url
 
 
-def _key_of(config: ExportConfig, ckpt_dir: str | None) -> str:
-    """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has."""
-    if ckpt_dir is None:
-        return uuid.uuid4().hex[:16]
+def _options_of(config: ExportConfig) -> dict[str, Any]:
+    """Return the options for registries, with those that a directory of versions takes from other settings."""
+    own = {"storage_options": config.options_of_target, "keep_versions": config.keep_versions}
+    given = config.registry_options.get(SCHEME)
+    return {**config.registry_options, SCHEME: own | (dict(given) if isinstance(given, Mapping) else {})}
+
+
+def _key_of(config: ExportConfig, found: FoundCheckpoint) -> str:
+    """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has.
+
+    Of a version in a directory, it begins with the step or the time.
+    """
+    is_version = base.scheme_of(config.export_dir) == SCHEME
+    if found.directory is None:
+        key = uuid.uuid4().hex[:16]
+        return f"{time.strftime('%Y%m%dT%H%M%S')}-{key}" if is_version else key
     settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
     lists = [_version_of(rule.path, config.storage_options) for rule in parse_rules(config.prune) if rule.path]
     # not with sorted keys: the order of patterns counts
-    source = _absolute(ckpt_dir, config.storage_options)
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode([source, config.num_shards, settings, lists]))
+    source: list[Any] = [_absolute(found.directory, config.storage_options)]
+    if is_version:  # a checkpoint at a path that is written again and again is a new version each time
+        directory = open_place(found.directory, config.storage_options, follow_links=config.follow_links)
+        source.append(sorted((name, stat.size, stat.version) for name, stat in _stats(directory).items()))
+    key = xxhash.xxh3_64_hexdigest(msgspec.json.encode([*source, config.num_shards, settings, lists]))
+    return f"{found.step}-{key}" if is_version and found.step is not None else key
+
+
+def _stats(directory: Directory) -> dict[str, FileStat]:
+    return directory.stat_many(directory.names())
 
 
 def _version_of(path: str, storage_options: dict[str, Any] | None) -> str:

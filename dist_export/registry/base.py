@@ -58,6 +58,10 @@ class Registered(NamedTuple):
     outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
     versions: dict[str, str]
     """The versions of the software that wrote the package."""
+    step: int | None = None
+    """Of the checkpoint, where it is one of a training run."""
+    seen: str = ""
+    """What the registry's ``look`` returned before the export began."""
 
 
 class Registry(Protocol):
@@ -66,7 +70,8 @@ class Registry(Protocol):
     Methods raise ConfigError for mistakes that the user can correct. Other exceptions are reported in one line, with their type.
 
     A registry may also have a method ``check(uri)``. It is called before anything is written, and raises ConfigError if no
-    new version can be made under ``uri``.
+    new version can be made under ``uri``. Another method, ``look(uri)``, returns the registry's state at that time as a text,
+    which ``register`` gets as ``package.seen``, so that it can tell whether somebody else was faster.
     """
 
     def resolve(self, uri: str) -> Resolved:
@@ -137,10 +142,11 @@ def list_schemes() -> list[str]:
 
 
 def _entry_points() -> Iterable[EntryPoint]:
-    """Return what installed packages offer as resolvers."""
-    import importlib.metadata
+    """Return the resolvers: what installed packages offer, and the directory of versions, which needs no other package."""
+    from importlib import metadata
 
-    return importlib.metadata.entry_points(group=GROUP)
+    own = metadata.EntryPoint(name="versions", value="dist_export.registry.versions:VersionDirectory", group=GROUP)
+    return [*metadata.entry_points(group=GROUP), own]
 
 
 def scheme_of(uri: str) -> str | None:
@@ -194,6 +200,12 @@ def require(uri: str, options: Mapping[str, Any]) -> Registry:
     if check is not None:
         _asking(f"{uri}: its registry makes no version there", lambda: check(uri))
     return registry
+
+
+def look(uri: str, options: Mapping[str, Any]) -> str:
+    """Return the state of a registry before an export, empty if it has no ``look``. One rank. ConfigError from the registry."""
+    seeing = getattr(find_registry(uri, options), "look", None)
+    return "" if seeing is None else str(_asking(f"{uri} cannot be looked at", lambda: seeing(uri)))
 
 
 def register(uri: str, options: Mapping[str, Any], package: Registered, *, advice: str) -> str:

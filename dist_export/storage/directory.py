@@ -131,6 +131,21 @@ class Directory:
         """Write a small file unless one of this name exists; return whether it was written."""
         raise NotImplementedError
 
+    def replace_if(self, name: str, data: bytes, *, expected: bytes | None) -> bool:
+        """Write a small file if its content is ``expected``, or if there is none (None); return whether it was written.
+
+        Of several processes that expect the same content one writes: on a disk, and where a store speaks S3. On other stores
+        nothing excludes a process that writes between the look and the write. ``data`` must be unlike what any other process
+        writes.
+        """
+        found = self.read_text(name) if self.exists(name) else None
+        if found != expected:
+            return False
+        if expected is None:
+            return self.create(name, data)
+        self.write(name, data)
+        return True
+
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
         """Put a local file here under ``name``; ``note_progress`` is called from time to time."""
         raise NotImplementedError

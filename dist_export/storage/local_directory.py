@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -141,6 +142,17 @@ class LocalDirectory(Directory):
         except FileExistsError:
             return False
         return True
+
+    def replace_if(self, name: str, data: bytes, *, expected: bytes | None) -> bool:
+        """Write a small file if its content is ``expected``, or if there is none (None); return whether it was written.
+
+        Writers take turns by a lock on a file beside it, ``.<name>.lock``, which stays.
+        """
+        path = self.join(name)
+        make_directories(os.path.dirname(path))
+        with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "ab") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            return super().replace_if(name, data, expected=expected)
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
         """Move a file here that is durable and on the same file system; the rename becomes durable too."""

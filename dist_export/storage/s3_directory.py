@@ -87,6 +87,17 @@ class S3Directory(FsspecDirectory):
         """Write a small object unless one of this name exists; return whether it was written."""
         return self.write_if(name, data, version=None) is not None
 
+    def replace_if(self, name: str, data: bytes, *, expected: bytes | None) -> bool:
+        """Write a small object if its content is ``expected``, or if there is none (None); return whether it was written."""
+        if expected is None:
+            return self.create(name, data)
+        where = self.describe(name)
+        with ACTIVITY.of(where), naming_any(where):
+            found = self.s3.head(self.join(name))
+            if found.size != len(expected) or self.s3.get(self.join(name), 0, found.size, etag=found.etag) != expected:
+                return False
+        return self.write_if(name, data, version=found.etag) is not None
+
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
         """Put a local file here under ``name``, in parts; ``note_progress`` is called after each part."""
         put_file(self.s3, local, self.join(name), note_progress=note_progress)

@@ -27,6 +27,8 @@ YAML = ROOT / "launch" / "export.yaml"
 EXAMPLES = {
     "ckpt_dir": "/ckpts/run7/ckpt_120000",
     "export_dir": "s3://serving/ctr/20260101",
+    "publish": "/serving/ctr",
+    "keep_versions": "10",
     "step": "120000",
     "register": "models:/ctr_serving",
     "registry_options": '{models: {registry_uri: "http://mlflow.internal:5000"}}',

@@ -14,6 +14,7 @@ import dist_export
 from dist_export import cli
 from dist_export.errors import ConfigError, ExportError
 from dist_export.pipeline import locate
+from dist_export.pipeline.run_dir import FoundCheckpoint
 from dist_export.registry import base
 from dist_export.registry.base import Registered, Resolved
 from dist_export.registry.mlflow import MlflowRegistry
@@ -273,8 +274,9 @@ def test_packages_of_a_live_model_never_share_a_place(client: Any, name: str, tm
 
 def test_the_order_of_patterns_makes_another_package() -> None:
     first = {"a*": "float16", "*": "int8"}
+    found = FoundCheckpoint("c", None, ())
     keys = {
-        locate._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), "c")
+        locate._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), found)
         for d in (first, dict(reversed(first.items())))
     }
     assert len(keys) == 2
@@ -438,7 +440,7 @@ def test_what_a_resolver_raises_is_told_with_its_type(
     [
         (
             "model:/ctr",
-            "no registry is called model,.*did you mean models:\\?.*registries models and the stores .*s3, ",
+            "no registry is called model,.*did you mean models:\\?.*registries models, versions and the stores .*s3, ",
         ),
         ("runs:/abc/model", "no registry is called runs,"),
         ("nope://bucket/x", "no registry is called nope,"),

@@ -150,6 +150,36 @@ class DirectoryContract:
         assert directory.read("f") == b"%d" % won[0]
         assert not directory.create("f", b"late")
 
+    def test_a_file_is_replaced_by_who_knows_its_content(self, directory: Directory) -> None:
+        directory.make()
+        assert not directory.replace_if("f", b"late", expected=b"other")
+        assert directory.replace_if("f", b"first", expected=None)
+        assert not directory.replace_if("f", b"late", expected=None)
+        assert not directory.replace_if("f", b"late", expected=b"firs!")
+        assert not directory.replace_if("f", b"late", expected=b"longer than it is")
+        assert directory.read("f") == b"first"
+        assert directory.replace_if("f", b"second", expected=b"first")
+        assert directory.read("f") == b"second"
+
+    def test_of_several_that_know_the_content_one_replaces_it(self, directory: Directory) -> None:
+        if not (directory.is_local or directory.s3 is not None):
+            pytest.skip("nothing excludes writers on this store")
+        directory.make()
+        directory.write("f", b"old")
+        won: list[int] = []
+
+        def replace(number: int) -> None:
+            if directory.replace_if("f", b"%d" % number, expected=b"old"):
+                won.append(number)
+
+        threads = [threading.Thread(target=replace, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert directory.read("f") == b"%d" % won[0]
+
     def test_a_local_file_is_put_up_whole(self, directory: Directory, tmp_path: Path) -> None:
         directory.make()
         local = tmp_path / "built"

@@ -33,6 +33,7 @@ NEEDED = {
     "on_overflow": {"dtype": {"*": "float16"}},
     "on_empty_table": {"prune": [{"tables": "*", "norm_at_most": 0}]},
     "layouts": {"dense_formats": ["onnx"]},
+    "keep_versions": {"export_dir": "versions:b"},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""
@@ -54,6 +55,9 @@ def test_the_page_of_settings_has_every_setting_once_in_the_order_of_the_yaml_fi
 def test_the_example_of_each_setting_loads(name: str) -> None:
     value = yaml.safe_load(f"{name}: {settings.EXAMPLES[name]}")
     base: dict[str, Any] = {"ckpt_dir": "a", "export_dir": "b", **NEEDED.get(name, {})}
+    if name == "publish":  # in place of export_dir
+        assert load_config({"ckpt_dir": "a", **value}).export_dir == f"versions:{value[name]}"
+        return
     try:
         config = load_config(base | value)
     except ConfigError as error:
@@ -181,7 +185,9 @@ def test_files_that_the_architecture_names_are_there(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_yaml_is_a_config(page: Path) -> None:
     for block in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
-        load_config({"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **yaml.safe_load(block)})
+        given = yaml.safe_load(block)
+        needed = {"ckpt_dir": "a", "filter_sparse_opt": True} | ({} if "publish" in given else {"export_dir": "b"})
+        load_config(needed | given)
 
 
 @pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: str(page.relative_to(ROOT)))
@@ -200,6 +206,8 @@ def test_settings_in_the_text_are_settings(page: Path) -> None:
         if value == "N" or "pattern" in value:  # stands for any value
             continue
         needed = {"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **NEEDED.get(name, {})}
+        if name == "publish":
+            del needed["export_dir"]
         text = value if "..." not in value else "{}"
         load_config(needed | ({"ckpt_dir": None} if value == "live" else {}) | {name: yaml.safe_load(text)})
 

@@ -1,0 +1,297 @@
+"""A directory of versions: packages under ``versions/``, and ``current.json``, which says which one is served.
+
+``versions:DIR`` is its current version, and ``versions:DIR@NAME`` any other. DIR is a path or an fsspec URL.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import msgspec
+
+from dist_export.errors import ConfigError, ExportError
+from dist_export.humanize import few
+from dist_export.manifest import MANIFEST, decode_manifest
+from dist_export.redact import reason_of
+from dist_export.registry.base import Registered, Resolved
+from dist_export.storage.directory import Directory
+from dist_export.storage.urls import open_directory
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "versions"
+CURRENT = "current.json"
+VERSIONS = "versions"
+GRACE_SECS = 600.0
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+class Switch(msgspec.Struct, frozen=True, kw_only=True):
+    """A version became the current one."""
+
+    version: str
+    at: str
+    """UTC, as ISO 8601 with microseconds."""
+    step: int | None = None
+
+
+class Current(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of ``current.json``."""
+
+    version: str
+    manifest_digest: str
+    base: str | None = None
+    """The version that a delta package needs; null for a whole package."""
+    step: int | None = None
+    """Of the checkpoint, where it is one of a training run."""
+    created_at: str
+    """When it became the current version."""
+    data_timestamp: str | None = None
+    """As the settings gave it: until when the training data reaches."""
+    switches: tuple[Switch, ...] = ()
+    """The newest first, this one included."""
+
+
+class Version(NamedTuple):
+    """One version of a directory."""
+
+    name: str
+    published_at: str
+    """When it became the current one for the last time."""
+    step: int | None
+    is_current: bool
+    is_there: bool
+
+
+class VersionDirectory:
+    """The registry of ``versions:`` URIs; see :class:`~dist_export.registry.base.Registry`."""
+
+    def __init__(
+        self,
+        keep_versions: int | None = None,
+        grace_secs: float = GRACE_SECS,
+        data_timestamp: str | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep the options. Nothing is read.
+
+        Args:
+            keep_versions: how many versions stay; None keeps all. The current one and the one before it stay in any case.
+            grace_secs: a version stays for this long after it ceased to be the current one.
+            data_timestamp: goes into ``current.json`` as it is.
+            storage_options: for the directory's file system.
+        """
+        if keep_versions is not None and keep_versions < 1:
+            raise ConfigError(f"keep_versions is {keep_versions}; give a number from 1 up, or null to keep all")
+        if not grace_secs >= 0:
+            raise ConfigError(f"grace_secs is {grace_secs}; give seconds from 0 up")
+        self._keep_versions = keep_versions
+        self._grace_secs = grace_secs
+        self._data_timestamp = data_timestamp
+        self._storage_options = storage_options
+
+    # ---- what a registry does ----
+
+    def resolve(self, uri: str) -> Resolved:
+        """Return the directory of a version. ConfigError if there is none."""
+        where, version = parse(uri)
+        if version is None:
+            current, _ = self._read(where)
+            if current is None:
+                raise ConfigError(
+                    f"{uri}: {self._open(where).describe(CURRENT)} does not exist, so no version is published"
+                )
+            version = current.version
+        return Resolved(f"{where}/{VERSIONS}/{version}", f"{SCHEME}:{where}@{version}")
+
+    def check(self, uri: str) -> None:
+        """Refuse a URI with a version, and a directory whose ``current.json`` is none. ConfigError."""
+        where, version = parse(uri)
+        if version is not None:
+            raise ConfigError(f"{uri}: a package becomes a new version, so leave @{version} out")
+        self._read(where)
+
+    def place(self, uri: str, *, key: str) -> str:
+        """Return where the package of a new version goes."""
+        where, _ = parse(uri)
+        return f"{where}/{VERSIONS}/{key}"
+
+    def look(self, uri: str) -> str:
+        """Return the content of ``current.json`` now, for :meth:`register`; empty if there is none."""
+        return self._read(parse(uri)[0])[1]
+
+    def register(self, uri: str, package: Registered) -> str:
+        """Make a committed package the current version. One that has been so before stays what it is.
+
+        Raises:
+            ExportError: another publisher was faster, or the current version is of a later step.
+        """
+        where, _ = parse(uri)
+        version = package.directory.rstrip("/").rpartition("/")[2]
+        named = f"{SCHEME}:{where}@{version}"
+        current, _ = self._read(where)
+        if current is not None:
+            if any(switch.version == version for switch in current.switches):
+                return named
+            if package.step is not None and current.step is not None and package.step < current.step:
+                raise ExportError(
+                    f"the current version, {current.version}, is of step {current.step:,}, and this one of step "
+                    f"{package.step:,}. `dist_export rollback {where} {version}` makes it current all the same"
+                )
+        self._switch(where, version, package.digest, package.step, expected=package.seen)
+        self._remove_old(where)
+        return named
+
+    # ---- what the commands do ----
+
+    def list_versions(self, where: str) -> list[Version]:
+        """Return the versions of a directory, the last published first. ConfigError if it has none."""
+        current = self._require(where)
+        packages = self._open(where).child(VERSIONS)
+        return [
+            Version(
+                last.version,
+                last.at,
+                last.step,
+                is_current=last.version == current.version,
+                is_there=packages.exists(f"{last.version}/{MANIFEST}"),
+            )
+            for last in _last_switches(current)
+        ]
+
+    def rollback(self, where: str, version: str | None = None) -> str:
+        """Make an earlier version the current one, None the one before; return its name.
+
+        Raises:
+            ConfigError: there is no such version.
+            ExportError: another publisher was faster.
+        """
+        current, raw = self._read(where)
+        if current is None:
+            self._require(where)
+        assert current is not None
+        if version is None:
+            before = [switch.version for switch in current.switches if switch.version != current.version]
+            if not before:
+                raise ConfigError(f"{where}: {current.version} is the only version; there is none before it")
+            version = before[0]
+        if version == current.version:
+            return version
+        package = self._open(f"{where}/{VERSIONS}/{version}")
+        if not package.exists(MANIFEST):
+            names = [found.name for found in self.list_versions(where) if found.is_there]
+            raise ConfigError(f"{package.url} is no package; the versions of {where} are {few(names)}")
+        manifest = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
+        step = next((switch.step for switch in current.switches if switch.version == version), None)
+        self._switch(where, version, manifest.digest, step, expected=raw)
+        return version
+
+    # ---- within ----
+
+    def _switch(self, where: str, version: str, digest: str, step: int | None, *, expected: str) -> None:
+        """Write ``current.json`` if it still is what it was. ExportError if it is not."""
+        directory = self._open(where)
+        before = _decode(expected, directory) if expected else None
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        kept = before.switches if before is not None else ()
+        there = {version, *directory.child(VERSIONS).folders()}
+        switch = Switch(version=version, at=now, step=step)
+        content = Current(
+            version=version,
+            manifest_digest=digest,
+            step=step,
+            created_at=now,
+            data_timestamp=self._data_timestamp,
+            switches=(switch, *(old for old in kept if old.version in there)),
+        )
+        data = msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+        if not directory.replace_if(CURRENT, data, expected=expected.encode() if expected else None):
+            found, _ = self._read(where)
+            raise ExportError(
+                f"{directory.describe(CURRENT)} has changed since this export began: the current version is "
+                f"{found.version if found else 'none'} now. `dist_export rollback {where} {version}` makes this one current"
+            )
+
+    def _remove_old(self, where: str) -> None:
+        """Remove versions that nobody needs any more. A failure is logged: the new version is published all the same."""
+        if self._keep_versions is None:
+            return
+        directory = self._open(where)
+        for name in self._list_old(self._require(where)):
+            try:
+                directory.remove_tree(f"{VERSIONS}/{name}")
+            except OSError as error:
+                logger.warning("version %s could not be removed: %s", name, reason_of(error))
+
+    def _list_old(self, current: Current) -> list[str]:
+        """Return the versions that may go: neither among the newest, nor the one before this one, nor within the grace."""
+        assert self._keep_versions is not None
+        now = datetime.now(timezone.utc)
+        ended: dict[str, float] = {}
+        following = now
+        for switch in current.switches:  # the newest first
+            age = (now - following).total_seconds()
+            ended[switch.version] = min(age, ended.get(switch.version, age))
+            following = datetime.fromisoformat(switch.at)
+        newest = list(ended)
+        kept = {*newest[: max(self._keep_versions, 1)], *newest[:2]}
+        return [name for name, age in ended.items() if name not in kept and age >= self._grace_secs]
+
+    def _require(self, where: str) -> Current:
+        current, _ = self._read(where)
+        if current is None:
+            raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so {where} has no versions")
+        return current
+
+    def _read(self, where: str) -> tuple[Current | None, str]:
+        """Return ``current.json`` and its text; None and nothing if it does not exist. ConfigError if it is damaged."""
+        directory = self._open(where)
+        try:
+            raw = directory.read_text(CURRENT).decode()
+        except FileNotFoundError:
+            return None, ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{directory.describe(CURRENT)} cannot be read: {reason_of(error)}") from error
+        return _decode(raw, directory), raw
+
+    def _open(self, where: str) -> Directory:
+        return open_directory(where, self._storage_options)
+
+
+def parse(uri: str) -> tuple[str, str | None]:
+    """Return the directory and the version of a URI; None for the current version. ConfigError if it is no such URI."""
+    scheme, _, rest = uri.partition(":")
+    where, at, version = rest.rpartition("@")
+    if not at or "/" in version:
+        where, version = rest, ""
+    where = where.rstrip("/") or ("/" if where else "")
+    if scheme.lower() != SCHEME or not where or (at and version and not _NAME.fullmatch(version)):
+        raise ConfigError(f"{uri}: give {SCHEME}:DIRECTORY, or {SCHEME}:DIRECTORY@VERSION")
+    return where, version or None
+
+
+def _decode(raw: str, directory: Directory) -> Current:
+    where = directory.describe(CURRENT)
+    try:
+        current = msgspec.json.decode(raw, type=Current)
+        for switch in current.switches:
+            datetime.fromisoformat(switch.at)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is damaged: {error}") from None
+    names = [current.version, *(switch.version for switch in current.switches)]
+    if wrong := [name for name in names if not _NAME.fullmatch(name) or set(name) == {"."}]:
+        raise ConfigError(f"{where} is damaged: {wrong[0]!r} is no name of a version")
+    return current
+
+
+def _last_switches(current: Current) -> Sequence[Switch]:
+    """Return the last switch to each version, the newest first."""
+    last: dict[str, Switch] = {}
+    for switch in current.switches:
+        last.setdefault(switch.version, switch)
+    return list(last.values())
