@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import shortcuts
+from tests.support import ROOT, shortcuts
 
 if TYPE_CHECKING:
     from tests.support.faults.fault_cases import Bench
@@ -19,6 +21,23 @@ shortcuts.take()
 
 FIXTURES = "DIST_EXPORT_FIXTURES"
 REQUIRED = "DIST_EXPORT_REQUIRE_FIXTURES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once, and not in each process that a test starts, also where $PYTHONDONTWRITEBYTECODE is set."""
+    if not hasattr(config, "workerinput"):
+        for folder in ("dist_export", "tests/support"):
+            compileall.compile_dir(ROOT / folder, quiet=2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the rewritten assertions of test modules for the next run; modules that tests write are not kept."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def find_fixtures() -> Path:
