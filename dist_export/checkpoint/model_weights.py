@@ -6,6 +6,7 @@ modules share it; a checkpoint may hold it under one of them, as ``safetensors.t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,16 @@ _MODEL_ROOTS = ("model", "state_dict", "model_state_dict")
 def plain_name(path: str) -> str:
     """Return a path without the elements of wrappers."""
     return ".".join(element for element in path.split(".") if element not in WRAPPER_ELEMENTS)
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return a name for each path: without the elements of wrappers, unless two paths would have the same name.
+
+    A module of the caller's may be called ``module`` too.
+    """
+    every = list(paths)
+    counts = Counter(map(plain_name, every))
+    return {path: plain if counts[plain := plain_name(path)] == 1 else path for path in every}
 
 
 class ModelWeights(NamedTuple):

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_export.checkpoint.model_weights import plain_name
+from dist_export.checkpoint.model_weights import distinct_names, plain_name
 from dist_export.dense.missing_values import SETTING
 from dist_export.dense.origins import address_of, tensors_in
 from dist_export.dense.own_parameters import put_values, say_lost, state_put_back, values_within
@@ -34,7 +35,9 @@ def list_rest(model: Any, arches: Sequence[nn.Module]) -> dict[str, torch.Tensor
     root = unwrap(model)
     done = {id(child) for top in (*arches, *_flat_wrappers(root, arches)) for child in top.modules()}
     own = {id(tensor) for arch in arches for tensor in (*arch.parameters(), *arch.buffers())}
-    return {name: tensor for name, tensor in _saved_values(root, done) if id(tensor) not in own}
+    held = [(path, tensor) for path, tensor in _saved_values(root, done) if id(tensor) not in own]
+    names = distinct_names(path for path, _ in held)
+    return {names[path]: tensor for path, tensor in held}
 
 
 def is_of_rest(pattern: str, model: Any, arches: Sequence[nn.Module]) -> bool:
@@ -85,7 +88,9 @@ class ModelRest:
                 ranks.run(
                     "put values into what FSDP shards", functools.partial(self._fill, wrapper, state), may_block=True
                 )
-            self._reads = held.enter_context(_Reads(root, self._arches[1], self._lacking)) if self._lacking else None
+            if self._lacking:
+                self._reads = held.enter_context(_Reads(root, self._arches[1], self._lacking))
+                held.enter_context(_Numbers(self._reads))
             yield
 
     def refuse_lacking(self) -> list[str]:
@@ -115,10 +120,53 @@ class ModelRest:
         begin = _path_of(self._root, wrapper)
         plain = {plain_name(name): value for name, value in state.items()}
         with FullyShardedDataParallel.summon_full_params(wrapper, writeback=False):
-            own = {f"{begin}.{name}": tensor for name, tensor in _saved_values(wrapper)}
+            own = {f"{begin}.{plain_name(name)}": tensor for name, tensor in _saved_values(wrapper)}
             fitting = {name: plain[name] for name, tensor in own.items() if _fits(plain.get(name), tensor)}
         self._flat_lacking += [name for name in own if name not in fitting]
         put_values(wrapper, fitting, dense_model_name=begin)
+
+
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Operators whose result is a Python number, or has a size, that follows from values."""
+
+_OF_SHAPES = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+)
+"""Operators that take the shape of a tensor and none of its values."""
+
+_TO_NUMBERS = frozenset(
+    {
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.__reduce_ex__,
+    }
+)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that an operator writes into."""
+    found = []
+    for number, argument in enumerate(func._schema.arguments):  # noqa: SLF001 -- the only place that tells
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[number] if number < len(args) else kwargs.get(argument.name))
+    return found
+
+
+class _Numbers(TorchFunctionMode):
+    """Tells :class:`_Reads` of tensors whose values leave torch."""
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the tensor, and call the function."""
+        if func in _TO_NUMBERS:
+            self._reads.note_numbers(args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Reads(TorchDispatchMode):
@@ -159,16 +207,22 @@ class _Reads(TorchDispatchMode):
         found = [self._made_of.get(address_of(tensor), frozenset()) for tensor in tensors_in(value)]
         return frozenset().union(*found)
 
+    def note_numbers(self, value: Any) -> None:
+        """Take in what becomes Python numbers or an array of numpy, where nobody sees what they are used for."""
+        if self._is_on:
+            self._read |= self._sources(value)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator, and note what its results are made of."""
         result = func(*args, **(kwargs or {}))
         if self._is_on:
             given = [args, kwargs or {}]
             sources, old = self._sources(given), {address_of(tensor) for tensor in tensors_in(given)}
-            if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 -- what gives a Python number
+            if _READING & set(func.tags):
                 self._read |= sources
-            written = old if func._schema.is_mutable else set()  # noqa: SLF001 -- the only address that tells
-            for address in written | {address_of(tensor) for tensor in tensors_in(result)}:
+            if func.overloadpacket in _OF_SHAPES:
+                sources = frozenset()
+            for address in {address_of(tensor) for tensor in tensors_in([_written(func, args, kwargs or {}), result])}:
                 before = self._made_of.pop(address, frozenset())  # of what had this memory, unless it is the same
                 if now := sources | (before if address in old else frozenset()):
                     self._made_of[address] = now
@@ -197,14 +251,14 @@ def _path_of(root: nn.Module, module: nn.Module) -> str:
 
 
 def _saved_values(root: nn.Module, done: Collection[int] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a state_dict has of the modules that are not ``done``, with plain names."""
+    """Yield what a state_dict has of the modules that are not ``done``, with its path."""
     for path, module in root.named_modules():
         if id(module) in done:
             continue
         hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001 -- its own alone
             if tensor is not None and not is_lazy(tensor) and name not in hidden:
-                yield plain_name(f"{path}.{name}" if path else name), tensor
+                yield (f"{path}.{name}" if path else name), tensor
 
 
 def _fits(value: Any, tensor: torch.Tensor) -> bool:

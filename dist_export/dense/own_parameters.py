@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_export.checkpoint.extra_state import EXTRA_STATE, UntakenState
-from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS
+from dist_export.checkpoint.model_weights import WRAPPER_ELEMENTS, distinct_names
 from dist_export.dense.load_hooks import has_load_hooks
 from dist_export.errors import ModelError
 from dist_export.model.managed_collisions import is_collision_module
@@ -158,20 +158,27 @@ def values_within(
 
     Yields the names within the model of what was put. Raises ModelError where a value has another shape.
     """
-    plain = {_plain(name): name for name in state}
     begin = f"{_plain(path)}." if path else ""
-    has_path = any(name.startswith(begin) for name in plain)
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    distinct = distinct_names(name for name, _ in tensors)
+    has_path = any(_plain(name).startswith(begin) for name in state)
+    written = {name: f"{path}.{name}" if path and has_path else name for name in distinct}
+    exact = {name: full if full in state else None for name, full in written.items()}
+    given = _by_plain_name(set(state).difference(exact.values()))  # what is another tensor's own name is not this one's
     # these get what the checkpoint knows of raw ids with the rows, in another order
     mapped = tuple(f"{place}." for place, child in module.named_modules() if is_collision_module(child))
     found, put = [], []
     for name, tensor in tensors:
         if name.startswith(mapped):
             continue
-        full = begin + _plain(name)
-        names = [full if has_path else _plain(name), *(others or {}).get(id(tensor), ())]
-        held = next((plain[known] for known in names if known in plain), None)
-        if held is None or is_lazy(tensor) or (except_below and full.startswith(f"{_plain(except_below)}.")):
+        full = begin + distinct[name]
+        names = [begin + _plain(name) if has_path else _plain(name), *(others or {}).get(id(tensor), ())]
+        held = exact[name] or _only(next((given[known] for known in names if known in given), []), name)
+        if (
+            held is None
+            or is_lazy(tensor)
+            or (except_below and (begin + _plain(name)).startswith(f"{_plain(except_below)}."))
+        ):
             continue
         value = state[held]
         if isinstance(value, torch.Tensor):
@@ -194,6 +201,23 @@ def values_within(
         with torch.no_grad():
             for own, values in kept:
                 write_into(own, values)
+
+
+def _by_plain_name(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_plain(name), []).append(name)
+    return found
+
+
+def _only(names: Sequence[str], wanted: str) -> str | None:
+    """Return the one name that a checkpoint has for a tensor. ModelError if it has several."""
+    if len(names) > 1:
+        raise ModelError(
+            f"the checkpoint's {' and '.join(sorted(names))} are one name without the elements of wrappers, and the model has "
+            f"{wanted}: which one it is cannot be told. Give the model as it was when the checkpoint was saved"
+        )
+    return names[0] if names else None
 
 
 def put_values(module: nn.Module, state: Mapping[str, Any], *, dense_model_name: str) -> None:

@@ -29,6 +29,7 @@ _READS: tuple[Callable[..., Any], ...] = (
     torch.Tensor.__repr__,
     torch.Tensor.__format__,
     torch.is_nonzero,
+    torch.Tensor.is_nonzero,
     torch._assert,  # noqa: SLF001 -- what asserts on values call
     torch.equal,
     torch.allclose,

@@ -219,3 +219,131 @@ def test_what_the_scores_do_not_read_may_be_lacking(tmp_path: Path) -> None:
 def test_a_pattern_of_the_rest_that_is_one_of_the_dense_arch_too_is_of_the_dense_arch(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'nothing\.\*' matches no parameter of the dense arch"):
         export(tmp_path, models.train(Gate()).state_dict(), Gate(), allow_missing_dense=["nothing.*"])
+
+
+class Counted(Gate):
+    """Counts ids and keeps a mean: what is written is none of the scores, nor is what takes its shape alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(models.ROWS))
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, batch: Any) -> Any:
+        ids = batch["user"]
+        self.count.index_add_(0, ids, torch.ones(len(ids)))
+        self.count[ids] = 1
+        self.mean.lerp_(batch["price"].mean(), 0.1)
+        self.mean.copy_(batch["price"].mean())
+        return super().forward({**batch, "price": batch["price"] + torch.zeros_like(self.mean)})
+
+
+def test_what_forward_only_writes_may_be_lacking(tmp_path: Path) -> None:
+    state = dict(models.train(Counted()).state_dict())
+    for name in ("count", "mean", "steps"):
+        del state[name]
+    export(tmp_path, state, Counted(), score_program="off")
+
+
+class ByNumpy(NormBetween):
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "block": blocks["block"] * float(self.gain.numpy()[0])})
+
+
+class ByList(NormBetween):
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "block": blocks["block"] * self.gain.tolist()[0]})
+
+
+class BySize(NormBetween):
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "block": blocks["block"] * (self.gain > 0).nonzero().shape[0]})
+
+
+@pytest.mark.parametrize("build", [ByNumpy, ByList, BySize])
+def test_what_leaves_torch_may_reach_the_scores(tmp_path: Path, build: Any) -> None:
+    state = dict(models.train(build()).state_dict())
+    del state["gain"]
+    with pytest.raises(ModelError, match="the checkpoint lacks gain, which"):
+        export(tmp_path, state, build(), score_program="off")
+
+
+class LikeWrapped(nn.Module):
+    """A module called module, with a parameter of the same name: wrappers put such an element into names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.LayerNorm(models.DIM)
+        self.weight = nn.Parameter(torch.ones(models.DIM))
+
+    def forward(self, values: Any) -> Any:
+        return self.module(values) * self.weight
+
+
+class ScaledArch(Projected):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = LikeWrapped()
+
+    def forward(self, batch: Any) -> Any:
+        return {"block": self.scaled(self.table(batch["user"])), "price": batch["price"]}
+
+
+def build_scaled() -> nn.Module:
+    return models.Model(ScaledArch(), models.DIM + 1)
+
+
+def test_a_module_that_is_called_as_wrappers_call_theirs_has_its_own_values(tmp_path: Path) -> None:
+    trained = models.train(build_scaled())
+    package = export(tmp_path, trained.state_dict(), build_scaled())
+    batch = models.batch_of(9, seed=4)
+    with torch.no_grad():
+        expected = trained.eval()(batch)["ctr"].numpy()
+    np.testing.assert_allclose(package.score(batch)["ctr"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_names_that_wrappers_make_one_are_refused_where_they_cannot_be_told_apart(tmp_path: Path) -> None:
+    state = {f"module.{name}": tensor for name, tensor in models.train(build_scaled()).state_dict().items()}
+    with pytest.raises(ModelError, match="are one name without the elements of wrappers"):
+        export(tmp_path, state, build_scaled())
+
+
+class ScaledBetween(NormBetween):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = LikeWrapped()
+        self.scaled.module = nn.Identity()
+        self.scaled.module.weight = nn.Parameter(torch.ones(models.DIM))
+
+    def forward(self, batch: Any) -> Any:
+        blocks = self.sparse_arch(batch)
+        return self.dense_arch({**blocks, "block": blocks["block"] * self.scaled.weight})
+
+
+def test_so_has_one_between_the_arches(tmp_path: Path) -> None:
+    trained = ScaledBetween()
+    with torch.no_grad():
+        trained.scaled.weight += 2.0
+    with pytest.raises(ModelError, match="'block' is changed between the sparse arch and the dense arch"):
+        export(tmp_path, trained.state_dict(), ScaledBetween(), score_program="off")
+    state = {name: tensor for name, tensor in trained.state_dict().items() if name != "scaled.weight"}
+    with pytest.raises(ModelError, match=r"the checkpoint lacks scaled\.weight"):
+        export(tmp_path, state, ScaledBetween(), score_program="off")
+
+
+class NamedAlike(models.Model):
+    """The model has a layer of the same name as one within its sparse arch."""
+
+    def __init__(self) -> None:
+        super().__init__(Projected(), models.DIM + 1)
+        self.proj = nn.Linear(models.DIM, models.DIM)
+
+
+def test_a_name_within_the_sparse_arch_is_none_of_the_model(tmp_path: Path) -> None:
+    state = dict(models.train(NamedAlike()).state_dict())
+    del state["sparse_arch.proj.weight"]
+    with pytest.raises(ModelError, match=r"the checkpoint lacks sparse_arch\.proj\.weight of the sparse arch"):
+        export(tmp_path, state, NamedAlike())

@@ -298,6 +298,18 @@ class CaughtArray(CaughtSize):
         return np.asarray(batch["price"]).max()
 
 
+class CaughtMethod(OwnForward):
+    """Asks by the tensor's own method."""
+
+    def before(self, batch: Any) -> Any:
+        try:
+            return (
+                {**batch, "price": batch["price"].clamp(max=5.0)} if (batch["price"] > 5).any().is_nonzero() else batch
+            )
+        except Exception:
+            return batch
+
+
 class ByClosure(OwnForward):
     """Reads a weight of the dense arch by a way that is no attribute."""
 
@@ -330,6 +342,7 @@ class ByList(OwnForward):
     [
         (CaughtSize, "the model's code catches an error of the trace"),
         (CaughtLength, "the model's code catches an error of the trace"),
+        (CaughtMethod, "the model's code catches an error of the trace"),
         (CaughtArray, "the model's code catches an error of the trace"),
         (ByClosure, "forward computes with total.weight, outside of the sparse and the dense arch"),
         (ByPartial, "forward computes with total, outside of the sparse and the dense arch"),

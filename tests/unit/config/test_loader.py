@@ -153,7 +153,7 @@ def test_the_yaml_file_lists_every_setting_with_its_default_and_an_explanation()
     for setting in dataclasses.fields(ExportConfig):
         assert setting.name in listed, setting.name
         if setting.default is not dataclasses.MISSING:
-            assert listed[setting.name] == setting.default, setting.name
+            assert listed[setting.name] == (None if setting.default == "" else setting.default), setting.name
         elif setting.default_factory is not dataclasses.MISSING:
             assert listed[setting.name] == setting.default_factory(), setting.name
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{setting.name}:"))
