@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 
 import fsspec
@@ -92,11 +93,19 @@ class S3Directory(FsspecDirectory):
         if expected is None:
             return self.create(name, data)
         where = self.describe(name)
-        with ACTIVITY.of(where), naming_any(where):
-            found = self.s3.head(self.join(name))
-            if found.size != len(expected) or self.s3.get(self.join(name), 0, found.size, etag=found.etag) != expected:
-                return False
-        return self.write_if(name, data, version=found.etag) is not None
+        try:
+            with ACTIVITY.of(where), naming_any(where):
+                found = self.s3.head(self.join(name))
+                if found.size != len(expected):
+                    return False
+                content = self.s3.get(self.join(name), 0, found.size, etag=found.etag)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return False  # it was replaced between the two requests
+        return content == expected and self.write_if(name, data, version=found.etag) is not None
 
     def put_file(self, name: str, local: str, note_progress: Callable[[], None]) -> None:
         """Put a local file here under ``name``, in parts; ``note_progress`` is called after each part."""
