@@ -72,6 +72,7 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
+    _refuse_two_registries(config)
     options = _options_of(config)
     target = base.find_registry(config.export_dir, options)
     if target is not None:
@@ -97,6 +98,21 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         seen=base.look(register, options) if register else "",
         notes=tuple(notes),
     )
+
+
+def _refuse_two_registries(config: ExportConfig) -> None:
+    """Refuse a package that would be in one registry alone, or not where the directory of versions looks for it."""
+    if not config.register:
+        return
+    if base.scheme_of(config.export_dir) == SCHEME:
+        raise ConfigError(
+            f"the package is published to {config.export_dir} and registered as {config.register}; one export does one of the two"
+        )
+    if base.scheme_of(config.register) == SCHEME:
+        raise ConfigError(
+            f"register is {config.register}, whose packages are in that directory, and export_dir is {config.export_dir}; "
+            "leave both out and set publish"
+        )
 
 
 def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:

@@ -59,6 +59,22 @@ def test_the_package_is_a_version_and_current_json_names_it(run: Path, tmp_path:
     assert [switch["step"] for switch in current_of(where)["switches"]] == [20, 5]
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"publish": "DIR", "register": "models:/ctr"}, "one export does one of the two"),
+        ({"export_dir": "DIR/elsewhere", "register": "versions:DIR"}, "leave both out and set publish"),
+    ],
+)
+def test_a_version_is_where_its_directory_looks_for_it(run: Path, tmp_path: Path, settings: Any, told: str) -> None:
+    """Else the export would succeed, and current.json would name what is not there, or nothing."""
+    where = tmp_path / "serving"
+    given = {name: value.replace("DIR", str(where)) for name, value in settings.items()}
+    with pytest.raises(ConfigError, match=told):
+        exports.export({"ckpt_dir": str(run), **given})
+    assert not where.exists()
+
+
 def test_a_checkpoint_that_is_written_anew_at_its_path_is_a_new_version(tmp_path: Path) -> None:
     where = tmp_path / "serving"
     for rows in (7, 9):

@@ -5,7 +5,8 @@ A subclass gives the fixture ``directory``: one that is not there yet, and that 
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from dist_export.errors import TransferError
 from dist_export.storage.directory import Directory, digest_file, read_pieces
 
 MIB = 1 << 20
+
+
+def winners(count: int, attempt: Callable[[int], bool]) -> list[int]:
+    """Return the numbers below ``count`` with which ``attempt``, in a thread each, returned true."""
+    with ThreadPoolExecutor(count) as pool:
+        return [number for number, won in enumerate(pool.map(attempt, range(count))) if won]
 
 
 class DirectoryContract:
@@ -135,17 +142,7 @@ class DirectoryContract:
     def test_a_file_is_created_by_one_alone(self, directory: Directory) -> None:
         directory.make()
         directory.write("other", b"")
-        won: list[int] = []
-
-        def create(number: int) -> None:
-            if directory.create("f", b"%d" % number):
-                won.append(number)
-
-        threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        won = winners(4, lambda number: directory.create("f", b"%d" % number))
         assert len(won) == 1
         assert directory.read("f") == b"%d" % won[0]
         assert not directory.create("f", b"late")
@@ -166,17 +163,7 @@ class DirectoryContract:
             pytest.skip("nothing excludes writers on this store")
         directory.make()
         directory.write("f", b"old")
-        won: list[int] = []
-
-        def replace(number: int) -> None:
-            if directory.replace_if("f", b"%d" % number, expected=b"old"):
-                won.append(number)
-
-        threads = [threading.Thread(target=replace, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        won = winners(8, lambda number: directory.replace_if("f", b"%d" % number, expected=b"old"))
         assert len(won) == 1
         assert directory.read("f") == b"%d" % won[0]
 
