@@ -28,6 +28,7 @@ CURRENT = "current.json"
 VERSIONS = "versions"
 GRACE_SECS = 600.0
 
+_WAY_OUT = "Put a sound one there, or remove it: the next export begins it anew, and the packages stay"
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -282,10 +283,10 @@ def _decode(raw: str, directory: Directory) -> Current:
         for switch in current.switches:
             datetime.fromisoformat(switch.at)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is damaged: {error}") from None
+        raise ConfigError(f"{where} is damaged: {error}. {_WAY_OUT}") from None
     names = [current.version, *(switch.version for switch in current.switches)]
     if wrong := [name for name in names if not _NAME.fullmatch(name) or set(name) == {"."}]:
-        raise ConfigError(f"{where} is damaged: {wrong[0]!r} is no name of a version")
+        raise ConfigError(f"{where} is damaged: {wrong[0]!r} is no name of a version. {_WAY_OUT}")
     return current
 
 
