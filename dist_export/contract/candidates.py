@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from dist_export.contract.graph import Ancestry, Lookup, list_padding_ids, list_transforms
-from dist_export.contract.made_up import Lists, Trial
+from dist_export.contract.made_up import Lists, MadeUpRows, Trial
+from dist_export.contract.operators import LONGEST_LIST
 from dist_export.errors import UserError
 from dist_export.formats.serving_entries import FeatureEntry, IdsEntry
-from dist_export.package.dense_inputs import FindRows, compute_feature, read_lists, transform_ids
+from dist_export.package.dense_inputs import compute_feature, read_lists, transform_ids
 from dist_export.score.block_program import BlockProgram
 
-_MAX_LONGEST = 256
 _MAX_COLUMNS = 64
 """Columns of a tensor of ids that are tried one by one."""
 
@@ -125,7 +125,7 @@ def _list_runs(its: Lists, traced: BlockProgram, block: Ancestry) -> Iterator[Id
 
 
 def is_looked_up(feature: FeatureEntry, trial: Trial) -> bool:
-    """Whether the ids of a feature were looked up in its table."""
+    """Whether the ids at the beginning of each list of a feature were looked up in its table. Lists may be cut before that."""
     assert feature.ids is not msgspec.UNSET
     assert feature.transforms is not msgspec.UNSET
     try:
@@ -135,7 +135,7 @@ def is_looked_up(feature: FeatureEntry, trial: Trial) -> bool:
     if feature.padding_id is not None:
         lists = lists.select(lists.ids != feature.padding_id)
     asked = trial.asked.get(feature.table, set())
-    return all(number in asked for number in transform_ids(lists.ids, feature.transforms).tolist())
+    return all(number in asked for number in transform_ids(lists.ids[lists.place_of == 0], feature.transforms).tolist())
 
 
 def list_poolings(feature: FeatureEntry, traced: BlockProgram, block: Ancestry) -> list[FeatureEntry]:
@@ -151,15 +151,16 @@ def list_poolings(feature: FeatureEntry, traced: BlockProgram, block: Ancestry) 
         feature = msgspec.structs.replace(feature, longest=length)
     found = [msgspec.structs.replace(feature, pooling=pooling) for pooling in ("none", "sum", "mean", "max")]
     if has_lists:
-        lengths = [number for number in sorted({number for _, number in block.numbers}) if 0 < number <= _MAX_LONGEST]
+        lengths = [number for number in sorted({number for _, number in block.numbers}) if 0 < number < LONGEST_LIST]
         found += [msgspec.structs.replace(found[0], longest=length) for length in lengths]
     return found
 
 
-def compute(feature: FeatureEntry, trial: Trial, find_rows: FindRows) -> np.ndarray | None:
+def compute(feature: FeatureEntry, trial: Trial, rows: MadeUpRows) -> np.ndarray | None:
     """Return the columns of a feature in a made-up batch; None if its lists do not fit that batch."""
     try:
-        return compute_feature(feature, trial.inputs, find_rows, where="")
+        find = lambda table, _, ids: rows.rows_of(table, ids, trial.turn)  # noqa: E731
+        return compute_feature(feature, trial.inputs, find, where="")
     except UserError:
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET, list_lookups
-from dist_export.contract.operators import COUNT, ID, VALUE, Kinds, is_plain, kinds_after
+from dist_export.contract.operators import Kinds, is_plain, kinds_after, kinds_of_input, values_in
 from dist_export.formats.serving_entries import TransformEntry
 from dist_export.score.block_program import BlockProgram
 
@@ -52,6 +52,8 @@ class Lookup:
 
     table: str
     ids: Ancestry
+    sources: frozenset[str]
+    """Inputs whose values become these ids; of the others the values only decide which ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,19 @@ class GraphFacts:
         return {number for block in self.blocks.values() if name in block.inputs for _, number in block.numbers}
 
 
-def read_graph(traced: BlockProgram) -> GraphFacts:
-    """Return what the graph of the sparse arch tells."""
-    reader = _Reader(traced)
+def list_looked_up(traced: BlockProgram) -> list[str]:
+    """Return the inputs whose values are looked up, sorted. Lengths may be among them."""
+    return sorted(_Reader(traced, ()).ids)
+
+
+def read_graph(traced: BlockProgram, *, not_ids: Collection[str]) -> GraphFacts:
+    """Return what the graph of the sparse arch tells. ``not_ids``: inputs that are lengths or offsets, looked up or not."""
+    reader = _Reader(traced, not_ids)
     lookups = []
     for node in reader.nodes:
         for owner, table in reader.lookups_at(node):
             ids = owner.args[0] if owner is node and isinstance(owner.args[0], fx.Node) else node
-            lookups.append(Lookup(table, reader.ancestry[ids]))
+            lookups.append(Lookup(table, reader.ancestry[ids], reader.sources_of([ids])))
     output = next(node for node in reader.nodes if node.op == "output")
     blocks = dict(zip(traced.blocks, output.args[0], strict=True))
     found = {name: reader.ancestry[node] for name, node in blocks.items() if isinstance(node, fx.Node)}
@@ -101,7 +108,7 @@ def list_padding_ids(block: Ancestry) -> list[int | None]:
 
 
 class _Reader:
-    def __init__(self, traced: BlockProgram) -> None:
+    def __init__(self, traced: BlockProgram, not_ids: Collection[str]) -> None:
         program = traced.program
         self._root = program.graph_module
         self.nodes = list(program.graph.nodes)
@@ -110,6 +117,10 @@ class _Reader:
         self._inner = {id(node): table for node, table in list_lookups(program.graph_module)}
         self.ancestry: dict[fx.Node, Ancestry] = {}
         self._kinds: dict[fx.Node, Kinds] = {}
+        looked_up = [
+            owner.args[0] if owner is node else node for node in self.nodes for owner, _ in self.lookups_at(node)
+        ]
+        self.ids = self.sources_of(looked_up) - set(not_ids)
         for node in self.nodes:
             self.ancestry[node] = self._look_at(node)
 
@@ -120,6 +131,19 @@ class _Reader:
         for inner in self._nodes_within(node):
             if id(inner) in self._inner:
                 yield inner, self._inner[id(inner)]
+
+    def sources_of(self, nodes: Sequence[Any]) -> frozenset[str]:
+        """Return the inputs whose values these nodes have, in whatever order and however changed."""
+        found, seen, left = set(), set(), list(nodes)
+        while left:
+            node = left.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            if node.op == "placeholder" and node.name in self._names:
+                found.add(self._names[node.name])
+            left += values_in(node, _operator(node)) if node.op == "call_function" else []
+        return frozenset(found)
 
     def _nodes_within(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yield the nodes of the graphs that a node runs, such as that of a ``torch.enable_grad`` block."""
@@ -157,10 +181,9 @@ class _Reader:
         return Ancestry(frozenset(inputs), frozenset(numbers), frozenset(tables), frozenset(state), frozenset(others))
 
     def _kinds_of(self, node: fx.Node) -> Kinds:
-        value = node.meta.get("val")
         if node.op == "placeholder":
-            is_float = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-            return frozenset({VALUE if is_float else ID if node.name in self._names else COUNT})
+            name = self._names.get(node.name, "")
+            return kinds_of_input(node.meta.get("val"), is_input=bool(name), is_id=name in self.ids)
         if node.op != "call_function":
             return frozenset()
         return kinds_after(node, _operator(node), [self._kinds[given] for given in node.all_input_nodes])

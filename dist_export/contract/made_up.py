@@ -1,4 +1,7 @@
-"""Made-up rows and batches, with which a sparse arch is tried: each id of each table has a row that no other has."""
+"""Made-up rows and batches, with which a sparse arch is tried: each id of each table has a row that no other has.
+
+Each batch has rows of its own: a row whose values are all low would hide in each maximum.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from dist_export.archive.lookup_operator import bind, register_source
+from dist_export.contract.operators import LONGEST_LIST
 from dist_export.formats.recis import CHILD_BITS, mix
 from dist_export.score.block_program import BlockProgram
 
@@ -19,7 +23,10 @@ _LARGEST = 1e6
 """Numbers of the graph that are larger are no values of made-up floats: sums would lose what is small beside them."""
 _LARGEST_ID = 1 << 62
 _MOST_IDS = 4
-"""The longest list that is made up has so many ids."""
+"""Most lists that are made up have so many ids at most. A few are as long as a number in the code, or longer."""
+
+_MOST_LONG = 4
+"""So many lists of a batch are that long."""
 
 
 class DescribesRows(Protocol):
@@ -35,12 +42,15 @@ class MadeUpRows:
     def __init__(self, kinds: DescribesRows) -> None:
         self._kinds = kinds
         self._seeds: dict[str, int] = {}
+        self._turn = 0
         self.asked: dict[str, set[int]] = {}
-        """Table -> the ids that were looked up since the last :meth:`forget`."""
+        """Table -> the ids that were looked up since the last :meth:`renew`."""
 
-    def forget(self) -> None:
-        """Forget which ids were asked for."""
+    def renew(self) -> int:
+        """Give each id another row, and forget which ids were asked for. Return the number of these rows."""
+        self._turn += 1
         self.asked = {}
+        return self._turn
 
     def describe_rows(self, table: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and the dtype of one row."""
@@ -50,20 +60,32 @@ class MadeUpRows:
         """Return the rows (n, dim) of ids (int64, (n,)), each value between -1 and 1."""
         self.asked.setdefault(table, set()).update(ids.tolist())
         shape, dtype = self.describe_rows(table)
-        return torch.from_numpy(self._make(table, ids, int(np.prod(shape)))).to(dtype).reshape(len(ids), *shape)
+        return (
+            torch.from_numpy(self._make(table, ids, int(np.prod(shape)), self._turn))
+            .to(dtype)
+            .reshape(len(ids), *shape)
+        )
 
-    def rows_of(self, table: str, _: str, ids: np.ndarray) -> np.ndarray:
-        """Return the same rows as float32, (n, dim), without a note."""
+    def rows_of(self, table: str, ids: np.ndarray, turn: int) -> np.ndarray:
+        """Return the rows that ids had in a turn as float32, (n, dim), without a note."""
         shape, dtype = self.describe_rows(table)
-        made = torch.from_numpy(self._make(table, ids, int(np.prod(shape))))
+        made = torch.from_numpy(self._make(table, ids, int(np.prod(shape)), turn))
         return made.to(dtype).to(torch.float32).numpy()
 
-    def _make(self, table: str, ids: np.ndarray, width: int) -> np.ndarray:
+    def _make(self, table: str, ids: np.ndarray, width: int, turn: int) -> np.ndarray:
         seed = self._seeds.setdefault(table, len(self._seeds) + 1)
-        columns = mix(np.arange(1, width + 1, dtype=np.int64) * 1_000_003 + seed)
-        mixed = mix((mix(ids)[:, None] + columns[None]).reshape(-1).view(np.int64)) >> np.uint64(40)
-        made: np.ndarray = (mixed.astype(np.float32) / np.float32(1 << 23) - 1).reshape(len(ids), width)
+        columns = mix(np.arange(1, width + 1, dtype=np.int64) * 1_000_003 + seed + (turn << 40))
+        mixed = _scramble(_scramble(ids.view(np.uint64))[:, None] ^ columns[None]) >> np.uint64(40)
+        made: np.ndarray = mixed.astype(np.float32) / np.float32(1 << 23) - 1
         return made
+
+
+def _scramble(numbers: np.ndarray) -> np.ndarray:
+    """Return 64 bits for each number (uint64), so that numbers with few different bits have nothing in common."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    scrambled: np.ndarray = numbers ^ (numbers >> np.uint64(31))
+    return scrambled
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,13 @@ class Trial:
     """As float32, or int64."""
     asked: Mapping[str, set[int]]
     """Table -> ids that were looked up."""
+    turn: int
+    """Which rows ids had."""
+
+    @property
+    def num_examples(self) -> int:
+        """Return the number of rows of its blocks."""
+        return max((len(block) for block in self.blocks.values() if block.ndim), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +128,7 @@ class Trials:
         traced: BlockProgram,
         rows: MadeUpRows,
         *,
+        lists: Sequence[Lists],
         ids: Sequence[str],
         numbers: Mapping[str, Collection[int | float]],
     ) -> None:
@@ -107,16 +137,21 @@ class Trials:
         Args:
             traced: the program.
             rows: gives its rows.
+            lists: those of different lengths.
             ids: the inputs that ids come from; they get ids of all sizes.
             numbers: by input, the numbers that may matter for its values. It gets each of them, and what is next to it.
         """
         self._traced = traced
         self._rows = rows
+        self._lists = lists
+        self._bounds = frozenset(its.bounds for its in lists)
         self._ids = frozenset(ids)
         self._random = np.random.default_rng(0)
         self._pools = {
             name: _Pool(numbers.get(name, ()), self._random, tensor.dtype) for name, tensor in traced.tensors.items()
         }
+        for name in self._bounds:
+            self._pools[name].keep_lengths()
         self._shapes = traced.shapes
         bind(traced.program.graph_module, register_source(rows))
         self._module = traced.program.module()
@@ -126,49 +161,69 @@ class Trials:
         """The inputs that have not had all values that matter."""
         return [name for name, pool in self._pools.items() if pool.missing]
 
-    def run(self, lists: Sequence[Lists], *, vary_sizes: bool) -> Trial | None:
+    def forget_lengths(self) -> None:
+        """Try no further lengths: the sparse arch takes those of the sample alone."""
+        for name in self._bounds:
+            self._pools[name].missing.clear()
+
+    def run(self, *, vary_sizes: bool, fixed: Mapping[str, int] | None = None) -> Trial | None:
         """Run a made-up batch. Return None if the sparse arch refuses it.
 
-        ``vary_sizes``: whether lists get other lengths than in the sample.
+        Args:
+            vary_sizes: whether lists get other lengths than in the sample.
+            fixed: by symbol, lengths of padded lists that are not left to chance.
         """
-        made = self._make_up(lists, vary_sizes=vary_sizes)
-        self._rows.forget()
-        found: Any = None
+        made = self._make_up(vary_sizes=vary_sizes, fixed=fixed or {})
+        turn, found = self._rows.renew(), None
         with contextlib.suppress(RuntimeError, AssertionError, IndexError, ValueError), torch.no_grad():
             found = self._module(**{name: tensor.clone() for name, tensor in made.items()})
         if found is None:
             return None
         for name, pool in self._pools.items():
+            if name in self._bounds:
+                continue  # its numbers are tried as lengths
             pool.missing.difference_update(made[name].reshape(-1).tolist())
         values = [found] if isinstance(found, torch.Tensor) else list(found)
         blocks = {name: _as_numbers(value) for name, value in zip(self._traced.blocks, values, strict=True)}
-        return Trial({name: _as_numbers(value) for name, value in made.items()}, blocks, dict(self._rows.asked))
+        given = {name: _as_numbers(value) for name, value in made.items()}
+        return Trial(given, blocks, dict(self._rows.asked), turn)
 
-    def _make_up(self, lists: Sequence[Lists], *, vary_sizes: bool) -> dict[str, torch.Tensor]:
+    def _make_up(self, *, vary_sizes: bool, fixed: Mapping[str, int]) -> dict[str, torch.Tensor]:
         sizes = self._known_sizes()
         bounds: dict[str, torch.Tensor] = {}
         lengths: dict[str, np.ndarray] = {}
-        for its in lists if vary_sizes else ():
+        for its in self._lists if vary_sizes else ():
             size = str(self._shapes[its.values][0])
             sample = self._traced.tensors[its.bounds]
             num_lists = sample.numel() - (its.kind == "ends")
             if size not in lengths or len(lengths[size]) != num_lists:
-                lengths[size] = self._random.integers(0, _MOST_IDS + 1, num_lists)
+                lengths[size] = self._make_lengths(num_lists, size)
             sizes[size] = int(lengths[size].sum())
             bounds[its.bounds] = _make_bounds(its.kind, lengths[size]).to(sample.dtype).reshape(sample.shape)
         for name in self._ids if vary_sizes else ():
             shape = self._shapes[name]
             if len(shape) == 2 and not isinstance(shape[1], int) and str(shape[1]).isidentifier():
                 sizes[str(shape[1])] = int(self._random.integers(2, _MOST_IDS + 1))
+        sizes |= fixed
         made = {}
         for name, sample in self._traced.tensors.items():
             shape = tuple(self._size(size, sizes, sample.shape[dim]) for dim, size in enumerate(self._shapes[name]))
-            if name in {its.bounds for its in lists}:
+            if name in self._bounds:
                 made[name] = bounds.get(name, sample)
-                self._pools[name].missing.clear()  # it is no value that counts, but where lists end
             else:
                 made[name] = self._fill(name, sample, shape)
         return made
+
+    def _make_lengths(self, num_lists: int, size: str) -> np.ndarray:
+        """Return the lengths of so many lists that have ``size`` ids. Some are as long as numbers that were not tried yet."""
+        pools = [self._pools[its.bounds] for its in self._lists if str(self._shapes[its.values][0]) == size]
+        lengths = self._random.integers(0, _MOST_IDS + 1, num_lists)
+        untried = sorted(set().union(*(pool.missing for pool in pools)))
+        chosen = self._random.permutation(untried)[: min(_MOST_LONG, num_lists)]
+        lengths[self._random.permutation(num_lists)[: len(chosen)]] = chosen
+        for pool in pools:
+            pool.missing.difference_update(chosen.tolist())
+        return lengths
 
     def _known_sizes(self) -> dict[str, int]:
         return {
@@ -228,6 +283,10 @@ class _Pool:
             self._values = np.array([number for number in sorted(whole) if lowest <= number <= highest], np.int64)
         self.missing = set(self._values.tolist())
         """Those that no batch had yet."""
+
+    def keep_lengths(self) -> None:
+        """Leave out what is no length of a list, and those that most lists have anyway."""
+        self.missing = {number for number in self.missing if _MOST_IDS < number <= LONGEST_LIST}
 
     def mix_in(self, values: np.ndarray) -> np.ndarray:
         """Put values of the pool, missing ones first, in the place of about half of ``values``."""

@@ -16,10 +16,13 @@ from torch import fx
 from dist_export.formats.recis import CHILD_BITS
 
 Kinds = frozenset[str]
-"""What a tensor is made of: ``value`` (rows, or floats of the request), ``id`` (integers of the request), ``count`` (masks, and
-their sums), ``position`` (numbers from 0 on), ``size`` (sizes of tensors)."""
+"""What a tensor is made of: ``value`` (rows, or floats of the request), ``id`` (integers of the request that are looked up),
+``bound`` (its other integers, such as lengths and offsets), ``count`` (masks, and their sums), ``position`` (numbers from 0 on),
+``constant`` (numbers that the model holds), ``size`` (sizes of tensors). ``changed`` is beside them where a number was added, or
+a remainder, bits or a rounded float taken: to compare that with a number is to compare with another one."""
 
-VALUE, ID, COUNT, POSITION, SIZE = "value", "id", "count", "position", "size"
+VALUE, ID, BOUND, COUNT, POSITION, CONSTANT, SIZE = "value", "id", "bound", "count", "position", "constant", "size"
+CHANGED = "changed"
 
 _VIEWS = frozenset(
     [
@@ -77,12 +80,32 @@ _FILLS = frozenset(
         "scalar_tensor",
     ]
 )
+_FILL_AT = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+"""Which argument of these has the number."""
 _ORDERS = frozenset({"lt", "le", "gt", "ge"})
 _EQUALS = frozenset({"eq", "ne"})
 _NOT = frozenset({"logical_not", "bitwise_not"})
+_SUMS = frozenset({"add", "sub"})
+_BITS = frozenset({"remainder", "bitwise_and", "__and__", "bitwise_or", "__or__"})
+_CHOICES = frozenset({"where", "masked_fill", "index_put", "index_add", "scatter_reduce"})
+_REDUCTIONS = frozenset({"sum", "mean", "amax", "cumsum", "index_add", "scatter_reduce"})
 _CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "long", "bool"})
 _END = (1 << 63) - 1
 _LARGEST = 1 << 62
+LONGEST_LIST = 256
+"""Made-up lists are so long at most; what the code counts beyond that is not tried."""
+
+
+def kinds_of_input(value: Any, *, is_input: bool, is_id: bool) -> Kinds:
+    """Return what an input of a program is made of. ``is_input``: it is of the request; others are of the model."""
+    is_float = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    if is_float:
+        return frozenset({VALUE})
+    if not is_input:
+        return frozenset({CONSTANT})
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return frozenset({COUNT})
+    return frozenset({ID if is_id else BOUND})
 
 
 def kinds_after(node: fx.Node, name: str, given: list[Kinds]) -> Kinds:
@@ -97,19 +120,30 @@ def kinds_after(node: fx.Node, name: str, given: list[Kinds]) -> Kinds:
         return frozenset({SIZE})
     if name in _ORDERS | _EQUALS | _NOT:
         return frozenset({COUNT})
-    if name == "index":
-        return given[0]
-    if name in {"where", "masked_fill", "index_put", "index_add", "scatter_reduce"} and isinstance(
-        node.args[0], fx.Node
-    ):
-        kept = [kinds for arg, kinds in zip(node.all_input_nodes, given, strict=True) if arg in _values_in(node, name)]
-        return frozenset().union(*kept) - {SIZE}
-    return frozenset().union(*given) - {SIZE} if given else frozenset()
+    chosen = values_in(node, name)
+    kept = [kinds for arg, kinds in zip(node.all_input_nodes, given, strict=True) if arg in chosen]
+    found = frozenset().union(*kept) - {SIZE}
+    return found | {CHANGED} if found and _is_changed(node, name, found) else found
 
 
-def _values_in(node: fx.Node, name: str) -> list[Any]:
+def _is_changed(node: fx.Node, name: str, kinds: Kinds) -> bool:
+    """Whether a node makes other numbers of those that it gets."""
+    if name in _SUMS:
+        return bool(_numbers_of(node)) or CONSTANT in kinds
+    if name in _CASTS:
+        return ID in kinds and node.meta["val"].dtype.is_floating_point
+    return name in _BITS and (bool(_numbers_of(node)) or CONSTANT in kinds)
+
+
+def values_in(node: fx.Node, name: str) -> list[Any]:
     """Return the arguments whose values the result has; the others say which and where."""
     args = list(node.args)
+    if name in _ORDERS | _EQUALS | _NOT | _FILLS | {"arange", "searchsorted", "lookup", "sym_size"}:
+        return []
+    if name == "index":
+        return args[:1]
+    if name not in _CHOICES or not isinstance(node.args[0], fx.Node):
+        return list(node.all_input_nodes)
     if name == "where":
         return args[1:]
     if name == "masked_fill":
@@ -117,54 +151,102 @@ def _values_in(node: fx.Node, name: str) -> list[Any]:
     return [args[0], args[2]] if name == "index_put" else [args[0], args[3]]
 
 
+def _numbers_of(node: fx.Node) -> list[int | float]:
+    return [arg for arg in node.args if isinstance(arg, int | float) and not isinstance(arg, bool)]
+
+
 def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
     """Whether a node is part of a plain lookup, pooling and concatenation."""
     nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    own = [kinds[arg] for arg in nodes]
-    numbers = [arg for arg in node.args if isinstance(arg, int | float) and not isinstance(arg, bool)]
-    has_value = any(VALUE in its for its in own)
+    own, numbers = [kinds[arg] for arg in nodes], _numbers_of(node)
     if SIZE in kinds[node]:
         return _is_plain_size(node.meta.get("val"))
-    if name in _FILLS or name == "arange":
-        fill = node.args[1:2] if name in {"full", "full_like"} else node.args[2:3] if name == "new_full" else (0,)
-        return all(isinstance(number, int | float) and number in (0, 1, -math.inf) for number in fill)
-    if name in _ORDERS:
-        is_shifted = any(_is_shifted(arg) and not kinds[arg] <= {ID} for arg in nodes)  # ids may count from the end
-        return not has_value and not is_shifted and all(number == 0 for number in numbers)
-    if name in _EQUALS:
-        is_of_ids = all(its <= {ID} for its in own)
-        return not has_value and all(number in (0, 1) or (is_of_ids and abs(number) < _LARGEST) for number in numbers)
-    if name in _NOT or name == "cumsum":
-        return not has_value
+    if name in _FILLS:
+        at = _FILL_AT.get(name)
+        return at is None or all(
+            isinstance(its, int | float) and its in (0, 1, -math.inf) for its in node.args[at : at + 1]
+        )
+    if name == "arange":
+        return _is_plain_range(node)
+    if name in _ORDERS | _EQUALS:
+        return _is_plain_comparison(name, own, numbers)
+    if name in _NOT:
+        return VALUE not in own[0]
     if name in {"clamp", "clamp_min"}:
         bounds = [*node.args[1:], *node.kwargs.values()]
-        return own[0] <= {COUNT} and bounds[:1] in ([0], [1]) and all(bound is None for bound in bounds[1:])
-    if name == "mul":
-        return (
-            not numbers
-            and len(own) == 2
-            and (has_value or all(its <= {COUNT} for its in own))
-            and (all(its <= {COUNT} or VALUE in its for its in own))
-        )
-    if name == "div":
-        return not numbers and len(own) == 2 and VALUE in own[0] and own[1] <= {COUNT} and bool(own[1])
-    if name in {"add", "sub"}:
-        return not has_value and not any(SIZE in its for its in own)
-    if name in {"remainder", "bitwise_and", "__and__"}:
-        return not has_value and all(its <= {ID, COUNT} for its in own)
-    if name in {"bitwise_or", "__or__"}:  # the number of a child of a coalesced table, and back
-        return not has_value and all(number % (1 << CHILD_BITS) == 0 for number in numbers)
-    if name in {"bitwise_right_shift", "__rshift__"}:
-        return not has_value and numbers == [CHILD_BITS]
+        return _is_number_of_ids(own[0]) and bounds[:1] in ([0], [1]) and all(bound is None for bound in bounds[1:])
+    if name in {"mul", "div"}:
+        return not numbers and len(own) == 2 and _is_plain_factor(name, *own)
+    if name in _SUMS:
+        return not node.kwargs and all(VALUE not in its and SIZE not in its for its in own) and _is_of_one_id(own)
+    if name in _BITS | {"bitwise_right_shift", "__rshift__"}:
+        return _is_plain_bits(name, own, numbers)
     if name in {"slice", "narrow"}:
-        return _is_plain_slice(node, is_value=has_value)
+        return _is_plain_slice(node, is_value=any(VALUE in its for its in own))
     if name == "select":
-        return not has_value
+        return all(VALUE not in its for its in own)
     if name in _CASTS:
         return _is_plain_cast(node, nodes[0])
     if name == "where":
         return VALUE not in own[0]
+    if name == "searchsorted":
+        return all(its <= {BOUND, COUNT, POSITION} for its in own)
+    if name in _REDUCTIONS:
+        return ID not in kinds[node] and (name != "cumsum" or VALUE not in own[0])
     return name in _VIEWS
+
+
+def _is_plain_comparison(name: str, own: list[Kinds], numbers: list[int | float]) -> bool:
+    """Whether trials show what a comparison does.
+
+    Each number that ids are compared with is tried, with its neighbours. Of lengths, counts and positions no number is.
+    """
+    if any({VALUE, CONSTANT, SIZE} & its for its in own):
+        return name in _EQUALS and sorted(map(sorted, own)) == [[CONSTANT], [ID]]
+    if name in _ORDERS:
+        if any(its <= {ID, CHANGED} for its in own):  # ids may count from the end
+            return len(own) == 1 and numbers == [0]
+        return all(not {ID, CHANGED} & its for its in own) and all(number == 0 for number in numbers)
+    if any(CHANGED in its for its in own):
+        return False
+    if all(its <= {ID} for its in own):
+        return len(own) == 1 and all(abs(number) < _LARGEST for number in numbers)
+    return all(number in (0, 1) for number in numbers)
+
+
+def _is_number_of_ids(kinds: Kinds) -> bool:
+    """Whether a tensor counts ids: it is a sum of masks, or the request has it."""
+    return bool(kinds) and (kinds <= {COUNT} or kinds <= {BOUND})
+
+
+def _is_plain_factor(name: str, own: Kinds, other: Kinds) -> bool:
+    if name == "div":
+        return VALUE in own and _is_number_of_ids(other)
+    return all(its <= {COUNT} or VALUE in its for its in (own, other))
+
+
+def _is_of_one_id(own: list[Kinds]) -> bool:
+    """Whether a node takes ids alone, or no ids. What becomes of a pair of ids is tried for few pairs."""
+    return len(own) == 1 or not any(ID in its for its in own)
+
+
+def _is_plain_bits(name: str, own: list[Kinds], numbers: list[int | float]) -> bool:
+    if not numbers:
+        return name not in {"remainder", "bitwise_right_shift", "__rshift__"} and all(its <= {COUNT} for its in own)
+    if len(own) != 1 or not own[0] <= {ID, CHANGED}:
+        return False
+    if name in {"bitwise_or", "__or__"}:  # the number of a child of a coalesced table, and back
+        return all(number % (1 << CHILD_BITS) == 0 for number in numbers)
+    return name in _BITS or numbers == [CHILD_BITS]
+
+
+def _is_plain_range(node: fx.Node) -> bool:
+    """Whether a range counts from 0, one by one, as far as made-up lists reach."""
+    args = [*node.args, *(node.kwargs[name] for name in ("start", "end", "step") if name in node.kwargs)]
+    if len(args) > 1 and (args[0] != 0 or args[2:] not in ([], [1])):
+        return False
+    end = args[min(1, len(args) - 1)]
+    return isinstance(end, fx.Node) or (isinstance(end, int) and end < LONGEST_LIST)
 
 
 def _is_plain_slice(node: fx.Node, *, is_value: bool) -> bool:
@@ -178,12 +260,6 @@ def _is_plain_slice(node: fx.Node, *, is_value: bool) -> bool:
         return isinstance(source, fx.Node) and bool(source.meta["val"].dim() == 1)
     begins, ends = start in (None, 0), end is None or end >= _END
     return (begins and ends) or (not is_value and ((begins and end == -1) or (start == 1 and ends)))
-
-
-def _is_shifted(node: fx.Node) -> bool:
-    """Whether a node adds a number: to compare the sum with 0 is to compare with that number."""
-    name = str(getattr(node.target, "_opname", getattr(node.target, "__name__", ""))).partition(".")[0]
-    return name in {"add", "sub", "rsub"} and any(isinstance(arg, int | float) for arg in node.args)
 
 
 def _is_plain_size(size: Any) -> bool:

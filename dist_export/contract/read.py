@@ -18,13 +18,15 @@ from dist_export.contract.candidates import (
     list_poolings,
     name_feature,
 )
-from dist_export.contract.graph import Ancestry, GraphFacts, Lookup, read_graph
+from dist_export.contract.graph import Ancestry, GraphFacts, Lookup, list_looked_up, read_graph
 from dist_export.contract.made_up import DescribesRows, Lists, MadeUpRows, Trial, Trials
 from dist_export.formats.serving_entries import ColumnsEntry, DenseInputEntry, FeatureEntry
 from dist_export.humanize import few
 from dist_export.score.block_program import BlockProgram
 
 _NUM_TRIALS = 4
+_NUM_EXAMPLES = 256
+"""Trials have so many examples together, if that takes no more than the most trials. One example hides much of what is done."""
 _MAX_TRIALS = 32
 """More are run until each input has had all values that matter."""
 _ATOL, _RTOL = 1e-5, 1e-4
@@ -59,17 +61,18 @@ def read_blocks_of(traced: BlockProgram, kinds: DescribesRows, conditions: Seque
     gives. Anything else is unknown, with a reason. ``conditions``: what the model's code demands of sizes.
     The contract has no word for that.
     """
-    facts, rows = read_graph(traced), MadeUpRows(kinds)
-    told = {jagged.lengths for jagged in traced.batch.jagged}
-    from_ids = {name for lookup in facts.lookups for name in lookup.ids.inputs} - told
-    ids = [name for name in sorted(from_ids) if _may_be_ids(traced.tensors[name])]
+    rows, told = MadeUpRows(kinds), {jagged.lengths for jagged in traced.batch.jagged}
+    ids = [name for name in list_looked_up(traced) if name not in told and _may_be_ids(traced.tensors[name])]
     lists = find_lists(traced, ids)
-    ids = [name for name in ids if name not in {its.bounds for its in lists}]
-    trials = Trials(traced, rows, ids=ids, numbers={name: facts.numbers_of(name) for name in traced.tensors})
-    ran = _run_trials(trials, lists)
     bounds = {its.bounds for its in lists}
+    ids = [name for name in ids if name not in bounds]
+    facts = read_graph(traced, not_ids=told | bounds)
+    trials = Trials(
+        traced, rows, lists=lists, ids=ids, numbers={name: facts.numbers_of(name) for name in traced.tensors}
+    )
+    ran = run_trials(trials)
     reading = Reading(lists=lists)
-    reader = _Reader(traced, facts, rows, reading, ran, untried=[name for name in trials.untried if name not in bounds])
+    reader = _Reader(traced, facts, rows, reading, ran, trials)
     for name in traced.blocks:
         reading.inputs[name] = reader.read(name, conditions)
     return reading
@@ -79,14 +82,17 @@ def _may_be_ids(tensor: torch.Tensor) -> bool:
     return tensor.dim() > 0 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _run_trials(trials: Trials, lists: Sequence[Lists]) -> list[Trial]:
+def run_trials(trials: Trials) -> list[Trial]:
     """Return made-up batches; with the sizes of the sample if the sparse arch refuses others."""
     for vary_sizes in (True, False):
+        if not vary_sizes:
+            trials.forget_lengths()
         ran: list[Trial] = []
         for number in range(_MAX_TRIALS):
-            if number >= _NUM_TRIALS and (not trials.untried or not ran):
+            is_enough = number >= _NUM_TRIALS and sum(trial.num_examples for trial in ran) >= _NUM_EXAMPLES
+            if (is_enough and not trials.untried) or (number >= _NUM_TRIALS and not ran):
                 break
-            trial = trials.run(lists, vary_sizes=vary_sizes)
+            trial = trials.run(vary_sizes=vary_sizes)
             ran += [] if trial is None else [trial]
         if ran:
             return ran
@@ -101,16 +107,17 @@ class _Reader:
         rows: MadeUpRows,
         reading: Reading,
         trials: Sequence[Trial],
-        *,
-        untried: Sequence[str],
+        more: Trials,
     ) -> None:
         self._traced = traced
         self._facts = facts
         self._rows = rows
         self._reading = reading
         self._trials = trials
-        self._untried = frozenset(untried)
-        self._computed: dict[tuple[Any, ...], list[np.ndarray | None]] = {}
+        self._more = more
+        self._untried = frozenset(more.untried)
+        self._computed: dict[tuple[Any, ...], np.ndarray | None] = {}
+        self._short: dict[tuple[str, int], Trial | None] = {}
 
     def read(self, name: str, conditions: Sequence[str]) -> DenseInputEntry:
         """Return what one input of the dense arch is made of."""
@@ -134,7 +141,7 @@ class _Reader:
             return msgspec.structs.replace(
                 entry, unknown=f"its columns can be explained, but it is computed from {few(unexplained)}, too"
             )
-        return msgspec.structs.replace(entry, columns=tuple(self._describe(hit) for hit in chosen))
+        return msgspec.structs.replace(entry, columns=tuple(self._describe(hit, name) for hit in chosen))
 
     def _block(self, name: str) -> torch.Tensor:
         nodes = {str(node): node for node in self._traced.program.graph.nodes}
@@ -218,33 +225,64 @@ class _Reader:
     def _find_columns(
         self, feature: FeatureEntry, outputs: list[np.ndarray], *, is_half: bool
     ) -> Iterator[tuple[int, int]]:
-        key = _what_it_is(feature)
-        if key not in self._computed:
-            self._computed[key] = [compute(feature, trial, self._rows.rows_of) for trial in self._trials]
-        made = [its for its in self._computed[key] if its is not None]
-        if len(made) != len(outputs):
-            return
-        if made[0].ndim == 3 and outputs[0].ndim == 2 and len({its.shape[1] for its in made}) == 1:
-            made = [its.reshape(len(its), -1) for its in made]
-        if any(its.shape[:-1] != found.shape[:-1] for its, found in zip(made, outputs, strict=True)):
-            return
-        width = made[0].shape[-1]
-        for begin in _find_begins(made[0], outputs[0], is_half=is_half):
-            if all(
-                _is_near(its, found[..., begin : begin + width], is_half=is_half)
-                for its, found in zip(made, outputs, strict=True)
-            ):
-                yield begin, begin + width
+        begins: list[int] | None = None
+        width = 0
+        for trial, found in zip(self._trials, outputs, strict=True):
+            made = self._compute(feature, trial)
+            if made is not None and made.ndim == 3 and found.ndim == 2:
+                made = made.reshape(len(made), -1)
+            if made is None or made.shape[:-1] != found.shape[:-1] or (begins is not None and made.shape[-1] != width):
+                return
+            width = made.shape[-1]
+            begins = _find_begins(made, found, is_half=is_half) if begins is None else begins
+            begins = [at for at in begins if _is_near(made, found[..., at : at + width], is_half=is_half)]
+            if not begins:
+                return
+        yield from ((at, at + width) for at in begins or ())
 
-    def _describe(self, hit: _Hit) -> ColumnsEntry:
+    def _compute(self, feature: FeatureEntry, trial: Trial) -> np.ndarray | None:
+        """Return the columns of a feature in a trial, from memory where it was asked before."""
+        key = (*_what_it_is(feature), trial.turn)
+        if key not in self._computed:
+            self._computed[key] = compute(feature, trial, self._rows)
+        return self._computed[key]
+
+    def _find_shortest(self, hit: _Hit, name: str) -> int:
+        """Return how long rows of a padded tensor must be, so that the columns of a hit are the model's."""
+        assert hit.feature is not None
+        assert hit.feature.ids is not msgspec.UNSET
+        shape = self._traced.shapes[hit.feature.ids.values]
+        if len(shape) != 2 or hit.feature.ids.column is not msgspec.UNSET:
+            return 0
+        if isinstance(shape[1], int):
+            return shape[1]  # the program takes no other length, so no shorter one can be tried
+        is_half = self._rows.describe_rows(hit.feature.table)[1] in (torch.float16, torch.bfloat16)
+        for length in (1, 0):
+            trial = self._try_length(str(shape[1]), length)
+            made = None if trial is None else self._compute(hit.feature, trial)
+            if trial is None or made is None:
+                return length + 1
+            found = self._as_columns(trial.blocks[name])[..., hit.begin : hit.end]
+            if not _is_near(made, found, is_half=is_half):
+                return length + 1
+        return 0
+
+    def _try_length(self, symbol: str, length: int) -> Trial | None:
+        """Return a batch in which padded lists have so many ids; None if the sparse arch refuses it."""
+        if (symbol, length) not in self._short:
+            self._short[symbol, length] = self._more.run(vary_sizes=True, fixed={symbol: length})
+        return self._short[symbol, length]
+
+    def _describe(self, hit: _Hit, block: str) -> ColumnsEntry:
         if hit.feature is None:
             return ColumnsEntry(begin=hit.begin, end=hit.end, tensor=hit.tensor, first=hit.first)
         features = self._reading.features
-        name = {_what_it_is(one): name for name, one in features.items()}.get(_what_it_is(hit.feature))
+        found = msgspec.structs.replace(hit.feature, shortest=self._find_shortest(hit, block))
+        name = {_what_it_is(one): name for name, one in features.items()}.get(_what_it_is(found))
         if name is None:
-            name = name_feature(hit.feature, self._reading.lists, features)
+            name = name_feature(found, self._reading.lists, features)
             stated = dict.fromkeys(("table", "ids", "pooling", "padding_id", "transforms"), "program")
-            features[name] = msgspec.structs.replace(hit.feature, name=name, stated_by=stated)
+            features[name] = msgspec.structs.replace(found, name=name, stated_by=stated)
         return ColumnsEntry(begin=hit.begin, end=hit.end, feature=name)
 
 
@@ -258,7 +296,8 @@ def _inputs_of(hit: _Hit) -> list[str]:
 
 
 def _what_it_is(feature: FeatureEntry) -> tuple[Any, ...]:
-    return feature.table, feature.ids, feature.pooling, feature.padding_id, feature.transforms, feature.longest
+    its = feature.table, feature.ids, feature.pooling, feature.padding_id, feature.transforms
+    return *its, feature.longest, feature.shortest
 
 
 def _find_begins(made: np.ndarray, found: np.ndarray, *, is_half: bool) -> list[int]:

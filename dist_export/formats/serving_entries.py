@@ -64,6 +64,8 @@ class FeatureEntry(msgspec.Struct, frozen=True, kw_only=True):
     longest: Count | msgspec.UnsetType = msgspec.UNSET
     """The length of the longest list, if the model or fg fixes it. Where ``pooling`` is ``none``, lists of different lengths are
     filled up with zeros or cut to it; if it is absent, they are filled up to the longest of the batch."""
+    shortest: Count = 0
+    """The least number of columns of a padded tensor of ids: with fewer the model gives NaN, fails, or could not be tried."""
     default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
     """The row of an out-of-vocabulary id, as :attr:`TableEntry.default_row`."""
     stated_by: dict[str, str] = {}

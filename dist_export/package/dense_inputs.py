@@ -40,15 +40,17 @@ class IdLists:
     """The place of each id in its list, (n,)."""
     num_examples: int
     length: int | None
-    """The length of all lists where they are rows of a padded tensor; None where lists differ; 0 for one id without a list."""
+    """The length of all lists where they are rows of a padded tensor; None where lists differ, or each is one id."""
     weights: np.ndarray | None = None
     """The factor of each id, (n,)."""
+    is_one: bool = False
+    """Whether each example has one id, which is no list."""
 
     def select(self, chosen: np.ndarray) -> IdLists:
         """Return the lists with those ids alone for which ``chosen`` is true. Their places stay."""
         weights = None if self.weights is None else self.weights[chosen]
         its = self.ids[chosen], self.example_of[chosen], self.place_of[chosen]
-        return IdLists(*its, self.num_examples, self.length, weights)
+        return IdLists(*its, self.num_examples, self.length, weights, self.is_one)
 
 
 def build_dense_inputs(
@@ -124,6 +126,11 @@ def compute_feature(feature: FeatureEntry, inputs: Arrays, find_rows: FindRows, 
     assert feature.ids is not msgspec.UNSET
     assert feature.transforms is not msgspec.UNSET
     lists = read_lists(feature.ids, inputs, where=where)
+    if lists.length is not None and lists.length < feature.shortest:
+        raise UserError(
+            f"{where}: {feature.ids.values!r} has {lists.length} columns; the model has no value for fewer than "
+            f"{feature.shortest}"
+        )
     if feature.padding_id is not None and feature.padding_id is not msgspec.UNSET:
         lists = lists.select(lists.ids != feature.padding_id)
     rows = find_rows(feature.table, feature.slot, transform_ids(lists.ids, feature.transforms))
@@ -186,11 +193,10 @@ def _read_padded(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str
             raise UserError(f"{where}: {entry.values!r} has shape {list(values.shape)}, so no column {entry.column}")
         values = values[:, entry.column]
         weights = None if weights is None else weights[:, entry.column]
-    length = values.shape[1] if values.ndim == 2 else 0
-    examples, steps = np.divmod(np.arange(values.size), max(1, length))
-    return IdLists(
-        values.reshape(-1), examples, steps, len(values), length, None if weights is None else weights.reshape(-1)
-    )
+    length = values.shape[1] if values.ndim == 2 else None
+    examples, steps = np.divmod(np.arange(values.size), length or 1)
+    flat = None if weights is None else weights.reshape(-1)
+    return IdLists(values.reshape(-1), examples, steps, len(values), length, flat, is_one=length is None)
 
 
 def _read_bounds(entry: IdsEntry, inputs: Arrays, values: np.ndarray, where: str) -> np.ndarray:
@@ -225,7 +231,7 @@ def pool_rows(rows: np.ndarray, lists: IdLists, pooling: str, *, longest: int | 
     """
     dim = rows.shape[-1]
     if pooling == "none":
-        if lists.length == 0:
+        if lists.is_one:
             found = np.zeros((lists.num_examples, dim), rows.dtype)
             found[lists.example_of] = rows
             return found
