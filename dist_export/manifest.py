@@ -16,8 +16,11 @@ from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.package_entries import (
     AccountEntry,
     AccountTensor,
+    BaseEntry,
     CastEntry,
     Count,
+    DeletedIdsEntry,
+    DeltaEntry,
     DenseEntry,
     DenseTensorEntry,
     DriftEntry,
@@ -52,6 +55,7 @@ from dist_export.formats.strict_json import decode_object
 __all__ = [
     "BLOCKS",
     "DEFAULT_ROWS",
+    "DELTA_SCHEMA_VERSION",
     "FORMAT",
     "MANIFEST",
     "OUTPUTS",
@@ -60,9 +64,12 @@ __all__ = [
     "SCORE_FOLDER",
     "AccountEntry",
     "AccountTensor",
+    "BaseEntry",
     "CastEntry",
     "ColumnsEntry",
     "Count",
+    "DeletedIdsEntry",
+    "DeltaEntry",
     "DenseEntry",
     "DenseInputEntry",
     "DenseTensorEntry",
@@ -110,6 +117,8 @@ SCORE_FOLDER = "score_program"
 
 FORMAT = "dist_export"
 SCHEMA_VERSION = 1
+DELTA_SCHEMA_VERSION = 2
+"""Of a delta package, so that readers that know full packages alone refuse it."""
 
 _MAX_ROW_BYTES = 1 << 40
 _MAX_ITEMSIZE = 8
@@ -124,6 +133,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """filter, copy, in_place or dense_only."""
     num_shards: Count
     source: SourceEntry
+    base: BaseEntry | msgspec.UnsetType = msgspec.UNSET
+    """In a delta package, the package that its rows go on top of. Absent in a full one."""
     tables: tuple[TableEntry, ...]
     left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     account: AccountEntry | msgspec.UnsetType = msgspec.UNSET
@@ -184,10 +195,10 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
         head = msgspec.json.decode(raw, type=_Head)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PackageError(f"{where} is no package manifest: {error}") from None
-    if head.format != FORMAT or head.schema_version > SCHEMA_VERSION:
+    if head.format != FORMAT or head.schema_version > DELTA_SCHEMA_VERSION:
         raise PackageError(
             f"{where}: format {head.format!r} version {head.schema_version}; this reads {FORMAT!r} up to "
-            f"{SCHEMA_VERSION}. A newer dist_export may read it"
+            f"{DELTA_SCHEMA_VERSION}. A newer dist_export may read it"
         )
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
@@ -200,6 +211,7 @@ def decode_manifest(raw: bytes, *, where: str) -> Manifest:
         raise PackageError(f"{where} is damaged: {error}") from None
     _check_paths(manifest, where)
     _check_rows(manifest, where)
+    _check_base(manifest, where)
     if manifest.digest != digest:
         raise PackageError(f"{where} is not what was committed: its digest is {digest}, it says {manifest.digest}")
     return manifest
@@ -217,6 +229,8 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     parts = [part for table in manifest.tables for part in table.parts]
     paths += [part.file for part in parts]
     paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
+    deltas = [table.delta for table in manifest.tables if table.delta is not msgspec.UNSET]
+    paths += [entry.file for delta in deltas for entry in delta.deleted_ids]
     if manifest.dense is not None:
         formats = () if manifest.dense.formats is msgspec.UNSET else manifest.dense.formats
         paths += [manifest.dense.folder, manifest.dense.program, *(entry.file for entry in formats)]
@@ -237,6 +251,20 @@ def _check_rows(manifest: Manifest, where: str) -> None:
                 raise PackageError(
                     f"{where}: {slot.name!r} of table {table.name!r} has rows of {list(slot.shape)}, which no table has"
                 )
+
+
+def _check_base(manifest: Manifest, where: str) -> None:
+    """Refuse a delta that names no base, and accounts of a delta in a full package."""
+    is_delta = manifest.base is not msgspec.UNSET
+    if is_delta != (manifest.schema_version == DELTA_SCHEMA_VERSION):
+        raise PackageError(
+            f"{where} is damaged: schema {manifest.schema_version} {'with' if is_delta else 'without'} a base"
+        )
+    wrong = [table.name for table in manifest.tables if (table.delta is not msgspec.UNSET) != is_delta]
+    if wrong:
+        raise PackageError(
+            f"{where} is damaged: table {wrong[0]!r} {'lacks its' if is_delta else 'has an'} account against a base"
+        )
 
 
 class _Head(msgspec.Struct):

@@ -85,6 +85,41 @@ class RowIndexEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The largest distance of a row from its bucket, in slots."""
 
 
+class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The full package that a delta package goes on top of."""
+
+    path: str
+    """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
+    the delta, under the last part of this path."""
+    digest: str
+    """The digest of its manifest."""
+
+
+class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Ids of one part of the base that the delta takes away, in a file of the delta."""
+
+    file: str
+    """Relative to the package, with forward slashes."""
+    offset: Count
+    """Bytes of the file before the first id; a multiple of 64."""
+    ids: Count
+    """How many: little-endian int64, in ascending order."""
+
+
+class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The account of a table against the base: rows of the base = same + changed + deleted, rows of the delta = changed + new."""
+
+    rows_base: Count
+    same: Count
+    """Rows that are in the base with the same bytes. The delta does not hold them."""
+    changed: Count
+    new: Count
+    """Rows whose ids the base lacks."""
+    deleted: Count
+    """Ids of the base that have no row any more."""
+    deleted_ids: tuple[DeletedIdsEntry, ...] = ()
+
+
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The rows of a table in one file."""
 
@@ -108,8 +143,8 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     rows_out: Count
     rows_dropped: dict[str, Count]
     """Reason -> rows: ``duplicate`` if another row of the same id was kept; ``slot_value``, ``norm``, ``deny_list`` and
-    ``allow_list`` for pruned rows; ``empty`` for rows of a managed-collision table without an id. A reason without rows is
-    not listed."""
+    ``allow_list`` for pruned rows; ``empty`` for rows of a managed-collision table without an id; ``same`` for rows that a
+    delta package leaves to its base. A reason without rows is not listed."""
     misplaced: Count
     """Misplaced rows of the source: rows outside the slice of their part. 0 in a copy, which refuses them."""
     repaired: Count = 0
@@ -127,6 +162,8 @@ class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The table's name in the source, if it differs."""
     default_row: str | tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
     """What serving must use for an out-of-vocabulary id, if the settings define it: ``zeros``, or the values of a row."""
+    delta: DeltaEntry | msgspec.UnsetType = msgspec.UNSET
+    """In a delta package: how the table differs from that of the base."""
 
     @property
     def is_row_indexed(self) -> bool:
