@@ -13,14 +13,11 @@ import msgspec
 import xxhash
 
 from dist_export.errors import CheckpointError, PackageError
+from dist_export.formats.delta_entries import BaseEntry, Count, DeletedIdsEntry, DeltaEntry
 from dist_export.formats.package_entries import (
     AccountEntry,
     AccountTensor,
-    BaseEntry,
     CastEntry,
-    Count,
-    DeletedIdsEntry,
-    DeltaEntry,
     DenseEntry,
     DenseTensorEntry,
     DriftEntry,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-"""A number of rows, bytes or elements, within the limits of a file."""
+from dist_export.formats.delta_entries import Count, DeltaEntry
+
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=64)]
 
 
@@ -83,41 +83,6 @@ class RowIndexEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The seed of the hash of ids."""
     longest_probe: Count
     """The largest distance of a row from its bucket, in slots."""
-
-
-class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The full package that a delta package goes on top of."""
-
-    path: str
-    """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
-    the delta, under the last part of this path."""
-    digest: str
-    """The digest of its manifest."""
-
-
-class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Ids of one part of the base that the delta takes away, in a file of the delta."""
-
-    file: str
-    """Relative to the package, with forward slashes."""
-    offset: Count
-    """Bytes of the file before the first id; a multiple of 64."""
-    ids: Count
-    """How many: little-endian int64, in ascending order."""
-
-
-class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The account of a table against the base: rows of the base = same + changed + deleted, rows of the delta = changed + new."""
-
-    rows_base: Count
-    same: Count
-    """Rows that are in the base with the same bytes. The delta does not hold them."""
-    changed: Count
-    new: Count
-    """Rows whose ids the base lacks."""
-    deleted: Count
-    """Ids of the base that have no row any more."""
-    deleted_ids: tuple[DeletedIdsEntry, ...] = ()
 
 
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

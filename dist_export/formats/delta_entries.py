@@ -1,0 +1,45 @@
+"""The entries of a delta package in ``manifest.json``: its base, and the account of each table against it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""A number of rows, bytes or elements, within the limits of a file."""
+
+
+class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The full package that a delta package goes on top of."""
+
+    path: str
+    """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
+    the delta, under the last part of this path."""
+    digest: str
+    """The digest of its manifest."""
+
+
+class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Ids of one part of the base that the delta takes away, in a file of the delta."""
+
+    file: str
+    """Relative to the package, with forward slashes."""
+    offset: Count
+    """Bytes of the file before the first id; a multiple of 64."""
+    ids: Count
+    """How many: little-endian int64, in ascending order."""
+
+
+class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The account of a table against the base: rows of the base = same + changed + deleted, rows of the delta = changed + new."""
+
+    rows_base: Count
+    same: Count
+    """Rows that are in the base with the same bytes. The delta does not hold them."""
+    changed: Count
+    new: Count
+    """Rows whose ids the base lacks."""
+    deleted: Count
+    """Ids of the base that have no row any more."""
+    deleted_ids: tuple[DeletedIdsEntry, ...] = ()
