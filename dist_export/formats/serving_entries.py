@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from dist_export.formats.package_entries import Count
+from dist_export.formats.delta_entries import Count
 
 Pooling = Literal["none", "sum", "mean", "max"]
 
