@@ -17,7 +17,10 @@ ALLOW_LIST = "allow_list"
 EMPTY = "empty"
 """A row of a managed-collision table that no id has. It is pruned without a rule in the settings."""
 
-REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY)
+SAME = "same"
+"""A row that a delta package leaves to its base, which has the same bytes."""
+
+REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY, SAME)
 """Reasons why a row was pruned, as named in ``rows_dropped``."""
 
 _KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dist_export.config.byte_sizes import MAX_NUMBER, parse_bytes
 from dist_export.config.dense_settings import (
@@ -18,9 +17,9 @@ from dist_export.config.dense_settings import (
     check_output_names,
 )
 from dist_export.config.mistakes import Mistakes
-from dist_export.config.prune_rules import parse_rules
 from dist_export.config.publishing import resolve_export_dir
 from dist_export.config.serving import read_serving
+from dist_export.config.sparse_settings import CastDtype, check_sparse
 from dist_export.errors import ConfigError
 from dist_export.formats.digests import missing_package
 
@@ -32,9 +31,6 @@ MIN_MEMORY_BYTES = 64 << 20
 MAX_THREADS = 64
 
 CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb"]
-
-CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
-"""Dtypes that rows can be cast to. int8 is row-wise, with scale and bias; source keeps the dtype."""
 
 FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
 """(setting, its former value) -> the error."""
@@ -65,6 +61,13 @@ class ExportConfig:
     keep_versions: int | None = None
     """How many versions stay in the directory of publish, besides the current one, the one before it, and those that were current
     less than ten minutes ago. Null keeps all."""
+    base: str | None = None
+    """A package to write a delta against: only rows that are new or changed since then, and which ids are gone (needs
+    filter_sparse_opt). A directory, an fsspec URL, a registry's URI, or latest: the current version of the directory of publish.
+    If it is a delta itself, its own base is taken. open_package reads a delta and its base together."""
+    on_base_mismatch: Literal["error", "full"] = "error"
+    """What to do if the base has other tables or slots, or cannot be read, or latest finds no version: error, or full, which
+    exports everything and says why."""
     step: int | None = None
     """The training step to export from a run; null takes the latest complete checkpoint. A single checkpoint must be of this
     step."""
@@ -326,42 +329,7 @@ class ExportConfig:
             raise ConfigError(f"digest is {self.digest}, which needs the package {package}: pip install {package}")
 
     def _check_sparse(self) -> None:
-        patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if getattr(self, name)]
-        asked = [*patterns, *(["num_shards"] if self.num_shards is not None else [])]
-        asked += ["on_duplicate"] if self.on_duplicate != "error" else []
-        views = ("select_tables", "drop_tables", "rename_tables", "to_hash_tables", "prune")
-        asked += [name for name in views if getattr(self, name)]
-        asked += ["dtype"] if self.dtypes else []
-        unused = [*asked, *(["on_misplaced"] if self.on_misplaced != "repair" else [])]
-        unused += [name for name in ("default_row", "dynamicemb_dims") if getattr(self, name)]
-        if unused and not self.need_export_sparse:
-            raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
-        if self.treat_as_tables and not self.need_export_sparse and self.model is None:
-            raise ConfigError("treat_as_tables says which tensors are tables, but need_export_sparse is false")
-        if asked and self.filter_sparse_opt is False:  # null is checked once the format is known
-            raise ConfigError(
-                f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
-                "set filter_sparse_opt: true"
-            )
-        parse_rules(self.prune)
-        for pattern, dim in self.dynamicemb_dims.items():
-            if dim < 1:
-                raise ConfigError(f"dynamicemb_dims.{pattern} is {dim}; a row has 1 value or more")
-        for pattern, values in self.default_row.items():
-            if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
-                raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
-        for pattern, dtype in self.dtypes:
-            if dtype not in get_args(CastDtype):
-                known = ", ".join(get_args(CastDtype))
-                raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
-        if self.on_empty_table != "error" and not self.prune:
-            raise ConfigError(
-                "on_empty_table says what becomes of tables that prune leaves nothing of, but prune has no rule"
-            )
-        if self.on_overflow != "error" and not self.dtypes:
-            raise ConfigError(
-                "on_overflow says what becomes of values that a dtype cannot hold, but dtype names no table"
-            )
+        check_sparse(vars(self), self.dtypes)
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

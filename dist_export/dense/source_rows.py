@@ -31,6 +31,9 @@ class SourceRows:
     """(part, rows within it, their ids) -> which of these are left out by rules (bool). They are passed over too."""
     is_written: bool = False
     """Whether these are the rows of the written shards, which were cast; the source's are yet to be."""
+    in_base: Callable[[str, str, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    """(table, slot, ids) -> rows as they are stored, and which ids have one (bool): what a delta leaves to its base. None where
+    the shards hold all rows."""
 
     def scan(self, table: int, slot: SlotMeta, ids: np.ndarray, located: LocatedRows) -> FoundRows:
         """Return what a table, given by its place in the checkpoint, has of ids (int64, sorted, without duplicates).
@@ -42,6 +45,12 @@ class SourceRows:
             self._fill_by_id(table, slot, found, located)
         else:
             self.fill_by_number(table, slot, found)
+        left = np.flatnonzero(~found.has_row)
+        if self.in_base is not None and len(left):
+            rows, has_row = self.in_base(self.checkpoint.tables[table].name, slot.name, ids[left])
+            its = left[has_row]
+            found.has_row[its] = found.is_kept[its] = True
+            found.rows[its] = found.kept[its] = rows[has_row]
         return found
 
     def fill_by_number(self, table: int, slot: SlotMeta, found: FoundRows) -> None:

@@ -245,7 +245,7 @@ class DenseStage:
 
     def score(
         self,
-        written: Checkpoint | None,
+        written: SourceRows | None,
         target: Directory,
         *,
         entries: Sequence[TableEntry] = (),
@@ -255,7 +255,7 @@ class DenseStage:
         """Score the sample anew from what was written, and compare with the model on the checkpoint's rows. All ranks.
 
         Args:
-            written: the target, opened as any checkpoint is; None where the package has no tables.
+            written: the rows of the shards, with those that a delta leaves to its base; None where the package has no tables.
             target: where the dense folder is.
             entries: what the manifest will say of the tables.
             lists: path -> ids (int64, sorted) of the files that rules of ``prune`` name.

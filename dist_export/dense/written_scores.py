@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
-from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks
 from dist_export.dense.model_head import ModelHead
@@ -44,7 +43,7 @@ class WrittenScores:
 
     def score(
         self,
-        written: Checkpoint | None,
+        written: SourceRows | None,
         check_rows: Callable[[SampleRows, RowFinder], None],
         beside: Callable[[Callable[[Any], Blocks], Blocks], None] | None,
     ) -> None:
@@ -77,12 +76,11 @@ class WrittenScores:
         if self.drift is not None and first is not None:
             self.drift_counts = sampled.drift.gather_counts()
 
-    def _open_rows(self, written: Checkpoint) -> RowFinder:
+    def _open_rows(self, written: SourceRows) -> RowFinder:
         """Return what finds the rows of the written shards that the batches look up."""
         sampled = self._sampled
         finder = RowFinder(
-            # the check has proven that each id lies in the slice of its part
-            SourceRows(checkpoint=written, misplaced=np.zeros(len(written.parts), np.int64), is_written=True),
+            written,
             names=sampled.model_names,
             casts=sampled.casts,
             live=LiveRows(

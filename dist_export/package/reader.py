@@ -169,6 +169,10 @@ class Package:
         values = decode_rows(rows, kept)
         return values.reshape(*shape, *values.shape[1:]), has_row
 
+    def rows_of(self, table: str, *, slot: str = EMBEDDING_SLOT) -> SlotReader:
+        """Return what finds and reads rows of one slot of a table, as they are stored. PackageError as :meth:`lookup`."""
+        return self._reader(table, slot)
+
     def _reader(self, table: str, slot: str) -> SlotReader:
         """Return what reads one slot of a table. PackageError if there is none, or one that cannot be read."""
         reader = self._readers.get((table, slot))

@@ -27,6 +27,7 @@ from dist_export.package.columns import StoredColumn, map_column
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
+from dist_export.package.slice_edges import find_edges
 from dist_export.storage.range_reader import RangeReader
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class SlotReader:
             if not {ID_SLOT, self._slot} <= set(part.keys):
                 raise PackageError(f"{files.url}: a part of table {table.name!r} has no {ID_SLOT} or no {self._slot}")
             self._slices.append(found)
-        self._edges = _find_edges(self._slices)
+        self._edges = find_edges(self._slices)
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of ids (int64, (n,)) as they are stored: uint8 (n, row_bytes), and which ids have one, bool (n,).
@@ -113,15 +114,53 @@ class SlotReader:
             ids = np.arange(first, last) + self._first_row(part)
             file, offset = part.file, self._find_block(part)
         else:
+            ids = self.read_ids(number, first, last)
             place = self._locate(number)
-            ids = np.empty(last - first, _IDS)
-            with self._files.open_reader(place.id_file) as reader:
-                reader.read_into(ids.data.cast("B"), place.id_offset + first * _IDS.itemsize)
             file, offset = place.slot_file, place.slot_offset
         if rows.size:
             with self._files.open_reader(file) as reader:
                 reader.read_into(rows.reshape(-1).data, offset + first * self._row_bytes)
         return PartRun(ids.astype(np.int64, copy=False), rows)
+
+    def read_ids(self, number: int, first: int, last: int) -> np.ndarray:
+        """Return the ids (int64) of rows ``first`` to ``last`` - 1 of a part of a hash table."""
+        place, ids = self._locate(number), np.empty(last - first, _IDS)
+        with self._files.open_reader(place.id_file) as reader:
+            reader.read_into(ids.data.cast("B"), place.id_offset + first * _IDS.itemsize)
+        return ids
+
+    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the part of each id (int64, (n,)) and its row there (int64, (n,)); both -1 for an id without a row.
+
+        Raises:
+            PackageError: a part of a hash table has no row index, or a damaged one.
+        """
+        parts, rows = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
+        if self._table.is_row_indexed:
+            for number, part in enumerate(self._table.parts):
+                first_row = self._first_row(part)
+                mine = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
+                parts[mine], rows[mine] = number, ids[mine] - first_row
+            return parts, rows
+        for number, wanted in self._deal(ids):
+            part = self._table.parts[number]
+            if not part.rows:
+                continue
+            if part.row_index is msgspec.UNSET:
+                raise PackageError(
+                    f"{self._files.url}: table {self._table.name!r} has no row index; export it with row_index: true"
+                )
+            found = self._find_in(number, part.row_index, ids[wanted])
+            parts[wanted], rows[wanted] = np.where(found >= 0, number, -1), found
+        return parts, rows
+
+    def take(self, parts: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Return rows as they are stored, uint8 (n, row_bytes). ``parts`` and ``found`` are those of :meth:`find`, none -1."""
+        rows, has_row = self._allocate(len(found))
+        for number in np.unique(parts).tolist():
+            wanted = np.flatnonzero(parts == number)
+            self._take(number, wanted, found[wanted], has_row, rows)
+        return rows
 
     # ---- hash tables ----
 
@@ -201,8 +240,11 @@ class SlotReader:
         rows: np.ndarray,
     ) -> None:
         """Read the rows of ``ids[wanted]`` by the row index of a part."""
+        self._take(number, wanted, self._find_in(number, index, ids[wanted]), has_row, rows)
+
+    def _find_in(self, number: int, index: RowIndexEntry, sought: np.ndarray) -> np.ndarray:
+        """Return the rows of ids in a part by its row index (int64); -1 for an id without a row."""
         place, num_rows = self._locate(number), self._table.parts[number].rows
-        sought = ids[wanted]
         if number not in self._checked:
             self._check_index(index, num_rows)
             self._checked.add(number)
@@ -211,7 +253,7 @@ class SlotReader:
             self._open_column(place.id_file, place.id_offset, num_rows, _IDS) as id_column,
         ):
             try:
-                found = find_rows(
+                return find_rows(
                     slots,
                     id_column,
                     sought,
@@ -222,16 +264,24 @@ class SlotReader:
                 )
             except DamagedIndexError as error:
                 raise self._refuse_index(index, str(error)) from None
+
+    def _take(self, number: int, wanted: np.ndarray, found: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
+        """Read rows of a part: row ``found[i]`` into ``rows[wanted[i]]``, where ``found`` is not -1."""
         if self._row_bytes:
-            with self._files.open_mapped(place.slot_file) as slot_file:
+            part = self._table.parts[number]
+            if self._table.is_row_indexed:
+                file, offset = part.file, self._offset_of(number)
+            else:
+                place = self._locate(number)
+                file, offset = place.slot_file, place.slot_offset
+            with self._files.open_mapped(file) as slot_file:
                 if isinstance(slot_file, np.ndarray):
-                    end = place.slot_offset + num_rows * self._row_bytes
-                    block = slot_file[place.slot_offset : end].reshape(num_rows, self._row_bytes)
+                    block = slot_file[offset : offset + part.rows * self._row_bytes].reshape(part.rows, self._row_bytes)
                     select_kernels().take_rows(block, found, wanted, rows=rows, has_row=has_row)
                     return
                 hits = np.flatnonzero(found >= 0)
                 if len(hits):
-                    self._read_many(slot_file, place.slot_offset, wanted[hits], found[hits], rows)
+                    self._read_many(slot_file, offset, wanted[hits], found[hits], rows)
         has_row[wanted[found >= 0]] = True
 
     @contextlib.contextmanager
@@ -320,20 +370,14 @@ class SlotReader:
         wanted = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
         if not len(wanted):
             return
+        self._take(number, wanted, ids[wanted] - first_row, has_row, rows)
+
+    def _offset_of(self, number: int) -> int:
+        """Return the position of the rows of a part. Its header is compared with the manifest once."""
         offset = self._offsets.get(number)
         if offset is None:
-            offset = self._offsets[number] = self._find_block(part)
-        if not self._row_bytes:
-            has_row[wanted] = True
-            return
-        found = ids[wanted] - first_row
-        with self._files.open_mapped(part.file) as file:
-            if isinstance(file, np.ndarray):
-                block = file[offset : offset + part.rows * self._row_bytes].reshape(part.rows, self._row_bytes)
-                select_kernels().take_rows(block, found, wanted, rows=rows, has_row=has_row)
-                return
-            has_row[wanted] = True
-            self._read_many(file, offset, wanted, found, rows)
+            offset = self._offsets[number] = self._find_block(self._table.parts[number])
+        return offset
 
     def _first_row(self, part: PartEntry) -> int:
         if not isinstance(part.first_row, int) or self._slot not in part.keys:
@@ -350,17 +394,3 @@ class SlotReader:
         if place < 0 or int(header.rows[place]) != part.rows or num_bytes != part.rows * self._row_bytes:
             raise PackageError(f"{self._files.describe(part.file)}: {key!r} is not what the manifest says of it")
         return int(header.begins[place])
-
-
-def _find_edges(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return begin, end and number of the slices in ascending order; None unless they are disjoint and have one size."""
-    if len({part.size for part in slices}) != 1:
-        return None
-    begins = np.array([part.begin for part in slices], np.int64)
-    ends = np.array([part.end for part in slices], np.int64)
-    numbers = np.flatnonzero(begins < ends)
-    numbers = numbers[np.argsort(begins[numbers], kind="stable")]
-    begins, ends = begins[numbers], ends[numbers]
-    if not len(numbers) or (ends[:-1] > begins[1:]).any():
-        return None
-    return begins, ends, numbers

@@ -18,6 +18,7 @@ from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
+from dist_export.pipeline.base_package import FoundBase, find_base
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.redact import redact_text
@@ -44,6 +45,8 @@ class Locations:
     """The registry's URI under which the package becomes a new version; empty for none."""
     seen: str
     """The state of that registry before the export; empty if it has none."""
+    base: FoundBase
+    """What a delta goes on top of."""
     notes: tuple[str, ...]
 
     def apply(self, config: ExportConfig) -> ExportConfig:
@@ -53,6 +56,7 @@ class Locations:
             export_dir=self.export_dir,
             register=self.register or None,
             filter_sparse_opt=self.filter_sparse_opt,
+            **self.base.settings(config),
         )
 
 
@@ -74,6 +78,8 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config)
     options = _options_of(config)
+    found_base = find_base(config, options)
+    config = config.with_changes(**found_base.settings(config))  # latest is another package each time
     target = base.find_registry(config.export_dir, options)
     if target is not None:
         register = register or config.export_dir
@@ -85,7 +91,7 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
                 f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
                 "them into target_storage_options"
             )
-    notes = list(found.notes)
+    notes = [*found.notes, *([found_base.note] if found_base.note else [])]
     if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
     return Locations(
@@ -96,6 +102,7 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         step=found.step,
         register=register,
         seen=base.look(register, options) if register else "",
+        base=found_base,
         notes=tuple(notes),
     )
 

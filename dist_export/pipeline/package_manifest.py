@@ -16,7 +16,16 @@ from dist_export.commit.publish import (
     list_versions,
 )
 from dist_export.config.schema import ExportConfig
-from dist_export.manifest import FileEntry, Manifest, SourceEntry, TableEntry
+from dist_export.manifest import (
+    DELTA_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    BaseEntry,
+    FileEntry,
+    Manifest,
+    SourceEntry,
+    TableEntry,
+)
+from dist_export.package.reader import Package
 from dist_export.pipeline.account import account_export, fates_by_entry
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
@@ -80,7 +89,7 @@ def describe_export(export: ExportState) -> Manifest:
         FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
         for r in export.receipts
     ]
-    files = (*shards, *export.index_files, *export.small_files)
+    files = (*shards, *export.index_files, *export.deleted_files, *export.small_files)
     manifest = describe_package(
         task.config,
         read.checkpoint,
@@ -92,6 +101,8 @@ def describe_export(export: ExportState) -> Manifest:
     )
     return msgspec.structs.replace(
         manifest,
+        schema_version=SCHEMA_VERSION if export.base is None else DELTA_SCHEMA_VERSION,
+        base=msgspec.UNSET if export.base is None else _describe_base(export.base),
         files=files,
         account=account,
         dense=None if dense is None else dense.entry,
@@ -101,6 +112,13 @@ def describe_export(export: ExportState) -> Manifest:
         serving=(export.contract and export.contract.entry) or msgspec.UNSET,
         notes=(*export.notes, *(() if dense is None else dense.notes)),
         run=_describe_run(export, files),
+    )
+
+
+def _describe_base(base: Package) -> BaseEntry:
+    directory = base.directory
+    return BaseEntry(
+        path=redact_text(directory.path if directory.is_local else directory.url), digest=base.manifest.digest
     )
 
 

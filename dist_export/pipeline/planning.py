@@ -24,17 +24,18 @@ from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.config.prune_rules import ALLOW_LIST, parse_rules
 from dist_export.config.schema import ExportConfig
+from dist_export.delta.same_rows import BaseRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
 from dist_export.ids.lists import read_id_list
+from dist_export.package.reader import Package
+from dist_export.pipeline.counting import count_rows, search_rest
 from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
     Census,
-    UniqueTask,
-    count_row_indexed_rows,
     deal_unique_tasks,
-    merge_censuses,
     plan_unique_tasks,
+    ranks_of_parts,
     share_parts,
 )
 from dist_export.plan.dropped_rows import drop_duplicates, drop_nothing
@@ -47,10 +48,9 @@ from dist_export.plan.shard_layout import plan_copy, plan_shards
 from dist_export.plan.table_view import TableSettings, view_tables
 from dist_export.plan.target_slices import Targets, plan_targets, resolve_num_shards
 from dist_export.runtime.ranks import Ranks
-from dist_export.runtime.threads import keep_freed_memory, run_threads
+from dist_export.runtime.threads import keep_freed_memory
 from dist_export.storage.directory import Directory
 from dist_export.transfer.duplicates import DuplicateIds, find_duplicate_rows
-from dist_export.transfer.id_scan import check_unique, take_census
 from dist_export.transfer.prune_filter import find_pruned
 
 T = TypeVar("T")
@@ -67,6 +67,8 @@ class PlannedSparse:
     plan: SparsePlan
     census: Census
     budget: MemoryBudget
+    same: BaseRows | None = None
+    """What a delta leaves to its base; None for a full package."""
 
     @property
     def id_lists(self) -> dict[str, np.ndarray]:
@@ -228,8 +230,11 @@ def plan_sparse(
     config: ExportConfig,
     *,
     world_size: int,
+    base: Package | None = None,
 ) -> PlannedSparse:
     """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
+
+    Rows that ``base`` has with the same bytes are left out; ``checkpoint`` is then one that fits it.
 
     Raises:
         PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
@@ -242,50 +247,49 @@ def plan_sparse(
     pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
     budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * budget.threads)
-    mine = shares[ranks.rank * budget.threads : (ranks.rank + 1) * budget.threads]
-
     keep_freed_memory()
     duplicates = DuplicateIds(checkpoint, most=None if config.on_duplicate == "error" else budget.dropped_rows)
 
-    def count(share: list[int]) -> Census:
-        return take_census(checkpoint, targets, share, held_ids=budget.held_ids, duplicates=duplicates, pruning=pruning)
+    def count(rules: Pruning, found: DuplicateIds) -> Census:
+        return count_rows(ranks, checkpoint, targets, shares, budget, rules, found)
 
-    counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
-    row_indexed = ranks.run("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
-    census = merge_censuses([*counts, row_indexed])
+    def compare(dropped_in: Callable[[int, int, int], np.ndarray] | None = None) -> tuple[BaseRows | None, Pruning]:
+        if base is None:
+            return None, pruning
+        same = BaseRows(checkpoint, selection, base, dropped_in)
+        return same, pruning.leaving(same, ranks_of_parts(shares, budget.threads, len(checkpoint.parts)))
+
+    same, rules = ranks.run("open the tables of the base", compare)
+    census = count(rules, duplicates)
     unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=budget.held_ids)
     tasks = ranks.run(
         "share out the search for repeated ids",
         lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
     )
 
-    def search(share: list[UniqueTask]) -> None:
-        check_unique(checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates)
-
-    ranks.all_gather(
-        "search for ids that stand twice",
-        lambda: run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])[:0],
-    )
-
+    ranks.all_gather("search for ids that stand twice", lambda: search_rest(checkpoint, tasks, budget, duplicates))
     ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
         found = find_duplicate_rows(ranks, checkpoint, duplicates, budget, pruning)
         dropped = drop_duplicates(checkpoint, found, keep=config.on_duplicate)
+        if base is not None and len(dropped):  # of rows with one id, the wrong ones may have been compared
+            same, rules = ranks.run("open the tables of the base", lambda: compare(dropped.rows_in))
+            census = count(rules, DuplicateIds(checkpoint, most=budget.dropped_rows))
 
     def lay_out() -> SparsePlan:
         if config.on_empty_table == "error":
-            refuse_empty_tables(checkpoint, pruning, census.pruned)
+            refuse_empty_tables(checkpoint, rules, census.pruned)
         if config.filter_sparse_opt:
             return plan_shards(
-                checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=pruning
+                checkpoint, selection, targets, census, num_shards=num_shards, dropped=dropped, pruning=rules
             )
         return plan_copy(checkpoint, selection)
 
     plan = ranks.run("lay out the shards", lay_out)
     digests = ranks.all_gather("compare the plans", lambda: plan.digest)
     ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
-    return PlannedSparse(plan=plan, census=census, budget=budget)
+    return PlannedSparse(plan=plan, census=census, budget=budget, same=same)
 
 
 def describe_source_rows(checkpoint: Checkpoint | None, planned: PlannedSparse | None) -> SourceRows | None:
@@ -298,7 +302,7 @@ def describe_source_rows(checkpoint: Checkpoint | None, planned: PlannedSparse |
         checkpoint=checkpoint,
         misplaced=planned.census.misplaced,
         dropped_in=planned.plan.dropped.rows_in,
-        is_pruned=find_pruned(planned.plan.checkpoint, planned.plan.pruning),
+        is_pruned=find_pruned(planned.plan.checkpoint, planned.plan.pruning and planned.plan.pruning.of_settings()),
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dist_export.manifest import SCORE_FOLDER, Manifest, seal
+from dist_export.pipeline.deltas import describe_written_rows
 from dist_export.pipeline.inputs import refuse_without_scores
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planning import open_written
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.casts import casts_by_table
 
@@ -75,7 +75,7 @@ def score_sample(export: ExportState) -> ExportState:
             notes.extend(contract.compare_written(export.target, describe, blocks))
 
     with task.reporter.stage("score"):
-        as_served = None if planned is None else open_written(task.ranks, export.target, planned.plan)
+        as_served = None if planned is None else describe_written_rows(export, planned)
         lists = None if planned is None else planned.id_lists
         beside = None if scores is None and contract is None else compare_beside
         dense.score(as_served, export.target, entries=export.tables, lists=lists, beside=beside)

@@ -16,6 +16,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features
 from dist_export.manifest import FileEntry, Manifest, TableEntry
 from dist_export.model.user_objects import Objects
+from dist_export.package.reader import Package
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.reused_program import TakenOver
@@ -84,6 +85,8 @@ class ExportState:
     paths: ExportPaths
     notes: tuple[str, ...] = ()
     read: Source | None = None
+    base: Package | None = None
+    """What a delta goes on top of; None in a full export."""
     planned: PlannedSparse | None = None
     """None where no tables are exported."""
     taken_over: TakenOver = dataclasses.field(default_factory=TakenOver)
@@ -106,6 +109,8 @@ class ExportState:
     tables: tuple[TableEntry, ...] = ()
     index_files: tuple[FileEntry, ...] = ()
     """The files of row indexes."""
+    deleted_files: tuple[FileEntry, ...] = ()
+    """The files of deleted ids; none in a full export."""
     small_files: tuple[FileEntry, ...] = ()
     written: Written = dataclasses.field(default_factory=dict)
     """Each file of the package with its size and version as it was checked. Rank 0."""

@@ -12,9 +12,12 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import index_name, note_unindexed
 from dist_export.config.schema import ExportConfig
+from dist_export.formats.deleted_ids import deleted_name
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
+from dist_export.pipeline.base_package import fit_base, open_base
+from dist_export.pipeline.deltas import account_for_base
 from dist_export.pipeline.identity import Told, find_incomparable, identify_export
 from dist_export.pipeline.inputs import (
     find_dense,
@@ -106,6 +109,9 @@ def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
     task, paths = export.task, export.paths
     ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
+    base = open_base(ranks, config, task.located.base.digest)
+    if base is not None:
+        task.held.callback(base.close)
     small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
     with task.reporter.stage("read"):
         checkpoint = open_source(
@@ -126,7 +132,7 @@ def read_source(export: ExportState) -> ExportState:
             notes += ranks.broadcast("look at the state", lambda: list(parameters.notes))
             files = ranks.broadcast("look at the state's files", parameters.list_files)
             small_files = {**{file.name: file for file in files}, **small_files}
-        told = Told(small_files, [fg_conf, mc_conf], ranks.world_size)
+        told = Told(small_files, [fg_conf, mc_conf, task.located.base.digest], ranks.world_size)
         identity = ranks.broadcast(
             "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
         )
@@ -143,7 +149,9 @@ def read_source(export: ExportState) -> ExportState:
         small_files=small_files,
         identity=identity,
     )
-    return export.grown(notes=notes, read=read, dense_state=[it for it in held_state if it not in trainer_state])
+    return export.grown(
+        notes=notes, read=read, base=base, dense_state=[it for it in held_state if it not in trainer_state]
+    )
 
 
 def find_same_package(export: ExportState) -> ExportState:
@@ -168,7 +176,10 @@ def plan_tables(export: ExportState) -> ExportState:
     assert checkpoint is not None
     notes: list[str] = []
     with task.reporter.stage("plan"):
-        planned = plan_sparse(task.ranks, checkpoint, config, world_size=task.ranks.world_size)
+        world_size = task.ranks.world_size
+        fitting, base, notes_on_base = fit_base(task.ranks, checkpoint, config, export.base, world_size=world_size)
+        notes += notes_on_base
+        planned = plan_sparse(task.ranks, fitting, config, world_size=world_size, base=base)
         plan, where = planned.plan, export.paths.source
         notes += describe_row_indexed_tables(plan)
         notes += note_unreadable(checkpoint, plan.selection)
@@ -182,7 +193,7 @@ def plan_tables(export: ExportState) -> ExportState:
                 lambda: export.taken_over.look(where, plan, has_own=has_own, with_scores=with_scores),
             )
         notes += note_rules(checkpoint, plan.pruning, planned.census.pruned)
-    return export.grown(notes=notes, planned=planned)
+    return export.grown(notes=notes, planned=planned, base=base)
 
 
 def sample_model(export: ExportState) -> ExportState:
@@ -207,6 +218,8 @@ def lock_target(export: ExportState) -> ExportState:
     ranks, config, identity = task.ranks, task.config, export.source.identity
     shards = [] if planned is None else [file.name for file in planned.plan.files]
     shards += [index_name(name) for name in shards] if config.row_index else []
+    if export.base is not None:
+        shards += sorted({deleted_name(part.file) for table in export.base.manifest.tables for part in table.parts})
     paths = settle(ranks, export.paths, config, identity, shards)
     refuse_if_lost = claim(ranks, paths, config, identity, task.held.callback)
     registered: list[str] = []
@@ -343,6 +356,7 @@ STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     lock_target,
     transfer_and_trace,
     check_shards,
+    account_for_base,
     write_rest,
     score_sample,
     count_requests,

@@ -158,6 +158,14 @@ def share_parts(checkpoint: Checkpoint, num_shares: int, *, among: np.ndarray | 
     return [np.sort(order[first:last]).tolist() for first, last in itertools.pairwise(edges.tolist())]
 
 
+def ranks_of_parts(shares: Sequence[Sequence[int]], threads: int, num_parts: int) -> np.ndarray:
+    """Return the rank (int64) that counts each part; -1 if none does. ``shares``: the parts of each thread of each rank."""
+    ranks = np.full(num_parts, -1, np.int64)
+    for number, share in enumerate(shares):
+        ranks[list(share)] = number // threads
+    return ranks
+
+
 def _share_by_owner(
     checkpoint: Checkpoint, memory: Memory, num_shares: int, among: np.ndarray | None
 ) -> list[list[int]]:

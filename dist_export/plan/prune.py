@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
-from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SLOT_VALUE, RowRule
+from dist_export.checkpoint.row_reader import RowReader
+from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SAME, SLOT_VALUE, RowRule
 from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, mix
@@ -84,6 +85,24 @@ class IdList:
         return found
 
 
+class SameRows(Protocol):
+    """Tells which rows of the source are in the base of a delta package with the same bytes. See ``delta/same_rows.py``."""
+
+    def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
+        """Return which rows of a part are the same (bool, (n,)). Any thread, with a reader of its own.
+
+        Args:
+            part: the part of the source.
+            first_row: the first of n neighbouring rows within it.
+            ids: int64, (n,).
+            is_kept: bool, (n,): which rows the rules keep. The others are not the same.
+            reader: reads rows of the source.
+        """
+
+    def digest(self) -> bytes:
+        """Return a digest of the base, which together with the source decides what is the same."""
+
+
 class TableRule(NamedTuple):
     """One rule as it applies to one table."""
 
@@ -102,6 +121,8 @@ class TableRule(NamedTuple):
             ids: int64 (n,).
             rows: slot column -> uint8 (n * row_bytes,), for the slots that rules read.
         """
+        if self.reason == SAME:  # asked of SameRows, after all rules
+            return np.zeros(len(ids), bool)
         if self.reason == EMPTY:
             is_empty: np.ndarray = ids == np.int64(self.limit)
             return is_empty
@@ -122,6 +143,22 @@ class Pruning:
     """The rules as the settings state them."""
     lists: Mapping[str, IdList] = field(default_factory=dict)
     """Path, as in the settings -> the ids of that file."""
+    same: SameRows | None = None
+    """In a delta: which further rows are left to the base. The last rule of each table counts them."""
+    rank_of_part: np.ndarray | None = None
+    """In a delta (int64): the rank that compares each part with the base, and so need not do it again to move its rows."""
+
+    def leaving(self, same: SameRows, rank_of_part: np.ndarray) -> Pruning:
+        """Return these rules, with the rows left out that ``same`` finds among those that the rules keep."""
+        last = TableRule(SAME, None, 0, None, None)
+        rules = tuple((*rules, last) for rules in self.rules)
+        return replace(self, rules=rules, same=same, rank_of_part=rank_of_part)
+
+    def of_settings(self) -> Pruning:
+        """Return the rules without what a delta leaves to its base: what they leave out, serving finds nowhere."""
+        if self.same is None:
+            return self
+        return replace(self, rules=tuple(rules[:-1] for rules in self.rules), same=None, rank_of_part=None)
 
     def __bool__(self) -> bool:
         """Whether any table has a rule."""
@@ -150,6 +187,7 @@ class Pruning:
                 column = -1 if rule.slot is None else rule.slot.column
                 hasher.update(f"{table} {rule.reason} {column} {rule.limit!r}\0".encode())
                 hasher.update(b"" if rule.ids is None else rule.ids.digest)
+        hasher.update(b"" if self.same is None else self.same.digest())
         return hasher.digest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.config.prune_rules import DENY_LIST
+from dist_export.config.prune_rules import DENY_LIST, EMPTY
 from dist_export.errors import PlanError
 from dist_export.humanize import count
 from dist_export.plan.census import PrunedRows
@@ -59,8 +59,8 @@ def _find_empty(checkpoint: Checkpoint, pruning: Pruning, pruned: PrunedRows | N
     counts = count_by_rule(checkpoint, pruning, pruned)
     for number, table in enumerate(checkpoint.tables):
         its = checkpoint.parts.of_table(number)
-        of_no_setting = [place for place, rule in enumerate(pruning.rules[number]) if rule.place is None]
-        rows = int(checkpoint.parts.rows[its].sum()) - int(pruned.rows[its][:, of_no_setting].sum())
+        without_id = [place for place, rule in enumerate(pruning.rules[number]) if rule.reason == EMPTY]
+        rows = int(checkpoint.parts.rows[its].sum()) - int(pruned.rows[its][:, without_id].sum())
         if rows and int(counts[number].sum()) == rows:
             by_rule = enumerate(counts[number].tolist())
             took = ", ".join(f"prune[{place}] took {taken:,}" for place, taken in by_rule if taken)

@@ -41,7 +41,8 @@ class Unit(NamedTuple):
     num_bytes: int
     """Bytes that are moved or read back. This is the cost of the unit."""
     owner: int = -1
-    """The only rank that may run the unit, because it holds the rows of the gather in memory; -1 for any rank."""
+    """The only rank that may run the unit, because it holds the rows of the gather in memory, or has compared them with the
+    base of a delta; -1 for any rank."""
     disk: int = -1
     """The disk on which the output is built. Only ranks that see it may run the unit; -1 if all ranks see it."""
     reused_bytes: int = 0
@@ -99,6 +100,10 @@ def plan_units(
                 by_owner.setdefault(owner, []).append(number)
         for owner in sorted(by_owner):
             writing += gathers.group(by_owner[owner], owner=owner)
+    elif not placements and plan.pruning is not None and plan.pruning.rank_of_part is not None:
+        ranks = plan.pruning.rank_of_part[[gather.part for gather in plan.gathers]] if plan.gathers else np.zeros(0)
+        for owner in np.unique(ranks).tolist():
+            writing += gathers.group(np.flatnonzero(ranks == owner).tolist(), owner=owner)
     elif placements:
         by_disk: dict[int, list[int]] = {}
         for number, gather in enumerate(plan.gathers):

@@ -44,6 +44,9 @@ class PruneReader:
                 if slot.row_bytes:
                     self._reader.read_into(rows[slot.column], part, slot.column, first_row + first, len(its))
             found[first : first + step] = match_rules(self._pruning.rules[table], its, rows)
+        if self._pruning.same is not None:
+            is_same = self._pruning.same.find(part, first_row, ids, found == KEPT, self._reader)
+            found[is_same] = len(self._pruning.rules[table])  # the code of the last rule
         return found
 
     def is_pruned(self, part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:

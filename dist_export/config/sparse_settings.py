@@ -1,0 +1,71 @@
+"""Checks of the settings of tables, without any file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from dist_export.config.prune_rules import parse_rules
+from dist_export.config.publishing import VERSIONS
+from dist_export.errors import ConfigError
+
+CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
+"""Dtypes that rows can be cast to. int8 is row-wise, with scale and bias; source keeps the dtype."""
+
+LATEST = "latest"
+"""As ``base``: the current version of the directory of ``publish``."""
+
+
+def check_sparse(settings: Mapping[str, Any], dtypes: Sequence[tuple[str, str]]) -> None:
+    """Refuse settings of the tables that do not go together. ConfigError names the setting.
+
+    ``settings`` are all settings by name, and ``dtypes`` is ``dtype`` as (pattern, dtype).
+    """
+    patterns = [name for name in ("optimizer_slots", "drop_slots", "keep_slots") if settings[name]]
+    asked = [*patterns, *(["num_shards"] if settings["num_shards"] is not None else [])]
+    asked += ["on_duplicate"] if settings["on_duplicate"] != "error" else []
+    views = ("select_tables", "drop_tables", "rename_tables", "to_hash_tables", "prune")
+    asked += [name for name in views if settings[name]]
+    asked += ["dtype"] if dtypes else []
+    asked += ["base"] if settings["base"] is not None else []
+    unused = [*asked, *(["on_misplaced"] if settings["on_misplaced"] != "repair" else [])]
+    unused += [name for name in ("default_row", "dynamicemb_dims") if settings[name]]
+    if unused and not settings["need_export_sparse"]:
+        raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
+    if settings["treat_as_tables"] and not settings["need_export_sparse"] and settings["model"] is None:
+        raise ConfigError("treat_as_tables says which tensors are tables, but need_export_sparse is false")
+    if asked and settings["filter_sparse_opt"] is False:  # null is checked once the format is known
+        raise ConfigError(
+            f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
+            "set filter_sparse_opt: true"
+        )
+    parse_rules(settings["prune"])
+    for pattern, dim in settings["dynamicemb_dims"].items():
+        if dim < 1:
+            raise ConfigError(f"dynamicemb_dims.{pattern} is {dim}; a row has 1 value or more")
+    for pattern, values in settings["default_row"].items():
+        if not isinstance(values, str) and not all(math.isfinite(value) for value in values):
+            raise ConfigError(f"default_row.{pattern}: {values} holds what is no finite number")
+    for pattern, dtype in dtypes:
+        if dtype not in get_args(CastDtype):
+            known = ", ".join(get_args(CastDtype))
+            raise ConfigError(f"dtype: {pattern!r} is to be {dtype!r}; rows can be cast to {known}")
+    if settings["on_empty_table"] != "error" and not settings["prune"]:
+        raise ConfigError(
+            "on_empty_table says what becomes of tables that prune leaves nothing of, but prune has no rule"
+        )
+    if settings["on_overflow"] != "error" and not dtypes:
+        raise ConfigError("on_overflow says what becomes of values that a dtype cannot hold, but dtype names no table")
+    _check_base(settings)
+
+
+def _check_base(settings: Mapping[str, Any]) -> None:
+    if settings["base"] is None:
+        if settings["on_base_mismatch"] != "error":
+            raise ConfigError("on_base_mismatch says what to do without a fitting base, but base is not set")
+        return
+    if not settings["base"]:
+        raise ConfigError("base is empty; give a package, or null for a full export")
+    if settings["base"] == LATEST and not settings["export_dir"].startswith(VERSIONS):
+        raise ConfigError("base is latest, the current version of the directory of publish, but publish is not set")

@@ -1,0 +1,63 @@
+"""Whether a package can be the base of a delta: it must hold the same tables, as they would be written now. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import ID_SLOT
+from dist_export.humanize import few
+from dist_export.manifest import Manifest, SlotEntry, TableEntry
+from dist_export.plan.selection import Selection
+
+
+def row_indexed_in(base: Manifest) -> frozenset[str]:
+    """Return the names of the base's tables whose rows go by number. A delta holds their rows under these numbers as ids."""
+    return frozenset(table.name for table in base.tables if table.is_row_indexed)
+
+
+def find_mismatch(checkpoint: Checkpoint, selection: Selection, base: Manifest) -> str | None:
+    """Return why no delta against ``base`` can be made, as the end of a sentence about it; None if one can.
+
+    Args:
+        checkpoint: the tables that are exported. Those that are row-indexed in the base are hash tables of row numbers.
+        selection: the slots that are kept.
+        base: the manifest of the base.
+    """
+    ours = {table.name: number for number, table in enumerate(checkpoint.tables)}
+    theirs = {table.name: table for table in base.tables}
+    if lacking := [name for name in ours if name not in theirs]:
+        return f"it lacks the tables {few(lacking)}"
+    if surplus := [name for name in theirs if name not in ours]:
+        return f"it has the further tables {few(surplus)}"
+    for name, number in ours.items():
+        rows = int(checkpoint.parts.rows[checkpoint.parts.of_table(number)].sum())
+        if reason := _compare(checkpoint, selection, number, theirs[name], rows):
+            return f"its table {name!r} {reason}"
+    return None
+
+
+def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: TableEntry, rows: int) -> str | None:
+    table = checkpoint.tables[number]
+    if theirs.is_row_indexed and table.has_ids:
+        return "is row-indexed, and that of the checkpoint has ids"
+    if theirs.is_row_indexed and theirs.rows_out > rows:
+        return f"has {theirs.rows_out:,} rows by number, and that of the checkpoint {rows:,}"
+    if not theirs.is_row_indexed and any(part.rows and part.row_index is msgspec.UNSET for part in theirs.parts):
+        return "has no row index; export the base with row_index: true"
+    now = [_say(slot) for slot in selection.kept[number] if slot.name != ID_SLOT]
+    before = [_say_entry(slot) for slot in theirs.kept if slot.name != ID_SLOT]
+    if now != before:
+        return f"has the slots {', '.join(before)}, and would be written with {', '.join(now)}"
+    return None
+
+
+def _say(slot: SlotMeta) -> str:
+    shape = slot.inner_shape if slot.stored_shape is None else slot.stored_shape
+    return f"{slot.name} {slot.encoding or DTYPES[slot.dtype].torch} {list(shape)}"
+
+
+def _say_entry(slot: SlotEntry) -> str:
+    encoding = "" if slot.encoding is msgspec.UNSET else slot.encoding
+    return f"{slot.name} {encoding or slot.dtype} {list(slot.shape)}"

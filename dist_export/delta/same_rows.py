@@ -1,0 +1,186 @@
+"""Compare the rows of a source with those of a base, as they are written: after casts, bit by bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.row_reader import RowReader
+from dist_export.formats.recis import ID_SLOT
+from dist_export.formats.row_encodings import RowCast
+from dist_export.package.reader import Package
+from dist_export.package.slot_reader import SlotReader
+from dist_export.plan.casts import cast_of
+from dist_export.plan.selection import Selection
+
+_PIECE_BYTES = 1 << 20
+"""Bytes of a slot, as they are written, that are compared at once."""
+
+
+class Compared(NamedTuple):
+    """Rows of one table, as they stand to the base."""
+
+    same: int = 0
+    changed: int = 0
+    new: int = 0
+
+    def plus(self, other: Compared) -> Compared:
+        """Return the sums."""
+        return Compared(self.same + other.same, self.changed + other.changed, self.new + other.new)
+
+
+class _Slot(NamedTuple):
+    column: int
+    stored_bytes: int
+    written_bytes: int
+    cast: RowCast | None
+    in_base: SlotReader
+
+
+class BaseRows:
+    """Which rows of the source the base has with the same bytes. Any thread. See :class:`~dist_export.plan.prune.SameRows`.
+
+    Rows of a part that are asked for in their order for the first time are compared, and the answer is kept, one bit a row.
+    So the census compares, and the gathers of the same rank read what it found. A rank that is asked for other parts compares
+    again.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        selection: Selection,
+        base: Package,
+        dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
+    ) -> None:
+        """Prepare to compare; no row is read yet.
+
+        Args:
+            checkpoint: the source, with row numbers as ids where the base goes by row numbers.
+            selection: its kept slots, as they are written.
+            base: the base. :func:`~dist_export.delta.mismatch.find_mismatch` has found nothing.
+            dropped_in: (part, first row, number of rows) -> those that are dropped (int64, from the first row on), and so are
+                not compared; None if no row is.
+        """
+        self._checkpoint = checkpoint
+        self._base = base
+        self._dropped_in = dropped_in
+        self._slots = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
+        self._bits: dict[int, np.ndarray] = {}
+        """By part, one bit a row: whether it is the same."""
+        self._known: dict[int, int] = {}
+        """By part, how many rows were compared."""
+        self._seen: dict[tuple[int, int], np.ndarray] = {}
+        """By table and part of the base, one bit a row: whether the source has its id."""
+        self._counts: dict[int, Compared] = {}
+        self._lock = threading.Lock()
+
+    def digest(self) -> bytes:
+        """Return a digest of the base."""
+        return self._base.manifest.digest.encode()
+
+    @property
+    def counts(self) -> dict[int, Compared]:
+        """By table, what was compared on this rank."""
+        return dict(self._counts)
+
+    @property
+    def seen(self) -> dict[tuple[int, int], np.ndarray]:
+        """By table and part of the base, which of its rows this rank has found in the source: one bit a row, uint8."""
+        return dict(self._seen)
+
+    def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
+        """Return which rows are the same; see :class:`~dist_export.plan.prune.SameRows`."""
+        known, end = self._known.get(part, 0), first_row + len(ids)
+        if end <= known:
+            first_byte = first_row // 8
+            bits = np.unpackbits(self._bits[part][first_byte : -(-end // 8)])
+            kept: np.ndarray = bits[first_row - first_byte * 8 :][: len(ids)].astype(bool) & is_kept
+            return kept
+        is_first = first_row == known
+        is_asked = is_kept.copy()
+        if self._dropped_in is not None:
+            is_asked[self._dropped_in(part, first_row, len(ids))] = False
+        is_same = self._compare(part, first_row, ids, is_asked, reader, is_first=is_first)
+        if is_first:
+            self._keep(part, first_row, is_same)
+        return is_same
+
+    # ---- within ----
+
+    def _list_slots(self, table: int, selection: Selection) -> list[_Slot]:
+        meta = self._checkpoint.tables[table]
+        slots = []
+        for written in selection.kept[table]:
+            if written.name == ID_SLOT:
+                continue
+            stored = meta.slots[written.column]
+            in_base = self._base.rows_of(meta.name, slot=written.name)
+            slots.append(_Slot(written.column, stored.row_bytes, written.row_bytes, cast_of(stored, written), in_base))
+        return slots
+
+    def _compare(
+        self, part: int, first_row: int, ids: np.ndarray, is_asked: np.ndarray, reader: RowReader, *, is_first: bool
+    ) -> np.ndarray:
+        table = int(self._checkpoint.parts.table[part])
+        slots = self._slots[table]
+        widest = max([1, *(max(slot.stored_bytes, slot.written_bytes) for slot in slots)])
+        step = max(1, _PIECE_BYTES // widest)
+        is_same = np.zeros(len(ids), bool)
+        total = Compared()
+        for begin in range(0, len(ids), step):
+            end = min(begin + step, len(ids))
+            asked = begin + np.flatnonzero(is_asked[begin:end])
+            if not len(asked):
+                continue
+            parts, rows = slots[0].in_base.find(ids[asked])
+            hits = np.flatnonzero(rows >= 0)
+            there, parts, rows = asked[hits], parts[hits], rows[hits]
+            is_equal = np.ones(len(there), bool)
+            for slot in slots:
+                if slot.written_bytes and len(there):
+                    now = self._read(slot, part, first_row + begin, end - begin, reader)[there - begin]
+                    is_equal &= _are_equal(now, slot.in_base.take(parts, rows))
+            is_same[there] = is_equal
+            num_same = int(np.count_nonzero(is_equal))
+            total = total.plus(Compared(num_same, len(there) - num_same, len(asked) - len(there)))
+            if is_first:
+                self._mark(table, parts, rows)
+        if is_first:
+            with self._lock:
+                self._counts[table] = self._counts.get(table, Compared()).plus(total)
+        return is_same
+
+    def _read(self, slot: _Slot, part: int, first_row: int, num_rows: int, reader: RowReader) -> np.ndarray:
+        """Return rows of a slot as they are written: uint8, (num_rows, bytes)."""
+        held = np.empty(num_rows * slot.stored_bytes, np.uint8)
+        reader.read_into(held, part, slot.column, first_row, num_rows)
+        rows = held.reshape(num_rows, slot.stored_bytes)
+        return rows if slot.cast is None else slot.cast.encode(rows)
+
+    def _mark(self, table: int, parts: np.ndarray, rows: np.ndarray) -> None:
+        """Note rows of the base whose ids the source has."""
+        theirs = self._base.table(self._checkpoint.tables[table].name).parts
+        with self._lock:  # threads may add to one byte
+            for number in np.unique(parts).tolist():
+                its = rows[parts == number]
+                bits = self._seen.setdefault((table, number), np.zeros(-(-theirs[number].rows // 8), np.uint8))
+                np.bitwise_or.at(bits, its >> 3, (128 >> (its & 7)).astype(np.uint8))
+
+    def _keep(self, part: int, first_row: int, is_same: np.ndarray) -> None:
+        num_rows = int(self._checkpoint.parts.rows[part])
+        bits = self._bits.setdefault(part, np.zeros(-(-num_rows // 8), np.uint8))
+        assert first_row % 8 == 0, "runs of a part begin at whole bytes"
+        bits[first_row // 8 : -(-(first_row + len(is_same)) // 8)] = np.packbits(is_same)
+        self._known[part] = first_row + len(is_same)
+
+
+def _are_equal(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return which rows (uint8, (n, bytes)) have the same bytes."""
+    if one.shape[1] % 8 == 0:
+        one, other = (np.ascontiguousarray(rows).view(np.uint64) for rows in (one, other))
+    is_equal: np.ndarray = (one == other).all(axis=1)
+    return is_equal

@@ -1,0 +1,158 @@
+"""The base of a delta: where it is, whether it fits, and which tables of the source are taken as it has them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.config.schema import ExportConfig
+from dist_export.config.sparse_settings import LATEST
+from dist_export.delta.mismatch import find_mismatch, row_indexed_in
+from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError
+from dist_export.manifest import MANIFEST, Manifest, decode_manifest
+from dist_export.package.reader import Package, open_package
+from dist_export.pipeline.planning import choose, read_pruning
+from dist_export.plan.table_view import HASH_SIZE
+from dist_export.redact import first_line
+from dist_export.registry import base as registries
+from dist_export.runtime.ranks import Ranks
+from dist_export.storage.urls import open_directory
+
+
+class FoundBase(NamedTuple):
+    """What the setting ``base`` leads to."""
+
+    directory: str | None = None
+    """The full package; None if everything is exported."""
+    digest: str = ""
+    """Of its manifest."""
+    note: str = ""
+
+    def settings(self, config: ExportConfig) -> dict[str, Any]:
+        """Return the settings with the directory in the place of what was given."""
+        return {"base": self.directory, "on_base_mismatch": config.on_base_mismatch if self.directory else "error"}
+
+
+def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBase:
+    """Find the full package that a delta goes on top of. Rank 0.
+
+    Raises:
+        ConfigError, PackageError: there is none, or it cannot be read, and ``on_base_mismatch`` is ``error``.
+    """
+    if config.base is None:
+        return FoundBase()
+    try:
+        uri = config.export_dir if config.base == LATEST else config.base
+        directory = registries.resolve(uri, registry_options).directory
+        manifest = _read_manifest(directory, config)
+        if manifest.base is not msgspec.UNSET:
+            directory = _beside(directory, manifest.base.path, config)
+            full = _read_manifest(directory, config)
+            if full.digest != manifest.base.digest or full.base is not msgspec.UNSET:
+                raise ConfigError(
+                    f"base {config.base} is a delta of {directory}, which has been replaced since; give another base"
+                )
+            manifest = full
+    except DistExportError as error:
+        if config.on_base_mismatch != "full":
+            raise
+        return FoundBase(note=f"everything was exported, for the base cannot be used: {first_line(error)}")
+    return FoundBase(directory, manifest.digest)
+
+
+def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
+    package = open_directory(directory, config.options_of_target)
+    try:
+        return decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"base {package.describe(MANIFEST)}: there is no such file, so that is no package; give a package, or set "
+            "on_base_mismatch: full"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"base {package.describe(MANIFEST)} cannot be read: {error.strerror or error}") from error
+
+
+def _beside(delta: str, path: str, config: ExportConfig) -> str:
+    """Return where the base of a delta is: at its path, or if it was moved with the delta, beside that."""
+    if open_directory(path, config.options_of_target).exists(MANIFEST):
+        return path
+    return f"{delta.rstrip('/').rpartition('/')[0]}/{path.rstrip('/').rpartition('/')[2]}"
+
+
+def open_base(ranks: Ranks, config: ExportConfig, digest: str) -> Package | None:
+    """Open the base, which ``config`` names as a directory. All ranks.
+
+    Raises:
+        ExportError: a rank finds another package there.
+    """
+    path = config.base
+    if path is None:
+        return None
+
+    def open_it() -> Package:
+        package = open_package(path, storage_options=config.options_of_target)
+        if package.manifest.digest != digest:
+            package.close()
+            raise ExportError(
+                f"base {path}: the package with the manifest {package.manifest.digest} is there, and rank 0 found {digest}. "
+                "Nothing was written; see that all ranks share the directory and that nobody replaces it, and export again"
+            )
+        return package
+
+    return ranks.run("open the base", open_it)
+
+
+def fit_base(
+    ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig, base: Package | None, *, world_size: int
+) -> tuple[Checkpoint, Package | None, list[str]]:
+    """Compare the tables with those of the base. All ranks.
+
+    Returns:
+        The checkpoint as the delta takes it; the base, None if everything is to be exported; and notes.
+
+    Raises:
+        PlanError: the base does not fit, and ``on_base_mismatch`` is ``error``.
+    """
+    if base is None:
+        return checkpoint, None, []
+    # rules for tables whose rows go by number are refused here, before these become hash tables
+    ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    fitting = number_rows(checkpoint, row_indexed_in(base.manifest))
+
+    def compare() -> str | None:
+        return find_mismatch(fitting, choose(fitting, config, world_size)[0], base.manifest)
+
+    reason = ranks.run("compare the tables with the base", compare)
+    if reason is None:
+        return fitting, base, []
+    told = f"base {config.base} does not fit: {reason}"
+    if config.on_base_mismatch != "full":
+        raise PlanError(f"{told}. Nothing was written; give another base, or set on_base_mismatch: full")
+    return checkpoint, None, [f"everything was exported: {told}"]
+
+
+def number_rows(checkpoint: Checkpoint, names: frozenset[str]) -> Checkpoint:
+    """Return the checkpoint with some of its row-indexed tables as hash tables of row numbers, as ``to_hash_tables`` does."""
+    becomes_hash = np.array([not table.is_hashed and table.name in names for table in checkpoint.tables], bool)
+    if not becomes_hash.any():
+        return checkpoint
+    parts = checkpoint.parts
+    changed = becomes_hash[parts.table]
+    return replace(
+        checkpoint,
+        tables=tuple(
+            replace(table, is_hashed=True) if becomes else table
+            for table, becomes in zip(checkpoint.tables, becomes_hash.tolist(), strict=True)
+        ),
+        parts=replace(
+            parts,
+            begin=np.where(changed, 0, parts.begin),
+            end=np.where(changed, HASH_SIZE, parts.end),
+            size=np.where(changed, HASH_SIZE, parts.size),
+        ),
+    )

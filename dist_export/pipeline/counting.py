@@ -1,0 +1,44 @@
+"""The counting of ids and the search for repeated ones, shared out over ranks and threads."""
+
+from __future__ import annotations
+
+from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.plan.census import Census, UniqueTask, count_row_indexed_rows, merge_censuses
+from dist_export.plan.memory_budget import MemoryBudget
+from dist_export.plan.prune import Pruning
+from dist_export.plan.target_slices import Targets
+from dist_export.runtime.ranks import Ranks
+from dist_export.runtime.threads import run_threads
+from dist_export.transfer.duplicates import DuplicateIds
+from dist_export.transfer.id_scan import check_unique, take_census
+
+
+def count_rows(
+    ranks: Ranks,
+    checkpoint: Checkpoint,
+    targets: tuple[Targets, ...],
+    shares: list[list[int]],
+    budget: MemoryBudget,
+    rules: Pruning,
+    duplicates: DuplicateIds,
+) -> Census:
+    """Count the rows of all parts, each rank those of its share. All ranks. ``duplicates`` takes in ids that stand twice."""
+    mine = shares[ranks.rank * budget.threads : (ranks.rank + 1) * budget.threads]
+
+    def count(share: list[int]) -> Census:
+        return take_census(checkpoint, targets, share, held_ids=budget.held_ids, duplicates=duplicates, pruning=rules)
+
+    counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
+    row_indexed = ranks.run("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
+    return merge_censuses([*counts, row_indexed])
+
+
+def search_rest(
+    checkpoint: Checkpoint, tasks: list[UniqueTask], budget: MemoryBudget, duplicates: DuplicateIds
+) -> None:
+    """Search this rank's tasks for ids that stand twice."""
+
+    def search(share: list[UniqueTask]) -> None:
+        check_unique(checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates)
+
+    run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])
