@@ -12,7 +12,7 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
 from dist_export.delta.mismatch import find_mismatch, row_indexed_in
-from dist_export.errors import ConfigError, DistExportError, ExportError, PlanError
+from dist_export.errors import ConfigError, DistExportError, ExportError, PackageError, PlanError
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
@@ -41,7 +41,7 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
     """Find the full package that a delta goes on top of. Rank 0.
 
     Raises:
-        ConfigError, PackageError: there is none, or it cannot be read, and ``on_base_mismatch`` is ``error``.
+        ConfigError: there is none, or it cannot be read, and ``on_base_mismatch`` is ``error``.
     """
     if config.base is None:
         return FoundBase()
@@ -68,6 +68,8 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
     package = open_directory(directory, config.options_of_target)
     try:
         return decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
+    except PackageError as error:
+        raise ConfigError(f"base {error}. Give another base, or set on_base_mismatch: full") from error
     except FileNotFoundError:
         raise ConfigError(
             f"base {package.describe(MANIFEST)}: there is no such file, so that is no package; give a package, or set "

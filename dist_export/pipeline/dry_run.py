@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +28,7 @@ from dist_export.pipeline.account import (
     list_dense_left,
     note_dense_left,
 )
+from dist_export.pipeline.base_package import fit_base, open_base
 from dist_export.pipeline.inputs import note_renamed
 from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
 from dist_export.pipeline.preflight import Found, look_at_all
@@ -62,6 +64,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report: dict[str, Any] = {
         "export_dir": paths.final.url,
         "source": source.url,
+        "base": None,
         "format": None if checkpoint is None else checkpoint.format,
         "files": [],
         "tables": [],
@@ -79,8 +82,15 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     }
     if not config.need_export_sparse or checkpoint is None:
         return report
-    planned = plan_sparse(ranks, checkpoint, config, world_size=world_size)
+    with contextlib.ExitStack() as held:
+        base = open_base(ranks, config, found.located.base.digest)
+        if base is not None:
+            held.callback(base.close)
+        fitting, base, notes = fit_base(ranks, checkpoint, config, base, world_size=world_size)
+        planned = plan_sparse(ranks, fitting, config, world_size=world_size, base=base)
     plan = planned.plan
+    report["base"] = None if base is None else base.directory.url
+    report["notes"] += notes
     report["notes"] += _look_at_target(ranks, found, planned)
     report["files"] = [{"name": file.name, "bytes": file.num_bytes} for file in plan.files]
     report["tables"] = _tables(planned)
@@ -167,6 +177,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
     ]
     if report["format"]:
         lines.append(f"  source: {report['format']} checkpoint{describe_format(report['format'])}")
+    if report["base"]:
+        lines.append(f"  delta against {report['base']}")
     lines += [f"  {file['name']}  {amount(file['bytes']):>10}" for file in report["files"]]
     for table in report["tables"]:
         repaired = f", {table['misplaced']:,} of them in another shard's slice" if table["misplaced"] else ""

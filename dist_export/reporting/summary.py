@@ -63,6 +63,7 @@ def _say_tables(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
     lines = [
         f"  tables   {len(manifest.tables)}{named}, {where} ({manifest.mode}{speed})",
         f"  rows     kept {amount(kept)}, dropped {amount(dropped)}{_dropped_names(manifest)}",
+        *_delta(manifest),
         *_views(manifest),
         *_casts(manifest),
         *(f"  dropped  {count(behind, 'row')} ({reason})" for reason, behind in _rows_dropped(manifest).items()),
@@ -79,6 +80,18 @@ def _say_tables(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
     if reused := manifest.run.get("reused_shards"):
         lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
     return lines
+
+
+def _delta(manifest: Manifest) -> list[str]:
+    """Return lines about the base of a delta."""
+    if manifest.base is msgspec.UNSET:
+        return []
+    deltas = [table.delta for table in manifest.tables if table.delta is not msgspec.UNSET]
+    changed, new, deleted = (sum(getattr(delta, name) for delta in deltas) for name in ("changed", "new", "deleted"))
+    in_base = count(sum(delta.rows_base for delta in deltas), "row")
+    return [
+        f"  delta    {changed:,} changed, {new:,} new, {deleted:,} deleted against {in_base} of {manifest.base.path}"
+    ]
 
 
 def _say_signature(dense: DenseEntry) -> list[str]:
