@@ -147,6 +147,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
         versions=manifest.versions,
         step=locations.step,
         seen=locations.seen,
+        base="" if manifest.base is msgspec.UNSET else manifest.base.path,
     )
     again = "Run the same export again, which only registers it"
     if locations.ckpt_dir is None:  # the model may have changed since

@@ -62,6 +62,8 @@ class Registered(NamedTuple):
     """Of the checkpoint, where it is one of a training run."""
     seen: str = ""
     """What the registry's ``look`` returned before the export began."""
+    base: str = ""
+    """Of a delta, the directory of its base, as ``directory``; empty for a full package."""
 
 
 class Registry(Protocol):

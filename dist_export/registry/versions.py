@@ -39,6 +39,8 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
     at: str
     """UTC, as ISO 8601 with microseconds."""
     step: int | None = None
+    base: str | None = None
+    """The version that a delta package needs; null for a full package."""
 
 
 class Current(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +146,8 @@ class VersionDirectory:
                     f"the current version, {current.version}, is of step {current.step:,}, and this one of step "
                     f"{package.step:,}. `dist_export rollback {where} {version}` makes it current all the same"
                 )
-        self._switch(where, version, package.digest, package.step, expected=package.seen)
+        base = self._name_of(where, package.base)
+        self._switch(where, version, package.digest, package.step, base, expected=package.seen)
         self._remove_old(where)
         return named
 
@@ -189,22 +192,26 @@ class VersionDirectory:
             raise ConfigError(f"{package.url} is no package; the versions of {where} are {few(names)}")
         manifest = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
         step = next((switch.step for switch in current.switches if switch.version == version), None)
-        self._switch(where, version, manifest.digest, step, expected=raw)
+        base = None if manifest.base is msgspec.UNSET else self._name_of(where, manifest.base.path)
+        self._switch(where, version, manifest.digest, step, base, expected=raw)
         return version
 
     # ---- within ----
 
-    def _switch(self, where: str, version: str, digest: str, step: int | None, *, expected: str) -> None:
+    def _switch(
+        self, where: str, version: str, digest: str, step: int | None, base: str | None, *, expected: str
+    ) -> None:
         """Write ``current.json`` if it still is what it was. ExportError if it is not."""
         directory = self._open(where)
         before = _decode(expected, directory) if expected else None
         now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         kept = before.switches if before is not None else ()
         there = {version, *directory.child(VERSIONS).folders()}
-        switch = Switch(version=version, at=now, step=step)
+        switch = Switch(version=version, at=now, step=step, base=base)
         content = Current(
             version=version,
             manifest_digest=digest,
+            base=base,
             step=step,
             created_at=now,
             data_timestamp=self._data_timestamp,
@@ -230,7 +237,10 @@ class VersionDirectory:
                 logger.warning("version %s could not be removed: %s", name, reason_of(error))
 
     def _list_old(self, current: Current) -> list[str]:
-        """Return the versions that may go: neither among the newest, nor the one before this one, nor within the grace."""
+        """Return the versions that may go: neither among the newest, nor the one before this one, nor within the grace.
+
+        Nor one that a delta among these needs.
+        """
         assert self._keep_versions is not None
         now = datetime.now(timezone.utc)
         ended: dict[str, float] = {}
@@ -241,7 +251,14 @@ class VersionDirectory:
             following = datetime.fromisoformat(switch.at)
         newest = list(ended)
         kept = {*newest[: max(self._keep_versions, 1)], *newest[:2]}
-        return [name for name, age in ended.items() if name not in kept and age >= self._grace_secs]
+        kept |= {name for name, age in ended.items() if age < self._grace_secs}
+        needed = {switch.base for switch in current.switches if switch.version in kept}
+        return [name for name in ended if name not in kept and name not in needed]
+
+    def _name_of(self, where: str, path: str) -> str | None:
+        """Return which version a directory is; None if it is elsewhere, or if the path is empty."""
+        folder, _, name = path.rstrip("/").rpartition("/")
+        return name if folder and self._open(folder).is_same(self._open(f"{where}/{VERSIONS}")) else None
 
     def _require(self, where: str) -> Current:
         current, _ = self._read(where)

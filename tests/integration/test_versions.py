@@ -150,6 +150,19 @@ def test_older_versions_go_and_the_one_before_the_current_stays(tmp_path: Path, 
     assert names_of(tmp_path) == list(kept)
 
 
+def test_a_base_stays_as_long_as_a_delta_that_stays_needs_it(tmp_path: Path) -> None:
+    """Names in capitals are full packages, the others deltas of the last one."""
+    registry, uri, base = VersionDirectory(keep_versions=1, grace_secs=0), f"versions:{tmp_path}", ""
+    kept = []
+    for name in "AbcdEfG":
+        of_delta = f"{tmp_path}/versions/{base}" if name.islower() else ""
+        registry.register(uri, registered(tmp_path, name, seen=registry.look(uri), base=of_delta))
+        base = base if of_delta else name
+        kept.append("".join(names_of(tmp_path)))
+        assert current_of(tmp_path)["base"] == (base if of_delta else None)
+    assert kept == ["A", "Ab", "Abc", "Acd", "AEd", "Ef", "EGf"]
+
+
 def test_a_version_that_was_current_a_moment_ago_stays_for_its_readers(tmp_path: Path) -> None:
     publish_names(tmp_path, "abcde", keep_versions=1)
     assert names_of(tmp_path) == list("abcde")
