@@ -133,22 +133,25 @@ class BaseRows:
         total = Compared()
         for begin in range(0, len(ids), step):
             end = min(begin + step, len(ids))
-            asked = begin + np.flatnonzero(is_asked[begin:end])
+            asked = np.flatnonzero(is_asked[begin:end])
             if not len(asked):
                 continue
-            parts, rows = slots[0].in_base.find(ids[asked])
-            hits = np.flatnonzero(rows >= 0)
-            there, parts, rows = asked[hits], parts[hits], rows[hits]
-            is_equal = np.ones(len(there), bool)
-            for slot in slots:
-                if slot.written_bytes and len(there):
-                    now = self._read(slot, part, first_row + begin, end - begin, reader)[there - begin]
-                    is_equal &= _are_equal(now, slot.in_base.take(parts, rows))
-            is_same[there] = is_equal
+            now = [self._read(slot, part, first_row + begin, end - begin, reader) for slot in slots]
+            is_equal = np.zeros(end - begin, bool)
+            num_found = 0
+            for number, wanted, found in slots[0].in_base.find(ids[begin:end][asked]):
+                hits = found >= 0
+                its, rows = (asked[wanted], found) if hits.all() else (asked[wanted[hits]], found[hits])
+                is_equal[its] = True
+                num_found += len(its)
+                if is_first:
+                    self._mark(table, number, rows)
+                for slot, all_rows in zip(slots, now, strict=True):
+                    ours = all_rows if len(its) == len(all_rows) else all_rows[its]
+                    is_equal[its] &= _are_equal(ours, slot.in_base.take(number, rows))
+            is_same[begin:end] = is_equal
             num_same = int(np.count_nonzero(is_equal))
-            total = total.plus(Compared(num_same, len(there) - num_same, len(asked) - len(there)))
-            if is_first:
-                self._mark(table, parts, rows)
+            total = total.plus(Compared(num_same, num_found - num_same, len(asked) - num_found))
         if is_first:
             with self._lock:
                 self._counts[table] = self._counts.get(table, Compared()).plus(total)
@@ -161,14 +164,12 @@ class BaseRows:
         rows = held.reshape(num_rows, slot.stored_bytes)
         return rows if slot.cast is None else slot.cast.encode(rows)
 
-    def _mark(self, table: int, parts: np.ndarray, rows: np.ndarray) -> None:
-        """Note rows of the base whose ids the source has."""
-        theirs = self._base.table(self._checkpoint.tables[table].name).parts
+    def _mark(self, table: int, number: int, rows: np.ndarray) -> None:
+        """Note rows of a part of the base whose ids the source has."""
+        part = self._base.table(self._checkpoint.tables[table].name).parts[number]
         with self._lock:  # threads may add to one byte
-            for number in np.unique(parts).tolist():
-                its = rows[parts == number]
-                bits = self._seen.setdefault((table, number), np.zeros(-(-theirs[number].rows // 8), np.uint8))
-                np.bitwise_or.at(bits, its >> 3, (128 >> (its & 7)).astype(np.uint8))
+            bits = self._seen.setdefault((table, number), np.zeros(-(-part.rows // 8), np.uint8))
+            np.bitwise_or.at(bits, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
 
     def _keep(self, part: int, first_row: int, is_same: np.ndarray) -> None:
         num_rows = int(self._checkpoint.parts.rows[part])

@@ -129,19 +129,21 @@ class SlotReader:
             reader.read_into(ids.data.cast("B"), place.id_offset + first * _IDS.itemsize)
         return ids
 
-    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the part of each id (int64, (n,)) and its row there (int64, (n,)); both -1 for an id without a row.
+    def find(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield each part that may hold some ids: its number, the positions of these ids (int64), and their rows there (int64).
+
+        An id without a row has -1, or no part. ``ids`` is int64, (n,).
 
         Raises:
             PackageError: a part of a hash table has no row index, or a damaged one.
         """
-        parts, rows = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
         if self._table.is_row_indexed:
             for number, part in enumerate(self._table.parts):
                 first_row = self._first_row(part)
                 mine = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
-                parts[mine], rows[mine] = number, ids[mine] - first_row
-            return parts, rows
+                if len(mine):
+                    yield number, mine, ids[mine] - first_row
+            return
         for number, wanted in self._deal(ids):
             part = self._table.parts[number]
             if not part.rows:
@@ -150,16 +152,12 @@ class SlotReader:
                 raise PackageError(
                     f"{self._files.url}: table {self._table.name!r} has no row index; export it with row_index: true"
                 )
-            found = self._find_in(number, part.row_index, ids[wanted])
-            parts[wanted], rows[wanted] = np.where(found >= 0, number, -1), found
-        return parts, rows
+            yield number, wanted, self._find_in(number, part.row_index, ids[wanted])
 
-    def take(self, parts: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """Return rows as they are stored, uint8 (n, row_bytes). ``parts`` and ``found`` are those of :meth:`find`, none -1."""
+    def take(self, number: int, found: np.ndarray) -> np.ndarray:
+        """Return rows of a part as they are stored: uint8, (n, row_bytes). ``found`` (int64, (n,)) are rows within it."""
         rows, has_row = self._allocate(len(found))
-        for number in np.unique(parts).tolist():
-            wanted = np.flatnonzero(parts == number)
-            self._take(number, wanted, found[wanted], has_row, rows)
+        self._take(number, np.arange(len(found)), found, has_row, rows)
         return rows
 
     # ---- hash tables ----
