@@ -18,6 +18,7 @@ from dist_export.config.prune_rules import DENY_LIST, NORM, RowRule
 from dist_export.errors import CommitError
 from dist_export.formats.digests import NONE, XXH3, digest_bytes
 from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.id_list import IdList
 from dist_export.formats.recis import (
     DENSE_SUFFIX,
     EMBEDDING_SLOT,
@@ -52,7 +53,6 @@ from dist_export.plan.casts import CastCount, cast_of
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import DUPLICATE, account_for
 from dist_export.plan.plan import OutputBlocks, SparsePlan
-from dist_export.plan.prune import IdList
 from dist_export.plan.prune_report import count_by_rule
 from dist_export.plan.selection import BY_TRAINER
 from dist_export.redact import redact_text

@@ -12,7 +12,8 @@ from dist_export.diff.entries import TableDiff
 from dist_export.errors import PackageError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.manifest import Manifest, PartEntry, SlotEntry, TableEntry
-from dist_export.package.reader import Package, decode_rows, row_bytes_of
+from dist_export.package.reader import Package
+from dist_export.package.stored_rows import decode_rows, row_bytes_of
 
 _MOST_ROWS = 1 << 18
 _COPIES = 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from dist_export.kernels.protocol import Column
@@ -70,3 +72,21 @@ class StoredColumn:
         self._reader.read_many([(view[n * size : (n + 1) * size], begin) for n, begin in enumerate(begins)])
         taken: np.ndarray = values[inverse]
         return taken
+
+
+def read_rows(reader: RangeReader, offset: int, row_bytes: int, found: np.ndarray) -> np.ndarray:
+    """Return rows ``found`` (int64, (n,)) of a block at ``offset``, uint8 (n, row_bytes).
+
+    Each row is read once, and neighbours are read as one range.
+    """
+    unique, inverse = np.unique(found, return_inverse=True)
+    held = np.empty((len(unique), row_bytes), np.uint8)
+    edges = [0, *(1 + np.flatnonzero(np.diff(unique) != 1)).tolist(), len(unique)]
+    reader.read_many(
+        [
+            (held[first:last].reshape(-1).data, offset + int(unique[first]) * row_bytes)
+            for first, last in itertools.pairwise(edges)
+        ]
+    )
+    rows: np.ndarray = held[inverse]
+    return rows

@@ -11,19 +11,22 @@ import msgspec
 import numpy as np
 
 from dist_export.archive.safe_load import load_program
-from dist_export.errors import DistExportError, PackageError, UserError
-from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.errors import PackageError, UserError
+from dist_export.formats.dtypes import CODE_BY_TORCH
 from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
-from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8, decode_int8, encode_values, widen_bfloat16
 from dist_export.formats.safetensors import Header
-from dist_export.manifest import MANIFEST, Manifest, SlotEntry, TableEntry, decode_manifest
+from dist_export.manifest import Manifest, TableEntry
+from dist_export.package.base import find_base
 from dist_export.package.dense_inputs import dense_inputs_of
+from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.local_cache import LocalCache
-from dist_export.package.opened_files import OpenedFiles
+from dist_export.package.open_count import OpenCount
+from dist_export.package.opening import open_committed, open_written
 from dist_export.package.other_formats import load_native_program, load_onnx
 from dist_export.package.shard_headers import ShardHeaders
 from dist_export.package.slot_reader import PartRun, SlotReader
-from dist_export.registry import base
+from dist_export.package.stored_rows import decode_rows, encode_default, is_sound_encoding, row_bytes_of
+from dist_export.registry.base import resolve
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 
@@ -34,39 +37,12 @@ if TYPE_CHECKING:
     from dist_export.archive.onnx_model import OnnxProgram
     from dist_export.package.score import Scorer
 
-_RUN_ROWS = 1 << 20
-_TRIES = 10
-"""Attempts to open a package that is being replaced."""
-
-
-def is_sound_encoding(slot: SlotEntry) -> bool:
-    """Return whether the encoding of a slot is known, and its dtype and shape match it."""
-    return (
-        slot.encoding == INT8_ROWWISE
-        and slot.dtype == DTYPES[U8].torch
-        and slot.dim is not msgspec.UNSET
-        and slot.shape == (slot.dim + TAIL_BYTES,)
-    )
-
-
-def row_bytes_of(slot: SlotEntry) -> int:
-    """Return the bytes of a row of a slot whose dtype is known, as it is stored."""
-    return int(np.prod(slot.shape, dtype=np.int64)) * DTYPES[CODE_BY_TORCH[slot.dtype]].itemsize
-
-
-def decode_rows(rows: np.ndarray, slot: SlotEntry) -> np.ndarray:
-    """Return rows as they are stored (uint8, (n, row_bytes)) as values, (n, ...). bfloat16 and int8 with scale become float32."""
-    if slot.encoding is not msgspec.UNSET:
-        return decode_int8(rows)
-    values = rows.reshape(-1).view(DTYPES[CODE_BY_TORCH[slot.dtype]].numpy).reshape(len(rows), *slot.shape)
-    return widen_bfloat16(values) if slot.dtype == "bfloat16" else values
-
 
 class Package:
     """A committed package. ``manifest`` describes it. Other files are only read when they are needed.
 
     It reads the package that was opened. If that was replaced and can no longer be read, it raises PackageError. Any thread
-    may read it.
+    may read it. ``base`` is the open base of a delta package; None for a full package.
     """
 
     def __init__(
@@ -75,21 +51,70 @@ class Package:
         *,
         cache_dir: str | os.PathLike[str] | None = None,
         unpublished: Manifest | None = None,
+        base_directory: Directory | None = None,
+        opens_base: bool = True,
+        opened: Package | None = None,
     ) -> None:
         """Open the package in a directory. Raises the errors of :func:`open_package`.
 
-        ``unpublished``: what the manifest will say of a package whose manifest is not written yet.
+        Args:
+            directory: the package.
+            cache_dir: as in :func:`open_package`.
+            unpublished: what the manifest will say of a package whose manifest is not written yet.
+            base_directory: where the base of a delta package is. By default it is searched for.
+            opens_base: false leaves the base of a delta package closed until :meth:`open_base`. There are no lookups before.
+            opened: an open package, which becomes the base, or whose base does, if it has the digest of this one's base.
         """
         self.directory = directory
-        self.files, self.manifest = _open(directory) if unpublished is None else _open_written(directory, unpublished)
+        self.files, self.manifest = (
+            open_committed(directory) if unpublished is None else open_written(directory, unpublished)
+        )
+        self._readers_of_files = OpenCount(self.files.close)
+        self._leave = [self._readers_of_files.join(self)]
+        self.base: Package | None = None
         self._cache_dir = cache_dir
         self._cache: LocalCache | None = None
         if cache_dir is not None and not directory.is_local:
             self._cache = LocalCache(cache_dir, self.files, self.manifest.digest)
         self._headers = ShardHeaders(self.files)
         self._readers: dict[tuple[str, str], SlotReader] = {}
+        self._layered: dict[tuple[str, str], LayeredReader] = {}
+        self._delta_ids = DeltaIds(self.files)
         self._scorer: Scorer | None = None
         self._lock = threading.Lock()
+        if base_directory is not None and not self.is_delta:
+            self.close()
+            raise UserError(f"{directory.url} is a full package, which needs no base; leave base out")
+        if self.is_delta and opens_base:
+            self.open_base(base_directory, opened=opened)
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether this is a delta package, whose other rows are in its base."""
+        return self.manifest.base is not msgspec.UNSET
+
+    def open_base(self, directory: Directory | None = None, *, opened: Package | None = None) -> None:
+        """Open the base of a delta package, as the constructor does with these arguments. Closes the package if it fails.
+
+        Raises:
+            PackageError: the base is not found, or is not the one that the delta was made on top of.
+        """
+        known = [package for package in (opened, opened and opened.base) if package is not None]
+        try:
+            base = find_base(
+                self.directory,
+                self.manifest,
+                lambda place: Package(place, cache_dir=self._cache_dir, opens_base=False),
+                given=directory,
+                known=known,
+            )
+        except PackageError:
+            self.close()
+            raise
+        self.base = base
+        self._leave.append(base._readers_of_files.join(self))  # noqa: SLF001 -- of the same class
+        if base not in known:
+            base.close()  # from now on it is closed with the last delta package that reads it
 
     def hold(self) -> None:
         """Open the files on a disk that lookups and :meth:`load_program` read, as many as descriptors allow.
@@ -104,15 +129,21 @@ class Package:
         programs = [entry.program for entry in (dense, score) if entry not in (None, msgspec.UNSET)]
         if dense is not None and dense.formats is not msgspec.UNSET:
             programs += [entry.file for entry in dense.formats]
-        self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *shards])
+        deltas = (table.delta for table in self.manifest.tables if table.delta is not msgspec.UNSET)
+        deleted = (entry.file for delta in deltas for entry in delta.deleted_ids)
+        self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *deleted, *shards])
+        if self.base is not None:
+            self.base.hold()
 
     def close(self) -> None:
-        """Close all files. They are also closed when the last reference to the package is gone."""
-        self.files.close()
+        """Close all files, also of the base unless others read it. They are also closed with the last reference to it."""
+        for leave in self._leave:
+            leave()
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Let another process open the package again, without the descriptors. It raises PackageError if it was replaced."""
-        return _open_again, (self.directory, self.manifest.digest, self._cache_dir)
+        base = None if self.base is None else self.base.directory
+        return _open_again, (self.directory, self.manifest.digest, self._cache_dir, base)
 
     def __enter__(self) -> Package:
         return self
@@ -134,7 +165,8 @@ class Package:
         """Return the rows of ids, read from the shards without loading the table.
 
         For a row-indexed table, an id is a row number, counted from 0. For a hash table, the row index finds the rows; a
-        package without one is read by its id columns. On a disk, files stay mapped between calls.
+        package without one is read by its id columns. On a disk, files stay mapped between calls. A delta package gives its
+        own rows, no row for its deleted ids, and the rows of its base for all others.
 
         Args:
             table: the name of the table.
@@ -151,7 +183,7 @@ class Package:
             PackageError: the table or slot does not exist, or the package is damaged or was replaced.
             TypeError: the ids are not integers.
         """
-        reader = self._reader(table, slot)
+        reader = self._layered_reader(table, slot) if self.is_delta else self._reader(table, slot)
         entry, kept = self.table(table), reader.slot
         asked = np.asarray(ids)
         if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
@@ -161,7 +193,7 @@ class Package:
         asked = asked.astype(np.int64)
         rows, has_row = reader.read(asked.reshape(-1))
         if slot == EMBEDDING_SLOT and not isinstance(entry.default_row, (msgspec.UnsetType, str)):
-            rows[~has_row] = self._encode_default(entry, kept)
+            rows[~has_row] = encode_default(entry, kept, where=self.directory.url)
         shape = asked.shape
         has_row = has_row.reshape(shape)
         if raw:
@@ -197,6 +229,18 @@ class Package:
         self._readers[table, slot] = reader
         return reader
 
+    def _layered_reader(self, table: str, slot: str) -> LayeredReader:
+        """Return what reads one slot of a table from a delta package and its base. PackageError as :meth:`_reader`."""
+        reader = self._layered.get((table, slot))
+        if reader is None:
+            if self.base is None:
+                raise PackageError(f"{self.directory.url} is a delta package, and was opened without its base")
+            has_table = any(entry.name == table for entry in self.base.manifest.tables)
+            below = self.base.rows_of(table, slot=slot) if has_table else None
+            reader = LayeredReader(self.table(table), below, self._reader(table, slot), self._delta_ids)
+            self._layered[table, slot] = reader
+        return reader
+
     def default_row(self, table: str) -> np.ndarray:
         """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
 
@@ -209,19 +253,7 @@ class Package:
             raise PackageError(f"{self.directory.url}: table {table!r} has no embedding that can be read")
         if isinstance(entry.default_row, (msgspec.UnsetType, str)):
             return np.zeros(row_bytes_of(kept), np.uint8)
-        return self._encode_default(entry, kept)
-
-    def _encode_default(self, entry: TableEntry, kept: SlotEntry) -> np.ndarray:
-        """Return the default row of a table as it would be stored, uint8 of shape (row_bytes,)."""
-        assert not isinstance(entry.default_row, (msgspec.UnsetType, str))
-        encoding = "" if kept.encoding is msgspec.UNSET else kept.encoding
-        row = encode_values(entry.default_row, CODE_BY_TORCH[kept.dtype], encoding)
-        if row.nbytes != row_bytes_of(kept):
-            raise PackageError(
-                f"{self.directory.url}: the default row of table {entry.name!r} has {len(entry.default_row):,} values, which "
-                "is no row of it"
-            )
-        return row
+        return encode_default(entry, kept, where=self.directory.url)
 
     def load_program(self) -> ExportedProgram:
         """Return the traced dense arch. Its archive is checked before anything is unpickled.
@@ -317,56 +349,16 @@ class Package:
         return self._headers.of(name)
 
 
-def _open(directory: Directory) -> tuple[OpenedFiles, Manifest]:
-    """Return the files and the manifest of a package. Both are of one package, even if it is being replaced."""
-    for is_last in (*[False] * (_TRIES - 1), True):
-        files: OpenedFiles | None = None
-        try:
-            files = OpenedFiles(directory)
-            manifest = decode_manifest(files.anchor(MANIFEST), where=directory.describe(MANIFEST))
-            paths = [entry.path for entry in manifest.files]
-            paths += [part.file for table in manifest.tables for part in table.parts]
-            files.vouch({entry.path: entry.digest for entry in manifest.files if entry.path != MANIFEST})
-            if files.note(paths):
-                return files, manifest
-        except (OSError, PackageError) as error:
-            # the package may just have been replaced, so that the opened directory is being removed
-            if files is None or is_last or files.is_current():
-                raise _refusal(directory, error) from error
-        files.close()
-    raise PackageError(f"{directory.url}: was replaced {_TRIES} times while it was being opened; open it again")
-
-
-def _open_written(directory: Directory, manifest: Manifest) -> tuple[OpenedFiles, Manifest]:
-    """Return the files of a package that is written except for its manifest, and what the manifest will say."""
-    files = OpenedFiles(directory)
-    files.anchor_unread(manifest.files[0].path)
-    return files, manifest
-
-
-def _open_again(directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None) -> Package:
-    package = Package(directory, cache_dir=cache_dir)
+def _open_again(
+    directory: Directory, digest: str, cache_dir: str | os.PathLike[str] | None, base: Directory | None
+) -> Package:
+    package = Package(directory, cache_dir=cache_dir, opens_base=False)
     if package.manifest.digest != digest:
         raise PackageError(f"{directory.url}: the package was replaced since it was opened; open it again")
+    if base is not None:
+        package.open_base(base)
     package.hold()
     return package
-
-
-def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportError:
-    """Return the error for a directory that cannot be opened as a package."""
-    if isinstance(error, PackageError):
-        return error
-    try:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not directory.exists():
-            return UserError(f"{directory.url}: {directory.say_missing()}")
-        if isinstance(error, FileNotFoundError) and not directory.exists(MANIFEST):
-            return PackageError(
-                f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; run the export again"
-            )
-    except OSError as second:
-        error = second
-    where = directory.describe(MANIFEST)
-    return PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}")
 
 
 def open_package(
@@ -375,8 +367,11 @@ def open_package(
     storage_options: dict[str, Any] | None = None,
     registry_options: dict[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Package:
     """Open the package at ``path``: a directory, an fsspec URL, or a model registry's URI such as ``models:/ctr_serving/3``.
+
+    A delta package is opened together with its base, and then reads like a full package.
 
     Args:
         path: the package.
@@ -384,13 +379,20 @@ def open_package(
         registry_options: options for the registry.
         cache_dir: for a package in a store, a local directory that keeps row indexes and id columns, about 14 bytes a row.
             Lookups then ask the store for rows alone. Processes may share it; nothing in it is ever removed.
+        base: the base of a delta package, as ``path``. By default it is where it was when the delta was exported, or beside
+            the delta.
 
     Raises:
-        UserError: there is no such directory, or no such version.
+        UserError: there is no such directory, or no such version; ``base`` is given for a full package.
         PackageError: there is no manifest, so this is no package, or the manifest cannot be read, is damaged, or has a later
-            schema.
+            schema; the base of a delta package is not found, or is another package.
     """
-    found = base.resolve(os.fspath(path), registry_options or {})
-    package = Package(open_directory(found.directory, storage_options), cache_dir=cache_dir)
+    found = resolve(os.fspath(path), registry_options or {})
+    below = None if base is None else resolve(os.fspath(base), registry_options or {}).directory
+    package = Package(
+        open_directory(found.directory, storage_options),
+        cache_dir=cache_dir,
+        base_directory=None if below is None else open_directory(below, storage_options),
+    )
     package.hold()
     return package

@@ -23,17 +23,17 @@ from dist_export.formats.row_index import (
 from dist_export.kernels.protocol import Column, DamagedIndexError
 from dist_export.kernels.selection import select_kernels
 from dist_export.manifest import PartEntry, RowIndexEntry, SlotEntry, TableEntry
-from dist_export.package.columns import StoredColumn, map_column
+from dist_export.package.columns import StoredColumn, map_column, read_rows
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.package.shard_headers import ShardHeaders
 from dist_export.package.slice_edges import find_edges
-from dist_export.storage.range_reader import RangeReader
 
 logger = logging.getLogger(__name__)
 
 _RUN_ROWS = 1 << 20
 _IDS = np.dtype("<i8")
+_MAX_UINT16 = int(np.iinfo(np.uint16).max)
 _MAX_NUMBER = int(np.iinfo(np.int64).max)
 
 
@@ -98,18 +98,33 @@ class SlotReader:
 
         Rows of ids without a row are zeros.
         """
-        rows, has_row = self._allocate(len(ids))
+        rows, has_row = self.allocate(len(ids))
+        self.fill(ids, rows, has_row)
+        rows[~has_row] = 0
+        return rows, has_row
+
+    def fill(self, ids: np.ndarray, rows: np.ndarray, has_row: np.ndarray) -> None:
+        """Write the rows of those ids that have one into arrays of :meth:`allocate`. What belongs to other ids stays as it is."""
         if self._table.is_row_indexed:
             for number in range(len(self._table.parts)):
                 self._read_numbers(number, ids, has_row, rows)
         else:
             self._read_ids(ids, has_row, rows)
-        rows[~has_row] = 0
-        return rows, has_row
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        """Return which ids (int64, (n,)) have a row, bool (n,). Rows are not read."""
+        has_row = np.zeros(len(ids), bool)
+        if self._table.is_row_indexed:
+            for part in self._table.parts:
+                has_row[self._find_numbers(part, ids)] = True
+            return has_row
+        for number, wanted in self._deal(ids):
+            has_row[wanted] = self._find(number, ids[wanted]) >= 0
+        return has_row
 
     def read_run(self, number: int, first: int, last: int) -> PartRun:
         """Return rows ``first`` to ``last`` - 1 of a part. PackageError if its headers are not what the manifest says."""
-        part, (rows, _) = self._table.parts[number], self._allocate(last - first)
+        part, (rows, _) = self._table.parts[number], self.allocate(last - first)
         if self._table.is_row_indexed:
             ids = np.arange(first, last) + self._first_row(part)
             file, offset = part.file, self._find_block(part)
@@ -139,10 +154,9 @@ class SlotReader:
         """
         if self._table.is_row_indexed:
             for number, part in enumerate(self._table.parts):
-                first_row = self._first_row(part)
-                mine = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
+                mine = self._find_numbers(part, ids)
                 if len(mine):
-                    yield number, mine, ids[mine] - first_row
+                    yield number, mine, ids[mine] - self._first_row(part)
             return
         for number, wanted in self._deal(ids):
             part = self._table.parts[number]
@@ -156,13 +170,15 @@ class SlotReader:
 
     def take(self, number: int, found: np.ndarray) -> np.ndarray:
         """Return rows of a part as they are stored: uint8, (n, row_bytes). ``found`` (int64, (n,)) are rows within it."""
-        rows, has_row = self._allocate(len(found))
+        rows, has_row = self.allocate(len(found))
         self._take(number, np.arange(len(found)), found, has_row, rows)
         return rows
 
-    # ---- hash tables ----
+    def allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return room for rows, uint8 (n, row_bytes), and for which ids have one, bool (n,), all false.
 
-    def _allocate(self, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        PackageError if that does not fit into memory.
+        """
         try:
             # rows that are found are written once, not zeroed before
             return np.empty((num_rows, self._row_bytes), np.uint8), np.zeros(num_rows, bool)
@@ -172,15 +188,21 @@ class SlotReader:
                 "manifest, do not fit into memory; ask for fewer ids"
             ) from None
 
+    # ---- hash tables ----
+
     def _read_ids(self, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
         for number, wanted in self._deal(ids):
-            part = self._table.parts[number]
-            if not part.rows:
-                continue
-            if part.row_index is msgspec.UNSET:
-                self._scan(number, ids, wanted, has_row, rows)
-            else:
-                self._search(number, part.row_index, ids, wanted, has_row, rows)
+            if self._table.parts[number].rows:
+                self._take(number, wanted, self._find(number, ids[wanted]), has_row, rows)
+
+    def _find(self, number: int, sought: np.ndarray) -> np.ndarray:
+        """Return the rows of ids in a part (int64); -1 for an id without a row."""
+        part = self._table.parts[number]
+        if not part.rows:
+            return np.full(len(sought), -1, np.int64)
+        if part.row_index is msgspec.UNSET:
+            return self._scan(number, sought)
+        return self._find_in(number, part.row_index, sought)
 
     def _deal(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each part that owns ids, with the positions of these ids."""
@@ -199,9 +221,11 @@ class SlotReader:
         if len(numbers) == 1 and is_owned.all():
             yield int(numbers[0]), np.arange(len(ids))
             return
-        owners = np.where(is_owned, owners, len(numbers))
+        # numpy sorts 16 bits much faster than 64
+        kind = np.uint16 if len(numbers) <= _MAX_UINT16 else np.int64
+        owners = np.where(is_owned, owners, len(numbers)).astype(kind)
         order = np.argsort(owners, kind="stable")
-        bounds = np.searchsorted(owners[order], np.arange(len(numbers) + 1)).tolist()
+        bounds = [0, *np.cumsum(np.bincount(owners, minlength=len(numbers))[: len(numbers)]).tolist()]
         for place, (first, last) in enumerate(itertools.pairwise(bounds)):
             if first < last:
                 yield int(numbers[place]), order[first:last]
@@ -227,18 +251,6 @@ class SlotReader:
         place = _PartBlocks(file, int(header.begins[id_place]), slot_file, int(slot_header.begins[slot_place]))
         self._located[number] = place
         return place
-
-    def _search(
-        self,
-        number: int,
-        index: RowIndexEntry,
-        ids: np.ndarray,
-        wanted: np.ndarray,
-        has_row: np.ndarray,
-        rows: np.ndarray,
-    ) -> None:
-        """Read the rows of ``ids[wanted]`` by the row index of a part."""
-        self._take(number, wanted, self._find_in(number, index, ids[wanted]), has_row, rows)
 
     def _find_in(self, number: int, index: RowIndexEntry, sought: np.ndarray) -> np.ndarray:
         """Return the rows of ids in a part by its row index (int64); -1 for an id without a row."""
@@ -279,7 +291,7 @@ class SlotReader:
                     return
                 hits = np.flatnonzero(found >= 0)
                 if len(hits):
-                    self._read_many(slot_file, offset, wanted[hits], found[hits], rows)
+                    rows[wanted[hits]] = read_rows(slot_file, offset, self._row_bytes, found[hits])
         has_row[wanted[found >= 0]] = True
 
     @contextlib.contextmanager
@@ -318,8 +330,8 @@ class SlotReader:
             "Run verify, and export again"
         )
 
-    def _scan(self, number: int, ids: np.ndarray, wanted: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
-        """Read the rows of ``ids[wanted]`` in a part without a row index, by reading all its ids."""
+    def _scan(self, number: int, ids: np.ndarray) -> np.ndarray:
+        """Return the same as :meth:`_find_in` for a part without a row index, by reading all its ids."""
         if not self._has_told:
             self._has_told = True
             logger.info(
@@ -328,7 +340,7 @@ class SlotReader:
                 self._table.name,
             )
         place, num_rows = self._locate(number), self._table.parts[number].rows
-        sought, inverse = np.unique(ids[wanted], return_inverse=True)
+        sought, inverse = np.unique(ids, return_inverse=True)
         row_of = np.full(len(sought), -1, np.int64)
         with self._files.open_reader(place.id_file) as reader:
             for first in range(0, num_rows, _RUN_ROWS):
@@ -337,38 +349,22 @@ class SlotReader:
                 positions = np.minimum(np.searchsorted(sought, run), len(sought) - 1)
                 hits = np.flatnonzero(sought[positions] == run)
                 row_of[positions[hits]] = first + hits
-        found = row_of[inverse]
-        targets = wanted[found >= 0]
-        has_row[targets] = True
-        if self._row_bytes and len(targets):
-            with self._files.open_reader(place.slot_file) as reader:
-                self._read_many(reader, place.slot_offset, targets, found[found >= 0], rows)
-
-    def _read_many(
-        self, reader: RangeReader, offset: int, targets: np.ndarray, found: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Read rows of a block into ``rows[targets]``; each row once, and neighbours as one range."""
-        unique, inverse = np.unique(found, return_inverse=True)
-        held = np.empty((len(unique), self._row_bytes), np.uint8)
-        edges = [0, *(1 + np.flatnonzero(np.diff(unique) != 1)).tolist(), len(unique)]
-        reader.read_many(
-            [
-                (held[first:last].reshape(-1).data, offset + int(unique[first]) * self._row_bytes)
-                for first, last in itertools.pairwise(edges)
-            ]
-        )
-        rows[targets] = held[inverse]
+        found: np.ndarray = row_of[inverse]
+        return found
 
     # ---- row-indexed tables ----
 
     def _read_numbers(self, number: int, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
         """Read the rows of ``ids``, as far as they are in a part, into ``rows``."""
         part = self._table.parts[number]
+        wanted = self._find_numbers(part, ids)
+        if len(wanted):
+            self._take(number, wanted, ids[wanted] - self._first_row(part), has_row, rows)
+
+    def _find_numbers(self, part: PartEntry, ids: np.ndarray) -> np.ndarray:
+        """Return the positions of the ids that are numbers of a part's rows."""
         first_row = self._first_row(part)
-        wanted = np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
-        if not len(wanted):
-            return
-        self._take(number, wanted, ids[wanted] - first_row, has_row, rows)
+        return np.flatnonzero((ids >= first_row) & (ids < min(first_row + part.rows, _MAX_NUMBER)))
 
     def _offset_of(self, number: int) -> int:
         """Return the position of the rows of a part. Its header is compared with the manifest once."""

@@ -27,6 +27,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.delta.same_rows import BaseRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError
+from dist_export.formats.id_list import IdList
 from dist_export.ids.lists import read_id_list
 from dist_export.package.reader import Package
 from dist_export.pipeline.counting import count_rows, search_rest
@@ -41,7 +42,7 @@ from dist_export.plan.census import (
 from dist_export.plan.dropped_rows import drop_duplicates, drop_nothing
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.plan import SparsePlan
-from dist_export.plan.prune import IdList, Pruning, plan_pruning
+from dist_export.plan.prune import Pruning, plan_pruning
 from dist_export.plan.prune_report import refuse_empty_tables
 from dist_export.plan.selection import Selection, select, select_all
 from dist_export.plan.shard_layout import plan_copy, plan_shards

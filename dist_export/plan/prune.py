@@ -20,69 +20,13 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SAME, SLOT_VALUE, RowRule
 from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.recis import EMBEDDING_SLOT, mix
+from dist_export.formats.id_list import IdList
+from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.row_encodings import decode_int8
 from dist_export.plan.table_view import no_match
 
 KEPT = 0
 """The code of a row to which no rule applies. Other codes are 1 + the index of the rule among the rules of its table."""
-
-_BIT = (1 << np.arange(8)).astype(np.uint8)
-_PIECE_IDS = 1 << 16
-
-_BLOCK_IDS = 256
-"""Ids in a block of a list. The first id of each block stays in a core's cache."""
-
-
-class IdList:
-    """Finds ids in a list. Safe to use from any thread."""
-
-    def __init__(self, ids: np.ndarray) -> None:
-        """Build the sieve for ``ids``: int64, sorted, without duplicates."""
-        self.ids = ids
-        self.digest = xxhash.xxh3_128_digest(ids.data)
-        self._heads = ids[::_BLOCK_IDS].copy()
-        bits = len(ids).bit_length() + 3  # 8 to 16 bits for each id: at most one in 8 ids that are not listed passes
-        self._shift = np.uint64(64 - bits)
-        self._sieve = np.zeros(1 << (bits - 3), np.uint8)
-        for first in range(0, len(ids), _PIECE_IDS):
-            byte, bit = self._place_of(ids[first : first + _PIECE_IDS])
-            np.bitwise_or.at(self._sieve, byte, bit)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the list takes in memory."""
-        return int(self.ids.nbytes + self._heads.nbytes + self._sieve.nbytes)
-
-    def contains(self, ids: np.ndarray) -> np.ndarray:
-        """Return which int64 ids are in the list (bool)."""
-        byte, bit = self._place_of(ids)
-        found: np.ndarray = (self._sieve[byte] & bit) != 0
-        candidates = np.flatnonzero(found)
-        found[candidates] = self._holds(ids[candidates])
-        return found
-
-    def _place_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the byte of the sieve (int64) and the bit in it (uint8) that an id sets."""
-        hashed = mix(ids) >> self._shift
-        return (hashed >> np.uint64(3)).view(np.int64), _BIT[(hashed & np.uint64(7)).view(np.int64)]
-
-    def _holds(self, ids: np.ndarray) -> np.ndarray:
-        """Return which ids are in the list (bool). Each step of the binary search is one pass, so that memory waits overlap."""
-        if not len(ids):
-            return np.zeros(0, bool)
-        last = len(self.ids) - 1
-        place = np.maximum(np.searchsorted(self._heads, ids, side="right") - 1, 0) * _BLOCK_IDS
-        step = _BLOCK_IDS // 2
-        while step:
-            probe = np.minimum(place + step, last)
-            place = np.where(self.ids[probe] <= ids, probe, place)
-            step //= 2
-        found: np.ndarray = self.ids[place] == ids
-        return found
 
 
 class SameRows(Protocol):

@@ -11,7 +11,7 @@ from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, parse_slice
 from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES, U8
 from dist_export.manifest import MANIFEST, DenseTensorEntry, Manifest, SlotEntry, TableEntry
-from dist_export.package.reader import is_sound_encoding
+from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.indexed_tables import check_ranges
 from dist_export.verify.report import Report

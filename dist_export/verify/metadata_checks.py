@@ -15,7 +15,8 @@ from dist_export.formats.recis import DENSE_STATE, ID_SLOT, INDEX, MERGED, TENSO
 from dist_export.formats.row_encodings import U8
 from dist_export.humanize import count
 from dist_export.manifest import MANIFEST, Manifest
-from dist_export.package.reader import Package, is_sound_encoding
+from dist_export.package.reader import Package
+from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
 from dist_export.verify.blocks import Blocks, read_blocks
 from dist_export.verify.files import check_sizes, find_parts

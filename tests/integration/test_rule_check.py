@@ -17,10 +17,11 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.rule_check import is_pruned
 from dist_export.errors import ParityError
 from dist_export.formats import row_encodings
+from dist_export.formats.id_list import IdList
 from dist_export.pipeline import planning
 from dist_export.plan import dropped_rows, prune
 from dist_export.plan import table_view as plan_tables
-from dist_export.plan.prune import IdList, TableRule
+from dist_export.plan.prune import TableRule
 from dist_export.transfer import prune_filter as transfer_pruning
 from dist_export.verify.verify import verify
 from tests.support import exports, tiny_model

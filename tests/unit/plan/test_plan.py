@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dist_export.checkpoint.metadata import Blocks, Checkpoint, DenseTensor, Parts, SlotMeta, SourceFile, TableMeta
 from dist_export.formats.dtypes import CODE_BY_TORCH
+from dist_export.formats.id_list import IdList
 from dist_export.formats.safetensors import decode_header
 from dist_export.plan import census as plan_census
 from dist_export.plan import segments as plan_routes
@@ -22,7 +23,7 @@ from dist_export.plan import work_units as plan_units_module
 from dist_export.plan.census import Census
 from dist_export.plan.dropped_rows import DroppedRows, account_for, count_kept, drop_nothing
 from dist_export.plan.plan import SparsePlan
-from dist_export.plan.prune import IdList, Pruning, TableRule, match_rules
+from dist_export.plan.prune import Pruning, TableRule, match_rules
 from dist_export.plan.selection import Selection
 from dist_export.plan.shard_layout import plan_shards
 from dist_export.plan.target_slices import plan_targets

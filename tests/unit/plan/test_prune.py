@@ -9,8 +9,9 @@ from dist_export.checkpoint.metadata import SlotMeta
 from dist_export.config.prune_rules import parse_rules
 from dist_export.errors import ConfigError, PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.formats.id_list import IdList
 from dist_export.ids.lists import read_id_list
-from dist_export.plan.prune import IdList, TableRule, match_rules
+from dist_export.plan.prune import TableRule, match_rules
 from tests.support.properties import examples
 
 PROPERTY = examples(60)
