@@ -1,0 +1,95 @@
+"""A delta with a model: it scores by itself as a full export does, and an export with wrong rows of the base fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dist_export
+from dist_export.api import Exporter
+from dist_export.errors import DistExportError
+from tests.support import score_models as models
+from tests.support.deltas import manifest_of
+
+
+def build() -> nn.Module:
+    return models.Model(models.ThreeTables(), 3 * models.DIM + 1)
+
+
+def train_on(model: nn.Module) -> nn.Module:
+    """Change three rows of each table and the dense arch."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("sparse_arch"):
+                parameter[:3] += 0.25
+            else:
+                parameter.add_(0.125)
+    return model
+
+
+def export(checkpoint: str, out: Path, **settings: Any) -> dist_export.Manifest:
+    exporter = Exporter(build(), "sparse_arch", "dense_arch", [models.batch_of()], checkpoint, out, **settings)
+    return exporter.export(progress=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder, model = tmp_path_factory.mktemp("checkpoints"), models.train(build())
+    before = models.save(model, folder / "before.pth")
+    return before, models.save(train_on(model), folder / "after.pth")
+
+
+def test_a_delta_scores_as_the_full_export_and_as_the_model(checkpoints, tmp_path: Path) -> None:
+    before, after = checkpoints
+    export(before, tmp_path / "base")
+    export(after, tmp_path / "full")
+    made = export(after, tmp_path / "delta", base=str(tmp_path / "base"), score_program="require")
+    assert made.parity is not None
+    assert made.drift is not None
+    assert all(entry.max_abs < 1e-5 for entry in made.drift.outputs.values())
+    assert [table["rows_out"] for table in manifest_of(tmp_path / "delta")["tables"]] == [3, 3, 3]
+    model = build()
+    model.load_state_dict(torch.load(after))
+    for size in (1, 2, 128):
+        batch = models.batch_of(size, seed=size)
+        inputs = {name: value for name, value in batch.items() if name != "label"}
+        with (
+            dist_export.open_package(tmp_path / "delta") as delta,
+            dist_export.open_package(tmp_path / "full") as full,
+            torch.no_grad(),
+        ):
+            found, expected, eager = delta.score(inputs), full.score(inputs), model.eval()(batch)
+        assert found.keys() == expected.keys()
+        for name, scores in found.items():
+            assert scores.tobytes() == expected[name].tobytes()
+            np.testing.assert_allclose(scores, eager[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_casts_drift_as_in_a_full_export(checkpoints, tmp_path: Path) -> None:
+    before, after = checkpoints
+    settings: dict[str, Any] = {"dtype": {"*": "bfloat16"}}
+    export(before, tmp_path / "base", **settings)
+    full = export(after, tmp_path / "full", **settings)
+    delta = export(after, tmp_path / "delta", base=str(tmp_path / "base"), **settings)
+    assert delta.drift == full.drift
+    assert delta.drift is not None
+    assert max(entry.max_abs for entry in delta.drift.outputs.values()) > 0
+
+
+def test_rows_of_the_base_that_are_not_what_the_source_has_fail_the_export(
+    checkpoints, tmp_path: Path, monkeypatch
+) -> None:
+    """Were the comparison blind, the sample would have the base's rows where the checkpoint has others."""
+    from dist_export.delta import same_rows
+
+    before, after = checkpoints
+    export(before, tmp_path / "base")
+    monkeypatch.setattr(same_rows, "_are_equal", lambda one, _: np.ones(len(one), bool))
+    with pytest.raises(DistExportError):
+        export(after, tmp_path / "delta", base=str(tmp_path / "base"))
+    assert not (tmp_path / "delta" / "manifest.json").exists()
