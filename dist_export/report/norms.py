@@ -6,6 +6,7 @@ A norm is counted in one of 32 bins for each power of two. So a table of any siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ _CHART_BINS = 40
 _SAFE_SQUARES = (1e-30, 1e30)
 """Sums of squares between these neither overflow nor lose small values, in float32."""
 _PIECES = 16
-"""A sample of a table's rows is read in this many places at least."""
+"""A sample of a table's rows is read in this many pieces at least."""
 _QUANTILES = {"p1": 0.01, "median": 0.5, "p99": 0.99}
 
 
@@ -78,8 +79,8 @@ class NormCounter:
         if len(counted):
             self._smallest = min(self._smallest, float(counted.min()))
             self._largest = max(self._largest, float(counted.max()))
-            places = np.floor((np.log2(counted.astype(np.float64)) - _LOWEST_EXPONENT) * _BINS_PER_OCTAVE)
-            self._bins += np.bincount(np.clip(places, 0, _NUM_BINS - 1).astype(np.int64), minlength=_NUM_BINS)
+            numbers = np.floor((np.log2(counted.astype(np.float64)) - _LOWEST_EXPONENT) * _BINS_PER_OCTAVE)
+            self._bins += np.bincount(np.clip(numbers, 0, _NUM_BINS - 1).astype(np.int64), minlength=_NUM_BINS)
 
     def close(self) -> NormEntry:
         """Return what was counted."""
@@ -144,32 +145,26 @@ def _edge(number: int) -> float:
     return float(2.0 ** (number / _BINS_PER_OCTAVE + _LOWEST_EXPONENT))
 
 
-def choose_runs(part_rows: list[int], *, sample_rows: int, block_rows: int) -> list[RowRun]:
-    """Return the runs of at most ``block_rows`` rows to read: all rows, or about ``sample_rows`` spread evenly over the parts.
+def choose_runs(part_rows: Sequence[int], *, sample_rows: int, block_rows: int) -> Iterator[RowRun]:
+    """Yield the runs of at most ``block_rows`` rows to read: all rows, or about ``sample_rows`` spread evenly over the parts.
 
     The choice depends on the arguments alone, so that two reports of a package are equal. ``sample_rows`` 0 reads all.
     """
     total = sum(part_rows)
     if not sample_rows or total <= sample_rows:
-        return [
-            RowRun(part, first, min(first + block_rows, rows))
-            for part, rows in enumerate(part_rows)
-            for first in range(0, rows, block_rows)
-        ]
+        for part, rows in enumerate(part_rows):
+            for first in range(0, rows, block_rows):
+                yield RowRun(part, first, min(first + block_rows, rows))
+        return
     pieces = min(sample_rows, max(_PIECES, -(-sample_rows // block_rows)))
-    starts = [place * total // pieces for place in range(pieces)]
-    lengths = [(place + 1) * sample_rows // pieces - place * sample_rows // pieces for place in range(pieces)]
-    ends = [
-        min(start + length, following)
-        for start, length, following in zip(starts, lengths, [*starts[1:], total], strict=True)
-    ]
-    runs, part, before = [], 0, 0
-    for start, end in zip(starts, ends, strict=True):
-        first = start
+    part, before = 0, 0
+    for number in range(pieces):
+        first, following = (place * total // pieces for place in (number, number + 1))
+        length = (number + 1) * sample_rows // pieces - number * sample_rows // pieces
+        end = min(first + length, following)
         while first < end:
             while first >= before + part_rows[part]:
                 before, part = before + part_rows[part], part + 1
-            last = min(end, before + part_rows[part], first + block_rows)
-            runs.append(RowRun(part, first - before, last - before))
+            last = min(end, before + part_rows[part])
+            yield RowRun(part, first - before, last - before)
             first = last
-    return runs

@@ -10,7 +10,12 @@ const MOST_CHARTS = 100;
 const formatter = new Intl.NumberFormat("en-US");
 const collator = new Intl.Collator("en", { numeric: true });
 const count = (number) => formatter.format(number);
-const figure = (number) => (number === null || number === undefined ? "" : number === 0 ? "0" : String(Number(number.toPrecision(3))));
+
+function figure(number) {
+  if (number === null || number === undefined) return "";
+  return Number.isSafeInteger(number) ? count(number) : String(Number(number.toPrecision(3)));
+}
+
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
 function amount(bytes) {

@@ -18,7 +18,7 @@ def describe_scores(manifest: Manifest) -> dict[str, Any]:
     rows = [*_describe_parity(manifest)]
     texts = [] if rows else ["No program was compared with the model."]
     if manifest.parity is not None:
-        texts.append(f"Parity is within atol {manifest.parity.atol:g} and rtol {manifest.parity.rtol:g}.")
+        texts.append(f"The tolerances were atol {manifest.parity.atol:g} and rtol {manifest.parity.rtol:g}.")
     drift = manifest.drift
     return {
         "texts": texts,
@@ -68,5 +68,6 @@ def _say_drift(drift: DriftEntry) -> str:
     if drift.not_measured is not msgspec.UNSET:
         return f"Drift was not measured: {drift.not_measured}"
     skipped = f"; {drift.skipped:,} batches of another shape were left out" if drift.skipped else ""
-    where = f"{count(drift.rows, 'row')} of {drift.batches:,} batches{skipped}"
+    batches = "1 batch" if drift.batches == 1 else f"{drift.batches:,} batches"
+    where = f"{count(drift.rows, 'row')} of {batches}{skipped}"
     return f"The package against the unmodified model, on {where}. The order of pairs of rows is compared too."

@@ -27,7 +27,7 @@ from tests.support import browser, exports
 from tests.support import score_models as models
 from tests.support.recis_writer import split_table, write_checkpoint
 
-HOSTILE = "</script><img src=x onerror=alert(1)>\"'&"
+HOSTILE = "</Script><img src=x onerror=alert(1)>\"'&" + "long_" * 40
 DIM = 8
 ROWS = {"item": 3000, "user": 500, HOSTILE: 40}
 
@@ -144,6 +144,7 @@ def test_against_says_what_diff_says(package: str, newer: str, tmp_path: Path) -
     assert user["name"] == "user"
     assert (user["same"], user["changed"]) == (expected["user"].same, expected["user"].changed) == (493, 7)
     assert found["num_tables"] == 3
+    assert found["lines"][:2] == [f"A {package}", f"B {newer}"]
     assert any("7 changed by up to 0.25" in line for line in found["lines"])
 
 

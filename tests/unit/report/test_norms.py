@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,18 @@ def test_rows_of_whole_numbers_have_norms_too() -> None:
 # ---- which rows are read ----
 
 
-def rows_in(runs: list[RowRun]) -> set[tuple[int, int]]:
+@pytest.mark.parametrize("sample", [0, 1 << 40])
+def test_a_manifest_that_claims_too_many_rows_takes_no_memory(sample: int) -> None:
+    """The first block is refused when it is read; the others are never listed."""
+    assert next(choose_runs([1 << 62], sample_rows=sample, block_rows=8)).first == 0
+
+
+def test_pieces_of_a_sample_that_is_nearly_the_whole_table_do_not_overlap() -> None:
+    rows = rows_in(choose_runs([199], sample_rows=198, block_rows=50))
+    assert 190 <= len(rows) <= 198
+
+
+def rows_in(runs: Iterable[RowRun]) -> set[tuple[int, int]]:
     listed = [(run.part, row) for run in runs for row in range(run.first, run.last)]
     assert len(listed) == len(set(listed)), "a row is read twice"
     return set(listed)
@@ -106,7 +119,7 @@ def test_all_rows_are_read_in_blocks() -> None:
     parts = [10, 0, 7]
     every = {(part, row) for part, rows in enumerate(parts) for row in range(rows)}
     for sample in (0, 17, 1000):
-        runs = choose_runs(parts, sample_rows=sample, block_rows=4)
+        runs = list(choose_runs(parts, sample_rows=sample, block_rows=4))
         assert rows_in(runs) == every
         assert max(run.last - run.first for run in runs) == 4
 
@@ -114,7 +127,7 @@ def test_all_rows_are_read_in_blocks() -> None:
 @pytest.mark.parametrize("parts", [[1000], [10, 0, 0, 900, 1, 89], [1] * 1000])
 @pytest.mark.parametrize("sample", [1, 9, 64, 999])
 def test_a_sample_has_as_many_rows_spread_evenly(parts: list[int], sample: int) -> None:
-    runs = choose_runs(parts, sample_rows=sample, block_rows=50)
+    runs = list(choose_runs(parts, sample_rows=sample, block_rows=50))
     begins = np.cumsum([0, *parts])
     chosen = sorted(int(begins[part]) + row for part, row in rows_in(runs))
     assert all(run.last <= parts[run.part] for run in runs)

@@ -65,8 +65,8 @@ def table(name: str, rows: int = 10) -> TableEntry:
 
 def manifest_of(names: list[str], **fields: Any) -> Manifest:
     files = (
-        FileEntry(path="model-0", num_bytes=300, digest=""),
-        FileEntry(path="model-1", num_bytes=100, digest=""),
+        FileEntry(path="model-0", num_bytes=100, digest=""),
+        FileEntry(path="model-1", num_bytes=300, digest=""),
         FileEntry(path="index", num_bytes=9, digest=""),
     )
     given: dict[str, Any] = {
@@ -150,7 +150,7 @@ def test_a_table_whose_rows_were_not_read_says_why() -> None:
 
 def test_shards_are_those_files_that_have_rows_the_largest_first() -> None:
     shards = facts_of(manifest_of(["a", "b"]))["shards"]
-    assert shards["bars"] == [("model-0", 300, 10), ("model-1", 100, 10)]
+    assert shards["bars"] == [("model-1", 300, 10), ("model-0", 100, 10)]
     assert "50.0 % above the mean" in shards["text"]
 
 
@@ -245,6 +245,7 @@ def test_hostile_strings_stay_within_the_json() -> None:
     page = read(render_page(facts))
     assert page.tags == read(render_page(facts_of(manifest_of([])))).tags
     assert len(page.scripts) == 2
+    assert not re.search("[<>&]", page.scripts[0])
     found = json.loads(page.scripts[0])
     shown = HOSTILE.replace("\u202e", "\\u202e").replace("\n", "\\n")
     assert (found["tables"][0]["name"], found["title"], found["notes"]) == (shown, shown, [shown])
