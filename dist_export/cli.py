@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError
@@ -17,7 +18,7 @@ from dist_export.runtime.terminal import SCREEN
 if TYPE_CHECKING:
     from dist_export.runtime.ranks import Ranks
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "score", "serve", "versions", "rollback")
+_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "report", "score", "serve", "versions", "rollback")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +64,7 @@ def _run(command: str, argv: list[str]) -> int:
             "score": _score,
             "serve": _serve,
         }
-        return commands[command](argv) if command in commands else _look_at_versions(command, argv)
+        return commands[command](argv) if command in commands else _run_module(command, argv)
     except DistExportError as error:
         return _fail(error)
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
@@ -336,12 +337,14 @@ def _serve(argv: list[str]) -> int:
     return 0
 
 
-def _look_at_versions(command: str, argv: list[str]) -> int:
+def _run_module(command: str, argv: list[str]) -> int:
+    """Run a command whose module has its options, usage, names of paths, and what it does."""
     from dist_export.config.loader import parse_path
-    from dist_export.pipeline.version_commands import NAMES, OPTIONS, USAGE, run
 
-    if not _is_answered(argv, {"Options": OPTIONS[command]}, usage=USAGE[command]):
-        run(command, parse_path(command, argv, OPTIONS[command], names=NAMES[command], num_needed=1))
+    module = import_module(f"dist_export.{'report.command' if command == 'report' else 'pipeline.version_commands'}")
+    options = module.OPTIONS[command]
+    if not _is_answered(argv, {"Options": options}, usage=module.USAGE[command]):
+        module.run(command, parse_path(command, argv, options, names=module.NAMES[command], num_needed=1))
     return 0
 
 
