@@ -212,15 +212,22 @@ def _verify(argv: list[str]) -> int:
     from dist_export.verify.verify import verify
 
     usage = (
-        "usage: dist_export verify PATH [--key value ...]\n\nCheck a package, or a directory that RecIS wrote. Exit code 0: "
-        "sound; 1: unsound; 2: neither of the two, or it cannot be read. Under torchrun the ranks share the work."
+        "usage: dist_export verify PATH [--key value ...]\n\nCheck a package, or a directory that RecIS wrote. The ids of a "
+        "delta package are compared with its base; verify the base by itself for its rows. Exit code 0: sound; 1: unsound; 2: "
+        "neither of the two, or it cannot be read. Under torchrun the ranks share the work."
     )
     finite = Option(
         hint=bool, default=False, is_flag=True, text="Also read all float values, to find NaN and infinities."
     )
+    base = Option(
+        hint=str | None,
+        default=None,
+        text="Base of a delta package. Null looks at its old path, and beside PATH.",
+    )
     options = {
         **PATH_OPTIONS,
         "finite": finite,
+        "base": base,
         **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")},
     }
     if _is_answered(argv, {"Options": options}, usage=usage):
@@ -230,6 +237,9 @@ def _verify(argv: list[str]) -> int:
 
     def work(ranks: Ranks) -> int:
         path = ranks.broadcast("find the package", lambda: _resolve(arguments))
+        below = arguments["base"] and ranks.broadcast(
+            "find the base", lambda: _resolve({**arguments, "path": arguments["base"]})
+        )
         report = verify(
             path,
             arguments["storage_options"],
@@ -237,6 +247,7 @@ def _verify(argv: list[str]) -> int:
             max_memory=max_memory,
             threads=arguments["threads"],
             ranks=ranks,
+            base=below,
         )
         ranks.tell_once(lambda: print_json(report.as_json()) if arguments["json"] else print_lines(report.render()))
         return 1 if report.count() else 0
@@ -311,7 +322,7 @@ def _score(argv: list[str]) -> int:
     for name in ("input", "output"):
         if arguments[name] is None:
             raise ConfigError(f"--{name} is missing; give a file")
-    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir")}
+    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir", "base")}
     scoring = {name: arguments[name] for name in ("batch_size", "keep")}
     with open_package(arguments["path"], **opening) as package, counting_rows() as note_rows:
         total = score_file(package, arguments["input"], arguments["output"], note_rows=note_rows, **scoring)
