@@ -208,29 +208,20 @@ def _inspect(argv: list[str]) -> int:
 
 def _verify(argv: list[str]) -> int:
     from dist_export.config.byte_sizes import parse_bytes
-    from dist_export.config.describe import SETTINGS, Option
-    from dist_export.config.loader import PATH_OPTIONS, parse_path
+    from dist_export.config.loader import parse_path
+    from dist_export.verify.options import OPTIONS, USAGE
     from dist_export.verify.verify import verify
 
-    usage = (
-        "usage: dist_export verify PATH [--key value ...]\n\nCheck a package, or a directory that RecIS wrote. Exit code 0: "
-        "sound; 1: unsound; 2: neither of the two, or it cannot be read. Under torchrun the ranks share the work."
-    )
-    finite = Option(
-        hint=bool, default=False, is_flag=True, text="Also read all float values, to find NaN and infinities."
-    )
-    options = {
-        **PATH_OPTIONS,
-        "finite": finite,
-        **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")},
-    }
-    if _is_answered(argv, {"Options": options}, usage=usage):
+    if _is_answered(argv, {"Options": OPTIONS}, usage=USAGE):
         return 0
-    arguments = parse_path("verify", argv, options)
+    arguments = parse_path("verify", argv, OPTIONS)
     max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
 
     def work(ranks: Ranks) -> int:
         path = ranks.broadcast("find the package", lambda: _resolve(arguments))
+        below = arguments["base"] and ranks.broadcast(
+            "find the base", lambda: _resolve({**arguments, "path": arguments["base"]})
+        )
         report = verify(
             path,
             arguments["storage_options"],
@@ -238,6 +229,7 @@ def _verify(argv: list[str]) -> int:
             max_memory=max_memory,
             threads=arguments["threads"],
             ranks=ranks,
+            base=below,
         )
         ranks.tell_once(lambda: print_json(report.as_json()) if arguments["json"] else print_lines(report.render()))
         return 1 if report.count() else 0
@@ -312,7 +304,7 @@ def _score(argv: list[str]) -> int:
     for name in ("input", "output"):
         if arguments[name] is None:
             raise ConfigError(f"--{name} is missing; give a file")
-    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir")}
+    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir", "base")}
     scoring = {name: arguments[name] for name in ("batch_size", "keep")}
     with open_package(arguments["path"], **opening) as package, counting_rows() as note_rows:
         total = score_file(package, arguments["input"], arguments["output"], note_rows=note_rows, **scoring)
