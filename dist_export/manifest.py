@@ -30,6 +30,7 @@ from dist_export.formats.package_entries import (
     PartDigest,
     PartEntry,
     PruneEntry,
+    RowFingerprintsEntry,
     RowIndexEntry,
     ScoreEntry,
     ScoreParityEntry,
@@ -80,6 +81,7 @@ __all__ = [
     "PartEntry",
     "PruneEntry",
     "ReplayEntry",
+    "RowFingerprintsEntry",
     "RowIndexEntry",
     "ScoreEntry",
     "ScoreParityEntry",
@@ -217,6 +219,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     parts = [part for table in manifest.tables for part in table.parts]
     paths += [part.file for part in parts]
     paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
+    paths += [part.row_fingerprints.file for part in parts if part.row_fingerprints is not msgspec.UNSET]
     if manifest.dense is not None:
         formats = () if manifest.dense.formats is msgspec.UNSET else manifest.dense.formats
         paths += [manifest.dense.folder, manifest.dense.program, *(entry.file for entry in formats)]

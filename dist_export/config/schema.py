@@ -17,7 +17,7 @@ from dist_export.config.dense_settings import (
     check_layouts,
     check_output_names,
 )
-from dist_export.config.mistakes import Mistakes
+from dist_export.config.mistakes import FORMER_VALUES, Mistakes
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.publishing import resolve_export_dir
 from dist_export.config.serving import read_serving
@@ -35,9 +35,6 @@ CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dyna
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 """Dtypes that rows can be cast to. int8 is row-wise, with scale and bias; source keeps the dtype."""
-
-FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
-"""(setting, its former value) -> the error."""
 
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
@@ -147,6 +144,10 @@ class ExportConfig:
     row_index: bool = True
     """Write a row index for each part of a hash table, so that an id is found without reading the id column. It takes about 6
     bytes a row. False leaves it out, and then each lookup reads the ids."""
+    row_fingerprints: Literal["auto"] | bool = "auto"
+    """Write a fingerprint of each row, so that changed rows are found without reading the rows of two packages. It takes 8 bytes
+    a row, and the written rows are read back for it. auto writes them on a disk, and not on a store; true writes them
+    everywhere; false leaves them out."""
     max_memory: int | str = "512MiB"
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None

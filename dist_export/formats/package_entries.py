@@ -85,6 +85,15 @@ class RowIndexEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The largest distance of a row from its bucket, in slots."""
 
 
+class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Where the row fingerprints of a part are. :mod:`dist_export.formats.row_fingerprints` describes their file."""
+
+    file: str
+    """Relative to the package, with forward slashes."""
+    offset: Count
+    """Bytes of the file before the first fingerprint; a multiple of 64."""
+
+
 class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The rows of a table in one file."""
 
@@ -98,6 +107,8 @@ class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Slot -> name of the block in the file."""
     row_index: RowIndexEntry | msgspec.UnsetType = msgspec.UNSET
     """Absent for a row-indexed table, for a part without rows, and if ``row_index`` is off."""
+    row_fingerprints: RowFingerprintsEntry | msgspec.UnsetType = msgspec.UNSET
+    """Absent for a part without rows, and if ``row_fingerprints`` is off."""
 
 
 class TableEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -105,7 +105,7 @@ class ExportState:
     casts: Counts = dataclasses.field(default_factory=dict)
     tables: tuple[TableEntry, ...] = ()
     index_files: tuple[FileEntry, ...] = ()
-    """The files of row indexes."""
+    """The files of row indexes, and those of row fingerprints."""
     small_files: tuple[FileEntry, ...] = ()
     written: Written = dataclasses.field(default_factory=dict)
     """Each file of the package with its size and version as it was checked. Rank 0."""

@@ -60,6 +60,7 @@ EXAMPLES = {
     "digest": "sha256",
     "server_side_copy": "false",
     "row_index": "false",
+    "row_fingerprints": "true",
     "max_memory": "2GiB",
     "threads": "2",
     "need_export_sparse": "false",
