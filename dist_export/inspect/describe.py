@@ -24,9 +24,10 @@ from dist_export.errors import CheckpointError, ConfigError, PackageError, UserE
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.recis_index import split_internal, split_stem
+from dist_export.formats.row_fingerprints import SUFFIX
 from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
 from dist_export.inspect.dcp import describe_dcp, render_dcp
-from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
+from dist_export.manifest import MANIFEST, ServingEntry, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.storage.directory import Directory
@@ -92,6 +93,8 @@ def render(found: dict[str, Any]) -> list[str]:
     lines += [
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
     ]
+    if found.get("row_fingerprints"):
+        lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
     if found["tables"]:
         lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
@@ -144,6 +147,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "shards": manifest.num_shards,
         "files": len(manifest.files),
         "bytes": manifest.num_bytes,
+        "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
         "tables": [
             {
@@ -173,14 +177,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
-        "serving": None
-        if manifest.serving is msgspec.UNSET
-        else {
-            "features": [feature.name for feature in manifest.serving.features],
-            "unknown": {
-                entry.name: entry.unknown for entry in manifest.serving.inputs if entry.unknown is not msgspec.UNSET
-            },
-        },
+        "serving": None if manifest.serving is msgspec.UNSET else _describe_contract(manifest.serving),
         "score": None
         if manifest.score is msgspec.UNSET
         else {
@@ -190,6 +187,11 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "tables": list(manifest.score.tables),
         },
     }
+
+
+def _describe_contract(serving: ServingEntry) -> dict[str, Any]:
+    unknown = {entry.name: entry.unknown for entry in serving.inputs if entry.unknown is not msgspec.UNSET}
+    return {"features": [feature.name for feature in serving.features], "unknown": unknown}
 
 
 def _shape_of(slot: SlotEntry) -> list[int]:

@@ -14,10 +14,13 @@ import pytest
 
 import dist_export
 from dist_export.commit import row_fingerprints
+from dist_export.config.loader import load_config
 from dist_export.errors import CommitError, PackageError, UserError
 from dist_export.formats.digests import digest_bytes
+from dist_export.inspect.describe import describe, render
 from dist_export.manifest import Manifest, PartEntry, RowFingerprintsEntry, decode_manifest, encode_manifest, seal
 from dist_export.package.row_fingerprints import open_fingerprints
+from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.storage.staging import Staging
 from dist_export.verify.verify import verify
 from tests.support.numbered_cases import numbered_tables, write_numbered
@@ -136,6 +139,34 @@ def test_a_package_that_is_exported_again_has_them_anew(exported: Path, tmp_path
     check_all(tmp_path / "copied")
     for name in (A, B):
         assert (tmp_path / "copied" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_plan_and_inspect_say_their_bytes(source: Path, exported: Path, tmp_path: Path) -> None:
+    settings = {
+        "ckpt_dir": str(source),
+        "export_dir": str(tmp_path / "out"),
+        "filter_sparse_opt": True,
+        "num_shards": 2,
+    }
+    num_bytes = sum((exported / name).stat().st_size for name in (A, B))
+    planned = make_report(load_config(settings), world_size=3)
+    assert planned["row_fingerprints"] == num_bytes
+    assert any(line.startswith("  row fingerprints: ") for line in render_report(planned))
+    without = make_report(load_config({**settings, "row_fingerprints": False}), world_size=3)
+    assert without["row_fingerprints"] == 0
+    assert not any("row fingerprints" in line for line in render_report(without))
+    found = describe(str(exported))
+    assert found["row_fingerprints"] == num_bytes
+    assert f"  row fingerprints: {num_bytes:,} of these bytes" in render(found)
+
+
+def test_plan_refuses_a_file_of_somebody_else_too(source: Path, tmp_path: Path) -> None:
+    settings = {"ckpt_dir": str(source), "export_dir": str(tmp_path), "filter_sparse_opt": True, "num_shards": 2}
+    for name in (A, A.replace("fingerprints", "index")):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"{name} is there already, and dist_export did not write it"):
+            make_report(load_config(settings), world_size=1)
+        (tmp_path / name).unlink()
 
 
 # ---- reading ----
