@@ -24,9 +24,10 @@ from dist_export.errors import CheckpointError, ConfigError, PackageError, UserE
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.recis_index import split_internal, split_stem
+from dist_export.formats.row_fingerprints import SUFFIX
 from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
 from dist_export.inspect.dcp import describe_dcp, render_dcp
-from dist_export.manifest import MANIFEST, DeltaEntry, ScoreEntry, SlotEntry, TensorEntry
+from dist_export.manifest import MANIFEST, DeltaEntry, ScoreEntry, ServingEntry, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.storage.directory import Directory
@@ -94,6 +95,8 @@ def render(found: dict[str, Any]) -> list[str]:
     ]
     if base := found.get("base"):
         lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']})")
+    if found.get("row_fingerprints"):
+        lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
     if found["tables"]:
         lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
@@ -151,6 +154,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "shards": manifest.num_shards,
         "files": len(manifest.files),
         "bytes": manifest.num_bytes,
+        "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
         **({} if manifest.base is msgspec.UNSET else {"base": msgspec.to_builtins(manifest.base)}),
         "tables": [
@@ -182,14 +186,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
-        "serving": None
-        if manifest.serving is msgspec.UNSET
-        else {
-            "features": [feature.name for feature in manifest.serving.features],
-            "unknown": {
-                entry.name: entry.unknown for entry in manifest.serving.inputs if entry.unknown is not msgspec.UNSET
-            },
-        },
+        "serving": None if manifest.serving is msgspec.UNSET else _describe_contract(manifest.serving),
         "score": None if manifest.score is msgspec.UNSET else _describe_score(manifest.score),
     }
 
@@ -205,6 +202,11 @@ def _describe_score(score: ScoreEntry) -> dict[str, Any]:
 
 def _describe_delta(delta: DeltaEntry) -> dict[str, int]:
     return {name: getattr(delta, name) for name in ("rows_base", "same", "changed", "new", "deleted")}
+
+
+def _describe_contract(serving: ServingEntry) -> dict[str, Any]:
+    unknown = {entry.name: entry.unknown for entry in serving.inputs if entry.unknown is not msgspec.UNSET}
+    return {"features": [feature.name for feature in serving.features], "unknown": unknown}
 
 
 def _shape_of(slot: SlotEntry) -> list[int]:

@@ -35,6 +35,7 @@ from dist_export.verify.manifest_tables import check_tables
 from dist_export.verify.merged_manifest import DenseState, check_merged
 from dist_export.verify.parts import FoundParts, check_parts, check_prefixes
 from dist_export.verify.report import Report
+from dist_export.verify.row_fingerprints import find_fingerprinted_parts
 from dist_export.verify.row_indexes import find_indexed_parts
 from dist_export.verify.work_split import Work
 
@@ -239,6 +240,9 @@ class Survey:
             value_dtype=blocks.dtype[values].astype(np.int64),
             value_width=widths[values],
             indexes=() if self.manifest is None else find_indexed_parts(self.manifest, blocks, self.report),
+            fingerprints=()
+            if self.manifest is None
+            else find_fingerprinted_parts(self.manifest, blocks, self.bad, self.report),
         )
 
     def _row_widths(self, blocks: Blocks) -> np.ndarray:

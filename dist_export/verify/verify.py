@@ -38,6 +38,12 @@ from dist_export.verify.ids import (
 )
 from dist_export.verify.metadata_checks import CHANGED, Survey
 from dist_export.verify.report import Report
+from dist_export.verify.row_fingerprints import (
+    WrongRows,
+    compare_fingerprints,
+    cut_fingerprints,
+    report_fingerprints,
+)
 from dist_export.verify.row_indexes import IndexCount, count_indexes, cut_indexes, report_indexes
 from dist_export.verify.work_split import DEFAULT_MEMORY, Bounds, Work, share_out
 
@@ -83,7 +89,7 @@ def verify(
     mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
     outcomes = ranks.all_gather("read the files", lambda: _read_shares(directory, work, bounds, num_shares, mine))
     found = [outcome for by_thread in outcomes for outcome in by_thread]
-    counts = add_counts(work, [ids for _, ids, _, _ in found])
+    counts = add_counts(work, [ids for _, ids, *_ in found])
     is_proven = proven_tables(work, counts)
     tasks = [] if counts.errors else plan_unique(work, is_proven, held_ids=bounds.held_ids)
     dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
@@ -102,9 +108,10 @@ def verify(
 
     def finish() -> Report:
         if survey.manifest is not None:
-            compare_digests(work, [chunk for chunks, _, _, _ in found for chunk in chunks], survey.report)
-        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd, _ in found]))
-        report_indexes(work, [count for _, _, _, its in found for count in its], survey.report)
+            compare_digests(work, [chunk for chunks, *_ in found for chunk in chunks], survey.report)
+        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd, *_ in found]))
+        report_indexes(work, [count for _, _, _, its, _ in found for count in its], survey.report)
+        report_fingerprints(work, [wrong for *_, its in found for wrong in its], survey.report)
         if compared is not None and survey.package is not None:
             report_delta(survey.package, compared, survey.report)
         survey.refuse_replaced()
@@ -140,22 +147,24 @@ def _compare_with_base(ranks: Ranks, survey: Survey, bounds: Bounds) -> list[Pie
     return [one for its in ranks.all_gather("compare with the base", count) for one in its]
 
 
-_Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount]]
+_Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount], list[WrongRows]]
 
 
 def _read_shares(directory: Directory, work: Work, bounds: Bounds, num_shares: int, mine: slice) -> list[_Read]:
     """Read this rank's shares of the files, one a thread."""
 
     def read(share: tuple[slice, ...]) -> _Read:
-        files, ids, values, indexes = share
+        files, ids, values, indexes, fingerprints = share
         return (
             hash_share(directory, work, files),
             count_share(directory, work, ids, held_ids=bounds.held_ids),
             scan_share(directory, work, values),
             count_indexes(directory, work, indexes),
+            compare_fingerprints(directory, work, fingerprints),
         )
 
-    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], cut_indexes(work)[2])
+    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work)[3]
+    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], indexed, fingerprinted)
     shares = [share_out(column, num_shares)[mine] for column in sizes]
     return run_threads(read, list(zip(*shares, strict=True)))
 

@@ -82,13 +82,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shards", "compare"), [((1, 3), "fingerprints"), ((3, 1), "exact"), ((2, 2), "none")], ids=str
+)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_delta_on_its_base_is_the_full_export(sources, tmp_path: Path, settings, shards) -> None:
+def test_a_delta_on_its_base_is_the_full_export(sources, tmp_path: Path, settings, shards, compare: str) -> None:
+    """By fingerprints, by the base's rows, and by these where the base has no fingerprints."""
     before, after = sources
-    base = export(before, tmp_path / "base", num_shards=shards[0], **settings)
+    base = export(before, tmp_path / "base", num_shards=shards[0], row_fingerprints=compare != "none", **settings)
     full = export(after, tmp_path / "full", num_shards=2, **settings)
-    delta = export(after, tmp_path / "delta", num_shards=shards[1], base=str(base), **settings)
+    more = {"compare": "exact"} if compare == "exact" else {}
+    delta = export(after, tmp_path / "delta", num_shards=shards[1], base=str(base), **settings, **more)
     assert put_together(base, delta) == read_package(full)
     manifest = manifest_of(delta)
     assert manifest["schema_version"] == 2
@@ -270,12 +274,26 @@ def test_latest_is_the_full_package_behind_the_current_version(sources, tmp_path
     assert {manifest["base"]["digest"] for manifest in manifests if "base" in manifest} == {full}
 
 
+def test_fingerprints_are_used_where_the_base_has_them_and_not_if_rows_are_to_be_read(sources, tmp_path: Path) -> None:
+    """Fingerprints of other rows make every row changed, and are not looked at by ``exact``."""
+    base = export(sources[0], tmp_path / "base")
+    for file in base.glob("*.row_fingerprints"):
+        content = bytearray(file.read_bytes())
+        content[64:] = bytes(len(content) - 64)
+        file.write_bytes(content)
+    by_fingerprints = export(sources[0], tmp_path / "by_fingerprints", base=str(base))
+    exact = export(sources[0], tmp_path / "exact", base=str(base), compare="exact")
+    assert [table["delta"]["changed"] for table in manifest_of(by_fingerprints)["tables"]] == [3000, 500]
+    assert [table["delta"]["changed"] for table in manifest_of(exact)["tables"]] == [0, 0]
+
+
 def test_settings_that_do_not_go_together(sources, tmp_path: Path) -> None:
     for settings, text in (
         ({"base": "latest"}, "publish is not set"),
         ({"base": ""}, "base is empty"),
         ({"base": "x", "filter_sparse_opt": False}, "base needs new shards"),
         ({"on_base_mismatch": "full"}, "base is not set"),
+        ({"compare": "exact"}, "base is not set"),
         ({"base": "x", "need_export_sparse": False}, "need_export_sparse is false"),
     ):
         with pytest.raises(ConfigError, match=text):
