@@ -19,7 +19,7 @@ from dist_export.package.slot_reader import SlotReader
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 """Bytes of a slot, as they are written, that are compared at once."""
 
 
