@@ -26,7 +26,7 @@ from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.recis_index import split_internal, split_stem
 from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
 from dist_export.inspect.dcp import describe_dcp, render_dcp
-from dist_export.manifest import MANIFEST, DeltaEntry, SlotEntry, TensorEntry
+from dist_export.manifest import MANIFEST, DeltaEntry, ScoreEntry, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.storage.directory import Directory
@@ -190,14 +190,16 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
                 entry.name: entry.unknown for entry in manifest.serving.inputs if entry.unknown is not msgspec.UNSET
             },
         },
-        "score": None
-        if manifest.score is msgspec.UNSET
-        else {
-            "program": manifest.score.program,
-            "inputs": [_describe_tensor(tensor) for tensor in manifest.score.inputs],
-            "outputs": [_describe_tensor(tensor) for tensor in manifest.score.outputs],
-            "tables": list(manifest.score.tables),
-        },
+        "score": None if manifest.score is msgspec.UNSET else _describe_score(manifest.score),
+    }
+
+
+def _describe_score(score: ScoreEntry) -> dict[str, Any]:
+    return {
+        "program": score.program,
+        "inputs": [_describe_tensor(tensor) for tensor in score.inputs],
+        "outputs": [_describe_tensor(tensor) for tensor in score.outputs],
+        "tables": list(score.tables),
     }
 
 

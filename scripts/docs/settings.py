@@ -29,6 +29,8 @@ EXAMPLES = {
     "export_dir": "s3://serving/ctr/20260101",
     "publish": "/serving/ctr",
     "keep_versions": "10",
+    "base": "/serving/ctr/20251231",
+    "on_base_mismatch": "full",
     "step": "120000",
     "register": "models:/ctr_serving",
     "registry_options": '{models: {registry_uri: "http://mlflow.internal:5000"}}',

@@ -312,13 +312,14 @@ def test_help_all_explains_every_setting(command: tuple[str, ...], option: str, 
     assert "--timeout  a number (default: 1800.0)" in shown
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "report"])
 def test_help_of_a_command_explains_its_options(command: str, capsys) -> None:
     code, shown, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"dist_export {command} PATH" in shown
     assert "--storage_options  a mapping" in shown
-    assert ("--finite" in shown, "--treat_as_tables" in shown) == (command == "verify", command == "inspect")
+    own = {"verify": "--finite", "inspect": "--treat_as_tables", "report": "--sample_rows"}
+    assert [name for name, option in own.items() if option in shown] == [command]
 
 
 def test_help_imports_no_torch() -> None:
