@@ -74,6 +74,11 @@ def _describe_package(manifest: Manifest, where: str) -> Iterable[tuple[str, str
         sum(slot.num_bytes for table in manifest.tables for slot in slots(table)) for slots in (_kept, _dropped)
     )
     yield "Package", where
+    if manifest.base is not msgspec.UNSET:
+        yield (
+            "Delta package of",
+            f"{manifest.base.path} ({manifest.base.digest}). Rows here are the delta's own, without the base's",
+        )
     yield "Mode", _MODES.get(manifest.mode, manifest.mode)
     yield "Source", f"{source.path} ({source.format}), {count(source.num_files, 'file')}, {amount(source.num_bytes)}"
     yield "Training step", "not known" if source.step is msgspec.UNSET else f"{source.step:,}"

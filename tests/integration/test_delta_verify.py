@@ -293,3 +293,11 @@ def test_a_table_that_the_base_lacks_is_verified(tmp_path: Path) -> None:
     new = {"kept": OLD["kept"], "added": make_rows(30, 4, seed=4)}
     delta = write_delta(tmp_path / "delta", base, {"kept": OLD["kept"]}, new, num_shards=1)
     assert verify(str(delta)).findings == []
+
+
+def test_a_report_says_that_its_rows_are_those_of_a_delta(written: Deltas, tmp_path: Path) -> None:
+    for package, is_told in ((written.delta, True), (written.base, False)):
+        assert main(["report", str(package), "--out", str(tmp_path / "report.html")]) == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("without the base" in page) == is_told
+        assert ("Delta package of" in page) == is_told
