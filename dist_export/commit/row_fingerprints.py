@@ -140,13 +140,13 @@ def add_fingerprints(plan: SparsePlan, entries: Sequence[TableEntry]) -> tuple[T
     found = {}
     for planned in plan_fingerprints(plan, range(len(plan.files))).values():
         for block, offset in zip(planned.blocks, planned.offsets, strict=True):
-            found[block] = RowFingerprintsEntry(file=planned.name, offset=offset)
+            found[planned.name, plan.blocks.key[block]] = RowFingerprintsEntry(file=planned.name, offset=offset)
     added = []
-    for number, table in enumerate(entries):
-        blocks = plan.blocks_of(number, plan.slots_of(number)[0].column).tolist()
+    for table in entries:
+        keys = [(fingerprints_name(part.file), part.keys.get(table.kept[0].name, "")) for part in table.parts]
         parts = [
-            part if block not in found else msgspec.structs.replace(part, row_fingerprints=found[block])
-            for part, block in zip(table.parts, blocks, strict=True)
+            msgspec.structs.replace(part, row_fingerprints=found[key]) if key in found else part
+            for part, key in zip(table.parts, keys, strict=True)
         ]
         added.append(msgspec.structs.replace(table, parts=tuple(parts)))
     return tuple(added)

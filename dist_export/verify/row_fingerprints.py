@@ -156,7 +156,7 @@ def report_fingerprints(work: Work, wrong: list[WrongRows], report: Report) -> N
     """
     if any((finding.file, finding.check) == (MANIFEST, "manifest") for finding in report.found):
         return
-    before, known = report.count(), {finding.file for finding in report.found}
+    before, known = report.count(), {finding.file for finding in report.found if finding.check != "finite"}
     by_part: dict[int, list[WrongRows]] = {}
     for its in wrong:
         by_part.setdefault(its.part, []).append(its)
