@@ -152,9 +152,9 @@ class ExportConfig:
     """Write a row index for each part of a hash table, so that an id is found without reading the id column. It takes about 6
     bytes a row. False leaves it out, and then each lookup reads the ids."""
     row_fingerprints: Literal["auto"] | bool = "auto"
-    """Write a fingerprint of each row, so that changed rows are found without reading the rows of two packages. It takes 8 bytes
-    a row, and the written rows are read back for it. auto writes them on a disk, and not on a store; true writes them
-    everywhere; false leaves them out."""
+    """Write a fingerprint of each row, by which a later delta finds changed rows without reading this package's rows. It takes 8
+    bytes a row, and the written rows are read back for it. auto writes them in full packages of a directory of versions (see
+    publish) on a disk; true writes them everywhere; false leaves them out."""
     max_memory: int | str = "512MiB"
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None

@@ -150,7 +150,7 @@ def _dense_tensors(found: Found, plan: SparsePlan) -> dict[str, list[str]]:
 
 def _count_fingerprint_bytes(found: Found, plan: SparsePlan) -> int:
     """Return the bytes of all files of row fingerprints; 0 if none are written."""
-    if not writes_fingerprints(found.config, found.paths.target):
+    if not writes_fingerprints(found.config, plan, found.paths.target):
         return 0
     return sum(file.num_bytes for file in plan_fingerprints(plan, range(len(plan.files))).values())
 

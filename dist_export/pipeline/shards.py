@@ -56,9 +56,8 @@ def transfer(
             concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
             reporter.transferring(job.reused_bytes + job.num_bytes, reused_bytes=job.reused_bytes),
         ):
-            written = pool.submit(job.write)
 
-            def wait() -> None:
+            def wait(written: concurrent.futures.Future[None]) -> None:
                 try:
                     beside()
                 except BaseException:
@@ -69,7 +68,8 @@ def transfer(
                 written.result()
 
             try:
-                receipts, shares = job.finish(wait)
+                written = pool.submit(job.write)
+                receipts, shares = job.finish(lambda: wait(written))
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise

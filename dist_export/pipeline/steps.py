@@ -284,7 +284,7 @@ def check_shards(export: ExportState) -> ExportState:
             planned,
             target,
             row_index=task.config.row_index,
-            row_fingerprints=writes_fingerprints(task.config, target),
+            row_fingerprints=writes_fingerprints(task.config, plan, target),
             digest=task.config.digest,
             in_place=export.in_place,
         )

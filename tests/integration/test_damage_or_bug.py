@@ -193,7 +193,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
-DAMAGE = {".safetensors": damage_shard, ".row_index": damage_index, ".row_fingerprints": damage_index}
+DAMAGE = {".safetensors": damage_shard, ".row_index": damage_index}
 
 
 @pytest.mark.parametrize("seed", range(6))

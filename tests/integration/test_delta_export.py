@@ -276,7 +276,7 @@ def test_latest_is_the_full_package_behind_the_current_version(sources, tmp_path
 
 def test_fingerprints_are_used_where_the_base_has_them_and_not_if_rows_are_to_be_read(sources, tmp_path: Path) -> None:
     """Fingerprints of other rows make every row changed, and are not looked at by ``exact``."""
-    base = export(sources[0], tmp_path / "base")
+    base = export(sources[0], tmp_path / "base", row_fingerprints=True)
     for file in base.glob("*.row_fingerprints"):
         content = bytearray(file.read_bytes())
         content[64:] = bytes(len(content) - 64)

@@ -117,10 +117,8 @@ def test_a_copy_goes_over_byte_for_byte_with_its_indexes(checkpoint: Path, tmp_p
     assert sorted(path.name for path in out.iterdir()) == [
         "index",
         "manifest.json",
-        "model-000000-of-000002.row_fingerprints",
         "model-000000-of-000002.row_index",
         "model-000000-of-000002.safetensors",
-        "model-000001-of-000002.row_fingerprints",
         "model-000001-of-000002.row_index",
         "model-000001-of-000002.safetensors",
         "tensorkey.json",
@@ -417,9 +415,7 @@ def test_shards_of_another_plan_are_not_kept_and_go(tmp_path: Path, monkeypatch:
     write_checkpoint(source, make_tables({"t": 300}, 4, seed=9))
     exports.export({**settings, "num_shards": 2})
     assert sorted(path.name for path in out.glob("model-*")) == [
-        f"model-00000{i}-of-000002.{suffix}"
-        for i in (0, 1)
-        for suffix in ("row_fingerprints", "row_index", "safetensors")
+        f"model-00000{i}-of-000002.{suffix}" for i in (0, 1) for suffix in ("row_index", "safetensors")
     ]
     assert len(read_back(out)["t"]["id"]) == 300
 

@@ -79,7 +79,7 @@ def test_what_needs_no_digest_is_neither_read_nor_written_here(tmp_path, tables,
     monkeypatch.setattr(
         StagedFiles, "write", lambda its, number, view, at: (writes.append(len(view)), write(its, number, view, at))[1]
     )
-    export(tmp_path / "in", tmp_path / "out", num_shards=1, digest="none", row_index=False, row_fingerprints=False)
+    export(tmp_path / "in", tmp_path / "out", num_shards=1, digest="none", row_index=False)
     assert_exact(tmp_path / "out", truth_of(tables))
     headers = sum(
         8 + int.from_bytes(path.read_bytes()[:8], "little") for path in (tmp_path / "out").glob("model*.safetensors")

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,13 +24,23 @@ from dist_export.package.row_fingerprints import open_fingerprints
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.storage.staging import Staging
 from dist_export.verify.verify import verify
+from tests.support import sparse_cases
 from tests.support.numbered_cases import numbered_tables, write_numbered
 from tests.support.recis_writer import make_tables, write_checkpoint
 from tests.support.row_fingerprints import read_fingerprints
-from tests.support.sparse_cases import copy, export
 
 A = "model-000000-of-000002.row_fingerprints"
 B = "model-000001-of-000002.row_fingerprints"
+
+
+def export(source: Path, target: Path | str, **settings: Any) -> Manifest:
+    return sparse_cases.export(source, target, **{"row_fingerprints": True, **settings})
+
+
+def copy(source: Path, target: Path, **settings: Any) -> Manifest:
+    return sparse_cases.copy(source, target, **{"row_fingerprints": True, **settings})
+
+
 TABLES = make_tables({"a": 900, "b": 70, "empty": 0}, 3, dim=5)
 
 
@@ -125,8 +136,14 @@ def test_the_setting_says_where_they_are_written(source: Path, tmp_path: Path) -
     assert all(part.row_fingerprints is msgspec.UNSET for part in parts_of(manifest))
     assert not verify(str(tmp_path / "off")).findings
     on_store = "memory://row-fingerprints/{}"
-    manifest = export(source, on_store.format("auto"), num_shards=2)
-    assert all(part.row_fingerprints is msgspec.UNSET for part in parts_of(manifest))
+    for name in (str(tmp_path / "auto"), on_store.format("auto"), "versions:" + on_store.format("versions")):
+        manifest = export(source, name, num_shards=2, row_fingerprints="auto")
+        assert all(part.row_fingerprints is msgspec.UNSET for part in parts_of(manifest))
+    manifest = export(source, f"versions:{tmp_path / 'versions'}", num_shards=2, row_fingerprints="auto")
+    assert all((part.row_fingerprints is msgspec.UNSET) == (not part.rows) for part in parts_of(manifest))
+    base = {"base": f"versions:{tmp_path / 'versions'}"}
+    manifest = export(source, f"versions:{tmp_path / 'versions'}", num_shards=2, row_fingerprints="auto", **base)
+    assert all(part.row_fingerprints is msgspec.UNSET for part in parts_of(manifest))  # nobody takes a delta for a base
     manifest = export(source, on_store.format("true"), num_shards=2, row_fingerprints=True)
     assert all((part.row_fingerprints is msgspec.UNSET) == (not part.rows) for part in parts_of(manifest))
     assert not verify(on_store.format("true")).findings
@@ -147,6 +164,7 @@ def test_plan_and_inspect_say_their_bytes(source: Path, exported: Path, tmp_path
         "export_dir": str(tmp_path / "out"),
         "filter_sparse_opt": True,
         "num_shards": 2,
+        "row_fingerprints": True,
     }
     num_bytes = sum((exported / name).stat().st_size for name in (A, B))
     planned = make_report(load_config(settings), world_size=3)
@@ -162,6 +180,7 @@ def test_plan_and_inspect_say_their_bytes(source: Path, exported: Path, tmp_path
 
 def test_plan_refuses_a_file_of_somebody_else_too(source: Path, tmp_path: Path) -> None:
     settings = {"ckpt_dir": str(source), "export_dir": str(tmp_path), "filter_sparse_opt": True, "num_shards": 2}
+    settings["row_fingerprints"] = True
     for name in (A, A.replace("fingerprints", "index")):
         (tmp_path / name).write_text("mine")
         with pytest.raises(UserError, match=rf"{name} is there already, and dist_export did not write it"):

@@ -159,7 +159,6 @@ def test_shards_of_another_attempt_and_half_written_files_go_away(tmp_path, tabl
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(shard(i) for i in range(3)),
         *(shard(i).replace(".safetensors", ".row_index") for i in range(3)),
-        *(shard(i).replace(".safetensors", ".row_fingerprints") for i in range(3)),
         INDEX,
         TENSORKEY,
         MERGED,
@@ -248,7 +247,7 @@ def test_an_export_onto_its_source_completes_it(tmp_path, style):
     manifest = copy(tmp_path / "in", tmp_path / "in")
     after = content(tmp_path / "in")
     assert {name: after[name] for name in before} == before
-    indexes = {f"model-00000{i}-of-000002.{suffix}" for i in (0, 1) for suffix in ("row_index", "row_fingerprints")}
+    indexes = {f"model-00000{i}-of-000002.row_index" for i in (0, 1)}
     assert set(after) - set(before) == (indexes if style else {MERGED, *indexes})
     assert (tmp_path / "in" / "manifest.json").exists()
     for file in manifest.files:
@@ -360,11 +359,7 @@ def test_a_copy_is_byte_for_byte_and_its_merged_manifest_is_new(tmp_path):
     copy(tmp_path / "in", tmp_path / "out")
     source, target = content(tmp_path / "in"), content(tmp_path / "out")
     assert set(source) - set(target) == set(strays)
-    new = {
-        name
-        for name in target
-        if source.get(name) != target[name] and not name.endswith((".row_index", ".row_fingerprints"))
-    }
+    new = {name for name in target if source.get(name) != target[name] and not name.endswith(".row_index")}
     assert new == {MERGED}
     assert set(read_back(tmp_path / "out")["a"]) == set(truth_of(found)["a"])
 

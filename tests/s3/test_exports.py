@@ -418,7 +418,7 @@ def test_an_open_package_takes_no_other_object_for_its_own(num_shards: int, smal
 def test_row_fingerprints_on_a_store_are_those_on_a_disk(small: Path, store: Store, tmp_path: Path) -> None:
     """``auto`` writes none there."""
     remote = store.put_tree(small, "ckpt")
-    store.export(small, tmp_path / "local", row_fingerprints="auto")
+    store.export(small, tmp_path / "local", row_fingerprints=True)
     manifest = store.export(remote, store.url("auto"), row_fingerprints="auto")
     assert not any(file.path.endswith(".row_fingerprints") for file in manifest.files)
     planned = make_report(load_config(store.settings(remote, store.url("out"), row_fingerprints=True)), world_size=2)

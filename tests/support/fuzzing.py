@@ -73,7 +73,7 @@ def damage_shard(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damage_index(raw: bytes, draw: random.Random) -> bytes:
-    """Damage a file of row indexes or row fingerprints: where it ends, or some of its bytes."""
+    """Damage a file of row indexes: where it ends, or some of its bytes."""
     if draw.random() < 0.3:
         return raw[: draw.randrange(len(raw))] if draw.random() < 0.7 else raw + bytes(draw.randrange(1, 9))
     changed = bytearray(raw)
