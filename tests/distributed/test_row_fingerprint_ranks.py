@@ -54,7 +54,7 @@ def test_two_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
 
 def test_verify_on_two_ranks_finds_a_wrong_row(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", make_tables({"a": 900}, 2, dim=7))
-    settings = {"filter_sparse_opt": True, "num_shards": 2, "digest": "none"}
+    settings = {"filter_sparse_opt": True, "num_shards": 2, "digest": "none", "row_fingerprints": True}
     dist_export.export({"ckpt_dir": str(source), "export_dir": str(tmp_path / "out"), **settings})
     assert run_ranks(verify_on_rank, 2, tmp_path / "store", str(tmp_path / "out")) == [[], []]
     shard = tmp_path / "out" / "model-000001-of-000002.safetensors"
