@@ -10,10 +10,11 @@ from torch import nn
 
 from dist_export.checkpoint.model_weights import is_below, plain_name
 from dist_export.dense.known_tables import KnownTables
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.table_names import TableNames
 from dist_export.errors import ModelError
 from dist_export.humanize import few
-from dist_export.model.managed_collisions import is_collision_module
+from dist_export.model.managed_collisions import find_mapped, is_collision_module, names_of_map
 from dist_export.model.sparse_tables import is_hash_table
 from dist_export.model.unwrap import is_lazy, list_modules
 
@@ -23,7 +24,7 @@ SETTING = "allow_missing_dense"
 def refuse_missing_values(
     arch: nn.Module,
     put: Collection[str],
-    tables: KnownTables,
+    tables: RowFinder,
     *,
     sparse_model_name: str,
     dense_model_name: str,
@@ -50,6 +51,7 @@ def refuse_missing_values(
         for name, tensor, is_known in values
         if not is_known and (has_table or tensor.dim() != 2) and not is_below(name, dense)
     }
+    own |= _list_unmapped(arch, path, tables)
     there = {id(tensor) for name, tensor in own.items() if name in put}
     lacking = [name for name, tensor in own.items() if name not in put and id(tensor) not in there]
     patterns = [pattern for pattern in allowed if is_of_sparse(pattern, sparse_model_name)]
@@ -97,6 +99,23 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[
                 is_weight = name == "weight" and _is_embedding(module)
                 found.append((full, tensor, is_table or is_weight or _is_known(names, within)))
     return found, has_table or any(is_known for _, _, is_known in found)
+
+
+def _list_unmapped(arch: nn.Module, path: str, tables: RowFinder) -> dict[str, torch.Tensor]:
+    """Return what maps raw ids to rows in modules whose table has no raw ids in the checkpoint, by name within the model."""
+    names = TableNames(tables, path)
+    found: dict[str, torch.Tensor] = {}
+    exported = tables.exported_names()
+    mapped = [name for name in exported if tables.table_of(name).raw_ids is not None]
+    left_out = [name for name in tables.table_names() if name not in exported]
+    for module, paths in list_modules(arch):
+        if not is_collision_module(module):
+            continue
+        full = names.join(plain_name(paths[0]))
+        # a table that the settings leave out is refused where it is looked up
+        if find_mapped(full, tables.table_names(), [*mapped, *left_out]) is None:
+            found |= {f"{full}.{name}": getattr(module, name) for name in names_of_map(module)}
+    return found
 
 
 def _is_table(module: nn.Module) -> bool:
