@@ -108,7 +108,7 @@ class HashFeed(Feed):
             )
 
         put("forward", self.lookup)
-        for name in _methods_of(type(own)):
+        for name in methods_of(type(own)):
             put(name, functools.partial(self._watch, getattr(own, name), name))
 
     def _watch(self, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +243,7 @@ class HashFeed(Feed):
         )
 
 
-def _methods_of(kind: type) -> list[str]:
+def methods_of(kind: type) -> list[str]:
     """Return the public methods that a class adds to ``nn.Module``, without those by which a table is fed."""
     names = {
         name
