@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from dist_export.checkpoint.model_weights import is_below, plain_name
+from dist_export.dense.hash_feed import tables_of
 from dist_export.dense.known_tables import KnownTables
 from dist_export.dense.row_lookup import RowFinder
+from dist_export.dense.table_memory import written_by_insert
 from dist_export.dense.table_names import TableNames
 from dist_export.errors import ModelError
 from dist_export.humanize import few
@@ -54,6 +56,8 @@ def refuse_missing_values(
     own |= _list_unmapped(arch, path, tables)
     there = {id(tensor) for name, tensor in own.items() if name in put}
     lacking = [name for name, tensor in own.items() if name not in put and id(tensor) not in there]
+    rows = _list_rows(arch, path, tables, lacking)
+    lacking = [name for name in lacking if name not in rows]
     patterns = [pattern for pattern in allowed if is_of_sparse(pattern, sparse_model_name)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in own):
@@ -86,7 +90,7 @@ def _list_values(arch: nn.Module, path: str, tables: KnownTables) -> tuple[list[
         if id(module) in below:
             continue
         is_table = _is_table(module)
-        has_table |= is_table or _is_embedding(module)
+        has_table |= is_table or _is_embedding(module) or is_hash_table(module)
         if is_table:
             below.update(id(child) for child in module.modules())
         hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
@@ -118,11 +122,28 @@ def _list_unmapped(arch: nn.Module, path: str, tables: RowFinder) -> dict[str, t
     return found
 
 
+def _list_rows(arch: nn.Module, path: str, tables: RowFinder, lacking: Collection[str]) -> set[str]:
+    """Return those of ``lacking`` in which hash tables keep their rows and ids."""
+    found: set[str] = set()
+    for module, paths in list_modules(arch):
+        if not is_hash_table(module):
+            continue
+        begin = ".".join(part for part in (path, plain_name(paths[0])) if part)
+        saved = (name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+        its = {name: full for name in saved if (full := f"{begin}.{plain_name(name)}".removeprefix(".")) in lacking}
+        if its:
+            found |= {its[name] for name in written_by_insert(module, tables_of(module, begin), tables, its)}
+    return found
+
+
 def _is_table(module: nn.Module) -> bool:
-    """Whether a module is a table: what the checkpoint has of it is compared by what the sample looks up."""
+    """Whether a module is a table: what the checkpoint has of it is compared by what the sample looks up.
+
+    A hash table may have values beside its rows, and these count.
+    """
     kind = type(module)
     is_collection = kind.__module__.startswith(("torchrec.", "fbgemm_gpu.")) and "Embedding" in kind.__name__
-    return is_hash_table(module) or is_collection or is_collision_module(module)
+    return is_collection or is_collision_module(module)
 
 
 def _is_embedding(module: nn.Module) -> bool:
