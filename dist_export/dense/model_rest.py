@@ -21,6 +21,7 @@ from dist_export.checkpoint.model_weights import distinct_names, plain_name
 from dist_export.dense.missing_values import SETTING
 from dist_export.dense.origins import address_of, tensors_in
 from dist_export.dense.own_parameters import put_values, say_lost, state_put_back, values_within
+from dist_export.dense.rest_tables import answers_of, list_rest_tables, refuse_tables_read
 from dist_export.errors import ModelError
 from dist_export.humanize import few
 from dist_export.model.unwrap import is_lazy, is_sharded_flat, unwrap
@@ -63,6 +64,7 @@ class ModelRest:
         self._allowed = allowed
         self._lacking: dict[str, torch.Tensor] = {}
         self._flat_lacking: list[str] = []
+        self._tables = list_rest_tables(self._root, arches)
         self._reads: _Reads | None = None
 
     @contextlib.contextmanager
@@ -73,7 +75,7 @@ class ModelRest:
             return
         ranks, root, rest = self._ranks, self._root, list_rest(self._root, self._arches)
         wrappers = _flat_wrappers(root, self._arches)
-        if not rest and not wrappers:
+        if not rest and not wrappers and not self._tables:
             yield
             return
         state = ranks.run("read the model's other parameters", load)
@@ -88,22 +90,25 @@ class ModelRest:
                 ranks.run(
                     "put values into what FSDP shards", functools.partial(self._fill, wrapper, state), may_block=True
                 )
-            if self._lacking:
+            if self._lacking or self._tables:
                 self._reads = held.enter_context(_Reads(root, self._arches[1], self._lacking))
                 held.enter_context(_Numbers(self._reads))
+                held.enter_context(answers_of(self._tables, self._reads.mark))
             yield
 
     def refuse_lacking(self) -> list[str]:
         """Refuse what the model's scores read and the checkpoint lacks, after ``model(batch)`` has run.
 
-        Returns the names that a pattern lets pass. Raises ModelError for the others, on all ranks.
+        Returns the names that a pattern lets pass. Raises ModelError for the others, and for tables, on all ranks.
         """
         read = [] if self._reads is None else self._reads.names()
-        lacking = [*read, *self._flat_lacking]
+        tables = [name for name in read if name in self._tables]
+        lacking = [*(name for name in read if name not in tables), *self._flat_lacking]
         passed = [name for name in lacking if any(fnmatchcase(name, pattern) for pattern in self._allowed)]
         refused = [name for name in lacking if name not in passed]
 
         def refuse() -> None:
+            refuse_tables_read(self._tables, tables)
             if refused:
                 raise ModelError(
                     f"the checkpoint lacks {few(refused)}, which the model's forward computes with outside of the sparse and the "
@@ -206,6 +211,12 @@ class _Reads(TorchDispatchMode):
     def _sources(self, value: Any) -> frozenset[str]:
         found = [self._made_of.get(address_of(tensor), frozenset()) for tensor in tensors_in(value)]
         return frozenset().union(*found)
+
+    def mark(self, name: str, value: Any) -> None:
+        """Take ``value``, which a table of this name returned, for made of its rows."""
+        if self._is_on:
+            for address in {address_of(tensor) for tensor in tensors_in(value)} - {0}:
+                self._made_of[address] = self._made_of.get(address, frozenset()) | {name}
 
     def note_numbers(self, value: Any) -> None:
         """Take in what becomes Python numbers or an array of numpy, where nobody sees what they are used for."""

@@ -189,7 +189,7 @@ class ScoreStage:
                 found = figures.run(self._stored_inputs(), "on the sample")
                 figures.compare(self._stored_outputs(), found, None, "on the sample")
             except ParityError as error:
-                return _reason_of(error)
+                return _reason_of(error) + self._tables("").describe_computing()
             return ""
 
         reason = ranks.broadcast("score the sample", compare)
