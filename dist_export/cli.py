@@ -18,7 +18,10 @@ from dist_export.runtime.terminal import SCREEN
 if TYPE_CHECKING:
     from dist_export.runtime.ranks import Ranks
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "report", "score", "serve", "versions", "rollback")
+_COMMANDS = (
+    *("export", "init", "plan", "inspect", "verify", "diff", "report"),
+    *("score", "serve", "watch", "versions", "rollback"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +66,7 @@ def _run(command: str, argv: list[str]) -> int:
             "diff": _diff,
             "score": _score,
             "serve": _serve,
+            "watch": _watch,
         }
         return commands[command](argv) if command in commands else _run_module(command, argv)
     except DistExportError as error:
@@ -95,41 +99,26 @@ def _export(argv: list[str]) -> int:
     if _is_answered(argv, {}) or _has_printed_config(argv, {}):
         return 0
 
-    def work() -> list[str]:
+    summary: list[str] = []
+
+    def work(ranks: Ranks) -> int:
         from dist_export.model.user_objects import build_objects
         from dist_export.pipeline.run import run_export
 
         config = ranks.run("read the settings", lambda: parse_settings(argv))
         objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
-        return run_export(ranks, config, objects, is_shown=config.progress)[1]
-
-    from dist_export.runtime.joining import join
+        _, lines = run_export(ranks, config, objects, is_shown=config.progress)
+        summary.extend(lines if ranks.rank == 0 else ())
+        return 0
 
     # The settings are read again after the ranks have joined, so that only rank 0 reports a mistake in them.
     try:
         timeout_secs = parse_settings(argv).timeout
     except ConfigError:
         timeout_secs = ExportConfig.timeout
-    ranks = join(timeout_secs=timeout_secs, is_own_process=True)
-    INTERRUPTS.describe = ranks.describe_interrupt
-    try:
-        summary = work()
-    except KeyboardInterrupt:
-        _tell_interrupt(ranks.leave_interrupted())
-        return INTERRUPTED
-    except DistExportError as error:
-        failure = error
-        is_shared = isinstance(error, StepFailedError) or ranks.world_size == 1
-        if is_shared:
-            ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
-        else:
-            _tell(error, rank=ranks.rank)
-        return error.exit_code
-    finally:
-        ranks.close()
-    if ranks.rank == 0:
-        print_lines(summary)
-    return 0
+    code = _run_on_ranks(timeout_secs, work, tells_each=True)
+    print_lines(summary)
+    return code
 
 
 def _init(argv: list[str]) -> int:
@@ -270,13 +259,20 @@ def _diff(argv: list[str]) -> int:
     return _run_on_ranks(arguments["timeout"], work)
 
 
-def _run_on_ranks(timeout_secs: float, work: Callable[[Ranks], int]) -> int:
-    """Join the ranks of this job, and return what ``work`` returns, or the exit code of its error, which one rank prints."""
-    from dist_export.runtime.joining import join
+def _run_on_ranks(
+    timeout_secs: float, work: Callable[[Any], int], *, tells_each: bool = False, lasts: bool = False
+) -> int:
+    """Join the ranks of this job, and return what ``work`` returns, or the exit code of its error, which one rank prints.
+
+    With ``tells_each``, a rank prints its own error if the others may not have it. With ``lasts``, the ranks outlast an export.
+    """
+    from dist_export.runtime.joining import join_as
+    from dist_export.runtime.lasting_ranks import LastingRanks
+    from dist_export.runtime.ranks import Ranks
 
     if not 0 < timeout_secs < float("inf"):
         raise ConfigError(f"--timeout is {timeout_secs}; give seconds above 0")
-    ranks = join(timeout_secs=timeout_secs, is_own_process=True)
+    ranks = join_as(LastingRanks if lasts else Ranks, timeout_secs=timeout_secs, is_own_process=True)
     INTERRUPTS.describe = ranks.describe_interrupt
     try:
         return work(ranks)
@@ -285,7 +281,10 @@ def _run_on_ranks(timeout_secs: float, work: Callable[[Ranks], int]) -> int:
         return INTERRUPTED
     except DistExportError as error:
         failure = error
-        ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
+        if tells_each and ranks.world_size > 1 and not isinstance(error, StepFailedError):
+            _tell(error, rank=ranks.rank)
+        else:
+            ranks.tell_once(lambda: _tell(failure, rank=ranks.rank))
         return error.exit_code
     finally:
         ranks.close()
@@ -327,6 +326,15 @@ def _serve(argv: list[str]) -> int:
         path, host=host, port=port, workers=workers, watching=arguments, announce=lambda line: print(line, flush=True)
     )
     return 0
+
+
+def _watch(argv: list[str]) -> int:
+    from dist_export.watch.command import OPTIONS, USAGE, read_rules, watch
+
+    if _is_answered(argv, {"Options of watch": OPTIONS}, usage=USAGE):
+        return 0
+    timeout_secs = read_rules(argv).config.timeout
+    return _run_on_ranks(timeout_secs, lambda ranks: watch(ranks, argv), tells_each=True, lasts=True)
 
 
 def _run_module(command: str, argv: list[str]) -> int:

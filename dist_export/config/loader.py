@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dist_export.config.arguments import read_arguments, say_nearest
@@ -23,6 +23,7 @@ usage: dist_export --config FILE [--key value ...]        export (under torchrun
        dist_export report PATH --out FILE.html            write one HTML page about a package
        dist_export score PATH --input F --output F        score the rows of a file
        dist_export serve PATH                             serve a package over HTTP
+       dist_export watch --config FILE [--key value ...]  export each new checkpoint of a run to a directory of versions
        dist_export versions DIR                           list what was published to a directory
        dist_export rollback DIR [VERSION]                 make an earlier version the current one
        dist_export --version                              show the version, and whether compiled kernels are in use
@@ -94,8 +95,16 @@ def parse_settings(argv: Sequence[str]) -> ExportConfig:
     return parse_with_extras(argv, {})[0]
 
 
-def parse_with_extras(argv: Sequence[str], extras: Mapping[str, Option]) -> tuple[ExportConfig, dict[str, Any]]:
-    """Do as :func:`parse_settings`, and also return the values of ``extras``, which are options but no settings."""
+def parse_with_extras(
+    argv: Sequence[str],
+    extras: Mapping[str, Option],
+    *,
+    defaults: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> tuple[ExportConfig, dict[str, Any]]:
+    """Do as :func:`parse_settings`, and also return the values of ``extras``, which are options but no settings.
+
+    ``defaults`` gets all values that are given, extras included, and returns those of settings that are not.
+    """
     files, rest = _split_config(argv)
     settings: dict[str, Any] = {}
     for path in files:
@@ -104,7 +113,8 @@ def parse_with_extras(argv: Sequence[str], extras: Mapping[str, Option]) -> tupl
     if others:
         raise ConfigError(f"{others[0]!r} belongs to no option; settings are given as --key value")
     extra_values = {name: values.pop(name, option.default) for name, option in extras.items()}
-    return _build(values), extra_values
+    more = {} if defaults is None else defaults({**dict.fromkeys(settings), **values, **extra_values})
+    return _build({**more, **values}), extra_values
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:

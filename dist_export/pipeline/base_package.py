@@ -22,6 +22,9 @@ from dist_export.registry import base as registries
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.urls import open_directory
 
+EVERYTHING = "everything was exported"
+"""Begins the note about a base that was to be used and was not."""
+
 
 class FoundBase(NamedTuple):
     """What the setting ``base`` leads to."""
@@ -60,7 +63,7 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
     except DistExportError as error:
         if config.on_base_mismatch != "full":
             raise
-        return FoundBase(note=f"everything was exported, for the base cannot be used: {first_line(error)}")
+        return FoundBase(note=f"{EVERYTHING}, because the base cannot be used: {first_line(error)}")
     return FoundBase(directory, manifest.digest)
 
 
@@ -135,7 +138,7 @@ def fit_base(
     told = f"base {config.base} does not fit: {reason}"
     if config.on_base_mismatch != "full":
         raise PlanError(f"{told}. Nothing was written; give another base, or set on_base_mismatch: full")
-    return checkpoint, None, [f"everything was exported: {told}"]
+    return checkpoint, None, [f"{EVERYTHING}: {told}"]
 
 
 def number_rows(checkpoint: Checkpoint, names: frozenset[str]) -> Checkpoint:

@@ -77,7 +77,7 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config)
-    options = _options_of(config)
+    options = options_for_registries(config)
     found_base = find_base(config, options)
     config = config.with_changes(**found_base.settings(config))  # latest is another package each time
     target = base.find_registry(config.export_dir, options)
@@ -152,7 +152,7 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
     again = "Run the same export again, which only registers it"
     if locations.ckpt_dir is None:  # the model may have changed since
         again = f"Register it by hand: another export of the model in memory would not be the same (digest {manifest.digest})"
-    return base.register(locations.register, _options_of(config), package, advice=again)
+    return base.register(locations.register, options_for_registries(config), package, advice=again)
 
 
 def _absolute(url: str, options: dict[str, Any]) -> str:
@@ -161,7 +161,7 @@ def _absolute(url: str, options: dict[str, Any]) -> str:
     return directory.path if directory is not None and directory.is_local else url
 
 
-def _options_of(config: ExportConfig) -> dict[str, Any]:
+def options_for_registries(config: ExportConfig) -> dict[str, Any]:
     """Return the options for registries, with those that a directory of versions takes from other settings."""
     own = {"storage_options": config.options_of_target, "keep_versions": config.keep_versions}
     given = config.registry_options.get(SCHEME)

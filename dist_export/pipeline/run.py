@@ -12,14 +12,17 @@ from dist_export.pipeline.steps import export_located
 from dist_export.pipeline.target import place_of
 from dist_export.reporting.events import Events, failure_of, samples_of, write_metrics
 from dist_export.reporting.progress import Reporter
+from dist_export.reporting.published import Published
 from dist_export.runtime.interrupts import EXIT_CODE as INTERRUPTED
 from dist_export.runtime.ranks import Ranks
 
 
-def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool) -> tuple[Manifest, list[str]]:
+def run_export(
+    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool, published: Published | None = None
+) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
-    ``is_shown``: progress is shown while it lasts.
+    ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -44,12 +47,16 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
             events.add("failed", error=f"{type(error).__name__}: {error}".removesuffix(": "), exit_code=exit_code)
             # what is refused (2) before the transfer has changed nothing: the figures of the package that may be there hold
             if config.metrics and (exit_code != 2 or "transfer" in reporter.seconds):
-                write_metrics(config.metrics, config.options_of_target, failure_of(export_dir))
+                samples = [*failure_of(export_dir), *(published.samples() if published is not None else ())]
+                write_metrics(config.metrics, config.options_of_target, samples)
         raise
     others = ranks.all_gather("collect the events", events.lines)
     if ranks.rank == 0:
         events.take_in(others[1:])
         events.add("committed", bytes=manifest.num_bytes, digest=manifest.digest)
+        if published is not None:
+            published.note(export_dir, manifest)
+            events.add("published", **published.describe(manifest))
         if config.metrics:
             samples = samples_of(
                 manifest,
@@ -57,5 +64,6 @@ def run_export(ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown
                 seconds=reporter.seconds,
                 rank_bytes={share.rank: share.num_bytes for share in reporter.shares},
             )
+            samples += published.samples() if published is not None else ()
             write_metrics(config.metrics, config.options_of_target, samples)
     return manifest, summary

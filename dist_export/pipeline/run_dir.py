@@ -91,7 +91,7 @@ def find_checkpoint(
     if config.step is not None:
         return _pick(directory, children, config.step)
     wanted = Wanted(config.format, tensor_settings_of(config, weights), config.need_export_sparse, needs_dense)
-    listed = _read_list(directory)
+    listed = read_list(directory)
     notes: list[str] = []
     by_age = sorted(children, reverse=True)
     for place, (step, name) in enumerate(by_age):
@@ -113,7 +113,7 @@ def list_checkpoints(directory: Directory, *, asked: str, settings: TensorSettin
     """
     children = sorted(_list_run(directory, asked, has_step=False), reverse=True)
     wanted = Wanted(asked, settings, needs_sparse=False, needs_dense=False)
-    listed = _read_list(directory) if children else None
+    listed = read_list(directory) if children else None
     found = []
     for step, name in children:
         is_complete: bool | None = False
@@ -130,13 +130,13 @@ def list_checkpoints(directory: Directory, *, asked: str, settings: TensorSettin
 def _list_run(directory: Directory, asked: str, *, has_step: bool) -> list[tuple[int, str]]:
     """Return (step, name) of the checkpoints of a run; none where the directory is a checkpoint itself. CheckpointError."""
     try:
-        children = _list_children(directory)
-        return [] if not children or _is_checkpoint(directory, asked, has_step=has_step) else children
+        children = list_children(directory)
+        return [] if not children or is_checkpoint(directory, asked, has_step=has_step) else children
     except OSError as error:
         raise CheckpointError(f"{directory.url} cannot be read: {error.strerror or error}") from error
 
 
-def _is_checkpoint(directory: Directory, asked: str, *, has_step: bool) -> bool:
+def is_checkpoint(directory: Directory, asked: str, *, has_step: bool) -> bool:
     """Whether a directory that has children like a run's is a checkpoint itself.
 
     Trainers leave loose tensors in a run's directory, such as the best metric or a last save: these count only where asked for.
@@ -147,18 +147,18 @@ def _is_checkpoint(directory: Directory, asked: str, *, has_step: bool) -> bool:
     return not {RECIS, DCP, DYNAMICEMB, PACKAGE}.isdisjoint(found)
 
 
-def _list_children(directory: Directory) -> list[tuple[int, str]]:
+def list_children(directory: Directory) -> list[tuple[int, str]]:
     """Return (step, name) of the directories that look like checkpoints of a run."""
     found = ((_CHILD.fullmatch(name), name) for name in directory.folders())
     return [(int(match[1]), name) for match, name in found if match is not None]
 
 
-def _read_list(directory: Directory) -> set[str] | None:
-    """Return the names of the checkpoints whose saves have finished, None where nothing says so."""
+def read_list(directory: Directory) -> list[str] | None:
+    """Return the names of the checkpoints whose saves have finished, the newest last; None where nothing says so."""
     if not directory.exists(LIST):
         return None
     lines = directory.read_text(LIST).decode(errors="replace").splitlines()
-    return {line.strip() for line in lines if line.strip()}
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _refuse_other_step(directory: Directory, step: int) -> None:
@@ -204,7 +204,7 @@ def _pick(directory: Directory, children: list[tuple[int, str]], step: int) -> F
     )
 
 
-def _why_unlisted(listed: set[str] | None, name: str) -> str | None:
+def _why_unlisted(listed: list[str] | None, name: str) -> str | None:
     return f"{LIST} does not list it, so its save did not finish" if listed is not None and name not in listed else None
 
 

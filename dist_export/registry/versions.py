@@ -41,6 +41,8 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     base: str | None = None
     """The version that a delta package needs; null for a full package."""
+    num_deltas: int = 0
+    """How many deltas of the same base were published with this one; 0 for a full package."""
 
 
 class Current(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +60,10 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     """As the settings gave it: until when the training data reaches."""
     switches: tuple[Switch, ...] = ()
     """The newest first, this one included."""
+
+    def count_deltas(self, base: str | None) -> int:
+        """Return how many deltas of a full package were published, removed ones included."""
+        return max((switch.num_deltas for switch in self.switches if base and switch.base == base), default=0)
 
 
 class Version(NamedTuple):
@@ -127,6 +133,10 @@ class VersionDirectory:
     def look(self, uri: str) -> str:
         """Return the content of ``current.json`` now, for :meth:`register`; empty if there is none."""
         return self._read(parse(uri)[0])[1]
+
+    def read_current(self, uri: str) -> tuple[Current | None, str]:
+        """Return ``current.json`` and its text; None and nothing if it does not exist. ConfigError if it is damaged."""
+        return self._read(parse(uri)[0])
 
     def register(self, uri: str, package: Registered) -> str:
         """Make a committed package the current version. One that has been so before stays what it is, unless it was overwritten.
@@ -215,7 +225,11 @@ class VersionDirectory:
         now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         kept = before.switches if before is not None else ()
         there = {version, *directory.child(VERSIONS).folders()}
-        switch = Switch(version=version, at=now, step=step, base=base)
+        again = next((old.num_deltas for old in kept if old.version == version), None)
+        num_deltas = before.count_deltas(base) + 1 if before is not None and base else int(base is not None)
+        switch = Switch(
+            version=version, at=now, step=step, base=base, num_deltas=num_deltas if again is None else again
+        )
         content = Current(
             version=version,
             manifest_digest=digest,

@@ -29,6 +29,7 @@ EVENTS = {
     "drift_not_measured": "reason",
     "registered": "uri",
     "committed": "bytes, digest",
+    "published": "version, is_delta, seconds, changed, new, deleted",
     "failed": "error, exit_code",
 }
 """The fields of each event."""
@@ -41,6 +42,10 @@ METRICS = {
     "dist_export_rows": "Rows of a table in the package.",
     "dist_export_dropped_rows": "Rows of a table that were left behind, by reason.",
     "dist_export_moved_bytes": "Bytes of shards that a rank wrote.",
+    "dist_export_current_saved_timestamp_seconds": "When the save of the current version's checkpoint ended, in Unix time.",
+    "dist_export_publish_seconds": "From the end of a checkpoint's save until its version was current.",
+    "dist_export_published_versions": "Versions that this process has published.",
+    "dist_export_delta_rows": "Rows of a delta against its base, by change; 0 for a full package.",
     "dist_export_store_requests": "Requests of all ranks to an S3 store.",
     "dist_export_store_retries": "Requests to an S3 store that were tried again.",
     "dist_export_store_downloaded_bytes": "Bytes that all ranks read from an S3 store.",

@@ -44,6 +44,11 @@ def print_lines(lines: Iterable[str]) -> None:
         print(printable(line))
 
 
+def print_now(line: str) -> None:
+    """Print one line that a reader gets at once, also through a pipe."""
+    print(printable(line), flush=True)
+
+
 def print_json(value: object) -> None:
     """Print a value as indented JSON, in which every character can be printed."""
     import msgspec

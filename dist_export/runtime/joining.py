@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dist_export.errors import ConfigError
 from dist_export.redact import first_line
@@ -17,6 +17,8 @@ from dist_export.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+R = TypeVar("R", bound=Ranks)
 
 _NO_LIMIT = timedelta(days=30)
 """A rank waits without a limit while another one makes progress. The watchdog checks that it does."""
@@ -32,6 +34,11 @@ def alone() -> Ranks:
 
 
 def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
+    """Join the other ranks of this job for one export; see :func:`join_as`."""
+    return join_as(Ranks, timeout_secs=timeout_secs, is_own_process=is_own_process)
+
+
+def join_as(kind: type[R], *, timeout_secs: float, is_own_process: bool = False) -> R:
     """Join the other ranks of this job. All ranks, in the same order of calls.
 
     An existing process group is used through a gloo subgroup. Under ``torchrun`` a group is started. A process without
@@ -39,6 +46,7 @@ def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     watchdog if the process is alone and not ``is_own_process``.
 
     Args:
+        kind: the class that is returned.
         timeout_secs: seconds without progress after which a rank counts as hanging and the export ends.
         is_own_process: this process exists only for the export, so the export handles SIGTERM.
     """
@@ -55,7 +63,7 @@ def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     )
     early.start()
     try:
-        ranks = _join(timeout_secs)
+        ranks = _join(kind, timeout_secs)
     finally:
         early.stop()
     if ranks.world_size > 1 or is_own_process:
@@ -63,11 +71,11 @@ def join(*, timeout_secs: float, is_own_process: bool = False) -> Ranks:
     return ranks
 
 
-def _join(timeout_secs: float) -> Ranks:
+def _join(kind: type[R], timeout_secs: float) -> R:
     timeout = timedelta(seconds=timeout_secs)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1 and not _is_initialized():
-        return Ranks(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
+        return kind(0, 1, None, None, owns_default_group=False, timeout_secs=timeout_secs)
     import torch._C._distributed_c10d as torch_store
     import torch.distributed as dist
 
@@ -83,7 +91,7 @@ def _join(timeout_secs: float) -> Ranks:
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
     prefix = f"dist_export/{next(_sequence)}"
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 -- torch offers no public way to the job's store
-    return Ranks(
+    return kind(
         dist.get_rank(),
         dist.get_world_size(),
         torch_store.PrefixStore(prefix, store),

@@ -41,7 +41,9 @@ class Ranks:
         owns_default_group: bool,
         timeout_secs: float,
         watched_store: Any = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        """Keep the arguments. ``watchdog``: one that runs already, for several exports; None makes one for these ranks."""
         self.rank = rank
         self.world_size = world_size
         self._store = store
@@ -51,7 +53,7 @@ class Ranks:
         self._turns: dict[str, int] = {}
         self._has_failed = False
         self._stop = ""
-        self._watchdog = Watchdog(
+        self._watchdog = watchdog or Watchdog(
             rank,
             world_size,
             watched_store,
@@ -73,6 +75,11 @@ class Ranks:
     def step(self) -> str:
         """The step that this rank is in. Any thread."""
         return self._watchdog.step
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another step may follow a failed one: no rank has left because of it. Any rank."""
+        return not self._watchdog.is_over and not self._watchdog.hears
 
     def note_on_disk(self, say: Callable[[], str]) -> None:
         """Use ``say`` to describe what is on disk, in every message that ends the export. Any rank.

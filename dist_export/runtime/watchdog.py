@@ -146,6 +146,11 @@ class Watchdog:
         self._threads = []
 
     @property
+    def is_over(self) -> bool:
+        """Whether this rank has left, or is about to."""
+        return self._is_over.is_set()
+
+    @property
     def doing(self) -> str:
         """The step that this rank is in, and the file that it reads or writes."""
         where = ACTIVITY.oldest()
