@@ -54,9 +54,29 @@ class ModelRest:
     """Gives the rest of the model its values for the reference. Its methods on all ranks, in the same order."""
 
     def __init__(
-        self, ranks: Ranks, model: Any, arches: Sequence[nn.Module], *, dense_model_name: str, allowed: Sequence[str]
+        self,
+        ranks: Ranks,
+        model: Any,
+        arches: Sequence[nn.Module],
+        *,
+        dense_model_name: str,
+        allowed: Sequence[str],
+        tables: Collection[str] = (),
+        left_out: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """``arches``: the caller's own sparse and dense arch; ``allowed``: all patterns of ``allow_missing_dense``."""
+        """Look at no value yet.
+
+        Args:
+            ranks: all of them.
+            model: the caller's.
+            arches: the caller's own sparse and dense arch.
+            dense_model_name: the path of the latter.
+            allowed: all patterns of ``allow_missing_dense``.
+            tables: names of those of the checkpoint.
+            left_out: gives the names of tensors in other states of the checkpoint than the model's.
+        """
+        self._known_tables = {plain_name(name) for name in tables}
+        self._left_out = left_out
         self._ranks = ranks
         self._root = unwrap(model)
         self._arches = arches
@@ -110,15 +130,31 @@ class ModelRest:
         def refuse() -> None:
             refuse_tables_read(self._tables, tables)
             if refused:
-                raise ModelError(
-                    f"the checkpoint lacks {few(refused)}, which the model's forward computes with outside of the sparse and the "
-                    "dense arch, so scores would be those of untrained values. Nothing was written. Give the checkpoint that has "
-                    f"{'it' if len(refused) == 1 else 'them'}, in this shape; or {SETTING}: [{refused[0]}] "
-                    "lets the model's own values pass"
-                )
+                raise ModelError(self._say_refused(refused))
 
         self._ranks.run("look at what the checkpoint lacks of the model", refuse)
         return passed
+
+    def _say_refused(self, names: Sequence[str]) -> str:
+        """Return what is wrong with parameters that the reference has no values for: they are a table, elsewhere, or nowhere."""
+        untrained = "outside of the sparse and the dense arch, so scores would be those of untrained values. Nothing was written"
+        if exported := [name for name in names if name in self._known_tables]:
+            return (
+                f"{few(exported)}: a table of the package, whose rows an export puts into the sparse arch alone. The model's "
+                f"forward computes with it {untrained}. Make it a part of the sparse arch; or take it off treat_as_tables"
+            )
+        others = self._left_out()
+        it = "it" if len(names) == 1 else "them"
+        if aside := [name for name in names if name in others]:
+            return (
+                f"the checkpoint has {few(aside)} beside the states of the two arches, and no more than these is the model. The "
+                f"model's forward computes with {'it' if len(aside) == 1 else 'them'} {untrained}. Save the state_dict of the "
+                f"whole model as one state; or {SETTING}: [{aside[0]}] lets the model's own values pass"
+            )
+        return (
+            f"the checkpoint lacks {few(names)}, which the model's forward computes with {untrained}. Give the checkpoint that "
+            f"has {it}, in this shape; or {SETTING}: [{names[0]}] lets the model's own values pass"
+        )
 
     def _fill(self, wrapper: nn.Module, state: Mapping[str, Any]) -> None:
         """Put values into one wrapper of FSDP; collective over the ranks that hold its parameters."""
