@@ -114,7 +114,7 @@ def parse_with_extras(
         raise ConfigError(f"{others[0]!r} belongs to no option; settings are given as --key value")
     extra_values = {name: values.pop(name, option.default) for name, option in extras.items()}
     more = {} if defaults is None else defaults({**dict.fromkeys(settings), **values, **extra_values})
-    return _build({**more, **values}), extra_values
+    return _build({**more, **{name: value for name, value in values.items() if value is not None}}), extra_values
 
 
 def load_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> ExportConfig:

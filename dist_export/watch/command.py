@@ -20,7 +20,8 @@ from dist_export.watch.loop import Watch
 USAGE = (
     "usage: dist_export watch --config FILE [--key value ...]\n\nExport each new complete checkpoint of the training run "
     "ckpt_dir, and publish it to the directory of versions publish, until SIGTERM or Ctrl-C. Under torchrun the ranks share the "
-    "work. All settings of an export are options too; base is latest and on_base_mismatch is full unless they are set."
+    "work. All settings of an export are options too; base is latest, on_base_mismatch is full, and filter_sparse_opt is "
+    "true unless they are set."
 )
 OPTIONS = {
     "poll_secs": Option(hint=float, default=1.0, text="How often the run is looked at, in seconds."),
@@ -88,6 +89,7 @@ def _defaults_of(values: dict[str, Any]) -> Mapping[str, Any]:
         )
     if values["full_every"] == 1 or values.get("need_export_sparse") is False:
         return {}
-    base = {} if "base" in values else {"base": LATEST}
-    is_full = "base" in values and values["base"] is None
-    return base if is_full or "on_base_mismatch" in values else {**base, "on_base_mismatch": "full"}
+    if "base" in values and values["base"] is None:
+        return {}
+    defaults = {"base": LATEST, "on_base_mismatch": "full", "filter_sparse_opt": True}  # deltas need new shards
+    return {name: default for name, default in defaults.items() if values.get(name) is None}

@@ -1,0 +1,483 @@
+"""``watch``: each checkpoint of a run becomes the current version, and readers see the state of each; what it survives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dist_export
+from dist_export.cli import main
+from dist_export.pipeline import steps
+from dist_export.registry.versions import VersionDirectory
+from dist_export.runtime.lasting_ranks import LastingRanks
+from dist_export.serve.served import Watcher
+from dist_export.watch.command import read_rules, watch
+from dist_export.watch.loop import Watch
+from tests.support import ROOT, exports
+from tests.support import score_models as models
+from tests.support.deltas import manifest_of
+from tests.support.recis_writer import make_rows, split_table, write_checkpoint
+
+NUM_ROWS = 400
+State = tuple[np.ndarray, np.ndarray]
+"""Ids and their rows."""
+
+
+def state_of(step: int) -> State:
+    """Return the rows of a step: some change at each, some are new, and some are deleted."""
+    ids, slots = make_rows(NUM_ROWS, 4)
+    rows = slots["embedding"]
+    rows[: 3 * step] += step
+    return ids[2 * step : 300 + 4 * step], rows[2 * step : 300 + 4 * step]
+
+
+def save(run: Path, step: int, *, is_listed: bool = True, has_duplicate: bool = False) -> State:
+    """Save a step as RecIS does: the name goes into the list of finished saves last. A duplicate makes its export fail."""
+    ids, rows = state_of(step)
+    if has_duplicate:
+        ids, rows = np.append(ids, ids[0]), np.append(rows, rows[:1], axis=0)
+    slots = {"embedding": rows, "sparse_adam_exp_avg": rows * 0.5}
+    write_checkpoint(run / f"ckpt_{step}", {"item": split_table(ids, slots, 2)})
+    if is_listed:
+        list_save(run, step)
+    return ids, rows
+
+
+def list_save(run: Path, step: int) -> None:
+    path = run / "checkpoint"
+    before = path.read_text() if path.exists() else ""
+    path.with_suffix(".new").write_text(f"{before}ckpt_{step}\n")
+    path.with_suffix(".new").rename(path)
+
+
+def assert_is_served(package: dist_export.Package, state: State) -> None:
+    ids, rows = state
+    found, has_row = package.lookup("item", ids)
+    assert has_row.all()
+    assert np.array_equal(found, rows)
+    others = np.setdiff1d(make_rows(NUM_ROWS, 4)[0], ids)
+    assert not package.lookup("item", others)[1].any()
+
+
+class Scripted(LastingRanks):
+    """A rank that does the next thing of a script each time that it would wait, and gets SIGTERM after the last one."""
+
+    def __init__(self, script: Sequence[Callable[[], object]]) -> None:
+        super().__init__(0, 1, None, None, owns_default_group=False, timeout_secs=60.0)
+        self.script = list(script)
+
+    def wait(self, secs: float) -> None:
+        if self.script:
+            self.script.pop(0)()
+        else:
+            self.request_stop("stopped by SIGTERM")
+
+
+def idle() -> None:
+    """Let a poll pass."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Path:
+    return tmp_path / "serving"
+
+
+def follow(run: Path, where: Path, script: Sequence[Callable[[], object]], **options: Any) -> list[str]:
+    """Run the loop until the script ends; return the lines about versions."""
+    given = {"ckpt_dir": run, "publish": where, "filter_sparse_opt": True, "score_program": "off", "progress": False}
+    argv = [f"--{name}={value}" for name, value in (given | options).items()]
+    settings = read_rules(argv)
+    lines: list[str] = []
+    ranks = Scripted(script)
+    Watch(ranks, settings.config, settings.rules, poll_secs=settings.poll_secs, announce=lines.append).run()
+    return lines
+
+
+def current_of(where: Path) -> Any:
+    return json.loads((where / "current.json").read_text())
+
+
+def steps_of(where: Path) -> list[int]:
+    return [switch["step"] for switch in reversed(current_of(where)["switches"])]
+
+
+def kinds_of(where: Path) -> str:
+    """Return F for each full package and d for each delta."""
+    return "".join("d" if switch["base"] else "F" for switch in reversed(current_of(where)["switches"]))
+
+
+# ---- readers follow ----
+
+
+def test_readers_see_each_of_ten_states(run: Path, where: Path) -> None:
+    argv = ["--ckpt_dir", str(run), "--publish", str(where), "--filter_sparse_opt=true", "--poll_secs", "0.05"]
+    argv += ["--full_every", "4", "--until_step", "10", "--progress=false", "--max_delta=0.9"]
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            watch(LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0), argv)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    served: Watcher | None = None
+    for step in range(1, 11):
+        state = save(run, step)
+        deadline = time.monotonic() + 60
+        while not (where / "current.json").exists() or current_of(where)["step"] != step:
+            assert time.monotonic() < deadline
+            assert not failures
+            time.sleep(0.02)
+        with dist_export.open_package(f"versions:{where}") as package:
+            assert_is_served(package, state)
+        served = served or Watcher(f"versions:{where}")
+        served.check_now()
+        assert_is_served(served.current.package, state)
+    thread.join(60)
+    assert not failures
+    assert steps_of(where) == list(range(1, 11))
+    assert kinds_of(where) == "FdddFdddFd"
+
+
+# ---- what is exported ----
+
+
+def test_at_the_start_it_goes_on_where_it_was(run: Path, where: Path) -> None:
+    save(run, 1)
+    assert len(follow(run, where, [idle, idle])) == 1
+    before = (where / "current.json").read_bytes()
+    assert follow(run, where, [idle, idle]) == []
+    assert (where / "current.json").read_bytes() == before
+    (line,) = follow(run, where, [lambda: save(run, 2), idle])
+    assert "delta, 2 changed, 4 new, 2 deleted; " in line
+    assert steps_of(where) == [1, 2]
+
+
+def test_skipped_checkpoints_are_not_made_up_for(run: Path, where: Path) -> None:
+    for step in (1, 2, 3):
+        save(run, step)
+    follow(run, where, [idle])
+    assert steps_of(where) == [3]
+
+
+def test_a_rollback_lasts_until_the_next_checkpoint(run: Path, where: Path) -> None:
+    save(run, 1)
+    registry = VersionDirectory()
+    script = [lambda: save(run, 2), lambda: registry.rollback(str(where)), idle, idle, lambda: save(run, 3)]
+    follow(run, where, script)
+    assert steps_of(where) == [1, 2, 1, 3]
+
+
+def test_deltas_are_counted_though_old_ones_are_removed(run: Path, where: Path) -> None:
+    options = {"keep_versions": 1, "registry_options": "{versions: {grace_secs: 0}}", "full_every": 5, "max_delta": 9}
+    kinds = ""
+    for step in range(1, 8):
+        save(run, step)
+        follow(run, where, [], **options)
+        kinds += kinds_of(where)[-1]
+    assert kinds == "FddddFd"
+
+
+def test_a_large_delta_makes_the_next_version_full(run: Path, where: Path) -> None:
+    save(run, 1)
+    follow(run, where, [lambda: save(run, 9), lambda: save(run, 10)], max_delta=0.01)
+    assert kinds_of(where) == "FdF"
+
+
+def test_without_a_list_of_saves_it_waits_until_the_files_rest(run: Path, where: Path) -> None:
+    """Headers name no file that is not there yet: a checkpoint that only looks whole must not be published."""
+    save(run, 1, is_listed=False)
+    looks: list[bool] = []
+    follow(run, where, [lambda: looks.append(where.exists()), idle])
+    assert looks == [False]
+    assert steps_of(where) == [1]
+
+
+# ---- what it survives ----
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if part in record.getMessage()]
+
+
+def test_a_damaged_checkpoint_is_reported_once_and_exported_when_it_is_whole(
+    run: Path, where: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dist_export")
+    save(run, 1)
+    content: dict[Path, bytes] = {}
+
+    def damage() -> None:
+        save(run, 2)
+        shard = next((run / "ckpt_2").glob("*.safetensors"))
+        content[shard] = shard.read_bytes()
+        shard.write_bytes(content[shard][:-8])
+
+    def mend() -> None:
+        for path, data in content.items():
+            path.write_bytes(data)
+
+    assert len(follow(run, where, [damage, idle, idle, idle, mend, idle, idle])) == 2
+    assert len(lines_of(caplog, "ckpt_2 is passed over")) == 1
+    assert steps_of(where) == [1, 2]
+
+
+def test_a_failed_export_is_reported_once_and_the_next_checkpoint_is_exported(
+    run: Path, where: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dist_export")
+    save(run, 1)
+    lines = follow(run, where, [lambda: save(run, 2, has_duplicate=True), idle, idle, lambda: save(run, 3), idle])
+    assert len(lines) == 2
+    (line,) = lines_of(caplog, "step 2 is not published")
+    assert "\n" not in line
+    assert steps_of(where) == [1, 3]
+    assert kinds_of(where) == "Fd"
+
+
+def test_a_full_disk_is_tried_again_though_no_file_has_changed(
+    run: Path, where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    real, left = steps.publish, [1]
+
+    def fail(*arguments: Any) -> Any:
+        if left:
+            left.pop()
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "publish", fail)
+    monkeypatch.setattr("dist_export.watch.decision._FIRST_RETRY_SECS", 0.2)
+    looks: list[bool] = []
+    script = [lambda: looks.append((where / "current.json").exists()), lambda: time.sleep(0.3)]
+    follow(run, where, script)
+    assert looks == [False]
+    assert steps_of(where) == [1]
+
+
+def test_a_base_that_is_removed_makes_the_next_version_full(run: Path, where: Path) -> None:
+    save(run, 1)
+
+    def remove_and_save() -> None:
+        shutil.rmtree(where / "versions" / current_of(where)["version"])
+        save(run, 2)
+
+    lines = follow(run, where, [remove_and_save, idle])
+    assert kinds_of(where)[-1] == "F"
+    assert "everything was exported, because the base cannot be used" in lines[1]
+    with dist_export.open_package(f"versions:{where}") as package:
+        assert_is_served(package, state_of(2))
+
+
+def test_another_publisher_is_no_end(
+    run: Path, where: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """current.json changes while the export goes on: the version is published on top of what is current now."""
+    caplog.set_level(logging.INFO, "dist_export")
+    save(run, 1)
+    save(run, 2)
+    save(run, 3)
+    real, left = steps.publish, [2]
+
+    def publish_in_between(*arguments: Any) -> Any:
+        if left:
+            step = left.pop()
+            settings = {"ckpt_dir": str(run), "publish": str(where), "step": step, "filter_sparse_opt": True}
+            exports.export(settings)
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "publish", publish_in_between)
+    follow(run, where, [idle, idle])
+    assert len(lines_of(caplog, "has changed since this export began")) == 1
+    assert steps_of(where) == [2, 3]
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": "../x"}'])
+def test_a_damaged_current_json_waits_for_a_sound_one(
+    run: Path, where: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dist_export")
+    save(run, 1)
+    where.mkdir()
+    (where / "current.json").write_text(content)
+    follow(run, where, [idle, idle, (where / "current.json").unlink])
+    assert len(lines_of(caplog, "is damaged")) == 1
+    assert steps_of(where) == [1]
+
+
+def test_sigterm_within_an_export_gives_it_up_and_the_next_start_goes_on(
+    run: Path, where: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dist_export")
+    save(run, 1)
+    real = steps.publish
+    ranks = Scripted([])
+    settings = read_rules([f"--ckpt_dir={run}", f"--publish={where}", "--filter_sparse_opt=true", "--progress=false"])
+    loop = Watch(ranks, settings.config, settings.rules, poll_secs=1.0, announce=lambda line: None)
+    monkeypatch.setattr(steps, "seal", lambda manifest: (ranks.request_stop("stopped by SIGTERM"), manifest)[1])
+    monkeypatch.setattr(steps, "publish", lambda *arguments: (ranks._current.refuse_to_go_on(), real(*arguments)))
+    loop.run()
+    assert lines_of(caplog, "stopped by SIGTERM: step 1 is not published")
+    assert not (where / "current.json").exists()
+    assert not list(where.rglob("manifest.json"))
+    monkeypatch.undo()
+    assert len(follow(run, where, [])) == 1
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--ckpt_dir=RUN"], "publish is not set"),
+        (["--ckpt_dir=RUN", "--export_dir=OUT"], "publish is not set"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--step=3"], "leave step out"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--poll_secs=0"], "--poll_secs is 0"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--full_every=0"], "--full_every is 0"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--max_delta=-1"], "--max_delta is -1"),
+        (["--ckpt_dir=models:/ctr/1", "--publish=OUT"], "no directory of a training run"),
+        (["--format=live", "--publish=OUT"], "format is live"),
+        (["--ckpt_dir=RUN/ckpt_1", "--publish=OUT", "--filter_sparse_opt=true"], "is a checkpoint; watch follows"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--filter_sparse_opt=false"], "base needs new shards"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--model=no:model", "--dataset=no:data"], "there is no module 'no'"),
+        (["--ckpt_dir=RUN", "--publish=OUT", "--filter_sparse_opt=true", "--select_tables=none"], "none"),
+    ],
+)
+def test_a_mistake_in_the_settings_ends_it_at_once(
+    run: Path, where: Path, argv: list[str], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(run, 1)
+    given = [argument.replace("RUN", str(run)).replace("OUT", str(where)) for argument in argv]
+    assert main(["watch", *given]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist_export: ")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert not (where / "current.json").exists()
+
+
+def test_settings_that_were_good_once_are_no_mistake_later(run: Path, where: Path) -> None:
+    """A checkpoint without the table that the settings name ends nothing, once another one had it."""
+    save(run, 1)
+
+    def save_another() -> None:
+        write_checkpoint(run / "ckpt_2", {"other": split_table(*make_rows(9, 4), 1)})
+        list_save(run, 2)
+
+    follow(run, where, [save_another, idle, lambda: save(run, 3), idle], select_tables="item")
+    assert steps_of(where) == [1, 3]
+
+
+# ---- the same bytes ----
+
+
+def build_model() -> torch.nn.Module:
+    return models.Model(models.ThreeTables(), 3 * models.DIM + 1)
+
+
+def build_dataset() -> Any:
+    """Return an iterator, which has one sample only, of random numbers of the process."""
+    return iter([models.batch_of(seed=int(torch.randint(1 << 30, ())))])
+
+
+def files_of(package: Path) -> dict[str, bytes]:
+    names = [path for path in package.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {str(path.relative_to(package)): path.read_bytes() for path in names}
+
+
+def test_a_later_export_of_the_process_has_the_bytes_of_a_process_of_its_own(run: Path, where: Path) -> None:
+    model = models.train(build_model())
+    command = [sys.executable, "-m", "dist_export"]
+    options = {"ckpt_dir": run, "score_program": "off", "progress": False, "filter_sparse_opt": True}
+    options |= {name: f"{build_model.__module__}:build_{name}" for name in ("model", "dataset")}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+
+    def save_model(step: int) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[:1] += float(step)
+        (run / f"step-{step}").mkdir()
+        models.save(model, run / f"step-{step}" / "model.pth")
+
+    save_model(1)
+    watching = [*command, "watch", *arguments, f"--publish={where}", "--until_step=2", "--poll_secs=0.2"]
+    with subprocess.Popen(watching, cwd=ROOT) as process:
+        while not (where / "current.json").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        save_model(2)
+        assert process.wait(100) == 0
+    assert kinds_of(where) == "Fd"
+    first, last = (where / "versions" / switch["version"] for switch in reversed(current_of(where)["switches"]))
+    alone = where.parent / "alone"
+    more = [f"--export_dir={alone}", "--step=2", f"--base={first}", "--on_base_mismatch=full"]
+    subprocess.run([*command, *arguments, *more], check=True, cwd=ROOT)
+    assert files_of(last) == files_of(alone)
+    assert manifest_of(last)["digest"] == manifest_of(alone)["digest"]
+
+
+# ---- what machines see ----
+
+
+def test_events_and_metrics_of_versions(run: Path, where: Path, tmp_path: Path) -> None:
+    save(run, 1)
+    told = {"events": tmp_path / "e.jsonl", "metrics": tmp_path / "m.prom"}
+    before = time.time()
+    follow(run, where, [lambda: save(run, 2), idle], **told)
+    events = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    published = [event for event in events if event["event"] == "published"]
+    assert [event["is_delta"] for event in published] == [False, True]
+    assert published[1]["version"] == current_of(where)["version"]
+    delta = manifest_of(where / "versions" / current_of(where)["version"])["tables"][0]["delta"]
+    assert {name: published[1][name] for name in ("changed", "new", "deleted")} == {
+        name: delta[name] for name in ("changed", "new", "deleted")
+    }
+    assert 0 < published[1]["seconds"] < 30
+    lines = (tmp_path / "m.prom").read_text().splitlines()
+    figures = {line.split("{")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+    assert before - 60 < figures["dist_export_current_saved_timestamp_seconds"] < time.time()
+    assert figures["dist_export_published_versions"] == 2
+    assert figures["dist_export_publish_seconds"] == pytest.approx(published[1]["seconds"], abs=0.01)
+    rows = f'dist_export_delta_rows{{publish="versions:{where}",change="new"}} {delta["new"]}'
+    assert rows in lines
+
+
+def test_a_failed_export_keeps_the_age_of_the_current_version(
+    run: Path, where: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    real, left = steps.publish, [1, 1]
+
+    def fail(*arguments: Any) -> Any:
+        left.pop()
+        if not left:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "publish", fail)
+    follow(run, where, [lambda: save(run, 2)], metrics=tmp_path / "m.prom")
+    text = (tmp_path / "m.prom").read_text()
+    assert "dist_export_success{" in text
+    assert text.split("dist_export_success{")[1].splitlines()[0].endswith(" 0")
+    assert "\ndist_export_current_saved_timestamp_seconds{" in text
