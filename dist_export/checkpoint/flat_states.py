@@ -19,8 +19,17 @@ Choice = tuple[dict[str, str], dict[str, str], tuple[str, ...]]
 """``names``, ``left_out`` and ``notes`` of a :class:`~dist_export.checkpoint.state_roots.State`."""
 
 
-def choose_flat(found: Mapping[str, tuple[str, tuple[int, ...]]], model_paths: Sequence[str], *, where: str) -> Choice:
-    """Leave out copies of a model that the begin of their names tells; ``found``: full name -> name within, shape."""
+def choose_flat(
+    found: Mapping[str, tuple[str, tuple[int, ...]]], model_paths: Sequence[str], *, where: str, begin: str = ""
+) -> Choice:
+    """Leave out copies of a model that the begin of their names tells.
+
+    Args:
+        found: full name -> name within, shape.
+        model_paths: those of the model's own modules.
+        where: the checkpoint, for messages.
+        begin: stands before all full names in the checkpoint, for messages.
+    """
     names = {name: within for name, (within, _) in found.items()}
     copy_of = {name: copy_path(within, model_paths) for name, within in names.items()}
     copies: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -46,12 +55,14 @@ def choose_flat(found: Mapping[str, tuple[str, tuple[int, ...]]], model_paths: S
         elif alike:
             doubtful.append(path)
     told = () if not doubtful else (_say_doubtful(where, doubtful),)
-    left_out = {name: path for name, path in copy_of.items() if path in original_of}
+    # what state_root takes counts from the whole checkpoint
+    left_out = {n: n.removesuffix(names[n]) + path for n, path in copy_of.items() if path in original_of}
     kept = {name: within for name, within in names.items() if name not in left_out}
     if not left_out:
         return kept, {}, told
     root, *more = sorted(set(original_of.values()))
-    note = say_choice(where, root, left_out.values())
+    outer = next((n.removesuffix(its) for n, its in kept.items() if root and its.startswith(f"{root}.")), "")
+    note = say_choice(where, root and begin + outer + root, [begin + path for path in left_out.values()])
     is_model = root.rpartition(".")[2] in MODEL_KEYS and not more and not is_own(root, model_paths)
     if is_model and all(within.startswith(f"{root}.") or "state" in within.split(".") for within in kept.values()):
         kept = {name: within.removeprefix(f"{root}.") for name, within in kept.items()}

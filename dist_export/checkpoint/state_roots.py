@@ -127,7 +127,7 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
             "; set state_root to one of them"
         )
     inner = [Member(m.name.removeprefix(begin), _cut_path(m, len(begin)), m.shape) for m in below]
-    names, removed, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest)
+    names, removed, notes = _choose_model(inner, settings, where=where, leaves_rest=leaves_rest, begin=begin)
     outside = {m.name: _root_of(m, roots) for m in members if not m.name.startswith(begin)}
     if outside:
         told = list_some(sorted(set(outside.values())))
@@ -136,8 +136,10 @@ def _choose(members: Sequence[Member], settings: TensorSettings, *, where: str, 
     return {begin + name: within for name, within in names.items()}, left_out, notes
 
 
-def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool) -> Choice:
-    """Choose among the keys of nested dicts, then among the beginnings of names."""
+def _choose_model(
+    members: Sequence[Member], settings: TensorSettings, *, where: str, leaves_rest: bool, begin: str = ""
+) -> Choice:
+    """Choose among the keys of nested dicts, then among the beginnings of names. ``begin`` is before all names."""
     model_paths = settings.model_paths
     roots = find_roots(members)
     root_of = {member.name: nested_root(member, roots) for member in members}
@@ -166,9 +168,11 @@ def _choose_model(members: Sequence[Member], settings: TensorSettings, *, where:
         for member in members
         if (root := root_of[member.name]) not in removed
     }
-    names, copies, notes = choose_flat(found, model_paths, where=where)
+    names, copies, notes = choose_flat(found, model_paths, where=where, begin=begin)
     if left_out:
-        notes = (say_choice(where, dotted(chosen or ()), left_out.values()), *notes)
+        taken = dotted(chosen or ())
+        told = say_choice(where, taken and begin + taken, [begin + its for its in left_out.values()])
+        notes = (told, *notes)
     if rivals and chosen is None and any(is_copy_of(by_root[a], by_root[b]) for a in rivals for b in rivals if a != b):
         told = list_some(sorted({_root_of(m, roots) for m in members if root_of[m.name] in rivals}))
         several = f"{where} holds several states with the same names: {told}"

@@ -142,6 +142,35 @@ def refuse_other_inputs(sample: DenseSample, reference: Reference, *, atol: floa
         return
 
 
+def refuse_other_batch(sample: DenseSample, blocks: Mapping[str, torch.Tensor], reference: Reference) -> None:
+    """Refuse a model whose sparse arch gives other blocks in ``model(batch)`` than for the batch. Rank 0; nothing is written yet.
+
+    Args:
+        sample: its inputs tell which blocks and rows count.
+        blocks: what the sparse arch gave for the batch by itself, with the same rows of the tables.
+        reference: of the model.
+
+    Raises:
+        ModelError: it does; it names the blocks.
+    """
+    told = []
+    for name, cut in sample.inputs.items():
+        own, other = blocks.get(name), read_blocks(reference.blocks).tensors.get(name)
+        if own is None or other is None:
+            continue
+        count = cut.shape[0]
+        if not _is_equal(own[:count], other[:count].to(own.device)):
+            told.append(name)
+    if told:
+        raise ModelError(
+            f"in model(batch), the sparse arch gives other values of {few([repr(name) for name in told])} than "
+            "sparse_arch(batch) does: the model's forward changes the batch before the sparse arch, or two calls of that give "
+            "different values. Serving feeds what the sparse arch gives for the batch itself, so its scores would be others. "
+            "Nothing was written. Do within the sparse arch what forward does before it, or give the dataset's batches as "
+            "forward leaves them"
+        )
+
+
 def refuse_other_sample(sample: DenseSample, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a sample whose rows are not the first of the batch, each once, or twice where there is one. Rank 0.
 

@@ -26,7 +26,7 @@ from dist_export.dense.other_formats import refuse_wrong_sample
 from dist_export.dense.pack import check_dtypes
 from dist_export.dense.probe import Probe, refuse_unregistered
 from dist_export.dense.reference import MODEL, Reference, ReferenceRunner
-from dist_export.dense.reference_check import refuse_other_inputs
+from dist_export.dense.reference_check import refuse_other_batch, refuse_other_inputs
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.same_blocks import gather_outlines, refuse_other_orders
 from dist_export.dense.sample import Batches, check_input_names, cut_sample, run_sparse_arch
@@ -161,7 +161,7 @@ class SampleRun:
         )
         notes += ranks.broadcast("run the dense arch on the sample", lambda: self._run(copied, blocks, features))
         ranks.broadcast("compare the order of the blocks", lambda: self._compare_orders(outlines))
-        notes += self._run_reference(sparse_arch, dense_arch, finder)
+        notes += self._run_reference(sparse_arch, dense_arch, finder, blocks)
         return notes
 
     def _look_at_dependence(self, sparse_arch: nn.Module, blocks: Blocks, rows: SampleRows) -> None:
@@ -173,8 +173,13 @@ class SampleRun:
             probe = Probe(self._ranks, sparse_arch, self.data, finder, sparse_model_name=self._config.sparse_model_name)
             rows.unseen |= probe.look(blocks, rows, changes_rows=bool(self.casts) or bool(self._config.prune))
 
-    def _run_reference(self, sparse_arch: nn.Module, dense_arch: nn.Module, finder: RowFinder | None) -> list[str]:
-        """Run the caller's own model on the batch, with the checkpoint's own rows and dense parameters. All ranks."""
+    def _run_reference(
+        self, sparse_arch: nn.Module, dense_arch: nn.Module, finder: RowFinder | None, blocks: Blocks
+    ) -> list[str]:
+        """Run the caller's own model on the batch, with the checkpoint's own rows and dense parameters. All ranks.
+
+        ``blocks``: what the sparse arch gave for the batch by itself.
+        """
         ranks, config = self._ranks, self._config
         runner = ReferenceRunner(
             ranks,
@@ -204,15 +209,17 @@ class SampleRun:
             self.pruned = finder.pruned_ids()
             whole = self.drift.whole_tables()
             self.changes_rows = any(ranks.all_gather("look for changed rows", lambda: finder.changes_rows(whole)))
-        found = ranks.broadcast("look at the reference", self._look_at_reference)
+        found = ranks.broadcast("look at the reference", lambda: self._look_at_reference(blocks))
         return [*note_passed(passed, "model's forward"), *found, *self.drift.notes]
 
-    def _look_at_reference(self) -> list[str]:
+    def _look_at_reference(self, blocks: Blocks) -> list[str]:
         """Return notes on the reference. Rank 0. ModelError where the model gives the dense arch what serving cannot give."""
         assert self.sample is not None
         assert self.reference is not None
         with naming_causes(self.sample.dense_arch, self._config.dense_model_name, self._objects.model):
             refuse_other_inputs(self.sample, self.reference, atol=self._config.atol, rtol=self._config.rtol)
+        if self.reference.kind == MODEL and not self.changes_rows:
+            refuse_other_batch(self.sample, blocks.tensors, self.reference)
         reason = self.reference.reason
         told = "scores are those of dense_arch(sparse_arch(batch)); what forward does before the two and between them is left out"
         return [f"{reason}: {told}"] if reason else []

@@ -177,6 +177,28 @@ def test_a_head_of_another_shape_outside_of_the_arches_is_no_matter(tmp_path: Pa
     assert model.aux.weight.shape == (3, 3)
 
 
+class Before(NormBetween):
+    """Ids are mapped to others before the sparse arch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("others", torch.arange(models.ROWS))
+
+    def forward(self, batch: Any) -> Any:
+        return self.dense_arch(self.sparse_arch({**batch, "user": self.others[batch["user"]]}))
+
+
+def test_what_forward_does_before_the_sparse_arch_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    export(tmp_path, Before().state_dict(), Before(), overwrite=True, score_program="off")
+    trained = Before()
+    trained.others += 1
+    trained.others %= models.ROWS
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(ModelError, match=r"gives other values of 'block' than sparse_arch\(batch\) does: .* Do within"):
+        export(tmp_path, trained.state_dict(), Before(), overwrite=True, score_program="off")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
 class Gate(NormBetween):
     """The layer between the arches takes part only for values that no sample has; what is behind the scores is none of it."""
 

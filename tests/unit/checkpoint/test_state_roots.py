@@ -228,3 +228,21 @@ def test_optimizer_state_is_found_by_the_names_of_any_state() -> None:
             found = choose_state(both, settings, where="ck", find_optimizer=find)
             assert found.optimizer == set(slots)
             assert set(found.names.values()) == set(MODEL)
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("outer", ["", "state_dict", "run.state_dict"])
+def test_a_root_that_a_note_offers_is_one_that_state_root_takes(outer: str, is_flat: bool) -> None:
+    """Also where the begin of flat names tells of a copy, within the keys of nested dicts."""
+    inner: dict[str, Any] = {**wrapped(MODEL, "model"), **wrapped(MODEL, "ema_model")}
+    tree = inner
+    for key in reversed(outer.split(".") if outer else []):
+        tree = {key: tree}
+    members = flat(tree) if is_flat else members_of(tree)
+    state = choose(members)
+    root = ".".join(filter(None, (outer, "ema_model")))
+    assert set(state.left_out.values()) == {root}
+    assert any(f"left out: {root} (state_root takes another one)" in note for note in state.notes)
+    taken = choose(members, root)
+    assert set(taken.names) == set(state.left_out)
+    assert set(taken.names.values()) == set(MODEL)
