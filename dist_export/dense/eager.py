@@ -14,6 +14,7 @@ from torch import nn
 from dist_export.archive.output_diff import has_same_values
 from dist_export.dense.blocks import Blocks
 from dist_export.errors import ModelError
+from dist_export.model.alone import refuse_collectives
 from dist_export.model.user_errors import blame, said
 
 
@@ -123,7 +124,7 @@ def _can_mark(module: nn.Module) -> bool:
 
 def run_eagerly(dense_arch: nn.Module, blocks: Blocks) -> Any:
     """Run the dense arch on fresh tensors, as it is traced. ModelError where it fails."""
-    with exporting(dense_arch), torch.no_grad():
+    with exporting(dense_arch), torch.no_grad(), refuse_collectives():
         try:
             return dense_arch(blocks.fill({name: tensor.clone() for name, tensor in blocks.tensors.items()}))
         except Exception as error:

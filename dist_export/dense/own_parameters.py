@@ -277,6 +277,16 @@ def reshard(module: nn.Module) -> None:
             cast("Any", child).reshard()
 
 
+@contextlib.contextmanager
+def resharded(module: nn.Module) -> Iterator[None]:
+    """Let FSDP drop whole parameters after what runs within this block, too. Any rank, for itself; nothing is sent."""
+    reshard(module)
+    try:
+        yield
+    finally:
+        reshard(module)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's values, in the tensor's own memory and apart from autograd's count of changes."""
     local = tensor.detach()

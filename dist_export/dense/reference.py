@@ -20,7 +20,7 @@ from torch import nn
 
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.modes import eval_mode, ready_to_load
-from dist_export.dense.own_parameters import buffers_put_back, put_values, state_put_back
+from dist_export.dense.own_parameters import buffers_put_back, put_values, resharded, state_put_back
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE, copy_containers
 from dist_export.dense.sample_rows import SampleRows
@@ -214,7 +214,7 @@ class ReferenceRunner:
                 self._sparse_arch, sparse_model_name=self._sparse_model_name, finder=finder, counts=counts
             )
         )
-        with buffers_put_back(module), eval_mode(module), torch.no_grad(), uncompiled(), rows:
+        with resharded(module), buffers_put_back(module), eval_mode(module), torch.no_grad(), uncompiled(), rows:
             yield counts
 
 

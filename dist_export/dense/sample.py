@@ -19,7 +19,7 @@ from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.eager import uncompiled
 from dist_export.dense.model_head import ModelHead
 from dist_export.dense.modes import eval_mode
-from dist_export.dense.own_parameters import buffers_put_back
+from dist_export.dense.own_parameters import buffers_put_back, resharded
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_feed import checkpoint_rows
@@ -110,7 +110,7 @@ def run_sparse_arch(
         else checkpoint_rows(sparse_arch, sparse_model_name=sparse_model_name, finder=finder, counts=counts)
     )
     root = sparse_arch if head is None else head.model
-    with buffers_put_back(root), eval_mode(root), torch.no_grad(), uncompiled(), rows:
+    with resharded(root), buffers_put_back(root), eval_mode(root), torch.no_grad(), uncompiled(), rows:
         try:
             output = sparse_arch(data) if head is None else head.run(data).blocks
         except ModelError as error:

@@ -28,6 +28,7 @@ from dist_export.dense.model_head import ModelHead
 from dist_export.dense.modes import refuse_merging
 from dist_export.dense.named_causes import naming_causes
 from dist_export.dense.other_formats import FormatWriter
+from dist_export.dense.own_parameters import reshard
 from dist_export.dense.parity import check_parity, refuse_other_rows
 from dist_export.dense.reference import Reference
 from dist_export.dense.reference_check import (
@@ -103,6 +104,7 @@ class DenseStage:
             "look into the model", lambda: find_arches(self._objects.model, self._config)
         )
         sampled.sparse_arch, sampled.dense_arch = sparse_arch, dense_arch
+        ranks.run("drop whole parameters of FSDP", lambda: reshard(self._objects.model))
         ranks.all_gather("clear the gradients", lambda: clear_gradients(self._objects.dense_optimizer))
         copied = ranks.run("copy the dense arch", lambda: copy_dense_arch(dense_arch), may_block=True)
         notes = list(ranks.broadcast("load the dense parameters", lambda: self._load(copied, checkpoint)))

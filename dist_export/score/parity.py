@@ -45,6 +45,8 @@ class ScoreParity:
         self._is_flat = False
         """Whether the batches of all ranks can be taken apart."""
         self._reference = COPY
+        self._first_size = 0
+        """Examples of rank 0's sample, which are compared first. The same on all ranks: they run as many batches."""
         self.batch: FlatBatch | None = None
         """This rank's sample."""
         self.can_resize = False
@@ -55,6 +57,7 @@ class ScoreParity:
         reasons = self._ranks.all_gather("look at the batch", self._flatten)
         if not reasons[0]:
             self._is_flat = not any(reasons)
+            self._first_size = self._ranks.broadcast("count the examples", lambda: self._dense.num_rows)
             self.can_resize = all(self._ranks.all_gather("pair the elements of lists", self._pair))
         return reasons[0]
 
@@ -141,9 +144,9 @@ class ScoreParity:
         def compare(batch: _Batch, where: str) -> tuple[str, bool]:
             return self._compare_one(figures, run_sparse, inputs, batch, where)
 
-        limit, num_rows = self._config.max_batch_size, self._dense.num_rows
+        limit = self._config.max_batch_size
         for size in BATCH_SIZES if self.can_resize else ():
-            if size > limit or size == num_rows:
+            if size > limit or size == self._first_size:
                 continue
             reason, is_compared = compare(self._resized(size), f"at {size} examples")
             if reason:

@@ -26,8 +26,8 @@ from dist_export.dense.sample import SAMPLE_ROWS, run_sparse_arch
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import DistExportError, ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
-from dist_export.humanize import few
 from dist_export.manifest import ScoreEntry
+from dist_export.model.alone import say_sharded, without_replicas
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
 from dist_export.package.reader import Package
@@ -44,6 +44,7 @@ from dist_export.score.sources import CheckpointRows
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.tables import ModelTables
 from dist_export.score.trace import ScoredModel, TracedScores, trace_scores
+from dist_export.score.trace_notes import list_trace_notes
 
 
 class ScoreStage:
@@ -172,7 +173,7 @@ class ScoreStage:
         """Trace and compare. All ranks. Returns why there can be no program; empty if there is one."""
         ranks, finder = self._ranks, self._dense.finder
         assert finder is not None
-        if reason := self._parity.look():
+        if reason := ranks.broadcast("look for what is sharded", self._say_sharded) or self._parity.look():
             return reason
         reason = ranks.broadcast("trace the score program", self._trace_tables)
         if reason and (candidates := self._record_row_modules(finder)) is not None:
@@ -226,6 +227,14 @@ class ScoreStage:
         name = self._config.sparse_model_name
         return ModelTables(unwrap(self._sparse_arch), self._dense.finder, sparse_model_name=name, token=token)
 
+    def _say_sharded(self) -> str:
+        """Return why rank 0 cannot run the model by itself, which it does for the trace. Rank 0."""
+        if self._ranks.world_size == 1:
+            return ""
+        head = self._dense.head
+        root, apart = (self._sparse_arch, None) if head is None else (head.model, head.own_dense_arch)
+        return say_sharded(root, apart, self._tables("").weights())
+
     def _trace_tables(self) -> str:
         """Trace with lookups in the place of the tables themselves, and of the modules that the settings name. Rank 0."""
         patterns, prefix = self._config.lookup_modules, self._config.sparse_model_name
@@ -250,7 +259,14 @@ class ScoreStage:
         failing = FailingModule(sparse_arch, scored.sparse_path)
         try:
             tables = self._tables(token)
-            with buffers_put_back(root), eval_mode(root), tables.replaced(modules), place, failing:
+            with (
+                buffers_put_back(root),
+                eval_mode(root),
+                tables.replaced(modules),
+                place,
+                without_replicas(root),
+                failing,
+            ):
                 traced = trace_scores(scored, cut)
                 self._blocks = None if self._config.serving == "off" else trace_blocks(scored, cut)
             self._packed = pack_scores(traced, archive_format=self._config.archive_format)
@@ -315,25 +331,9 @@ class ScoreStage:
 
     def _list_notes(self) -> list[str]:
         assert self.entry is not None
-        notes = []
-        if self._parity.batch is not None and (constants := self._parity.batch.constants):
-            told = few([f"{place} ({value})" for place, value in constants.items()])
-            notes.append(
-                f"the score program has numbers and strings of the sample in it, as constants for every batch: {told}. If scores "
-                "depend on one that varies, give it as a tensor"
-            )
-        if self.entry.conditions:
-            notes.append(
-                f"the score program takes only sizes with {', '.join(self.entry.conditions)}, because the model's code branches "
-                "on them; it refuses other inputs"
-            )
-        if self._row_modules and not self._config.lookup_modules:
-            named = ", ".join(sorted(path for path, _ in self._row_modules.values()))
-            notes.append(
-                f"in the score program, lookups are in the place of whole modules of the sparse arch ({named}): their code "
-                "cannot be exported, and for the sample they gave exactly the rows of their ids. lookup_modules chooses others"
-            )
-        return notes
+        constants = {} if self._parity.batch is None else self._parity.batch.constants
+        found = () if self._config.lookup_modules else sorted(path for path, _ in self._row_modules.values())
+        return list_trace_notes(self.entry, constants, found)
 
     # ---- the sample ----
 

@@ -41,6 +41,11 @@ class ModelTables:
             return hash_tables_of(module, self._names.join(paths[0]))
         return [table for _, _, table in self._weights_of(module, paths)]
 
+    def weights(self) -> set[int]:
+        """Return ``id()`` of the parameters and buffers that are tables."""
+        found = (one for module, paths in self.modules for one in self._weights_of(module, paths))
+        return {id(owner[name]) for owner, name, _ in found}
+
     def dtype_of(self, table: str) -> torch.dtype:
         """Return the dtype of a table's rows in the model, as far as the checkpoint tells."""
         return getattr(torch, DTYPES[self._finder.embedding_of(table).dtype].torch)  # type: ignore[no-any-return]

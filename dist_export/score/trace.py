@@ -18,6 +18,7 @@ from dist_export.dense.model_head import DenseCall, ModelHead
 from dist_export.dense.reference import MODEL, blocks_of
 from dist_export.dense.used_inputs import find_used_inputs, find_written_state
 from dist_export.errors import ModelError
+from dist_export.model.alone import refuse_collectives
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
 from dist_export.score.decompositions import decompose
@@ -129,7 +130,7 @@ class _Scored(nn.Module):
         filled = inputs | {name: stand_in.make(inputs) for name, stand_in in self._dropped.items()}
         batch, head, sample = self._batch.rebuild(filled), self._scored.head, self._scored.sample
         try:
-            with RefusedReads(inputs.values()):
+            with RefusedReads(inputs.values()), refuse_collectives():
                 if head is None:
                     blocks = blocks_of(self._scored.sparse_arch(batch))
                     call = DenseCall(blocks, self.dense_arch(blocks))
