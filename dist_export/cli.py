@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ConfigError, DistExportError, StepFailedError, UserError
@@ -17,7 +18,10 @@ from dist_export.runtime.terminal import SCREEN
 if TYPE_CHECKING:
     from dist_export.runtime.ranks import Ranks
 
-_COMMANDS = ("export", "init", "plan", "inspect", "verify", "diff", "score", "serve", "watch", "versions", "rollback")
+_COMMANDS = (
+    *("export", "init", "plan", "inspect", "verify", "diff", "report"),
+    *("score", "serve", "watch", "versions", "rollback"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +68,7 @@ def _run(command: str, argv: list[str]) -> int:
             "serve": _serve,
             "watch": _watch,
         }
-        return commands[command](argv) if command in commands else _look_at_versions(command, argv)
+        return commands[command](argv) if command in commands else _run_module(command, argv)
     except DistExportError as error:
         return _fail(error)
     except BrokenPipeError:  # the reader of the output has ended, as with `| head`
@@ -193,29 +197,20 @@ def _inspect(argv: list[str]) -> int:
 
 def _verify(argv: list[str]) -> int:
     from dist_export.config.byte_sizes import parse_bytes
-    from dist_export.config.describe import SETTINGS, Option
-    from dist_export.config.loader import PATH_OPTIONS, parse_path
+    from dist_export.config.loader import parse_path
+    from dist_export.verify.options import OPTIONS, USAGE
     from dist_export.verify.verify import verify
 
-    usage = (
-        "usage: dist_export verify PATH [--key value ...]\n\nCheck a package, or a directory that RecIS wrote. Exit code 0: "
-        "sound; 1: unsound; 2: neither of the two, or it cannot be read. Under torchrun the ranks share the work."
-    )
-    finite = Option(
-        hint=bool, default=False, is_flag=True, text="Also read all float values, to find NaN and infinities."
-    )
-    options = {
-        **PATH_OPTIONS,
-        "finite": finite,
-        **{name: SETTINGS[name] for name in ("max_memory", "threads", "timeout")},
-    }
-    if _is_answered(argv, {"Options": options}, usage=usage):
+    if _is_answered(argv, {"Options": OPTIONS}, usage=USAGE):
         return 0
-    arguments = parse_path("verify", argv, options)
+    arguments = parse_path("verify", argv, OPTIONS)
     max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
 
     def work(ranks: Ranks) -> int:
         path = ranks.broadcast("find the package", lambda: _resolve(arguments))
+        below = arguments["base"] and ranks.broadcast(
+            "find the base", lambda: _resolve({**arguments, "path": arguments["base"]})
+        )
         report = verify(
             path,
             arguments["storage_options"],
@@ -223,6 +218,7 @@ def _verify(argv: list[str]) -> int:
             max_memory=max_memory,
             threads=arguments["threads"],
             ranks=ranks,
+            base=below,
         )
         ranks.tell_once(lambda: print_json(report.as_json()) if arguments["json"] else print_lines(report.render()))
         return 1 if report.count() else 0
@@ -307,7 +303,7 @@ def _score(argv: list[str]) -> int:
     for name in ("input", "output"):
         if arguments[name] is None:
             raise ConfigError(f"--{name} is missing; give a file")
-    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir")}
+    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir", "base")}
     scoring = {name: arguments[name] for name in ("batch_size", "keep")}
     with open_package(arguments["path"], **opening) as package, counting_rows() as note_rows:
         total = score_file(package, arguments["input"], arguments["output"], note_rows=note_rows, **scoring)
@@ -341,12 +337,14 @@ def _watch(argv: list[str]) -> int:
     return _run_on_ranks(timeout_secs, lambda ranks: watch(ranks, argv), tells_each=True, lasts=True)
 
 
-def _look_at_versions(command: str, argv: list[str]) -> int:
+def _run_module(command: str, argv: list[str]) -> int:
+    """Run a command whose module has its options, usage, names of paths, and what it does."""
     from dist_export.config.loader import parse_path
-    from dist_export.pipeline.version_commands import NAMES, OPTIONS, USAGE, run
 
-    if not _is_answered(argv, {"Options": OPTIONS[command]}, usage=USAGE[command]):
-        run(command, parse_path(command, argv, OPTIONS[command], names=NAMES[command], num_needed=1))
+    module = import_module(f"dist_export.{'report.command' if command == 'report' else 'pipeline.version_commands'}")
+    options = module.OPTIONS[command]
+    if not _is_answered(argv, {"Options": options}, usage=module.USAGE[command]):
+        module.run(command, parse_path(command, argv, options, names=module.NAMES[command], num_needed=1))
     return 0
 
 

@@ -13,7 +13,7 @@ import msgspec
 import xxhash
 
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.formats.delta_entries import BaseEntry, Count, DeletedIdsEntry, DeltaEntry
+from dist_export.formats.delta_entries import BaseEntry, Count, DeletedIdsEntry, DeltaEntry, RowFingerprintsEntry
 from dist_export.formats.package_entries import (
     AccountEntry,
     AccountTensor,
@@ -84,6 +84,7 @@ __all__ = [
     "PartEntry",
     "PruneEntry",
     "ReplayEntry",
+    "RowFingerprintsEntry",
     "RowIndexEntry",
     "ScoreEntry",
     "ScoreParityEntry",
@@ -228,6 +229,7 @@ def _check_paths(manifest: Manifest, where: str) -> None:
     paths += [part.row_index.file for part in parts if part.row_index is not msgspec.UNSET]
     deltas = [table.delta for table in manifest.tables if table.delta is not msgspec.UNSET]
     paths += [entry.file for delta in deltas for entry in delta.deleted_ids]
+    paths += [part.row_fingerprints.file for part in parts if part.row_fingerprints is not msgspec.UNSET]
     if manifest.dense is not None:
         formats = () if manifest.dense.formats is msgspec.UNSET else manifest.dense.formats
         paths += [manifest.dense.folder, manifest.dense.program, *(entry.file for entry in formats)]

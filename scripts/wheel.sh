@@ -37,4 +37,5 @@ import dist_export
 folder = os.path.dirname(dist_export.__file__)
 assert folder.startswith(os.path.realpath("env")) or folder.startswith(os.path.abspath("env")), folder
 assert os.path.exists(os.path.join(folder, "py.typed"))
+assert os.path.exists(os.path.join(folder, "report", "page.js"))
 PYTHON

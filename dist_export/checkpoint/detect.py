@@ -13,7 +13,7 @@ from dist_export.checkpoint.dcp_files import METADATA, find_metadata
 from dist_export.checkpoint.dense import DenseParameters, NoDense, RecisDense
 from dist_export.checkpoint.dynamicemb import DynamicEmbReader, find_dumps
 from dist_export.checkpoint.metadata import CheckpointReader
-from dist_export.checkpoint.package_source import PackageSource, find_package, has_row_indexed
+from dist_export.checkpoint.package_source import PackageSource, find_manifest, find_package, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.checkpoint.tensor_settings import TensorSettings
 from dist_export.checkpoint.tensors import safetensors, torch_save
@@ -140,12 +140,14 @@ def open_reader(
         settings: what they say of the tensors of formats that do not say it themselves.
 
     Raises:
-        CheckpointError: no format is recognised, or the checkpoint is not complete.
+        CheckpointError: no format is recognised, the checkpoint is not complete, or it is a delta package.
         ConfigError: ``treat_as_tables`` or ``state_root`` for a format that says itself which tensors are tables.
     """
     found = detect_format(directory, asked=asked)
     if found is None:
         raise find_nothing(directory)
+    if asked != AUTO:
+        find_manifest(directory)  # it refuses a delta package, which any format could otherwise read in part
     return FORMATS[found].open(directory, settings)
 
 

@@ -31,6 +31,7 @@ IDENTITIES = "_hash_zch_identities"
 SEGMENTS = "_output_segments_tensor"
 MODULES = "_managed_collision_modules"
 COLLECTION = "_managed_collision_collection"
+EMBEDDINGS = "_embedding_module"
 MCH_EMPTY = (1 << 63) - 1
 ZCH_EMPTY = -1
 
@@ -56,13 +57,14 @@ def find_collisions(
         where: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: a tensor of the two of MCH, or the table, is missing; or they do not fit each other.
+        CheckpointError: a module is there without the tensors that map ids, or without its table; or they do not fit each other.
     """
     owners: dict[str, dict[str, str]] = {}
     for name in tensors:
         owner, _, buffer = name.rpartition(".")
         if buffer in (SORTED_IDS, MAPPING, IDENTITIES):
             owners.setdefault(owner, {})[buffer] = name
+    _refuse_without_map(tables, tensors, owners, where=where)
     found: dict[str, CollisionNames] = {}
     for owner, buffers in owners.items():
         table = find_table(owner, tables)
@@ -90,6 +92,24 @@ def find_collisions(
             ids, buffers[MAPPING] if is_mch else None, segments if is_mch and segments in tensors else None
         )
     return found
+
+
+def _refuse_without_map(
+    tables: Collection[str], tensors: Collection[str], mapped: Collection[str], *, where: str
+) -> None:
+    """Refuse a module of a table of which the checkpoint has counts or segments, and nothing that maps ids."""
+    for name in tensors:
+        owner, _, buffer = name.rpartition(".")
+        is_of_module = buffer == SEGMENTS or buffer.startswith(("_mch_", "_hash_zch_"))
+        if owner in mapped or not is_of_module or not owner.rpartition(".")[0].endswith(MODULES):
+            continue
+        table = find_table(owner, tables)
+        if table is not None:
+            missing = f"{owner}.{IDENTITIES}" if buffer.startswith("_hash_") else f"{owner}.{SORTED_IDS} and {MAPPING}"
+            raise CheckpointError(
+                f"{where}: {name} is there, and {missing} {'is' if buffer.startswith('_hash_') else 'are'} missing. Without "
+                f"that nobody knows which raw id has which row of table {table!r}. Save the whole model"
+            )
 
 
 def read_state(names: CollisionNames | None, tensors: Mapping[str, StoredTensor]) -> CollisionState | None:
@@ -143,8 +163,11 @@ def attach_collisions(
     return tuple(found)
 
 
-def note_collisions(collisions: Mapping[str, CollisionNames]) -> list[str]:
-    """Return what is to be told of tables that become hash tables keyed by raw id. Pure."""
+def note_collisions(collisions: Mapping[str, CollisionNames], tables: Collection[str]) -> list[str]:
+    """Return what is to be told of tables that become hash tables keyed by raw id, and of those that lack what maps ids. Pure.
+
+    ``tables``: the names of all tables of the checkpoint.
+    """
     mch = sorted(table for table, names in collisions.items() if names.mapping is not None)
     zch = sorted(table for table, names in collisions.items() if names.mapping is None)
     notes = []
@@ -158,6 +181,12 @@ def note_collisions(collisions: Mapping[str, CollisionNames]) -> list[str]:
             f"{few(zch)}: written as hash tables keyed by raw id, by _hash_zch_identities; rows without an id stay behind. In "
             "training an id without a row of its own may fall back to the row of another id; serving gives it default_row "
             "or zeros, so scores of such ids change"
+        )
+    if unmapped := sorted(name for name in tables if name not in collisions and EMBEDDINGS in name.split(".")):
+        notes.append(
+            f"{few(unmapped)}: the name is that of a collection with managed-collision modules, and the checkpoint has nothing "
+            "that maps raw ids to rows. So these rows are found by row number, not by raw id. Give the state of the whole model, "
+            "with its buffers, for a table that is keyed by raw id"
         )
     return notes
 

@@ -48,7 +48,7 @@ def find_manifest(directory: Directory) -> Manifest | None:
     """Return the manifest of a package with tables, also of a copy and of one in its checkpoint; None for what is none.
 
     Raises:
-        CheckpointError: the manifest is one of ours, and damaged, or cannot be read.
+        CheckpointError: the manifest is one of ours, and damaged, cannot be read, or is that of a delta package.
     """
     try:
         raw = directory.read_text(MANIFEST)
@@ -65,6 +65,11 @@ def find_manifest(directory: Directory) -> Manifest | None:
         return None
     except PackageError as error:
         raise CheckpointError(str(error)) from None
+    if manifest.base is not msgspec.UNSET:
+        raise CheckpointError(
+            f"{directory.url} is a delta package of {manifest.base.path}, whose rows alone are not the model. Export from the "
+            "checkpoint that it was made of; to read rows of both, use dist_export.open_package"
+        )
     return manifest if manifest.tables else None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,8 +10,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dist_export.errors import CommitError
-from dist_export.formats.digests import NONE, XXH3, digest_pieces, hash_whole
+from dist_export.commit.staged_file import StagedFile, find_finished, hash_bytes
+from dist_export.formats.digests import NONE, XXH3
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_index import (
     ALIGNMENT,
@@ -29,11 +27,9 @@ from dist_export.formats.row_index import (
 from dist_export.ids.columns import IdRun, Readers, read_runs
 from dist_export.manifest import FileEntry, RowIndexEntry, TableEntry
 from dist_export.plan.plan import SparsePlan
-from dist_export.runtime.io_activity import ACTIVITY
-from dist_export.storage.directory import Directory, digest_file, pieces_of
-from dist_export.storage.local_io import close_quietly, naming_any, refuse_zero
+from dist_export.storage.directory import Directory
 from dist_export.storage.staging import Staging
-from dist_export.workdir.state import Receipt, read_receipt, write_receipt
+from dist_export.workdir.state import Receipt
 
 _HASHES = 1 << 32
 _ROOM = 1.1
@@ -82,17 +78,14 @@ class RowIndexWriter:
         self._written: list[WrittenIndex] = []
         self._reused: set[int] = set()
         self._file = -1
+        self._staged: StagedFile | None = None
         self._keys = np.zeros(0, np.uint64)
 
     def begin(self, number: int) -> None:
         """Take over the row indexes of a shard that an interrupted export has finished."""
         name = index_name(self._plan.files[number].name)
-        receipt = None if self._in_place else read_receipt(self._target, name)
-        if receipt is None or receipt.plan != self._plan.digest or not self._target.exists(name):
-            return
-        if self._target.stat(name).size == receipt.num_bytes and (
-            digest_file(self._target, name, self._digest) == receipt.digest
-        ):
+        receipt = find_finished(self._target, self._plan, name, digest=self._digest, in_place=self._in_place)
+        if receipt is not None:
             self._reused.add(number)
             self._note(receipt)
 
@@ -115,26 +108,19 @@ class RowIndexWriter:
 
     def close(self) -> None:
         """Give up what is unfinished. Call it in any case."""
-        if self._file >= 0:
-            close_quietly(self._fd)
-            self._file = -1
-            with contextlib.suppress(OSError):  # why it is unfinished is what the user must see
-                self._staging.remove(self._name)
+        if self._staged is not None:
+            self._staged.abandon()
         self._staging.close()
 
     # ---- within ----
 
     def _open(self, number: int) -> None:
-        self._name = index_name(self._plan.files[number].name)
         self._entries: dict[str, RowIndexEntry | None] = {}
-        path = self._staging.path(self._name)
-        with naming_any(path):
-            self._staging.remove(self._name)
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._staged = StagedFile(self._staging, index_name(self._plan.files[number].name))
         self._file = number
-        self._write(memoryview(MAGIC), 0)
+        self._staged.write(memoryview(MAGIC), 0)
         self._end = len(MAGIC)
-        self._sums = [(0, self._end, xxhash.xxh3_128_digest(MAGIC))]
+        self._staged.expect(0, self._end, hash_bytes(MAGIC))
 
     def _add(self, block: int, ids: np.ndarray, first_row: int) -> None:
         rows = int(self._plan.blocks.rows[block])
@@ -152,6 +138,8 @@ class RowIndexWriter:
 
     def _write_part(self, block: int, keys: np.ndarray | None) -> None:
         """Write the slots of a part. ``keys``: its sorted keys for seed 0, if they are at hand."""
+        staged = self._staged
+        assert staged is not None
         rows, key = int(self._plan.blocks.rows[block]), self._plan.blocks.key[block]
         begin = -(-self._end // ALIGNMENT) * ALIGNMENT
         self._entries[key] = None
@@ -161,17 +149,17 @@ class RowIndexWriter:
             for run in runs:
                 for slots in filler.add(run):
                     hasher.update(slots.data)
-                    self._write_slots(slots, begin, filler)
+                    staged.write(slots.data.cast("B"), begin + (filler.num_slots - len(slots)) * SLOT.itemsize)
                 if filler.longest_probe > MOST_PROBES:
                     break
             else:
                 slots = filler.finish()
                 hasher.update(slots.data)
-                self._write_slots(slots, begin, filler)
+                staged.write(slots.data.cast("B"), begin + (filler.num_slots - len(slots)) * SLOT.itemsize)
                 self._end = begin + filler.num_slots * SLOT.itemsize
-                self._sums.append((begin, self._end - begin, hasher.digest()))
+                staged.expect(begin, self._end - begin, hasher.digest())
                 self._entries[key] = RowIndexEntry(
-                    file=self._name,
+                    file=staged.name,
                     offset=begin,
                     num_slots=filler.num_slots,
                     seed=seed,
@@ -219,54 +207,20 @@ class RowIndexWriter:
         found.sort()
         return found
 
-    def _write_slots(self, slots: np.ndarray, begin: int, filler: SlotFiller) -> None:
-        position = begin + (filler.num_slots - len(slots)) * SLOT.itemsize
-        self._write(slots.data.cast("B"), position)
-
-    def _write(self, view: memoryview, position: int) -> None:
-        where = self._staging.path(self._name)
-        with ACTIVITY.of(where), naming_any(where):
-            written = 0
-            while written < len(view):
-                written += refuse_zero(os.pwrite(self._fd, view[written:], position + written))
-
     def _close(self) -> None:
         """Publish the file of the current shard, if there is one."""
-        if self._file < 0:
+        if self._staged is None:
             return
-        path, fd = self._staging.path(self._name), self._fd
-        with ACTIVITY.of(path), naming_any(path):
-            os.ftruncate(fd, self._end)  # a part that has no index may have left slots
-            os.fsync(fd)
-            self._file = -1
-            os.close(fd)
-        try:
-            digest = self._digest_staged()
-        except BaseException:
-            self._staging.remove(self._name)
-            raise
-        receipt = Receipt(
-            plan=self._plan.digest,
-            name=self._name,
+        receipt = self._staged.publish(
+            self._target,
+            self._plan,
             num_bytes=self._end,
-            digest=digest,
+            digest=self._digest,
+            in_place=self._in_place,
             row_indexes=self._entries,
         )
-        if not self._in_place:
-            write_receipt(self._target, receipt)  # first, so that a killed export leaves no file that nobody knows
-        self._staging.publish(self._name)
+        self._staged, self._file = None, -1
         self._note(receipt)
-
-    def _digest_staged(self) -> str:
-        """Return the digest of the file, which must hold what was written. CommitError if the disk has changed it."""
-        with contextlib.closing(self._staging.open_reader(self._name)) as reader:
-            for begin, num_bytes, expected in self._sums:
-                if hash_whole(pieces_of(reader, num_bytes, begin), XXH3) != expected:
-                    raise CommitError(
-                        f"{self._target.describe(self._name)}: what was read back is not what was written. No manifest was "
-                        "written, so there is no package; check the disk and run the export again"
-                    )
-            return digest_pieces(pieces_of(reader, self._end), self._digest)
 
     def _note(self, receipt: Receipt) -> None:
         entry = FileEntry(path=receipt.name, num_bytes=receipt.num_bytes, digest=receipt.digest)

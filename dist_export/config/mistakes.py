@@ -10,6 +10,9 @@ from dist_export.errors import ConfigError, DistExportError, PlanError, UserErro
 
 T = TypeVar("T")
 
+FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
+"""(setting, its former value) -> the error."""
+
 _HEADING = re.compile(r"\d+ mistakes:")
 
 

@@ -16,7 +16,7 @@ from dist_export.config.dense_settings import (
     check_layouts,
     check_output_names,
 )
-from dist_export.config.mistakes import Mistakes
+from dist_export.config.mistakes import FORMER_VALUES, Mistakes
 from dist_export.config.publishing import resolve_export_dir
 from dist_export.config.serving import read_serving
 from dist_export.config.sparse_settings import CastDtype, check_sparse
@@ -32,8 +32,6 @@ MAX_THREADS = 64
 
 CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb"]
 
-FORMER_VALUES = {("digest", "require"): "digest: require is no value any more; set server_side_copy: false instead"}
-"""(setting, its former value) -> the error."""
 
 _MAX_SHARDS = 999_999
 _MAX_TIMEOUT_SECS = 10_000_000
@@ -68,6 +66,9 @@ class ExportConfig:
     on_base_mismatch: Literal["error", "full"] = "error"
     """What to do if the base has other tables or slots, or cannot be read, or latest finds no version: error, or full, which
     exports everything and says why."""
+    compare: Literal["fingerprints", "exact"] = "fingerprints"
+    """How rows are compared with those of the base: by the row fingerprints in the base, where it has them; or exact, which reads
+    the base's rows. Of rows that changed, fingerprints miss one in 2^64."""
     step: int | None = None
     """The training step to export from a run; null takes the latest complete checkpoint. A single checkpoint must be of this
     step."""
@@ -150,6 +151,10 @@ class ExportConfig:
     row_index: bool = True
     """Write a row index for each part of a hash table, so that an id is found without reading the id column. It takes about 6
     bytes a row. False leaves it out, and then each lookup reads the ids."""
+    row_fingerprints: Literal["auto"] | bool = "auto"
+    """Write a fingerprint of each row, by which a later delta finds changed rows without reading this package's rows. It takes 8
+    bytes a row, and the written rows are read back for it. auto writes them in full packages of a directory of versions (see
+    publish) on a disk; true writes them everywhere; false leaves them out."""
     max_memory: int | str = "512MiB"
     """Memory that a rank may use for tables, beyond the interpreter with torch: bytes, or text such as 2GiB."""
     threads: int | None = None

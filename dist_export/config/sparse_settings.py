@@ -64,6 +64,8 @@ def _check_base(settings: Mapping[str, Any]) -> None:
     if settings["base"] is None:
         if settings["on_base_mismatch"] != "error":
             raise ConfigError("on_base_mismatch says what to do without a fitting base, but base is not set")
+        if settings["compare"] != "fingerprints":
+            raise ConfigError("compare says how rows are compared with those of a base, but base is not set")
         return
     if not settings["base"]:
         raise ConfigError("base is empty; give a package, or null for a full export")

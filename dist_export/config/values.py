@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from dist_export.config.describe import say_type
-from dist_export.config.schema import FORMER_VALUES
+from dist_export.config.mistakes import FORMER_VALUES
 from dist_export.errors import ConfigError
 
 SECRET = ("storage_options", "target_storage_options", "registry_options")

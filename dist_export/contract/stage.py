@@ -20,7 +20,6 @@ from dist_export.dense.fg import Features
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import ParityError, UserError
 from dist_export.formats.serving_entries import DenseInputEntry, ReplayEntry, ServingEntry
-from dist_export.manifest import Manifest
 from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
 from dist_export.runtime.ranks import Ranks
@@ -28,7 +27,6 @@ from dist_export.score.inputs import flatten_batch
 from dist_export.score.needed_inputs import holds_always
 from dist_export.score.stage import ScoreStage
 from dist_export.score.table_weight import NotExportableError
-from dist_export.storage.directory import Directory
 
 _NOT_READ = "the package has no score program, so the sparse arch could not be read"
 
@@ -88,27 +86,29 @@ class ContractStage:
             reading.inputs[name] = DenseInputEntry(name=name, dtype=dtype, dims=tensor.dim(), unknown=_NOT_READ)
         return reading
 
-    def compare_written(self, target: Directory, describe: Callable[[], Manifest], blocks: Blocks) -> list[str]:
+    def compare_written(self, open_written: Callable[[], Package], blocks: Blocks) -> list[str]:
         """Carry the contract out with rows of the written shards, and compare with the model. All ranks. Returns notes.
 
         Args:
-            target: where everything but the manifest is.
-            describe: returns what the manifest will say. Rank 0.
+            open_written: opens the package, whose manifest is not written yet. Rank 0.
             blocks: what the model's own sparse arch gave for the sample, on rows of the written shards.
 
         Raises:
             ParityError: on all ranks, if a dense input or a score differs.
         """
         return self._ranks.broadcast(
-            "compare the serving contract with the model", lambda: self._compare(target, describe(), blocks)
+            "compare the serving contract with the model", lambda: self._compare(open_written, blocks)
         )
 
-    def _compare(self, target: Directory, manifest: Manifest, blocks: Blocks) -> list[str]:
-        if self._draft is None or manifest.dense is None:
+    def _compare(self, open_written: Callable[[], Package], blocks: Blocks) -> list[str]:
+        if self._draft is None:
             return []
-        draft, names = self._draft, [entry.name for entry in manifest.dense.inputs]
-        serving = draft.finish({table.name: table for table in manifest.tables}, names)
-        with Package(target, unpublished=manifest) as package:
+        with open_written() as package:
+            dense, draft = package.manifest.dense, self._draft
+            if dense is None:
+                return []
+            names = [entry.name for entry in dense.inputs]
+            serving = draft.finish({table.name: table for table in package.manifest.tables}, names)
             self.entry = self._replay(package, draft, serving, blocks)
         self._draft, self._arrays = None, {}
         unknown = [entry.name for entry in self.entry.inputs if entry.unknown is not msgspec.UNSET]

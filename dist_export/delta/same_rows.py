@@ -12,12 +12,14 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_encodings import RowCast
+from dist_export.formats.row_fingerprints import fingerprint_rows
 from dist_export.package.reader import Package
+from dist_export.package.row_fingerprints import PartFingerprints, open_fingerprints
 from dist_export.package.slot_reader import SlotReader
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 """Bytes of a slot, as they are written, that are compared at once."""
 
 
@@ -54,6 +56,8 @@ class BaseRows:
         checkpoint: Checkpoint,
         selection: Selection,
         base: Package,
+        *,
+        is_exact: bool,
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
     ) -> None:
         """Prepare to compare; no row is read yet.
@@ -61,12 +65,15 @@ class BaseRows:
         Args:
             checkpoint: the source, with row numbers as ids where the base goes by row numbers.
             selection: its kept slots, as they are written.
-            base: the base. :func:`~dist_export.delta.mismatch.find_mismatch` has found nothing.
+            base: the base, with row fingerprints or without. :func:`~dist_export.delta.mismatch.find_mismatch` has found nothing.
+            is_exact: read the base's rows, even if it has fingerprints of them.
             dropped_in: (part, first row, number of rows) -> those that are dropped (int64, from the first row on), and so are
                 not compared; None if no row is.
         """
         self._checkpoint = checkpoint
         self._base = base
+        self._is_exact = is_exact
+        self._fingerprints: dict[tuple[int, int], PartFingerprints | None] = {}
         self._dropped_in = dropped_in
         self._slots = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
         self._bits: dict[int, np.ndarray] = {}
@@ -139,6 +146,7 @@ class BaseRows:
             now = [self._read(slot, part, first_row + begin, end - begin, reader) for slot in slots]
             is_equal = np.zeros(end - begin, bool)
             num_found = 0
+            fingerprints: np.ndarray | None = None
             for number, wanted, found in slots[0].in_base.find(ids[begin:end][asked]):
                 hits = found >= 0
                 its, rows = (asked[wanted], found) if hits.all() else (asked[wanted[hits]], found[hits])
@@ -146,6 +154,14 @@ class BaseRows:
                 num_found += len(its)
                 if is_first:
                     self._mark(table, number, rows)
+                in_base = None if self._is_exact else self._fingerprints_of(table, number)
+                if in_base is not None:
+                    if fingerprints is None:
+                        fingerprints = fingerprint_rows(
+                            end - begin, [slot_rows for slot_rows in now if slot_rows.shape[1]]
+                        )
+                    is_equal[its] = fingerprints[its] == in_base.fingerprints(rows)
+                    continue
                 for slot, all_rows in zip(slots, now, strict=True):
                     ours = all_rows if len(its) == len(all_rows) else all_rows[its]
                     is_equal[its] &= _are_equal(ours, slot.in_base.take(number, rows))
@@ -163,6 +179,13 @@ class BaseRows:
         reader.read_into(held, part, slot.column, first_row, num_rows)
         rows = held.reshape(num_rows, slot.stored_bytes)
         return rows if slot.cast is None else slot.cast.encode(rows)
+
+    def _fingerprints_of(self, table: int, number: int) -> PartFingerprints | None:
+        """Return the fingerprints of a part of the base; None if it has none."""
+        key = (table, number)
+        if key not in self._fingerprints:  # two threads may open them both, and either is good
+            self._fingerprints[key] = open_fingerprints(self._base, self._checkpoint.tables[table].name, number)
+        return self._fingerprints[key]
 
     def _mark(self, table: int, number: int, rows: np.ndarray) -> None:
         """Note rows of a part of the base whose ids the source has."""

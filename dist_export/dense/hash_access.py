@@ -31,6 +31,8 @@ class Learned:
     """Whether the following was looked at."""
     is_more_than_lookup: bool = False
     """Whether ``forward`` gives other rows than were inserted."""
+    computes: bool = False
+    """Whether ``forward`` was seen to give other values than those rows."""
     inserted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Ids (int64, sorted) that the table did not have before."""
 
@@ -81,6 +83,7 @@ class HashAccess:
             return answer
         self.learned.is_more_than_lookup = True
         if answer is not None:
+            self.learned.computes = True
             others = other_rows(rows)
             self.insert(ids, others)
             again = _ask(self._lookup, ids)

@@ -44,10 +44,8 @@ class HashFeed(Feed):
         """``busy`` has the tables that are being looked up, and is shared: a table may be wrapped by one of its name."""
         super().__init__(finder, counts, undo, type(module).__name__)
         self._module = module
-        children = list(getattr(module, "children_hashtable", None) or [])
-        is_coalesced = getattr(module, "coalesce", len(children) > 1)
-        self._children = children if is_coalesced and children else None
-        self.tables: list[str] = self._children or [_name_of(module, path)]
+        self._children = _children_of(module)
+        self.tables = tables_of(module, path)
         for name in self.tables:
             if not finder.has_table(name):
                 raise ModelError(
@@ -108,7 +106,7 @@ class HashFeed(Feed):
             )
 
         put("forward", self.lookup)
-        for name in _methods_of(type(own)):
+        for name in methods_of(type(own)):
             put(name, functools.partial(self._watch, getattr(own, name), name))
 
     def _watch(self, method: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +241,12 @@ class HashFeed(Feed):
         )
 
 
-def _methods_of(kind: type) -> list[str]:
+def tables_of(module: nn.Module, path: str) -> list[str]:
+    """Return the table of a hash table module at ``path``, or its tables where it is coalesced. ModelError without a name."""
+    return _children_of(module) or [_name_of(module, path)]
+
+
+def methods_of(kind: type) -> list[str]:
     """Return the public methods that a class adds to ``nn.Module``, without those by which a table is fed."""
     names = {
         name
@@ -253,6 +256,12 @@ def _methods_of(kind: type) -> list[str]:
         if isinstance(value, types.FunctionType) and not name.startswith("_")
     }
     return sorted(name for name in names if not hasattr(nn.Module, name) and name != "insert")
+
+
+def _children_of(module: Any) -> list[str] | None:
+    children = list(getattr(module, "children_hashtable", None) or [])
+    is_coalesced = getattr(module, "coalesce", len(children) > 1)
+    return children if is_coalesced and children else None
 
 
 def _name_of(module: Any, path: str) -> str:

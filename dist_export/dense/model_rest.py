@@ -21,6 +21,7 @@ from dist_export.checkpoint.model_weights import distinct_names, plain_name
 from dist_export.dense.missing_values import SETTING
 from dist_export.dense.origins import address_of, tensors_in
 from dist_export.dense.own_parameters import put_values, say_lost, state_put_back, values_within
+from dist_export.dense.rest_tables import answers_of, list_rest_tables, refuse_tables_read
 from dist_export.errors import ModelError
 from dist_export.humanize import few
 from dist_export.model.unwrap import is_lazy, is_sharded_flat, unwrap
@@ -53,9 +54,29 @@ class ModelRest:
     """Gives the rest of the model its values for the reference. Its methods on all ranks, in the same order."""
 
     def __init__(
-        self, ranks: Ranks, model: Any, arches: Sequence[nn.Module], *, dense_model_name: str, allowed: Sequence[str]
+        self,
+        ranks: Ranks,
+        model: Any,
+        arches: Sequence[nn.Module],
+        *,
+        dense_model_name: str,
+        allowed: Sequence[str],
+        tables: Collection[str] = (),
+        left_out: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """``arches``: the caller's own sparse and dense arch; ``allowed``: all patterns of ``allow_missing_dense``."""
+        """Look at no value yet.
+
+        Args:
+            ranks: all of them.
+            model: the caller's.
+            arches: the caller's own sparse and dense arch.
+            dense_model_name: the path of the latter.
+            allowed: all patterns of ``allow_missing_dense``.
+            tables: names of those of the checkpoint.
+            left_out: gives the names of tensors in other states of the checkpoint than the model's.
+        """
+        self._known_tables = {plain_name(name) for name in tables}
+        self._left_out = left_out
         self._ranks = ranks
         self._root = unwrap(model)
         self._arches = arches
@@ -63,6 +84,7 @@ class ModelRest:
         self._allowed = allowed
         self._lacking: dict[str, torch.Tensor] = {}
         self._flat_lacking: list[str] = []
+        self._tables = list_rest_tables(self._root, arches)
         self._reads: _Reads | None = None
 
     @contextlib.contextmanager
@@ -73,7 +95,7 @@ class ModelRest:
             return
         ranks, root, rest = self._ranks, self._root, list_rest(self._root, self._arches)
         wrappers = _flat_wrappers(root, self._arches)
-        if not rest and not wrappers:
+        if not rest and not wrappers and not self._tables:
             yield
             return
         state = ranks.run("read the model's other parameters", load)
@@ -88,32 +110,51 @@ class ModelRest:
                 ranks.run(
                     "put values into what FSDP shards", functools.partial(self._fill, wrapper, state), may_block=True
                 )
-            if self._lacking:
+            if self._lacking or self._tables:
                 self._reads = held.enter_context(_Reads(root, self._arches[1], self._lacking))
                 held.enter_context(_Numbers(self._reads))
+                held.enter_context(answers_of(self._tables, self._reads.mark))
             yield
 
     def refuse_lacking(self) -> list[str]:
         """Refuse what the model's scores read and the checkpoint lacks, after ``model(batch)`` has run.
 
-        Returns the names that a pattern lets pass. Raises ModelError for the others, on all ranks.
+        Returns the names that a pattern lets pass. Raises ModelError for the others, and for tables, on all ranks.
         """
         read = [] if self._reads is None else self._reads.names()
-        lacking = [*read, *self._flat_lacking]
+        tables = [name for name in read if name in self._tables]
+        lacking = [*(name for name in read if name not in tables), *self._flat_lacking]
         passed = [name for name in lacking if any(fnmatchcase(name, pattern) for pattern in self._allowed)]
         refused = [name for name in lacking if name not in passed]
 
         def refuse() -> None:
+            refuse_tables_read(self._tables, tables)
             if refused:
-                raise ModelError(
-                    f"the checkpoint lacks {few(refused)}, which the model's forward computes with outside of the sparse and the "
-                    "dense arch, so scores would be those of untrained values. Nothing was written. Give the checkpoint that has "
-                    f"{'it' if len(refused) == 1 else 'them'}, in this shape; or {SETTING}: [{refused[0]}] "
-                    "lets the model's own values pass"
-                )
+                raise ModelError(self._say_refused(refused))
 
         self._ranks.run("look at what the checkpoint lacks of the model", refuse)
         return passed
+
+    def _say_refused(self, names: Sequence[str]) -> str:
+        """Return what is wrong with parameters that the reference has no values for: they are a table, elsewhere, or nowhere."""
+        untrained = "outside of the sparse and the dense arch, so scores would be those of untrained values. Nothing was written"
+        if exported := [name for name in names if name in self._known_tables]:
+            return (
+                f"{few(exported)}: a table of the package, whose rows an export puts into the sparse arch alone. The model's "
+                f"forward computes with it {untrained}. Make it a part of the sparse arch; or take it off treat_as_tables"
+            )
+        others = self._left_out()
+        it = "it" if len(names) == 1 else "them"
+        if aside := [name for name in names if name in others]:
+            return (
+                f"the checkpoint has {few(aside)} beside the states of the two arches, and no more than these is the model. The "
+                f"model's forward computes with {'it' if len(aside) == 1 else 'them'} {untrained}. Save the state_dict of the "
+                f"whole model as one state; or {SETTING}: [{aside[0]}] lets the model's own values pass"
+            )
+        return (
+            f"the checkpoint lacks {few(names)}, which the model's forward computes with {untrained}. Give the checkpoint that "
+            f"has {it}, in this shape; or {SETTING}: [{names[0]}] lets the model's own values pass"
+        )
 
     def _fill(self, wrapper: nn.Module, state: Mapping[str, Any]) -> None:
         """Put values into one wrapper of FSDP; collective over the ranks that hold its parameters."""
@@ -206,6 +247,12 @@ class _Reads(TorchDispatchMode):
     def _sources(self, value: Any) -> frozenset[str]:
         found = [self._made_of.get(address_of(tensor), frozenset()) for tensor in tensors_in(value)]
         return frozenset().union(*found)
+
+    def mark(self, name: str, value: Any) -> None:
+        """Take ``value``, which a table of this name returned, for made of its rows."""
+        if self._is_on:
+            for address in {address_of(tensor) for tensor in tensors_in(value)} - {0}:
+                self._made_of[address] = self._made_of.get(address, frozenset()) | {name}
 
     def note_numbers(self, value: Any) -> None:
         """Take in what becomes Python numbers or an array of numpy, where nobody sees what they are used for."""

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from dist_export.checkpoint.dense import DenseParameters
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import DenseSettings
 from dist_export.dense.blocks import Blocks, Outline
 from dist_export.dense.comparison import Comparison
@@ -183,13 +184,16 @@ class SampleRun:
             sparse_model_name=config.sparse_model_name,
             dense_model_name=config.dense_model_name,
         )
-        load = None if self._parameters is None else self._parameters.load
+        parameters = self._parameters
+        load = None if parameters is None else parameters.load
         rest = ModelRest(
             ranks,
             self._objects.model,
             (sparse_arch, dense_arch),
             dense_model_name=config.dense_model_name,
             allowed=config.allow_missing_dense,
+            tables=() if finder is None else finder.table_names(),
+            left_out=lambda: [] if parameters is None else [plain_name(its.name) for its in parameters.left_out],
         )
         with rest.values(load), runner.dense_values(load):
             own_rows = None if finder is None else finder.unmodified()

@@ -11,10 +11,10 @@ from torch import nn
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import ModelValues
-from dist_export.dense.known_tables import KnownTables
 from dist_export.dense.missing_values import refuse_missing_values
 from dist_export.dense.own_extra_state import extra_state_within
 from dist_export.dense.own_parameters import values_within
+from dist_export.dense.row_lookup import RowFinder
 from dist_export.model.unwrap import unwrap
 from dist_export.runtime.ranks import Ranks
 
@@ -30,7 +30,7 @@ class SparseValues:
         self._parameters = parameters
         self.put: tuple[str, ...] = ()
         """Names within the model of what has had the checkpoint's values."""
-        self.tables: KnownTables | None = None
+        self.tables: RowFinder | None = None
         """Those of the checkpoint; None if no tables are exported."""
         self.passed: list[str] = []
         """Parameters and buffers that the checkpoint does not have, and that the settings let pass."""

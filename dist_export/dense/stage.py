@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from dist_export.archive.safe_load import load_program
 from dist_export.checkpoint.dense import DenseParameters
 from dist_export.checkpoint.metadata import Checkpoint
+from dist_export.checkpoint.model_weights import plain_name
 from dist_export.config.needs import Comparisons, DenseSettings
 from dist_export.dense.blocks import Blocks, read_blocks
 from dist_export.dense.comparison import Comparison
@@ -136,8 +137,10 @@ class DenseStage:
 
     @property
     def sparse_state(self) -> tuple[str, ...]:
-        """Names within the model of what has the checkpoint's values in the sparse arch, besides tables."""
-        return self._values.put
+        """Names within the model of what has the checkpoint's values in the sparse arch, besides tables of the package."""
+        finder = self._sampled.finder
+        tables = set() if finder is None else {plain_name(name) for name in finder.exported_names()}
+        return tuple(name for name in self._values.put if plain_name(name) not in tables)
 
     @property
     def further_batches(self) -> list[Any]:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_export.checkpoint.managed_collisions import find_table
 from dist_export.checkpoint.model_weights import plain_name
 from dist_export.dense.feeds import RawIdFeed, WeightFeed
 from dist_export.dense.hash_feed import HashFeed
@@ -30,6 +29,7 @@ from dist_export.errors import ModelError
 from dist_export.model.managed_collisions import (
     IdLookups,
     RawIdState,
+    find_mapped,
     is_collision_module,
     put_state,
     read_raw_ids,
@@ -303,7 +303,7 @@ def _put_raw_ids(
     tables = {name: table for name, table in tables.items() if table.raw_ids is not None}
     for module, paths in modules if tables else ():
         path = names.join(plain_name(paths[0]))
-        name = find_table(path, tables) if is_collision_module(module) else None
+        name = find_mapped(path, finder.table_names(), tables) if is_collision_module(module) else None
         if name is not None and name not in states and (state := read_raw_ids(tables[name])) is not None:
             put_state(module, path, state, undo)
             states[name] = state
@@ -323,7 +323,8 @@ def _watch_lookups(
     zch = {name: state for name, state in states.items() if state.rows is None}
     for module, paths in modules if zch and not finder.is_recording else ():
         path = names.join(plain_name(paths[0]))
-        name = find_table(path, zch) if is_collision_module(module) and not say_changed_ids(module) else None
+        is_zch = is_collision_module(module) and not say_changed_ids(module)
+        name = find_mapped(path, finder.table_names(), zch) if is_zch else None
         if name is None or name in found:
             continue
 

@@ -14,10 +14,12 @@ from dist_export.diff.entries import PackageDiff
 from dist_export.diff.rows import Run, RunCounts, add_counts, compare_runs, cut_runs, pair_tables
 from dist_export.errors import PackageError, UserError
 from dist_export.manifest import Manifest
-from dist_export.package.reader import Package, open_package
+from dist_export.package.reader import Package
+from dist_export.registry.base import resolve
 from dist_export.runtime.joining import alone
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
+from dist_export.storage.urls import open_directory
 from dist_export.verify.work_split import DEFAULT_MEMORY, share_out
 
 T = TypeVar("T")
@@ -45,14 +47,13 @@ def diff(
         ranks: the ranks that share the rows; by default only this process.
 
     Raises:
-        UserError: one of them is no package, is damaged in what is read of it, or was replaced meanwhile.
+        UserError: one of them is no package, is a delta package, is damaged in what is read of it, or was replaced meanwhile.
         StepFailedError: the same, on several ranks.
     """
     ranks = alone() if ranks is None else ranks
-    options = {"storage_options": storage_options, "registry_options": registry_options}
     with (
-        ranks.run("open A", lambda: _open(a, options)) as one,
-        ranks.run("open B", lambda: _open(b, options)) as two,
+        ranks.run("open A", lambda: _open(a, storage_options, registry_options)) as one,
+        ranks.run("open B", lambda: _open(b, storage_options, registry_options)) as two,
     ):
         digests = (one.manifest.digest, two.manifest.digest)
         if len(set(ranks.all_gather("compare the manifests", lambda: digests))) > 1:
@@ -90,8 +91,19 @@ def diff(
         return ranks.broadcast("compare the dense arch", lambda: _unreadable(finish))
 
 
-def _open(path: str | os.PathLike[str], options: dict[str, Any]) -> Package:
-    return _unreadable(lambda: open_package(path, **options))
+def _open(
+    path: str | os.PathLike[str], storage_options: dict[str, Any] | None, registry_options: dict[str, Any] | None
+) -> Package:
+    directory = resolve(os.fspath(path), registry_options or {}).directory
+    package = _unreadable(lambda: Package(open_directory(directory, storage_options), opens_base=False))
+    if package.manifest.base is not msgspec.UNSET:
+        package.close()
+        raise UserError(
+            f"{path} is a delta package of {package.manifest.base.path}, whose rows alone are not the model, so they are not "
+            "compared. Compare the package of a full export; inspect shows how many rows the delta changes"
+        )
+    package.hold()
+    return package
 
 
 def _unreadable(work: Callable[[], T]) -> T:

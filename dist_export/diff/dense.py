@@ -11,7 +11,7 @@ import numpy as np
 from dist_export.diff.entries import DenseDiff, ScoresDiff
 from dist_export.diff.rows import largest_change
 from dist_export.errors import DistExportError
-from dist_export.manifest import DenseEntry, Manifest, TensorEntry
+from dist_export.manifest import DenseEntry, Manifest, ScoreEntry, TensorEntry
 from dist_export.package.reader import Package
 
 if TYPE_CHECKING:
@@ -58,6 +58,18 @@ def compare_programs(one: Any, two: Any, what: str = "the dense program") -> Den
 
 
 def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
+    told = _compare_tensors(a, b)
+    if a.input_order != b.input_order:
+        told.append(
+            f"the dense arch gets its blocks in another order: {list(a.input_order)} in A, {list(b.input_order)} in B"
+        )
+    if a.max_batch_size != b.max_batch_size:
+        told.append(f"the largest batch is {a.max_batch_size:,} in A, {b.max_batch_size:,} in B")
+    return told
+
+
+def _compare_tensors(a: DenseEntry | ScoreEntry, b: DenseEntry | ScoreEntry) -> list[str]:
+    """Return how the inputs and outputs of two programs differ by name, order, dtype and shape, in words."""
     told = []
     for what, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
         names_a, names_b = [one.name for one in ours], [one.name for one in theirs]
@@ -71,10 +83,6 @@ def _compare_entries(a: DenseEntry, b: DenseEntry) -> list[str]:
             for one in ours
             if one.name in by_name and _say_entry(one) != _say_entry(by_name[one.name])
         ]
-    if a.input_order != b.input_order:
-        told.append(
-            f"the dense arch gets its blocks in another order: {list(a.input_order)} in A, {list(b.input_order)} in B"
-        )
     return told
 
 
@@ -129,25 +137,60 @@ def compare_others(a: Package, b: Package) -> tuple[str, ...]:
     ours, theirs = a.manifest.score, b.manifest.score
     if ours is msgspec.UNSET or theirs is msgspec.UNSET:
         told += [] if ours is theirs else [f"only {'B' if ours is msgspec.UNSET else 'A'} has a score program"]
-    elif not _has_same_file(a.manifest, b.manifest, ours.program, theirs.program):
-        found = compare_programs(a.load_score_program(), b.load_score_program(), "the score program")
-        told += [f"score program: {name} changed by up to {value:.3g}" for name, value in found.changed.items()]
-        told += [f"score program: {name} is only in A" for name in found.only_in_a]
-        told += [f"score program: {name} is only in B" for name in found.only_in_b]
-        told += found.others
-        names = [[one.name for one in entry.inputs] for entry in (ours, theirs)]
-        told += [] if names[0] == names[1] else [f"the score program takes {names[0]} in A, {names[1]} in B"]
+    else:
+        told += _compare_score_programs(a, b, ours, theirs)
     contracts = [_stated_of(package.manifest) for package in (a, b)]
     told += [] if contracts[0] == contracts[1] else ["the serving contract differs"]
     confs = [package.files.read(_FG) if package.files.exists(_FG) else b"" for package in (a, b)]
     return (*told, *([] if confs[0] == confs[1] else [f"{_FG} differs"]))
 
 
+def _compare_score_programs(a: Package, b: Package, ours: ScoreEntry, theirs: ScoreEntry) -> list[str]:
+    told = [f"score program: {text}" for text in _compare_tensors(ours, theirs)]
+    if set(ours.conditions) != set(theirs.conditions):
+        told.append(f"the score program demands {list(ours.conditions)} in A, {list(theirs.conditions)} in B")
+    if _has_same_file(a.manifest, b.manifest, ours.program, theirs.program):
+        return told
+    found = compare_programs(_load_unbound(a), _load_unbound(b), "the score program")
+    told += [f"score program: {name} changed by up to {value:.3g}" for name, value in found.changed.items()]
+    told += [f"score program: {name} is only in A" for name in found.only_in_a]
+    told += [f"score program: {name} is only in B" for name in found.only_in_b]
+    return [*told, *found.others]
+
+
+def _load_unbound(package: Package) -> Any:
+    """Return the score program as it is in its file: bound to a package, its code would be another for each package."""
+    from dist_export.archive.lookup_operator import unbind  # it imports torch
+
+    program = package.load_score_program()
+    unbind(program.graph_module)
+    return program
+
+
 def _stated_of(manifest: Manifest) -> bytes:
-    """Return what the serving contract states, without what the replay found."""
+    """Return what the serving contract asks of a server.
+
+    Left out is what the replay found, who stated a field and why an input is not known, and the default rows of the tables,
+    which are compared as rows.
+    """
     if manifest.serving is msgspec.UNSET:
         return b""
-    return msgspec.json.encode(msgspec.structs.replace(manifest.serving, replay=None))
+    defaults = {table.name: table.default_row for table in manifest.tables}
+    features = tuple(
+        msgspec.structs.replace(
+            feature,
+            stated_by={},
+            default_row=msgspec.UNSET
+            if feature.default_row == defaults.get(feature.table, msgspec.UNSET)
+            else feature.default_row,
+        )
+        for feature in manifest.serving.features
+    )
+    inputs = tuple(
+        one if one.unknown is msgspec.UNSET else msgspec.structs.replace(one, unknown="")
+        for one in manifest.serving.inputs
+    )
+    return msgspec.json.encode(msgspec.structs.replace(manifest.serving, features=features, inputs=inputs, replay=None))
 
 
 def compare_scores(a: Package, b: Package) -> ScoresDiff:

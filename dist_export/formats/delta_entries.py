@@ -1,4 +1,4 @@
-"""The entries of a delta package in ``manifest.json``: its base, and the account of each table against it."""
+"""The entries of ``manifest.json`` that deltas need: row fingerprints, the base, and the account of each table against it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """A number of rows, bytes or elements, within the limits of a file."""
+
+
+class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Where the row fingerprints of a part are. :mod:`dist_export.formats.row_fingerprints` describes their file."""
+
+    file: str
+    """Relative to the package, with forward slashes."""
+    offset: Count
+    """Bytes of the file before the first fingerprint; a multiple of 64."""
 
 
 class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from dist_export.formats.delta_entries import Count, DeltaEntry
+from dist_export.formats.delta_entries import Count, DeltaEntry, RowFingerprintsEntry
 
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=64)]
 
@@ -98,6 +98,8 @@ class PartEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Slot -> name of the block in the file."""
     row_index: RowIndexEntry | msgspec.UnsetType = msgspec.UNSET
     """Absent for a row-indexed table, for a part without rows, and if ``row_index`` is off."""
+    row_fingerprints: RowFingerprintsEntry | msgspec.UnsetType = msgspec.UNSET
+    """Absent for a part without rows, and if ``row_fingerprints`` is off."""
 
 
 class TableEntry(msgspec.Struct, frozen=True, kw_only=True):

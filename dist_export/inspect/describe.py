@@ -24,9 +24,10 @@ from dist_export.errors import CheckpointError, ConfigError, PackageError, UserE
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
 from dist_export.formats.recis_index import split_internal, split_stem
+from dist_export.formats.row_fingerprints import SUFFIX
 from dist_export.inspect.checkpoints import describe_source, render_skipped, render_source
 from dist_export.inspect.dcp import describe_dcp, render_dcp
-from dist_export.manifest import MANIFEST, SlotEntry, TensorEntry
+from dist_export.manifest import MANIFEST, DeltaEntry, ScoreEntry, ServingEntry, SlotEntry, TensorEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import read_header, read_indexes
 from dist_export.storage.directory import Directory
@@ -92,6 +93,10 @@ def render(found: dict[str, Any]) -> list[str]:
     lines += [
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
     ]
+    if base := found.get("base"):
+        lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']})")
+    if found.get("row_fingerprints"):
+        lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
     if found["tables"]:
         lines.append(f"  {'table':<{width}} {'rows':>12} {'row':>10} {'dtype':<9} {'parts':>5} {'bytes':>15}  slots")
@@ -101,6 +106,11 @@ def render(found: dict[str, Any]) -> list[str]:
             f"  {table['name']:<{width}} {table['rows']:>12,} {shape:>10} {table['dtype']:<9} {table['parts']:>5} "
             f"{table['bytes']:>15,}  {', '.join(table['slots'])}{'' if table.get('is_hashed', True) else ' (rows by number)'}"
         )
+        if delta := table.get("delta"):
+            lines.append(
+                f"    of {delta['rows_base']:,} rows of the base: {delta['same']:,} same, {delta['changed']:,} changed, "
+                f"{delta['deleted']:,} deleted; {delta['new']:,} new"
+            )
         lines += render_width(table)
         if cast := table.get("cast"):
             lines.append(f"    cast from {cast['source_dtype']}: {render_errors(cast)}")
@@ -132,19 +142,21 @@ def render_errors(cast: dict[str, Any]) -> str:
 
 def _describe_package(directory: Directory) -> dict[str, Any]:
     try:
-        manifest = Package(directory).manifest
+        manifest = Package(directory, opens_base=False).manifest
     except PackageError as error:
         raise UserError(str(error)) from None
     dense = manifest.dense
     return {
-        "kind": "package",
+        "kind": "package" if manifest.base is msgspec.UNSET else "delta package",
         "path": directory.url,
         "mode": manifest.mode,
         "source": f"{manifest.source.path} ({manifest.source.format})".lstrip(),
         "shards": manifest.num_shards,
         "files": len(manifest.files),
         "bytes": manifest.num_bytes,
+        "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
+        **({} if manifest.base is msgspec.UNSET else {"base": msgspec.to_builtins(manifest.base)}),
         "tables": [
             {
                 "name": table.name,
@@ -162,6 +174,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
                 "parts": len(table.parts),
                 "bytes": sum(slot.num_bytes for slot in table.kept),
                 "slots": [slot.name for slot in table.kept],
+                **({} if table.delta is msgspec.UNSET else {"delta": _describe_delta(table.delta)}),
             }
             for table in manifest.tables
         ],
@@ -173,23 +186,27 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
             "inputs": [_describe_tensor(tensor) for tensor in dense.inputs],
             "outputs": [_describe_tensor(tensor) for tensor in dense.outputs],
         },
-        "serving": None
-        if manifest.serving is msgspec.UNSET
-        else {
-            "features": [feature.name for feature in manifest.serving.features],
-            "unknown": {
-                entry.name: entry.unknown for entry in manifest.serving.inputs if entry.unknown is not msgspec.UNSET
-            },
-        },
-        "score": None
-        if manifest.score is msgspec.UNSET
-        else {
-            "program": manifest.score.program,
-            "inputs": [_describe_tensor(tensor) for tensor in manifest.score.inputs],
-            "outputs": [_describe_tensor(tensor) for tensor in manifest.score.outputs],
-            "tables": list(manifest.score.tables),
-        },
+        "serving": None if manifest.serving is msgspec.UNSET else _describe_contract(manifest.serving),
+        "score": None if manifest.score is msgspec.UNSET else _describe_score(manifest.score),
     }
+
+
+def _describe_score(score: ScoreEntry) -> dict[str, Any]:
+    return {
+        "program": score.program,
+        "inputs": [_describe_tensor(tensor) for tensor in score.inputs],
+        "outputs": [_describe_tensor(tensor) for tensor in score.outputs],
+        "tables": list(score.tables),
+    }
+
+
+def _describe_delta(delta: DeltaEntry) -> dict[str, int]:
+    return {name: getattr(delta, name) for name in ("rows_base", "same", "changed", "new", "deleted")}
+
+
+def _describe_contract(serving: ServingEntry) -> dict[str, Any]:
+    unknown = {entry.name: entry.unknown for entry in serving.inputs if entry.unknown is not msgspec.UNSET}
+    return {"features": [feature.name for feature in serving.features], "unknown": unknown}
 
 
 def _shape_of(slot: SlotEntry) -> list[int]:

@@ -6,7 +6,7 @@ the checkpoint for one run, and an embedding that looks up a row gets the row of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -134,6 +134,19 @@ def read_raw_ids(table: TableMeta) -> RawIdState | None:
 def is_collision_module(module: nn.Module) -> bool:
     """Return whether a module maps raw ids to rows of a table."""
     return any(isinstance(getattr(module, name, None), torch.Tensor) for name in (SORTED_IDS, IDENTITIES))
+
+
+def names_of_map(module: nn.Module) -> list[str]:
+    """Return the names, within a managed-collision module, of what maps raw ids to rows and is in its state_dict."""
+    hidden = module._non_persistent_buffers_set  # noqa: SLF001 -- torch has no public way to ask
+    names = (name for name in (SORTED_IDS, MAPPING, IDENTITIES) if name not in hidden)
+    return [name for name in names if isinstance(getattr(module, name, None), torch.Tensor)]
+
+
+def find_mapped(path: str, tables: Collection[str], mapped: Collection[str]) -> str | None:
+    """Return the table of a module at ``path`` if it is one of ``mapped``, those of which the checkpoint knows raw ids."""
+    table = find_table(path, tables) or find_table(path, mapped)
+    return table if table in mapped else None
 
 
 def put_state(module: nn.Module, path: str, state: RawIdState, undo: list[Callable[[], None]]) -> None:

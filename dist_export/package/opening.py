@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from dist_export.errors import DistExportError, PackageError, UserError
+from dist_export.formats.recis import INDEX, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.package.opened_files import OpenedFiles
 from dist_export.storage.directory import Directory
@@ -53,3 +56,18 @@ def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportE
         error = second
     where = directory.describe(MANIFEST)
     return PackageError(f"{error.filename or where} cannot be read: {error.strerror or error}")
+
+
+def list_files_to_hold(manifest: Manifest) -> list[str]:
+    """Return the files that lookups and programs read, the most important ones first."""
+    dense = manifest.dense
+    parts = [part for table in manifest.tables for part in table.parts]
+    indexes = (part.row_index.file for part in parts if part.row_index is not msgspec.UNSET)
+    shards = (part.file for part in parts)
+    score = manifest.score
+    programs = [entry.program for entry in (dense, score) if entry not in (None, msgspec.UNSET)]
+    if dense is not None and dense.formats is not msgspec.UNSET:
+        programs += [entry.file for entry in dense.formats]
+    deltas = (table.delta for table in manifest.tables if table.delta is not msgspec.UNSET)
+    deleted = (entry.file for delta in deltas for entry in delta.deleted_ids)
+    return [*programs, INDEX, TENSORKEY, *indexes, *deleted, *shards]

@@ -13,7 +13,7 @@ import numpy as np
 from dist_export.archive.safe_load import load_program
 from dist_export.errors import PackageError, UserError
 from dist_export.formats.dtypes import CODE_BY_TORCH
-from dist_export.formats.recis import EMBEDDING_SLOT, INDEX, TENSORKEY
+from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.formats.safetensors import Header
 from dist_export.manifest import Manifest, TableEntry
 from dist_export.package.base import find_base
@@ -21,7 +21,7 @@ from dist_export.package.dense_inputs import dense_inputs_of
 from dist_export.package.layers import DeltaIds, LayeredReader
 from dist_export.package.local_cache import LocalCache
 from dist_export.package.open_count import OpenCount
-from dist_export.package.opening import open_committed, open_written
+from dist_export.package.opening import list_files_to_hold, open_committed, open_written
 from dist_export.package.other_formats import load_native_program, load_onnx
 from dist_export.package.shard_headers import ShardHeaders
 from dist_export.package.slot_reader import PartRun, SlotReader
@@ -86,7 +86,11 @@ class Package:
             self.close()
             raise UserError(f"{directory.url} is a full package, which needs no base; leave base out")
         if self.is_delta and opens_base:
-            self.open_base(base_directory, opened=opened)
+            try:
+                self.open_base(base_directory, opened=opened)
+            except PackageError:
+                self.close()
+                raise
 
     @property
     def is_delta(self) -> bool:
@@ -94,23 +98,19 @@ class Package:
         return self.manifest.base is not msgspec.UNSET
 
     def open_base(self, directory: Directory | None = None, *, opened: Package | None = None) -> None:
-        """Open the base of a delta package, as the constructor does with these arguments. Closes the package if it fails.
+        """Open the base of a delta package, as the constructor does with these arguments.
 
         Raises:
             PackageError: the base is not found, or is not the one that the delta was made on top of.
         """
         known = [package for package in (opened, opened and opened.base) if package is not None]
-        try:
-            base = find_base(
-                self.directory,
-                self.manifest,
-                lambda place: Package(place, cache_dir=self._cache_dir, opens_base=False),
-                given=directory,
-                known=known,
-            )
-        except PackageError:
-            self.close()
-            raise
+        base = find_base(
+            self.directory,
+            self.manifest,
+            lambda place: Package(place, cache_dir=self._cache_dir, opens_base=False),
+            given=directory,
+            known=known,
+        )
         self.base = base
         self._leave.append(base._readers_of_files.join(self))  # noqa: SLF001 -- of the same class
         if base not in known:
@@ -121,17 +121,7 @@ class Package:
 
         An open file can still be read after the package is replaced and removed.
         """
-        dense = self.manifest.dense
-        parts = [part for table in self.manifest.tables for part in table.parts]
-        indexes = (part.row_index.file for part in parts if part.row_index is not msgspec.UNSET)
-        shards = (part.file for part in parts)
-        score = self.manifest.score
-        programs = [entry.program for entry in (dense, score) if entry not in (None, msgspec.UNSET)]
-        if dense is not None and dense.formats is not msgspec.UNSET:
-            programs += [entry.file for entry in dense.formats]
-        deltas = (table.delta for table in self.manifest.tables if table.delta is not msgspec.UNSET)
-        deleted = (entry.file for delta in deltas for entry in delta.deleted_ids)
-        self.files.hold([*programs, INDEX, TENSORKEY, *indexes, *deleted, *shards])
+        self.files.hold(list_files_to_hold(self.manifest))
         if self.base is not None:
             self.base.hold()
 
@@ -183,7 +173,7 @@ class Package:
             PackageError: the table or slot does not exist, or the package is damaged or was replaced.
             TypeError: the ids are not integers.
         """
-        reader = self._layered_reader(table, slot) if self.is_delta else self._reader(table, slot)
+        reader = self._layered_reader(table, slot) if self.is_delta else self.rows_of(table, slot=slot)
         entry, kept = self.table(table), reader.slot
         asked = np.asarray(ids)
         if asked.dtype.kind not in "iu" and asked.size:  # floats would silently become other ids
@@ -202,11 +192,10 @@ class Package:
         return values.reshape(*shape, *values.shape[1:]), has_row
 
     def rows_of(self, table: str, *, slot: str = EMBEDDING_SLOT) -> SlotReader:
-        """Return what finds and reads rows of one slot of a table, as they are stored. PackageError as :meth:`lookup`."""
-        return self._reader(table, slot)
+        """Return what finds and reads stored rows of one slot of a table, in this package's own shards alone.
 
-    def _reader(self, table: str, slot: str) -> SlotReader:
-        """Return what reads one slot of a table. PackageError if there is none, or one that cannot be read."""
+        PackageError if there is no such slot, or one that cannot be read.
+        """
         reader = self._readers.get((table, slot))
         if reader is not None:
             return reader
@@ -230,16 +219,24 @@ class Package:
         return reader
 
     def _layered_reader(self, table: str, slot: str) -> LayeredReader:
-        """Return what reads one slot of a table from a delta package and its base. PackageError as :meth:`_reader`."""
+        """Return what reads one slot of a table from a delta package and its base. PackageError as :meth:`rows_of`."""
         reader = self._layered.get((table, slot))
         if reader is None:
             if self.base is None:
                 raise PackageError(f"{self.directory.url} is a delta package, and was opened without its base")
             has_table = any(entry.name == table for entry in self.base.manifest.tables)
             below = self.base.rows_of(table, slot=slot) if has_table else None
-            reader = LayeredReader(self.table(table), below, self._reader(table, slot), self._delta_ids)
+            reader = LayeredReader(self.table(table), below, self.rows_of(table, slot=slot), self._delta_ids)
             self._layered[table, slot] = reader
         return reader
+
+    def deleted_ids(self, table: str) -> np.ndarray:
+        """Return the ids of the base that a delta package takes away, int64 (n,), in ascending order.
+
+        PackageError if there is no such table, or the files are damaged.
+        """
+        deleted = self._delta_ids.deleted(self.table(table)) if self.is_delta else None
+        return np.zeros(0, np.int64) if deleted is None else deleted.ids
 
     def default_row(self, table: str) -> np.ndarray:
         """Return the row that :meth:`lookup` gives for an out-of-vocabulary id, as it would be stored: uint8, (row_bytes,).
@@ -342,7 +339,7 @@ class Package:
         Raises:
             PackageError: the table or slot does not exist, or the package is damaged or was replaced.
         """
-        return self._reader(table, slot).read_run(part, first, last)
+        return self.rows_of(table, slot=slot).read_run(part, first, last)
 
     def header(self, name: str) -> Header:
         """Return the header of one shard file. It is read only once."""

@@ -14,9 +14,11 @@ from dist_export.checkpoint.detect import describe_format
 from dist_export.checkpoint.dynamicemb_widths import render_width
 from dist_export.checkpoint.metadata import SlotMeta
 from dist_export.checkpoint.model_weights import ModelWeights, is_below, plain_name
+from dist_export.commit.row_fingerprints import plan_fingerprints
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.formats.dtypes import DTYPES
+from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_index import estimate_bytes
 from dist_export.humanize import amount, count
 from dist_export.ids.columns import ID_BYTES
@@ -30,6 +32,7 @@ from dist_export.pipeline.account import (
 )
 from dist_export.pipeline.base_package import fit_base, open_base
 from dist_export.pipeline.inputs import note_renamed
+from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
 from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
 from dist_export.pipeline.preflight import Found, look_at_all
 from dist_export.pipeline.reused_program import TakenOver
@@ -99,7 +102,8 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     ]
     report["dense_tensors"] = _dense_tensors(found, plan)
     report["notes"] += note_dense_left(report["dense_tensors"]["in_no_file"], checkpoint)
-    report |= _work(found, planned, world_size)
+    report["row_fingerprints"] = _count_fingerprint_bytes(found, plan)
+    report |= _work(found, planned, world_size, report["row_fingerprints"])
     report["account"] = _account(config, planned, found.dense_state, found.weights)
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
@@ -109,8 +113,8 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
 def _look_at_target(ranks: Ranks, found: Found, planned: PlannedSparse) -> list[str]:
     """Return notes on the plan, and on what export_dir holds. All ranks; raises as the export does."""
     config, paths, plan = found.config, found.paths, planned.plan
-    shards = [file.name for file in plan.files]
-    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, shards))
+    names = list_planned(plan, paths.target, config)
+    ranks.broadcast("look for foreign files", lambda: refuse_foreign_files(paths, names))
     has_own = config.model is not None or found.fg_conf is not None
     notes = ranks.broadcast(
         "look for a program to take over",
@@ -144,7 +148,14 @@ def _dense_tensors(found: Found, plan: SparsePlan) -> dict[str, list[str]]:
     }
 
 
-def _work(found: Found, planned: PlannedSparse, world_size: int) -> dict[str, Any]:
+def _count_fingerprint_bytes(found: Found, plan: SparsePlan) -> int:
+    """Return the bytes of all files of row fingerprints; 0 if none are written."""
+    if not writes_fingerprints(found.config, plan, found.paths.target):
+        return 0
+    return sum(file.num_bytes for file in plan_fingerprints(plan, range(len(plan.files))).values())
+
+
+def _work(found: Found, planned: PlannedSparse, world_size: int, fingerprint_bytes: int) -> dict[str, Any]:
     """Return what each rank would move, and what a store would see of it."""
     paths, plan = found.paths, planned.plan
     work: dict[str, Any] = {}
@@ -157,6 +168,8 @@ def _work(found: Found, planned: PlannedSparse, world_size: int) -> dict[str, An
         )
     if found.source.s3 is not None or paths.target.s3 is not None:
         work["store"] = _store(planned, paths, parts, row_index=found.config.row_index)
+        if paths.target.s3 is not None and fingerprint_bytes:
+            work["store"] |= {"row_fingerprints": fingerprint_bytes, "read_back": _count_row_bytes(plan)}
     writing, _ = plan_units(plan, by_parts={number: its for number, its in parts.items() if its.has_remote})
     threads = planned.budget.threads
     queues = assign(writing, world_size * threads)
@@ -207,6 +220,8 @@ def render_report(report: dict[str, Any]) -> list[str]:
         lines.append(f"  account: {say_account(msgspec.convert(report['account'], AccountEntry))}")
     if "copied_ranges" in report:
         lines.append(f"  {report['copied_ranges']:,} byte ranges copied, {report['gathered_rows']:,} rows gathered")
+    if report.get("row_fingerprints"):
+        lines.append(f"  row fingerprints: {amount(report['row_fingerprints'])} beside the shards")
     threads = f" on {report['threads']} threads" if report.get("threads", 1) > 1 else ""
     if "store" in report:
         lines.append(f"  {_say_store(report['store'], sum(file['bytes'] for file in report['files']))}")
@@ -270,6 +285,17 @@ def _store(
     }
 
 
+def _count_row_bytes(plan: SparsePlan) -> int:
+    """Return the bytes of all rows as they are written, without ids: what row fingerprints are computed from."""
+    blocks = plan.blocks
+    return sum(
+        int(blocks.rows[plan.blocks_of(number, slot.column)].sum()) * slot.row_bytes
+        for number in range(len(plan.checkpoint.tables))
+        for slot in plan.slots_of(number)
+        if slot.name != ID_SLOT
+    )
+
+
 def _say_store(store: dict[str, int], num_bytes: int) -> str:
     def share(name: str) -> str:
         return f"{amount(store[name])} ({store[name] / max(num_bytes, 1):.1%})" if store[name] else ""
@@ -277,6 +303,9 @@ def _say_store(store: dict[str, int], num_bytes: int) -> str:
     is_within = bool(store["downloaded"] and store["uploaded"])
     figures = say_figures(share("downloaded"), share("uploaded"), share("copied"), is_within=is_within)
     indexes = f"{amount(store['row_indexes'])} of row indexes are uploaded, " if store["row_indexes"] else ""
+    if store.get("row_fingerprints"):
+        indexes += f"{amount(store['row_fingerprints'])} of row fingerprints are uploaded, "
+        indexes += f"{amount(store['read_back'])} of rows are read for these, "
     return (
         f"store: of the shards' {amount(num_bytes)}: {figures}; besides, {indexes}{amount(store['ids'])} of ids are read for the "
         "census and the check, and headers, indexes and receipts, which only the summary counts"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dist_export.manifest import SCORE_FOLDER, Manifest, seal
+from dist_export.manifest import SCORE_FOLDER, seal
+from dist_export.package.reader import Package
 from dist_export.pipeline.deltas import describe_written_rows
 from dist_export.pipeline.inputs import refuse_without_scores
 from dist_export.pipeline.package_manifest import describe_export
@@ -62,17 +63,17 @@ def score_sample(export: ExportState) -> ExportState:
     task, planned, dense, scores = export.task, export.planned, export.dense, export.scores
     contract, notes = export.contract, []
 
-    def describe() -> Manifest:
-        return seal(describe_export(export))
+    def open_written() -> Package:  # rank 0
+        return Package(export.target, unpublished=seal(describe_export(export)), opened=export.base)
 
     if dense is None:
         return export
 
     def compare_beside(run_sparse: Callable[[Any], Blocks], blocks: Blocks) -> None:
         if scores is not None:
-            scores.compare_written(export.target, describe, run_sparse, blocks)
+            scores.compare_written(open_written, run_sparse, blocks)
         if contract is not None:
-            notes.extend(contract.compare_written(export.target, describe, blocks))
+            notes.extend(contract.compare_written(open_written, blocks))
 
     with task.reporter.stage("score"):
         as_served = None if planned is None else describe_written_rows(export, planned)

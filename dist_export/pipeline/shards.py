@@ -6,13 +6,15 @@ import concurrent.futures
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from dist_export.commit.audit import Audit, audit_files, check_accounts, check_entries
 from dist_export.commit.publish import describe_tables
+from dist_export.commit.row_fingerprints import FingerprintWriter, add_fingerprints
 from dist_export.commit.row_indexes import RowIndexWriter, WrittenIndex, add_row_indexes
 from dist_export.errors import CommitError
 from dist_export.ids.columns import Readers
-from dist_export.manifest import TableEntry
+from dist_export.manifest import FileEntry, TableEntry
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.reporting.progress import Reporter
 from dist_export.runtime.ranks import Ranks
@@ -54,9 +56,8 @@ def transfer(
             concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="transfer") as pool,
             reporter.transferring(job.reused_bytes + job.num_bytes, reused_bytes=job.reused_bytes),
         ):
-            written = pool.submit(job.write)
 
-            def wait() -> None:
+            def wait(written: concurrent.futures.Future[None]) -> None:
                 try:
                     beside()
                 except BaseException:
@@ -67,7 +68,8 @@ def transfer(
                 written.result()
 
             try:
-                receipts, shares = job.finish(wait)
+                written = pool.submit(job.write)
+                receipts, shares = job.finish(lambda: wait(written))
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise
@@ -76,40 +78,62 @@ def transfer(
         job.close()
 
 
-def check(
-    ranks: Ranks, planned: PlannedSparse, target: Directory, *, row_index: bool, digest: str, in_place: bool
-) -> tuple[tuple[TableEntry, ...], list[WrittenIndex]]:
-    """Account for every row from the written files, and write their row indexes if ``row_index`` is set. All ranks.
+class Checked(NamedTuple):
+    """What the check of the shards gives, the same on all ranks."""
 
-    Returns:
-        The tables' entries for the manifest, and the files of row indexes in the order of the shards.
-    """
-    threads = planned.budget.threads
+    tables: tuple[TableEntry, ...]
+    """The tables' entries for the manifest."""
+    indexes: list[WrittenIndex]
+    """The files of row indexes, in the order of the shards."""
+    fingerprints: list[FileEntry]
+    """The files of row fingerprints, in the order of the shards."""
+
+
+def check(
+    ranks: Ranks,
+    planned: PlannedSparse,
+    target: Directory,
+    *,
+    row_index: bool,
+    row_fingerprints: bool,
+    digest: str,
+    in_place: bool,
+) -> Checked:
+    """Account for every row from the written files, and write their row indexes and row fingerprints if set. All ranks."""
+    plan, threads = planned.plan, planned.budget.threads
     workers = range(ranks.rank * threads, (ranks.rank + 1) * threads)
-    mine = [range(worker, len(planned.plan.files), ranks.world_size * threads) for worker in workers]
+    mine = [range(worker, len(plan.files), ranks.world_size * threads) for worker in workers]
 
     def open_indexes(readers: Readers) -> RowIndexWriter:
         held_ids = planned.budget.held_ids // 2  # beside the list of dropped rows
-        return RowIndexWriter(planned.plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
+        return RowIndexWriter(plan, target, readers, held_ids=held_ids, digest=digest, in_place=in_place)
 
-    def audit() -> list[Audit]:
+    def audit_share(numbers: range) -> tuple[Audit, list[FileEntry]]:
+        audited = audit_files(plan, target, numbers, open_indexes if row_index else None)
+        if not row_fingerprints:
+            return audited, []
+        window_bytes = planned.budget.window_bytes
+        writer = FingerprintWriter(plan, target, window_bytes=window_bytes, digest=digest, in_place=in_place)
+        return audited, writer.write(numbers)
+
+    def audit() -> list[tuple[Audit, list[FileEntry]]]:
         return_freed_memory()  # what the transfer has kept is not reused here
         with _withdrawing(target):
-            return run_threads(
-                lambda numbers: audit_files(planned.plan, target, numbers, open_indexes if row_index else None), mine
-            )
+            return run_threads(audit_share, mine)
 
-    found = [audited for share in ranks.all_gather("check the shards", audit) for audited in share]
-    indexes = sorted((index for audited in found for index in audited.indexes), key=lambda index: index.file.path)
+    found = [its for share in ranks.all_gather("check the shards", audit) for its in share]
+    indexes = sorted((index for audited, _ in found for index in audited.indexes), key=lambda index: index.file.path)
+    fingerprints = sorted((file for _, files in found for file in files), key=lambda file: file.path)
 
     def account() -> tuple[TableEntry, ...]:
         with _withdrawing(target):
-            accounts = check_accounts(planned.plan, planned.census, [audited.accounts for audited in found])
-            entries = add_row_indexes(describe_tables(planned.plan, planned.census, accounts), indexes)
+            accounts = check_accounts(plan, planned.census, [audited.accounts for audited, _ in found])
+            entries = add_row_indexes(describe_tables(plan, planned.census, accounts), indexes)
+            entries = add_fingerprints(plan, entries) if row_fingerprints else entries
             check_entries(entries)
         return entries
 
-    return ranks.run("account for the rows", account), indexes
+    return Checked(ranks.run("account for the rows", account), indexes, fingerprints)
 
 
 def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:

@@ -1,4 +1,4 @@
-"""The small files of a package: everything except shards, row indexes and the manifest. Rank 0."""
+"""The small files of a package: everything except shards, row indexes, row fingerprints and the manifest. Rank 0."""
 
 from __future__ import annotations
 

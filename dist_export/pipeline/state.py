@@ -108,7 +108,7 @@ class ExportState:
     casts: Counts = dataclasses.field(default_factory=dict)
     tables: tuple[TableEntry, ...] = ()
     index_files: tuple[FileEntry, ...] = ()
-    """The files of row indexes."""
+    """The files of row indexes, and those of row fingerprints."""
     deleted_files: tuple[FileEntry, ...] = ()
     """The files of deleted ids; none in a full export."""
     small_files: tuple[FileEntry, ...] = ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
-from dist_export.commit.row_indexes import index_name, note_unindexed
+from dist_export.commit.row_indexes import note_unindexed
 from dist_export.config.schema import ExportConfig
 from dist_export.formats.deleted_ids import deleted_name
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
@@ -29,6 +29,7 @@ from dist_export.pipeline.inputs import (
 )
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
+from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
 from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, plan_sparse
 from dist_export.pipeline.scores import score_sample, state_contract, trace_scores
 from dist_export.pipeline.shards import check, compare_live, transfer
@@ -216,8 +217,7 @@ def lock_target(export: ExportState) -> ExportState:
     """Take the target for this export alone, or end with the package that an earlier attempt committed. All ranks."""
     task, planned = export.task, export.planned
     ranks, config, identity = task.ranks, task.config, export.source.identity
-    shards = [] if planned is None else [file.name for file in planned.plan.files]
-    shards += [index_name(name) for name in shards] if config.row_index else []
+    shards = [] if planned is None else list_planned(planned.plan, export.target, config)
     if export.base is not None:
         shards += sorted({deleted_name(part.file) for table in export.base.manifest.tables for part in table.parts})
     paths = settle(ranks, export.paths, config, identity, shards)
@@ -279,23 +279,25 @@ def check_shards(export: ExportState) -> ExportState:
         ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
             ranks.run("look for values that do not fit", lambda: refuse_overflow(plan, casts))
-        entries, indexes = check(
+        checked = check(
             ranks,
             planned,
             target,
             row_index=task.config.row_index,
+            row_fingerprints=writes_fingerprints(task.config, plan, target),
             digest=task.config.digest,
             in_place=export.in_place,
         )
-        tables: tuple[TableEntry, ...] = add_casts(plan, entries, casts)
-        index_files = tuple(index.file for index in indexes)
+        tables: tuple[TableEntry, ...] = add_casts(plan, checked.tables, casts)
+        index_files = (*(index.file for index in checked.indexes), *checked.fingerprints)
         ranks.broadcast(
             "look at the row indexes",
             lambda: written.update(note_written(target, {file.path: file.num_bytes for file in index_files})),
         )
         if plan.checkpoint.memory is not None:
             compare_live(ranks, planned, target)
-    return export.grown(notes=note_unindexed(indexes), tables=tables, index_files=index_files, written=written)
+    notes = note_unindexed(checked.indexes)
+    return export.grown(notes=notes, tables=tables, index_files=index_files, written=written)
 
 
 def write_rest(export: ExportState) -> ExportState:

@@ -139,7 +139,7 @@ class VersionDirectory:
         return self._read(parse(uri)[0])
 
     def register(self, uri: str, package: Registered) -> str:
-        """Make a committed package the current version. One that has been so before stays what it is.
+        """Make a committed package the current version. One that has been so before stays what it is, unless it was overwritten.
 
         Raises:
             ExportError: another publisher was faster, or the current version is of a later step.
@@ -149,7 +149,8 @@ class VersionDirectory:
         named = f"{SCHEME}:{where}@{version}"
         current, _ = self._read(where)
         if current is not None:
-            if any(switch.version == version for switch in current.switches):
+            is_overwritten = current.version == version and current.manifest_digest != package.digest
+            if not is_overwritten and any(switch.version == version for switch in current.switches):
                 return named
             if package.step is not None and current.step is not None and package.step < current.step:
                 raise ExportError(
@@ -204,6 +205,13 @@ class VersionDirectory:
         step = next((switch.step for switch in current.switches if switch.version == version), None)
         base = None if manifest.base is msgspec.UNSET else self._name_of(where, manifest.base.path)
         self._switch(where, version, manifest.digest, step, base, expected=raw)
+        if not package.exists(MANIFEST):  # what removes old versions had found it before
+            _, now = self._read(where)
+            last = current.version, current.manifest_digest, current.step, current.base
+            self._switch(where, *last, expected=now)
+            raise ExportError(
+                f"{version} was removed at this very moment; {current.version} is the current version again"
+            )
         return version
 
     # ---- within ----
@@ -246,9 +254,20 @@ class VersionDirectory:
         directory = self._open(where)
         for name in self._list_old(self._require(where)):
             try:
-                directory.remove_tree(f"{VERSIONS}/{name}")
+                self._remove(directory, where, name)
             except OSError as error:
                 logger.warning("version %s could not be removed: %s", name, reason_of(error))
+
+    def _remove(self, directory: Directory, where: str, name: str) -> None:
+        """Remove a version, its manifest first: what is left by a crash is then no package, and no version to go back to."""
+        manifest = f"{VERSIONS}/{name}/{MANIFEST}"
+        content = directory.read(manifest) if directory.exists(manifest) else None
+        directory.remove(manifest)
+        if name not in self._list_old(self._require(where)):  # somebody has gone back to it
+            if content is not None:
+                directory.write(manifest, content)
+            return
+        directory.remove_tree(f"{VERSIONS}/{name}")
 
     def _list_old(self, current: Current) -> list[str]:
         """Return the versions that may go: neither among the newest, nor the one before this one, nor within the grace.

@@ -27,7 +27,7 @@ from dist_export.dense.stage import DenseStage
 from dist_export.errors import DistExportError, ModelError, ParityError
 from dist_export.formats.row_encodings import RowCast
 from dist_export.humanize import few
-from dist_export.manifest import Manifest, ScoreEntry
+from dist_export.manifest import ScoreEntry
 from dist_export.model.unwrap import unwrap
 from dist_export.model.user_errors import blame, said
 from dist_export.package.reader import Package
@@ -44,7 +44,6 @@ from dist_export.score.sources import CheckpointRows
 from dist_export.score.table_weight import NotExportableError
 from dist_export.score.tables import ModelTables
 from dist_export.score.trace import ScoredModel, TracedScores, trace_scores
-from dist_export.storage.directory import Directory
 
 
 class ScoreStage:
@@ -110,13 +109,12 @@ class ScoreStage:
             self._packed = b""
 
     def compare_written(
-        self, target: Directory, describe: Callable[[], Manifest], run_sparse: Callable[[Any], Blocks], blocks: Blocks
+        self, open_written: Callable[[], Package], run_sparse: Callable[[Any], Blocks], blocks: Blocks
     ) -> None:
         """Compare the written program with the model, on rows of the written shards. All ranks.
 
         Args:
-            target: where everything but the manifest is.
-            describe: returns what the manifest will say. Rank 0.
+            open_written: opens the package, whose manifest is not written yet. Rank 0.
             run_sparse: runs the model's sparse arch on a batch, on rows of the written shards.
             blocks: what it gave for the sample.
 
@@ -128,7 +126,7 @@ class ScoreStage:
         """
         if not self.is_there:
             return
-        if reason := self._compare_written(target, describe, run_sparse, blocks):
+        if reason := self._compare_written(open_written, run_sparse, blocks):
             if self._config.score_program == "require":
                 self._ranks.broadcast("compare the score program with the model", lambda: _fail(reason))
             self.left_out = f"the package has no score program: on rows of the written shards, {reason}"
@@ -136,7 +134,7 @@ class ScoreStage:
         self._traced = None
 
     def _compare_written(
-        self, target: Directory, describe: Callable[[], Manifest], run_sparse: Callable[[Any], Blocks], blocks: Blocks
+        self, open_written: Callable[[], Package], run_sparse: Callable[[Any], Blocks], blocks: Blocks
     ) -> str:
         """Compare, and put the figures into the entry. All ranks. Returns why the program is not the model."""
         with contextlib.ExitStack() as held:
@@ -144,9 +142,9 @@ class ScoreStage:
 
             def load() -> str:
                 assert self.entry is not None
-                package = held.enter_context(Package(target, unpublished=describe()))
+                package = held.enter_context(open_written())
                 tables = {table.name for table in package.manifest.tables}
-                program = load_program(target.read(self.entry.program), tables=tables)
+                program = load_program(package.files.read(self.entry.program), tables=tables)
                 figures = ScoreFigures(
                     self._config, self._sample(), bind_program(program, PackageRows(package)).module()
                 )
@@ -191,7 +189,7 @@ class ScoreStage:
                 found = figures.run(self._stored_inputs(), "on the sample")
                 figures.compare(self._stored_outputs(), found, None, "on the sample")
             except ParityError as error:
-                return _reason_of(error)
+                return _reason_of(error) + self._tables("").describe_computing()
             return ""
 
         reason = ranks.broadcast("score the sample", compare)

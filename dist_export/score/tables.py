@@ -15,6 +15,7 @@ from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.table_names import TableNames
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import CHILD_BITS
+from dist_export.humanize import few
 from dist_export.model.sparse_tables import is_hash_table
 from dist_export.model.unwrap import is_lazy, list_modules
 from dist_export.score.table_weight import NotExportableError, TableWeight
@@ -53,6 +54,20 @@ class ModelTables:
                 f"table {table!r} is behind a managed-collision module, which is not expressed yet"
             )
         return self._token + self._finder.written_name(table)
+
+    def describe_computing(self) -> str:
+        """Return which hash tables gave other values in the sample than the rows that they have; empty for none."""
+        found = [
+            f"{self._names.join(plain_name(paths[0]))} ({type(module).__name__})"
+            for module, paths in self.modules
+            if (learned := self._finder.learned.get(id(module))) is not None and learned.computes
+        ]
+        if not found:
+            return ""
+        return (
+            f"; {few(found)}: its forward does more than look rows up, and a program has the rows alone in its place. Do that "
+            "in a module of the sparse arch around the table"
+        )
 
     @contextlib.contextmanager
     def replaced(self, row_modules: Mapping[int, list[str]]) -> Iterator[None]:

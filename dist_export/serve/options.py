@@ -16,6 +16,9 @@ SCORE_OPTIONS = {
     "keep": Option(hint=list[str], default=[], adds=True, text="Columns of the input that are written too."),
     "batch_size": Option(hint=int, default=4096, text="Rows that are scored at once."),
     "cache_dir": Option(hint=str | None, default=None, text="Local directory for row indexes and ids of a store."),
+    "base": Option(
+        hint=str | None, default=None, text="Base of a delta package. Null looks at its old path, and beside PATH."
+    ),
 }
 
 SERVE_USAGE = (

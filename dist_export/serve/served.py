@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.manifest import MANIFEST
-from dist_export.package.reader import Package, open_package
+from dist_export.package.reader import Package
 from dist_export.redact import reason_of
 from dist_export.registry import base
 from dist_export.serve.models import Model, list_models
@@ -96,7 +96,7 @@ class Watcher:
         if seen is None or seen == self._seen:
             return
         try:
-            served = self._load()
+            served = self._load(self.current.package)
         except (DistExportError, OSError) as error:
             if self._look_quietly() == seen:  # else it is being replaced right now
                 self._seen = seen
@@ -134,19 +134,23 @@ class Watcher:
             logger.warning("the path of the package cannot be looked at: %s", reason_of(error))
             return None
 
-    def _load(self) -> Served:
-        package = open_package(
-            self._path,
-            storage_options=self._storage_options,
-            registry_options=self._registry_options,
-            cache_dir=self._cache_dir,
-        )
+    def _load(self, before: Package | None = None) -> Served:
+        """Load the package at the path. The base of a delta is not opened anew if ``before`` is it or has it open."""
+        where = base.resolve(self._path, self._registry_options or {}).directory
+        directory = open_directory(where, self._storage_options)
+        package = Package(directory, cache_dir=self._cache_dir, opened=before)
+        package.hold()
         if self._checks:
-            report = verify(package.directory.location.given, self._storage_options)
-            if report.count():
-                raise PackageError(
-                    f"{package.directory.url} is unsound: {report.findings[0]} ({report.count()} findings)"
-                )
-            if not package.files.is_current():
-                raise PackageError(f"{package.directory.url} was replaced while it was checked")
+            self._refuse_unsound(package)
+            is_known = before is not None and package.base in (before, before.base)
+            if package.base is not None and not is_known:  # a base is checked once
+                self._refuse_unsound(package.base)
         return Served(package)
+
+    def _refuse_unsound(self, package: Package) -> None:
+        below = None if package.base is None else package.base.directory.location.given
+        report = verify(package.directory.location.given, self._storage_options, base=below)
+        if report.count():
+            raise PackageError(f"{package.directory.url} is unsound: {report.findings[0]} ({report.count()} findings)")
+        if not package.files.is_current():
+            raise PackageError(f"{package.directory.url} was replaced while it was checked")

@@ -19,6 +19,7 @@ from dist_export.package.reader import Package
 from dist_export.package.stored_rows import is_sound_encoding
 from dist_export.storage.directory import WORK_DIRECTORY, Directory
 from dist_export.verify.blocks import Blocks, read_blocks
+from dist_export.verify.delta import open_base
 from dist_export.verify.files import check_sizes, find_parts
 from dist_export.verify.finite import BITS
 from dist_export.verify.indexed_tables import list_row_indexed
@@ -34,6 +35,7 @@ from dist_export.verify.manifest_tables import check_tables
 from dist_export.verify.merged_manifest import DenseState, check_merged
 from dist_export.verify.parts import FoundParts, check_parts, check_prefixes
 from dist_export.verify.report import Report
+from dist_export.verify.row_fingerprints import find_fingerprinted_parts
 from dist_export.verify.row_indexes import find_indexed_parts
 from dist_export.verify.work_split import Work
 
@@ -47,8 +49,10 @@ CHANGED = "was replaced or changed while it was being checked, so nothing can be
 class Survey:
     """The state of a verification on rank 0: the metadata of the directory, and the report."""
 
-    def __init__(self, directory: Directory, *, finite: bool) -> None:
+    def __init__(self, directory: Directory, *, finite: bool, base: Directory | None = None) -> None:
+        """Begin; nothing is read. ``base``: where the base of a delta package is; by default it is searched for."""
         self.report = Report()
+        self._given_base = base
         self.directory = directory
         self.is_finite_asked = finite
         self.package: Package | None = None
@@ -97,6 +101,11 @@ class Survey:
             parts = self.guard(INDEX, lambda: self._compare(listing))
         elif self.manifest is not None:
             check_package_files(listing, self.manifest, (), report)
+        if self.package is not None and self.package.is_delta:
+            package = self.package
+            self.guard(MANIFEST, lambda: open_base(package, self._given_base, report))
+        elif self._given_base is not None:
+            raise UserError(f"{directory.url} is no delta package, so it has no base; leave base out")
         return self._plan(to_hash, parts)
 
     def _recognize(self) -> None:
@@ -106,7 +115,7 @@ class Survey:
         # a manifest that is no regular file counts too, because a package was meant
         if os.path.lexists(directory.join(MANIFEST)) if directory.is_local else MANIFEST in names:
             try:
-                self.package = Package(directory)
+                self.package = Package(directory, opens_base=False)
             except PackageError as error:
                 message = str(error).removeprefix(directory.describe(MANIFEST)).removeprefix(":").strip()
                 report.add(MANIFEST, "manifest", message)
@@ -231,6 +240,9 @@ class Survey:
             value_dtype=blocks.dtype[values].astype(np.int64),
             value_width=widths[values],
             indexes=() if self.manifest is None else find_indexed_parts(self.manifest, blocks, self.report),
+            fingerprints=()
+            if self.manifest is None
+            else find_fingerprinted_parts(self.manifest, blocks, self.bad, self.report),
         )
 
     def _row_widths(self, blocks: Blocks) -> np.ndarray:

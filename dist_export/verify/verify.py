@@ -10,14 +10,18 @@ from __future__ import annotations
 import os
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from dist_export.errors import EndedError, UserError
+from dist_export.package.reader import Package
 from dist_export.redact import reason_of
 from dist_export.runtime.joining import alone
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import keep_freed_memory, run_threads
-from dist_export.storage.directory import Directory
+from dist_export.storage.directory import Directory, Location
 from dist_export.storage.urls import open_directory
 from dist_export.verify.combine import conclude
+from dist_export.verify.delta import PieceCount, count_pieces, cut_pieces, report_delta
 from dist_export.verify.files import ChunkDigests, compare_digests, cut_files, hash_share
 from dist_export.verify.finite import Odd, add_odd, cut_values, scan_share
 from dist_export.verify.ids import (
@@ -34,6 +38,12 @@ from dist_export.verify.ids import (
 )
 from dist_export.verify.metadata_checks import CHANGED, Survey
 from dist_export.verify.report import Report
+from dist_export.verify.row_fingerprints import (
+    WrongRows,
+    compare_fingerprints,
+    cut_fingerprints,
+    report_fingerprints,
+)
 from dist_export.verify.row_indexes import IndexCount, count_indexes, cut_indexes, report_indexes
 from dist_export.verify.work_split import DEFAULT_MEMORY, Bounds, Work, share_out
 
@@ -48,6 +58,7 @@ def verify(
     max_memory: int = DEFAULT_MEMORY,
     threads: int | None = None,
     ranks: Ranks | None = None,
+    base: str | None = None,
 ) -> Report:
     """Check the directory at ``path``. All ranks of ``ranks`` call this, and each returns the whole report.
 
@@ -58,6 +69,7 @@ def verify(
         max_memory: bytes that a rank may hold in addition to the metadata, which take about 1 kB a block.
         threads: threads of each rank; by default the number of cores for each rank, at most 4.
         ranks: the ranks that share the work; by default only this process.
+        base: the directory of the base of a delta package, or its fsspec URL. By default it is searched for.
 
     Raises:
         UserError: the directory is missing or holds nothing that can be checked, a setting is impossible, or the package
@@ -67,7 +79,8 @@ def verify(
     ranks = alone() if ranks is None else ranks
     directory = open_directory(path, storage_options)
     bounds = Bounds(max_memory, _choose_threads() if threads is None else threads)
-    survey = Survey(directory, finite=finite)
+    given = None if base is None else open_directory(base, storage_options)
+    survey = Survey(directory, finite=finite, base=given)
     work = ranks.broadcast("read the manifests", survey.take)
     if work is None:
         return ranks.broadcast("report", lambda: survey.report)
@@ -76,7 +89,7 @@ def verify(
     mine = slice(ranks.rank * bounds.threads, (ranks.rank + 1) * bounds.threads)
     outcomes = ranks.all_gather("read the files", lambda: _read_shares(directory, work, bounds, num_shares, mine))
     found = [outcome for by_thread in outcomes for outcome in by_thread]
-    counts = add_counts(work, [ids for _, ids, _, _ in found])
+    counts = add_counts(work, [ids for _, ids, *_ in found])
     is_proven = proven_tables(work, counts)
     tasks = [] if counts.errors else plan_unique(work, is_proven, held_ids=bounds.held_ids)
     dealt = [tasks[number::num_shares] for number in range(num_shares)][mine]
@@ -91,33 +104,67 @@ def verify(
     duplicates = [repeat for repeat in counts.duplicates if is_proven[repeat.table]]
     duplicates = add_duplicates(duplicates + [repeat for by_thread in searched for its in by_thread for repeat in its])
 
+    compared = _compare_with_base(ranks, survey, bounds)
+
     def finish() -> Report:
         if survey.manifest is not None:
-            compare_digests(work, [chunk for chunks, _, _, _ in found for chunk in chunks], survey.report)
-        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd, _ in found]))
-        report_indexes(work, [count for _, _, _, its in found for count in its], survey.report)
+            compare_digests(work, [chunk for chunks, *_ in found for chunk in chunks], survey.report)
+        conclude(survey, counts, duplicates, add_odd([odd for _, _, odd, *_ in found]))
+        report_indexes(work, [count for _, _, _, its, _ in found for count in its], survey.report)
+        report_fingerprints(work, [wrong for *_, its in found for wrong in its], survey.report)
+        if compared is not None and survey.package is not None:
+            report_delta(survey.package, compared, survey.report)
         survey.refuse_replaced()
         return survey.report
 
     return ranks.broadcast("put the findings together", finish)
 
 
-_Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount]]
+def _compare_with_base(ranks: Ranks, survey: Survey, bounds: Bounds) -> list[PieceCount] | None:
+    """Look the ids of a delta package up in its base; None without one that can be read. All ranks."""
+
+    def find() -> tuple[Location, Location] | None:
+        package = survey.package
+        if package is None or package.base is None or survey.report.count():
+            return None
+        return package.directory.location, package.base.directory.location
+
+    where = ranks.broadcast("find the base", find)
+    if where is None:
+        return None
+
+    def count() -> list[PieceCount]:
+        package = survey.package
+        if package is None:  # on ranks other than 0
+            opened, base = (open_directory(its.given, its.storage_options) for its in where)
+            package = Package(opened, base_directory=base)
+        pieces = cut_pieces(package)
+        sizes = np.array([piece.num_ids for piece in pieces], np.int64)
+        shares = share_out(sizes, ranks.world_size * bounds.threads)
+        mine = shares[ranks.rank * bounds.threads : (ranks.rank + 1) * bounds.threads]
+        return [one for its in run_threads(lambda share: count_pieces(package, pieces[share]), mine) for one in its]
+
+    return [one for its in ranks.all_gather("compare with the base", count) for one in its]
+
+
+_Read: TypeAlias = tuple[list[ChunkDigests], IdCounts, list[Odd], list[IndexCount], list[WrongRows]]
 
 
 def _read_shares(directory: Directory, work: Work, bounds: Bounds, num_shares: int, mine: slice) -> list[_Read]:
     """Read this rank's shares of the files, one a thread."""
 
     def read(share: tuple[slice, ...]) -> _Read:
-        files, ids, values, indexes = share
+        files, ids, values, indexes, fingerprints = share
         return (
             hash_share(directory, work, files),
             count_share(directory, work, ids, held_ids=bounds.held_ids),
             scan_share(directory, work, values),
             count_indexes(directory, work, indexes),
+            compare_fingerprints(directory, work, fingerprints),
         )
 
-    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], cut_indexes(work)[2])
+    indexed, fingerprinted = cut_indexes(work)[2], cut_fingerprints(work)[3]
+    sizes = (cut_files(work)[2], cut_ids(work, bounds.held_ids)[2], cut_values(work)[2], indexed, fingerprinted)
     shares = [share_out(column, num_shares)[mine] for column in sizes]
     return run_threads(read, list(zip(*shares, strict=True)))
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import UserError
-from dist_export.manifest import RowIndexEntry
+from dist_export.formats.row_fingerprints import PartSlots
+from dist_export.manifest import RowFingerprintsEntry, RowIndexEntry
 
 MIN_THREAD_BYTES = 8 << 20
 DEFAULT_MEMORY = 512 << 20
@@ -30,6 +31,16 @@ class IndexedPart(NamedTuple):
     offset: int
     """The absolute position of its ids in the shard, in bytes."""
     num_rows: int
+
+
+class FingerprintedPart(NamedTuple):
+    """A part with row fingerprints."""
+
+    entry: RowFingerprintsEntry
+    key: str
+    """The key of its first block."""
+    slots: PartSlots
+    """Files are those of ``Work.shards``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -58,6 +69,7 @@ class Work:
     value_width: np.ndarray = field(default_factory=_no_numbers)
     """int64: the bytes of a row of ``int8_rowwise``, whose scale and bias should be finite; 0 for plain floats."""
     indexes: tuple[IndexedPart, ...] = ()
+    fingerprints: tuple[FingerprintedPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

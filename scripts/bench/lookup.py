@@ -1,4 +1,4 @@
-"""Lookups by the row index against a scan, a dict over rows in memory, and LMDB; and what the index costs an export.
+"""Lookups by the row index against a scan, a dict over rows in memory, and LMDB; and what it and row fingerprints cost an export.
 
 Each figure is processor time of one thread in this process, the least of several rounds: a lookup is too short for a clock
 that other processes disturb. Requests are random ids that have a row.
@@ -27,6 +27,12 @@ ROWS = 2_000_000
 """Of each table, at size 1."""
 REQUESTS = (1, 1_000, 100_000)
 _ROUNDS = 7
+_VARIANTS = {
+    "scanned": {"row_index": False, "row_fingerprints": False},
+    "indexed": {"row_index": True, "row_fingerprints": False},
+    "fingerprinted": {"row_index": True, "row_fingerprints": True},
+}
+"""Name of the package -> its settings."""
 _LMDB_BATCH = 100_000
 
 
@@ -69,42 +75,44 @@ def run_lookup(bench: Bench) -> None:
         f"{size / rows / TABLES:.1f} bytes a row"
     )
     _note_cost(bench, seconds, rows * TABLES, f"dim {DIM}")
-    for name in ("ckpt", "indexed", "scanned", "lmdb"):
+    for name in ("ckpt", "lmdb", *_VARIANTS):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def run_index_cost(bench: Bench) -> None:
-    """What the row index adds to a filter of 2 shards, at dims 64 and 8. Not on disk."""
+    """What row index and row fingerprints add to a filter of 2 shards, at dims 64 and 8. Not on disk."""
     folder = bench.place.directory
     for dim in (64, 8):
         source = Source.of_size(bench.kept_bytes / 2, dim=dim, tables=TABLES, holes="dropped")
         generate(folder / "ckpt", source)
         _note_cost(bench, _export_both(folder, rounds=bench.rounds), source.rows * TABLES, f"dim {dim}")
-        for name in ("ckpt", "indexed", "scanned"):
+        for name in ("ckpt", *_VARIANTS):
             shutil.rmtree(folder / name)
 
 
 def _export_both(folder: Path, *, rounds: int) -> dict[str, float]:
-    """Export with and without row indexes in turn; return the least seconds of processor time of each."""
-    seconds = dict.fromkeys(("scanned", "indexed"), float("inf"))
+    """Export with and without row indexes and row fingerprints in turn; return the least seconds of processor time of each."""
+    seconds = dict.fromkeys(_VARIANTS, float("inf"))
     for _ in range(rounds + 1):  # the first warms up
         for name in seconds:
             shutil.rmtree(folder / name, ignore_errors=True)
             begin = time.process_time()
-            _export(folder / "ckpt", folder / name, row_index=name == "indexed")
+            _export(folder / "ckpt", folder / name, **_VARIANTS[name])
             seconds[name] = min(seconds[name], time.process_time() - begin)
     return seconds
 
 
 def _note_cost(bench: Bench, seconds: dict[str, float], rows: int, what: str) -> None:
-    added = (seconds["indexed"] - seconds["scanned"]) / rows
-    share = seconds["indexed"] / seconds["scanned"] - 1
-    bench.note(f"{what}: the row index costs {added * 1e9:.0f} ns of processor time a row, {share:+.0%} of the export")
+    for name, than, which in (("indexed", "scanned", "row index"), ("fingerprinted", "indexed", "row fingerprint")):
+        added, share = (seconds[name] - seconds[than]) / rows, seconds[name] / seconds[than] - 1
+        bench.note(
+            f"{what}: the {which} costs {added * 1e9:.0f} ns of processor time a row, {share:+.0%} of the export"
+        )
 
 
-def _export(source: Path, target: Path, *, row_index: bool) -> None:
+def _export(source: Path, target: Path, **variant: bool) -> None:
     settings = {"ckpt_dir": str(source), "export_dir": str(target), "filter_sparse_opt": True, "num_shards": 2}
-    dist_export.export({**settings, "row_index": row_index, "threads": 1, "progress": False})
+    dist_export.export({**settings, **variant, "threads": 1, "progress": False})
 
 
 def _read_all(package: Any, table: str) -> tuple[np.ndarray, np.ndarray]:

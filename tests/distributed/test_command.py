@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import dist_export
-from tests.distributed.test_worlds import torchrun
+from tests.distributed import test_worlds
 from tests.support import tiny_model
+from tests.support.distributed.warm_torchrun import torchrun
 from tests.support.recis_writer import make_tables, read_back, truth_of, write_checkpoint
 from tests.support.warm import run_command
 
@@ -20,12 +21,8 @@ pytestmark = pytest.mark.distributed
 DENSE = ["--model", tiny_model.MODEL, "--dataset", tiny_model.DATASET]
 
 
-def export(world_size: int, source: Path, target: Path, *arguments: str):
-    return torchrun(world_size, "-m", "dist_export", "--ckpt_dir", str(source), "--export_dir", str(target), *arguments)
-
-
 def export_warm(world_size: int, source: Path, target: Path, *arguments: str):
-    """The same by warm ranks, where nothing of the launcher is looked at."""
+    """Warm ranks without a launcher, where nothing of it is looked at."""
     return run_command(
         world_size, "-m", "dist_export", "--ckpt_dir", str(source), "--export_dir", str(target), *arguments
     )
@@ -45,7 +42,7 @@ def test_two_ranks_export_a_model_that_serves_its_rows(tmp_path: Path) -> None:
         f"model: {tiny_model.MODEL}\nmodel_args: {{width: 3}}\ndataset: {tiny_model.DATASET}\n"
     )
     target = tmp_path / "package"
-    done = torchrun(
+    done = test_worlds.torchrun(
         2, "-m", "dist_export", "--config", str(config), "--export_dir", str(target), "--model_args.width", "8"
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,7 +74,8 @@ def test_events_of_all_ranks_belong_to_their_attempt(tmp_path: Path) -> None:
 
 def test_a_shared_mistake_is_told_once(tmp_path: Path) -> None:
     """Every rank meets the same fault; rank 0 says it in one line, and nothing is written."""
-    done = export(2, tmp_path / "nowhere", tmp_path / "out")
+    command = ("-m", "dist_export", "--ckpt_dir", str(tmp_path / "nowhere"), "--export_dir", str(tmp_path / "out"))
+    done = test_worlds.torchrun(2, *command)
     assert done.returncode == 1
     (line,) = own_lines(done.stderr)
     assert "nowhere: does not exist" in line

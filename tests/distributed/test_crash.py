@@ -8,7 +8,7 @@ import pytest
 
 from dist_export import cli
 from tests.support.distributed import crash
-from tests.support.distributed.crash import Kill, Setup, run_kill
+from tests.support.distributed.crash import Kill, Setup, content, run_kill
 from tests.support.recis_writer import make_tables, write_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -30,16 +30,21 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         "1",
     )
     cast = (*arguments, "--dtype", '{"t": int8, "u": float16}')
+    write_checkpoint(folder / "before", make_tables({"t": 600, "u": 300}, 3))  # of t other rows, of u the same
+    delta = (*arguments, "--base", str(folder / "base"))
     for name, of in (
         ("expected", arguments),
         ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:])),
         ("cast", cast),
+        ("base", ("--ckpt_dir", str(folder / "before"), *arguments[2:])),
+        ("delta", delta),
     ):
         assert cli.main([*of, "--export_dir", str(folder / name)]) == 0
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),
         "cast": Setup(folder / "ckpt", cast, folder / "cast"),
+        "delta": Setup(folder / "ckpt", delta, folder / "delta"),
     }
 
 
@@ -61,12 +66,19 @@ KILLS = [
     ("cast", Kill(1, "publish model-000002-of-000004.safetensors"), False),
     ("cast", Kill(1, "write .dist_export/losses-0.json"), False),
     ("cast", Kill(2, "check the shards", rank=1, victims="rank"), False),
+    ("delta", Kill(1, "publish model-000002-of-000004.safetensors"), False),
+    ("delta", Kill(1, "write model-000001-of-000004.deleted_ids"), False),
+    ("delta", Kill(1, "written manifest.json"), True),
+    ("delta", Kill(2, "exchange the ids that are still there", rank=1, victims="rank"), False),
 ]
 
 
 @pytest.mark.parametrize(("name", "kill", "is_committed"), KILLS, ids=[f"{name}-{kill}" for name, kill, _ in KILLS])
 def test_a_killed_export(name: str, kill: Kill, is_committed: bool, setups: dict[str, Setup], tmp_path: Path) -> None:
-    outcome = run_kill(setups[name], kill, tmp_path / "kill")
+    is_warm = kill.victims != "rank"  # the other ones under a torchrun that is started as a user starts it
+    base = content(setups["delta"].expected.with_name("base"))
+    outcome = run_kill(setups[name], kill, tmp_path / "kill", warm_launcher=is_warm)
+    assert content(setups["delta"].expected.with_name("base")) == base
     assert outcome.was_reached
     assert outcome.was_committed == is_committed
 

@@ -46,7 +46,8 @@ class Run:
         ]
         pause = {"PAUSE_AT": at, "PAUSE_MARK": str(self.mark), "PAUSE_RANK": str(rank), **more}
         command = [*launcher(world_size), crash.SCRIPT, *self.arguments]
-        self.terminal = Terminal(command, cwd=ROOT, env=environment(**pause))
+        is_warm = world_size > 1 and at != "write shards"  # one place under a torchrun started as a user starts it
+        self.terminal = Terminal(command, cwd=ROOT, env=environment(**pause), warm_launcher=is_warm)
 
     def wait(self) -> int:
         """Wait until the place is reached; return the process that is there."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
-from tests.support.distributed import crash
+from tests.support import ROOT, warm
+from tests.support.distributed import crash, warm_torchrun
 from tests.support.distributed.crash import environment, free_port, launcher, ranks_of, wait_for_end, wait_for_mark
 from tests.support.recis_writer import make_tables, read_back, write_checkpoint
 
@@ -25,7 +25,14 @@ class Job:
     """An export under torchrun whose rank 1 waits in the middle of the transfer."""
 
     def __init__(
-        self, folder: Path, *, agents: int = 1, at: str = "write shards", rank: int = 1, more: dict | None = None
+        self,
+        folder: Path,
+        *,
+        agents: int = 1,
+        at: str = "write shards",
+        rank: int = 1,
+        more: dict | None = None,
+        warm_launcher: bool = True,
     ):
         self.out, self.mark = folder / "out", folder / "mark"
         write_checkpoint(folder / "ckpt", make_tables({"t": 500, "u": 300}, 4))
@@ -37,18 +44,19 @@ class Job:
         pause = {"PAUSE_AT": at, "PAUSE_RANK": str(rank), "PAUSE_MARK": str(self.mark)}
         options = (more or {}).pop("options", ())
         self.agents = [
-            subprocess.Popen(
+            crash.start(
                 [
                     *launcher(2, agent=agent, agents=agents, port=self.port, options=options),
                     crash.SCRIPT,
                     *self.arguments,
                     *(more or {}).get("arguments", ()),
                 ],
-                cwd=ROOT, env=environment(**pause, **(more or {}).get("environment", {})), stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True,
+                warm_launcher=warm_launcher,
+                **pause,
+                **(more or {}).get("environment", {}),
             )
             for agent in range(agents)
-        ]  # fmt: skip
+        ]
         self.paused = 0
 
     def wait(self) -> Job:
@@ -82,10 +90,7 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
 
     def run_again(self) -> None:
-        again = subprocess.run(
-            [sys.executable, "-m", "dist_export", *self.arguments],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        again = warm.run_command(1, "-m", "dist_export", *self.arguments)
         assert again.returncode == 0, again.stderr[-3000:]
         assert set(read_back(self.out)) == {"t", "u"}
 
@@ -139,7 +144,7 @@ def test_a_launcher_that_dies_before_the_ranks_know_each_other(tmp_path: Path) -
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 2))
     out, mark = tmp_path / "out", tmp_path / "mark"
     command = [*launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(out)]
-    with crash.started(command, out, PAUSE_MARK=str(mark)) as process:
+    with crash.started(command, out, warm_launcher=False, PAUSE_MARK=str(mark)) as process:
         for rank in (0, 1):
             assert wait_for_mark(Path(f"{mark}{rank}"), [process])
         process.kill()
@@ -187,7 +192,7 @@ def test_a_stopped_rank_is_a_hang(agents: int, tmp_path: Path) -> None:
     with Job(tmp_path, agents=agents, more={"arguments": ("--timeout", "3")}).wait() as job:
         os.kill(job.paused, signal.SIGSTOP)
         while len(ranks_of(job.out)) > 1:
-            pass
+            time.sleep(0.05)
         os.kill(job.paused, signal.SIGKILL)  # torchrun would do that after half a minute
         lines = job.end()
         assert any("rank 1 of 2" in line and "hangs: no sign of life for" in line for line in lines), lines
@@ -224,13 +229,11 @@ def test_ranks_may_wait_longer_than_the_timeout_for_one_that_works(tmp_path: Pat
         "sys.exit(main(sys.argv[1:]))\n"
     )
     write_checkpoint(tmp_path / "ckpt", make_tables({"t": 50}, 2))
-    done = subprocess.run(
-        [
-            *launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out"),
-            "--filter_sparse_opt", "true", "--timeout", "2",
-        ],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    command = [
+        *launcher(2), str(script), "--ckpt_dir", str(tmp_path / "ckpt"), "--export_dir", str(tmp_path / "out"),
+        "--filter_sparse_opt", "true", "--timeout", "2",
+    ]  # fmt: skip
+    done = warm_torchrun.run(command[3:], environment())
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -238,7 +241,8 @@ def test_ranks_may_wait_longer_than_the_timeout_for_one_that_works(tmp_path: Pat
 def test_sigterm_stops_cleanly_and_the_rerun_goes_on(whom: str, tmp_path: Path) -> None:
     """A preempted job: what is whole stays, nothing half is left, one line says so."""
     pause = {"environment": {"PAUSE_SECS": "2", "SLOW_SECS": "1"}}
-    with Job(tmp_path, at="publish model-000001-of-000004.safetensors", rank=0, more=pause).wait() as job:
+    place = "publish model-000001-of-000004.safetensors"
+    with Job(tmp_path, at=place, rank=0, more=pause, warm_launcher=whom == "rank").wait() as job:
         if whom == "launcher":
             job.agents[0].terminate()
         else:
@@ -290,7 +294,8 @@ def test_one_process_is_stopped_by_sigterm_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("agents", "at"), [(1, "written manifest.json"), (2, "write shards")])
 def test_torchruns_restart_resumes(agents: int, at: str, tmp_path: Path) -> None:
     """--max-restarts: the second attempt finds what the first left, or that all is done."""
-    with Job(tmp_path, agents=agents, at=at, rank=0, more={"options": ("--max-restarts", "2")}).wait() as job:
+    more = {"options": ("--max-restarts", "2")}
+    with Job(tmp_path, agents=agents, at=at, rank=0, more=more, warm_launcher=agents > 1).wait() as job:
         os.kill(job.paused, signal.SIGKILL)
         while any(agent.poll() is None for agent in job.agents):
             assert all(agent.returncode in (None, 0) for agent in job.agents), job.end()
@@ -312,9 +317,7 @@ def test_the_same_export_again_is_told_once_and_ends_well(tmp_path: Path) -> Non
     ]  # fmt: skip
     for expected in (0, 1):
         before = crash.content(out) if expected else {}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
-        )
+        done = warm_torchrun.run(command[3:], environment())
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("already exported") == expected
         assert not expected or crash.content(out) == before

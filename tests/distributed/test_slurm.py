@@ -34,15 +34,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
 
 
 class Job:
-    """An export that is submitted with two ranks on each of two nodes, into ``out``; its log in ``log``."""
+    """An export that is submitted with so many ranks on each of two nodes, into ``out``; its log in ``log``."""
 
-    def __init__(self, cluster: slurm.Cluster, folder: Path, *options: str, num_shards: int = 4) -> None:
+    def __init__(
+        self, cluster: slurm.Cluster, folder: Path, *options: str, num_shards: int = 4, node_ranks: int = 2
+    ) -> None:
         self.cluster = cluster
         self.out = folder / "out"
         self.log = folder / "job.log"
         if not (folder / "ckpt").exists():
             write_checkpoint(folder / "ckpt", make_tables({"t": 500, "u": 300}, num_shards))
-        self.options = ("--ntasks-per-node=2", "--cpus-per-task=1", f"--output={self.log}", *options)
+        self.options = (f"--ntasks-per-node={node_ranks}", "--cpus-per-task=1", f"--output={self.log}", *options)
         self.arguments = [
             *("--ckpt_dir", str(folder / "ckpt"), "--export_dir", str(self.out), "--filter_sparse_opt", "true"),
             *("--num_shards", str(num_shards), "--threads", "1"),
@@ -91,7 +93,7 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
     cluster: slurm.Cluster, tmp_path: Path
 ) -> None:
     """SLURM sends SIGTERM to ranks and launchers, and the launchers send it on: twice to each rank."""
-    job = Job(cluster, tmp_path, "--time=2", "--signal=TERM@70", num_shards=40)
+    job = Job(cluster, tmp_path, "--time=2", "--signal=TERM@70", num_shards=40, node_ranks=1)
     found = cluster.wait(job.submit(**{**SLOW, "SLOW_SECS": "6"}))
     log = job.log.read_text()
     assert found["JobState"] == "FAILED", f"it ended by itself, before the time was up: {found}{log}"
@@ -110,7 +112,7 @@ def test_the_signal_before_the_end_of_the_time_stops_it_and_a_rerun_resumes(
 
 
 def test_scancel_stops_it_within_killwait(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, num_shards=40)
+    job = Job(cluster, tmp_path, num_shards=40, node_ranks=1)
     number = job.submit(**SLOW)
     deadline = time.monotonic() + 60
     while not list(job.out.glob("*.safetensors")):

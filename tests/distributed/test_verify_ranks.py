@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dist_export.verify.verify import verify
-from tests.distributed.test_worlds import torchrun
 from tests.support import exports, tiny_model
+from tests.support.distributed.warm_torchrun import torchrun
 from tests.support.recis_writer import PartSpec, make_tables, write_checkpoint
 from tests.support.warm import run_command
 

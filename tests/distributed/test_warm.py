@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import test_worlds
 from tests.support import warm
+from tests.support.distributed import warm_torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -68,3 +71,36 @@ def test_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tell_environment() -> None:
     os._exit(7 if os.environ.get("DIST_EXPORT_WARM") == "yes" else 1)
+
+
+RANK = """
+import json, os, sys
+of_the_run = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
+ours = {name: "" if name in of_the_run else value for name, value in os.environ.items()}
+is_leader = os.getsid(0) == os.getpid()
+with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+    json.dump([ours, is_leader, sys.argv[2:], __name__, os.getcwd(), sys.path[0]], file)
+sys.exit(3 if os.environ["RANK"] == "1" else 0)
+"""
+
+
+def test_a_warm_torchrun_gives_its_ranks_what_torchrun_gives_them(tmp_path: Path) -> None:
+    """Environment, arguments, a session of their own; it reports a failed rank as torchrun does, and ends as it does."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    seen = []
+    for launch in (test_worlds.torchrun, warm_torchrun.torchrun):
+        folder = tmp_path / str(len(seen))
+        folder.mkdir()
+        done = launch(2, str(script), str(folder), "x")
+        report = [
+            line.partition("(pid")[0]
+            for line in done.stderr.splitlines()
+            if line.strip().startswith(("rank ", "exitcode "))
+        ]
+        seen.append(
+            (done.returncode, report[:2], *(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)))
+        )
+    assert seen[0][0] == 1
+    assert seen[0][1] != []
+    assert seen[1] == seen[0]

@@ -312,13 +312,14 @@ def test_help_all_explains_every_setting(command: tuple[str, ...], option: str, 
     assert "--timeout  a number (default: 1800.0)" in shown
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "report"])
 def test_help_of_a_command_explains_its_options(command: str, capsys) -> None:
     code, shown, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"dist_export {command} PATH" in shown
     assert "--storage_options  a mapping" in shown
-    assert ("--finite" in shown, "--treat_as_tables" in shown) == (command == "verify", command == "inspect")
+    own = {"verify": "--finite", "inspect": "--treat_as_tables", "report": "--sample_rows"}
+    assert [name for name, option in own.items() if option in shown] == [command]
 
 
 def test_help_imports_no_torch() -> None:
@@ -374,14 +375,14 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     file = tmp_path / "export.yaml"
     file.write_text(f"ckpt_dir: {checkpoint}\nexport_dir: {tmp_path / 'out'}\ntimeout: 7\n")
     seen: list[float] = []
-    real = dist_export.runtime.joining.join
+    real = dist_export.runtime.joining.join_as
 
-    def join(*, timeout_secs: float, is_own_process: bool):
+    def join_as(kind, *, timeout_secs: float, is_own_process: bool):
         assert is_own_process
         seen.append(timeout_secs)
-        return real(timeout_secs=timeout_secs)
+        return real(kind, timeout_secs=timeout_secs)
 
-    monkeypatch.setattr(dist_export.runtime.joining, "join", join)
+    monkeypatch.setattr(dist_export.runtime.joining, "join_as", join_as)
     main(["--config", str(file), *arguments])
     assert seen == [expected]
 

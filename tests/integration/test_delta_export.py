@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import dist_export
 from dist_export.errors import ConfigError, PlanError, UserError
+from dist_export.pipeline.deltas import InBase
 from tests.support import dcp_writer, exports
-from tests.support.deltas import manifest_of, put_together, read_package
+from tests.support.deltas import manifest_of, put_together, read_deleted, read_package
 from tests.support.recis_writer import split_table, write_checkpoint
 
 DIM = 8
@@ -82,13 +84,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shards", "compare"), [((1, 3), "fingerprints"), ((3, 1), "exact"), ((2, 2), "none")], ids=str
+)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_delta_on_its_base_is_the_full_export(sources, tmp_path: Path, settings, shards) -> None:
+def test_a_delta_on_its_base_is_the_full_export(sources, tmp_path: Path, settings, shards, compare: str) -> None:
+    """By fingerprints, by the base's rows, and by these where the base has no fingerprints."""
     before, after = sources
-    base = export(before, tmp_path / "base", num_shards=shards[0], **settings)
+    base = export(before, tmp_path / "base", num_shards=shards[0], row_fingerprints=compare != "none", **settings)
     full = export(after, tmp_path / "full", num_shards=2, **settings)
-    delta = export(after, tmp_path / "delta", num_shards=shards[1], base=str(base), **settings)
+    more = {"compare": "exact"} if compare == "exact" else {}
+    delta = export(after, tmp_path / "delta", num_shards=shards[1], base=str(base), **settings, **more)
     assert put_together(base, delta) == read_package(full)
     manifest = manifest_of(delta)
     assert manifest["schema_version"] == 2
@@ -252,6 +258,8 @@ def test_the_same_delta_again_writes_nothing_until_the_base_is_another(sources, 
     export(sources[1], delta, base=str(base))
     assert (delta / "manifest.json").stat().st_mtime_ns == written
     export(sources[1], base, overwrite=True)
+    with pytest.raises(UserError, match="overwrite"):
+        export(sources[1], delta, base=str(base))
     export(sources[1], delta, base=str(base), overwrite=True)
     assert manifest_of(delta)["base"]["digest"] == manifest_of(base)["digest"]
     assert [table["rows_out"] for table in manifest_of(delta)["tables"]] == [0, 0]
@@ -270,12 +278,39 @@ def test_latest_is_the_full_package_behind_the_current_version(sources, tmp_path
     assert {manifest["base"]["digest"] for manifest in manifests if "base" in manifest} == {full}
 
 
+def test_fingerprints_are_used_where_the_base_has_them_and_not_if_rows_are_to_be_read(sources, tmp_path: Path) -> None:
+    """Fingerprints of other rows make every row changed, and are not looked at by ``exact``."""
+    base = export(sources[0], tmp_path / "base", row_fingerprints=True)
+    for file in base.glob("*.row_fingerprints"):
+        content = bytearray(file.read_bytes())
+        content[64:] = bytes(len(content) - 64)
+        file.write_bytes(content)
+    by_fingerprints = export(sources[0], tmp_path / "by_fingerprints", base=str(base))
+    exact = export(sources[0], tmp_path / "exact", base=str(base), compare="exact")
+    assert [table["delta"]["changed"] for table in manifest_of(by_fingerprints)["tables"]] == [3000, 500]
+    assert [table["delta"]["changed"] for table in manifest_of(exact)["tables"]] == [0, 0]
+
+
+def test_rows_that_a_sample_finds_in_the_base_are_those_of_no_deleted_id(sources, tmp_path: Path) -> None:
+    base = export(sources[0], tmp_path / "base")
+    export(sources[1], tmp_path / "delta", base=str(base))
+    with dist_export.open_package(tmp_path / "delta") as delta, dist_export.open_package(base) as opened:
+        in_base = InBase(opened, delta.directory, delta.manifest.tables)
+        for table, ids in read_deleted(tmp_path / "delta").items():
+            same = next(iter(read_package(base)[table].keys() - ids - read_package(tmp_path / "delta")[table].keys()))
+            asked = np.array([*sorted(ids), same, -5])
+            rows, has_row = in_base.find(table, "embedding", asked)
+            assert has_row.tolist() == [False] * len(ids) + [True, False]
+            assert rows[len(ids)].tobytes() == read_package(base)[table][same][0]
+
+
 def test_settings_that_do_not_go_together(sources, tmp_path: Path) -> None:
     for settings, text in (
         ({"base": "latest"}, "publish is not set"),
         ({"base": ""}, "base is empty"),
         ({"base": "x", "filter_sparse_opt": False}, "base needs new shards"),
         ({"on_base_mismatch": "full"}, "base is not set"),
+        ({"compare": "exact"}, "base is not set"),
         ({"base": "x", "need_export_sparse": False}, "need_export_sparse is false"),
     ):
         with pytest.raises(ConfigError, match=text):

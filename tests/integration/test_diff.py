@@ -237,6 +237,55 @@ def test_the_score_program_is_compared_though_the_sample_has_the_same_scores(tmp
     assert any("the code of the score program differs" in line for line in render_diff(found))
 
 
+# ---- the same model, exported in other ways ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("trained")
+    pack(base, "first")
+    return base
+
+
+def pack(base: Path, name: str, batch: Any = None, **settings: Any) -> Path:
+    """Export one model of one training."""
+    model = models.Model(models.Lookups(nn.Embedding(models.ROWS, models.DIM), models.WAYS["embedding"][1]), 5)
+    checkpoint = base / "c.pth" if (base / "c.pth").exists() else models.save(models.train(model), base / "c.pth")
+    batch = models.batch_of() if batch is None else batch
+    Exporter(model, "sparse_arch", "dense_arch", [batch], checkpoint, base / name, **settings).export(progress=False)
+    return base / name
+
+
+def test_other_digests_of_the_files_are_no_difference(trained: Path) -> None:
+    """Then both programs are loaded, each bound to its package."""
+    assert diff(trained / "first", pack(trained, "sha", digest="sha256")).is_equal
+
+
+def test_another_sample_size_is_no_difference(trained: Path) -> None:
+    assert diff(trained / "first", pack(trained, "more", models.batch_of(40))).is_equal
+
+
+def test_other_dtypes_of_ids_are_a_difference(trained: Path) -> None:
+    """A program that takes int32 has no ids above 2**31."""
+    batch = models.batch_of()
+    found = diff(trained / "first", pack(trained, "short", {**batch, "user": batch["user"].int()}))
+    assert "score program: input 'user' is int64 [batch] in A, int32 [batch] in B" in found.others
+    assert not found.is_equal
+
+
+def test_a_smaller_largest_batch_is_a_difference(trained: Path) -> None:
+    found = diff(trained / "first", pack(trained, "few", max_batch_size=100))
+    assert "the largest batch is 204,800 in A, 100 in B" in found.dense.others
+    assert "the code of the score program differs" not in found.others
+
+
+def test_a_default_row_of_zeros_is_none(trained: Path) -> None:
+    pack(trained, "hash", to_hash_tables=["*"])
+    assert diff(trained / "hash", pack(trained, "zeros", to_hash_tables=["*"], default_row={"*": "zeros"})).is_equal
+    others = diff(trained / "hash", pack(trained, "ones", to_hash_tables=["*"], default_row={"*": [1.0] * 4}))
+    assert [table.default_row for table in others.tables] == [True]
+
+
 class Branches(nn.Module):
     """Another branch than the sample's scores otherwise."""
 

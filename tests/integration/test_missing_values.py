@@ -209,6 +209,22 @@ def test_what_forward_reads_between_the_arches_and_the_checkpoint_lacks_is_refus
     )
 
 
+def test_what_the_checkpoint_has_in_another_way_is_not_said_to_be_lacking(tmp_path: Path) -> None:
+    """It is a table by a setting, or in a state beside those of the two arches."""
+    whole = models.train(Gate()).state_dict() | {"shift": torch.zeros(models.ROWS, models.DIM)}
+    model = Gate()
+    model.shift = nn.Parameter(torch.zeros(models.ROWS, models.DIM))
+    model.norm.forward = lambda rows: rows + model.shift[0]
+    with pytest.raises(ModelError, match=r"^shift: a table of the package, whose rows .* take it off treat_as_tables"):
+        export(tmp_path, whole, model, treat_as_tables=["shift"])
+    trained = models.train(Gate())
+    states = {"sparse": trained.sparse_arch.state_dict(), "dense": trained.dense_arch.state_dict()}
+    states |= {"norm": trained.norm.state_dict()}
+    with pytest.raises(ModelError, match=r"^the checkpoint has norm\.\S+ .* beside the states of the two arches"):
+        export(tmp_path, states, Gate())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_the_scores_do_not_read_may_be_lacking(tmp_path: Path) -> None:
     state = dict(models.train(Gate()).state_dict())
     for name in ("aux.weight", "aux.bias", "steps", "norm.num_batches_tracked"):

@@ -23,15 +23,14 @@ from tests.integration.test_dense_formats import export
 from tests.integration.test_dense_stage import model_with
 from tests.support import ROOT
 from tests.support.dense_nets import trace
+from tests.support.made_once import make_once
 
 MODEL = "fx_user_model/model.pt2"
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("native")
-    export(folder, dense_formats=["aoti"])
-    return folder / "out"
+    return make_once(tmp_path_factory, "native", lambda folder: export(folder, dense_formats=["aoti"])) / "out"
 
 
 @pytest.fixture

@@ -419,3 +419,16 @@ def test_whether_it_is_current_goes_by_content_too(out: Path) -> None:
     assert package.files.is_current()
     overwrite_in_place(out / SHARD)
     assert not package.files.is_current()
+
+
+def test_an_id_between_the_slices_of_a_copy_has_no_row(tmp_path: Path) -> None:
+    """Two parts, and a gap between and behind their slices."""
+    parts = [
+        PartSpec(np.arange(first, first + 50), {"embedding": np.ones((50, 4), np.float32)}, (first, first + 100, 65536))
+        for first in (0, 1000)
+    ]
+    source = write_checkpoint(tmp_path / "ckpt", {"t": parts})
+    export(source, tmp_path / "out", filter_sparse_opt=False, num_shards=None)
+    with dist_export.open_package(tmp_path / "out") as package:
+        _, has_row = package.lookup("t", [60_000, 1049, 500, 49, 0, 1050])
+        assert has_row.tolist() == [False, True, False, True, True, False]

@@ -15,6 +15,7 @@ from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError, ExportError
 from dist_export.registry.base import Registered
 from dist_export.registry.versions import VersionDirectory, parse
+from dist_export.storage.local_directory import LocalDirectory
 from dist_export.storage.urls import open_directory
 from tests.support import exports
 from tests.support.recis_writer import make_tables, write_checkpoint
@@ -148,6 +149,76 @@ def names_of(where: Path) -> list[str]:
 def test_older_versions_go_and_the_one_before_the_current_stays(tmp_path: Path, keep: int | None, kept: str) -> None:
     publish_names(tmp_path, "abcde", keep_versions=keep, grace_secs=0)
     assert names_of(tmp_path) == list(kept)
+
+
+def test_a_version_is_removed_from_its_manifest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher that dies on the way leaves nothing that counts as a version."""
+    publish_names(tmp_path, "ab", grace_secs=0)
+    (tmp_path / "versions" / "a" / "manifest.json").write_bytes(b"{}")
+    (tmp_path / "versions" / "a" / "shard").write_bytes(b"rows")
+
+    def die(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalDirectory, "remove_tree", die)
+    registry = VersionDirectory(keep_versions=1, grace_secs=0)
+    registry.register(f"versions:{tmp_path}", registered(tmp_path, "c", seen=registry.look(f"versions:{tmp_path}")))
+    assert [path.name for path in (tmp_path / "versions" / "a").iterdir()] == ["shard"]
+    assert not next(its for its in registry.list_versions(str(tmp_path)) if its.name == "a").is_there
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_rollback_while_old_versions_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Whatever comes first, current.json names a package that is there."""
+    publish_names(tmp_path, "ab", grace_secs=0)
+    for name in "ab":
+        manifest = exported_manifest(tmp_path / name)
+        (tmp_path / "versions" / name / "manifest.json").write_bytes(manifest)
+    registry, uri = VersionDirectory(keep_versions=1, grace_secs=0), f"versions:{tmp_path}"
+    go_back, remove = VersionDirectory.rollback, LocalDirectory.remove
+    told: list[str] = []
+
+    def remove_and_go_back(self: LocalDirectory, name: str) -> None:
+        if name == "versions/a/manifest.json" and not told:
+            told.append("")
+            if when == "before":
+                go_back(registry, str(tmp_path), "a")
+            else:
+                monkeypatch.setattr(VersionDirectory, "_switch", switch_late)
+                with pytest.raises(
+                    ExportError, match="was removed at this very moment; c is the current version again"
+                ):
+                    go_back(registry, str(tmp_path), "a")
+        remove(self, name)
+
+    switch = VersionDirectory._switch
+
+    def switch_late(*arguments: Any, **more: Any) -> None:
+        monkeypatch.setattr(VersionDirectory, "_switch", switch)
+        (tmp_path / "versions" / "a" / "manifest.json").unlink()
+        switch(*arguments, **more)
+
+    monkeypatch.setattr(LocalDirectory, "remove", remove_and_go_back)
+    (tmp_path / "versions" / "c").mkdir()
+    registry.register(uri, Registered(f"{tmp_path}/versions/c", "", "xxh3:c", (), (), {}, seen=registry.look(uri)))
+    current = current_of(tmp_path)["version"]
+    assert current == ("a" if when == "before" else "c")
+    assert when == "after" or (tmp_path / "versions" / "a" / "manifest.json").exists()
+
+
+def exported_manifest(folder: Path) -> bytes:
+    """Return the manifest of some package."""
+    source = write_checkpoint(folder / "ckpt", make_tables({"item": 10}, 1))
+    exports.export({"ckpt_dir": str(source), "export_dir": str(folder / "out")})
+    return (folder / "out" / "manifest.json").read_bytes()
+
+
+def test_an_overwritten_version_has_its_new_digest_in_current_json(run: Path, tmp_path: Path) -> None:
+    registry, uri = VersionDirectory(), f"versions:{tmp_path}"
+    first = registered(tmp_path, "a")
+    registry.register(uri, first)
+    registry.register(uri, first._replace(digest="xxh3:other", seen=registry.look(uri)))
+    assert current_of(tmp_path)["manifest_digest"] == "xxh3:other"
 
 
 def test_a_base_stays_as_long_as_a_delta_that_stays_needs_it(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dist_export.errors import CommitError, ConfigError, PackageError, TransferE
 from dist_export.formats.digests import digest_of_parts
 from dist_export.inspect.describe import describe
 from dist_export.package.reader import open_package
+from dist_export.package.row_fingerprints import open_fingerprints
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.transfer import multipart_upload
@@ -60,14 +61,8 @@ def test_the_same_bytes_wherever_they_come_from_and_go_to(
     num_shards: int, small: Path, store: Store, tmp_path: Path
 ) -> None:
     """Two shards of three parts gather rows on a disk first; three are sent as they are read."""
-    dist_export.export(
-        {
-            "ckpt_dir": str(small),
-            "export_dir": str(tmp_path / "local"),
-            "filter_sparse_opt": True,
-            "num_shards": num_shards,
-        }
-    )
+    settings = {"filter_sparse_opt": True, "num_shards": num_shards, "row_fingerprints": False}
+    dist_export.export({"ckpt_dir": str(small), "export_dir": str(tmp_path / "local"), **settings})
     expected = without_manifest(files_of(tmp_path / "local"))
     remote = store.put_tree(small, "ckpt")
     store.export(remote, tmp_path / "from_s3", num_shards=num_shards)
@@ -83,7 +78,7 @@ def test_the_same_bytes_wherever_they_come_from_and_go_to(
 @pytest.mark.parametrize("case", CASES)
 def test_reference_checkpoints(case: str, recis_fixtures: Path, store: Store, tmp_path: Path) -> None:
     """What RecIS's own code wrote, within a store and on a disk."""
-    settings = {"filter_sparse_opt": True, "num_shards": 3}
+    settings = {"filter_sparse_opt": True, "num_shards": 3, "row_fingerprints": True}
     dist_export.export({"ckpt_dir": str(recis_fixtures / case), "export_dir": str(tmp_path / "local"), **settings})
     store.export(store.put_tree(recis_fixtures / case, "ckpt"), store.url("out"), **settings)
     assert without_manifest(store.files("out")) == without_manifest(files_of(tmp_path / "local"))
@@ -418,3 +413,33 @@ def test_an_open_package_takes_no_other_object_for_its_own(num_shards: int, smal
     store.fs.rm_file(shard)
     with pytest.raises(PackageError, match=r"is gone since the package was opened, so it was replaced; open it again"):
         package.lookup(table, ids)
+
+
+def test_row_fingerprints_on_a_store_are_those_on_a_disk(small: Path, store: Store, tmp_path: Path) -> None:
+    """``auto`` writes none there."""
+    remote = store.put_tree(small, "ckpt")
+    store.export(small, tmp_path / "local", row_fingerprints=True)
+    manifest = store.export(remote, store.url("auto"), row_fingerprints="auto")
+    assert not any(file.path.endswith(".row_fingerprints") for file in manifest.files)
+    planned = make_report(load_config(store.settings(remote, store.url("out"), row_fingerprints=True)), world_size=2)
+    before = TRAFFIC.snapshot()
+    manifest = store.export(remote, store.url("out"), row_fingerprints=True)
+    moved = TRAFFIC.since(before)
+    assert without_manifest(store.files("out")) == without_manifest(files_of(tmp_path / "local"))
+    written = sum(file.num_bytes for file in manifest.files if file.path.endswith(".row_fingerprints"))
+    assert planned["row_fingerprints"] == planned["store"]["row_fingerprints"] == written
+    assert planned["store"]["read_back"] == sum(table.kept[1].num_bytes for table in manifest.tables)
+    assert moved["downloaded"] > planned["store"]["downloaded"]
+    assert any("row fingerprints are uploaded" in line for line in render_report(planned))
+    assert verify(store.url("out"), store.options).findings == []
+    package, there = (
+        dist_export.open_package(path, storage_options=options)
+        for path, options in ((tmp_path / "local", None), (store.url("out"), store.options))
+    )
+    for table in manifest.tables:
+        for number, part in enumerate(table.parts):
+            local, remote_part = (open_fingerprints(opened, table.name, number) for opened in (package, there))
+            assert local is not None
+            assert remote_part is not None
+            rows = np.random.default_rng(1).integers(0, part.rows, 50)
+            assert np.array_equal(local.fingerprints(rows), remote_part.fingerprints(rows))

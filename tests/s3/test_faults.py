@@ -33,6 +33,15 @@ def store(s3_server: S3Server) -> Store:
     return Store(s3_server)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes]]:
+    """A large checkpoint on the store, and the files of its export to a quiet store."""
+    store = Store(s3_server)
+    source = store.put_tree(write_large(tmp_path_factory.mktemp("large") / "ckpt"), "ckpt")
+    store.export(source, store.url("expected"))
+    return source, without_manifest(store.files("expected"))
+
+
 @contextlib.contextmanager
 def proxied(store: Store, judge) -> Iterator[Proxy]:
     """Let the exports of ``store`` go through a proxy."""
@@ -46,14 +55,13 @@ def proxied(store: Store, judge) -> Iterator[Proxy]:
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, RESET, LOST, HALF])
-def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, tmp_path: Path, monkeypatch) -> None:
+def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, undisturbed, monkeypatch) -> None:
     """Every fifth request fails; what comes out is what a quiet store gives, and the tries are counted.
 
     Also where the answer to a conditional write was lost: the next try finds what it wrote itself.
     """
     monkeypatch.setattr(retry, "FIRST_SECS", 0.02)
-    source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
-    store.export(source, store.url("expected"))
+    source, expected = undisturbed
     with proxied(store, lambda method, path, number: fault if number % 5 == 4 else None) as proxy:
         manifest = store.export(source, store.url("out"))
     assert proxy.faults > 5
@@ -62,7 +70,7 @@ def test_trouble_that_passes_is_no_trouble(fault: str, store: Store, tmp_path: P
         assert proxy.faults * 0.5 <= told
     assert told <= proxy.faults
     assert any(f"{told:,} tried again" in line for line in _summary(manifest))
-    assert without_manifest(store.files("out")) == without_manifest(store.files("expected"))
+    assert without_manifest(store.files("out")) == expected
     assert verify(store.url("out"), store.options).findings == []
     assert store.uploads("out") == []
 
@@ -111,10 +119,9 @@ def test_the_pauses_span_what_a_restart_takes() -> None:
     assert retry.FIRST_SECS < 1 < retry.LONGEST_SECS < 10
 
 
-def test_a_server_that_dies_and_comes_back(store: Store, tmp_path: Path, monkeypatch) -> None:
+def test_a_server_that_dies_and_comes_back(store: Store, undisturbed, monkeypatch) -> None:
     """Killed in the middle of the uploads and started again: the export waits for it and goes on."""
-    source = store.put_tree(write_large(tmp_path / "ckpt"), "ckpt")
-    store.export(source, store.url("expected"))
+    source, expected = undisturbed
     real, killed, back = multipart_upload.Uploads.copy, threading.Event(), []
 
     def restart() -> None:
@@ -138,7 +145,7 @@ def test_a_server_that_dies_and_comes_back(store: Store, tmp_path: Path, monkeyp
         for thread in back:
             thread.join()
     assert manifest.run["store"]["retries"] > 0
-    assert without_manifest(store.files("out")) == without_manifest(store.files("expected"))
+    assert without_manifest(store.files("out")) == expected
     assert verify(store.url("out"), store.options).findings == []
 
 

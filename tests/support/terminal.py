@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.support.distributed import warm_torchrun
+
 _TOKEN = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
@@ -47,19 +49,29 @@ class Screen:
 
 
 class Terminal:
-    """A command on a pty of its own; ``stdout`` may go elsewhere."""
+    """A command on a pty of its own; ``stdout`` may go elsewhere. With ``warm_launcher``, torchrun from the warm pool."""
 
     def __init__(
-        self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, stdout: int | None = None
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        stdout: int | None = None,
+        warm_launcher: bool = False,
     ) -> None:
         self._reader, writer = pty.openpty()
         settings = {"TERM": "xterm-256color", "COLUMNS": "120", **(os.environ if env is None else env)}
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
             settings.pop(name, None)
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=settings, stdin=writer, stdout=writer if stdout is None else stdout, stderr=writer,
-            start_new_session=True,
-        )  # fmt: skip
+        self.process: subprocess.Popen[bytes] | warm_torchrun.Launcher
+        if warm_launcher:
+            self.process = warm_torchrun.Launcher(command[3:], settings, terminal=os.ttyname(writer))
+        else:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=settings, stdin=writer, stdout=writer if stdout is None else stdout, stderr=writer,
+                start_new_session=True,
+            )  # fmt: skip
         os.close(writer)
         self.raw = ""
 

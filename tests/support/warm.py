@@ -95,7 +95,12 @@ def run_script(folder: Path, text: str, *arguments: str, timeout: float = 240, *
 
 def _run(command: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
     """Be the process of a command; does not return."""
-    _write_to(stdout, stderr)
+    write_to(stdout, stderr)
+    run_here(command, cwd)
+
+
+def run_here(command: tuple[str, ...], cwd: str) -> None:
+    """Run a script, or ``-m`` and a module, in this process as ``python`` would, and end it."""
     os.chdir(cwd)
     code: Any = 0
     try:
@@ -124,11 +129,12 @@ def _run(command: tuple[str, ...], cwd: str, stdout: str, stderr: str) -> None:
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], caller: int) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    _write_to(*(f"/proc/{caller}/fd/{descriptor}" for descriptor in (1, 2)))  # not to where the server was started
+    write_to(*(f"/proc/{caller}/fd/{descriptor}" for descriptor in (1, 2)))  # not to where the server was started
     function(*arguments)
 
 
-def _write_to(stdout: str, stderr: str) -> None:
+def write_to(stdout: str, stderr: str) -> None:
+    """Have this process write to other files from now on."""
     for descriptor, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)

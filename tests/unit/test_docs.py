@@ -34,6 +34,8 @@ NEEDED = {
     "on_empty_table": {"prune": [{"tables": "*", "norm_at_most": 0}]},
     "layouts": {"dense_formats": ["onnx"]},
     "keep_versions": {"export_dir": "versions:b"},
+    "on_base_mismatch": {"base": "c"},
+    "compare": {"base": "c"},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""
@@ -208,6 +210,8 @@ def test_settings_in_the_text_are_settings(page: Path) -> None:
         needed = {"ckpt_dir": "a", "export_dir": "b", "filter_sparse_opt": True, **NEEDED.get(name, {})}
         if name == "publish":
             del needed["export_dir"]
+        if (name, value) == ("base", "latest"):
+            needed["export_dir"] = "versions:b"
         text = value if "..." not in value else "{}"
         load_config(needed | ({"ckpt_dir": None} if value == "live" else {}) | {name: yaml.safe_load(text)})
 

@@ -159,7 +159,7 @@ class DcpReader:
             warnings=(
                 *self._found.notes,
                 *_list_left_out(self._found.tables),
-                *note_collisions(self._collisions),
+                *note_collisions(self._collisions, [table.name for table in self._found.tables]),
                 *self._notes,
             ),
             strips=strips,

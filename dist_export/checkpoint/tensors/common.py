@@ -70,7 +70,7 @@ def make_checkpoint(
     )
     named = [table._replace(collision=read_state(collisions.get(table.name), tensors)) for table in found.tables]
     tables, parts, blocks, strips, made = build_row_indexed(named, where=directory.url)
-    warnings = [*facts.notes, *found.notes, *note_collisions(collisions)]
+    warnings = [*facts.notes, *found.notes, *note_collisions(collisions, [table.name for table in found.tables])]
     if found.other_state:
         warnings.append(f"optimizer state of no table stays behind: {listed(found.other_state)}")
     return Checkpoint(

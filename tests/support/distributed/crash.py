@@ -12,16 +12,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from dist_export.verify.verify import verify
 from tests.support import ROOT, warm
+from tests.support.distributed import warm_torchrun
 
 SCRIPT = str(Path(__file__).with_name("paused.py"))
 END_SECS = 60.0
 """A rank that still runs so long after a kill is a failure. What the watchdog takes is measured, not asserted."""
+
+AnyProcess: TypeAlias = "subprocess.Popen[str] | warm_torchrun.Launcher"
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,15 @@ def launcher(
     ]
 
 
+def start(command: list[str], *, warm_launcher: bool = True, **more: str) -> AnyProcess:
+    """Start a command whose output is kept; torchrun comes from the warm pool, unless the test is about its start."""
+    if warm_launcher and command[1:3] == ["-m", "torch.distributed.run"]:
+        return warm_torchrun.Launcher(command[3:], environment(**more))
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 def ranks_of(out: Path) -> list[int]:
     """Return the process ids of all ranks that export into ``out``, launchers aside."""
     found = []
@@ -108,7 +121,7 @@ def ranks_of(out: Path) -> list[int]:
     return found
 
 
-def wait_for_end(out: Path, processes: list[subprocess.Popen[str]]) -> float:
+def wait_for_end(out: Path, processes: Sequence[AnyProcess]) -> float:
     """Wait until no rank runs any more; return the seconds. AssertionError where one does not end."""
     started = time.monotonic()
     while ranks_of(out):
@@ -117,7 +130,7 @@ def wait_for_end(out: Path, processes: list[subprocess.Popen[str]]) -> float:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             raise AssertionError(f"ranks {left} did not end within {END_SECS} s")
-        time.sleep(0.02)
+        time.sleep(0.05)
     ended = time.monotonic() - started
     for process in processes:
         process.wait(END_SECS)
@@ -125,10 +138,8 @@ def wait_for_end(out: Path, processes: list[subprocess.Popen[str]]) -> float:
 
 
 @contextlib.contextmanager
-def started(command: list[str], out: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def started(command: list[str], out: Path, *, warm_launcher: bool = True, **more: str) -> Iterator[AnyProcess]:
+    process = start(command, warm_launcher=warm_launcher, **more)
     try:
         yield process
     finally:
@@ -139,7 +150,7 @@ def started(command: list[str], out: Path, **more: str) -> Iterator[subprocess.P
         process.communicate()
 
 
-def wait_for_mark(mark: Path, processes: list[subprocess.Popen[str]]) -> bool:
+def wait_for_mark(mark: Path, processes: Sequence[AnyProcess]) -> bool:
     """Return whether the rank arrived; False where all ended before."""
     deadline = time.monotonic() + 120
     while not mark.exists():
@@ -150,7 +161,7 @@ def wait_for_mark(mark: Path, processes: list[subprocess.Popen[str]]) -> bool:
     return True
 
 
-def run_kill(setup: Setup, kill: Kill, folder: Path) -> Outcome:
+def run_kill(setup: Setup, kill: Kill, folder: Path, *, warm_launcher: bool = True) -> Outcome:
     """Start the export, kill, check what is left, run it again and compare. AssertionError where a promise is broken."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -158,9 +169,11 @@ def run_kill(setup: Setup, kill: Kill, folder: Path) -> Outcome:
     if setup.old is not None:
         shutil.copytree(setup.old, out)
     command = [*launcher(kill.world_size), SCRIPT, *setup.arguments, "--export_dir", str(out)]
-    pause = {} if kill.at.startswith("after:") else {"PAUSE_AT": kill.at, "PAUSE_RANK": str(kill.rank)}
-    with started(command, out, PAUSE_MARK=str(mark), **pause) as process:
-        if pause:
+    is_timed = kill.at.startswith("after:")
+    place = "" if is_timed else kill.at
+    pause = {"PAUSE_AT": place, "PAUSE_RANK": str(kill.rank), "PAUSE_MARK": str(mark)}
+    with started(command, out, warm_launcher=warm_launcher, **pause) as process:
+        if not is_timed:
             was_reached = wait_for_mark(mark, [process])
         else:
             time.sleep(float(kill.at.removeprefix("after:")))
@@ -185,7 +198,7 @@ def run_kill(setup: Setup, kill: Kill, folder: Path) -> Outcome:
     return Outcome(was_reached, was_committed, len(before), seconds)
 
 
-def hit(kill: Kill, process: subprocess.Popen[str], out: Path, mark: Path) -> None:
+def hit(kill: Kill, process: AnyProcess, out: Path, mark: Path) -> None:
     ranks = ranks_of(out)
     if kill.victims == "rank":
         ranks = [int(mark.read_text())] if mark.exists() else random.sample(ranks, min(1, len(ranks)))

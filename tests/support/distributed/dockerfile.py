@@ -36,6 +36,9 @@ class Image:
             "HOME": "/tmp",
         }
         self.environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        self.environment["PIP_COMPILE"] = (
+            "0"  # nor all of torch: what is imported is compiled then. NO_COMPILE=1 means yes
+        )
         self.folder = "/"
         self.user = "root"
         self.entrypoint: list[str] = []
@@ -69,7 +72,10 @@ class Image:
 
     def run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the image, as its user and in its working directory."""
-        assignments = [f"{name}={value}" for name, value in {**self.environment, **environment}.items()]
+        bytecode = {
+            "PYTHONPYCACHEPREFIX": f"/tmp/bytecode-{self.user}"
+        }  # where each user may keep it for the next command
+        assignments = [f"{name}={value}" for name, value in {**bytecode, **self.environment, **environment}.items()]
         return subprocess.run(
             [
                 *("chroot", f"--userspec={self.user}", str(self.root), "env", "-i", f"--chdir={self.folder}", *assignments),

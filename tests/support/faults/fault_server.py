@@ -57,12 +57,18 @@ def wait(pid: int, timeout: float) -> int | None:
 
 def main() -> None:
     """Answer one line for each line of stdin, until that ends."""
+    has_torch = False
     for line in sys.stdin:
         job = json.loads(line)
-        if job["needs_torch"]:
+        if job["needs_torch"] and not has_torch:
             import torch
 
+            from tests.support import first_trace
+
             torch.set_num_threads(1)
+            first_trace.trace_once()
+            assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
+            has_torch = True
         pid = os.fork()
         if not pid:
             run(job)

@@ -52,7 +52,9 @@ class Store:
 
     def settings(self, source: str | Path, target: str | Path, **more: Any) -> dict[str, Any]:
         given = {"ckpt_dir": str(source), "export_dir": str(target), "storage_options": self.options}
-        return {**given, "filter_sparse_opt": True, "num_shards": 2, "threads": 2, **more}
+        # auto would make a package on a disk another one
+        plain = {"filter_sparse_opt": True, "num_shards": 2, "threads": 2, "row_fingerprints": False}
+        return {**given, **plain, **more}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

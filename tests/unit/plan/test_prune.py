@@ -11,7 +11,7 @@ from dist_export.errors import ConfigError, PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.id_list import IdList
 from dist_export.ids.lists import read_id_list
-from dist_export.plan.prune import TableRule, match_rules
+from dist_export.plan.prune import Pruning, TableRule, match_rules
 from tests.support.properties import examples
 
 PROPERTY = examples(60)
@@ -250,3 +250,26 @@ def test_a_list_may_be_a_url():
     assert read("memory://lists/of/ids.npy") == [4, 5]
     with pytest.raises(ConfigError, match="memory://nothing cannot be read"):
         read("memory://nothing")
+
+
+class Same:
+    """Stands for the rows that some base has."""
+
+    def __init__(self, base: bytes) -> None:
+        self.base = base
+
+    def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: object) -> np.ndarray:
+        return is_kept
+
+    def digest(self) -> bytes:
+        return self.base
+
+
+def test_rules_against_another_base_are_others() -> None:
+    """So that the shards of an interrupted delta are not taken over into a delta against another base."""
+    rules, ranks = Pruning(rules=((),)), np.zeros(1, np.int64)
+    one, two = (rules.leaving(Same(base), ranks) for base in (b"one", b"two"))
+    assert one.digest() != two.digest() != rules.digest()
+    assert one.digest() == rules.leaving(Same(b"one"), ranks).digest()
+    assert one.of_settings().digest() == rules.digest()
+    assert not one.of_settings()

@@ -1,0 +1,41 @@
+"""Deltas on a real S3 server: the bytes of a disk, whether the base has fingerprints or not, and lookups over both packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dist_export
+from dist_export.storage.traffic import TRAFFIC
+from dist_export.verify.verify import verify
+from tests.integration.test_delta_export import change, save, tables_of
+from tests.support.deltas import read_deleted, read_package
+from tests.support.s3.s3_cases import Store, files_of, without_manifest
+from tests.support.s3.s3_server import S3Server
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.mark.parametrize("fingerprints", [True, False])
+def test_a_delta_in_a_store_is_that_on_a_disk(s3_server: S3Server, tmp_path: Path, fingerprints: bool) -> None:
+    store, before = Store(s3_server), tables_of()
+    old, new = save(tmp_path / "old", before, 2), save(tmp_path / "new", change(before), 2)
+    base = store.export(old, store.url("base"), row_fingerprints=fingerprints)
+    store.export(old, tmp_path / "base", row_fingerprints=fingerprints)
+    began = TRAFFIC.snapshot()
+    store.export(store.put_tree(new, "new"), store.url("delta"), base=store.url("base"))
+    moved = TRAFFIC.since(began)
+    store.export(new, tmp_path / "delta", base=str(tmp_path / "base"))
+    store.export(new, tmp_path / "full")
+    assert without_manifest(store.files("delta")) == without_manifest(files_of(tmp_path / "delta"))
+    assert moved["uploaded"] < base.num_bytes / 5
+    assert verify(store.url("delta"), store.options).findings == []
+    full, deleted = read_package(tmp_path / "full"), read_deleted(tmp_path / "delta")
+    with dist_export.open_package(store.url("delta"), storage_options=store.options) as package:
+        for table, rows in full.items():
+            ids = np.array([*rows, *deleted[table], -7])
+            found, has_row = package.lookup(table, ids, raw=True)
+            assert has_row.tolist() == [True] * len(rows) + [False] * (len(ids) - len(rows))
+            assert [row.tobytes() for row in found[: len(rows)]] == [slots[0] for slots in rows.values()]
