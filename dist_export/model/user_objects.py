@@ -54,9 +54,15 @@ def build_objects(config: UserCallables, *, tells_all: bool = False) -> Objects:
     return objects
 
 
-def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
-    if spec is None:
-        return None
+def import_objects(config: UserCallables) -> None:
+    """Import what the config names, and call nothing. Raises as :func:`build_objects`."""
+    for setting, spec in (("model", config.model), ("dataset", config.dataset), ("fg", config.fg)):
+        if spec is not None:
+            _import(setting, spec)
+
+
+def _import(setting: str, spec: str) -> Any:
+    """Return the callable that a setting names."""
     directory = os.getcwd()
     if directory not in sys.path:
         sys.path.insert(0, directory)
@@ -79,6 +85,13 @@ def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"{setting}: {spec} is a {type(found).__name__}, expected a callable that returns the {setting}"
         )
+    return found
+
+
+def _build(setting: str, spec: str | None, arguments: Mapping[str, Any]) -> Any:
+    if spec is None:
+        return None
+    found = _import(setting, spec)
     _check_arguments(setting, spec, found, arguments)
     try:
         built = found(**arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dist_export.config.schema import ExportConfig
-from dist_export.model.user_objects import Objects, build_objects
+from dist_export.model.user_objects import Objects, build_objects, import_objects
 
 
 class FreshObjects:
@@ -21,14 +21,16 @@ class FreshObjects:
     """
 
     def __init__(self, config: ExportConfig) -> None:
-        """Keep the settings, and the state of the generators of random numbers."""
+        """Keep the settings. Nothing is imported."""
         self._config = config
         self._has_model = config.model is not None
-        self._states = self._read_states()
+        self._states: tuple[Any, Any, Any] = (None, None, None)
         self._first: Objects | None = None
 
     def build_first(self) -> Objects:
         """Build the objects of the first export before there is a checkpoint, to find mistakes. ConfigError, ModelError."""
+        import_objects(self._config)  # a module that draws random numbers while it is imported does so once
+        self._states = self._read_states()
         self._first = build_objects(self._config)
         return self._first
 

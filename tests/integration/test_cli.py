@@ -375,14 +375,14 @@ def test_the_timeout_of_the_file_counts_from_the_start(
     file = tmp_path / "export.yaml"
     file.write_text(f"ckpt_dir: {checkpoint}\nexport_dir: {tmp_path / 'out'}\ntimeout: 7\n")
     seen: list[float] = []
-    real = dist_export.runtime.joining.join
+    real = dist_export.runtime.joining.join_as
 
-    def join(*, timeout_secs: float, is_own_process: bool):
+    def join_as(kind, *, timeout_secs: float, is_own_process: bool):
         assert is_own_process
         seen.append(timeout_secs)
-        return real(timeout_secs=timeout_secs)
+        return real(kind, timeout_secs=timeout_secs)
 
-    monkeypatch.setattr(dist_export.runtime.joining, "join", join)
+    monkeypatch.setattr(dist_export.runtime.joining, "join_as", join_as)
     main(["--config", str(file), *arguments])
     assert seen == [expected]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -392,13 +393,20 @@ def test_settings_that_were_good_once_are_no_mistake_later(run: Path, where: Pat
 # ---- the same bytes ----
 
 
-def build_model() -> torch.nn.Module:
+USERS_CODE = """
+import torch
+from tests.support import score_models as models
+
+torch.manual_seed(7)  # as training scripts do, and only once in a process
+
+
+def build_model():
     return models.Model(models.ThreeTables(), 3 * models.DIM + 1)
 
 
-def build_dataset() -> Any:
-    """Return an iterator, which has one sample only, of random numbers of the process."""
-    return iter([models.batch_of(seed=int(torch.randint(1 << 30, ())))])
+def build_dataset():
+    return iter([models.batch_of(seed=int(torch.randint(1 << 30, ())))])  # an iterator has one sample only
+"""
 
 
 def files_of(package: Path) -> dict[str, bytes]:
@@ -407,10 +415,12 @@ def files_of(package: Path) -> dict[str, bytes]:
 
 
 def test_a_later_export_of_the_process_has_the_bytes_of_a_process_of_its_own(run: Path, where: Path) -> None:
-    model = models.train(build_model())
+    (run.parent / "users_code.py").write_text(USERS_CODE)
+    model = models.train(models.Model(models.ThreeTables(), 3 * models.DIM + 1))
+    place: dict[str, Any] = {"cwd": run.parent, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     command = [sys.executable, "-m", "dist_export"]
     options = {"ckpt_dir": run, "score_program": "off", "progress": False, "filter_sparse_opt": True}
-    options |= {name: f"{build_model.__module__}:build_{name}" for name in ("model", "dataset")}
+    options |= {name: f"users_code:build_{name}" for name in ("model", "dataset")}
     arguments = [f"--{name}={value}" for name, value in options.items()]
 
     def save_model(step: int) -> None:
@@ -422,7 +432,7 @@ def test_a_later_export_of_the_process_has_the_bytes_of_a_process_of_its_own(run
 
     save_model(1)
     watching = [*command, "watch", *arguments, f"--publish={where}", "--until_step=2", "--poll_secs=0.2"]
-    with subprocess.Popen(watching, cwd=ROOT) as process:
+    with subprocess.Popen(watching, **place) as process:
         while not (where / "current.json").exists():
             assert process.poll() is None
             time.sleep(0.1)
@@ -432,7 +442,7 @@ def test_a_later_export_of_the_process_has_the_bytes_of_a_process_of_its_own(run
     first, last = (where / "versions" / switch["version"] for switch in reversed(current_of(where)["switches"]))
     alone = where.parent / "alone"
     more = [f"--export_dir={alone}", "--step=2", f"--base={first}", "--on_base_mismatch=full"]
-    subprocess.run([*command, *arguments, *more], check=True, cwd=ROOT)
+    subprocess.run([*command, *arguments, *more], check=True, **place)
     assert files_of(last) == files_of(alone)
     assert manifest_of(last)["digest"] == manifest_of(alone)["digest"]
 
