@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import command, kernels, lookup, scaling, scenarios, serving
+from scripts.bench import command, deltas, kernels, lookup, scaling, scenarios, serving
 from scripts.bench.processes import ROOT
 from scripts.bench.report import HOW_TO_READ, describe_machine
 from scripts.bench.rounds import Place
@@ -33,6 +33,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "row_index": lookup.run_index_cost,
     "serving": serving.run_serving,
     "kernels": kernels.run_kernels,
+    "deltas": deltas.run_deltas,
 }
 ON_DISK = ("filter", "reshard")
 """A copy and a gather; at dim 64 alone, for a disk takes its time."""
