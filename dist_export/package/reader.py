@@ -62,7 +62,7 @@ class Package:
             cache_dir: as in :func:`open_package`.
             unpublished: what the manifest will say of a package whose manifest is not written yet.
             base_directory: where the base of a delta package is. By default it is searched for.
-            opens_base: false leaves the base of a delta package closed until ``open_base`` is called. There are no lookups before.
+            opens_base: false leaves the base of a delta package closed until ``open_base``. There are no lookups before.
             opened: an open package, which becomes the base, or whose base does, if it has the digest of this one's base.
         """
         self.directory = directory

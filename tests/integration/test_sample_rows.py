@@ -20,7 +20,7 @@ from dist_export.errors import CommitError, ModelError
 from dist_export.formats.dtypes import CODE_BY_NAME
 from dist_export.formats.recis import MERGED
 from dist_export.formats.row_encodings import encode_values
-from dist_export.pipeline import scores
+from dist_export.pipeline import deltas
 from dist_export.pipeline.dry_run import make_report, render_report
 from dist_export.reporting.summary import summarize
 from dist_export.verify.verify import verify
@@ -102,13 +102,13 @@ def test_shards_that_do_not_read_back_are_a_failed_export(
     to_hash_tables: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     """And no mistake of the user's, though a source like that would be one."""
-    real = scores.open_written
+    real = deltas.open_written
 
     def damage(ranks: Any, target: Any, plan: Any) -> Any:
         target.write(MERGED, b"{")
         return real(ranks, target, plan)
 
-    monkeypatch.setattr(scores, "open_written", damage)
+    monkeypatch.setattr(deltas, "open_written", damage)
     with pytest.raises(
         CommitError, match=r"torch_rank_weights_embs_table_multi_shard.*No manifest was written"
     ) as caught:
