@@ -215,12 +215,12 @@ class SlotReader:
         if not len(ids):
             return
         begins, ends, numbers = self._edges
+        if len(numbers) == 1 and not begins[0] and ends[0] == self._slices[0].size:  # it has all ids there can be
+            yield int(numbers[0]), np.arange(len(ids))
+            return
         slots = hash_slots(ids, self._slices[0].size).view(np.int64)
         owners = np.searchsorted(begins, slots, "right") - 1
         is_owned = (owners >= 0) & (slots < ends[owners])
-        if len(numbers) == 1 and is_owned.all():
-            yield int(numbers[0]), np.arange(len(ids))
-            return
         # numpy sorts 16 bits much faster than 64
         kind = np.uint16 if len(numbers) <= _MAX_UINT16 else np.int64
         owners = np.where(is_owned, owners, len(numbers)).astype(kind)
