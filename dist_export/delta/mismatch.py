@@ -42,6 +42,8 @@ def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: 
     table = checkpoint.tables[number]
     if theirs.is_row_indexed and table.has_ids:
         return "is row-indexed, and that of the checkpoint has ids"
+    if not theirs.is_row_indexed and not table.is_hashed:
+        return "is a hash table, and that of the checkpoint is row-indexed (see to_hash_tables)"
     if theirs.is_row_indexed and theirs.rows_out > rows:
         return f"has {theirs.rows_out:,} rows by number, and that of the checkpoint {rows:,}"
     if not theirs.is_row_indexed and any(part.rows and part.row_index is msgspec.UNSET for part in theirs.parts):

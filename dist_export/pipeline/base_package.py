@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,14 +13,15 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
 from dist_export.delta.mismatch import find_mismatch, row_indexed_in
-from dist_export.errors import ConfigError, DistExportError, ExportError, PackageError, PlanError
-from dist_export.manifest import MANIFEST, Manifest, decode_manifest
+from dist_export.errors import CommitError, ConfigError, DistExportError, ExportError, PackageError, PlanError
+from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.plan.table_view import HASH_SIZE
 from dist_export.redact import first_line
 from dist_export.registry import base as registries
 from dist_export.runtime.ranks import Ranks
+from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 
 EVERYTHING = "everything was exported"
@@ -53,18 +55,14 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
         directory = registries.resolve(uri, registry_options).directory
         manifest = _read_manifest(directory, config)
         if manifest.base is not msgspec.UNSET:
-            directory = _beside(directory, manifest.base.path, config)
-            full = _read_manifest(directory, config)
-            if full.digest != manifest.base.digest or full.base is not msgspec.UNSET:
-                raise ConfigError(
-                    f"base {config.base} is a delta of {directory}, which has been replaced since; give another base"
-                )
-            manifest = full
+            directory, manifest = _find_below(directory, manifest.base, config)
     except DistExportError as error:
         if config.on_base_mismatch != "full":
             raise
         return FoundBase(note=f"{EVERYTHING}, because the base cannot be used: {first_line(error)}")
-    return FoundBase(directory, manifest.digest)
+    place = open_directory(directory, config.options_of_target)
+    # a link may lead elsewhere later, and whoever removes versions must know which one is meant
+    return FoundBase(os.path.realpath(place.path) if place.is_local else directory, manifest.digest)
 
 
 def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
@@ -82,17 +80,39 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
         raise ConfigError(f"base {package.describe(MANIFEST)} cannot be read: {error.strerror or error}") from error
 
 
-def _beside(delta: str, path: str, config: ExportConfig) -> str:
-    """Return where the base of a delta is: at its path, or if it was moved with the delta, beside that."""
-    if open_directory(path, config.options_of_target).exists(MANIFEST):
-        return path
-    return f"{delta.rstrip('/').rpartition('/')[0]}/{path.rstrip('/').rpartition('/')[2]}"
+def _find_below(delta: str, entry: BaseEntry, config: ExportConfig) -> tuple[str, Manifest]:
+    """Return the base of a delta: beside it, for it may have been copied with the delta, else at its path. ConfigError."""
+    beside = f"{delta.rstrip('/').rpartition('/')[0]}/{entry.path.rstrip('/').rpartition('/')[2]}"
+    for directory in (beside, entry.path):
+        if open_directory(directory, config.options_of_target).exists(MANIFEST):
+            found = _read_manifest(directory, config)
+            if found.digest == entry.digest and found.base is msgspec.UNSET:
+                return directory, found
+    raise ConfigError(
+        f"base {config.base} is a delta of {entry.path}, and neither there nor beside it is a package with the manifest "
+        f"{entry.digest}; give another base"
+    )
 
 
-def open_base(ranks: Ranks, config: ExportConfig, digest: str) -> Package | None:
-    """Open the base, which ``config`` names as a directory. All ranks.
+def refuse_replaced_base(base: Package) -> None:
+    """Refuse to publish a delta whose base is there no more, before the commit. Rank 0. CommitError."""
+    where = base.directory.describe(MANIFEST)
+    try:
+        found = decode_manifest(base.directory.read_text(MANIFEST), where=where).digest
+    except (OSError, PackageError) as error:
+        found = str(error)
+    if found != base.manifest.digest:
+        raise CommitError(
+            f"{where}: the base had the manifest {base.manifest.digest} when the export began, and now there is {found}. No "
+            "manifest was written; export against the base that is there"
+        )
+
+
+def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory) -> Package | None:
+    """Open the base, which ``config`` names as a directory. All ranks. ``final`` is export_dir.
 
     Raises:
+        ConfigError: it is the base, which the delta would replace.
         ExportError: a rank finds another package there.
     """
     path = config.base
@@ -100,6 +120,10 @@ def open_base(ranks: Ranks, config: ExportConfig, digest: str) -> Package | None
         return None
 
     def open_it() -> Package:
+        if final.is_same(open_directory(path, config.options_of_target)):
+            raise ConfigError(
+                f"base {path} is export_dir, so that the delta would take its place; give another export_dir"
+            )
         package = open_package(path, storage_options=config.options_of_target)
         if package.manifest.digest != digest:
             package.close()
@@ -126,10 +150,14 @@ def fit_base(
     if base is None:
         return checkpoint, None, []
     # rules for tables whose rows go by number are refused here, before these become hash tables
-    ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
     fitting = number_rows(checkpoint, row_indexed_in(base.manifest))
 
     def compare() -> str | None:
+        by_number = row_indexed_in(base.manifest)
+        for table, rules in zip(fitting.tables, pruning.rules, strict=True):
+            if rules and table.name in by_number:
+                return f"its table {table.name!r} is row-indexed, of which no row can be deleted, and prune has a rule for it"
         return find_mismatch(fitting, choose(fitting, config, world_size)[0], base.manifest)
 
     reason = ranks.run("compare the tables with the base", compare)

@@ -86,7 +86,7 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     if not config.need_export_sparse or checkpoint is None:
         return report
     with contextlib.ExitStack() as held:
-        base = open_base(ranks, config, found.located.base.digest)
+        base = open_base(ranks, config, found.located.base.digest, paths.final)
         if base is not None:
             held.callback(base.close)
         fitting, base, notes = fit_base(ranks, checkpoint, config, base, world_size=world_size)

@@ -16,7 +16,7 @@ from dist_export.formats.deleted_ids import deleted_name
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
-from dist_export.pipeline.base_package import fit_base, open_base
+from dist_export.pipeline.base_package import fit_base, open_base, refuse_replaced_base
 from dist_export.pipeline.deltas import account_for_base
 from dist_export.pipeline.identity import Told, find_incomparable, identify_export
 from dist_export.pipeline.inputs import (
@@ -110,7 +110,7 @@ def read_source(export: ExportState) -> ExportState:
     """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
     task, paths = export.task, export.paths
     ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
-    base = open_base(ranks, config, task.located.base.digest)
+    base = open_base(ranks, config, task.located.base.digest, paths.final)
     if base is not None:
         task.held.callback(base.close)
     small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
@@ -336,6 +336,8 @@ def commit(export: ExportState) -> ExportState:
         export.refuse_if_lost()
         task.ranks.refuse_orphans()
         refuse_vanished(export.target, export.written, in_place=export.in_place)
+        if export.base is not None:
+            refuse_replaced_base(export.base)
         publish(export.target, manifest)
         for name in commit_paths(export.paths, and_then=lambda: _register(task, manifest, registered)):
             logger.info("%s was not part of the old package, and was kept", name)

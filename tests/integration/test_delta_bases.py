@@ -1,0 +1,104 @@
+"""Which package is the base of a delta, and that it is still there when the delta is committed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dist_export
+from dist_export.delta import deleted_ids
+from dist_export.errors import CommitError, ConfigError, PlanError
+from dist_export.pipeline import deltas
+from dist_export.registry.versions import VersionDirectory
+from tests.integration.test_delta_export import change, export, save, state_of, tables_of
+from tests.support import dcp_writer
+from tests.support.deltas import manifest_of, put_together, read_package
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder, before = tmp_path_factory.mktemp("sources"), tables_of()
+    return save(folder / "before", before, 2), save(folder / "after", change(before), 2)
+
+
+@pytest.mark.parametrize("spelling", ["{}", "file://{}", "{}-link", "{}-delta"])
+def test_a_base_is_not_replaced_by_its_own_delta(sources, tmp_path: Path, spelling: str) -> None:
+    base = export(sources[0], tmp_path / "base")
+    (tmp_path / "base-link").symlink_to(base)
+    export(sources[1], tmp_path / "base-delta", base=str(base))
+    before = manifest_of(base)
+    with pytest.raises(ConfigError, match="is export_dir, so that the delta would take its place"):
+        export(sources[1], base, base=spelling.format(base), overwrite=True)
+    assert manifest_of(base) == before
+
+
+def publish(source: Path, where: Path, **settings: Any) -> Path:
+    export(
+        source,
+        Path(),
+        publish=str(where),
+        **{"export_dir": "", "base": "latest", "on_base_mismatch": "full"} | settings,
+    )
+    return where / "versions" / VersionDirectory().list_versions(str(where))[0].name
+
+
+def test_a_link_to_a_version_is_that_version(sources, tmp_path: Path) -> None:
+    """Else keep_versions would remove the base of the version that is served."""
+    full = publish(sources[0], tmp_path / "pub")
+    (tmp_path / "link").symlink_to(full)
+    now = {"registry_options": {"versions": {"grace_secs": 0}}, "keep_versions": 1, "base": str(tmp_path / "link")}
+    publish(sources[1], tmp_path / "pub", **now)
+    delta = publish(sources[1], tmp_path / "pub", **now, num_shards=2)
+    assert manifest_of(delta)["base"]["path"] == os.path.realpath(full)
+    assert full.exists()
+    with dist_export.open_package(delta) as package:
+        assert package.base is not None
+
+
+def test_a_directory_of_versions_that_was_copied_goes_on_with_its_own_base(sources, tmp_path: Path) -> None:
+    full = publish(sources[0], tmp_path / "pub")
+    publish(sources[1], tmp_path / "pub")
+    shutil.copytree(tmp_path / "pub", tmp_path / "copy")
+    delta = publish(sources[0], tmp_path / "copy", num_shards=3)
+    assert manifest_of(delta)["base"]["path"] == str(tmp_path / "copy" / "versions" / full.name)
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_base_that_is_replaced_meanwhile_fails_the_export(
+    sources, tmp_path: Path, monkeypatch, is_removed: bool
+) -> None:
+    base = export(sources[0], tmp_path / "base")
+    write = deleted_ids.write_deleted
+
+    def write_and_replace(*arguments: Any, **more: Any) -> Any:
+        written = write(*arguments, **more)
+        if is_removed:
+            shutil.rmtree(base)
+        else:
+            export(sources[1], base, overwrite=True)
+        return written
+
+    monkeypatch.setattr(deltas, "write_deleted", write_and_replace)
+    with pytest.raises(CommitError, match="the base had the manifest"):
+        export(sources[1], tmp_path / "delta", base=str(base))
+    assert not (tmp_path / "delta" / "manifest.json").exists()
+
+
+def test_kinds_of_tables_that_do_not_fit(tmp_path: Path) -> None:
+    weight = "sparse_arch.item.weight"
+    settings: dict[str, Any] = {"treat_as_tables": [weight]}
+    source = dcp_writer.save(tmp_path / "one", state_of())
+    by_number = export(source, tmp_path / "by_number", **settings)
+    hashed = export(source, tmp_path / "hashed", to_hash_tables=["*"], **settings)
+    with pytest.raises(PlanError, match="is a hash table, and that of the checkpoint is row-indexed"):
+        export(source, tmp_path / "delta", base=str(hashed), **settings)
+    rules: dict[str, Any] = {"to_hash_tables": ["*"], "prune": [{"tables": ["*"], "norm_at_most": 2.0}]}
+    with pytest.raises(PlanError, match="no row can be deleted, and prune has a rule for it"):
+        export(source, tmp_path / "delta", base=str(by_number), **settings, **rules)
+    assert not (tmp_path / "delta").exists()
+    delta = export(source, tmp_path / "delta", base=str(hashed), to_hash_tables=["*"], **settings)
+    assert put_together(hashed, delta) == read_package(hashed)
