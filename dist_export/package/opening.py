@@ -8,6 +8,7 @@ from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.formats.recis import INDEX, TENSORKEY
 from dist_export.manifest import MANIFEST, Manifest, decode_manifest
 from dist_export.package.opened_files import OpenedFiles
+from dist_export.registry.versions import CURRENT
 from dist_export.storage.directory import Directory
 
 _TRIES = 10
@@ -48,6 +49,8 @@ def _refusal(directory: Directory, error: OSError | PackageError) -> DistExportE
     try:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not directory.exists():
             return UserError(f"{directory.url}: {directory.say_missing()}")
+        if isinstance(error, FileNotFoundError) and directory.exists(CURRENT):
+            return UserError(f"{directory.url} is a directory of versions; give versions:{directory.url}")
         if isinstance(error, FileNotFoundError) and not directory.exists(MANIFEST):
             return PackageError(
                 f"{directory.url}: no {MANIFEST}, so this is no package, or its export did not finish; run the export again"

@@ -20,6 +20,7 @@ from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.plan.table_view import HASH_SIZE
 from dist_export.redact import first_line
 from dist_export.registry import base as registries
+from dist_export.registry.versions import CURRENT
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
@@ -65,6 +66,21 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
     return FoundBase(os.path.realpath(place.path) if place.is_local else directory, manifest.digest)
 
 
+def find_committed_base(export_dir: str, config: ExportConfig) -> FoundBase | None:
+    """Return the base of the package in ``export_dir``; None if there is no package. Rank 0.
+
+    The same export again is of the same base, even if ``latest`` is another package by now.
+    """
+    place = open_directory(export_dir, config.options_of_target)
+    if not place.exists(MANIFEST):
+        return None
+    try:
+        manifest = _read_manifest(export_dir, config)
+    except ConfigError:  # whoever looks at export_dir says what is wrong with it
+        return None
+    return FoundBase() if manifest.base is msgspec.UNSET else FoundBase(manifest.base.path, manifest.base.digest)
+
+
 def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
     package = open_directory(directory, config.options_of_target)
     try:
@@ -72,9 +88,9 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
     except PackageError as error:
         raise ConfigError(f"base {error}. Give another base, or set on_base_mismatch: full") from error
     except FileNotFoundError:
+        other = f"versions:{directory}" if package.exists(CURRENT) else "a package"
         raise ConfigError(
-            f"base {package.describe(MANIFEST)}: there is no such file, so that is no package; give a package, or set "
-            "on_base_mismatch: full"
+            f"base {package.describe(MANIFEST)}: there is no such file, so that is no package; give {other}"
         ) from None
     except OSError as error:
         raise ConfigError(f"base {package.describe(MANIFEST)} cannot be read: {error.strerror or error}") from error

@@ -16,9 +16,10 @@ from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.checkpoint.package_source import find_package
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.schema import ExportConfig
+from dist_export.config.sparse_settings import LATEST
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
-from dist_export.pipeline.base_package import FoundBase, find_base
+from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.redact import redact_text
@@ -79,11 +80,14 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
     _refuse_two_registries(config)
     options = options_for_registries(config)
     found_base = find_base(config, options)
-    config = config.with_changes(**found_base.settings(config))  # latest is another package each time
+    is_latest = config.base == LATEST  # another package each time, and yet the same export
+    config = config if is_latest else config.with_changes(**found_base.settings(config))
     target = base.find_registry(config.export_dir, options)
     if target is not None:
         register = register or config.export_dir
         export_dir = base.place(target, config.export_dir, key=_key_of(config, found))
+        if is_latest:
+            found_base = find_committed_base(export_dir, config) or found_base
     if register:
         base.require(register, options)
         if redact_text(export_dir) != export_dir:

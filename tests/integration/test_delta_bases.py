@@ -11,7 +11,7 @@ import pytest
 
 import dist_export
 from dist_export.delta import deleted_ids
-from dist_export.errors import CommitError, ConfigError, PlanError
+from dist_export.errors import CommitError, ConfigError, PlanError, UserError
 from dist_export.pipeline import deltas
 from dist_export.registry.versions import VersionDirectory
 from tests.integration.test_delta_export import change, export, save, state_of, tables_of
@@ -57,6 +57,27 @@ def test_a_link_to_a_version_is_that_version(sources, tmp_path: Path) -> None:
     assert full.exists()
     with dist_export.open_package(delta) as package:
         assert package.base is not None
+
+
+def test_the_same_export_again_is_the_same_version(sources, tmp_path: Path) -> None:
+    """Although latest is another package by then."""
+    versions = [
+        publish(source, tmp_path / "pub") for source in (sources[0], sources[0], sources[1], sources[1], sources[1])
+    ]
+    assert versions[0] == versions[1] != versions[2]
+    assert versions[2] == versions[3] == versions[4]
+    assert len(list((tmp_path / "pub" / "versions").iterdir())) == 2
+    assert "base" not in manifest_of(versions[0])
+    assert manifest_of(versions[2])["base"]["path"] == str(versions[0])
+
+
+def test_a_directory_of_versions_is_named_as_one(sources, tmp_path: Path) -> None:
+    publish(sources[0], tmp_path / "pub")
+    named = f"give versions:{tmp_path / 'pub'}"
+    with pytest.raises(UserError, match=named):
+        dist_export.open_package(tmp_path / "pub")
+    with pytest.raises(ConfigError, match=named):
+        export(sources[1], tmp_path / "delta", base=str(tmp_path / "pub"))
 
 
 def test_a_directory_of_versions_that_was_copied_goes_on_with_its_own_base(sources, tmp_path: Path) -> None:
