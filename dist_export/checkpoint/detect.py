@@ -146,7 +146,7 @@ def open_reader(
     found = detect_format(directory, asked=asked)
     if found is None:
         raise find_nothing(directory)
-    if asked != AUTO:
+    if asked not in (AUTO, RECIS):  # to open RecIS's looks for a manifest itself
         find_manifest(directory)  # it refuses a delta package, which any format could otherwise read in part
     return FORMATS[found].open(directory, settings)
 

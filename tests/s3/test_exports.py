@@ -373,7 +373,7 @@ def test_a_package_is_read_from_the_store_as_far_as_it_is_asked(large: Path, sto
 
 
 def test_opening_takes_few_requests(large: Path, store: Store) -> None:
-    """A header is one request, all sizes are one listing, and one looks for the manifest of a delta."""
+    """A header is one request, and all sizes are one listing."""
     from dist_export.checkpoint.detect import open_reader
     from dist_export.storage.urls import open_directory
 
@@ -381,7 +381,7 @@ def test_opening_takes_few_requests(large: Path, store: Store) -> None:
     before = TRAFFIC.snapshot()
     reader = open_reader(open_directory(remote, store.options), asked="recis")
     reader.assemble([reader.read_headers(range(len(reader.files)))])
-    assert TRAFFIC.since(before)["requests"] <= 2 * len(reader.files) + 11
+    assert TRAFFIC.since(before)["requests"] <= 2 * len(reader.files) + 10
 
 
 def test_a_package_is_described_from_its_manifest(large: Path, store: Store) -> None:
