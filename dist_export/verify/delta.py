@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_export.errors import DistExportError, PackageError
-from dist_export.formats.delta_entries import DeltaEntry
+from dist_export.formats.deleted_ids import ID, SUFFIX, encode_deleted
+from dist_export.formats.delta_entries import DeletedIdsEntry, DeltaEntry
 from dist_export.manifest import MANIFEST, Manifest, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.shard_headers import fact_of
@@ -60,6 +61,7 @@ def open_base(package: Package, given: Directory | None, report: Report) -> None
             report.add(MANIFEST, "manifest", f"does not name {unlisted[0]}, so nothing vouches for it")
             continue
         _check_lists(package, table, report)
+    _check_content(package, report)
 
 
 def cut_pieces(package: Package) -> list[Piece]:
@@ -158,6 +160,27 @@ def _check_lists(package: Package, table: TableEntry, report: Report) -> None:
             "deleted_ids",
             f"{len(twice):,} deleted ids of table {table.name!r} are there twice, first {int(ids[twice[0]])}",
         )
+
+
+def _check_content(package: Package, report: Report) -> None:
+    """Report a file of deleted ids that holds more than the lists of the manifest: a list that was cut gives rows back."""
+    lists: dict[str, list[DeletedIdsEntry]] = {}
+    for table in package.manifest.tables:
+        for its in _delta_of(table).deleted_ids:
+            lists.setdefault(its.file, []).append(its)
+    for file in package.manifest.files:
+        if not file.path.endswith(SUFFIX) or report.count():  # what else was found may be the cause
+            continue
+        content = package.files.read(file.path)
+        ids = [
+            np.frombuffer(content, ID, its.ids, its.offset) for its in sorted(lists.get(file.path, ()), key=_offset_of)
+        ]
+        if encode_deleted(ids)[0] != content:
+            report.add(file.path, "deleted_ids", "it holds more than the lists that the manifest names")
+
+
+def _offset_of(entry: DeletedIdsEntry) -> int:
+    return entry.offset
 
 
 def _find_faults(table: TableEntry, in_base: TableEntry | None, *, has_base: bool) -> list[str]:

@@ -176,6 +176,25 @@ def test_a_changed_bit_of_the_deleted_ids_is_found_by_the_digest(delta: Path) ->
     assert (DELETED, "digest") in told(verify(str(delta)))
 
 
+@pytest.mark.parametrize("is_whole_list", [False, True])
+def test_a_list_that_the_manifest_cuts_is_found(is_whole_list: bool, delta: Path) -> None:
+    """Else a deleted id would have its row back, with an account that adds up."""
+
+    def cut(document: Any) -> None:
+        for table in document["tables"]:
+            its = table["delta"]
+            lists = its["deleted_ids"]
+            if lists:
+                lost = lists[-1]["ids"] if is_whole_list else 1
+                lists[-1]["ids"] -= lost
+                its["deleted"], its["same"] = its["deleted"] - lost, its["same"] + lost
+                table["rows_in"], table["rows_dropped"]["same"] = table["rows_in"] + lost, its["same"]
+                its["deleted_ids"] = [entry for entry in lists if entry["ids"]]
+
+    edit(delta, cut)
+    assert (DELETED, "deleted_ids") in told(verify(str(delta)))
+
+
 def test_deleted_ids_that_are_gone_are_one_finding(delta: Path) -> None:
     (delta / DELETED).unlink()
     assert told(verify(str(delta))) == {(DELETED, "size")}
