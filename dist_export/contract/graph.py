@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from dist_export.archive.lookup_operator import LOOKUP_TARGET, list_lookups
-from dist_export.contract.operators import Kinds, is_plain, kinds_after, kinds_of_input, values_in
+from dist_export.contract.operators import Kinds, is_plain, kinds_after, kinds_of_input, name_operator, values_in
 from dist_export.formats.serving_entries import TransformEntry
 from dist_export.score.block_program import BlockProgram
 
@@ -142,7 +142,7 @@ class _Reader:
             seen.add(node)
             if node.op == "placeholder" and node.name in self._names:
                 found.add(self._names[node.name])
-            left += values_in(node, _operator(node)) if node.op == "call_function" else []
+            left += values_in(node, name_operator(node)) if node.op == "call_function" else []
         return frozenset(found)
 
     def _nodes_within(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -155,8 +155,8 @@ class _Reader:
     def _look_at(self, node: fx.Node) -> Ancestry:
         inputs, numbers, tables, state, others = set(), set(), set(), set(), set()
         self._kinds[node] = self._kinds_of(node)
-        if node.op == "call_function" and not is_plain(node, _operator(node), self._kinds):
-            others.add(_operator(node))
+        if node.op == "call_function" and not is_plain(node, name_operator(node), self._kinds):
+            others.add(name_operator(node))
         if node.op == "placeholder" and node.name in self._names:
             inputs.add(self._names[node.name])
         elif node.op == "placeholder":
@@ -168,12 +168,12 @@ class _Reader:
                 numbers |= {(_CONSTANT, number) for number in _numbers_in(plain)}
         for inner in (node, *self._nodes_within(node)):
             if str(inner.target) != LOOKUP_TARGET:
-                numbers |= {(_operator(inner), number) for number in _numbers_in((inner.args, inner.kwargs))}
+                numbers |= {(name_operator(inner), number) for number in _numbers_in((inner.args, inner.kwargs))}
             if id(inner) in self._inner:
                 tables.add(self._inner[id(inner)])
         for given in node.all_input_nodes:
             known = self.ancestry[given]
-            inputs |= known.inputs if _operator(node) not in _SIZES else frozenset()
+            inputs |= known.inputs if name_operator(node) not in _SIZES else frozenset()
             numbers |= known.numbers
             tables |= known.lookups
             state |= known.state
@@ -186,7 +186,7 @@ class _Reader:
             return kinds_of_input(node.meta.get("val"), is_input=bool(name), is_id=name in self.ids)
         if node.op != "call_function":
             return frozenset()
-        return kinds_after(node, _operator(node), [self._kinds[given] for given in node.all_input_nodes])
+        return kinds_after(node, name_operator(node), [self._kinds[given] for given in node.all_input_nodes])
 
 
 def _tensors_by_placeholder(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -197,13 +197,6 @@ def _tensors_by_placeholder(program: ExportedProgram) -> dict[str, torch.Tensor]
         if spec.kind is InputKind.CONSTANT_TENSOR and isinstance(value, torch.Tensor):
             found[str(getattr(spec.arg, "name", ""))] = value
     return found
-
-
-def _operator(node: fx.Node) -> str:
-    """Return the plain name of an operator: ``aten.remainder.Scalar`` is ``remainder``."""
-    target: Any = node.target
-    name = getattr(target, "_opname", None) or getattr(target, "__name__", "")
-    return str(name).split(".", maxsplit=1)[0].rstrip("_") if not str(name).startswith("__") else str(name)
 
 
 def _numbers_in(value: Any) -> Iterator[int | float]:

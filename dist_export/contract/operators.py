@@ -19,10 +19,12 @@ Kinds = frozenset[str]
 """What a tensor is made of: ``value`` (rows, or floats of the request), ``id`` (integers of the request that are looked up),
 ``bound`` (its other integers, such as lengths and offsets), ``count`` (masks, and their sums), ``position`` (numbers from 0 on),
 ``constant`` (numbers that the model holds), ``size`` (sizes of tensors). ``changed`` is beside them where a number was added, or
-a remainder, bits or a rounded float taken: to compare that with a number is to compare with another one."""
+a remainder, bits or a rounded float taken: to compare that with a number is to compare with another one. ``coded`` is beside
+``id`` where the number of a child of a coalesced table was put into its bits or taken out; ``child`` is that number."""
 
 VALUE, ID, BOUND, COUNT, POSITION, CONSTANT, SIZE = "value", "id", "bound", "count", "position", "constant", "size"
-CHANGED = "changed"
+CHANGED, CODED, CHILD = "changed", "coded", "child"
+_OF_IDS = frozenset({ID, CHANGED, CODED, CHILD})
 
 _VIEWS = frozenset(
     [
@@ -86,12 +88,17 @@ _ORDERS = frozenset({"lt", "le", "gt", "ge"})
 _EQUALS = frozenset({"eq", "ne"})
 _NOT = frozenset({"logical_not", "bitwise_not"})
 _SUMS = frozenset({"add", "sub"})
-_BITS = frozenset({"remainder", "bitwise_and", "__and__", "bitwise_or", "__or__"})
+_ANDS, _ORS = frozenset({"bitwise_and", "__and__"}), frozenset({"bitwise_or", "__or__"})
+_BITS = frozenset({"remainder"}) | _ANDS | _ORS
+_SHIFTS = frozenset({"bitwise_right_shift", "__rshift__"})
+_UNIQUE = "_unique2"
 _CHOICES = frozenset({"where", "masked_fill", "index_put", "index_add", "scatter_reduce"})
 _REDUCTIONS = frozenset({"sum", "mean", "amax", "cumsum", "index_add", "scatter_reduce"})
 _CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "long", "bool"})
 _END = (1 << 63) - 1
 _LARGEST = 1 << 62
+_ID_BITS = (1 << CHILD_BITS) - 1
+_CHILD_NUMBERS = (1 << (64 - CHILD_BITS)) - 1
 LONGEST_LIST = 256
 """Made-up lists are so long at most; what the code counts beyond that is not tried."""
 
@@ -120,10 +127,37 @@ def kinds_after(node: fx.Node, name: str, given: list[Kinds]) -> Kinds:
         return frozenset({SIZE})
     if name in _ORDERS | _EQUALS | _NOT:
         return frozenset({COUNT})
+    if name == "getitem" and is_result_of(_UNIQUE, node.args[0]):
+        return given[0] if node.args[1] == 0 else frozenset({POSITION if node.args[1] == 1 else COUNT})
     chosen = values_in(node, name)
     kept = [kinds for arg, kinds in zip(node.all_input_nodes, given, strict=True) if arg in chosen]
     found = frozenset().union(*kept) - {SIZE}
+    if name in _SHIFTS and _numbers_of(node) == [CHILD_BITS] and ID in found:
+        return found - {CODED} | {CHILD}
+    if ID in found and _is_coded(name, found, _numbers_of(node)):
+        return found if CHILD in found else found | {CODED}
     return found | {CHANGED} if found and _is_changed(node, name, found) else found
+
+
+def is_result_of(name: str, node: Any) -> bool:
+    """Whether a node is a call of the operator of that plain name."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and name_operator(node) == name
+
+
+def name_operator(node: fx.Node) -> str:
+    """Return the plain name of an operator: ``aten.remainder.Scalar`` is ``remainder``."""
+    target: Any = node.target
+    name = getattr(target, "_opname", None) or getattr(target, "__name__", "")
+    return str(name).split(".", maxsplit=1)[0].rstrip("_") if not str(name).startswith("__") else str(name)
+
+
+def _is_coded(name: str, kinds: Kinds, numbers: list[int | float]) -> bool:
+    """Whether a node puts the number of a child into ids, or takes it out: ``child << 52 | id & (2**52 - 1)``."""
+    if len(numbers) != 1:
+        return False
+    if name in _ANDS:
+        return numbers[0] == (_CHILD_NUMBERS if CHILD in kinds else _ID_BITS)
+    return name in _ORS and CHILD not in kinds and numbers[0] % (1 << CHILD_BITS) == 0
 
 
 def _is_changed(node: fx.Node, name: str, kinds: Kinds) -> bool:
@@ -179,7 +213,7 @@ def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
         return not numbers and len(own) == 2 and _is_plain_factor(name, *own)
     if name in _SUMS:
         return not node.kwargs and all(VALUE not in its and SIZE not in its for its in own) and _is_of_one_id(own)
-    if name in _BITS | {"bitwise_right_shift", "__rshift__"}:
+    if name in _BITS | _SHIFTS:
         return _is_plain_bits(name, own, numbers)
     if name in {"slice", "narrow"}:
         return _is_plain_slice(node, is_value=any(VALUE in its for its in own))
@@ -191,6 +225,10 @@ def is_plain(node: fx.Node, name: str, kinds: dict[fx.Node, Kinds]) -> bool:
         return VALUE not in own[0]
     if name == "searchsorted":
         return all(its <= {BOUND, COUNT, POSITION} for its in own)
+    if name == _UNIQUE:
+        return own[0] <= _OF_IDS
+    if name == "getitem" and is_result_of(_UNIQUE, node.args[0]):
+        return node.args[1] in (0, 1)  # how often an id is in the batch is nothing of one example
     if name in _REDUCTIONS:
         return ID not in kinds[node] and (name != "cumsum" or VALUE not in own[0])
     return name in _VIEWS
@@ -204,12 +242,12 @@ def _is_plain_comparison(name: str, own: list[Kinds], numbers: list[int | float]
     if any({VALUE, CONSTANT, SIZE} & its for its in own):
         return name in _EQUALS and sorted(map(sorted, own)) == [[CONSTANT], [ID]]
     if name in _ORDERS:
-        if any(its <= {ID, CHANGED} for its in own):  # ids may count from the end
+        if any(its <= {ID, CHANGED, CODED} for its in own):  # ids may count from the end
             return len(own) == 1 and numbers == [0]
-        return all(not {ID, CHANGED} & its for its in own) and all(number == 0 for number in numbers)
-    if any(CHANGED in its for its in own):
+        return all(not _OF_IDS & its for its in own) and all(number == 0 for number in numbers)
+    if any({CHANGED, CODED} & its for its in own):
         return False
-    if all(its <= {ID} for its in own):
+    if all(its <= {ID, CHILD} for its in own):
         return len(own) == 1 and all(abs(number) < _LARGEST for number in numbers)
     return all(number in (0, 1) for number in numbers)
 
@@ -232,10 +270,10 @@ def _is_of_one_id(own: list[Kinds]) -> bool:
 
 def _is_plain_bits(name: str, own: list[Kinds], numbers: list[int | float]) -> bool:
     if not numbers:
-        return name not in {"remainder", "bitwise_right_shift", "__rshift__"} and all(its <= {COUNT} for its in own)
-    if len(own) != 1 or not own[0] <= {ID, CHANGED}:
+        return name not in _SHIFTS | {"remainder"} and all(its <= {COUNT} for its in own)
+    if len(own) != 1 or not own[0] <= _OF_IDS:
         return False
-    if name in {"bitwise_or", "__or__"}:  # the number of a child of a coalesced table, and back
+    if name in _ORS:  # the number of a child of a coalesced table, and back
         return all(number % (1 << CHILD_BITS) == 0 for number in numbers)
     return name in _BITS or numbers == [CHILD_BITS]
 
