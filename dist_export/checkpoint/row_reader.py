@@ -59,6 +59,16 @@ class RowReader:
             pieces.append((begin, end))
         return pieces
 
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether this rank can read all rows of the checkpoint: none is in the memory of other ranks alone."""
+        return self._checkpoint.memory is None
+
+    def is_on_disk(self, part: int, column: int) -> bool:
+        """Whether the rows of a slot of a part lie row behind row in a file on a disk."""
+        file = int(self._checkpoint.blocks.file[part, column])
+        return file >= 0 and self._sources[file].fd >= 0
+
     def is_held(self, part: int, column: int) -> bool:
         """Whether this rank can read the rows of a slot of a part: always, but where others have them in their memory."""
         checkpoint, memory = self._checkpoint, self._checkpoint.memory
@@ -109,7 +119,14 @@ class RowReader:
                 self.read_into(rows[place], part, column, number, 1)
             return
         begins = (int(checkpoint.blocks.offset[part, column]) + numbers * slot.row_bytes).tolist()
-        self._sources[file].read_many([(rows[place].data, begin) for place, begin in enumerate(begins)])
+        assert rows.flags.c_contiguous, "rows are filled in place"
+        flat, width = rows.reshape(-1).data, slot.row_bytes
+        if not width:
+            return
+        ends = range(width, len(flat) + 1, width)
+        self._sources[file].read_many(
+            [(flat[end - width : end], begin) for end, begin in zip(ends, begins, strict=True)]
+        )
 
     def _read_strips(self, rows: np.ndarray, part: int, column: int, first_row: int, *, held_only: bool) -> None:
         strips, memory = self._checkpoint.strips, self._checkpoint.memory

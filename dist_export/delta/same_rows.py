@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,10 @@ from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_encodings import RowCast
 from dist_export.formats.row_fingerprints import fingerprint_rows
+from dist_export.kernels.selection import select_kernels
 from dist_export.package.reader import Package
 from dist_export.package.row_fingerprints import PartFingerprints, open_fingerprints
+from dist_export.package.row_follower import RowFollower
 from dist_export.package.slot_reader import SlotReader
 from dist_export.plan.casts import cast_of
 from dist_export.plan.selection import Selection
@@ -41,6 +44,33 @@ class _Slot(NamedTuple):
     written_bytes: int
     cast: RowCast | None
     in_base: SlotReader
+
+
+class _Rows:
+    """Neighbouring rows of a part of the source as they are written. They are read once, if they are asked for."""
+
+    def __init__(self, slots: Sequence[_Slot], part: int, first_row: int, num_rows: int, reader: RowReader) -> None:
+        self._slots = slots
+        self._part = part
+        self._first_row = first_row
+        self._num_rows = num_rows
+        self._reader = reader
+
+    @functools.cached_property
+    def slots(self) -> list[np.ndarray]:
+        """The rows of each slot: uint8, (num_rows, bytes)."""
+        return [self._read(slot) for slot in self._slots]
+
+    @functools.cached_property
+    def fingerprints(self) -> np.ndarray:
+        """The fingerprints of the rows: uint64, (num_rows,)."""
+        return fingerprint_rows(self._num_rows, [rows for rows in self.slots if rows.shape[1]])
+
+    def _read(self, slot: _Slot) -> np.ndarray:
+        held = np.empty(self._num_rows * slot.stored_bytes, np.uint8)
+        self._reader.read_into(held, self._part, slot.column, self._first_row, self._num_rows)
+        rows = held.reshape(self._num_rows, slot.stored_bytes)
+        return rows if slot.cast is None else slot.cast.encode(rows)
 
 
 class BaseRows:
@@ -76,6 +106,7 @@ class BaseRows:
         self._fingerprints: dict[tuple[int, int], PartFingerprints | None] = {}
         self._dropped_in = dropped_in
         self._slots = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
+        self._finders = [RowFollower(slots[0].in_base) for slots in self._slots]
         self._bits: dict[int, np.ndarray] = {}
         """By part, one bit a row: whether it is the same."""
         self._known: dict[int, int] = {}
@@ -140,45 +171,44 @@ class BaseRows:
         total = Compared()
         for begin in range(0, len(ids), step):
             end = min(begin + step, len(ids))
-            asked = np.flatnonzero(is_asked[begin:end])
-            if not len(asked):
+            num_asked = int(np.count_nonzero(is_asked[begin:end]))
+            if not num_asked:
                 continue
-            now = [self._read(slot, part, first_row + begin, end - begin, reader) for slot in slots]
-            is_equal = np.zeros(end - begin, bool)
-            num_found = 0
-            fingerprints: np.ndarray | None = None
-            for number, wanted, found in slots[0].in_base.find(ids[begin:end][asked]):
-                hits = found >= 0
-                its, rows = (asked[wanted], found) if hits.all() else (asked[wanted[hits]], found[hits])
-                is_equal[its] = True
-                num_found += len(its)
-                if is_first:
-                    self._mark(table, number, rows)
-                in_base = None if self._is_exact else self._fingerprints_of(table, number)
-                if in_base is not None:
-                    if fingerprints is None:
-                        fingerprints = fingerprint_rows(
-                            end - begin, [slot_rows for slot_rows in now if slot_rows.shape[1]]
-                        )
-                    is_equal[its] = fingerprints[its] == in_base.fingerprints(rows)
-                    continue
-                for slot, all_rows in zip(slots, now, strict=True):
-                    ours = all_rows if len(its) == len(all_rows) else all_rows[its]
-                    is_equal[its] &= _are_equal(ours, slot.in_base.take(number, rows))
-            is_same[begin:end] = is_equal
-            num_same = int(np.count_nonzero(is_equal))
-            total = total.plus(Compared(num_same, num_found - num_same, len(asked) - num_found))
+            asked = None if num_asked == end - begin else np.flatnonzero(is_asked[begin:end])
+            rows = _Rows(slots, part, first_row + begin, end - begin, reader)
+            num_found = self._compare_piece(table, ids[begin:end], asked, rows, is_same[begin:end], is_first=is_first)
+            num_same = int(np.count_nonzero(is_same[begin:end]))
+            total = total.plus(Compared(num_same, num_found - num_same, num_asked - num_found))
         if is_first:
             with self._lock:
                 self._counts[table] = self._counts.get(table, Compared()).plus(total)
         return is_same
 
-    def _read(self, slot: _Slot, part: int, first_row: int, num_rows: int, reader: RowReader) -> np.ndarray:
-        """Return rows of a slot as they are written: uint8, (num_rows, bytes)."""
-        held = np.empty(num_rows * slot.stored_bytes, np.uint8)
-        reader.read_into(held, part, slot.column, first_row, num_rows)
-        rows = held.reshape(num_rows, slot.stored_bytes)
-        return rows if slot.cast is None else slot.cast.encode(rows)
+    def _compare_piece(
+        self, table: int, ids: np.ndarray, asked: np.ndarray | None, now: _Rows, is_same: np.ndarray, *, is_first: bool
+    ) -> int:
+        """Set which rows of a piece are the same, all false before, and return how many ids of it the base has.
+
+        ``asked``: which rows to compare (int64); None for all.
+        """
+        num_found = 0
+        for number, wanted, rows_there in self._finders[table].find(ids if asked is None else ids[asked]):
+            positions, found = wanted if asked is None else asked[wanted], rows_there
+            if len(found) and found.min() < 0:
+                positions, found = positions[found >= 0], found[found >= 0]
+            num_found += len(found)
+            its = slice(None) if len(found) == len(ids) else positions  # of all rows, in order, none is picked out
+            if is_first:
+                self._mark(table, number, found)
+            in_base = None if self._is_exact else self._fingerprints_of(table, number)
+            if in_base is not None:
+                is_same[its] = now.fingerprints[its] == in_base.fingerprints(found)
+                continue
+            is_equal = np.ones(len(found), bool)
+            for slot, rows in zip(self._slots[table], now.slots, strict=True):
+                is_equal &= _are_equal(rows[its], slot.in_base.take(number, found))
+            is_same[its] = is_equal
+        return num_found
 
     def _fingerprints_of(self, table: int, number: int) -> PartFingerprints | None:
         """Return the fingerprints of a part of the base; None if it has none."""
@@ -192,7 +222,7 @@ class BaseRows:
         part = self._base.table(self._checkpoint.tables[table].name).parts[number]
         with self._lock:  # threads may add to one byte
             bits = self._seen.setdefault((table, number), np.zeros(-(-part.rows // 8), np.uint8))
-            np.bitwise_or.at(bits, rows >> 3, (128 >> (rows & 7)).astype(np.uint8))
+            select_kernels().mark_rows(bits, rows)
 
     def _keep(self, part: int, first_row: int, is_same: np.ndarray) -> None:
         num_rows = int(self._checkpoint.parts.rows[part])

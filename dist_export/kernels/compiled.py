@@ -7,13 +7,20 @@ import ctypes
 from dist_export.kernels.compiled_casts import CompiledCasts
 from dist_export.kernels.compiled_duplicates import CompiledDuplicates
 from dist_export.kernels.compiled_fingerprints import CompiledFingerprints
+from dist_export.kernels.compiled_followed_rows import CompiledFollowedRows
 from dist_export.kernels.compiled_id_sweep import CompiledIdSweep
 from dist_export.kernels.compiled_row_index import CompiledRowIndex
 from dist_export.kernels.compiled_rows import CompiledRows
 
 
 class CompiledKernels(
-    CompiledDuplicates, CompiledIdSweep, CompiledRowIndex, CompiledCasts, CompiledRows, CompiledFingerprints
+    CompiledDuplicates,
+    CompiledIdSweep,
+    CompiledRowIndex,
+    CompiledCasts,
+    CompiledRows,
+    CompiledFingerprints,
+    CompiledFollowedRows,
 ):
     """All compiled kernels. It implements ``Kernels``."""
 

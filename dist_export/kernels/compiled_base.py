@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dist_export.kernels.protocol import Column
+
 POINTER, INT64, UINT64, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int
 
 
@@ -68,3 +70,11 @@ def at(values: np.ndarray) -> int:
     """Return the address of an array. The caller keeps the array until the call has ended."""
     address: int = values.ctypes.data
     return address
+
+
+def bytes_of(column: Column, size: int, count: int) -> np.ndarray | None:
+    """Return the bytes of a column of ``count`` values that is in memory; None for another one, or one that is too short."""
+    flat: np.ndarray | None = getattr(column, "raw_bytes", None)
+    if isinstance(column, np.ndarray) and column.itemsize == size:
+        flat = np.ascontiguousarray(column).view(np.uint8)
+    return flat if flat is not None and len(flat) >= size * count else None

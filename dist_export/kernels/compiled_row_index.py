@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_export.kernels.compiled_base import INT, INT64, POINTER, UINT64, CompiledBase, at, checked
+from dist_export.kernels.compiled_base import INT, INT64, POINTER, UINT64, CompiledBase, at, bytes_of, checked
 from dist_export.kernels.numpy_row_index import NumpyRowIndex
 from dist_export.kernels.protocol import Column
 
@@ -70,7 +70,7 @@ class CompiledRowIndex(CompiledBase):
         longest_probe: int,
     ) -> np.ndarray:
         """See the protocol."""
-        slot_bytes, id_bytes = _bytes_of(slots, 4, num_slots), _bytes_of(ids, 8, num_rows)
+        slot_bytes, id_bytes = bytes_of(slots, 4, num_slots), bytes_of(ids, 8, num_rows)
         if slot_bytes is not None and id_bytes is not None:
             sought = checked(sought, np.int64)
             found = np.empty(len(sought), np.int64)
@@ -101,7 +101,7 @@ class CompiledRowIndex(CompiledBase):
         longest_probe: int,
     ) -> int:
         """See the protocol."""
-        slot_bytes = _bytes_of(slots, 4, num_slots)
+        slot_bytes = bytes_of(slots, 4, num_slots)
         if slot_bytes is None:
             return _NUMPY.count_rows_at(
                 slots,
@@ -138,11 +138,3 @@ class CompiledRowIndex(CompiledBase):
 
 def _spread(seed: int) -> int:
     return seed * _GOLDEN % (1 << 64)
-
-
-def _bytes_of(column: Column, size: int, count: int) -> np.ndarray | None:
-    """Return the bytes of a column of ``count`` values that is in memory; None for another one, or one that is too short."""
-    flat: np.ndarray | None = getattr(column, "raw_bytes", None)
-    if isinstance(column, np.ndarray) and column.itemsize == size:
-        flat = np.ascontiguousarray(column).view(np.uint8)
-    return flat if flat is not None and len(flat) >= size * count else None

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dist_export.kernels.numpy_casts import NumpyCasts
 from dist_export.kernels.numpy_duplicates import NumpyDuplicates
 from dist_export.kernels.numpy_fingerprints import NumpyFingerprints
+from dist_export.kernels.numpy_followed_rows import NumpyFollowedRows
 from dist_export.kernels.numpy_id_sweep import NumpyIdSweep
 from dist_export.kernels.numpy_row_index import NumpyRowIndex
 from dist_export.kernels.numpy_rows import NumpyRows
 
 
-class NumpyKernels(NumpyDuplicates, NumpyIdSweep, NumpyRowIndex, NumpyCasts, NumpyRows, NumpyFingerprints):
+class NumpyKernels(
+    NumpyDuplicates,
+    NumpyIdSweep,
+    NumpyRowIndex,
+    NumpyCasts,
+    NumpyRows,
+    NumpyFingerprints,
+    NumpyFollowedRows,
+):
     """All kernels in numpy. It implements ``Kernels``."""
 
     def __init__(self, reason: str = "") -> None:

@@ -226,3 +226,22 @@ class Kernels(Protocol):
 
     def finish_fingerprints(self, state: np.ndarray) -> np.ndarray:
         """Return the fingerprints: uint64 of shape (n,). ``state`` stays as it is, so that more slots can be folded in."""
+
+    # ---- rows of a base ----
+
+    def follow_ids(
+        self, ids: Column, sought: np.ndarray, *, num_rows: int, first_row: int, most_missed: int
+    ) -> tuple[np.ndarray, int]:
+        """Return the rows (int64) of ids that come in the order of a column, and the row after the last one that was found.
+
+        The rows of the others are -1, though the column may have them. Up to 8 rows of the column are passed over for an id.
+
+        Args:
+            ids: int64, ``num_rows`` different ids.
+            sought: int64.
+            first_row: where the first of them is expected.
+            most_missed: after one more id than these is not found, the rest is not looked for.
+        """
+
+    def mark_rows(self, bits: np.ndarray, rows: np.ndarray) -> None:
+        """Set the bits of rows (int64) in ``bits`` (uint8, contiguous): the first row of a byte has its highest bit."""

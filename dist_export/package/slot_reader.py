@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 
 from dist_export.errors import PackageError
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.recis import ID_SLOT, Slice, hash_slots, is_in_slice, parse_slice
+from dist_export.formats.recis import ID_SLOT, Slice, is_in_slice, parse_slice
 from dist_export.formats.row_index import (
     MAGIC,
     SLOT,
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _RUN_ROWS = 1 << 20
 _IDS = np.dtype("<i8")
-_MAX_UINT16 = int(np.iinfo(np.uint16).max)
 _MAX_NUMBER = int(np.iinfo(np.int64).max)
 
 
@@ -118,7 +116,7 @@ class SlotReader:
             for part in self._table.parts:
                 has_row[self._find_numbers(part, ids)] = True
             return has_row
-        for number, wanted in self._deal(ids):
+        for number, wanted in self.deal(ids):
             has_row[wanted] = self._find(number, ids[wanted]) >= 0
         return has_row
 
@@ -144,29 +142,34 @@ class SlotReader:
             reader.read_into(ids.data.cast("B"), place.id_offset + first * _IDS.itemsize)
         return ids
 
-    def find(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield each part that may hold some ids: its number, the positions of these ids (int64), and their rows there (int64).
+    @property
+    def table(self) -> TableEntry:
+        """The table's entry in the manifest."""
+        return self._table
 
-        An id without a row has -1, or no part. ``ids`` is int64, (n,).
+    def find_numbers(self, number: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of the ids that are numbers of a part's rows, and their rows there (both int64)."""
+        mine = self._find_numbers(self._table.parts[number], ids)
+        return mine, ids[mine] - self._first_row(self._table.parts[number])
 
-        Raises:
-            PackageError: a part of a hash table has no row index, or a damaged one.
+    def find_in(self, number: int, sought: np.ndarray) -> np.ndarray:
+        """Return the rows of ids in a part of a hash table (int64); -1 for an id without a row.
+
+        PackageError: the part has no row index, or a damaged one.
         """
-        if self._table.is_row_indexed:
-            for number, part in enumerate(self._table.parts):
-                mine = self._find_numbers(part, ids)
-                if len(mine):
-                    yield number, mine, ids[mine] - self._first_row(part)
-            return
-        for number, wanted in self._deal(ids):
-            part = self._table.parts[number]
-            if not part.rows:
-                continue
-            if part.row_index is msgspec.UNSET:
-                raise PackageError(
-                    f"{self._files.url}: table {self._table.name!r} has no row index; export it with row_index: true"
-                )
-            yield number, wanted, self._find_in(number, part.row_index, ids[wanted])
+        index = self._table.parts[number].row_index
+        if index is msgspec.UNSET:
+            raise PackageError(
+                f"{self._files.url}: table {self._table.name!r} has no row index; export it with row_index: true"
+            )
+        return self._find_in(number, index, sought)
+
+    @contextlib.contextmanager
+    def open_ids(self, number: int) -> Iterator[Column]:
+        """Open the ids of a part of a hash table."""
+        place = self._locate(number)
+        with self._open_column(place.id_file, place.id_offset, self._table.parts[number].rows, _IDS) as column:
+            yield column
 
     def take(self, number: int, found: np.ndarray) -> np.ndarray:
         """Return rows of a part as they are stored: uint8, (n, row_bytes). ``found`` (int64, (n,)) are rows within it."""
@@ -191,7 +194,7 @@ class SlotReader:
     # ---- hash tables ----
 
     def _read_ids(self, ids: np.ndarray, has_row: np.ndarray, rows: np.ndarray) -> None:
-        for number, wanted in self._deal(ids):
+        for number, wanted in self.deal(ids):
             if self._table.parts[number].rows:
                 self._take(number, wanted, self._find(number, ids[wanted]), has_row, rows)
 
@@ -204,31 +207,16 @@ class SlotReader:
             return self._scan(number, sought)
         return self._find_in(number, part.row_index, sought)
 
-    def _deal(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield each part that owns ids, with the positions of these ids."""
+    def deal(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each part that owns ids, with the positions of these ids: all positions, in order, where one part has all."""
         if self._edges is None:  # slices of different sizes, or that overlap
             for number, part_slice in enumerate(self._slices):
                 wanted = np.flatnonzero(is_in_slice(ids, part_slice))
                 if len(wanted):
                     yield number, wanted
             return
-        if not len(ids):
-            return
-        begins, ends, numbers = self._edges
-        if len(numbers) == 1 and not begins[0] and ends[0] == self._slices[0].size:  # it has all ids there can be
-            yield int(numbers[0]), np.arange(len(ids))
-            return
-        slots = hash_slots(ids, self._slices[0].size).view(np.int64)
-        owners = np.searchsorted(begins, slots, "right") - 1
-        is_owned = (owners >= 0) & (slots < ends[owners])
-        # numpy sorts 16 bits much faster than 64
-        kind = np.uint16 if len(numbers) <= _MAX_UINT16 else np.int64
-        owners = np.where(is_owned, owners, len(numbers)).astype(kind)
-        order = np.argsort(owners, kind="stable")
-        bounds = [0, *np.cumsum(np.bincount(owners, minlength=len(numbers))[: len(numbers)]).tolist()]
-        for place, (first, last) in enumerate(itertools.pairwise(bounds)):
-            if first < last:
-                yield int(numbers[place]), order[first:last]
+        if len(ids):
+            yield from self._edges.deal(ids)
 
     def _locate(self, number: int) -> _PartBlocks:
         """Return where a part is. Its headers are compared with the manifest once."""

@@ -77,8 +77,8 @@ class MemoryBudget:
         """
         return self._gather_rows(row_bytes, max(_MIN_GATHER_BYTES, num_targets * _WRITE_BYTES))
 
-    def gather_rows_of_store(self, row_bytes: int, num_targets: int) -> int:
-        """Return the same for a source on a store. Ranges are longer, because a store takes equally long to start any range."""
+    def gather_many_rows(self, row_bytes: int, num_targets: int) -> int:
+        """Return the same for long ranges: a store takes equally long to start any, and a delta keeps few rows."""
         return self._gather_rows(row_bytes, max(_MOST_WINDOW_BYTES, num_targets * _WRITE_BYTES))
 
     def _gather_rows(self, row_bytes: int, wanted: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from dist_export.checkpoint.id_reader import open_sources, read_id_runs, read_ids
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
-from dist_export.formats.recis import hash_slots, is_place_in, mix
+from dist_export.formats.recis import hash_slots, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
 from dist_export.ids.duplicates import HeldIds
@@ -150,15 +150,19 @@ class _Counter:
         if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
             return ids
         codes = self._prune.rules(part, first_row, ids)
-        pruned = ids[codes != KEPT]
-        if not len(pruned):
+        is_kept = codes == KEPT
+        kept: np.ndarray = ids[is_kept]
+        if len(kept) == len(ids):
             return ids
         assert self._pruned is not None
-        self._pruned.rows[row] += np.bincount(codes, minlength=1 + self._pruned.rows.shape[1])[1:]
-        is_inside = is_place_in(hash_slots(pruned, target.size), self._checkpoint.parts.slice_of(part))
-        self._pruned.misplaced[row] += np.count_nonzero(~is_inside)
-        self._pruned.id_sum[row : row + 1] += mix(pruned).sum(dtype=np.uint64)
-        kept: np.ndarray = ids[codes == KEPT]
+        for place in range(self._pruned.rows.shape[1]):
+            self._pruned.rows[row, place] += np.count_nonzero(codes == place + 1)
+        claimed = self._checkpoint.parts.slice_of(part)
+        sweep = select_kernels().sweep_ids(
+            ids[~is_kept], _FIRST, size=target.size, begins=np.array([claimed.begin]), ends=np.array([claimed.end])
+        )
+        self._pruned.misplaced[row] += int(sweep.outside[0])
+        self._pruned.id_sum[row : row + 1] += sweep.id_sums
         return kept
 
     def _count_piece(self, run: IdRun) -> None:

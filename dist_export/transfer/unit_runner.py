@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.formats.digests import NONE, hash_chunks
-from dist_export.formats.recis import hash_slots
 from dist_export.formats.row_encodings import RowCast
 from dist_export.kernels.selection import select_kernels
-from dist_export.plan.casts import CastCount, cast_of
-from dist_export.plan.memory_budget import MemoryBudget, cast_rows
-from dist_export.plan.plan import Gather, SparsePlan
+from dist_export.plan.casts import CastCount
+from dist_export.plan.memory_budget import MemoryBudget
+from dist_export.plan.plan import SparsePlan
 from dist_export.plan.prune import KEPT
 from dist_export.plan.work_units import Unit
 from dist_export.storage.range_reader import OpenReaders
 from dist_export.transfer.casting import Counts, cast_blocks
+from dist_export.transfer.gather_chunk import Chunk, Piece, find_kept, find_owners
 from dist_export.transfer.multipart_upload import PartWriter
 from dist_export.transfer.output_files import StagedFiles
+from dist_export.transfer.picked_rows import is_worth_picking, read_picked
 from dist_export.transfer.prune_filter import PruneReader
 
 _BUFFER_BYTES = 1 << 20
@@ -141,12 +141,12 @@ class UnitRunner:
         Rows of neighbouring parts share a chunk if they are also neighbours in every target, so that small parts do not
         cause small writes. They are neighbours unless a part between them is copied as byte ranges.
         """
-        chunk = _Chunk(self._plan, self._plan.gathers[numbers[0]], self._budget)
+        chunk = Chunk(self._plan, self._plan.gathers[numbers[0]], self._budget)
         for number in numbers:
             gather = self._plan.gathers[number]
             if not chunk.follows(gather):
                 self._flush(chunk)
-                chunk = _Chunk(self._plan, gather, self._budget)
+                chunk = Chunk(self._plan, gather, self._budget)
             chunk.plan_rows(gather)
             is_whole = len(gather.targets) == 1 and gather.num_kept == gather.num_rows
             target = int(gather.targets[0]) if is_whole else None
@@ -154,13 +154,13 @@ class UnitRunner:
             while left:
                 num_rows = chunk.room_for(left)
                 if num_rows:
-                    chunk.add(_Piece(gather.part, first, num_rows, number, target))
+                    chunk.add(Piece(gather.part, first, num_rows, number, target))
                 first, left = first + num_rows, left - num_rows
                 if left or not chunk.num_free:
                     self._flush(chunk)
         self._flush(chunk)
 
-    def _flush(self, chunk: _Chunk) -> None:
+    def _flush(self, chunk: Chunk) -> None:
         """Move the rows of a chunk, slot by slot."""
         num_rows = chunk.num_rows
         if not num_rows:
@@ -169,14 +169,18 @@ class UnitRunner:
         ids: np.ndarray | None = None
         order: np.ndarray | None = None
         kept: np.ndarray | None = None
+        picked: np.ndarray | None = None
         if len({piece.target for piece in chunk.pieces}) == 1 and chunk.pieces[0].target is not None:
             counts = np.zeros(len(plan.targets[table].slices), np.int64)
             counts[chunk.pieces[0].target] = num_rows
         else:
             ids = np.empty(num_rows, np.int64)
             self._read_pieces(chunk.pieces, 0, ids.view(np.uint8))
-            kept = _kept_rows(plan, chunk.pieces, self._pruned_rows(chunk, ids))
-            order, counts = _order_rows(plan, table, ids, chunk.pieces, kept)
+            kept = find_kept(plan, chunk.pieces, self._pruned_rows(chunk, ids))
+            if kept is not None and is_worth_picking(self._rows, chunk, kept):
+                picked, kept = kept, None
+            owners, ids = find_owners(plan, table, ids, chunk.pieces, picked)
+            order, counts = self._kernels.order_rows(owners, kept, len(plan.targets[table].slices))
         present, num_moved = np.flatnonzero(counts), int(counts.sum())
         starts = np.cumsum(counts)[present] - counts[present]
         for slot in plan.slots_of(table):
@@ -189,6 +193,8 @@ class UnitRunner:
                 continue
             if slot.column == 0 and ids is not None:
                 rows, free = ids.view(np.uint8), chunk.rows_out
+            elif picked is not None:
+                rows, free = read_picked(self._rows, chunk, slot.column, picked), chunk.rows_out
             else:
                 rows, free = self._read_rows(chunk, slot.column, cast, kept)
             moved = rows
@@ -209,7 +215,7 @@ class UnitRunner:
                     self._outputs.write_columns(file, view[begin:end], position, slot.row_bytes, first, last)
         chunk.moved(counts)
 
-    def _pruned_rows(self, chunk: _Chunk, ids: np.ndarray) -> np.ndarray | None:
+    def _pruned_rows(self, chunk: Chunk, ids: np.ndarray) -> np.ndarray | None:
         """Return which rows of a chunk are pruned (bool); None if its table has no rules."""
         if self._prune is None or not self._prune.has_rules[chunk.table]:
             return None
@@ -221,7 +227,7 @@ class UnitRunner:
         return found
 
     def _read_rows(
-        self, chunk: _Chunk, column: int, cast: RowCast | None, kept: np.ndarray | None
+        self, chunk: Chunk, column: int, cast: RowCast | None, kept: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of a slot as they are written, and the buffer that is now free (both uint8, flat)."""
         plan = self._plan
@@ -257,7 +263,7 @@ class UnitRunner:
         self._rows.read_into(found.view(np.uint8), part, 0, row, 1)
         return int(found[0])
 
-    def _read_pieces(self, pieces: Sequence[_Piece], column: int, rows: np.ndarray) -> None:
+    def _read_pieces(self, pieces: Sequence[Piece], column: int, rows: np.ndarray) -> None:
         """Fill ``rows`` (uint8) with the rows of one slot, piece after piece."""
         checkpoint = self._plan.checkpoint
         width = checkpoint.tables[checkpoint.parts.table[pieces[0].part]].slots[column].row_bytes
@@ -266,117 +272,3 @@ class UnitRunner:
             end = begin + num_rows * width
             self._rows.read_into(rows[begin:end], part, column, first_row, num_rows, held_only=True)
             begin = end
-
-
-class _Piece(NamedTuple):
-    """Rows of one part."""
-
-    part: int
-    first_row: int
-    num_rows: int
-    gather: int
-    """Index into ``SparsePlan.gathers``."""
-    target: int | None
-    """The target of all rows of that gather, in their order; None if there are several targets, or rows that do not go."""
-
-
-class _Chunk:
-    """Rows of one table that are moved together, and the next row to write in each target."""
-
-    def __init__(self, plan: SparsePlan, gather: Gather, budget: MemoryBudget) -> None:
-        self.table = int(plan.checkpoint.parts.table[gather.part])
-        self.columns = gather.columns
-        self._part = -1
-        self._plan = plan
-        stored = plan.checkpoint.tables[self.table].slots
-        slots = [slot for slot in plan.slots_of(self.table) if slot.column in gather.columns]
-        self.casts = {slot.column: cast for slot in slots if (cast := cast_of(stored[slot.column], slot)) is not None}
-        widest = max(max(slot.row_bytes, stored[slot.column].row_bytes) for slot in slots)
-        num_targets = len(plan.targets[self.table].slices)
-        is_on_store = plan.checkpoint.directory.s3 is not None
-        count_rows = budget.gather_rows_of_store if is_on_store else budget.gather_rows
-        self._step = max((cast_rows(cast.dim) for cast in self.casts.values()), default=1)
-        self._capacity = max(1, count_rows(widest, num_targets) // self._step) * self._step
-        self.pieces: list[_Piece] = []
-        self.num_rows = 0
-        """The number of rows in ``pieces``."""
-        self.rows_in = np.empty(self._capacity * widest, np.uint8)
-        self.rows_out = np.empty(self._capacity * widest, np.uint8)
-        self.next_rows = np.zeros(num_targets, np.int64)
-        """The first row of each target that the rows in ``pieces`` fill."""
-        self._planned = np.full(num_targets, -1, np.int64)
-        """The row of each target after the planned gathers; -1 for a target without rows so far."""
-
-    @property
-    def num_free(self) -> int:
-        """The number of rows that still fit."""
-        return self._capacity - self.num_rows
-
-    def room_for(self, left: int) -> int:
-        """Return how many of ``left`` rows of a gather to add: all, or as many whole blocks of a cast as fit."""
-        return left if left <= self.num_free else self.num_free // self._step * self._step
-
-    def add(self, piece: _Piece) -> None:
-        """Add rows. They must fit."""
-        self.pieces.append(piece)
-        self.num_rows += piece.num_rows
-
-    def moved(self, counts: np.ndarray) -> None:
-        """Remove all rows after they are written. ``counts`` are the rows that each target got."""
-        self.next_rows += counts
-        self.pieces.clear()
-        self.num_rows = 0
-
-    def follows(self, gather: Gather) -> bool:
-        """Return whether the rows of a gather directly follow the planned rows in every target."""
-        if int(self._plan.checkpoint.parts.table[gather.part]) != self.table or gather.columns != self.columns:
-            return False
-        is_in_memory = self._plan.checkpoint.memory is not None  # then this rank may hold other columns of each part
-        if is_in_memory and self._part not in (-1, gather.part):
-            return False
-        planned = self._planned[gather.targets]
-        return bool(((planned < 0) | (planned == gather.first_target_rows)).all())
-
-    def plan_rows(self, gather: Gather) -> None:
-        """Plan the rows of each target that a gather fills."""
-        self._part = gather.part
-        is_new = self._planned[gather.targets] < 0
-        self.next_rows[gather.targets[is_new]] = gather.first_target_rows[is_new]
-        self._planned[gather.targets] = gather.first_target_rows + gather.counts
-
-
-def _order_rows(
-    plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece], kept: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the kernels' order of the rows of a chunk by target, and how many rows each target gets."""
-    owners = _owners_of(plan, table, ids, pieces)
-    return select_kernels().order_rows(owners, kept, len(plan.targets[table].slices))
-
-
-def _owners_of(plan: SparsePlan, table: int, ids: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
-    target_of = plan.targets[table]
-    if not target_of.has_overlap:
-        return target_of.count_owners(ids, own=None)[0]
-    positions = hash_slots(ids, target_of.size)
-    owners, begin = [], 0  # a row stays in the slice of its part, so each piece is looked up separately
-    for part, _, num_rows, *_ in pieces:
-        own = target_of.index_of(plan.checkpoint.parts.slice_of(part))
-        owners.append(target_of.owners_of(positions[begin : begin + num_rows], own=own))
-        begin += num_rows
-    return np.concatenate(owners)
-
-
-def _kept_rows(plan: SparsePlan, pieces: Sequence[_Piece], is_pruned: np.ndarray | None) -> np.ndarray | None:
-    """Return the rows of a chunk that are moved (int64); None if all are. ``is_pruned``: bool, by row of the chunk."""
-    dropped, begin = [], 0
-    for part, first_row, num_rows, *_ in pieces:
-        rows = plan.dropped.rows_in(part, first_row, num_rows)
-        if len(rows):
-            dropped.append(begin + rows)
-        begin += num_rows
-    if not dropped and is_pruned is None:
-        return None
-    is_kept = np.ones(begin, bool) if is_pruned is None else ~is_pruned
-    for rows in dropped:
-        is_kept[rows] = False
-    return np.flatnonzero(is_kept)

@@ -315,3 +315,31 @@ def test_settings_that_do_not_go_together(sources, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             export(sources[0], tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("has_rule", [False, True], ids=["delta", "delta and prune"])
+def test_few_rows_of_wide_tables_are_picked_out(tmp_path: Path, num_shards: int, has_rule: bool) -> None:
+    """Rows in the order of the base, of which so few change that they are read one by one."""
+    random = np.random.default_rng(3)
+    ids, rows = random.choice(1 << 40, 9000, replace=False), random.normal(size=(9000, 96)).astype(np.float32)
+    steps = np.arange(9000)[:, None]
+    later, later_steps = rows.copy(), steps.copy()
+    later[[0, 17, 18, 4000, 8999], 95] += 1
+    later_steps[77] += 1
+    left = np.delete(np.arange(9000), [30, 31, 5000])
+    before = save(tmp_path / "before", {"item": (ids, {"embedding": rows, "step": steps})}, 2)
+    after = save(
+        tmp_path / "after",
+        {"item": (ids[left], {"embedding": later[left], "step": later_steps[left]})},
+        2,
+    )
+    settings: dict[str, Any] = {"num_shards": num_shards, "row_fingerprints": True}
+    if has_rule:
+        settings["prune"] = [{"tables": "item", "slot": "step", "below": 50}]
+    base = export(before, tmp_path / "base", **settings)
+    delta = export(after, tmp_path / "delta", base=str(base), **settings)
+    full = export(after, tmp_path / "full", **settings)
+    assert put_together(base, delta) == read_package(full)
+    account = manifest_of(delta)["tables"][0]["delta"]
+    assert (account["changed"], account["new"]) == (3 if has_rule else 6, 0)

@@ -1,6 +1,6 @@
 /* Fingerprints of rows: 64 bits over all bytes of all slots. kernels/numpy_fingerprints.py defines them.
  *
- * A word waits for the word before it in its row, so four rows are folded side by side. */
+ * A word waits for the word before it in its row, so eight rows are folded side by side. */
 #include "kernels.h"
 
 EXPORTED void kernels_fold_slot(uint64_t *state, const unsigned char *rows, int64_t num_rows, int64_t width);
@@ -8,7 +8,7 @@ EXPORTED void kernels_finish_fingerprints(const uint64_t *state, int64_t num_row
 
 #define FIRST UINT64_C(0xBF58476D1CE4E5B9)
 #define SECOND UINT64_C(0x94D049BB133111EB)
-#define LANES 4
+#define LANES 8
 
 INLINE uint64_t mix(uint64_t state) {
     state *= FIRST;
