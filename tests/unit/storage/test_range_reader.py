@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_export.errors import TransferError
 from dist_export.storage import s3_reader
-from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.range_reader import LocalReader, RangeReader
 from dist_export.storage.s3_reader import S3Reader
 from tests.support.properties import examples
 
@@ -110,3 +112,22 @@ def test_an_object_that_has_shrunk(store: FakeStore, offset: int) -> None:
         read(open_on(store), offset, 700)
     with pytest.raises(TransferError, match="ended at byte 500, 500 bytes before the end"):
         open_on(store).read_many([(memoryview(bytearray(500)), 0), (memoryview(bytearray(500)), 500)])
+
+
+def test_scattered_ranges_of_a_file_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call may read less than it was asked for, and a file may have been cut short."""
+    path = tmp_path / "rows"
+    path.write_bytes(DATA[:1000])
+    fd = os.open(path, os.O_RDONLY)
+    reader = LocalReader(str(path), fd)
+    views, places = [bytearray(20) for _ in range(3)], [980, 0, 500]
+    reader.read_many([(memoryview(view), place) for view, place in zip(views, places, strict=True)])
+    assert [bytes(view) for view in views] == [DATA[place : place + 20] for place in places]
+    with pytest.raises(TransferError, match=r"rows ended at byte 1,000, 10 bytes before the end"):
+        reader.read_many([(memoryview(bytearray(20)), 990)])
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:7]], offset))
+    found = bytearray(20)
+    reader.read_many([(memoryview(found), 300)])
+    assert bytes(found) == DATA[300:320]
+    reader.close()
