@@ -123,7 +123,7 @@ def test_scattered_ranges_of_a_file_on_a_disk(tmp_path: Path, monkeypatch: pytes
     views, places = [bytearray(20) for _ in range(3)], [980, 0, 500]
     reader.read_many([(memoryview(view), place) for view, place in zip(views, places, strict=True)])
     assert [bytes(view) for view in views] == [DATA[place : place + 20] for place in places]
-    with pytest.raises(TransferError, match=r"rows ended at byte 1,000, 10 bytes before the end"):
+    with pytest.raises(TransferError, match=r"rows: ended at byte 1,000, 10 bytes before the end"):
         reader.read_many([(memoryview(bytearray(20)), 990)])
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:7]], offset))
