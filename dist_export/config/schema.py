@@ -69,6 +69,9 @@ class ExportConfig:
     compare: Literal["fingerprints", "exact"] = "fingerprints"
     """How rows are compared with those of the base: by the row fingerprints in the base, where it has them; or exact, which reads
     the base's rows. Of rows that changed, fingerprints miss one in 2^64."""
+    delta_ignore_slots: list[str] = field(default_factory=list)
+    """Slots that are not compared with the base, such as step counters (needs compare: exact): a row that differs in nothing
+    else is left to the base, with the base's values of these slots."""
     step: int | None = None
     """The training step to export from a run; null takes the latest complete checkpoint. A single checkpoint must be of this
     step."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.publishing import VERSIONS
 from dist_export.errors import ConfigError
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 
 CastDtype = Literal["float16", "bfloat16", "float32", "int8", "source"]
 """Dtypes that rows can be cast to. int8 is row-wise, with scale and bias; source keeps the dtype."""
@@ -66,8 +67,17 @@ def _check_base(settings: Mapping[str, Any]) -> None:
             raise ConfigError("on_base_mismatch says what to do without a fitting base, but base is not set")
         if settings["compare"] != "fingerprints":
             raise ConfigError("compare says how rows are compared with those of a base, but base is not set")
+        if settings["delta_ignore_slots"]:
+            raise ConfigError("delta_ignore_slots says what is not compared with a base, but base is not set")
         return
     if not settings["base"]:
         raise ConfigError("base is empty; give a package, or null for a full export")
     if settings["base"] == LATEST and not settings["export_dir"].startswith(VERSIONS):
         raise ConfigError("base is latest, the current version of the directory of publish, but publish is not set")
+    if settings["delta_ignore_slots"] and settings["compare"] != "exact":
+        raise ConfigError(
+            "delta_ignore_slots leaves out slots that row fingerprints are made of; set compare: exact, which reads the rows of "
+            "the base"
+        )
+    if {ID_SLOT, EMBEDDING_SLOT} & {*settings["delta_ignore_slots"]}:
+        raise ConfigError(f"delta_ignore_slots: {ID_SLOT} and {EMBEDDING_SLOT} are always compared")

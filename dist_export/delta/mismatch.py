@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta
+from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.recis import ID_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.humanize import few
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.plan.selection import Selection
@@ -36,6 +39,18 @@ def find_mismatch(checkpoint: Checkpoint, selection: Selection, base: Manifest) 
         if reason := _compare(checkpoint, selection, number, theirs[name], rows):
             return f"its table {name!r} {reason}"
     return None
+
+
+def find_ignored(selection: Selection, names: Sequence[str]) -> tuple[frozenset[str], ...]:
+    """Return which of these slots each table keeps, by table. PlanError if no table keeps one of them."""
+    kept = [[slot.name for slot in slots] for slots in selection.kept]
+    if unknown := sorted({*names}.difference(*kept)):
+        having = sorted({name for slots in kept for name in slots} - {ID_SLOT, EMBEDDING_SLOT})
+        raise PlanError(
+            f"delta_ignore_slots: no table keeps the slot {unknown[0]!r}; kept besides {ID_SLOT} and {EMBEDDING_SLOT}: "
+            f"{few(having) if having else 'none'}"
+        )
+    return tuple(frozenset(names).intersection(slots) for slots in kept)
 
 
 def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: TableEntry, rows: int) -> str | None:

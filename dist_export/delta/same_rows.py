@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
+from dist_export.delta.mismatch import find_ignored
 from dist_export.formats.recis import ID_SLOT
 from dist_export.formats.row_encodings import RowCast
 from dist_export.formats.row_fingerprints import fingerprint_rows
@@ -88,6 +89,7 @@ class BaseRows:
         base: Package,
         *,
         is_exact: bool,
+        ignored: Sequence[str] = (),
         dropped_in: Callable[[int, int, int], np.ndarray] | None = None,
     ) -> None:
         """Prepare to compare; no row is read yet.
@@ -97,6 +99,7 @@ class BaseRows:
             selection: its kept slots, as they are written.
             base: the base, with row fingerprints or without. :func:`~dist_export.delta.mismatch.find_mismatch` has found nothing.
             is_exact: read the base's rows, even if it has fingerprints of them.
+            ignored: slots that are not compared.
             dropped_in: (part, first row, number of rows) -> those that are dropped (int64, from the first row on), and so are
                 not compared; None if no row is.
         """
@@ -105,8 +108,14 @@ class BaseRows:
         self._is_exact = is_exact
         self._fingerprints: dict[tuple[int, int], PartFingerprints | None] = {}
         self._dropped_in = dropped_in
-        self._slots = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
-        self._finders = [RowFollower(slots[0].in_base) for slots in self._slots]
+        self.ignored = find_ignored(selection, ignored)
+        """By table, which of its slots are not compared."""
+        slots_of = [self._list_slots(table, selection) for table in range(len(checkpoint.tables))]
+        self._finders = [RowFollower(slots[0].in_base) for slots in slots_of]
+        self._slots = [
+            [slot for slot in slots if slot.in_base.slot.name not in self.ignored[table]]
+            for table, slots in enumerate(slots_of)
+        ]
         self._bits: dict[int, np.ndarray] = {}
         """By part, one bit a row: whether it is the same."""
         self._known: dict[int, int] = {}
@@ -117,8 +126,8 @@ class BaseRows:
         self._lock = threading.Lock()
 
     def digest(self) -> bytes:
-        """Return a digest of the base."""
-        return self._base.manifest.digest.encode()
+        """Return a digest of the base and of what is not compared."""
+        return repr((self._base.manifest.digest, list(map(sorted, self.ignored)))).encode()
 
     @property
     def counts(self) -> dict[int, Compared]:

@@ -52,3 +52,5 @@ class DeltaEntry(msgspec.Struct, frozen=True, kw_only=True):
     deleted: Count
     """Ids of the base that have no row any more."""
     deleted_ids: tuple[DeletedIdsEntry, ...] = ()
+    ignored_slots: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Slots that were not compared, if any: of a row that is the same they may differ, and serving gets the base's."""

@@ -36,7 +36,10 @@ def account_for_base(export: ExportState) -> ExportState:
     entries = [(number, entry, in_base[entry.name]) for number, entry in enumerate(export.tables)]
 
     def account() -> list[DeltaEntry]:
-        return [_account(entry, theirs, counts.get(number, Compared())) for number, entry, theirs in entries]
+        return [
+            _account(entry, theirs, counts.get(number, Compared()), same.ignored[number])
+            for number, entry, theirs in entries
+        ]
 
     deltas = ranks.run("account for the base", account)
     losing = {number: theirs for number, _, theirs in entries if deltas[number].deleted}
@@ -67,7 +70,7 @@ def _add_up(shares: list[dict[int, Compared]]) -> dict[int, Compared]:
     return total
 
 
-def _account(entry: TableEntry, in_base: TableEntry, counts: Compared) -> DeltaEntry:
+def _account(entry: TableEntry, in_base: TableEntry, counts: Compared, ignored: frozenset[str]) -> DeltaEntry:
     same = entry.rows_dropped.get(SAME, 0)
     deleted = in_base.rows_out - counts.same - counts.changed
     if counts.same != same or counts.changed + counts.new != entry.rows_out or deleted < 0:
@@ -76,7 +79,14 @@ def _account(entry: TableEntry, in_base: TableEntry, counts: Compared) -> DeltaE
             f"{same:,} were left out, {counts.changed:,} changed and {counts.new:,} are new of {entry.rows_out:,} that were "
             f"written, and the base has {in_base.rows_out:,}. No manifest was written; run the export again"
         )
-    return DeltaEntry(rows_base=in_base.rows_out, same=same, changed=counts.changed, new=counts.new, deleted=deleted)
+    return DeltaEntry(
+        rows_base=in_base.rows_out,
+        same=same,
+        changed=counts.changed,
+        new=counts.new,
+        deleted=deleted,
+        ignored_slots=tuple(sorted(ignored)) or msgspec.UNSET,
+    )
 
 
 def _add_entries(

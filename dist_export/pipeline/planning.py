@@ -257,7 +257,8 @@ def plan_sparse(
     def compare(dropped_in: Callable[[int, int, int], np.ndarray] | None = None) -> tuple[BaseRows | None, Pruning]:
         if base is None:
             return None, pruning
-        same = BaseRows(checkpoint, selection, base, is_exact=config.compare == "exact", dropped_in=dropped_in)
+        is_exact, ignored = config.compare == "exact", config.delta_ignore_slots
+        same = BaseRows(checkpoint, selection, base, is_exact=is_exact, ignored=ignored, dropped_in=dropped_in)
         return same, pruning.leaving(same, ranks_of_parts(shares, budget.threads, len(checkpoint.parts)))
 
     same, rules = ranks.run("open the tables of the base", compare)

@@ -65,8 +65,6 @@ class TableRule(NamedTuple):
             ids: int64 (n,).
             rows: slot column -> uint8 (n * row_bytes,), for the slots that rules read.
         """
-        if self.reason == SAME:  # asked of SameRows, after all rules
-            return np.zeros(len(ids), bool)
         if self.reason == EMPTY:
             is_empty: np.ndarray = ids == np.int64(self.limit)
             return is_empty
@@ -173,7 +171,8 @@ def match_rules(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, 
     codes = np.zeros(len(ids), np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
         for place, rule in enumerate(rules):
-            codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + place
+            if rule.reason != SAME:  # asked of SameRows, after all rules
+                codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + place
     return codes
 
 

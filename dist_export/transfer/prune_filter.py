@@ -8,7 +8,6 @@ import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
-from dist_export.config.prune_rules import SAME
 from dist_export.plan.prune import KEPT, Pruning, match_rules
 
 _PIECE_BYTES = 256 << 10
@@ -34,19 +33,9 @@ class PruneReader:
         ``ids`` (int64) are the ids of the rows.
         """
         table = int(self._checkpoint.parts.table[part])
-        found = np.zeros(len(ids), np.uint16)
-        if any(rule.reason != SAME for rule in self._pruning.rules[table]):
-            self._match_rules(found, part, first_row, ids)
-        if self._pruning.same is not None:
-            is_same = self._pruning.same.find(part, first_row, ids, found == KEPT, self._reader)
-            found[is_same] = len(self._pruning.rules[table])  # the code of the last rule
-        return found
-
-    def _match_rules(self, found: np.ndarray, part: int, first_row: int, ids: np.ndarray) -> None:
-        """Fill ``found`` with the codes of the rules that go by ids and slots."""
-        table = int(self._checkpoint.parts.table[part])
         slots = [self._checkpoint.tables[table].slots[column] for column in self._pruning.columns_of(table)]
         step = max(1, _PIECE_BYTES // max([1, *(slot.row_bytes for slot in slots)])) if slots else len(ids)
+        found = np.empty(len(ids), np.uint16)
         for first in range(0, len(ids), step):
             its = ids[first : first + step]
             rows = {}
@@ -55,6 +44,10 @@ class PruneReader:
                 if slot.row_bytes:
                     self._reader.read_into(rows[slot.column], part, slot.column, first_row + first, len(its))
             found[first : first + step] = match_rules(self._pruning.rules[table], its, rows)
+        if self._pruning.same is not None:
+            is_same = self._pruning.same.find(part, first_row, ids, found == KEPT, self._reader)
+            found[is_same] = len(self._pruning.rules[table])  # the code of the last rule
+        return found
 
     def is_pruned(self, part: int, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Return which rows of a part are pruned (bool). Rows are read one by one.

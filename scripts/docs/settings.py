@@ -32,6 +32,7 @@ EXAMPLES = {
     "base": "/serving/ctr/20251231",
     "on_base_mismatch": "full",
     "compare": "exact",
+    "delta_ignore_slots": "[step]",
     "step": "120000",
     "register": "models:/ctr_serving",
     "registry_options": '{models: {registry_uri: "http://mlflow.internal:5000"}}',

@@ -13,6 +13,7 @@ import torch
 import dist_export
 from dist_export.errors import ConfigError, PlanError, UserError
 from dist_export.pipeline.deltas import InBase
+from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
 from tests.support.deltas import manifest_of, put_together, read_deleted, read_package
 from tests.support.recis_writer import split_table, write_checkpoint
@@ -343,3 +344,55 @@ def test_few_rows_of_wide_tables_are_picked_out(tmp_path: Path, num_shards: int,
     assert put_together(base, delta) == read_package(full)
     account = manifest_of(delta)["tables"][0]["delta"]
     assert (account["changed"], account["new"]) == (3 if has_rule else 6, 0)
+
+
+def test_slots_that_are_ignored_do_not_make_a_row_another(tmp_path: Path) -> None:
+    before = tables_of()
+    base = export(save(tmp_path / "before", before, 2), tmp_path / "base")
+    later = change(before)
+    later["item"][1]["step"][:] += 1000
+    later["item"][1]["embedding"][7] += 1
+    after = save(tmp_path / "after", later, 3)
+    delta = export(after, tmp_path / "delta", base=str(base), compare="exact", delta_ignore_slots=["step"])
+    full, found = read_package(export(after, tmp_path / "full")), put_together(base, delta)
+    item = manifest_of(delta)["tables"][0]
+    assert item["delta"]["ignored_slots"] == ["step"]
+    assert (item["delta"]["changed"], item["delta"]["new"], item["delta"]["deleted"]) == (33, 4, 5)
+    of_base = read_package(base)
+    place = [slot["name"] for slot in item["kept"] if slot["name"] != "id"].index("step")
+    written = read_package(delta)
+    for table in ("item", "user"):
+        assert found[table].keys() == full[table].keys()
+        for its, row in found[table].items():
+            expected = list(full[table][its])
+            if its not in written[table]:
+                expected[place] = of_base[table][its][place]
+            assert list(row) == expected
+    package = dist_export.open_package(delta)
+    assert verify(delta).findings == []
+    assert (
+        package.manifest.digest
+        != dist_export.open_package(export(after, tmp_path / "plain", base=str(base))).manifest.digest
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"compare": "exact", "delta_ignore_slots": ["stepp"]},
+            "no table keeps the slot 'stepp'; kept besides",
+        ),
+        ({"delta_ignore_slots": ["step"]}, "set compare: exact"),
+        ({"compare": "exact", "delta_ignore_slots": ["embedding"]}, "are always compared"),
+        ({"base": None, "delta_ignore_slots": ["step"]}, "base is not set"),
+    ],
+)
+def test_slots_that_cannot_be_ignored(
+    sources: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    before, after = sources
+    base = export(before, tmp_path / "base")
+    with pytest.raises(UserError, match=reason):
+        export(after, tmp_path / "delta", **{"base": str(base), **settings})
+    assert not (tmp_path / "delta").exists()

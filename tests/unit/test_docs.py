@@ -36,6 +36,7 @@ NEEDED = {
     "keep_versions": {"export_dir": "versions:b"},
     "on_base_mismatch": {"base": "c"},
     "compare": {"base": "c"},
+    "delta_ignore_slots": {"base": "c", "compare": "exact"},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""
