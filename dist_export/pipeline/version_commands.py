@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_export.config.loader import PATH_OPTIONS
-from dist_export.registry.versions import Version, VersionDirectory
+from dist_export.registry.versions import SCHEME, Version, VersionDirectory
 from dist_export.reporting.printing import print_json, print_lines
 
 USAGE = {
@@ -28,7 +28,8 @@ NAMES = {"versions": ("dir",), "rollback": ("dir", "version")}
 
 def run(command: str, arguments: Mapping[str, Any]) -> None:
     """Run a command and print what it says. ConfigError where there is no such version, ExportError where another was faster."""
-    registry, where = VersionDirectory(storage_options=arguments["storage_options"]), arguments["dir"]
+    registry = VersionDirectory(storage_options=arguments["storage_options"])
+    where = arguments["dir"].removeprefix(f"{SCHEME}:")
     if command == "rollback":
         print_lines([f"{where}: {registry.rollback(where, arguments['version'])} is the current version"])
         return

@@ -36,6 +36,9 @@ OPTIONS = {
         **{name: PATH_OPTIONS[name] for name in ("storage_options", "registry_options")},
         "out": Option(hint=str | None, default=None, text="The page to write. A file that is there is replaced."),
         "against": Option(hint=str | None, default=None, text="An older package, to compare PATH with as `diff` does."),
+        "base": Option(
+            hint=str | None, default=None, text="Base of a delta package. Null looks at its old path, and beside PATH."
+        ),
         "sample_rows": Option(
             hint=int, default=100_000, text="Rows that are read of each table at most, spread evenly. 0 reads all."
         ),
@@ -68,7 +71,7 @@ def _make_page(arguments: Mapping[str, Any]) -> bytes:
     options = arguments["storage_options"]
     path, other = arguments["path"], arguments["against"]
     with ExitStack() as stack:
-        package = stack.enter_context(open_package(path, **opening))
+        package = stack.enter_context(open_package(path, base=arguments["base"], **opening))
         others = [] if other is None else [stack.enter_context(open_package(other, **opening))]
         _check_out(arguments, [package, *others])
         found = Found(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dist_export.config.describe import Option
 from dist_export.config.loader import PATH_OPTIONS
 
+_BASE = Option(
+    hint=str | None, default=None, text="Base of a delta package. Null looks at its old path, and beside PATH."
+)
+
 SCORE_USAGE = (
     "usage: dist_export score PATH --input FILE --output FILE.parquet [--key value ...]\n\nScore the rows of a file with the "
     "score program of a package. The file is parquet, jsonl or npz, with a column for each input."
@@ -16,9 +20,7 @@ SCORE_OPTIONS = {
     "keep": Option(hint=list[str], default=[], adds=True, text="Columns of the input that are written too."),
     "batch_size": Option(hint=int, default=4096, text="Rows that are scored at once."),
     "cache_dir": Option(hint=str | None, default=None, text="Local directory for row indexes and ids of a store."),
-    "base": Option(
-        hint=str | None, default=None, text="Base of a delta package. Null looks at its old path, and beside PATH."
-    ),
+    "base": _BASE,
 }
 
 SERVE_USAGE = (
@@ -33,4 +35,5 @@ SERVE_OPTIONS = {
     "poll_secs": Option(hint=float, default=1.0, text="How often PATH is looked at for a new package, in seconds."),
     "checks": Option(hint=bool, default=True, text="False serves a package without verifying it first."),
     "cache_dir": Option(hint=str | None, default=None, text="Local directory for row indexes and ids of a store."),
+    "base": _BASE,
 }

@@ -10,8 +10,9 @@ from dist_export.errors import DistExportError, PackageError, UserError
 from dist_export.manifest import MANIFEST
 from dist_export.package.reader import Package
 from dist_export.redact import reason_of
-from dist_export.registry import base
+from dist_export.registry import base as registry
 from dist_export.serve.models import Model, list_models
+from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 from dist_export.verify.verify import verify
 
@@ -39,6 +40,7 @@ class Watcher:
         storage_options: dict[str, Any] | None = None,
         registry_options: dict[str, Any] | None = None,
         cache_dir: str | None = None,
+        base: str | None = None,
         poll_secs: float = 1.0,
         checks: bool = True,
     ) -> None:
@@ -51,6 +53,7 @@ class Watcher:
             storage_options: options for its file system.
             registry_options: options for the registry.
             cache_dir: as in :func:`dist_export.open_package`.
+            base: the base of delta packages, as there. A full package needs none.
             poll_secs: how often the path is looked at.
             checks: whether ``verify`` must call a package sound before it is served.
         """
@@ -58,6 +61,7 @@ class Watcher:
         self._storage_options = storage_options
         self._registry_options = registry_options
         self._cache_dir = cache_dir
+        self._base = base
         self._poll_secs = poll_secs
         self._checks = checks
         self._ended = threading.Event()
@@ -117,14 +121,16 @@ class Watcher:
 
     def _look(self) -> tuple[str, ...] | None:
         """Return what changes with the package at the path; None if there is none."""
-        directory = open_directory(
-            base.resolve(self._path, self._registry_options or {}).directory, self._storage_options
-        )
+        directory = self._open(self._path)
         try:
             found = directory.stat(MANIFEST)
         except FileNotFoundError:
             return None
         return directory.url, str(found)
+
+    def _open(self, path: str) -> Directory:
+        where = registry.resolve(path, self._registry_options or {}).directory
+        return open_directory(where, self._storage_options)
 
     def _look_quietly(self) -> tuple[str, ...] | None:
         """Return the same as ``_look``; None also if the store or the registry does not answer now."""
@@ -136,9 +142,8 @@ class Watcher:
 
     def _load(self, before: Package | None = None) -> Served:
         """Load the package at the path. The base of a delta is not opened anew if ``before`` is it or has it open."""
-        where = base.resolve(self._path, self._registry_options or {}).directory
-        directory = open_directory(where, self._storage_options)
-        package = Package(directory, cache_dir=self._cache_dir, opened=before)
+        below = None if self._base is None else self._open(self._base)
+        package = Package(self._open(self._path), cache_dir=self._cache_dir, base_directory=below, opened=before)
         package.hold()
         if self._checks:
             self._refuse_unsound(package)

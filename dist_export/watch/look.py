@@ -83,7 +83,12 @@ class Lookout:
                 raise ConfigError(
                     f"ckpt_dir {directory.url} is a checkpoint; watch follows a training run, so give the directory above it"
                 )
-            return _Found(None, (f"{directory.url} has no checkpoint yet",))
+            if not directory.exists():
+                return _Found(
+                    None,
+                    (f"there is no {directory.url} yet; it is waited for. If it is mistyped, stop and mend ckpt_dir",),
+                )
+            return _Found(None, (f"{directory.url} has no checkpoint yet; it is waited for",))
         listed = read_list(directory)
         published = set() if current is None else {switch.step for switch in current.switches}
         recent = []

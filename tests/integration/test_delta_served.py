@@ -106,6 +106,21 @@ def test_a_file_is_scored_with_a_delta(packages: dict[str, Path], tmp_path: Path
     assert written["delta-1"] == written["full-1"]
 
 
+def test_a_server_takes_a_base_that_was_moved(packages: dict[str, Path], tmp_path: Path) -> None:
+    inputs = inputs_of(packages["full-1"])
+    delta = shutil.copytree(packages["delta-1"], tmp_path / "served" / "delta")
+    edit(delta, lambda its: its["base"].update(path=str(tmp_path / "gone")))
+    with pytest.raises(PackageError):
+        Watcher(str(delta))
+    watcher = Watcher(str(delta), base=str(packages["base"]))
+    expected = dist_export.open_package(packages["full-1"]).score(inputs)["ctr"]
+    np.testing.assert_array_equal(ctr(watcher, inputs), expected)
+    out = tmp_path / "report.html"
+    assert main(["report", str(delta), "--out", str(out)]) == 2
+    assert main(["report", str(delta), "--base", str(packages["base"]), "--out", str(out)]) == 0
+    assert out.exists()
+
+
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the packages that a server opens, without what ``verify`` opens."""

@@ -257,13 +257,13 @@ def test_rollback_without_a_name_takes_the_one_before(run: Path, tmp_path: Path,
     assert cli.main(["rollback", str(where)]) == 0
     assert current_of(where)["step"] == 20
     assert rows_of(where) == 30
-    assert cli.main(["rollback", str(where), newest]) == 0
+    assert cli.main(["rollback", f"versions:{where}", newest]) == 0
     assert rows_of(where) == 110
     assert cli.main(["versions", str(where)]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].split()[:2] == ["*", newest]
     assert [line.partition("step ")[2] for line in lines] == ["100", "20", "5"]
-    assert cli.main(["versions", str(where), "--json"]) == 0
+    assert cli.main(["versions", f"versions:{where}", "--json"]) == 0
     assert [it["is_current"] for it in json.loads(capsys.readouterr().out)] == [True, False, False]
 
 

@@ -378,6 +378,25 @@ def test_a_mistake_in_the_settings_ends_it_at_once(
     assert not (where / "current.json").exists()
 
 
+def test_a_run_that_is_not_there_is_said_to_be_waited_for(
+    run: Path, where: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be mistyped, or training may not have begun."""
+    run.rmdir()
+
+    def begin() -> None:
+        assert f"there is no {run} yet; it is waited for. If it is mistyped" in caplog.text
+        run.mkdir()
+
+    def save_first() -> None:
+        assert "has no checkpoint yet; it is waited for" in caplog.text
+        save(run, 1)
+
+    with caplog.at_level("INFO"):
+        follow(run, where, [begin, save_first, idle, idle])
+    assert steps_of(where) == [1]
+
+
 def test_settings_that_were_good_once_are_no_mistake_later(run: Path, where: Path) -> None:
     """A checkpoint without the table that the settings name ends nothing, once another one had it."""
     save(run, 1)
