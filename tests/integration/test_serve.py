@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import http.client
 import json
@@ -19,17 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from tritonclient import http as triton
 
 import dist_export
 from dist_export.errors import PackageError
 from dist_export.serve import app as serve_app
-from dist_export.serve.app import build_app
 from dist_export.serve.run import listen
 from dist_export.serve.served import Watcher
 from dist_export.workdir import swap
 from tests.support import score_models as models
+from tests.support.served import infer, running
 
 
 def export(folder: Path, seed: int) -> Path:
@@ -59,22 +57,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [export(folder, seed) for seed in (5, 6)]
 
 
-@contextlib.contextmanager
-def running(watcher: Watcher) -> Iterator[str]:
-    """Run the server in this process; give its address."""
-    with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(build_app(watcher), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def address(packages: list[Path]) -> Iterator[str]:
     with running(Watcher(str(packages[0]))) as address:
@@ -84,15 +66,6 @@ def address(packages: list[Path]) -> Iterator[str]:
 def inputs_of(package: Path, seed: int = 0, num_examples: int = 6) -> dict[str, np.ndarray]:
     taken = [entry.name for entry in dist_export.open_package(package).manifest.score.inputs]
     return {name: value.numpy() for name, value in models.batch_of(num_examples, seed).items() if name in taken}
-
-
-def infer(client: Any, model: str, inputs: dict[str, np.ndarray], *, binary: bool = True, **more: Any) -> Any:
-    given = []
-    for name, value in inputs.items():
-        datatype = {"int64": "INT64", "float32": "FP32"}[str(value.dtype)]
-        given.append(triton.InferInput(name, list(value.shape), datatype))
-        given[-1].set_data_from_numpy(np.ascontiguousarray(value), binary_data=binary)
-    return client.infer(model, given, **more)
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tritonclient import http as triton
 
 import dist_export
 from dist_export.cli import main
@@ -30,6 +31,7 @@ from tests.support import ROOT, exports
 from tests.support import score_models as models
 from tests.support.deltas import manifest_of
 from tests.support.recis_writer import make_rows, split_table, write_checkpoint
+from tests.support.served import infer, running
 
 NUM_ROWS = 400
 State = tuple[np.ndarray, np.ndarray]
@@ -158,6 +160,84 @@ def test_readers_see_each_of_ten_states(run: Path, where: Path) -> None:
     assert not failures
     assert steps_of(where) == list(range(1, 11))
     assert kinds_of(where) == "FdddFdddFd"
+
+
+class Client(threading.Thread):
+    """Asks the server for rows, one request after the other, and compares each answer with the states that were saved."""
+
+    def __init__(self, address: str, seed: int) -> None:
+        super().__init__()
+        self._address = address
+        self._random = np.random.default_rng(seed)
+        self.steps: list[int] = []
+        self.failures: list[BaseException] = []
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        states = [dict(zip(ids.tolist(), rows, strict=True)) for ids, rows in map(state_of, range(1, 11))]
+        universe = make_rows(NUM_ROWS, 4)[0]
+        try:
+            with triton.InferenceServerClient(self._address) as client:
+                while not self.ended.is_set():
+                    ids = self._random.choice(universe, 200)
+                    found = infer(client, "lookup", {"item": ids})
+                    self.steps.append(
+                        self._find_step(states, ids, found.as_numpy("item"), found.as_numpy("item.found"))
+                    )
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _find_step(self, states: list[dict[int, Any]], ids: Any, rows: Any, has_row: Any) -> int:
+        """Return the step, not before the last one, whose rows these are, all of them."""
+        for step in range(max(self.steps, default=1), 11):
+            state = states[step - 1]
+            expected = [state.get(its) for its in ids.tolist()]
+            if [its is not None for its in expected] == has_row.tolist() and all(
+                np.array_equal(row, its) for row, its in zip(rows, expected, strict=True) if its is not None
+            ):
+                return step
+        raise AssertionError(f"after step {max(self.steps, default=0)}, these are rows of no later step")
+
+
+def test_a_server_follows_ten_versions_under_load(run: Path, where: Path) -> None:
+    """Each answer is of one version, none of an earlier version than the last, and no request fails."""
+    argv = ["--ckpt_dir", str(run), "--publish", str(where), "--filter_sparse_opt=true", "--poll_secs", "0.05"]
+    argv += ["--full_every", "4", "--until_step", "10", "--progress=false", "--max_delta=0.9"]
+    save(run, 1)
+    ranks = LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0)
+    watching = threading.Thread(target=watch, args=(ranks, argv))
+    watching.start()
+    wait_for(lambda: (where / "current.json").exists())
+    watcher = Watcher(f"versions:{where}", poll_secs=0.02)
+    watcher.start()
+    try:
+        with running(watcher) as address:
+            clients = [Client(address, seed) for seed in range(2)]
+            for client in clients:
+                client.start()
+            for step in range(2, 11):
+                save(run, step)
+                wait_for(lambda step=step: any(client.steps[-1:] == [step] for client in clients) or failed(clients))
+            for client in clients:
+                client.ended.set()
+                client.join()
+    finally:
+        watching.join(60)
+        watcher.stop()
+    assert not failed(clients), [client.failures for client in clients]
+    assert set().union(*(client.steps for client in clients)) == set(range(1, 11))
+    assert kinds_of(where) == "FdddFdddFd"
+
+
+def failed(clients: Sequence[Client]) -> bool:
+    return any(client.failures for client in clients)
+
+
+def wait_for(has_come: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not has_come():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ---- what is exported ----
