@@ -20,8 +20,7 @@ from dist_export.checkpoint.tensors import safetensors, torch_save
 from dist_export.checkpoint.tensors.common import PlainDense, read_all, sort_facts
 from dist_export.checkpoint.tensors.safetensors import SafetensorsReader, find_safetensors_files
 from dist_export.checkpoint.tensors.torch_save import TorchReader, find_torch_files
-from dist_export.checkpoint.tzrec.files import TOLD_BY
-from dist_export.config.trainer_deltas import TZREC_DELTA
+from dist_export.checkpoint.tzrec.files import TOLD_BY, TZREC_DELTA
 from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.formats.recis import INDEX, TENSORKEY
 from dist_export.manifest import MANIFEST
@@ -125,6 +124,8 @@ def find_nothing(directory: Directory, *, asked: str = AUTO) -> CheckpointError:
     names = directory.names()
     what = f"no checkpoint that is known among its {len(names)} files" if names else directory.say_missing()
     looked_for = LOOKED_FOR if asked == AUTO else FORMATS[asked].told_by
+    if any(name.endswith(".parquet") for name in names):
+        what += " (parquet files of TorchEasyRec's trainer are taken with format: tzrec_delta and a base)"
     unfinished = (
         ". A save that did not finish lacks what is written last: index, tensorkey.json, .metadata" if names else ""
     )

@@ -7,7 +7,6 @@ import glob
 import msgspec
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.checkpoint.tzrec.dump import DumpSettings, open_dump
 from dist_export.checkpoint.tzrec.files import DumpFile, list_dumps
 from dist_export.config.schema import ExportConfig
 from dist_export.config.trainer_deltas import TZREC_DELTA
@@ -16,6 +15,7 @@ from dist_export.humanize import count
 from dist_export.manifest import FileEntry, Manifest, SourceEntry
 from dist_export.package.reader import Package
 from dist_export.pipeline.run_dir import FoundCheckpoint
+from dist_export.pipeline.trainer_rows import DumpSettings, open_dump
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_place
@@ -51,7 +51,7 @@ def open_trainer_delta(ranks: Ranks, config: ExportConfig, source: Directory, ba
     Raises:
         ConfigError: the base does not say its step and the settings do not either, or ``dtype`` is set.
         PlanError: the base has what no dump has.
-        CheckpointError, PlanError, ExportError: as :func:`~dist_export.checkpoint.tzrec.dump.open_dump`.
+        CheckpointError, PlanError, ExportError: as :func:`~dist_export.pipeline.trainer_rows.open_dump`.
     """
     manifest = base.manifest
 

@@ -315,7 +315,7 @@ def test_a_damaged_dump_and_one_under_another_name(trained, tmp_path: Path) -> N
 
 def test_keys_need_memory(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, dumps, _ = trained
-    monkeypatch.setattr("dist_export.checkpoint.tzrec.dump._BYTES_OF_KEY", 1 << 20)
+    monkeypatch.setattr("dist_export.pipeline.trainer_rows._BYTES_OF_KEY", 1 << 20)
     with pytest.raises(PlanError, match=r"need .* bytes to be compared.*Raise max_memory"):
         export_dump(dumps, tmp_path / "delta", base, max_memory="64MiB")
 

@@ -36,6 +36,8 @@ NEEDED = {
     "keep_versions": {"export_dir": "versions:b"},
     "on_base_mismatch": {"base": "c"},
     "compare": {"base": "c"},
+    "format": {"base": "c"},  # tzrec_delta cannot do without
+    **{name: {"format": "tzrec_delta", "base": "c"} for name in ("since_step", "until_step", "allow_ragged")},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""

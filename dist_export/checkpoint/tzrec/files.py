@@ -15,6 +15,8 @@ from dist_export.errors import CheckpointError
 from dist_export.humanize import count, few
 from dist_export.storage.directory import Directory
 
+TZREC_DELTA = "tzrec_delta"
+"""The format's name, in settings and manifest."""
 TOLD_BY = "<prefix>_step_<n>.parquet, or step_<n>/<prefix>_step_<n>_rank_<r>_of_<w>.parquet"
 """For messages."""
 

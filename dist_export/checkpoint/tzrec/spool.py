@@ -14,7 +14,6 @@ from dist_export.checkpoint.tzrec.files import DumpFile
 from dist_export.checkpoint.tzrec.parquet import read_batches
 from dist_export.errors import CheckpointError, ExportError, TransferError
 from dist_export.formats.row_fingerprints import fingerprint_rows
-from dist_export.runtime.io_activity import ACTIVITY
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import RangeReader
 
@@ -68,13 +67,12 @@ class Spool:
             position = begin + np.arange(len(rows), dtype=np.int64) * rows.shape[1]
             its = HeldRows(Kind(kind, rows.shape[1]), keys, fingerprint_rows(len(rows), [rows]), position)
             pieces.setdefault(table, []).append(its)
-            ACTIVITY.done += 1
         return {table: _join(its, table, directory.describe(file.path)) for table, its in pieces.items()}
 
     def _write(self, rows: np.ndarray) -> int:
         begin = self._end
         try:
-            _write_all(self._fd, memoryview(np.ascontiguousarray(rows)).cast("B"), begin)
+            _write_all(self._fd, np.ascontiguousarray(rows).reshape(-1).data, begin)
         except OSError as error:
             raise ExportError(
                 f"{tempfile.gettempdir()}: rows of the dump cannot be put by: {error.strerror or error}. They take "

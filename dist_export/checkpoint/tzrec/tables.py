@@ -67,7 +67,7 @@ def match_tables(found: Mapping[str, FoundTable], base: Manifest, where: str) ->
     tables, dtypes = [], []
     for number, entry in enumerate(base.tables):
         one = by_number.get(number)
-        embedding = _refuse_unfit(entry, one)
+        embedding = _find_embedding(entry, one)
         tables.append(_describe(entry, embedding, one))
         precision = _precision_of(embedding)
         if one is not None and one.kind.kind == FLOAT and precision in _CASTS:
@@ -102,7 +102,7 @@ def _precision_of(slot: SlotEntry) -> str:
     return slot.dtype if slot.encoding is msgspec.UNSET else slot.encoding
 
 
-def _refuse_unfit(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
+def _find_embedding(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
     """Return the base's slot of embeddings. PlanError if the base holds more than a dump, or rows of the dump do not fit."""
     others = [slot.name for slot in entry.kept if slot.name not in (ID_SLOT, EMBEDDING_SLOT)]
     embedding = next((slot for slot in entry.kept if slot.name == EMBEDDING_SLOT), None)

@@ -15,12 +15,11 @@ import xxhash
 
 from dist_export.checkpoint.metadata import Blocks, Checkpoint, Parts, SourceFile, no_strips
 from dist_export.checkpoint.trainer_dump import ReadFile, TrainerDump
-from dist_export.checkpoint.tzrec.files import Chosen, DumpFile, choose_files, list_dumps
+from dist_export.checkpoint.tzrec.files import TZREC_DELTA, Chosen, DumpFile, choose_files, list_dumps
 from dist_export.checkpoint.tzrec.parquet import need_pyarrow
 from dist_export.checkpoint.tzrec.spool import NO_ROWS, ChosenRows, DumpMemory, HeldRows, Kind, Spool, bytes_of
 from dist_export.checkpoint.tzrec.tables import FoundTable, Matched, match_tables
 from dist_export.checkpoint.tzrec.winners import Conflict, Keyed, choose_rows
-from dist_export.config.trainer_deltas import TZREC_DELTA
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.recis import HASH_SIZE
 from dist_export.humanize import count
