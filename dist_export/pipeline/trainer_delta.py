@@ -67,6 +67,11 @@ def open_trainer_delta(ranks: Ranks, config: ExportConfig, source: Directory, ba
             )
         of_base = manifest.source.step
         since = of_base if config.since_step is None else config.since_step
+        if of_base is not msgspec.UNSET and since is not msgspec.UNSET and since < of_base:
+            raise ConfigError(
+                f"since_step is {since}, and base {config.base} is of step {of_base}: its rows are later than some dumps; leave "
+                "since_step out"
+            )
         if since is msgspec.UNSET:
             raise ConfigError(
                 f"base {config.base} does not say its training step, so nobody knows which dumps are later; set since_step"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
 import dist_export
+from dist_export import cli
 from dist_export.errors import CheckpointError, ConfigError, PlanError, UserError
 from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
@@ -43,7 +45,7 @@ def export(source: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def export_dump(folder: Path, out: Path, base: Path | str, /, **settings: Any) -> Path:
+def export_dump(folder: Path | str, out: Path, base: Path | str, /, **settings: Any) -> Path:
     given: dict[str, Any] = {"format": "tzrec_delta", "base": str(base), "since_step": 100}
     exports.export({"ckpt_dir": str(folder), "export_dir": str(out), **given, **settings})
     return out
@@ -139,6 +141,8 @@ def test_the_base_says_its_step(tmp_path: Path) -> None:
     base = export(tmp_path / "run", tmp_path / "base", step=100)
     delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base, since_step=None)
     assert manifest_of(delta)["tables"][0]["delta"]["changed"] == 4
+    with pytest.raises(ConfigError, match=r"since_step is 99, and base .* is of step 100"):
+        export_dump(tmp_path / "dumps", tmp_path / "other", base, since_step=99)
     of_no_step = export(tmp_path / "run" / "ckpt_100", tmp_path / "no_step")
     assert "step" not in manifest_of(of_no_step)["source"]
     with pytest.raises(ConfigError, match=r"does not say its training step.*set since_step"):
@@ -268,6 +272,46 @@ def test_quantised_rows(tmp_path: Path) -> None:
     write_dump(tmp_path / "dumps", 120, {ITEM: (ids[:9], rows[:9])})
     with pytest.raises(CheckpointError, match="Take dumps of one kind"):
         export_dump(tmp_path / "dumps", tmp_path / "other", base)
+
+
+def test_names_and_default_rows_are_those_of_the_base(tmp_path: Path) -> None:
+    state = hashed_state()
+    after, looked_up = train(state, 3)
+    settings = {"rename_tables": {"item": "goods"}, "default_row": {"item": [0.5] * DIM, "user": "zeros"}}
+    settings["dtype"] = {"*": "float16"}
+    base = export(save_hashed(tmp_path / "before", state), tmp_path / "base", **settings)
+    full = export(save_hashed(tmp_path / "after", after), tmp_path / "full", **settings)
+    write_dump(tmp_path / "dumps", 110, named(looked_up))
+    delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    assert put_together(base, delta) == read_package(full)
+    for ours, theirs in zip(manifest_of(delta)["tables"], manifest_of(full)["tables"], strict=True):
+        assert all(ours.get(name) == theirs.get(name) for name in ("name", "source_name", "default_row"))
+    assert verify(str(delta)).findings == []
+
+
+def test_dumps_in_a_store(trained, tmp_path: Path) -> None:
+    base, dumps, full = trained
+    store = fsspec.filesystem("memory")
+    store.put(str(dumps), "/dumps-of-tzrec", recursive=True)
+    try:
+        delta = export_dump("memory://dumps-of-tzrec", tmp_path / "delta", base)
+    finally:
+        store.rm("/dumps-of-tzrec", recursive=True)
+    assert put_together(base, delta) == read_package(full)
+
+
+def test_a_plan_and_a_look_at_dumps_are_refused(trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, dumps, _ = trained
+    given = ["--ckpt_dir", str(dumps), "--export_dir", str(tmp_path / "out"), "--format=tzrec_delta", f"--base={base}"]
+    for argv, text in (
+        (["plan", *given], "no plan without an export"),
+        (["inspect", str(dumps), "--format=tzrec_delta"], "only an export against a base reads it"),
+        (["watch", *given[:2], *given[4:], "--publish", str(tmp_path / "out")], "watch exports checkpoints"),
+        ([*given[:4]], "format: tzrec_delta and a base"),
+    ):
+        assert cli.main(argv) == 2
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_that_do_not_fit(tmp_path: Path) -> None:

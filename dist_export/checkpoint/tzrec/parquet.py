@@ -67,7 +67,9 @@ def read_batches(directory: Directory, file: DumpFile) -> Iterator[Batch]:
             for batch in opened.iter_batches(_BATCH_ROWS, columns=list(_COLUMNS), use_threads=False):
                 _check_origin(batch, file, where)
                 yield from _split(batch, kind, where)
-        except (pa.ArrowException, ValueError, EOFError) as error:
+        except (pa.ArrowException, ValueError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk; arrow's own have no number
             raise CheckpointError(
                 f"{where} is no parquet file that can be read: {first_line(error)}. Copy the dump again"
             ) from error
