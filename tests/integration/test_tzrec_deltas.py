@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import dist_export
 from dist_export import cli
+from dist_export.checkpoint.tzrec.spool import Spool
 from dist_export.errors import CheckpointError, ConfigError, PlanError, UserError
 from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
@@ -357,6 +359,21 @@ def test_a_damaged_dump_and_one_under_another_name(trained, tmp_path: Path) -> N
         export_dump(dumps, tmp_path / "delta", base)
 
 
+def test_a_file_that_changes_while_it_is_read(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, dumps, _ = trained
+    file = dumps / "step_120" / "delta_embedding_step_120_rank_1_of_2.parquet"
+    add_file = Spool.add_file
+
+    def add_and_touch(spool: Spool, directory: Any, its: Any) -> Any:
+        found = add_file(spool, directory, its)
+        os.utime(file, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(Spool, "add_file", add_and_touch)
+    with pytest.raises(CheckpointError, match=r"rank_1_of_2.parquet: changed while it was read"):
+        export_dump(dumps, tmp_path / "delta", base)
+
+
 def test_keys_need_memory(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, dumps, _ = trained
     monkeypatch.setattr("dist_export.pipeline.trainer_rows._BYTES_OF_KEY", 1 << 20)
@@ -388,6 +405,19 @@ def test_each_dump_is_a_new_version(trained, tmp_path: Path) -> None:
         rows = read_package(full)["user"]
         ids = np.array(list(rows))
         assert package.lookup("user", ids)[0].tobytes() == b"".join(row[0] for row in rows.values())
+
+
+def test_a_rank_that_comes_late_makes_another_version(trained, tmp_path: Path) -> None:
+    _, dumps, _ = trained
+    publish = {"publish": str(tmp_path / "serving"), "export_dir": ""}
+    export(tmp_path / "before", tmp_path, **publish)
+    late = dumps / "step_120" / "delta_embedding_step_120_rank_1_of_2.parquet"
+    content = late.read_bytes()
+    late.unlink()
+    export_dump(dumps, tmp_path, "latest", allow_ragged=True, **publish)
+    late.write_bytes(content)
+    export_dump(dumps, tmp_path, "latest", allow_ragged=True, **publish)
+    assert len(list((tmp_path / "serving" / "versions").glob("120-*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_export.checkpoint.tzrec.files import DumpFile, Listing, choose_files, list_dumps
+from dist_export.checkpoint.tzrec.spool import ChosenRows, Spool
 from dist_export.checkpoint.tzrec.winners import Conflict, Keyed, choose_rows
 from dist_export.errors import CheckpointError
 from dist_export.storage.urls import open_directory
 from tests.support.properties import examples
+from tests.support.tzrec_dumps import write_file
 
 FILES = st.lists(
     st.tuples(st.integers(1, 4), st.lists(st.tuples(st.integers(-3, 6), st.integers(0, 1)), max_size=8)), max_size=6
@@ -96,3 +98,27 @@ def test_a_prefix_may_hold_what_names_end_with(tmp_path: Path) -> None:
     (folder / "a_step_5_rank_1_of_2_step_7_rank_0_of_1.parquet").write_bytes(b"")
     (file,) = list_dumps(open_directory(str(tmp_path))).files
     assert (file.prefix, file.step, file.rank, file.world_size) == ("a_step_5_rank_1_of_2", 7, 0, 1)
+
+
+def test_chosen_rows_are_read_at_any_byte(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(50, 3)).astype(np.float32)
+    keys = random.permutation(50)
+    write_file(
+        tmp_path / "delta_step_5.parquet",
+        {"other": (keys[:7], rows[:7, :2].copy()), "item": (keys, rows)},
+        step=5,
+        rank=0,
+        world_size=1,
+    )
+    directory, spool = open_directory(str(tmp_path)), Spool()
+    held = spool.add_file(directory, list_dumps(directory).files[0])["item"]
+    chosen = np.array([0, 1, 2, 9, 11, 12, 30, 31, 49])
+    its = ChosenRows(spool, held, chosen)
+    all_rows, all_ids = rows[chosen].tobytes(), keys[chosen].astype(np.int64).tobytes()
+    for read, expected in ((its.fill_rows, all_rows), (its.fill_ids, all_ids)):
+        for begin in range(len(expected)):
+            for end in (begin, begin + 1, begin + 5, begin + 30, len(expected)):
+                found = bytearray(max(0, min(end, len(expected)) - begin))
+                read(memoryview(found), begin)
+                assert bytes(found) == expected[begin:end]
