@@ -14,7 +14,7 @@ import torch
 import dist_export
 from dist_export import cli
 from dist_export.checkpoint.tzrec.spool import Spool
-from dist_export.errors import CheckpointError, ConfigError, PlanError, UserError
+from dist_export.errors import CheckpointError, ConfigError, PlanError, TransferError, UserError
 from dist_export.verify.verify import verify
 from tests.support import dcp_writer, exports
 from tests.support.deltas import manifest_of, put_together, read_package
@@ -253,6 +253,28 @@ def test_rows_are_cast_as_those_of_the_base(tmp_path: Path, dtype: str) -> None:
     delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base)
     assert put_together(base, delta) == read_package(full)
     assert verify(str(delta)).findings == []
+
+
+def test_values_that_do_not_fit_the_base_s_dtype(tmp_path: Path) -> None:
+    ids, rows = hashed_state()["item"]
+    state = {"item": (ids, rows)}
+    base = export(save_hashed(tmp_path / "before", state), tmp_path / "base", dtype={"*": "float16"})
+    write_dump(tmp_path / "dumps", 110, {ITEM: (ids[:2], np.full((2, DIM), 1e6, np.float32))})
+    with pytest.raises(TransferError, match="16 values do not fit float16"):
+        export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    delta = export_dump(tmp_path / "dumps", tmp_path / "clamped", base, on_overflow="clamp")
+    (cast,) = (slot["cast"] for slot in manifest_of(delta)["tables"][0]["kept"] if "cast" in slot)
+    assert cast["out_of_range"] == 2 * DIM
+
+
+def test_a_base_with_dense_tensors_in_its_shards(tmp_path: Path) -> None:
+    ids, rows = hashed_state()["item"]
+    tables = {"item": split_table(ids, {"embedding": rows}, 1)}
+    source = write_checkpoint(tmp_path / "before", tables, dense={"bias": np.ones(3, np.float32)})
+    base = export(source, tmp_path / "base")
+    write_dump(tmp_path / "dumps", 110, {ITEM: (ids[:2], rows[:2])})
+    with pytest.raises(PlanError, match="its shards hold 1 dense tensor, which a delta of dumps cannot carry"):
+        export_dump(tmp_path / "dumps", tmp_path / "delta", base)
 
 
 def test_quantised_rows(tmp_path: Path) -> None:
