@@ -65,6 +65,11 @@ def open_trainer_delta(ranks: Ranks, config: ExportConfig, source: Directory, ba
                 f"base {config.base}: its shards hold {count(len(manifest.dense_tensors), 'dense tensor')}, which a delta of "
                 "dumps cannot carry; export the base from a checkpoint whose dense parameters are apart"
             )
+        if manifest.prune is not msgspec.UNSET:
+            raise PlanError(
+                f"base {config.base}: rows were pruned when it was exported, and dumps would bring them back; export the base "
+                "without prune"
+            )
         of_base = manifest.source.step
         since = of_base if config.since_step is None else config.since_step
         if of_base is not msgspec.UNSET and since is not msgspec.UNSET and since < of_base:

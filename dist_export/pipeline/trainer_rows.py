@@ -22,7 +22,7 @@ from dist_export.checkpoint.tzrec.tables import FoundTable, Matched, match_table
 from dist_export.checkpoint.tzrec.winners import Conflict, Keyed, choose_rows
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.recis import HASH_SIZE
-from dist_export.humanize import count
+from dist_export.humanize import count, few
 from dist_export.manifest import Manifest, TableEntry
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory, digest_file
@@ -149,8 +149,8 @@ def _refuse_far_keys(directory: Directory, chosen: Chosen, held: _Held, matched:
     """Refuse keys that are no row numbers of a table whose rows go by number. PlanError."""
     by_name = {one.name: entry for one, entry in zip(matched.found, base.tables, strict=True) if one is not None}
     for (number, table), its in held.rows.items():
-        entry: TableEntry = by_name[table]
-        if not entry.is_row_indexed or not len(its.keys):
+        entry: TableEntry | None = by_name.get(table)
+        if entry is None or not entry.is_row_indexed or not len(its.keys):
             continue
         least, most = int(its.keys.min()), int(its.keys.max())
         if least < 0 or most >= entry.rows_out:
@@ -267,15 +267,20 @@ def _assemble(
         fingerprint=f"xxh3:{xxhash.xxh3_128_hexdigest(msgspec.json.encode(described))}",
         copy_hindrances=("it is a dump of changed rows",),
         verbatim={},
-        warnings=(*chosen.notes, _tell(chosen, facts)),
+        warnings=(*chosen.notes, *_tell(chosen, facts, matched)),
         strips=no_strips(),
         memory=DumpMemory(ranks.rank, ranks.world_size, owner, [file.name for file in files], parts),
         dump=TrainerDump(steps=chosen.steps, files=tuple(its.file for its in facts), dtypes=matched.dtypes),
     )
 
 
-def _tell(chosen: Chosen, facts: Sequence[_FileFacts]) -> str:
+def _tell(chosen: Chosen, facts: Sequence[_FileFacts], matched: Matched) -> list[str]:
     rows = sum(number for its in facts for _, number in its.tables.values())
     steps = chosen.steps
     span = f"step {steps[0]}" if len(steps) == 1 else f"{count(len(steps), 'step')} from {steps[0]} to {steps[-1]}"
-    return f"the dumps of {span} hold {count(rows, 'row')} that were looked up; of each key the last one counts"
+    told = [f"the dumps of {span} hold {count(rows, 'row')} that were looked up; of each key the last one counts"]
+    if matched.left_out:
+        told.append(
+            f"the dumps have tables that the export of the base has left out, and so does this one: {few(matched.left_out)}"
+        )
+    return told

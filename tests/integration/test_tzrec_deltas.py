@@ -235,11 +235,17 @@ def test_tables_by_row_number(tmp_path: Path) -> None:
 
 
 def test_a_managed_collision_table_needs_a_base_of_raw_ids(tmp_path: Path) -> None:
-    base = export(save_numbered(tmp_path / "before"), tmp_path / "base")
+    source = save_numbered(tmp_path / "before")
     name = "sparse_arch.mc_ebc._embedding_module.embedding_bags.item"
     write_dump(tmp_path / "dumps", 110, {name: (np.array([3]), np.ones((1, DIM), np.float32))})
-    with pytest.raises(PlanError, match=r"managed-collision \(ZCH\) table, of which the dump has raw ids"):
-        export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    for number, settings in enumerate(({}, {"to_hash_tables": ["*"]})):  # both are keyed by row number
+        base = export(source, tmp_path / f"base{number}", **settings)
+        with pytest.raises(PlanError, match=r"managed-collision \(ZCH\) table, of which the dump has raw ids"):
+            export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    ids, rows = hashed_state()["item"]
+    base = export(save_hashed(tmp_path / "raw", {"item": (ids, rows)}), tmp_path / "base_of_raw_ids")
+    delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    assert manifest_of(delta)["tables"][0]["delta"]["new"] == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
@@ -275,6 +281,27 @@ def test_a_base_with_dense_tensors_in_its_shards(tmp_path: Path) -> None:
     write_dump(tmp_path / "dumps", 110, {ITEM: (ids[:2], rows[:2])})
     with pytest.raises(PlanError, match="its shards hold 1 dense tensor, which a delta of dumps cannot carry"):
         export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+
+
+def test_a_pruned_base(tmp_path: Path) -> None:
+    ids, rows = hashed_state()["item"]
+    source = save_hashed(tmp_path / "before", {"item": (ids, rows)})
+    np.save(tmp_path / "deny.npy", ids[:3])
+    base = export(source, tmp_path / "base", prune=[{"tables": "item", "deny": str(tmp_path / "deny.npy")}])
+    write_dump(tmp_path / "dumps", 110, {ITEM: (ids[:2], rows[:2])})
+    with pytest.raises(PlanError, match="rows were pruned when it was exported, and dumps would bring them back"):
+        export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+
+
+def test_tables_that_the_base_has_left_out(tmp_path: Path) -> None:
+    state = hashed_state()
+    after, looked_up = train(state, 3)
+    base = export(save_hashed(tmp_path / "before", state), tmp_path / "base", drop_tables=["user"])
+    full = export(save_hashed(tmp_path / "after", after), tmp_path / "full", drop_tables=["user"])
+    write_dump(tmp_path / "dumps", 110, named(looked_up))
+    delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base)
+    assert put_together(base, delta) == read_package(full)
+    assert any(note.endswith(f"and so does this one: {USER}") for note in manifest_of(delta)["notes"])
 
 
 def test_quantised_rows(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from dist_export.checkpoint.metadata import SlotMeta, TableMeta
 from dist_export.checkpoint.tzrec.parquet import FLOAT
 from dist_export.checkpoint.tzrec.spool import Kind
 from dist_export.errors import PlanError
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES, I64
-from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT, mix
 from dist_export.formats.row_encodings import F32, INT8_ROWWISE, U8
 from dist_export.humanize import few
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
@@ -20,6 +21,7 @@ from dist_export.manifest import Manifest, SlotEntry, TableEntry
 _WEIGHT = ".weight"
 _COLLISIONS = "_embedding_module"
 """The attribute under which torchrec's managed-collision collections have their tables."""
+_RUN_ROWS = 1 << 20
 _CASTS = {"float16": "float16", "bfloat16": "bfloat16", INT8_ROWWISE: "int8"}
 """What rows of float32 can become, by the base's dtype or encoding: the dtype of the settings."""
 
@@ -42,6 +44,8 @@ class Matched(NamedTuple):
     """By table; None if the dump has no row of it."""
     dtypes: tuple[tuple[str, str], ...]
     """(table, dtype of the settings) of those that are cast."""
+    left_out: tuple[str, ...]
+    """Tables of the dump that the export of the base has left out."""
 
 
 def match_tables(found: Mapping[str, FoundTable], base: Manifest, where: str) -> Matched:
@@ -56,8 +60,12 @@ def match_tables(found: Mapping[str, FoundTable], base: Manifest, where: str) ->
         PlanError: a table that the base lacks, or whose rows do not fit there.
     """
     by_number: dict[int, FoundTable] = {}
+    left_out = []
     for name, its in found.items():
         number = _find_table(name, base, where)
+        if number is None:
+            left_out.append(name)
+            continue
         if number in by_number:
             raise PlanError(
                 f"{where}: {by_number[number].name!r} and {name!r} are both table {base.tables[number].name!r} of the base; "
@@ -72,22 +80,23 @@ def match_tables(found: Mapping[str, FoundTable], base: Manifest, where: str) ->
         precision = _precision_of(embedding)
         if one is not None and one.kind.kind == FLOAT and precision in _CASTS:
             dtypes.append((tables[-1].name_in_source, _CASTS[precision]))
-    return Matched(tuple(tables), tuple(map(by_number.get, range(len(base.tables)))), tuple(dtypes))
+    return Matched(tuple(tables), tuple(map(by_number.get, range(len(base.tables)))), tuple(dtypes), tuple(left_out))
 
 
-def _find_table(name: str, base: Manifest, where: str) -> int:
+def _find_table(name: str, base: Manifest, where: str) -> int | None:
+    """Return the number of the base's table; None if the export of the base has left it out. PlanError if there is none."""
+    left_out = () if base.left_out_tables is msgspec.UNSET else base.left_out_tables
     names = [{entry.name, entry.source_name} - {msgspec.UNSET} for entry in base.tables]
+    names += [{entry.name} for entry in left_out]
+    shown = [*(entry.name for entry in base.tables), *(entry.name for entry in left_out)]
+    fitting: list[int] = []
     for wanted in (name, name + _WEIGHT):
-        exact = [number for number, its in enumerate(names) if wanted in its]
-        if len(exact) == 1:
-            return exact[0]
+        fitting = fitting or [number for number, its in enumerate(names) if wanted in its]
     last = name.rpartition(".")[2]
-    ends = [number for number, its in enumerate(names) if last in {_last(str(one)) for one in its}]
-    if len(ends) == 1:
-        return ends[0]
-    why = (
-        "is no table of the base" if not ends else f"may be any of {few([base.tables[number].name for number in ends])}"
-    )
+    fitting = fitting or [number for number, its in enumerate(names) if last in {_last(str(one)) for one in its}]
+    if len(fitting) == 1:
+        return fitting[0] if fitting[0] < len(base.tables) else None
+    why = "is no table of the base" if not fitting else f"may be any of {few([shown[number] for number in fitting])}"
     raise PlanError(
         f"{where}: {name!r} {why}; the base has {', '.join(entry.name for entry in base.tables) or 'no table'}. Give the "
         "base that was exported from this training"
@@ -113,7 +122,7 @@ def _find_embedding(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
         )
     if found is None:
         return embedding
-    if entry.is_row_indexed and _COLLISIONS in found.name.split("."):
+    if _COLLISIONS in found.name.split(".") and _has_row_numbers(entry):
         raise PlanError(
             f"{found.where}: {found.name!r} is a managed-collision (ZCH) table, of which the dump has raw ids, and the base has "
             f"row numbers of table {entry.name!r}. Export the base from a checkpoint that has the ids of this table"
@@ -129,6 +138,17 @@ def _find_embedding(entry: TableEntry, found: FoundTable | None) -> SlotEntry:
             f"{dim} of {precision}, to which they cannot be brought"
         )
     return embedding
+
+
+def _has_row_numbers(entry: TableEntry) -> bool:
+    """Return whether the rows of a table go by number, or its ids are the numbers of its rows (``to_hash_tables``)."""
+    if entry.is_row_indexed:
+        return True
+    total = 0
+    for first in range(0, entry.rows_out, _RUN_ROWS):
+        numbers = np.arange(first, min(first + _RUN_ROWS, entry.rows_out))
+        total += int(mix(numbers).sum(dtype=np.uint64))
+    return f"{total % (1 << 64):016x}" == entry.id_sum
 
 
 def _describe(entry: TableEntry, embedding: SlotEntry, found: FoundTable | None) -> TableMeta:
