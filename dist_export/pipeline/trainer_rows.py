@@ -18,7 +18,7 @@ from dist_export.checkpoint.trainer_dump import ReadFile, TrainerDump
 from dist_export.checkpoint.tzrec.files import TZREC_DELTA, Chosen, DumpFile, choose_files, list_dumps
 from dist_export.checkpoint.tzrec.parquet import need_pyarrow
 from dist_export.checkpoint.tzrec.spool import NO_ROWS, ChosenRows, DumpMemory, HeldRows, Kind, Spool, bytes_of
-from dist_export.checkpoint.tzrec.tables import FoundTable, Matched, match_tables
+from dist_export.checkpoint.tzrec.tables import FoundTable, Matched, is_exact, match_tables
 from dist_export.checkpoint.tzrec.winners import Conflict, Keyed, choose_rows
 from dist_export.errors import CheckpointError, PlanError
 from dist_export.formats.recis import HASH_SIZE
@@ -279,6 +279,13 @@ def _tell(chosen: Chosen, facts: Sequence[_FileFacts], matched: Matched) -> list
     steps = chosen.steps
     span = f"step {steps[0]}" if len(steps) == 1 else f"{count(len(steps), 'step')} from {steps[0]} to {steps[-1]}"
     told = [f"the dumps of {span} hold {count(rows, 'row')} that were looked up; of each key the last one counts"]
+    by_last = [
+        f"{found.name} is {table.name}"
+        for found, table in zip(matched.found, matched.tables, strict=True)
+        if found is not None and not is_exact(found.name, table)
+    ]
+    if by_last:
+        told.append(f"tables of the dumps were matched with the base's by the last part of their names: {few(by_last)}")
     if matched.left_out:
         told.append(
             f"the dumps have tables that the export of the base has left out, and so does this one: {few(matched.left_out)}"

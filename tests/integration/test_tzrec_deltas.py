@@ -98,6 +98,9 @@ def test_dumps_on_their_base_are_the_full_export(trained, tmp_path: Path, compar
         f"step_{step}/delta_embedding_step_{step}_rank_{rank}_of_2.parquet" for step in (110, 120) for rank in (0, 1)
     ]
     assert all(file["digest"].startswith("xxh3:") for file in manifest["source"]["files"])
+    assert f"matched with the base's by the last part of their names: {ITEM} is item, {USER} is user" in str(
+        manifest["notes"]
+    )
     for table in manifest["tables"]:
         delta_of = table["delta"]
         assert delta_of["deleted"] == 0
@@ -224,6 +227,7 @@ def test_tables_by_row_number(tmp_path: Path) -> None:
     write_dump(tmp_path / "dumps", 110, {WEIGHT.removesuffix(".weight"): (keys, rows[keys])})
     delta = export_dump(tmp_path / "dumps", tmp_path / "delta", base)
     assert put_together(base, delta) == read_package(full)
+    assert "by the last part" not in str(manifest_of(delta)["notes"])
     assert manifest_of(delta)["tables"][0]["delta"] == {
         "rows_base": 400, "same": 397, "changed": 3, "new": 0, "deleted": 0, "deleted_ids": []
     }  # fmt: skip

@@ -103,6 +103,11 @@ def _find_table(name: str, base: Manifest, where: str) -> int | None:
     )
 
 
+def is_exact(name: str, table: TableMeta) -> bool:
+    """Return whether a table of a dump has the name of the base's table, and not the last part of it alone."""
+    return bool({name, name + _WEIGHT} & {table.name, table.name_in_source})
+
+
 def _last(name: str) -> str:
     return name.removesuffix(_WEIGHT).rpartition(".")[2]
 
