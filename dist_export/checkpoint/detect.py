@@ -20,6 +20,7 @@ from dist_export.checkpoint.tensors import safetensors, torch_save
 from dist_export.checkpoint.tensors.common import PlainDense, read_all, sort_facts
 from dist_export.checkpoint.tensors.safetensors import SafetensorsReader, find_safetensors_files
 from dist_export.checkpoint.tensors.torch_save import TorchReader, find_torch_files
+from dist_export.checkpoint.tzrec.files import TOLD_BY, TZREC_DELTA
 from dist_export.errors import CheckpointError, ConfigError, UnaskedError
 from dist_export.formats.recis import INDEX, TENSORKEY
 from dist_export.manifest import MANIFEST
@@ -48,6 +49,9 @@ INDEX_FILES = (safetensors.INDEX_JSON, torch_save.INDEX_JSON)
 _DUMP_ALONE = (
     "is a DynamicEmb dump, which holds only tables, and the dense arch needs parameters. Leave `model` out of the config for an "
     "export of the tables"
+)
+_DELTA_ALONE = (
+    "is a dump of TorchEasyRec, which holds only rows of tables. The dense arch is that of the base; leave `model` out"
 )
 _PACKAGE_ALONE = (
     "is a package, which has a program and no dense parameters. Leave `model` out of the config for an export of the tables, or "
@@ -120,6 +124,8 @@ def find_nothing(directory: Directory, *, asked: str = AUTO) -> CheckpointError:
     names = directory.names()
     what = f"no checkpoint that is known among its {len(names)} files" if names else directory.say_missing()
     looked_for = LOOKED_FOR if asked == AUTO else FORMATS[asked].told_by
+    if any(name.endswith(".parquet") for name in names):
+        what += " (parquet files of TorchEasyRec's trainer are taken with format: tzrec_delta and a base)"
     unfinished = (
         ". A save that did not finish lacks what is written last: index, tensorkey.json, .metadata" if names else ""
     )
@@ -177,7 +183,7 @@ def holds_tables(
         return bool(read_beside(directory, settings).checkpoint.tables)
     if found in _PLAIN:
         return bool(sort_facts(directory, read_all(_PLAIN[found](directory, settings)), settings).tables)
-    if found in (DYNAMICEMB, DCP_AND_DUMP, PACKAGE):
+    if found in (DYNAMICEMB, DCP_AND_DUMP, PACKAGE, TZREC_DELTA):
         return True
     try:
         names = directory.names()
@@ -231,6 +237,13 @@ def _open_dynamicemb(directory: Directory, settings: TensorSettings) -> Checkpoi
     return reader
 
 
+def _open_delta(directory: Directory, _: TensorSettings) -> CheckpointReader[Any]:
+    raise ConfigError(
+        f"{directory.url} is read as a dump of changed rows (format: tzrec_delta), which is no checkpoint: only an export "
+        "against a base reads it"
+    )
+
+
 def _open_dcp_and_dump(directory: Directory, settings: TensorSettings) -> CheckpointReader[Any]:
     dcp = DcpReader(directory, settings, with_dump=True)
     return JoinedReader(dcp, DynamicEmbReader(directory, with_dcp=True), kind=DCP_AND_DUMP)
@@ -277,6 +290,12 @@ FORMATS: dict[str, Format] = {
         "a DynamicEmb dump", "*_emb_keys.rank_*", _open_dynamicemb, lambda directory, _: NoDense(directory, _DUMP_ALONE)
     ),
     PACKAGE: Format("a package", MANIFEST, _open_package, lambda directory, _: NoDense(directory, _PACKAGE_ALONE)),
+    TZREC_DELTA: Format(
+        "a dump of TorchEasyRec",
+        TOLD_BY,
+        _open_delta,
+        lambda directory, _: NoDense(directory, _DELTA_ALONE),
+    ),
     DCP_AND_DUMP: Format(
         "a DCP checkpoint with a DynamicEmb dump",
         f"{METADATA}, or model/{METADATA}, and *_emb_keys.rank_*",

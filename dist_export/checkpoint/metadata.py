@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from dist_export.checkpoint.payload import Payload
+from dist_export.checkpoint.trainer_dump import TrainerDump
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_STATE, Slice
 from dist_export.formats.row_encodings import TAIL_BYTES
@@ -314,6 +315,8 @@ class Checkpoint:
     disk_state: str = ""
     """What the first rank's disk says of the files besides, as :meth:`digest_traces` has it. By it a rerun knows whether these
     are still the files that an unfinished export has read."""
+    dump: TrainerDump | None = None
+    """Where the rows come from, of a source that holds only those that were looked up since a base; None for all others."""
     payload: Payload | None = None
     """All tensors of the source, tables that are left out too; None where nobody accounts for them."""
 
@@ -331,7 +334,7 @@ class Checkpoint:
     @property
     def is_of_recis(self) -> bool:
         """Whether RecIS holds these tables, on disk or in memory; what is to be told of it concerns nobody else."""
-        is_live = self.memory is not None and any(table.has_ids for table in self.tables)
+        is_live = self.memory is not None and self.dump is None and any(table.has_ids for table in self.tables)
         return self.format == "recis" or is_live
 
     @property

@@ -20,6 +20,7 @@ from dist_export.config.mistakes import FORMER_VALUES, Mistakes
 from dist_export.config.publishing import resolve_export_dir
 from dist_export.config.serving import read_serving
 from dist_export.config.sparse_settings import CastDtype, check_sparse
+from dist_export.config.trainer_deltas import check_trainer_delta
 from dist_export.errors import ConfigError
 from dist_export.formats.digests import missing_package
 
@@ -30,7 +31,9 @@ MIN_MEMORY_BYTES = 64 << 20
 
 MAX_THREADS = 64
 
-CheckpointFormat = Literal["auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb"]
+CheckpointFormat = Literal[
+    "auto", "recis", "dcp", "safetensors", "torch", "dynamicemb", "dcp+dynamicemb", "tzrec_delta"
+]
 
 
 _MAX_SHARDS = 999_999
@@ -84,7 +87,15 @@ class ExportConfig:
     format: CheckpointFormat | Literal["live"] = "auto"
     """Format of the checkpoint: recis, dcp (torch.distributed.checkpoint), safetensors, torch (torch.save) or dynamicemb. auto
     detects it from the files, and reads a DCP checkpoint together with the DynamicEmb dump beside it (dcp+dynamicemb). dcp or
-    dynamicemb reads only that one. live: no checkpoint; the tables of the model (see model) are exported from memory."""
+    dynamicemb reads only that one. live: no checkpoint; the tables of the model (see model) are exported from memory.
+    tzrec_delta: TorchEasyRec's dumps of looked-up embeddings, on top of a base."""
+    since_step: int | None = None
+    """With format: tzrec_delta, the step whose rows the base has: only dumps of later steps are taken. Null takes the step that
+    the base's manifest says."""
+    until_step: int | None = None
+    """With format: tzrec_delta, the last step whose dump is taken. Null takes all."""
+    allow_ragged: bool = False
+    """With format: tzrec_delta, take a step also if files of some ranks are missing, as dumps by the clock may have it."""
     overwrite: bool = False
     """Replace a package that is already in export_dir. The old package stays readable until the new one is committed."""
     on_unfinished: Literal["resume", "restart", "error"] = "resume"
@@ -338,6 +349,7 @@ class ExportConfig:
 
     def _check_sparse(self) -> None:
         check_sparse(vars(self), self.dtypes)
+        check_trainer_delta(vars(self))
 
     def _check_dense(self) -> None:
         for name in ("export_folder_name", "export_model_name"):

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from dist_export.config.prune_rules import parse_rules
 from dist_export.config.publishing import VERSIONS
+from dist_export.config.trainer_deltas import TZREC_DELTA
 from dist_export.errors import ConfigError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 
@@ -56,7 +57,7 @@ def check_sparse(settings: Mapping[str, Any], dtypes: Sequence[tuple[str, str]])
         raise ConfigError(
             "on_empty_table says what becomes of tables that prune leaves nothing of, but prune has no rule"
         )
-    if settings["on_overflow"] != "error" and not dtypes:
+    if settings["on_overflow"] != "error" and not dtypes and settings["format"] != TZREC_DELTA:
         raise ConfigError("on_overflow says what becomes of values that a dtype cannot hold, but dtype names no table")
     _check_base(settings)
 

@@ -55,11 +55,12 @@ def find_ignored(selection: Selection, names: Sequence[str]) -> tuple[frozenset[
 
 def _compare(checkpoint: Checkpoint, selection: Selection, number: int, theirs: TableEntry, rows: int) -> str | None:
     table = checkpoint.tables[number]
-    if theirs.is_row_indexed and table.has_ids:
+    is_whole = checkpoint.dump is None  # rows of dumps have ids, row numbers or not, and are few
+    if theirs.is_row_indexed and table.has_ids and is_whole:
         return "is row-indexed, and that of the checkpoint has ids"
     if not theirs.is_row_indexed and not table.is_hashed:
         return "is a hash table, and that of the checkpoint is row-indexed (see to_hash_tables)"
-    if theirs.is_row_indexed and theirs.rows_out > rows:
+    if theirs.is_row_indexed and theirs.rows_out > rows and is_whole:
         return f"has {theirs.rows_out:,} rows by number, and that of the checkpoint {rows:,}"
     if not theirs.is_row_indexed and any(part.rows and part.row_index is msgspec.UNSET for part in theirs.parts):
         return "has no row index; export the base with row_index: true"

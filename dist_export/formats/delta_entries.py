@@ -27,6 +27,9 @@ class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
     the delta, under the last part of this path."""
     digest: str
     """The digest of its manifest."""
+    has_dense: bool | msgspec.UnsetType = msgspec.UNSET
+    """True if all that is no table is the base's, byte for byte: the dense arch, the score program and their stored samples,
+    which are of the base's rows. Else absent."""
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

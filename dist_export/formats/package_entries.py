@@ -23,7 +23,11 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
     uri: str | msgspec.UnsetType = msgspec.UNSET
     """The version in the registry, if the config named the checkpoint by a registry's URI."""
     step: int | msgspec.UnsetType = msgspec.UNSET
-    """The training step, if the checkpoint is one of a run."""
+    """The training step, if the checkpoint is one of a run. Of a trainer's dumps, that of the last one."""
+    steps: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of a trainer's dumps: the steps whose rows were taken, in order."""
+    files: tuple[FileEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of a trainer's dumps: the files that were read."""
 
 
 class CastEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,8 @@ _MAX_NAME_BYTES = 200
 
 ID_SLOT = "id"
 EMBEDDING_SLOT = "embedding"
+HASH_SIZE = 65536
+"""The size of the slice space of RecIS's hash tables."""
 CHILD_BITS = 52
 """A coalesced table keeps its child's index in the 12 bits above these, but only in memory."""
 

@@ -20,6 +20,7 @@ from dist_export.checkpoint.detect import (
 from dist_export.checkpoint.dynamicemb_widths import render_width
 from dist_export.checkpoint.recis.reader import list_finished
 from dist_export.checkpoint.tensor_settings import TensorSettings
+from dist_export.checkpoint.tzrec.files import TZREC_DELTA
 from dist_export.errors import CheckpointError, ConfigError, PackageError, UserError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, EMBEDDING_SLOT, ID_SLOT
@@ -69,7 +70,7 @@ def describe(
         raise ConfigError(f"{path} is no DynamicEmb dump; --dynamicemb_dims is for those")
     if found in (DCP, DCP_AND_DUMP):
         return describe_dcp(directory, asked=found, settings=settings, dynamicemb_dims=dims)
-    if found in (SAFETENSORS, TORCH, DYNAMICEMB):
+    if found in (SAFETENSORS, TORCH, DYNAMICEMB, TZREC_DELTA):
         return describe_source(directory, asked=found, settings=settings, dynamicemb_dims=dims)
     if not is_package and found is None:
         raise find_nothing(directory, asked=asked)

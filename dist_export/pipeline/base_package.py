@@ -14,10 +14,10 @@ from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
 from dist_export.delta.mismatch import find_mismatch, row_indexed_in
 from dist_export.errors import CommitError, ConfigError, DistExportError, ExportError, PackageError, PlanError
+from dist_export.formats.recis import HASH_SIZE
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
-from dist_export.plan.table_view import HASH_SIZE
 from dist_export.redact import first_line
 from dist_export.registry import base as registries
 from dist_export.registry.versions import CURRENT

@@ -33,16 +33,18 @@ def account_for_base(export: ExportState) -> ExportState:
     ranks, same = task.ranks, planned.same
     counts = _add_up(ranks.all_gather("count what the base has", lambda: same.counts))
     in_base = {table.name: table for table in base.manifest.tables}
-    entries = [(number, entry, in_base[entry.name]) for number, entry in enumerate(export.tables)]
+    is_whole = planned.plan.checkpoint.dump is None
+    entries = [
+        (number, *_add_untouched(entry, in_base[entry.name], counts.get(number, Compared()), is_whole=is_whole))
+        for number, entry in enumerate(export.tables)
+    ]
+    tables = tuple(entry for _, entry, _ in entries)
 
     def account() -> list[DeltaEntry]:
-        return [
-            _account(entry, theirs, counts.get(number, Compared()), same.ignored[number])
-            for number, entry, theirs in entries
-        ]
+        return [_account(entry, in_base[entry.name], its, same.ignored[number]) for number, entry, its in entries]
 
     deltas = ranks.run("account for the base", account)
-    losing = {number: theirs for number, _, theirs in entries if deltas[number].deleted}
+    losing = {number: in_base[entry.name] for number, entry, _ in entries if deltas[number].deleted}
     seen = share_seen(ranks, base, losing, same.seen) if losing else {}
     written: Written = {}
 
@@ -56,9 +58,9 @@ def account_for_base(export: ExportState) -> ExportState:
             "look at the deleted ids",
             lambda: written.update(note_written(export.target, {its.file.path: its.file.num_bytes for its in files})),
         )
-    tables = ranks.run("add the deleted ids", lambda: _add_entries(export.tables, deltas, files))
+    accounted = ranks.run("add the deleted ids", lambda: _add_entries(tables, deltas, files))
     return export.grown(
-        tables=tables, deleted_files=tuple(its.file for its in files), written={**export.written, **written}
+        tables=accounted, deleted_files=tuple(its.file for its in files), written={**export.written, **written}
     )
 
 
@@ -68,6 +70,21 @@ def _add_up(shares: list[dict[int, Compared]]) -> dict[int, Compared]:
         for table, counts in share.items():
             total[table] = total.get(table, Compared()).plus(counts)
     return total
+
+
+def _add_untouched(
+    entry: TableEntry, in_base: TableEntry, counts: Compared, *, is_whole: bool
+) -> tuple[TableEntry, Compared]:
+    """Return the entry and the counts of a table with the rows that a partial source leaves to the base unseen.
+
+    They are counted as rows that came in and are the same. Of a whole source there are none: what it lacks is deleted.
+    """
+    untouched = 0 if is_whole else in_base.rows_out - counts.same - counts.changed
+    if untouched <= 0:
+        return entry, counts
+    dropped = {**entry.rows_dropped, SAME: entry.rows_dropped.get(SAME, 0) + untouched}
+    grown = msgspec.structs.replace(entry, rows_in=entry.rows_in + untouched, rows_dropped=dropped)
+    return grown, counts.plus(Compared(same=untouched))
 
 
 def _account(entry: TableEntry, in_base: TableEntry, counts: Compared, ignored: frozenset[str]) -> DeltaEntry:

@@ -37,6 +37,7 @@ from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_ta
 from dist_export.pipeline.preflight import Found, look_at_all
 from dist_export.pipeline.reused_program import TakenOver
 from dist_export.pipeline.target import ExportPaths, may_copy_within, refuse_foreign_files
+from dist_export.pipeline.trainer_delta import is_trainer_delta
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped_rows import DUPLICATE, account_for
 from dist_export.plan.multipart import FileParts, count_client_bytes, plan_parts
@@ -61,6 +62,11 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
         raise ConfigError(
             "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
             "itself checks the settings before it writes anything"
+        )
+    if is_trainer_delta(config):
+        raise ConfigError(
+            "format is tzrec_delta: its rows must be read to know which ones count, so there is no plan without an export. The "
+            "export itself checks the settings before it writes anything"
         )
     found = look_at_all(ranks, config, world_size)
     config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint

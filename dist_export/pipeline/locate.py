@@ -22,6 +22,7 @@ from dist_export.manifest import Manifest
 from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
+from dist_export.pipeline.trainer_delta import find_dumps, is_trainer_delta, stat_dumps
 from dist_export.redact import redact_text
 from dist_export.registry import base
 from dist_export.registry.versions import SCHEME
@@ -74,7 +75,11 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
-        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+        found = (
+            find_dumps(config, resolved.directory)
+            if is_trainer_delta(config)
+            else find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+        )
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config)
@@ -187,7 +192,12 @@ def _key_of(config: ExportConfig, found: FoundCheckpoint) -> str:
     source: list[Any] = [_absolute(found.directory, config.storage_options)]
     if is_version:  # a checkpoint at a path that is written again and again is a new version each time
         directory = open_place(found.directory, config.storage_options, follow_links=config.follow_links)
-        source.append(sorted((name, stat.size, stat.version) for name, stat in _stats(directory).items()))
+        source.append(
+            sorted(
+                (name, stat.size, stat.version)
+                for name, stat in (stat_dumps if is_trainer_delta(config) else _stats)(directory).items()
+            )
+        )
     key = xxhash.xxh3_64_hexdigest(msgspec.json.encode([*source, config.num_shards, settings, lists]))
     return f"{found.step}-{key}" if is_version and found.step is not None else key
 

@@ -30,6 +30,7 @@ from dist_export.pipeline.account import account_export, fates_by_entry
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.state import ExportState
+from dist_export.pipeline.trainer_delta import describe_dumps
 from dist_export.redact import redact_text
 from dist_export.workdir.state import list_foreign_files
 
@@ -51,14 +52,17 @@ def describe_package(
     return Manifest(
         mode=mode,
         num_shards=0 if planned is None else planned.plan.num_shards,
-        source=SourceEntry(
-            path=redact_text(config.ckpt_dir or ""),
-            format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
-            fingerprint="" if checkpoint is None else checkpoint.fingerprint,
-            num_files=0 if checkpoint is None else len(checkpoint.files),
-            num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
-            uri=located.source_uri or msgspec.UNSET,
-            step=msgspec.UNSET if located.step is None else located.step,
+        source=describe_dumps(
+            SourceEntry(
+                path=redact_text(config.ckpt_dir or ""),
+                format=config.format if config.is_live else "none" if checkpoint is None else checkpoint.format,
+                fingerprint="" if checkpoint is None else checkpoint.fingerprint,
+                num_files=0 if checkpoint is None else len(checkpoint.files),
+                num_bytes=0 if checkpoint is None else checkpoint.num_bytes,
+                uri=located.source_uri or msgspec.UNSET,
+                step=msgspec.UNSET if located.step is None else located.step,
+            ),
+            checkpoint,
         ),
         tables=tables,
         left_out_tables=describe_left_out(checkpoint),
@@ -89,6 +93,7 @@ def describe_export(export: ExportState) -> Manifest:
         FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
         for r in export.receipts
     ]
+    has_dense = read.checkpoint is not None and read.checkpoint.dump is not None
     files = (*shards, *export.index_files, *export.deleted_files, *export.small_files)
     manifest = describe_package(
         task.config,
@@ -102,7 +107,7 @@ def describe_export(export: ExportState) -> Manifest:
     return msgspec.structs.replace(
         manifest,
         schema_version=SCHEMA_VERSION if export.base is None else DELTA_SCHEMA_VERSION,
-        base=msgspec.UNSET if export.base is None else _describe_base(export.base),
+        base=msgspec.UNSET if export.base is None else _describe_base(export.base, has_dense=has_dense),
         files=files,
         account=account,
         dense=None if dense is None else dense.entry,
@@ -115,10 +120,12 @@ def describe_export(export: ExportState) -> Manifest:
     )
 
 
-def _describe_base(base: Package) -> BaseEntry:
+def _describe_base(base: Package, *, has_dense: bool) -> BaseEntry:
     directory = base.directory
     return BaseEntry(
-        path=redact_text(directory.path if directory.is_local else directory.url), digest=base.manifest.digest
+        path=redact_text(directory.path if directory.is_local else directory.url),
+        digest=base.manifest.digest,
+        has_dense=has_dense or msgspec.UNSET,
     )
 
 

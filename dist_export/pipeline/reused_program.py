@@ -22,6 +22,8 @@ from dist_export.manifest import (
     ScoreEntry,
     TableEntry,
 )
+from dist_export.package.beside_tables import list_beside_tables
+from dist_export.package.reader import Package
 from dist_export.pipeline.inputs import FG, note_renamed
 from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
@@ -81,6 +83,12 @@ class TakenOver:
         were = "were" if len(parts) > 1 else "was"
         return [f"{told} {were} taken over from {source.url} byte by byte, as no row changed{scores}", *renamed]
 
+    def take_base(self, base: Package) -> None:
+        """Take over all that is no table of the base of a delta whose source has nothing else. CheckpointError."""
+        self._source, self._manifest = base.directory, base.manifest
+        self._files = list_beside_tables(base.manifest)
+        self.read()  # so that what is damaged is told before anything is written
+
     @property
     def _is_renamed(self) -> bool:
         return any(name != its for name, its in self._names.items())
@@ -110,9 +118,10 @@ class TakenOver:
 
     def dense_state(self) -> DenseMeta:
         """Return the dense parameters that the source's merged manifest lists for its program."""
-        if self._source is None or self._manifest is None or self._manifest.dense is None:
+        files = () if self._manifest is None else self._manifest.files
+        entry = next((file for file in files if file.path == MERGED), None)
+        if self._source is None or entry is None:
             return []
-        entry = next(file for file in self._manifest.files if file.path == MERGED)
         merged = _DECODER.decode(_read(self._source, entry))
         return [
             (key, its.dtype, tuple(its.shape))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import note_unindexed
@@ -47,6 +48,12 @@ from dist_export.pipeline.target import (
     settle,
 )
 from dist_export.pipeline.target_state import OnDisk
+from dist_export.pipeline.trainer_delta import (
+    as_base,
+    is_trainer_delta,
+    note_dense_of_base,
+    open_trainer_delta,
+)
 from dist_export.plan.casts import casts_by_table, note_unreadable
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
@@ -115,9 +122,13 @@ def read_source(export: ExportState) -> ExportState:
         task.held.callback(base.close)
     small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
     with task.reporter.stage("read"):
-        checkpoint = open_source(
-            ranks, config, source, model=objects.model, weights=task.weights, exports_dense=objects.dataset is not None
-        )
+        if base is not None and source is not None and is_trainer_delta(config):
+            checkpoint: Checkpoint | None = open_trainer_delta(ranks, config, source, base)
+        else:
+            exports_dense = objects.dataset is not None
+            checkpoint = open_source(
+                ranks, config, source, model=objects.model, weights=task.weights, exports_dense=exports_dense
+            )
         notes = list(checkpoint.warnings if checkpoint is not None else ())
         fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
@@ -175,6 +186,7 @@ def plan_tables(export: ExportState) -> ExportState:
     if not config.need_export_sparse:
         return export
     assert checkpoint is not None
+    config = as_base(config, checkpoint)
     notes: list[str] = []
     with task.reporter.stage("plan"):
         world_size = task.ranks.world_size
@@ -186,7 +198,11 @@ def plan_tables(export: ExportState) -> ExportState:
         notes += note_unreadable(checkpoint, plan.selection)
         if not export.in_place and (objects.model is None or objects.dataset is None):
             notes += note_dense_left(list_dense_left(export.dense_state, plan), checkpoint)
-        if where is not None and not export.in_place:
+        if checkpoint.dump is not None and base is not None:
+            whole = base
+            task.ranks.broadcast("look for the program of the base", lambda: export.taken_over.take_base(whole))
+            notes += note_dense_of_base(base.manifest, checkpoint)
+        elif where is not None and not export.in_place:
             has_own = objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
             with_scores = config.score_program != "off"
             notes += task.ranks.broadcast(

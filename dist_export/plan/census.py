@@ -235,7 +235,8 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
         parts = checkpoint.parts.of_table(table)
         begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
         is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
-        is_proven = is_disjoint and not census.misplaced[parts].any()
+        is_chosen = checkpoint.dump is not None  # of each key one row, whatever file it is in
+        is_proven = is_chosen or (is_disjoint and not census.misplaced[parts].any())
         groups = [(part,) for part in parts if checkpoint.parts.rows[part] > held_ids] if is_proven else [tuple(parts)]
         for group in groups:
             rows = int(checkpoint.parts.rows[list(group)].sum())

@@ -18,11 +18,8 @@ from dist_export.checkpoint.metadata import Blocks, Checkpoint, LeftOutTable, Pa
 from dist_export.config.mistakes import Mistakes
 from dist_export.errors import PlanError, printable
 from dist_export.formats.dtypes import DTYPES
-from dist_export.formats.recis import EMBEDDING_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, HASH_SIZE
 from dist_export.formats.row_encodings import F32
-
-HASH_SIZE = 65536
-"""The size of the slice space of RecIS's hash tables."""
 
 ZEROS = "zeros"
 

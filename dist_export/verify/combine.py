@@ -9,6 +9,7 @@ from dist_export.checkpoint.recis.model_pt import load_dense_state
 from dist_export.formats.recis import DENSE_STATE, DENSE_SUFFIX, EMBEDDING_SLOT, Slice, format_slice
 from dist_export.humanize import count as say
 from dist_export.manifest import DEFAULT_ROWS, MANIFEST, OUTPUTS, SAMPLE_ROWS, DenseEntry, ScoreEntry, ServingEntry
+from dist_export.verify.base_dense import compare_taken_over, has_dense_of_base
 from dist_export.verify.blocks import Blocks
 from dist_export.verify.dense import check_dense
 from dist_export.verify.finite import Odd
@@ -28,6 +29,10 @@ def conclude(survey: Survey, counts: IdCounts, duplicates: list[Duplicates], odd
             _tell_of_values(survey, survey.blocks, odd)
     if survey.is_finite_asked and survey.package is None:
         survey.guard(DENSE_STATE, lambda: _check_dense_state(survey))
+    if survey.package is not None and has_dense_of_base(survey.package.manifest):
+        package = survey.package
+        survey.guard(MANIFEST, lambda: compare_taken_over(package, survey.report))
+        return
     if survey.manifest is not None and survey.manifest.dense is not None:
         entry = survey.manifest.dense
         survey.guard(entry.program, lambda: _check_dense(survey, entry))

@@ -10,6 +10,7 @@ from dist_export.config.loader import parse_with_extras
 from dist_export.config.publishing import VERSIONS
 from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
+from dist_export.config.trainer_deltas import TZREC_DELTA
 from dist_export.errors import ConfigError
 from dist_export.registry.base import scheme_of
 from dist_export.reporting.printing import print_now
@@ -82,7 +83,9 @@ def watch(ranks: LastingRanks, argv: Sequence[str]) -> int:
 
 
 def _defaults_of(values: dict[str, Any]) -> Mapping[str, Any]:
-    """Return the settings that watch has by default. ConfigError without a directory of versions."""
+    """Return the settings that watch has by default. ConfigError without a directory of versions, or for a trainer's dumps."""
+    if values.get("format") == TZREC_DELTA:
+        raise ConfigError("format is tzrec_delta, and watch exports checkpoints; export dumps by a command each")
     if not values.get("publish") and not str(values.get("export_dir") or "").startswith(VERSIONS):
         raise ConfigError(
             "publish is not set; watch needs a directory of versions, in the config file or as --publish DIR"

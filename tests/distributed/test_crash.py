@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_export import cli
 from tests.support.distributed import crash
 from tests.support.distributed.crash import Kill, Setup, content, run_kill
 from tests.support.recis_writer import make_tables, write_checkpoint
+from tests.support.tzrec_dumps import write_dump
 
 pytestmark = pytest.mark.distributed
 
@@ -32,12 +34,18 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
     cast = (*arguments, "--dtype", '{"t": int8, "u": float16}')
     write_checkpoint(folder / "before", make_tables({"t": 600, "u": 300}, 3))  # of t other rows, of u the same
     delta = (*arguments, "--base", str(folder / "base"))
+    dumped = ("--format", "tzrec_delta", "--base", str(folder / "base"), "--since_step", "1")
+    dumps = ("--ckpt_dir", str(folder / "dumps"), *arguments[2:], *dumped)
+    rows = np.arange(600 * 4, dtype=np.float32).reshape(600, 4)
+    for step in (2, 3):
+        write_dump(folder / "dumps", step, *({"t": (np.arange(rank, 600, 2), rows[rank::2] + step)} for rank in (0, 1)))
     for name, of in (
         ("expected", arguments),
         ("old", ("--ckpt_dir", str(folder / "other"), *arguments[2:])),
         ("cast", cast),
         ("base", ("--ckpt_dir", str(folder / "before"), *arguments[2:])),
         ("delta", delta),
+        ("dumped", dumps),
     ):
         assert cli.main([*of, "--export_dir", str(folder / name)]) == 0
     return {
@@ -45,6 +53,7 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),
         "cast": Setup(folder / "ckpt", cast, folder / "cast"),
         "delta": Setup(folder / "ckpt", delta, folder / "delta"),
+        "dumps": Setup(folder / "dumps", dumps, folder / "dumped"),
     }
 
 
@@ -70,6 +79,8 @@ KILLS = [
     ("delta", Kill(1, "write model-000001-of-000004.deleted_ids"), False),
     ("delta", Kill(1, "written manifest.json"), True),
     ("delta", Kill(2, "exchange the ids that are still there", rank=1, victims="rank"), False),
+    ("dumps", Kill(1, "publish model-000002-of-000004.safetensors"), False),
+    ("dumps", Kill(2, "exchange the keys", rank=1, victims="rank"), False),
 ]
 
 

@@ -37,6 +37,8 @@ NEEDED = {
     "on_base_mismatch": {"base": "c"},
     "compare": {"base": "c"},
     "delta_ignore_slots": {"base": "c", "compare": "exact"},
+    "format": {"base": "c"},  # tzrec_delta cannot do without
+    **{name: {"format": "tzrec_delta", "base": "c"} for name in ("since_step", "until_step", "allow_ragged")},
     "filter": {"filter_sparse_opt": True},
 }
 """What a setting's example needs beside it."""
