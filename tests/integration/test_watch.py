@@ -166,7 +166,7 @@ class Client(threading.Thread):
     """Asks the server for rows, one request after the other, and compares each answer with the states that were saved."""
 
     def __init__(self, address: str, seed: int) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self._address = address
         self._random = np.random.default_rng(seed)
         self.steps: list[int] = []
@@ -207,7 +207,7 @@ def test_a_server_follows_ten_versions_under_load(run: Path, where: Path) -> Non
     ranks = LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0)
     watching = threading.Thread(target=watch, args=(ranks, argv))
     watching.start()
-    wait_for(lambda: (where / "current.json").exists())
+    wait_for((where / "current.json").exists)
     watcher = Watcher(f"versions:{where}", poll_secs=0.02)
     watcher.start()
     try:
