@@ -15,6 +15,7 @@ import dist_export
 from dist_export.api import Exporter
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.cli import main
+from dist_export.diff.compare import diff
 from dist_export.errors import ConfigError, ModelError, PlanError
 from dist_export.package.reader import Package
 from dist_export.verify.verify import verify
@@ -105,6 +106,10 @@ def test_the_dense_part_is_new_and_the_rows_are_those_of_the_base(checkpoints, t
             for name, scores in found.items():
                 np.testing.assert_allclose(scores, eager[name].numpy(), rtol=1e-5, atol=1e-6)
     assert verify(str(tmp_path / "delta")).findings == []
+    found = diff(tmp_path / "base", tmp_path / "delta")
+    assert all(table.is_equal and table.same for table in found.tables)
+    assert found.dense.changed
+    assert found.scores.max_abs["ctr"] > 0
 
 
 def test_no_row_of_the_checkpoint_is_read(checkpoints, tmp_path: Path, monkeypatch) -> None:
