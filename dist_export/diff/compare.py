@@ -58,8 +58,8 @@ def diff(
     """
     ranks = alone() if ranks is None else ranks
     with (
-        ranks.run("open A", lambda: _open(a, base_a, storage_options, registry_options)) as one,
-        ranks.run("open B", lambda: _open(b, base_b, storage_options, registry_options)) as two,
+        ranks.run("open A", lambda: open_compared(a, base_a, storage_options, registry_options)) as one,
+        ranks.run("open B", lambda: open_compared(b, base_b, storage_options, registry_options)) as two,
     ):
         digests = (one.manifest.digest, two.manifest.digest)
         if len(set(ranks.all_gather("compare the manifests", lambda: digests))) > 1:
@@ -97,12 +97,14 @@ def diff(
         return ranks.broadcast("compare the dense arch", lambda: _unreadable(finish))
 
 
-def _open(
+def open_compared(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     storage_options: dict[str, Any] | None,
     registry_options: dict[str, Any] | None,
 ) -> Package:
+    """Open a package at ``path``, a delta with its base. Its files are held. UserError if it cannot be read."""
+
     def open_at(place: str | os.PathLike[str]) -> Directory:
         return open_directory(resolve(os.fspath(place), registry_options or {}).directory, storage_options)
 

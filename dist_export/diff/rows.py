@@ -28,8 +28,9 @@ from dist_export.manifest import PartEntry, SlotEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.stored_rows import decode_rows, row_bytes_of
 
-_MOST_ROWS = 1 << 18
-_COPIES = 6
+MOST_ROWS = 1 << 18
+"""Of a run."""
+COPIES = 6
 """How many times the bytes of a run are held at once: both sides, as they are stored, as values, and the difference."""
 
 
@@ -116,7 +117,7 @@ def _width(slot: SlotEntry) -> tuple[int, ...]:
 def cut_runs(paired: PairedTable, one: Package, two: Package, *, max_bytes: int) -> list[Run]:
     """Cut what has to be compared into runs of at most so many bytes at work."""
     width = max((row_bytes_of(slot) for pair in paired.slots for slot in pair), default=1)
-    step = int(min(_MOST_ROWS, max(1, max_bytes // (_COPIES * (width + 8)))))
+    step = int(min(MOST_ROWS, max(1, max_bytes // (COPIES * (width + 8)))))
     name, below = paired.b.name, find_in_base(two, paired.b.name)
     is_shared = has_shared_base(one, two)
     runs: list[Run] = []
@@ -172,7 +173,7 @@ def _compare_run(a: Package, b: Package, paired: PairedTable, run: Run) -> RunCo
     max_abs = 0.0
     for ours, theirs in paired.slots:
         found, rows, has_row, is_in_b = _read_both(a, b, run, ours.name, theirs.name)
-        is_other, most = _compare_slot(found, rows, ours, theirs, has_row & is_in_b)
+        is_other, most = compare_slot(found, rows, ours, theirs, has_row & is_in_b)
         is_changed |= is_other
         max_abs = max(max_abs, most)
     num_rows, num_changed = int(np.count_nonzero(is_in_b)), int(np.count_nonzero(is_changed))
@@ -199,7 +200,7 @@ def _read_both(
     return found, rows, has_row, is_in_b
 
 
-def _compare_slot(
+def compare_slot(
     found: np.ndarray, rows: np.ndarray, ours: SlotEntry, theirs: SlotEntry, has_row: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Return which rows differ (bool, (n,)), and the largest change. Rows of one dtype are compared by their bytes."""

@@ -40,6 +40,9 @@ def test_two_and_three_ranks_find_what_one_finds(tmp_path: Path) -> None:
         found = json.loads(done.stdout)
         assert found == diff(*pair).as_json()
         assert found["tables"][0]["changed"] == (40 if pair[0] == a else 0)
+    done = run_command(2, "-m", "dist_export", "diff", str(a), str(tmp_path / "b" / "ckpt"), "--json")
+    [table] = json.loads(done.stdout)["tables"]
+    assert (table["same"], table["changed"], table["max_abs"]) == (3960, 40, expected["tables"][0]["max_abs"])
     done = run_command(2, "-m", "dist_export", "diff", str(a), str(tmp_path / "nowhere"))
     assert done.returncode == 1  # torchrun makes 1 of every failure
     assert done.stderr.count("nowhere: does not exist") == 1
