@@ -45,16 +45,16 @@ def compare(arguments: Mapping[str, Any], ranks: Ranks) -> PackageDiff:
     Raises as :func:`diff`; CheckpointError and PlanError for a checkpoint; UserError for two of them; ConfigError for options of
     a checkpoint without one.
     """
-    places = ranks.broadcast(
+    paths = ranks.broadcast(
         "look for a checkpoint", lambda: {name: _find_checkpoint(arguments, name) for name in NAMES}
     )
-    found = [name for name, place in places.items() if place]
+    found = [name for name, path in paths.items() if path]
     if len(found) > 1:
         raise UserError(
             "A and B are checkpoints; export one of them, and compare its package with the other checkpoint"
         )
     if found:
-        return _compare_checkpoint(arguments, ranks, found[0], places[found[0]])
+        return _compare_checkpoint(arguments, ranks, found[0], paths[found[0]])
     if idle := [name for name in SOURCE_OPTIONS if arguments[name] != SOURCE_OPTIONS[name].default]:
         raise ConfigError(f"--{idle[0]} is for checkpoints, and A and B are packages")
     return diff(

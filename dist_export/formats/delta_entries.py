@@ -27,6 +27,8 @@ class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
     the delta, under the last part of this path."""
     digest: str
     """The digest of its manifest."""
+    dense_only: bool | msgspec.UnsetType = msgspec.UNSET
+    """True if the source gave the dense part alone, and no row of its tables was compared with the base. Else absent."""
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

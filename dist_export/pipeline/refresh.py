@@ -29,7 +29,7 @@ from dist_export.delta.signature import (
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import ModelError, PlanError
 from dist_export.formats.strict_json import decode_object
-from dist_export.manifest import DenseEntry, DriftEntry, Manifest, TableEntry
+from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.serving_fit import find_misfits
 from dist_export.pipeline.planning import describe_source_rows, plan_sparse
@@ -127,7 +127,9 @@ def account_for_carried(export: ExportState) -> ExportState:
 def describe_refresh(manifest: Manifest, base: Package) -> Manifest:
     """Return the manifest of an export with what is of the base, and without a drift that compares the base with itself."""
     drift = None if manifest.drift is None else DriftEntry(batches=0, rows=0, outputs={}, not_measured=NOT_MEASURED)
-    return msgspec.structs.replace(manifest, left_out_tables=base.manifest.left_out_tables, drift=drift)
+    assert isinstance(manifest.base, BaseEntry)
+    entry = msgspec.structs.replace(manifest.base, dense_only=True)
+    return msgspec.structs.replace(manifest, base=entry, left_out_tables=base.manifest.left_out_tables, drift=drift)
 
 
 # ---- what the dense part takes and gives ----

@@ -231,7 +231,8 @@ def test_rows_of_a_delta_are_not_taken_back(checkpoints, tmp_path: Path) -> None
     export(before, tmp_path / "base")
     refresh(after, tmp_path / "first", tmp_path / "base")
     refresh(before, tmp_path / "second", tmp_path / "first")
-    assert manifest_of(tmp_path / "second")["base"]["path"] == str(tmp_path / "base")
+    base = manifest_of(tmp_path / "second")["base"]
+    assert (base["path"], base["dense_only"]) == (str(tmp_path / "base"), True)
     export(after, tmp_path / "rows", base=str(tmp_path / "base"))
     with pytest.raises(ConfigError, match=r"3 changed, 0 new and 0 deleted rows .* would go back to the rows of"):
         refresh(after, tmp_path / "third", tmp_path / "rows")
@@ -297,7 +298,10 @@ def test_recis_files_and_the_command_line(tmp_path: Path, capsys: pytest.Capture
     assert "older than the dense part" in told
     assert not delta.exists()
     assert main(command) == 0
-    assert "delta    0 changed, 0 new, 0 deleted against 100 rows" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"delta    a new dense part over 100 rows of {base}" in told
+    assert "with rows of the base and program as written" in told
+    assert "0 not in the base" in told
     assert put_together(base, delta) == read_package(base)
     account = manifest_of(delta)["account"]
     assert account["left_out"]["need_export_sparse"] > 0
