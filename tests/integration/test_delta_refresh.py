@@ -16,8 +16,9 @@ from dist_export.api import Exporter
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.cli import main
 from dist_export.diff.compare import diff
-from dist_export.errors import ConfigError, ModelError, PlanError
+from dist_export.errors import ConfigError, ExportError, ModelError, PlanError
 from dist_export.package.reader import Package
+from dist_export.serve.served import Watcher
 from dist_export.verify.verify import verify
 from tests.support import exports, tiny_model
 from tests.support import score_models as models
@@ -255,10 +256,19 @@ def test_versions(checkpoints, tmp_path: Path) -> None:
     before, after = checkpoints
     versions, now = f"versions:{tmp_path / 'pub'}", {"base": "latest", "need_export_sparse": False}
     export(before, versions)
+    taken = ("user", "clicks", "tags_values", "tags_offsets", "price")
+    inputs = {name: value.numpy() for name, value in models.batch_of(5, seed=2).items() if name in taken}
+    watcher = Watcher(versions)
+    first = watcher.current.models["score"].infer(inputs)["ctr"]
     made = export(after, versions, **now)
+    watcher.check_now()
+    assert (watcher.num_swaps, watcher.num_refused) == (1, 0)
     with dist_export.open_package(versions) as current:
         assert current.manifest.digest == made.digest
         assert current.base is not None
+        served = watcher.current.models["score"].infer(inputs)["ctr"]
+        assert np.array_equal(served, current.score(inputs)["ctr"])
+        assert not np.array_equal(served, first)
     assert export(after, versions, **now).digest == made.digest
     assert len(list((tmp_path / "pub" / "versions").iterdir())) == 2
 
@@ -337,3 +347,22 @@ def test_a_model_that_maps_raw_ids_is_refused(checkpoints, tmp_path: Path) -> No
     with pytest.raises(ModelError, match="sparse_arch maps raw ids to rows"):
         refresh(checkpoints[1], tmp_path / "delta", tmp_path / "base", model=model)
     assert not (tmp_path / "delta").exists()
+
+
+def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: Path, monkeypatch) -> None:
+    before, after = checkpoints
+    export(before, tmp_path / "base")
+    refresh(after, tmp_path / "whole", tmp_path / "base")
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dist_export.pipeline.steps.publish", fail)
+        with pytest.raises(ExportError, match="the disk is gone"):
+            refresh(after, tmp_path / "delta", tmp_path / "base")
+    assert not (tmp_path / "delta" / "manifest.json").exists()
+    refresh(after, tmp_path / "delta", tmp_path / "base")
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "delta")]
+    assert names[0] == names[1]
+    assert verify(str(tmp_path / "delta")).findings == []
