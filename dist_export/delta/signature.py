@@ -66,7 +66,7 @@ def find_other_contract(ours: ServingEntry, theirs: ServingEntry) -> str:
     before = {entry.name: entry for entry in theirs.inputs}
     for entry in ours.inputs:
         other = before.get(entry.name)
-        if other is None or msgspec.UNSET not in (entry.unknown, other.unknown) or entry.unknown != other.unknown:
+        if other is None or entry.name in list_unknown(ours, theirs, [entry.name]):
             continue
         columns = [
             [(its.begin, its.end, its.feature, its.tensor, its.first) for its in one.columns] for one in (entry, other)
@@ -89,6 +89,15 @@ def find_other_contract(ours: ServingEntry, theirs: ServingEntry) -> str:
                 f"{known.slot} of {known.table!r} ({known.dim} values) in the base"
             )
     return ""
+
+
+def list_unknown(ours: ServingEntry | None, theirs: ServingEntry | None, inputs: Sequence[str]) -> list[str]:
+    """Return the inputs of which one of two contracts does not say which features are in their columns."""
+    known = [
+        {entry.name for entry in one.inputs if entry.unknown is msgspec.UNSET} if one is not None else set()
+        for one in (ours, theirs)
+    ]
+    return [name for name in inputs if not all(name in its for its in known)]
 
 
 def _plain(shape: Sequence[int | str]) -> Shape:

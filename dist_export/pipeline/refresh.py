@@ -25,11 +25,13 @@ from dist_export.delta.signature import (
     find_other_names,
     find_other_score,
     find_other_tensors,
+    list_unknown,
 )
 from dist_export.dense.source_rows import SourceRows
 from dist_export.errors import ModelError, PlanError
 from dist_export.formats.strict_json import decode_object
-from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, TableEntry
+from dist_export.humanize import few
+from dist_export.manifest import BaseEntry, DenseEntry, DriftEntry, Manifest, ServingEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.serving_fit import find_misfits
 from dist_export.pipeline.planning import describe_source_rows, plan_sparse
@@ -139,10 +141,12 @@ def refuse_other_signature(export: ExportState) -> ExportState:
     """Compare what the dense part takes and gives with the base, before anything is written. All ranks. PlanError."""
     if not export.task.config.is_refresh:
         return export
-    export.task.ranks.broadcast(
-        "compare the inputs with the base", lambda: _refuse(export, lambda: _compare_sample(export))
-    )
-    return export
+
+    def compare() -> list[str]:
+        _refuse(export, lambda: _compare_sample(export))
+        return _note_unknown(export)
+
+    return export.grown(notes=export.task.ranks.broadcast("compare the inputs with the base", compare))
 
 
 def refuse_other_program(export: ExportState) -> None:
@@ -171,9 +175,9 @@ def _compare_sample(export: ExportState) -> str:
     assert sample is not None
     return (
         _compare_dense_sample(sample, theirs, export.task.config.dynamic_dims)
-        or _compare_columns(base, theirs, export.source.mc_conf)
+        or _compare_columns(base, export.source.mc_conf)
         or _compare_score(export, base.manifest)
-        or _compare_contract(export, base.manifest, theirs)
+        or _compare_contract(export, base.manifest)
     )
 
 
@@ -189,16 +193,34 @@ def _compare_dense_sample(sample: DenseSample, theirs: DenseEntry, dynamic_dims:
     )
 
 
-def _compare_columns(base: Package, theirs: DenseEntry, mc_conf: Any) -> str:
+def _compare_columns(base: Package, mc_conf: Any) -> str:
     """Compare which features mc puts into the columns of each input."""
-    name = f"{theirs.folder}/{_COLUMNS}"
-    before = decode_object(base.files.read(name), what=base.directory.describe(name))
-    now = dict(mc_conf or {})
+    before, now = _read_columns(base), dict(mc_conf or {})
     if list(now) != list(before):
         return find_other_names("blocks of mc", list(now), list(before))
-    return next(
-        (f"mc has other features for block {block!r} than the base" for block in now if now[block] != before[block]), ""
-    )
+    other = next((block for block in now if now[block] != before[block]), None)
+    return "" if other is None else f"mc has other features for block {other!r} than the base"
+
+
+def _read_columns(base: Package) -> dict[str, Any]:
+    """Return what mc said of the blocks of the base."""
+    assert base.manifest.dense is not None
+    name = f"{base.manifest.dense.folder}/{_COLUMNS}"
+    return decode_object(base.files.read(name), what=base.directory.describe(name))
+
+
+def _note_unknown(export: ExportState) -> list[str]:
+    """Return a note on inputs of which nobody says which features are in their columns. Rank 0."""
+    base = export.base
+    assert base is not None
+    names = [entry.name for entry in _dense_of(export).inputs]
+    before = base.manifest.serving
+    unknown = list_unknown(_preview_contract(export), None if before is msgspec.UNSET else before, names)
+    columns = _read_columns(base)
+    if not (unknown := [name for name in unknown if name not in columns]):
+        return []
+    told = f"which features are in the columns of {few(unknown)}, neither mc nor the serving contracts say"
+    return [f"{told}, so their order within an input was not compared with the base"]
 
 
 def _compare_score(export: ExportState, base: Manifest) -> str:
@@ -206,17 +228,23 @@ def _compare_score(export: ExportState, base: Manifest) -> str:
     return "" if ours is None or base.score is msgspec.UNSET else find_other_score(ours, base.score)
 
 
-def _compare_contract(export: ExportState, base: Manifest, theirs: DenseEntry) -> str:
+def _compare_contract(export: ExportState, base: Manifest) -> str:
     """Compare the serving contract with the tables of the base, and with its contract."""
-    if export.contract is None:
-        return ""
-    tables: dict[str, TableEntry] = {table.name: table for table in base.tables}
-    serving = export.contract.preview(tables, [entry.name for entry in theirs.inputs])
+    serving = _preview_contract(export)
     if serving is None:
         return ""
     if misfits := find_misfits(base, serving):
         return f"the serving contract does not fit its tables: {misfits[0]}"
     return "" if base.serving is msgspec.UNSET else find_other_contract(serving, base.serving)
+
+
+def _preview_contract(export: ExportState) -> ServingEntry | None:
+    """Return the serving contract as it will be; None if there is none. Rank 0."""
+    assert export.base is not None
+    if export.contract is None:
+        return None
+    tables: dict[str, TableEntry] = {table.name: table for table in export.base.manifest.tables}
+    return export.contract.preview(tables, [entry.name for entry in _dense_of(export).inputs])
 
 
 def _dense_of(export: ExportState) -> DenseEntry:

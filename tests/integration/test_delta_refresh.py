@@ -87,6 +87,7 @@ def test_the_dense_part_is_new_and_the_rows_are_those_of_the_base(checkpoints, t
     assert made.drift is not None
     assert made.drift.not_measured
     assert any("older than the dense part" in note for note in made.notes)
+    assert not any("was not compared with the base" in note for note in made.notes)
     model = build()
     state = torch.load(after)
     with dist_export.open_package(tmp_path / "delta") as delta, dist_export.open_package(tmp_path / "base") as base:
@@ -366,3 +367,16 @@ def test_a_run_that_ended_before_the_commit_is_completed(checkpoints, tmp_path: 
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "delta")]
     assert names[0] == names[1]
     assert verify(str(tmp_path / "delta")).findings == []
+
+
+def test_columns_that_cannot_be_compared_are_named(checkpoints, tmp_path: Path) -> None:
+    before, after = checkpoints
+    export(before, tmp_path / "base", serving="off")
+    made = refresh(after, tmp_path / "delta", tmp_path / "base")
+    [note] = [note for note in made.notes if "was not compared with the base" in note]
+    assert note.startswith("which features are in the columns of clicks, price, tags and 1 more, neither mc")
+
+
+def test_a_model_in_memory_is_no_source_of_it() -> None:
+    with pytest.raises(ConfigError, match="format is live; save a checkpoint"):
+        dist_export.ExportConfig(export_dir="out", format="live", base="base", need_export_sparse=False)
