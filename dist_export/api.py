@@ -68,7 +68,7 @@ class Exporter:
             filter_sparse_opt: True drops optimizer state and writes new shards, False copies the sparse files byte for byte. None
                 is False for a RecIS checkpoint, as in RecIS, and True for every other format.
             add_subfolder: put the package into ``<yyyymmdd>000000/data`` below ``export_dir``.
-            need_export_sparse: False exports only the dense arch.
+            need_export_sparse: False exports only the dense arch; with ``base``, over the tables of the base as they are.
             settings: any other setting of an export.
         """
         self.config = load_config(

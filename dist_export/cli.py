@@ -227,32 +227,16 @@ def _verify(argv: list[str]) -> int:
 
 
 def _diff(argv: list[str]) -> int:
-    from dist_export.config.byte_sizes import parse_bytes
-    from dist_export.config.describe import SETTINGS
-    from dist_export.config.loader import PATH_OPTIONS, parse_path
-    from dist_export.diff.compare import diff
+    from dist_export.config.loader import parse_path
+    from dist_export.diff.command import NAMES, OPTIONS, USAGE, compare
     from dist_export.diff.text import render_diff
 
-    usage = (
-        "usage: dist_export diff A B [--key value ...]\n\nCompare two packages: rows, dense parameters, inputs, outputs, and "
-        "scores of A's sample. Exit code 0: serving gets the same from both; 1: not the same; 2: one cannot be read. Under "
-        "torchrun the ranks share the rows."
-    )
-    options = {**PATH_OPTIONS, **{name: SETTINGS[name] for name in ("max_memory", "timeout")}}
-    if _is_answered(argv, {"Options": options}, usage=usage):
+    if _is_answered(argv, {"Options": OPTIONS}, usage=USAGE):
         return 0
-    arguments = parse_path("diff", argv, options, names=("A", "B"))
-    max_memory = parse_bytes(arguments["max_memory"], setting="max_memory")
+    arguments = parse_path("diff", argv, OPTIONS, names=NAMES)
 
     def work(ranks: Ranks) -> int:
-        found = diff(
-            arguments["A"],
-            arguments["B"],
-            storage_options=arguments["storage_options"],
-            registry_options=arguments["registry_options"],
-            max_memory=max_memory,
-            ranks=ranks,
-        )
+        found = compare(arguments, ranks)
         ranks.tell_once(lambda: print_json(found.as_json()) if arguments["json"] else print_lines(render_diff(found)))
         return 0 if found.is_equal else 1
 

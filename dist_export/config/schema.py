@@ -174,7 +174,8 @@ class ExportConfig:
     threads: int | None = None
     """Threads of a rank that read and write shards; null takes the cores of a rank, 4 at most."""
     need_export_sparse: bool = True
-    """False exports only the dense arch."""
+    """False exports only the dense arch. With base, the package is a delta over the base's tables as they are, of which no row is
+    read: the dense inputs and outputs must be those of the base."""
     add_subfolder: bool = False
     """Put the package into <export_dir>/<yyyymmdd>000000/data, unless export_dir ends with data."""
 
@@ -319,6 +320,11 @@ class ExportConfig:
                 raise ConfigError(f"{name} is for checkpoints, but format is live: the model says what its tables are")
         if not self.filter_sparse_opt:  # there are no files to copy, so new shards are written in any case
             object.__setattr__(self, "filter_sparse_opt", True)
+
+    @property
+    def is_refresh(self) -> bool:
+        """Whether the dense part is exported alone, over the tables of the base as they are."""
+        return self.base is not None and not self.need_export_sparse
 
     @property
     def options_of_target(self) -> dict[str, Any]:

@@ -30,13 +30,13 @@ def check_sparse(settings: Mapping[str, Any], dtypes: Sequence[tuple[str, str]])
     views = ("select_tables", "drop_tables", "rename_tables", "to_hash_tables", "prune")
     asked += [name for name in views if settings[name]]
     asked += ["dtype"] if dtypes else []
-    asked += ["base"] if settings["base"] is not None else []
     unused = [*asked, *(["on_misplaced"] if settings["on_misplaced"] != "repair" else [])]
     unused += [name for name in ("default_row", "dynamicemb_dims") if settings[name]]
     if unused and not settings["need_export_sparse"]:
         raise ConfigError(f"{unused[0]} says how to export the tables, but need_export_sparse is false")
     if settings["treat_as_tables"] and not settings["need_export_sparse"] and settings["model"] is None:
         raise ConfigError("treat_as_tables says which tensors are tables, but need_export_sparse is false")
+    asked += ["base"] if settings["base"] is not None else []
     if asked and settings["filter_sparse_opt"] is False:  # null is checked once the format is known
         raise ConfigError(
             f"{asked[0]} needs new shards, but filter_sparse_opt is false, which copies the files as they are; "
@@ -73,6 +73,8 @@ def _check_base(settings: Mapping[str, Any]) -> None:
         return
     if not settings["base"]:
         raise ConfigError("base is empty; give a package, or null for a full export")
+    if not settings["need_export_sparse"]:
+        _check_refresh(settings)
     if settings["base"] == LATEST and not settings["export_dir"].startswith(VERSIONS):
         raise ConfigError("base is latest, the current version of the directory of publish, but publish is not set")
     if settings["delta_ignore_slots"] and settings["compare"] != "exact":
@@ -82,3 +84,23 @@ def _check_base(settings: Mapping[str, Any]) -> None:
         )
     if {ID_SLOT, EMBEDDING_SLOT} & {*settings["delta_ignore_slots"]}:
         raise ConfigError(f"delta_ignore_slots: {ID_SLOT} and {EMBEDDING_SLOT} are always compared")
+
+
+def _check_refresh(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a delta without tables of its own cannot follow."""
+    for name, default, reason in (
+        ("on_base_mismatch", "error", "full would export the tables"),
+        ("compare", "fingerprints", "no row is compared"),
+        ("delta_ignore_slots", [], "no row is compared"),
+        ("max_drift", None, "no row of the checkpoint is read to measure a drift"),
+    ):
+        if settings[name] != default:
+            raise ConfigError(
+                f"{name} is {settings[name]}, but need_export_sparse is false, and the tables stay those of base: {reason}. "
+                f"Leave {name} out, or export the tables too"
+            )
+    if settings["format"] == "live":
+        raise ConfigError(
+            "base with need_export_sparse: false takes the dense part of a checkpoint, but format is live; save a checkpoint and "
+            "give ckpt_dir, or export the tables too"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ from dist_export.dense.fg import Features
 from dist_export.dense.stage import DenseStage
 from dist_export.errors import ParityError, UserError
 from dist_export.formats.serving_entries import DenseInputEntry, ReplayEntry, ServingEntry
+from dist_export.manifest import TableEntry
 from dist_export.package.dense_inputs import build_dense_inputs
 from dist_export.package.reader import Package
 from dist_export.runtime.ranks import Ranks
@@ -85,6 +86,10 @@ class ContractStage:
             dtype = str(tensor.dtype).removeprefix("torch.")
             reading.inputs[name] = DenseInputEntry(name=name, dtype=dtype, dims=tensor.dim(), unknown=_NOT_READ)
         return reading
+
+    def preview(self, tables: Mapping[str, TableEntry], names: Sequence[str]) -> ServingEntry | None:
+        """Return the contract as it will be, for these tables and dense inputs; None if there is none. Rank 0."""
+        return None if self._draft is None else self._draft.finish(tables, names)
 
     def compare_written(self, open_written: Callable[[], Package], blocks: Blocks) -> list[str]:
         """Carry the contract out with rows of the written shards, and compare with the model. All ranks. Returns notes.

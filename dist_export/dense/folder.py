@@ -94,14 +94,7 @@ def describe_dense(
         folder=folder_name,
         program=f"{folder_name}/{PROGRAM}",
         archive_format=archive_format,
-        inputs=tuple(
-            TensorEntry(
-                name=name,
-                dtype=_dtype(tensor),
-                shape=("batch", *(dynamic_dims.get(name, {}).get(d, tensor.shape[d]) for d in range(1, tensor.dim()))),
-            )
-            for name, tensor in traced.inputs.items()
-        ),
+        inputs=describe_inputs(traced.inputs, dynamic_dims),
         outputs=tuple(
             TensorEntry(name=name, dtype=_dtype(tensor), shape=shape)
             for name, tensor, shape in zip(sample.output_names, sample.outputs, shapes, strict=True)
@@ -111,6 +104,20 @@ def describe_dense(
         input_order=tuple(sample.blocks.tensors),
         constants=dict(sorted(sample.blocks.constants.items())) or msgspec.UNSET,
         torch=str(torch.__version__),
+    )
+
+
+def describe_inputs(
+    tensors: Mapping[str, torch.Tensor], dynamic_dims: Mapping[str, Mapping[int, str]]
+) -> tuple[TensorEntry, ...]:
+    """Return names, dtypes and shapes of dense inputs, with the free dimensions by name."""
+    return tuple(
+        TensorEntry(
+            name=name,
+            dtype=_dtype(tensor),
+            shape=("batch", *(dynamic_dims.get(name, {}).get(d, tensor.shape[d]) for d in range(1, tensor.dim()))),
+        )
+        for name, tensor in tensors.items()
     )
 
 

@@ -149,9 +149,13 @@ class RowFinder(KnownTables):
         return {names[n]: found.ids[found.is_pruned & ~found.is_kept] for n, found in self._found.items()}
 
     def unmodified(self) -> RowFinder:
-        """Return what finds the source's own rows: without cast, prune or the choice among duplicates. It shares the scans."""
+        """Return what finds the source's own rows: without cast, prune or the choice among duplicates. It shares the scans.
+
+        Written rows stay as they are, and are decoded as before.
+        """
         view = copy.copy(self)
-        vars(view).update(_casts={}, left_behind=Counter(), _is_unmodified=True)
+        casts = self._casts if self._source.is_written else {}
+        vars(view).update(_casts=casts, left_behind=Counter(), _is_unmodified=True)
         return view
 
     @property
@@ -189,7 +193,7 @@ class RowFinder(KnownTables):
             if (found.has_row != found.is_kept).any():
                 return True
             rows = [self._encode(table, found.kept), self.default_row(table)[None]]
-            own = [found.rows, source.default_row(table)[None]]
+            own = [source.decode(table, its) for its in (found.rows, source.default_row(table)[None])]
             if any((self.decode(table, cast) != plain).any() for cast, plain in zip(rows, own, strict=True)):
                 return True
         return False

@@ -19,6 +19,7 @@ from dist_export.registry.base import resolve
 from dist_export.runtime.joining import alone
 from dist_export.runtime.ranks import Ranks
 from dist_export.runtime.threads import run_threads
+from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 from dist_export.verify.work_split import DEFAULT_MEMORY, share_out
 
@@ -35,6 +36,8 @@ def diff(
     registry_options: dict[str, Any] | None = None,
     max_memory: int = DEFAULT_MEMORY,
     ranks: Ranks | None = None,
+    base_a: str | os.PathLike[str] | None = None,
+    base_b: str | os.PathLike[str] | None = None,
 ) -> PackageDiff:
     """Compare the packages at ``a`` and ``b``, the older one first. All ranks of ``ranks`` call this, and each returns all.
 
@@ -45,27 +48,30 @@ def diff(
         registry_options: options for the registry of both.
         max_memory: bytes that a rank may hold in addition to the metadata.
         ranks: the ranks that share the rows; by default only this process.
+        base_a: where the base of A is, if A is a delta package. By default it is searched for.
+        base_b: the same of B.
 
     Raises:
-        UserError: one of them is no package, is a delta package, is damaged in what is read of it, or was replaced meanwhile.
+        UserError: one of them is no package, its base is not found, it is damaged in what is read of it, or was replaced
+            meanwhile.
         StepFailedError: the same, on several ranks.
     """
     ranks = alone() if ranks is None else ranks
     with (
-        ranks.run("open A", lambda: _open(a, storage_options, registry_options)) as one,
-        ranks.run("open B", lambda: _open(b, storage_options, registry_options)) as two,
+        ranks.run("open A", lambda: open_compared(a, base_a, storage_options, registry_options)) as one,
+        ranks.run("open B", lambda: open_compared(b, base_b, storage_options, registry_options)) as two,
     ):
         digests = (one.manifest.digest, two.manifest.digest)
         if len(set(ranks.all_gather("compare the manifests", lambda: digests))) > 1:
             raise UserError(f"{a} or {b} was replaced while the ranks opened it; compare again")
-        pairs = pair_tables(one.manifest, two.manifest)
+        pairs = pair_tables(one, two)
         budget = max_memory // _THREADS
-        runs = [
-            run
-            for paired in pairs
-            if not paired.not_compared
-            for run in cut_runs(paired, one.manifest, two.manifest, max_bytes=budget)
-        ]
+        compared = [paired for paired in pairs if not paired.not_compared]
+
+        def cut() -> list[Run]:
+            return [run for paired in compared for run in cut_runs(paired, one, two, max_bytes=budget)]
+
+        runs = ranks.run("cut the rows", lambda: _unreadable(cut))
         mine = _share(runs, ranks)
         by_name = {paired.b.name: paired for paired in pairs}
 
@@ -91,17 +97,19 @@ def diff(
         return ranks.broadcast("compare the dense arch", lambda: _unreadable(finish))
 
 
-def _open(
-    path: str | os.PathLike[str], storage_options: dict[str, Any] | None, registry_options: dict[str, Any] | None
+def open_compared(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
+    storage_options: dict[str, Any] | None,
+    registry_options: dict[str, Any] | None,
 ) -> Package:
-    directory = resolve(os.fspath(path), registry_options or {}).directory
-    package = _unreadable(lambda: Package(open_directory(directory, storage_options), opens_base=False))
-    if package.manifest.base is not msgspec.UNSET:
-        package.close()
-        raise UserError(
-            f"{path} is a delta package of {package.manifest.base.path}, whose rows alone are not the model, so they are not "
-            "compared. Compare the package of a full export; inspect shows how many rows the delta changes"
-        )
+    """Open a package at ``path``, a delta with its base. Its files are held. UserError if it cannot be read."""
+
+    def open_at(place: str | os.PathLike[str]) -> Directory:
+        return open_directory(resolve(os.fspath(place), registry_options or {}).directory, storage_options)
+
+    base_directory = None if base is None else open_at(base)
+    package = _unreadable(lambda: Package(open_at(path), base_directory=base_directory))
     package.hold()
     return package
 
@@ -130,6 +138,7 @@ def _compare_settings(a: Manifest, b: Manifest) -> dict[str, tuple[str, str]]:
             "mode": manifest.mode,
             "num_shards": f"{manifest.num_shards:,}",
             "source": manifest.source.path,
+            "base": "none" if manifest.base is msgspec.UNSET else manifest.base.path,
             "prune": msgspec.json.encode(rules).decode() if rules else "no rules",
             "score program": "no" if manifest.score is msgspec.UNSET else "yes",
             "serving contract": "no" if manifest.serving is msgspec.UNSET else "yes",

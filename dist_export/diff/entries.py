@@ -72,6 +72,8 @@ class PackageDiff(msgspec.Struct, frozen=True, kw_only=True):
     others: tuple[str, ...] = ()
     """How the score programs, the serving contracts and fg.json differ, in words."""
     scores: ScoresDiff = ScoresDiff()
+    not_compared: str = ""
+    """What of both is not compared; then it does not count for ``is_equal``."""
     settings: dict[str, tuple[str, str]] = {}
     """What is packaged otherwise, though serving gets the same: name -> how A and B have it."""
 

@@ -1,4 +1,7 @@
-"""Compare the rows of a table in two packages: run by run of B's parts, each id looked up in A."""
+"""Compare the rows of a table in two packages: run by run of B's parts, each id looked up in A.
+
+Of deltas over one base, or of a delta and its base, only ids are read of which a delta says anything: all others are the same.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,44 @@ import msgspec
 import numpy as np
 
 from dist_export.diff.entries import TableDiff
+from dist_export.diff.layers import (
+    check_sum,
+    count_rows,
+    find_in_base,
+    has_own,
+    has_shared_base,
+    is_row_indexed,
+    is_said,
+    says_nothing,
+)
 from dist_export.errors import PackageError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
-from dist_export.manifest import Manifest, PartEntry, SlotEntry, TableEntry
+from dist_export.manifest import PartEntry, SlotEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.package.stored_rows import decode_rows, row_bytes_of
 
-_MOST_ROWS = 1 << 18
-_COPIES = 6
+MOST_ROWS = 1 << 18
+"""Of a run."""
+COPIES = 6
 """How many times the bytes of a run are held at once: both sides, as they are stored, as values, and the difference."""
 
 
+OWN, OF_BASE, OF_A, DELETED_IN_A = "own", "of_base", "of_a", "deleted_in_a"
+"""Whose rows a run has: B's own; those that its base keeps for it; A's own that B has not; ids that A deletes and B has not."""
+
+
 class Run(NamedTuple):
-    """Rows ``first`` to ``last`` - 1 of a part of B."""
+    """Rows ``first`` to ``last`` - 1 of a part of B; or what else has to be compared."""
 
     table: str
     part: int
+    """0 for deleted ids, in their order."""
     first: int
     last: int
     num_bytes: int
     is_same: bool
     """Whether A has the same bytes by the digests of both files: then nothing is read."""
+    source: str = OWN
 
 
 class RunCounts(NamedTuple):
@@ -53,14 +73,22 @@ class PairedTable(NamedTuple):
     not_compared: str = ""
 
 
-def pair_tables(a: Manifest, b: Manifest) -> list[PairedTable]:
-    """Return the tables that both manifests have, in B's order."""
-    by_name = {table.name: table for table in a.tables}
-    return [_pair(by_name[table.name], table) for table in b.tables if table.name in by_name]
+def pair_tables(one: Package, two: Package) -> list[PairedTable]:
+    """Return the tables that both packages have, in B's order."""
+    by_name = {table.name: table for table in one.manifest.tables}
+    return [
+        _pair(
+            by_name[table.name],
+            table,
+            is_of_one_kind=is_row_indexed(one, by_name[table.name]) == is_row_indexed(two, table),
+        )
+        for table in two.manifest.tables
+        if table.name in by_name
+    ]
 
 
-def _pair(a: TableEntry, b: TableEntry) -> PairedTable:
-    ours, theirs = ({slot.name: slot for slot in table.kept} for table in (a, b))
+def _pair(a: TableEntry, b: TableEntry, *, is_of_one_kind: bool) -> PairedTable:
+    ours, theirs = ({slot.name: slot for slot in table.kept if slot.name != ID_SLOT} for table in (a, b))
     others = [f"slot {name!r} is only in A" for name in ours if name not in theirs]
     others += [f"slot {name!r} is only in B" for name in theirs if name not in ours]
     both = [(ours[name], theirs[name]) for name in ours if name in theirs]
@@ -68,9 +96,9 @@ def _pair(a: TableEntry, b: TableEntry) -> PairedTable:
         f"slot {one.name!r} is {_say(one)} in A, {_say(two)} in B" for one, two in both if _say(one) != _say(two)
     ]
     reason = ""
-    if a.is_row_indexed != b.is_row_indexed:
+    if not is_of_one_kind:
         reason = "one side has a hash table, the other a row-indexed table"
-    slots = tuple(pair for pair in both if pair[0].name != ID_SLOT and _width(pair[0]) == _width(pair[1]))
+    slots = tuple(pair for pair in both if _width(pair[0]) == _width(pair[1]))
     if not slots and not reason:
         reason = "no slot has rows of one width in both"
     return PairedTable(a, b, slots, tuple(others), reason)
@@ -86,21 +114,38 @@ def _width(slot: SlotEntry) -> tuple[int, ...]:
     return slot.shape if slot.dim is msgspec.UNSET else (slot.dim,)
 
 
-def cut_runs(paired: PairedTable, a: Manifest, b: Manifest, *, max_bytes: int) -> list[Run]:
-    """Cut the parts of B into runs of at most so many bytes at work."""
+def cut_runs(paired: PairedTable, one: Package, two: Package, *, max_bytes: int) -> list[Run]:
+    """Cut what has to be compared into runs of at most so many bytes at work."""
     width = max((row_bytes_of(slot) for pair in paired.slots for slot in pair), default=1)
-    step = int(min(_MOST_ROWS, max(1, max_bytes // (_COPIES * (width + 8)))))
-    digests = [{file.path: file.digest for file in manifest.files} for manifest in (a, b)]
-    runs = []
-    for number, part in enumerate(paired.b.parts):
-        if not part.rows:
-            continue
-        is_same = any(_has_same_bytes(one, part, digests[0], digests[1]) for one in paired.a.parts)
-        for first in range(0, part.rows, part.rows if is_same else step):
-            last = part.rows if is_same else min(first + step, part.rows)
-            cost = 0 if is_same else (last - first) * width
-            runs.append(Run(paired.b.name, number, first, last, cost, is_same))
+    step = int(min(MOST_ROWS, max(1, max_bytes // (COPIES * (width + 8)))))
+    name, below = paired.b.name, find_in_base(two, paired.b.name)
+    is_shared = has_shared_base(one, two)
+    runs: list[Run] = []
+
+    def cut(source: str, sizes: Sequence[int], same: Sequence[bool] = ()) -> None:
+        for part, rows in enumerate(sizes):
+            is_same = bool(same) and same[part]
+            for first in range(0, rows, max(1, rows) if is_same else step):
+                last = rows if is_same else min(first + step, rows)
+                runs.append(Run(name, part, first, last, 0 if is_same else (last - first) * width, is_same, source))
+
+    if two.is_delta or not is_shared:
+        cut(OWN, [part.rows for part in paired.b.parts], _list_same(paired.b, two, paired.a, one))
+    if below is not None and not is_shared:
+        # of a part whose rows are not all B's, somebody has to count those that are
+        same = _list_same(below, two.base, paired.a, one) if says_nothing(paired.b) else ()
+        cut(OF_BASE, [part.rows for part in below.parts], same)
+    if one.is_delta and is_shared:
+        cut(OF_A, [part.rows for part in paired.a.parts])
+        cut(DELETED_IN_A, [len(one.deleted_ids(name))])
     return runs
+
+
+def _list_same(theirs: TableEntry, two: Package | None, ours: TableEntry, one: Package) -> list[bool]:
+    """Return by part of a table of B whether A has a part with the same bytes."""
+    assert two is not None
+    digests = [{file.path: file.digest for file in package.manifest.files} for package in (one, two)]
+    return [any(_has_same_bytes(its, part, digests[0], digests[1]) for its in ours.parts) for part in theirs.parts]
 
 
 def _has_same_bytes(a: PartEntry, b: PartEntry, digests_a: dict[str, str], digests_b: dict[str, str]) -> bool:
@@ -117,20 +162,45 @@ def compare_runs(a: Package, b: Package, pairs: dict[str, PairedTable], runs: It
 
 
 def _compare_run(a: Package, b: Package, paired: PairedTable, run: Run) -> RunCounts:
-    has_row = np.zeros(0, bool)
+    if run.source == DELETED_IN_A:
+        ids = a.deleted_ids(run.table)[run.first : run.last]
+        ids = ids[~has_own(b, run.table, ids)]
+        return RunCounts(
+            run.table, new=int(np.count_nonzero(b.lookup(run.table, ids, slot=paired.slots[0][1].name, raw=True)[1]))
+        )
+    has_row = is_in_b = np.zeros(0, bool)
     is_changed = np.zeros(run.last - run.first, bool)
     max_abs = 0.0
     for ours, theirs in paired.slots:
-        ids, rows = b.read_run(run.table, run.part, run.first, run.last, slot=theirs.name)
-        found, has_row = a.lookup(run.table, ids, slot=ours.name, raw=True)
-        is_other, most = _compare_slot(found, rows, ours, theirs, has_row)
+        found, rows, has_row, is_in_b = _read_both(a, b, run, ours.name, theirs.name)
+        is_other, most = compare_slot(found, rows, ours, theirs, has_row & is_in_b)
         is_changed |= is_other
         max_abs = max(max_abs, most)
-    num_new, num_changed = int(np.count_nonzero(~has_row)), int(np.count_nonzero(is_changed))
-    return RunCounts(run.table, len(has_row) - num_new - num_changed, num_changed, num_new, max_abs)
+    num_rows, num_changed = int(np.count_nonzero(is_in_b)), int(np.count_nonzero(is_changed))
+    num_new = int(np.count_nonzero(is_in_b & ~has_row))
+    return RunCounts(run.table, num_rows - num_new - num_changed, num_changed, num_new, max_abs)
 
 
-def _compare_slot(
+def _read_both(
+    a: Package, b: Package, run: Run, ours: str, theirs: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows of A and B for a run, as they are stored, which A has (bool), and which are B's to compare (bool)."""
+    if run.source == OF_A:
+        ids, found = a.read_run(run.table, run.part, run.first, run.last, slot=ours)
+        rows, is_in_b = b.lookup(run.table, ids, slot=theirs, raw=True)
+        return found, rows, np.ones(len(ids), bool), is_in_b & ~has_own(b, run.table, ids)
+    if run.source == OF_BASE:
+        assert b.base is not None
+        ids, rows = b.base.read_run(run.table, run.part, run.first, run.last, slot=theirs)
+        is_in_b = ~is_said(b, run.table, ids)
+    else:
+        ids, rows = b.read_run(run.table, run.part, run.first, run.last, slot=theirs)
+        is_in_b = np.ones(len(ids), bool)
+    found, has_row = a.lookup(run.table, ids, slot=ours, raw=True)
+    return found, rows, has_row, is_in_b
+
+
+def compare_slot(
     found: np.ndarray, rows: np.ndarray, ours: SlotEntry, theirs: SlotEntry, has_row: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Return which rows differ (bool, (n,)), and the largest change. Rows of one dtype are compared by their bytes."""
@@ -163,24 +233,26 @@ def add_counts(
         sums[count.table] = [one + two for one, two in zip(sums[count.table], count[1:4], strict=True)]
         largest[count.table] = max(largest[count.table], count.max_abs)
     by_name = {paired.b.name: paired for paired in pairs}
+    is_shared = has_shared_base(a, b)
     found = []
     for table in b.manifest.tables:
         paired = by_name.get(table.name)
         if paired is None:
-            found.append(TableDiff(name=table.name, new=table.rows_out, slots=("the table is only in B",)))
+            found.append(TableDiff(name=table.name, new=count_rows(table), slots=("the table is only in B",)))
         elif paired.not_compared:
             found.append(
                 TableDiff(
                     name=table.name,
-                    deleted=paired.a.rows_out,
-                    new=table.rows_out,
+                    deleted=count_rows(paired.a),
+                    new=count_rows(table),
                     slots=paired.others,
                     not_compared=paired.not_compared,
                 )
             )
         else:
             same, changed, new = sums[table.name]
-            deleted = paired.a.rows_out - same - changed
+            same += check_sum(b, table, same + changed + new, is_whole=not is_shared)
+            deleted = count_rows(paired.a) - same - changed
             if deleted < 0:
                 raise PackageError(
                     f"{b.directory.url}: table {table.name!r} has ids that stand twice; `verify` names them"
@@ -201,7 +273,7 @@ def add_counts(
     return (
         *found,
         *(
-            TableDiff(name=table.name, deleted=table.rows_out, slots=("the table is only in A",))
+            TableDiff(name=table.name, deleted=count_rows(table), slots=("the table is only in A",))
             for table in a.manifest.tables
             if table.name not in names
         ),

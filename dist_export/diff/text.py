@@ -11,9 +11,8 @@ def render_diff(found: PackageDiff) -> list[str]:
     lines = [f"A {found.a}", f"B {found.b}"]
     if found.is_equal:
         rows = sum(table.same for table in found.tables)
-        lines.append(
-            f"equal: serving gets the same from both ({count(len(found.tables), 'table')}, {count(rows, 'row')})"
-        )
+        what = "both have the same rows" if found.not_compared else "serving gets the same from both"
+        lines.append(f"equal: {what} ({count(len(found.tables), 'table')}, {count(rows, 'row')})")
     lines += [line for table in found.tables if not table.is_equal for line in _render_table(table)]
     equal = [table for table in found.tables if table.is_equal]
     if equal and not found.is_equal:
@@ -31,6 +30,7 @@ def render_diff(found: PackageDiff) -> list[str]:
     )
     if scores.not_compared and found.dense != DenseDiff():
         lines.append(f"scores were not compared: {scores.not_compared}")
+    lines += [found.not_compared] if found.not_compared else []
     lines += [f"{name}: {one} in A, {two} in B" for name, (one, two) in found.settings.items()]
     return lines
 

@@ -30,6 +30,8 @@ class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
     has_dense: bool | msgspec.UnsetType = msgspec.UNSET
     """True if all that is no table is the base's, byte for byte: the dense arch, the score program and their stored samples,
     which are of the base's rows. Else absent."""
+    dense_only: bool | msgspec.UnsetType = msgspec.UNSET
+    """True if the source gave the dense part alone, and no row of its tables was compared with the base. Else absent."""
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -393,4 +393,5 @@ class DriftEntry(msgspec.Struct, frozen=True, kw_only=True):
     skipped: Count = 0
     """Batches that the program cannot score, because their blocks have a different shape from the one that it takes."""
     not_measured: str | msgspec.UnsetType = msgspec.UNSET
-    """Why there are no figures: the model read rows that the export could not replace, so both sides used its own rows."""
+    """Why there are no figures: the model read rows that the export could not replace, so both sides used its own rows; or the
+    rows are those of a base, and the checkpoint's were not read."""

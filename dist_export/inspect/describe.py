@@ -95,7 +95,8 @@ def render(found: dict[str, Any]) -> list[str]:
         f"  {key:<10} {found[key]}" for key in ("mode", "source", "shards", "files", "bytes", "digest") if key in found
     ]
     if base := found.get("base"):
-        lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']})")
+        alone = ", a new dense part alone" if base.get("dense_only") else ""
+        lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']}){alone}")
     if found.get("row_fingerprints"):
         lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)

@@ -94,6 +94,7 @@ def account_export(
     taken: Collection[str] | None,
     held: Collection[str] = frozenset(),
     is_filtered: bool,
+    has_carried: bool = False,
 ) -> AccountEntry | msgspec.UnsetType:
     """Return the account of an export or of a plan, once it adds up; none where the source does not tell what it holds.
 
@@ -105,6 +106,7 @@ def account_export(
         taken: names of those that the program takes; None where there is no program.
         held: names, without wrappers, of what the score program has of the sparse arch.
         is_filtered: ``filter_sparse_opt``.
+        has_carried: whether the tables of the plan are those of a base, and none of the source is exported.
 
     Raises:
         CommitError: a tensor or a byte is in none of the account's parts, or in two.
@@ -117,7 +119,8 @@ def account_export(
     if taken is not None and held:
         taken = {*taken, *(other.name for other in payload.others if plain_name(other.name) in held)}
     fates = Fates(taken, is_filtered=planned is not None and is_filtered)
-    account = make_account(payload, checkpoint, None if planned is None else planned.plan, tables, fates)
+    plan = None if planned is None else planned.plan
+    account = make_account(payload, checkpoint, plan, None if has_carried else tables, fates)
     check_account(account, payload, checkpoint.directory.url)
     return account
 
@@ -126,7 +129,7 @@ def make_account(
     payload: Payload,
     checkpoint: Checkpoint,
     plan: SparsePlan | None,
-    tables: Sequence[TableFate],
+    tables: Sequence[TableFate] | None,
     dense: Fates,
 ) -> AccountEntry:
     """Return the account.
@@ -134,20 +137,24 @@ def make_account(
     Args:
         payload: of the source, dense parameters included.
         checkpoint: the source as the settings see it.
-        plan: None where no tables are exported.
-        tables: what becomes of each table of the plan.
+        plan: None where nothing of the sparse files is exported.
+        tables: what becomes of each table of the plan; None where none of the source is exported.
         dense: what becomes of dense tensors.
     """
     ledger = _Ledger(payload.aliases)
-    if plan is not None:
+    if plan is not None and tables is not None:
         for number, fate in enumerate(tables):
             ledger.add_table(plan, number, fate)
+    else:
+        ledger.add_unexported(checkpoint)
+    if plan is not None:
         for tensor in plan.selection.kept_dense:
             ledger.add(EXPORTED, "", tensor.num_bytes)
         for tensor, reason in plan.selection.dropped_dense:
             ledger.add(DROPPED, reason, tensor.num_bytes)
     else:
-        ledger.add_unexported(checkpoint)
+        for tensor in checkpoint.dense:
+            ledger.add(LEFT_OUT, NO_TABLES, tensor.num_bytes)
     for table in checkpoint.left_out:
         ledger.add(LEFT_OUT, table.reason, table.num_bytes, tensors=table.tensors)
     if plan is not None:
@@ -252,7 +259,7 @@ class _Ledger:
             self.add(DROPPED, reason, slot.num_bytes(fate.rows_in))
 
     def add_unexported(self, checkpoint: Checkpoint) -> None:
-        """Take in the tables and dense tensors of shards, where none of them is exported."""
+        """Take in the tables, where none of them is exported."""
         for number, table in enumerate(checkpoint.tables):
             if not self._is_first(checkpoint, table.name_in_source):
                 continue
@@ -271,8 +278,6 @@ class _Ledger:
                 )
                 for slot, size in zip(stored, sizes, strict=True)
             ]
-        for tensor in checkpoint.dense:
-            self.add(LEFT_OUT, NO_TABLES, tensor.num_bytes)
 
     def _is_first(self, checkpoint: Checkpoint, name: str) -> bool:
         """Whether a table is the first of those that are one tensor of the source."""

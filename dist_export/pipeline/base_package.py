@@ -56,6 +56,8 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
         directory = registries.resolve(uri, registry_options).directory
         manifest = _read_manifest(directory, config)
         if manifest.base is not msgspec.UNSET:
+            if config.is_refresh:
+                _refuse_rows(directory, manifest, manifest.base)
             directory, manifest = _find_below(directory, manifest.base, config)
     except DistExportError as error:
         if config.on_base_mismatch != "full":
@@ -108,6 +110,18 @@ def _find_below(delta: str, entry: BaseEntry, config: ExportConfig) -> tuple[str
         f"base {config.base} is a delta of {entry.path}, and neither there nor beside it is a package with the manifest "
         f"{entry.digest}; give another base"
     )
+
+
+def _refuse_rows(directory: str, delta: Manifest, entry: BaseEntry) -> None:
+    """Refuse a delta that has rows of its own as the base of one without tables: these rows would be taken back. ConfigError."""
+    for table in delta.tables:
+        its = table.delta
+        if its is not msgspec.UNSET and (its.changed or its.new or its.deleted):
+            raise ConfigError(
+                f"base {directory} is a delta with {its.changed:,} changed, {its.new:,} new and {its.deleted:,} deleted rows of "
+                f"table {table.name!r}, and without tables (need_export_sparse: false) serving would go back to the rows of "
+                f"{entry.path}. Export the tables too; or give base: {entry.path}, if its rows are to be served again"
+            )
 
 
 def refuse_replaced_base(base: Package) -> None:

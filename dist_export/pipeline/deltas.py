@@ -16,6 +16,7 @@ from dist_export.formats.deleted_ids import ID
 from dist_export.manifest import DeletedIdsEntry, DeltaEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.pipeline.planning import PlannedSparse, open_written
+from dist_export.pipeline.refresh import account_for_carried
 from dist_export.pipeline.state import ExportState
 from dist_export.storage.directory import Directory
 from dist_export.workdir.presence import Written, note_written
@@ -28,6 +29,8 @@ def account_for_base(export: ExportState) -> ExportState:
         CommitError: the rows of a table do not add up.
     """
     task, planned, base = export.task, export.planned, export.base
+    if task.config.is_refresh:
+        return account_for_carried(export)
     if base is None or planned is None or planned.same is None:
         return export
     ranks, same = task.ranks, planned.same

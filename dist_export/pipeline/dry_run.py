@@ -35,6 +35,7 @@ from dist_export.pipeline.inputs import note_renamed
 from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
 from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
 from dist_export.pipeline.preflight import Found, look_at_all
+from dist_export.pipeline.refresh import compare_tables
 from dist_export.pipeline.reused_program import TakenOver
 from dist_export.pipeline.target import ExportPaths, may_copy_within, refuse_foreign_files
 from dist_export.pipeline.trainer_delta import is_trainer_delta
@@ -89,12 +90,16 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
             *note_renamed(found.fg_conf, checkpoint),
         ],
     }
-    if not config.need_export_sparse or checkpoint is None:
+    if not config.is_refresh and (not config.need_export_sparse or checkpoint is None):
         return report
     with contextlib.ExitStack() as held:
         base = open_base(ranks, config, found.located.base.digest, paths.final)
         if base is not None:
             held.callback(base.close)
+            report["base"] = base.directory.url
+        if checkpoint is None or not config.need_export_sparse:
+            report["notes"] += [] if base is None else [compare_tables(ranks, base, checkpoint)]
+            return report
         fitting, base, notes = fit_base(ranks, checkpoint, config, base, world_size=world_size)
         planned = plan_sparse(ranks, fitting, config, world_size=world_size, base=base)
     plan = planned.plan

@@ -133,6 +133,8 @@ def _refuse_two_registries(config: ExportConfig) -> None:
 
 def _resolve_filter(config: ExportConfig, ckpt_dir: str | None) -> bool:
     """Return whether new shards are written, where the setting is null by the checkpoint's format."""
+    if config.is_refresh:
+        return True
     if config.filter_sparse_opt is not None or ckpt_dir is None:
         return config.filter_sparse_opt is not False
     directory = open_place(ckpt_dir, config.storage_options, follow_links=config.follow_links)

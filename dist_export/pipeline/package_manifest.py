@@ -29,6 +29,7 @@ from dist_export.package.reader import Package
 from dist_export.pipeline.account import account_export, fates_by_entry
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
+from dist_export.pipeline.refresh import describe_refresh
 from dist_export.pipeline.state import ExportState
 from dist_export.pipeline.trainer_delta import describe_dumps
 from dist_export.redact import redact_text
@@ -88,6 +89,7 @@ def describe_export(export: ExportState) -> Manifest:
         taken=None if dense is None else dense.taken,
         held=frozenset() if export.scores is None else export.scores.held,
         is_filtered=bool(task.config.filter_sparse_opt),
+        has_carried=task.config.is_refresh,
     )
     shards = [
         FileEntry(path=r.name, num_bytes=r.num_bytes, digest=r.digest, parts=r.parts or msgspec.UNSET)
@@ -104,7 +106,7 @@ def describe_export(export: ExportState) -> Manifest:
         read.trainer_state,
         in_place=export.in_place,
     )
-    return msgspec.structs.replace(
+    described = msgspec.structs.replace(
         manifest,
         schema_version=SCHEMA_VERSION if export.base is None else DELTA_SCHEMA_VERSION,
         base=msgspec.UNSET if export.base is None else _describe_base(export.base, has_dense=has_dense),
@@ -118,6 +120,7 @@ def describe_export(export: ExportState) -> Manifest:
         notes=(*export.notes, *(() if dense is None else dense.notes)),
         run=_describe_run(export, files),
     )
+    return describe_refresh(described, export.base) if task.config.is_refresh and export.base is not None else described
 
 
 def _describe_base(base: Package, *, has_dense: bool) -> BaseEntry:

@@ -16,6 +16,8 @@ def writes_fingerprints(config: ExportConfig, plan: SparsePlan, target: Director
     ``auto`` writes them where deltas will want them: in a full package of a directory of versions. On a disk alone, because
     rows are read back for it: there they come from the page cache, and from a store over the network.
     """
+    if config.is_refresh:  # without rows there are none
+        return False
     if config.row_fingerprints != "auto":
         return bool(config.row_fingerprints)
     is_delta = plan.pruning is not None and plan.pruning.same is not None

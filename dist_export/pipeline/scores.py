@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dist_export.delta.carried_tables import encodings_of
+from dist_export.formats.row_encodings import RowCast
 from dist_export.manifest import SCORE_FOLDER, seal
 from dist_export.package.reader import Package
 from dist_export.pipeline.deltas import describe_written_rows
 from dist_export.pipeline.inputs import refuse_without_scores
 from dist_export.pipeline.package_manifest import describe_export
+from dist_export.pipeline.refresh import settings_for
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.casts import casts_by_table
 
@@ -27,8 +30,7 @@ def trace_scores(export: ExportState) -> ExportState:
         return export if dense is None else export.grown(notes=_note_sparse(export, dense, None))
     from dist_export.score.stage import ScoreStage
 
-    casts = casts_by_table(planned.plan.checkpoint, planned.plan.selection)
-    scores = ScoreStage(task.ranks, task.config, dense, casts)
+    scores = ScoreStage(task.ranks, settings_for(task.config, export.base), dense, casts_of(export))
     with task.reporter.stage("trace scores"):
         notes = scores.trace()
     notes = [*_note_sparse(export, dense, scores), *notes]
@@ -44,10 +46,20 @@ def state_contract(export: ExportState) -> ExportState:
         return export
     from dist_export.contract.stage import ContractStage
 
-    contract = ContractStage(task.ranks, task.config, dense, export.scores)
+    contract = ContractStage(task.ranks, settings_for(task.config, export.base), dense, export.scores)
     with task.reporter.stage("state contract"):
         notes = contract.state(read.fg_conf, read.features)
     return export.grown(notes=notes, contract=contract)
+
+
+def casts_of(export: ExportState) -> dict[str, RowCast]:
+    """Return by table how rows are written otherwise than the source has them; of a carried base, how its rows are encoded."""
+    planned, base = export.planned, export.base
+    if planned is None:
+        return {}
+    if export.task.config.is_refresh and base is not None:
+        return encodings_of(base.manifest)
+    return casts_by_table(planned.plan.checkpoint, planned.plan.selection)
 
 
 def _note_sparse(export: ExportState, dense: DenseStage, scores: ScoreStage | None) -> list[str]:

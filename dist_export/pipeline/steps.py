@@ -31,8 +31,15 @@ from dist_export.pipeline.inputs import (
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
 from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
-from dist_export.pipeline.planning import describe_row_indexed_tables, describe_source_rows, plan_sparse
-from dist_export.pipeline.scores import score_sample, state_contract, trace_scores
+from dist_export.pipeline.planning import describe_row_indexed_tables, plan_sparse
+from dist_export.pipeline.refresh import (
+    describe_sample_rows,
+    plan_carried,
+    refuse_other_program,
+    refuse_other_signature,
+    settings_for,
+)
+from dist_export.pipeline.scores import casts_of, score_sample, state_contract, trace_scores
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
@@ -51,10 +58,10 @@ from dist_export.pipeline.target_state import OnDisk
 from dist_export.pipeline.trainer_delta import (
     as_base,
     is_trainer_delta,
-    note_dense_of_base,
+    look_for_program,
     open_trainer_delta,
 )
-from dist_export.plan.casts import casts_by_table, note_unreadable
+from dist_export.plan.casts import note_unreadable
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
 from dist_export.reporting.progress import Reporter
@@ -184,7 +191,7 @@ def plan_tables(export: ExportState) -> ExportState:
     task, read = export.task, export.source
     config, objects, checkpoint = task.config, task.objects, read.checkpoint
     if not config.need_export_sparse:
-        return export
+        return plan_carried(export) if config.is_refresh else export
     assert checkpoint is not None
     config = as_base(config, checkpoint)
     notes: list[str] = []
@@ -193,29 +200,19 @@ def plan_tables(export: ExportState) -> ExportState:
         fitting, base, notes_on_base = fit_base(task.ranks, checkpoint, config, export.base, world_size=world_size)
         notes += notes_on_base
         planned = plan_sparse(task.ranks, fitting, config, world_size=world_size, base=base)
-        plan, where = planned.plan, export.paths.source
+        plan = planned.plan
         notes += describe_row_indexed_tables(plan)
         notes += note_unreadable(checkpoint, plan.selection)
         if not export.in_place and (objects.model is None or objects.dataset is None):
             notes += note_dense_left(list_dense_left(export.dense_state, plan), checkpoint)
-        if checkpoint.dump is not None and base is not None:
-            whole = base
-            task.ranks.broadcast("look for the program of the base", lambda: export.taken_over.take_base(whole))
-            notes += note_dense_of_base(base.manifest, checkpoint)
-        elif where is not None and not export.in_place:
-            has_own = objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
-            with_scores = config.score_program != "off"
-            notes += task.ranks.broadcast(
-                "look for a program to take over",
-                lambda: export.taken_over.look(where, plan, has_own=has_own, with_scores=with_scores),
-            )
+        notes += look_for_program(export, plan, base)
         notes += note_rules(checkpoint, plan.pruning, planned.census.pruned)
     return export.grown(notes=notes, planned=planned, base=base)
 
 
 def sample_model(export: ExportState) -> ExportState:
     """Run the model on its sample batch, if a dense arch is exported. All ranks; writes nothing."""
-    task, read, planned = export.task, export.source, export.planned
+    task, read = export.task, export.source
     ranks, config, objects = task.ranks, task.config, task.objects
     ranks.run("look for what scores need", lambda: refuse_unscored(config, objects, read.checkpoint))
     if objects.model is None or objects.dataset is None:
@@ -223,9 +220,8 @@ def sample_model(export: ExportState) -> ExportState:
     from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
 
     with task.reporter.stage("sample"):
-        dense = DenseStage(ranks, config, objects, read.parameters)
-        casts = {} if planned is None else casts_by_table(planned.plan.checkpoint, planned.plan.selection)
-        notes = dense.prepare(describe_source_rows(read.checkpoint, planned), read.features, casts=casts)
+        dense = DenseStage(ranks, settings_for(config, export.base), objects, read.parameters)
+        notes = dense.prepare(describe_sample_rows(export), read.features, casts=casts_of(export))
     return export.grown(notes=notes, dense=dense, dense_state=export.dense_state or dense.parameters)
 
 
@@ -266,15 +262,18 @@ def transfer_and_trace(export: ExportState) -> ExportState:
                     export.scores.write(Path(export.scratch))
 
     with task.reporter.stage("transfer"):
-        if planned is None:
+        if planned is None or config.is_refresh:
             ranks.all_gather("trace the dense arch", trace)
+        if planned is None:
             return export
+        if config.is_refresh:
+            refuse_other_program(export)
         receipts, shares, reused, casts = transfer(
             ranks,
             planned,
             export.target,
             task.reporter,
-            beside=trace,
+            beside=(lambda: None) if config.is_refresh else trace,
             in_place=export.in_place,
             digest=config.digest,
             may_copy=may_copy_within(export.paths, server_side_copy=config.server_side_copy),
@@ -373,6 +372,7 @@ STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
     sample_model,
     trace_scores,
     state_contract,
+    refuse_other_signature,
     lock_target,
     transfer_and_trace,
     check_shards,

@@ -128,7 +128,7 @@ def _check_paths(ranks: Ranks, config: ExportConfig, export_dir: str) -> tuple[D
             )
     is_same = source is not None and source.is_same(final)
     where = "" if source is None else source.url
-    if is_same and config.filter_sparse_opt and config.need_export_sparse:
+    if is_same and config.filter_sparse_opt and (config.need_export_sparse or config.is_refresh):
         raise ConfigError(
             f"export_dir is ckpt_dir ({where}); filter_sparse_opt would replace the training checkpoint by one "
             "without optimizer state. Give another export_dir"

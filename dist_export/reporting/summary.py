@@ -89,9 +89,16 @@ def _delta(manifest: Manifest) -> list[str]:
     deltas = [table.delta for table in manifest.tables if table.delta is not msgspec.UNSET]
     changed, new, deleted = (sum(getattr(delta, name) for delta in deltas) for name in ("changed", "new", "deleted"))
     in_base = count(sum(delta.rows_base for delta in deltas), "row")
+    if _is_dense_only(manifest):
+        return [f"  delta    a new dense part over {in_base} of {manifest.base.path}"]
     return [
         f"  delta    {changed:,} changed, {new:,} new, {deleted:,} deleted against {in_base} of {manifest.base.path}"
     ]
+
+
+def _is_dense_only(manifest: Manifest) -> bool:
+    """Whether this is a delta with a new dense part over the tables of its base as they are."""
+    return manifest.base is not msgspec.UNSET and manifest.base.dense_only is True
 
 
 def _say_signature(dense: DenseEntry) -> list[str]:
@@ -110,7 +117,9 @@ def _say_scores(manifest: Manifest) -> list[str]:
         lines.append(f"  parity   largest difference {worst:.2g} at batch sizes {sizes}")
         if (files := manifest.parity.from_files) is not None:
             what = "rows and program as written"
-            if manifest.drift is not None and manifest.drift.not_measured is not msgspec.UNSET:
+            if _is_dense_only(manifest):
+                what = "rows of the base and program as written"
+            elif manifest.drift is not None and manifest.drift.not_measured is not msgspec.UNSET:
                 what += ", and rows of the model's own (see the drift)"
             if not files.reads_rows:  # the model's own rows, or a model without tables
                 what = "the program as written" + ("" if manifest.mode == "dense_only" else ", no row from the shards")
@@ -130,7 +139,8 @@ def _say_scores(manifest: Manifest) -> list[str]:
     if sample.get("asked"):
         asked, missing, pruned = (sum(sample.get(name, {}).values()) for name in ("asked", "missing", "left_behind"))
         apart = f", {pruned:,} left behind by prune" if pruned else ""
-        lines.append(f"  sample   {count(asked, 'id')} looked up, {missing:,} not in the checkpoint{apart}")
+        where = "base" if _is_dense_only(manifest) else "checkpoint"
+        lines.append(f"  sample   {count(asked, 'id')} looked up, {missing:,} not in the {where}{apart}")
     return lines
 
 

@@ -312,7 +312,6 @@ def test_settings_that_do_not_go_together(sources, tmp_path: Path) -> None:
         ({"base": "x", "filter_sparse_opt": False}, "base needs new shards"),
         ({"on_base_mismatch": "full"}, "base is not set"),
         ({"compare": "exact"}, "base is not set"),
-        ({"base": "x", "need_export_sparse": False}, "need_export_sparse is false"),
     ):
         with pytest.raises(ConfigError, match=text):
             export(sources[0], tmp_path / "out", **settings)

@@ -300,11 +300,11 @@ def test_a_delta_is_no_source_of_a_plan(command: str, delta: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_delta_is_not_compared_row_by_row(is_first: bool, delta: Path, written: Deltas, capsys) -> None:
+def test_a_delta_without_its_base_is_not_compared(is_first: bool, delta: Path, written: Deltas, capsys) -> None:
     edit(delta, lambda document: document["base"].update(path="/nowhere/base"))
     paths = [str(delta), str(written.base)]
     assert main(["diff", *(paths if is_first else paths[::-1])]) == 2
-    assert "is a delta package of /nowhere/base, whose rows alone are not the model" in capsys.readouterr().err
+    assert "is a delta package of /nowhere/base, and needs that base" in capsys.readouterr().err
 
 
 def test_a_table_that_the_base_lacks_is_verified(tmp_path: Path) -> None:

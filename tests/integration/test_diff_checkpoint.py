@@ -1,0 +1,120 @@
+"""``diff`` of a checkpoint and a package: the counts of the package that an export of the checkpoint gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_export.cli import main
+from dist_export.diff.compare import diff
+from tests.integration.test_delta_export import SETTINGS, change, export, save, tables_of
+from tests.support import dcp_writer
+from tests.support.recis_writer import PartSpec, gen_slice, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder, before = tmp_path_factory.mktemp("sources"), tables_of()
+    return save(folder / "before", before, 2), save(folder / "after", change(before), 3)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    code = main(["diff", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def counts(tables: Any) -> list[tuple[Any, ...]]:
+    names = ("name", "same", "changed", "new", "deleted", "max_abs")
+    return sorted(tuple(table[name] for name in names) for table in tables)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "pruned"])
+def test_a_checkpoint_counts_as_its_package(sources, tmp_path: Path, name: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("dist_export.diff.checkpoint.MOST_ROWS", 401)
+    before, after = sources
+    packages = [export(source, tmp_path / str(number), **SETTINGS[name]) for number, source in enumerate(sources)]
+    expected = counts(diff(*packages).as_json()["tables"])
+    assert run(capsys, packages[0], packages[0])[0] == 0
+    for pair in ((packages[0], after), (before, packages[1])):
+        code, found = run(capsys, *pair)
+        assert code == 1
+        assert counts(found["tables"]) == expected
+    for source, package in zip(sources, packages, strict=True):
+        code, found = run(capsys, source, package)
+        assert (code, found["is_equal"]) == (0, True)
+        assert not any(table["slots"] for table in found["tables"])
+        assert "not the dense arch" in found["not_compared"]
+
+
+def test_pruned_rows_are_only_in_the_checkpoint(sources, tmp_path: Path, capsys) -> None:
+    package = export(sources[0], tmp_path / "out", prune=[{"tables": ["item"], "slot": "step", "below": 700}])
+    code, found = run(capsys, sources[0], package)
+    assert code == 1
+    assert [its[1:5] for its in counts(found["tables"])] == [(2300, 0, 0, 700), (500, 0, 0, 0)]
+    assert found["settings"]["prune"][0] == "no rules"
+
+
+def test_a_delta_counts_with_its_base(sources, tmp_path: Path, capsys) -> None:
+    base = export(sources[0], tmp_path / "base")
+    delta = export(sources[1], tmp_path / "delta", base=str(base))
+    assert run(capsys, sources[1], delta)[0] == 0
+    found = run(capsys, delta, sources[0])[1]
+    assert counts(found["tables"]) == counts(diff(delta, base).as_json()["tables"])
+
+
+def test_tables_of_a_dcp_checkpoint_are_those_of_the_package(tmp_path: Path, capsys) -> None:
+    """By number, and by number as ids; a slot of the optimizer is in no package."""
+    weight = torch.arange(400 * 8, dtype=torch.float32).reshape(400, 8)
+    before = dcp_writer.save(tmp_path / "before", {"sparse_arch.item.weight": weight, "dense_arch.bias": weight[0]})
+    later = torch.cat([weight, weight[:5]])
+    later[7] += 0.25
+    after = dcp_writer.save(tmp_path / "after", {"sparse_arch.item.weight": later, "dense_arch.bias": weight[1]})
+    for name, more in (("numbers", {}), ("ids", {"to_hash_tables": ["*"]})):
+        package = export(before, tmp_path / name, treat_as_tables=["*.item.weight"], **more)
+        assert run(capsys, before, package)[0] == 0
+        code, found = run(capsys, package, after)
+        assert code == 1
+        assert counts(found["tables"]) == [("sparse_arch.item.weight", 399, 1, 5, 0, 0.25)]
+        assert counts(run(capsys, after, package)[1]["tables"])[0][1:5] == (399, 1, 0, 5)
+
+
+def test_what_cannot_be_compared_is_one_line(sources, tmp_path: Path, capsys) -> None:
+    package = export(sources[0], tmp_path / "out")
+    ids = np.array([5, 5, 9])
+    part = PartSpec(ids, {"embedding": np.arange(24, dtype=np.float32).reshape(3, 8)}, gen_slice(0, 1))
+    twice = write_checkpoint(tmp_path / "twice", {"item": [part]})
+    for arguments, text in (
+        ((sources[0], sources[1]), "A and B are checkpoints"),
+        ((sources[0], package, "--base_a", package), "--base_a is for delta packages, and A is a checkpoint"),
+        ((package, package, "--format", "recis"), "--format is for checkpoints"),
+        ((twice, package), "item"),
+        ((sources[0], tmp_path), "manifest.json"),
+    ):
+        assert main(["diff", *map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert text in message
+        assert message.count("\n") == 1
+    found = run(capsys, twice, package, "--on_duplicate", "first")[1]
+    assert counts(found["tables"]) == [("item", 0, 0, 3000, 2, 0.0), ("user", 0, 0, 500, 0, 0.0)]
+
+
+def test_other_tables_slots_and_widths_are_told(sources, tmp_path: Path, capsys) -> None:
+    tables = tables_of()
+    ids, slots = tables["item"]
+    other = save(
+        tmp_path / "other", {"item": (ids, {"embedding": slots["embedding"][:, :4].copy()}), "shop": tables["user"]}, 1
+    )
+    package = export(sources[0], tmp_path / "out")
+    assert main(["diff", str(other), str(package)]) == 1
+    told = capsys.readouterr().out
+    assert "table item: the rows of both are of different kinds; 3,000 rows in A, 3,000 in B" in told
+    assert "slot 'embedding' is float32 [4] in the checkpoint, float32 [8] in the package" in told
+    assert "slot 'step' is only in the package" in told
+    assert "the table is only in the checkpoint" in told
+    assert "the table is only in the package" in told
+    assert "only rows are compared with a checkpoint" in told
