@@ -20,13 +20,20 @@ class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The full package that a delta package goes on top of."""
+    """Another package: the full package that a delta package goes on top of, or what a compacted package was made of."""
 
     path: str
     """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
     the delta, under the last part of this path."""
     digest: str
     """The digest of its manifest."""
+
+
+class CompactedEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The packages that a compacted package was made of. Nothing of them is needed to read it."""
+
+    delta: BaseEntry
+    base: BaseEntry
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -18,7 +18,7 @@ from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.plan.table_view import HASH_SIZE
-from dist_export.redact import first_line
+from dist_export.redact import first_line, redact_text
 from dist_export.registry import base as registries
 from dist_export.registry.versions import CURRENT
 from dist_export.runtime.ranks import Ranks
@@ -122,6 +122,14 @@ def refuse_replaced_base(base: Package) -> None:
             f"{where}: the base had the manifest {base.manifest.digest} when the export began, and now there is {found}. No "
             "manifest was written; export against the base that is there"
         )
+
+
+def describe_base(base: Package) -> BaseEntry:
+    """Return how a manifest names another package."""
+    directory = base.directory
+    return BaseEntry(
+        path=redact_text(directory.path if directory.is_local else directory.url), digest=base.manifest.digest
+    )
 
 
 def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory) -> Package | None:

@@ -61,10 +61,13 @@ class Locations:
         )
 
 
-def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None) -> Locations:
+def locate(
+    config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None, looks: bool = True
+) -> Locations:
     """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
 
-    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors.
+    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors. ``looks``: look
+    into ``ckpt_dir`` for a checkpoint; else it is the source itself.
 
     Raises:
         ConfigError: a URI that no registry resolves; a setting that needs new shards, where files are copied.
@@ -74,7 +77,9 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
-        found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
+        found = FoundCheckpoint(resolved.directory, None, ())
+        if looks:
+            found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config)

@@ -19,14 +19,13 @@ from dist_export.config.schema import ExportConfig
 from dist_export.manifest import (
     DELTA_SCHEMA_VERSION,
     SCHEMA_VERSION,
-    BaseEntry,
     FileEntry,
     Manifest,
     SourceEntry,
     TableEntry,
 )
-from dist_export.package.reader import Package
 from dist_export.pipeline.account import account_export, fates_by_entry
+from dist_export.pipeline.base_package import describe_base
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.state import ExportState
@@ -102,7 +101,7 @@ def describe_export(export: ExportState) -> Manifest:
     return msgspec.structs.replace(
         manifest,
         schema_version=SCHEMA_VERSION if export.base is None else DELTA_SCHEMA_VERSION,
-        base=msgspec.UNSET if export.base is None else _describe_base(export.base),
+        base=msgspec.UNSET if export.base is None else describe_base(export.base),
         files=files,
         account=account,
         dense=None if dense is None else dense.entry,
@@ -112,13 +111,6 @@ def describe_export(export: ExportState) -> Manifest:
         serving=(export.contract and export.contract.entry) or msgspec.UNSET,
         notes=(*export.notes, *(() if dense is None else dense.notes)),
         run=_describe_run(export, files),
-    )
-
-
-def _describe_base(base: Package) -> BaseEntry:
-    directory = base.directory
-    return BaseEntry(
-        path=redact_text(directory.path if directory.is_local else directory.url), digest=base.manifest.digest
     )
 
 

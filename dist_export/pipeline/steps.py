@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_export.checkpoint.model_weights import ModelWeights
@@ -59,6 +59,8 @@ from dist_export.workdir.presence import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)
 
+Step = Callable[[ExportState], ExportState]
+
 
 def export_located(
     ranks: Ranks,
@@ -68,11 +70,12 @@ def export_located(
     reporter: Reporter,
     weights: ModelWeights | None,
     export_dir: str,
+    steps: Sequence[Step],
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors, and
-    ``export_dir`` is where the package goes, the day's subfolder included.
+    ``export_dir`` is where the package goes, the day's subfolder included. ``steps`` are done until one of them sets a manifest.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -93,7 +96,7 @@ def export_located(
             traffic=TRAFFIC.snapshot(),
         )
         export = ExportState(task=task, paths=open_paths(ranks, config, export_dir, objects.model), notes=located.notes)
-        for step in STEPS:
+        for step in steps:
             export = step(export)
             if export.manifest is not None:
                 break
@@ -348,7 +351,7 @@ def commit(export: ExportState) -> ExportState:
     return export.grown(manifest=manifest, registered=tuple(registered))
 
 
-STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
+STEPS: tuple[Step, ...] = (
     read_source,
     find_same_package,
     compare_source_package,

@@ -1,0 +1,151 @@
+"""What a compacted package takes from its delta: all files that are not of tables, and what the manifest says of the checkpoint."""
+
+from __future__ import annotations
+
+import msgspec
+
+from dist_export.commit.publish import DenseMeta
+from dist_export.config.prune_rules import DENY_LIST, REPLACED, SAME
+from dist_export.errors import CommitError
+from dist_export.formats.delta_entries import CompactedEntry, DeltaEntry
+from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
+from dist_export.manifest import (
+    SCHEMA_VERSION,
+    CastEntry,
+    Manifest,
+    SlotEntry,
+    TableEntry,
+)
+from dist_export.package.reader import Package
+from dist_export.pipeline.base_package import describe_base, refuse_replaced_base
+from dist_export.pipeline.reused_program import MERGED_DECODER, TakenOver, read_checked
+
+
+class TakenFromDelta(TakenOver):
+    """The small files of a delta package, byte by byte, and its account of the checkpoint. Rank 0 alone."""
+
+    def __init__(self, package: Package) -> None:
+        """``package`` is the delta, open with its base."""
+        super().__init__()
+        assert package.base is not None
+        self._delta, self._below = package, package.base
+
+    def read(self) -> dict[str, bytes]:
+        """Return the files by path, each compared with its digest. CheckpointError."""
+        manifest = self._delta.manifest
+        of_tables = list_table_files(manifest) | {INDEX, TENSORKEY, MERGED}
+        files = [file for file in manifest.files if file.path not in of_tables]
+        return {file.path: read_checked(self._delta.directory, file) for file in files}
+
+    def dense_state(self) -> DenseMeta:
+        """Return the dense parameters that the delta's merged manifest lists."""
+        entry = next(file for file in self._delta.manifest.files if file.path == MERGED)
+        merged = MERGED_DECODER.decode(read_checked(self._delta.directory, entry))
+        return [
+            (key, its.dtype, tuple(its.shape))
+            for key, its in merged.items()
+            if its.dense and not key.endswith(DENSE_SUFFIX)
+        ]
+
+    def describe(self, manifest: Manifest) -> Manifest:
+        """Return the manifest that an export of the delta's checkpoint would have. CommitError if a package was replaced."""
+        delta, base = self._delta, self._below
+        for package in (delta, base):
+            refuse_replaced_base(package)
+        own = delta.manifest
+        return msgspec.structs.replace(
+            manifest,
+            schema_version=SCHEMA_VERSION,
+            mode=own.mode,
+            source=own.source,
+            compacted=CompactedEntry(delta=describe_base(delta), base=describe_base(base)),
+            left_out_tables=own.left_out_tables,
+            account=own.account,
+            prune=own.prune,
+            dense_tensors=own.dense_tensors,
+            dropped_dense_tensors=own.dropped_dense_tensors,
+            dense=own.dense,
+            parity=own.parity,
+            drift=own.drift,
+            score=own.score,
+            serving=own.serving,
+            notes=tuple(dict.fromkeys((*own.notes, *manifest.notes))),
+        )
+
+
+def list_table_files(manifest: Manifest) -> set[str]:
+    """Return the files of a package that hold its tables: shards, row indexes, row fingerprints and deleted ids."""
+    found: set[str] = set()
+    for table in manifest.tables:
+        for part in table.parts:
+            found.add(part.file)
+            found |= {its.file for its in (part.row_index, part.row_fingerprints) if its is not msgspec.UNSET}
+        if isinstance(table.delta, DeltaEntry):
+            found |= {its.file for its in table.delta.deleted_ids}
+    return found
+
+
+def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | None) -> TableEntry:
+    """Return the entry of a table of the compacted package, with the account of the delta's checkpoint.
+
+    Args:
+        entry: as the check of the written files has it, of both packages as the source.
+        own: that of the delta.
+        below: that of the base; None if it has no such table.
+
+    Raises:
+        CommitError: the rows are not those that the account of the delta says.
+    """
+    delta = own.delta
+    assert isinstance(delta, DeltaEntry)
+    dropped = entry.rows_dropped
+    found = (entry.rows_out, dropped.get(REPLACED, 0), dropped.get(DENY_LIST, 0))
+    # the rows of a row-indexed table are replaced while they are read
+    replaced = 0 if entry.is_row_indexed else delta.changed
+    wanted = (delta.same + own.rows_out, replaced, delta.deleted)
+    if found != wanted:
+        raise CommitError(
+            f"table {entry.name!r}: {found[0]:,} rows were written, {found[1]:,} of the base replaced and {found[2]:,} deleted, "
+            f"and by the account of the delta it is {wanted[0]:,}, {wanted[1]:,} and {wanted[2]:,}. No manifest was written; "
+            "run verify on both packages"
+        )
+    rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
+    # which misplaced rows were dropped, the delta tells together with those that it left to its base
+    repaired = own.repaired if rows_dropped else own.misplaced
+    in_base = {} if below is None else {slot.name: slot for slot in below.kept}
+    slots = {slot.name: slot for slot in own.kept}
+    return msgspec.structs.replace(
+        entry,
+        rows_in=own.rows_in,
+        rows_dropped=rows_dropped,
+        misplaced=own.misplaced,
+        repaired=repaired,
+        duplicates=own.duplicates,
+        kept=tuple(_add_cast(slot, slots.get(slot.name), in_base.get(slot.name)) for slot in entry.kept),
+        dropped=own.dropped,
+        source_name=own.source_name,
+        default_row=own.default_row,
+    )
+
+
+def _add_cast(slot: SlotEntry, own: SlotEntry | None, below: SlotEntry | None) -> SlotEntry:
+    """Return a slot with the casts of the delta, and those of the base together with them."""
+    if own is None:
+        return msgspec.structs.replace(slot, cast=msgspec.UNSET, earlier_casts=msgspec.UNSET)
+    cast = own.cast
+    if isinstance(cast, CastEntry) and below is not None and isinstance(below.cast, CastEntry):
+        cast = _join_casts(cast, below.cast)
+    return msgspec.structs.replace(slot, cast=cast, earlier_casts=own.earlier_casts)
+
+
+def _join_casts(one: CastEntry, other: CastEntry) -> CastEntry:
+    fit = [its.values - its.out_of_range for its in (one, other)]
+    total = one.mean_abs_error * fit[0] + other.mean_abs_error * fit[1]
+    return msgspec.structs.replace(
+        one,
+        values=one.values + other.values,
+        max_abs_error=max(one.max_abs_error, other.max_abs_error),
+        mean_abs_error=total / max(sum(fit), 1),
+        nans=one.nans + other.nans,
+        out_of_range=one.out_of_range + other.out_of_range,
+    )
