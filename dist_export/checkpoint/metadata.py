@@ -93,7 +93,7 @@ class Parts:
         """Return the number of a part's first row, for a table whose rows go by number."""
         return 0 if self.first_row is None else int(self.first_row[part])
 
-    def layers_of(self, parts: Sequence[int]) -> np.ndarray:
+    def layers_of(self, parts: np.ndarray) -> np.ndarray:
         """Return the layer of each part (int64). Among parts of one layer and one table, an id is to be there once."""
         return np.zeros(len(parts), np.int64) if self.layer is None else self.layer[parts]
 

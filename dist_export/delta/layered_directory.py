@@ -34,21 +34,21 @@ class LayeredDirectory(Directory):
         self._delta, self._base, self._made = delta, base, made
         self.is_local = delta.is_local and base.is_local
 
-    def _route(self, name: str) -> tuple[Directory, str]:
+    def _owner_of(self, name: str) -> tuple[Directory, str]:
         return (self._base, name.removeprefix(_BASE)) if name.startswith(_BASE) else (self._delta, name)
 
     def open_reader(self, name: str) -> RangeReader:
         """Open a file for ranged reads."""
         if name in self._made:
             return self._made[name].open()
-        directory, its = self._route(name)
+        directory, its = self._owner_of(name)
         return directory.open_reader(its)
 
     def stat(self, name: str) -> FileStat:
         """Return size and version of a file. FileNotFoundError if it does not exist."""
         if name in self._made:
             return FileStat(self._made[name].num_bytes, self._made[name].version)
-        directory, its = self._route(name)
+        directory, its = self._owner_of(name)
         return directory.stat(its)
 
     def find_many(self, names: Iterable[str]) -> dict[str, FileStat]:
@@ -56,8 +56,8 @@ class LayeredDirectory(Directory):
         wanted = set(names)
         found = {name: self.stat(name) for name in wanted & self._made.keys()}
         for directory in (self._delta, self._base):
-            routed = [(name, self._route(name)) for name in sorted(wanted - self._made.keys())]
-            mine = {its: name for name, (where, its) in routed if where is directory}
+            owned = [(name, self._owner_of(name)) for name in sorted(wanted - self._made.keys())]
+            mine = {its: name for name, (where, its) in owned if where is directory}
             found |= {mine[its]: stat for its, stat in directory.find_many(mine).items()}
         return found
 
@@ -65,10 +65,10 @@ class LayeredDirectory(Directory):
         """Return the file with the URL of its package, for messages."""
         if name in self._made:
             return f"{self.url} with {self._base.url}: {name}"
-        directory, its = self._route(name)
+        directory, its = self._owner_of(name)
         return directory.describe(its)
 
     def join(self, name: str) -> str:
         """Return the path of a file on the file system of its package."""
-        directory, its = self._route(name)
+        directory, its = self._owner_of(name)
         return directory.join(its)

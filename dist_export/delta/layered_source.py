@@ -1,7 +1,7 @@
 """A delta package and its base as one source: the tables of the delta, with the parts of both.
 
 An id may be in a part of both; :mod:`dist_export.delta.replaced_rows` says which row of the base is left out. A table that is
-row-indexed in the base has no ids that could be told apart. Its rows are read as the base has them, with those of the delta on top.
+row-indexed in the base has no ids. Its rows are read as the base has them, with those of the delta on top.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dist_export.checkpoint.metadata import (
 from dist_export.checkpoint.package_source import PackageSource, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.delta.layered_directory import LayeredDirectory, MadeFile, name_in_base
-from dist_export.delta.numbered_rows import NumberedRows, list_runs
+from dist_export.delta.overlaid_rows import OverlaidRows, list_runs
 from dist_export.errors import CheckpointError
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.manifest import TableEntry
@@ -108,7 +108,10 @@ class _Join:
             tables=tuple(tables),
             parts=Parts(
                 table=np.repeat(np.arange(len(rows)), [len(its.file) for its in rows]),
-                **{name: np.concatenate([[], *(its.columns[name] for its in rows)]).astype(np.int64) for name in _COLUMNS},
+                **{
+                    name: np.concatenate([[], *(its.columns[name] for its in rows)]).astype(np.int64)
+                    for name in _COLUMNS
+                },
             ),
             blocks=Blocks(
                 file=_stack([its.file for its in rows], width, ABSENT, np.int32),
@@ -178,7 +181,7 @@ class _Join:
         below, above = self._base_package.rows_of(entry.name), self._package.rows_of(entry.name)
         runs = list_runs(self._base_package.table(entry.name))
         made = functools.partial(
-            NumberedRows, f"{self._package.directory.url}: {name}", below, runs, above, row_bytes=embedding.row_bytes
+            OverlaidRows, f"{self._package.directory.url}: {name}", below, runs, above, row_bytes=embedding.row_bytes
         )
         version = f"{self._package.manifest.digest} {self._base_package.manifest.digest}"
         self._made[name] = MadeFile(total * embedding.row_bytes, version, made)

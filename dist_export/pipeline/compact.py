@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 
 from dist_export.checkpoint.metadata import Checkpoint, SourceFile
 from dist_export.delta.layered_source import OF_BASE, OF_DELTA, LayeredReader
-from dist_export.delta.numbered_rows import find_wrong_numbers
+from dist_export.delta.overlaid_rows import find_wrong_numbers
 from dist_export.delta.replaced_rows import plan_replacing
 from dist_export.dense.fg import Features
-from dist_export.errors import CheckpointError, ConfigError, DistExportError, PackageError
+from dist_export.errors import CheckpointError, ConfigError, PackageError
 from dist_export.formats.digests import NONE
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.manifest import MANIFEST
@@ -40,6 +41,7 @@ from dist_export.pipeline.steps import (
     write_rest,
 )
 
+T = TypeVar("T")
 _WORD = "compact"
 """In the identity of an export: no export of a package as a checkpoint is the same."""
 
@@ -70,7 +72,7 @@ class Compaction:
     """The steps that are not those of every export. All ranks do each of them in turn."""
 
     def __init__(self, base: str | None) -> None:
-        """``base`` is the directory of the base; None looks where it was, and beside the delta."""
+        """Begin with nothing open. ``base`` is the directory of the base; None looks where it was, and beside the delta."""
         self._given = base
         self._package: Package | None = None
 
@@ -149,7 +151,9 @@ class Compaction:
         """Compare the files of both packages with their digests, except the row indexes of the base, which are not read."""
         task = export.task
         if task.config.digest == NONE:
-            return export.grown(notes=["with digest: none the files of delta and base were not compared with their manifests"])
+            return export.grown(
+                notes=["with digest: none the files of delta and base were not compared with their manifests"]
+            )
         notes: list[str] = []
         with task.reporter.stage("compare"):
             for package in self._both:
@@ -159,10 +163,8 @@ class Compaction:
                 if package.is_delta:
                     needed |= list_table_files(manifest)
                 files = tuple(file for file in manifest.files if file.path in needed)
-                work = task.ranks.broadcast(
-                    "look at the files of a package",
-                    lambda its=package, files=files: list_work(its.directory, its.manifest, files),
-                )
+                look = functools.partial(list_work, package.directory, manifest, files)
+                work = task.ranks.broadcast("look at the files of a package", look)
                 compare_files(task.ranks, package.directory, work, threads=budget_of(task.config).threads)
                 notes += note_without_digest(package.directory, work)
         return export.grown(notes=notes)
@@ -174,9 +176,7 @@ class Compaction:
         with task.reporter.stage("plan"):
             rules = task.ranks.run("read the deleted ids", lambda: _blame(lambda: plan_replacing(checkpoint, package)))
             task.ranks.broadcast("look at row numbers", lambda: _refuse_wrong_numbers(checkpoint, package))
-            planned = plan_sparse(
-                task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules
-            )
+            planned = plan_sparse(task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules)
         return export.grown(notes=describe_row_indexed_tables(planned.plan), planned=planned)
 
     def compare_ids(self, export: ExportState) -> ExportState:
@@ -204,7 +204,7 @@ class Compaction:
         return export.grown(tables=export.task.ranks.run("account for delta and base", account))
 
 
-def _blame(read: Any) -> Any:
+def _blame(read: Callable[[], T]) -> T:
     try:
         return read()
     except PackageError as error:  # the source is unsound
@@ -216,7 +216,7 @@ def _refuse_wrong_numbers(checkpoint: Checkpoint, package: Package) -> None:
     for table in checkpoint.tables:
         entry = package.table(table.name)
         if not table.is_hashed and entry.rows_out:
-            fault = _blame(lambda its=entry: find_wrong_numbers(package, its))
+            fault = _blame(functools.partial(find_wrong_numbers, package, entry))
             if fault:
                 raise CheckpointError(f"{package.directory.url}: table {table.name!r}: {fault}; run verify")
 

@@ -19,8 +19,8 @@ from dist_export.registry.base import resolve
 from dist_export.runtime.ranks import Ranks
 
 USAGE = (
-    "usage: dist_export compact DELTA OUT [--base BASE] [--key value ...]\n\nMake a full package of a delta package and its base: "
-    "what an export without base gives of the same checkpoint, row for row. Neither the checkpoint nor the model is needed. "
+    "usage: dist_export compact DELTA OUT [--base BASE] [--key value ...]\n\nMake a full package of a delta package and its "
+    "base: what an export without base gives of the same checkpoint, row for row, without the checkpoint and the model. "
     "Exit code 2: a package is missing or damaged, and nothing is written. Under torchrun the ranks share the work."
 )
 _PASSED = (
@@ -28,9 +28,7 @@ _PASSED = (
     *("storage_options", "target_storage_options", "registry_options", "events", "metrics"),
 )
 OPTIONS = {
-    "base": Option(
-        hint=str | None, default=None, text="Base of DELTA. Null looks at its old path, and beside DELTA."
-    ),
+    "base": Option(hint=str | None, default=None, text="Base of DELTA. Null looks at its old path, and beside DELTA."),
     "num_shards": Option(hint=int | None, default=None, text="Number of shards. Null takes that of DELTA."),
     **{name: SETTINGS[name] for name in _PASSED},
     "storage_options": replace(
@@ -50,10 +48,8 @@ def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
     settings, base = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
     config = load_config(settings)
     objects = Objects()
-    _, summary = run_export(
-        ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps
-    )
-    return summary
+    _, summary = run_export(ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps)
+    return summary if ranks.rank == 0 else []
 
 
 def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

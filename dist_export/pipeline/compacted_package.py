@@ -1,6 +1,8 @@
-"""What a compacted package takes from its delta: all files that are not of tables, and what the manifest says of the checkpoint."""
+"""What a compacted package takes from its delta: the files that are not of tables, and the account of the checkpoint."""
 
 from __future__ import annotations
+
+import math
 
 import msgspec
 
@@ -8,15 +10,20 @@ from dist_export.commit.publish import DenseMeta
 from dist_export.config.prune_rules import DENY_LIST, REPLACED, SAME
 from dist_export.errors import CommitError
 from dist_export.formats.delta_entries import CompactedEntry, DeltaEntry
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
 from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
+from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES
 from dist_export.manifest import (
     SCHEMA_VERSION,
+    AccountEntry,
     CastEntry,
     Manifest,
     SlotEntry,
     TableEntry,
 )
 from dist_export.package.reader import Package
+from dist_export.package.stored_rows import row_bytes_of
+from dist_export.pipeline.account import BY_CAST
 from dist_export.pipeline.base_package import describe_base, refuse_replaced_base
 from dist_export.pipeline.reused_program import MERGED_DECODER, TakenOver, read_checked
 
@@ -60,7 +67,7 @@ class TakenFromDelta(TakenOver):
             source=own.source,
             compacted=CompactedEntry(delta=describe_base(delta), base=describe_base(base)),
             left_out_tables=own.left_out_tables,
-            account=own.account,
+            account=account_for_bytes(own, base.manifest),
             prune=own.prune,
             dense_tensors=own.dense_tensors,
             dropped_dense_tensors=own.dropped_dense_tensors,
@@ -71,6 +78,37 @@ class TakenFromDelta(TakenOver):
             serving=own.serving,
             notes=tuple(dict.fromkeys((*own.notes, *manifest.notes))),
         )
+
+
+def account_for_bytes(delta: Manifest, base: Manifest) -> AccountEntry | msgspec.UnsetType:
+    """Return the account of the checkpoint's payload, with the rows that the delta left to its base among those exported.
+
+    None if the source does not tell what it holds, or if tables that were cast are one tensor of it: such bytes count once.
+    """
+    account = delta.account
+    if isinstance(account, msgspec.UnsetType) or isinstance(base.account, msgspec.UnsetType):
+        return msgspec.UNSET
+    dropped = dict(account.dropped)
+    same = dropped.pop(SAME, 0)
+    if base.account.dropped.get(BY_CAST, 0) != sum(_saved_by_cast(table, table.rows_out) for table in base.tables):
+        return msgspec.UNSET
+    rows = ((table, table.delta.same) for table in delta.tables if isinstance(table.delta, DeltaEntry))
+    by_cast = sum(_saved_by_cast(table, num_rows) for table, num_rows in rows)
+    if by_cast:
+        dropped[BY_CAST] = dropped.get(BY_CAST, 0) + by_cast
+    return msgspec.structs.replace(account, exported=account.exported + same - by_cast, dropped=dropped)
+
+
+def _saved_by_cast(table: TableEntry, num_rows: int) -> int:
+    """Return the bytes that casts to a narrower dtype save in so many rows of a table."""
+    saved = 0
+    for slot in table.kept:
+        if isinstance(slot.cast, CastEntry):
+            dim = slot.dim if isinstance(slot.dim, int) else math.prod(slot.shape)
+            is_packed = slot.cast.source_dtype == INT8_ROWWISE
+            before = dim + TAIL_BYTES if is_packed else dim * DTYPES[CODE_BY_TORCH[slot.cast.source_dtype]].itemsize
+            saved += num_rows * max(before - row_bytes_of(slot), 0)
+    return saved
 
 
 def list_table_files(manifest: Manifest) -> set[str]:

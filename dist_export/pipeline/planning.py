@@ -129,6 +129,11 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
 def read_metadata(
     ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]], *, is_written: bool = False
 ) -> Checkpoint:
+    """Read the headers, shared over the ranks, with the reader that each rank opens. All ranks.
+
+    CheckpointError is everyone's; CommitError in its place if the files ``is_written`` by this export.
+    """
+
     def judged(work: Callable[[], T]) -> Callable[[], T]:
         return functools.partial(_blame_export, work) if is_written else work
 

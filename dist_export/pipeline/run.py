@@ -53,9 +53,7 @@ def run_export(
         events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
         with reporter.showing():
-            manifest, summary = export_located(
-                ranks, config, objects, located, reporter, weights, export_dir, steps
-            )
+            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir, steps)
     except BaseException as error:
         if ranks.rank == 0:
             exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)

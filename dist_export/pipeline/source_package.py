@@ -70,7 +70,7 @@ def compare_source_package(export: ExportState) -> ExportState:
 
 
 def compare_files(ranks: Ranks, directory: Directory, work: Work, *, threads: int) -> None:
-    """Read the files of ``work``, and compare them with their digests. All ranks, each its share of the bytes. CheckpointError."""
+    """Compare the files of ``work`` with their digests. All ranks, each reads its share of the bytes. CheckpointError."""
     found = _hash(ranks, directory, work, threads=threads)
     ranks.broadcast("compare the package with its manifest", lambda: _judge(directory, work, found))
 
@@ -190,9 +190,7 @@ def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests]) -> N
     report = Report()
     compare_digests(work, list(found), report)
     if report.found:
-        _refuse(
-            directory, report, decode_manifest(directory.read_text(MANIFEST), where=directory.describe(MANIFEST))
-        )
+        _refuse(directory, report, decode_manifest(directory.read_text(MANIFEST), where=directory.describe(MANIFEST)))
 
 
 def _refuse(directory: Directory, report: Report, manifest: Manifest) -> None:

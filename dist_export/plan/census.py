@@ -233,7 +233,9 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
         if not meta.has_ids:
             continue  # row numbers are unique
         groups = [
-            group for parts in _split_by_layer(checkpoint, table) for group in _group(checkpoint, census, parts, held_ids)
+            group
+            for parts in _split_by_layer(checkpoint, table)
+            for group in _group(checkpoint, census, parts, held_ids)
         ]
         for group in groups:
             rows = int(checkpoint.parts.rows[list(group)].sum())

@@ -25,7 +25,7 @@ class BaseRun(NamedTuple):
     end: int
 
 
-class NumberedRows(RangeReader):
+class OverlaidRows(RangeReader):
     """Row 0 begins at byte 0, and rows follow each other. Any thread."""
 
     def __init__(self, where: str, base: SlotReader, runs: list[BaseRun], delta: SlotReader, *, row_bytes: int) -> None:
