@@ -63,7 +63,7 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
             "export_dir": arguments["out"],
             "filter_sparse_opt": True,
             "server_side_copy": False,  # rows of two packages are put together
-            "num_shards": arguments["num_shards"] or package.manifest.num_shards,
+            "num_shards": package.manifest.num_shards if arguments["num_shards"] is None else arguments["num_shards"],
             "keep_slots": ["*"] if _has_more(package) else [],
             "row_fingerprints": True if _has_fingerprints(package) else "auto",
         }
