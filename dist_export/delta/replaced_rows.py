@@ -8,10 +8,14 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.prune_rules import DENY_LIST, REPLACED
 from dist_export.delta.layered_source import OF_BASE
+from dist_export.errors import PlanError
 from dist_export.formats.delta_entries import DeltaEntry
 from dist_export.formats.id_list import IdList
 from dist_export.package.reader import Package
 from dist_export.plan.prune import Pruning, TableRule
+
+_DELETED_BYTES = 32
+"""Bytes for each deleted id: as it is read, sorted, and in the list that is searched."""
 
 
 class ReplacedRows:
@@ -38,11 +42,25 @@ class ReplacedRows:
         return self._digest
 
 
-def plan_replacing(checkpoint: Checkpoint, package: Package) -> Pruning:
+def plan_replacing(checkpoint: Checkpoint, package: Package, *, most_bytes: int) -> Pruning:
     """Return the rules that leave out what the delta replaces, and what it deletes. Every rank for itself.
 
-    PackageError if its lists of deleted ids are damaged.
+    Args:
+        checkpoint: that of ``package``.
+        package: a delta that is open with its base.
+        most_bytes: what the deleted ids may take in memory.
+
+    Raises:
+        PackageError: its lists of deleted ids are damaged.
+        PlanError: they take more memory.
     """
+    deltas = [package.table(table.name).delta for table in checkpoint.tables]
+    num_deleted = sum(delta.deleted for delta in deltas if isinstance(delta, DeltaEntry))
+    if num_deleted * _DELETED_BYTES > most_bytes:
+        raise PlanError(
+            f"{package.directory.url}: {num_deleted:,} ids of the base are deleted, and max_memory has room for "
+            f"{most_bytes // _DELETED_BYTES:,}. Raise max_memory, or export without base"
+        )
     rules: list[tuple[TableRule, ...]] = []
     for table in checkpoint.tables:
         delta, its = package.table(table.name).delta, []

@@ -95,6 +95,8 @@ def render(found: dict[str, Any]) -> list[str]:
     ]
     if base := found.get("base"):
         lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']})")
+    if compacted := found.get("compacted"):
+        lines.append(f"  {'made of':<10} {compacted['delta']['path']} and its base {compacted['base']['path']}")
     if found.get("row_fingerprints"):
         lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
@@ -157,6 +159,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
         **({} if manifest.base is msgspec.UNSET else {"base": msgspec.to_builtins(manifest.base)}),
+        **({} if manifest.compacted is msgspec.UNSET else {"compacted": msgspec.to_builtins(manifest.compacted)}),
         "tables": [
             {
                 "name": table.name,

@@ -42,6 +42,8 @@ from dist_export.pipeline.steps import (
 )
 
 T = TypeVar("T")
+_LISTS_SHARE = 2
+"""The deleted ids may take this part of ``max_memory``."""
 _WORD = "compact"
 """In the identity of an export: no export of a package as a checkpoint is the same."""
 
@@ -174,7 +176,9 @@ class Compaction:
         task, package, checkpoint = export.task, self.package, export.source.checkpoint
         assert checkpoint is not None
         with task.reporter.stage("plan"):
-            rules = task.ranks.run("read the deleted ids", lambda: _blame(lambda: plan_replacing(checkpoint, package)))
+            room = task.config.max_memory_bytes // _LISTS_SHARE
+            read = functools.partial(plan_replacing, checkpoint, package, most_bytes=room)
+            rules = task.ranks.run("read the deleted ids", lambda: _blame(read))
             task.ranks.broadcast("look at row numbers", lambda: _refuse_wrong_numbers(checkpoint, package))
             planned = plan_sparse(task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules)
         return export.grown(notes=describe_row_indexed_tables(planned.plan), planned=planned)

@@ -63,7 +63,6 @@ class TakenFromDelta(TakenOver):
         return msgspec.structs.replace(
             manifest,
             schema_version=SCHEMA_VERSION,
-            mode=own.mode,
             source=own.source,
             compacted=CompactedEntry(delta=describe_base(delta), base=describe_base(base)),
             left_out_tables=own.left_out_tables,

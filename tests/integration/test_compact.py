@@ -14,8 +14,10 @@ import torch
 
 import dist_export
 from dist_export import cli
-from dist_export.errors import UserError
+from dist_export.delta import replaced_rows
+from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError, UserError
 from dist_export.manifest import MANIFEST
+from dist_export.pipeline import compact as compacting
 from dist_export.pipeline.compact_command import OPTIONS, compact
 from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
@@ -23,6 +25,7 @@ from tests.integration import test_delta_scores
 from tests.integration.test_delta_export import SETTINGS, change, export, save, state_of, tables_of
 from tests.support import dcp_writer
 from tests.support import score_models as models
+from tests.support.delta_by_hand import change_rows, edit, write_delta, write_full
 from tests.support.deltas import manifest_of, put_together, read_package
 from tests.support.recis_writer import split_table, write_checkpoint
 
@@ -97,7 +100,9 @@ def test_a_compacted_package_is_the_full_export(sources, tmp_path: Path, setting
         "delta": {"path": str(delta), "digest": both["delta"]},
         "base": {"path": str(base), "digest": both["base"]},
     }
-    compare(make(delta, tmp_path / "other", num_shards=2), export(sources[1], tmp_path / "two", num_shards=2, **settings))
+    compare(
+        make(delta, tmp_path / "other", num_shards=2), export(sources[1], tmp_path / "two", num_shards=2, **settings)
+    )
 
 
 def test_the_loss_of_casts_is_that_of_both(sources, tmp_path: Path) -> None:
@@ -197,7 +202,11 @@ def test_a_package_with_a_model_scores_as_the_full_export(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "delta")
     for size in (1, 2, 64):
         inputs = {name: value for name, value in models.batch_of(size, seed=size).items() if name != "label"}
-        with dist_export.open_package(made) as package, dist_export.open_package(tmp_path / "full") as full, torch.no_grad():
+        with (
+            dist_export.open_package(made) as package,
+            dist_export.open_package(tmp_path / "full") as full,
+            torch.no_grad(),
+        ):
             found, expected = package.score(inputs), full.score(inputs)
         assert {name: scores.tobytes() for name, scores in found.items()} == {
             name: scores.tobytes() for name, scores in expected.items()
@@ -243,13 +252,13 @@ def spoil(file: Path, at: int = -1) -> None:
 
 
 DAMAGE = {
-    "shard of the base": lambda base, _: spoil(sorted(base.glob("model-*.safetensors"))[0]),
+    "shard of the base": lambda base, _: spoil(min(base.glob("model-*.safetensors"))),
     "shard of the delta": lambda _, delta: spoil(sorted(delta.glob("model-*.safetensors"))[1]),
-    "row index": lambda _, delta: spoil(sorted(delta.glob("*.row_index"))[0], 70),
-    "deleted ids": lambda _, delta: spoil(sorted(delta.glob("*.deleted_ids"))[0]),
+    "row index": lambda _, delta: spoil(min(delta.glob("*.row_index")), 70),
+    "deleted ids": lambda _, delta: spoil(min(delta.glob("*.deleted_ids"))),
     "index": lambda base, _: spoil(base / "index", 10),
-    "no shard": lambda base, _: sorted(base.glob("model-*.safetensors"))[0].unlink(),
-    "no deleted ids": lambda _, delta: sorted(delta.glob("*.deleted_ids"))[0].unlink(),
+    "no shard": lambda base, _: min(base.glob("model-*.safetensors")).unlink(),
+    "no deleted ids": lambda _, delta: min(delta.glob("*.deleted_ids")).unlink(),
     "manifest of the base": lambda base, _: (base / MANIFEST).write_text("{"),
     "manifest of the delta": lambda _, delta: (delta / MANIFEST).write_text("{"),
     "no base": lambda base, _: shutil.rmtree(base),
@@ -294,3 +303,111 @@ def test_the_command_line(packages: Path, tmp_path: Path, capsys: pytest.Capture
     compare(tmp_path / "made", packages / "full")
     assert cli.main(["compact", "--help"]) == 0
     assert "--num_shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_deltas_that_were_written_by_hand(tmp_path: Path, seed: int) -> None:
+    """Any shares of changed, new and deleted rows, in tables of any size, also empty ones."""
+    random = np.random.default_rng(seed)
+    old: dict[str, Any] = {}
+    for number in range(4):
+        count = int(random.choice([1, 7, 300, 2000]))
+        ids = np.unique(random.integers(-(1 << 63), (1 << 63) - 1, count, np.int64))
+        old[f"t{number}"] = ids, {"embedding": random.standard_normal((len(ids), 4)).astype(np.float32)}
+    shares = {name: random.choice([0.0, 0.02, 0.5, 1.0], 3) for name in old}
+    new = {
+        name: change_rows(
+            rows,
+            changed=int(shares[name][0] * len(rows[0])),
+            new=int(shares[name][1] * len(rows[0])),
+            deleted=int(shares[name][2] * (len(rows[0]) - 1)),
+            seed=seed + 100,
+        )
+        for name, rows in old.items()
+    }
+    base = write_full(tmp_path / "base", old, num_shards=int(random.integers(1, 5)))
+    delta = write_delta(tmp_path / "delta", base, old, new, num_shards=int(random.integers(1, 5)))
+    made = make(delta, tmp_path / "made", num_shards=int(random.integers(1, 6)), threads=int(random.integers(1, 3)))
+    expected = {
+        name: {number: (row.tobytes(),) for number, row in zip(ids.tolist(), slots["embedding"], strict=True)}
+        for name, (ids, slots) in new.items()
+    }
+    assert read_package(made) == expected
+    assert verify(str(made)).findings == []
+
+
+def forge(package: Path, **changes: int) -> None:
+    """Add to numbers in the account of the first table; the sums still agree."""
+
+    def change_account(document: Any) -> None:
+        table = document["tables"][0]
+        for name, number in changes.items():
+            table["delta"][name] += number
+        table["rows_dropped"]["same"] = table["delta"]["same"]
+        table["rows_in"] = table["rows_out"] + sum(table["rows_dropped"].values())
+
+    edit(package, change_account)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"same": -1, "changed": 1, "new": -1}, CommitError, "of the base replaced"),
+        ({"same": 1, "deleted": -1}, UserError, "deleted ids of table"),
+        ({"same": 1, "rows_base": 1}, CommitError, "by the account of the delta it is"),
+    ],
+    ids=["changed", "deleted", "same"],
+)
+def test_an_account_that_the_rows_contradict(packages: Path, tmp_path: Path, changes, error, text: str) -> None:
+    delta = shutil.copytree(packages / "delta", tmp_path / "delta")
+    forge(delta, **changes)
+    with pytest.raises(error, match=text):
+        make(delta, tmp_path / "made")
+    assert not (tmp_path / "made" / MANIFEST).exists()
+
+
+def test_ids_that_a_manifest_contradicts(packages: Path, tmp_path: Path) -> None:
+    delta = shutil.copytree(packages / "delta", tmp_path / "delta")
+    edit(delta, lambda document: document["tables"][1].update(id_sum="00000000000000ff"))
+    with pytest.raises(CheckpointError, match="table 'user' has"):
+        make(delta, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_row_numbers_that_cannot_be(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"treat_as_tables": ["sparse_arch.item.weight"]}
+    base = export(dcp_writer.save(tmp_path / "one", state_of()), tmp_path / "base", **settings)
+    after = dcp_writer.save(tmp_path / "two", state_of(420, later=True))
+    delta = export(after, tmp_path / "delta", base=str(base), **settings)
+    forge(delta, new=-1, changed=1, same=-1)
+    with pytest.raises(CheckpointError, match="the row number 419 is outside its 419 rows"):
+        make(delta, tmp_path / "made")
+    forge(delta, new=2, changed=-2, same=2)
+    with pytest.raises(CheckpointError, match="20 of 22 row numbers are new, and its account says 21 of 22"):
+        make(delta, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("which", ["base", "delta"])
+def test_a_package_that_is_replaced_meanwhile(packages: Path, sources, tmp_path: Path, monkeypatch, which: str) -> None:
+    base, delta = (shutil.copytree(packages / name, tmp_path / name) for name in ("base", "delta"))
+    account = compacting.account_for_table
+
+    def account_and_replace(*arguments: Any) -> Any:
+        if which == "base":
+            edit(base, lambda document: document["notes"].append("another"))
+        else:
+            edit(delta, lambda document: document["notes"].append("another"))
+        return account(*arguments)
+
+    monkeypatch.setattr(compacting, "account_for_table", account_and_replace)
+    with pytest.raises(ExportError):
+        make(delta, tmp_path / "made", base=str(base))
+    assert not (tmp_path / "made" / MANIFEST).exists()
+
+
+def test_more_deleted_ids_than_memory_has_room_for(packages: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(replaced_rows, "_DELETED_BYTES", 1 << 25)
+    with pytest.raises(PlanError, match="10 ids of the base are deleted, and max_memory has room for 8"):
+        make(packages / "delta", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
