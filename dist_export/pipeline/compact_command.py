@@ -13,6 +13,7 @@ from dist_export.config.loader import PATH_OPTIONS, load_config
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.model.user_objects import Objects
 from dist_export.package.reader import Package
+from dist_export.pipeline.account import NO_TABLES
 from dist_export.pipeline.compact import Compaction, open_delta
 from dist_export.pipeline.run import run_export
 from dist_export.registry.base import resolve
@@ -63,11 +64,19 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
             "export_dir": arguments["out"],
             "filter_sparse_opt": True,
             "server_side_copy": False,  # rows of two packages are put together
-            "num_shards": package.manifest.num_shards if arguments["num_shards"] is None else arguments["num_shards"],
+            "num_shards": _count_shards(package) if arguments["num_shards"] is None else arguments["num_shards"],
             "keep_slots": ["*"] if _has_more(package) else [],
             "row_fingerprints": True if _has_fingerprints(package) else "auto",
         }
     return made, base
+
+
+def _count_shards(package: Package) -> int:
+    """Return the shards of a full export as the delta says; those of the base if the delta exported no tables."""
+    account, base = package.manifest.account, package.base
+    assert base is not None
+    has_no_tables = account is not msgspec.UNSET and NO_TABLES in account.left_out
+    return base.manifest.num_shards if has_no_tables else package.manifest.num_shards
 
 
 def _has_more(package: Package) -> bool:

@@ -89,6 +89,8 @@ def account_for_bytes(delta: Manifest, base: Manifest) -> AccountEntry | msgspec
         return msgspec.UNSET
     dropped = dict(account.dropped)
     same = dropped.pop(SAME, 0)
+    if not same:
+        return account
     if base.account.dropped.get(BY_CAST, 0) != sum(_saved_by_cast(table, table.rows_out) for table in base.tables):
         return msgspec.UNSET
     rows = ((table, table.delta.same) for table in delta.tables if isinstance(table.delta, DeltaEntry))

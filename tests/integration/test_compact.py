@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dist_export.errors import CheckpointError, CommitError, ExportError, PlanEr
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import compact as compacting
 from dist_export.pipeline.compact_command import OPTIONS, compact
+from dist_export.pipeline.compacted_package import account_for_bytes
 from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
 from tests.integration import test_delta_scores
@@ -411,3 +413,26 @@ def test_more_deleted_ids_than_memory_has_room_for(packages: Path, tmp_path: Pat
     with pytest.raises(PlanError, match="10 ids of the base are deleted, and max_memory has room for 8"):
         make(packages / "delta", tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_bytes_of_tables_that_are_one_tensor_have_no_account(sources, tmp_path: Path) -> None:
+    """Of such tables the source counts one, and nobody knows how many of the bytes that a cast saves are of which."""
+    settings: dict[str, Any] = {"dtype": {"*": "float16"}, "on_overflow": "clamp"}
+    base = export(sources[0], tmp_path / "base", **settings)
+    delta = export(sources[1], tmp_path / "delta", base=str(base), **settings)
+    with dist_export.open_package(delta) as package:
+        assert package.base is not None
+        own, below = package.manifest, package.base.manifest
+    full = export(sources[1], tmp_path / "full", **settings)
+    assert json.loads(msgspec.json.encode(account_for_bytes(own, below))) == manifest_of(full)["account"]
+    assert not isinstance(below.account, msgspec.UnsetType)
+    tied = msgspec.structs.replace(below.account, dropped={**below.account.dropped, "cast": 16})
+    assert account_for_bytes(own, msgspec.structs.replace(below, account=tied)) is msgspec.UNSET
+
+
+def test_a_delta_without_tables_of_its_own_has_the_shards_of_its_base(packages: Path, tmp_path: Path) -> None:
+    delta = shutil.copytree(packages / "delta", tmp_path / "delta")
+    edit(delta, lambda document: document["account"]["left_out"].update(need_export_sparse=5))
+    assert (
+        manifest_of(make(delta, tmp_path / "made"))["num_shards"] == manifest_of(packages / "base")["num_shards"] == 2
+    )
