@@ -16,6 +16,7 @@ from dist_export.package.reader import Package
 from dist_export.pipeline.account import NO_TABLES
 from dist_export.pipeline.compact import Compaction, open_delta
 from dist_export.pipeline.run import run_export
+from dist_export.pipeline.run_dir import FoundCheckpoint
 from dist_export.registry.base import resolve
 from dist_export.runtime.ranks import Ranks
 
@@ -46,15 +47,15 @@ def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
         UserError: DELTA is a full package, a package is missing or damaged, or there is another package in OUT.
         ExportError: it failed later. There is no package then.
     """
-    settings, base = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
+    settings, base, found = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
     config = load_config(settings)
     objects = Objects()
-    _, summary = run_export(ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps)
+    _, summary = run_export(ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps, found=found)
     return summary if ranks.rank == 0 else []
 
 
-def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return the settings of the export, and the directory of the base if it is given. Rank 0."""
+def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, FoundCheckpoint]:
+    """Return the settings of the export, the directory of the base if it is given, and the delta as a source. Rank 0."""
     options = arguments["registry_options"]
     delta = resolve(arguments["delta"], options).directory
     base = None if arguments["base"] is None else resolve(arguments["base"], options).directory
@@ -68,7 +69,8 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
             "keep_slots": ["*"] if _has_more(package) else [],
             "row_fingerprints": True if _has_fingerprints(package) else "auto",
         }
-    return made, base
+        step = package.manifest.source.step
+    return made, base, FoundCheckpoint(delta, None if step is msgspec.UNSET else step, ())
 
 
 def _count_shards(package: Package) -> int:

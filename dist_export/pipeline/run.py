@@ -10,6 +10,7 @@ from dist_export.model.user_objects import Objects
 from dist_export.pipeline.config_agreement import digest_settings, refuse_different_settings
 from dist_export.pipeline.inputs import look_for_weights
 from dist_export.pipeline.locate import locate
+from dist_export.pipeline.run_dir import FoundCheckpoint
 from dist_export.pipeline.steps import STEPS, Step, export_located
 from dist_export.pipeline.target import place_of
 from dist_export.reporting.events import Events, failure_of, samples_of, write_metrics
@@ -27,12 +28,13 @@ def run_export(
     is_shown: bool,
     published: Published | None = None,
     steps: Sequence[Step] = STEPS,
+    found: FoundCheckpoint | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
 
-    ``steps`` are what is done with what ``ckpt_dir`` leads to; other steps than those of an export look at it themselves.
+    ``steps`` are what is done with the source; ``found`` is the source, if other steps than those of an export read it.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -43,7 +45,7 @@ def run_export(
     weights = look_for_weights(ranks, config, objects.model)
     located = ranks.broadcast(
         "find the checkpoint",
-        lambda: locate(config, needs_dense=needs_dense, weights=weights, looks=steps is STEPS),
+        lambda: locate(config, needs_dense=needs_dense, weights=weights, found=found),
     )
     config = located.apply(config)
     export_dir = ranks.broadcast("choose the place", lambda: place_of(config))

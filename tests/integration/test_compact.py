@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dist_export
 from dist_export import cli
@@ -21,6 +22,7 @@ from dist_export.manifest import MANIFEST
 from dist_export.pipeline import compact as compacting
 from dist_export.pipeline.compact_command import OPTIONS, compact
 from dist_export.pipeline.compacted_package import account_for_bytes
+from dist_export.registry.versions import VersionDirectory
 from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
 from tests.integration import test_delta_scores
@@ -181,6 +183,53 @@ def test_duplicates_and_misplaced_rows_of_the_checkpoint(tmp_path: Path) -> None
     assert manifest_of(made)["account"] == manifest_of(full)["account"]
 
 
+def test_dense_tensors_among_the_shards_are_those_of_the_delta(tmp_path: Path) -> None:
+    before, folders = tables_of(), []
+    for number, tables in enumerate((before, change(before))):
+        parts = {name: split_table(ids, slots, 2) for name, (ids, slots) in tables.items()}
+        dense = {"scale": np.full(5, number, np.float32), "child@filter_global_step": np.array([number])}
+        state = {"dense_arch.weight": torch.full((2, 2), number)}
+        folders.append(write_checkpoint(tmp_path / str(number), parts, dense=dense, model_state=state))
+    base = export(folders[0], tmp_path / "base", num_shards=2)
+    delta = export(folders[1], tmp_path / "delta", num_shards=3, base=str(base))
+    full, made = export(folders[1], tmp_path / "full", num_shards=3), make(delta, tmp_path / "made")
+    compare(made, full)
+    assert [tensor["name"] for tensor in manifest_of(made)["dense_tensors"]] == ["scale"]
+    found = [
+        {
+            name: tensor
+            for file in its.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+            if "scale" in name
+        }
+        for its in (made, full)
+    ]
+    assert [list(its) for its in found] == [list(found[0])] * 2
+    assert all(torch.equal(its, torch.ones(5)) for tensors in found for its in tensors.values())
+
+
+@pytest.mark.parametrize("digest", ["none", "sha256"])
+def test_digests(sources, packages: Path, tmp_path: Path, digest: str) -> None:
+    """Without digests of the packages, or of the result."""
+    base = export(sources[0], tmp_path / "base", digest=digest)
+    delta = export(sources[1], tmp_path / "delta", num_shards=3, base=str(base))
+    made = make(delta, tmp_path / "made", digest=digest)
+    assert read_package(made) == read_package(packages / "full")
+    assert any("digest" in note for note in manifest_of(made)["notes"]) == (digest == "none")
+    assert verify(str(made)).findings == []
+    compare_rows = make(delta, tmp_path / "other")
+    assert read_package(compare_rows) == read_package(made)
+
+
+def test_a_base_that_is_a_copy_of_its_checkpoint(tmp_path: Path) -> None:
+    tables = {name: (ids, {"embedding": slots["embedding"]}) for name, (ids, slots) in tables_of().items()}
+    later = {name: (ids[7:], {"embedding": slots["embedding"][7:] + 1}) for name, (ids, slots) in tables.items()}
+    base = export(save(tmp_path / "before", tables, 2), tmp_path / "base", filter_sparse_opt=False)
+    after = save(tmp_path / "after", later, 2)
+    delta = export(after, tmp_path / "delta", base=str(base))
+    compare(make(delta, tmp_path / "made"), export(after, tmp_path / "full"))
+
+
 def test_a_package_with_a_model_scores_as_the_full_export(tmp_path: Path) -> None:
     model = models.train(test_delta_scores.build())
     before = models.save(model, tmp_path / "before.pth")
@@ -238,6 +287,29 @@ def test_the_same_again_writes_nothing_and_another_package_is_refused(packages: 
             make(tmp_path / "delta", tmp_path / overwritten, base=str(tmp_path / "base"), overwrite=True)
     assert make(packages / "delta", tmp_path / "full", overwrite=True)
     assert "compacted" in manifest_of(tmp_path / "full")
+
+
+def test_a_version_takes_the_place_of_its_delta(tmp_path: Path) -> None:
+    """It has the step of the checkpoint, and is current as the delta was; both other versions are no longer needed."""
+    before, versions = tables_of(), f"versions:{tmp_path / 'pub'}"
+    for step, tables in ((5, before), (7, change(before))):
+        save(tmp_path / "run" / f"ckpt_{step}", tables, 2)
+        (tmp_path / "run" / "checkpoint").write_text(f"ckpt_{step}\n")
+        more = {"base": "latest"} if step == 7 else {}
+        export(tmp_path / "run", Path(), publish=str(tmp_path / "pub"), export_dir="", **more)
+    rows = put_together(*(Path(its) for its in _places(versions)))
+    make(Path(versions), Path(versions))
+    current, *others = VersionDirectory().list_versions(str(tmp_path / "pub"))
+    assert (current.step, current.is_current, len(others)) == (7, True, 2)
+    with dist_export.open_package(versions) as package:
+        assert "compacted" in manifest_of(Path(package.directory.path))
+        assert read_package(Path(package.directory.path)) == rows
+
+
+def _places(uri: str) -> tuple[str, str]:
+    with dist_export.open_package(uri) as package:
+        assert package.base is not None
+        return package.base.directory.path, package.directory.path
 
 
 def test_a_version_of_a_directory(packages: Path, tmp_path: Path) -> None:
