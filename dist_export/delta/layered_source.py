@@ -27,7 +27,7 @@ from dist_export.checkpoint.package_source import PackageSource, has_row_indexed
 from dist_export.checkpoint.recis.reader import RecisReader
 from dist_export.delta.layered_directory import LayeredDirectory, MadeFile, name_in_base
 from dist_export.delta.overlaid_rows import OverlaidRows, list_runs
-from dist_export.errors import CheckpointError
+from dist_export.errors import CheckpointError, PackageError
 from dist_export.formats.recis import EMBEDDING_SLOT
 from dist_export.manifest import TableEntry
 from dist_export.package.reader import Package
@@ -78,7 +78,10 @@ class LayeredReader:
         """Put the tables together. CheckpointError if the shards are not what the manifests say."""
         delta = self._readers[0].assemble([share.delta for share in shares])
         base = self._readers[1].assemble([share.base for share in shares])
-        return _Join(self._package, self.files, self._border, delta, base).join()
+        try:
+            return _Join(self._package, self.files, self._border, delta, base).join()
+        except PackageError as error:
+            raise CheckpointError(str(error)) from error
 
 
 class _Join:

@@ -8,7 +8,7 @@ from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.row_reader import RowReader
 from dist_export.config.prune_rules import DENY_LIST, REPLACED
 from dist_export.delta.layered_source import OF_BASE
-from dist_export.errors import PlanError
+from dist_export.errors import CheckpointError, PackageError, PlanError
 from dist_export.formats.delta_entries import DeltaEntry
 from dist_export.formats.id_list import IdList
 from dist_export.package.reader import Package
@@ -30,11 +30,14 @@ class ReplacedRows:
         self._digest = package.manifest.digest.encode()
 
     def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
-        """Return which rows are replaced; see :class:`~dist_export.plan.prune.LeftRows`."""
+        """Return which rows are replaced; see :class:`~dist_export.plan.prune.LeftRows`. CheckpointError for a damaged delta."""
         del first_row, reader
         is_replaced = np.zeros(len(ids), bool)
         if self._is_base[part]:
-            is_replaced[is_kept] = self._readers[self._table[part]].contains(ids[is_kept])
+            try:
+                is_replaced[is_kept] = self._readers[self._table[part]].contains(ids[is_kept])
+            except PackageError as error:
+                raise CheckpointError(str(error)) from error
         return is_replaced
 
     def digest(self) -> bytes:

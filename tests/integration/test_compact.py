@@ -354,6 +354,16 @@ def test_what_is_damaged_or_missing_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "made").exists()
 
 
+def test_a_row_index_that_is_damaged_and_has_no_digest(packages: Path, tmp_path: Path, capsys) -> None:
+    """Whatever vouches for the files, no row that is replaced stays: what cannot be read is an error."""
+    delta = shutil.copytree(packages / "delta", tmp_path / "delta")
+    for file in delta.glob("*.row_index"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    assert cli.main(["compact", str(delta), str(tmp_path / "made"), "--digest", "none"]) == 2
+    assert "row_index" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
 def test_mistakes_are_one_line(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, delta, full = (str(packages / name) for name in ("base", "delta", "full"))
     for arguments, text in (
