@@ -383,7 +383,11 @@ def test_mistakes_are_one_line(packages: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_the_command_line(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compact", str(packages / "delta"), str(tmp_path / "made")]) == 0
-    assert f"  source   recis checkpoint {manifest_of(packages / 'full')['source']['path']}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"  source   recis checkpoint {manifest_of(packages / 'full')['source']['path']}" in told
+    assert f"  made of  {packages / 'delta'} and its base {packages / 'base'}" in told
+    assert cli.main(["inspect", str(tmp_path / "made")]) == 0
+    assert f"  made of    {packages / 'delta'} and its base {packages / 'base'}" in capsys.readouterr().out
     compare(tmp_path / "made", packages / "full")
     assert cli.main(["compact", "--help"]) == 0
     assert "--num_shards" in capsys.readouterr().out
