@@ -85,6 +85,11 @@ class BaseRows:
         self._counts: dict[int, Compared] = {}
         self._lock = threading.Lock()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds in memory for long, apart from one bit a row: none."""
+        return 0
+
     def digest(self) -> bytes:
         """Return a digest of the base."""
         return self._base.manifest.digest.encode()

@@ -177,8 +177,9 @@ class Compaction:
         assert checkpoint is not None
         with task.reporter.stage("plan"):
             room = task.config.max_memory_bytes // _LISTS_SHARE
-            read = functools.partial(plan_replacing, checkpoint, package, most_bytes=room)
-            rules = task.ranks.run("read the deleted ids", lambda: _blame(read))
+            threads = task.ranks.broadcast("count the threads", lambda: budget_of(task.config).threads)
+            look = functools.partial(plan_replacing, checkpoint, package, threads=threads, most_bytes=room)
+            rules = task.ranks.run("look at the deleted ids", lambda: _blame(look))
             task.ranks.broadcast("look at row numbers", lambda: _refuse_wrong_numbers(checkpoint, package))
             planned = plan_sparse(task.ranks, checkpoint, task.config, world_size=task.ranks.world_size, leaving=rules)
         return export.grown(notes=describe_row_indexed_tables(planned.plan), planned=planned)

@@ -7,7 +7,7 @@ import math
 import msgspec
 
 from dist_export.commit.publish import DenseMeta
-from dist_export.config.prune_rules import DENY_LIST, REPLACED, SAME
+from dist_export.config.prune_rules import REPLACED, SAME
 from dist_export.errors import CommitError
 from dist_export.formats.delta_entries import CompactedEntry, DeltaEntry
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
@@ -138,15 +138,13 @@ def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | No
     delta = own.delta
     assert isinstance(delta, DeltaEntry)
     dropped = entry.rows_dropped
-    found = (entry.rows_out, dropped.get(REPLACED, 0), dropped.get(DENY_LIST, 0))
+    found = (entry.rows_out, dropped.get(REPLACED, 0))
     # the rows of a row-indexed table are replaced while they are read
-    replaced = 0 if entry.is_row_indexed else delta.changed
-    wanted = (delta.same + own.rows_out, replaced, delta.deleted)
+    wanted = (delta.same + own.rows_out, 0 if entry.is_row_indexed else delta.changed + delta.deleted)
     if found != wanted:
         raise CommitError(
-            f"table {entry.name!r}: {found[0]:,} rows were written, {found[1]:,} of the base replaced and {found[2]:,} deleted, "
-            f"and by the account of the delta it is {wanted[0]:,}, {wanted[1]:,} and {wanted[2]:,}. No manifest was written; "
-            "run verify on both packages"
+            f"table {entry.name!r}: {found[0]:,} rows were written, and {found[1]:,} of the base replaced or deleted; by the "
+            f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on both packages"
         )
     rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
     # which misplaced rows were dropped, the delta tells together with those that it left to its base

@@ -46,6 +46,10 @@ class LeftRows(Protocol):
             reader: reads rows of the source.
         """
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds in memory for long, apart from one bit a row."""
+
     def digest(self) -> bytes:
         """Return a digest of the other package, which together with the source decides what is left out."""
 
@@ -123,9 +127,9 @@ class Pruning:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the lists of ids take in memory."""
+        """Bytes that lists of ids take in memory."""
         lists = {id(rule.ids): rule.ids for rules in self.rules for rule in rules if rule.ids is not None}
-        return sum(its.num_bytes for its in lists.values())
+        return sum(its.num_bytes for its in lists.values()) + (0 if self.same is None else self.same.num_bytes)
 
     def columns_of(self, table: int) -> tuple[int, ...]:
         """Return the slots that the rules of a table read."""
