@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = (
     *("export", "init", "plan", "inspect", "verify", "diff", "report"),
-    *("score", "serve", "watch", "versions", "rollback"),
+    *("compact", "score", "serve", "watch", "versions", "rollback"),
 )
 
 
@@ -64,7 +64,7 @@ def _run(command: str, argv: list[str]) -> int:
             "inspect": _inspect,
             "verify": _verify,
             "diff": _diff,
-            "score": _score,
+            "compact": _compact,
             "serve": _serve,
             "watch": _watch,
         }
@@ -274,25 +274,22 @@ def _run_on_ranks(
         ranks.close()
 
 
-def _score(argv: list[str]) -> int:
+def _compact(argv: list[str]) -> int:
     from dist_export.config.loader import parse_path
-    from dist_export.package.reader import open_package
-    from dist_export.reporting.terminal_display import counting_rows
-    from dist_export.serve.options import SCORE_OPTIONS, SCORE_USAGE
-    from dist_export.serve.score_file import score_file
+    from dist_export.pipeline.compact_command import NAMES, OPTIONS, USAGE, compact
 
-    if _is_answered(argv, {"Options": SCORE_OPTIONS}, usage=SCORE_USAGE):
+    if _is_answered(argv, {"Options": OPTIONS}, usage=USAGE):
         return 0
-    arguments = parse_path("score", argv, SCORE_OPTIONS)
-    for name in ("input", "output"):
-        if arguments[name] is None:
-            raise ConfigError(f"--{name} is missing; give a file")
-    opening = {name: arguments[name] for name in ("storage_options", "registry_options", "cache_dir", "base")}
-    scoring = {name: arguments[name] for name in ("batch_size", "keep")}
-    with open_package(arguments["path"], **opening) as package, counting_rows() as note_rows:
-        total = score_file(package, arguments["input"], arguments["output"], note_rows=note_rows, **scoring)
-    print(f"{arguments['output']}: {total:,} rows scored")
-    return 0
+    arguments = parse_path("compact", argv, OPTIONS, names=NAMES)
+    summary: list[str] = []
+
+    def work(ranks: Ranks) -> int:
+        summary.extend(compact(ranks, arguments))
+        return 0
+
+    code = _run_on_ranks(arguments["timeout"], work, tells_each=True)
+    print_lines(summary)
+    return code
 
 
 def _serve(argv: list[str]) -> int:
@@ -325,7 +322,8 @@ def _run_module(command: str, argv: list[str]) -> int:
     """Run a command whose module has its options, usage, names of paths, and what it does."""
     from dist_export.config.loader import parse_path
 
-    module = import_module(f"dist_export.{'report.command' if command == 'report' else 'pipeline.version_commands'}")
+    rooms = {"report": "report.command", "score": "serve.score_command"}
+    module = import_module(f"dist_export.{rooms.get(command, 'pipeline.version_commands')}")
     options = module.OPTIONS[command]
     if not _is_answered(argv, {"Options": options}, usage=module.USAGE[command]):
         module.run(command, parse_path(command, argv, options, names=module.NAMES[command], num_needed=1))

@@ -13,7 +13,14 @@ import msgspec
 import xxhash
 
 from dist_export.errors import CheckpointError, PackageError
-from dist_export.formats.delta_entries import BaseEntry, Count, DeletedIdsEntry, DeltaEntry, RowFingerprintsEntry
+from dist_export.formats.delta_entries import (
+    BaseEntry,
+    CompactedEntry,
+    Count,
+    DeletedIdsEntry,
+    DeltaEntry,
+    RowFingerprintsEntry,
+)
 from dist_export.formats.package_entries import (
     AccountEntry,
     AccountTensor,
@@ -64,6 +71,7 @@ __all__ = [
     "BaseEntry",
     "CastEntry",
     "ColumnsEntry",
+    "CompactedEntry",
     "Count",
     "DeletedIdsEntry",
     "DeltaEntry",
@@ -133,6 +141,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceEntry
     base: BaseEntry | msgspec.UnsetType = msgspec.UNSET
     """In a delta package, the package that its rows go on top of. Absent in a full one."""
+    compacted: CompactedEntry | msgspec.UnsetType = msgspec.UNSET
+    """In a full package that ``compact`` made, the delta package and the base that it was made of."""
     tables: tuple[TableEntry, ...]
     left_out_tables: tuple[LeftOutEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     account: AccountEntry | msgspec.UnsetType = msgspec.UNSET

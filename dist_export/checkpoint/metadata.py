@@ -84,6 +84,8 @@ class Parts:
     rows: np.ndarray
     first_row: np.ndarray | None = None
     """The number that the part's first row has in its table, where rows go by number; None where no table's do."""
+    layer: np.ndarray | None = None
+    """Of a delta package with its base: which of both has the part. An id may be in a part of each. None in any other source."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -91,6 +93,10 @@ class Parts:
     def first_row_of(self, part: int) -> int:
         """Return the number of a part's first row, for a table whose rows go by number."""
         return 0 if self.first_row is None else int(self.first_row[part])
+
+    def layers_of(self, parts: np.ndarray) -> np.ndarray:
+        """Return the layer of each part (int64). Among parts of one layer and one table, an id is to be there once."""
+        return np.zeros(len(parts), np.int64) if self.layer is None else self.layer[parts]
 
     def slice_of(self, part: int) -> Slice:
         """Return the slice that a part claims."""

@@ -68,7 +68,7 @@ def find_manifest(directory: Directory) -> Manifest | None:
     if manifest.base is not msgspec.UNSET:
         raise CheckpointError(
             f"{directory.url} is a delta package of {manifest.base.path}, whose rows alone are not the model. Export from the "
-            "checkpoint that it was made of; to read rows of both, use dist_export.open_package"
+            "checkpoint that it was made of, or make a full package of both first: python -m dist_export compact DELTA OUT"
         )
     return manifest if manifest.tables else None
 

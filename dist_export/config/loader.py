@@ -20,6 +20,7 @@ usage: dist_export --config FILE [--key value ...]        export (under torchrun
        dist_export inspect PATH                           show a checkpoint or a package
        dist_export verify PATH                            check a package
        dist_export diff A B                               compare two packages
+       dist_export compact DELTA OUT                      make a full package of a delta package and its base
        dist_export report PATH --out FILE.html            write one HTML page about a package
        dist_export score PATH --input F --output F        score the rows of a file
        dist_export serve PATH                             serve a package over HTTP

@@ -20,7 +20,10 @@ EMPTY = "empty"
 SAME = "same"
 """A row that a delta package leaves to its base, which has the same bytes."""
 
-REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY, SAME)
+REPLACED = "replaced"
+"""A row of a base that the delta replaces or deletes, where both are made one package. No manifest counts such rows."""
+
+REASONS = (SLOT_VALUE, NORM, DENY_LIST, ALLOW_LIST, EMPTY, SAME, REPLACED)
 """Reasons why a row was pruned, as named in ``rows_dropped``."""
 
 _KEYS = ("tables", "slot", "below", "norm_at_most", "deny", "allow")

@@ -12,11 +12,10 @@ import numpy as np
 from dist_export.checkpoint.metadata import ABSENT, Blocks, Checkpoint, LeftOutTable, Parts, SlotMeta, TableMeta
 from dist_export.config.prune_rules import SAME
 from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES, I64
-from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.formats.recis import EMBEDDING_SLOT, HASH_SIZE, ID_SLOT
 from dist_export.formats.row_encodings import F32, U8, RowCast
 from dist_export.humanize import few
 from dist_export.manifest import DeltaEntry, Manifest, SlotEntry, TableEntry
-from dist_export.plan.table_view import HASH_SIZE
 from dist_export.storage.directory import Directory
 
 

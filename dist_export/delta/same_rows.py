@@ -75,7 +75,7 @@ class _Rows:
 
 
 class BaseRows:
-    """Which rows of the source the base has with the same bytes. Any thread. See :class:`~dist_export.plan.prune.SameRows`.
+    """Which rows of the source the base has with the same bytes. Any thread. See :class:`~dist_export.plan.prune.LeftRows`.
 
     Rows of a part that are asked for in their order for the first time are compared, and the answer is kept, one bit a row.
     So the census compares, and the gathers of the same rank read what it found. A rank that is asked for other parts compares
@@ -125,6 +125,11 @@ class BaseRows:
         self._counts: dict[int, Compared] = {}
         self._lock = threading.Lock()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds in memory for long, apart from one bit a row: none."""
+        return 0
+
     def digest(self) -> bytes:
         """Return a digest of the base and of what is not compared."""
         return repr((self._base.manifest.digest, list(map(sorted, self.ignored)))).encode()
@@ -140,7 +145,7 @@ class BaseRows:
         return dict(self._seen)
 
     def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
-        """Return which rows are the same; see :class:`~dist_export.plan.prune.SameRows`."""
+        """Return which rows are the same; see :class:`~dist_export.plan.prune.LeftRows`."""
         known, end = self._known.get(part, 0), first_row + len(ids)
         if end <= known:
             first_byte = first_row // 8

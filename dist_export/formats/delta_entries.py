@@ -20,7 +20,7 @@ class RowFingerprintsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The full package that a delta package goes on top of."""
+    """Another package: the full package that a delta package goes on top of, or what a compacted package was made of."""
 
     path: str
     """Where it was at the export: a directory or an fsspec URL. A base that was moved together with its deltas is found beside
@@ -32,6 +32,13 @@ class BaseEntry(msgspec.Struct, frozen=True, kw_only=True):
     which are of the base's rows. Else absent."""
     dense_only: bool | msgspec.UnsetType = msgspec.UNSET
     """True if the source gave the dense part alone, and no row of its tables was compared with the base. Else absent."""
+
+
+class CompactedEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The packages that a compacted package was made of. Nothing of them is needed to read it."""
+
+    delta: BaseEntry
+    base: BaseEntry
 
 
 class DeletedIdsEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):

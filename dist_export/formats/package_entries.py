@@ -31,7 +31,10 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CastEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The error that casting a slot's values caused, over the rows of the package."""
+    """The error that casting a slot's values caused, over the rows of the package.
+
+    In a compacted package it is over the rows of its base and of its delta, also those of the base that the delta replaced.
+    """
 
     source_dtype: str
     """The dtype in the checkpoint; ``int8_rowwise`` if the source is a package whose rows have that encoding."""

@@ -97,6 +97,8 @@ def render(found: dict[str, Any]) -> list[str]:
     if base := found.get("base"):
         alone = ", a new dense part alone" if base.get("dense_only") else ""
         lines.append(f"  {'base':<10} {base['path']} (digest {base['digest']}){alone}")
+    if compacted := found.get("compacted"):
+        lines.append(f"  {'made of':<10} {compacted['delta']['path']} and its base {compacted['base']['path']}")
     if found.get("row_fingerprints"):
         lines.append(f"  row fingerprints: {found['row_fingerprints']:,} of these bytes")
     width = min(max([24, *(len(table["name"]) for table in found["tables"])]), _MAX_NAME_WIDTH)
@@ -159,6 +161,7 @@ def _describe_package(directory: Directory) -> dict[str, Any]:
         "row_fingerprints": sum(file.num_bytes for file in manifest.files if file.path.endswith(SUFFIX)),
         "digest": manifest.digest,
         **({} if manifest.base is msgspec.UNSET else {"base": msgspec.to_builtins(manifest.base)}),
+        **({} if manifest.compacted is msgspec.UNSET else {"compacted": msgspec.to_builtins(manifest.compacted)}),
         "tables": [
             {
                 "name": table.name,

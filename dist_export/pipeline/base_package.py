@@ -18,7 +18,7 @@ from dist_export.formats.recis import HASH_SIZE
 from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
-from dist_export.redact import first_line
+from dist_export.redact import first_line, redact_text
 from dist_export.registry import base as registries
 from dist_export.registry.versions import CURRENT
 from dist_export.runtime.ranks import Ranks
@@ -136,6 +136,16 @@ def refuse_replaced_base(base: Package) -> None:
             f"{where}: the base had the manifest {base.manifest.digest} when the export began, and now there is {found}. No "
             "manifest was written; export against the base that is there"
         )
+
+
+def describe_base(base: Package, *, has_dense: bool = False) -> BaseEntry:
+    """Return how a manifest names another package. ``has_dense``: all that is no table is that package's."""
+    directory = base.directory
+    return BaseEntry(
+        path=redact_text(directory.path if directory.is_local else directory.url),
+        digest=base.manifest.digest,
+        has_dense=has_dense or msgspec.UNSET,
+    )
 
 
 def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory) -> Package | None:

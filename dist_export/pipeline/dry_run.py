@@ -59,16 +59,7 @@ def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, Any]:
-    if config.is_live:
-        raise ConfigError(
-            "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
-            "itself checks the settings before it writes anything"
-        )
-    if is_trainer_delta(config):
-        raise ConfigError(
-            "format is tzrec_delta: its rows must be read to know which ones count, so there is no plan without an export. The "
-            "export itself checks the settings before it writes anything"
-        )
+    _refuse_unread(config)
     found = look_at_all(ranks, config, world_size)
     config, paths, source, checkpoint = found.config, found.paths, found.source, found.checkpoint
     report: dict[str, Any] = {
@@ -119,6 +110,20 @@ def _report(ranks: Ranks, config: ExportConfig, world_size: int) -> dict[str, An
     report["copied_ranges"] = len(plan.copies)
     report["gathered_rows"] = sum(gather.num_kept for gather in plan.gathers)
     return report
+
+
+def _refuse_unread(config: ExportConfig) -> None:
+    """Refuse sources of which metadata tell too little."""
+    if config.is_live:
+        raise ConfigError(
+            "format is live: the tables are only in the memory of the training job, so plan cannot read them. The export "
+            "itself checks the settings before it writes anything"
+        )
+    if is_trainer_delta(config):
+        raise ConfigError(
+            "format is tzrec_delta: its rows must be read to know which ones count, so there is no plan without an export. The "
+            "export itself checks the settings before it writes anything"
+        )
 
 
 def _look_at_target(ranks: Ranks, found: Found, planned: PlannedSparse) -> list[str]:

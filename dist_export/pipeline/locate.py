@@ -62,10 +62,17 @@ class Locations:
         )
 
 
-def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | None = None) -> Locations:
+def locate(
+    config: ExportConfig,
+    *,
+    needs_dense: bool,
+    weights: ModelWeights | None = None,
+    found: FoundCheckpoint | None = None,
+) -> Locations:
     """Ask the registries and look into the run, once: an alias may move while an export runs. Rank 0.
 
-    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors.
+    ``needs_dense``: a dense arch is exported too, of a model that says ``weights`` of a checkpoint's tensors. ``found`` is what
+    ``ckpt_dir`` leads to; None looks into it for a checkpoint.
 
     Raises:
         ConfigError: a URI that no registry resolves; a setting that needs new shards, where files are copied.
@@ -75,11 +82,10 @@ def locate(config: ExportConfig, *, needs_dense: bool, weights: ModelWeights | N
         resolved, found = base.Resolved("", ""), FoundCheckpoint(None, None, ())
     else:
         resolved = base.resolve(config.ckpt_dir, config.registry_options)
-        found = (
-            find_dumps(config, resolved.directory)
-            if is_trainer_delta(config)
-            else find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
-        )
+        if found is None and is_trainer_delta(config):
+            found = find_dumps(config, resolved.directory)
+        elif found is None:
+            found = find_checkpoint(config, resolved.directory, needs_dense=needs_dense, weights=weights)
     config = config.with_changes(filter_sparse_opt=_resolve_filter(config, found.directory))
     register, export_dir = config.register or "", config.export_dir
     _refuse_two_registries(config)

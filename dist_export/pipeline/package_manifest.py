@@ -19,14 +19,13 @@ from dist_export.config.schema import ExportConfig
 from dist_export.manifest import (
     DELTA_SCHEMA_VERSION,
     SCHEMA_VERSION,
-    BaseEntry,
     FileEntry,
     Manifest,
     SourceEntry,
     TableEntry,
 )
-from dist_export.package.reader import Package
 from dist_export.pipeline.account import account_export, fates_by_entry
+from dist_export.pipeline.base_package import describe_base
 from dist_export.pipeline.locate import Locations
 from dist_export.pipeline.planning import PlannedSparse
 from dist_export.pipeline.refresh import describe_refresh
@@ -109,7 +108,7 @@ def describe_export(export: ExportState) -> Manifest:
     described = msgspec.structs.replace(
         manifest,
         schema_version=SCHEMA_VERSION if export.base is None else DELTA_SCHEMA_VERSION,
-        base=msgspec.UNSET if export.base is None else _describe_base(export.base, has_dense=has_dense),
+        base=msgspec.UNSET if export.base is None else describe_base(export.base, has_dense=has_dense),
         files=files,
         account=account,
         dense=None if dense is None else dense.entry,
@@ -121,15 +120,6 @@ def describe_export(export: ExportState) -> Manifest:
         run=_describe_run(export, files),
     )
     return describe_refresh(described, export.base) if task.config.is_refresh and export.base is not None else described
-
-
-def _describe_base(base: Package, *, has_dense: bool) -> BaseEntry:
-    directory = base.directory
-    return BaseEntry(
-        path=redact_text(directory.path if directory.is_local else directory.url),
-        digest=base.manifest.digest,
-        has_dense=has_dense or msgspec.UNSET,
-    )
 
 
 def _describe_run(export: ExportState, files: tuple[FileEntry, ...]) -> dict[str, Any]:

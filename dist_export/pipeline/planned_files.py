@@ -20,7 +20,7 @@ def writes_fingerprints(config: ExportConfig, plan: SparsePlan, target: Director
         return False
     if config.row_fingerprints != "auto":
         return bool(config.row_fingerprints)
-    is_delta = plan.pruning is not None and plan.pruning.same is not None
+    is_delta = plan.pruning is not None and plan.pruning.is_delta
     return target.is_local and not is_delta and (config.register or "").startswith(VERSIONS)
 
 

@@ -88,7 +88,7 @@ def open_checkpoint(
 
     Arguments as those of :func:`~dist_export.checkpoint.detect.open_reader`.
     """
-    return _read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
+    return read_metadata(ranks, lambda: open_reader(directory, asked=asked, settings=settings))
 
 
 def tensor_settings_of(config: ExportConfig, weights: ModelWeights | None) -> TensorSettings:
@@ -112,10 +112,10 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
         CommitError: they do not make whole tables. A failed export, where a source that does not is the user's mistake.
     """
     if all(table.is_hashed for table in plan.checkpoint.tables):
-        written = _read_metadata(ranks, lambda: RecisReader(directory), is_written=True)
+        written = read_metadata(ranks, lambda: RecisReader(directory), is_written=True)
     else:
         files = [file.name for file in plan.files]
-        written = _read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)
+        written = read_metadata(ranks, lambda: PackageReader(directory, files), is_written=True)
     planned = {table.name: table for table in plan.checkpoint.tables}
     tables = tuple(
         replace(table, default_row=planned[table.name].default_row, raw_ids=planned[table.name].raw_ids)
@@ -126,9 +126,14 @@ def open_written(ranks: Ranks, directory: Directory, plan: SparsePlan) -> Checkp
     return replace(written, tables=tables)
 
 
-def _read_metadata(
+def read_metadata(
     ranks: Ranks, open_it: Callable[[], CheckpointReader[Any]], *, is_written: bool = False
 ) -> Checkpoint:
+    """Read the headers, shared over the ranks, with the reader that each rank opens. All ranks.
+
+    CheckpointError is everyone's; CommitError in its place if the files ``is_written`` by this export.
+    """
+
     def judged(work: Callable[[], T]) -> Callable[[], T]:
         return functools.partial(_blame_export, work) if is_written else work
 
@@ -183,7 +188,7 @@ def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeight
         return checkpoint
     if not is_filtered:
         return replace(checkpoint, warnings=(*checkpoint.warnings, note_state_tables(directory, held)))
-    state = _read_metadata(ranks, lambda: open_state(directory, held))
+    state = read_metadata(ranks, lambda: open_state(directory, held))
     return ranks.run("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
 
 
@@ -232,10 +237,12 @@ def plan_sparse(
     *,
     world_size: int,
     base: Package | None = None,
+    leaving: Pruning | None = None,
 ) -> PlannedSparse:
     """Choose, count the id columns (each rank its share), lay out. All ranks; nothing is written.
 
-    Rows that ``base`` has with the same bytes are left out; ``checkpoint`` is then one that fits it.
+    Rows that ``base`` has with the same bytes are left out; ``checkpoint`` is then one that fits it. ``leaving`` are rules that
+    take the place of those of the settings.
 
     Raises:
         PlanError: settings that this checkpoint cannot meet, or whose rules leave nothing of a table.
@@ -245,7 +252,7 @@ def plan_sparse(
     # machines may mount the source in different ways, and all ranks need one digest of the plan
     checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
-    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    pruning = ranks.run("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
     budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * budget.threads)
     keep_freed_memory()
@@ -280,7 +287,7 @@ def plan_sparse(
             census = count(rules, DuplicateIds(checkpoint, most=budget.dropped_rows))
 
     def lay_out() -> SparsePlan:
-        if config.on_empty_table == "error":
+        if config.on_empty_table == "error" and leaving is None:
             refuse_empty_tables(checkpoint, rules, census.pruned)
         if config.filter_sparse_opt:
             return plan_shards(

@@ -29,7 +29,7 @@ from dist_export.plan.casts import casts_by_table
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 
-_DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
+MERGED_DECODER = msgspec.json.Decoder(dict[str, MergedEntry])
 
 
 class TakenOver:
@@ -97,7 +97,7 @@ class TakenOver:
         """Return the files by path, each held against its digest in the source's manifest. CheckpointError."""
         if self._source is None:
             return {}
-        found = {file.path: _rename(file.path, _read(self._source, file), self._names) for file in self._files}
+        found = {file.path: _rename(file.path, read_checked(self._source, file), self._names) for file in self._files}
         program = next(iter(_find_scores(self._manifest)), "")
         if program in found and self._is_renamed:
             found[program] = self._rename_lookups(found[program], self._source.describe(program))
@@ -122,7 +122,7 @@ class TakenOver:
         entry = next((file for file in files if file.path == MERGED), None)
         if self._source is None or entry is None:
             return []
-        merged = _DECODER.decode(_read(self._source, entry))
+        merged = MERGED_DECODER.decode(read_checked(self._source, entry))
         return [
             (key, its.dtype, tuple(its.shape))
             for key, its in merged.items()
@@ -189,7 +189,8 @@ def _rename(path: str, data: bytes, names: Mapping[str, str]) -> bytes:
     return (json.dumps(dict(sorted(renamed.items())), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _read(source: Directory, file: FileEntry) -> bytes:
+def read_checked(source: Directory, file: FileEntry) -> bytes:
+    """Return a small file of a package. CheckpointError if it is not what the manifest says of it."""
     where = source.describe(file.path)
     try:
         size = source.stat(file.path).size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dist_export.config.schema import ExportConfig
 from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.config_agreement import digest_settings, refuse_different_settings
 from dist_export.pipeline.inputs import look_for_weights
 from dist_export.pipeline.locate import locate
-from dist_export.pipeline.steps import export_located
+from dist_export.pipeline.run_dir import FoundCheckpoint
+from dist_export.pipeline.steps import STEPS, Step, export_located
 from dist_export.pipeline.target import place_of
 from dist_export.reporting.events import Events, failure_of, samples_of, write_metrics
 from dist_export.reporting.progress import Reporter
@@ -18,11 +21,20 @@ from dist_export.runtime.ranks import Ranks
 
 
 def run_export(
-    ranks: Ranks, config: ExportConfig, objects: Objects, *, is_shown: bool, published: Published | None = None
+    ranks: Ranks,
+    config: ExportConfig,
+    objects: Objects,
+    *,
+    is_shown: bool,
+    published: Published | None = None,
+    steps: Sequence[Step] = STEPS,
+    found: FoundCheckpoint | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
+
+    ``steps`` are what is done with the source; ``found`` is the source, if other steps than those of an export read it.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -31,7 +43,10 @@ def run_export(
     refuse_different_settings(ranks, config, digests)
     needs_dense = objects.model is not None and objects.dataset is not None
     weights = look_for_weights(ranks, config, objects.model)
-    located = ranks.broadcast("find the checkpoint", lambda: locate(config, needs_dense=needs_dense, weights=weights))
+    located = ranks.broadcast(
+        "find the checkpoint",
+        lambda: locate(config, needs_dense=needs_dense, weights=weights, found=found),
+    )
     config = located.apply(config)
     export_dir = ranks.broadcast("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
@@ -40,7 +55,7 @@ def run_export(
         events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
         with reporter.showing():
-            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir)
+            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir, steps)
     except BaseException as error:
         if ranks.rank == 0:
             exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)

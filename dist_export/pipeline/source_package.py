@@ -17,7 +17,7 @@ from dist_export.errors import CheckpointError
 from dist_export.formats.digests import NONE, algorithm_of, missing_package
 from dist_export.formats.recis import INDEX, MERGED, TENSORKEY
 from dist_export.humanize import count
-from dist_export.manifest import MANIFEST, Manifest
+from dist_export.manifest import MANIFEST, FileEntry, Manifest, decode_manifest
 from dist_export.pipeline.planning import budget_of
 from dist_export.pipeline.state import ExportState
 from dist_export.plan.census import Census
@@ -65,15 +65,23 @@ def compare_source_package(export: ExportState) -> ExportState:
     if work is None:
         return export
     with task.reporter.stage("compare"):
-        found = _hash(task.ranks, directory, work, threads=budget_of(task.config).threads)
-        task.ranks.broadcast(
-            "compare the package with its manifest", lambda: _judge(directory, work, found, checkpoint)
-        )
+        compare_files(task.ranks, directory, work, threads=budget_of(task.config).threads)
+    return export.grown(notes=note_without_digest(directory, work))
+
+
+def compare_files(ranks: Ranks, directory: Directory, work: Work, *, threads: int) -> None:
+    """Compare the files of ``work`` with their digests. All ranks, each reads its share of the bytes. CheckpointError."""
+    found = _hash(ranks, directory, work, threads=threads)
+    ranks.broadcast("compare the package with its manifest", lambda: _judge(directory, work, found))
+
+
+def note_without_digest(directory: Directory, work: Work) -> list[str]:
+    """Return a note on shards that have no digest; nothing if all have one."""
     without = [path for path, _, digest in work.digest_files if not digest]
     if not without:
-        return export
+        return []
     told = f"{count(len(without), 'shard')} without a digest: of its rows only the number and the ids were compared"
-    return export.grown(notes=[f"{directory.url} is a package with {told}"])
+    return [f"{directory.url} is a package with {told}"]
 
 
 def compare_source_ids(export: ExportState) -> ExportState:
@@ -122,8 +130,8 @@ def refuse_other_ids(checkpoint: Checkpoint, census: Census, manifest: Manifest)
             )
 
 
-def _advise(manifest: Manifest | None) -> str:
-    return _IN_PLACE if manifest is not None and manifest.mode == "in_place" else _WHAT_TO_DO
+def _advise(manifest: Manifest) -> str:
+    return _IN_PLACE if manifest.mode == "in_place" else _WHAT_TO_DO
 
 
 def _find(directory: Directory, checkpoint: Checkpoint | None) -> Manifest | None:
@@ -143,7 +151,11 @@ def _find_work(directory: Directory, checkpoint: Checkpoint | None) -> Work | No
         return None
     needed = {part.file for table in manifest.tables for part in table.parts} | {INDEX, TENSORKEY, MERGED}
     needed |= {file.name for file in checkpoint.files}
-    files = tuple(file for file in manifest.files if file.path in needed)
+    return list_work(directory, manifest, tuple(file for file in manifest.files if file.path in needed))
+
+
+def list_work(directory: Directory, manifest: Manifest, files: tuple[FileEntry, ...]) -> Work:
+    """Return what is to be hashed of these files of a package. Rank 0. CheckpointError if one is missing or has another size."""
     report = Report()
     known = msgspec.structs.replace(manifest, files=files)
     to_hash, _ = check_sizes(directory, known, Listing((), {}), report)
@@ -174,13 +186,14 @@ def _hash(ranks: Ranks, directory: Directory, work: Work, *, threads: int) -> li
     return [chunks for by_thread in outcomes for its in by_thread for chunks in its]
 
 
-def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests], checkpoint: Checkpoint | None) -> None:
+def _judge(directory: Directory, work: Work, found: Sequence[ChunkDigests]) -> None:
     report = Report()
     compare_digests(work, list(found), report)
-    _refuse(directory, report, _find(directory, checkpoint))
+    if report.found:
+        _refuse(directory, report, decode_manifest(directory.read_text(MANIFEST), where=directory.describe(MANIFEST)))
 
 
-def _refuse(directory: Directory, report: Report, manifest: Manifest | None) -> None:
+def _refuse(directory: Directory, report: Report, manifest: Manifest) -> None:
     """Raise CheckpointError for the first finding, if there is one."""
     if not report.found:
         return

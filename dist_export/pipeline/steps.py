@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_export.checkpoint.metadata import Checkpoint
@@ -45,6 +45,7 @@ from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
 from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
 from dist_export.pipeline.source_package import compare_source_ids, compare_source_package
 from dist_export.pipeline.state import ExportState, Source, Task
+from dist_export.pipeline.taken_program import look_for_program
 from dist_export.pipeline.target import (
     claim,
     commit_paths,
@@ -58,7 +59,6 @@ from dist_export.pipeline.target_state import OnDisk
 from dist_export.pipeline.trainer_delta import (
     as_base,
     is_trainer_delta,
-    look_for_program,
     open_trainer_delta,
 )
 from dist_export.plan.casts import note_unreadable
@@ -73,6 +73,8 @@ from dist_export.workdir.presence import Written, note_written, refuse_vanished
 
 logger = logging.getLogger(__name__)
 
+Step = Callable[[ExportState], ExportState]
+
 
 def export_located(
     ranks: Ranks,
@@ -82,11 +84,12 @@ def export_located(
     reporter: Reporter,
     weights: ModelWeights | None,
     export_dir: str,
+    steps: Sequence[Step],
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``config`` has the paths that ``located`` found, ``weights`` is what the model says of a checkpoint's tensors, and
-    ``export_dir`` is where the package goes, the day's subfolder included.
+    ``export_dir`` is where the package goes, the day's subfolder included. ``steps`` are done until one of them sets a manifest.
 
     Raises:
         UserError: before anything is written, for what the user can mend.
@@ -107,7 +110,7 @@ def export_located(
             traffic=TRAFFIC.snapshot(),
         )
         export = ExportState(task=task, paths=open_paths(ranks, config, export_dir, objects.model), notes=located.notes)
-        for step in STEPS:
+        for step in steps:
             export = step(export)
             if export.manifest is not None:
                 break
@@ -363,7 +366,7 @@ def commit(export: ExportState) -> ExportState:
     return export.grown(manifest=manifest, registered=tuple(registered))
 
 
-STEPS: tuple[Callable[[ExportState], ExportState], ...] = (
+STEPS: tuple[Step, ...] = (
     read_source,
     find_same_package,
     compare_source_package,

@@ -15,9 +15,7 @@ from dist_export.humanize import count
 from dist_export.manifest import FileEntry, Manifest, SourceEntry
 from dist_export.package.reader import Package
 from dist_export.pipeline.run_dir import FoundCheckpoint
-from dist_export.pipeline.state import ExportState
 from dist_export.pipeline.trainer_rows import DumpSettings, open_dump
-from dist_export.plan.plan import SparsePlan
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_place
@@ -121,19 +119,3 @@ def note_dense_of_base(base: Manifest, checkpoint: Checkpoint) -> list[str]:
     return [
         f"the rows are those of step {checkpoint.dump.steps[-1]}; all else is the base's{step}, the dense arch included"
     ]
-
-
-def look_for_program(export: ExportState, plan: SparsePlan, base: Package | None) -> list[str]:
-    """Look for a program to take over, of the base of a trainer's dump or of a source that is a package; return notes. All ranks."""
-    task, read, where = export.task, export.source, export.paths.source
-    if plan.checkpoint.dump is not None and base is not None:
-        task.ranks.broadcast("look for the program of the base", lambda: export.taken_over.take_base(base))
-        return note_dense_of_base(base.manifest, plan.checkpoint)
-    if where is None or export.in_place:
-        return []
-    has_own = task.objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
-    with_scores = task.config.score_program != "off"
-    return task.ranks.broadcast(
-        "look for a program to take over",
-        lambda: export.taken_over.look(where, plan, has_own=has_own, with_scores=with_scores),
-    )

@@ -232,17 +232,33 @@ def plan_unique_tasks(checkpoint: Checkpoint, census: Census, *, held_ids: int) 
     for table, meta in enumerate(checkpoint.tables):
         if not meta.has_ids:
             continue  # row numbers are unique
-        parts = checkpoint.parts.of_table(table)
-        begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
-        is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
-        is_chosen = checkpoint.dump is not None  # of each key one row, whatever file it is in
-        is_proven = is_chosen or (is_disjoint and not census.misplaced[parts].any())
-        groups = [(part,) for part in parts if checkpoint.parts.rows[part] > held_ids] if is_proven else [tuple(parts)]
+        groups = [
+            group
+            for parts in _split_by_layer(checkpoint, table)
+            for group in _group(checkpoint, census, parts, held_ids)
+        ]
         for group in groups:
             rows = int(checkpoint.parts.rows[list(group)].sum())
             bits = max(0, int(np.ceil(np.log2(max(1, 1.25 * rows / held_ids)))))
             tasks += [UniqueTask(table, group, bucket, bits) for bucket in range(1 << bits)]
     return tasks
+
+
+def _split_by_layer(checkpoint: Checkpoint, table: int) -> list[np.ndarray]:
+    """Return the parts (int64) of a table among which an id is to be there once."""
+    parts = np.array(checkpoint.parts.of_table(table), np.int64)
+    layers = checkpoint.parts.layers_of(parts)
+    return [parts[layers == layer] for layer in np.unique(layers).tolist()]
+
+
+def _group(checkpoint: Checkpoint, census: Census, parts: np.ndarray, held_ids: int) -> list[tuple[int, ...]]:
+    """Return groups of parts, each of which may have an id twice as far as the census tells."""
+    begin, end = checkpoint.parts.begin[parts], checkpoint.parts.end[parts]
+    is_disjoint = bool((begin[1:] >= end[:-1]).all())  # parts come in the order of their slices
+    is_chosen = checkpoint.dump is not None  # of each key one row, whatever file it is in
+    if is_chosen or (is_disjoint and not census.misplaced[parts].any()):
+        return [(part,) for part in parts.tolist() if checkpoint.parts.rows[part] > held_ids]
+    return [tuple(parts.tolist())]
 
 
 def count_row_indexed_rows(checkpoint: Checkpoint, targets: Sequence[Targets]) -> Census:

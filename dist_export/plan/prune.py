@@ -17,7 +17,7 @@ import xxhash
 
 from dist_export.checkpoint.metadata import Checkpoint, SlotMeta, TableMeta
 from dist_export.checkpoint.row_reader import RowReader
-from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, SAME, SLOT_VALUE, RowRule
+from dist_export.config.prune_rules import ALLOW_LIST, DENY_LIST, EMPTY, NORM, REPLACED, SAME, SLOT_VALUE, RowRule
 from dist_export.errors import PlanError
 from dist_export.formats.dtypes import DTYPES
 from dist_export.formats.id_list import IdList
@@ -29,22 +29,29 @@ KEPT = 0
 """The code of a row to which no rule applies. Other codes are 1 + the index of the rule among the rules of its table."""
 
 
-class SameRows(Protocol):
-    """Tells which rows of the source are in the base of a delta package with the same bytes. See ``delta/same_rows.py``."""
+class LeftRows(Protocol):
+    """Tells which rows another package makes needless: a base has the same bytes, or a delta has a newer row.
+
+    See ``delta/same_rows.py`` and ``delta/replaced_rows.py``.
+    """
 
     def find(self, part: int, first_row: int, ids: np.ndarray, is_kept: np.ndarray, reader: RowReader) -> np.ndarray:
-        """Return which rows of a part are the same (bool, (n,)). Any thread, with a reader of its own.
+        """Return which rows of a part are left out (bool, (n,)). Any thread, with a reader of its own.
 
         Args:
             part: the part of the source.
             first_row: the first of n neighbouring rows within it.
             ids: int64, (n,).
-            is_kept: bool, (n,): which rows the rules keep. The others are not the same.
+            is_kept: bool, (n,): which rows the rules keep. The others are not among those that are returned.
             reader: reads rows of the source.
         """
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds in memory for long, apart from one bit a row."""
+
     def digest(self) -> bytes:
-        """Return a digest of the base, which together with the source decides what is the same."""
+        """Return a digest of the other package, which together with the source decides what is left out."""
 
 
 class TableRule(NamedTuple):
@@ -85,12 +92,12 @@ class Pruning:
     """The rules as the settings state them."""
     lists: Mapping[str, IdList] = field(default_factory=dict)
     """Path, as in the settings -> the ids of that file."""
-    same: SameRows | None = None
-    """In a delta: which further rows are left to the base. The last rule of each table counts them."""
+    same: LeftRows | None = None
+    """Which further rows another package makes needless. The last rule of a table counts them, if its reason is theirs."""
     rank_of_part: np.ndarray | None = None
     """In a delta (int64): the rank that compares each part with the base, and so need not do it again to move its rows."""
 
-    def leaving(self, same: SameRows, rank_of_part: np.ndarray) -> Pruning:
+    def leaving(self, same: LeftRows, rank_of_part: np.ndarray) -> Pruning:
         """Return these rules, with the rows left out that ``same`` finds among those that the rules keep."""
         last = TableRule(SAME, None, 0, None, None)
         rules = tuple((*rules, last) for rules in self.rules)
@@ -101,6 +108,11 @@ class Pruning:
         if self.same is None:
             return self
         return replace(self, rules=tuple(rules[:-1] for rules in self.rules), same=None, rank_of_part=None)
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether rows are left to a base."""
+        return any(rule.reason == SAME for rules in self.rules for rule in rules)
 
     def __bool__(self) -> bool:
         """Whether any table has a rule."""
@@ -113,9 +125,9 @@ class Pruning:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the lists of ids take in memory."""
+        """Bytes that lists of ids take in memory."""
         lists = {id(rule.ids): rule.ids for rules in self.rules for rule in rules if rule.ids is not None}
-        return sum(its.num_bytes for its in lists.values())
+        return sum(its.num_bytes for its in lists.values()) + (0 if self.same is None else self.same.num_bytes)
 
     def columns_of(self, table: int) -> tuple[int, ...]:
         """Return the slots that the rules of a table read."""
@@ -171,7 +183,7 @@ def match_rules(rules: Sequence[TableRule], ids: np.ndarray, rows: Mapping[int, 
     codes = np.zeros(len(ids), np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
         for place, rule in enumerate(rules):
-            if rule.reason != SAME:  # asked of SameRows, after all rules
+            if rule.reason not in (SAME, REPLACED):  # asked of LeftRows, after all rules
                 codes[(codes == KEPT) & rule.applies(ids, rows)] = 1 + place
     return codes
 

@@ -28,6 +28,8 @@ def summarize(manifest: Manifest, shares: Sequence[Share], where: str) -> list[s
     elif manifest.source.format != "none":
         told_by = describe_format(manifest.source.format)
         lines.append(f"  source   {manifest.source.format} checkpoint {manifest.source.path}{told_by}")
+    if manifest.compacted is not msgspec.UNSET:
+        lines.append(f"  made of  {manifest.compacted.delta.path} and its base {manifest.compacted.base.path}")
     if manifest.mode != "dense_only":
         lines += _say_tables(manifest, shares)
     if manifest.account is not msgspec.UNSET:

@@ -134,15 +134,16 @@ class _Counter:
             is_chosen = np.repeat(kinds == kind, rows)
             ids = run.ids if len(chosen) == len(parts) else run.ids[is_chosen]
             self._count_small(run.blocks[chosen], ids, self._targets[int(tables[chosen[0]])])
-        table_of_row = np.repeat(tables, rows)
+        groups = tables * 2 + self._checkpoint.parts.layers_of(parts)
+        group_of_row = np.repeat(groups, rows)
         ids = run.ids
         if any(self._checkpoint.tables[table].empty_id is not None for table in set(tables.tolist())):
             has_id = _has_id(self._checkpoint, tables, rows, ids)
-            ids, table_of_row = ids[has_id], table_of_row[has_id]
-        if select_kernels().has_duplicates(ids, table_of_row):
-            for table in np.unique(tables).tolist():
-                its_parts = tuple(parts[tables == table].tolist())
-                self._duplicates.add(np.sort(ids[table_of_row == table]), its_parts)
+            ids, group_of_row = ids[has_id], group_of_row[has_id]
+        if select_kernels().has_duplicates(ids, group_of_row):
+            for group in np.unique(groups).tolist():
+                its_parts = tuple(parts[groups == group].tolist())
+                self._duplicates.add(np.sort(ids[group_of_row == group]), its_parts)
 
     def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
         """Return the ids of a piece of one block that the rules keep. Count the others as pruned."""

@@ -48,12 +48,15 @@ def setups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Setup]:
         ("dumped", dumps),
     ):
         assert cli.main([*of, "--export_dir", str(folder / name)]) == 0
+    compacting = ("compact", "--threads", "1", str(folder / "delta"))
+    assert cli.main([*compacting, str(folder / "compacted")]) == 0
     return {
         "new": Setup(folder / "ckpt", arguments, folder / "expected"),
         "replace": Setup(folder / "ckpt", (*arguments, "--overwrite", "true"), folder / "expected", old=folder / "old"),
         "cast": Setup(folder / "ckpt", cast, folder / "cast"),
         "delta": Setup(folder / "ckpt", delta, folder / "delta"),
         "dumps": Setup(folder / "dumps", dumps, folder / "dumped"),
+        "compact": Setup(folder / "delta", compacting, folder / "compacted", place=()),
     }
 
 
@@ -81,15 +84,19 @@ KILLS = [
     ("delta", Kill(2, "exchange the ids that are still there", rank=1, victims="rank"), False),
     ("dumps", Kill(1, "publish model-000002-of-000004.safetensors"), False),
     ("dumps", Kill(2, "exchange the keys", rank=1, victims="rank"), False),
+    ("compact", Kill(1, "publish model-000002-of-000004.safetensors"), False),
+    ("compact", Kill(1, "written manifest.json"), True),
+    ("compact", Kill(2, "check the shards", rank=1, victims="rank"), False),
 ]
 
 
 @pytest.mark.parametrize(("name", "kill", "is_committed"), KILLS, ids=[f"{name}-{kill}" for name, kill, _ in KILLS])
 def test_a_killed_export(name: str, kill: Kill, is_committed: bool, setups: dict[str, Setup], tmp_path: Path) -> None:
     is_warm = kill.victims != "rank"  # the other ones under a torchrun that is started as a user starts it
-    base = content(setups["delta"].expected.with_name("base"))
+    packages = [setups["delta"].expected.with_name(name) for name in ("base", "delta")]
+    before = [content(package) for package in packages]
     outcome = run_kill(setups[name], kill, tmp_path / "kill", warm_launcher=is_warm)
-    assert content(setups["delta"].expected.with_name("base")) == base
+    assert [content(package) for package in packages] == before
     assert outcome.was_reached
     assert outcome.was_committed == is_committed
 

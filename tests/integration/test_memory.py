@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dist_export
 from tests.support.recis_writer import PartSpec, write_checkpoint
 from tests.support.warm import run_script
 
@@ -21,14 +22,23 @@ SCRIPT = """
 import json, sys, threading, time
 import torch
 import dist_export, dist_export.pipeline.steps
+from dist_export.pipeline.compact_command import OPTIONS, compact
+from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
 
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
+def run(settings):
+    if "delta" not in settings:
+        return dist_export.export(settings)
+    compact(alone(), {name: option.default for name, option in OPTIONS.items()} | settings)
+    with dist_export.open_package(settings["out"]) as package:
+        return package.manifest
+
 warm, settings = json.loads(sys.argv[1])
-dist_export.export(warm)
+run(warm)
 base, peak, done = anonymous(), 0, threading.Event()
 def watch():
     global peak
@@ -36,7 +46,7 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-manifest = dist_export.export(settings)
+manifest = run(settings)
 done.set()
 watcher.join()
 print(json.dumps({"peak": peak - base, "rows": manifest.tables[0].rows_out}))
@@ -110,8 +120,34 @@ def test_rules_and_a_list_as_large_as_may_be_keep_to_the_budget(tmp_path, checkp
     assert found["peak"] < BUDGET, f"{found['peak'] / (1 << 20):.0f} MiB"
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured through /proc")
+def test_a_compaction_keeps_to_the_budget(tmp_path, checkpoint):
+    """One row in 20 is changed, and one in 31 deleted."""
+    ids, rows = np.arange(NUM_ROWS, dtype=np.int64) * 0x1F3D5B79, np.zeros((NUM_ROWS, 2), np.float16)
+    rows[::20] += 1
+    is_kept = np.ones(NUM_ROWS, bool)
+    is_kept[::31] = False
+    slices = (0, 65536, 65536)
+    write_checkpoint(tmp_path / "later", {"t": [PartSpec(ids[is_kept], {"embedding": rows[is_kept]}, slices)]})
+    write_checkpoint(tmp_path / "few", {"t": [PartSpec(ids[1:9], {"embedding": rows[1:9]}, slices)]})
+    common = {"filter_sparse_opt": True, "num_shards": 1, "threads": 2, "progress": False}
+    for of_base, of_delta, name in (("small", "few", "warm"), ("in", "later", "large")):
+        base = {"ckpt_dir": str(checkpoint / of_base), "export_dir": str(tmp_path / f"base-{name}")}
+        dist_export.export(common | base)
+        delta = {"ckpt_dir": str(tmp_path / of_delta), "export_dir": str(tmp_path / f"delta-{name}")}
+        dist_export.export(common | delta | {"base": base["export_dir"]})
+    warm, large = (
+        {"delta": str(tmp_path / f"delta-{name}"), "out": str(tmp_path / f"out-{name}"), "num_shards": 2}
+        | {"max_memory": BUDGET, "threads": 2, "progress": False}
+        for name in ("warm", "large")
+    )
+    found = measure(warm, large)
+    assert found["rows"] == int(np.count_nonzero(is_kept))
+    assert found["peak"] < BUDGET, f"{found['peak'] / (1 << 20):.0f} MiB"
+
+
 def measure(warm, large):
     """Export both in a process of its own; return the rows of the second and the memory that it took."""
-    done = run_script(Path(large["export_dir"]).parent, SCRIPT, json.dumps([warm, large]))
+    done = run_script(Path(large.get("export_dir") or large["out"]).parent, SCRIPT, json.dumps([warm, large]))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -36,6 +36,8 @@ class Setup:
     arguments: tuple[str, ...]
     expected: Path
     """The package of an undisturbed export."""
+    place: tuple[str, ...] = ("--export_dir",)
+    """The arguments before the place of the package."""
     old: Path | None = None
     """A package that is in export_dir already, and is to be replaced."""
 
@@ -168,7 +170,7 @@ def run_kill(setup: Setup, kill: Kill, folder: Path, *, warm_launcher: bool = Tr
     out, mark = folder / "out", folder / "mark"
     if setup.old is not None:
         shutil.copytree(setup.old, out)
-    command = [*launcher(kill.world_size), SCRIPT, *setup.arguments, "--export_dir", str(out)]
+    command = [*launcher(kill.world_size), SCRIPT, *setup.arguments, *setup.place, str(out)]
     is_timed = kill.at.startswith("after:")
     place = "" if is_timed else kill.at
     pause = {"PAUSE_AT": place, "PAUSE_RANK": str(kill.rank), "PAUSE_MARK": str(mark)}
@@ -183,7 +185,7 @@ def run_kill(setup: Setup, kill: Kill, folder: Path, *, warm_launcher: bool = Tr
         seconds = wait_for_end(out, [process])
     was_committed = check_what_is_left(setup, out)
     before, was_cleaning = whole_shards(setup, out), (out / ".dist_export").exists()
-    again = warm.run_command(1, "-m", "dist_export", *setup.arguments, "--export_dir", str(out))
+    again = warm.run_command(1, "-m", "dist_export", *setup.arguments, *setup.place, str(out))
     is_done = was_committed and not was_cleaning
     assert again.returncode == 0, again.stderr[-3000:]
     if is_done and setup.old is None:  # it was all over before the kill

@@ -1,0 +1,94 @@
+"""The command ``compact``: its options, and the settings of the export that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from dist_export.config.describe import SETTINGS, Option
+from dist_export.config.loader import PATH_OPTIONS, load_config
+from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.model.user_objects import Objects
+from dist_export.package.reader import Package
+from dist_export.pipeline.account import NO_TABLES
+from dist_export.pipeline.compact import Compaction, open_delta
+from dist_export.pipeline.run import run_export
+from dist_export.pipeline.run_dir import FoundCheckpoint
+from dist_export.registry.base import resolve
+from dist_export.runtime.ranks import Ranks
+
+USAGE = (
+    "usage: dist_export compact DELTA OUT [--base BASE] [--key value ...]\n\nMake a full package of a delta package and its "
+    "base: what an export without base gives of the same checkpoint, row for row, without the checkpoint and the model. "
+    "Exit code 2: a package is missing or damaged, and nothing is written. Under torchrun the ranks share the work."
+)
+_PASSED = (
+    *("overwrite", "on_unfinished", "digest", "max_memory", "threads", "timeout", "progress"),
+    *("storage_options", "target_storage_options", "registry_options", "events", "metrics"),
+)
+OPTIONS = {
+    "base": Option(hint=str | None, default=None, text="Base of DELTA. Null looks at its old path, and beside DELTA."),
+    "num_shards": Option(hint=int | None, default=None, text="Number of shards. Null takes that of DELTA."),
+    **{name: SETTINGS[name] for name in _PASSED},
+    "storage_options": replace(
+        PATH_OPTIONS["storage_options"], text="Options for the file system of DELTA and BASE (fsspec)."
+    ),
+}
+NAMES = ("delta", "out")
+
+
+def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
+    """Make the package; return the lines of the summary. All ranks.
+
+    Raises:
+        UserError: DELTA is a full package, a package is missing or damaged, or there is another package in OUT.
+        ExportError: it failed later. There is no package then.
+    """
+    settings, base, found = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
+    config = load_config(settings)
+    objects = Objects()
+    _, summary = run_export(ranks, config, objects, is_shown=config.progress, steps=Compaction(base).steps, found=found)
+    return summary if ranks.rank == 0 else []
+
+
+def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, FoundCheckpoint]:
+    """Return the settings of the export, the directory of the base if it is given, and the delta as a source. Rank 0."""
+    options = arguments["registry_options"]
+    delta = resolve(arguments["delta"], options).directory
+    base = None if arguments["base"] is None else resolve(arguments["base"], options).directory
+    with open_delta(delta, base, arguments["storage_options"]) as package:
+        made = {name: arguments[name] for name in _PASSED} | {
+            "ckpt_dir": delta,
+            "export_dir": arguments["out"],
+            "filter_sparse_opt": True,
+            "server_side_copy": False,  # rows of two packages are put together
+            "num_shards": _count_shards(package) if arguments["num_shards"] is None else arguments["num_shards"],
+            "keep_slots": ["*"] if _has_more(package) else [],
+            "row_fingerprints": True if _has_fingerprints(package) else "auto",
+        }
+        step = package.manifest.source.step
+    return made, base, FoundCheckpoint(delta, None if step is msgspec.UNSET else step, ())
+
+
+def _count_shards(package: Package) -> int:
+    """Return the shards of a full export as the delta says; those of the base if the delta exported no tables."""
+    account, base = package.manifest.account, package.base
+    assert base is not None
+    has_no_tables = account is not msgspec.UNSET and NO_TABLES in account.left_out
+    return base.manifest.num_shards if has_no_tables else package.manifest.num_shards
+
+
+def _has_more(package: Package) -> bool:
+    """Whether a package has slots besides ids and embeddings, or dense tensors among its shards. All were kept on purpose."""
+    slots = {slot.name for table in package.manifest.tables for slot in table.kept}
+    return bool(slots - {ID_SLOT, EMBEDDING_SLOT} or package.manifest.dense_tensors)
+
+
+def _has_fingerprints(package: Package) -> bool:
+    base = package.base
+    assert base is not None
+    parts = (part for table in base.manifest.tables for part in table.parts)
+    return any(part.row_fingerprints is not msgspec.UNSET for part in parts)

@@ -1,0 +1,188 @@
+"""What a compacted package takes from its delta: the files that are not of tables, and the account of the checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from dist_export.commit.publish import DenseMeta
+from dist_export.config.prune_rules import REPLACED, SAME
+from dist_export.errors import CommitError
+from dist_export.formats.delta_entries import CompactedEntry, DeltaEntry
+from dist_export.formats.dtypes import CODE_BY_TORCH, DTYPES
+from dist_export.formats.recis import DENSE_SUFFIX, INDEX, MERGED, TENSORKEY
+from dist_export.formats.row_encodings import INT8_ROWWISE, TAIL_BYTES
+from dist_export.manifest import (
+    SCHEMA_VERSION,
+    AccountEntry,
+    CastEntry,
+    Manifest,
+    SlotEntry,
+    TableEntry,
+)
+from dist_export.package.reader import Package
+from dist_export.package.stored_rows import row_bytes_of
+from dist_export.pipeline.account import BY_CAST
+from dist_export.pipeline.base_package import describe_base, refuse_replaced_base
+from dist_export.pipeline.reused_program import MERGED_DECODER, TakenOver, read_checked
+
+
+class TakenFromDelta(TakenOver):
+    """The small files of a delta package, byte by byte, and its account of the checkpoint. Rank 0 alone."""
+
+    def __init__(self, package: Package) -> None:
+        """``package`` is the delta, open with its base."""
+        super().__init__()
+        assert package.base is not None
+        self._delta, self._below = package, package.base
+
+    def read(self) -> dict[str, bytes]:
+        """Return the files by path, each compared with its digest. CheckpointError."""
+        manifest = self._delta.manifest
+        of_tables = list_table_files(manifest) | {INDEX, TENSORKEY, MERGED}
+        files = [file for file in manifest.files if file.path not in of_tables]
+        return {file.path: read_checked(self._delta.directory, file) for file in files}
+
+    def dense_state(self) -> DenseMeta:
+        """Return the dense parameters that the delta's merged manifest lists."""
+        entry = next(file for file in self._delta.manifest.files if file.path == MERGED)
+        merged = MERGED_DECODER.decode(read_checked(self._delta.directory, entry))
+        return [
+            (key, its.dtype, tuple(its.shape))
+            for key, its in merged.items()
+            if its.dense and not key.endswith(DENSE_SUFFIX)
+        ]
+
+    def describe(self, manifest: Manifest) -> Manifest:
+        """Return the manifest that an export of the delta's checkpoint would have. CommitError if a package was replaced."""
+        delta, base = self._delta, self._below
+        for package in (delta, base):
+            refuse_replaced_base(package)
+        own = delta.manifest
+        return msgspec.structs.replace(
+            manifest,
+            schema_version=SCHEMA_VERSION,
+            source=own.source,
+            compacted=CompactedEntry(delta=describe_base(delta), base=describe_base(base)),
+            left_out_tables=own.left_out_tables,
+            account=account_for_bytes(own, base.manifest),
+            prune=own.prune,
+            dense_tensors=own.dense_tensors,
+            dropped_dense_tensors=own.dropped_dense_tensors,
+            dense=own.dense,
+            parity=own.parity,
+            drift=own.drift,
+            score=own.score,
+            serving=own.serving,
+            notes=tuple(dict.fromkeys((*own.notes, *manifest.notes))),
+        )
+
+
+def account_for_bytes(delta: Manifest, base: Manifest) -> AccountEntry | msgspec.UnsetType:
+    """Return the account of the checkpoint's payload, with the rows that the delta left to its base among those exported.
+
+    None if the source does not tell what it holds, or if tables that were cast are one tensor of it: such bytes count once.
+    """
+    account = delta.account
+    if isinstance(account, msgspec.UnsetType) or isinstance(base.account, msgspec.UnsetType):
+        return msgspec.UNSET
+    dropped = dict(account.dropped)
+    same = dropped.pop(SAME, 0)
+    if not same:
+        return account
+    if base.account.dropped.get(BY_CAST, 0) != sum(_saved_by_cast(table, table.rows_out) for table in base.tables):
+        return msgspec.UNSET
+    rows = ((table, table.delta.same) for table in delta.tables if isinstance(table.delta, DeltaEntry))
+    by_cast = sum(_saved_by_cast(table, num_rows) for table, num_rows in rows)
+    if by_cast:
+        dropped[BY_CAST] = dropped.get(BY_CAST, 0) + by_cast
+    return msgspec.structs.replace(account, exported=account.exported + same - by_cast, dropped=dropped)
+
+
+def _saved_by_cast(table: TableEntry, num_rows: int) -> int:
+    """Return the bytes that casts to a narrower dtype save in so many rows of a table."""
+    saved = 0
+    for slot in table.kept:
+        if isinstance(slot.cast, CastEntry):
+            dim = slot.dim if isinstance(slot.dim, int) else math.prod(slot.shape)
+            is_packed = slot.cast.source_dtype == INT8_ROWWISE
+            before = dim + TAIL_BYTES if is_packed else dim * DTYPES[CODE_BY_TORCH[slot.cast.source_dtype]].itemsize
+            saved += num_rows * max(before - row_bytes_of(slot), 0)
+    return saved
+
+
+def list_table_files(manifest: Manifest) -> set[str]:
+    """Return the files of a package that hold its tables: shards, row indexes, row fingerprints and deleted ids."""
+    found: set[str] = set()
+    for table in manifest.tables:
+        for part in table.parts:
+            found.add(part.file)
+            found |= {its.file for its in (part.row_index, part.row_fingerprints) if its is not msgspec.UNSET}
+        if isinstance(table.delta, DeltaEntry):
+            found |= {its.file for its in table.delta.deleted_ids}
+    return found
+
+
+def account_for_table(entry: TableEntry, own: TableEntry, below: TableEntry | None) -> TableEntry:
+    """Return the entry of a table of the compacted package, with the account of the delta's checkpoint.
+
+    Args:
+        entry: as the check of the written files has it, of both packages as the source.
+        own: that of the delta.
+        below: that of the base; None if it has no such table.
+
+    Raises:
+        CommitError: the rows are not those that the account of the delta says.
+    """
+    delta = own.delta
+    assert isinstance(delta, DeltaEntry)
+    dropped = entry.rows_dropped
+    found = (entry.rows_out, dropped.get(REPLACED, 0))
+    # the rows of a row-indexed table are replaced while they are read
+    wanted = (delta.same + own.rows_out, 0 if entry.is_row_indexed else delta.changed + delta.deleted)
+    if found != wanted:
+        raise CommitError(
+            f"table {entry.name!r}: {found[0]:,} rows were written, and {found[1]:,} of the base replaced or deleted; by the "
+            f"account of the delta it is {wanted[0]:,} and {wanted[1]:,}. No manifest was written; run verify on both packages"
+        )
+    rows_dropped = {reason: rows for reason, rows in own.rows_dropped.items() if reason != SAME}
+    # which misplaced rows were dropped, the delta tells together with those that it left to its base
+    repaired = own.repaired if rows_dropped else own.misplaced
+    in_base = {} if below is None else {slot.name: slot for slot in below.kept}
+    slots = {slot.name: slot for slot in own.kept}
+    return msgspec.structs.replace(
+        entry,
+        rows_in=own.rows_in,
+        rows_dropped=rows_dropped,
+        misplaced=own.misplaced,
+        repaired=repaired,
+        duplicates=own.duplicates,
+        kept=tuple(_add_cast(slot, slots.get(slot.name), in_base.get(slot.name)) for slot in entry.kept),
+        dropped=own.dropped,
+        source_name=own.source_name,
+        default_row=own.default_row,
+    )
+
+
+def _add_cast(slot: SlotEntry, own: SlotEntry | None, below: SlotEntry | None) -> SlotEntry:
+    """Return a slot with the casts of the delta, and those of the base together with them."""
+    if own is None:
+        return msgspec.structs.replace(slot, cast=msgspec.UNSET, earlier_casts=msgspec.UNSET)
+    cast = own.cast
+    if isinstance(cast, CastEntry) and below is not None and isinstance(below.cast, CastEntry):
+        cast = _join_casts(cast, below.cast)
+    return msgspec.structs.replace(slot, cast=cast, earlier_casts=own.earlier_casts)
+
+
+def _join_casts(one: CastEntry, other: CastEntry) -> CastEntry:
+    fit = [its.values - its.out_of_range for its in (one, other)]
+    total = one.mean_abs_error * fit[0] + other.mean_abs_error * fit[1]
+    return msgspec.structs.replace(
+        one,
+        values=one.values + other.values,
+        max_abs_error=max(one.max_abs_error, other.max_abs_error),
+        mean_abs_error=total / max(sum(fit), 1),
+        nans=one.nans + other.nans,
+        out_of_range=one.out_of_range + other.out_of_range,
+    )
