@@ -130,38 +130,6 @@ def kinds_of(where: Path) -> str:
 # ---- readers follow ----
 
 
-def test_readers_see_each_of_ten_states(run: Path, where: Path) -> None:
-    argv = ["--ckpt_dir", str(run), "--publish", str(where), "--filter_sparse_opt=true", "--poll_secs", "0.05"]
-    argv += ["--full_every", "4", "--until_step", "10", "--progress=false", "--max_delta=0.9"]
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            watch(LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0), argv)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    served: Watcher | None = None
-    for step in range(1, 11):
-        state = save(run, step)
-        deadline = time.monotonic() + 60
-        while not (where / "current.json").exists() or current_of(where)["step"] != step:
-            assert time.monotonic() < deadline
-            assert not failures
-            time.sleep(0.02)
-        with dist_export.open_package(f"versions:{where}") as package:
-            assert_is_served(package, state)
-        served = served or Watcher(f"versions:{where}")
-        served.check_now()
-        assert_is_served(served.current.package, state)
-    thread.join(60)
-    assert not failures
-    assert steps_of(where) == list(range(1, 11))
-    assert kinds_of(where) == "FdddFdddFd"
-
-
 class Client(threading.Thread):
     """Asks the server for rows, one request after the other, and compares each answer with the states that were saved."""
 
@@ -205,27 +173,27 @@ def test_a_server_follows_ten_versions_under_load(run: Path, where: Path) -> Non
     argv += ["--full_every", "4", "--until_step", "10", "--progress=false", "--max_delta=0.9"]
     save(run, 1)
     ranks = LastingRanks(0, 1, None, None, owns_default_group=False, timeout_secs=60.0)
-    watching = threading.Thread(target=watch, args=(ranks, argv))
+    watching = threading.Thread(target=watch, args=(ranks, argv), daemon=True)
     watching.start()
     wait_for((where / "current.json").exists)
-    watcher = Watcher(f"versions:{where}", poll_secs=0.02)
-    watcher.start()
     try:
-        with running(watcher) as address:
+        with running(Watcher(f"versions:{where}", poll_secs=0.02)) as address:
             clients = [Client(address, seed) for seed in range(2)]
             for client in clients:
                 client.start()
             for step in range(2, 11):
-                save(run, step)
+                state = save(run, step)
                 wait_for(lambda step=step: any(client.steps[-1:] == [step] for client in clients) or failed(clients))
+                with dist_export.open_package(f"versions:{where}") as package:
+                    assert_is_served(package, state)
             for client in clients:
                 client.ended.set()
                 client.join()
     finally:
         watching.join(60)
-        watcher.stop()
     assert not failed(clients), [client.failures for client in clients]
     assert set().union(*(client.steps for client in clients)) == set(range(1, 11))
+    assert steps_of(where) == list(range(1, 11))
     assert kinds_of(where) == "FdddFdddFd"
 
 

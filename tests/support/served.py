@@ -25,6 +25,7 @@ def running(watcher: Watcher) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
+            assert thread.is_alive(), "the server has ended at its start"
             time.sleep(0.01)
         try:
             yield f"127.0.0.1:{listening.getsockname()[1]}"
