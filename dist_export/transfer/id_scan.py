@@ -13,6 +13,7 @@ from dist_export.formats.recis import hash_slots, mix
 from dist_export.ids import columns as id_columns
 from dist_export.ids.columns import IdRun
 from dist_export.ids.duplicates import HeldIds
+from dist_export.kernels.protocol import IdSweep
 from dist_export.kernels.selection import select_kernels
 from dist_export.plan.census import GRANULE_ROWS, Census, PrunedRows, UniqueTask, prune_none
 from dist_export.plan.prune import KEPT, Pruning
@@ -145,8 +146,11 @@ class _Counter:
                 its_parts = tuple(parts[groups == group].tolist())
                 self._duplicates.add(np.sort(ids[group_of_row == group]), its_parts)
 
-    def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, target: Targets) -> np.ndarray:
-        """Return the ids of a piece of one block that the rules keep. Count the others as pruned."""
+    def _leave_out_pruned(self, row: int, first_row: int, ids: np.ndarray, size: int, sweep: IdSweep) -> np.ndarray:
+        """Return the ids of a piece of one block that the rules keep. Count the others as pruned.
+
+        ``size``: the number of positions. ``sweep``: what a sweep over all of these ids has found.
+        """
         part = int(self._parts[row])
         if self._prune is None or not self._prune.has_rules[self._checkpoint.parts.table[part]]:
             return ids
@@ -158,13 +162,18 @@ class _Counter:
         assert self._pruned is not None
         for place in range(self._pruned.rows.shape[1]):
             self._pruned.rows[row, place] += np.count_nonzero(codes == place + 1)
-        claimed = self._checkpoint.parts.slice_of(part)
-        sweep = select_kernels().sweep_ids(
-            ids[~is_kept], _FIRST, size=target.size, begins=np.array([claimed.begin]), ends=np.array([claimed.end])
-        )
         self._pruned.misplaced[row] += int(sweep.outside[0])
         self._pruned.id_sum[row : row + 1] += sweep.id_sums
+        if len(kept):
+            of_kept = self._sweep(part, kept, size)
+            self._pruned.misplaced[row] -= int(of_kept.outside[0])
+            self._pruned.id_sum[row : row + 1] -= of_kept.id_sums
         return kept
+
+    def _sweep(self, part: int, ids: np.ndarray, size: int) -> IdSweep:
+        claimed = self._checkpoint.parts.slice_of(part)
+        begins, ends = np.array([claimed.begin]), np.array([claimed.end])
+        return select_kernels().sweep_ids(ids, _FIRST, size=size, begins=begins, ends=ends)
 
     def _count_piece(self, run: IdRun) -> None:
         """Count one block, or a piece of it. Usually no row is misplaced and all rows have one target."""
@@ -175,15 +184,13 @@ class _Counter:
         claimed = self._checkpoint.parts.slice_of(part)
         own = target.index_of(claimed)
         ids, last_row = run.ids, run.first_row + len(run.ids)
-        sweep = select_kernels().sweep_ids(
-            ids, _FIRST, size=target.size, begins=np.array([claimed.begin]), ends=np.array([claimed.end])
-        )
+        sweep = self._sweep(part, ids, target.size)
         lowest, highest = int(sweep.lowest[0]), int(sweep.highest[0])
         self._misplaced[row : row + 1] += sweep.outside
         self._id_sum[row : row + 1] += sweep.id_sums  # as an array: a scalar would warn of the overflow
         if run.first_row % GRANULE_ROWS == 0:
             self._counts = np.zeros(len(target.slices), np.int64)
-        kept = self._leave_out_pruned(row, run.first_row, ids, target)
+        kept = self._leave_out_pruned(row, run.first_row, ids, target.size, sweep)
         owner = target.single_owner(lowest, highest, own=own)
         if owner is None:
             self._counts += target.count_owners(kept, own=own)[1]
