@@ -358,17 +358,15 @@ class Directory:
     # ---- for messages ----
 
     def say_missing(self) -> str:
-        """Return the end of a sentence about a directory without files: it or its bucket does not exist, or it is empty.
-
-        OSError if the system cannot answer.
-        """
+        """Return the end of a sentence about a directory without files: why there are none. OSError if the system cannot answer."""
         return "holds no files" if self.exists() else self.why_not_there() or "does not exist"
 
     def tell_folders(self) -> str:
         """Return a sentence for an error about a missing file: it may be in one of these directories. Empty if there are none."""
         folders = self.folders()
         if len(folders) < 2:
-            return f". It holds the directory {folders[0]}: give that" if folders else ""
+            which = f"versions:{self.url}" if folders == ["versions"] else "that"  # where packages are published
+            return f". It holds the directory {folders[0]}: give {which}" if folders else ""
         more = f" and {len(folders) - _SHOWN_FOLDERS} more" if len(folders) > _SHOWN_FOLDERS else ""
         return f". It holds the directories {', '.join(folders[:_SHOWN_FOLDERS])}{more}: give one of them"
 

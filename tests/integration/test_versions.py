@@ -365,3 +365,14 @@ def test_versions_in_a_store(run: Path, s3_server: S3Server) -> None:
     own = {"versions": {"storage_options": options}}
     with dist_export.open_package(f"versions:{where}", storage_options=options, registry_options=own) as package:
         assert package.manifest.tables[0].rows_out == 30
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "diff"])
+def test_a_directory_of_versions_is_named_as_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    where = tmp_path / "serving"
+    publish(run, where, STEPS[0])
+    capsys.readouterr()
+    assert cli.main([command, str(where), *([str(where)] if command == "diff" else [])]) == 2
+    assert f"give versions:{where}" in capsys.readouterr().err
