@@ -358,7 +358,7 @@ class Directory:
     # ---- for messages ----
 
     def say_missing(self) -> str:
-        """Return the end of a sentence about a directory without files: why there are none. OSError if the system cannot answer."""
+        """Return the end of a sentence about a directory without files: why there are none. OSError if nobody answers."""
         return "holds no files" if self.exists() else self.why_not_there() or "does not exist"
 
     def tell_folders(self) -> str:
