@@ -41,7 +41,8 @@ def read_arguments(
         first, *keys = option[2:].split(".")
         adds, name = first.endswith("+"), first.removesuffix("+").replace("-", "_")
         if name not in options:
-            raise ConfigError(f"--{name} is no {kind}{say_nearest(name, options)}")
+            command = kind.removeprefix("option of ") if kind.startswith("option of ") else "dist_export"
+            raise ConfigError(f"--{name} is no {kind}{say_nearest(name, options, command)}")
         known = options[name]
         if known.is_flag:
             result[name] = read_text(name, text, bool) if equals else True
@@ -64,12 +65,12 @@ def read_arguments(
     return result, others
 
 
-def say_nearest(name: str, names: Iterable[str]) -> str:
-    """Return a suggestion for an unknown name, for a message."""
+def say_nearest(name: str, names: Iterable[str], command: str = "dist_export") -> str:
+    """Return a suggestion for an unknown name, for a message. The help of ``command`` lists all names."""
     if name in RENAMED:
         return f"; it is called {RENAMED[name]} now"
     close = difflib.get_close_matches(name, sorted(names), n=1)
-    return f"; did you mean {close[0]}?" if close else "; dist_export --help lists them"
+    return f"; did you mean {close[0]}?" if close else f"; {command} --help lists them"
 
 
 def _nest(option: str, before: Any, keys: Sequence[str], text: str) -> Any:

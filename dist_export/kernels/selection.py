@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from dist_export.errors import ConfigError
@@ -28,13 +29,21 @@ def check_choice() -> str:
     return choice
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def select_kernels() -> Kernels:
     """Return the kernels of this process. A library that is left over from other sources is reported once.
 
     Raises:
         ConfigError: the variable has another value, or asks for a library that cannot be used.
     """
+    with _LOCK:  # threads that come at the same time would each load and report it
+        return _select()
+
+
+@functools.cache
+def _select() -> Kernels:
     from dist_export.kernels.library import NoLibraryError, NotBuiltError, load_library
     from dist_export.kernels.numpy_kernels import NumpyKernels
 

@@ -10,6 +10,7 @@ import msgspec
 
 from dist_export.config.describe import SETTINGS, Option
 from dist_export.config.loader import PATH_OPTIONS, load_config
+from dist_export.errors import ConfigError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
 from dist_export.model.user_objects import Objects
 from dist_export.package.reader import Package
@@ -17,8 +18,9 @@ from dist_export.pipeline.account import NO_TABLES
 from dist_export.pipeline.compact import Compaction, open_delta
 from dist_export.pipeline.run import run_export
 from dist_export.pipeline.run_dir import FoundCheckpoint
-from dist_export.registry.base import resolve
+from dist_export.registry.base import resolve, scheme_of
 from dist_export.runtime.ranks import Ranks
+from dist_export.storage.urls import open_directory
 
 USAGE = (
     "usage: dist_export compact DELTA OUT [--base BASE] [--key value ...]\n\nMake a full package of a delta package and its "
@@ -33,6 +35,7 @@ OPTIONS = {
     "base": Option(hint=str | None, default=None, text="Base of DELTA. Null looks at its old path, and beside DELTA."),
     "num_shards": Option(hint=int | None, default=None, text="Number of shards. Null takes that of DELTA."),
     **{name: SETTINGS[name] for name in _PASSED},
+    "registry_options": PATH_OPTIONS["registry_options"],
     "storage_options": replace(
         PATH_OPTIONS["storage_options"], text="Options for the file system of DELTA and BASE (fsspec)."
     ),
@@ -59,6 +62,14 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
     options = arguments["registry_options"]
     delta = resolve(arguments["delta"], options).directory
     base = None if arguments["base"] is None else resolve(arguments["base"], options).directory
+    if arguments["num_shards"] is not None and arguments["num_shards"] < 1:
+        raise ConfigError(f"--num_shards is {arguments['num_shards']}; give a number from 1 up")
+    out = arguments["out"]
+    if scheme_of(out) is None or "://" in out:
+        target = arguments["target_storage_options"]
+        place = open_directory(out, arguments["storage_options"] if target is None else target)
+        if open_directory(delta, arguments["storage_options"]).is_same(place):
+            raise ConfigError(f"OUT is DELTA ({delta}), whose place the new package would take; give another OUT")
     with open_delta(delta, base, arguments["storage_options"]) as package:
         made = {name: arguments[name] for name in _PASSED} | {
             "ckpt_dir": delta,

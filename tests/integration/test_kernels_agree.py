@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dist_export
+from dist_export.kernels import selection
 from dist_export.kernels.selection import VARIABLE, select_kernels
 from dist_export.verify.verify import verify
 from tests.support.kernels import open_kernels
@@ -27,12 +28,12 @@ SETTINGS = {
 def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def chosen(name: str) -> None:
         monkeypatch.setenv(VARIABLE, name)
-        select_kernels.cache_clear()
+        selection._select.cache_clear()
         assert select_kernels().description.startswith(name)
 
     open_kernels("plain C")  # skips without the library
     yield chosen
-    select_kernels.cache_clear()
+    selection._select.cache_clear()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
