@@ -19,6 +19,7 @@ from dist_export.dense.modes import ready_to_load
 from dist_export.dense.origins import hidden_parameters, hidden_values
 from dist_export.dense.own_values import list_own_values, list_sparse_values
 from dist_export.dense.own_values_entry import OWN_DIGEST, OWN_VALUES, SPARSE_DIGEST, SPARSE_VALUES, OwnValues
+from dist_export.dense.reachable_tables import find_tables
 from dist_export.errors import ConfigError, ModelError
 from dist_export.humanize import few
 from dist_export.model.unwrap import find_arch, refuse_outer_flat
@@ -54,6 +55,9 @@ def note_unregistered(model: nn.Module, dense_arch: nn.Module, path: str) -> lis
     names = [name for name, parameter in hidden_parameters(dense_arch, path) if id(parameter) not in registered]
     known = [*model.parameters(), *model.buffers(), *dense_arch.parameters(), *dense_arch.buffers()]
     values = [name for name, _ in hidden_values(dense_arch, path, known)]
+    # a table's rows are in the checkpoint, and a dense arch that reads one is refused
+    tables = tuple(f"{place}{step}" for place in find_tables(dense_arch, path) for step in ".[")
+    names, values = ([name for name in its if not name.startswith(tables)] for its in (names, values))
     notes = []
     if names:
         notes.append(

@@ -29,7 +29,7 @@ from dist_export.dense.reference_check import describe_other_inputs
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample import SAMPLE, Batches, run_sparse_arch
 from dist_export.dense.sample_rows import SampleRows
-from dist_export.dense.unmeasured import Looked, refuse_early, refuse_late, why_unmeasured
+from dist_export.dense.unmeasured import Looked, refuse_early, refuse_late, why_unlooked, why_unmeasured
 from dist_export.errors import ConfigError, DistExportError, ModelError
 from dist_export.humanize import few
 from dist_export.manifest import DriftEntry
@@ -257,6 +257,7 @@ class DriftRun:
             self._looked_up.append(reference.rows.without_digests())
         if self.config.need_export_sparse and self._looked_up:
             refuse_early(self.ranks, self.config.max_drift, self._why_unmeasured())
+            refuse_early(self.ranks, self.config.max_drift, why_unlooked(self.ranks, self._looked_up))
 
     def _why_unmeasured(self) -> str:
         return why_unmeasured(self.ranks, Looked.at([*self._sample, *self._looked_up]))

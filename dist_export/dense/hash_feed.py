@@ -77,6 +77,8 @@ class HashFeed(Feed):
                     self.feed(new)
                 if self._reads is not None:
                     self.watch(self._reads)
+            if self._children is None:
+                self._counts.called.update(map(self._finder.written_name, self.tables))
             output = self.fill(args, kwargs, self._lookup(*args, **kwargs))
             return self._lookup(*args, **kwargs) if output is None else output
 

@@ -139,11 +139,11 @@ def _search_attributes(
     module: nn.Module, place: str, modules: set[int], is_hidden: Callable[[torch.Tensor], bool], seen: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for attribute, value in vars(module).items():
-        if attribute not in _MODULE_DICTS:
+        if attribute not in MODULE_DICTS:
             yield from _search(value, f"{place}.{attribute}", modules, is_hidden, seen, 0)
 
 
-_MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
+MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _search(
@@ -163,11 +163,11 @@ def _search(
             if is_hidden(tensor):
                 yield f"{path}.{name}", tensor
         return
-    for step, inner in _within(value):
+    for step, inner in held_by(value):
         yield from _search(inner, path + step, modules, is_hidden, seen, depth + 1)
 
 
-def _within(value: Any) -> Iterator[tuple[str, Any]]:
+def held_by(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a container, a function or an object of the caller's own holds, with what a path calls it."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", item) for key, item in list(value.items())[:_MOST_ITEMS])
@@ -183,6 +183,9 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((".defaults", item) for item in value.__defaults__ or ())
     elif not type(value).__module__.startswith(("torch", "numpy", "builtins")):
         yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
+        slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+        names = [name for its in slots for name in ([its] if isinstance(its, str) else its)]
+        yield from ((f".{name}", getattr(value, name)) for name in names if name != "__dict__" and hasattr(value, name))
 
 
 def _is_filled(cell: types.CellType) -> bool:

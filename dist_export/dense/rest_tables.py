@@ -10,24 +10,14 @@ from typing import Any
 from torch import nn
 
 from dist_export.dense.hash_feed import methods_of
+from dist_export.dense.reachable_tables import find_tables, say_table
 from dist_export.errors import ModelError
 from dist_export.humanize import few
-from dist_export.model.sparse_tables import keeps_tables
-
-_AS_PARAMETERS = ("torchrec.", "fbgemm_gpu.")
-"""Modules of these have the rows of their tables in parameters."""
 
 
 def list_rest_tables(root: nn.Module, arches: Sequence[nn.Module]) -> dict[str, nn.Module]:
     """Return such tables by their path within the model."""
-    done = {id(child) for arch in arches for child in arch.modules()}
-    found: dict[str, nn.Module] = {}
-    for path, module in root.named_modules():  # parents first
-        if id(module) in done or not keeps_tables(module) or type(module).__module__.startswith(_AS_PARAMETERS):
-            continue
-        found[path] = module
-        done.update(id(child) for child in module.modules())
-    return found
+    return find_tables(root, "", skip={id(child) for arch in arches for child in arch.modules()})
 
 
 @contextlib.contextmanager
@@ -47,10 +37,7 @@ def refuse_tables_read(tables: Mapping[str, nn.Module], read: Sequence[str]) -> 
     """Refuse those of the tables that the scores are made of. ModelError."""
     if not read:
         return
-    names = [getattr(tables[path], "name", None) or getattr(tables[path], "_name", None) for path in read]
-    told = [
-        f"{path} (table {name!r})" if isinstance(name, str) else path for path, name in zip(read, names, strict=True)
-    ]
+    told = [say_table(path, tables[path]) for path in read]
     raise ModelError(
         f"the model's forward computes with {few(told)} outside of the sparse arch. An export puts the checkpoint's rows into "
         "tables of the sparse arch alone, so the scores would be those of untrained rows. Nothing was written. Make the table a "

@@ -59,6 +59,10 @@ class SampleRows:
         """Tables for which the model has one weight -> its rows."""
         self.unregistered: dict[str, str] = {}
         """Parameters that the sparse arch read and does not register: where they are -> class, dtype and shape."""
+        self.hidden_tables: dict[str, str] = {}
+        """Hash tables that the sparse arch read and does not register: where they are -> what a message calls them."""
+        self.called: set[str] = set()
+        """Hash tables, by their names in the package, that were asked for rows, be it for no id."""
         self.outside: dict[tuple[int, ...], str] = {}
         """Shapes of other floating-point tensors that were there before the call and are neither registered nor of the batch ->
         the operator that read one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.source_rows import SourceRows
 from dist_export.dense.tied_tables import refuse_torn_tables
 from dist_export.dense.trace import check_dynamic_dims
+from dist_export.dense.unfed_tables import dense_tables_refused, refuse_unregistered_tables
 from dist_export.formats.row_encodings import RowCast
 from dist_export.model.unwrap import move_to
 from dist_export.model.user_objects import Objects
@@ -137,6 +139,7 @@ class SampleRun:
         if finder is not None:
             names = finder.table_names()
             refuse_missing(ranks, config, rows, lacking, names, is_any_known=counts.is_any_known)
+        notes += refuse_unregistered_tables(ranks, rows, is_exported=config.need_export_sparse)
         notes += refuse_unregistered(
             ranks, rows, lambda path: is_let_pass(path, config), is_exported=config.need_export_sparse
         )
@@ -234,12 +237,20 @@ class SampleRun:
         cut = cut_sample(blocks, device=device, max_batch_size=self._config.max_batch_size)
         check_dynamic_dims(cut.tensors, self._config.dynamic_dims)
         move_to(copied, device)
-        self.sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
+        with self._without_tables(copied):
+            self.sample = sample = run_dense_arch(copied, cut, export_outputs=self._config.export_outputs)
         check_dtypes(sample, self._config.archive_format)
         refuse_wrong_sample(sample, self._config)
         self.drift.check_names(sample)
         shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
         return [*blocks.notes, *note_constants(blocks), *check_inputs(features, shapes)]
+
+    def _without_tables(self, copied: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return what refuses hash tables in the dense arch, unless their rows in memory are what is exported."""
+        if self.is_live:
+            return contextlib.nullcontext()
+        tables = () if self.finder is None else self.finder.table_names()
+        return dense_tables_refused(copied, self._config.dense_model_name, tables)
 
     def head(self) -> ModelHead | None:
         """Return what runs the model up to its dense arch; None if scores are those of the arches alone. Until it is scored."""

@@ -25,6 +25,7 @@ from dist_export.dense.reads import TableReads
 from dist_export.dense.row_lookup import RowFinder
 from dist_export.dense.sample_rows import SampleRows
 from dist_export.dense.table_names import TableNames
+from dist_export.dense.unfed_tables import unregistered_seen
 from dist_export.errors import ModelError
 from dist_export.model.managed_collisions import (
     IdLookups,
@@ -75,7 +76,8 @@ def checkpoint_rows(
         counts.knows_a_table = bool(feeds.tables or counts.sharded_tables) or any(
             names.has(name) for name, _ in sparse_arch.named_parameters()
         )
-        with reads.within(sparse_arch):
+        hidden = unregistered_seen(sparse_arch, sparse_model_name, counts, reads, is_within_table=lambda: bool(busy))
+        with hidden, reads.within(sparse_arch):
             yield
     finally:
         for handle in handles:

@@ -54,6 +54,22 @@ def why_unmeasured(ranks: Ranks, mine: Looked) -> str:
     return "; ".join(reasons)
 
 
+def why_unlooked(ranks: Ranks, batches: Sequence[SampleRows]) -> str:
+    """Return of which table no batch had a row, though the model looks ids up in it; empty where each had one. All ranks."""
+    called = {table for rows in batches for table in rows.called}
+    found = {
+        table for rows in batches for table in called if rows.asked[table] > rows.missing[table] or table in rows.whole
+    }
+    told = ranks.all_gather("look for tables without a row in any batch", lambda: (called, found))
+    lacking = sorted(set().union(*(its for its, _ in told)).difference(*(its for _, its in told)))
+    if not lacking:
+        return ""
+    return (
+        f"no batch has an id of {few(lacking)} that the checkpoint has a row of, so the scores say nothing of its rows. Give "
+        "batches with such ids"
+    )
+
+
 def refuse_early(ranks: Ranks, max_drift: float | dict[str, float] | None, reason: str) -> None:
     """Raise ModelError, on all ranks, where ``max_drift`` bounds what cannot be measured. Nothing is written yet."""
 
