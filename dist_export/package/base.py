@@ -111,6 +111,8 @@ def find_misfit(delta: Manifest, base: Manifest) -> str:
     """Return why a package cannot be the base of a delta package, as the end of a sentence; empty if it can."""
     if base.base is not msgspec.UNSET:
         return "that is a delta package itself, and a base is a full package"
+    if file := base.find_undigested():
+        return f"its {file} was written with digest: none, so nothing tells its rows from others; export both again with digests"
     tables = {table.name: table for table in base.tables}
     for table in delta.tables:
         below = tables.get(table.name)

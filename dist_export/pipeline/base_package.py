@@ -57,6 +57,11 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
         manifest = _read_manifest(directory, config)
         if manifest.base is not msgspec.UNSET:
             directory, manifest = _find_below(directory, manifest.base, config)
+        if file := manifest.find_undigested():
+            raise ConfigError(
+                f"base {directory} does not fit: its {file} was written with digest: none, so nothing tells its rows from "
+                "others. Nothing was written; export the base with digests, give another base, or set on_base_mismatch: full"
+            )
     except DistExportError as error:
         if config.on_base_mismatch != "full":
             raise
