@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dist_export.errors import ConfigError, PackageError
-from dist_export.formats.delta_entries import BaseEntry
-from dist_export.manifest import MANIFEST, Manifest, decode_manifest
+from dist_export.manifest import MANIFEST, BaseEntry, Manifest, decode_manifest
 from dist_export.redact import reason_of
 from dist_export.storage.beside import list_candidates
 from dist_export.storage.directory import Directory
