@@ -172,6 +172,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The size of all files except the manifest itself."""
         return sum(file.num_bytes for file in self.files)
 
+    def find_undigested(self) -> str:
+        """Return the first file without a digest; empty if all have one.
+
+        With such a file the manifest's digest does not tell the package from others.
+        """
+        return next((file.path for file in self.files if not file.digest), "")
+
     def __str__(self) -> str:
         """Return the closing summary of the export."""
         from dist_export.reporting.summary import (

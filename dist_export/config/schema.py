@@ -158,7 +158,8 @@ class ExportConfig:
     on_empty_table: Literal["error", "allow"] = "error"
     """What to do if the rules of prune leave no row of a table: error, or allow, which exports the table empty."""
     digest: Literal["xxh3", "sha256", "blake3", "none"] = "xxh3"
-    """Digest of the package's files: xxh3, sha256 or blake3. none leaves the shards without one, and the kernel copies them."""
+    """Digest of the package's files: xxh3, sha256 or blake3. none leaves the shards without one, and the kernel copies them;
+    the package then cannot be the base of a delta."""
     server_side_copy: bool = True
     """Let an S3 store that has both source and target copy byte ranges itself. Their digest is then the SHA-256 that the store
     computes. False sends all bytes through the export, and the digest is that of the bytes that it reads."""

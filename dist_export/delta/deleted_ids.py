@@ -15,6 +15,7 @@ from dist_export.manifest import DeletedIdsEntry, FileEntry, TableEntry
 from dist_export.package.reader import Package
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
+from dist_export.workdir.state import Receipt, write_receipt
 
 _RUN_ROWS = 1 << 20
 
@@ -99,6 +100,7 @@ def write_deleted(
             continue
         name = deleted_name(shard)
         content, offsets = encode_deleted(list(lost.values()))
+        write_receipt(target, Receipt(plan="", name=name, num_bytes=len(content), digest=""))
         target.write(name, content)
         entries: dict[int, list[DeletedIdsEntry]] = {}
         for ((table, _), ids), offset in zip(lost.items(), offsets, strict=True):

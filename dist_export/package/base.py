@@ -12,8 +12,8 @@ from dist_export.formats.delta_entries import BaseEntry
 from dist_export.formats.recis import ID_SLOT
 from dist_export.manifest import Manifest, SlotEntry, TableEntry
 from dist_export.package.opened_files import OpenedFiles
+from dist_export.storage.beside import list_candidates
 from dist_export.storage.directory import Directory
-from dist_export.storage.urls import open_directory
 
 
 class OpenedPackage(Protocol):
@@ -81,26 +81,6 @@ def find_base(
     )
 
 
-def list_candidates(delta: Directory, path: str, misses: list[str]) -> list[Directory]:
-    """Return the directories in which the base of a delta may be. A path that nothing can open goes to ``misses``."""
-    location = delta.location
-    candidates: list[Directory] = []
-    name = path.rstrip("/").rpartition("/")[2]
-    where = location.path if delta.is_local else location.given
-    beside = f"{where.rstrip('/').rpartition('/')[0]}/{name}"
-    for url in (path, beside) if name not in ("", ".", "..") else (path,):
-        # credentials for the delta's store go to no other kind of store, because anybody may have written the manifest
-        options = location.storage_options if _protocol_of(url) == _protocol_of(location.given) else None
-        try:
-            place = open_directory(url, options, follow_links=location.follow_links)
-        except DistExportError as error:
-            misses.append(str(error))
-            continue
-        if place.path not in [known.path for known in candidates]:
-            candidates.append(place)
-    return candidates
-
-
 def check_fit(delta: Directory, manifest: Manifest, base: Directory, found: Manifest) -> None:
     """Refuse a base that has the right digest, and yet no delta can be on top of it. PackageError."""
     if fault := find_misfit(manifest, found):
@@ -111,6 +91,8 @@ def find_misfit(delta: Manifest, base: Manifest) -> str:
     """Return why a package cannot be the base of a delta package, as the end of a sentence; empty if it can."""
     if base.base is not msgspec.UNSET:
         return "that is a delta package itself, and a base is a full package"
+    if file := base.find_undigested():
+        return f"its {file} was written with digest: none, so nothing tells its rows from others; export both again with digests"
     tables = {table.name: table for table in base.tables}
     for table in delta.tables:
         below = tables.get(table.name)
@@ -135,7 +117,3 @@ def _describe_slot(slot: SlotEntry) -> str:
     encoding = "" if slot.encoding is msgspec.UNSET else f" {slot.encoding}"
     dim = "" if slot.dim is msgspec.UNSET else f" of {slot.dim}"
     return f"{slot.name} {slot.dtype} {list(slot.shape)}{encoding}{dim}"
-
-
-def _protocol_of(url: str) -> str:
-    return url.partition("://")[0] if "://" in url else "file"

@@ -20,6 +20,7 @@ from dist_export.package.reader import Package, open_package
 from dist_export.pipeline.planning import choose, read_pruning
 from dist_export.redact import first_line, redact_text
 from dist_export.registry import base as registries
+from dist_export.registry import bases
 from dist_export.registry.versions import CURRENT
 from dist_export.runtime.ranks import Ranks
 from dist_export.storage.directory import Directory
@@ -59,6 +60,11 @@ def find_base(config: ExportConfig, registry_options: dict[str, Any]) -> FoundBa
             if config.is_refresh:
                 _refuse_rows(directory, manifest, manifest.base)
             directory, manifest = _find_below(directory, manifest.base, config)
+        if file := manifest.find_undigested():
+            raise ConfigError(
+                f"base {directory} does not fit: its {file} was written with digest: none, so nothing tells its rows from "
+                "others. Nothing was written; export the base with digests, give another base, or set on_base_mismatch: full"
+            )
     except DistExportError as error:
         if config.on_base_mismatch != "full":
             raise
@@ -73,14 +79,28 @@ def find_committed_base(export_dir: str, config: ExportConfig) -> FoundBase | No
 
     The same export again is of the same base, even if ``latest`` is another package by now.
     """
-    place = open_directory(export_dir, config.options_of_target)
-    if not place.exists(MANIFEST):
-        return None
-    try:
-        manifest = _read_manifest(export_dir, config)
-    except ConfigError:  # whoever looks at export_dir says what is wrong with it
+    manifest = _read_committed(export_dir, config)
+    if manifest is None:
         return None
     return FoundBase() if manifest.base is msgspec.UNSET else FoundBase(manifest.base.path, manifest.base.digest)
+
+
+def has_lost_base(export_dir: str, config: ExportConfig) -> bool:
+    """Return whether the package in ``export_dir`` is a delta whose base is not where it was. Rank 0. ConfigError."""
+    manifest = _read_committed(export_dir, config)
+    if manifest is None or manifest.base is msgspec.UNSET:
+        return False
+    found = bases.read_manifest(open_directory(manifest.base.path, config.options_of_target))
+    return found is None or found.digest != manifest.base.digest or bool(found.find_undigested())
+
+
+def _read_committed(export_dir: str, config: ExportConfig) -> Manifest | None:
+    if not open_directory(export_dir, config.options_of_target).exists(MANIFEST):
+        return None
+    try:
+        return _read_manifest(export_dir, config)
+    except ConfigError:  # whoever looks at export_dir says what is wrong with it
+        return None
 
 
 def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
@@ -99,17 +119,14 @@ def _read_manifest(directory: str, config: ExportConfig) -> Manifest:
 
 
 def _find_below(delta: str, entry: BaseEntry, config: ExportConfig) -> tuple[str, Manifest]:
-    """Return the base of a delta: beside it, for it may have been copied with the delta, else at its path. ConfigError."""
-    beside = f"{delta.rstrip('/').rpartition('/')[0]}/{entry.path.rstrip('/').rpartition('/')[2]}"
-    for directory in (beside, entry.path):
-        if open_directory(directory, config.options_of_target).exists(MANIFEST):
-            found = _read_manifest(directory, config)
-            if found.digest == entry.digest and found.base is msgspec.UNSET:
-                return directory, found
-    raise ConfigError(
-        f"base {config.base} is a delta of {entry.path}, and neither there nor beside it is a package with the manifest "
-        f"{entry.digest}; give another base"
-    )
+    """Return the base of a delta. ConfigError if it is not there."""
+    found = bases.find_base(open_directory(delta, config.options_of_target), entry)
+    if found is None:
+        raise ConfigError(
+            f"base {config.base} is a delta of {entry.path}, and neither there nor beside it is a package with the manifest "
+            f"{entry.digest}; give another base"
+        )
+    return found[0].location.given, found[1]
 
 
 def _refuse_rows(directory: str, delta: Manifest, entry: BaseEntry) -> None:

@@ -19,13 +19,13 @@ from dist_export.config.schema import ExportConfig
 from dist_export.config.sparse_settings import LATEST
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
-from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base
+from dist_export.pipeline.base_package import FoundBase, find_base, find_committed_base, has_lost_base
 from dist_export.pipeline.identity import HOW
 from dist_export.pipeline.run_dir import FoundCheckpoint, find_checkpoint
 from dist_export.pipeline.trainer_delta import find_dumps, is_trainer_delta, stat_dumps
 from dist_export.redact import redact_text
 from dist_export.registry import base
-from dist_export.registry.versions import SCHEME
+from dist_export.registry.versions import SCHEME, refuse_needed
 from dist_export.storage.directory import Directory, FileStat
 from dist_export.storage.urls import open_directory, open_place
 
@@ -93,10 +93,10 @@ def locate(
     found_base = find_base(config, options)
     is_latest = config.base == LATEST  # another package each time, and yet the same export
     config = config if is_latest else config.with_changes(**found_base.settings(config))
-    target = base.find_registry(config.export_dir, options)
+    target, notes = base.find_registry(config.export_dir, options), list(found.notes)
     if target is not None:
         register = register or config.export_dir
-        export_dir = base.place(target, config.export_dir, key=_key_of(config, found))
+        export_dir = _place(target, config, found, notes)
         if is_latest:
             found_base = find_committed_base(export_dir, config) or found_base
     if register:
@@ -106,7 +106,9 @@ def locate(
                 f"export_dir {redact_text(export_dir)} has credentials in its URL, which a registry would show to everybody; put "
                 "them into target_storage_options"
             )
-    notes = [*found.notes, *([found_base.note] if found_base.note else [])]
+    if config.overwrite:
+        refuse_needed(open_directory(export_dir, config.options_of_target))
+    notes += [found_base.note] if found_base.note else []
     if found.step is not None and found.directory != resolved.directory:
         notes.append(f"ckpt_dir is a training run; this is its step {found.step}, {found.directory}")
     return Locations(
@@ -167,6 +169,8 @@ def register_package(config: ExportConfig, locations: Locations, manifest: Manif
         base="" if manifest.base is msgspec.UNSET else manifest.base.path,
     )
     again = "Run the same export again, which only registers it"
+    if manifest.base is not msgspec.UNSET:
+        again += ", or exports anew if its base is gone"
     if locations.ckpt_dir is None:  # the model may have changed since
         again = f"Register it by hand: another export of the model in memory would not be the same (digest {manifest.digest})"
     return base.register(locations.register, options_for_registries(config), package, advice=again)
@@ -185,10 +189,27 @@ def options_for_registries(config: ExportConfig) -> dict[str, Any]:
     return {**config.registry_options, SCHEME: own | (dict(given) if isinstance(given, Mapping) else {})}
 
 
-def _key_of(config: ExportConfig, found: FoundCheckpoint) -> str:
+def _place(target: base.Registry, config: ExportConfig, found: FoundCheckpoint, notes: list[str]) -> str:
+    """Return where a registry puts the package.
+
+    With ``latest`` as base that is not where this very export has put a delta whose base is there no more: nobody can read it, as
+    ``notes`` then say.
+    """
+    attempt = 0
+    while True:
+        export_dir = base.place(target, config.export_dir, key=_key_of(config, found, attempt))
+        if config.base != LATEST or not has_lost_base(export_dir, config):
+            return export_dir
+        notes.append(
+            f"{export_dir} is this export as a delta whose base is there no more, so it became another version"
+        )
+        attempt += 1
+
+
+def _key_of(config: ExportConfig, found: FoundCheckpoint, attempt: int) -> str:
     """Return a name for the package of this checkpoint and these settings; of a model in memory, one that no other has.
 
-    Of a version in a directory, it begins with the step or the time.
+    Of a version in a directory, it begins with the step or the time. Each ``attempt`` has another name.
     """
     is_version = base.scheme_of(config.export_dir) == SCHEME
     if found.directory is None:
@@ -197,7 +218,7 @@ def _key_of(config: ExportConfig, found: FoundCheckpoint) -> str:
     settings = [(name, value) for name, value in sorted(vars(config).items()) if name not in {*HOW, "ckpt_dir"}]
     lists = [_version_of(rule.path, config.storage_options) for rule in parse_rules(config.prune) if rule.path]
     # not with sorted keys: the order of patterns counts
-    source: list[Any] = [_absolute(found.directory, config.storage_options)]
+    source: list[Any] = [_absolute(found.directory, config.storage_options), *([attempt] if attempt else [])]
     if is_version:  # a checkpoint at a path that is written again and again is a new version each time
         directory = open_place(found.directory, config.storage_options, follow_links=config.follow_links)
         source.append(

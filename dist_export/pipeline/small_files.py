@@ -32,8 +32,8 @@ def write_rest_of_files(export: ExportState) -> list[FileEntry]:
     if not in_place:
         note_small_files(target, list(small))
         shards = [] if planned is None else [file.name for file in planned.plan.files]
-        indexes = {file.path for file in export.index_files}
-        remove_strays(target, {*shards, *indexes})
+        beside = {file.path for file in (*export.index_files, *export.deleted_files)}
+        remove_strays(target, {*shards, *beside})
     return write_small_files(target, small, digest=export.task.config.digest, keep=keep)
 
 

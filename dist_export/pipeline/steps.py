@@ -64,6 +64,7 @@ from dist_export.pipeline.trainer_delta import (
 from dist_export.plan.casts import note_unreadable
 from dist_export.plan.prune_report import note_rules
 from dist_export.plan.selection import is_trainer_state
+from dist_export.registry.versions import refuse_needed
 from dist_export.reporting.progress import Reporter
 from dist_export.reporting.summary import summarize, summarize_same
 from dist_export.runtime.ranks import Ranks
@@ -356,6 +357,8 @@ def commit(export: ExportState) -> ExportState:
         refuse_vanished(export.target, export.written, in_place=export.in_place)
         if export.base is not None:
             refuse_replaced_base(export.base)
+        if export.paths.is_replacing:
+            refuse_needed(export.paths.final)
         publish(export.target, manifest)
         for name in commit_paths(export.paths, and_then=lambda: _register(task, manifest, registered)):
             logger.info("%s was not part of the old package, and was kept", name)

@@ -17,6 +17,7 @@ from dist_export.errors import ConfigError, ExportError
 from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, decode_manifest
 from dist_export.redact import reason_of
+from dist_export.registry import bases
 from dist_export.registry.base import Registered, Resolved
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
@@ -40,7 +41,7 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
     """UTC, as ISO 8601 with microseconds."""
     step: int | None = None
     base: str | None = None
-    """The version that a delta package needs; null for a full package."""
+    """The version that a delta package needs, or the directory of a base elsewhere; null for a full package."""
     num_deltas: int = 0
     """How many deltas of the same base were published with this one; 0 for a full package."""
 
@@ -51,7 +52,7 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     manifest_digest: str
     base: str | None = None
-    """The version that a delta package needs; null for a whole package."""
+    """The version that a delta package needs, or the directory of a base elsewhere; null for a full package."""
     step: int | None = None
     """Of the checkpoint, where it is one of a training run."""
     created_at: str
@@ -142,7 +143,7 @@ class VersionDirectory:
         """Make a committed package the current version. One that has been so before stays what it is, unless it was overwritten.
 
         Raises:
-            ExportError: another publisher was faster, or the current version is of a later step.
+            ExportError: another publisher was faster, the current version is of a later step, or a delta's base is gone.
         """
         where, _ = parse(uri)
         version = package.directory.rstrip("/").rpartition("/")[2]
@@ -155,10 +156,15 @@ class VersionDirectory:
             if package.step is not None and current.step is not None and package.step < current.step:
                 raise ExportError(
                     f"the current version, {current.version}, is of step {current.step:,}, and this one of step "
-                    f"{package.step:,}. `dist_export rollback {where} {version}` makes it current all the same"
+                    f"{package.step:,}. {self._say_way(where, version)}"
                 )
-        base = self._name_of(where, package.base)
+        directory = self._open(package.directory)
+        if package.base and (lack := bases.find_lack(directory)):
+            raise ExportError(f"it {lack}. {CURRENT} is as it was")
+        base = self._name_base(where, directory) if package.base else None
         self._switch(where, version, package.digest, package.step, base, expected=package.seen)
+        if base is not None:
+            self._refuse_removed(where, version, current)
         self._remove_old(where)
         return named
 
@@ -202,16 +208,15 @@ class VersionDirectory:
             names = [found.name for found in self.list_versions(where) if found.is_there]
             raise ConfigError(f"{package.url} is no package; the versions of {where} are {few(names)}")
         manifest = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
-        step = next((switch.step for switch in current.switches if switch.version == version), None)
-        base = None if manifest.base is msgspec.UNSET else self._name_of(where, manifest.base.path)
-        self._switch(where, version, manifest.digest, step, base, expected=raw)
-        if not package.exists(MANIFEST):  # what removes old versions had found it before
-            _, now = self._read(where)
-            last = current.version, current.manifest_digest, current.step, current.base
-            self._switch(where, *last, expected=now)
-            raise ExportError(
-                f"{version} was removed at this very moment; {current.version} is the current version again"
+        if lack := bases.find_lack(package):
+            names = [name for name in self._list_whole(where) if name != current.version]
+            others = f"Other versions of {where} are {few(names)}" if names else f"{where} has no other version"
+            raise ConfigError(
+                f"{package.url} {lack}. {current.version} is still the current version; put the base back. {others}"
             )
+        step = next((switch.step for switch in current.switches if switch.version == version), None)
+        self._switch(where, version, manifest.digest, step, self._name_base(where, package), expected=raw)
+        self._refuse_removed(where, version, current)
         return version
 
     # ---- within ----
@@ -244,8 +249,24 @@ class VersionDirectory:
             found, _ = self._read(where)
             raise ExportError(
                 f"{directory.describe(CURRENT)} has changed since this export began: the current version is "
-                f"{found.version if found else 'none'} now. `dist_export rollback {where} {version}` makes this one current"
+                f"{found.version if found else 'none'} now. {self._say_way(where, version)}"
             )
+
+    def _refuse_removed(self, where: str, version: str, before: Current | None) -> None:
+        """Go back to the current version of before if this one or its base was removed by others meanwhile. ExportError."""
+        if not bases.find_lack(self._open(f"{where}/{VERSIONS}/{version}")):
+            return
+        if before is not None:
+            last = before.version, before.manifest_digest, before.step, before.base
+            self._switch(where, *last, expected=self._read(where)[1])
+        again = f"{before.version} is the current version again" if before is not None else "there is no other version"
+        raise ExportError(f"{version} or its base was removed at this very moment; {again}")
+
+    def _say_way(self, where: str, version: str) -> str:
+        """Return how a version that is not the current one becomes it, for messages."""
+        if lack := bases.find_lack(self._open(f"{where}/{VERSIONS}/{version}")):
+            return f"{version} cannot become current: it {lack}"
+        return f"`dist_export rollback {where} {version}` makes {version} current all the same"
 
     def _remove_old(self, where: str) -> None:
         """Remove versions that nobody needs any more. A failure is logged: the new version is published all the same."""
@@ -288,10 +309,20 @@ class VersionDirectory:
         needed = {switch.base for switch in current.switches if switch.version in kept}
         return [name for name in ended if name not in kept and name not in needed]
 
-    def _name_of(self, where: str, path: str) -> str | None:
-        """Return which version a directory is; None if it is elsewhere, or if the path is empty."""
-        folder, _, name = path.rstrip("/").rpartition("/")
-        return name if folder and self._open(folder).is_same(self._open(f"{where}/{VERSIONS}")) else None
+    def _name_base(self, where: str, package: Directory) -> str | None:
+        """Return which version the base of a package is, or its directory if it is elsewhere; None for a full package."""
+        entry = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST)).base
+        if entry is msgspec.UNSET:
+            return None
+        name = entry.path.rstrip("/").rpartition("/")[2]
+        found = bases.find_base(package, entry)
+        is_version = found is not None and found[0].is_same(self._open(f"{where}/{VERSIONS}/{name}"))
+        return name if is_version else entry.path
+
+    def _list_whole(self, where: str) -> list[str]:
+        """Return the versions that can be opened, as far as manifests tell."""
+        packages = self._open(where).child(VERSIONS)
+        return [found.name for found in self.list_versions(where) if not bases.find_lack(packages.child(found.name))]
 
     def _require(self, where: str) -> Current:
         current, _ = self._read(where)
@@ -312,6 +343,23 @@ class VersionDirectory:
 
     def _open(self, where: str) -> Directory:
         return open_directory(where, self._storage_options)
+
+
+def refuse_needed(directory: Directory) -> None:
+    """Refuse to replace a version of which others are deltas. Of a package that is no version nothing is asked. ConfigError."""
+    folder, _, name = directory.location.given.rstrip("/").rpartition("/")
+    where, _, last = folder.rpartition("/")
+    if last != VERSIONS or not directory.exists(MANIFEST):
+        return
+    location = directory.location
+    if not open_directory(where or "/", location.storage_options).exists(CURRENT):
+        return
+    if names := bases.list_deltas_on(directory, open_directory(folder, location.storage_options)):
+        raise ConfigError(
+            f"{directory.url} is the base of {few(names)}, which nobody could read if overwrite replaced it, so it was not "
+            f"replaced. Leave overwrite out: the same export again leaves {name} as it is. Or publish a full package (without "
+            "base), and remove these versions first"
+        )
 
 
 def parse(uri: str) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ import logging
 import msgspec
 
 from dist_export.errors import PackageError
+from dist_export.formats.deleted_ids import SUFFIX as DELETED_SUFFIX
 from dist_export.formats.recis import is_plain_name
 from dist_export.formats.row_fingerprints import SUFFIX as FINGERPRINTS_SUFFIX
 from dist_export.formats.row_index import SUFFIX as INDEX_SUFFIX
@@ -24,13 +25,14 @@ UPLOADS = f"{WORK_DIRECTORY}/uploads.json"
 """The running uploads to an S3 store. Without this file a rerun aborts them instead of resuming them."""
 
 _SMALL_FILES = f"{WORK_DIRECTORY}/small_files.json"
-_WITH_RECEIPTS = (".safetensors", INDEX_SUFFIX, FINGERPRINTS_SUFFIX)
+_WITH_RECEIPTS = (".safetensors", INDEX_SUFFIX, FINGERPRINTS_SUFFIX, DELETED_SUFFIX)
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """Records that one shard, or the file of its row indexes or row fingerprints, is finished, and its plan.
 
-    A plan's digest covers its source's fingerprint.
+    A plan's digest covers its source's fingerprint. A file of deleted ids, which is always written anew, has one without a
+    plan: it tells a later export whose file that is.
     """
 
     plan: str

@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import dist_export
 from dist_export.delta import deleted_ids
-from dist_export.errors import CommitError, ConfigError, PlanError, UserError
+from dist_export.errors import CommitError, ConfigError, PackageError, PlanError, UserError
+from dist_export.manifest import decode_manifest, encode_manifest, seal
 from dist_export.pipeline import deltas
 from dist_export.registry.versions import VersionDirectory
+from dist_export.verify.verify import verify
 from tests.integration.test_delta_export import change, export, save, state_of, tables_of
 from tests.support import dcp_writer
 from tests.support.deltas import manifest_of, put_together, read_package
@@ -107,6 +110,83 @@ def test_a_base_that_is_replaced_meanwhile_fails_the_export(
     with pytest.raises(CommitError, match="the base had the manifest"):
         export(sources[1], tmp_path / "delta", base=str(base))
     assert not (tmp_path / "delta" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("spelling", ["base", "delta", "latest"])
+def test_a_package_without_digests_is_no_base(sources, tmp_path: Path, spelling: str) -> None:
+    """Another package of the same ids and shapes may have the same manifest digest."""
+    pub, out = tmp_path / "pub", tmp_path / "out"
+    digested = publish(sources[0], pub) if spelling == "delta" else None
+    base = publish(sources[0], pub, digest="none", base=None, on_base_mismatch="error")
+    if digested is not None:  # a delta whose base has lost its digests since
+        base = publish(sources[1], pub, base=f"versions:{pub}@{digested.name}")
+        strip_digests(digested, base)
+    before = sorted(pub.rglob("*"))
+    given: dict[str, Any] = {"base": str(base)}
+    if spelling == "latest":
+        given = {"base": "latest", "publish": str(pub), "export_dir": ""}
+    with pytest.raises(
+        ConfigError, match=r"with digest: none, so nothing tells its rows from others.*Nothing was written"
+    ):
+        export(sources[1], out, **given)
+    assert not out.exists()
+    assert sorted(pub.rglob("*")) == before
+    export(sources[1], out, **given, on_base_mismatch="full")
+    made = out if spelling != "latest" else Path(VersionDirectory().resolve(f"versions:{pub}").directory)
+    manifest = manifest_of(made)
+    assert "base" not in manifest
+    assert any("everything was exported" in note and "digest: none" in note for note in manifest["notes"])
+
+
+def strip_digests(base: Path, delta: Path) -> None:
+    """Let the shards of a package lose their digests, and let its delta name it all the same."""
+    its = decode_manifest((base / "manifest.json").read_bytes(), where="base")
+    files = tuple(msgspec.structs.replace(file, digest="") for file in its.files)
+    its = seal(msgspec.structs.replace(its, files=files))
+    (base / "manifest.json").write_bytes(encode_manifest(its))
+    own = decode_manifest((delta / "manifest.json").read_bytes(), where="delta")
+    own = seal(msgspec.structs.replace(own, base=msgspec.structs.replace(own.base, digest=its.digest)))
+    (delta / "manifest.json").write_bytes(encode_manifest(own))
+
+
+def test_readers_refuse_a_delta_of_a_base_without_digests(sources, tmp_path: Path) -> None:
+    base = export(sources[0], tmp_path / "base")
+    delta = export(sources[1], tmp_path / "delta", base=str(base))
+    strip_digests(base, delta)
+    told = "with digest: none, so nothing tells its rows from others"
+    with pytest.raises(PackageError, match=told):
+        dist_export.open_package(delta)
+    with pytest.raises(PackageError, match=told):
+        dist_export.open_package(delta, base=base)
+    (finding,) = verify(str(delta)).findings
+    assert told in str(finding)
+
+
+@pytest.mark.parametrize("then", ["delta", "full", "restart"])
+def test_deleted_ids_of_a_killed_export_are_in_no_later_package(
+    sources, tmp_path: Path, monkeypatch, then: str
+) -> None:
+    base, out = export(sources[0], tmp_path / "base"), tmp_path / "out"
+    write = deleted_ids.write_deleted
+
+    def write_and_die(*arguments: Any, **more: Any) -> Any:
+        write(*arguments, **more)
+        raise CommitError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(deltas, "write_deleted", write_and_die)
+        with pytest.raises(CommitError, match="killed"):
+            export(sources[1], out, base=str(base))
+    assert list(out.glob("*.deleted_ids"))
+    if then == "restart":
+        with pytest.raises(ConfigError, match="unfinished export"):
+            export(sources[0], out, base=str(base), on_unfinished="error")
+    export(sources[0], out, **({} if then == "full" else {"base": str(base)}))
+    assert not list(out.glob("*.deleted_ids"))
+    assert {file.name for file in out.iterdir()} == {
+        "manifest.json",
+        *(its["path"] for its in manifest_of(out)["files"]),
+    }
 
 
 def test_kinds_of_tables_that_do_not_fit(tmp_path: Path) -> None:

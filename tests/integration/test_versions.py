@@ -223,14 +223,17 @@ def test_an_overwritten_version_has_its_new_digest_in_current_json(run: Path, tm
 
 def test_a_base_stays_as_long_as_a_delta_that_stays_needs_it(tmp_path: Path) -> None:
     """Names in capitals are full packages, the others deltas of the last one."""
-    registry, uri, base = VersionDirectory(keep_versions=1, grace_secs=0), f"versions:{tmp_path}", ""
-    kept = []
-    for name in "AbcdEfG":
-        of_delta = f"{tmp_path}/versions/{base}" if name.islower() else ""
-        registry.register(uri, registered(tmp_path, name, seen=registry.look(uri), base=of_delta))
-        base = base if of_delta else name
-        kept.append("".join(names_of(tmp_path)))
-        assert current_of(tmp_path)["base"] == (base if of_delta else None)
+    where, base = tmp_path / "serving", ""
+    kept, letters = [], {}
+    for number, name in enumerate("AbcdEfG"):
+        write_checkpoint(tmp_path / name, make_tables({"t": 10 + number}, num_parts=1))
+        settings: dict[str, Any] = {"base": "latest"} if name.islower() else {}
+        settings |= {"keep_versions": 1, "registry_options": {"versions": {"grace_secs": 0}}}
+        exports.export({"ckpt_dir": str(tmp_path / name), "publish": str(where), "filter_sparse_opt": True, **settings})
+        letters[current_of(where)["version"]] = name
+        base = base if name.islower() else name
+        kept.append("".join(sorted(letters[version] for version in names_of(where))))
+        assert letters.get(current_of(where)["base"]) == (base if name.islower() else None)
     assert kept == ["A", "Ab", "Abc", "Acd", "AEd", "Ef", "EGf"]
 
 
