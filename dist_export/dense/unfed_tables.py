@@ -134,8 +134,8 @@ def refuse_unregistered_tables(ranks: Ranks, rows: SampleRows, *, is_exported: b
     def refuse() -> None:
         if every and is_exported:
             raise ModelError(
-                f"the sparse arch looks ids up in {few(every)}, which it does not register: an export gives rows to registered "
-                "modules alone, so the scores would be those of the rows that the model was built with. Nothing was written. "
+                f"the sparse arch looks ids up in {few(every)}, which it does not register: an export finds tables among "
+                "registered modules alone, so the scores would be those of the model's own rows. Nothing was written. "
                 "Register the table as a module of the sparse arch, for example in nn.ModuleList or nn.ModuleDict in place of "
                 "a list, dict, object or closure"
             )
