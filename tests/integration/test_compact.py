@@ -210,9 +210,9 @@ def test_dense_tensors_among_the_shards_are_those_of_the_delta(tmp_path: Path) -
 
 @pytest.mark.parametrize("digest", ["none", "sha256"])
 def test_digests(sources, packages: Path, tmp_path: Path, digest: str) -> None:
-    """Without digests of the packages, or of the result."""
-    base = export(sources[0], tmp_path / "base", digest=digest)
-    delta = export(sources[1], tmp_path / "delta", num_shards=3, base=str(base))
+    """Without digests of the delta and the result; a base has some."""
+    base = export(sources[0], tmp_path / "base", digest="sha256")
+    delta = export(sources[1], tmp_path / "delta", num_shards=3, base=str(base), digest=digest)
     made = make(delta, tmp_path / "made", digest=digest)
     assert read_package(made) == read_package(packages / "full")
     assert any("digest" in note for note in manifest_of(made)["notes"]) == (digest == "none")

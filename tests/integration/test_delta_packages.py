@@ -269,7 +269,7 @@ def test_a_delta_that_was_opened_without_its_base_gives_no_rows(copied: Deltas) 
 
 
 def test_options_for_one_kind_of_store_are_not_sent_to_another(copied: Deltas, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_export.package import base
+    from dist_export.storage import beside
 
     seen: list[Any] = []
 
@@ -278,7 +278,7 @@ def test_options_for_one_kind_of_store_are_not_sent_to_another(copied: Deltas, m
         return open_directory(url, None, **more)
 
     edit(copied.delta, lambda document: document["base"].update(path="memory://elsewhere/base"))
-    monkeypatch.setattr(base, "open_directory", record)
+    monkeypatch.setattr(beside, "open_directory", record)
     dist_export.open_package(copied.delta, storage_options={"key": "secret"})
     assert seen == [("memory://elsewhere/base", None), (str(copied.base), {"key": "secret"})]
 
