@@ -27,14 +27,14 @@ def run_export(
     *,
     is_shown: bool,
     published: Published | None = None,
-    steps: Sequence[Step] = STEPS,
+    steps: Sequence[Step] | None = None,
     found: FoundCheckpoint | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
 
-    ``steps`` are what is done with the source; ``found`` is the source, if other steps than those of an export read it.
+    ``steps`` are what is done with the source, by default those of an export. ``found`` is the source, if other steps read it.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
@@ -55,7 +55,8 @@ def run_export(
         events.add("started", source=config.ckpt_dir, export_dir=export_dir, world_size=ranks.world_size)
     try:
         with reporter.showing():
-            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir, steps)
+            todo = STEPS if steps is None else steps
+            manifest, summary = export_located(ranks, config, objects, located, reporter, weights, export_dir, todo)
     except BaseException as error:
         if ranks.rank == 0:
             exit_code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)

@@ -11,7 +11,7 @@ from dist_export.kernels import compiled_duplicates, numpy_duplicates
 from dist_export.plan.census import count_rows_by_target, merge_censuses, plan_unique_tasks, share_parts
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.target_slices import plan_targets
-from dist_export.storage.range_reader import RangeReader
+from dist_export.storage.range_reader import LocalReader, RangeReader
 from dist_export.transfer.id_scan import check_unique, take_census
 from tests.support.recis_writer import (
     PartSpec,
@@ -224,5 +224,6 @@ def test_id_columns_are_read_once(tmp_path, monkeypatch):
         original(self, view, offset)
 
     monkeypatch.setattr(RangeReader, "read_into", read_into)
+    monkeypatch.setattr(LocalReader, "read_many", RangeReader.read_many)  # one by one
     take(checkpoint, plan_targets(checkpoint, 3))
     assert sum(read) == 800

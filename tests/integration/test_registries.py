@@ -276,7 +276,9 @@ def test_the_order_of_patterns_makes_another_package() -> None:
     first = {"a*": "float16", "*": "int8"}
     found = FoundCheckpoint("c", None, ())
     keys = {
-        locate._key_of(dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), found)
+        locate._key_of(
+            dist_export.ExportConfig(ckpt_dir="c", export_dir="e", filter_sparse_opt=True, dtype=d), found, 0
+        )
         for d in (first, dict(reversed(first.items())))
     }
     assert len(keys) == 2

@@ -15,7 +15,7 @@ import dist_export
 from dist_export.checkpoint.detect import open_reader
 from dist_export.errors import ExportError
 from dist_export.manifest import MANIFEST
-from dist_export.pipeline import steps
+from dist_export.pipeline import run, steps
 from dist_export.storage.urls import open_directory
 from tests.support import exports, tiny_model
 from tests.support.recis_writer import make_tables, write_checkpoint
@@ -143,7 +143,7 @@ def test_a_source_without_tables_is_looked_at_too(save, tmp_path: Path, monkeypa
         dcp.save(state, checkpoint_id=tmp_path / "ckpt", no_dist=True)
         file = next((tmp_path / "ckpt").glob("*.distcp"))
     real = steps.count_requests
-    monkeypatch.setattr(steps, "STEPS", tuple(_swap_at(file) if its is real else its for its in steps.STEPS))
+    monkeypatch.setattr(run, "STEPS", tuple(_swap_at(file) if its is real else its for its in steps.STEPS))
     with pytest.raises(ExportError, match=rf"{file.name}: changed while it was being exported"):
         exports.export({"ckpt_dir": str(file.parent), "export_dir": str(tmp_path / "out"), **model})
 

@@ -437,7 +437,7 @@ def test_no_more_ids_are_held_than_allowed(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_file_that_cannot_be_read_to_its_end_is_a_finding(sparse: Path, monkeypatch) -> None:
     """As of a disk with a broken sector: sizes and header are good, the read fails."""
-    from dist_export.storage.range_reader import RangeReader
+    from dist_export.storage.range_reader import LocalReader, RangeReader
 
     original = RangeReader.read_into
 
@@ -447,6 +447,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_a_finding(sparse: Path, monkey
         original(self, view, offset)
 
     monkeypatch.setattr(RangeReader, "read_into", read_into)
+    monkeypatch.setattr(LocalReader, "read_many", RangeReader.read_many)  # one by one
     report = verify(str(sparse), finite=True)
     assert told(report) == {(B, "ids"), (B, "finite")}
     monkeypatch.setattr(digests, "CHUNK_BYTES", 256)

@@ -149,4 +149,5 @@ def recorded_reads(monkeypatch: Any) -> Any:
 
     with monkeypatch.context() as patch:
         patch.setattr(range_reader.RangeReader, "read_into", read_into)
+        patch.setattr(range_reader.LocalReader, "read_many", range_reader.RangeReader.read_many)  # one by one
         yield reads

@@ -124,7 +124,7 @@ def _read_name(name: str, directory: Directory) -> DumpFile:
         )
     rank, world_size = (int(found[3]), int(found[4])) if found[3] is not None else (0, 1)
     if rank >= world_size:
-        raise CheckpointError(f"{directory.describe(name)}: there is no rank {rank} of {world_size}")
+        raise CheckpointError(f"{directory.describe(name)}: there is no rank {rank} of {world_size}; remove the file")
     return DumpFile(name, found[1], int(found[2]), rank, world_size)
 
 

@@ -103,7 +103,8 @@ def _join(pieces: Sequence[HeldRows], table: str, where: str) -> HeldRows:
     kinds = sorted({piece.kind for piece in pieces})
     if len(kinds) > 1:
         raise CheckpointError(
-            f"{where}: table {table!r} has rows of {kinds[0].row_bytes} and of {kinds[1].row_bytes} bytes; expected one width"
+            f"{where}: table {table!r} has rows of {kinds[0].row_bytes} and of {kinds[1].row_bytes} bytes; expected one "
+            "width. Remove the dumps of another model"
         )
     columns = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in HeldRows._fields[1:]]
     return HeldRows(kinds[0], *columns)
