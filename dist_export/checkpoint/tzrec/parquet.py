@@ -119,12 +119,10 @@ def _check_schema(schema: Any, where: str) -> str:
     of_values = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
     if of_values not in (pa.float32(), pa.uint8()):
         raise CheckpointError(
-            f"{where}: embedding is {kind}; expected a list of float32 or of uint8; give a dump that TorchEasyRec wrote"
+            f"{where}: embedding is {kind}; expected a list of float32 or of uint8; give another dump"
         )
     if schema.field("key_id").type != pa.int64():
-        raise CheckpointError(
-            f"{where}: key_id is {schema.field('key_id').type}; expected int64; give a dump that TorchEasyRec wrote"
-        )
+        raise CheckpointError(f"{where}: key_id is {schema.field('key_id').type}; expected int64; give another dump")
     return FLOAT if of_values == pa.float32() else QUANTIZED
 
 
@@ -144,9 +142,7 @@ def _check_origin(batch: Any, file: DumpFile, where: str) -> None:
 def _split(batch: Any, kind: str, where: str) -> Iterator[Batch]:
     """Yield the rows of each table of a batch."""
     if any(batch.column(name).null_count for name in ("table_fqn", "key_id", "embedding")):
-        raise CheckpointError(
-            f"{where}: a row lacks its table, its key or its embedding; give a dump that TorchEasyRec wrote"
-        )
+        raise CheckpointError(f"{where}: a row lacks its table, its key or its embedding; give another dump")
     names = batch.column("table_fqn").dictionary_encode()
     codes = names.indices.to_numpy(zero_copy_only=False)
     keys = batch.column("key_id").to_numpy(zero_copy_only=False)
@@ -169,14 +165,14 @@ def _to_rows(embedding: Any, kind: str, where: str) -> np.ndarray:
     values = embedding.flatten()
     if len(widths) != 1 or not widths[0] or values.null_count:
         what = "values are missing" if values.null_count else f"rows have {widths[0]} and {widths[-1]} values"
-        raise CheckpointError(f"{where}: {what}; expected as many in each row; give a dump that TorchEasyRec wrote")
+        raise CheckpointError(f"{where}: {what}; expected as many in each row; give another dump")
     rows = values.to_numpy(zero_copy_only=False).reshape(len(embedding), int(widths[0]))
     if kind == FLOAT:
         return np.ascontiguousarray(rows, "<f4").view(np.uint8).reshape(len(rows), -1)
     dim = rows.shape[1] - _HALF_TAIL
     if dim < 1:
         raise CheckpointError(
-            f"{where}: rows of {rows.shape[1]} bytes have no room for values, scale and offset; give a dump that TorchEasyRec wrote"
+            f"{where}: rows of {rows.shape[1]} bytes have no room for values, scale and offset; give another dump"
         )
     wide = np.empty((len(rows), dim + TAIL_BYTES), np.uint8)
     wide[:, :dim] = rows[:, :dim]
