@@ -71,6 +71,12 @@ def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | 
         if open_directory(delta, arguments["storage_options"]).is_same(place):
             raise ConfigError(f"OUT is DELTA ({delta}), whose place the new package would take; give another OUT")
     with open_delta(delta, base, arguments["storage_options"]) as package:
+        below = package.manifest.base
+        if not isinstance(below, msgspec.UnsetType) and below.has_dense is True and package.manifest.dense is not None:
+            raise ConfigError(
+                f"{delta} has rows of a trainer's dump, and its stored samples are of the base's rows, so no full package can be "
+                "made of both. Nothing was written; export a checkpoint"
+            )
         made = {name: arguments[name] for name in _PASSED} | {
             "ckpt_dir": delta,
             "export_dir": arguments["out"],

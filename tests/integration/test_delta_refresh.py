@@ -20,6 +20,7 @@ from dist_export.errors import ConfigError, ExportError, ModelError, PlanError
 from dist_export.package.reader import Package
 from dist_export.serve.served import Watcher
 from dist_export.verify.verify import verify
+from tests.integration.test_delta_scores import build, train_on
 from tests.support import exports, tiny_model
 from tests.support import score_models as models
 from tests.support.deltas import manifest_of, put_together, read_package
@@ -27,21 +28,6 @@ from tests.support.recis_writer import write_checkpoint
 
 DENSE = tiny_model.trained_dense_state
 TINY: dict[str, Any] = {"model": tiny_model.MODEL, "dataset": tiny_model.DATASET}
-
-
-def build() -> nn.Module:
-    return models.Model(models.ThreeTables(), 3 * models.DIM + 1)
-
-
-def train_on(model: nn.Module) -> nn.Module:
-    """Change three rows of each table and the dense arch."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("sparse_arch"):
-                parameter[:3] += 0.25
-            else:
-                parameter.add_(0.125)
-    return model
 
 
 def export(checkpoint: str, out: Path | str, model: nn.Module | None = None, **settings: Any) -> dist_export.Manifest:

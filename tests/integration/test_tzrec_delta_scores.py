@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import dist_export
+from dist_export import cli
 from dist_export.api import Exporter
 from dist_export.formats.digests import digest_bytes
 from dist_export.manifest import MANIFEST, compute_digest
@@ -100,3 +101,11 @@ def test_verify_compares_what_was_taken_over(packages, tmp_path: Path) -> None:
         (delta / MANIFEST).write_bytes(manifest)
     assert any("sample.npz" in line and "is not the file of the base" in line for line in told)
     assert any("parity is not what the base has" in line for line in told)
+
+
+def test_no_full_package_is_made_of_samples_that_are_of_other_rows(packages, tmp_path: Path, capsys) -> None:
+    _, delta, _ = packages
+    assert cli.main(["compact", str(delta), str(tmp_path / "made")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its stored samples are of the base's rows" in line
+    assert not (tmp_path / "made").exists()
