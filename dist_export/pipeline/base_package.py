@@ -190,7 +190,7 @@ def open_base(ranks: Ranks, config: ExportConfig, digest: str, final: Directory)
             )
         return package
 
-    return ranks.run("open the base", open_it)
+    return ranks.check("open the base", open_it)
 
 
 def fit_base(
@@ -207,7 +207,7 @@ def fit_base(
     if base is None:
         return checkpoint, None, []
     # rules for tables whose rows go by number are refused here, before these become hash tables
-    pruning = ranks.run("read the rules for rows", lambda: read_pruning(checkpoint, config))
+    pruning = ranks.check("read the rules for rows", lambda: read_pruning(checkpoint, config))
     fitting = number_rows(checkpoint, row_indexed_in(base.manifest))
 
     def compare() -> str | None:
@@ -217,7 +217,7 @@ def fit_base(
                 return f"its table {table.name!r} is row-indexed, of which no row can be deleted, and prune has a rule for it"
         return find_mismatch(fitting, choose(fitting, config, world_size)[0], base.manifest)
 
-    reason = ranks.run("compare the tables with the base", compare)
+    reason = ranks.check("compare the tables with the base", compare)
     if reason is None:
         return fitting, base, []
     told = f"base {config.base} does not fit: {reason}"

@@ -29,7 +29,7 @@ def count_rows(
         return take_census(checkpoint, targets, share, held_ids=budget.held_ids, duplicates=duplicates, pruning=rules)
 
     counts = ranks.all_gather("count the ids", lambda: merge_censuses(run_threads(count, mine)))
-    row_indexed = ranks.run("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
+    row_indexed = ranks.check("count numbered rows", lambda: count_row_indexed_rows(checkpoint, targets))
     return merge_censuses([*counts, row_indexed])
 
 

@@ -46,7 +46,7 @@ def account_for_base(export: ExportState) -> ExportState:
     def account() -> list[DeltaEntry]:
         return [_account(entry, in_base[entry.name], its, same.ignored[number]) for number, entry, its in entries]
 
-    deltas = ranks.run("account for the base", account)
+    deltas = ranks.check("account for the base", account)
     losing = {number: in_base[entry.name] for number, entry, _ in entries if deltas[number].deleted}
     seen = share_seen(ranks, base, losing, same.seen) if losing else {}
     written: Written = {}
@@ -61,7 +61,7 @@ def account_for_base(export: ExportState) -> ExportState:
             "look at the deleted ids",
             lambda: written.update(note_written(export.target, {its.file.path: its.file.num_bytes for its in files})),
         )
-    accounted = ranks.run("add the deleted ids", lambda: _add_entries(tables, deltas, files))
+    accounted = ranks.check("add the deleted ids", lambda: _add_entries(tables, deltas, files))
     return export.grown(
         tables=accounted, deleted_files=tuple(its.file for its in files), written={**export.written, **written}
     )

@@ -54,7 +54,7 @@ from dist_export.runtime.ranks import Ranks
 
 def make_report(config: ExportConfig, *, world_size: int) -> dict[str, Any]:
     """Plan for ``world_size`` ranks in this one process and return the plan as plain values. UserError as an export."""
-    with join(timeout_secs=config.timeout) as ranks:
+    with join(timeout_secs=config.timeout) as ranks, ranks.meeting_in_checks():
         return _report(ranks, config, world_size)
 
 

@@ -100,7 +100,7 @@ def look_for_weights(ranks: Ranks, config: ExportConfig, model: Any) -> ModelWei
         ),
         may_block=True,
     )
-    ranks.run("look for hooks that load a state", lambda: check_load_hooks(model, config))
+    ranks.check("look for hooks that load a state", lambda: check_load_hooks(model, config))
     return merge_weights(found)
 
 
@@ -129,7 +129,7 @@ def open_source(
                 raise ConfigError("format is live, but there is no model whose tables could be exported; set model")
             return find_arch(model, name, "sparse_model_name")
 
-        sparse_arch = ranks.run("look into the model", look)
+        sparse_arch = ranks.check("look into the model", look)
         if not config.need_export_sparse:
             return None
         checkpoint = open_live(ranks, sparse_arch, sparse_model_name=name)
@@ -159,7 +159,7 @@ def open_source(
         from dist_export.model.managed_collisions import refuse_hashed_ids
 
         tables, allowed = checkpoint.tables, config.allow_hashed_ids
-        ranks.run("look for hashed ids", lambda: refuse_hashed_ids(model, tables, allowed))
+        ranks.check("look for hashed ids", lambda: refuse_hashed_ids(model, tables, allowed))
     return checkpoint
 
 

@@ -137,11 +137,11 @@ def read_metadata(
     def judged(work: Callable[[], T]) -> Callable[[], T]:
         return functools.partial(_blame_export, work) if is_written else work
 
-    reader = ranks.run("open the checkpoint", judged(open_it))
+    reader = ranks.check("open the checkpoint", judged(open_it))
     size = -(-len(reader.files) // ranks.world_size)
     mine = range(min(ranks.rank * size, len(reader.files)), min((ranks.rank + 1) * size, len(reader.files)))
     shares = ranks.all_gather("read the headers", judged(lambda: reader.read_headers(mine)))
-    return ranks.run("match headers and indexes", judged(lambda: reader.assemble(shares)))
+    return ranks.check("match headers and indexes", judged(lambda: reader.assemble(shares)))
 
 
 def _blame_export(work: Callable[[], T]) -> T:
@@ -175,7 +175,7 @@ def open_tables(
         chosen = set_fallbacks(chosen, rows)
     if not config.dynamicemb_dims and all(table.width_confirmed_by is None for table in chosen.tables):
         return chosen  # the source states all dimensions
-    return ranks.run(
+    return ranks.check(
         "compare the dimensions", lambda: confirm_widths(chosen, config.dynamicemb_dims, find_model_dims())
     )
 
@@ -189,7 +189,7 @@ def _add_state_tables(ranks: Ranks, checkpoint: Checkpoint, weights: ModelWeight
     if not is_filtered:
         return replace(checkpoint, warnings=(*checkpoint.warnings, note_state_tables(directory, held)))
     state = read_metadata(ranks, lambda: open_state(directory, held))
-    return ranks.run("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
+    return ranks.check("put the tables together", lambda: join_checkpoints(checkpoint, state, kind=RECIS))
 
 
 def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) -> Checkpoint:
@@ -201,7 +201,7 @@ def choose_tables(ranks: Ranks, checkpoint: Checkpoint, config: ExportConfig) ->
         to_hash_tables=config.to_hash_tables,
         default_row=config.default_row,
     )
-    return ranks.run(
+    return ranks.check(
         "choose the tables",
         lambda: round_defaults(view_tables(checkpoint, asked), config.default_row, config.dtypes),
     )
@@ -251,8 +251,8 @@ def plan_sparse(
     """
     # machines may mount the source in different ways, and all ranks need one digest of the plan
     checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
-    selection, targets, num_shards = ranks.run("choose what to keep", lambda: choose(checkpoint, config, world_size))
-    pruning = ranks.run("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
+    selection, targets, num_shards = ranks.check("choose what to keep", lambda: choose(checkpoint, config, world_size))
+    pruning = ranks.check("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
     budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
     shares = share_parts(checkpoint, ranks.world_size * budget.threads)
     keep_freed_memory()
@@ -268,22 +268,22 @@ def plan_sparse(
         same = BaseRows(checkpoint, selection, base, is_exact=is_exact, ignored=ignored, dropped_in=dropped_in)
         return same, pruning.leaving(same, ranks_of_parts(shares, budget.threads, len(checkpoint.parts)))
 
-    same, rules = ranks.run("open the tables of the base", compare)
+    same, rules = ranks.check("open the tables of the base", compare)
     census = count(rules, duplicates)
     unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=budget.held_ids)
-    tasks = ranks.run(
+    tasks = ranks.check(
         "share out the search for repeated ids",
         lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
     )
 
     ranks.all_gather("search for ids that stand twice", lambda: search_rest(checkpoint, tasks, budget, duplicates))
-    ranks.run("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
+    ranks.check("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
         found = find_duplicate_rows(ranks, checkpoint, duplicates, budget, pruning)
         dropped = drop_duplicates(checkpoint, found, keep=config.on_duplicate)
         if base is not None and len(dropped):  # of rows with one id, the wrong ones may have been compared
-            same, rules = ranks.run("open the tables of the base", lambda: compare(dropped.rows_in))
+            same, rules = ranks.check("open the tables of the base", lambda: compare(dropped.rows_in))
             census = count(rules, DuplicateIds(checkpoint, most=budget.dropped_rows))
 
     def lay_out() -> SparsePlan:
@@ -295,9 +295,9 @@ def plan_sparse(
             )
         return plan_copy(checkpoint, selection)
 
-    plan = ranks.run("lay out the shards", lay_out)
+    plan = ranks.check("lay out the shards", lay_out)
     digests = ranks.all_gather("compare the plans", lambda: plan.digest)
-    ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    ranks.check("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, budget=budget, same=same)
 
 

@@ -64,7 +64,7 @@ def plan_carried(export: ExportState) -> ExportState:
     assert base is not None
     with task.reporter.stage("plan"):
         note = compare_tables(task.ranks, base, checkpoint)
-        task.ranks.run("look for managed collisions", lambda: _refuse_collisions(task.objects.model))
+        task.ranks.check("look for managed collisions", lambda: _refuse_collisions(task.objects.model))
         carried = carry_tables(base.manifest, base.directory, checkpoint)
         planned = plan_sparse(task.ranks, carried, settings_for(task.config, base), world_size=task.ranks.world_size)
     return export.grown(planned=planned, notes=[note])
@@ -86,7 +86,7 @@ def compare_tables(ranks: Ranks, base: Package, checkpoint: Checkpoint | None) -
         if checkpoint is not None and (reason := find_other_table(checkpoint, manifest)):
             raise _misfit(base, reason)
 
-    ranks.run("compare the tables with the base", compare)
+    ranks.check("compare the tables with the base", compare)
     source = manifest.source
     of_step = "" if source.step is msgspec.UNSET else f" (step {source.step:,})"
     return (

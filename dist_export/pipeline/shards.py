@@ -133,7 +133,7 @@ def check(
             check_entries(entries)
         return entries
 
-    return Checked(ranks.run("account for the rows", account), indexes, fingerprints)
+    return Checked(ranks.check("account for the rows", account), indexes, fingerprints)
 
 
 def compare_live(ranks: Ranks, planned: PlannedSparse, target: Directory) -> None:

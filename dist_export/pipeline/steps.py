@@ -141,12 +141,12 @@ def read_source(export: ExportState) -> ExportState:
                 ranks, config, source, model=objects.model, weights=task.weights, exports_dense=exports_dense
             )
         notes = list(checkpoint.warnings if checkpoint is not None else ())
-        fg_conf, mc_conf, features = ranks.run("check fg and mc", lambda: read_confs(config, objects, checkpoint))
+        fg_conf, mc_conf, features = ranks.check("check fg and mc", lambda: read_confs(config, objects, checkpoint))
         notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
         if export.in_place:
             notes += ranks.broadcast("look at what is there", lambda: look_at_source(config, export.target, fg_conf))
         # read also for the tables alone: one that is cut short tells of a save that did not finish
-        parameters = ranks.run(
+        parameters = ranks.check(
             "look for dense parameters", lambda: find_dense(config, source, checkpoint, task.weights)
         )
         held_state = ranks.broadcast("read the dense parameters", lambda: parameters and parameters.describe()) or []
@@ -218,7 +218,7 @@ def sample_model(export: ExportState) -> ExportState:
     """Run the model on its sample batch, if a dense arch is exported. All ranks; writes nothing."""
     task, read = export.task, export.source
     ranks, config, objects = task.ranks, task.config, task.objects
-    ranks.run("look for what scores need", lambda: refuse_unscored(config, objects, read.checkpoint))
+    ranks.check("look for what scores need", lambda: refuse_unscored(config, objects, read.checkpoint))
     if objects.model is None or objects.dataset is None:
         return export
     from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
@@ -248,7 +248,7 @@ def lock_target(export: ExportState) -> ExportState:
     )
     if committed is not None:
         return export.grown(paths=paths, manifest=committed, is_same=True, registered=tuple(registered))
-    ranks.note_on_disk(ranks.run("note what is in export_dir", lambda: OnDisk(paths.final, paths.target)))
+    ranks.note_on_disk(ranks.check("note what is in export_dir", lambda: OnDisk(paths.final, paths.target)))
     scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(open_scratch(paths.target)))
     return export.grown(paths=paths, refuse_if_lost=refuse_if_lost, scratch=scratch)
 
@@ -297,7 +297,7 @@ def check_shards(export: ExportState) -> ExportState:
         # what comes later was not checked
         ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
-            ranks.run("look for values that do not fit", lambda: refuse_overflow(plan, casts))
+            ranks.check("look for values that do not fit", lambda: refuse_overflow(plan, casts))
         checked = check(
             ranks,
             planned,

@@ -75,7 +75,7 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
                 raise
             raise ConfigError(f"{error.filename} cannot be looked at: {error.strerror}. Nothing was written") from error
 
-    source, final = ranks.run("check the places", check)
+    source, final = ranks.check("check the places", check)
     in_place = source is not None and source.is_same(final)
 
     def look() -> bool:

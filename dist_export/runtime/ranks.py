@@ -5,10 +5,11 @@ Payload is never sent through them. Every method below says which ranks call it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from dist_export.errors import DistExportError, ExportError, StepFailedError
@@ -53,6 +54,9 @@ class Ranks:
         self._turns: dict[str, int] = {}
         self._has_failed = False
         self._stop = ""
+        self._meets_in_checks = False
+        self._owes_checks = False
+        """Whether a rank may have failed in a check of which the others have not yet learned."""
         self._watchdog = watchdog or Watchdog(
             rank,
             world_size,
@@ -124,8 +128,45 @@ class Ranks:
             StepFailedError: on all ranks, if ``work`` raised a known error on any rank; the text names those ranks. An
                 unexpected exception is raised unchanged on the rank where it happened, so that a bug keeps its traceback.
         """
+        if may_block:
+            self.settle_checks(step)
+        result, raised = self._attempt(step, work)
+        return self._exchange(step, result, raised, may_block=may_block)
+
+    def check(self, step: str, work: Callable[[], T]) -> T:
+        """Run ``work`` on this rank and return its result, without waiting for the other ranks. All ranks.
+
+        If it fails, this rank meets the others in their next step, where all of them learn of it. So ``work`` changes nothing
+        on disk, and no caller goes on after its error, except while ranks are ``meeting_in_checks``.
+
+        Raises:
+            StepFailedError: as :meth:`all_gather`, on this rank now and on the others in their next step.
+        """
+        if self._meets_in_checks:
+            return self.run(step, work)
+        result, raised = self._attempt(step, work)
+        if raised is not None:
+            self._exchange(step, None, raised)
+        self._owes_checks = True
+        return cast("T", result)
+
+    def settle_checks(self, step: str) -> None:
+        """Wait until no rank has failed in a check, before what cannot be taken back in ``step``. All ranks."""
+        if self._owes_checks and self.world_size > 1:
+            self._exchange(step, None, None)
+
+    @contextlib.contextmanager
+    def meeting_in_checks(self) -> Iterator[None]:
+        """Wait for all ranks in each check, so that work may go on after a failed one. All ranks."""
+        self._meets_in_checks = True
+        try:
+            yield
+        finally:
+            self._meets_in_checks = False
+
+    def _attempt(self, step: str, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        """Run ``work`` on this rank and return its result or its error."""
         result: T | None = None
-        failure: tuple[str, int] | None = None
         raised: Exception | None = None
         has_work = work is not _nothing
         self._watchdog.begin(step, is_busy=has_work)
@@ -139,6 +180,11 @@ class Ranks:
             raised = ExportError(f"'{step}': code of the model or the dataset called sys.exit({error.code})")
         finally:
             self._watchdog.pause()
+        return result, raised
+
+    def _exchange(self, step: str, result: T | None, raised: Exception | None, *, may_block: bool = False) -> list[T]:
+        """Exchange the results of a step, or raise what :meth:`all_gather` raises. All ranks; one may be in a check before it."""
+        failure: tuple[str, int] | None = None
         if raised is not None:
             failure = _describe(raised, self._watchdog.say_on_disk)
             self.announce_failure()
@@ -154,19 +200,21 @@ class Ranks:
 
         outcomes: list[Any] = [None] * self.world_size
         try:
-            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+            dist.all_gather_object(outcomes, (result, failure, step), group=self._group)
         except RuntimeError as error:
             if raised is not None:
                 self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
                 raise raised from None
             raise self._lost(step, error) from error
+        self._owes_checks = False
         failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
         if raised is not None and not isinstance(raised, (DistExportError, OSError)):
             raise raised
         if failures:
             code = max((code for _, code in failures.values()), default=1)
             texts = {rank: text for rank, (text, _) in failures.items()}
-            raise StepFailedError(step, texts, world_size=self.world_size, exit_code=code) from raised
+            where = outcomes[min(failures)][2]
+            raise StepFailedError(where, texts, world_size=self.world_size, exit_code=code) from raised
         return [outcome[0] for outcome in outcomes]
 
     def broadcast(self, step: str, work: Callable[[], T]) -> T:
