@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_export.config.loader import load_config
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
 from dist_export.manifest import Manifest
-from dist_export.model.user_objects import Objects, build_objects
+from dist_export.model.user_objects import Objects
+from dist_export.pipeline.config_agreement import build_and_digest
 from dist_export.pipeline.run import run_export
 from dist_export.reporting.display import show_lines
 from dist_export.runtime.joining import join
@@ -120,13 +121,19 @@ def export(
     # the types in a config that was built by hand have not been checked
     settings = load_config(vars(config) if isinstance(config, ExportConfig) else config)
     with join(timeout_secs=settings.timeout) as ranks:
-        objects = ranks.run("build the model and the dataset", lambda: build_objects(settings), may_block=True)
-        return _export(ranks, settings, objects, progress)
+        objects, digests = build_and_digest(ranks, settings)
+        return _export(ranks, settings, objects, progress, digests)
 
 
-def _export(ranks: Ranks, config: ExportConfig, objects: Objects, progress: bool | None) -> Manifest:
+def _export(
+    ranks: Ranks,
+    config: ExportConfig,
+    objects: Objects,
+    progress: bool | None,
+    digests: Sequence[bytes] | None = None,
+) -> Manifest:
     is_shown = config.progress if progress is None else progress
-    manifest, summary = run_export(ranks, config, objects, is_shown=is_shown)
+    manifest, summary = run_export(ranks, config, objects, is_shown=is_shown, digests=digests)
     if is_shown and ranks.rank == 0:
         show_lines(summary)
     return manifest

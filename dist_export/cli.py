@@ -102,12 +102,12 @@ def _export(argv: list[str]) -> int:
     summary: list[str] = []
 
     def work(ranks: Ranks) -> int:
-        from dist_export.model.user_objects import build_objects
+        from dist_export.pipeline.config_agreement import build_and_digest
         from dist_export.pipeline.run import run_export
 
         config = ranks.run("read the settings", lambda: parse_settings(argv))
-        objects = ranks.run("build the model and the dataset", lambda: build_objects(config), may_block=True)
-        _, lines = run_export(ranks, config, objects, is_shown=config.progress)
+        objects, digests = build_and_digest(ranks, config)
+        _, lines = run_export(ranks, config, objects, is_shown=config.progress, digests=digests)
         summary.extend(lines if ranks.rank == 0 else ())
         return 0
 

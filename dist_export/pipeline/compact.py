@@ -146,6 +146,7 @@ class Compaction:
             trainer_state=[],
             small_files=small_files,
             identity=identity,
+            has_manifest=True,
         )
         return export.grown(read=read, taken_over=TakenFromDelta(package))
 

@@ -10,6 +10,7 @@ import xxhash
 
 from dist_export.config.schema import ExportConfig
 from dist_export.errors import ConfigError
+from dist_export.model.user_objects import Objects, build_objects
 from dist_export.redact import redact_text
 from dist_export.runtime.ranks import Ranks
 
@@ -38,6 +39,18 @@ _SHOWN_CHARACTERS = 60
 def digest_settings(config: ExportConfig) -> bytes:
     """Return what is the same where the settings are. Any rank."""
     return xxhash.xxh3_128_digest(msgspec.json.encode(_encode(config)))
+
+
+def build_and_digest(ranks: Ranks, config: ExportConfig) -> tuple[Objects, Sequence[bytes]]:
+    """Build the model and the dataset, and return them with the digests of the settings of all ranks. All ranks."""
+    built: list[Objects] = []
+
+    def build() -> bytes:
+        built.append(build_objects(config))
+        return digest_settings(config)
+
+    digests = ranks.all_gather("build the model and the dataset", build, may_block=True)
+    return built[0], digests
 
 
 def refuse_different_settings(ranks: Ranks, config: ExportConfig, digests: Sequence[bytes]) -> None:

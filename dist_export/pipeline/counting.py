@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from dist_export.checkpoint.metadata import Checkpoint
-from dist_export.plan.census import Census, UniqueTask, count_row_indexed_rows, merge_censuses
+from dist_export.plan.census import (
+    Census,
+    UniqueTask,
+    count_row_indexed_rows,
+    deal_unique_tasks,
+    merge_censuses,
+    plan_unique_tasks,
+)
 from dist_export.plan.memory_budget import MemoryBudget
 from dist_export.plan.prune import Pruning
 from dist_export.plan.target_slices import Targets
@@ -34,11 +41,21 @@ def count_rows(
 
 
 def search_rest(
-    checkpoint: Checkpoint, tasks: list[UniqueTask], budget: MemoryBudget, duplicates: DuplicateIds
+    ranks: Ranks, checkpoint: Checkpoint, census: Census, budget: MemoryBudget, duplicates: DuplicateIds
 ) -> None:
-    """Search this rank's tasks for ids that stand twice."""
+    """Search for ids that stand twice where the count did not: in large parts, and in several of a slice. All ranks."""
+    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=budget.held_ids)
+    if not unique_tasks:
+        return
+    tasks = ranks.check(
+        "share out the search for repeated ids",
+        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
+    )
 
     def search(share: list[UniqueTask]) -> None:
         check_unique(checkpoint, share, held_ids=budget.held_ids, duplicates=duplicates)
 
-    run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])
+    def search_mine() -> None:
+        run_threads(search, [tasks[thread :: budget.threads] for thread in range(budget.threads)])
+
+    ranks.all_gather("search for ids that stand twice", search_mine)

@@ -32,12 +32,12 @@ from dist_export.pipeline.account import (
 )
 from dist_export.pipeline.base_package import fit_base, open_base
 from dist_export.pipeline.inputs import note_renamed
-from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
+from dist_export.pipeline.planned_files import list_planned, may_copy_within, writes_fingerprints
 from dist_export.pipeline.planning import PlannedSparse, describe_row_indexed_tables, plan_sparse
 from dist_export.pipeline.preflight import Found, look_at_all
 from dist_export.pipeline.refresh import compare_tables
 from dist_export.pipeline.reused_program import TakenOver
-from dist_export.pipeline.target import ExportPaths, may_copy_within, refuse_foreign_files
+from dist_export.pipeline.target import ExportPaths, refuse_foreign_files
 from dist_export.pipeline.trainer_delta import is_trainer_delta
 from dist_export.plan.casts import cast_of, note_unreadable
 from dist_export.plan.dropped_rows import DUPLICATE, account_for

@@ -216,13 +216,12 @@ def refuse_unscored(config: ExportConfig, objects: Objects, checkpoint: Checkpoi
                 )
 
 
-def refuse_without_scores(config: ExportConfig) -> None:
+def refuse_without_scores() -> None:
     """Refuse ``score_program: require`` where there is no model, no dataset or no table in the package. ConfigError."""
-    if config.score_program == "require":
-        raise ConfigError(
-            "score_program is require, which needs model, dataset and tables that are exported; give them, or set "
-            "score_program: auto"
-        )
+    raise ConfigError(
+        "score_program is require, which needs model, dataset and tables that are exported; give them, or set "
+        "score_program: auto"
+    )
 
 
 def dims_of(checkpoint: Checkpoint) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The files that the check of the shards writes beside them: row indexes and row fingerprints, as the settings want them."""
+"""The files of an export besides the manifest: which are written beside the shards, and whether a store copies ranges itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dist_export.commit.row_indexes import index_name
 from dist_export.config.publishing import VERSIONS
 from dist_export.config.schema import ExportConfig
 from dist_export.formats.row_fingerprints import fingerprints_name
+from dist_export.pipeline.target import ExportPaths
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 
@@ -30,3 +31,12 @@ def list_planned(plan: SparsePlan, target: Directory, config: ExportConfig) -> l
     indexes = [index_name(name) for name in shards] if config.row_index else []
     fingerprints = [fingerprints_name(name) for name in shards] if writes_fingerprints(config, plan, target) else []
     return [*shards, *indexes, *fingerprints]
+
+
+def may_copy_within(paths: ExportPaths, *, server_side_copy: bool) -> bool:
+    """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
+
+    It is one store where both are reached with the same options.
+    """
+    is_one_store = paths.source is not None and paths.source.is_same_store(paths.target)
+    return paths.target.s3 is not None and is_one_store and server_side_copy

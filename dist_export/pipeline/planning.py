@@ -34,8 +34,6 @@ from dist_export.pipeline.counting import count_rows, search_rest
 from dist_export.plan.casts import cast_slots, check_defaults, round_defaults
 from dist_export.plan.census import (
     Census,
-    deal_unique_tasks,
-    plan_unique_tasks,
     ranks_of_parts,
     share_parts,
 )
@@ -249,11 +247,15 @@ def plan_sparse(
         CheckpointError: an id that stands twice in a table, where ``on_duplicate`` is ``error``.
         ExportError: ranks that came to different plans, for they do not see the same source.
     """
-    # machines may mount the source in different ways, and all ranks need one digest of the plan
-    checkpoint = replace(checkpoint, disk_state=ranks.broadcast("look at the disk", checkpoint.digest_traces))
     selection, targets, num_shards = ranks.check("choose what to keep", lambda: choose(checkpoint, config, world_size))
     pruning = ranks.check("read the rules for rows", lambda: leaving or read_pruning(checkpoint, config))
-    budget = ranks.broadcast("share out the memory", lambda: budget_of(config, taken=pruning.num_bytes))
+
+    def look() -> tuple[MemoryBudget, str]:
+        return budget_of(config, taken=pruning.num_bytes), checkpoint.digest_traces()
+
+    # machines may have other cores and mount the source in other ways, and all ranks need one plan with one digest
+    budget, disk_state = ranks.broadcast("share out the memory", look)
+    checkpoint = replace(checkpoint, disk_state=disk_state)
     shares = share_parts(checkpoint, ranks.world_size * budget.threads)
     keep_freed_memory()
     duplicates = DuplicateIds(checkpoint, most=None if config.on_duplicate == "error" else budget.dropped_rows)
@@ -270,13 +272,7 @@ def plan_sparse(
 
     same, rules = ranks.check("open the tables of the base", compare)
     census = count(rules, duplicates)
-    unique_tasks = plan_unique_tasks(checkpoint, census, held_ids=budget.held_ids)
-    tasks = ranks.check(
-        "share out the search for repeated ids",
-        lambda: deal_unique_tasks(checkpoint, unique_tasks, ranks.rank, ranks.world_size),
-    )
-
-    ranks.all_gather("search for ids that stand twice", lambda: search_rest(checkpoint, tasks, budget, duplicates))
+    search_rest(ranks, checkpoint, census, budget, duplicates)
     ranks.check("look for misplaced rows", lambda: _refuse_misplaced(checkpoint, census, config))
     dropped = drop_nothing()
     if config.on_duplicate != "error":
@@ -297,7 +293,8 @@ def plan_sparse(
 
     plan = ranks.check("lay out the shards", lay_out)
     digests = ranks.all_gather("compare the plans", lambda: plan.digest)
-    ranks.check("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
+    if len(set(digests)) > 1:
+        ranks.run("agree on the plan", lambda: _refuse_different(digests, checkpoint.directory.url))
     return PlannedSparse(plan=plan, census=census, budget=budget, same=same)
 
 
@@ -354,12 +351,11 @@ def budget_of(config: ExportConfig, *, taken: int = 0) -> MemoryBudget:
 
 
 def _refuse_different(digests: list[str], source: str) -> None:
-    if len(set(digests)) > 1:
-        told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
-        raise ExportError(
-            f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
-            "Check that it is one shared directory whose files no longer change"
-        )
+    told = "; ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+    raise ExportError(
+        f"the ranks came to different plans, so they do not see the same {source} ({told}). Nothing was written. "
+        "Check that it is one shared directory whose files no longer change"
+    )
 
 
 def _refuse_misplaced(checkpoint: Checkpoint, census: Census, config: ExportConfig) -> None:

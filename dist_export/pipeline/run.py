@@ -9,7 +9,7 @@ from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.config_agreement import digest_settings, refuse_different_settings
 from dist_export.pipeline.inputs import look_for_weights
-from dist_export.pipeline.locate import locate
+from dist_export.pipeline.locate import Locations, locate
 from dist_export.pipeline.run_dir import FoundCheckpoint
 from dist_export.pipeline.steps import STEPS, Step, export_located
 from dist_export.pipeline.target import place_of
@@ -29,26 +29,30 @@ def run_export(
     published: Published | None = None,
     steps: Sequence[Step] | None = None,
     found: FoundCheckpoint | None = None,
+    digests: Sequence[bytes] | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Export, and return the committed manifest and the closing summary. All ranks, each with its own objects.
 
     ``is_shown``: progress is shown while it lasts. ``published`` counts the versions of a process that exports again and again.
 
     ``steps`` are what is done with the source, by default those of an export. ``found`` is the source, if other steps read it.
+    ``digests`` are those of the settings of all ranks, if they were told already.
 
     Raises as :func:`~dist_export.pipeline.steps.export_located`; ConfigError and CheckpointError also for a registry's URI or a
     run that lead to no checkpoint; ConfigError, on all ranks, where their settings differ.
     """
-    digests = ranks.all_gather("compare the settings", lambda: digest_settings(config))
+    if digests is None:
+        digests = ranks.all_gather("compare the settings", lambda: digest_settings(config))
     refuse_different_settings(ranks, config, digests)
     needs_dense = objects.model is not None and objects.dataset is not None
     weights = look_for_weights(ranks, config, objects.model)
-    located = ranks.broadcast(
-        "find the checkpoint",
-        lambda: locate(config, needs_dense=needs_dense, weights=weights, found=found),
-    )
+
+    def find() -> tuple[Locations, str]:
+        located = locate(config, needs_dense=needs_dense, weights=weights, found=found)
+        return located, place_of(located.apply(config))
+
+    located, export_dir = ranks.broadcast("find the checkpoint", find)
     config = located.apply(config)
-    export_dir = ranks.broadcast("choose the place", lambda: place_of(config))
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
     if ranks.rank == 0:  # one for each attempt, by which they are counted

@@ -26,7 +26,8 @@ def trace_scores(export: ExportState) -> ExportState:
     """Trace the score program, if there are tables to look rows up in. All ranks; writes nothing."""
     task, dense, planned = export.task, export.dense, export.planned
     if dense is None or dense.finder is None or planned is None or task.config.score_program == "off":
-        task.ranks.check("look for what a score program needs", lambda: refuse_without_scores(task.config))
+        if task.config.score_program == "require":
+            task.ranks.run("look for what a score program needs", refuse_without_scores)
         return export if dense is None else export.grown(notes=_note_sparse(export, dense, None))
     from dist_export.score.stage import ScoreStage
 

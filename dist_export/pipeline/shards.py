@@ -35,11 +35,12 @@ def transfer(
     reporter: Reporter,
     *,
     beside: Callable[[], None],
+    and_then: Callable[[], object],
     in_place: bool,
     digest: str,
     may_copy: bool,
 ) -> tuple[list[Receipt], list[Share], int, Counts]:
-    """Write the shards in a thread while ``beside`` runs in this one. All ranks."""
+    """Write the shards in a thread while ``beside`` runs in this one. All ranks. ``and_then`` is called on rank 0."""
     job = Transfer(
         ranks,
         planned.plan,
@@ -69,7 +70,7 @@ def transfer(
 
             try:
                 written = pool.submit(job.write)
-                receipts, shares = job.finish(lambda: wait(written))
+                receipts, shares = job.finish(lambda: wait(written), and_then)
             except BaseException:  # also Ctrl-C: the transfer thread and the other ranks stop at their next unit
                 ranks.announce_failure()
                 raise

@@ -54,7 +54,7 @@ def compare_source_package(export: ExportState) -> ExportState:
         CheckpointError: a file is not what was written, or the package for its digests is missing.
     """
     task, directory = export.task, export.paths.source
-    if directory is None or export.in_place or not task.config.need_export_sparse:
+    if directory is None or export.in_place or not export.source.has_manifest or not task.config.need_export_sparse:
         return export
     if task.config.digest == NONE:
         manifest = task.ranks.broadcast("look for a package", lambda: _find(directory, export.source.checkpoint))
@@ -91,7 +91,7 @@ def compare_source_ids(export: ExportState) -> ExportState:
         CheckpointError: they are not those that were written.
     """
     directory, planned = export.paths.source, export.planned
-    if directory is None or export.in_place or planned is None:
+    if directory is None or export.in_place or not export.source.has_manifest or planned is None:
         return export
 
     def look() -> None:

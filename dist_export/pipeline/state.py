@@ -68,13 +68,15 @@ class Source:
     features: Features
     parameters: DenseParameters | None
     held_state: DenseMeta
-    """All dense tensors of the checkpoint. Rank 0; empty elsewhere."""
+    """All dense tensors of the checkpoint."""
     trainer_state: DenseMeta
     """Those of them that only training needs, where the filter drops these."""
     small_files: Mapping[str, SourceFile]
-    """The state of each small file, and of files with dense parameters alone, to notice a change. The same on all ranks."""
+    """The state of each small file, and of files with dense parameters alone, to notice a change. Rank 0; empty elsewhere."""
     identity: str
     """A digest of the source and of the settings that shape the package."""
+    has_manifest: bool
+    """Whether the source has a manifest: it may be a package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

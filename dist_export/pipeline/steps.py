@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.commit.publish import add_casts, publish
 from dist_export.commit.row_indexes import note_unindexed
@@ -17,21 +16,13 @@ from dist_export.formats.deleted_ids import deleted_name
 from dist_export.manifest import FileEntry, Manifest, TableEntry, seal
 from dist_export.model.user_objects import Objects
 from dist_export.pipeline.account import list_dense_left, note_dense_left
-from dist_export.pipeline.base_package import fit_base, open_base, refuse_replaced_base
+from dist_export.pipeline.base_package import fit_base, refuse_replaced_base
 from dist_export.pipeline.deltas import account_for_base
-from dist_export.pipeline.identity import Told, find_incomparable, identify_export
-from dist_export.pipeline.inputs import (
-    find_dense,
-    look_at_source,
-    note_renamed,
-    open_source,
-    read_confs,
-    refuse_unscored,
-)
 from dist_export.pipeline.locate import Locations, register_package
 from dist_export.pipeline.package_manifest import describe_export
-from dist_export.pipeline.planned_files import list_planned, writes_fingerprints
+from dist_export.pipeline.planned_files import list_planned, may_copy_within, writes_fingerprints
 from dist_export.pipeline.planning import describe_row_indexed_tables, plan_sparse
+from dist_export.pipeline.reading import read_source
 from dist_export.pipeline.refresh import (
     describe_sample_rows,
     plan_carried,
@@ -42,28 +33,24 @@ from dist_export.pipeline.refresh import (
 from dist_export.pipeline.scores import casts_of, score_sample, state_contract, trace_scores
 from dist_export.pipeline.shards import check, compare_live, transfer
 from dist_export.pipeline.small_files import open_scratch, write_rest_of_files
-from dist_export.pipeline.source_changes import look_at_small_files, refuse_changed_files, refuse_changed_payload
+from dist_export.pipeline.source_changes import refuse_changed_files, refuse_changed_payload
 from dist_export.pipeline.source_package import compare_source_ids, compare_source_package
-from dist_export.pipeline.state import ExportState, Source, Task
+from dist_export.pipeline.state import ExportState, Task
 from dist_export.pipeline.taken_program import look_for_program
 from dist_export.pipeline.target import (
     claim,
+    clear_target,
     commit_paths,
     find_committed,
     find_same,
-    may_copy_within,
     open_paths,
-    settle,
 )
 from dist_export.pipeline.target_state import OnDisk
 from dist_export.pipeline.trainer_delta import (
     as_base,
-    is_trainer_delta,
-    open_trainer_delta,
 )
 from dist_export.plan.casts import note_unreadable
 from dist_export.plan.prune_report import note_rules
-from dist_export.plan.selection import is_trainer_state
 from dist_export.registry.versions import refuse_needed
 from dist_export.reporting.progress import Reporter
 from dist_export.reporting.summary import summarize, summarize_same
@@ -124,59 +111,6 @@ def export_located(
     return manifest, summarize(manifest, export.shares, export_dir) + versions
 
 
-def read_source(export: ExportState) -> ExportState:
-    """Read the metadata of the checkpoint, fg and mc, and what the dense arch will need. All ranks."""
-    task, paths = export.task, export.paths
-    ranks, config, objects, source = task.ranks, task.config, task.objects, paths.source
-    base = open_base(ranks, config, task.located.base.digest, paths.final)
-    if base is not None:
-        task.held.callback(base.close)
-    small_files = ranks.broadcast("look at the checkpoint", lambda: look_at_small_files(source))
-    with task.reporter.stage("read"):
-        if base is not None and source is not None and is_trainer_delta(config):
-            checkpoint: Checkpoint | None = open_trainer_delta(ranks, config, source, base)
-        else:
-            exports_dense = objects.dataset is not None
-            checkpoint = open_source(
-                ranks, config, source, model=objects.model, weights=task.weights, exports_dense=exports_dense
-            )
-        notes = list(checkpoint.warnings if checkpoint is not None else ())
-        fg_conf, mc_conf, features = ranks.check("check fg and mc", lambda: read_confs(config, objects, checkpoint))
-        notes += [*features.notes, *note_renamed(fg_conf, checkpoint)]
-        if export.in_place:
-            notes += ranks.broadcast("look at what is there", lambda: look_at_source(config, export.target, fg_conf))
-        # read also for the tables alone: one that is cut short tells of a save that did not finish
-        parameters = ranks.check(
-            "look for dense parameters", lambda: find_dense(config, source, checkpoint, task.weights)
-        )
-        held_state = ranks.broadcast("read the dense parameters", lambda: parameters and parameters.describe()) or []
-        trainer_state = [it for it in held_state if config.filter_sparse_opt and is_trainer_state(it[0])]
-        if checkpoint is None and parameters is not None:  # else the tables' reader has told
-            notes += ranks.broadcast("look at the state", lambda: list(parameters.notes))
-            files = ranks.broadcast("look at the state's files", parameters.list_files)
-            small_files = {**{file.name: file for file in files}, **small_files}
-        told = Told(small_files, [fg_conf, mc_conf, task.located.base.digest], ranks.world_size)
-        identity = ranks.broadcast(
-            "identify the export", lambda: identify_export(config, objects, checkpoint, source, told)
-        )
-    if incomparable := find_incomparable(config):
-        notes.append(incomparable)
-    read = Source(
-        checkpoint=checkpoint,
-        fg_conf=fg_conf,
-        mc_conf=mc_conf,
-        features=features,
-        parameters=parameters,
-        held_state=held_state,
-        trainer_state=trainer_state,
-        small_files=small_files,
-        identity=identity,
-    )
-    return export.grown(
-        notes=notes, read=read, base=base, dense_state=[it for it in held_state if it not in trainer_state]
-    )
-
-
 def find_same_package(export: ExportState) -> ExportState:
     """End the export where the target holds its package already. All ranks."""
     task = export.task
@@ -186,7 +120,8 @@ def find_same_package(export: ExportState) -> ExportState:
         same = find_same(export.paths, task.config, export.source.identity)
         return same and _register(task, same, registered)
 
-    same = task.ranks.broadcast("look for the same export", look)
+    # a package that comes later is found when the target is locked
+    same = task.ranks.broadcast("look for the same export", look) if export.paths.has_package else None
     return export.grown(manifest=same, is_same=same is not None, registered=tuple(registered))
 
 
@@ -218,7 +153,6 @@ def sample_model(export: ExportState) -> ExportState:
     """Run the model on its sample batch, if a dense arch is exported. All ranks; writes nothing."""
     task, read = export.task, export.source
     ranks, config, objects = task.ranks, task.config, task.objects
-    ranks.check("look for what scores need", lambda: refuse_unscored(config, objects, read.checkpoint))
     if objects.model is None or objects.dataset is None:
         return export
     from dist_export.dense.stage import DenseStage  # torch.export costs a second that other exports need not pay
@@ -236,20 +170,21 @@ def lock_target(export: ExportState) -> ExportState:
     shards = [] if planned is None else list_planned(planned.plan, export.target, config)
     if export.base is not None:
         shards += sorted({deleted_name(part.file) for table in export.base.manifest.tables for part in table.parts})
-    paths = settle(ranks, export.paths, config, identity, shards)
-    refuse_if_lost = claim(ranks, paths, config, identity, task.held.callback)
+    paths, refuse_if_lost = claim(ranks, export.paths, config, identity, shards, task.held.callback)
     registered: list[str] = []
 
-    def register(manifest: Manifest) -> Manifest:
-        return _register(task, manifest, registered)
+    def begin() -> tuple[Manifest | None, str]:
+        """Return the package that an earlier attempt has committed, or else a temporary directory."""
+        clear_target(paths, config, identity)
+        committed = find_committed(
+            paths, config, identity, and_then=lambda manifest: _register(task, manifest, registered)
+        )
+        return committed, "" if committed is not None else task.held.enter_context(open_scratch(paths.target))
 
-    committed = ranks.broadcast(
-        "look for a committed package", lambda: find_committed(paths, config, identity, and_then=register)
-    )
+    committed, scratch = ranks.broadcast("look at what is there", begin)
     if committed is not None:
         return export.grown(paths=paths, manifest=committed, is_same=True, registered=tuple(registered))
     ranks.note_on_disk(ranks.check("note what is in export_dir", lambda: OnDisk(paths.final, paths.target)))
-    scratch = ranks.broadcast("make a temporary directory", lambda: task.held.enter_context(open_scratch(paths.target)))
     return export.grown(paths=paths, refuse_if_lost=refuse_if_lost, scratch=scratch)
 
 
@@ -257,6 +192,7 @@ def transfer_and_trace(export: ExportState) -> ExportState:
     """Write the shards, while rank 0 traces the dense arch. All ranks."""
     task, dense, planned = export.task, export.dense, export.planned
     ranks, config = task.ranks, task.config
+    written: Written = {}
 
     def trace() -> None:
         if dense is not None and ranks.rank == 0:
@@ -272,17 +208,20 @@ def transfer_and_trace(export: ExportState) -> ExportState:
             return export
         if config.is_refresh:
             refuse_other_program(export)
+        sizes = {file.name: file.num_bytes for file in planned.plan.files}
         receipts, shares, reused, casts = transfer(
             ranks,
             planned,
             export.target,
             task.reporter,
             beside=(lambda: None) if config.is_refresh else trace,
+            # what comes later was not checked
+            and_then=lambda: written.update(note_written(export.target, sizes)),
             in_place=export.in_place,
             digest=config.digest,
             may_copy=may_copy_within(export.paths, server_side_copy=config.server_side_copy),
         )
-    return export.grown(receipts=tuple(receipts), shares=tuple(shares), reused=reused, casts=casts)
+    return export.grown(receipts=tuple(receipts), shares=tuple(shares), reused=reused, casts=casts, written=written)
 
 
 def check_shards(export: ExportState) -> ExportState:
@@ -291,11 +230,8 @@ def check_shards(export: ExportState) -> ExportState:
     if planned is None:
         return export
     ranks, plan = task.ranks, planned.plan
-    written: Written = {}
+    written = dict(export.written)
     with task.reporter.stage("check"):
-        sizes = {receipt.name: receipt.num_bytes for receipt in export.receipts}
-        # what comes later was not checked
-        ranks.broadcast("look at the shards", lambda: written.update(note_written(target, sizes)))
         if task.config.on_overflow == "error":
             ranks.check("look for values that do not fit", lambda: refuse_overflow(plan, casts))
         checked = check(
@@ -309,10 +245,9 @@ def check_shards(export: ExportState) -> ExportState:
         )
         tables: tuple[TableEntry, ...] = add_casts(plan, checked.tables, casts)
         index_files = (*(index.file for index in checked.indexes), *checked.fingerprints)
-        ranks.broadcast(
-            "look at the row indexes",
-            lambda: written.update(note_written(target, {file.path: file.num_bytes for file in index_files})),
-        )
+        index_sizes = {file.path: file.num_bytes for file in index_files}
+        noted: Written = {}
+        written |= ranks.check_on_first("look at the row indexes", lambda: note_written(target, index_sizes), noted)
         if plan.checkpoint.memory is not None:
             compare_live(ranks, planned, target)
     notes = note_unindexed(checked.indexes)

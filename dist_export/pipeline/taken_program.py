@@ -14,7 +14,7 @@ def look_for_program(export: ExportState, plan: SparsePlan, base: Package | None
     if plan.checkpoint.dump is not None and base is not None:
         task.ranks.broadcast("look for the program of the base", lambda: export.taken_over.take_base(base))
         return note_dense_of_base(base.manifest, plan.checkpoint)
-    if where is None or export.in_place:
+    if where is None or export.in_place or not read.has_manifest:
         return []
     has_own = task.objects.model is not None or read.fg_conf is not None or read.mc_conf is not None
     with_scores = task.config.score_program != "off"

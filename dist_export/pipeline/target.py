@@ -40,6 +40,8 @@ class ExportPaths:
     """Where the files are written: ``final``, or a directory beside it while an old package is in ``final``."""
     in_place: bool
     """The target is the source, whose files stay as they are."""
+    has_package: bool
+    """Whether a package was in ``final`` at first."""
     model: OwnValues = field(default_factory=OwnValues)
     """Of the caller's model, what no checkpoint tells."""
 
@@ -47,6 +49,11 @@ class ExportPaths:
     def way_out(self) -> str:
         """What can be done about a package that is in the way, for messages."""
         return _say_way_out(self.final, in_place=self.in_place)
+
+    @property
+    def claimed(self) -> tuple[Directory, ...]:
+        """The directories that nobody else may write to meanwhile."""
+        return (self.final, self.target) if self.is_replacing else (self.final,)
 
     @property
     def is_replacing(self) -> bool:
@@ -78,8 +85,8 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
     source, final = ranks.check("check the places", check)
     in_place = source is not None and source.is_same(final)
 
-    def look() -> bool:
-        """Return whether there is an old package that is to be replaced."""
+    def look() -> tuple[bool, bool]:
+        """Return whether there is an old package that is to be replaced, and whether there is any."""
         if final.is_local and swap.is_cut_off(final.path):
             release = lock_file.lock(open_directory(swap.beside(final.path, "old")))  # whoever cut it off is gone then
             try:
@@ -91,25 +98,17 @@ def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any =
             _refuse_package(final, config, in_place=in_place)
         if config.on_unfinished == "error" and not _has_restarted():
             _refuse_working_state(_next_to(final) if is_old else final)
-        return is_old
+        return is_old, final.exists(MANIFEST)
 
-    is_replacing = ranks.broadcast("look at export_dir", look)
+    is_replacing, has_package = ranks.broadcast("look at export_dir", look)
     return ExportPaths(
         source=source,
         final=final,
         target=_next_to(final) if is_replacing else final,
         in_place=in_place,
+        has_package=has_package,
         model=OwnValues(model, config.dense_model_name, config.sparse_model_name),
     )
-
-
-def may_copy_within(paths: ExportPaths, *, server_side_copy: bool) -> bool:
-    """Whether byte ranges of the source become parts of the target within one S3 store, without coming here.
-
-    It is one store where both are reached with the same options.
-    """
-    is_one_store = paths.source is not None and paths.source.is_same_store(paths.target)
-    return paths.target.s3 is not None and is_one_store and server_side_copy
 
 
 def _next_to(final: Directory) -> Directory:
@@ -160,26 +159,21 @@ def _has_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def settle(ranks: Ranks, paths: ExportPaths, config: ExportConfig, identity: str, shards: list[str]) -> ExportPaths:
-    """Decide about what is in export_dir, now that it is known which export this is. All ranks.
+def _settle(paths: ExportPaths, config: ExportConfig, identity: str, shards: list[str]) -> bool:
+    """Return whether a package in export_dir is replaced, now that it is known which export this is. Rank 0.
 
     Raises:
         ConfigError: a package of another export that may not be replaced; a file that no export of ours left, under the
             name of one of ``shards`` or of an index.
     """
     final = paths.final
-
-    def look() -> bool:
-        refuse_foreign_files(paths, shards)
-        if paths.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
-            return paths.is_replacing
-        if _read_same(paths, config, identity) is not None:
-            return False
-        _refuse_package(final, config, in_place=paths.in_place)
-        return True
-
-    is_replacing = ranks.broadcast("look at the package that is there", look)
-    return dataclasses.replace(paths, target=_next_to(final) if is_replacing else final)
+    refuse_foreign_files(paths, shards)
+    if paths.is_replacing or not final.exists(MANIFEST) or not may_be_committed(final):
+        return paths.is_replacing
+    if _read_same(paths, config, identity) is not None:
+        return False
+    _refuse_package(final, config, in_place=paths.in_place)
+    return True
 
 
 def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
@@ -309,46 +303,54 @@ def claim(
     paths: ExportPaths,
     config: ExportConfig,
     identity: str,
+    shards: list[str],
     release: Callable[[lock_file.Release], object],
-) -> Callable[[], None]:
-    """Claim the directories for this export, and clear away what a restart does not want. All ranks.
+) -> tuple[ExportPaths, Callable[[], None]]:
+    """Decide about what is in export_dir, and claim the directories for this export. All ranks.
 
     Args:
+        shards: the files that this export will write.
         release: gets what gives each claim back.
 
     Returns:
-        What raises CommitError if the claim was lost; for rank 0, right before the commit.
-    """
-    final, target = paths.final, paths.target
-    checks: list[Callable[[], None]] = []
-    directories = [final, target] if paths.is_replacing else [final]
+        Where the files are written; and what raises CommitError if the claim was lost: for rank 0, right before the commit.
 
-    def lock() -> None:
+    Raises:
+        ConfigError: as :func:`_settle`; or another export has the directory.
+    """
+    final = paths.final
+    checks: list[Callable[[], None]] = []
+
+    def settled(is_replacing: bool) -> ExportPaths:
+        return dataclasses.replace(paths, target=_next_to(final) if is_replacing else final)
+
+    def lock() -> bool:
+        is_replacing = _settle(paths, config, identity, shards)
         if not final.is_local:
             lease = lock_file.Lease(final)
             release(lease.release)
             checks.append(lease.refuse_if_lost)
-            return
-        for directory in directories:
-            release(lock_file.lock(directory))
+        else:
+            for directory in settled(is_replacing).claimed:
+                release(lock_file.lock(directory))
+        return is_replacing
 
     def join() -> None:
-        for directory in directories if ranks.rank and final.is_local else ():
+        for directory in paths.claimed if ranks.rank and final.is_local else ():
             release(lock_file.join_lock(directory))
-
-    ranks.broadcast("claim export_dir", lock)
-    ranks.run("claim export_dir", join)
-    ranks.broadcast("look at what is there", lambda: _begin(paths, config, identity))
 
     def refuse_if_lost() -> None:
         for check in checks:
             check()
 
-    return refuse_if_lost
+    ranks.settle_checks("claim export_dir")
+    paths = settled(ranks.broadcast("claim export_dir", lock))
+    ranks.run("claim export_dir", join)
+    return paths, refuse_if_lost
 
 
-def _begin(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
-    """Look again, now that nobody else is there, and prepare the target. Rank 0."""
+def clear_target(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
+    """Look again, now that nobody else is there, and clear away what a restart does not want. Rank 0."""
     final, target = paths.final, paths.target
     has_come = final.exists(MANIFEST) and not paths.is_replacing and not may_be_committed(final)
     if has_come and (_begins_anew(config) or not _is_of(final, identity)):

@@ -130,7 +130,7 @@ class Ranks:
         """
         if may_block:
             self.settle_checks(step)
-        result, raised = self._attempt(step, work)
+        result, raised = self._try(step, work)
         return self._exchange(step, result, raised, may_block=may_block)
 
     def check(self, step: str, work: Callable[[], T]) -> T:
@@ -144,11 +144,15 @@ class Ranks:
         """
         if self._meets_in_checks:
             return self.run(step, work)
-        result, raised = self._attempt(step, work)
+        result, raised = self._try(step, work)
         if raised is not None:
             self._exchange(step, None, raised)
         self._owes_checks = True
         return cast("T", result)
+
+    def check_on_first(self, step: str, work: Callable[[], T], elsewhere: T) -> T:
+        """Run ``work`` on rank 0 and return its result there, ``elsewhere`` on the other ranks, as :meth:`check`. All ranks."""
+        return self.check(step, work if self.rank == 0 else lambda: elsewhere)
 
     def settle_checks(self, step: str) -> None:
         """Wait until no rank has failed in a check, before what cannot be taken back in ``step``. All ranks."""
@@ -164,7 +168,7 @@ class Ranks:
         finally:
             self._meets_in_checks = False
 
-    def _attempt(self, step: str, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    def _try(self, step: str, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """Run ``work`` on this rank and return its result or its error."""
         result: T | None = None
         raised: Exception | None = None

@@ -61,7 +61,7 @@ class Transfer:
             ranks: the ranks of the export.
             plan: the plan to carry out; the same on all ranks.
             target: the export directory.
-            limits: threads of each rank and their memory budget; the same on all ranks.
+            budget: threads of each rank and their memory; the same on all ranks.
             digest: algorithm of the shards' digests, or ``none``.
             in_place: whether the files are already in the target and are only hashed.
             may_copy: on S3, whether the store may copy byte ranges itself.
@@ -103,7 +103,7 @@ class Transfer:
 
     @property
     def num_reused(self) -> int:
-        """How many complete shards of an interrupted run are reused. The same on every rank. After ``prepare``."""
+        """How many complete shards of an interrupted run are reused. After ``prepare``."""
         return len(self._reused)
 
     @property
@@ -116,21 +116,20 @@ class Transfer:
         ranks, plan = self._ranks, self._plan
         threads = self._budget.threads
 
-        def look() -> tuple[dict[int, Receipt], dict[int, Receipt]]:
+        def look() -> tuple[dict[int, Receipt], dict[int, Receipt], set[int]]:
             open_queues(ranks, "reuse", threads)
             open_queues(ranks, "write", threads)
             if ranks.rank or self._in_place:
-                return {}, {}
+                return {}, {}, set()
             if casts_by_table(plan.checkpoint, plan.selection):
                 self._counts = read_counts(self._target, plan)
-            return self._receipts.find()
+            return *self._receipts.find(), set(self._counts)
 
-        candidates, vouched = ranks.all_gather("look for an interrupted export", look)[0]
+        candidates, vouched, counted = ranks.all_gather("look for an interrupted export", look)[0]
         if self._in_place:
             self._hashing = plan_hash_units(plan, list(range(len(plan.files))))
             return
         self._reused = self._find_whole(candidates) | vouched
-        counted = ranks.all_gather("look for what was counted", lambda: set(self._counts))[0]
         remote = {} if self._uploads is None else {n: p for n, p in self._uploads.parts.items() if p.has_remote}
         new = [n for n in range(len(plan.files)) if n not in self._reused]
         built = [n for n in new if self._uploads is None or self._uploads.is_built(n)]
@@ -196,11 +195,12 @@ class Transfer:
         """Copy and gather: own units first, then units of slower ranks. Any thread; no collective."""
         self._digests.update(self._run_units("write", self._writing, self._open_staged, is_counted=True))
 
-    def finish(self, wait_for_write: Callable[[], None]) -> tuple[list[Receipt], list[Share]]:
+    def finish(self, wait: Callable[[], None], and_then: Callable[[], object]) -> tuple[list[Receipt], list[Share]]:
         """Wait for the writing, hash the remaining chunks, and check that the source did not change. All ranks.
 
         Args:
-            wait_for_write: returns when ``write`` has returned, or raises its error.
+            wait: returns when ``write`` has returned, or raises its error.
+            and_then: is called on rank 0 when all files are published, before this returns on any rank.
 
         Returns:
             The receipts of all files, in the order of the files, and the work of each rank. All files are published.
@@ -211,24 +211,30 @@ class Transfer:
             open_queues(ranks, "hash", self._budget.threads)
             if self._disk_of_rank:
                 open_queues(ranks, "hash/disk", self._budget.threads)
-            wait_for_write()
+            wait()
             ranks.refuse_to_go_on()  # a rank that was asked to stop did not finish its units
             return self._digests
 
         found = join_digests(ranks.all_gather("write shards", finish_writing))
         if self._hashing:
             opener = self._open_final if self._in_place else self._open_staged
-            # mostly read back from the page cache, so progress counts this only if the transfer is in place
+            # usually read back from the page cache: progress counts it only in place
             hash_shards = functools.partial(self._run_units, "hash", self._hashing, opener, is_counted=self._in_place)
             found |= join_digests(ranks.all_gather("hash shards", hash_shards))
-        ranks.all_gather("look whether the checkpoint changed", self._refuse_changed_source)
-        for counts in ranks.all_gather("count what the casts lost", lambda: self._counts):
+
+        def look_back() -> tuple[Counts, Share]:
+            self._refuse_changed_source()
+            if ranks.rank == 0:
+                and_then()
+            return self._counts, self._share
+
+        outcomes = ranks.all_gather("look whether the checkpoint changed", look_back)
+        for counts, _ in outcomes:
             self.casts |= counts
         if self._uploads is not None:
             ranks.broadcast("look for uploads that are left", self._uploads.sweep)
         written = {n: self._receipts.make(n, chunks) for n, chunks in chunks_of_files(found).items()} | self._reused
-        receipts = [written[number] for number in range(len(plan.files))]
-        return receipts, ranks.all_gather("count the work", lambda: self._share)
+        return [written[number] for number in range(len(plan.files))], [share for _, share in outcomes]
 
     def close(self) -> None:
         """Remove reserved files that were not published. Each rank by itself, also after a failure.
