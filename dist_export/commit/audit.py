@@ -19,6 +19,7 @@ from dist_export.plan.dropped_rows import account_for
 from dist_export.plan.plan import SparsePlan
 from dist_export.storage.directory import Directory
 from dist_export.storage.range_reader import OpenReaders
+from dist_export.workdir.presence import refusal_of
 
 
 class TableAccount(NamedTuple):
@@ -58,7 +59,10 @@ def audit_files(plan: SparsePlan, target: Directory, numbers: range, open_indexe
         for number in numbers:
             file = plan.files[number]
             where = target.describe(file.name)
-            size = target.stat(file.name).size
+            try:
+                size = target.stat(file.name).size
+            except FileNotFoundError:
+                raise refusal_of(target, file.name, "is gone") from None
             if size != file.num_bytes:
                 raise CommitError(f"{where}: {size:,} bytes on disk, {file.num_bytes:,} planned. {_NOTHING_PUBLISHED}")
             header = bytearray(len(file.header))

@@ -26,9 +26,9 @@ def note_written(target: Directory, sizes: Mapping[str, int]) -> Written:
     found = _look(target, sizes)
     for name, num_bytes in sizes.items():
         if name not in found:
-            raise _refusal(target, name, "is gone")
+            raise refusal_of(target, name, "is gone")
         if found[name].size != num_bytes:
-            raise _refusal(target, name, f"has {found[name].size:,} bytes, and {num_bytes:,} were written")
+            raise refusal_of(target, name, f"has {found[name].size:,} bytes, and {num_bytes:,} were written")
     return found
 
 
@@ -59,10 +59,11 @@ def refuse_vanished(target: Directory, written: Written, *, in_place: bool) -> N
     for name in wrong:
         if has_receipt(name) and not in_place:
             write_receipt(target, Receipt(plan="", name=name, num_bytes=0, digest=""))
-    raise _refusal(target, wrong[0], "is gone" if wrong[0] not in now else "was replaced or changed")
+    raise refusal_of(target, wrong[0], "is gone" if wrong[0] not in now else "was replaced or changed")
 
 
-def _refusal(target: Directory, name: str, what: str) -> CommitError:
+def refusal_of(target: Directory, name: str, what: str) -> CommitError:
+    """Return the error for a written file that ``what`` has happened to, such as ``is gone``."""
     return CommitError(
         f"{target.describe(name)}: {what} since it was written: something else removes or writes files there. No manifest was "
         "written, so there is no package; see to it that nothing does, and run the export again"

@@ -179,6 +179,49 @@ def test_a_collective_step_that_all_ranks_reach_is_like_any_other(tmp_path: Path
     run_ranks(pass_a_collective_step, 2, tmp_path / "store")
 
 
+def fail_in_a_check(rank: int) -> None:
+    def look() -> int:
+        if rank == 1:
+            raise CheckpointError("rank 1 sees another file")
+        return rank
+
+    later = [
+        lambda ranks: ranks.all_gather("count", lambda: rank),
+        lambda ranks: ranks.broadcast("tell", lambda: b"x" * 3_000_000),
+        lambda ranks: ranks.run("sample", lambda: rank, may_block=True),
+        lambda ranks: ranks.settle_checks("claim export_dir"),
+    ]
+    with join(timeout_secs=60) as ranks:
+        for step in later:
+            assert ranks.check("open", lambda: rank) == rank, "nobody waits in it"
+            with pytest.raises(StepFailedError, match="'look' failed on rank 1 of 3: rank 1 sees another file") as caught:
+                assert ranks.check("look", look) == rank
+                assert rank != 1, "a rank that failed does not go on"
+                assert ranks.check("more", lambda: rank) == rank
+                step(ranks)
+            assert caught.value.exit_code == 2
+            assert ranks.all_gather("go on", lambda: rank) == [0, 1, 2], "the ranks are still in step"
+        with ranks.meeting_in_checks(), pytest.raises(StepFailedError, match="'look' failed on rank 1 of 3"):
+            ranks.check("look", look)
+        assert ranks.all_gather("go on", lambda: rank) == [0, 1, 2]
+
+
+def test_a_failure_in_a_check_is_told_in_the_next_step(tmp_path: Path) -> None:
+    run_ranks(fail_in_a_check, 3, tmp_path / "store", timeout=60)
+
+
+def check_on_the_first(rank: int) -> None:
+    with join(timeout_secs=60) as ranks:
+        assert ranks.check_on_first("look", lambda: "found", "") == ("found" if rank == 0 else "")
+        with pytest.raises(StepFailedError, match="'look' failed on rank 0 of 2: gone"):
+            ranks.check_on_first("look", lambda: (_ for _ in ()).throw(CheckpointError("gone")), "")
+            ranks.settle_checks("claim export_dir")
+
+
+def test_what_rank_0_alone_looks_at_is_told_as_any_check(tmp_path: Path) -> None:
+    run_ranks(check_on_the_first, 2, tmp_path / "store", timeout=60)
+
+
 def test_one_process_needs_no_group() -> None:
     with join(timeout_secs=1) as ranks:
         assert (ranks.rank, ranks.world_size) == (0, 1)
