@@ -203,8 +203,9 @@ class Ranks:
         import torch.distributed as dist
 
         outcomes: list[Any] = [None] * self.world_size
+        told = (result, None) if failure is None else (result, (*failure, step))
         try:
-            dist.all_gather_object(outcomes, (result, failure, step), group=self._group)
+            dist.all_gather_object(outcomes, told, group=self._group)
         except RuntimeError as error:
             if raised is not None:
                 self._watchdog.fail(_describe(raised, self._watchdog.say_on_disk)[0])
@@ -215,9 +216,9 @@ class Ranks:
         if raised is not None and not isinstance(raised, (DistExportError, OSError)):
             raise raised
         if failures:
-            code = max((code for _, code in failures.values()), default=1)
-            texts = {rank: text for rank, (text, _) in failures.items()}
-            where = outcomes[min(failures)][2]
+            code = max((code for _, code, _ in failures.values()), default=1)
+            texts = {rank: text for rank, (text, _, _) in failures.items()}
+            where = failures[min(failures)][2]  # the others may be in the step after it
             raise StepFailedError(where, texts, world_size=self.world_size, exit_code=code) from raised
         return [outcome[0] for outcome in outcomes]
 

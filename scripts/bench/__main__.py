@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench import command, deltas, kernels, lookup, scaling, scenarios, serving
+from scripts.bench.asked import render_asked
 from scripts.bench.processes import ROOT
 from scripts.bench.report import HOW_TO_READ, describe_machine
 from scripts.bench.rounds import Place
@@ -42,7 +43,10 @@ ON_DISK = ("filter", "reshard")
 def main() -> int:
     """Run the scenarios that were asked for; return 1 where anything failed."""
     given = _parse()
-    settings = {"max_memory": given.max_memory} if given.max_memory else {}
+    # what these add has scenarios of its own: row_index and deltas
+    settings: dict[str, Any] = {"row_index": False, "row_fingerprints": False}
+    if given.max_memory:
+        settings["max_memory"] = given.max_memory
     machine = describe_machine()
     print(f"{HOW_TO_READ}\n\n{machine}")
     results: list[dict[str, Any]] = []
@@ -67,6 +71,7 @@ def main() -> int:
                 SCENARIOS[name](bench)
                 has_run = True
                 print(f"\n({name}, {where}: {time.monotonic() - started:.0f} s in all)", flush=True)
+    print(render_asked(results), flush=True)
     if failures:
         print(f"\n{len(failures)} FAILED: {', '.join(failures)}")
     elif not has_run:

@@ -183,8 +183,8 @@ def _path_of(folder: Path, contender: str) -> Path:
 
 def _export(bench: Bench, source: Path, out: Path, **further: Any) -> None:
     settings = {"ckpt_dir": str(source), "export_dir": str(out), "filter_sparse_opt": True, "num_shards": 2}
-    fixed = {"threads": 1, "progress": False, "row_fingerprints": False}
-    dist_export.export({**settings, **fixed, **bench.settings, **further})
+    fixed = {"threads": 1, "progress": False, "row_index": True, "row_fingerprints": False}
+    dist_export.export({**bench.settings, **settings, **fixed, **further})
 
 
 def _check_accounts(folder: Path, num_changed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,13 @@ def fail_in_a_check(rank: int) -> None:
             raise CheckpointError("rank 1 sees another file")
         return rank
 
-    later = [
+    def go_on(ranks: Ranks, step: Callable[[Ranks], object]) -> None:
+        assert ranks.check("look", look) == rank
+        assert rank != 1, "a rank that failed does not go on"
+        assert ranks.check("more", lambda: rank) == rank
+        step(ranks)
+
+    later: list[Callable[[Ranks], object]] = [
         lambda ranks: ranks.all_gather("count", lambda: rank),
         lambda ranks: ranks.broadcast("tell", lambda: b"x" * 3_000_000),
         lambda ranks: ranks.run("sample", lambda: rank, may_block=True),
@@ -194,11 +201,10 @@ def fail_in_a_check(rank: int) -> None:
     with join(timeout_secs=60) as ranks:
         for step in later:
             assert ranks.check("open", lambda: rank) == rank, "nobody waits in it"
-            with pytest.raises(StepFailedError, match="'look' failed on rank 1 of 3: rank 1 sees another file") as caught:
-                assert ranks.check("look", look) == rank
-                assert rank != 1, "a rank that failed does not go on"
-                assert ranks.check("more", lambda: rank) == rank
-                step(ranks)
+            with pytest.raises(
+                StepFailedError, match="'look' failed on rank 1 of 3: rank 1 sees another file"
+            ) as caught:
+                go_on(ranks, step)
             assert caught.value.exit_code == 2
             assert ranks.all_gather("go on", lambda: rank) == [0, 1, 2], "the ranks are still in step"
         with ranks.meeting_in_checks(), pytest.raises(StepFailedError, match="'look' failed on rank 1 of 3"):
@@ -211,11 +217,14 @@ def test_a_failure_in_a_check_is_told_in_the_next_step(tmp_path: Path) -> None:
 
 
 def check_on_the_first(rank: int) -> None:
+    def fail(ranks: Ranks) -> None:
+        ranks.check_on_first("look", lambda: (_ for _ in ()).throw(CheckpointError("gone")), "")
+        ranks.settle_checks("claim export_dir")
+
     with join(timeout_secs=60) as ranks:
         assert ranks.check_on_first("look", lambda: "found", "") == ("found" if rank == 0 else "")
         with pytest.raises(StepFailedError, match="'look' failed on rank 0 of 2: gone"):
-            ranks.check_on_first("look", lambda: (_ for _ in ()).throw(CheckpointError("gone")), "")
-            ranks.settle_checks("claim export_dir")
+            fail(ranks)
 
 
 def test_what_rank_0_alone_looks_at_is_told_as_any_check(tmp_path: Path) -> None:
