@@ -63,18 +63,16 @@ def around(owner: Any, name: str, before: Callable[..., str], after: Callable[..
 
 
 def patch() -> None:
-    real_gather = Ranks.all_gather
+    real_try = Ranks._try
 
-    def gather(self: Ranks, step: str, work: Callable[[], Any], **options: Any) -> Any:
+    def try_it(self: Ranks, step: str, work: Callable[[], Any]) -> Any:
         def arrive_and_work() -> Any:
             arrive(step)
             return work()
 
-        return real_gather(
-            self, step, work if getattr(work, "__name__", "") == "_nothing" else arrive_and_work, **options
-        )
+        return real_try(self, step, work if getattr(work, "__name__", "") == "_nothing" else arrive_and_work)
 
-    setattr(Ranks, "all_gather", gather)  # noqa: B010 -- types forbid to put another function in its place
+    setattr(Ranks, "_try", try_it)  # noqa: B010 -- types forbid to put another function in its place
     real_run = UnitRunner.run
 
     def run(self: UnitRunner, unit: Any) -> Any:
