@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ import dist_export
 from dist_export.storage.traffic import TRAFFIC
 from dist_export.verify.verify import verify
 from tests.integration.test_delta_export import change, save, tables_of
+from tests.integration.test_delta_refresh import export, refresh
+from tests.integration.test_delta_scores import build, train_on
+from tests.support import score_models as models
 from tests.support.deltas import read_deleted, read_package
 from tests.support.s3.s3_cases import Store, files_of, without_manifest
 from tests.support.s3.s3_server import S3Server
@@ -39,3 +43,27 @@ def test_a_delta_in_a_store_is_that_on_a_disk(s3_server: S3Server, tmp_path: Pat
             found, has_row = package.lookup(table, ids, raw=True)
             assert has_row.tolist() == [True] * len(rows) + [False] * (len(ids) - len(rows))
             assert [row.tobytes() for row in found[: len(rows)]] == [slots[0] for slots in rows.values()]
+
+
+def test_a_new_dense_part_over_tables_in_a_store(s3_server: S3Server, tmp_path: Path) -> None:
+    store, model = Store(s3_server), models.train(build())
+    before = models.save(model, tmp_path / "before.pth")
+    after = models.save(train_on(model), tmp_path / "after.pth")
+    options: dict[str, Any] = {"storage_options": store.options, "row_fingerprints": False}
+    export(before, store.url("base"), **options)
+    export(before, tmp_path / "base", row_fingerprints=False)
+    began = TRAFFIC.snapshot()
+    export(after, store.url("delta"), base=store.url("base"), need_export_sparse=False, **options)
+    moved = TRAFFIC.since(began)
+    refresh(after, tmp_path / "delta", tmp_path / "base", row_fingerprints=False)
+    assert moved["uploaded"] < 1 << 20
+    assert verify(store.url("delta"), store.options, base=store.url("base")).findings == []
+    batch = models.batch_of()
+    with (
+        dist_export.open_package(store.url("delta"), storage_options=store.options) as there,
+        dist_export.open_package(tmp_path / "delta") as here,
+    ):
+        scores, expected = there.score(batch), here.score(batch)
+        assert scores.keys() == expected.keys()
+        for name, values in expected.items():
+            assert np.array_equal(scores[name], values)

@@ -1,4 +1,4 @@
-"""Deltas published in a store, and two publishers at once: what is current can be opened, and one of them may say that it lost."""
+"""Deltas published in a store, and two publishers at once: what is current opens, and one of them may say that it lost."""
 
 from __future__ import annotations
 
