@@ -60,6 +60,7 @@ class TakenFromDelta(TakenOver):
         for package in (delta, base):
             refuse_replaced_base(package)
         own = delta.manifest
+        carried = tuple(note for note in dict.fromkeys(own.notes) if note not in manifest.notes)
         return msgspec.structs.replace(
             manifest,
             schema_version=SCHEMA_VERSION,
@@ -75,7 +76,8 @@ class TakenFromDelta(TakenOver):
             drift=own.drift,
             score=own.score,
             serving=own.serving,
-            notes=tuple(dict.fromkeys((*own.notes, *manifest.notes))),
+            notes=(*carried, *manifest.notes),
+            run={**manifest.run, "carried_notes": len(carried)},
         )
 
 

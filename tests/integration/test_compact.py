@@ -214,6 +214,10 @@ def test_digests(sources, packages: Path, tmp_path: Path, digest: str) -> None:
     base = export(sources[0], tmp_path / "base", digest="sha256")
     delta = export(sources[1], tmp_path / "delta", num_shards=3, base=str(base), digest=digest)
     made = make(delta, tmp_path / "made", digest=digest)
+    with dist_export.open_package(made) as package:
+        own = str(package.manifest).partition("  carried over from ")[0]
+    assert ("  checked  the files, ids and " in own) == (digest == "sha256")
+    assert ("  note     with digest: none the files of delta" in own) == (digest == "none")
     assert read_package(made) == read_package(packages / "full")
     assert any("digest" in note for note in manifest_of(made)["notes"]) == (digest == "none")
     assert verify(str(made)).findings == []
@@ -244,6 +248,14 @@ def test_a_package_with_a_model_scores_as_the_full_export(tmp_path: Path) -> Non
     for name in ("dense", "parity", "drift", "score", "serving", "account"):
         assert ours.get(name) == of_delta.get(name) or name == "account", name
     assert ours["account"] == manifest_of(tmp_path / "full")["account"]
+    with dist_export.open_package(made) as package:
+        own, carried = str(package.manifest).split(
+            f"  carried over from {tmp_path / 'delta'}, and not measured or compared"
+        )
+    for name in ("parity", "scores", "program", "drift", "inputs", "account", "source"):
+        assert f"  {name} " in carried
+        assert f"  {name} " not in own
+    assert "(it was tracing)" not in own
     for folder in ("fx_user_model", "score_program"):
         of_delta = {path.relative_to(tmp_path / "delta"): path for path in (tmp_path / "delta" / folder).rglob("*.*")}
         assert of_delta
