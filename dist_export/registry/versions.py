@@ -76,6 +76,10 @@ class Version(NamedTuple):
     step: int | None
     is_current: bool
     is_there: bool
+    base: str | None = None
+    """The version that a delta package needs, or the directory of a base elsewhere; None for a full package."""
+    has_base: bool | None = True
+    """Whether that base is there, or none is needed; None if the manifest of either cannot be read."""
 
 
 class VersionDirectory:
@@ -181,6 +185,8 @@ class VersionDirectory:
                 last.step,
                 is_current=last.version == current.version,
                 is_there=packages.exists(f"{last.version}/{MANIFEST}"),
+                base=last.base,
+                has_base=last.base is None or bases.has_base(packages.child(last.version)),
             )
             for last in _last_switches(current)
         ]
@@ -209,7 +215,8 @@ class VersionDirectory:
             raise ConfigError(f"{package.url} is no package; the versions of {where} are {few(names)}")
         manifest = decode_manifest(package.read_text(MANIFEST), where=package.describe(MANIFEST))
         if lack := bases.find_lack(package):
-            names = [name for name in self._list_whole(where) if name != current.version]
+            there = [its for its in self.list_versions(where) if its.is_there and not its.is_current]
+            names = [its.name for its in there if its.has_base]
             others = f"Other versions of {where} are {few(names)}" if names else f"{where} has no other version"
             raise ConfigError(
                 f"{package.url} {lack}. {current.version} is still the current version; put the base back. {others}"
@@ -318,11 +325,6 @@ class VersionDirectory:
         found = bases.find_base(package, entry)
         is_version = found is not None and found[0].is_same(self._open(f"{where}/{VERSIONS}/{name}"))
         return name if is_version else entry.path
-
-    def _list_whole(self, where: str) -> list[str]:
-        """Return the versions that can be opened, as far as manifests tell."""
-        packages = self._open(where).child(VERSIONS)
-        return [found.name for found in self.list_versions(where) if not bases.find_lack(packages.child(found.name))]
 
     def _require(self, where: str) -> Current:
         current, _ = self._read(where)

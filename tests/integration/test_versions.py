@@ -265,7 +265,8 @@ def test_rollback_without_a_name_takes_the_one_before(run: Path, tmp_path: Path,
     assert cli.main(["versions", str(where)]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].split()[:2] == ["*", newest]
-    assert [line.partition("step ")[2] for line in lines] == ["100", "20", "5"]
+    assert [line.partition("step ")[2] for line in lines] == ["100  full", "20  full", "5  full"]
+    assert lines[0].split()[2:4] == ["published", f"{current_of(where)['created_at'][:19]}Z"]
     assert cli.main(["versions", f"versions:{where}", "--json"]) == 0
     assert [it["is_current"] for it in json.loads(capsys.readouterr().out)] == [True, False, False]
 
