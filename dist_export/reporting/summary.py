@@ -104,7 +104,8 @@ def _say_run(manifest: Manifest, shares: Sequence[Share]) -> list[str]:
     if store := manifest.run.get("store"):
         lines.append(f"  store    {_say_traffic(store, manifest.source.path)}")
     if left := manifest.run.get("left_alone"):
-        lines.append(f"  left     {few(left)}: in export_dir, but not of this package")
+        place = "export_dir" if manifest.compacted is msgspec.UNSET else "OUT"
+        lines.append(f"  left     {few(left)}: in {place}, but not of this package")
     if reused := manifest.run.get("reused_shards"):
         lines.append(f"  resumed  {count(reused, 'shard')} of an interrupted export kept, for they were whole")
     for share in shares:
@@ -186,14 +187,12 @@ def summarize_same(manifest: Manifest, where: str) -> list[str]:
         first,
         f"  already exported{f' at {when}' if when else ''}, with these settings from this source: nothing was written",
     ]
-    if manifest.dense is not None:
-        lines.append(
-            "  the model's code is not compared: if it has changed, overwrite: true or another export_dir exports it anew"
-        )
+    is_compacted = manifest.compacted is not msgspec.UNSET
+    way = "--overwrite true or another OUT writes" if is_compacted else "overwrite: true or another export_dir exports"
+    if manifest.dense is not None and not is_compacted:
+        lines.append(f"  the model's code is not compared: if it has changed, {way} it anew")
     if (version := manifest.versions.get("dist_export")) != VERSION:
-        lines.append(
-            f"  dist_export {version} exported it, and this is {VERSION}: overwrite: true or another export_dir exports it anew"
-        )
+        lines.append(f"  dist_export {version} exported it, and this is {VERSION}: {way} it anew")
     return [printable(line) for line in lines + rest]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,28 @@ def test_the_same_again_writes_nothing_and_another_package_is_refused(packages: 
             make(tmp_path / "delta", tmp_path / overwritten, base=str(tmp_path / "base"), overwrite=True)
     assert make(packages / "delta", tmp_path / "full", overwrite=True)
     assert "compacted" in manifest_of(tmp_path / "full")
+
+
+def test_messages_have_the_words_of_the_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """No setting of an export is named, and a path that is called like one stays."""
+    out = shutil.copytree(packages / "full", tmp_path / "export_dir")
+    for arguments, text in (
+        ([str(out)], f"{out}/manifest.json is there already: OUT holds a committed package. "),
+        ([str(out)], "Set --overwrite true to replace it, or give another OUT, or remove the old package first"),
+        ([str(out / MANIFEST)], f"OUT {out}/manifest.json is a file"),
+        ([str(packages / "delta"), "--overwrite", "true"], "OUT is DELTA"),
+        ([str(packages / "base"), "--overwrite", "true"], "give another OUT"),
+    ):
+        assert cli.main(["compact", str(packages / "delta"), *arguments]) == 2
+        assert text in capsys.readouterr().err
+    assert cli.main(["compact", "--help"]) == 0
+    assert not re.search(r"export_dir|ckpt_dir|interrupted export", capsys.readouterr().out)
+    made = make(packages / "delta", tmp_path / "made")
+    edit(made, lambda document: document["versions"].update(dist_export="0.0"))
+    assert cli.main(["compact", str(packages / "delta"), str(made)]) == 0
+    told = capsys.readouterr().out
+    assert "--overwrite true or another OUT writes it anew" in told
+    assert not re.search(r"export_dir|overwrite:", told)
 
 
 def test_a_version_takes_the_place_of_its_delta(tmp_path: Path) -> None:
