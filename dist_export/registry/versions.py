@@ -18,7 +18,7 @@ from dist_export.humanize import few
 from dist_export.manifest import MANIFEST, decode_manifest
 from dist_export.redact import reason_of
 from dist_export.registry import bases
-from dist_export.registry.base import Registered, Resolved
+from dist_export.registry.base import LaterStepError, Registered, Resolved
 from dist_export.storage.directory import Directory
 from dist_export.storage.urls import open_directory
 
@@ -61,6 +61,10 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     """As the settings gave it: until when the training data reaches."""
     switches: tuple[Switch, ...] = ()
     """The newest first, this one included."""
+
+    def is_later_than(self, step: int | None) -> bool:
+        """Whether this is of a later step."""
+        return step is not None and self.step is not None and step < self.step
 
     def count_deltas(self, base: str | None) -> int:
         """Return how many deltas of a full package were published, removed ones included."""
@@ -157,8 +161,8 @@ class VersionDirectory:
             is_overwritten = current.version == version and current.manifest_digest != package.digest
             if not is_overwritten and any(switch.version == version for switch in current.switches):
                 return named
-            if package.step is not None and current.step is not None and package.step < current.step:
-                raise ExportError(
+            if current.is_later_than(package.step):
+                raise LaterStepError(
                     f"the current version, {current.version}, is of step {current.step:,}, and this one of step "
                     f"{package.step:,}. {self._say_way(where, version)}"
                 )
@@ -176,7 +180,7 @@ class VersionDirectory:
 
     def list_versions(self, where: str) -> list[Version]:
         """Return the versions of a directory, the last published first. ConfigError if it has none."""
-        current = self._require(where)
+        current, _ = self._require(where)
         packages = self._open(where).child(VERSIONS)
         return [
             Version(
@@ -198,10 +202,7 @@ class VersionDirectory:
             ConfigError: there is no such version.
             ExportError: another publisher was faster.
         """
-        current, raw = self._read(where)
-        if current is None:
-            self._require(where)
-        assert current is not None
+        current, raw = self._require(where)
         if version is None:
             before = [switch.version for switch in current.switches if switch.version != current.version]
             if not before:
@@ -254,7 +255,8 @@ class VersionDirectory:
         data = msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
         if not directory.replace_if(CURRENT, data, expected=expected.encode() if expected else None):
             found, _ = self._read(where)
-            raise ExportError(
+            kind = LaterStepError if found is not None and found.is_later_than(step) else ExportError
+            raise kind(
                 f"{directory.describe(CURRENT)} has changed since this export began: the current version is "
                 f"{found.version if found else 'none'} now. {self._say_way(where, version)}"
             )
@@ -280,7 +282,7 @@ class VersionDirectory:
         if self._keep_versions is None:
             return
         directory = self._open(where)
-        for name in self._list_old(self._require(where)):
+        for name in self._list_old(self._require(where)[0]):
             try:
                 self._remove(directory, where, name)
             except OSError as error:
@@ -291,7 +293,7 @@ class VersionDirectory:
         manifest = f"{VERSIONS}/{name}/{MANIFEST}"
         content = directory.read(manifest) if directory.exists(manifest) else None
         directory.remove(manifest)
-        if name not in self._list_old(self._require(where)):  # somebody has gone back to it
+        if name not in self._list_old(self._require(where)[0]):  # somebody has gone back to it
             if content is not None:
                 directory.write(manifest, content)
             return
@@ -326,11 +328,11 @@ class VersionDirectory:
         is_version = found is not None and found[0].is_same(self._open(f"{where}/{VERSIONS}/{name}"))
         return name if is_version else entry.path
 
-    def _require(self, where: str) -> Current:
-        current, _ = self._read(where)
+    def _require(self, where: str) -> tuple[Current, str]:
+        current, raw = self._read(where)
         if current is None:
             raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so {where} has no versions")
-        return current
+        return current, raw
 
     def _read(self, where: str) -> tuple[Current | None, str]:
         """Return ``current.json`` and its text; None and nothing if it does not exist. ConfigError if it is damaged."""
