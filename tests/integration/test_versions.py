@@ -125,6 +125,7 @@ def test_of_two_publishers_one_wins_and_the_other_says_so(tmp_path: Path, monkey
     registry.register(uri, registered(tmp_path, "fast", seen=seen))
     with pytest.raises(ExportError, match=r"current.json has changed since this export began: .* is\s+fast now"):
         registry.register(uri, registered(tmp_path, "slow", seen=seen))
+    assert registry.resolve(uri).uri == f"versions:{tmp_path}@fast"
     first, seen, switch = registered(tmp_path, "first", step=5), registry.look(uri), VersionDirectory._switch
 
     def be_late(*arguments: Any, **more: Any) -> None:
@@ -135,7 +136,6 @@ def test_of_two_publishers_one_wins_and_the_other_says_so(tmp_path: Path, monkey
     monkeypatch.setattr(VersionDirectory, "_switch", be_late)
     with pytest.raises(LaterStepError, match="has changed since this export began"):
         registry.register(uri, first._replace(seen=seen))
-    assert registry.resolve(uri).uri == f"versions:{tmp_path}@fast"
 
 
 def test_the_first_of_two_that_see_an_empty_directory_wins(tmp_path: Path) -> None:
