@@ -13,6 +13,7 @@ from dist_export.config.describe import SETTINGS, Option
 from dist_export.config.loader import PATH_OPTIONS, load_config
 from dist_export.errors import ConfigError, DistExportError
 from dist_export.formats.recis import EMBEDDING_SLOT, ID_SLOT
+from dist_export.manifest import Manifest
 from dist_export.model.user_objects import Objects
 from dist_export.package.reader import Package
 from dist_export.pipeline.account import NO_TABLES
@@ -57,8 +58,16 @@ _WORDS = {
 _WORD = re.compile(rf"(?<![\w/.:-])({'|'.join(_WORDS)})(?![\w/-]|\.\w)")
 
 
-def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
-    """Make the package; return the lines of the summary. All ranks.
+def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all options. ConfigError if one of ``given`` is none, or has a wrong type."""
+    if unknown := [name for name in given if name not in OPTIONS]:
+        raise ConfigError(f"compact has no option {unknown[0]!r}; its options are {', '.join(OPTIONS)}")
+    config = load_config({"ckpt_dir": "DELTA", "export_dir": "OUT", "filter_sparse_opt": True, **given})
+    return {name: option.default for name, option in OPTIONS.items()} | {name: vars(config)[name] for name in given}
+
+
+def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> tuple[Manifest, list[str]]:
+    """Make the package; return its manifest, and the lines of the summary. All ranks.
 
     Raises:
         UserError: DELTA is a full package, a package is missing or damaged, or there is another package in OUT.
@@ -67,11 +76,10 @@ def compact(ranks: Ranks, arguments: Mapping[str, Any]) -> list[str]:
     try:
         settings, base, found = ranks.broadcast("look at the delta", lambda: _read_settings(arguments))
         config, steps = load_config(settings), Compaction(base).steps
-        _, summary = run_export(ranks, config, Objects(), is_shown=config.progress, steps=steps, found=found)
+        return run_export(ranks, config, Objects(), is_shown=config.progress, steps=steps, found=found)
     except DistExportError as error:  # an export speaks of its settings
         error.args = tuple(_WORD.sub(lambda match: _WORDS[match[1]], line) for line in error.args)
         raise
-    return summary if ranks.rank == 0 else []
 
 
 def _read_settings(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, FoundCheckpoint]:

@@ -21,10 +21,8 @@ from dist_export.delta import replaced_rows
 from dist_export.errors import CheckpointError, CommitError, ExportError, PlanError, UserError
 from dist_export.manifest import MANIFEST
 from dist_export.pipeline import compact as compacting
-from dist_export.pipeline.compact_command import OPTIONS, compact
 from dist_export.pipeline.compacted_package import account_for_bytes
 from dist_export.registry.versions import VersionDirectory
-from dist_export.runtime.joining import alone
 from dist_export.verify.verify import verify
 from tests.integration import test_delta_scores
 from tests.integration.test_delta_export import SETTINGS, change, export, save, state_of, tables_of
@@ -48,8 +46,7 @@ OF_TABLE = (
 
 def make(delta: Path, out: Path, **arguments: Any) -> Path:
     """Compact on this one rank."""
-    defaults = {name: option.default for name, option in OPTIONS.items()}
-    compact(alone(), {**defaults, "progress": False, "delta": str(delta), "out": str(out), **arguments})
+    dist_export.compact(delta, out, progress=False, **arguments)
     return out
 
 
@@ -426,6 +423,29 @@ def test_the_command_line(packages: Path, tmp_path: Path, capsys: pytest.Capture
     compare(tmp_path / "made", packages / "full")
     assert cli.main(["compact", "--help"]) == 0
     assert "--num_shards" in capsys.readouterr().out
+
+
+def test_the_function(packages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "dist_export"):
+        found = dist_export.compact(packages / "delta", tmp_path / "made", base=packages / "base", num_shards=3)
+    compare(tmp_path / "made", packages / "full")
+    assert found.digest == manifest_of(tmp_path / "made")["digest"]
+    assert f"  made of  {packages / 'delta'} and its base {packages / 'base'}" in caplog.messages
+    caplog.clear()
+    with caplog.at_level("INFO", "dist_export"):
+        assert dist_export.compact(packages / "delta", tmp_path / "two", num_shards=2, progress=False).num_shards == 2
+    assert not any("made of" in message for message in caplog.messages)
+    for options, text in (
+        ({"dtype": "float16"}, "compact has no option 'dtype'; its options are base, num_shards, overwrite"),
+        ({"threads": "many"}, "threads"),
+        ({"num_shards": 0}, "num_shards is 0"),
+        ({"base": packages / "full"}, "is another package"),
+        ({"digest": "sha256"}, "give another OUT"),
+    ):
+        out = tmp_path / ("made" if "digest" in options else "none")
+        with pytest.raises(UserError, match=text):
+            dist_export.compact(packages / "delta", out, **options)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("seed", range(6))
