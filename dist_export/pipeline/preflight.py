@@ -106,7 +106,8 @@ def _build(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> Objects | 
 
 def _open_target(ranks: Ranks, config: ExportConfig, mistakes: Mistakes) -> ExportPaths | None:
     """Open the export directory, and try whether it can be made. All ranks. None after a mistake."""
-    paths = mistakes.collect(lambda: open_paths(ranks, config, place_of(config)), None)
+    place = place_of(config.export_dir, add_subfolder=config.add_subfolder)
+    paths = mistakes.collect(lambda: open_paths(ranks, config, place), None)
     if paths is not None and paths.target.is_local:
         target = paths.target
         reason = ranks.broadcast("try export_dir", lambda: why_no_directory(target.path))

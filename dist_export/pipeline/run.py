@@ -48,7 +48,9 @@ def run_export(
         lambda: locate(config, needs_dense=needs_dense, weights=weights, found=found),
     )
     config = located.apply(config)
-    export_dir = ranks.broadcast("choose the place", lambda: place_of(config))
+    export_dir = ranks.broadcast(
+        "choose the place", lambda: place_of(config.export_dir, add_subfolder=config.add_subfolder)
+    )
     events = Events(config, export_dir, rank=ranks.rank, step=located.step)
     reporter = Reporter(ranks, is_shown=is_shown, events=events)
     if ranks.rank == 0:  # one for each attempt, by which they are counted

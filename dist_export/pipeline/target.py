@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_export.config.needs import ReplacedPackage, UserCallables
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.own_values_entry import OwnValues
 from dist_export.errors import ConfigError, PackageError
@@ -54,11 +55,11 @@ class ExportPaths:
         return self.target is not self.final
 
 
-def place_of(config: ExportConfig) -> str:
+def place_of(export_dir: str, *, add_subfolder: bool) -> str:
     """Return where the package goes, the dated subfolder of ``add_subfolder`` included (as RecIS names it)."""
-    if not config.add_subfolder or config.export_dir.endswith("data"):
-        return config.export_dir
-    return f"{config.export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
+    if not add_subfolder or export_dir.endswith("data"):
+        return export_dir
+    return f"{export_dir.rstrip('/')}/{time.strftime('%Y%m%d')}000000/data"
 
 
 def open_paths(ranks: Ranks, config: ExportConfig, export_dir: str, model: Any = None) -> ExportPaths:
@@ -160,7 +161,7 @@ def _has_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def settle(ranks: Ranks, paths: ExportPaths, config: ExportConfig, identity: str, shards: list[str]) -> ExportPaths:
+def settle(ranks: Ranks, paths: ExportPaths, config: ReplacedPackage, identity: str, shards: list[str]) -> ExportPaths:
     """Decide about what is in export_dir, now that it is known which export this is. All ranks.
 
     Raises:
@@ -196,7 +197,7 @@ def refuse_foreign_files(paths: ExportPaths, shards: list[str]) -> None:
         )
 
 
-def find_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
+def find_same(paths: ExportPaths, config: ReplacedPackage, identity: str) -> Manifest | None:
     """Return the manifest of the package in export_dir if it is this very export's, whoever started that one. Rank 0.
 
     Schedulers start jobs again that have ended well. Nothing is claimed and nothing written. It is no matter for an export that
@@ -211,7 +212,7 @@ def find_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manife
     return _read_same(paths, config, identity)
 
 
-def _begins_anew(config: ExportConfig) -> bool:
+def _begins_anew(config: ReplacedPackage) -> bool:
     """Whether a package that is there is no answer: of a model in memory nothing tells whether it is still the same."""
     return config.overwrite or config.on_unfinished == "restart" or config.ckpt_dir is None
 
@@ -233,7 +234,7 @@ def _is_of(final: Directory, identity: str) -> bool:
         return False
 
 
-def _read_same(paths: ExportPaths, config: ExportConfig, identity: str) -> Manifest | None:
+def _read_same(paths: ExportPaths, config: ReplacedPackage, identity: str) -> Manifest | None:
     """Return the manifest in ``final`` if it is of this very export, and its files are there; None where it may be replaced.
 
     Raises:
@@ -265,7 +266,7 @@ def _read_manifest(final: Directory) -> Manifest:
     return decode_manifest(final.read_text(MANIFEST), where=final.describe(MANIFEST))
 
 
-def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -> None:
+def _refuse_package(final: Directory, config: ReplacedPackage, *, in_place: bool) -> None:
     """Refuse a target that holds a committed package, unless it may and can be replaced."""
     there = f"{final.describe(MANIFEST)} is there already: export_dir holds a committed package"
     if not config.overwrite:
@@ -281,7 +282,7 @@ def _refuse_package(final: Directory, config: ExportConfig, *, in_place: bool) -
         raise ConfigError(f"{there}, and {final.url} {reason}; give another export_dir")
 
 
-def _say_incomparable(config: ExportConfig) -> str:
+def _say_incomparable(config: UserCallables) -> str:
     why = find_incomparable(config)
     return why and f" ({why})"
 
@@ -307,7 +308,7 @@ def _refuse_working_state(directory: Directory) -> None:
 def claim(
     ranks: Ranks,
     paths: ExportPaths,
-    config: ExportConfig,
+    config: ReplacedPackage,
     identity: str,
     release: Callable[[lock_file.Release], object],
 ) -> Callable[[], None]:
@@ -347,7 +348,7 @@ def claim(
     return refuse_if_lost
 
 
-def _begin(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
+def _begin(paths: ExportPaths, config: ReplacedPackage, identity: str) -> None:
     """Look again, now that nobody else is there, and prepare the target. Rank 0."""
     final, target = paths.final, paths.target
     has_come = final.exists(MANIFEST) and not paths.is_replacing and not may_be_committed(final)
@@ -365,7 +366,7 @@ def _begin(paths: ExportPaths, config: ExportConfig, identity: str) -> None:
 
 
 def find_committed(
-    paths: ExportPaths, config: ExportConfig, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
+    paths: ExportPaths, config: ReplacedPackage, identity: str, and_then: Callable[[Manifest], object] = lambda _: None
 ) -> Manifest | None:
     """Return the manifest in ``final`` if an attempt of this very export committed it; finish what it had left. Rank 0.
 
