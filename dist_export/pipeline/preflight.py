@@ -9,6 +9,7 @@ from typing import Any
 from dist_export.checkpoint.metadata import Checkpoint
 from dist_export.checkpoint.model_weights import ModelWeights
 from dist_export.config.mistakes import Mistakes
+from dist_export.config.needs import MissingTables
 from dist_export.config.schema import ExportConfig
 from dist_export.dense.fg import Features
 from dist_export.errors import ConfigError, DistExportError, UnaskedError
@@ -160,7 +161,7 @@ def _try_choices(
 
 def _match_tables(
     ranks: Ranks,
-    config: ExportConfig,
+    config: MissingTables,
     checkpoint: Checkpoint,
     weights: ModelWeights,
     dense_state: DenseMeta,
