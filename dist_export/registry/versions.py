@@ -119,12 +119,7 @@ class VersionDirectory:
         """Return the directory of a version. ConfigError if there is none."""
         where, version = parse(uri)
         if version is None:
-            current, _ = self._read(where)
-            if current is None:
-                raise ConfigError(
-                    f"{uri}: {self._open(where).describe(CURRENT)} does not exist, so no version is published"
-                )
-            version = current.version
+            version = self._require(where)[0].version
         return Resolved(f"{where}/{VERSIONS}/{version}", f"{SCHEME}:{where}@{version}")
 
     def check(self, uri: str) -> None:
@@ -331,7 +326,7 @@ class VersionDirectory:
     def _require(self, where: str) -> tuple[Current, str]:
         current, raw = self._read(where)
         if current is None:
-            raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so {where} has no versions")
+            raise ConfigError(f"{self._open(where).describe(CURRENT)} does not exist, so no version is published")
         return current, raw
 
     def _read(self, where: str) -> tuple[Current | None, str]:

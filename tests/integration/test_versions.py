@@ -285,8 +285,8 @@ def test_rollback_without_a_name_takes_the_one_before(run: Path, tmp_path: Path,
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for argv, told in {
-        ("versions", str(tmp_path)): "has no versions",
-        ("rollback", str(tmp_path)): "has no versions",
+        ("versions", str(tmp_path)): "so no version is published",
+        ("rollback", str(tmp_path)): "so no version is published",
         ("rollback",): "which path? Usage: dist_export rollback DIR [VERSION]",
         ("verify", f"versions:{tmp_path}"): "so no version is published",
         ("verify", "versions:"): "give versions:DIRECTORY",
